@@ -1,0 +1,50 @@
+"""Fine-tune Hugging Face language models inside PyTorch Lightning, and measure the tokens it saves.
+
+The names are imported when first used: `import lightning_ft` itself imports neither Lightning nor transformers, and which
+Lightning is used falls as late as possible (see `lightning_ft._lightning`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_ft.callbacks.export import ExportModel
+    from lightning_ft.callbacks.token_savings import TokenSavings
+    from lightning_ft.data.pairs import PairDataModule
+    from lightning_ft.functional.savings import Prices, PromptBaseline
+    from lightning_ft.modules.sft import FullFineTuning, LoRAFineTuning
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "FullFineTuning": "lightning_ft.modules.sft",
+    "LoRAFineTuning": "lightning_ft.modules.sft",
+    "PairDataModule": "lightning_ft.data.pairs",
+    "TokenSavings": "lightning_ft.callbacks.token_savings",
+    "PromptBaseline": "lightning_ft.functional.savings",
+    "Prices": "lightning_ft.functional.savings",
+    "ExportModel": "lightning_ft.callbacks.export",
+}
+
+__all__ = [
+    "FullFineTuning",
+    "LoRAFineTuning",
+    "PairDataModule",
+    "TokenSavings",
+    "PromptBaseline",
+    "Prices",
+    "ExportModel",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,98 @@
+"""Which Lightning: the one place that imports it.
+
+`pytorch_lightning` and `lightning.pytorch` are the same code under two names, and a LightningModule of one is a TypeError in
+the Trainer of the other. The choice, made once, when the first name that needs Lightning is used:
+
+1. the environment variable ``LIGHTNING_FT_NAMESPACE`` (``pytorch_lightning`` or ``lightning``);
+2. the one that is already imported (`pytorch_lightning` where both are, with a warning);
+3. the one that is installed (`pytorch_lightning` where both are).
+
+Callbacks and DataModules inherit from both where both are imported, so they fit either Trainer; LightningModules can't.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from lightning_ft.errors import ConfigError, NamespaceError
+
+VARIABLE = "LIGHTNING_FT_NAMESPACE"
+_MODULES = {"pytorch_lightning": "pytorch_lightning", "lightning": "lightning.pytorch"}
+
+
+def _choose() -> str:
+    """Name of the Lightning to use, a key of `_MODULES`."""
+    if asked := os.environ.get(VARIABLE):
+        name = "lightning" if asked == "lightning.pytorch" else asked
+        if name not in _MODULES:
+            raise ConfigError(f"{VARIABLE}={asked!r}: expected 'pytorch_lightning' or 'lightning'.")
+        return name
+    imported = [name for name, module in _MODULES.items() if module in sys.modules]
+    if len(imported) == 2:
+        warnings.warn(
+            "Both pytorch_lightning and lightning.pytorch are imported; lightning_ft uses pytorch_lightning. "
+            f"Set the environment variable {VARIABLE}=lightning if your Trainer is lightning.pytorch's.",
+            stacklevel=3,
+        )
+    if imported:
+        return imported[0]
+    return next((name for name in _MODULES if importlib.util.find_spec(name)), "pytorch_lightning")
+
+
+NAMESPACE: str = _choose()
+"""``"pytorch_lightning"`` or ``"lightning"``."""
+
+_pl: ModuleType = importlib.import_module(_MODULES[NAMESPACE])
+_both = [sys.modules[module] for module in _MODULES.values() if module in sys.modules]
+_both.sort(key=lambda module: module is not _pl)
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+else:
+    LightningModule = _pl.LightningModule
+    Trainer = _pl.Trainer
+    Callback = _pl.Callback if len(_both) == 1 else type("Callback", tuple(m.Callback for m in _both), {})
+    LightningDataModule = (
+        _pl.LightningDataModule
+        if len(_both) == 1
+        else type("LightningDataModule", tuple(m.LightningDataModule for m in _both), {})
+    )
+
+
+def cli_module() -> ModuleType:
+    """The module that holds `LightningCLI`; apart, because it imports jsonargparse."""
+    return importlib.import_module(_MODULES[NAMESPACE] + ".cli")
+
+
+def check_same_namespace(trainer: Any, module: Any) -> None:
+    """Refuse a Trainer of one Lightning with a LightningModule of the other.
+
+    Raises:
+        NamespaceError: Where they differ; the message names the variable that decides.
+    """
+    names = []
+    for thing, base in ((trainer, "Trainer"), (module, "LightningModule")):
+        homes = {c.__module__.split(".")[0] for c in type(thing).__mro__ if c.__name__ == base}
+        names.append(homes & set(_MODULES))
+    if names[0] and names[1] and not names[0] & names[1]:
+        raise NamespaceError(
+            f"The Trainer comes from {names[0].pop()} and the module from {names[1].pop()}. Import both from one, or set "
+            f"{VARIABLE} to the Trainer's before lightning_ft is used."
+        )
+
+
+__all__ = [
+    "NAMESPACE",
+    "Callback",
+    "LightningDataModule",
+    "LightningModule",
+    "Trainer",
+    "check_same_namespace",
+    "cli_module",
+]

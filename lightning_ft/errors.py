@@ -1,0 +1,45 @@
+"""Every exception this package raises on purpose.
+
+Each derives from :class:`LightningFTError` (to catch them all) and from the builtin it refines (so that code which knows
+nothing of this package still catches it). A message says what was wrong, where, and what to do.
+"""
+
+
+class LightningFTError(Exception):
+    """Base of every error of this package."""
+
+
+class DataError(LightningFTError, ValueError):
+    """Rows that can't be trained on; the message lists them with source, row, field, reason and fix."""
+
+
+class DataNotFoundError(DataError, FileNotFoundError):
+    """A data source that doesn't exist."""
+
+
+class TokenizerError(LightningFTError, ValueError):
+    """A tokenizer or chat template that can't be trained with."""
+
+
+class ModelError(LightningFTError, ValueError):
+    """A model, adapter or quantization that can't be loaded as asked."""
+
+
+class ConfigError(LightningFTError, ValueError):
+    """Arguments that contradict each other or aren't allowed."""
+
+
+class ExportError(LightningFTError, RuntimeError):
+    """An export that would not give the same output as the live model, or can't be written."""
+
+
+class SavingsError(LightningFTError, ValueError):
+    """A token-savings measurement that would not be honest or is not defined."""
+
+
+class MissingDependencyError(LightningFTError, ImportError):
+    """An optional package that isn't installed; the message says how to install it."""
+
+
+class NamespaceError(LightningFTError, TypeError):
+    """Objects of `pytorch_lightning` and of `lightning.pytorch` mixed in one run."""
