@@ -1,0 +1,223 @@
+"""Encoded examples in Arrow, by content: the same rows, tokenizer and options are tokenised once.
+
+An entry is a folder: ``rows.arrow``, which is memory-mapped, and ``about.json``, which says how long that file must be.
+It is written aside and moved in one step, and one that isn't whole is written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.layout import Example
+from lightning_ft.data.templates import chat_template
+
+_VERSION = 2  # of the encoding: raise it when the same rows give other tokens
+_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.large_list(pa.int32()),
+        "supervised": pa.large_list(pa.bool_()),
+        "row": pa.int64(),
+        "truncated": pa.bool_(),
+    }
+)
+_WRITTEN_TOGETHER = 1000
+
+
+def default_folder() -> Path:
+    """Where encoded examples are kept: a folder of its own in the `datasets` library's cache."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "lightning_ft"
+
+
+def content_key(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """Names what encoding `rows` would give.
+
+    Args:
+        rows: Rows with a `key` each.
+        tokenizer: The tokenizer, its chat template included.
+        options: Whatever else changes the result.
+    """
+    digest = hashlib.sha256()
+    head = [_VERSION, _tokenizer_content(tokenizer), options]
+    digest.update(json.dumps(head, sort_keys=True, default=str).encode())
+    for row in rows:
+        digest.update(json.dumps(row.key).encode())
+    return digest.hexdigest()
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Everything about a tokenizer that changes what it makes of a conversation."""
+    if tokenizer.is_fast:
+        core = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        core |= {"padding": None, "truncation": None}  # set by whoever called it last, and by each call anew
+    else:
+        core = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.init_kwargs]
+    template = chat_template(tokenizer)
+    return [core, template.inference, template.training, tokenizer.special_tokens_map]
+
+
+class EncodedRows:
+    """Encoded examples, read from memory-mapped Arrow or kept in memory as Arrow.
+
+    Args:
+        table: Columns ``input_ids``, ``supervised``, ``row`` (which row of those encoded it is) and ``truncated``.
+        about: What else is known of them, JSON values.
+    """
+
+    def __init__(self, table: datasets.Dataset, about: dict[str, Any]) -> None:
+        self._table = table.with_format("numpy")
+        self.about = about
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Example:
+        row = cast("dict[str, Any]", self._table[int(index)])
+        return Example(
+            torch.from_numpy(np.array(row["input_ids"], dtype=np.int64)),
+            torch.from_numpy(np.array(row["supervised"], dtype=bool)),
+        )
+
+    @property
+    def rows(self) -> list[int]:
+        """Which of the rows that were encoded each of these is."""
+        return cast("list[int]", self._column("row").to_pylist())
+
+    @property
+    def truncated(self) -> list[bool]:
+        """Whether the prompt of each was cut."""
+        return cast("list[bool]", self._column("truncated").to_pylist())
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each."""
+        return cast("list[int]", pc.list_value_length(self._column("input_ids")).to_pylist())
+
+    @property
+    def supervised(self) -> list[int]:
+        """Supervised tokens of each."""
+        counts: list[int] = []
+        for chunk in self._column("supervised").chunks:
+            marks = chunk.flatten().to_numpy(zero_copy_only=False)
+            ends = np.cumsum(pc.list_value_length(chunk).to_numpy(zero_copy_only=False))
+            total = np.concatenate([[0], np.cumsum(marks)])
+            counts += np.diff(total[np.concatenate([[0], ends]).astype(np.int64)]).tolist()
+        return counts
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self._table.data.column(name)
+
+
+class EncodedWriter:
+    """Takes encoded rows one by one and writes them in batches, to a file or to memory."""
+
+    def __init__(self, sink: Any) -> None:
+        self._stream = pa.ipc.new_stream(sink, _SCHEMA)
+        self._columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+
+    def write(self, example: Example, *, row: int, truncated: bool) -> None:
+        """Add a row."""
+        values = (example.input_ids.numpy(), example.supervised.numpy(), row, truncated)
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(value)
+        if len(self._columns["row"]) == _WRITTEN_TOGETHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._stream.write_batch(pa.record_batch(list(self._columns.values()), schema=_SCHEMA))
+        for column in self._columns.values():
+            column.clear()
+
+    def close(self) -> None:
+        """Write what is left, and the end."""
+        self._flush()
+        self._stream.close()
+
+
+def load(folder: Path, key: str) -> EncodedRows | None:
+    """What was stored under a key, or None if nothing whole was."""
+    path = folder / key
+    try:
+        about = json.loads((path / "about.json").read_text())
+        if (path / "rows.arrow").stat().st_size != about["bytes"]:
+            return None
+        table = datasets.Dataset.from_file(str(path / "rows.arrow"))
+    except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: not JSON
+        return None
+    return EncodedRows(table, about)
+
+
+class Entry:
+    """A cache entry that is being written.
+
+    Args:
+        writer: Takes the rows.
+        about: What else to keep with them, JSON values.
+    """
+
+    def __init__(self, writer: EncodedWriter) -> None:
+        self.writer = writer
+        self.about: dict[str, Any] = {}
+        self.result: EncodedRows | None = None
+
+
+@contextmanager
+def new_entry(folder: Path | None, key: str) -> Iterator[Entry]:
+    """Write an entry; when the block ends without an exception, `result` of it is what :func:`load` would give.
+
+    Args:
+        folder: The cache; None keeps the rows in memory.
+        key: Name of the entry.
+    """
+    if folder is None:
+        sink = pa.BufferOutputStream()
+        entry = Entry(EncodedWriter(sink))
+        yield entry
+        entry.writer.close()
+        entry.result = EncodedRows(datasets.Dataset.from_buffer(sink.getvalue()), entry.about)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    try:
+        with pa.OSFile(str(aside / "rows.arrow"), "wb") as file:
+            entry = Entry(EncodedWriter(file))
+            yield entry
+            entry.writer.close()
+        size = (aside / "rows.arrow").stat().st_size
+        (aside / "about.json").write_text(json.dumps({**entry.about, "bytes": size}))
+        aside.chmod(0o755)  # mkdtemp's folders are the owner's only; a shared cache is for all
+        _move(aside, folder / key)
+        entry.result = load(folder, key)
+        if entry.result is None:
+            raise OSError(f"{folder / key}: what was just written can't be read back.")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move(aside: Path, path: Path) -> None:
+    if path.exists() and load(path.parent, path.name) is None:
+        broken = Path(tempfile.mkdtemp(dir=path.parent, prefix=".broken-"))
+        os.replace(path, broken / path.name)
+        shutil.rmtree(broken, ignore_errors=True)
+    try:
+        os.replace(aside, path)
+    except OSError:  # another process was first: its content is the same
+        if load(path.parent, path.name) is None:
+            raise
+
+
+__all__ = ["EncodedRows", "Entry", "content_key", "default_folder", "load", "new_entry"]

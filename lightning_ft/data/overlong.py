@@ -1,0 +1,101 @@
+"""Rows within `max_length`: encoded, refused, or their prompts cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.encode import AnswerLostError, Encoded, encode
+from lightning_ft.data.formats import Conversation
+from lightning_ft.data.problems import Problem
+from lightning_ft.data.request import Message
+from lightning_ft.data.templates import ChatTemplate, chat_template
+from lightning_ft.errors import TokenizerError
+
+OnOverlong = Literal["error", "drop", "truncate_prompt"]
+
+
+class RowEncoder:
+    """Encodes rows and says what was wrong with those it couldn't.
+
+    Args:
+        tokenizer: The tokenizer.
+        max_length: Most tokens a row may have.
+        on_overlong: ``"truncate_prompt"`` cuts prompts; otherwise an overlong row is a problem.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, on_overlong: OnOverlong) -> None:
+        self.tokenizer, self.max_length, self.on_overlong = tokenizer, max_length, on_overlong
+        self.template: ChatTemplate = chat_template(tokenizer)
+
+    def __call__(self, row: Conversation) -> tuple[Encoded, Conversation] | Problem:
+        """The encoded row and the conversation it is of (another if the prompt was cut), or what is wrong."""
+        try:
+            encoded = self._encode(row)
+            if len(encoded.example) <= self.max_length:
+                return encoded, row
+            if (problem := self._without_room_for_a_prompt(row, int(encoded.example.supervised.sum()))) is not None:
+                return problem
+        except AnswerLostError as error:
+            fix = "The template must keep every assistant turn as it is: pass chat_template=."
+            return Problem(row.source, row.row, None, "answer lost in the chat template", str(error), fix)
+        except TokenizerError as error:
+            fix = "Change the row's turns, or pass a chat_template= that takes them."
+            return Problem(row.source, row.row, None, "refused by the chat template", str(error), fix)
+        detail = f"{len(encoded.example):,} tokens, max_length={self.max_length:,}"
+        fix = "Raise max_length, or pass on_overlong='drop' or 'truncate_prompt'."
+        if self.on_overlong == "truncate_prompt":
+            if (cut := self._cut(row)) is not None:
+                return cut
+            fix = "Raise max_length: there is no room for even the end of the last question."
+        return Problem(row.source, row.row, None, "overlong prompt", detail, fix)
+
+    def _encode(self, row: Conversation) -> Encoded:
+        return encode(self.tokenizer, row.messages, self.template)
+
+    def _without_room_for_a_prompt(self, row: Conversation, answer: int) -> Problem | None:
+        """The problem of a row that would be too long without any word of the user."""
+        shortest = len(self._encode(_with_user_text(row, {})).example)
+        if shortest < self.max_length:
+            return None
+        system = row.messages[0]["role"] == "system" and answer < self.max_length
+        detail = f"{shortest:,} tokens without the user's text, {answer:,} of them supervised, "
+        detail += f"max_length={self.max_length:,}"
+        fix = "Raise max_length: answers, system turns and the template's own tokens are never cut."
+        reason = "overlong system turn" if system else "overlong answer"
+        return Problem(row.source, row.row, None, reason, detail, fix)
+
+    def _cut(self, row: Conversation) -> tuple[Encoded, Conversation] | None:
+        """Cut user turns from their left, the earliest first, by as few characters as fit; all else stays.
+
+        The last user turn keeps at least one character; None if that doesn't fit.
+        """
+        users = [i for i, message in enumerate(row.messages) if message["role"] == "user"]
+        texts = {i: row.messages[i]["content"] for i in users}
+        for i in users:
+            whole, best = texts[i], None
+            low, high = (1 if i == users[-1] else 0), len(whole)  # fewest and most characters to keep
+            while low <= high:
+                keep = (low + high) // 2
+                texts[i] = whole[len(whole) - keep :]
+                cut = _with_user_text(row, texts)
+                encoded = self._encode(cut)
+                if len(encoded.example) <= self.max_length:
+                    best, low = (encoded, cut), keep + 1
+                else:
+                    high = keep - 1
+            if best is not None:
+                return best if best[1].messages[users[-1]]["content"].strip() else None
+            texts[i] = ""
+        return None
+
+
+def _with_user_text(row: Conversation, texts: dict[int, str]) -> Conversation:
+    """The row with other user turns, those not in `texts` empty."""
+    messages = tuple(
+        Message(role="user", content=texts.get(i, "")) if message["role"] == "user" else message
+        for i, message in enumerate(row.messages)
+    )
+    return replace(row, messages=messages)

@@ -1,0 +1,174 @@
+"""What a model would be trained on, printed before anything is trained: `lightning-ft preview`.
+
+It reads, checks and tokenises the rows as `fit` would, and loads no weights. Supervised text stands between ``«`` and
+``»`` (``>>`` and ``<<`` where the terminal can't show those), so that it can be told without colour too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.layout import Example
+from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.problems import SHOWN, Problem
+from lightning_ft.data.report import SplitReport
+from lightning_ft.data.splits import Splits
+
+_SUPERVISED, _CONTEXT = "bold green", "dim"
+_BINS = 12
+_BAR = 40  # characters of the longest bar
+
+
+def preview(
+    datamodule: PairDataModule,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    examples: int = 3,
+    console: Console | None = None,
+) -> dict[str, SplitReport]:
+    """Print examples with their supervised tokens, token lengths, and what would be cut or dropped and why.
+
+    Bad and overlong rows are listed instead of raised, whatever the DataModule was told to do with them.
+
+    Args:
+        datamodule: What would be trained on.
+        tokenizer: In place of the DataModule's own, from now on; its `chat_template` is put on it.
+        examples: How many rows of each split to show.
+        console: Where to print.
+
+    Returns:
+        What became of the rows of each split.
+
+    Raises:
+        DataError: If a source as a whole can't be read, or none of its rows can be used.
+        ConfigError: If there is no tokenizer.
+    """
+    console = console or Console()
+    if tokenizer is not None:
+        datamodule.tokenizer = tokenizer
+    tokenizer, rules = datamodule.tokenizer, datamodule.rules
+    lenient = replace(
+        rules, on_bad_row="skip", on_overlong="drop" if rules.on_overlong == "error" else rules.on_overlong
+    )
+    splits = Splits(datamodule.splits.given, lenient)
+    names = [name for name in ("train", "validation", "test") if name in splits.given]
+    splits.load(names)
+    for name in names:
+        splits.encode(name, tokenizer)
+        console.rule(f"[bold]{name}")
+        report = splits.report[name]
+        _print_examples(splits, name, tokenizer, examples, console)
+        histogram = length_histogram(report.lengths, rules.max_length, fancy=_is_fancy(console))
+        console.print(histogram, markup=False, highlight=False)
+        console.print(_counts(report))
+        stops = [p for p in report.problems if not datamodule.splits.may_drop(p)]
+        _print_problems(report.problems, stops, console)
+    return splits.report
+
+
+def supervised_text(tokenizer: PreTrainedTokenizerBase, example: Example, *, fancy: bool = True) -> Text:
+    """The text of an example, its supervised runs coloured and between marks.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        example: An encoded row.
+        fancy: Whether the marks may be other than ASCII.
+    """
+    before, after = ("«", "»") if fancy else (">>", "<<")
+    text = Text()
+    pairs = zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True)
+    for supervised, run in groupby(pairs, key=lambda pair: pair[1]):
+        decoded = str(tokenizer.decode([token for token, _ in run]))
+        if supervised:
+            text.append(f"{before}{decoded}{after}", style=_SUPERVISED)
+        else:
+            text.append(decoded, style=_CONTEXT)
+    return text
+
+
+def length_histogram(lengths: Sequence[int], max_length: int, *, fancy: bool = True) -> str:
+    """Rows by their number of tokens.
+
+    Args:
+        lengths: Tokens of each row.
+        max_length: Named below, as the limit.
+        fancy: Whether bars may be other than ASCII.
+
+    Example:
+        >>> print(length_histogram([3, 4, 9], 16, fancy=False))
+        tokens per row (longest 9, max_length 16)
+         1-2 |  0
+         3-4 | ######################################## 2
+         5-6 |  0
+         7-8 |  0
+        9-10 | #################### 1
+    """
+    width = max(2, -(-max(lengths) // _BINS))
+    counts = Counter((length - 1) // width for length in lengths)
+    labels = [f"{i * width + 1:,}-{(i + 1) * width:,}" for i in range(max(counts) + 1)]
+    lines = [f"tokens per row (longest {max(lengths):,}, max_length {max_length:,})"]
+    for i, label in enumerate(labels):
+        bar = ("█" if fancy else "#") * -(-_BAR * counts[i] // max(counts.values()))
+        lines.append(f"{label:>{max(map(len, labels))}} | {bar} {counts[i]:,}")
+    return "\n".join(lines)
+
+
+def _is_fancy(console: Console) -> bool:
+    return console.encoding.lower().startswith("utf")
+
+
+def _print_examples(
+    splits: Splits, name: str, tokenizer: PreTrainedTokenizerBase, examples: int, console: Console
+) -> None:
+    places = [(part, i) for part, rows in enumerate(splits.encoded[name]) for i in range(len(rows))]
+    for part, i in places[:examples]:
+        row, example = splits.rows[name][part][i], splits.encoded[name][part][i]
+        title = f"{row.source}, row {row.row}: {len(example):,} tokens, {int(example.supervised.sum()):,} supervised"
+        if splits.encoded[name][part].truncated[i]:
+            title += ", prompt cut"
+        text = supervised_text(tokenizer, example, fancy=_is_fancy(console))
+        console.print(Panel(text, title=Text(title), title_align="left"))
+
+
+def _counts(report: SplitReport) -> Table:
+    table = Table(show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    tokens = sum(report.lengths)
+    figures = [
+        (report.read, "rows read"),
+        (report.kept, "rows used"),
+        *((count, f"left out: {reason}") for reason, count in report.skipped.most_common()),
+        (report.truncated, "prompts cut to max_length"),
+        (report.duplicates, "duplicates of an earlier row"),
+        (report.also_in_train, "rows that also stand in train"),
+        (report.other_prompt, "rows whose prompt isn't what generation starts from"),
+        *((count, note) for note, count in report.notes.items()),
+        (tokens, "tokens"),
+        (sum(report.supervised), f"supervised tokens ({sum(report.supervised) / max(1, tokens):.0%})"),
+    ]
+    for count, what in figures:
+        if count or what in ("rows read", "rows used"):
+            table.add_row(f"{count:,}", what)
+    return table
+
+
+def _print_problems(problems: Sequence[Problem], stops: Sequence[Problem], console: Console) -> None:
+    for problem in problems[:SHOWN]:
+        console.print(Text(f"left out: {problem}", style="yellow"))
+    if len(problems) > SHOWN:
+        console.print(f"... and {len(problems) - SHOWN:,} more")
+    if stops:
+        settings = "on_bad_row or on_overlong"
+        console.print(
+            Text(f"fit would stop at {len(stops):,} of these rows: mend them, or set {settings}.", style="bold red")
+        )

@@ -1,0 +1,72 @@
+"""What became of the rows of a split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lightning_ft.data.problems import Problem
+
+
+@dataclass
+class SplitReport:
+    """What became of the rows of one split.
+
+    Args:
+        read: Rows found. Rows held out for validation count there, not in train.
+        kept: Rows that are used.
+        skipped: Rows left out, by reason.
+        problems: What was wrong with them.
+        truncated: Rows whose prompt was cut.
+        duplicates: Kept rows that stand there more than once, first occurrences not counted.
+        also_in_train: Kept rows that stand in the training split too.
+        other_prompt: Rows whose tokens before the last answer aren't those that generation starts from.
+        notes: Other things found (byte order marks, blank lines), with their counts.
+        formats: Row format of each source.
+        lengths: Tokens of each kept row.
+        supervised: Supervised tokens of each kept row.
+    """
+
+    read: int = 0
+    kept: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    truncated: int = 0
+    duplicates: int = 0
+    also_in_train: int = 0
+    other_prompt: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+    formats: dict[str, str] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    supervised: list[int] = field(default_factory=list)
+
+    def skip(self, problems: Iterable[Problem]) -> None:
+        """Count rows that are left out."""
+        for problem in problems:
+            self.problems.append(problem)
+            self.skipped[problem.reason] += 1
+
+    def summary(self, name: str) -> str:
+        """One line for the log.
+
+        Example:
+            >>> SplitReport(read=3, kept=2, skipped=Counter({"empty output": 1}), lengths=[4, 6]).summary("train")
+            'train: 2 of 3 rows, 10 tokens (0 supervised), longest 6; left out: 1 x empty output'
+        """
+        text = f"{name}: {self.kept:,} of {self.read:,} rows"
+        if self.lengths:
+            tokens, supervised = sum(self.lengths), sum(self.supervised)
+            text += f", {tokens:,} tokens ({supervised:,} supervised), longest {max(self.lengths):,}"
+        if self.skipped:
+            text += "; left out: " + ", ".join(f"{n:,} x {reason}" for reason, n in self.skipped.most_common())
+        for count, what in (
+            (self.truncated, "prompts cut to max_length"),
+            (self.duplicates, "duplicates of an earlier row"),
+            (self.also_in_train, "rows that also stand in train"),
+        ):
+            if count:
+                text += f"; {count:,} {what}"
+        for note, count in self.notes.items():
+            text += f"; {count:,} x {note}"
+        return text

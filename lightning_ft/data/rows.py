@@ -1,0 +1,114 @@
+"""Sources to checked conversations, every bad row told together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from typing import Any, Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_only
+from rich.progress import track
+
+from lightning_ft.data.files import RawRow
+from lightning_ft.data.formats import Conversation, RowFormat, detect_format
+from lightning_ft.data.problems import Problem
+from lightning_ft.data.report import SplitReport
+from lightning_ft.data.sources import Source, read_rows
+from lightning_ft.data.turns import RowError
+from lightning_ft.errors import DataError
+
+OnBadRow = Literal["error", "skip"]
+
+SHOW_FROM = 20_000
+"""Rows from which a progress bar is worth its line."""
+
+_LOOKED_AT = 100  # first rows that the format is detected from
+
+
+def load_source(
+    source: Source,
+    name: str,
+    argument: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "error",
+    answered: bool = True,
+    report: SplitReport | None = None,
+) -> tuple[list[Conversation], list[Problem]]:
+    """Read and check one source.
+
+    Args:
+        source: A path, a hub name, a dataset or a list of dicts.
+        name: What errors call it.
+        argument: Name of the argument it was passed as.
+        columns: The format's field names to those in the data.
+        on_bad_row: ``"error"`` returns the problems, ``"skip"`` counts them in `report`.
+        answered: Whether rows must have an answer.
+        report: Counts what is found.
+
+    Returns:
+        The good rows, and the problems (none with ``"skip"``).
+
+    Raises:
+        DataError: If the source as a whole can't be used, or ``"skip"`` leaves no row.
+
+    Example:
+        >>> given = [{"input": "2+2?", "output": "4"}, {"input": "", "output": "5"}]
+        >>> rows, problems = load_source(given, "train", "train")
+        >>> len(rows), str(problems[0])
+        (1, "train, row 2, 'input': empty input. Fill it in or remove the row.")
+    """
+    report = report if report is not None else SplitReport()
+    raw_rows = read_rows(source, name, argument, report.notes)
+    first = list(islice(raw_rows, _LOOKED_AT))
+    if not first:
+        raise DataError(f"{name}: there are no rows in it.")
+    found = [raw.value for raw in first if isinstance(raw.value, Mapping)]
+    row_format = RowFormat(detect_format(found, columns, answered=answered), columns, answered=answered)
+    report.formats[name] = row_format.name if found else "none"
+
+    rows: list[Conversation] = []
+    problems: list[Problem] = []
+    read = 0
+    for raw in _shown(chain(first, raw_rows), f"Reading {name}"):
+        read += 1
+        if raw.problem is not None:
+            problems.append(raw.problem)
+            continue
+        try:
+            rows.append(row_format.conversation(raw.value, raw.source, raw.number))
+        except RowError as error:
+            problem = Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
+            problems.append(problem)
+    report.read += read
+    report.kept += len(rows)
+    if on_bad_row == "skip":
+        report.skip(problems)
+        if not rows:
+            raise DataError(f"{name}: none of its {read:,} rows is good. The first: {problems[0]}")
+        problems = []
+    return rows, problems
+
+
+def _shown(rows: Iterable[RawRow], description: str) -> Iterator[RawRow]:
+    """The same rows, with a progress bar once there are many."""
+    iterator = iter(rows)
+    yield from islice(iterator, SHOW_FROM)
+    first: list[Any] = list(islice(iterator, 1))
+    if first:
+        more = chain(first, iterator)
+        yield from track(more, description=f"{description} ({SHOW_FROM:,}+)", disable=not is_rank_zero())
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that talks."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
+def count_duplicates(rows: Iterable[Conversation]) -> int:
+    """How many rows stand there again, the first occurrence of each not counted."""
+    return sum(count - 1 for count in Counter(row.key for row in rows).values())
+
+
+__all__ = ["OnBadRow", "SHOW_FROM", "count_duplicates", "is_rank_zero", "load_source"]

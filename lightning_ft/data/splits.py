@@ -1,0 +1,230 @@
+"""The rows of each split, read, checked, held out and encoded; knows nothing of Lightning."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.cache import EncodedRows
+from lightning_ft.data.formats import Conversation
+from lightning_ft.data.overlong import OnOverlong
+from lightning_ft.data.problems import Problem, raise_problems
+from lightning_ft.data.report import SplitReport
+from lightning_ft.data.request import Request
+from lightning_ft.data.rows import OnBadRow, count_duplicates, load_source
+from lightning_ft.data.sources import as_sources
+from lightning_ft.data.tokenise import tokenise
+from lightning_ft.errors import ConfigError, DataError
+
+SplitName = Literal["train", "validation", "test", "predict"]
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """How rows are read and encoded.
+
+    Args:
+        columns: The format's field names to those in the data.
+        on_bad_row: What becomes of bad rows.
+        max_length: Most tokens of a row.
+        on_overlong: What becomes of longer rows.
+        seed: Decides which rows are held out.
+        cache: Folder of encoded rows, None for none.
+    """
+
+    columns: Mapping[str, str] | None
+    on_bad_row: OnBadRow
+    max_length: int
+    on_overlong: OnOverlong
+    seed: int
+    cache: Path | None
+
+
+class Splits:
+    """Rows of each split: `load` reads and checks them, `encode` tokenises them, each once.
+
+    Args:
+        given: What was passed as each split; None for none, and for validation also the share of train to hold out.
+        rules: How rows are read and encoded.
+
+    Example:
+        >>> rules = RowRules(None, "error", 64, "error", seed=0, cache=None)
+        >>> rows = [{"input": f"{n} + 1?", "output": str(n + 1)} for n in range(10)]
+        >>> splits = Splits({"train": rows, "validation": 0.2}, rules)
+        >>> splits.load(["train", "validation"])
+        >>> {name: report.kept for name, report in splits.report.items()}
+        {'train': 8, 'validation': 2}
+    """
+
+    def __init__(self, given: Mapping[str, Any], rules: RowRules) -> None:
+        self.given = {name: value for name, value in given.items() if value is not None}
+        self.rules = rules
+        self.report: dict[str, SplitReport] = {}
+        self.rows: dict[str, list[list[Conversation]]] = {}
+        self.encoded: dict[str, list[EncodedRows]] = {}
+
+    @property
+    def held_out(self) -> float | None:
+        """The share of the training rows that validation is."""
+        share = self.given.get("validation")
+        return float(share) if isinstance(share, (int, float)) else None
+
+    def load(self, names: Sequence[str]) -> None:
+        """Read and check splits that weren't yet; the bad rows of all of them are reported together.
+
+        Raises:
+            DataError: With every bad row, unless they are to be skipped.
+        """
+        wanted = {name for name in names if name in self.given}
+        if "validation" in wanted and self.held_out is not None:
+            wanted.add("train")
+        new = [name for name in self.given if name in wanted and name not in self.rows]
+        if self.held_out is not None:
+            new = [name for name in new if name != "validation"]
+        rows: dict[str, list[list[Conversation]]] = {}
+        reports: dict[str, SplitReport] = {}
+        problems: list[Problem] = []
+        for name in new:
+            reports[name] = SplitReport()
+            rows[name] = []
+            for source_name, source in as_sources(self.given[name], name).items():
+                good, bad = load_source(
+                    source,
+                    source_name,
+                    name,
+                    columns=self.rules.columns,
+                    on_bad_row=self.rules.on_bad_row,
+                    answered=name != "predict",
+                    report=reports[name],
+                )
+                rows[name].append(good)
+                problems += bad
+        raise_problems(problems)
+        for name in new:
+            formats = reports[name].formats.items()
+            rank_zero_info(f"{name}: row format " + ", ".join(f"{found} ({source})" for source, found in formats))
+        self.rows |= rows
+        self.report |= reports
+        if "train" in new and self.held_out is not None:
+            self._hold_out(self.held_out)
+        for name in self.rows:
+            self.report[name].duplicates = count_duplicates(row for part in self.rows[name] for row in part)
+        if new:
+            self._count_overlap()
+
+    def _hold_out(self, share: float) -> None:
+        """Move a share of the training rows to validation, all copies of a row together."""
+        keys = list(dict.fromkeys(row.key for part in self.rows["train"] for row in part))
+        if len(keys) < 2:
+            raise DataError(f"validation={share} of train: there are fewer than two different rows to share out.")
+        count = min(len(keys) - 1, max(1, round(len(keys) * share)))
+        out = set(random.Random(self.rules.seed).sample(keys, count))
+        held = [row for part in self.rows["train"] for row in part if row.key in out]
+        self.rows["train"] = [[row for row in part if row.key not in out] for part in self.rows["train"]]
+        self.rows["validation"] = [held]
+        self.report["validation"] = SplitReport(read=len(held), kept=len(held))
+        self.report["train"].read -= len(held)
+        self.report["train"].kept -= len(held)
+
+    def _count_overlap(self) -> None:
+        train = {row.key for part in self.rows.get("train", []) for row in part}
+        for name in ("validation", "test"):
+            if name not in self.rows or not train:
+                continue
+            both = sum(row.key in train for part in self.rows[name] for row in part)
+            if both and not self.report[name].also_in_train:
+                rank_zero_warn(
+                    f"{name}: {both:,} of {self.report[name].kept:,} rows also stand in train, so its figures will "
+                    "look better than they are. Remove them from one of the two."
+                )
+            self.report[name].also_in_train = both
+
+    def encode(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenise a split that was loaded and wasn't yet encoded.
+
+        Raises:
+            DataError: With every row that can't be encoded within `max_length`, or if none is left.
+        """
+        if name in self.encoded or name not in self.rows:
+            return
+        encoded: list[EncodedRows] = []
+        dropped: list[Problem] = []
+        fatal: list[Problem] = []
+        for part in self.rows[name]:
+            rows, problems = tokenise(
+                part,
+                tokenizer,
+                max_length=self.rules.max_length,
+                on_overlong=self.rules.on_overlong,
+                folder=self.rules.cache,
+                label=name,
+            )
+            encoded.append(rows)
+            for problem in problems:
+                (dropped if self.may_drop(problem) else fatal).append(problem)
+        raise_problems(fatal)
+        kept = sum(map(len, encoded))
+        if not kept:
+            why = dropped[0] if dropped else "all of its rows are held out"
+            raise DataError(
+                f"{name}: no row is left within max_length={self.rules.max_length:,}; {len(dropped):,} were dropped. "
+                f"The first: {why}"
+            )
+        report = self.report[name]
+        report.skip(dropped)
+        report.kept = kept
+        for rows in encoded:
+            report.truncated += sum(rows.truncated)
+            report.other_prompt += rows.about["other_prompt"]
+            report.lengths += rows.lengths
+            report.supervised += rows.supervised
+        self.encoded[name] = encoded
+        self.rows[name] = [[part[i] for i in e.rows] for part, e in zip(self.rows[name], encoded, strict=True)]
+        self._tell(name, tokenizer)
+
+    def may_drop(self, problem: Problem) -> bool:
+        """Whether a row with this problem is left out; if not, it is an error."""
+        if problem.reason.startswith("overlong") and self.rules.on_overlong != "truncate_prompt":
+            return self.rules.on_overlong == "drop"
+        return self.rules.on_bad_row == "skip"
+
+    def _tell(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        report = self.report[name]
+        rank_zero_info(report.summary(name))
+        if report.other_prompt:
+            rank_zero_warn(
+                f"{name}: in {report.other_prompt:,} of {report.kept:,} rows the tokens before the last answer aren't "
+                "those that generation starts from: the chat template renders a conversation differently once there is "
+                "an answer. The model would be trained on other prompts than it is asked."
+            )
+        if max(report.lengths) > tokenizer.model_max_length:
+            rank_zero_warn(
+                f"{name}: the longest row has {max(report.lengths):,} tokens, the tokenizer's model_max_length is "
+                f"{tokenizer.model_max_length:,}. Lower max_length if the model takes no more."
+            )
+
+    def requests(self, name: str) -> list[Request]:
+        """Rows of a split as requests with their right answers.
+
+        Ids are unique: a row whose id stands there already gets ``#2``, ``#3``, ... behind it.
+
+        Raises:
+            ConfigError: If there is no such split, or it wasn't loaded.
+        """
+        if name not in self.rows:
+            reason = "setup() hasn't run for it" if name in self.given else f"pass {name}="
+            raise ConfigError(f"There are no {name} rows: {reason}.")
+        seen: Counter[str] = Counter()
+        requests = []
+        for row in (row for part in self.rows[name] for row in part):
+            seen[row.id] += 1
+            unique = row.id if seen[row.id] == 1 else f"{row.id}#{seen[row.id]}"
+            requests.append(Request(unique, row.asked, row.messages[-1]["content"], row.cluster))
+        return requests

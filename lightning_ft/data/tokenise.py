@@ -1,0 +1,76 @@
+"""Conversations to encoded rows, from the cache where they stand in it, with a progress bar where it takes long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data import cache
+from lightning_ft.data.formats import Conversation
+from lightning_ft.data.overlong import OnOverlong, RowEncoder
+from lightning_ft.data.problems import Problem
+from lightning_ft.data.rows import is_rank_zero
+
+_SHOW_FROM = 2000  # rows from which a progress bar is worth its line
+
+
+def tokenise(
+    rows: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    on_overlong: OnOverlong,
+    folder: Path | None,
+    label: str,
+) -> tuple[cache.EncodedRows, list[Problem]]:
+    """Encode rows.
+
+    Args:
+        rows: The rows.
+        tokenizer: The tokenizer.
+        max_length: Most tokens a row may have.
+        on_overlong: See `PairDataModule`.
+        folder: The cache, None for none.
+        label: What the progress bar says.
+
+    Returns:
+        The encoded rows, and the problems of those that aren't among them. ``about["other_prompt"]`` of the encoded
+        rows counts those whose prompt isn't what generation starts from.
+    """
+    key = cache.content_key(rows, tokenizer, max_length=max_length, on_overlong=on_overlong)
+    encoded = cache.load(folder, key) if folder is not None else None
+    if encoded is None:
+        encoded = _encode_all(rows, RowEncoder(tokenizer, max_length, on_overlong), folder, key, label)
+    return encoded, [
+        Problem(**{**problem, "source": rows[index].source, "row": rows[index].row})
+        for index, problem in encoded.about[
+            "problems"
+        ]  # rows may be the same and stand elsewhere than when they were cached
+    ]
+
+
+def _encode_all(
+    rows: Sequence[Conversation], encoder: RowEncoder, folder: Path | None, key: str, label: str
+) -> cache.EncodedRows:
+    problems: list[tuple[int, Problem]] = []
+    other_prompt = 0
+    shown = track(rows, description=f"Tokenising {label}", disable=len(rows) < _SHOW_FROM or not is_rank_zero())
+    with cache.new_entry(folder, key) as entry:
+        for index, row in enumerate(shown):
+            result = encoder(row)
+            if isinstance(result, Problem):
+                problems.append((index, result))
+                continue
+            encoded, used = result
+            other_prompt += not encoded.prompt_matches
+            entry.writer.write(encoded.example, row=index, truncated=used is not row)
+        entry.about = {
+            "problems": [[index, asdict(problem)] for index, problem in problems],
+            "other_prompt": other_prompt,
+        }
+    assert entry.result is not None  # set when the block ended
+    return entry.result

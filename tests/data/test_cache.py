@@ -1,0 +1,144 @@
+"""Encoded rows on disk: found again by content, never half written, never wrong."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_ft.data import cache
+from lightning_ft.data import tokenise as tokenise_module
+from lightning_ft.data.formats import Conversation
+from lightning_ft.data.layout import Example
+from lightning_ft.data.tokenise import tokenise
+
+
+def conversations(pairs, source="a.jsonl"):
+    return [
+        Conversation(
+            ({"role": "user", "content": p["input"]}, {"role": "assistant", "content": p["output"]}), source, n, f"{n}"
+        )
+        for n, p in enumerate(pairs, 1)
+    ]
+
+
+@pytest.fixture
+def encoded_times(monkeypatch):
+    """How often rows were really encoded."""
+    times = []
+    original = tokenise_module._encode_all
+    monkeypatch.setattr(tokenise_module, "_encode_all", lambda *a: times.append(1) or original(*a))
+    return times
+
+
+OPTIONS = {"max_length": 64, "on_overlong": "error", "label": "train"}
+
+
+def contents(rows):
+    return [(rows[i].input_ids.tolist(), rows[i].supervised.tolist()) for i in range(len(rows))]
+
+
+def test_encoded_once_and_the_same_from_disk_and_memory(tmp_path, tokenizer, pairs, encoded_times):
+    rows = conversations(pairs)
+    first, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    second, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    assert len(encoded_times) == 1
+    memory, _ = tokenise(rows, tokenizer, folder=None, **OPTIONS)
+    assert len(encoded_times) == 2
+    assert contents(first) == contents(second) == contents(memory)
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert Path(first._table.cache_files[0]["filename"]).parent.parent == tmp_path  # memory-mapped
+
+
+def test_rows_in_many_batches(tmp_path, tokenizer, pairs, monkeypatch):
+    monkeypatch.setattr(cache, "_WRITTEN_TOGETHER", 5)
+    rows = conversations(pairs)
+    many, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    monkeypatch.undo()
+    one, _ = tokenise(rows, tokenizer, folder=None, **OPTIONS)
+    assert contents(many) == contents(one)
+    assert many.lengths == [len(one[i]) for i in range(len(one))]
+    assert many.supervised == [int(one[i].supervised.sum()) for i in range(len(one))]
+    assert many.rows == list(range(24))
+
+
+def test_what_changes_the_tokens_changes_the_entry(tmp_path, make_tokenizer, pairs, encoded_times):
+    rows = conversations(pairs)
+    tokenizer = make_tokenizer()
+    tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    other = {"role": "user", "content": "another"}
+    changed = [
+        ([*rows[:-1], Conversation((other, rows[-1].messages[1]), "a.jsonl", 24, "24")], tokenizer, OPTIONS),
+        (rows[::-1], tokenizer, OPTIONS),
+        (rows, make_tokenizer("llama"), OPTIONS),
+        (rows, make_tokenizer(eos="<|pad|>"), OPTIONS),
+        (rows, tokenizer, {**OPTIONS, "max_length": 65}),
+        (rows, tokenizer, {**OPTIONS, "on_overlong": "drop"}),
+    ]
+    for count, (some, with_tokenizer, options) in enumerate(changed, 2):
+        tokenise(some, with_tokenizer, folder=tmp_path, **options)
+        assert len(encoded_times) == count
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)  # leaves its mark on a fast tokenizer
+    tokenise(rows, tokenizer, folder=tmp_path, **{**OPTIONS, "label": "other"})
+    assert len(encoded_times) == len(changed) + 1
+
+
+def test_problems_are_cached_and_told_where_the_rows_now_stand(tmp_path, tokenizer, pairs, encoded_times):
+    long = {"input": "parcel " * 100, "output": "x"}
+    options = {**OPTIONS, "on_overlong": "drop"}
+    _, (first,) = tokenise(conversations([*pairs, long]), tokenizer, folder=tmp_path, **options)
+    rows, (second,) = tokenise(conversations([*pairs, long], source="b.jsonl"), tokenizer, folder=tmp_path, **options)
+    assert len(encoded_times) == 1
+    assert (first.source, second.source) == ("a.jsonl", "b.jsonl")
+    assert (first.row, second.row, second.reason) == (25, 25, "overlong prompt")
+    assert len(rows) == 24
+
+
+@pytest.mark.parametrize("harm", ["cut", "no about", "about is no JSON", "no rows"])
+def test_a_broken_entry_is_written_anew(tmp_path, tokenizer, pairs, encoded_times, harm):
+    rows = conversations(pairs)
+    good, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    expected = contents(good)
+    del good
+    (entry,) = tmp_path.iterdir()
+    if harm == "cut":
+        data = (entry / "rows.arrow").read_bytes()
+        (entry / "rows.arrow").unlink()  # not in place: it may be mapped
+        (entry / "rows.arrow").write_bytes(data[: len(data) // 2])
+    elif harm == "no about":
+        (entry / "about.json").unlink()
+    elif harm == "about is no JSON":
+        (entry / "about.json").write_text("{")
+    else:
+        (entry / "rows.arrow").unlink()
+    again, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    assert len(encoded_times) == 2
+    assert contents(again) == expected
+    assert [p.name for p in tmp_path.iterdir()] == [entry.name]
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    example = Example(torch.arange(3), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(KeyboardInterrupt), cache.new_entry(tmp_path, "key") as entry:  # noqa: PT012
+        entry.writer.write(example, row=0, truncated=False)
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    assert cache.load(tmp_path, "key") is None
+
+
+def test_two_writers_of_the_same_entry(tmp_path):
+    example = Example(torch.arange(3), torch.ones(3, dtype=torch.bool))
+    with cache.new_entry(tmp_path, "key") as one:
+        one.writer.write(example, row=0, truncated=False)
+        with cache.new_entry(tmp_path, "key") as two:
+            two.writer.write(example, row=0, truncated=False)
+    assert contents(one.result) == contents(two.result)
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("folder", [True, False], ids=["disk", "memory"])
+def test_encoded_rows_can_be_sent_to_a_worker(tmp_path, tokenizer, pairs, folder):
+    rows, _ = tokenise(conversations(pairs), tokenizer, folder=tmp_path if folder else None, **OPTIONS)
+    assert contents(pickle.loads(pickle.dumps(rows))) == contents(rows)
+    if folder:  # by name, not by content
+        assert len(pickle.dumps(rows)) < 20_000

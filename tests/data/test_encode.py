@@ -1,0 +1,204 @@
+"""Which tokens a conversation becomes, and which of them are supervised."""
+
+import pytest
+from trl.chat_template_utils import qwen3_chat_template, qwen3_training_chat_template
+
+from lightning_ft.data.encode import AnswerLostError, answer_end_token, encode, encode_conversation, encode_prompt
+from lightning_ft.data.templates import PLAIN_TEMPLATE, chat_template, set_chat_template
+from lightning_ft.errors import ConfigError, TokenizerError
+
+U, A, S = "user", "assistant", "system"
+
+
+def talk(*texts, system=None):
+    messages = [{"role": (U, A)[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [*([{"role": S, "content": system}] if system else []), *messages]
+
+
+def answers(tokenizer, example):
+    """The text of each run of supervised tokens."""
+    runs, last = [], False
+    for token, supervised in zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True):
+        if supervised:
+            runs = [*runs[:-1], [*runs[-1], token]] if last else [*runs, [token]]
+        last = supervised
+    return [tokenizer.decode(run) for run in runs]
+
+
+END = {"chatml": "<|im_end|>", "chatml_without_markers": "<|im_end|>", "llama": "<|im_end|>", "none": "<|im_end|>",
+       "text": "<|im_end|>"}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [*END, "plain"])
+@pytest.mark.parametrize("pad", ["<|pad|>", None])
+def test_the_answer_and_its_end_are_supervised(make_tokenizer, template, pad):
+    tokenizer = make_tokenizer(template, pad=pad)
+    if template in ("plain", "text"):
+        set_chat_template(tokenizer, template)
+    messages = talk("where is my parcel", "refund it, please")
+    example = encode_conversation(tokenizer, messages)
+    assert [a.strip() for a in answers(tokenizer, example)] == ["refund it, please<|im_end|>"]
+    assert not example.supervised[0]
+    prompt = encode_prompt(tokenizer, messages[:-1])
+    assert example.input_ids[: len(prompt)].tolist() == prompt
+    assert int(example.supervised.nonzero()[0]) == len(prompt)  # what generation starts from is all that stands before
+    assert prompt == tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["chatml", "chatml_without_markers", "llama", "none"])
+def test_every_assistant_turn_is_supervised(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    example = encode_conversation(tokenizer, talk("one", "two", "two", "two two", "five", "six"))
+    assert [a.strip() for a in answers(tokenizer, example)] == ["two<|im_end|>", "two two<|im_end|>", "six<|im_end|>"]
+
+
+def test_as_transformers_masks_it(tokenizer):
+    messages = talk("one", "two", "three", "four", system="be brief")
+    example = encode_conversation(tokenizer, messages)
+    theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert example.input_ids.tolist() == theirs["input_ids"]
+    assert example.supervised.int().tolist() == theirs["assistant_masks"]
+
+
+def test_with_and_without_markers_is_the_same(make_tokenizer):
+    messages = talk(
+        "user", "assistant", "assistant", "user", system="assistant"
+    )  # a search for the text would go astray
+    marked = encode_conversation(make_tokenizer("chatml"), messages)
+    bare = encode_conversation(make_tokenizer("chatml_without_markers"), messages)
+    assert marked.input_ids.tolist() == bare.input_ids.tolist()
+    assert marked.supervised.tolist() == bare.supervised.tolist()
+
+
+def test_a_template_that_trl_knows(make_tokenizer):
+    tokenizer = make_tokenizer(qwen3_chat_template)
+    assert chat_template(tokenizer).training == qwen3_training_chat_template
+    example = encode_conversation(tokenizer, talk("2+2?", "4"))
+    assert answers(tokenizer, example) == ["<think>\n\n</think>\n\n4<|im_end|>"]
+    assert encode(tokenizer, talk("2+2?", "4"), chat_template(tokenizer)).prompt_matches
+
+
+@pytest.mark.parametrize("template", ["chatml", "chatml_without_markers", "llama", "none", "text"])
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("where is my parcel", " refund"),  # a leading space
+        ("a", "\nb"),
+        ("a\n", "\n\n b \n"),
+        ("a ", "  b"),
+        ("déjà vu 🙂", "日本語 🙂"),
+        ("User:", "Assistant: User:"),
+        ("<|im_start|>", "<think>"),
+        ("x", "9" * 50),
+    ],
+)
+def test_training_and_generation_see_the_same_prompt(make_tokenizer, template, question, answer):
+    tokenizer = make_tokenizer(template)
+    if template == "text":
+        set_chat_template(tokenizer, "text")
+    for messages in (talk(question, answer), talk(question, answer, answer, question.replace("<|im_start|>", "z"))):
+        encoded = encode(tokenizer, messages, chat_template(tokenizer))
+        prompt = encode_prompt(tokenizer, messages[:-1])
+        if template == "llama" and messages[-1]["content"] != messages[-1]["content"].strip():
+            continue  # that template trims
+        assert encoded.example.input_ids[: len(prompt)].tolist() == prompt
+        assert encoded.prompt_matches
+        text = tokenizer.decode(encoded.example.input_ids[len(prompt) :][encoded.example.supervised[len(prompt) :]])
+        assert text.removesuffix("<|im_end|>").strip() == messages[-1]["content"].strip()
+        assert text.endswith("<|im_end|>")
+
+
+def test_merged_boundary_is_tokenised_apart(make_tokenizer):
+    """`the qu` + `ick` is one token in the whole text, which generation would never have seen the start of."""
+    tokenizer = make_tokenizer()
+    set_chat_template(tokenizer, "text")
+    messages = talk("the qu", "ick brown fox")
+    whole = tokenizer("<|bos|>the quick brown fox<|im_end|>", add_special_tokens=False)["input_ids"]
+    example = encode_conversation(tokenizer, messages)
+    assert example.input_ids.tolist() != whole
+    assert tokenizer.decode(example.input_ids) == tokenizer.decode(whole)
+    assert answers(tokenizer, example) == ["ick brown fox<|im_end|>"]
+
+
+def test_no_end_token_in_the_template(make_tokenizer):
+    tokenizer = make_tokenizer("headers_only")
+    example = encode_conversation(tokenizer, talk("one", "two", "three", "four"))
+    assert answers(tokenizer, example) == ["two", "four<|im_end|>"]  # the next turn's header is nobody's end
+    assert int(example.input_ids[-1]) == tokenizer.eos_token_id
+    assert bool(example.supervised[-1])
+
+
+def test_bos_is_written_once_and_not_supervised(make_tokenizer):
+    for template in ("llama", "none"):
+        tokenizer = make_tokenizer(template)
+        ids = encode_conversation(tokenizer, talk("a", "b")).input_ids.tolist()
+        assert ids.count(tokenizer.bos_token_id) == 1
+    assert (
+        make_tokenizer("none", bos=None).decode(
+            encode_conversation(make_tokenizer("none", bos=None), talk("a", "b")).input_ids
+        )
+        == "User:\na\nAssistant:\nb<|im_end|>\n"
+    )
+
+
+def test_answer_end_token(make_tokenizer):
+    assert answer_end_token(make_tokenizer("chatml")) == make_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    other_eos = make_tokenizer("chatml", eos="<|pad|>")  # a base model's EOS, while the template ends turns otherwise
+    assert answer_end_token(other_eos) == other_eos.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_tokenizer_without_template_gets_the_plain_one(make_tokenizer):
+    tokenizer = make_tokenizer("none")
+    encode_prompt(tokenizer, talk("a"))
+    assert tokenizer.chat_template == PLAIN_TEMPLATE
+
+
+def test_set_chat_template(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer()
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
+    set_chat_template(tokenizer, str(tmp_path / "mine.jinja"))
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+    set_chat_template(tokenizer, "{{ 'x' }}")
+    assert tokenizer.chat_template == "{{ 'x' }}"
+    with pytest.raises(ConfigError, match="chat_template='plian': expected 'plain', 'text', a file"):
+        set_chat_template(tokenizer, "plian")
+
+
+def test_no_eos(make_tokenizer):
+    with pytest.raises(
+        TokenizerError, match=r"has no EOS token, so an answer could never be ended. Set tokenizer.eos_token"
+    ):
+        encode_conversation(make_tokenizer(eos=None), talk("a", "b"))
+    with pytest.raises(TokenizerError, match="no EOS"):
+        encode_prompt(make_tokenizer(eos=None), talk("a"))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("drops_answers", r"drops or changes an answer: 'refund' became '\\n'"),
+        ("changes_answers", "drops or changes an answer: 'refund' became 'REFUND"),
+    ],
+)
+def test_lost_answers(make_tokenizer, template, said):
+    with pytest.raises(AnswerLostError, match=said):
+        encode_conversation(make_tokenizer(template), talk("where is my parcel", "refund"))
+
+
+def test_refused_system_turn(make_tokenizer):
+    with pytest.raises(
+        TokenizerError, match="refuses a conversation of system, user, assistant: System role not supported"
+    ):
+        encode_conversation(make_tokenizer("llama"), talk("a", "b", system="s"))
+
+
+def test_several_templates(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"tool_use": "x"}
+    with pytest.raises(TokenizerError, match=r"multiple chat templates with no default.*Pass chat_template="):
+        chat_template(tokenizer)
+
+
+def test_another_prompt_than_generation_is_told(make_tokenizer):
+    tokenizer = make_tokenizer("other_prompt")
+    assert not encode(tokenizer, talk("a", "b"), chat_template(tokenizer)).prompt_matches

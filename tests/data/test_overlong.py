@@ -1,0 +1,95 @@
+"""Rows over `max_length`."""
+
+import pytest
+
+from lightning_ft.data.encode import encode_conversation, encode_prompt
+from lightning_ft.data.formats import Conversation
+from lightning_ft.data.overlong import RowEncoder
+from lightning_ft.data.problems import Problem
+
+
+def row(*texts, system=None):
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return Conversation(tuple(messages), "a.jsonl", 7, "a.jsonl:7")
+
+
+LONG = " ".join(f"parcel {n}" for n in range(60))
+
+
+@pytest.mark.parametrize("on_overlong", ["error", "drop"])
+def test_overlong_prompt(tokenizer, on_overlong):
+    problem = RowEncoder(tokenizer, 64, on_overlong)(row(LONG, "lamp"))
+    assert isinstance(problem, Problem)
+    assert (problem.source, problem.row, problem.reason) == ("a.jsonl", 7, "overlong prompt")
+    assert problem.detail.endswith("tokens, max_length=64")
+    assert problem.fix == "Raise max_length, or pass on_overlong='drop' or 'truncate_prompt'."
+
+
+@pytest.mark.parametrize("on_overlong", ["error", "drop", "truncate_prompt"])
+def test_overlong_answer(tokenizer, on_overlong):
+    problem = RowEncoder(tokenizer, 64, on_overlong)(row("lamp", LONG))
+    assert problem.reason == "overlong answer"
+    assert "of them supervised" in problem.detail
+    assert problem.fix.startswith("Raise max_length: answers, system turns")
+
+
+def test_overlong_system_turn(tokenizer):
+    problem = RowEncoder(tokenizer, 64, "truncate_prompt")(row("lamp", "dog", system=LONG))
+    assert problem.reason == "overlong system turn"
+
+
+def test_exactly_max_length_fits(tokenizer):
+    length = len(encode_conversation(tokenizer, row(LONG, "lamp").messages))
+    assert not isinstance(RowEncoder(tokenizer, length, "error")(row(LONG, "lamp")), Problem)
+    assert isinstance(RowEncoder(tokenizer, length - 1, "error")(row(LONG, "lamp")), Problem)
+
+
+@pytest.mark.parametrize("max_length", [24, 33, 64, 100])
+@pytest.mark.parametrize("template", ["chatml", "chatml_without_markers", "llama", "none"])
+def test_a_cut_prompt_keeps_the_end_of_the_question_and_all_of_the_answer(make_tokenizer, template, max_length):
+    tokenizer = make_tokenizer(template)
+    system = "be brief" if template != "llama" and max_length > 50 else None
+    given = row(LONG + " 🙂日本", "lamp", system=system)
+    encoded, cut = RowEncoder(tokenizer, max_length, "truncate_prompt")(given)
+    length = len(encoded.example)
+    assert max_length - 8 < length <= max_length  # a character may be several tokens
+    user = cut.messages[-2]["content"]
+    assert (LONG + " 🙂日本").endswith(user)
+    assert user
+    assert cut.messages[:-2] == given.messages[:-2]
+    assert cut.messages[-1] == given.messages[-1]
+    supervised = encoded.example.input_ids[encoded.example.supervised]
+    assert tokenizer.decode(supervised).strip() == "lamp<|im_end|>"
+    prompt = encode_prompt(tokenizer, cut.messages[:-1])
+    assert encoded.example.input_ids[: len(prompt)].tolist() == prompt
+
+
+def test_the_earliest_turn_is_cut_first(tokenizer):
+    given = row(LONG, "dog", LONG, "fox")
+    whole = len(encode_conversation(tokenizer, given.messages))
+    _, cut = RowEncoder(tokenizer, whole - 40, "truncate_prompt")(given)
+    assert cut.messages[0]["content"] != LONG
+    assert LONG.endswith(cut.messages[0]["content"])
+    assert cut.messages[2]["content"] == LONG
+    _, cut = RowEncoder(tokenizer, 100, "truncate_prompt")(given)
+    assert cut.messages[0]["content"] == ""
+    assert 0 < len(cut.messages[2]["content"]) < len(LONG)
+
+
+def test_a_question_is_never_cut_away(tokenizer):
+    empty = len(encode_conversation(tokenizer, row("", "lamp").messages))
+    assert RowEncoder(tokenizer, empty, "truncate_prompt")(row(LONG, "lamp")).reason == "overlong answer"
+    problem = RowEncoder(tokenizer, empty + 1, "truncate_prompt")(row(LONG + "🙂", "lamp"))  # that is four tokens
+    assert problem.fix == "Raise max_length: there is no room for even the end of the last question."
+    _, cut = RowEncoder(tokenizer, empty + 1, "truncate_prompt")(row(LONG, "lamp"))
+    assert cut.messages[0]["content"] == "9"
+
+
+def test_what_the_template_does_is_told_with_the_row(make_tokenizer):
+    problem = RowEncoder(make_tokenizer("drops_answers"), 64, "error")(row("a", "lamp"))
+    assert (problem.row, problem.reason) == (7, "answer lost in the chat template")
+    problem = RowEncoder(make_tokenizer("llama"), 64, "error")(row("a", "lamp", system="s"))
+    assert (problem.row, problem.reason) == (7, "refused by the chat template")
+    assert "System role not supported" in problem.detail

@@ -1,0 +1,247 @@
+"""The DataModule in a Trainer."""
+
+import json
+import warnings
+
+import datasets
+import pytest
+import pytorch_lightning
+import torch
+from pytorch_lightning.cli import LightningCLI
+from recorder import Recorder
+
+from lightning_ft.data import splits as splits_module
+from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.errors import ConfigError, DataError, NamespaceError
+
+TURNS = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+@pytest.fixture
+def trainer(trainer_options):
+    return lambda **options: pytorch_lightning.Trainer(**{"max_epochs": 2, **trainer_options, **options})
+
+
+def test_fit_validate_test_predict(trainer, tokenizer, pairs, write):
+    data = PairDataModule(
+        write("train.jsonl", pairs[:16]),
+        write("validation.jsonl", pairs[16:20]),
+        pairs[20:],
+        predict=[{"input": "where is it"}, {"input": "and now"}, TURNS["messages"] and {"input": "so", "output": "x"}],
+        batch_size=4,
+    )
+    module = Recorder(tokenizer)
+    trainer(num_sanity_val_steps=0).fit(module, data)
+    assert [s[0] for s in module.seen] == [0, 0, 0, 0, "validation", 1, 1, 1, 1, "validation"]
+    targets = [sorted(t for s in module.seen if s[0] == epoch for t in s[2]) for epoch in (0, 1)]
+    assert targets[0] == targets[1]
+    assert module.seen[0][1] != module.seen[5][1]  # another order
+    assert data.report["train"].kept == 16
+    module.seen = []
+    trainer().validate(module, data, verbose=False)
+    trainer().test(module, data, verbose=False)
+    assert [s[0] for s in module.seen] == ["validation", "test"]
+    batches = trainer().predict(module, data)
+    assert [[m["content"] for m in conversation] for batch in batches for conversation in batch] == [
+        ["where is it"], ["and now"], ["so"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_packing_changes_the_layout_only(tokenizer, pairs, packing):
+    data = PairDataModule(pairs, tokenizer=tokenizer, batch_size=5, packing=packing, cache_dir=False)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [b.num_groups for b in batches] == [5, 5, 5, 5, 4]
+    assert all(b.input_ids.shape[0] == (1 if packing else b.num_groups) for b in batches)
+    plain = PairDataModule(pairs, tokenizer=tokenizer, batch_size=5, packing=not packing, cache_dir=False)
+    for one, other in zip(batches, plain.train_dataloader(), strict=True):
+        assert one.targets.tolist() == other.targets.tolist()
+        assert one.groups.tolist() == other.groups.tolist()
+
+
+def test_rows_are_checked_before_weights_are_loaded(trainer, tokenizer, pairs):
+    module = Recorder(tokenizer)
+    with pytest.raises(DataError, match="1 bad row"):
+        trainer().fit(module, PairDataModule([*pairs, {"input": "a", "output": ""}]))
+    assert not module.loaded
+    with pytest.raises(DataError, match="overlong answer"):  # of the test rows too, before hours of training
+        trainer().fit(module, PairDataModule(pairs, test=[{"input": "a", "output": "b " * 99}], max_length=64))
+    assert not module.loaded
+
+
+@pytest.mark.parametrize(
+    ("stage", "loaded", "encoded"),
+    [
+        ("fit", {"train", "validation", "test"}, {"train", "validation", "test"}),
+        ("validate", {"train", "validation"}, {"validation"}),  # train is read to hold rows out of it
+        ("test", {"test"}, {"test"}),
+        ("predict", {"predict"}, set()),
+    ],
+)
+def test_a_stage_does_what_it_needs_and_once(trainer, tokenizer, pairs, monkeypatch, stage, loaded, encoded):
+    done = []
+    for name in ("load_source", "tokenise"):
+        original = getattr(splits_module, name)
+
+        def counted(*args, original=original, name=name, **kwargs):
+            done.append((name, args[2] if name == "load_source" else kwargs["label"]))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(splits_module, name, counted)
+    data = PairDataModule(pairs, 0.25, pairs[:4], predict=[{"input": "a"}], cache_dir=False)
+    run = getattr(trainer(max_epochs=1), stage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(Recorder(tokenizer), datamodule=data)
+    assert set(data.splits.rows) == loaded
+    assert set(data.splits.encoded) == encoded
+    assert len(done) == len(set(done))
+
+
+def test_no_validation(trainer, tokenizer, pairs):
+    module = Recorder(tokenizer)
+    trainer(max_epochs=1).fit(module, PairDataModule(pairs))
+    assert len(module.seen) == 3
+
+
+def test_what_was_not_given_is_said(tokenizer, pairs, trainer):
+    data = PairDataModule(pairs, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="no test rows: pass test="):
+        trainer().test(Recorder(), data)
+    with pytest.raises(ConfigError, match="no predict rows: pass predict="):
+        trainer().predict(Recorder(), data)
+    with pytest.raises(ConfigError, match="no tokenizer: pass tokenizer=, or use it with a module that has one"):
+        trainer().fit(Recorder(), PairDataModule(pairs))
+
+
+def test_no_pad_token_is_needed(make_tokenizer, pairs):
+    tokenizer = make_tokenizer(pad=None)
+    for packing in (True, False):
+        data = PairDataModule(pairs[:5], tokenizer=tokenizer, packing=packing, batch_size=5, shuffle=False)
+        data.setup("fit")
+        (batch,) = data.train_dataloader()
+        filler = batch.input_ids[batch.segment_ids < 0]
+        assert set(filler.tolist()) == (set() if packing else {tokenizer.eos_token_id})
+        lengths = data.report["train"]
+        assert (batch.num_tokens, batch.num_targets) == (sum(lengths.lengths), sum(lengths.supervised))
+    assert tokenizer.pad_token is None  # nothing was added to it
+
+
+def test_tokenizer_by_name(tmp_path, tokenizer, pairs):
+    tokenizer.save_pretrained(tmp_path)
+    data = PairDataModule(pairs, tokenizer=str(tmp_path))
+    data.setup("fit")
+    assert data.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert data.hparams["tokenizer"] == str(tmp_path)
+
+
+def test_another_tokenizer_than_the_modules(trainer, make_tokenizer, pairs):
+    with pytest.warns(UserWarning, match=r"The DataModule's tokenizer .* isn't the module's"):
+        trainer(max_epochs=1).fit(Recorder(make_tokenizer("llama")), PairDataModule(pairs, tokenizer=make_tokenizer()))
+
+
+def test_chat_template_is_put_on_the_modules_tokenizer(trainer, tokenizer, pairs):
+    module = Recorder(tokenizer)
+    data = PairDataModule(pairs[:1], chat_template="text")
+    trainer(max_epochs=1).fit(module, data)
+    assert tokenizer.decode(module.seen[0][1][0]) == "<|bos|>where is the parcel 0parcel 0<|im_end|>"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "<|bos|>x"
+
+
+def test_mixing(tokenizer, pairs):
+    data = PairDataModule([pairs[:4], pairs[4:]], mixing=[2.0, 0.5], tokenizer=tokenizer, batch_size=3)
+    data.setup("fit")
+    assert sum(b.num_groups for b in data.train_dataloader()) == 18
+    data = PairDataModule([pairs[:4], pairs[4:]], mixing=[2.0], tokenizer=tokenizer)
+    data.setup("fit")
+    with pytest.raises(ConfigError, match=r"mixing=\[2.0\]: expected one weight for each of 2 sources"):
+        data.train_dataloader()
+
+
+def test_streams_are_read_once(trainer, tokenizer, pairs):
+    read = []
+
+    def stream():
+        for row in pairs:
+            read.append(row)
+            yield row
+
+    module = Recorder(tokenizer)
+    data = PairDataModule(datasets.IterableDataset.from_generator(stream), batch_size=8)
+    trainer().fit(module, data)
+    assert len(module.seen) == 6
+    assert len(read) == 24
+
+
+def test_hyperparameters_are_json(trainer, tokenizer, pairs, write, tmp_path):
+    path = write("train.jsonl", pairs)
+    for data in (
+        PairDataModule(path, 0.25, columns={"input": "input"}, mixing=[1.0], cache_dir=str(tmp_path / "cache")),
+        PairDataModule([path, path], pairs, tokenizer=tokenizer),
+        PairDataModule(datasets.Dataset.from_list(pairs), predict=pairs),
+    ):
+        assert json.loads(json.dumps(dict(data.hparams))) == dict(data.hparams)
+    data = PairDataModule(path, 0.25, batch_size=3)
+    one = trainer(max_epochs=1, limit_val_batches=0)
+    one.fit(Recorder(tokenizer), data)
+    one.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert saved["datamodule_hyper_parameters"]["batch_size"] == 3
+    again = PairDataModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert dict(again.hparams) == dict(data.hparams)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+        ({"max_length": 1}, "max_length=1: expected at least 2"),
+        ({"on_overlong": "cut"}, "on_overlong='cut': expected one of 'error', 'drop', 'truncate_prompt'"),
+        ({"on_bad_row": "warn"}, "on_bad_row='warn': expected one of 'error', 'skip'"),
+        ({"validation": 1.5}, "validation=1.5: a share must lie between 0 and 1"),
+        ({"validation": 0}, "validation=0: a share"),
+        ({"validation": True}, "validation=True: a share"),
+        ({"cache_dir": True}, "cache_dir=True: expected a folder"),
+    ],
+)
+def test_wrong_arguments(options, said):
+    with pytest.raises(ConfigError, match=said):
+        PairDataModule([], **options)
+
+
+def test_the_other_lightning_is_refused(tokenizer, pairs):
+    other = pytest.importorskip("lightning.pytorch")
+    data = PairDataModule(pairs, tokenizer=tokenizer)
+    data.trainer = other.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    data.trainer.strategy.connect(Recorder(tokenizer))
+    with pytest.raises(NamespaceError, match="LIGHTNING_FT_NAMESPACE"):
+        data.setup("fit")
+
+
+def cli(*arguments):
+    return LightningCLI(Recorder, PairDataModule, run=False, save_config_callback=None, args=list(arguments)).datamodule
+
+
+def test_from_the_command_line_and_yaml(write, pairs, tmp_path):
+    a, b = write("a.jsonl", pairs), write("b.jsonl", pairs)
+    data = cli(f"--data.train={a}", "--data.validation=0.25", "--data.cache_dir=false", "--data.columns.input=question")
+    assert data.splits.given == {"train": a, "validation": 0.25}
+    assert data.rules.cache is None
+    assert data.rules.columns == {"input": "question"}
+    config = {"data": {"train": [a, b], "mixing": [1, 0.5], "validation": b, "on_overlong": "drop", "tokenizer": None}}
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    data = cli(f"--config={path}")
+    assert data.splits.given == {"train": [a, b], "validation": b}
+    assert data.rules.on_overlong == "drop"
+    with pytest.raises(SystemExit):
+        cli(f"--data.train={a}", "--data.on_overlong=cut")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        cli("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--data.max_length" in said
+    assert "Most tokens of a row, answer included" in said
