@@ -1,0 +1,267 @@
+"""Log-probabilities of chosen tokens without the logits of a whole batch.
+
+The logits of a batch are its largest tensor: at a vocabulary of 152,000, a thousand targets are 600 MB in fp32, several times
+over in a plain loss. Here the head runs over `chunk` targets at a time, and its gradients are formed in the forward pass
+wherever they don't depend on what comes later (the idea of Liger Kernel's chunked losses, https://arxiv.org/abs/2410.10989),
+so no chunk is computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1024
+"""Targets per chunk: its logits are ``[CHUNK, vocabulary]`` in fp32."""
+
+
+class SelectedLogProbs(NamedTuple):
+    """What a head says of its targets.
+
+    Args:
+        logprobs: Log-probability of each target, ``fp32 [n]``; carries the gradient.
+        correct: Whether the target is the most probable token, ``bool [n]``.
+    """
+
+    logprobs: Tensor
+    correct: Tensor
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to ``hidden @ weight.T`` before it calls it logits.
+
+    Args:
+        scale: Factor on the logits (Cohere, Granite).
+        softcap: ``softcap * tanh(logits / softcap)`` after scaling (Gemma 2); None for no cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Raw products to logits, in fp32."""
+        logits = raw.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient on the logits to gradient on the raw products, in place."""
+        if self.softcap is not None:
+            grad *= 1 - (logits / self.softcap) ** 2
+        if self.scale != 1.0:
+            grad *= self.scale
+        return grad
+
+
+IDENTITY = LogitTransform()
+
+
+def _raw(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight, bias)
+
+
+def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, whether they are the largest, and the log normalizer, all ``[n]``."""
+    normalizer = logits.logsumexp(-1)
+    chosen = logits.gather(-1, targets[:, None])[:, 0]
+    return chosen - normalizer, logits.argmax(-1) == targets, normalizer
+
+
+def _logprob_gradient_(logits: Tensor, targets: Tensor, normalizer: Tensor, transform: LogitTransform) -> Tensor:
+    """d logprob / d raw = (onehot - softmax) * d logits / d raw, ``[n, v]``; may overwrite `logits`."""
+    if transform.softcap is None:
+        grad = logits.sub_(normalizer[:, None]).exp_().neg_()
+    else:
+        grad = (logits - normalizer[:, None]).exp_().neg_()  # the cap's derivative needs the logits themselves
+    grad[torch.arange(len(targets), device=targets.device), targets] += 1
+    return transform.backward_(grad, logits)
+
+
+class _SelectedLogProbs(torch.autograd.Function):
+    """Per-target log-probabilities; the incoming gradient may differ from target to target."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        # With a frozen head d logprob / d hidden is one vector per target, known now: no second pass over the vocabulary.
+        direct = ctx.needs_input_grad[0] and not head_trains
+        jacobian = torch.empty_like(hidden) if direct else None
+        logprobs, correct, normalizers = [], [], []
+        for part, ids, start in zip(hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True):
+            logits = transform(_raw(part, weight, bias))
+            scored, hit, normalizer = _score(logits, ids)
+            logprobs.append(scored)
+            correct.append(hit)
+            normalizers.append(normalizer)
+            if jacobian is not None:
+                grad = _logprob_gradient_(logits, ids, normalizer, transform)
+                jacobian[start : start + len(ids)] = grad.to(weight.dtype) @ weight
+        ctx.transform, ctx.chunk, ctx.has_bias = transform, chunk, bias is not None
+        ctx.save_for_backward(jacobian, hidden, weight, bias, targets, torch.cat(normalizers))
+        result = torch.cat(logprobs), torch.cat(correct)
+        ctx.mark_non_differentiable(result[1])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        jacobian, hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        if jacobian is not None:
+            return (jacobian * grad_logprobs[:, None]).to(hidden.dtype), None, None, None, None, None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        pieces = (t.split(ctx.chunk) for t in (hidden, targets, normalizers, grad_logprobs))
+        for start, (part, ids, normalizer, upstream) in zip(range(0, len(targets), ctx.chunk), zip(*pieces, strict=True)):
+            grad = _logprob_gradient_(ctx.transform(_raw(part, weight, bias)), ids, normalizer, ctx.transform)
+            grad = grad.mul_(upstream[:, None]).to(weight.dtype)
+            _accumulate(grad, part, weight, start, grad_hidden, grad_weight, grad_bias)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+class _SummedLogProbs(torch.autograd.Function):
+    """Their sum: every target has the same incoming gradient, so all gradients are formed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        wanted = grad_hidden is not None or grad_weight is not None or grad_bias is not None
+        total, correct = hidden.new_zeros((), dtype=torch.float32), []
+        for part, ids, start in zip(hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True):
+            logits = transform(_raw(part, weight, bias))
+            scored, hit, normalizer = _score(logits, ids)
+            total += scored.sum()
+            correct.append(hit)
+            if wanted:
+                grad = _logprob_gradient_(logits, ids, normalizer, transform).to(weight.dtype)
+                _accumulate(grad, part, weight, start, grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        result = total, torch.cat(correct)
+        ctx.mark_non_differentiable(result[1])
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)  # type: ignore[attr-defined]
+        return (*grads, None, None, None)
+
+
+def _accumulate(
+    grad: Tensor,
+    part: Tensor,
+    weight: Tensor,
+    start: int,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Add one chunk's gradient on the raw products, ``[chunk, v]``, to those of the head's inputs."""
+    if grad_hidden is not None:
+        grad_hidden[start : start + len(part)] = grad @ weight
+    if grad_weight is not None:
+        grad_weight.addmm_(grad.T, part.to(weight.dtype))
+    if grad_bias is not None:
+        grad_bias += grad.sum(0)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform = IDENTITY,
+    chunk: int = CHUNK,
+) -> SelectedLogProbs:
+    """Log-probability of each target under a linear head.
+
+    Args:
+        hidden: States that predict the targets, ``[n, d]``.
+        weight: The head's weight, ``[v, d]``.
+        targets: Token ids, ``int64 [n]``.
+        bias: The head's bias, ``[v]``.
+        transform: What the model does to the products.
+        chunk: Targets at a time; peak memory is ``[chunk, v]``.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight, targets = torch.randn(5, 4), torch.randn(11, 4), torch.randint(0, 11, (5,))
+        >>> expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(5), targets]
+        >>> bool(torch.allclose(linear_logprobs(hidden, weight, targets, chunk=2).logprobs, expected, atol=1e-6))
+        True
+    """
+    if not len(targets):
+        return _nothing(hidden, weight, bias, summed=False)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return SelectedLogProbs(*_SelectedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, chunk))
+
+
+def linear_logprob_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform = IDENTITY,
+    chunk: int = CHUNK,
+) -> SelectedLogProbs:
+    """Sum of the log-probabilities of the targets under a linear head; the arguments are :func:`linear_logprobs`'s.
+
+    Cheaper than summing those where the head trains, since nothing is recomputed.
+
+    Returns:
+        `logprobs` is the sum, ``fp32 []``, `correct` one per target.
+
+    Example:
+        >>> import torch
+        >>> hidden, weight, targets = torch.randn(5, 4), torch.randn(11, 4), torch.randint(0, 11, (5,))
+        >>> expected = linear_logprobs(hidden, weight, targets).logprobs.sum()
+        >>> bool(torch.allclose(linear_logprob_sum(hidden, weight, targets, chunk=2).logprobs, expected, atol=1e-5))
+        True
+    """
+    if not len(targets):
+        return _nothing(hidden, weight, bias, summed=True)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return SelectedLogProbs(*_SummedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, chunk))
+
+
+def module_logprobs(
+    hidden: Tensor, head: torch.nn.Module, targets: Tensor, *, transform: LogitTransform = IDENTITY, chunk: int = CHUNK
+) -> SelectedLogProbs:
+    """:func:`linear_logprobs` for a head that isn't one plain matrix (LoRA on the head, quantized heads).
+
+    Each chunk is recomputed in the backward pass, by PyTorch's own checkpointing, so whatever the head holds gets its gradient.
+    """
+    if not len(targets):
+        parameter = next(head.parameters(), None)
+        return _nothing(hidden, parameter if parameter is not None else hidden, None, summed=False)
+
+    def score(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs, correct, _ = _score(transform(head(part)), ids)
+        return logprobs, correct
+
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    scored = [checkpoint(score, part, ids, use_reentrant=False) for part, ids in pieces]
+    return SelectedLogProbs(torch.cat([s[0] for s in scored]), torch.cat([s[1] for s in scored]))
+
+
+def _nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, summed: bool) -> SelectedLogProbs:
+    """No targets: zero, still attached to every input, so that a rank without targets takes part in the backward pass."""
+    zero = hidden.sum() * 0.0 + weight.sum() * 0.0 + (0.0 if bias is None else bias.sum() * 0.0)
+    zero = zero.float()
+    none = torch.zeros(0, dtype=torch.bool, device=hidden.device)
+    return SelectedLogProbs(zero if summed else zero.expand(0), none)
