@@ -1,0 +1,180 @@
+"""LoRA on a model: every variant of PEFT's, from one config, and the ones that change the base weights made safe."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import PreTrainedModel
+
+from lightning_ft.errors import ConfigError, ModelError
+
+DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+"""Rank 16 on every linear layer but the head: adapting all layers, not attention alone, is what reaches full fine-tuning's
+quality (QLoRA, https://arxiv.org/abs/2305.14314, section 4)."""
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def lora_config(lora: LoraConfig | dict[str, Any] | bool | None) -> LoraConfig:
+    """A LoRA configuration from what a user may pass.
+
+    Args:
+        lora: PEFT's own, a dict of its arguments over :data:`DEFAULT_LORA`, or None or True for the default.
+
+    Raises:
+        ConfigError: For an argument PEFT doesn't have; the nearest one is named.
+
+    Example:
+        >>> lora_config({"r": 4, "use_rslora": True}).r
+        4
+        >>> lora_config({"rank": 4})
+        Traceback (most recent call last):
+        lightning_ft.errors.ConfigError: lora has no argument 'rank'. ...
+    """
+    if isinstance(lora, LoraConfig):
+        return lora
+    given = {} if lora is None or lora is True else dict(lora or {})
+    given.pop("peft_type", None)  # stands in every saved adapter_config.json
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"lora has no argument {name!r}. {hint}See peft.LoraConfig for all of them.")
+    for name, kind in _nested_configs().items():
+        if isinstance(given.get(name), dict):
+            given[name] = kind(**given[name])
+    return LoraConfig(**{**DEFAULT_LORA, **given})
+
+
+def _nested_configs() -> dict[str, type]:
+    import peft
+
+    return {"loftq_config": peft.LoftQConfig, "eva_config": peft.EvaConfig}
+
+
+def as_json(config: LoraConfig) -> dict[str, Any]:
+    """The configuration as JSON values that differ from PEFT's defaults, so that a checkpoint stays loadable with
+    `weights_only=True` and :func:`lora_config` makes the same one again.
+
+    Example:
+        >>> as_json(lora_config({"r": 4}))["r"]
+        4
+    """
+    default = LoraConfig()
+    return {
+        field.name: _json(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in ("peft_type", "auto_mapping", "peft_version", "runtime_config")
+        and getattr(config, field.name) != getattr(default, field.name, None)
+        and _is_json(_json(getattr(config, field.name)))
+    }
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_json(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _json(item) for key, item in value.items()}
+    return value
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_json(item) for item in value.values())
+    if isinstance(value, list):
+        return all(_is_json(item) for item in value)
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def changes_base(config: LoraConfig) -> bool:
+    """Whether initialising the adapter takes something out of the base weights (PiSSA, OLoRA, ...), so that the adapter means
+    nothing on the untouched base."""
+    init = config.init_lora_weights
+    return isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
+
+
+def needs_data(config: LoraConfig) -> bool:
+    """Whether the adapter is initialised from activations of the training data (EVA)."""
+    return config.init_lora_weights == "eva"
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:
+    """Put a new adapter on a model.
+
+    The initialisation draws from its own generator seeded by `seed`: the adapters that split the base weights must split them
+    alike when a run is resumed.
+
+    Args:
+        model: The base; its parameters are frozen.
+        config: The adapter.
+        seed: Of the adapter's initial weights.
+
+    Raises:
+        ModelError: If the configuration doesn't fit the model.
+    """
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if getattr(model.config, "tie_word_embeddings", False) and config.modules_to_save:
+        config.ensure_weight_tying = True  # else PEFT unties the head from the embeddings without a word
+    try:
+        with torch.random.fork_rng(devices=_devices(model)):
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=needs_data(config))
+    except (ValueError, TypeError, ImportError) as error:
+        raise ModelError(f"LoRA doesn't fit {type(model).__name__}: {str(error).strip()}") from error
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """Put a saved adapter on its base, to be trained on.
+
+    Raises:
+        ModelError: If there is no adapter, or it isn't LoRA.
+    """
+    try:
+        adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"No adapter could be loaded from {path!r}: {str(error).strip()}") from error
+    if not isinstance(adapted.active_peft_config, LoraConfig):
+        raise ModelError(f"The adapter in {path!r} is {adapted.active_peft_config.peft_type}, not LoRA.")
+    return adapted
+
+
+class InitialAdapter:
+    """The adapter as it was initialised, kept where that changed the base weights.
+
+    With it an export can be turned into an ordinary adapter of twice the rank that fits the untouched base
+    (https://arxiv.org/abs/2404.02948, appendix C): ``s(BA - B0 A0)`` is what was added to the base that everyone has.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="lightning_ft_")
+        config = model.active_peft_config
+        kept, config.init_lora_weights = config.init_lora_weights, True  # saved as plain weights, not to be initialised again
+        try:
+            model.save_pretrained(self.path)
+        finally:
+            config.init_lora_weights = kept
+
+    @property
+    def path(self) -> Path:
+        """A PEFT folder."""
+        return Path(self._folder.name)
+
+
+def _devices(model: PreTrainedModel) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

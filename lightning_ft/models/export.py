@@ -1,0 +1,144 @@
+"""Write what plain transformers and PEFT load, and refuse what would not give the same output."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_ft.errors import ExportError
+from lightning_ft.models.adapt import InitialAdapter
+from lightning_ft.models.head import CausalLM, base_of
+
+CHECK_TOKENS = 16
+
+
+def export(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    merge: bool = False,
+    initial: InitialAdapter | None = None,
+    check_prompts: list[list[int]] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter folder, or a model folder, with the tokenizer and its chat template.
+
+    Args:
+        model: The trained model.
+        tokenizer: Its tokenizer.
+        folder: Where to write; created.
+        merge: Fold the adapter into the base weights and write a whole model.
+        initial: The adapter as initialised, where that changed the base.
+        check_prompts: Token ids of prompts whose greedy continuation a merged model must repeat; a few made-up ones by default.
+        overwrite: Write into a folder that isn't empty.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ExportError: If the folder isn't empty, or the merged model's greedy output differs.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ExportError(f"{path} is a file; export needs a folder.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ExportError(f"{path} isn't empty: choose another folder, or pass overwrite=True.")
+    path.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel) and not merge:
+        options = {} if initial is None else {"path_initial_model_for_weight_conversion": str(initial.path)}
+        _save_adapter(model, path, options)
+    elif isinstance(model, PeftModel):
+        _merged(model, check_prompts).save_pretrained(path)
+    else:
+        model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    _write_card(path, model, merge)
+    return path
+
+
+def _save_adapter(model: PeftModel, path: Path, options: dict[str, str]) -> None:
+    config = model.active_peft_config
+    kept = config.init_lora_weights
+    try:
+        if options:
+            # PEFT subtracts the initial adapter only where the config still says how it was made.
+            model.save_pretrained(path, **options)
+        else:
+            model.save_pretrained(path)
+    finally:
+        config.init_lora_weights = kept
+    _plain_initialisation(path / "adapter_config.json")
+
+
+def _plain_initialisation(config: Path) -> None:
+    """The weights are trained ones: whoever loads them must not initialise (and split the base) again."""
+    written = json.loads(config.read_text())
+    written["init_lora_weights"] = True
+    for name in ("eva_config", "corda_config", "loftq_config", "lora_ga_config"):
+        if name in written:
+            written[name] = {} if name == "loftq_config" else None
+    config.write_text(json.dumps(written, indent=2, sort_keys=True))
+
+
+def _merged(model: PeftModel, check_prompts: list[list[int]] | None) -> PreTrainedModel:
+    """The adapter folded into a copy of the base, after its greedy output was compared."""
+    base = base_of(model)
+    if getattr(base, "is_quantized", False):
+        raise ExportError(
+            "An adapter over quantized weights can't be merged exactly. Export it unmerged, or load the base unquantized, put the "
+            "exported adapter on it and merge there."
+        )
+    prompts = check_prompts or _made_up_prompts(base)
+    expected = [greedy(model, prompt) for prompt in prompts]
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    for prompt, want in zip(prompts, expected, strict=True):
+        got = greedy(merged, prompt)
+        if not torch.equal(got, want):
+            raise ExportError(
+                f"The merged model continues the prompt {prompt[:8]}... with {got.tolist()}, the live one with {want.tolist()}. "
+                f"Merging in {base.dtype} loses too much: export unmerged, or load the model with dtype='float32'."
+            )
+    return merged
+
+
+def _made_up_prompts(base: PreTrainedModel) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.config.get_text_config().vocab_size
+    return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in (4, 9, 16)]
+
+
+@torch.no_grad()
+def greedy(model: CausalLM, prompt: list[int], tokens: int = CHECK_TOKENS) -> Tensor:
+    """Greedy continuation of token ids in eval mode, ``int64 [tokens]`` or fewer where it ended."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        ids = torch.tensor([prompt], device=base_of(model).get_input_embeddings().weight.device)
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, num_beams=1
+        )
+    finally:
+        for module, training in modes:
+            module.training = training
+    return out[0, len(prompt) :].cpu()
+
+
+def _write_card(path: Path, model: CausalLM, merge: bool) -> None:
+    base = base_of(model)
+    name = base.config._name_or_path or type(base).__name__
+    adapter = isinstance(model, PeftModel) and not merge
+    kind = "LoRA adapter for" if adapter else "Fine-tuned from"
+    header = f"---\nbase_model: {name}\nlibrary_name: {'peft' if adapter else 'transformers'}\npipeline_tag: text-generation\n---\n"
+    load = (
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "{path.name}")'
+        if adapter
+        else f'model = AutoModelForCausalLM.from_pretrained("{path.name}")'
+    )
+    (path / "README.md").write_text(f"{header}\n# {path.name}\n\n{kind} `{name}`, made with lightning_ft.\n\n```python\n{load}\n```\n")

@@ -1,0 +1,93 @@
+"""Text from a model that may be in the middle of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.errors import ConfigError
+from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.load import context_length
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, every module's own mode put back afterwards.
+
+    In train mode with gradient checkpointing transformers drops the cache and generates wrong tokens from the second on.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def end_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the tokenizer's EOS and those of the model's generation config."""
+    configured = getattr(model, "generation_config", None)
+    ids = getattr(configured, "eos_token_id", None) if configured is not None else None
+    found = [] if ids is None else ([ids] if isinstance(ids, int) else list(ids))
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
+        found.insert(0, tokenizer.eos_token_id)
+    return [int(i) for i in found]
+
+
+def generate_text(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    **options: Any,
+) -> list[str]:
+    """Continue each prompt by transformers' `generate`, with left padding.
+
+    Args:
+        model: The model, in whatever mode.
+        tokenizer: Its tokenizer.
+        prompts: Token ids.
+        pad_token_id: Stands in front of shorter prompts, masked.
+        max_new_tokens: At most so many.
+        batch_size: Prompts at a time.
+        options: Further arguments of `generate`.
+
+    Raises:
+        ConfigError: If a prompt and its answer don't fit the model's context.
+    """
+    device = base_of(model).get_input_embeddings().weight.device
+    limit = context_length(base_of(model))
+    texts: list[str] = []
+    with evaluating(model):
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            longest = max(len(prompt) for prompt in part)
+            if limit is not None and longest + max_new_tokens > limit:
+                raise ConfigError(
+                    f"A prompt of {longest} tokens and {max_new_tokens} new ones don't fit the model's context of {limit}."
+                )
+            ids = torch.full((len(part), longest), pad_token_id, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for r, prompt in enumerate(part):
+                ids[r, longest - len(prompt) :] = torch.tensor(prompt)
+                mask[r, longest - len(prompt) :] = 1
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad_token_id,
+                eos_token_id=end_token_ids(model, tokenizer),
+                **options,
+            )
+            texts += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return texts

@@ -1,0 +1,161 @@
+"""Models and tokenizers from a hub name or a local folder, with errors that say what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError, TokenizerError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        name: Hub name or local folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that the repository ships.
+
+    Raises:
+        TokenizerError: If there is none to load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(
+            f"No tokenizer could be loaded from {name!r}: {_first_line(error)} "
+            "Pass tokenizer= if it stands elsewhere than the model."
+        ) from error
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    quantization: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model, in train mode.
+
+    `from_pretrained` returns eval mode and a Trainer keeps the mode it finds, so dropout and gradient checkpointing would
+    silently be off.
+
+    Args:
+        name: Hub name or local folder.
+        dtype: Of the weights; ``"auto"`` is the checkpoint's own.
+        attn_implementation: As transformers names them (``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...).
+        quantization: ``"4bit"`` (NF4 with double quantization, as QLoRA does, https://arxiv.org/abs/2305.14314), ``"8bit"``, or
+            the arguments of `transformers.BitsAndBytesConfig`.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that the repository ships.
+        device: Where quantized weights are placed; others are moved by the Trainer.
+
+    Raises:
+        ModelError: If it can't be loaded, or isn't a causal language model.
+        MissingDependencyError: For quantization without bitsandbytes.
+    """
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "revision": revision, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = quantization_config(quantization)
+        options["device_map"] = {"": device if device is not None else torch.device("cpu")}
+    try:
+        with torch.device("cpu"):  # a Trainer may have set another default (meta, for sharded strategies)
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"The model {name!r} could not be loaded: {_first_line(error)}") from error
+    return model.train()
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model of a local adapter folder; None if `name` is no such folder.
+
+    Raises:
+        ModelError: If the adapter doesn't say what its base is.
+    """
+    folder = Path(name)
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return None
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    if not base:
+        raise ModelError(f"{folder / ADAPTER_CONFIG} names no base model: pass the base as `model` and this as `adapter`.")
+    return str(base)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many positions the model has, or None where it sets no limit."""
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The model {name!r} could not be found: {_first_line(error)}") from error
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A dtype by name, or ``"auto"``.
+
+    Example:
+        >>> resolve_dtype("bfloat16"), resolve_dtype("auto")
+        (torch.bfloat16, 'auto')
+    """
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    resolved = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r}: expected 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return resolved
+
+
+def quantization_config(quantization: str | dict[str, Any]) -> Any:
+    """`transformers.BitsAndBytesConfig` for ``"4bit"``, ``"8bit"`` or a dict of its arguments.
+
+    Raises:
+        ConfigError: For another name.
+        MissingDependencyError: Where bitsandbytes isn't installed.
+    """
+    named: dict[str, dict[str, Any]] = {
+        "4bit": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        },
+        "8bit": {"load_in_8bit": True},
+    }
+    if isinstance(quantization, str) and quantization not in named:
+        raise ConfigError(f"quantization={quantization!r}: expected '4bit', '8bit' or a dict for BitsAndBytesConfig.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingDependencyError(
+            f"quantization={quantization!r} needs bitsandbytes, which isn't installed: pip install 'lightning-ft[quant]'."
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(**(named[quantization] if isinstance(quantization, str) else quantization))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,38 @@
+"""FSDP2 for a Hugging Face model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lightning_ft.errors import ModelError
+from lightning_ft.models.head import register_sharded
+
+
+def shard(base: PreTrainedModel, mesh: Any) -> None:
+    """Shard a model over the data-parallel dimension of a device mesh, one decoder layer at a time.
+
+    The root is the transformers model and not the PEFT wrapper around it, whose `generate` would not gather the weights.
+
+    Args:
+        base: The model, adapters already inside.
+        mesh: What Lightning's ModelParallelStrategy gives as `device_mesh`.
+
+    Raises:
+        ModelError: For tensor parallelism, which isn't supported, or a model whose layers aren't named by transformers.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    names = mesh.mesh_dim_names or ()
+    if "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1:
+        raise ModelError("Tensor parallelism isn't supported: pass tensor_parallel_size=1 to ModelParallelStrategy.")
+    data_mesh = mesh["data_parallel"] if "data_parallel" in names else mesh
+    layer_names = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in layer_names]
+    if not layers:
+        raise ModelError(f"{type(base).__name__} doesn't say which of its modules are layers, so it can't be sharded.")
+    for layer in layers:
+        fully_shard(layer, mesh=data_mesh)
+    fully_shard(base, mesh=data_mesh)
+    register_sharded(base)

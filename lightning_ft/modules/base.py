@@ -1,0 +1,376 @@
+"""What every fine-tuning module shares: loading, the token-weighted step, checkpoints, generation, export."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_ft._lightning import LightningModule
+from lightning_ft.data.encode import encode_prompt
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.request import Message
+from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.models.adapt import InitialAdapter
+from lightning_ft.models.export import export
+from lightning_ft.models.generate import generate_text
+from lightning_ft.models.head import CausalLM, Scorer, base_of
+from lightning_ft.models.load import load_causal_lm, load_tokenizer
+from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor
+from lightning_ft.models.shard import shard
+from lightning_ft.modules.rng import rng_state, set_rng_state
+from lightning_ft.modules.window import TokenWindow
+
+_STATE = "lightning_ft"
+
+
+class FineTuning(LightningModule):
+    """Base of the fine-tuning modules; see `FullFineTuning` and `LoRAFineTuning`.
+
+    The loss of an optimizer step is the mean over the supervised tokens of the whole step: all its micro-batches on all ranks.
+    """
+
+    default_learning_rate: ClassVar[float]
+    default_dtype: ClassVar[str]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        lr_schedule: Schedule = "cosine",
+        warmup_ratio: float = 0.03,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+        quantization: str | dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        torch_compile: bool | dict[str, Any] = False,
+        generation: dict[str, Any] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(betas, list):  # from YAML
+            betas = (betas[0], betas[1])
+        self.model: Any = None
+        self._given = [model]  # in a list: not yet a submodule, so that weights are loaded in configure_model only
+        self._tokenizer: PreTrainedTokenizerBase | None = tokenizer if not isinstance(tokenizer, str) else None
+        self._tokenizer_name = tokenizer if isinstance(tokenizer, str) else None
+        self._hyper = {
+            "model": model if isinstance(model, str) else model.config._name_or_path or None,
+            "tokenizer": self._tokenizer_name,
+            "learning_rate": self.default_learning_rate if learning_rate is None else float(learning_rate),
+            "weight_decay": float(weight_decay),
+            "betas": list(betas),
+            "lr_schedule": lr_schedule,
+            "warmup_ratio": float(warmup_ratio),
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "quantization": quantization,
+            "gradient_checkpointing": gradient_checkpointing,
+            "torch_compile": torch_compile,
+            "generation": generation,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "seed": seed,
+        }
+        self._factor = schedule_factor(lr_schedule, warmup_ratio=warmup_ratio, total_steps=self._total_steps)
+        self.strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks those
+        self._window = TokenWindow()
+        self._scorer: Scorer | None = None
+        self._initial: InitialAdapter | None = None
+        self._pending_rng: dict[str, Any] | None = None
+        self._resumed = False
+
+    # ---------------------------------------------------------------- model and tokenizer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, or the one given; loading it loads no weights.
+
+        Raises:
+            TokenizerError: If there is none.
+        """
+        if self._tokenizer is None:
+            name = self._tokenizer_name or self.model_name
+            if not name:
+                raise ConfigError("The model given has no name to load a tokenizer from: pass tokenizer=.")
+            self._tokenizer = load_tokenizer(
+                name, revision=self._hyper["revision"], trust_remote_code=self._hyper["trust_remote_code"]
+            )
+        return self._tokenizer
+
+    @property
+    def model_name(self) -> str | None:
+        """Hub name or folder of the model, None for an object that has neither."""
+        return cast("str | None", self._hyper["model"])
+
+    def configure_model(self) -> None:
+        """Load the weights, adapt them, and shard them where the strategy shards."""
+        if self.model is not None:
+            return
+        base = self._load_base()
+        if self._hyper["gradient_checkpointing"]:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = self._adapt(base).train()
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ModelError("No parameter of the model is trainable.")
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None:
+            shard(base_of(self.model), mesh)
+        self._scorer = Scorer(pad_token_id=self.pad_token_id, backbone=self._compiled())
+
+    def _load_base(self) -> PreTrainedModel:
+        given = self._given[0]
+        if isinstance(given, PreTrainedModel):
+            return given.train()
+        device = self._trainer.strategy.root_device if self._trainer is not None else None
+        return load_causal_lm(
+            self._base_name(),
+            dtype=self._hyper["dtype"] or self.default_dtype,
+            attn_implementation=self._hyper["attn_implementation"],
+            quantization=self._hyper["quantization"],
+            revision=self._hyper["revision"],
+            trust_remote_code=self._hyper["trust_remote_code"],
+            device=device,
+        )
+
+    def _base_name(self) -> str:
+        return cast(str, self.model_name)
+
+    def _adapt(self, base: PreTrainedModel) -> CausalLM:
+        return base
+
+    def _compiled(self) -> Any:
+        wanted = self._hyper["torch_compile"]
+        if not wanted:
+            return None
+        options = {} if wanted is True else dict(wanted)
+        return torch.compile(base_of(self.model).base_model, **options)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What stands at places that no token attends to: the tokenizer's pad token, or its EOS where it has none."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
+    # ---------------------------------------------------------------- the training step
+
+    def on_fit_start(self) -> None:
+        """Refuse what would be silently wrong."""
+        strategy = type(self.trainer.strategy).__name__
+        if "DeepSpeed" in strategy:
+            raise ConfigError(
+                "DeepSpeed keeps its gradients to itself, so the token-weighted mean can't be formed there: use DDP or "
+                "ModelParallelStrategy (FSDP2)."
+            )
+        if getattr(self.trainer.strategy, "_save_distributed_checkpoint", False):
+            raise ConfigError(
+                "Checkpoints hold trainable weights only, which sharded checkpoint files can't: pass "
+                "save_distributed_checkpoint=False to ModelParallelStrategy."
+            )
+
+    def on_train_start(self) -> None:
+        """Check that the schedule knows its end, and start counting."""
+        if self._hyper["lr_schedule"] != "constant" and self._total_steps() is None:
+            raise ConfigError(
+                f"lr_schedule={self._hyper['lr_schedule']!r} needs to know how long training lasts: set max_steps or max_epochs of "
+                "the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
+            )
+        self._window.start()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Continue the random stream of the run that is resumed."""
+        if self._pending_rng is not None:
+            set_rng_state(self._pending_rng, self.global_rank)
+            self._pending_rng = None
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Summed negative log-likelihood; `on_before_optimizer_step` divides by the tokens of the whole step."""
+        scored = self.score(batch, "sum")
+        loss = -scored.logprobs
+        self._window.add(loss, scored.correct, batch)
+        return loss
+
+    def score(self, batch: TokenBatch, reduction: Any = "none") -> Any:
+        """Log-probabilities of the supervised tokens of a batch, see `lightning_ft.models.head.completion_logprobs`."""
+        if self._scorer is None:
+            self.configure_model()
+        return cast(Scorer, self._scorer)(self.model, batch, reduction)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped.
+
+        Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last window) and DDP averaged over ranks.
+        """
+        totals = self._window.reduce(self.device)
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, totals.targets)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(factor)
+        figures: dict[str, Any] = {"train/loss": totals.loss, "train/token_accuracy": totals.accuracy}
+        self.log_dict(figures, prog_bar=True, batch_size=1)
+        self.log_dict(
+            {
+                "train/learning_rate": optimizer.param_groups[0]["lr"],
+                "train/tokens_seen": float(totals.tokens_seen),
+                "train/tokens_per_second": totals.tokens_per_second,
+                "train/padding_fraction": totals.padding_fraction,
+            },
+            batch_size=1,
+        )
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW that doesn't decay norms and biases, linear warm-up and the schedule asked for."""
+        optimizer = self._optimizer()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.model, self._hyper["weight_decay"])
+        return adamw(groups, self._hyper["learning_rate"], cast("tuple[float, float]", tuple(self._hyper["betas"])))
+
+    def _total_steps(self) -> int | None:
+        """Optimizer steps of the whole run. `trainer.estimated_stepping_batches` would lose a stateful loader's place."""
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        limits = [trainer.max_steps] if trainer.max_steps != -1 else []
+        if trainer.max_epochs not in (None, -1) and not math.isinf(batches):
+            schedule = trainer.accumulation_scheduler
+            per_epoch = (
+                math.ceil(batches / schedule.get_accumulate_grad_batches(epoch)) for epoch in range(trainer.max_epochs)
+            )
+            limits.append(sum(per_epoch))
+        return min(limits) if limits else None
+
+    # ---------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sum the log-likelihood of a validation batch."""
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sum the log-likelihood of a test batch."""
+        self._evaluate(batch, dataloader_idx)
+
+    def _evaluate(self, batch: TokenBatch, dataloader_idx: int) -> None:
+        scored = self.score(batch, "sum")
+        self._evaluations.setdefault(dataloader_idx, TokenWindow()).add(-scored.logprobs, scored.correct, batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._evaluations: dict[int, TokenWindow] = {}
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._evaluations = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        for index, window in sorted(self._evaluations.items()):
+            totals = window.reduce(self.device)
+            suffix = "" if len(self._evaluations) == 1 else f"/dataloader_{index}"
+            self.log_dict(
+                {
+                    f"{split}/loss{suffix}": totals.loss,
+                    f"{split}/perplexity{suffix}": math.exp(min(totals.loss, 700.0)),
+                    f"{split}/token_accuracy{suffix}": totals.accuracy,
+                },
+                prog_bar=True,
+            )
+
+    def predict_step(self, batch: list[list[Message]], batch_idx: int, dataloader_idx: int = 0) -> list[str]:
+        """Answers to a batch of conversations."""
+        return self.generate(batch)
+
+    def generate(self, inputs: list[str] | list[list[Message]], **options: Any) -> list[str]:
+        """Answer each input.
+
+        Args:
+            inputs: Strings (one user turn each) or conversations.
+            options: Arguments of transformers' `generate`, over those in `generation`; 64 new tokens, greedy, by default.
+
+        Returns:
+            The answers, without special tokens.
+        """
+        self.configure_model()
+        conversations = [[Message(role="user", content=i)] if isinstance(i, str) else i for i in inputs]
+        prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        settings = {"max_new_tokens": 64, "do_sample": False, **(self._hyper["generation"] or {}), **options}
+        return generate_text(self.model, self.tokenizer, prompts, pad_token_id=self.pad_token_id, **settings)
+
+    # ---------------------------------------------------------------- checkpoints and export
+
+    def _kept(self) -> set[str]:
+        """Names of what a checkpoint holds."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trainable weights only, and what an exact resume needs."""
+        kept = self._kept()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+        checkpoint[_STATE] = {
+            "rng": rng_state(self._trainer.world_size if self._trainer is not None else 1),
+            "tokens_seen": self._window.tokens_seen,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits before anything is loaded from it.
+
+        Raises:
+            ModelError: If trainable weights are missing, or others stand there.
+        """
+        self.configure_model()
+        expected, found = self._kept(), set(checkpoint["state_dict"])
+        if expected != found:
+            missing, unknown = sorted(expected - found), sorted(found - expected)
+            raise ModelError(
+                f"The checkpoint doesn't fit this module: {len(missing)} trainable weights are missing from it (first: {missing[:3]}) "
+                f"and {len(unknown)} of its weights aren't trainable here (first: {unknown[:3]}). Use the model and lora settings "
+                "of the run that wrote it."
+            )
+        state = checkpoint.get(_STATE, {})
+        self._pending_rng = state.get("rng")
+        self._window.tokens_seen = int(state.get("tokens_seen", 0))
+        self._resumed = True
+
+    def export(self, folder: str | Path, *, merge: bool = False, overwrite: bool = False) -> Path:
+        """Write a folder that plain transformers (and PEFT) load.
+
+        Args:
+            folder: Where to write.
+            merge: Fold an adapter into the base weights; refused where greedy output would change.
+            overwrite: Write into a folder that isn't empty.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ExportError: If it would not give the same output, or the folder isn't empty.
+        """
+        self.configure_model()
+        return export(self.model, self.tokenizer, folder, merge=merge, overwrite=overwrite, initial=self._initial)
+
+    @property
+    def original(self) -> bool:
+        """Whether the model's base weights, adapter off, are still the ones that were loaded."""
+        return isinstance(self.model, PeftModel) and self._initial is None

@@ -1,0 +1,41 @@
+"""The global random streams, as values that a checkpoint may hold.
+
+Lightning doesn't restore them, so that a resumed run would draw other dropout masks than the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+
+def _own_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def rng_state(world_size: int = 1) -> list[dict[str, Any]]:
+    """The state of every rank, in order; all ranks must call it."""
+    if world_size == 1 or not torch.distributed.is_initialized():
+        return [_own_state()]
+    states: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(states, _own_state())
+    return states
+
+
+def set_rng_state(states: Any, rank: int) -> None:
+    """Put back what :func:`rng_state` returned; ranks beyond those saved keep the stream they have."""
+    if rank >= len(states):
+        return
+    state = states[rank]
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

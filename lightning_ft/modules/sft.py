@@ -1,0 +1,272 @@
+"""Supervised fine-tuning of all weights, or of a LoRA adapter."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.errors import ConfigError
+from lightning_ft.models.adapt import (
+    InitialAdapter,
+    add_lora,
+    as_json,
+    changes_base,
+    load_adapter,
+    lora_config,
+    needs_data,
+)
+from lightning_ft.models.head import CausalLM
+from lightning_ft.models.load import adapter_base
+from lightning_ft.models.optim import Schedule
+from lightning_ft.modules.base import FineTuning
+
+LoRAOptimizer = Literal["adamw", "loraplus", "lorafa"]
+
+
+class FullFineTuning(FineTuning):
+    """Fine-tune every weight of a causal language model on supervised tokens.
+
+    Args:
+        model: Hub name, local folder, or a loaded model.
+        tokenizer: Hub name, folder or tokenizer, where it isn't the model's own.
+        learning_rate: Peak of the schedule.
+        weight_decay: Of AdamW, on matrices only: norms and biases never decay.
+        betas: Of AdamW.
+        lr_schedule: What follows the warm-up: ``cosine``, ``linear`` or ``constant``.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly from zero.
+        dtype: Of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. By default ``float32``: small
+            updates are lost in bf16 weights; use the Trainer's ``precision="bf16-mixed"`` for speed.
+        attn_implementation: As transformers names them: ``sdpa``, ``eager``, ``flash_attention_2``, ...
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        torch_compile: Compile the backbone: True, or a dict of `torch.compile`'s arguments.
+        generation: Arguments of `generate` for `predict_step`, such as ``{"max_new_tokens": 128}``.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that the model's repository ships.
+        seed: Of whatever is initialised at random.
+
+    Raises:
+        ConfigError: For settings that contradict each other.
+
+    Example:
+        >>> module = FullFineTuning("Qwen/Qwen3-0.6B", learning_rate=1e-5)  # no weights are loaded yet
+        >>> module.hparams["learning_rate"]
+        1e-05
+    """
+
+    default_learning_rate: ClassVar[float] = 2e-5
+    default_dtype: ClassVar[str] = "float32"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        lr_schedule: Schedule = "cosine",
+        warmup_ratio: float = 0.03,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        torch_compile: bool | dict[str, Any] = False,
+        generation: dict[str, Any] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            betas=betas,
+            lr_schedule=lr_schedule,
+            warmup_ratio=warmup_ratio,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            gradient_checkpointing=gradient_checkpointing,
+            torch_compile=torch_compile,
+            generation=generation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+        )
+        if isinstance(model, str) and adapter_base(model) is not None:
+            raise ConfigError(f"{model!r} is an adapter; FullFineTuning needs a whole model (LoRAFineTuning continues adapters).")
+        self.save_hyperparameters({name: value for name, value in self._hyper.items() if name != "quantization"})
+
+    def _adapt(self, base: PreTrainedModel) -> CausalLM:
+        return base.requires_grad_(True)
+
+
+class LoRAFineTuning(FineTuning):
+    """Fine-tune a LoRA adapter on supervised tokens (https://arxiv.org/abs/2106.09685).
+
+    Args:
+        model: Hub name, local folder, or a loaded model. A folder that holds an adapter is continued on its own base.
+        lora: `peft.LoraConfig` or a dict of its arguments, over the default: every linear layer, rank 16, alpha 32. All of PEFT's
+            variants pass through (``use_rslora``, ``use_dora``, ``init_lora_weights: pissa | olora | eva | loftq``, ``modules_to_save``,
+            ``rank_pattern``, ...).
+        adapter: A saved adapter to continue from, instead of a new one.
+        optimizer: ``adamw``, ``loraplus`` (LoRA+, https://arxiv.org/abs/2402.12354) or ``lorafa`` (LoRA-FA,
+            https://arxiv.org/abs/2308.03303).
+        loraplus_lr_ratio: How much faster LoRA+ trains B than A.
+        tokenizer: Hub name, folder or tokenizer, where it isn't the model's own.
+        learning_rate: Peak of the schedule; by default ten times that of full fine-tuning.
+        weight_decay: Of AdamW, on matrices only: norms and biases never decay.
+        betas: Of AdamW.
+        lr_schedule: What follows the warm-up: ``cosine``, ``linear`` or ``constant``.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly from zero.
+        dtype: Of the frozen base: ``auto`` (the checkpoint's, the default), ``float32``, ``bfloat16`` or ``float16``. The adapter is
+            fp32.
+        attn_implementation: As transformers names them: ``sdpa``, ``eager``, ``flash_attention_2``, ...
+        quantization: Of the frozen base: ``4bit`` (QLoRA), ``8bit``, or a dict for `BitsAndBytesConfig`.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        torch_compile: Compile the backbone: True, or a dict of `torch.compile`'s arguments.
+        generation: Arguments of `generate` for `predict_step`, such as ``{"max_new_tokens": 128}``.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that the model's repository ships.
+        seed: Of the adapter's initial weights.
+
+    Raises:
+        ConfigError: For settings that contradict each other, or that PEFT doesn't know.
+
+    Example:
+        >>> module = LoRAFineTuning("Qwen/Qwen3-0.6B", lora={"r": 8})  # no weights are loaded yet
+        >>> module.hparams["lora"]["r"], module.hparams["learning_rate"]
+        (8, 0.0002)
+    """
+
+    default_learning_rate: ClassVar[float] = 10 * FullFineTuning.default_learning_rate
+    default_dtype: ClassVar[str] = "auto"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        lora: LoraConfig | dict[str, Any] | bool | None = None,
+        adapter: str | None = None,
+        optimizer: LoRAOptimizer = "adamw",
+        loraplus_lr_ratio: float = 16.0,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        lr_schedule: Schedule = "cosine",
+        warmup_ratio: float = 0.03,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+        quantization: str | dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        torch_compile: bool | dict[str, Any] = False,
+        generation: dict[str, Any] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            model,
+            tokenizer=tokenizer,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            betas=betas,
+            lr_schedule=lr_schedule,
+            warmup_ratio=warmup_ratio,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization=quantization,
+            gradient_checkpointing=gradient_checkpointing,
+            torch_compile=torch_compile,
+            generation=generation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+        )
+        if optimizer not in ("adamw", "loraplus", "lorafa"):
+            raise ConfigError(f"optimizer={optimizer!r}: expected 'adamw', 'loraplus' or 'lorafa'.")
+        self._base: str | None = None
+        if isinstance(model, str) and (base := adapter_base(model)) is not None:
+            if adapter is not None:
+                raise ConfigError(f"{model!r} is an adapter already; give its base as model= to continue {adapter!r}.")
+            adapter, self._base = model, base
+        if adapter is not None and lora not in (None, True):
+            raise ConfigError("An adapter that is continued brings its own LoRA configuration: leave out lora=.")
+        self._lora = lora_config(lora)
+        self._adapter = adapter
+        self._hyper |= {
+            "lora": None if adapter is not None else as_json(self._lora),
+            "adapter": adapter if self._base is None else None,
+            "optimizer": optimizer,
+            "loraplus_lr_ratio": float(loraplus_lr_ratio),
+        }
+        self.save_hyperparameters(dict(self._hyper))
+
+    def _base_name(self) -> str:
+        return self._base or cast(str, self.model_name)
+
+    def _adapt(self, base: PreTrainedModel) -> CausalLM:
+        if self._adapter is not None:
+            return load_adapter(base, self._adapter)
+        if isinstance(self._given[0], PreTrainedModel):
+            base.requires_grad_(False)
+        model = add_lora(base, self._lora, seed=self._hyper["seed"])
+        if changes_base(self._lora):
+            self._initial = InitialAdapter(model)
+        return model
+
+    def on_fit_start(self) -> None:
+        """Initialise an adapter that wants to see data first."""
+        super().on_fit_start()
+        if self._adapter is None and needs_data(self._lora) and not self._resumed:
+            self._initialise_from_data()
+
+    def _initialise_from_data(self) -> None:
+        """EVA (https://arxiv.org/abs/2410.07170): A from the principal directions of the activations."""
+        loader = self.trainer.datamodule.train_dataloader() if self.trainer.datamodule is not None else None
+        if loader is None:
+            raise ConfigError("init_lora_weights='eva' looks at the training data, so it needs a DataModule.")
+
+        def inputs(batch: TokenBatch) -> dict[str, Any]:
+            on_device = batch.to(self.device)
+            return {"input_ids": on_device.input_ids, "position_ids": on_device.position_ids, "use_cache": False}
+
+        with torch.random.fork_rng():
+            torch.manual_seed(self._hyper["seed"])
+            initialize_lora_eva_weights(
+                self.model,
+                dataloader=loader,
+                forward_fn=lambda model, batch: model(**inputs(batch)),
+                prepare_model_inputs_fn=None,
+                prepare_layer_inputs_fn=None,
+                gather_distributed_inputs=False,
+            )
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        kind, rate = self._hyper["optimizer"], self._hyper["learning_rate"]
+        if kind == "adamw":
+            return super()._optimizer()
+        model = cast(PeftModel, self.model)
+        if kind == "loraplus":
+            return create_loraplus_optimizer(
+                model,
+                torch.optim.AdamW,
+                lr=rate,
+                loraplus_lr_ratio=self._hyper["loraplus_lr_ratio"],
+                betas=tuple(self._hyper["betas"]),
+                loraplus_weight_decay=self._hyper["weight_decay"],
+            )
+        config = model.active_peft_config
+        return create_lorafa_optimizer(
+            model,
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lr=rate,
+            weight_decay=self._hyper["weight_decay"],
+            use_rslora=config.use_rslora,
+        )
