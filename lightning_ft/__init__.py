@@ -1,7 +1,7 @@
 """Fine-tune Hugging Face language models inside PyTorch Lightning, and measure the tokens it saves.
 
-The names are imported when first used: `import lightning_ft` itself imports neither Lightning nor transformers, and which
-Lightning is used falls as late as possible (see `lightning_ft._lightning`).
+The names are imported when first used: `import lightning_ft` itself imports neither Lightning nor transformers, and
+which Lightning is used falls as late as possible (see `lightning_ft._lightning`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which Lightning: the one place that imports it.
 
-`pytorch_lightning` and `lightning.pytorch` are the same code under two names, and a LightningModule of one is a TypeError in
-the Trainer of the other. The choice, made once, when the first name that needs Lightning is used:
+`pytorch_lightning` and `lightning.pytorch` are the same code under two names, and a LightningModule of one is a
+TypeError in the Trainer of the other. The choice, made once, when the first name that needs Lightning is used:
 
 1. the environment variable ``LIGHTNING_FT_NAMESPACE`` (``pytorch_lightning`` or ``lightning``);
 2. the one that is already imported (`pytorch_lightning` where both are, with a warning);
@@ -82,8 +82,8 @@ def check_same_namespace(trainer: Any, module: Any) -> None:
         names.append(homes & set(_MODULES))
     if names[0] and names[1] and not names[0] & names[1]:
         raise NamespaceError(
-            f"The Trainer comes from {names[0].pop()} and the module from {names[1].pop()}. Import both from one, or set "
-            f"{VARIABLE} to the Trainer's before lightning_ft is used."
+            f"The Trainer comes from {names[0].pop()} and the module from {names[1].pop()}. Import both from one, or "
+            f"set {VARIABLE} to the Trainer's before lightning_ft is used."
         )
 
 

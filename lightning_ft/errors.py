@@ -1,7 +1,7 @@
 """Every exception this package raises on purpose.
 
-Each derives from :class:`LightningFTError` (to catch them all) and from the builtin it refines (so that code which knows
-nothing of this package still catches it). A message says what was wrong, where, and what to do.
+Each derives from :class:`LightningFTError` (to catch them all) and from the builtin it refines (so that code which
+knows nothing of this package still catches it). A message says what was wrong, where, and what to do.
 """
 
 

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
-    "{%- if message.role == 'assistant' -%}{%- generation -%}{{- message.content + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{%- if message.role == 'assistant' -%}{%- generation -%}"
+    "{{- message.content + '<|im_end|>' -}}{%- endgeneration -%}"
     "{%- else -%}{{- message.content + '<|im_end|>' -}}{%- endif -%}{{- '\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
@@ -30,7 +31,10 @@ def make_tokenizer(template=CHATML, eos="<|im_end|>", pad="<|pad|>", bos=None):
     core.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|bos|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator(TEXT * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -67,7 +71,7 @@ def make_model(vocab_size=400, *, layers=2, hidden=32, seed=0, dropout=0.0, tie=
 
 
 def make_rows(count=24):
-    words = "parcel lamp kettle invoice refund dog fox line quick lazy brown answer".split()
+    words = ["parcel", "lamp", "kettle", "invoice", "refund", "dog", "fox", "line", "quick", "lazy", "brown", "answer"]
     return [
         {"input": f"where is the {words[n % 12]} {n}" + " please" * (n % 5), "output": f"{words[(n * 5) % 12]} {n % 7}"}
         for n in range(count)

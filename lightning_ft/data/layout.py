@@ -1,8 +1,9 @@
 """Segments to one batch of tokens: packing and shared prompts are the same thing.
 
-A batch is a forest. A row of it holds segments, each of which continues its parent: packing is a forest of roots, a preference
-pair is one prompt with two children, a group of completions one prompt with G children. From the segments follow the position
-ids and who may attend to whom, so no token is computed twice and segments that aren't related never see each other.
+A batch is a forest. A row of it holds segments, each of which continues its parent: packing is a forest of roots, a
+preference pair is one prompt with two children, a group of completions one prompt with G children. From the segments
+follow the position ids and who may attend to whom, so no token is computed twice and segments that aren't related never
+see each other.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Example:
 
     Args:
         input_ids: Token ids, ``int64 [t]``.
-        supervised: Which of them are targets of the loss, ``bool [t]``. The first token of a row has nothing before it that
-            could predict it, so it is never one.
+        supervised: Which of them are targets of the loss, ``bool [t]``. The first token of a row has nothing before it
+            that could predict it, so it is never one.
     """
 
     input_ids: Tensor
@@ -225,8 +226,8 @@ def attention_mask(batch: TokenBatch) -> Tensor:
     """Who may attend to whom: a token sees itself and what stands before it in its own segment and in its ancestors.
 
     Returns:
-        ``bool [b, 1, s, s]``, True where the query (third dimension) may attend to the key (fourth). A padding place sees
-        itself only, since a softmax over nothing is not a number.
+        ``bool [b, 1, s, s]``, True where the query (third dimension) may attend to the key (fourth). A padding place
+        sees itself only, since a softmax over nothing is not a number.
 
     Example:
         >>> import torch
@@ -237,7 +238,9 @@ def attention_mask(batch: TokenBatch) -> Tensor:
         [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     """
     rows, count = batch.parents.shape
-    related = torch.zeros(rows, count, count, dtype=torch.bool, device=batch.parents.device)  # [b, descendant, ancestor]
+    related = torch.zeros(
+        rows, count, count, dtype=torch.bool, device=batch.parents.device
+    )  # [b, descendant, ancestor]
     row_index = torch.arange(rows, device=batch.parents.device)
     for child in range(count):  # parents stand before their children, so an ancestor's own row is complete by now
         parent = batch.parents[:, child]

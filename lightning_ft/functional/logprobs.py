@@ -1,9 +1,9 @@
 """Log-probabilities of chosen tokens without the logits of a whole batch.
 
-The logits of a batch are its largest tensor: at a vocabulary of 152,000, a thousand targets are 600 MB in fp32, several times
-over in a plain loss. Here the head runs over `chunk` targets at a time, and its gradients are formed in the forward pass
-wherever they don't depend on what comes later (the idea of Liger Kernel's chunked losses, https://arxiv.org/abs/2410.10989),
-so no chunk is computed twice.
+The logits of a batch are its largest tensor: at a vocabulary of 152,000, a thousand targets are 600 MB in fp32, several
+times over in a plain loss. Here the head runs over `chunk` targets at a time, and its gradients are formed in the
+forward pass wherever they don't depend on what comes later (the idea of Liger Kernel's chunked losses,
+https://arxiv.org/abs/2410.10989), so no chunk is computed twice.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _logprob_gradient_(logits: Tensor, targets: Tensor, normalizer: Tensor, transform: LogitTransform) -> Tensor:
-    """d logprob / d raw = (onehot - softmax) * d logits / d raw, ``[n, v]``; may overwrite `logits`."""
+    """D logprob / d raw = (onehot - softmax) * d logits / d raw, ``[n, v]``; may overwrite `logits`."""
     if transform.softcap is None:
         grad = logits.sub_(normalizer[:, None]).exp_().neg_()
     else:
@@ -89,14 +89,23 @@ class _SelectedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        # With a frozen head d logprob / d hidden is one vector per target, known now: no second pass over the vocabulary.
+        # With a frozen head d logprob / d hidden is one vector per target, known now: no second pass over the
+        # vocabulary.
         direct = ctx.needs_input_grad[0] and not head_trains
         jacobian = torch.empty_like(hidden) if direct else None
         logprobs, correct, normalizers = [], [], []
-        for part, ids, start in zip(hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True):
+        for part, ids, start in zip(
+            hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
+        ):
             logits = transform(_raw(part, weight, bias))
             scored, hit, normalizer = _score(logits, ids)
             logprobs.append(scored)
@@ -121,7 +130,9 @@ class _SelectedLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         pieces = (t.split(ctx.chunk) for t in (hidden, targets, normalizers, grad_logprobs))
-        for start, (part, ids, normalizer, upstream) in zip(range(0, len(targets), ctx.chunk), zip(*pieces, strict=True)):
+        for start, (part, ids, normalizer, upstream) in zip(
+            range(0, len(targets), ctx.chunk), zip(*pieces, strict=True), strict=True
+        ):
             grad = _logprob_gradient_(ctx.transform(_raw(part, weight, bias)), ids, normalizer, ctx.transform)
             grad = grad.mul_(upstream[:, None]).to(weight.dtype)
             _accumulate(grad, part, weight, start, grad_hidden, grad_weight, grad_bias)
@@ -133,14 +144,22 @@ class _SummedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         wanted = grad_hidden is not None or grad_weight is not None or grad_bias is not None
         total, correct = hidden.new_zeros((), dtype=torch.float32), []
-        for part, ids, start in zip(hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True):
+        for part, ids, start in zip(
+            hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
+        ):
             logits = transform(_raw(part, weight, bias))
             scored, hit, normalizer = _score(logits, ids)
             total += scored.sum()
@@ -207,7 +226,9 @@ def linear_logprobs(
     if not len(targets):
         return _nothing(hidden, weight, bias, summed=False)
     with torch.autocast(hidden.device.type, enabled=False):
-        return SelectedLogProbs(*_SelectedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, chunk))
+        return SelectedLogProbs(
+            *_SelectedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, chunk)
+        )
 
 
 def linear_logprob_sum(
@@ -236,7 +257,9 @@ def linear_logprob_sum(
     if not len(targets):
         return _nothing(hidden, weight, bias, summed=True)
     with torch.autocast(hidden.device.type, enabled=False):
-        return SelectedLogProbs(*_SummedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, chunk))
+        return SelectedLogProbs(
+            *_SummedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, chunk)
+        )
 
 
 def module_logprobs(
@@ -244,7 +267,8 @@ def module_logprobs(
 ) -> SelectedLogProbs:
     """:func:`linear_logprobs` for a head that isn't one plain matrix (LoRA on the head, quantized heads).
 
-    Each chunk is recomputed in the backward pass, by PyTorch's own checkpointing, so whatever the head holds gets its gradient.
+    Each chunk is recomputed in the backward pass, by PyTorch's own checkpointing, so whatever the head holds gets its
+    gradient.
     """
     if not len(targets):
         parameter = next(head.parameters(), None)
@@ -260,7 +284,7 @@ def module_logprobs(
 
 
 def _nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, summed: bool) -> SelectedLogProbs:
-    """No targets: zero, still attached to every input, so that a rank without targets takes part in the backward pass."""
+    """No targets: zero, still attached to every input, so that such a rank takes part in the backward pass."""
     zero = hidden.sum() * 0.0 + weight.sum() * 0.0 + (0.0 if bias is None else bias.sum() * 0.0)
     zero = zero.float()
     none = torch.zeros(0, dtype=torch.bool, device=hidden.device)

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from lightning_ft.errors import ConfigError, ModelError
 
 DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-"""Rank 16 on every linear layer but the head: adapting all layers, not attention alone, is what reaches full fine-tuning's
-quality (QLoRA, https://arxiv.org/abs/2305.14314, section 4)."""
+"""Rank 16 on every linear layer but the head: adapting all layers, not attention alone, is what reaches full
+fine-tuning's quality (QLoRA, https://arxiv.org/abs/2305.14314, section 4)."""
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -61,8 +61,9 @@ def _nested_configs() -> dict[str, type]:
 
 
 def as_json(config: LoraConfig) -> dict[str, Any]:
-    """The configuration as JSON values that differ from PEFT's defaults, so that a checkpoint stays loadable with
-    `weights_only=True` and :func:`lora_config` makes the same one again.
+    """The configuration as JSON values: rank, alpha, and what differs from PEFT's defaults.
+
+    A checkpoint that holds it stays loadable with `weights_only=True`; :func:`lora_config` makes the same one again.
 
     Example:
         >>> as_json(lora_config({"r": 4}))["r"]
@@ -73,7 +74,7 @@ def as_json(config: LoraConfig) -> dict[str, Any]:
         field.name: _json(getattr(config, field.name))
         for field in dataclasses.fields(config)
         if field.name not in ("peft_type", "auto_mapping", "peft_version", "runtime_config")
-        and getattr(config, field.name) != getattr(default, field.name, None)
+        and (field.name in DEFAULT_LORA or getattr(config, field.name) != getattr(default, field.name, None))
         and _is_json(_json(getattr(config, field.name)))
     }
 
@@ -101,8 +102,10 @@ def _is_json(value: Any) -> bool:
 
 
 def changes_base(config: LoraConfig) -> bool:
-    """Whether initialising the adapter takes something out of the base weights (PiSSA, OLoRA, ...), so that the adapter means
-    nothing on the untouched base."""
+    """Whether initialising the adapter changes the base weights (PiSSA, OLoRA, ...).
+
+    Such an adapter means nothing on the untouched base.
+    """
     init = config.init_lora_weights
     return isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
 
@@ -115,8 +118,8 @@ def needs_data(config: LoraConfig) -> bool:
 def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:
     """Put a new adapter on a model.
 
-    The initialisation draws from its own generator seeded by `seed`: the adapters that split the base weights must split them
-    alike when a run is resumed.
+    The initialisation draws from its own generator seeded by `seed`: the adapters that split the base weights must
+    split them alike when a run is resumed.
 
     Args:
         model: The base; its parameters are frozen.
@@ -164,9 +167,12 @@ class InitialAdapter:
     def __init__(self, model: PeftModel) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="lightning_ft_")
         config = model.active_peft_config
-        kept, config.init_lora_weights = config.init_lora_weights, True  # saved as plain weights, not to be initialised again
+        kept, config.init_lora_weights = (
+            config.init_lora_weights,
+            True,
+        )  # saved as plain weights, not to be initialised again
         try:
-            model.save_pretrained(self.path)
+            model.save_pretrained(str(self.path))
         finally:
             config.init_lora_weights = kept
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.errors import ExportError
 from lightning_ft.models.adapt import InitialAdapter
-from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.generate import evaluating
+from lightning_ft.models.head import CausalLM, base_of, input_device
 
 CHECK_TOKENS = 16
 
@@ -36,7 +38,8 @@ def export(
         folder: Where to write; created.
         merge: Fold the adapter into the base weights and write a whole model.
         initial: The adapter as initialised, where that changed the base.
-        check_prompts: Token ids of prompts whose greedy continuation a merged model must repeat; a few made-up ones by default.
+        check_prompts: Token ids of prompts whose greedy continuation a merged model must repeat; a few made-up ones by
+            default.
         overwrite: Write into a folder that isn't empty.
 
     Returns:
@@ -69,9 +72,9 @@ def _save_adapter(model: PeftModel, path: Path, options: dict[str, str]) -> None
     try:
         if options:
             # PEFT subtracts the initial adapter only where the config still says how it was made.
-            model.save_pretrained(path, **options)
+            cast(Any, model).save_pretrained(path, **options)
         else:
-            model.save_pretrained(path)
+            model.save_pretrained(str(path))
     finally:
         config.init_lora_weights = kept
     _plain_initialisation(path / "adapter_config.json")
@@ -92,8 +95,8 @@ def _merged(model: PeftModel, check_prompts: list[list[int]] | None) -> PreTrain
     base = base_of(model)
     if getattr(base, "is_quantized", False):
         raise ExportError(
-            "An adapter over quantized weights can't be merged exactly. Export it unmerged, or load the base unquantized, put the "
-            "exported adapter on it and merge there."
+            "An adapter over quantized weights can't be merged exactly. Export it unmerged, or load the base "
+            "unquantized, put the exported adapter on it and merge there."
         )
     prompts = check_prompts or _made_up_prompts(base)
     expected = [greedy(model, prompt) for prompt in prompts]
@@ -102,10 +105,11 @@ def _merged(model: PeftModel, check_prompts: list[list[int]] | None) -> PreTrain
         got = greedy(merged, prompt)
         if not torch.equal(got, want):
             raise ExportError(
-                f"The merged model continues the prompt {prompt[:8]}... with {got.tolist()}, the live one with {want.tolist()}. "
-                f"Merging in {base.dtype} loses too much: export unmerged, or load the model with dtype='float32'."
+                f"The merged model continues the prompt {prompt[:8]}... with {got.tolist()}, the live one with "
+                f"{want.tolist()}. Merging in {base.dtype} loses too much: export unmerged, or load the model with "
+                "dtype='float32'."
             )
-    return merged
+    return cast(PreTrainedModel, merged)
 
 
 def _made_up_prompts(base: PreTrainedModel) -> list[list[int]]:
@@ -114,20 +118,14 @@ def _made_up_prompts(base: PreTrainedModel) -> list[list[int]]:
     return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in (4, 9, 16)]
 
 
-@torch.no_grad()
 def greedy(model: CausalLM, prompt: list[int], tokens: int = CHECK_TOKENS) -> Tensor:
     """Greedy continuation of token ids in eval mode, ``int64 [tokens]`` or fewer where it ended."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        ids = torch.tensor([prompt], device=base_of(model).get_input_embeddings().weight.device)
-        out = model.generate(
+    ids = torch.tensor([prompt], device=input_device(model))
+    with evaluating(model):
+        out = cast(Any, model).generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, num_beams=1
         )
-    finally:
-        for module, training in modes:
-            module.training = training
-    return out[0, len(prompt) :].cpu()
+    return cast(Tensor, out[0, len(prompt) :].cpu())
 
 
 def _write_card(path: Path, model: CausalLM, merge: bool) -> None:
@@ -135,10 +133,13 @@ def _write_card(path: Path, model: CausalLM, merge: bool) -> None:
     name = base.config._name_or_path or type(base).__name__
     adapter = isinstance(model, PeftModel) and not merge
     kind = "LoRA adapter for" if adapter else "Fine-tuned from"
-    header = f"---\nbase_model: {name}\nlibrary_name: {'peft' if adapter else 'transformers'}\npipeline_tag: text-generation\n---\n"
+    library = "peft" if adapter else "transformers"
+    header = f"---\nbase_model: {name}\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n"
     load = (
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "{path.name}")'
         if adapter
         else f'model = AutoModelForCausalLM.from_pretrained("{path.name}")'
     )
-    (path / "README.md").write_text(f"{header}\n# {path.name}\n\n{kind} `{name}`, made with lightning_ft.\n\n```python\n{load}\n```\n")
+    (path / "README.md").write_text(
+        f"{header}\n# {path.name}\n\n{kind} `{name}`, made with lightning_ft.\n\n```python\n{load}\n```\n"
+    )

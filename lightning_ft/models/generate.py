@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.data.encode import answer_end_token
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import context_length
 
 
@@ -19,7 +20,8 @@ from lightning_ft.models.load import context_length
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, every module's own mode put back afterwards.
 
-    In train mode with gradient checkpointing transformers drops the cache and generates wrong tokens from the second on.
+    In train mode with gradient checkpointing transformers drops the cache and generates wrong tokens from the second
+    on.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -32,13 +34,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def end_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's EOS and those of the model's generation config."""
-    configured = getattr(model, "generation_config", None)
-    ids = getattr(configured, "eos_token_id", None) if configured is not None else None
+    """Every token that ends an answer: what the chat template puts there, the tokenizer's EOS and the model's own."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = [] if ids is None else ([ids] if isinstance(ids, int) else list(ids))
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
-        found.insert(0, tokenizer.eos_token_id)
-    return [int(i) for i in found]
+    return list(
+        dict.fromkeys(int(i) for i in (answer_end_token(tokenizer), tokenizer.eos_token_id, *found) if i is not None)
+    )
 
 
 def generate_text(
@@ -65,7 +66,7 @@ def generate_text(
     Raises:
         ConfigError: If a prompt and its answer don't fit the model's context.
     """
-    device = base_of(model).get_input_embeddings().weight.device
+    device = input_device(model)
     limit = context_length(base_of(model))
     texts: list[str] = []
     with evaluating(model):
@@ -74,14 +75,14 @@ def generate_text(
             longest = max(len(prompt) for prompt in part)
             if limit is not None and longest + max_new_tokens > limit:
                 raise ConfigError(
-                    f"A prompt of {longest} tokens and {max_new_tokens} new ones don't fit the model's context of {limit}."
+                    f"A prompt of {longest} tokens and {max_new_tokens} new ones don't fit the context of {limit}."
                 )
             ids = torch.full((len(part), longest), pad_token_id, dtype=torch.int64)
             mask = torch.zeros_like(ids)
             for r, prompt in enumerate(part):
                 ids[r, longest - len(prompt) :] = torch.tensor(prompt)
                 mask[r, longest - len(prompt) :] = 1
-            out = model.generate(
+            out = cast(Any, model).generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -35,7 +35,12 @@ _SCORE = "_lightning_ft_score"
 
 def base_of(model: CausalLM) -> PreTrainedModel:
     """The transformers model inside an adapted one, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def input_device(model: CausalLM) -> torch.device:
+    """Where a model wants its token ids."""
+    return cast(Tensor, base_of(model).get_input_embeddings().weight).device
 
 
 def logit_transform(config: Any) -> LogitTransform:
@@ -107,15 +112,15 @@ def _score(
 def _hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Callable[..., Any] | None) -> Tensor:
     """Last hidden states, ``[b, s, d]``.
 
-    Rows without shared prefixes need no mask: where position ids start again transformers isolates what follows, for every
-    attention kernel and for sliding windows, if it is given neither a mask nor a cache; padding stands behind all real tokens,
-    which a causal model doesn't see.
+    Rows without shared prefixes need no mask: where position ids start again transformers isolates what follows, for
+    every attention kernel and for sliding windows, if it is given neither a mask nor a cache; padding stands behind all
+    real tokens, which a causal model doesn't see.
     """
     run = backbone if backbone is not None else base.base_model
     mask = _explicit_mask(base, batch) if batch.has_shared_prefixes else None
     options = {} if mask is None else {"attention_mask": mask}
     out = run(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True, **options)
-    return out.last_hidden_state
+    return cast(Tensor, out.last_hidden_state)
 
 
 def _explicit_mask(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -147,14 +152,14 @@ class Exactness:
 def probe(model: CausalLM) -> Exactness:
     """Compare the fast paths with the model's own forward pass on a few tokens.
 
-    Architectures differ in what they do after their head and in how they mix tokens (state spaces and linear attention see
-    through a packed row); no list of names stays complete, so the model itself is asked.
+    Architectures differ in what they do after their head and in how they mix tokens (state spaces and linear attention
+    see through a packed row); no list of names stays complete, so the model itself is asked.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         base = base_of(model)
-        device = base.get_input_embeddings().weight.device
+        device = input_device(base)
         vocabulary = base.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(0)
         examples = []
@@ -182,7 +187,7 @@ def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def full_logits_logprobs(model: CausalLM, batch: TokenBatch, reduction: Reduction) -> SelectedLogProbs:
-    """:func:`completion_logprobs` by the model's own forward pass, for architectures whose head does something unknown."""
+    """:func:`completion_logprobs` by the model's own forward pass, for heads that do something unknown."""
     logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     logits = logits.flatten(0, 1).index_select(0, batch.predictors).float()
     logprobs = logits.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]
@@ -210,14 +215,14 @@ class Scorer:
             name = type(base_of(model)).__name__
             if not self.exactness.head:
                 warnings.warn(
-                    f"{name} changes its logits after the head in a way that isn't known here: its own forward pass is used, "
-                    "which holds the logits of the whole batch.",
+                    f"{name} changes its logits after the head in a way that isn't known here: its own forward pass is "
+                    "used, which holds the logits of the whole batch.",
                     stacklevel=2,
                 )
             if not self.exactness.packing:
                 warnings.warn(
-                    f"{name} doesn't keep packed sequences apart, so batches are unpacked and padded. Set packing=False to "
-                    "silence this.",
+                    f"{name} doesn't keep packed sequences apart, so batches are unpacked and padded. Set "
+                    "packing=False to silence this.",
                     stacklevel=2,
                 )
         if batch.packed and not self.exactness.packing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,15 +48,15 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model, in train mode.
 
-    `from_pretrained` returns eval mode and a Trainer keeps the mode it finds, so dropout and gradient checkpointing would
-    silently be off.
+    `from_pretrained` returns eval mode and a Trainer keeps the mode it finds, so dropout and gradient checkpointing
+    would silently be off.
 
     Args:
         name: Hub name or local folder.
         dtype: Of the weights; ``"auto"`` is the checkpoint's own.
         attn_implementation: As transformers names them (``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...).
-        quantization: ``"4bit"`` (NF4 with double quantization, as QLoRA does, https://arxiv.org/abs/2305.14314), ``"8bit"``, or
-            the arguments of `transformers.BitsAndBytesConfig`.
+        quantization: ``"4bit"`` (NF4 with double quantization, as QLoRA does, https://arxiv.org/abs/2305.14314),
+            ``"8bit"``, or the arguments of `transformers.BitsAndBytesConfig`.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that the repository ships.
         device: Where quantized weights are placed; others are moved by the Trainer.
@@ -65,7 +65,11 @@ def load_causal_lm(
         ModelError: If it can't be loaded, or isn't a causal language model.
         MissingDependencyError: For quantization without bitsandbytes.
     """
-    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": resolve_dtype(dtype),
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
@@ -76,7 +80,7 @@ def load_causal_lm(
             model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The model {name!r} could not be loaded: {_first_line(error)}") from error
-    return model.train()
+    return cast(PreTrainedModel, model.train())
 
 
 def adapter_base(name: str) -> str | None:
@@ -92,7 +96,9 @@ def adapter_base(name: str) -> str | None:
 
     base = PeftConfig.from_pretrained(name).base_model_name_or_path
     if not base:
-        raise ModelError(f"{folder / ADAPTER_CONFIG} names no base model: pass the base as `model` and this as `adapter`.")
+        raise ModelError(
+            f"{folder / ADAPTER_CONFIG} names no base model: pass the base as `model` and this as `adapter`."
+        )
     return str(base)
 
 
@@ -150,7 +156,8 @@ def quantization_config(quantization: str | dict[str, Any]) -> Any:
         raise ConfigError(f"quantization={quantization!r}: expected '4bit', '8bit' or a dict for BitsAndBytesConfig.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependencyError(
-            f"quantization={quantization!r} needs bitsandbytes, which isn't installed: pip install 'lightning-ft[quant]'."
+            f"quantization={quantization!r} needs bitsandbytes, which isn't installed: "
+            "pip install 'lightning-ft[quant]'."
         )
     from transformers import BitsAndBytesConfig
 

@@ -22,7 +22,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         >>> [(group["weight_decay"], len(group["params"])) for group in groups]
         [(0.1, 1), (0.0, 3)]
     """
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in (p for p in model.parameters() if p.requires_grad):
         (decay if parameter.ndim >= 2 else plain).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -34,8 +35,8 @@ def schedule_factor(
 ) -> Callable[[int], float]:
     """Factor on the learning rate by optimizer step: linear warm-up, then `kind`.
 
-    The number of steps is asked for only after the first one: before a Trainer has set up its data it isn't known, and asking
-    Lightning for it then would make a stateful loader lose its place when a run is resumed.
+    The number of steps is asked for only after the first one: before a Trainer has set up its data it isn't known, and
+    asking Lightning for it then would make a stateful loader lose its place when a run is resumed.
 
     Args:
         kind: What follows the warm-up.

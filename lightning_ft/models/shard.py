@@ -13,7 +13,8 @@ from lightning_ft.models.head import register_sharded
 def shard(base: PreTrainedModel, mesh: Any) -> None:
     """Shard a model over the data-parallel dimension of a device mesh, one decoder layer at a time.
 
-    The root is the transformers model and not the PEFT wrapper around it, whose `generate` would not gather the weights.
+    The root is the transformers model and not the PEFT wrapper around it, whose `generate` would not gather the
+    weights.
 
     Args:
         base: The model, adapters already inside.

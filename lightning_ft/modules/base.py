@@ -32,7 +32,8 @@ _STATE = "lightning_ft"
 class FineTuning(LightningModule):
     """Base of the fine-tuning modules; see `FullFineTuning` and `LoRAFineTuning`.
 
-    The loss of an optimizer step is the mean over the supervised tokens of the whole step: all its micro-batches on all ranks.
+    The loss of an optimizer step is the mean over the supervised tokens of the whole step: all its micro-batches on all
+    ranks.
     """
 
     default_learning_rate: ClassVar[float]
@@ -65,7 +66,7 @@ class FineTuning(LightningModule):
         self._given = [model]  # in a list: not yet a submodule, so that weights are loaded in configure_model only
         self._tokenizer: PreTrainedTokenizerBase | None = tokenizer if not isinstance(tokenizer, str) else None
         self._tokenizer_name = tokenizer if isinstance(tokenizer, str) else None
-        self._hyper = {
+        self._hyper: dict[str, Any] = {
             "model": model if isinstance(model, str) else model.config._name_or_path or None,
             "tokenizer": self._tokenizer_name,
             "learning_rate": self.default_learning_rate if learning_rate is None else float(learning_rate),
@@ -132,7 +133,7 @@ class FineTuning(LightningModule):
     def _load_base(self) -> PreTrainedModel:
         given = self._given[0]
         if isinstance(given, PreTrainedModel):
-            return given.train()
+            return cast(PreTrainedModel, given.train())
         device = self._trainer.strategy.root_device if self._trainer is not None else None
         return load_causal_lm(
             self._base_name(),
@@ -183,8 +184,8 @@ class FineTuning(LightningModule):
         """Check that the schedule knows its end, and start counting."""
         if self._hyper["lr_schedule"] != "constant" and self._total_steps() is None:
             raise ConfigError(
-                f"lr_schedule={self._hyper['lr_schedule']!r} needs to know how long training lasts: set max_steps or max_epochs of "
-                "the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
+                f"lr_schedule={self._hyper['lr_schedule']!r} needs to know how long training lasts: set max_steps or "
+                "max_epochs of the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
             )
         self._window.start()
 
@@ -199,7 +200,7 @@ class FineTuning(LightningModule):
         scored = self.score(batch, "sum")
         loss = -scored.logprobs
         self._window.add(loss, scored.correct, batch)
-        return loss
+        return cast(Tensor, loss)
 
     def score(self, batch: TokenBatch, reduction: Any = "none") -> Any:
         """Log-probabilities of the supervised tokens of a batch, see `lightning_ft.models.head.completion_logprobs`."""
@@ -210,7 +211,8 @@ class FineTuning(LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped.
 
-        Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last window) and DDP averaged over ranks.
+        Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last window) and DDP averaged
+        over ranks.
         """
         totals = self._window.reduce(self.device)
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, totals.targets)
@@ -228,7 +230,7 @@ class FineTuning(LightningModule):
             },
             batch_size=1,
         )
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
             norm = torch.nn.utils.get_total_norm(gradients)
             self.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm, batch_size=1)
 
@@ -243,17 +245,20 @@ class FineTuning(LightningModule):
         return adamw(groups, self._hyper["learning_rate"], cast("tuple[float, float]", tuple(self._hyper["betas"])))
 
     def _total_steps(self) -> int | None:
-        """Optimizer steps of the whole run. `trainer.estimated_stepping_batches` would lose a stateful loader's place."""
+        """Optimizer steps of the whole run; `estimated_stepping_batches` would lose a stateful loader's place."""
         trainer = self.trainer
         batches = trainer.num_training_batches
         limits = [trainer.max_steps] if trainer.max_steps != -1 else []
         if trainer.max_epochs not in (None, -1) and not math.isinf(batches):
-            schedule = trainer.accumulation_scheduler
-            per_epoch = (
-                math.ceil(batches / schedule.get_accumulate_grad_batches(epoch)) for epoch in range(trainer.max_epochs)
-            )
-            limits.append(sum(per_epoch))
+            limits.append(sum(math.ceil(batches / self._accumulation(epoch)) for epoch in range(trainer.max_epochs)))
         return min(limits) if limits else None
+
+    def _accumulation(self, epoch: int) -> int:
+        """Micro-batches of an optimizer step in an epoch; a GradientAccumulationScheduler changes it between epochs."""
+        for callback in cast(Any, self.trainer).callbacks:
+            if isinstance(getattr(callback, "scheduling", None), dict):
+                return int(callback.get_accumulate_grad_batches(epoch))
+        return int(self.trainer.accumulate_grad_batches)
 
     # ---------------------------------------------------------------- evaluation
 
@@ -307,7 +312,8 @@ class FineTuning(LightningModule):
 
         Args:
             inputs: Strings (one user turn each) or conversations.
-            options: Arguments of transformers' `generate`, over those in `generation`; 64 new tokens, greedy, by default.
+            options: Arguments of transformers' `generate`, over those in `generation`; 64 new tokens, greedy, by
+                default.
 
         Returns:
             The answers, without special tokens.
@@ -344,9 +350,9 @@ class FineTuning(LightningModule):
         if expected != found:
             missing, unknown = sorted(expected - found), sorted(found - expected)
             raise ModelError(
-                f"The checkpoint doesn't fit this module: {len(missing)} trainable weights are missing from it (first: {missing[:3]}) "
-                f"and {len(unknown)} of its weights aren't trainable here (first: {unknown[:3]}). Use the model and lora settings "
-                "of the run that wrote it."
+                f"The checkpoint doesn't fit this module: {len(missing)} trainable weights are missing from it (first: "
+                f"{missing[:3]}) and {len(unknown)} of its weights aren't trainable here (first: {unknown[:3]}). Use "
+                "the model and lora settings of the run that wrote it."
             )
         state = checkpoint.get(_STATE, {})
         self._pending_rng = state.get("rng")

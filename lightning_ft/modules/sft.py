@@ -39,8 +39,8 @@ class FullFineTuning(FineTuning):
         betas: Of AdamW.
         lr_schedule: What follows the warm-up: ``cosine``, ``linear`` or ``constant``.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly from zero.
-        dtype: Of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. By default ``float32``: small
-            updates are lost in bf16 weights; use the Trainer's ``precision="bf16-mixed"`` for speed.
+        dtype: Of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. By default
+            ``float32``: small updates are lost in bf16 weights; use the Trainer's ``precision="bf16-mixed"`` for speed.
         attn_implementation: As transformers names them: ``sdpa``, ``eager``, ``flash_attention_2``, ...
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         torch_compile: Compile the backbone: True, or a dict of `torch.compile`'s arguments.
@@ -98,7 +98,9 @@ class FullFineTuning(FineTuning):
             seed=seed,
         )
         if isinstance(model, str) and adapter_base(model) is not None:
-            raise ConfigError(f"{model!r} is an adapter; FullFineTuning needs a whole model (LoRAFineTuning continues adapters).")
+            raise ConfigError(
+                f"{model!r} is an adapter; FullFineTuning needs a whole model (LoRAFineTuning continues adapters)."
+            )
         self.save_hyperparameters({name: value for name, value in self._hyper.items() if name != "quantization"})
 
     def _adapt(self, base: PreTrainedModel) -> CausalLM:
@@ -110,9 +112,9 @@ class LoRAFineTuning(FineTuning):
 
     Args:
         model: Hub name, local folder, or a loaded model. A folder that holds an adapter is continued on its own base.
-        lora: `peft.LoraConfig` or a dict of its arguments, over the default: every linear layer, rank 16, alpha 32. All of PEFT's
-            variants pass through (``use_rslora``, ``use_dora``, ``init_lora_weights: pissa | olora | eva | loftq``, ``modules_to_save``,
-            ``rank_pattern``, ...).
+        lora: `peft.LoraConfig` or a dict of its arguments, over the default: every linear layer, rank 16, alpha 32. All
+            of PEFT's variants pass through (``use_rslora``, ``use_dora``, ``init_lora_weights: pissa | olora | eva |
+            loftq``, ``modules_to_save``, ``rank_pattern``, ...).
         adapter: A saved adapter to continue from, instead of a new one.
         optimizer: ``adamw``, ``loraplus`` (LoRA+, https://arxiv.org/abs/2402.12354) or ``lorafa`` (LoRA-FA,
             https://arxiv.org/abs/2308.03303).
@@ -123,8 +125,8 @@ class LoRAFineTuning(FineTuning):
         betas: Of AdamW.
         lr_schedule: What follows the warm-up: ``cosine``, ``linear`` or ``constant``.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly from zero.
-        dtype: Of the frozen base: ``auto`` (the checkpoint's, the default), ``float32``, ``bfloat16`` or ``float16``. The adapter is
-            fp32.
+        dtype: Of the frozen base: ``auto`` (the checkpoint's, the default), ``float32``, ``bfloat16`` or ``float16``.
+            The adapter is fp32.
         attn_implementation: As transformers names them: ``sdpa``, ``eager``, ``flash_attention_2``, ...
         quantization: Of the frozen base: ``4bit`` (QLoRA), ``8bit``, or a dict for `BitsAndBytesConfig`.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -228,8 +230,8 @@ class LoRAFineTuning(FineTuning):
 
     def _initialise_from_data(self) -> None:
         """EVA (https://arxiv.org/abs/2410.07170): A from the principal directions of the activations."""
-        loader = self.trainer.datamodule.train_dataloader() if self.trainer.datamodule is not None else None
-        if loader is None:
+        data = cast(Any, self.trainer).datamodule
+        if data is None:
             raise ConfigError("init_lora_weights='eva' looks at the training data, so it needs a DataModule.")
 
         def inputs(batch: TokenBatch) -> dict[str, Any]:
@@ -240,7 +242,7 @@ class LoRAFineTuning(FineTuning):
             torch.manual_seed(self._hyper["seed"])
             initialize_lora_eva_weights(
                 self.model,
-                dataloader=loader,
+                dataloader=data.train_dataloader(),
                 forward_fn=lambda model, batch: model(**inputs(batch)),
                 prepare_model_inputs_fn=None,
                 prepare_layer_inputs_fn=None,

@@ -65,7 +65,7 @@ def test_correct_marks_the_most_probable_token():
 
 
 def test_a_head_that_is_a_module_gets_its_gradients():
-    hidden, weight, _, targets = inputs(bias=False)
+    hidden, _, _, targets = inputs(bias=False)
     head = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 29, bias=False)).double()
     scored = module_logprobs(hidden, head, targets, chunk=4)
     expected = head(hidden).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
