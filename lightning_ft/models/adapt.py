@@ -136,7 +136,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> Pe
     try:
         with torch.random.fork_rng(devices=_devices(model)):
             torch.manual_seed(seed)
-            adapted = get_peft_model(model, config, low_cpu_mem_usage=needs_data(config))
+            adapted = get_peft_model(model, config)
     except (ValueError, TypeError, ImportError) as error:
         raise ModelError(f"LoRA doesn't fit {type(model).__name__}: {str(error).strip()}") from error
     return adapted

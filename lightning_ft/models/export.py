@@ -100,7 +100,10 @@ def _merged(model: PeftModel, check_prompts: list[list[int]] | None) -> PreTrain
         )
     prompts = check_prompts or _made_up_prompts(base)
     expected = [greedy(model, prompt) for prompt in prompts]
-    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    try:
+        merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ExportError(f"PEFT can't merge this adapter: {str(error).strip()} Export it unmerged.") from error
     for prompt, want in zip(prompts, expected, strict=True):
         got = greedy(merged, prompt)
         if not torch.equal(got, want):

@@ -136,12 +136,15 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return resolved
 
 
-def quantization_config(quantization: str | dict[str, Any]) -> Any:
-    """`transformers.BitsAndBytesConfig` for ``"4bit"``, ``"8bit"`` or a dict of its arguments.
+def quantization_options(quantization: str | dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `transformers.BitsAndBytesConfig` for ``"4bit"``, ``"8bit"`` or a dict of them.
 
     Raises:
         ConfigError: For another name.
-        MissingDependencyError: Where bitsandbytes isn't installed.
+
+    Example:
+        >>> quantization_options("8bit")
+        {'load_in_8bit': True}
     """
     named: dict[str, dict[str, Any]] = {
         "4bit": {
@@ -152,8 +155,21 @@ def quantization_config(quantization: str | dict[str, Any]) -> Any:
         },
         "8bit": {"load_in_8bit": True},
     }
-    if isinstance(quantization, str) and quantization not in named:
+    if isinstance(quantization, dict):
+        return quantization
+    if quantization not in named:
         raise ConfigError(f"quantization={quantization!r}: expected '4bit', '8bit' or a dict for BitsAndBytesConfig.")
+    return named[quantization]
+
+
+def quantization_config(quantization: str | dict[str, Any]) -> Any:
+    """`transformers.BitsAndBytesConfig` as :func:`quantization_options` says.
+
+    Raises:
+        ConfigError: For an unknown name.
+        MissingDependencyError: Where bitsandbytes isn't installed.
+    """
+    options = quantization_options(quantization)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingDependencyError(
             f"quantization={quantization!r} needs bitsandbytes, which isn't installed: "
@@ -161,7 +177,7 @@ def quantization_config(quantization: str | dict[str, Any]) -> Any:
         )
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(**(named[quantization] if isinstance(quantization, str) else quantization))
+    return BitsAndBytesConfig(**options)
 
 
 def _first_line(error: BaseException) -> str:

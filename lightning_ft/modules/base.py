@@ -20,7 +20,7 @@ from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.export import export
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, Scorer, base_of
-from lightning_ft.models.load import load_causal_lm, load_tokenizer
+from lightning_ft.models.load import load_causal_lm, load_tokenizer, quantization_options, resolve_dtype
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.rng import rng_state, set_rng_state
@@ -84,6 +84,7 @@ class FineTuning(LightningModule):
             "trust_remote_code": trust_remote_code,
             "seed": seed,
         }
+        self._check_settings()
         self._factor = schedule_factor(lr_schedule, warmup_ratio=warmup_ratio, total_steps=self._total_steps)
         self.strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks those
         self._window = TokenWindow()
@@ -91,6 +92,17 @@ class FineTuning(LightningModule):
         self._initial: InitialAdapter | None = None
         self._pending_rng: dict[str, Any] | None = None
         self._resumed = False
+
+    def _check_settings(self) -> None:
+        """Refuse now what would fail only after weights are loaded."""
+        if self._hyper["learning_rate"] <= 0:
+            raise ConfigError(f"learning_rate={self._hyper['learning_rate']}: expected more than 0.")
+        if self._hyper["weight_decay"] < 0:
+            raise ConfigError(f"weight_decay={self._hyper['weight_decay']}: expected 0 or more.")
+        if self._hyper["dtype"] is not None:
+            resolve_dtype(self._hyper["dtype"])
+        if self._hyper["quantization"] is not None:
+            quantization_options(self._hyper["quantization"])
 
     # ---------------------------------------------------------------- model and tokenizer
 

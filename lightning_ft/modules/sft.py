@@ -225,7 +225,7 @@ class LoRAFineTuning(FineTuning):
     def on_fit_start(self) -> None:
         """Initialise an adapter that wants to see data first."""
         super().on_fit_start()
-        if self._adapter is None and needs_data(self._lora) and not self._resumed:
+        if self._moves_ranks() and not self._resumed:
             self._initialise_from_data()
 
     def _initialise_from_data(self) -> None:
@@ -248,6 +248,25 @@ class LoRAFineTuning(FineTuning):
                 prepare_layer_inputs_fn=None,
                 gather_distributed_inputs=False,
             )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in `FineTuning`; EVA may have moved ranks between layers, and whoever loads this needs them."""
+        super().on_save_checkpoint(checkpoint)
+        if self._moves_ranks() and "hyper_parameters" in checkpoint:
+            lora = as_json(cast(LoraConfig, cast(PeftModel, self.model).active_peft_config))
+            checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "lora": lora}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in `FineTuning`, with the ranks of the run that wrote it."""
+        saved = checkpoint.get("hyper_parameters", {}).get("lora")
+        if self._moves_ranks() and saved is not None and saved.get("rank_pattern"):
+            self._lora = lora_config(saved)
+            if self.model is not None:
+                self.model = self._adapt(cast(PreTrainedModel, self.model.unload())).train()
+        super().on_load_checkpoint(checkpoint)
+
+    def _moves_ranks(self) -> bool:
+        return self._adapter is None and needs_data(self._lora)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         kind, rate = self._hyper["optimizer"], self._hyper["learning_rate"]

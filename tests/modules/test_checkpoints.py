@@ -1,0 +1,75 @@
+"""A checkpoint holds trainable weights only, loads without pickled code, and a run resumes bit for bit."""
+
+import pytest
+import torch
+from tiny import make_rows
+
+from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.errors import ModelError
+
+ROWS = make_rows(24)
+DROPOUT = {"r": 4, "lora_dropout": 0.3}  # so that a resumed run needs the random stream too
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def module_for(kind, folder):
+    lora = {"lora": DROPOUT} if kind is LoRAFineTuning else {}
+    return kind(folder, learning_rate=1e-2, **lora)
+
+
+@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
+def test_it_holds_the_trainable_weights_and_nothing_that_needs_pickle(fit, model_folder, tmp_path, kind):
+    module = module_for(kind, model_folder)
+    trainer = fit(module, ROWS, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == weights(module).keys()
+    if kind is LoRAFineTuning:
+        assert all("lora_" in name for name in checkpoint["state_dict"])
+        assert checkpoint["hyper_parameters"]["lora"]["lora_dropout"] == 0.3
+    again = kind.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    for name, value in weights(module).items():
+        assert torch.equal(dict(again.named_parameters())[name], value)
+
+
+@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
+@pytest.mark.parametrize("stop_at", [2, 3, 5])
+def test_a_resumed_run_equals_the_uninterrupted_one(fit, model_folder, tmp_path, kind, stop_at):
+    """Three steps an epoch: in the middle of one, at its end, and in the middle of the next."""
+    options = {"max_epochs": 3, "accumulate_grad_batches": 2, "data": {"shuffle": True}}
+    torch.manual_seed(1)
+    whole = module_for(kind, model_folder)
+    saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    fit(whole, ROWS, callbacks=[saver], enable_checkpointing=True, **options)
+    torch.manual_seed(2)  # what the process drew before must not matter
+    resumed = module_for(kind, model_folder)
+    trainer = fit(resumed, ROWS, ckpt_path=tmp_path / f"step={stop_at}.ckpt", **options)
+    assert trainer.global_step == 9
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    assert resumed._window.tokens_seen == whole._window.tokens_seen
+
+
+def test_another_adapter_is_refused(fit, model_folder, tmp_path):
+    trainer = fit(LoRAFineTuning(model_folder, lora={"r": 4, "target_modules": ["q_proj"]}), ROWS, max_steps=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ModelError, match=r"weights aren't trainable here|are missing from it"):
+        fit(LoRAFineTuning(model_folder, lora={"r": 4}), ROWS, ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
+
+
+def test_validation_from_a_checkpoint_uses_its_weights(fit, model_folder, tmp_path, trainer_options):
+    module = module_for(LoRAFineTuning, model_folder)
+    trainer = fit(module, ROWS, max_steps=4)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    data = PairDataModule(ROWS, validation=ROWS[:6], cache_dir=False)
+    losses = []
+    for which in (module, module_for(LoRAFineTuning, model_folder)):
+        path = None if which is module else tmp_path / "a.ckpt"
+        losses.append(Trainer(**trainer_options).validate(which, data, ckpt_path=path)[0]["val/loss"])
+    assert losses[0] == losses[1]
+    untrained = Trainer(**trainer_options).validate(module_for(LoRAFineTuning, model_folder), data)[0]["val/loss"]
+    assert untrained != losses[0]

@@ -1,0 +1,194 @@
+"""Every LoRA variant of PEFT's: trained, checkpointed, exported, and loaded again by plain PEFT."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from tiny import make_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_ft import LoRAFineTuning
+from lightning_ft._lightning import _pl
+from lightning_ft.errors import ConfigError, ExportError, ModelError
+
+ROWS = make_rows(24)
+PROMPTS = [row["input"] for row in ROWS[:4]]
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter": {"init_lora_weights": "pissa_niter_4"},
+    "olora": {"init_lora_weights": "olora"},
+    "eva": {"init_lora_weights": "eva", "eva_config": {"rho": 1.0}},
+    "eva_moves_ranks": {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 16}},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "on_the_head": {"target_modules": ["q_proj", "lm_head"]},
+    "on_the_embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "some_layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "with_bias": {"lora_bias": True},
+}
+
+
+def logits_of_plain_peft(base, folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, str(folder)).eval()(ids).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_it_trains_and_is_reloaded(fit, model_folder, tmp_path, name):
+    module = LoRAFineTuning(model_folder, lora={"r": 4, **VARIANTS[name]}, learning_rate=1e-2, dtype="float32")
+    with torch.enable_grad():
+        trainer = fit(module, ROWS, max_epochs=4)
+    assert module.model.active_peft_config.r == 4
+    ids = torch.randint(4, 300, (2, 12))
+    module.model.eval()
+    live = module.model(ids).logits
+    with module.model.disable_adapter():
+        untrained = module.model(ids).logits
+    assert float((live - untrained).abs().max()) > 1e-2
+
+    exported = module.export(tmp_path / "adapter")
+    torch.testing.assert_close(logits_of_plain_peft(model_folder, exported, ids), live, rtol=1e-4, atol=1e-4)
+    assert all(file.suffix not in (".bin", ".pt") for file in exported.iterdir())
+
+    if name == "with_bias":  # there is no bias in the base that it could be merged into
+        with pytest.raises(ExportError, match="unmerged"):
+            module.export(tmp_path / "merged", merge=True)
+        return
+    merged = module.export(tmp_path / "merged", merge=True)
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    torch.testing.assert_close(plain(ids).logits, live, rtol=1e-3, atol=1e-3)
+
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = LoRAFineTuning.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    torch.testing.assert_close(again.model.eval()(ids).logits, live, rtol=0, atol=1e-5)
+    assert again.generate(PROMPTS) == module.generate(PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_an_adapter_that_split_the_base_is_exported_for_the_whole_base(fit, model_folder, tmp_path, name):
+    """At rank 4 it took four directions out of the base, so the exported one needs eight to put them back."""
+    module = LoRAFineTuning(model_folder, lora={"r": 4, **VARIANTS[name]}, learning_rate=1e-2, dtype="float32")
+    fit(module, ROWS)
+    folder = module.export(tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == 8
+    assert config["init_lora_weights"] is True
+
+
+def test_loftq_initialises_against_a_quantized_base(fit, model_folder):
+    pytest.importorskip("bitsandbytes")
+    module = LoRAFineTuning(
+        model_folder, lora={"r": 4, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, dtype="float32"
+    )
+    fit(module, ROWS)
+
+
+@pytest.mark.parametrize("optimizer", ["loraplus", "lorafa"])
+def test_its_own_optimizers(fit, model_folder, optimizer):
+    module = LoRAFineTuning(model_folder, lora={"r": 4}, optimizer=optimizer, learning_rate=1e-3, dtype="float32")
+    module.configure_model()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    fit(module, ROWS)
+    changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert any("lora_B" in name for name in changed)
+    assert any("lora_A" in name for name in changed) == (optimizer == "loraplus")  # LoRA-FA freezes A
+    assert not any("lora_" not in name for name in changed)
+    rates = {group["lr"] for group in module.optimizers().param_groups}
+    assert len(rates) == (1 if optimizer == "lorafa" else 2) or rates == {0.0}
+    if optimizer == "loraplus":
+        assert sorted(module.lr_schedulers().base_lrs)[-1] == pytest.approx(16e-3)
+
+
+def test_lora_on_a_tied_head_stays_tied(fit, tmp_path):
+    from tiny import make_model, make_tokenizer
+
+    make_model(tie=True).save_pretrained(tmp_path / "tied")
+    make_tokenizer().save_pretrained(tmp_path / "tied")
+    base = str(tmp_path / "tied")
+    module = LoRAFineTuning(base, lora={"r": 4, "modules_to_save": ["lm_head"]}, learning_rate=1e-2, dtype="float32")
+    fit(module, ROWS)
+    model = module.model.get_base_model()
+    assert model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    ids = torch.randint(4, 300, (2, 12))
+    folder = module.export(tmp_path / "adapter")
+    with torch.no_grad():
+        live = module.model.eval()(ids).logits
+        torch.testing.assert_close(logits_of_plain_peft(base, folder, ids), live, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["as the model", "as the adapter"])
+def test_an_adapter_is_continued(fit, model_folder, tmp_path, how):
+    first = LoRAFineTuning(model_folder, lora={"r": 4}, learning_rate=1e-2, dtype="float32")
+    fit(first, ROWS)
+    folder = str(first.export(tmp_path / "first"))
+    given = {"model": folder} if how == "as the model" else {"model": model_folder, "adapter": folder}
+    second = LoRAFineTuning(**given, learning_rate=1e-2, dtype="float32")
+    second.configure_model()
+    assert second.generate(PROMPTS) == first.generate(PROMPTS)
+    start = load_file(f"{folder}/adapter_model.safetensors")
+    fit(second, ROWS)
+    end = load_file(second.export(tmp_path / "second") / "adapter_model.safetensors")
+    assert start.keys() == end.keys()
+    assert all(not torch.equal(start[name], end[name]) for name in start)
+
+
+def test_a_peft_config_object_is_taken_and_the_checkpoint_stays_plain(fit, model_folder, tmp_path):
+    config = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights="olora")
+    trainer = fit(LoRAFineTuning(model_folder, lora=config), ROWS)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    hyper = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+    assert hyper["lora"]["r"] == 3
+    assert hyper["lora"]["init_lora_weights"] == "olora"
+    assert sorted(hyper["lora"]["target_modules"]) == ["q_proj", "v_proj"]
+
+
+def test_eva_resumes_with_the_ranks_it_found(fit, model_folder, tmp_path):
+    lora = {"r": 4, "init_lora_weights": "eva"}  # PEFT's default lets ranks move
+    whole, first, resumed = (LoRAFineTuning(model_folder, lora=lora, learning_rate=1e-2) for _ in range(3))
+    fit(whole, ROWS, max_epochs=2)
+    assert whole.model.active_peft_config.rank_pattern
+    saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    fit(first, ROWS, max_epochs=2, callbacks=[saver], enable_checkpointing=True)
+    fit(resumed, ROWS, max_epochs=2, ckpt_path=tmp_path / "step=4.ckpt")
+    for name, value in whole.named_parameters():
+        assert torch.equal(dict(resumed.named_parameters())[name], value), name
+
+
+def test_eva_wants_to_see_data(trainer_options, model_folder, fit):
+    from lightning_ft import PairDataModule
+    from lightning_ft._lightning import Trainer
+
+    module = LoRAFineTuning(model_folder, lora={"init_lora_weights": "eva"})
+    data = PairDataModule(ROWS, tokenizer=module.tokenizer, cache_dir=False)
+    data.setup("fit")
+    with pytest.raises(ConfigError, match="DataModule"):
+        Trainer(**trainer_options, max_steps=1).fit(module, data.train_dataloader())
+
+
+def test_it_refuses_what_does_not_fit(fit, model_folder, tmp_path):
+    with pytest.raises(ModelError, match="nowhere_proj"):
+        fit(LoRAFineTuning(model_folder, lora={"target_modules": ["nowhere_proj"]}), ROWS)
+    with pytest.raises(ConfigError, match="leave out lora="):
+        LoRAFineTuning(model_folder, adapter=str(tmp_path), lora={"r": 2})
+    with pytest.raises(ModelError, match="No adapter could be loaded"):
+        fit(LoRAFineTuning(model_folder, adapter=str(tmp_path)), ROWS)
+
+
+def test_the_merged_export_is_what_transformers_generates(fit, model_folder, tmp_path):
+    module = LoRAFineTuning(model_folder, lora={"r": 4}, learning_rate=1e-2, dtype="float32")
+    fit(module, ROWS, max_epochs=10)
+    folder = module.export(tmp_path / "merged", merge=True)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for prompt, answer in zip(PROMPTS, module.generate(PROMPTS), strict=True):
+        chat = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        out = model.generate(ids, max_new_tokens=64, do_sample=False, attention_mask=torch.ones_like(ids))
+        assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == answer

@@ -1,0 +1,179 @@
+"""What a user sees while training: modes, figures, evaluation, refusals."""
+
+import math
+
+import pytest
+import torch
+from tiny import make_model, make_rows, make_tokenizer
+
+from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.errors import ConfigError, ModelError
+
+ROWS = make_rows(24)
+
+
+@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
+def test_train_mode_is_train_mode(fit, model_folder, kind):
+    seen = []
+
+    class Watched(kind):
+        def training_step(self, batch, batch_idx):
+            seen.append(all(m.training for m in self.model.modules()))
+            return super().training_step(batch, batch_idx)
+
+        def on_validation_epoch_end(self):
+            seen.append(not any(m.training for m in self.model.modules()))
+            super().on_validation_epoch_end()
+
+    fit(Watched(model_folder), ROWS, data={"validation": 0.2}, max_epochs=2)
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(fit, model_folder, kind):
+    calls = {}
+    trained = {}
+    for on in (False, True):
+        module = kind(model_folder, gradient_checkpointing=on, learning_rate=1e-2, seed=3)
+        module.configure_model()
+        count = [0]
+        layer = next(m for m in module.modules() if type(m).__name__ == "LlamaAttention")
+        layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        module.score(
+            next(iter(_loader(module))), "sum"
+        )  # the probe of the first call is not counted against training
+        before = count[0]
+        fit(module, ROWS, max_steps=2)
+        calls[on] = count[0] - before
+        trained[on] = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    assert calls[True] == 2 * calls[False]
+    for name, value in trained[False].items():
+        torch.testing.assert_close(trained[True][name], value, rtol=0, atol=1e-6)
+
+
+def _loader(module):
+    data = PairDataModule(ROWS, tokenizer=module.tokenizer, cache_dir=False)
+    data.setup("fit")
+    return data.train_dataloader()
+
+
+def test_it_learns_the_rows(fit, model_folder):
+    module = FullFineTuning(model_folder, learning_rate=1e-2)
+    trainer = fit(module, ROWS, max_epochs=40, data={"shuffle": True})
+    assert trainer.callback_metrics["train/loss"] < 0.05
+    assert module.generate([row["input"] for row in ROWS[:6]]) == [row["output"] for row in ROWS[:6]]
+
+
+def test_what_is_logged(fit, model_folder, tmp_path):
+    logger = _pl.loggers.CSVLogger(tmp_path)
+    module = LoRAFineTuning(model_folder)
+    options = {"logger": logger, "log_every_n_steps": 1, "max_epochs": 2}
+    trainer = fit(module, ROWS, data={"validation": ROWS[:5]}, **options)
+    rows = [line.split(",") for line in open(f"{logger.log_dir}/metrics.csv").read().splitlines()]
+    columns = {name: [row[i] for row in rows[1:] if row[i]] for i, name in enumerate(rows[0])}
+    for name in ("loss", "token_accuracy", "grad_norm", "learning_rate", "tokens_per_second", "padding_fraction"):
+        assert len(columns[f"train/{name}"]) == 12, name
+    for name in ("loss", "perplexity", "token_accuracy"):
+        assert len(columns[f"val/{name}"]) == 2, name
+    assert {float(x) for x in columns["train/padding_fraction"]} == {0.0}
+    tokens = sum(len(batch.input_ids[0]) for batch in _loader(module))
+    assert float(columns["train/tokens_seen"][-1]) == 2 * tokens
+    assert max(float(x) for x in columns["train/learning_rate"]) == pytest.approx(2e-4, rel=0.1)
+    loss = float(trainer.callback_metrics["val/loss"])
+    assert float(trainer.callback_metrics["val/perplexity"]) == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_unpacked_rows_report_their_padding(fit, model_folder):
+    trainer = fit(FullFineTuning(model_folder), ROWS, data={"packing": False})
+    assert 0 < trainer.callback_metrics["train/padding_fraction"] < 0.5
+
+
+def test_validation_loss_is_weighted_by_token(trainer_options, model_folder):
+    """Whatever the batches are, it is the mean over all supervised tokens."""
+    losses = set()
+    for batch_size in (1, 3, 24):
+        data = PairDataModule(ROWS, validation=ROWS, batch_size=batch_size, cache_dir=False)
+        figures = Trainer(**trainer_options).validate(FullFineTuning(model_folder), data)[0]
+        losses.add(round(figures["val/loss"], 5))
+    assert len(losses) == 1
+
+
+def test_two_validation_loaders_are_told_apart(trainer_options, model_folder):
+    module = FullFineTuning(model_folder)
+    loaders = [_loader(module), _loader(module)]
+    figures = Trainer(**trainer_options).validate(module, loaders)
+    assert figures[0]["val/loss/dataloader_0"] == pytest.approx(figures[1]["val/loss/dataloader_1"])
+
+
+@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
+def test_a_loaded_model_is_taken_as_it_is(fit, kind):
+    model = make_model().eval()
+    module = kind(model, tokenizer=make_tokenizer(), learning_rate=1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fit(module, ROWS)
+    base = module.model if kind is FullFineTuning else module.model.get_base_model()
+    assert base is model
+    changed = [name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])]
+    assert bool(changed) == (kind is FullFineTuning)
+
+
+def test_norms_and_biases_do_not_decay(fit, model_folder):
+    module = FullFineTuning(model_folder, weight_decay=0.1)
+    fit(module, ROWS, max_steps=1)
+    groups = module.optimizers().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(p.ndim >= 2 for p in groups[0]["params"])
+    assert all(p.ndim < 2 for p in groups[1]["params"])
+
+
+def test_a_schedule_without_an_end_is_refused(fit, model_folder):
+    with pytest.raises(ConfigError, match="max_steps or max_epochs"):
+        fit(FullFineTuning(model_folder), ROWS, max_epochs=-1)
+
+
+def test_constant_rate_needs_no_end(fit, model_folder):
+    module = FullFineTuning(model_folder, lr_schedule="constant", warmup_ratio=0.0)
+    stop = _pl.callbacks.Timer(duration={"seconds": 1})
+    fit(module, ROWS, max_epochs=-1, callbacks=[stop])
+    assert module.lr_schedulers().get_last_lr()[0] == 2e-5
+
+
+def test_no_weights_are_loaded_before_bad_rows_are_told(fit, tmp_path):
+    """The model's folder has a tokenizer and no weights, and still the rows come first."""
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="row 1"):
+        fit(FullFineTuning(str(tmp_path)), [{"input": "a", "output": ""}])
+
+
+def test_a_model_that_does_not_exist(fit, tmp_path):
+    with pytest.raises(ModelError, match="could not be loaded"):
+        fit(FullFineTuning(str(tmp_path / "no"), tokenizer=make_tokenizer()), ROWS)
+
+
+def test_bitsandbytes_is_asked_for(fit, model_folder, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+    with pytest.raises(ImportError, match=r"pip install 'lightning-ft\[quant\]'"):
+        fit(LoRAFineTuning(model_folder, quantization="4bit"), ROWS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr_schedule": "cosinus"}, "expected 'cosine'"),
+        ({"warmup_ratio": 1.5}, "expected a share"),
+        ({"dtype": "float17"}, "expected 'auto'"),
+        ({"optimizer": "sgd"}, "expected 'adamw'"),
+        ({"lora": {"rnk": 3}}, "no argument 'rnk'"),
+        ({"quantization": "2bit"}, "expected '4bit'"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        LoRAFineTuning("no/such-model", **arguments)
