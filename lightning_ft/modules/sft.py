@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
+from peft import LoraConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -220,34 +220,43 @@ class LoRAFineTuning(FineTuning):
         model = add_lora(base, self._lora, seed=self._hyper["seed"])
         if changes_base(self._lora):
             self._initial = InitialAdapter(model)
+        if self._moves_ranks() and self._starts_fit():
+            self._initialise_from_data(model)
         return model
 
-    def on_fit_start(self) -> None:
-        """Initialise an adapter that wants to see data first."""
-        super().on_fit_start()
-        if self._moves_ranks() and not self._resumed:
-            self._initialise_from_data()
+    def _initialise_from_data(self, model: PeftModel) -> None:
+        """EVA (https://arxiv.org/abs/2410.07170): A from the principal directions of the activations.
 
-    def _initialise_from_data(self) -> None:
-        """EVA (https://arxiv.org/abs/2410.07170): A from the principal directions of the activations."""
+        On rank 0 for all; before optimizers and strategies see the model, whose layers it replaces where it moves ranks.
+        """
         data = cast(Any, self.trainer).datamodule
         if data is None:
             raise ConfigError("init_lora_weights='eva' looks at the training data, so it needs a DataModule.")
-
-        def inputs(batch: TokenBatch) -> dict[str, Any]:
-            on_device = batch.to(self.device)
-            return {"input_ids": on_device.input_ids, "position_ids": on_device.position_ids, "use_cache": False}
-
-        with torch.random.fork_rng():
-            torch.manual_seed(self._hyper["seed"])
-            initialize_lora_eva_weights(
-                self.model,
-                dataloader=data.train_dataloader(),
-                forward_fn=lambda model, batch: model(**inputs(batch)),
-                prepare_model_inputs_fn=None,
-                prepare_layer_inputs_fn=None,
-                gather_distributed_inputs=False,
+        if getattr(self, "_device_mesh", None) is not None:
+            raise ConfigError(
+                "init_lora_weights='eva' can't be computed on a sharded model: start with one device, export the "
+                "adapter, and continue it with adapter=."
             )
+        device = self.trainer.strategy.root_device
+
+        def forward(model: PeftModel, batch: TokenBatch) -> None:
+            on_device = batch.to(device)
+            model(input_ids=on_device.input_ids, position_ids=on_device.position_ids, use_cache=False)
+
+        found = None
+        if self.global_rank == 0:
+            with torch.random.fork_rng():
+                torch.manual_seed(self._hyper["seed"])
+                found = get_eva_state_dict(
+                    model.to(device),
+                    data.train_dataloader(),
+                    forward_fn=forward,
+                    prepare_model_inputs_fn=None,
+                    prepare_layer_inputs_fn=None,
+                    gather_distributed_inputs=False,
+                )
+        found = self.trainer.strategy.broadcast(found)
+        initialize_lora_eva_weights(model, eva_state_dict=found)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As in `FineTuning`; EVA may have moved ranks between layers, and whoever loads this needs them."""
@@ -267,6 +276,10 @@ class LoRAFineTuning(FineTuning):
 
     def _moves_ranks(self) -> bool:
         return self._adapter is None and needs_data(self._lora)
+
+    def _starts_fit(self) -> bool:
+        trainer = cast(Any, self._trainer)
+        return trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None
 
     def _optimizer(self) -> torch.optim.Optimizer:
         kind, rate = self._hyper["optimizer"], self._hyper["learning_rate"]

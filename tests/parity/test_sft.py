@@ -1,0 +1,136 @@
+"""The same run by TRL's SFTTrainer: same weights, rows, order and settings; losses and final weights must agree."""
+
+import datasets
+import pytest
+import torch
+from tiny import make_model, make_rows, make_tokenizer
+from torch.utils.data import SequentialSampler
+from trl import SFTConfig, SFTTrainer
+
+from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer
+from lightning_ft.models.adapt import add_lora, lora_config
+
+STEPS = 20
+TOLERANCE = 1e-5
+# Nothing after the end token, which both then supervise last.
+TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
+    "{%- if message.role == 'assistant' -%}{%- generation -%}"
+    "{{- message.content + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}{{- message.content + '<|im_end|>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+LORA = {"r": 4, "lora_alpha": 8}
+
+
+class InOrder(SFTTrainer):
+    """Rows in their order, and each step's loss unrounded."""
+
+    def _get_train_sampler(self, dataset=None):
+        return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.micro_losses = [*getattr(self, "micro_losses", []), loss.item()]
+        return loss
+
+
+class Recording:
+    """Each step's loss unrounded."""
+
+    def log_dict(self, figures, **kwargs):
+        if "train/loss" in figures:
+            self.losses = [*getattr(self, "losses", []), figures["train/loss"]]
+        super().log_dict(figures, **kwargs)
+
+
+class RecordingFull(Recording, FullFineTuning):
+    pass
+
+
+class RecordingLoRA(Recording, LoRAFineTuning):
+    pass
+
+
+def as_messages(rows):
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["input"]}],
+            "completion": [{"role": "assistant", "content": row["output"]}],
+        }
+        for row in rows
+    ]
+
+
+def by_trl(rows, kind, *, batch_size, accumulation, tmp_path, learning_rate, assistant_only=False):
+    model = make_model()
+    if kind is RecordingLoRA:
+        model = add_lora(model, lora_config(LORA), seed=0)
+    data = as_messages(rows)
+    if assistant_only:
+        data = [{"messages": row["prompt"] + row["completion"]} for row in data]
+    trainer = InOrder(
+        model=model,
+        processing_class=make_tokenizer(TEMPLATE),
+        train_dataset=datasets.Dataset.from_list(data),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=STEPS,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=2,
+            weight_decay=0.01,
+            max_grad_norm=0.0,
+            completion_only_loss=None if assistant_only else True,
+            assistant_only_loss=assistant_only,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    trainer.train()
+    sums = torch.tensor(trainer.micro_losses, dtype=torch.float64).view(STEPS, accumulation).sum(1)
+    return sums.tolist(), {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def by_us(rows, kind, *, batch_size, accumulation, trainer_options, learning_rate, packing=True):
+    lora = {"lora": LORA} if kind is RecordingLoRA else {}
+    module = kind(
+        make_model(),
+        tokenizer=make_tokenizer(TEMPLATE),
+        learning_rate=learning_rate,
+        weight_decay=0.01,
+        warmup_ratio=0.1,
+        **lora,
+    )
+    data = PairDataModule(rows, batch_size=batch_size, shuffle=False, packing=packing, cache_dir=False)
+    trainer = Trainer(**trainer_options, max_steps=STEPS, max_epochs=-1, accumulate_grad_batches=accumulation)
+    trainer.fit(module, data)
+    weights = {n.removeprefix("model."): p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    return module.losses, weights
+
+
+@pytest.mark.parametrize("kind", [RecordingFull, RecordingLoRA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "assistant_only", "packing"),
+    [(4, 1, False, True), (4, 4, False, True), (2, 4, False, False), (4, 4, True, True)],
+    ids=["completion_only", "accumulation_4", "accumulation_4_unpacked", "assistant_only"],
+)
+def test_losses_and_weights(kind, batch_size, accumulation, assistant_only, packing, tmp_path, trainer_options):
+    rows = make_rows(2 * batch_size * accumulation * STEPS)[: batch_size * accumulation * STEPS]
+    rate = 1e-3 if kind is RecordingFull else 1e-2
+    common = {"batch_size": batch_size, "accumulation": accumulation, "learning_rate": rate}
+    theirs, their_weights = by_trl(rows, kind, tmp_path=tmp_path, assistant_only=assistant_only, **common)
+    ours, our_weights = by_us(rows, kind, trainer_options=trainer_options, packing=packing, **common)
+    assert len(ours) == STEPS
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=TOLERANCE)
+    assert theirs[-1] < theirs[0] - 0.3  # it learnt something, so agreement means something
+    assert our_weights.keys() == their_weights.keys()
+    for name, want in their_weights.items():
+        torch.testing.assert_close(our_weights[name], want, rtol=0, atol=TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
