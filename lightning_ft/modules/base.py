@@ -194,7 +194,8 @@ class FineTuning(LightningModule):
 
     def on_train_start(self) -> None:
         """Check that the schedule knows its end, and start counting."""
-        if self._hyper["lr_schedule"] != "constant" and self._total_steps() is None:
+        ours = any(self._factor in getattr(c.scheduler, "lr_lambdas", ()) for c in self.trainer.lr_scheduler_configs)
+        if ours and self._hyper["lr_schedule"] != "constant" and self._total_steps() is None:
             raise ConfigError(
                 f"lr_schedule={self._hyper['lr_schedule']!r} needs to know how long training lasts: set max_steps or "
                 "max_epochs of the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
@@ -370,6 +371,18 @@ class FineTuning(LightningModule):
         self._pending_rng = state.get("rng")
         self._window.tokens_seen = int(state.get("tokens_seen", 0))
         self._resumed = True
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Load the trainable weights of a checkpoint into this module, outside of a Trainer.
+
+        Raises:
+            ModelError: If there is no such file, or it doesn't fit.
+        """
+        if not Path(path).is_file():
+            raise ModelError(f"There is no checkpoint {str(path)!r}.")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"], strict=False)
 
     def export(self, folder: str | Path, *, merge: bool = False, overwrite: bool = False) -> Path:
         """Write a folder that plain transformers (and PEFT) load.

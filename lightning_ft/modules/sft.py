@@ -152,7 +152,7 @@ class LoRAFineTuning(FineTuning):
         self,
         model: str | PreTrainedModel,
         *,
-        lora: LoraConfig | dict[str, Any] | bool | None = None,
+        lora: dict[str, Any] | LoraConfig | bool | None = None,
         adapter: str | None = None,
         optimizer: LoRAOptimizer = "adamw",
         loraplus_lr_ratio: float = 16.0,

@@ -1,0 +1,21 @@
+"""`python -m lightning_ft`, and the `lightning-ft` command."""
+
+from __future__ import annotations
+
+import sys
+
+from lightning_ft.errors import LightningFTError
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a subcommand; an error that says what to do is printed without its traceback."""
+    from lightning_ft.cli import FineTuningCLI
+
+    try:
+        FineTuningCLI(args=args)
+    except LightningFTError as error:
+        sys.exit(f"lightning-ft: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""`lightning-ft fit|validate|test|predict|preview|export`: a LightningCLI in subclass mode.
+
+One YAML file holds `trainer`, `model`, `data` and `trainer.callbacks`; the model's name stands in it once, since the data
+takes its tokenizer from the model.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
+from lightning_ft.errors import ConfigError, ModelError
+
+_cli = cli_module()
+
+
+class FineTuningTrainer(Trainer):
+    """The Trainer of the command line: the usual one, and two subcommands that train nothing."""
+
+    def preview(self, model: LightningModule, datamodule: LightningDataModule | None = None, examples: int = 3) -> None:
+        """Print examples with their supervised tokens, and what would be cut or dropped; loads no weights.
+
+        Args:
+            model: Whose tokenizer is used, where the data has none of its own.
+            datamodule: What would be trained on.
+            examples: How many rows of each split to show.
+        """
+        from lightning_ft.data.pairs import PairDataModule
+        from lightning_ft.data.preview import preview
+
+        if not isinstance(datamodule, PairDataModule):
+            raise ConfigError("preview shows a PairDataModule: give one as data.")
+        own = datamodule.hparams["tokenizer"] is not None
+        preview(datamodule, None if own else getattr(model, "tokenizer", None), examples=examples)
+
+    def export(
+        self,
+        model: LightningModule,
+        ckpt_path: str,
+        output: str,
+        datamodule: LightningDataModule | None = None,
+        merge: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a checkpoint as a folder that plain transformers and PEFT load.
+
+        Args:
+            model: The module of the run that wrote the checkpoint.
+            ckpt_path: The checkpoint.
+            output: The folder to write.
+            datamodule: Not used.
+            merge: Fold an adapter into the base weights; refused where greedy output would change.
+            overwrite: Write into a folder that isn't empty.
+        """
+        from lightning_ft.modules.base import FineTuning
+
+        if not isinstance(model, FineTuning):
+            raise ConfigError(f"{type(model).__name__} can't be exported: it isn't a module of lightning_ft.")
+        model.load_checkpoint(ckpt_path)
+        folder = model.export(output, merge=merge, overwrite=overwrite)
+        print(f"Exported to {folder}")
+
+
+class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
+    """The command line.
+
+    Args:
+        args: In place of the process's own arguments.
+        run: Run the subcommand; False to only build `trainer`, `model` and `datamodule`.
+
+    Example:
+        >>> FineTuningCLI(args=["fit", "--help"])  # doctest: +SKIP
+    """
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=FineTuningTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "lightning-ft"} if run else {},
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's own, and those of `FineTuningTrainer`."""
+        own = {"preview": {"model", "datamodule"}, "export": {"model", "datamodule"}}
+        return {**_cli.LightningCLI.subcommands(), **own}
+
+    def _parse_ckpt_path(self) -> None:
+        """The configuration file says what the model is; the module checks that a checkpoint fits it."""
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        """Let `--optimizer` and `--lr_scheduler` take the place of the module's own.
+
+        LightningCLI builds them here, from all parameters. There are none yet: weights are loaded later, and then most of an
+        adapted model's are frozen.
+        """
+        optimizer, scheduler = (self._get(self.config_init, key) for key in ("optimizer", "lr_scheduler"))
+        if optimizer or scheduler:
+            configure = partial(_configure_optimizers, own=self.model.configure_optimizers, cli=type(self))
+            self.model.configure_optimizers = MethodType(
+                partial(configure, optimizer=optimizer, scheduler=scheduler), self.model
+            )
+
+
+def _configure_optimizers(module: Any, *, own: Any, cli: Any, optimizer: Any, scheduler: Any) -> Any:
+    if optimizer:
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise ModelError("No parameter of the model is trainable.")
+        built = _cli.instantiate_class(trainable, optimizer)
+    else:
+        built = own()["optimizer"]
+    return cli.configure_optimizers(module, built, _cli.instantiate_class(built, scheduler) if scheduler else None)
+
