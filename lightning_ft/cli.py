@@ -6,12 +6,11 @@ takes its tokenizer from the model.
 
 from __future__ import annotations
 
-from functools import partial
 from types import MethodType
 from typing import Any
 
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
-from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.errors import ConfigError
 
 _cli = cli_module()
 
@@ -103,20 +102,18 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         adapted model's are frozen.
         """
         optimizer, scheduler = (self._get(self.config_init, key) for key in ("optimizer", "lr_scheduler"))
-        if optimizer or scheduler:
-            configure = partial(_configure_optimizers, own=self.model.configure_optimizers, cli=type(self))
-            self.model.configure_optimizers = MethodType(
-                partial(configure, optimizer=optimizer, scheduler=scheduler), self.model
+        if not optimizer and not scheduler:
+            return
+        own, cli = self.model.configure_optimizers, type(self)
+
+        def configure_optimizers(module: LightningModule) -> Any:
+            if optimizer:
+                trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+                built = _cli.instantiate_class(trainable, optimizer)
+            else:
+                built = own()["optimizer"]
+            return cli.configure_optimizers(
+                module, built, _cli.instantiate_class(built, scheduler) if scheduler else None
             )
 
-
-def _configure_optimizers(module: Any, *, own: Any, cli: Any, optimizer: Any, scheduler: Any) -> Any:
-    if optimizer:
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if not trainable:
-            raise ModelError("No parameter of the model is trainable.")
-        built = _cli.instantiate_class(trainable, optimizer)
-    else:
-        built = own()["optimizer"]
-    return cli.configure_optimizers(module, built, _cli.instantiate_class(built, scheduler) if scheduler else None)
-
+        self.model.configure_optimizers = MethodType(configure_optimizers, self.model)

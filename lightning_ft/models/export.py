@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.errors import ExportError
@@ -29,6 +31,7 @@ def export(
     initial: InitialAdapter | None = None,
     check_prompts: list[list[int]] | None = None,
     overwrite: bool = False,
+    write: bool = True,
 ) -> Path:
     """Write an adapter folder, or a model folder, with the tokenizer and its chat template.
 
@@ -41,6 +44,7 @@ def export(
         check_prompts: Token ids of prompts whose greedy continuation a merged model must repeat; a few made-up ones by
             default.
         overwrite: Write into a folder that isn't empty.
+        write: False on ranks that only take part in gathering the weights of a sharded model.
 
     Returns:
         `folder`.
@@ -49,6 +53,9 @@ def export(
         ExportError: If the folder isn't empty, or the merged model's greedy output differs.
     """
     path = Path(folder)
+    gathered = _gathered(model, merge=merge, initial=initial)
+    if not write:
+        return path
     if path.exists() and not path.is_dir():
         raise ExportError(f"{path} is a file; export needs a folder.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
@@ -56,25 +63,35 @@ def export(
     path.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel) and not merge:
         options = {} if initial is None else {"path_initial_model_for_weight_conversion": str(initial.path)}
-        _save_adapter(model, path, options)
+        _save_adapter(model, path, gathered | options)
     elif isinstance(model, PeftModel):
         _merged(model, check_prompts).save_pretrained(path)
     else:
-        model.save_pretrained(path)
+        model.save_pretrained(path, **gathered)
     tokenizer.save_pretrained(path)
     _write_card(path, model, merge)
     return path
 
 
-def _save_adapter(model: PeftModel, path: Path, options: dict[str, str]) -> None:
+def _gathered(model: CausalLM, *, merge: bool, initial: InitialAdapter | None) -> dict[str, Any]:
+    """The whole weights of a sharded model, on rank 0, as an argument of `save_pretrained`; nothing for any other model."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return {}
+    if merge or initial is not None:
+        raise ExportError(
+            "A sharded model is exported as it is: it can't be merged, nor can an adapter that changed the base be "
+            "converted. Use `lightning-ft export` on its checkpoint, which loads it on one device."
+        )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {"state_dict": get_model_state_dict(model, options=options)}
+
+
+def _save_adapter(model: PeftModel, path: Path, options: dict[str, Any]) -> None:
     config = model.active_peft_config
     kept = config.init_lora_weights
     try:
-        if options:
-            # PEFT subtracts the initial adapter only where the config still says how it was made.
-            cast(Any, model).save_pretrained(path, **options)
-        else:
-            model.save_pretrained(str(path))
+        # PEFT subtracts an initial adapter only where the config still says how it was made.
+        cast(Any, model).save_pretrained(str(path), **options)
     finally:
         config.init_lora_weights = kept
     _plain_initialisation(path / "adapter_config.json")

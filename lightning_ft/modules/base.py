@@ -385,7 +385,7 @@ class FineTuning(LightningModule):
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
     def export(self, folder: str | Path, *, merge: bool = False, overwrite: bool = False) -> Path:
-        """Write a folder that plain transformers (and PEFT) load.
+        """Write a folder that plain transformers (and PEFT) load; on several ranks, call it on all of them.
 
         Args:
             folder: Where to write.
@@ -399,7 +399,15 @@ class FineTuning(LightningModule):
             ExportError: If it would not give the same output, or the folder isn't empty.
         """
         self.configure_model()
-        return export(self.model, self.tokenizer, folder, merge=merge, overwrite=overwrite, initial=self._initial)
+        return export(
+            self.model,
+            self.tokenizer,
+            folder,
+            merge=merge,
+            overwrite=overwrite,
+            initial=self._initial,
+            write=self._trainer is None or self._trainer.is_global_zero,
+        )
 
     @property
     def original(self) -> bool:

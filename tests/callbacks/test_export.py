@@ -1,0 +1,94 @@
+"""ExportModel writes the final weights and the best ones, and refuses before training what would fail after it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_rows
+
+from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft._lightning import LightningModule, Trainer, _pl
+from lightning_ft.errors import ConfigError, ExportError
+
+ROWS = make_rows(24)
+
+
+def run(module, trainer_options, tmp_path, *, monitor="val/loss", **export):
+    saver = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor=monitor, mode="max")  # the worst: the first epoch's
+    callback = ExportModel(str(tmp_path / "out"), **export)
+    options = {**trainer_options, "enable_checkpointing": True}
+    trainer = Trainer(**options, max_epochs=3, callbacks=[saver, callback])
+    trainer.fit(module, PairDataModule(ROWS, validation=ROWS, cache_dir=False))
+    return callback, saver
+
+
+@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
+def test_last_and_best(trainer_options, tmp_path, model_folder, kind):
+    module = kind(model_folder, learning_rate=1e-2)
+    callback, saver = run(module, trainer_options, tmp_path)
+    assert callback.exported == {part: tmp_path / "out" / part for part in ("last", "best")}
+    final = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    for part, weights in (("last", final), ("best", torch.load(saver.best_model_path)["state_dict"])):
+        name = "adapter_model.safetensors" if kind is LoRAFineTuning else "model.safetensors"
+        saved = load_file(tmp_path / "out" / part / name)
+        for key, value in weights.items():
+            stored = saved[key.removeprefix("model.").replace(".default", "")]
+            assert torch.equal(stored, value), (part, key)
+    assert any(not torch.equal(final[name], value) for name, value in weights.items())
+
+
+def test_merged(trainer_options, tmp_path, model_folder):
+    callback, _ = run(LoRAFineTuning(model_folder, dtype="float32"), trainer_options, tmp_path, merge=True)
+    assert (callback.exported["best"] / "model.safetensors").is_file()
+
+
+def test_nothing_is_best_where_nothing_is_monitored(trainer_options, tmp_path, model_folder):
+    callback, _ = run(FullFineTuning(model_folder), trainer_options, tmp_path, monitor=None)
+    assert list(callback.exported) == ["last"]
+
+
+def test_a_filled_folder_is_refused_before_training(trainer_options, tmp_path, model_folder):
+    (tmp_path / "out" / "best").mkdir(parents=True)
+    (tmp_path / "out" / "best" / "mine.txt").write_text("keep")
+    module = FullFineTuning(model_folder)
+    with pytest.raises(ExportError, match="overwrite=True"):
+        run(module, trainer_options, tmp_path)
+    assert module.trainer.global_step == 0
+    run(FullFineTuning(model_folder), trainer_options, tmp_path, overwrite=True)
+
+
+def test_another_module_is_refused(trainer_options, tmp_path):
+    class Other(LightningModule):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError
+
+        def configure_optimizers(self):
+            return None
+
+    trainer = Trainer(**trainer_options, callbacks=[ExportModel(str(tmp_path))])
+    with pytest.raises(ConfigError, match="Other"):
+        trainer.fit(Other(), torch.utils.data.DataLoader([0]))
+
+
+def test_a_merge_that_changes_the_output_is_refused(fit_module, tmp_path, monkeypatch):
+    """What bf16 rounding may do to a merge, made certain."""
+    from peft.tuners.lora import LoraModel
+
+    merge = LoraModel.merge_and_unload
+
+    def rounded(self, **options):
+        merged = merge(self, **options)
+        with torch.no_grad():
+            for parameter in merged.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", rounded)
+    with pytest.raises(ExportError, match="loses too much"):
+        fit_module.export(tmp_path / "merged", merge=True)
+
+
+@pytest.fixture
+def fit_module(trainer_options, model_folder):
+    module = LoRAFineTuning(model_folder, learning_rate=1e-2)
+    Trainer(**trainer_options, max_epochs=2).fit(module, PairDataModule(ROWS, cache_dir=False))
+    return module

@@ -1,0 +1,174 @@
+"""`lightning-ft`, as a user of LightningCLI would try it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from tiny import make_rows
+
+from lightning_ft.__main__ import main
+from lightning_ft.cli import FineTuningCLI
+
+
+@pytest.fixture
+def config(tmp_path, model_folder):
+    """Writes a configuration, changed as asked, and returns its path."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in make_rows(24)))
+
+    def write(**changes):
+        content = {
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_epochs": 1,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "default_root_dir": str(tmp_path),
+            },
+            "model": {"class_path": "lightning_ft.LoRAFineTuning", "init_args": {"model": model_folder, "lora": {"r": 4}}},
+            "data": {
+                "class_path": "lightning_ft.PairDataModule",
+                "init_args": {
+                    "train": str(tmp_path / "rows.jsonl"),
+                    "validation": 0.25,
+                    "test": str(tmp_path / "rows.jsonl"),
+                    "predict": str(tmp_path / "rows.jsonl"),
+                    "cache_dir": str(tmp_path / "cache"),
+                },
+            },
+        }
+        content.update(changes)
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["lightning-ft", *args])
+        return FineTuningCLI()
+
+    return call
+
+
+def test_fit_validate_test_predict(run, config, tmp_path):
+    path = config()
+    cli = run("fit", "--config", path)
+    assert cli.trainer.global_step == 3
+    (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["hyper_parameters"]["lora"]["r"] == 4
+    run("validate", "--config", path, "--ckpt_path", str(checkpoint))
+    run("test", "--config", path, "--ckpt_path", str(checkpoint))
+    run("predict", "--config", path, "--ckpt_path", str(checkpoint))
+
+
+def test_export(run, config, tmp_path, capsys):
+    path = config()
+    cli = run("fit", "--config", path)
+    (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+    run("export", "--config", path, "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "out"))
+    assert "Exported to" in capsys.readouterr().out
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for name, value in cli.model.named_parameters():
+        if value.requires_grad:
+            assert torch.equal(saved[name.removeprefix("model.").replace(".default", "")], value)
+
+
+def test_export_without_a_checkpoint(run, config, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint"):
+        run("export", "--config", config(), "--ckpt_path", "no.ckpt", "--output", str(tmp_path / "out"))
+
+
+def test_preview_loads_no_weights(run, config, capsys, monkeypatch):
+    monkeypatch.setattr("lightning_ft.modules.base.load_causal_lm", lambda *a, **k: pytest.fail("weights were loaded"))
+    run("preview", "--config", config(), "--examples", "1")
+    assert "«" in capsys.readouterr().out
+
+
+def test_the_models_name_stands_in_the_configuration_once(run, config, model_folder):
+    assert open(config()).read().count(model_folder) == 1
+
+
+def test_print_config_holds_every_default(config, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main_with("fit", "--config", config(), "--print_config")
+    assert stopped.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["lora"] == {"r": 4}
+    assert printed["model"]["init_args"]["lr_schedule"] == "cosine"
+    assert printed["data"]["init_args"]["packing"] is True
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.learning_rat", "1"], "Option 'learning_rat' is not accepted"),
+        (["--modle", "1"], "unrecognized arguments: --modle"),
+        (["--model.lr_schedule", "cosinus"], "cosinus"),
+        (["--trainer.max_epochz", "1"], "max_epochz"),
+    ],
+)
+def test_wrong_keys(config, capsys, args, message):
+    with pytest.raises(SystemExit) as stopped:
+        main_with("fit", "--config", config(), *args)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_explains_the_arguments(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main_with("fit", "--model.help", "lightning_ft.LoRAFineTuning")
+    assert stopped.value.code == 0
+    assert "Peak of the schedule" in " ".join(capsys.readouterr().out.split())
+
+
+def main_with(*args):
+    main(list(args))
+
+
+def test_an_error_of_ours_is_told_without_a_traceback(config, tmp_path, monkeypatch):
+    path = config()
+    (tmp_path / "rows.jsonl").write_text('{"input": "a", "output": ""}')
+    with pytest.raises(SystemExit, match=r"lightning-ft: DataError: (?s:.*)rows\.jsonl.*empty output"):
+        main_with("fit", "--config", path)
+
+
+def test_optimizer_and_scheduler_of_the_command_line_take_over(run, config):
+    cli = run(
+        *["fit", "--config", config()],
+        *["--optimizer", "SGD", "--optimizer.lr", "0.5", "--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"],
+    )
+    optimizer = cli.trainer.optimizers[0]
+    assert type(optimizer) is torch.optim.SGD
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in cli.model.parameters() if p.requires_grad}
+    assert cli.trainer.lr_scheduler_configs[0].scheduler.step_size == 1
+
+
+def test_a_scheduler_alone_goes_over_the_modules_optimizer(run, config):
+    cli = run("fit", "--config", config(), "--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1")
+    assert type(cli.trainer.optimizers[0]) is torch.optim.AdamW
+    assert type(cli.trainer.lr_scheduler_configs[0].scheduler).__name__ == "StepLR"
+
+
+def test_the_same_seed_gives_the_same_weights(run, config):
+    lora = {"class_path": "lightning_ft.FullFineTuning", "init_args": {}}
+    lora["init_args"]["model"] = yaml.safe_load(open(config()))["model"]["init_args"]["model"]
+    weights = [dict(run("fit", "--config", config(model=lora)).model.named_parameters()) for _ in range(2)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_ft", "--help"], capture_output=True, text=True, check=True, timeout=300
+    )
+    for name in ("fit", "validate", "test", "predict", "preview", "export"):
+        assert f"\n    {name} " in done.stdout
