@@ -1,0 +1,78 @@
+"""One run on one or two processes: `python two_ranks.py one|ddp|fsdp full|lora MODEL OUT`; see test_two_ranks.py."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from tiny import make_rows
+
+from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer, _pl
+
+
+class Recording:
+    """Keeps the gradients as the optimizer gets them, and the logged losses."""
+
+    def configure_gradient_clipping(self, optimizer, *args, **kwargs):
+        grads = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+        full = {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in grads.items()}
+        self.steps = [*getattr(self, "steps", []), full]
+
+    def log_dict(self, figures, **kwargs):
+        if "train/loss" in figures:
+            self.losses = [*getattr(self, "losses", []), figures["train/loss"]]
+        super().log_dict(figures, **kwargs)
+
+
+class RecordingFull(Recording, FullFineTuning):
+    pass
+
+
+class RecordingLoRA(Recording, LoRAFineTuning):
+    pass
+
+
+def main(how, kind, model, out):
+    torch.set_num_threads(1)
+    module = {"full": RecordingFull, "lora": RecordingLoRA}[kind](model, learning_rate=1e-2, dtype="float32")
+    data = PairDataModule(
+        make_rows(20), validation=make_rows(7), batch_size=4 if how == "one" else 2, shuffle=False, cache_dir=False
+    )
+    strategies = {
+        "one": lambda: "auto",
+        "ddp": lambda: _pl.strategies.DDPStrategy(process_group_backend="gloo"),
+        "fsdp": lambda: _pl.strategies.ModelParallelStrategy(
+            data_parallel_size=2,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend="gloo",
+        ),
+    }
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1 if how == "one" else 2,
+        strategy=strategies[how](),
+        max_epochs=1,
+        accumulate_grad_batches=2,  # 8 rows a step; the last step has 4
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=out,
+        callbacks=[ExportModel(f"{out}/export")],
+    )
+    trainer.fit(module, data)
+    trainer.save_checkpoint(f"{out}/end.ckpt")
+    answers = module.generate([row["input"] for row in make_rows(4)], max_new_tokens=8)
+    if trainer.is_global_zero:
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        torch.save({"steps": module.steps, "losses": module.losses, "answers": answers, "figures": figures}, f"{out}/r.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
