@@ -1,0 +1,39 @@
+# Everything runs in a virtual environment of its own: `make demo` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install demo test lint types check check-lightning clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,report]'
+	touch $@
+
+# LoRA on the support example; ends with the savings table and runs/support-lora/**/token_savings.png
+demo: $(INSTALLED)
+	$(BIN)/lightning-ft fit --config examples/support/lora.yaml
+
+test: lint types check check-lightning
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+check: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+# The same modules, data and callbacks under the other name of Lightning.
+check-lightning: $(INSTALLED)
+	LIGHTNING_FT_NAMESPACE=lightning $(BIN)/python -m pytest -q tests/data tests/modules tests/callbacks tests/test_cli.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

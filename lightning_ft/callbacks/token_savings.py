@@ -1,0 +1,286 @@
+"""Token savings of a training run: the prompted arm before its first step, the tuned arm after its last."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft._lightning import Callback
+from lightning_ft.data.request import Request
+from lightning_ft.errors import ConfigError, SavingsError
+from lightning_ft.functional.cost import Prices
+from lightning_ft.functional.gate import check_margin
+from lightning_ft.functional.prompt import PromptBaseline
+from lightning_ft.functional.result import SavingsResult
+from lightning_ft.functional.savings import NoSuccessError
+from lightning_ft.functional.scorers import Scorer
+from lightning_ft.measurement.savings import SavingsMeasurement
+from lightning_ft.measurement.target import model_of, required_model, unwrapped
+
+
+class TokenSavings(Callback):
+    """Measures how many tokens a request no longer needs after training, and whether its answers stayed as good.
+
+    The original weights answer with the baseline's prompt and without it before the first step; the trained weights
+    answer without it when training ends. Results go to the Trainer's loggers as ``token_savings/...``, to a table on
+    the screen, and as JSON, Markdown and (with matplotlib) PNG into a folder. The first two arms are kept in
+    checkpoints, so that a resumed run compares with the original weights.
+
+    With Fabric, call ``fabric.call("on_train_start", fabric, model)`` before the loop and
+    ``fabric.call("on_train_end", fabric, model)`` after it, with `requests` and `tokenizer` given here. Without
+    either, use `lightning_ft.measurement.savings.SavingsMeasurement`.
+
+    Args:
+        baseline: System prompt and examples that training is to make unnecessary, or a JSON file with them.
+        scorer: ``"exact"``, ``"normalized"``, ``"label"``, ``"json"``, where to import one from
+            (``"package.module.function"``), or a function ``f(output, reference)`` that gives a number from 0 to 1.
+        margin: Loss of quality that would be accepted, chosen beforehand: 0.02 for two points.
+        prices: What tokens and training cost.
+        split: Which rows of the DataModule to ask. Without test rows it is the validation rows; training rows never.
+        requests: What to ask instead.
+        max_requests: Ask only so many, drawn by `seed`.
+        max_new_tokens: Limit of every answer.
+        batch_size: Prompts at a time.
+        every_n_epochs: Measure the tuned arm also after every so many epochs, to be monitored.
+        output_dir: Folder of the files; None for ``token_savings`` in the logger's folder (or `default_root_dir`; with
+            Fabric none is written), False for none.
+        tokenizer: By default the module's.
+        timed_requests: How many requests to time to their first token; 0 for none.
+        resamples: Draws of the bootstrap.
+        seed: Of bootstrap and drawn requests.
+        progress: Show progress bars; by default as the Trainer does.
+        name: Before the names of what is logged, and of the folder.
+
+    Raises:
+        SavingsError: For a measurement that would not be honest, before training wherever it can be known.
+
+    Example:
+        >>> baseline = PromptBaseline("Answer with the name of one department.")
+        >>> savings = TokenSavings(baseline, scorer="label", margin=0.05)
+    """
+
+    def __init__(
+        self,
+        baseline: PromptBaseline | str | None = None,
+        *,
+        scorer: str | Scorer = "normalized",
+        margin: float = 0.02,
+        prices: Prices | None = None,
+        split: Literal["test", "validation"] = "test",
+        requests: list[Request] | None = None,
+        max_requests: int | None = None,
+        max_new_tokens: int = 128,
+        batch_size: int = 32,
+        every_n_epochs: int | None = None,
+        output_dir: str | Path | bool | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        timed_requests: int = 3,
+        resamples: int = 9999,
+        seed: int = 0,
+        progress: bool | None = None,
+        name: str = "token_savings",
+    ) -> None:
+        super().__init__()
+        if baseline is None:
+            raise SavingsError(
+                "TokenSavings needs the prompt that you would use without training to compare with: "
+                "TokenSavings(PromptBaseline(system=..., few_shot=[...]))."
+            )
+        if split not in ("test", "validation"):
+            raise SavingsError(f"split={split!r}: expected 'test' or 'validation'; training rows measure memory.")
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise SavingsError(f"every_n_epochs={every_n_epochs}: expected at least 1.")
+        check_margin(margin)
+        self.baseline = PromptBaseline.from_file(baseline) if isinstance(baseline, str) else baseline
+        self.split, self.requests, self.tokenizer = split, requests, tokenizer
+        self.every_n_epochs, self.output_dir, self.progress, self.name = every_n_epochs, output_dir, progress, name
+        self._options: dict[str, Any] = {
+            "scorer": scorer,
+            "margin": margin,
+            "prices": prices,
+            "max_requests": max_requests,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "timed_requests": timed_requests,
+            "resamples": resamples,
+            "seed": seed,
+        }
+        self.result: SavingsResult | None = None
+        """The last result."""
+        self._measurement: SavingsMeasurement | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._measured_at: int | None = None
+        self._split_used = ""
+
+    @property
+    def state_key(self) -> str:
+        """Names this callback's state in checkpoints, so that two with different names can stand side by side."""
+        return f"TokenSavings({self.name!r})"
+
+    # ---------------------------------------------------------------- hooks, in the order in which they are called
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check requests and prompts before weights are loaded.
+
+        Raises:
+            SavingsError: For everything that can be known without the model.
+        """
+        if stage == "fit":
+            if self._measurement is not None and trainer.global_step > 0:  # the same Trainer goes on
+                self._loaded = self.state_dict()
+            self._measurement = self._new_measurement(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the prompts fit the model.
+
+        Raises:
+            SavingsError: With the first request whose prompt doesn't.
+        """
+        if self._measurement is not None and (model := model_of(pl_module)) is not None:
+            self._measurement.check_model(model)
+
+    def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
+        """Measure the original weights, unless a checkpoint brought what was measured of them.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+
+        Raises:
+            SavingsError: If training has already changed the weights.
+        """
+        self.result, self._measured_at = None, None
+        measurement = self._measurement or self._new_measurement(trainer, pl_module)
+        self._measurement = measurement
+        if self._loaded is not None:
+            measurement.load_state_dict(self._loaded)
+        if measurement.has_before:
+            return
+        if _is_trainer(trainer) and trainer.global_step > 0:
+            raise SavingsError(
+                f"This run resumes at step {trainer.global_step:,} from a checkpoint that holds no prompted arm, and "
+                "the original weights are gone. Start anew with TokenSavings among the callbacks, or compare the "
+                "exported models with lightning_ft.measurement.savings.measure_token_savings."
+            )
+        with _precision(trainer):
+            measurement.before(required_model(pl_module))
+
+    def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
+        """Measure the tuned arm where `every_n_epochs` asks for it, and log it to be monitored."""
+        if self.every_n_epochs is None or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        try:
+            figures = self._measure(trainer, pl_module)
+        except NoSuccessError as error:  # there may be some by the end
+            rank_zero_warn(f"Token savings after epoch {trainer.current_epoch}: {error}")
+            return
+        pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
+
+    def on_train_end(self, trainer: Any = None, pl_module: Any = None) -> None:
+        """Measure the tuned arm, log, print and write the result.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+
+        Raises:
+            SavingsError: If the scorer fails, or no answer of either arm was right.
+        """
+        step = getattr(trainer, "global_step", None)
+        fresh = self.result is None or step is None or step != self._measured_at
+        figures = self._measure(trainer, pl_module) if fresh else self._figures()
+        if _is_trainer(trainer):
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in figures.items()})
+        for logger in getattr(trainer, "loggers", []):
+            logger.log_metrics(figures, step=step)
+        folder = self._folder(trainer)
+        if getattr(trainer, "is_global_zero", True) and self.result is not None:
+            for warning in self.result.warnings:
+                rank_zero_warn(f"Token savings: {warning}")
+            self.result.print()
+            if folder is not None:
+                written = self.result.save(folder)
+                rank_zero_info("Token savings written: " + ", ".join(map(str, written)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The arms of the original weights, as JSON types."""
+        if self._measurement is not None and self._measurement.has_before:
+            return self._measurement.state_dict()
+        return self._loaded or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the arms of a checkpoint until training starts."""
+        self._loaded = state_dict or None
+
+    # ---------------------------------------------------------------- what they do
+
+    def _new_measurement(self, trainer: Any, module: Any) -> SavingsMeasurement:
+        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
+        if tokenizer is None:
+            raise SavingsError("TokenSavings has no tokenizer: pass tokenizer=, or use it with a module that has one.")
+        progress = self.progress
+        if progress is None:
+            bars = getattr(trainer, "progress_bar_callback", None)
+            progress = bars is not None if _is_trainer(trainer) else True
+        requests = self.requests if self.requests is not None else self._rows(trainer)
+        return SavingsMeasurement(tokenizer, requests, self.baseline, progress=progress, **self._options)
+
+    def _rows(self, trainer: Any) -> list[Request]:
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "requests"):
+            raise SavingsError("TokenSavings has nothing to ask: pass requests=, or a PairDataModule to the Trainer.")
+        reasons = []
+        for split in dict.fromkeys((self.split, "validation")):
+            try:
+                found: list[Request] = data.requests(split)
+            except ConfigError as error:  # no such rows
+                reasons.append(str(error))
+                continue
+            self._split_used = split
+            if split != self.split:
+                rank_zero_warn("Token savings are measured on the validation rows, since there are no test rows.")
+            return found
+        raise SavingsError(
+            f"TokenSavings has no rows to ask; training rows would measure memory. {' '.join(reasons)} Give the "
+            "PairDataModule test= or validation=."
+        )
+
+    def _measure(self, trainer: Any, module: Any) -> dict[str, float]:
+        if self._measurement is None:
+            raise SavingsError("The prompted arm has not been measured: on_train_start must run before the first step.")
+        provenance = {"split": self._split_used} if self._split_used else {}
+        with _precision(trainer):
+            self.result = self._measurement.after(required_model(module), provenance)
+        self._measured_at = getattr(trainer, "global_step", None)
+        return self._figures()
+
+    def _figures(self) -> dict[str, float]:
+        figures = {} if self.result is None else self.result.figures()
+        return {f"{self.name}/{key}": value for key, value in figures.items()}
+
+    def _folder(self, trainer: Any) -> Path | None:
+        if self.output_dir is False:
+            return None
+        if self.output_dir is not None and self.output_dir is not True:
+            return Path(self.output_dir)
+        if _is_trainer(trainer):
+            return Path(trainer.log_dir or trainer.default_root_dir) / self.name
+        return None
+
+
+def _is_trainer(trainer: Any) -> bool:
+    """Of whichever Lightning; Fabric isn't one."""
+    return hasattr(trainer, "callback_metrics")
+
+
+def _precision(trainer: Any) -> AbstractContextManager[Any]:
+    """The numerics that the run validates with."""
+    if _is_trainer(trainer):
+        context: AbstractContextManager[Any] = trainer.precision_plugin.forward_context()
+        return context
+    return trainer.autocast() if hasattr(trainer, "autocast") else nullcontext()  # type: ignore[no-any-return]

@@ -1,0 +1,131 @@
+"""Intervals of figures that are made of sums over requests."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from lightning_ft.errors import SavingsError
+
+Array = NDArray[np.float64]
+Statistic = Callable[[Mapping[str, Array]], Array]
+"""Sums of the columns, each of any shape, to a figure of that shape."""
+
+_SEED = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"  # renamed in scipy 1.15
+_CELLS = 4_000_000  # numbers held at a time while resampling
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its confidence interval.
+
+    Args:
+        value: The figure on the data as they are.
+        lo: Lower end; one-sided, it is a bound at half the error (97.5% for a 95% interval).
+        hi: Upper end.
+    """
+
+    value: float
+    lo: float
+    hi: float
+
+
+def bootstrap_intervals(
+    columns: Mapping[str, Sequence[float]],
+    statistics: Mapping[str, Statistic],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Paired bootstrap over requests: what belongs to one request is always drawn together.
+
+    BCa intervals (Efron 1987, https://doi.org/10.2307/2289144) by `scipy.stats.bootstrap`; percentiles where the data
+    are degenerate (all resamples alike, or some undefined). They depend neither on the order of the requests nor on
+    their names.
+
+    Args:
+        columns: Numbers of each request, by name, ``n`` each.
+        statistics: Figures to make of the columns' sums.
+        clusters: What each request belongs to, ``n``; whole clusters are drawn. None: each request by itself.
+        confidence: Of the two-sided intervals.
+        resamples: How often to draw.
+        seed: Of the draws.
+
+    Raises:
+        SavingsError: If there are no requests.
+
+    Example:
+        >>> columns = {"tuned": [20.0, 30.0, 25.0, 22.0], "prompted": [100.0, 120.0, 105.0, 98.0]}
+        >>> saving = bootstrap_intervals(columns, {"total": lambda s: 1 - s["tuned"] / s["prompted"]})["total"]
+        >>> round(saving.value, 3), saving.lo < saving.value < saving.hi
+        (0.771, True)
+    """
+    names = list(columns)
+    table = np.array([columns[name] for name in names], dtype=np.float64)  # [columns, n]
+    if table.size == 0:
+        raise SavingsError("No requests: there is nothing to measure.")
+    table = _canonical(_cluster_sums(table, clusters))  # [columns, units]
+
+    def figures(*drawn: Array, axis: int = -1) -> Array:
+        sums = {name: column.sum(axis=axis) for name, column in zip(names, drawn, strict=True)}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.stack(
+                [np.broadcast_to(statistic(sums), next(iter(sums.values())).shape) for statistic in statistics.values()]
+            )
+
+    values = figures(*table)
+    units = table.shape[1]
+    if units == 1:  # nothing to resample
+        return {name: Interval(float(v), float(v), float(v)) for name, v in zip(statistics, values, strict=True)}
+    result: Any
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # degenerate figures are dealt with below
+        result = stats.bootstrap(
+            tuple(table),
+            figures,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            confidence_level=confidence,
+            method="BCa",
+            batch=max(1, _CELLS // (units * len(names))),
+            **{_SEED: np.random.default_rng(seed)},
+        )
+    lows, highs = result.confidence_interval
+    tail = (1 - confidence) / 2
+    intervals = {}
+    for k, name in enumerate(statistics):
+        lo, hi = float(lows[k]), float(highs[k])
+        drawn = result.bootstrap_distribution[k]
+        if not (np.isfinite(lo) and np.isfinite(hi) and np.isfinite(drawn).all()):
+            drawn = drawn[~np.isnan(drawn)]
+            # "lower" and "higher" err to the wide side, and never interpolate with an infinite draw
+            lo = float(np.quantile(drawn, tail, method="lower")) if drawn.size else float(values[k])
+            hi = float(np.quantile(drawn, 1 - tail, method="higher")) if drawn.size else float(values[k])
+        intervals[name] = Interval(float(values[k]), lo, hi)
+    return intervals
+
+
+def _cluster_sums(table: Array, clusters: Sequence[Hashable] | None) -> Array:
+    if clusters is None:
+        return table
+    places: dict[Hashable, int] = {}
+    which = np.array([places.setdefault(cluster, len(places)) for cluster in clusters])
+    sums = np.zeros((table.shape[0], len(places)))
+    for row, column in zip(sums, table, strict=True):
+        np.add.at(row, which, column)
+    return sums
+
+
+def _canonical(table: Array) -> Array:
+    """Units in an order that follows from their numbers alone."""
+    return table[:, np.lexsort(table[::-1])]

@@ -1,0 +1,140 @@
+"""Run one arm: generate, count, score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.encode import answer_end_token
+from lightning_ft.errors import SavingsError
+from lightning_ft.functional.records import ArmRecords
+from lightning_ft.functional.scorers import score_answers
+from lightning_ft.measurement.first_token import first_token_seconds
+from lightning_ft.measurement.plan import MeasurementPlan
+from lightning_ft.measurement.resources import model_shape
+from lightning_ft.models.generate import end_token_ids
+from lightning_ft.models.head import CausalLM
+from lightning_ft.rollout.local import LocalEngine
+from lightning_ft.rollout.protocol import Completion
+
+
+def run_arm(
+    name: str,
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: MeasurementPlan,
+    *,
+    batch_size: int = 32,
+    share_prefix: bool = True,
+    timed_requests: int = 3,
+    progress: bool = True,
+) -> ArmRecords:
+    """Answer all requests of a plan as one arm would.
+
+    In a process group every rank must call it. Ranks share the requests out, unless the model is sharded: its ranks
+    have to run in step, so each answers them all. The records are the same on every rank.
+
+    Args:
+        name: ``prompted``, ``tuned`` or ``untuned``.
+        model: With the arm's weights, in whatever mode.
+        tokenizer: The model's.
+        plan: What to ask.
+        batch_size: Prompts at a time.
+        share_prefix: Run the prompts' common prefix through the model once.
+        timed_requests: How many requests to time to their first token; 0 for none.
+        progress: Show a progress bar.
+
+    Raises:
+        SavingsError: If the scorer fails on an answer.
+    """
+    arm = plan.prompted if name == "prompted" else plan.bare
+    ends = end_token_ids(model, tokenizer)
+    ends += [token for token in [answer_end_token(tokenizer)] if token not in ends]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    engine = LocalEngine(
+        model, end_token_ids=ends, pad_token_id=int(pad), batch_size=batch_size, share_prefix=share_prefix
+    )
+    rank, ranks = _rank_and_ranks()
+    if is_sharded(model):
+        ranks = 1
+    mine = range(rank if ranks > 1 else 0, len(arm.prompts), ranks)
+    shows = progress and rank == 0
+    with tqdm(total=len(mine), desc=f"Token savings, {name}", unit="request", disable=not shows, leave=False) as bar:
+        rollouts = engine.generate(
+            [arm.prompts[i] for i in mine],
+            max_new_tokens=plan.max_new_tokens,
+            on_answered=bar.update,
+            prefix=arm.shared,
+        )
+    completions = _gather(dict(zip(mine, rollouts.completions, strict=True)), ranks)
+    outputs = tokenizer.batch_decode([list(c.tokens) for c in completions], skip_special_tokens=True)
+    shape = model_shape(model)
+    n = len(plan.requests)
+    clusters = [r.cluster if r.cluster is not None else f"\0{r.id}" for r in plan.requests]
+    return ArmRecords(
+        ids=tuple(r.id for r in plan.requests),
+        input_tokens=tuple(map(len, arm.prompts)),
+        output_tokens=tuple(len(c.tokens) for c in completions),
+        scores=_scores(plan, outputs),
+        truncated=tuple(c.truncated for c in completions),
+        cached_prefix_tokens=(arm.shared,) * n,
+        clusters=tuple(clusters) if any(r.cluster is not None for r in plan.requests) else (),
+        outputs=tuple(outputs),
+        parts=arm.parts,
+        first_token_seconds=first_token_seconds(engine, arm.prompts, arm.shared, rounds=timed_requests)
+        if timed_requests
+        else {},
+        prefill_flops=None if shape is None else sum(shape.prefill_flops(len(p)) for p in arm.prompts) / n,
+        kv_cache_bytes=None
+        if shape is None
+        else sum(shape.kv_cache_bytes(len(p) + len(c.tokens)) for p, c in zip(arm.prompts, completions, strict=True))
+        / n,
+    )
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether the weights are spread over ranks (FSDP), so that all ranks have to run the model in step."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
+
+
+def _rank_and_ranks() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _gather(answered: dict[int, Completion], ranks: int) -> list[Completion]:
+    """The answers of all ranks, in the order of the requests."""
+    if ranks > 1:
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, answered)
+        answered = {i: completion for part in parts for i, completion in part.items()}
+    return [answered[i] for i in sorted(answered)]
+
+
+def _scores(plan: MeasurementPlan, outputs: Sequence[str]) -> tuple[float, ...]:
+    """Score on one rank and tell the others, errors too: a rank that raises alone leaves the others waiting."""
+    rank, ranks = _rank_and_ranks()
+    told: list[Any] = [None]
+    if rank == 0:
+        try:
+            ids, references = [r.id for r in plan.requests], [r.reference for r in plan.requests]
+            told = [score_answers(plan.scorer_name, plan.scorer, ids, outputs, references)]
+        except SavingsError as error:
+            if ranks == 1:
+                raise
+            told = [str(error)]
+    if ranks > 1:
+        dist.broadcast_object_list(told, src=0)
+    if isinstance(told[0], str):
+        raise SavingsError(told[0])
+    return tuple(told[0])

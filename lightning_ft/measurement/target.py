@@ -1,0 +1,42 @@
+"""The model inside what a training loop holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lightning_ft.errors import SavingsError
+
+
+def unwrapped(module: Any) -> Any:
+    """Without what Fabric or DDP put around it."""
+    while not isinstance(module, (PreTrainedModel, PeftModel)) and hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def model_of(module: Any) -> Any:
+    """The transformers or PEFT model of a module; None where it has none yet."""
+    module = unwrapped(module)
+    if isinstance(module, (PreTrainedModel, PeftModel)):
+        return module
+    model = unwrapped(getattr(module, "model", None))
+    return model if isinstance(model, (PreTrainedModel, PeftModel)) else None
+
+
+def required_model(module: Any) -> Any:
+    """The transformers or PEFT model of a module.
+
+    Raises:
+        SavingsError: If it has none.
+    """
+    model = model_of(module)
+    if model is None:
+        raise SavingsError(
+            f"TokenSavings found no transformers model in {type(module).__name__}: the module must hold one as "
+            f"`model`; with Fabric "
+            'pass it along: fabric.call("on_train_start", fabric, model).'
+        )
+    return model

@@ -1,0 +1,390 @@
+"""The callback in a Trainer, the same in a Fabric loop and in a loop written by hand."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny import make_model, make_tokenizer
+
+from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule, Prices, PromptBaseline, TokenSavings
+from lightning_ft._lightning import NAMESPACE, LightningModule, Trainer, _pl
+from lightning_ft.data.encode import encode_conversation, encode_prompt
+from lightning_ft.data.request import Message, Request
+from lightning_ft.errors import SavingsError
+from lightning_ft.functional.savings import NoSuccessError
+from lightning_ft.measurement.savings import SavingsMeasurement, measure_token_savings
+from lightning_ft.models.generate import evaluating
+from lightning_ft.report.files import load_savings
+
+BASELINE = PromptBaseline("Say where the thing is, in one word.", [{"input": "where is the moon", "output": "up"}] * 3)
+WORDS = ("parcel", "lamp", "kettle", "invoice", "refund", "dog", "fox", "line")
+QUICK = {"max_new_tokens": 6, "batch_size": 4, "resamples": 199, "timed_requests": 1, "margin": 0.05}
+
+
+def overlap(output, reference):
+    """Share of the reference's letters that the answer has: never quite zero for a random model."""
+    return len(set(output) & set(reference)) / len(set(reference))
+
+
+def make_requests(words=WORDS):
+    return [
+        Request(f"r{i}", (Message(role="user", content=f"where is the {word}"),), "here")
+        for i, word in enumerate(words)
+    ]
+
+
+class Plain(LightningModule):
+    """Any LightningModule with a model and a tokenizer."""
+
+    def __init__(self, model, tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def batches(tokenizer):
+    rows = [
+        [Message(role="user", content=f"where is the {w}"), Message(role="assistant", content="here")] for w in WORDS
+    ]
+    return [encode_conversation(tokenizer, row).input_ids for row in rows]
+
+
+def loader(tokenizer):
+    return torch.utils.data.DataLoader(batches(tokenizer), batch_size=1)
+
+
+def fit(trainer_options, tmp_path, tokenizer, callback, *, model=None, ckpt_path=None, callbacks=(), **options):
+    torch.manual_seed(0)
+    module = Plain(make_model() if model is None else model, tokenizer)
+    options = {"max_epochs": 2, **trainer_options, **options}
+    trainer = Trainer(callbacks=[callback, *callbacks], **options)
+    trainer.fit(module, loader(tokenizer), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+@pytest.fixture
+def savings():
+    return TokenSavings(BASELINE, scorer=overlap, requests=make_requests(), **QUICK)
+
+
+def hand_loop(tokenizer):
+    torch.manual_seed(0)
+    model = make_model().train()
+    measurement = SavingsMeasurement(tokenizer, make_requests(), BASELINE, scorer=overlap, progress=False, **QUICK)
+    measurement.before(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        for ids in batches(tokenizer):
+            optimizer.zero_grad()
+            model(input_ids=ids[None], labels=ids[None]).loss.backward()
+            optimizer.step()
+    assert model.training
+    return measurement.after(model)
+
+
+def fabric_loop(tokenizer, callback):
+    fabric_type = pytest.importorskip("lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric").Fabric
+    torch.manual_seed(0)
+    fabric = fabric_type(accelerator="cpu", devices=1, callbacks=[callback])
+    model = make_model().train()
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    fabric.call("on_train_start", fabric, model)
+    for _ in range(2):
+        for ids in batches(tokenizer):
+            optimizer.zero_grad()
+            fabric.backward(model(input_ids=ids[None], labels=ids[None]).loss)
+            optimizer.step()
+    fabric.call("on_train_end", fabric, model)
+    return callback.result
+
+
+def test_trainer_fabric_and_hand_loop_give_the_same(trainer_options, tmp_path, tokenizer, savings):
+    by_hand = hand_loop(tokenizer)
+    fit(trainer_options, tmp_path, tokenizer, savings)
+    of_fabric = TokenSavings(
+        BASELINE, scorer=overlap, requests=make_requests(), tokenizer=tokenizer, progress=False, **QUICK
+    )
+    assert by_hand.arms["tuned"] != by_hand.arms["untuned"]  # training changed something
+    assert savings.result == by_hand == fabric_loop(tokenizer, of_fabric)
+
+
+def test_counts_are_those_of_a_brute_force_count(tokenizer):
+    result = hand_loop(tokenizer)
+    model, requests = make_model(), make_requests()
+    for name, messages in (("prompted", BASELINE.messages), ("untuned", list)):
+        arm = result.arms[name]
+        for i, request in enumerate(requests):
+            text = tokenizer.apply_chat_template(messages(request.messages), tokenize=False, add_generation_prompt=True)
+            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+            with evaluating(model):
+                out = model.generate(
+                    input_ids=torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0
+                )[0, len(prompt) :]
+            assert arm.input_tokens[i] == len(prompt)
+            assert arm.output_tokens[i] == len(out)
+            assert arm.truncated[i] == (out[-1] != 2)
+            assert arm.outputs[i] == tokenizer.decode(out, skip_special_tokens=True)
+            assert arm.scores[i] == overlap(arm.outputs[i], "here")
+        assert sum(arm.parts.values()) == sum(arm.input_tokens)
+    start = tokenizer.apply_chat_template(BASELINE.messages([]), tokenize=False)
+    assert result.arms["prompted"].cached_prefix_tokens[0] >= len(tokenizer(start)["input_ids"])
+
+
+def test_a_bos_token_is_counted():
+    bos = "{{- bos_token -}}" + make_tokenizer().chat_template
+    plain, with_bos = make_tokenizer(), make_tokenizer(template=bos, bos="<|bos|>")
+    prompts = [
+        SavingsMeasurement(t, make_requests(), BASELINE, scorer=overlap).plan.bare.prompts[0] for t in (plain, with_bos)
+    ]
+    assert len(prompts[1]) == len(prompts[0]) + 1 == len(encode_prompt(with_bos, make_requests()[0].messages))
+
+
+def test_sharing_the_prefix_changes_nothing(tokenizer):
+    results = []
+    for share in (True, False):
+        measurement = SavingsMeasurement(
+            tokenizer, make_requests(), BASELINE, scorer=overlap, share_prefix=share, progress=False, **QUICK
+        )
+        measurement.before(make_model())
+        results.append(measurement.after(make_model(seed=1)))
+    assert results[0] == results[1]
+
+
+def test_two_models_and_an_adapter_switched_off(tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    options = {"scorer": overlap, "progress": False, **QUICK}
+    adapted = get_peft_model(make_model(), LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
+    off = measure_token_savings(adapted, tokenizer, make_requests(), BASELINE, **options)
+    two = measure_token_savings(adapted, tokenizer, make_requests(), BASELINE, original=make_model(), **options)
+    assert off.arms == two.arms
+    assert off.arms["tuned"].outputs != off.arms["untuned"].outputs
+    with pytest.raises(SavingsError, match="Pass original="):
+        measure_token_savings(make_model(), tokenizer, make_requests(), BASELINE, **options)
+
+
+def test_what_is_logged_and_written(trainer_options, tmp_path, tokenizer, capsys):
+    logged = []
+
+    class Recorder(_pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append((step, dict(metrics)))
+
+    prices = Prices(0.15, 0.6, 0.015, training=5, currency="USD", date="2026-01-31")
+    callback = TokenSavings(BASELINE, scorer=overlap, requests=make_requests(), prices=prices, **QUICK)
+    trainer, _ = fit({**trainer_options, "logger": Recorder()}, tmp_path, tokenizer, callback)
+    step, figures = logged[-1]
+    assert step == trainer.global_step == 16
+    assert set(figures) == {f"token_savings/{name}" for name in callback.result.figures()}
+    assert {"token_savings/total_lo", "token_savings/cost_cached", "token_savings/break_even_requests"} <= set(figures)
+    assert float(trainer.callback_metrics["token_savings/n"]) == 8
+    folder = tmp_path / "token_savings"
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".md", ".png"]
+    assert load_savings(folder / "token_savings.json") == callback.result
+    assert "tokens per request" in capsys.readouterr().out
+
+
+def test_every_epoch_is_logged_to_be_monitored(trainer_options, tmp_path, tokenizer):
+    callback = TokenSavings(
+        BASELINE, scorer=overlap, requests=make_requests(), every_n_epochs=1, output_dir=False, **QUICK
+    )
+    checkpoint = _pl.callbacks.ModelCheckpoint(tmp_path, monitor="token_savings/total", save_top_k=-1)
+    options = {**trainer_options, "enable_checkpointing": True}
+    fit(options, tmp_path, tokenizer, callback, callbacks=[checkpoint])
+    assert len(checkpoint.best_k_models) == 2
+    assert float(checkpoint.best_model_score) > 0.3
+    assert not (tmp_path / "token_savings").exists()
+
+
+def test_a_resumed_run_keeps_the_arms_of_the_original_weights(trainer_options, tmp_path, tokenizer, savings):
+    options = {**trainer_options, "enable_checkpointing": True}
+    checkpoint = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
+    fit(options, tmp_path, tokenizer, savings, callbacks=[checkpoint])
+    path = tmp_path / "ckpt" / "epoch=0.ckpt"
+    state = torch.load(path, weights_only=True)["callbacks"]["TokenSavings('token_savings')"]
+    assert json.loads(json.dumps(state)) == state
+
+    resumed = TokenSavings(BASELINE, scorer=overlap, requests=make_requests(), **QUICK)
+    fit(trainer_options, tmp_path, tokenizer, resumed, model=make_model(seed=5), ckpt_path=path)
+    assert resumed.result == savings.result
+
+    other = TokenSavings(PromptBaseline("Other."), scorer=overlap, requests=make_requests(), **QUICK)
+    with pytest.raises(SavingsError, match="measured with other requests, another baseline"):
+        fit(trainer_options, tmp_path, tokenizer, other, ckpt_path=path)
+
+
+def test_a_trainer_that_goes_on_keeps_the_original_arms(trainer_options, tmp_path, tokenizer, savings):
+    trainer, module = fit(trainer_options, tmp_path, tokenizer, savings, max_epochs=1)
+    first = savings.result
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(tokenizer))
+    assert trainer.global_step == 16
+    assert savings.result is not first
+    assert savings.result.arms["untuned"] == first.arms["untuned"] != first.arms["tuned"]
+
+
+def test_no_success_stops_training_at_its_end_only(trainer_options, tmp_path, tokenizer):
+    callback = TokenSavings(
+        BASELINE, scorer="exact", requests=make_requests(), every_n_epochs=1, **{**QUICK, "max_new_tokens": 1}
+    )
+    steps = []
+
+    class Counter(_pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            steps.append(trainer.global_step)
+
+    with (
+        pytest.warns(UserWarning, match="after epoch 0: No answer of either arm was right"),
+        pytest.raises(NoSuccessError, match="undefined"),
+    ):
+        fit(trainer_options, tmp_path, tokenizer, callback, callbacks=[Counter()])
+    assert steps[-1] == 16
+
+
+def test_trained_weights_are_never_taken_for_the_original(trainer_options, tmp_path, tokenizer, savings):
+    without, _ = fit(trainer_options, tmp_path, tokenizer, _pl.Callback())
+    without.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(SavingsError, match="resumes at step 16"):
+        fit(trainer_options, tmp_path, tokenizer, savings, ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
+
+
+def test_measuring_does_not_change_training(trainer_options, tmp_path, tokenizer, savings):
+    with_dropout = make_model(dropout=0.3)
+    _, plain = fit(trainer_options, tmp_path, tokenizer, _pl.Callback(), model=copy.deepcopy(with_dropout).train())
+    _, measured = fit(trainer_options, tmp_path, tokenizer, savings, model=copy.deepcopy(with_dropout).train())
+    for ours, theirs in zip(measured.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def data_module(**splits):
+    rows = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
+    given = {name: [dict(row, id=f"{name}{i}") for i, row in enumerate(rows)] for name in splits}
+    return PairDataModule([{"input": "what is the dog", "output": "here"}], **{**splits, **given}, cache_dir=False)
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"), [({"test": 1, "validation": 1}, "test"), ({"validation": 1}, "validation")]
+)
+def test_rows_come_from_the_data_module(trainer_options, tokenizer, splits, expected):
+    callback = TokenSavings(BASELINE, scorer=overlap, max_requests=5, **QUICK)
+    trainer = Trainer(callbacks=[callback], max_epochs=1, **trainer_options)
+    module = Plain(make_model(), tokenizer)
+    module.training_step = lambda batch, batch_idx: module.model(input_ids=batch.input_ids, labels=batch.input_ids).loss
+    trainer.fit(module, data_module(**splits))
+    assert all(i.startswith(expected) for i in callback.result.arms["tuned"].ids)
+    assert callback.result.provenance["split"] == expected
+    assert (callback.result.n, callback.result.provenance["requests_available"]) == (5, 8)
+
+
+@pytest.mark.parametrize("module_type", [FullFineTuning, LoRAFineTuning])
+def test_in_the_modules_of_this_package(trainer_options, model_folder, module_type):
+    callback = TokenSavings(BASELINE, scorer=overlap, **QUICK)
+    module = module_type(model_folder, learning_rate=1e-2, lr_schedule="constant")
+    trainer = Trainer(callbacks=[callback], max_epochs=3, **trainer_options)
+    trainer.fit(module, data_module(test=1))
+    fresh = SavingsMeasurement(
+        module.tokenizer, trainer.datamodule.requests("test"), BASELINE, scorer=overlap, progress=False, **QUICK
+    )
+    fresh.before(module_type(model_folder)._load_base())
+    again = fresh.after(module.model)
+    assert dict(again.arms) == dict(callback.result.arms)
+    assert again.arms["tuned"] != again.arms["untuned"]
+
+
+def test_training_rows_are_never_asked(trainer_options, tokenizer):
+    trainer = Trainer(callbacks=[TokenSavings(BASELINE)], max_epochs=1, **trainer_options)
+    with pytest.raises(SavingsError, match="training rows would measure memory"):
+        trainer.fit(Plain(make_model(), tokenizer), data_module())
+    with pytest.raises(SavingsError, match="training rows measure memory"):
+        TokenSavings(BASELINE, split="train")
+
+
+LONG = Request("long", (Message(role="user", content="fox " * 500),), "here")
+
+
+@pytest.mark.parametrize(
+    ("requests", "baseline", "message"),
+    [
+        ([], BASELINE, "No requests"),
+        ([*make_requests(), make_requests()[3]], BASELINE, "more than once: r3"),
+        ([Request("", make_requests()[0].messages, "here")], BASELINE, "place 0 has no id"),
+        ([*make_requests(), LONG], BASELINE, "Request 'long': its prompted prompt has .* context is 512"),
+        (make_requests(), PromptBaseline("", [{"input": "Where is the LAMP", "output": "up"}]), "few-shot .*r1"),
+    ],
+)
+def test_what_is_refused_before_the_first_step(trainer_options, tmp_path, tokenizer, requests, baseline, message):
+    model = make_model()
+    weights = copy.deepcopy(model.state_dict())
+    model.generate = None
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    callback = TokenSavings(baseline, scorer=overlap, requests=requests, **QUICK)
+    with pytest.raises(SavingsError, match=message):
+        fit(trainer_options, tmp_path, tokenizer, callback, model=model)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_identical_prompts_are_refused():
+    chatml = make_tokenizer().chat_template
+    deaf = make_tokenizer(chatml.replace("in messages", "in messages if message.role != 'system'"))
+    with pytest.raises(SavingsError, match="'r0': its prompt is the same in both arms"):
+        SavingsMeasurement(deaf, make_requests(), PromptBaseline("Be brief."))
+
+
+def test_a_measurement_without_baseline_tokenizer_model_or_order(trainer_options, tokenizer, savings):
+    with pytest.raises(SavingsError, match="needs the prompt that you would use"):
+        TokenSavings()
+    with pytest.raises(SavingsError, match="need a baseline"):
+        SavingsMeasurement(tokenizer, make_requests(), None)
+    with pytest.raises(SavingsError, match="no tokenizer"):
+        savings.on_train_start(None, make_model())
+    savings.tokenizer = tokenizer
+    with pytest.raises(SavingsError, match=r"fabric\.call"):
+        savings.on_train_start()
+    with pytest.raises(SavingsError, match="must run before the first step"):
+        TokenSavings(BASELINE).on_train_end(None, make_model())
+    with pytest.raises(SavingsError, match=r"call before\(model\)"):
+        SavingsMeasurement(tokenizer, make_requests(), BASELINE).after(make_model())
+
+
+def test_a_failing_scorer_is_named(trainer_options, tmp_path, tokenizer):
+    callback = TokenSavings(BASELINE, scorer="operator:truediv", requests=make_requests(), **QUICK)
+    with pytest.raises(SavingsError, match=r"Scorer 'operator:truediv' failed on request 'r0': TypeError"):
+        fit(trainer_options, tmp_path, tokenizer, callback)
+
+
+def test_from_yaml():
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[_pl.Callback])
+    config = """
+- class_path: lightning_ft.TokenSavings
+  init_args:
+    baseline:
+      system: Be brief.
+      few_shot:
+        - {input: a, output: b}
+    scorer: label
+    prices: {input: 0.15, output: 0.6, currency: USD, date: 2026-01-31}
+- class_path: lightning_ft.TokenSavings
+  init_args:
+    name: other
+    baseline: {class_path: lightning_ft.PromptBaseline, init_args: {system: Be brief.}}
+"""
+    first, second = parser.instantiate(parser.parse_args([f"--callbacks={config}"])).callbacks
+    assert first.baseline == PromptBaseline("Be brief.", [{"input": "a", "output": "b"}])
+    assert first._options["prices"].date == "2026-01-31"
+    assert (second.baseline, second.state_key) == (PromptBaseline("Be brief."), "TokenSavings('other')")
+
+
+def test_times_to_the_first_token(monkeypatch, tokenizer):
+    clock = iter(range(1000))
+    monkeypatch.setattr("lightning_ft.measurement.first_token.time.perf_counter", lambda: next(clock))
+    result = hand_loop(tokenizer)
+    assert dict(result.arms["prompted"].first_token_seconds) == {"cold": 1, "warm": 1}

@@ -1,0 +1,187 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import make_model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from lightning_ft.errors import ConfigError
+from lightning_ft.rollout.local import LocalEngine
+from lightning_ft.rollout.protocol import common_prefix
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,  # so that attention decides what comes next
+}
+ENDS = [3, 5, 9]
+SHARING = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=16, **SIZES)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=400, **SIZES)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(head_dim=16, sliding_window=400, **SIZES)),
+}
+NOT_SHARING = {
+    "short_window": (
+        lambda: MistralForCausalLM(MistralConfig(sliding_window=8, **SIZES)),
+        "sliding window of 8 tokens",
+    ),
+    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(head_dim=16, sliding_window=8, **SIZES)), "sliding window"),
+    "mamba": (
+        lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
+        "takes no position_ids",
+    ),
+}
+
+
+def make_prompts(count=11, prefix=20):
+    draw = torch.Generator().manual_seed(1)
+    head = torch.randint(10, 64, (prefix,), generator=draw).tolist()
+    lengths = torch.randint(1, 9, (count,), generator=draw).tolist()
+    return [head + torch.randint(10, 64, (length,), generator=draw).tolist() for length in lengths]
+
+
+def one_by_one(model, prompts, max_new_tokens):
+    """The slow, obvious way."""
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ENDS,
+            pad_token_id=0,
+        )
+        answers.append(tuple(out[0, len(prompt) :].tolist()))
+    return answers
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("name", SHARING)
+def test_answers_are_those_of_generate(name, share_prefix):
+    torch.manual_seed(0)
+    model, prompts = SHARING[name]().eval(), make_prompts()
+    expected = one_by_one(model, prompts, 12)
+    engine = LocalEngine(model, end_token_ids=ENDS, batch_size=4, share_prefix=share_prefix)
+    rollouts = engine.generate(prompts, max_new_tokens=12)
+    assert [c.tokens for c in rollouts.completions] == expected
+    assert [c.truncated for c in rollouts.completions] == [answer[-1] not in ENDS for answer in expected]
+    assert len(set(expected)) > 5  # or a mistake would not show
+
+
+def test_the_prefix_is_prefilled_once():
+    model, prompts = SHARING["llama"]().eval(), make_prompts()
+    seen = []
+    model.model.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    engine = LocalEngine(model, end_token_ids=ENDS, batch_size=4)
+    engine._is_exact(3)
+    seen.clear()
+    rollouts = engine.generate(prompts, max_new_tokens=3)
+    assert rollouts.shared_prefix == 20
+    assert rollouts.prefilled == 20 + sum(len(prompt) - 20 for prompt in prompts)
+    assert [shape for shape in seen if shape[1] >= 20] == [(1, 20)]
+    apart = LocalEngine(model, end_token_ids=ENDS, share_prefix=False).generate(prompts, max_new_tokens=3)
+    assert apart.prefilled == sum(map(len, prompts))
+
+
+@pytest.mark.parametrize("name", NOT_SHARING)
+def test_a_cache_that_cannot_be_shared_falls_back_and_says_why(name):
+    make, reason = NOT_SHARING[name]
+    torch.manual_seed(0)
+    model, prompts = make().eval(), make_prompts()
+    with pytest.warns(UserWarning, match=reason) as caught:
+        rollouts = LocalEngine(model, end_token_ids=ENDS, batch_size=4).generate(prompts, max_new_tokens=8)
+    assert len([w for w in caught if "common prefix" in str(w.message)]) == 1
+    assert rollouts.shared_prefix == 0
+    assert [c.tokens for c in rollouts.completions] == one_by_one(model, prompts, 8)
+
+
+def test_a_model_whose_cached_output_differs_is_not_shared(monkeypatch):
+    model, prompts = SHARING["llama"]().eval(), make_prompts()
+    monkeypatch.setattr(LocalEngine, "_is_exact", lambda self, layers: False)
+    with pytest.warns(UserWarning, match="isn't the same with a prefix taken from a cache"):
+        rollouts = LocalEngine(model, end_token_ids=ENDS).generate(prompts, max_new_tokens=8)
+    assert [c.tokens for c in rollouts.completions] == one_by_one(model, prompts, 8)
+
+
+def test_an_adapted_model_answers_with_its_adapter():
+    model = make_model(vocab_size=64)
+    adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
+    prompts = make_prompts()
+    rollouts = LocalEngine(adapted, end_token_ids=ENDS, batch_size=3).generate(prompts, max_new_tokens=6)
+    tokens = [c.tokens for c in rollouts.completions]
+    assert tokens == one_by_one(adapted.eval(), prompts, 6)
+    with adapted.disable_adapter():
+        assert tokens != one_by_one(adapted, prompts, 6)
+
+
+def test_modes_gradients_and_weights_are_left_as_they_were():
+    model = SHARING["llama"]().train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    LocalEngine(model, end_token_ids=ENDS).generate(make_prompts(3), max_new_tokens=4)
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+
+
+def test_answers_do_not_depend_on_batches_and_progress_is_told():
+    model, prompts = SHARING["qwen3"]().eval(), make_prompts(6)
+    told = []
+    never = [1000]  # no such token: all answers are as long as the limit, and the cache has to grow
+    engines = [LocalEngine(model, end_token_ids=never, batch_size=size) for size in (1, 5, 64)]
+    results = [engine.generate(prompts, max_new_tokens=70, on_answered=told.append) for engine in engines]
+    assert results[0] == results[1] == results[2]
+    assert sum(told) == 3 * len(prompts)
+    assert {(len(c.tokens), c.truncated) for c in results[0].completions} == {(70, True)}
+
+
+def test_identical_prompts_and_none_at_all():
+    model = SHARING["llama"]().eval()
+    engine = LocalEngine(model, end_token_ids=ENDS)
+    same = engine.generate([[11, 12, 13]] * 3, max_new_tokens=4)
+    assert same.shared_prefix == 2
+    assert len({c.tokens for c in same.completions}) == 1
+    assert engine.generate([], max_new_tokens=4).completions == ()
+
+
+def test_first_token_is_the_same_with_a_prefix_that_was_read():
+    model, prompts = SHARING["llama"]().eval(), make_prompts()
+    engine = LocalEngine(model, end_token_ids=ENDS)
+    prefix = engine.read_prefix(prompts[0][:20], 64)
+    answers = one_by_one(model, prompts, 1)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert engine.first_token(prompt) == engine.first_token(prompt[20:], prefix) == answer[0]
+
+
+def test_common_prefix_is_that_of_a_brute_force_search():
+    prompts = make_prompts(7, prefix=5)
+    brute = max(k for k in range(min(map(len, prompts))) if len({tuple(p[:k]) for p in prompts}) == 1)
+    assert common_prefix(prompts) == brute
+
+
+def test_errors():
+    model = SHARING["llama"]()
+    with pytest.raises(ConfigError, match="No end token"):
+        LocalEngine(model, end_token_ids=[])
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        LocalEngine(model, end_token_ids=ENDS, batch_size=0)
+    with pytest.raises(ConfigError, match="Prompt 1 has no tokens"):
+        LocalEngine(model, end_token_ids=ENDS).generate([[1], []], max_new_tokens=1)
