@@ -1,7 +1,7 @@
 """`lightning-ft fit|validate|test|predict|preview|export`: a LightningCLI in subclass mode.
 
-One YAML file holds `trainer`, `model`, `data` and `trainer.callbacks`; the model's name stands in it once, since the data
-takes its tokenizer from the model.
+One YAML file holds `trainer`, `model`, `data` and `trainer.callbacks`; the model's name stands in it once, since the
+data takes its tokenizer from the model.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         run: Run the subcommand; False to only build `trainer`, `model` and `datamodule`.
 
     Example:
-        >>> FineTuningCLI(args=["fit", "--help"])  # doctest: +SKIP
+        >>> sorted(FineTuningCLI.subcommands())
+        ['export', 'fit', 'predict', 'preview', 'test', 'validate']
     """
 
     def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
@@ -98,8 +99,8 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Let `--optimizer` and `--lr_scheduler` take the place of the module's own.
 
-        LightningCLI builds them here, from all parameters. There are none yet: weights are loaded later, and then most of an
-        adapted model's are frozen.
+        LightningCLI builds them here, from all parameters. There are none yet: weights are loaded later, and then most
+        of an adapted model's are frozen.
         """
         optimizer, scheduler = (self._get(self.config_init, key) for key in ("optimizer", "lr_scheduler"))
         if not optimizer and not scheduler:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +29,10 @@ def config(tmp_path, model_folder):
                 "enable_model_summary": False,
                 "default_root_dir": str(tmp_path),
             },
-            "model": {"class_path": "lightning_ft.LoRAFineTuning", "init_args": {"model": model_folder, "lora": {"r": 4}}},
+            "model": {
+                "class_path": "lightning_ft.LoRAFineTuning",
+                "init_args": {"model": model_folder, "lora": {"r": 4}},
+            },
             "data": {
                 "class_path": "lightning_ft.PairDataModule",
                 "init_args": {
@@ -94,7 +98,7 @@ def test_preview_loads_no_weights(run, config, capsys, monkeypatch):
 
 
 def test_the_models_name_stands_in_the_configuration_once(run, config, model_folder):
-    assert open(config()).read().count(model_folder) == 1
+    assert Path(config()).read_text().count(model_folder) == 1
 
 
 def test_print_config_holds_every_default(config, capsys):
@@ -161,7 +165,7 @@ def test_a_scheduler_alone_goes_over_the_modules_optimizer(run, config):
 
 def test_the_same_seed_gives_the_same_weights(run, config):
     lora = {"class_path": "lightning_ft.FullFineTuning", "init_args": {}}
-    lora["init_args"]["model"] = yaml.safe_load(open(config()))["model"]["init_args"]["model"]
+    lora["init_args"]["model"] = yaml.safe_load(Path(config()).read_text())["model"]["init_args"]["model"]
     weights = [dict(run("fit", "--config", config(model=lora)).model.named_parameters()) for _ in range(2)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 

@@ -25,10 +25,17 @@ from lightning_ft import ExportModel, LoRAFineTuning, PairDataModule, PromptBase
 model = LoRAFineTuning(make_model(), tokenizer=make_tokenizer(), learning_rate=1e-2)
 data = PairDataModule(train=make_rows(40), validation=0.2, test=make_rows(60)[40:], cache_dir=False)
 baseline = PromptBaseline(system="Say what it is.", few_shot=[make_rows(1)[0]])
-savings = TokenSavings(baseline, scorer=lambda output, reference: 0.5, max_new_tokens=4, output_dir=False, progress=False)
+savings = TokenSavings(
+    baseline, scorer=lambda output, reference: 0.5, max_new_tokens=4, output_dir=False, progress=False
+)
 trainer = L.Trainer(
-    accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-    enable_model_summary=False, callbacks=[savings, ExportModel(sys.argv[1])],
+    accelerator="cpu",
+    max_epochs=2,
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    callbacks=[savings, ExportModel(sys.argv[1])],
 )
 trainer.fit(model, data)
 home = "lightning.pytorch" if "{namespace}" == "lightning.pytorch" else "pytorch_lightning"
@@ -62,7 +69,17 @@ def test_the_short_script_of_the_readme(tmp_path, namespace):
 
 def test_importing_it_imports_nothing_heavy():
     """What makes an import slow are these; beside torch itself it costs a few milliseconds."""
-    heavy = ["pytorch_lightning", "lightning", "transformers", "peft", "trl", "datasets", "torchmetrics", "scipy", "rich"]
+    heavy = [
+        "pytorch_lightning",
+        "lightning",
+        "transformers",
+        "peft",
+        "trl",
+        "datasets",
+        "torchmetrics",
+        "scipy",
+        "rich",
+    ]
     code = f"""
 import sys, torch
 before = set(sys.modules)

@@ -44,9 +44,13 @@ class ExportModel(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what would fail after it."""
         if not isinstance(pl_module, FineTuning):
-            raise ConfigError(f"ExportModel can't export {type(pl_module).__name__}: it isn't a module of lightning_ft.")
+            raise ConfigError(
+                f"ExportModel can't export {type(pl_module).__name__}: it isn't a module of lightning_ft."
+            )
         if self.merge and any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
-            raise ConfigError("ExportModel can't merge a sharded model: leave merge out, and merge the export afterwards.")
+            raise ConfigError(
+                "ExportModel can't merge a sharded model: leave merge out, and merge the export afterwards."
+            )
         folder = self._folder(trainer)
         for part in ("last", "best"):
             if trainer.is_global_zero and not self.overwrite and _filled(folder / part):

@@ -19,7 +19,7 @@ DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "al
 """Rank 16 on every linear layer but the head: adapting all layers, not attention alone, is what reaches full
 fine-tuning's quality (QLoRA, https://arxiv.org/abs/2305.14314, section 4)."""
 
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_SPLITS_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 def lora_config(lora: LoraConfig | dict[str, Any] | bool | None) -> LoraConfig:
@@ -101,13 +101,18 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-def changes_base(config: LoraConfig) -> bool:
-    """Whether initialising the adapter changes the base weights (PiSSA, OLoRA, ...).
+def splits_base(config: LoraConfig) -> bool:
+    """Whether initialising the adapter moves a part of the base weights into it (PiSSA, OLoRA, ...).
 
-    Such an adapter means nothing on the untouched base.
+    Such an adapter means nothing on the untouched base, but can be converted into one that does.
     """
     init = config.init_lora_weights
-    return isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
+    return isinstance(init, str) and init.lower().startswith(_SPLITS_BASE)
+
+
+def rounds_base(config: LoraConfig) -> bool:
+    """Whether initialising the adapter rounds the base weights (LoftQ), which no adapter makes up for exactly."""
+    return config.init_lora_weights == "loftq"
 
 
 def needs_data(config: LoraConfig) -> bool:

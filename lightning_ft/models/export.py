@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.errors import ExportError
-from lightning_ft.models.adapt import InitialAdapter
+from lightning_ft.models.adapt import InitialAdapter, rounds_base
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 
@@ -60,9 +60,13 @@ def export(
         raise ExportError(f"{path} is a file; export needs a folder.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ExportError(f"{path} isn't empty: choose another folder, or pass overwrite=True.")
-    path.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel) and not merge:
+        if rounds_base(cast(LoraConfig, model.active_peft_config)):
+            raise ExportError(
+                "LoftQ rounded the base weights, so its adapter fits no other base: export with merge=True."
+            )
         options = {} if initial is None else {"path_initial_model_for_weight_conversion": str(initial.path)}
+        path.mkdir(parents=True, exist_ok=True)
         _save_adapter(model, path, gathered | options)
     elif isinstance(model, PeftModel):
         _merged(model, check_prompts).save_pretrained(path)
@@ -74,7 +78,7 @@ def export(
 
 
 def _gathered(model: CausalLM, *, merge: bool, initial: InitialAdapter | None) -> dict[str, Any]:
-    """The whole weights of a sharded model, on rank 0, as an argument of `save_pretrained`; nothing for any other model."""
+    """The whole weights of a sharded model, on rank 0, as an argument of `save_pretrained`."""
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return {}
     if merge or initial is not None:

@@ -15,10 +15,10 @@ from lightning_ft.models.adapt import (
     InitialAdapter,
     add_lora,
     as_json,
-    changes_base,
     load_adapter,
     lora_config,
     needs_data,
+    splits_base,
 )
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.load import adapter_base
@@ -218,7 +218,7 @@ class LoRAFineTuning(FineTuning):
         if isinstance(self._given[0], PreTrainedModel):
             base.requires_grad_(False)
         model = add_lora(base, self._lora, seed=self._hyper["seed"])
-        if changes_base(self._lora):
+        if splits_base(self._lora):
             self._initial = InitialAdapter(model)
         if self._moves_ranks() and self._starts_fit():
             self._initialise_from_data(model)
@@ -227,7 +227,8 @@ class LoRAFineTuning(FineTuning):
     def _initialise_from_data(self, model: PeftModel) -> None:
         """EVA (https://arxiv.org/abs/2410.07170): A from the principal directions of the activations.
 
-        On rank 0 for all; before optimizers and strategies see the model, whose layers it replaces where it moves ranks.
+        On rank 0 for all; before optimizers and strategies see the model, whose layers it replaces where it moves
+        ranks.
         """
         data = cast(Any, self.trainer).datamodule
         if data is None:

@@ -13,7 +13,8 @@ ROWS = make_rows(24)
 
 
 def run(module, trainer_options, tmp_path, *, monitor="val/loss", **export):
-    saver = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor=monitor, mode="max")  # the worst: the first epoch's
+    # mode="max" keeps the worst epoch, which isn't the last one
+    saver = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor=monitor, mode="max")
     callback = ExportModel(str(tmp_path / "out"), **export)
     options = {**trainer_options, "enable_checkpointing": True}
     trainer = Trainer(**options, max_epochs=3, callbacks=[saver, callback])

@@ -35,6 +35,7 @@ def test_gradients_weights_and_figures(model_folder, tmp_path, kind):
         for name in ("val/loss", "val/token_accuracy"):
             assert two["figures"][name] == pytest.approx(one["figures"][name], abs=1e-5)
         assert two["answers"] == one["answers"]
+        assert two["savings"] == pytest.approx(one["savings"], abs=1e-9)
 
         ends = [torch.load(tmp_path / way / "end.ckpt", weights_only=True)["state_dict"] for way in ("one", how)]
         assert ends[0].keys() == ends[1].keys()

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from tiny import make_rows
 
-from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule, PromptBaseline, TokenSavings
 from lightning_ft._lightning import Trainer, _pl
 
 
@@ -40,7 +40,21 @@ def main(how, kind, model, out):
     torch.set_num_threads(1)
     module = {"full": RecordingFull, "lora": RecordingLoRA}[kind](model, learning_rate=1e-2, dtype="float32")
     data = PairDataModule(
-        make_rows(20), validation=make_rows(7), batch_size=4 if how == "one" else 2, shuffle=False, cache_dir=False
+        make_rows(20),
+        validation=make_rows(7),
+        test=make_rows(31)[24:],
+        batch_size=4 if how == "one" else 2,
+        shuffle=False,
+        cache_dir=False,
+    )
+    savings = TokenSavings(
+        PromptBaseline(system="Say what it is."),
+        scorer=lambda output, reference: 1 / (1 + len(output)),
+        max_new_tokens=6,
+        batch_size=3,
+        output_dir=f"{out}/savings",
+        timed_requests=0,
+        resamples=200,
     )
     strategies = {
         "one": lambda: "auto",
@@ -64,14 +78,23 @@ def main(how, kind, model, out):
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=out,
-        callbacks=[ExportModel(f"{out}/export")],
+        callbacks=[savings, ExportModel(f"{out}/export")],
     )
     trainer.fit(module, data)
     trainer.save_checkpoint(f"{out}/end.ckpt")
     answers = module.generate([row["input"] for row in make_rows(4)], max_new_tokens=8)
     if trainer.is_global_zero:
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        torch.save({"steps": module.steps, "losses": module.losses, "answers": answers, "figures": figures}, f"{out}/r.pt")
+        torch.save(
+            {
+                "savings": savings.result.figures(),
+                "steps": module.steps,
+                "losses": module.losses,
+                "answers": answers,
+                "figures": figures,
+            },
+            f"{out}/r.pt",
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tiny import make_rows
+from tiny import make_model, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ft import LoRAFineTuning
@@ -83,12 +83,51 @@ def test_an_adapter_that_split_the_base_is_exported_for_the_whole_base(fit, mode
     assert config["init_lora_weights"] is True
 
 
-def test_loftq_initialises_against_a_quantized_base(fit, model_folder):
+@torch.no_grad()
+def test_loftq_is_exported_merged(fit, model_folder, tmp_path, monkeypatch):
+    """PEFT computes LoftQ on CUDA only, so its rounding is done here by a plain one."""
+
+    def rounded(weight, num_bits, reduced_rank, num_iter):
+        step = weight.abs().max() / 2 ** (num_bits - 1)
+        quantized = (weight / step).round() * step
+        u, s, v = torch.linalg.svd(weight - quantized, full_matrices=False)
+        root = s[:reduced_rank].sqrt()
+        return quantized, root[:, None] * v[:reduced_rank], u[:, :reduced_rank] * root
+
+    monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", rounded)
+    lora = {"r": 4, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
+    module = LoRAFineTuning(model_folder, lora=lora, learning_rate=1e-2, dtype="float32")
+    with torch.enable_grad():
+        trainer = fit(module, ROWS)
+    ids = torch.randint(4, 300, (2, 12))
+    live = module.model.eval()(ids).logits
+    with pytest.raises(ExportError, match="merge=True"):
+        module.export(tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(module.export(tmp_path / "merged", merge=True), dtype=torch.float32)
+    torch.testing.assert_close(merged.eval()(ids).logits, live, rtol=1e-3, atol=1e-3)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = LoRAFineTuning.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    torch.testing.assert_close(again.model.eval()(ids).logits, live, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}])
+def test_qlora_trains_over_a_quantized_base(fit, tmp_path, quantization):
     pytest.importorskip("bitsandbytes")
-    module = LoRAFineTuning(
-        model_folder, lora={"r": 4, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, dtype="float32"
-    )
-    fit(module, ROWS)
+    make_model(hidden=64).save_pretrained(tmp_path / "base")  # quantized blocks hold 64 weights
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    module = LoRAFineTuning(base, quantization=quantization, lora={"r": 4}, learning_rate=1e-2)
+    trainer = fit(module, ROWS, max_epochs=4)
+    assert trainer.callback_metrics["train/loss"] < 3.5
+    assert "bit" in type(module.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer).__name__
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = LoRAFineTuning.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    again.configure_model()
+    assert again.generate(PROMPTS) == module.generate(PROMPTS)
+    folder = module.export(tmp_path / "adapter")
+    assert load_file(folder / "adapter_model.safetensors")
+    with pytest.raises(ExportError, match="quantized"):
+        module.export(tmp_path / "merged", merge=True)
 
 
 @pytest.mark.parametrize("optimizer", ["loraplus", "lorafa"])
@@ -108,8 +147,6 @@ def test_its_own_optimizers(fit, model_folder, optimizer):
 
 
 def test_lora_on_a_tied_head_stays_tied(fit, tmp_path):
-    from tiny import make_model, make_tokenizer
-
     make_model(tie=True).save_pretrained(tmp_path / "tied")
     make_tokenizer().save_pretrained(tmp_path / "tied")
     base = str(tmp_path / "tied")

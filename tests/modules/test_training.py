@@ -1,6 +1,7 @@
 """What a user sees while training: modes, figures, evaluation, refusals."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,9 +42,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(fit, model_folder
         count = [0]
         layer = next(m for m in module.modules() if type(m).__name__ == "LlamaAttention")
         layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        module.score(
-            next(iter(_loader(module))), "sum"
-        )  # the probe of the first call is not counted against training
+        module.score(next(iter(_loader(module))), "sum")  # the probe of the first call is not counted against training
         before = count[0]
         fit(module, ROWS, max_steps=2)
         calls[on] = count[0] - before
@@ -71,7 +70,7 @@ def test_what_is_logged(fit, model_folder, tmp_path):
     module = LoRAFineTuning(model_folder)
     options = {"logger": logger, "log_every_n_steps": 1, "max_epochs": 2}
     trainer = fit(module, ROWS, data={"validation": ROWS[:5]}, **options)
-    rows = [line.split(",") for line in open(f"{logger.log_dir}/metrics.csv").read().splitlines()]
+    rows = [line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines()]
     columns = {name: [row[i] for row in rows[1:] if row[i]] for i, name in enumerate(rows[0])}
     for name in ("loss", "token_accuracy", "grad_norm", "learning_rate", "tokens_per_second", "padding_fraction"):
         assert len(columns[f"train/{name}"]) == 12, name
@@ -156,7 +155,9 @@ def test_bitsandbytes_is_asked_for(fit, model_folder, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
+    )
     with pytest.raises(ImportError, match=r"pip install 'lightning-ft\[quant\]'"):
         fit(LoRAFineTuning(model_folder, quantization="4bit"), ROWS)
 

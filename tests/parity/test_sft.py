@@ -133,4 +133,6 @@ def test_losses_and_weights(kind, batch_size, accumulation, assistant_only, pack
     assert theirs[-1] < theirs[0] - 0.3  # it learnt something, so agreement means something
     assert our_weights.keys() == their_weights.keys()
     for name, want in their_weights.items():
-        torch.testing.assert_close(our_weights[name], want, rtol=0, atol=TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            our_weights[name], want, rtol=0, atol=TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
+        )

@@ -1,0 +1,30 @@
+"""The examples are scripts, not a package: their folders are put on the path while these tests run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules_of_the_examples():
+    """`import english` and the like work while these tests run, and leave nothing behind."""
+    path, before = list(sys.path), set(sys.modules)
+    sys.path[:0] = [str(EXAMPLES / "tiny_base"), str(EXAMPLES / "support")]
+    yield
+    sys.path[:] = path
+    for name in ("english", "corpus", "build", "wording", "generate", "choose_baseline"):
+        if name not in before:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def tiny_base():
+    return EXAMPLES / "tiny_base"
+
+
+@pytest.fixture(scope="session")
+def support():
+    return EXAMPLES / "support"

@@ -1,0 +1,152 @@
+"""Scores of packed batches are those of each example alone, for many architectures, or the plain path is taken."""
+
+import warnings
+
+import pytest
+import torch
+from tiny import make_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_ft.data.layout import Example, collate_examples
+from lightning_ft.models.adapt import add_lora, lora_config
+from lightning_ft.models.head import Scorer, completion_logprobs
+
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"final_logit_softcapping": 5.0, "sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4},
+    "phi3": {"tie_word_embeddings": True},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.3},
+    "gpt_neox": {},
+}
+UNPACKED = {"mamba": {"state_size": 4}}
+
+
+def build(name, options, attention="sdpa"):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SMALL, **options})
+    return AutoModelForCausalLM.from_config(config, **({} if attention is None else {"attn_implementation": attention}))
+
+
+def examples():
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for length in (7, 12, 3, 9):
+        ids = torch.randint(3, 100, (length,), generator=generator)
+        supervised = torch.rand(length, generator=generator) < 0.6
+        supervised[-1] = True
+        made.append(Example(ids, supervised))
+    return made
+
+
+def one_by_one(model):
+    found = []
+    for example in examples():
+        logits = model(input_ids=example.input_ids[None], use_cache=False).logits[0, :-1].float()
+        picked = logits.log_softmax(-1).gather(-1, example.input_ids[1:, None])[:, 0]
+        found.append(picked[example.supervised[1:]])
+    return torch.cat(found)
+
+
+def gradients(model):
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, kind) for name in ARCHITECTURES for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")],
+)
+def test_scores_and_gradients_equal_those_of_each_example_alone(name, attention):
+    model = build(name, ARCHITECTURES[name], attention).train()
+    want = one_by_one(model)
+    want.sum().backward()
+    expected = gradients(model)
+    for packing in (True, False):
+        scorer = Scorer()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # no fallback
+            scored = scorer(model, collate_examples(examples(), packing=packing), "none")
+        torch.testing.assert_close(scored.logprobs, want, rtol=0, atol=1e-5)
+        scored.logprobs.sum().backward()
+        for key, value in gradients(model).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_a_model_that_mixes_packed_rows_is_unpacked_with_a_warning(name):
+    model = build(name, UNPACKED[name], None)
+    scorer = Scorer()
+    with pytest.warns(UserWarning, match="doesn't keep packed sequences apart"):
+        scored = scorer(model, collate_examples(examples()), "none")
+    torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
+
+
+def test_a_head_that_does_something_unknown_takes_the_models_own_forward_pass():
+    class Shifted(type(make_model())):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * torch.linspace(0.5, 2.0, out.logits.shape[-1])
+            return out
+
+    model = Shifted(make_model(100).config)
+    scorer = Scorer()
+    with pytest.warns(UserWarning, match="in a way that isn't known here"):
+        scored = scorer(model, collate_examples(examples()), "none")
+    torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapted_head_is_seen_and_trained(lora):
+    model = add_lora(make_model(100), lora_config({"r": 2, "init_lora_weights": False, **lora}))
+    want = one_by_one(model)
+    want.sum().backward()
+    expected = gradients(model)
+    scored = completion_logprobs(model, collate_examples(examples()))
+    torch.testing.assert_close(scored.logprobs, want, rtol=0, atol=1e-5)
+    scored.logprobs.sum().backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
+
+
+def test_no_logits_of_the_whole_batch_are_held():
+    """The largest tensor made on the way has a chunk's rows, not the batch's."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.size = max(self.size, out.numel())
+            return out
+
+    model = make_model(5000, tie=True)
+    ids = torch.randint(3, 5000, (200,))
+    batch = collate_examples([Example(ids, torch.ones(200, dtype=torch.bool))])
+    weights = sum(p.numel() for p in [model.get_output_embeddings().weight])
+    with Largest() as seen:
+        completion_logprobs(model, batch, reduction="sum", chunk=16).logprobs.backward()
+    assert seen.size <= max(weights, 16 * 5000)
+    assert weights < 199 * 5000  # else the bound above would say nothing
