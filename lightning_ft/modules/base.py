@@ -1,4 +1,4 @@
-"""What every fine-tuning module shares: loading, the token-weighted step, checkpoints, generation, export."""
+"""What every fine-tuning module shares: loading, optimizer and schedule, checkpoints, generation, export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule
@@ -24,17 +23,13 @@ from lightning_ft.models.load import load_causal_lm, load_tokenizer, quantizatio
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.rng import rng_state, set_rng_state
-from lightning_ft.modules.window import TokenWindow
 
-_STATE = "lightning_ft"
+STATE = "lightning_ft"
+"""Key of what these modules keep in a checkpoint."""
 
 
 class FineTuning(LightningModule):
-    """Base of the fine-tuning modules; see `FullFineTuning` and `LoRAFineTuning`.
-
-    The loss of an optimizer step is the mean over the supervised tokens of the whole step: all its micro-batches on all
-    ranks.
-    """
+    """Base of the fine-tuning modules; a subclass adds the training step. See `FullFineTuning` and `LoRAFineTuning`."""
 
     default_learning_rate: ClassVar[float]
     default_dtype: ClassVar[str]
@@ -87,7 +82,6 @@ class FineTuning(LightningModule):
         self._check_settings()
         self._factor = schedule_factor(lr_schedule, warmup_ratio=warmup_ratio, total_steps=self._total_steps)
         self.strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks those
-        self._window = TokenWindow()
         self._scorer: Scorer | None = None
         self._initial: InitialAdapter | None = None
         self._pending_rng: dict[str, Any] | None = None
@@ -176,7 +170,7 @@ class FineTuning(LightningModule):
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
 
-    # ---------------------------------------------------------------- the training step
+    # ---------------------------------------------------------------- training
 
     def on_fit_start(self) -> None:
         """Refuse what would be silently wrong."""
@@ -193,14 +187,13 @@ class FineTuning(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Check that the schedule knows its end, and start counting."""
+        """Check that the schedule knows its end."""
         ours = any(self._factor in getattr(c.scheduler, "lr_lambdas", ()) for c in self.trainer.lr_scheduler_configs)
         if ours and self._hyper["lr_schedule"] != "constant" and self._total_steps() is None:
             raise ConfigError(
                 f"lr_schedule={self._hyper['lr_schedule']!r} needs to know how long training lasts: set max_steps or "
                 "max_epochs of the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
             )
-        self._window.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Continue the random stream of the run that is resumed."""
@@ -208,44 +201,11 @@ class FineTuning(LightningModule):
             set_rng_state(self._pending_rng, self.global_rank)
             self._pending_rng = None
 
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """Summed negative log-likelihood; `on_before_optimizer_step` divides by the tokens of the whole step."""
-        scored = self.score(batch, "sum")
-        loss = -scored.logprobs
-        self._window.add(loss, scored.correct, batch)
-        return cast(Tensor, loss)
-
     def score(self, batch: TokenBatch, reduction: Any = "none") -> Any:
         """Log-probabilities of the supervised tokens of a batch, see `lightning_ft.models.head.completion_logprobs`."""
         if self._scorer is None:
             self.configure_model()
         return cast(Scorer, self._scorer)(self.model, batch, reduction)
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped.
-
-        Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last window) and DDP averaged
-        over ranks.
-        """
-        totals = self._window.reduce(self.device)
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, totals.targets)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        for gradient in gradients:
-            gradient.mul_(factor)
-        figures: dict[str, Any] = {"train/loss": totals.loss, "train/token_accuracy": totals.accuracy}
-        self.log_dict(figures, prog_bar=True, batch_size=1)
-        self.log_dict(
-            {
-                "train/learning_rate": optimizer.param_groups[0]["lr"],
-                "train/tokens_seen": float(totals.tokens_seen),
-                "train/tokens_per_second": totals.tokens_per_second,
-                "train/padding_fraction": totals.padding_fraction,
-            },
-            batch_size=1,
-        )
-        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """AdamW that doesn't decay norms and biases, linear warm-up and the schedule asked for."""
@@ -273,48 +233,7 @@ class FineTuning(LightningModule):
                 return int(callback.get_accumulate_grad_batches(epoch))
         return int(self.trainer.accumulate_grad_batches)
 
-    # ---------------------------------------------------------------- evaluation
-
-    def validation_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Sum the log-likelihood of a validation batch."""
-        self._evaluate(batch, dataloader_idx)
-
-    def test_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Sum the log-likelihood of a test batch."""
-        self._evaluate(batch, dataloader_idx)
-
-    def _evaluate(self, batch: TokenBatch, dataloader_idx: int) -> None:
-        scored = self.score(batch, "sum")
-        self._evaluations.setdefault(dataloader_idx, TokenWindow()).add(-scored.logprobs, scored.correct, batch)
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._evaluations: dict[int, TokenWindow] = {}
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._evaluations = {}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
-        for index, window in sorted(self._evaluations.items()):
-            totals = window.reduce(self.device)
-            suffix = "" if len(self._evaluations) == 1 else f"/dataloader_{index}"
-            self.log_dict(
-                {
-                    f"{split}/loss{suffix}": totals.loss,
-                    f"{split}/perplexity{suffix}": math.exp(min(totals.loss, 700.0)),
-                    f"{split}/token_accuracy{suffix}": totals.accuracy,
-                },
-                prog_bar=True,
-            )
+    # ---------------------------------------------------------------- generation
 
     def predict_step(self, batch: list[list[Message]], batch_idx: int, dataloader_idx: int = 0) -> list[str]:
         """Answers to a batch of conversations."""
@@ -347,10 +266,7 @@ class FineTuning(LightningModule):
         """Keep trainable weights only, and what an exact resume needs."""
         kept = self._kept()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
-        checkpoint[_STATE] = {
-            "rng": rng_state(self._trainer.world_size if self._trainer is not None else 1),
-            "tokens_seen": self._window.tokens_seen,
-        }
+        checkpoint[STATE] = {"rng": rng_state(self._trainer.world_size if self._trainer is not None else 1)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits before anything is loaded from it.
@@ -367,9 +283,7 @@ class FineTuning(LightningModule):
                 f"{missing[:3]}) and {len(unknown)} of its weights aren't trainable here (first: {unknown[:3]}). Use "
                 "the model and lora settings of the run that wrote it."
             )
-        state = checkpoint.get(_STATE, {})
-        self._pending_rng = state.get("rng")
-        self._window.tokens_seen = int(state.get("tokens_seen", 0))
+        self._pending_rng = checkpoint.get(STATE, {}).get("rng")
         self._resumed = True
 
     def load_checkpoint(self, path: str | Path) -> None:

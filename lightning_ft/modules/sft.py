@@ -23,12 +23,12 @@ from lightning_ft.models.adapt import (
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.load import adapter_base
 from lightning_ft.models.optim import Schedule
-from lightning_ft.modules.base import FineTuning
+from lightning_ft.modules.supervised import SupervisedFineTuning
 
 LoRAOptimizer = Literal["adamw", "loraplus", "lorafa"]
 
 
-class FullFineTuning(FineTuning):
+class FullFineTuning(SupervisedFineTuning):
     """Fine-tune every weight of a causal language model on supervised tokens.
 
     Args:
@@ -107,7 +107,7 @@ class FullFineTuning(FineTuning):
         return base.requires_grad_(True)
 
 
-class LoRAFineTuning(FineTuning):
+class LoRAFineTuning(SupervisedFineTuning):
     """Fine-tune a LoRA adapter on supervised tokens (https://arxiv.org/abs/2106.09685).
 
     Args:
@@ -260,14 +260,14 @@ class LoRAFineTuning(FineTuning):
         initialize_lora_eva_weights(model, eva_state_dict=found)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As in `FineTuning`; EVA may have moved ranks between layers, and whoever loads this needs them."""
+        """As in `SupervisedFineTuning`; EVA may have moved ranks between layers, and whoever loads this needs them."""
         super().on_save_checkpoint(checkpoint)
         if self._moves_ranks() and "hyper_parameters" in checkpoint:
             lora = as_json(cast(LoraConfig, cast(PeftModel, self.model).active_peft_config))
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "lora": lora}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As in `FineTuning`, with the ranks of the run that wrote it."""
+        """As in `SupervisedFineTuning`, with the ranks of the run that wrote it."""
         saved = checkpoint.get("hyper_parameters", {}).get("lora")
         if self._moves_ranks() and saved is not None and saved.get("rank_pattern"):
             self._lora = lora_config(saved)

@@ -1,0 +1,115 @@
+"""The supervised step and its evaluation, weighted by token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.modules.base import STATE, FineTuning
+from lightning_ft.modules.window import TokenWindow
+
+
+class SupervisedFineTuning(FineTuning):
+    """Trains on the supervised tokens of `TokenBatch`es.
+
+    The loss of an optimizer step is the mean over the supervised tokens of the whole step: all its micro-batches on all
+    ranks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._window = TokenWindow()
+        self._evaluations: dict[int, TokenWindow] = {}
+
+    def on_train_start(self) -> None:
+        """As in `FineTuning`, and start counting."""
+        super().on_train_start()
+        self._window.start()
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Summed negative log-likelihood; `on_before_optimizer_step` divides by the tokens of the whole step."""
+        scored = self.score(batch, "sum")
+        loss = -scored.logprobs
+        self._window.add(loss, scored.correct, batch)
+        return cast(Tensor, loss)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped.
+
+        Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last window) and DDP averaged
+        over ranks.
+        """
+        totals = self._window.reduce(self.device)
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, totals.targets)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(factor)
+        figures: dict[str, Any] = {"train/loss": totals.loss, "train/token_accuracy": totals.accuracy}
+        self.log_dict(figures, prog_bar=True, batch_size=1)
+        self.log_dict(
+            {
+                "train/learning_rate": optimizer.param_groups[0]["lr"],
+                "train/tokens_seen": float(totals.tokens_seen),
+                "train/tokens_per_second": totals.tokens_per_second,
+                "train/padding_fraction": totals.padding_fraction,
+            },
+            batch_size=1,
+        )
+        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm, batch_size=1)
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sum the log-likelihood of a validation batch."""
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sum the log-likelihood of a test batch."""
+        self._evaluate(batch, dataloader_idx)
+
+    def _evaluate(self, batch: TokenBatch, dataloader_idx: int) -> None:
+        scored = self.score(batch, "sum")
+        self._evaluations.setdefault(dataloader_idx, TokenWindow()).add(-scored.logprobs, scored.correct, batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._evaluations = {}
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._evaluations = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: str) -> None:
+        for index, window in sorted(self._evaluations.items()):
+            totals = window.reduce(self.device)
+            suffix = "" if len(self._evaluations) == 1 else f"/dataloader_{index}"
+            self.log_dict(
+                {
+                    f"{split}/loss{suffix}": totals.loss,
+                    f"{split}/perplexity{suffix}": math.exp(min(totals.loss, 700.0)),
+                    f"{split}/token_accuracy{suffix}": totals.accuracy,
+                },
+                prog_bar=True,
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in `FineTuning`, with the count of tokens."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[STATE]["tokens_seen"] = self._window.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in `FineTuning`, with the count of tokens."""
+        super().on_load_checkpoint(checkpoint)
+        self._window.tokens_seen = int(checkpoint.get(STATE, {}).get("tokens_seen", 0))
