@@ -1,6 +1,6 @@
 """Rebuild the tiny base model: tokenizer, weights, and the held-out figures of its README.
 
-    python examples/tiny_base/build.py             # about an hour on two cores
+    python examples/tiny_base/build.py             # half an hour
     python examples/tiny_base/build.py --evaluate  # the figures only
 
 Deterministic for one machine and one number of threads.
