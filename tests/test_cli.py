@@ -148,7 +148,8 @@ def test_an_error_of_ours_is_told_without_a_traceback(config, tmp_path, monkeypa
 def test_optimizer_and_scheduler_of_the_command_line_take_over(run, config):
     cli = run(
         *["fit", "--config", config()],
-        *["--optimizer", "SGD", "--optimizer.lr", "0.5", "--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"],
+        *["--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.5"],  # bitsandbytes has an SGD too
+        *["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1"],
     )
     optimizer = cli.trainer.optimizers[0]
     assert type(optimizer) is torch.optim.SGD
