@@ -56,7 +56,7 @@ class Segment:
     group: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: with precision="bf16-true" Lightning refuses to look into frozen batches
 class TokenBatch:
     """Tokens of a batch, laid out for one forward pass.
 

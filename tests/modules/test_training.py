@@ -65,6 +65,32 @@ def test_it_learns_the_rows(fit, model_folder):
     assert module.generate([row["input"] for row in ROWS[:6]]) == [row["output"] for row in ROWS[:6]]
 
 
+@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_lower_precision_trains_about_the_same(fit, model_folder, kind, precision):
+    losses = []
+    for chosen in ("32-true", precision):
+        module = kind(model_folder, learning_rate=1e-2)
+        trainer = fit(module, ROWS, max_epochs=4, precision=chosen, data={"validation": ROWS[:5]})
+        losses.append(float(trainer.callback_metrics["val/loss"]))
+        assert module.generate(["where is the parcel 1"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.15)
+
+
+def test_a_compiled_backbone_gives_the_same_weights(fit, model_folder):
+    weights = []
+    for compiled in (
+        False,
+        {"backend": "eager"},
+    ):  # the graph is captured; what a compiler makes of it is its own affair
+        module = FullFineTuning(model_folder, learning_rate=1e-2, torch_compile=compiled)
+        fit(module, ROWS, max_steps=3)
+        weights.append({name: p.detach().clone() for name, p in module.named_parameters()})
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6)
+
+
 def test_what_is_logged(fit, model_folder, tmp_path):
     logger = _pl.loggers.CSVLogger(tmp_path)
     module = LoRAFineTuning(model_folder)
