@@ -1,7 +1,8 @@
 """A module that trains nothing of interest and remembers the batches it got."""
 
 import torch
-from pytorch_lightning import LightningModule
+
+from lightning_ft._lightning import LightningModule
 
 
 class Recorder(LightningModule):

@@ -5,11 +5,10 @@ import warnings
 
 import datasets
 import pytest
-import pytorch_lightning
 import torch
-from pytorch_lightning.cli import LightningCLI
 from recorder import Recorder
 
+from lightning_ft._lightning import NAMESPACE, _pl, cli_module
 from lightning_ft.data import splits as splits_module
 from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.errors import ConfigError, DataError, NamespaceError
@@ -19,7 +18,7 @@ TURNS = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
 
 @pytest.fixture
 def trainer(trainer_options):
-    return lambda **options: pytorch_lightning.Trainer(**{"max_epochs": 2, **trainer_options, **options})
+    return lambda **options: _pl.Trainer(**{"max_epochs": 2, **trainer_options, **options})
 
 
 def test_fit_validate_test_predict(trainer, tokenizer, pairs, write):
@@ -211,7 +210,7 @@ def test_wrong_arguments(options, said):
 
 
 def test_the_other_lightning_is_refused(tokenizer, pairs):
-    other = pytest.importorskip("lightning.pytorch")
+    other = pytest.importorskip("lightning.pytorch" if NAMESPACE == "pytorch_lightning" else "pytorch_lightning")
     data = PairDataModule(pairs, tokenizer=tokenizer)
     data.trainer = other.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     data.trainer.strategy.connect(Recorder(tokenizer))
@@ -220,7 +219,11 @@ def test_the_other_lightning_is_refused(tokenizer, pairs):
 
 
 def cli(*arguments):
-    return LightningCLI(Recorder, PairDataModule, run=False, save_config_callback=None, args=list(arguments)).datamodule
+    return (
+        cli_module()
+        .LightningCLI(Recorder, PairDataModule, run=False, save_config_callback=None, args=list(arguments))
+        .datamodule
+    )
 
 
 def test_from_the_command_line_and_yaml(write, pairs, tmp_path):

@@ -1,10 +1,10 @@
 """A run that was stopped in the middle of an epoch goes on with the batch it would have had."""
 
 import pytest
-import pytorch_lightning
 import torch
 from recorder import Recorder
 
+from lightning_ft._lightning import _pl
 from lightning_ft.data.pairs import PairDataModule
 
 
@@ -18,7 +18,7 @@ def test_resume_in_the_middle_of_an_epoch(trainer_options, tokenizer, pairs, tmp
         data = PairDataModule(
             [pairs[:10], pairs[10:]], mixing=[1.0, 1.0], batch_size=4, num_workers=num_workers, seed=3
         )
-        trainer = pytorch_lightning.Trainer(**trainer_options, max_steps=steps, max_epochs=-1)
+        trainer = _pl.Trainer(**trainer_options, max_steps=steps, max_epochs=-1)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         return trainer, module.seen
 
@@ -37,13 +37,11 @@ def test_a_checkpoint_of_a_callback(trainer_options, tokenizer, pairs, tmp_path)
     def run(checkpoint=None, **options):
         module = Recorder(tokenizer)
         data = PairDataModule(pairs, 0.25, batch_size=3, seed=1)
-        trainer = pytorch_lightning.Trainer(
+        trainer = _pl.Trainer(
             **{**trainer_options, "enable_checkpointing": True, "num_sanity_val_steps": 0},
             max_epochs=3,
             val_check_interval=2,
-            callbacks=pytorch_lightning.callbacks.ModelCheckpoint(
-                tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1
-            ),
+            callbacks=_pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1),
             **options,
         )
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
