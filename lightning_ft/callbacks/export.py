@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch.distributed.tensor import DTensor
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
-from lightning_ft.errors import ConfigError, ExportError
+from lightning_ft.errors import ConfigError
+from lightning_ft.models.export import check_folder
+from lightning_ft.models.shard import is_sharded
 from lightning_ft.modules.base import FineTuning
 
 
@@ -47,14 +48,14 @@ class ExportModel(Callback):
             raise ConfigError(
                 f"ExportModel can't export {type(pl_module).__name__}: it isn't a module of lightning_ft."
             )
-        if self.merge and any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+        if self.merge and is_sharded(pl_module):
             raise ConfigError(
                 "ExportModel can't merge a sharded model: leave merge out, and merge the export afterwards."
             )
         folder = self._folder(trainer)
         for part in ("last", "best"):
-            if trainer.is_global_zero and not self.overwrite and _filled(folder / part):
-                raise ExportError(f"{folder / part} isn't empty: choose another output, or pass overwrite=True.")
+            if trainer.is_global_zero:
+                check_folder(folder / part, overwrite=self.overwrite)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Export the final weights, while they are still on their devices."""
@@ -66,11 +67,10 @@ class ExportModel(Callback):
         path = getattr(checkpoint, "best_model_path", "") if getattr(checkpoint, "monitor", None) else ""
         if not self.best or not path or not trainer.is_global_zero:
             return
-        trainable = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
-        if any(isinstance(parameter, DTensor) for parameter in trainable.values()):
+        if is_sharded(pl_module):
             rank_zero_info(f"The best checkpoint of a sharded model is exported with `lightning-ft export`: {path}")
             return
-        final = {name: parameter.detach().cpu().clone() for name, parameter in trainable.items()}
+        final = {n: p.detach().cpu().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
         best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         try:
             pl_module.load_state_dict(best, strict=False)
@@ -87,7 +87,3 @@ class ExportModel(Callback):
         if self.output is not None:
             return Path(self.output)
         return Path(trainer.log_dir or trainer.default_root_dir) / "export"
-
-
-def _filled(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())

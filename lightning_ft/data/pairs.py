@@ -21,7 +21,7 @@ from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.splits import RowRules, SplitName, Splits
 from lightning_ft.data.templates import set_chat_template
 from lightning_ft.errors import ConfigError, TokenizerError
-from lightning_ft.models.load import load_tokenizer
+from lightning_ft.models.load import load_tokenizer, pad_token_id
 
 _NEEDS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation", "test"),  # test too: its rows are checked before hours of training, not after
@@ -241,7 +241,6 @@ class PairDataModule(LightningDataModule):
         self.splits.load([name])
         self.splits.encode(name, self.tokenizer)
         parts = self.splits.encoded[name]
-        pad = self.tokenizer.pad_token_id
         plan = BatchPlan(
             [len(part) for part in parts],
             self._mixing if name == "train" and self._mixing is not None else [1.0] * len(parts),
@@ -255,7 +254,7 @@ class PairDataModule(LightningDataModule):
             parts,
             plan,
             packing=self._packing,
-            pad_token_id=int(pad if pad is not None else self.tokenizer.eos_token_id),
+            pad_token_id=pad_token_id(self.tokenizer),
             num_workers=self._num_workers,
         )
         self._loaders.append(loader)

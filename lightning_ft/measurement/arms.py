@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.data.encode import answer_end_token
 from lightning_ft.errors import SavingsError
 from lightning_ft.functional.records import ArmRecords
 from lightning_ft.functional.scorers import score_answers
@@ -19,6 +17,8 @@ from lightning_ft.measurement.plan import MeasurementPlan
 from lightning_ft.measurement.resources import model_shape
 from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.head import CausalLM
+from lightning_ft.models.load import pad_token_id
+from lightning_ft.models.shard import is_sharded
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Completion
 
@@ -54,10 +54,12 @@ def run_arm(
     """
     arm = plan.prompted if name == "prompted" else plan.bare
     ends = end_token_ids(model, tokenizer)
-    ends += [token for token in [answer_end_token(tokenizer)] if token not in ends]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     engine = LocalEngine(
-        model, end_token_ids=ends, pad_token_id=int(pad), batch_size=batch_size, share_prefix=share_prefix
+        model,
+        end_token_ids=ends,
+        pad_token_id=pad_token_id(tokenizer),
+        batch_size=batch_size,
+        share_prefix=share_prefix,
     )
     rank, ranks = _rank_and_ranks()
     if is_sharded(model):
@@ -94,15 +96,6 @@ def run_arm(
         if shape is None
         else sum(shape.kv_cache_bytes(len(p) + len(c.tokens)) for p, c in zip(arm.prompts, completions, strict=True))
         / n,
-    )
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether the weights are spread over ranks (FSDP), so that all ranks have to run the model in step."""
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(p, DTensor) for p in model.parameters()) or any(
-        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
     )
 
 

@@ -11,13 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.errors import ExportError
 from lightning_ft.models.adapt import InitialAdapter, rounds_base
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
+from lightning_ft.models.shard import is_sharded
 
 CHECK_TOKENS = 16
 
@@ -56,10 +56,7 @@ def export(
     gathered = _gathered(model, merge=merge, initial=initial)
     if not write:
         return path
-    if path.exists() and not path.is_dir():
-        raise ExportError(f"{path} is a file; export needs a folder.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ExportError(f"{path} isn't empty: choose another folder, or pass overwrite=True.")
+    check_folder(path, overwrite=overwrite)
     if isinstance(model, PeftModel) and not merge:
         if rounds_base(cast(LoraConfig, model.active_peft_config)):
             raise ExportError(
@@ -77,9 +74,21 @@ def export(
     return path
 
 
+def check_folder(path: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that can't be written to, or whose files an export would mix with.
+
+    Raises:
+        ExportError: If it is a file, or isn't empty and may not be overwritten.
+    """
+    if path.exists() and not path.is_dir():
+        raise ExportError(f"{path} is a file; export needs a folder.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ExportError(f"{path} isn't empty: choose another folder, or pass overwrite=True.")
+
+
 def _gathered(model: CausalLM, *, merge: bool, initial: InitialAdapter | None) -> dict[str, Any]:
     """The whole weights of a sharded model, on rank 0, as an argument of `save_pretrained`."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not is_sharded(model):
         return {}
     if merge or initial is not None:
         raise ExportError(
@@ -91,13 +100,7 @@ def _gathered(model: CausalLM, *, merge: bool, initial: InitialAdapter | None) -
 
 
 def _save_adapter(model: PeftModel, path: Path, options: dict[str, Any]) -> None:
-    config = model.active_peft_config
-    kept = config.init_lora_weights
-    try:
-        # PEFT subtracts an initial adapter only where the config still says how it was made.
-        cast(Any, model).save_pretrained(str(path), **options)
-    finally:
-        config.init_lora_weights = kept
+    cast(Any, model).save_pretrained(str(path), **options)
     _plain_initialisation(path / "adapter_config.json")
 
 
@@ -123,7 +126,7 @@ def _merged(model: PeftModel, check_prompts: list[list[int]] | None) -> PreTrain
     expected = [greedy(model, prompt) for prompt in prompts]
     try:
         merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:
         raise ExportError(f"PEFT can't merge this adapter: {str(error).strip()} Export it unmerged.") from error
     for prompt, want in zip(prompts, expected, strict=True):
         got = greedy(merged, prompt)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import answer_end_token
@@ -40,6 +40,17 @@ def end_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[i
     return list(
         dict.fromkeys(int(i) for i in (answer_end_token(tokenizer), tokenizer.eos_token_id, *found) if i is not None)
     )
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask, ``int64 [b, s]`` each, every row ending at the right."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
 
 
 def generate_text(
@@ -77,11 +88,7 @@ def generate_text(
                 raise ConfigError(
                     f"A prompt of {longest} tokens and {max_new_tokens} new ones don't fit the context of {limit}."
                 )
-            ids = torch.full((len(part), longest), pad_token_id, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for r, prompt in enumerate(part):
-                ids[r, longest - len(prompt) :] = torch.tensor(prompt)
-                mask[r, longest - len(prompt) :] = 1
+            ids, mask = left_padded(part, pad_token_id)
             out = cast(Any, model).generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),

@@ -36,6 +36,11 @@ def load_tokenizer(
         ) from error
 
 
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands at places that no token attends to: the tokenizer's pad token, or its EOS where it has none."""
+    return int(tokenizer.eos_token_id or 0) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
 def load_causal_lm(
     name: str,
     *,

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import ModelError
 from lightning_ft.models.head import register_sharded
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights are spread over ranks (FSDP), so that all ranks have to run the model in step."""
+    return any(isinstance(p, DTensor) for p in model.parameters()) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    )
 
 
 def shard(base: PreTrainedModel, mesh: Any) -> None:

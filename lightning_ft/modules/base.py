@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule
@@ -19,7 +18,7 @@ from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.export import export
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, Scorer, base_of
-from lightning_ft.models.load import load_causal_lm, load_tokenizer, quantization_options, resolve_dtype
+from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id, quantization_options, resolve_dtype
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.rng import rng_state, set_rng_state
@@ -55,8 +54,6 @@ class FineTuning(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(betas, list):  # from YAML
-            betas = (betas[0], betas[1])
         self.model: Any = None
         self._given = [model]  # in a list: not yet a submodule, so that weights are loaded in configure_model only
         self._tokenizer: PreTrainedTokenizerBase | None = tokenizer if not isinstance(tokenizer, str) else None
@@ -134,7 +131,7 @@ class FineTuning(LightningModule):
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None:
             shard(base_of(self.model), mesh)
-        self._scorer = Scorer(pad_token_id=self.pad_token_id, backbone=self._compiled())
+        self._scorer = Scorer(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
 
     def _load_base(self) -> PreTrainedModel:
         given = self._given[0]
@@ -163,12 +160,6 @@ class FineTuning(LightningModule):
             return None
         options = {} if wanted is True else dict(wanted)
         return torch.compile(base_of(self.model).base_model, **options)
-
-    @property
-    def pad_token_id(self) -> int:
-        """What stands at places that no token attends to: the tokenizer's pad token, or its EOS where it has none."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
 
     # ---------------------------------------------------------------- training
 
@@ -254,7 +245,7 @@ class FineTuning(LightningModule):
         conversations = [[Message(role="user", content=i)] if isinstance(i, str) else i for i in inputs]
         prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
         settings = {"max_new_tokens": 64, "do_sample": False, **(self._hyper["generation"] or {}), **options}
-        return generate_text(self.model, self.tokenizer, prompts, pad_token_id=self.pad_token_id, **settings)
+        return generate_text(self.model, self.tokenizer, prompts, pad_token_id=pad_token_id(self.tokenizer), **settings)
 
     # ---------------------------------------------------------------- checkpoints and export
 
@@ -322,8 +313,3 @@ class FineTuning(LightningModule):
             initial=self._initial,
             write=self._trainer is None or self._trainer.is_global_zero,
         )
-
-    @property
-    def original(self) -> bool:
-        """Whether the model's base weights, adapter off, are still the ones that were loaded."""
-        return isinstance(self.model, PeftModel) and self._initial is None

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.generate import evaluating
-from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.generate import evaluating, left_padded
+from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.rollout.cache import GrowingCache, cache_layers
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, common_prefix
 
@@ -157,7 +157,7 @@ class LocalEngine:
     def _logits(self, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Logits behind the last place of each row, ``fp32 [b, vocabulary]``; `ids` and `positions` are ``[b, t]``."""
         base = base_of(self.model)
-        device = self._device()
+        device = input_device(self.model)
         options = {_cache_argument(base): cache}
         out = base(  # the base and not the PEFT wrapper, around which FSDP2 would not gather the weights
             input_ids=ids.to(device),
@@ -176,7 +176,7 @@ class LocalEngine:
         """Answer one batch of prompts, given behind the prefix."""
         cache = GrowingCache(layers, start)
         longest = max(map(len, prompts))
-        ids, mask = _left_padded(prompts, self.pad_token_id)
+        ids, mask = left_padded(prompts, self.pad_token_id)
         mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)  # [b, p + s]
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # [b, p + s]
         padded = not bool(mask.all())  # without a mask attention is faster
@@ -209,7 +209,7 @@ class LocalEngine:
 
     def _transformers(self, prompts: list[list[int]], max_new_tokens: int) -> list[Completion]:
         """The same by transformers' own loop, with the cache that the architecture asks for."""
-        ids, mask = _left_padded(prompts, self.pad_token_id)
+        ids, mask = left_padded(prompts, self.pad_token_id)
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -220,7 +220,9 @@ class LocalEngine:
         )
         model: Any = self.model
         out = model.generate(
-            input_ids=ids.to(self._device()), attention_mask=mask.to(self._device()), generation_config=config
+            input_ids=ids.to(input_device(self.model)),
+            attention_mask=mask.to(input_device(self.model)),
+            generation_config=config,
         )
         completions = []
         for row in out[:, ids.shape[1] :].tolist():
@@ -251,36 +253,21 @@ class LocalEngine:
             ids[1, :5] = ids[0, :5]
             short = _PROBE_TOKENS - 3  # the second prompt is shorter, so that its row has a hole behind the prefix
             alone = [
-                base(input_ids=prompt[None].to(self._device()), use_cache=False) for prompt in (ids[0], ids[1, :short])
+                base(input_ids=prompt[None].to(input_device(self.model)), use_cache=False)
+                for prompt in (ids[0], ids[1, :short])
             ]
             want = torch.cat([out.logits[:, -1].float() for out in alone])
             start = self._prefill(ids[0, :5].tolist(), layers)
-            rest, mask = _left_padded([ids[0, 5:].tolist(), ids[1, 5:short].tolist()], self.pad_token_id)
+            rest, mask = left_padded([ids[0, 5:].tolist(), ids[1, 5:short].tolist()], self.pad_token_id)
             mask = torch.cat([mask.new_ones(2, 5), mask], dim=1)
             positions = (mask.cumsum(1) - 1)[:, 5:]
             got = self._logits(rest, GrowingCache(layers, start), positions, mask)
-            rounds = base.dtype != torch.float32 or torch.is_autocast_enabled(self._device().type)
+            rounds = base.dtype != torch.float32 or torch.is_autocast_enabled(input_device(self.model).type)
             tolerance = 5e-2 if rounds or getattr(base, "is_quantized", False) else 1e-4
             self._exact = bool((got - want).abs().max() <= tolerance * want.abs().max().clamp(min=1.0))
         return self._exact
-
-    def _device(self) -> torch.device:
-        embeddings: Any = base_of(self.model).get_input_embeddings()
-        device: torch.device = embeddings.weight.device
-        return device
 
 
 def _cache_argument(base: PreTrainedModel) -> str:
     """What the model's forward pass calls its cache: transformers renamed it in 5.24."""
     return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, ``int64 [b, s]`` each, every row ending at the right."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_token_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask

@@ -91,16 +91,3 @@ def pairs():
         {"input": f"where is the {words[n % 12]} {n}" + " please" * (n % 5), "output": f"{words[(n * 5) % 12]} {n}"}
         for n in range(24)
     ]
-
-
-@pytest.fixture
-def trainer_options(tmp_path):
-    return {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "default_root_dir": str(tmp_path),
-    }

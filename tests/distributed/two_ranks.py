@@ -8,31 +8,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from recording import RecordsGradients, RecordsLosses
 from tiny import make_rows
 
 from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule, PromptBaseline, TokenSavings
 from lightning_ft._lightning import Trainer, _pl
 
 
-class Recording:
-    """Keeps the gradients as the optimizer gets them, and the logged losses."""
-
-    def configure_gradient_clipping(self, optimizer, *args, **kwargs):
-        grads = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
-        full = {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for n, g in grads.items()}
-        self.steps = [*getattr(self, "steps", []), full]
-
-    def log_dict(self, figures, **kwargs):
-        if "train/loss" in figures:
-            self.losses = [*getattr(self, "losses", []), figures["train/loss"]]
-        super().log_dict(figures, **kwargs)
-
-
-class RecordingFull(Recording, FullFineTuning):
+class RecordingFull(RecordsGradients, RecordsLosses, FullFineTuning):
     pass
 
 
-class RecordingLoRA(Recording, LoRAFineTuning):
+class RecordingLoRA(RecordsGradients, RecordsLosses, LoRAFineTuning):
     pass
 
 

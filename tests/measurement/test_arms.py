@@ -10,10 +10,9 @@ from transformers.cache_utils import DynamicCache
 from lightning_ft.data.request import Message, Request
 from lightning_ft.errors import SavingsError
 from lightning_ft.functional.prompt import PromptBaseline
-from lightning_ft.measurement.arms import is_sharded
 from lightning_ft.measurement.resources import model_shape
 from lightning_ft.measurement.savings import SavingsMeasurement
-from lightning_ft.models.shard import shard
+from lightning_ft.models.shard import is_sharded, shard
 
 BASELINE = PromptBaseline("Say where the thing is, in one word.")
 

@@ -82,6 +82,11 @@ def test_an_adapter_that_split_the_base_is_exported_for_the_whole_base(fit, mode
     assert config["r"] == 8
     assert config["init_lora_weights"] is True
 
+    again = module.export(tmp_path / "again")  # as ExportModel does, for the last weights and the best
+    assert (again / "adapter_config.json").read_text() == (folder / "adapter_config.json").read_text()
+    first, second = (load_file(made / "adapter_model.safetensors") for made in (folder, again))
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+
 
 @torch.no_grad()
 def test_loftq_is_exported_merged(fit, model_folder, tmp_path, monkeypatch):

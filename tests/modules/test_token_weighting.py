@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from recording import RecordsGradients
 from tiny import make_model, make_rows, make_tokenizer
 
 from lightning_ft import FullFineTuning, LoRAFineTuning
@@ -9,23 +10,11 @@ from lightning_ft import FullFineTuning, LoRAFineTuning
 ROWS = make_rows(20)  # at eight rows a step the last window is short: 8, 8, 4
 
 
-class Recording:
-    """Keeps the gradients of every optimizer step, before and after they are clipped."""
-
-    def configure_gradient_clipping(self, optimizer, *args, **kwargs):
-        self.steps = [*getattr(self, "steps", []), self.gradients()]
-        super().configure_gradient_clipping(optimizer, *args, **kwargs)
-        self.clipped = [*getattr(self, "clipped", []), self.gradients()]
-
-    def gradients(self):
-        return {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
-
-
-class RecordingFull(Recording, FullFineTuning):
+class RecordingFull(RecordsGradients, FullFineTuning):
     pass
 
 
-class RecordingLoRA(Recording, LoRAFineTuning):
+class RecordingLoRA(RecordsGradients, LoRAFineTuning):
     pass
 
 

@@ -3,6 +3,7 @@
 import datasets
 import pytest
 import torch
+from recording import RecordsLosses
 from tiny import make_model, make_rows, make_tokenizer
 from torch.utils.data import SequentialSampler
 from trl import SFTConfig, SFTTrainer
@@ -36,20 +37,11 @@ class InOrder(SFTTrainer):
         return loss
 
 
-class Recording:
-    """Each step's loss unrounded."""
-
-    def log_dict(self, figures, **kwargs):
-        if "train/loss" in figures:
-            self.losses = [*getattr(self, "losses", []), figures["train/loss"]]
-        super().log_dict(figures, **kwargs)
-
-
-class RecordingFull(Recording, FullFineTuning):
+class RecordingFull(RecordsLosses, FullFineTuning):
     pass
 
 
-class RecordingLoRA(Recording, LoRAFineTuning):
+class RecordingLoRA(RecordsLosses, LoRAFineTuning):
     pass
 
 
