@@ -25,10 +25,15 @@ class SelectedLogProbs(NamedTuple):
     Args:
         logprobs: Log-probability of each target, ``fp32 [n]``; carries the gradient.
         correct: Whether the target is the most probable token, ``bool [n]``.
+        entropy: Entropy of the distribution that each target was scored under, nats, ``fp32 [n]``, without gradient;
+            None where it wasn't asked for.
+        states: Hidden states that the targets were predicted from, ``[n, d]``, with gradient; None where not asked for.
     """
 
     logprobs: Tensor
     correct: Tensor
+    entropy: Tensor | None = None
+    states: Tensor | None = None
 
 
 class LogitTransform(NamedTuple):
@@ -37,10 +42,12 @@ class LogitTransform(NamedTuple):
     Args:
         scale: Factor on the logits (Cohere, Granite).
         softcap: ``softcap * tanh(logits / softcap)`` after scaling (Gemma 2); None for no cap.
+        temperature: Divides the logits at last: what is scored is the distribution that was sampled from.
     """
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Raw products to logits, in fp32."""
@@ -49,14 +56,14 @@ class LogitTransform(NamedTuple):
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
         """Gradient on the logits to gradient on the raw products, in place."""
         if self.softcap is not None:
-            grad *= 1 - (logits / self.softcap) ** 2
-        if self.scale != 1.0:
-            grad *= self.scale
+            grad *= 1 - (logits * self.temperature / self.softcap) ** 2
+        if self.scale != self.temperature:
+            grad *= self.scale / self.temperature
         return grad
 
 
@@ -72,6 +79,11 @@ def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     normalizer = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets[:, None])[:, 0]
     return chosen - normalizer, logits.argmax(-1) == targets, normalizer
+
+
+def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
+    """Entropy of each row's distribution, ``[n]``."""
+    return normalizer - ((logits - normalizer[:, None]).exp_() * logits).sum(-1)
 
 
 def _logprob_gradient_(logits: Tensor, targets: Tensor, normalizer: Tensor, transform: LogitTransform) -> Tensor:
@@ -96,13 +108,14 @@ class _SelectedLogProbs(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
         chunk: int,
-    ) -> tuple[Tensor, Tensor]:
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         # With a frozen head d logprob / d hidden is one vector per target, known now: no second pass over the
         # vocabulary.
         direct = ctx.needs_input_grad[0] and not head_trains
         jacobian = torch.empty_like(hidden) if direct else None
-        logprobs, correct, normalizers = [], [], []
+        logprobs, correct, normalizers, entropies = [], [], [], []
         for part, ids, start in zip(
             hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
         ):
@@ -111,21 +124,23 @@ class _SelectedLogProbs(torch.autograd.Function):
             logprobs.append(scored)
             correct.append(hit)
             normalizers.append(normalizer)
+            if entropy:
+                entropies.append(_entropy(logits, normalizer))
             if jacobian is not None:
                 grad = _logprob_gradient_(logits, ids, normalizer, transform)
                 jacobian[start : start + len(ids)] = grad.to(weight.dtype) @ weight
         ctx.transform, ctx.chunk, ctx.has_bias = transform, chunk, bias is not None
         ctx.save_for_backward(jacobian, hidden, weight, bias, targets, torch.cat(normalizers))
-        result = torch.cat(logprobs), torch.cat(correct)
-        ctx.mark_non_differentiable(result[1])
+        result = torch.cat(logprobs), torch.cat(correct), torch.cat(entropies or [hidden.new_zeros(0)])
+        ctx.mark_non_differentiable(*result[1:])
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprobs: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         jacobian, hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         if jacobian is not None:
-            return (jacobian * grad_logprobs[:, None]).to(hidden.dtype), None, None, None, None, None
+            return (jacobian * grad_logprobs[:, None]).to(hidden.dtype), None, None, None, None, None, None
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
@@ -136,7 +151,7 @@ class _SelectedLogProbs(torch.autograd.Function):
             grad = _logprob_gradient_(ctx.transform(_raw(part, weight, bias)), ids, normalizer, ctx.transform)
             grad = grad.mul_(upstream[:, None]).to(weight.dtype)
             _accumulate(grad, part, weight, start, grad_hidden, grad_weight, grad_bias)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 class _SummedLogProbs(torch.autograd.Function):
@@ -205,6 +220,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
     chunk: int = CHUNK,
+    entropy: bool = False,
 ) -> SelectedLogProbs:
     """Log-probability of each target under a linear head.
 
@@ -215,6 +231,7 @@ def linear_logprobs(
         bias: The head's bias, ``[v]``.
         transform: What the model does to the products.
         chunk: Targets at a time; peak memory is ``[chunk, v]``.
+        entropy: Give the entropy of each distribution too.
 
     Example:
         >>> import torch
@@ -226,9 +243,10 @@ def linear_logprobs(
     if not len(targets):
         return _nothing(hidden, weight, bias, summed=False)
     with torch.autocast(hidden.device.type, enabled=False):
-        return SelectedLogProbs(
-            *_SelectedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, chunk)
+        logprobs, correct, entropies = _SelectedLogProbs.apply(
+            hidden.to(weight.dtype), weight, bias, targets, transform, chunk, entropy
         )
+    return SelectedLogProbs(logprobs, correct, entropies if entropy else None)
 
 
 def linear_logprob_sum(
@@ -263,7 +281,13 @@ def linear_logprob_sum(
 
 
 def module_logprobs(
-    hidden: Tensor, head: torch.nn.Module, targets: Tensor, *, transform: LogitTransform = IDENTITY, chunk: int = CHUNK
+    hidden: Tensor,
+    head: torch.nn.Module,
+    targets: Tensor,
+    *,
+    transform: LogitTransform = IDENTITY,
+    chunk: int = CHUNK,
+    entropy: bool = False,
 ) -> SelectedLogProbs:
     """:func:`linear_logprobs` for a head that isn't one plain matrix (LoRA on the head, quantized heads).
 
@@ -274,13 +298,17 @@ def module_logprobs(
         parameter = next(head.parameters(), None)
         return _nothing(hidden, parameter if parameter is not None else hidden, None, summed=False)
 
-    def score(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs, correct, _ = _score(transform(head(part)), ids)
-        return logprobs, correct
+    def score(part: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        logits = transform(head(part))
+        logprobs, correct, normalizer = _score(logits, ids)
+        if not entropy:
+            return logprobs, correct
+        with torch.no_grad():
+            return logprobs, correct, _entropy(logits, normalizer)
 
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     scored = [checkpoint(score, part, ids, use_reentrant=False) for part, ids in pieces]
-    return SelectedLogProbs(torch.cat([s[0] for s in scored]), torch.cat([s[1] for s in scored]))
+    return SelectedLogProbs(*(torch.cat(part) for part in zip(*scored, strict=True)))
 
 
 def _nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, summed: bool) -> SelectedLogProbs:
@@ -288,4 +316,4 @@ def _nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, summed: boo
     zero = hidden.sum() * 0.0 + weight.sum() * 0.0 + (0.0 if bias is None else bias.sum() * 0.0)
     zero = zero.float()
     none = torch.zeros(0, dtype=torch.bool, device=hidden.device)
-    return SelectedLogProbs(zero if summed else zero.expand(0), none)
+    return SelectedLogProbs(zero if summed else zero.expand(0), none, zero.detach().expand(0))

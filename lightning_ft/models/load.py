@@ -85,7 +85,20 @@ def load_causal_lm(
             model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The model {name!r} could not be loaded: {_first_line(error)}") from error
+    if quantization is not None:
+        _keep_trainable(model)
     return cast(PreTrainedModel, model.train())
+
+
+def _keep_trainable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first evaluation.
+
+    On CPUs with AVX512-BF16 it does so in place, for a kernel that has no gradient: a model that was evaluated once (a
+    probe, a sanity check, a prompted arm) would go on training with wrong gradients and without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def adapter_base(name: str) -> str | None:

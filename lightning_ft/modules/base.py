@@ -15,11 +15,13 @@ from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.request import Message
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.adapt import InitialAdapter
+from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.export import export
 from lightning_ft.models.generate import generate_text
-from lightning_ft.models.head import CausalLM, Scorer, base_of
+from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id, quantization_options, resolve_dtype
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor
+from lightning_ft.models.scorer import Scorer
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.rng import rng_state, set_rng_state
 
@@ -81,6 +83,7 @@ class FineTuning(LightningModule):
         self.strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks those
         self._scorer: Scorer | None = None
         self._initial: InitialAdapter | None = None
+        self._adaptation = Adaptation(model, None, None)
         self._pending_rng: dict[str, Any] | None = None
         self._resumed = False
 
@@ -149,10 +152,11 @@ class FineTuning(LightningModule):
         )
 
     def _base_name(self) -> str:
-        return cast(str, self.model_name)
+        return self._adaptation.base or cast(str, self.model_name)
 
     def _adapt(self, base: PreTrainedModel) -> CausalLM:
-        return base
+        model, self._initial = self._adaptation.apply(base, seed=self._hyper["seed"])
+        return model
 
     def _compiled(self) -> Any:
         wanted = self._hyper["torch_compile"]

@@ -12,14 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import (
-    InitialAdapter,
-    add_lora,
     as_json,
-    load_adapter,
     lora_config,
     needs_data,
-    splits_base,
 )
+from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.load import adapter_base
 from lightning_ft.models.optim import Schedule
@@ -102,9 +99,6 @@ class FullFineTuning(SupervisedFineTuning):
                 f"{model!r} is an adapter; FullFineTuning needs a whole model (LoRAFineTuning continues adapters)."
             )
         self.save_hyperparameters({name: value for name, value in self._hyper.items() if name != "quantization"})
-
-    def _adapt(self, base: PreTrainedModel) -> CausalLM:
-        return base.requires_grad_(True)
 
 
 class LoRAFineTuning(SupervisedFineTuning):
@@ -192,36 +186,19 @@ class LoRAFineTuning(SupervisedFineTuning):
         )
         if optimizer not in ("adamw", "loraplus", "lorafa"):
             raise ConfigError(f"optimizer={optimizer!r}: expected 'adamw', 'loraplus' or 'lorafa'.")
-        self._base: str | None = None
-        if isinstance(model, str) and (base := adapter_base(model)) is not None:
-            if adapter is not None:
-                raise ConfigError(f"{model!r} is an adapter already; give its base as model= to continue {adapter!r}.")
-            adapter, self._base = model, base
-        if adapter is not None and lora not in (None, True):
-            raise ConfigError("An adapter that is continued brings its own LoRA configuration: leave out lora=.")
-        self._lora = lora_config(lora)
-        self._adapter = adapter
+        self._adaptation = Adaptation(model, True if lora is None else lora, adapter)
         self._hyper |= {
-            "lora": None if adapter is not None else as_json(self._lora),
-            "adapter": adapter if self._base is None else None,
+            "lora": self._adaptation.as_json(),
+            "adapter": adapter,
             "optimizer": optimizer,
             "loraplus_lr_ratio": float(loraplus_lr_ratio),
         }
         self.save_hyperparameters(dict(self._hyper))
 
-    def _base_name(self) -> str:
-        return self._base or cast(str, self.model_name)
-
     def _adapt(self, base: PreTrainedModel) -> CausalLM:
-        if self._adapter is not None:
-            return load_adapter(base, self._adapter)
-        if isinstance(self._given[0], PreTrainedModel):
-            base.requires_grad_(False)
-        model = add_lora(base, self._lora, seed=self._hyper["seed"])
-        if splits_base(self._lora):
-            self._initial = InitialAdapter(model)
+        model = super()._adapt(base)
         if self._moves_ranks() and self._starts_fit():
-            self._initialise_from_data(model)
+            self._initialise_from_data(cast(PeftModel, model))
         return model
 
     def _initialise_from_data(self, model: PeftModel) -> None:
@@ -270,13 +247,13 @@ class LoRAFineTuning(SupervisedFineTuning):
         """As in `SupervisedFineTuning`, with the ranks of the run that wrote it."""
         saved = checkpoint.get("hyper_parameters", {}).get("lora")
         if self._moves_ranks() and saved is not None and saved.get("rank_pattern"):
-            self._lora = lora_config(saved)
+            self._adaptation.lora = lora_config(saved)
             if self.model is not None:
                 self.model = self._adapt(cast(PreTrainedModel, self.model.unload())).train()
         super().on_load_checkpoint(checkpoint)
 
     def _moves_ranks(self) -> bool:
-        return self._adapter is None and needs_data(self._lora)
+        return self._adaptation.lora is not None and needs_data(self._adaptation.lora)
 
     def _starts_fit(self) -> bool:
         trainer = cast(Any, self._trainer)

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.models.adapt import add_lora, lora_config
-from lightning_ft.models.head import Scorer, completion_logprobs
+from lightning_ft.models.head import completion_logprobs
+from lightning_ft.models.scorer import Scorer
 
 SMALL = {
     "vocab_size": 100,

@@ -41,7 +41,9 @@ def test_every_way_to_make_a_step_of_eight_rows_gives_the_same_gradients(fit, mo
         assert len(got) == 3, name
         for step, (want, have) in enumerate(zip(expected, got, strict=True)):
             assert want.keys() == have.keys()
-            worst = max(float((want[key] - have[key]).abs().max()) for key in want)
+            # Of the largest entry where that is above 1: which kernel a machine's matrix products take decides the last
+            # bit, and AdamW hands it on from step to step.
+            worst = max(float((want[key] - have[key]).abs().max() / want[key].abs().max().clamp(min=1)) for key in want)
             assert worst <= 1e-6, f"{name}, step {step}: {worst}"
 
 
