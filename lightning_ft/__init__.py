@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_ft.callbacks.export import ExportModel
+    from lightning_ft.callbacks.samples import SampleCompletions
     from lightning_ft.callbacks.token_savings import TokenSavings
     from lightning_ft.data.pairs import PairDataModule
+    from lightning_ft.data.preferences import PreferenceDataModule
+    from lightning_ft.data.prompts import PromptDataModule
     from lightning_ft.functional.savings import Prices, PromptBaseline
+    from lightning_ft.modules.dpo import DPO
+    from lightning_ft.modules.grpo import GRPO
+    from lightning_ft.modules.ppo import PPO
+    from lightning_ft.modules.reward import RewardModeling
     from lightning_ft.modules.sft import FullFineTuning, LoRAFineTuning
 
 __version__ = "0.1.0"
@@ -21,20 +28,34 @@ __version__ = "0.1.0"
 _HOME = {
     "FullFineTuning": "lightning_ft.modules.sft",
     "LoRAFineTuning": "lightning_ft.modules.sft",
+    "RewardModeling": "lightning_ft.modules.reward",
+    "DPO": "lightning_ft.modules.dpo",
+    "GRPO": "lightning_ft.modules.grpo",
+    "PPO": "lightning_ft.modules.ppo",
     "PairDataModule": "lightning_ft.data.pairs",
+    "PreferenceDataModule": "lightning_ft.data.preferences",
+    "PromptDataModule": "lightning_ft.data.prompts",
     "TokenSavings": "lightning_ft.callbacks.token_savings",
     "PromptBaseline": "lightning_ft.functional.savings",
     "Prices": "lightning_ft.functional.savings",
+    "SampleCompletions": "lightning_ft.callbacks.samples",
     "ExportModel": "lightning_ft.callbacks.export",
 }
 
 __all__ = [
     "FullFineTuning",
     "LoRAFineTuning",
+    "RewardModeling",
+    "DPO",
+    "GRPO",
+    "PPO",
     "PairDataModule",
+    "PreferenceDataModule",
+    "PromptDataModule",
     "TokenSavings",
     "PromptBaseline",
     "Prices",
+    "SampleCompletions",
     "ExportModel",
     "__version__",
 ]

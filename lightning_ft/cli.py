@@ -26,11 +26,11 @@ class FineTuningTrainer(Trainer):
             datamodule: What would be trained on.
             examples: How many rows of each split to show.
         """
-        from lightning_ft.data.pairs import PairDataModule
+        from lightning_ft.data.module import RowDataModule
         from lightning_ft.data.preview import preview
 
-        if not isinstance(datamodule, PairDataModule):
-            raise ConfigError("preview shows a PairDataModule: give one as data.")
+        if not isinstance(datamodule, RowDataModule):
+            raise ConfigError("preview shows the rows of a DataModule of lightning_ft: give one as data.")
         own = datamodule.hparams["tokenizer"] is not None
         preview(datamodule, None if own else getattr(model, "tokenizer", None), examples=examples)
 

@@ -37,6 +37,14 @@ class SavingsError(LightningFTError, ValueError):
     """A token-savings measurement that would not be honest or is not defined."""
 
 
+class RolloutError(LightningFTError, RuntimeError):
+    """A generation that failed outside this process: a server that can't be reached, another rank, a broken answer."""
+
+
+class RewardError(LightningFTError, ValueError):
+    """A reward that can't be found, fails, or isn't one finite number or None for each completion."""
+
+
 class MissingDependencyError(LightningFTError, ImportError):
     """An optional package that isn't installed; the message says how to install it."""
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -73,6 +73,8 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 class EncodedRows:
     """Encoded examples, read from memory-mapped Arrow or kept in memory as Arrow.
 
+    A row is one example, or as many as it has completions, one behind the other; the same number for all rows.
+
     Args:
         table: Columns ``input_ids``, ``supervised``, ``row`` (which row of those encoded it is) and ``truncated``.
         about: What else is known of them, JSON values.
@@ -93,33 +95,56 @@ class EncodedRows:
         )
 
     @property
+    def num_rows(self) -> int:
+        """How many rows the examples are of."""
+        return cast(int, pc.count_distinct(self.column("row")).as_py())
+
+    @property
+    def per_row(self) -> int:
+        """How many examples a row is."""
+        return max(1, len(self) // max(1, self.num_rows))
+
+    @property
     def rows(self) -> list[int]:
         """Which of the rows that were encoded each of these is."""
-        return cast("list[int]", self._column("row").to_pylist())
+        return cast("list[int]", self.column("row").to_pylist())
 
     @property
     def truncated(self) -> list[bool]:
         """Whether the prompt of each was cut."""
-        return cast("list[bool]", self._column("truncated").to_pylist())
+        return cast("list[bool]", self.column("truncated").to_pylist())
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each."""
-        return cast("list[int]", pc.list_value_length(self._column("input_ids")).to_pylist())
+        return cast("list[int]", pc.list_value_length(self.column("input_ids")).to_pylist())
 
     @property
     def supervised(self) -> list[int]:
         """Supervised tokens of each."""
         counts: list[int] = []
-        for chunk in self._column("supervised").chunks:
+        for chunk in self.column("supervised").chunks:
             marks = chunk.flatten().to_numpy(zero_copy_only=False)
             ends = np.cumsum(pc.list_value_length(chunk).to_numpy(zero_copy_only=False))
             total = np.concatenate([[0], np.cumsum(marks)])
             counts += np.diff(total[np.concatenate([[0], ends]).astype(np.int64)]).tolist()
         return counts
 
-    def _column(self, name: str) -> pa.ChunkedArray:
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column as it is stored."""
         return self._table.data.column(name)
+
+
+def content_hash(parts: Sequence[EncodedRows]) -> str:
+    """A hash of encoded rows: of all their tokens in order, of which are supervised, and of which are of one row."""
+    digest = hashlib.sha256(json.dumps([(len(part), part.per_row) for part in parts]).encode())
+    for part in parts:
+        for name in ("input_ids", "supervised"):
+            column = part.column(name)
+            digest.update(json.dumps(pc.list_value_length(column).to_pylist()).encode())
+            for chunk in column.chunks:
+                digest.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
 
 
 class EncodedWriter:
@@ -220,4 +245,4 @@ def _move(aside: Path, path: Path) -> None:
             raise
 
 
-__all__ = ["EncodedRows", "Entry", "content_key", "default_folder", "load", "new_entry"]
+__all__ = ["EncodedRows", "Entry", "content_hash", "content_key", "default_folder", "load", "new_entry"]

@@ -25,15 +25,25 @@ class AnswerLostError(TokenizerError):
 
 @dataclass(frozen=True)
 class Encoded:
-    """An encoded conversation, and how it compares with generation.
+    """An encoded row, and how it compares with generation.
 
     Args:
-        example: The tokens.
+        examples: The tokens: one example, or one for each of its completions, prompt included.
         prompt_matches: Whether the tokens before the last answer are those that generation starts from.
     """
 
-    example: Example
+    examples: tuple[Example, ...]
     prompt_matches: bool
+
+    @property
+    def example(self) -> Example:
+        """The first, mostly the only one."""
+        return self.examples[0]
+
+    @property
+    def longest(self) -> Example:
+        """The one with most tokens."""
+        return max(self.examples, key=len)
 
 
 def encode_prompt(
@@ -71,8 +81,20 @@ def encode_conversation(
     return encode(tokenizer, messages, template or chat_template(tokenizer)).example
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: ChatTemplate) -> Encoded:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template: ChatTemplate,
+    *,
+    last_only: bool = False,
+) -> Encoded:
     """As :func:`encode_conversation`, and says whether generation starts from the same tokens.
+
+    Args:
+        tokenizer: With a chat template, or without one for the plain one.
+        messages: The conversation, the assistant's turn last.
+        template: What `chat_template` said of the tokenizer.
+        last_only: Supervise the last answer only.
 
     Raises:
         TokenizerError: If the template refuses the conversation.
@@ -96,8 +118,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], temp
             ids, matches = whole, True
             places = [*places[:-1], (len(prompt) + last[0][0], len(prompt) + last[0][1])]
 
-    ids, supervised = _through_end_tokens(tokenizer, ids, places)
-    return Encoded(Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool)), matches)
+    ids, supervised = _through_end_tokens(tokenizer, ids, places[-1:] if last_only else places)
+    example = Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
+    return Encoded((example,), matches)
 
 
 def answer_end_token(tokenizer: PreTrainedTokenizerBase) -> int:

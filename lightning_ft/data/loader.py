@@ -4,48 +4,49 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_ft.data.cache import EncodedRows
-from lightning_ft.data.layout import Example, TokenBatch, collate_examples
+from lightning_ft.data.layout import Example
 from lightning_ft.data.sampler import BatchPlan
 
+EncodedRow: TypeAlias = tuple[int, tuple[Example, ...]]
+"""The number of a row in its split, counted over all sources, and the examples that it is."""
 
-class _Batches(torch.utils.data.Dataset[list[Example]]):
-    """Gives the examples of a batch for the row numbers of a `BatchPlan`."""
+Collate: TypeAlias = Callable[[list[EncodedRow]], Any]
+"""Makes a batch of rows; a rank may have to make one of no rows."""
+
+
+class SplitRows(torch.utils.data.Dataset[list[EncodedRow]]):
+    """Gives rows of a split by their numbers, several at a time.
+
+    Args:
+        parts: Encoded rows of each source.
+    """
 
     def __init__(self, parts: Sequence[EncodedRows]) -> None:
         self._parts = list(parts)
-        self._starts = list(accumulate((len(part) for part in parts), initial=0))
+        self._starts = list(accumulate((part.num_rows for part in parts), initial=0))
+        self._per_row = [part.per_row for part in parts]
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, rows: list[int]) -> list[Example]:
-        return [self._example(row) for row in rows]
+    def __getitem__(self, rows: Sequence[int]) -> list[EncodedRow]:
+        return [(row, self._examples(row)) for row in rows]
 
-    def _example(self, row: int) -> Example:
+    def _examples(self, row: int) -> tuple[Example, ...]:
         part = bisect_right(self._starts, row) - 1  # past empty parts, which start where the next one does
-        return self._parts[part][row - self._starts[part]]
+        first = (row - self._starts[part]) * self._per_row[part]
+        return tuple(self._parts[part][first + i] for i in range(self._per_row[part]))
 
 
-class _LayOut:
-    """Lays a batch out; a rank without rows gets one token that isn't supervised, so that it takes part in the step."""
-
-    def __init__(self, packing: bool, pad_token_id: int) -> None:
-        self._packing, self._pad_token_id = packing, pad_token_id
-
-    def __call__(self, examples: list[Example]) -> TokenBatch:
-        nothing = Example(torch.tensor([self._pad_token_id]), torch.tensor([False]))
-        return collate_examples(examples or [nothing], packing=self._packing, pad_token_id=self._pad_token_id)
-
-
-class TokenLoader(StatefulDataLoader[TokenBatch]):
+class TokenLoader(StatefulDataLoader[Any]):
     """Keeps its place where Lightning would lose it: between the end of `fit` and a checkpoint, and after a resume.
 
     At the end of `fit` a Trainer drops the iterator that knows the place. And a run that is resumed at the end of an
@@ -98,25 +99,22 @@ class TokenLoader(StatefulDataLoader[TokenBatch]):
                 iterator._shutdown_workers()
 
 
-def token_loader(
-    parts: Sequence[EncodedRows], plan: BatchPlan, *, packing: bool, pad_token_id: int, num_workers: int
-) -> TokenLoader:
+def token_loader(parts: Sequence[EncodedRows], plan: BatchPlan, collate: Collate, *, num_workers: int) -> TokenLoader:
     """A loader whose `state_dict` is its position.
 
     Args:
         parts: Encoded rows of each source.
         plan: Which of them stand in which batch.
-        packing: See `collate_examples`.
-        pad_token_id: Stands where no token is; never attended to, never supervised.
-        num_workers: Processes that lay batches out.
+        collate: Makes a batch of them.
+        num_workers: Processes that do so.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it; no user can help it
         return TokenLoader(
-            _Batches(parts),
+            SplitRows(parts),
             batch_size=None,
             sampler=plan,
-            collate_fn=_LayOut(packing, pad_token_id),
+            collate_fn=collate,
             num_workers=num_workers,
             generator=torch.Generator().manual_seed(plan.seed),  # its own, to draw nothing from the global one
             pin_memory=torch.cuda.is_available(),

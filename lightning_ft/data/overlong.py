@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal
+from typing import Any, Generic, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.data.encode import AnswerLostError, Encoded, encode
-from lightning_ft.data.formats import Conversation
+from lightning_ft.data.encode import AnswerLostError, Encoded
+from lightning_ft.data.kinds import PAIRS, RowKind, RowT
 from lightning_ft.data.problems import Problem
 from lightning_ft.data.request import Message
 from lightning_ft.data.templates import ChatTemplate, chat_template
+from lightning_ft.data.turns import RowError
 from lightning_ft.errors import TokenizerError
 
 OnOverlong = Literal["error", "drop", "truncate_prompt"]
 
 
-class RowEncoder:
+class RowEncoder(Generic[RowT]):
     """Encodes rows and says what was wrong with those it couldn't.
 
     Args:
         tokenizer: The tokenizer.
-        max_length: Most tokens a row may have.
+        max_length: Most tokens a row may have; of several completions, the longest with its prompt.
         on_overlong: ``"truncate_prompt"`` cuts prompts; otherwise an overlong row is a problem.
+        kind: What the rows are.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, on_overlong: OnOverlong) -> None:
-        self.tokenizer, self.max_length, self.on_overlong = tokenizer, max_length, on_overlong
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        on_overlong: OnOverlong,
+        kind: RowKind[Any] = PAIRS,
+    ) -> None:
+        self.tokenizer, self.max_length, self.on_overlong, self.kind = tokenizer, max_length, on_overlong, kind
         self.template: ChatTemplate = chat_template(tokenizer)
 
-    def __call__(self, row: Conversation) -> tuple[Encoded, Conversation] | Problem:
-        """The encoded row and the conversation it is of (another if the prompt was cut), or what is wrong."""
+    def __call__(self, row: RowT) -> tuple[Encoded, RowT] | Problem:
+        """The encoded row and the row it is of (another if the prompt was cut), or what is wrong."""
         try:
-            encoded = self._encode(row)
-            if len(encoded.example) <= self.max_length:
-                return encoded, row
-            if (problem := self._without_room_for_a_prompt(row, int(encoded.example.supervised.sum()))) is not None:
-                return problem
+            fitted = self._fit(row)
+            if not isinstance(fitted, Problem):
+                self.kind.check_encoded(fitted[0])
+            return fitted
         except AnswerLostError as error:
             fix = "The template must keep every assistant turn as it is: pass chat_template=."
             return Problem(row.source, row.row, None, "answer lost in the chat template", str(error), fix)
         except TokenizerError as error:
             fix = "Change the row's turns, or pass a chat_template= that takes them."
             return Problem(row.source, row.row, None, "refused by the chat template", str(error), fix)
-        detail = f"{len(encoded.example):,} tokens, max_length={self.max_length:,}"
+        except RowError as error:
+            return Problem(row.source, row.row, error.field, error.reason, error.detail, error.fix)
+
+    def _fit(self, row: RowT) -> tuple[Encoded, RowT] | Problem:
+        encoded = self._encode(row)
+        if len(encoded.longest) <= self.max_length:
+            return encoded, row
+        if (problem := self._without_room_for_a_prompt(row)) is not None:
+            return problem
+        detail = f"{len(encoded.longest):,} tokens, max_length={self.max_length:,}"
         fix = "Raise max_length, or pass on_overlong='drop' or 'truncate_prompt'."
         if self.on_overlong == "truncate_prompt":
             if (cut := self._cut(row)) is not None:
@@ -52,28 +67,30 @@ class RowEncoder:
             fix = "Raise max_length: there is no room for even the end of the last question."
         return Problem(row.source, row.row, None, "overlong prompt", detail, fix)
 
-    def _encode(self, row: Conversation) -> Encoded:
-        return encode(self.tokenizer, row.messages, self.template)
+    def _encode(self, row: RowT) -> Encoded:
+        return self.kind.encode(self.tokenizer, row, self.template)
 
-    def _without_room_for_a_prompt(self, row: Conversation, answer: int) -> Problem | None:
+    def _without_room_for_a_prompt(self, row: RowT) -> Problem | None:
         """The problem of a row that would be too long without any word of the user."""
-        shortest = len(self._encode(_with_user_text(row, {})).example)
-        if shortest < self.max_length:
+        shortest = self._encode(_with_user_text(row, {})).longest
+        if len(shortest) < self.max_length:
             return None
-        system = row.messages[0]["role"] == "system" and answer < self.max_length
-        detail = f"{shortest:,} tokens without the user's text, {answer:,} of them supervised, "
+        answer = int(shortest.supervised.sum())
+        detail = f"{len(shortest):,} tokens without the user's text, {answer:,} of them supervised, "
         detail += f"max_length={self.max_length:,}"
         fix = "Raise max_length: answers, system turns and the template's own tokens are never cut."
-        reason = "overlong system turn" if system else "overlong answer"
+        reason = "overlong answer" if answer else "overlong turns before the question"
+        if row.asked[0]["role"] == "system" and answer < self.max_length:
+            reason = "overlong system turn"
         return Problem(row.source, row.row, None, reason, detail, fix)
 
-    def _cut(self, row: Conversation) -> tuple[Encoded, Conversation] | None:
+    def _cut(self, row: RowT) -> tuple[Encoded, RowT] | None:
         """Cut user turns from their left, the earliest first, by as few characters as fit; all else stays.
 
-        The last user turn keeps at least one character; None if that doesn't fit.
+        The last user turn before the answer keeps at least one character; None if that doesn't fit.
         """
-        users = [i for i, message in enumerate(row.messages) if message["role"] == "user"]
-        texts = {i: row.messages[i]["content"] for i in users}
+        users = [i for i, message in enumerate(row.asked) if message["role"] == "user"]
+        texts = {i: row.asked[i]["content"] for i in users}
         for i in users:
             whole, best = texts[i], None
             low, high = (1 if i == users[-1] else 0), len(whole)  # fewest and most characters to keep
@@ -82,20 +99,21 @@ class RowEncoder:
                 texts[i] = whole[len(whole) - keep :]
                 cut = _with_user_text(row, texts)
                 encoded = self._encode(cut)
-                if len(encoded.example) <= self.max_length:
+                if len(encoded.longest) <= self.max_length:
                     best, low = (encoded, cut), keep + 1
                 else:
                     high = keep - 1
             if best is not None:
-                return best if best[1].messages[users[-1]]["content"].strip() else None
+                return best if best[1].asked[users[-1]]["content"].strip() else None
             texts[i] = ""
         return None
 
 
-def _with_user_text(row: Conversation, texts: dict[int, str]) -> Conversation:
-    """The row with other user turns, those not in `texts` empty."""
-    messages = tuple(
-        Message(role="user", content=texts.get(i, "")) if message["role"] == "user" else message
-        for i, message in enumerate(row.messages)
+def _with_user_text(row: RowT, texts: dict[int, str]) -> RowT:
+    """The row with other user turns before the answer, those not in `texts` empty."""
+    return row.asking(
+        [
+            Message(role="user", content=texts.get(i, "")) if message["role"] == "user" else message
+            for i, message in enumerate(row.asked)
+        ]
     )
-    return replace(row, messages=messages)

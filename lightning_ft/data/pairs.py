@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Sequence
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import LightningDataModule, check_same_namespace
-from lightning_ft.data import cache
-from lightning_ft.data.loader import TokenLoader, token_loader
+from lightning_ft.data.kinds import PAIRS
+from lightning_ft.data.layout import Example, TokenBatch, collate_examples
+from lightning_ft.data.loader import Collate, EncodedRow
+from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.overlong import OnOverlong
-from lightning_ft.data.report import SplitReport
 from lightning_ft.data.request import Message, Request
 from lightning_ft.data.rows import OnBadRow
-from lightning_ft.data.sampler import BatchPlan
 from lightning_ft.data.sources import Sources, source_as_json
-from lightning_ft.data.splits import RowRules, SplitName, Splits
-from lightning_ft.data.templates import set_chat_template
-from lightning_ft.errors import ConfigError, TokenizerError
-from lightning_ft.models.load import load_tokenizer, pad_token_id
-
-_NEEDS: dict[str, tuple[SplitName, ...]] = {
-    "fit": ("train", "validation", "test"),  # test too: its rows are checked before hours of training, not after
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("predict",),
-}
+from lightning_ft.data.splits import SplitName
+from lightning_ft.models.load import pad_token_id
 
 
-class PairDataModule(LightningDataModule):
+class PairDataModule(RowDataModule):
     """Input-output pairs from files, the Hub or memory, checked, tokenised once and packed.
 
     Rows may be ``{input, output}``, ``{prompt, completion}``, ``{instruction, input, output}`` (Alpaca), ``{messages}``
@@ -79,6 +68,8 @@ class PairDataModule(LightningDataModule):
         (8, '7')
     """
 
+    kind = PAIRS
+
     def __init__(
         self,
         train: Sources,
@@ -101,129 +92,32 @@ class PairDataModule(LightningDataModule):
         cache_dir: bool | str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        super().__init__()
-        _check_choices(max_length, batch_size, on_overlong, on_bad_row, validation, cache_dir)
-        self._mixing, self._chat_template, self._trust_remote_code = mixing, chat_template, trust_remote_code
-        self._given_tokenizer = tokenizer
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._batch_size, self._packing, self._shuffle = batch_size, packing, shuffle
-        self._seed, self._num_workers = seed, num_workers
-        folder = Path(cache_dir) if isinstance(cache_dir, str) else cache.default_folder()
-        self._given = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.rules = RowRules(
+        super().__init__(
+            train,
+            validation,
+            test,
             columns=columns,
-            on_bad_row=on_bad_row,
+            mixing=mixing,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
             max_length=max_length,
+            batch_size=batch_size,
             on_overlong=on_overlong,
+            on_bad_row=on_bad_row,
+            shuffle=shuffle,
             seed=seed,
-            cache=None if cache_dir is False else folder,
+            num_workers=num_workers,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
         )
-        self.splits = Splits(self._given, self.rules)
-        self._loaders: list[TokenLoader] = []
-        self.save_hyperparameters(
-            {
-                **{name: source_as_json(given) for name, given in self._given.items()},
-                "columns": columns,
-                "mixing": mixing,
-                "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
-                "chat_template": chat_template,
-                "max_length": max_length,
-                "batch_size": batch_size,
-                "packing": packing,
-                "on_overlong": on_overlong,
-                "on_bad_row": on_bad_row,
-                "shuffle": shuffle,
-                "seed": seed,
-                "num_workers": num_workers,
-                "cache_dir": cache_dir,
-                "trust_remote_code": trust_remote_code,
-            },
-            logger=False,  # the module logs its own, and a Trainer refuses two that share a name
-        )
+        self._packing = packing
+        if predict is not None:
+            self.splits.given["predict"] = predict
+        self._save(predict=source_as_json(predict), packing=packing)
 
-    @property
-    def report(self) -> dict[str, SplitReport]:
-        """What became of the rows of each split, by its name."""
-        return self.splits.report
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer given, or the module's, with `chat_template` put on it.
-
-        Raises:
-            ConfigError: If there is neither.
-        """
-        if self._tokenizer is None:
-            self.tokenizer = self._find_tokenizer()
-        return self._tokenizer  # type: ignore[return-value]  # the setter put it there
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if self._chat_template is not None:
-            set_chat_template(tokenizer, self._chat_template)
-        self._tokenizer = tokenizer
-
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        module = getattr(self.trainer, "lightning_module", None)
-        if self._given_tokenizer is None:
-            found: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
-            if found is None:
-                raise ConfigError(
-                    "PairDataModule has no tokenizer: pass tokenizer=, or use it with a module that has one."
-                )
-            return found
-        given = self._given_tokenizer
-        if isinstance(given, str):
-            given = load_tokenizer(given, trust_remote_code=self._trust_remote_code)
-        try:
-            other: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
-        except (ConfigError, TokenizerError):  # a model without a tokenizer of its own
-            other = None
-        if other is not None and other is not given and cache.content_key([], other) != cache.content_key([], given):
-            rank_zero_warn(
-                "The DataModule's tokenizer (or its chat template) isn't the module's: the model would be trained on "
-                "other tokens than it generates with. Pass tokenizer= to the module only."
-            )
-        return given
-
-    def prepare_data(self) -> None:
-        """On one process of each node: check all rows and fill the cache that the others read."""
-        self.setup(getattr(getattr(self.trainer, "state", None), "fn", None))
-
-    def setup(self, stage: str | None = None) -> None:
-        """Read, check and tokenise what a stage needs, each split once.
-
-        Raises:
-            DataError: With every bad row.
-        """
-        if self.trainer is not None:
-            check_same_namespace(self.trainer, self.trainer.lightning_module)
-        wanted = _NEEDS[getattr(stage, "value", stage) or "fit"]  # a Trainer passes an enum
-        self.splits.load(wanted)
-        tokenizer = self.tokenizer  # also where nothing is encoded: it may be given another chat template
-        for name in wanted:
-            if name != "predict":
-                self.splits.encode(name, tokenizer)
-
-    def load_rows(self) -> None:
-        """Read and check every split without tokenising it; needs no tokenizer.
-
-        Raises:
-            DataError: With every bad row.
-        """
-        self.splits.load(list(self._given))
-
-    def train_dataloader(self) -> TokenLoader:
-        """Batches of the training rows, in a new order every epoch."""
-        return self._loader("train", shuffle=self._shuffle)
-
-    def val_dataloader(self) -> TokenLoader | list[Any]:
-        """Batches of the validation rows; none where there are no such rows."""
-        return self._loader("validation") if "validation" in self.splits.given else []
-
-    def test_dataloader(self) -> TokenLoader:
-        """Batches of the test rows."""
-        return self._loader("test")
+    def collate(self, split: SplitName) -> Collate:
+        """Lays batches out for a model."""
+        return _LayOut(self._packing, pad_token_id(self.tokenizer))
 
     def predict_dataloader(self) -> DataLoader[list[Message]]:
         """Conversations to answer, `batch_size` at a time: those of `predict`, each up to its last question."""
@@ -231,40 +125,6 @@ class PairDataModule(LightningDataModule):
         self.splits.load(["predict"])
         prompts = [list(row.asked) for part in self.splits.rows["predict"] for row in part]
         return DataLoader(prompts, batch_size=self._batch_size, collate_fn=list)  # type: ignore[arg-type]
-
-    def _require(self, name: str) -> None:
-        if name not in self.splits.given:
-            raise ConfigError(f"PairDataModule was given no {name} rows: pass {name}=.")
-
-    def _loader(self, name: SplitName, *, shuffle: bool = False) -> TokenLoader:
-        self._require(name)
-        self.splits.load([name])
-        self.splits.encode(name, self.tokenizer)
-        parts = self.splits.encoded[name]
-        plan = BatchPlan(
-            [len(part) for part in parts],
-            self._mixing if name == "train" and self._mixing is not None else [1.0] * len(parts),
-            batch_size=self._batch_size,
-            shuffle=shuffle,
-            seed=self._seed,
-            rank=self.trainer.global_rank if self.trainer is not None else 0,
-            world_size=self.trainer.world_size if self.trainer is not None else 1,
-        )
-        loader = token_loader(
-            parts,
-            plan,
-            packing=self._packing,
-            pad_token_id=pad_token_id(self.tokenizer),
-            num_workers=self._num_workers,
-        )
-        self._loaders.append(loader)
-        return loader
-
-    def teardown(self, stage: str | None = None) -> None:
-        """Stop the loaders' workers."""
-        for loader in self._loaders:
-            loader.close()
-        self._loaders.clear()
 
     def requests(self, split: SplitName) -> list[Request]:
         """The rows of a split that are used, as requests with their right answers.
@@ -282,16 +142,13 @@ class PairDataModule(LightningDataModule):
         return self.splits.requests(split)
 
 
-def _check_choices(
-    max_length: int, batch_size: int, on_overlong: str, on_bad_row: str, validation: Any, cache_dir: Any
-) -> None:
-    for name, number, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
-        if number < least:
-            raise ConfigError(f"{name}={number}: expected at least {least}.")
-    for name, choice, choices in (("on_overlong", on_overlong, OnOverlong), ("on_bad_row", on_bad_row, OnBadRow)):
-        if choice not in get_args(choices):
-            raise ConfigError(f"{name}={choice!r}: expected one of {', '.join(map(repr, get_args(choices)))}.")
-    if cache_dir is True:
-        raise ConfigError("cache_dir=True: expected a folder, None for the default one, or False for none.")
-    if isinstance(validation, bool) or (isinstance(validation, (int, float)) and not 0 < validation < 1):
-        raise ConfigError(f"validation={validation}: a share must lie between 0 and 1.")
+class _LayOut:
+    """Lays a batch out; a rank without rows gets one token that isn't supervised, so that it takes part in the step."""
+
+    def __init__(self, packing: bool, pad_token_id: int) -> None:
+        self._packing, self._pad_token_id = packing, pad_token_id
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> TokenBatch:
+        examples = [example for _, (example,) in rows]
+        nothing = Example(torch.tensor([self._pad_token_id]), torch.tensor([False]))
+        return collate_examples(examples or [nothing], packing=self._packing, pad_token_id=self._pad_token_id)

@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -18,8 +20,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.layout import Example
-from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.loader import SplitRows
+from lightning_ft.data.module import RowDataModule
+from lightning_ft.data.preference_rows import Preference, split_shared
 from lightning_ft.data.problems import SHOWN, Problem
+from lightning_ft.data.prompt_rows import Prompt
 from lightning_ft.data.report import SplitReport
 from lightning_ft.data.splits import Splits
 
@@ -29,7 +34,7 @@ _BAR = 40  # characters of the longest bar
 
 
 def preview(
-    datamodule: PairDataModule,
+    datamodule: RowDataModule,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     examples: int = 3,
@@ -59,7 +64,7 @@ def preview(
     lenient = replace(
         rules, on_bad_row="skip", on_overlong="drop" if rules.on_overlong == "error" else rules.on_overlong
     )
-    splits = Splits(datamodule.splits.given, lenient)
+    splits: Splits[Any] = Splits(datamodule.splits.given, lenient, datamodule.kind)
     names = [name for name in ("train", "validation", "test") if name in splits.given]
     splits.load(names)
     for name in names:
@@ -67,7 +72,8 @@ def preview(
         console.rule(f"[bold]{name}")
         report = splits.report[name]
         _print_examples(splits, name, tokenizer, examples, console)
-        histogram = length_histogram(report.lengths, rules.max_length, fancy=_is_fancy(console))
+        of = "row" if len(report.lengths) == report.kept else "completion with its prompt"
+        histogram = length_histogram(report.lengths, rules.max_length, of=of, fancy=_is_fancy(console))
         console.print(histogram, markup=False, highlight=False)
         console.print(_counts(report))
         stops = [p for p in report.problems if not datamodule.splits.may_drop(p)]
@@ -95,12 +101,13 @@ def supervised_text(tokenizer: PreTrainedTokenizerBase, example: Example, *, fan
     return text
 
 
-def length_histogram(lengths: Sequence[int], max_length: int, *, fancy: bool = True) -> str:
+def length_histogram(lengths: Sequence[int], max_length: int, *, of: str = "row", fancy: bool = True) -> str:
     """Rows by their number of tokens.
 
     Args:
         lengths: Tokens of each row.
         max_length: Named below, as the limit.
+        of: What the lengths are of.
         fancy: Whether bars may be other than ASCII.
 
     Example:
@@ -115,7 +122,7 @@ def length_histogram(lengths: Sequence[int], max_length: int, *, fancy: bool = T
     width = max(2, -(-max(lengths) // _BINS))
     counts = Counter((length - 1) // width for length in lengths)
     labels = [f"{i * width + 1:,}-{(i + 1) * width:,}" for i in range(max(counts) + 1)]
-    lines = [f"tokens per row (longest {max(lengths):,}, max_length {max_length:,})"]
+    lines = [f"tokens per {of} (longest {max(lengths):,}, max_length {max_length:,})"]
     for i, label in enumerate(labels):
         bar = ("█" if fancy else "#") * -(-_BAR * counts[i] // max(counts.values()))
         lines.append(f"{label:>{max(map(len, labels))}} | {bar} {counts[i]:,}")
@@ -127,16 +134,42 @@ def _is_fancy(console: Console) -> bool:
 
 
 def _print_examples(
-    splits: Splits, name: str, tokenizer: PreTrainedTokenizerBase, examples: int, console: Console
+    splits: Splits[Any], name: str, tokenizer: PreTrainedTokenizerBase, examples: int, console: Console
 ) -> None:
-    places = [(part, i) for part, rows in enumerate(splits.encoded[name]) for i in range(len(rows))]
-    for part, i in places[:examples]:
-        row, example = splits.rows[name][part][i], splits.encoded[name][part][i]
-        title = f"{row.source}, row {row.row}: {len(example):,} tokens, {int(example.supervised.sum()):,} supervised"
-        if splits.encoded[name][part].truncated[i]:
+    parts = splits.encoded[name]
+    places = [(part, i) for part, rows in enumerate(parts) for i in range(rows.num_rows)]
+    for number, (part, i) in enumerate(places[:examples]):
+        row = splits.rows[name][part][i]
+        ((_, encoded),) = SplitRows(parts)[[number]]
+        tokens, supervised = (sum(len(e) for e in encoded), sum(int(e.supervised.sum()) for e in encoded))
+        title = f"{row.source}, row {row.row}: {tokens:,} tokens, {supervised:,} supervised"
+        if parts[part].truncated[i * parts[part].per_row]:
             title += ", prompt cut"
-        text = supervised_text(tokenizer, example, fancy=_is_fancy(console))
+        text = _row_text(row, encoded, tokenizer, fancy=_is_fancy(console))
         console.print(Panel(text, title=Text(title), title_align="left"))
+
+
+def _row_text(row: Any, encoded: tuple[Example, ...], tokenizer: PreTrainedTokenizerBase, *, fancy: bool) -> Text:
+    """A row, and below it what else it says: completions and what they were judged to be, columns for rewards."""
+    if not isinstance(row, Preference):
+        text = supervised_text(tokenizer, encoded[0], fancy=fancy)
+        for name, value in (row.columns if isinstance(row, Prompt) else {}).items():
+            _append(text, name, repr(value))
+        return text
+    names = ("chosen", "rejected") if len(row.labels) > 1 else ("good" if row.labels[0] else "bad",)
+    prompt, completions = split_shared(encoded)
+    text = supervised_text(tokenizer, Example(prompt, torch.zeros_like(prompt, dtype=torch.bool)), fancy=fancy)
+    for judged, completion in zip(names, completions, strict=True):
+        _append(text, judged, supervised_text(tokenizer, completion, fancy=fancy))
+    if row.margin is not None:
+        _append(text, "margin", f"{row.margin:g}")
+    return text
+
+
+def _append(text: Text, name: str, value: str | Text) -> None:
+    line_break = "" if text.plain.endswith("\n") else "\n"
+    text.append(f"{line_break}{name}: ", style="bold")
+    text.append(value)
 
 
 def _counts(report: SplitReport) -> Table:

@@ -24,8 +24,8 @@ class SplitReport:
         other_prompt: Rows whose tokens before the last answer aren't those that generation starts from.
         notes: Other things found (byte order marks, blank lines), with their counts.
         formats: Row format of each source.
-        lengths: Tokens of each kept row.
-        supervised: Supervised tokens of each kept row.
+        lengths: Tokens of each kept row; of a pair of completions those of each, its prompt included.
+        supervised: Supervised tokens of the same.
     """
 
     read: int = 0

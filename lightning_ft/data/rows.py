@@ -1,4 +1,4 @@
-"""Sources to checked conversations, every bad row told together."""
+"""Sources to checked rows, every bad row told together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.progress import track
 
 from lightning_ft.data.files import RawRow
-from lightning_ft.data.formats import Conversation, RowFormat, detect_format
+from lightning_ft.data.kinds import PAIRS, Row, RowKind
 from lightning_ft.data.problems import Problem
 from lightning_ft.data.report import SplitReport
 from lightning_ft.data.sources import Source, read_rows
@@ -35,7 +35,8 @@ def load_source(
     on_bad_row: OnBadRow = "error",
     answered: bool = True,
     report: SplitReport | None = None,
-) -> tuple[list[Conversation], list[Problem]]:
+    kind: RowKind[Any] = PAIRS,
+) -> tuple[list[Any], list[Problem]]:
     """Read and check one source.
 
     Args:
@@ -46,6 +47,7 @@ def load_source(
         on_bad_row: ``"error"`` returns the problems, ``"skip"`` counts them in `report`.
         answered: Whether rows must have an answer.
         report: Counts what is found.
+        kind: What the rows are.
 
     Returns:
         The good rows, and the problems (none with ``"skip"``).
@@ -65,10 +67,10 @@ def load_source(
     if not first:
         raise DataError(f"{name}: there are no rows in it.")
     found = [raw.value for raw in first if isinstance(raw.value, Mapping)]
-    row_format = RowFormat(detect_format(found, columns, answered=answered), columns, answered=answered)
-    report.formats[name] = row_format.name if found else "none"
+    reader = kind.reader(found, columns, answered=answered)
+    report.formats[name] = reader.name if found else "none"
 
-    rows: list[Conversation] = []
+    rows: list[Any] = []
     problems: list[Problem] = []
     read = 0
     for raw in _shown(chain(first, raw_rows), f"Reading {name}"):
@@ -77,7 +79,7 @@ def load_source(
             problems.append(raw.problem)
             continue
         try:
-            rows.append(row_format.conversation(raw.value, raw.source, raw.number))
+            rows.append(reader.read(raw.value, raw.source, raw.number))
         except RowError as error:
             problem = Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
             problems.append(problem)
@@ -106,7 +108,7 @@ def is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) in (0, None)
 
 
-def count_duplicates(rows: Iterable[Conversation]) -> int:
+def count_duplicates(rows: Iterable[Row]) -> int:
     """How many rows stand there again, the first occurrence of each not counted."""
     return sum(count - 1 for count in Counter(row.key for row in rows).values())
 

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.cache import EncodedRows
 from lightning_ft.data.formats import Conversation
+from lightning_ft.data.kinds import PAIRS, RowKind, RowT
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.problems import Problem, raise_problems
 from lightning_ft.data.report import SplitReport
@@ -47,12 +48,13 @@ class RowRules:
     cache: Path | None
 
 
-class Splits:
+class Splits(Generic[RowT]):
     """Rows of each split: `load` reads and checks them, `encode` tokenises them, each once.
 
     Args:
         given: What was passed as each split; None for none, and for validation also the share of train to hold out.
         rules: How rows are read and encoded.
+        kind: What the rows are.
 
     Example:
         >>> rules = RowRules(None, "error", 64, "error", seed=0, cache=None)
@@ -63,11 +65,16 @@ class Splits:
         {'train': 8, 'validation': 2}
     """
 
-    def __init__(self, given: Mapping[str, Any], rules: RowRules) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, Any],
+        rules: RowRules,
+        kind: RowKind[Any] = PAIRS,
+    ) -> None:
         self.given = {name: value for name, value in given.items() if value is not None}
-        self.rules = rules
+        self.rules, self.kind = rules, kind
         self.report: dict[str, SplitReport] = {}
-        self.rows: dict[str, list[list[Conversation]]] = {}
+        self.rows: dict[str, list[list[RowT]]] = {}
         self.encoded: dict[str, list[EncodedRows]] = {}
 
     @property
@@ -88,7 +95,7 @@ class Splits:
         new = [name for name in self.given if name in wanted and name not in self.rows]
         if self.held_out is not None:
             new = [name for name in new if name != "validation"]
-        rows: dict[str, list[list[Conversation]]] = {}
+        rows: dict[str, list[list[RowT]]] = {}
         reports: dict[str, SplitReport] = {}
         problems: list[Problem] = []
         for name in new:
@@ -103,11 +110,13 @@ class Splits:
                     on_bad_row=self.rules.on_bad_row,
                     answered=name != "predict",
                     report=reports[name],
+                    kind=self.kind,
                 )
                 rows[name].append(good)
                 problems += bad
         raise_problems(problems)
         for name in new:
+            rows[name] = self.kind.complete(name, rows[name], reports[name])
             formats = reports[name].formats.items()
             rank_zero_info(f"{name}: row format " + ", ".join(f"{found} ({source})" for source, found in formats))
         self.rows |= rows
@@ -120,14 +129,14 @@ class Splits:
             self._count_overlap()
 
     def _hold_out(self, share: float) -> None:
-        """Move a share of the training rows to validation, all copies of a row together."""
-        keys = list(dict.fromkeys(row.key for part in self.rows["train"] for row in part))
+        """Move a share of the training rows to validation, all that belong together at once."""
+        keys = list(dict.fromkeys(row.together for part in self.rows["train"] for row in part))
         if len(keys) < 2:
             raise DataError(f"validation={share} of train: there are fewer than two different rows to share out.")
         count = min(len(keys) - 1, max(1, round(len(keys) * share)))
         out = set(random.Random(self.rules.seed).sample(keys, count))
-        held = [row for part in self.rows["train"] for row in part if row.key in out]
-        self.rows["train"] = [[row for row in part if row.key not in out] for part in self.rows["train"]]
+        held = [row for part in self.rows["train"] for row in part if row.together in out]
+        self.rows["train"] = [[row for row in part if row.together not in out] for part in self.rows["train"]]
         self.rows["validation"] = [held]
         self.report["validation"] = SplitReport(read=len(held), kept=len(held))
         self.report["train"].read -= len(held)
@@ -165,12 +174,13 @@ class Splits:
                 on_overlong=self.rules.on_overlong,
                 folder=self.rules.cache,
                 label=name,
+                kind=self.kind,
             )
             encoded.append(rows)
             for problem in problems:
                 (dropped if self.may_drop(problem) else fatal).append(problem)
         raise_problems(fatal)
-        kept = sum(map(len, encoded))
+        kept = sum(rows.num_rows for rows in encoded)
         if not kept:
             why = dropped[0] if dropped else "all of its rows are held out"
             raise DataError(
@@ -181,12 +191,14 @@ class Splits:
         report.skip(dropped)
         report.kept = kept
         for rows in encoded:
-            report.truncated += sum(rows.truncated)
+            report.truncated += sum(rows.truncated[:: rows.per_row])
             report.other_prompt += rows.about["other_prompt"]
             report.lengths += rows.lengths
             report.supervised += rows.supervised
         self.encoded[name] = encoded
-        self.rows[name] = [[part[i] for i in e.rows] for part, e in zip(self.rows[name], encoded, strict=True)]
+        self.rows[name] = [
+            [part[i] for i in e.rows[:: e.per_row]] for part, e in zip(self.rows[name], encoded, strict=True)
+        ]
         self._tell(name, tokenizer)
 
     def may_drop(self, problem: Problem) -> bool:
@@ -210,8 +222,8 @@ class Splits:
                 f"{tokenizer.model_max_length:,}. Lower max_length if the model takes no more."
             )
 
-    def requests(self, name: str) -> list[Request]:
-        """Rows of a split as requests with their right answers.
+    def requests(self: Splits[Conversation], name: str) -> list[Request]:
+        """Pairs of a split as requests with their right answers.
 
         Ids are unique: a row whose id stands there already gets ``#2``, ``#3``, ... behind it.
 

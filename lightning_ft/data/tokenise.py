@@ -1,16 +1,17 @@
-"""Conversations to encoded rows, from the cache where they stand in it, with a progress bar where it takes long."""
+"""Rows to encoded rows, from the cache where they stand in it, with a progress bar where it takes long."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data import cache
-from lightning_ft.data.formats import Conversation
+from lightning_ft.data.kinds import PAIRS, RowKind, RowT
 from lightning_ft.data.overlong import OnOverlong, RowEncoder
 from lightning_ft.data.problems import Problem
 from lightning_ft.data.rows import is_rank_zero
@@ -19,13 +20,14 @@ _SHOW_FROM = 2000  # rows from which a progress bar is worth its line
 
 
 def tokenise(
-    rows: Sequence[Conversation],
+    rows: Sequence[RowT],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     on_overlong: OnOverlong,
     folder: Path | None,
     label: str,
+    kind: RowKind[Any] = PAIRS,
 ) -> tuple[cache.EncodedRows, list[Problem]]:
     """Encode rows.
 
@@ -36,15 +38,16 @@ def tokenise(
         on_overlong: See `PairDataModule`.
         folder: The cache, None for none.
         label: What the progress bar says.
+        kind: What the rows are.
 
     Returns:
         The encoded rows, and the problems of those that aren't among them. ``about["other_prompt"]`` of the encoded
         rows counts those whose prompt isn't what generation starts from.
     """
-    key = cache.content_key(rows, tokenizer, max_length=max_length, on_overlong=on_overlong)
+    key = cache.content_key(rows, tokenizer, kind=kind.name, max_length=max_length, on_overlong=on_overlong)
     encoded = cache.load(folder, key) if folder is not None else None
     if encoded is None:
-        encoded = _encode_all(rows, RowEncoder(tokenizer, max_length, on_overlong), folder, key, label)
+        encoded = _encode_all(rows, RowEncoder[RowT](tokenizer, max_length, on_overlong, kind), folder, key, label)
     return encoded, [
         Problem(**{**problem, "source": rows[index].source, "row": rows[index].row})
         for index, problem in encoded.about[
@@ -54,7 +57,7 @@ def tokenise(
 
 
 def _encode_all(
-    rows: Sequence[Conversation], encoder: RowEncoder, folder: Path | None, key: str, label: str
+    rows: Sequence[RowT], encoder: RowEncoder[RowT], folder: Path | None, key: str, label: str
 ) -> cache.EncodedRows:
     problems: list[tuple[int, Problem]] = []
     other_prompt = 0
@@ -67,7 +70,8 @@ def _encode_all(
                 continue
             encoded, used = result
             other_prompt += not encoded.prompt_matches
-            entry.writer.write(encoded.example, row=index, truncated=used is not row)
+            for example in encoded.examples:
+                entry.writer.write(example, row=index, truncated=used is not row)
         entry.about = {
             "problems": [[index, asdict(problem)] for index, problem in problems],
             "other_prompt": other_prompt,

@@ -17,6 +17,7 @@ from lightning_ft.errors import ExportError
 from lightning_ft.models.adapt import InitialAdapter, rounds_base
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
+from lightning_ft.models.sequence_scores import last_token_scores
 from lightning_ft.models.shard import is_sharded
 
 CHECK_TOKENS = 16
@@ -100,7 +101,8 @@ def _gathered(model: CausalLM, *, merge: bool, initial: InitialAdapter | None) -
 
 
 def _save_adapter(model: PeftModel, path: Path, options: dict[str, Any]) -> None:
-    cast(Any, model).save_pretrained(str(path), **options)
+    # The trained adapter alone, not those that stand beside it for a reference or for values.
+    cast(Any, model).save_pretrained(str(path), selected_adapters=[model.active_adapter], **options)
     _plain_initialisation(path / "adapter_config.json")
 
 
@@ -123,16 +125,17 @@ def _merged(model: PeftModel, check_prompts: list[list[int]] | None) -> PreTrain
             "unquantized, put the exported adapter on it and merge there."
         )
     prompts = check_prompts or _made_up_prompts(base)
-    expected = [greedy(model, prompt) for prompt in prompts]
+    expected = [_output(model, prompt) for prompt in prompts]
     try:
         merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError) as error:
         raise ExportError(f"PEFT can't merge this adapter: {str(error).strip()} Export it unmerged.") from error
     for prompt, want in zip(prompts, expected, strict=True):
-        got = greedy(merged, prompt)
-        if not torch.equal(got, want):
+        got = _output(merged, prompt)
+        same = torch.equal(got, want) if not want.is_floating_point() else torch.allclose(got, want, 1e-2, 1e-3)
+        if not same:
             raise ExportError(
-                f"The merged model continues the prompt {prompt[:8]}... with {got.tolist()}, the live one with "
+                f"The merged model answers the prompt {prompt[:8]}... with {got.tolist()}, the live one with "
                 f"{want.tolist()}. Merging in {base.dtype} loses too much: export unmerged, or load the model with "
                 "dtype='float32'."
             )
@@ -143,6 +146,14 @@ def _made_up_prompts(base: PreTrainedModel) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = base.config.get_text_config().vocab_size
     return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in (4, 9, 16)]
+
+
+def _output(model: CausalLM, prompt: list[int]) -> Tensor:
+    """What a model makes of a prompt: its greedy continuation, or of a reward model its score."""
+    if base_of(model).can_generate():
+        return greedy(model, prompt)
+    with evaluating(model):
+        return last_token_scores(model, [torch.tensor(prompt)], 0).cpu()
 
 
 def greedy(model: CausalLM, prompt: list[int], tokens: int = CHECK_TOKENS) -> Tensor:
@@ -161,11 +172,15 @@ def _write_card(path: Path, model: CausalLM, merge: bool) -> None:
     adapter = isinstance(model, PeftModel) and not merge
     kind = "LoRA adapter for" if adapter else "Fine-tuned from"
     library = "peft" if adapter else "transformers"
-    header = f"---\nbase_model: {name}\nlibrary_name: {library}\npipeline_tag: text-generation\n---\n"
+    generates = base.can_generate()
+    auto = "AutoModelForCausalLM" if generates else "AutoModelForSequenceClassification"
+    options = "" if generates else ", num_labels=1"
+    task = "text-generation" if generates else "text-classification"
+    header = f"---\nbase_model: {name}\nlibrary_name: {library}\npipeline_tag: {task}\n---\n"
     load = (
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), "{path.name}")'
+        f'model = PeftModel.from_pretrained({auto}.from_pretrained("{name}"{options}), "{path.name}")'
         if adapter
-        else f'model = AutoModelForCausalLM.from_pretrained("{path.name}")'
+        else f'model = {auto}.from_pretrained("{path.name}")'
     )
     (path / "README.md").write_text(
         f"{header}\n# {path.name}\n\n{kind} `{name}`, made with lightning_ft.\n\n```python\n{load}\n```\n"

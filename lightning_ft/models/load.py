@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError, TokenizerError
 
@@ -41,9 +48,40 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id or 0) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
-def load_causal_lm(
+def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model, in train mode.
+
+    Args:
+        name: Hub name or local folder.
+        options: Of :func:`load_model`.
+
+    Raises:
+        ModelError: If it can't be loaded, or isn't a causal language model.
+        MissingDependencyError: For quantization without bitsandbytes.
+    """
+    return load_model(AutoModelForCausalLM, name, **options)
+
+
+def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
+    """Load a sequence-classification model with one label, in train mode.
+
+    Of a causal language model the backbone is taken, and the head that scores is new, drawn from the global generator.
+
+    Args:
+        name: Hub name or local folder.
+        options: Of :func:`load_model`.
+
+    Raises:
+        ModelError: If it can't be loaded.
+    """
+    return load_model(AutoModelForSequenceClassification, name, num_labels=1, **options)
+
+
+def load_model(
+    kind: Any,
     name: str,
     *,
+    num_labels: int | None = None,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     quantization: str | dict[str, Any] | None = None,
@@ -51,13 +89,15 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, in train mode.
+    """Load a model, in train mode.
 
     `from_pretrained` returns eval mode and a Trainer keeps the mode it finds, so dropout and gradient checkpointing
     would silently be off.
 
     Args:
+        kind: One of transformers' auto classes.
         name: Hub name or local folder.
+        num_labels: Of a classification model.
         dtype: Of the weights; ``"auto"`` is the checkpoint's own.
         attn_implementation: As transformers names them (``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...).
         quantization: ``"4bit"`` (NF4 with double quantization, as QLoRA does, https://arxiv.org/abs/2305.14314),
@@ -67,7 +107,7 @@ def load_causal_lm(
         device: Where quantized weights are placed; others are moved by the Trainer.
 
     Raises:
-        ModelError: If it can't be loaded, or isn't a causal language model.
+        ModelError: If it can't be loaded.
         MissingDependencyError: For quantization without bitsandbytes.
     """
     options: dict[str, Any] = {
@@ -75,6 +115,8 @@ def load_causal_lm(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }
+    if num_labels is not None:
+        options["num_labels"] = num_labels
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if quantization is not None:
@@ -82,7 +124,7 @@ def load_causal_lm(
         options["device_map"] = {"": device if device is not None else torch.device("cpu")}
     try:
         with torch.device("cpu"):  # a Trainer may have set another default (meta, for sharded strategies)
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            model = kind.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The model {name!r} could not be loaded: {_first_line(error)}") from error
     if quantization is not None:

@@ -185,7 +185,10 @@ class Scorer:
             batch = unpack(batch, pad_token_id=self.pad_token_id)
         if not exactness.head:
             return full_logits_logprobs(model, batch, reduction, **options)
-        return completion_logprobs(model, batch, reduction=reduction, backbone=self.backbone, **options)
+        own = getattr(self.backbone, "_orig_mod", None) is base_of(model).base_model  # a reference has its own
+        return completion_logprobs(
+            model, batch, reduction=reduction, backbone=self.backbone if own else None, **options
+        )
 
     def lay_out(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule
@@ -30,7 +31,30 @@ STATE = "lightning_ft"
 
 
 class FineTuning(LightningModule):
-    """Base of the fine-tuning modules; a subclass adds the training step. See `FullFineTuning` and `LoRAFineTuning`."""
+    """Base of the fine-tuning modules; a subclass adds the training step.
+
+    Args:
+        model: Hub name, local folder, or a loaded model.
+        tokenizer: Hub name, folder or tokenizer, where it isn't the model's own.
+        learning_rate: Peak of the schedule.
+        weight_decay: Of AdamW, on matrices only: norms and biases never decay.
+        betas: Of AdamW.
+        lr_schedule: What follows the warm-up: ``cosine``, ``linear`` or ``constant``.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly from zero.
+        dtype: Of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: As transformers names them: ``sdpa``, ``eager``, ``flash_attention_2``, ...
+        quantization: Of a frozen base under an adapter: ``4bit`` (QLoRA), ``8bit``, or a dict for
+            `BitsAndBytesConfig`.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        torch_compile: Compile the backbone: True, or a dict of `torch.compile`'s arguments.
+        generation: Arguments of `generate` for `predict_step`, such as ``{"max_new_tokens": 128}``.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that the model's repository ships.
+        seed: Of whatever is initialised at random.
+
+    Raises:
+        ConfigError: For a setting that can't be.
+    """
 
     default_learning_rate: ClassVar[float]
     default_dtype: ClassVar[str]
@@ -140,16 +164,18 @@ class FineTuning(LightningModule):
         given = self._given[0]
         if isinstance(given, PreTrainedModel):
             return cast(PreTrainedModel, given.train())
-        device = self._trainer.strategy.root_device if self._trainer is not None else None
-        return load_causal_lm(
-            self._base_name(),
-            dtype=self._hyper["dtype"] or self.default_dtype,
-            attn_implementation=self._hyper["attn_implementation"],
-            quantization=self._hyper["quantization"],
-            revision=self._hyper["revision"],
-            trust_remote_code=self._hyper["trust_remote_code"],
-            device=device,
-        )
+        return load_causal_lm(self._base_name(), **self._load_options())
+
+    def _load_options(self) -> dict[str, Any]:
+        """Arguments of the functions in `lightning_ft.models.load`."""
+        return {
+            "dtype": self._hyper["dtype"] or self.default_dtype,
+            "attn_implementation": self._hyper["attn_implementation"],
+            "quantization": self._hyper["quantization"],
+            "revision": self._hyper["revision"],
+            "trust_remote_code": self._hyper["trust_remote_code"],
+            "device": self._trainer.strategy.root_device if self._trainer is not None else None,
+        }
 
     def _base_name(self) -> str:
         return self._adaptation.base or cast(str, self.model_name)
@@ -196,11 +222,33 @@ class FineTuning(LightningModule):
             set_rng_state(self._pending_rng, self.global_rank)
             self._pending_rng = None
 
-    def score(self, batch: TokenBatch, reduction: Any = "none") -> Any:
-        """Log-probabilities of the supervised tokens of a batch, see `lightning_ft.models.head.completion_logprobs`."""
-        if self._scorer is None:
-            self.configure_model()
-        return cast(Scorer, self._scorer)(self.model, batch, reduction)
+    def score(self, batch: TokenBatch, reduction: Any = "none", **options: Any) -> Any:
+        """Log-probabilities of the supervised tokens of a batch, see `lightning_ft.models.head.completion_logprobs`.
+
+        Args:
+            batch: The batch.
+            reduction: ``"none"`` for one each, ``"sum"`` for their sum.
+            options: `temperature`, `entropy` and `states` of that function.
+        """
+        return self._required_scorer()(self.model, batch, reduction, **options)
+
+    def _required_scorer(self) -> Scorer:
+        self.configure_model()
+        return cast(Scorer, self._scorer)
+
+    def scale_gradients(self, factor: float) -> list[Tensor]:
+        """Multiply the gradients of all parameters in place, and give them back."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(factor)
+        return gradients
+
+    def log_optimizer(self, optimizer: Any, gradients: list[Tensor]) -> None:
+        """Log the learning rate, and every `log_every_n_steps` the norm of the gradients before they are clipped."""
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
+        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """AdamW that doesn't decay norms and biases, linear warm-up and the schedule asked for."""

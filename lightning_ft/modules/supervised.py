@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from lightning_ft.data.layout import TokenBatch
@@ -45,23 +44,18 @@ class SupervisedFineTuning(FineTuning):
         """
         totals = self._window.reduce(self.device)
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, totals.targets)
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        for gradient in gradients:
-            gradient.mul_(factor)
+        gradients = self.scale_gradients(factor)
         figures: dict[str, Any] = {"train/loss": totals.loss, "train/token_accuracy": totals.accuracy}
         self.log_dict(figures, prog_bar=True, batch_size=1)
         self.log_dict(
             {
-                "train/learning_rate": optimizer.param_groups[0]["lr"],
                 "train/tokens_seen": float(totals.tokens_seen),
                 "train/tokens_per_second": totals.tokens_per_second,
                 "train/padding_fraction": totals.padding_fraction,
             },
             batch_size=1,
         )
-        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm, batch_size=1)
+        self.log_optimizer(optimizer, gradients)
 
     def validation_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sum the log-likelihood of a validation batch."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.modules.ranks import summed_over_ranks
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,7 @@ class TokenWindow:
         loss = sum((value.cpu() for value in self._losses), zero)
         correct = sum((value.cpu() for value in self._correct), zero)
         sums = torch.stack([loss, correct.double(), *(zero + n for n in (self._targets, self._tokens, self._places))])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            sums = sums.to(device)
-            torch.distributed.all_reduce(sums)
-        total, hits, targets, tokens, places = sums.tolist()
+        total, hits, targets, tokens, places = summed_over_ranks(sums, device).tolist()
         now = time.perf_counter()
         seconds = 0.0 if self._started is None else now - self._started
         self._started = now
@@ -96,3 +95,47 @@ class TokenWindow:
         self._clear()
         count = max(1.0, targets)
         return Totals(total / count, hits / count, int(targets), int(tokens), int(places), seconds, self.tokens_seen)
+
+
+class MeanWindow:
+    """Adds up values by name until their means over all ranks are asked for.
+
+    Every rank must add the same names in the same order, empty values where it has none.
+
+    Example:
+        >>> window = MeanWindow()
+        >>> window.add({"reward": torch.tensor([1.0, 2.0])})
+        >>> window.add({"reward": torch.tensor([6.0])})
+        >>> window.reduce(torch.device("cpu")), window.reduce(torch.device("cpu"))
+        ({'reward': 3.0}, {})
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Tensor], counts: Mapping[str, float] | None = None) -> None:
+        """Add values.
+
+        Args:
+            values: ``[k]`` each, or with a count their sum, ``[]``.
+            counts: How many values a sum is of, by its name.
+        """
+        for name, value in values.items():
+            total = value.detach().sum()
+            self._sums.setdefault(name, []).append(total if total.device.type == "mps" else total.double())
+            count = value.numel() if counts is None or name not in counts else counts[name]
+            self._counts[name] = self._counts.get(name, 0.0) + float(count)
+
+    def reduce(self, device: torch.device) -> dict[str, float]:
+        """The mean of each name over all ranks, without those that no rank added a value to; and forget them."""
+        zero = torch.zeros((), dtype=torch.float64)
+        sums = [sum((value.cpu() for value in values), zero) for values in self._sums.values()]
+        counts = [zero + count for count in self._counts.values()]
+        names = list(self._sums)
+        self._sums, self._counts = {}, {}
+        if not names:
+            return {}
+        totals, numbers = summed_over_ranks(torch.stack([*sums, *counts]), device).chunk(2)
+        found = zip(names, totals.tolist(), numbers.tolist(), strict=True)
+        return {name: total / number for name, total, number in found if number}

@@ -22,19 +22,19 @@ def savings_markdown(result: SavingsResult, picture: str | None = None) -> str:
     if picture is not None:
         lines += [f"![Tokens of a request and quality of each arm]({picture})", ""]
     lines += [f"> {warning}\n" for warning in result.warnings]
-    lines += ["Mean of a request:", "", *_table(["", *arms], arm_rows(result))]
+    lines += ["Mean of a request:", "", *markdown_table(["", *arms], arm_rows(result))]
     lines += ["", "Tuned against prompted:", ""]
     savings = [
         [SAVINGS[name], percent(i.value), f"{percent(i.lo)} to {percent(i.hi)}"] for name, i in result.savings.items()
     ]
-    lines += _table(["saving of", "saved", f"{result.confidence:.0%} interval"], savings)
+    lines += markdown_table(["saving of", "saved", f"{result.confidence:.0%} interval"], savings)
     if any(arm.parts for arm in result.arms.values()):
         parts = [
             [label, *(f"{arm.parts.get(part, 0) / result.n:,.1f}" for arm in result.arms.values())]
             for part, label in _PARTS.items()
         ]
         answer = ["answer", *(f"{sum(arm.output_tokens) / result.n:,.1f}" for arm in result.arms.values())]
-        lines += ["", "Where the tokens of a request go:", "", *_table(["", *arms], [*parts, answer])]
+        lines += ["", "Where the tokens of a request go:", "", *markdown_table(["", *arms], [*parts, answer])]
     gate = result.gate
     half = "yes" if result.saves_half else "not shown"
     lines += [
@@ -44,12 +44,18 @@ def savings_markdown(result: SavingsResult, picture: str | None = None) -> str:
         f"{gate.discordant:.1%} discordant answers: {gate.required_n:,}. At least half of the tokens saved: {half}.",
     ]
     if result.costs is not None:
-        lines += ["", f"{cost_title(result)}:", "", *_table(["", "cached prefix", "no cache"], cost_rows(result))]
+        lines += [
+            "",
+            f"{cost_title(result)}:",
+            "",
+            *markdown_table(["", "cached prefix", "no cache"], cost_rows(result)),
+        ]
     if result.provenance:
         lines += ["", "Measured with:", "", *(f"- {name}: {value}" for name, value in result.provenance.items())]
     return "\n".join(lines) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, numbers to the right."""
     align = ["---", *["---:"] * (len(head) - 1)]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, align, *rows)]

@@ -67,6 +67,15 @@ class GrowingLayer(DynamicLayer):
             self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
             self._view()
 
+    def start_from(self, other: GrowingLayer, rows: Tensor) -> None:
+        """Begin with copies of rows of another layer, each as often as `rows`, ``int64 [rows]``, names it."""
+        if other._buffers is not None:
+            rows = rows.to(other.device)
+            self._buffers = (other._buffers[0][rows], other._buffers[1][rows])
+            self._length = other._length
+            self.dtype, self.device, self.is_initialized = other.dtype, other.device, True
+            self._view()
+
 
 def _with_room(states: Tensor, stop: int) -> Tensor:
     b, heads, length, dim = states.shape
@@ -93,6 +102,13 @@ class GrowingCache(Cache):
         """Keep only some rows."""
         for layer in self.growing:
             layer.batch_select_indices(torch.tensor(rows, device=layer.device))
+
+    def spread(self, rows: Tensor) -> GrowingCache:
+        """A cache that begins with rows of this one, each as often as `rows`, ``int64 [rows]``, names it."""
+        cache = GrowingCache(len(self.growing))
+        for new, old in zip(cache.growing, self.growing, strict=True):
+            new.start_from(old, rows)
+        return cache
 
 
 def cache_layers(config: PreTrainedConfig, tokens: int) -> tuple[int, str | None]:

@@ -1,42 +1,68 @@
-"""Answers from a model in this process, greedily, the prompts' common prefix run through it only once.
+"""Answers from a model in this process, sampled or greedy, with nothing run through it twice.
 
 Prompts that start with the same system prompt and examples differ in their last few tokens. The prefix is prefilled
-with one row, its keys and values are laid into the cache of each batch, and rows leave their batch as they finish.
+with one row, its keys and values are laid into the cache of each batch, each prompt is read once for all its
+completions, and rows leave their batch as they finish.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.generate import evaluating, left_padded
+from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
-from lightning_ft.rollout.cache import GrowingCache, cache_layers
-from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, common_prefix
+from lightning_ft.models.load import context_length
+from lightning_ft.rollout.cache import GrowingCache
+from lightning_ft.rollout.decode import decode, decode_parts, read_prompts
+from lightning_ft.rollout.fallback import generate_plainly
+from lightning_ft.rollout.forward import cache_is_exact, cached_layers, idle_pass, next_logits, read_tokens
+from lightning_ft.rollout.lockstep import Lockstep
+from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request, common_prefix
+from lightning_ft.rollout.sampling import TokenSampler
+from lightning_ft.rollout.stopping import Ending
 
-_PROBE_TOKENS = 12
+
+@dataclass(frozen=True)
+class _Request:
+    """What one call of `generate` asks for; `layers` is None where transformers' own loop has to answer."""
+
+    lockstep: Lockstep
+    sampling: Sampling | None
+    ending: Ending
+    max_new_tokens: int
+    layers: int | None
 
 
 class LocalEngine:
-    """Greedy answers from a transformers model, adapted by PEFT or not.
+    """Answers from a transformers model, adapted by PEFT or not, with the weights that it has when asked.
 
-    Each token is the likeliest one; the penalties that a generation config may hold are not applied. In fp32 the
-    tokens are those of `model.generate(do_sample=False)`.
+    The penalties that a generation config may hold are not applied. Greedy tokens are, in fp32, those of
+    `model.generate(do_sample=False)`.
+
+    Sampling draws from the global random generator of the model's device and from nothing else. Prompts go through in
+    batches, longest first (in their order where equally long), a prompt's completions side by side, and each decoding
+    step draws once for the rows of its batch. So the same generator state, weights, prompts and `batch_size` give the
+    same tokens.
+
+    The ranks of a sharded model all have to call `generate`, each with its own prompts (or none); see
+    :class:`~lightning_ft.rollout.lockstep.Lockstep`.
 
     Args:
         model: In whatever mode; it is put back.
         end_token_ids: Each of them ends an answer.
         pad_token_id: Stands at masked places.
-        batch_size: Prompts at a time.
+        batch_size: Completions at a time. Those of one prompt stay together where they fit; where they don't, the
+            prompt is still read only once.
         share_prefix: Run the tokens that all prompts start with through the model once. The answers are the same.
+        tokenizer: Makes text of tokens; needed for stop strings.
 
     Raises:
         ConfigError: If there is no end token, or `batch_size` isn't positive.
@@ -49,6 +75,9 @@ class LocalEngine:
         >>> rollouts = engine.generate([[5, 6, 7, 8], [5, 6, 9]], max_new_tokens=4)
         >>> len(rollouts.completions), rollouts.shared_prefix, rollouts.prefilled
         (2, 2, 5)
+        >>> group = engine.generate([[5, 6, 7]], max_new_tokens=4, sampling=Sampling(), num_completions=3)
+        >>> len(group.completions), group.prefilled
+        (3, 3)
     """
 
     def __init__(
@@ -59,9 +88,9 @@ class LocalEngine:
         pad_token_id: int = 0,
         batch_size: int = 32,
         share_prefix: bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        if not end_token_ids:
-            raise ConfigError("No end token: an answer would never end.")
+        Ending(end_token_ids)  # refuses none at all
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
         self.model = model
@@ -69,6 +98,7 @@ class LocalEngine:
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
         self.share_prefix = share_prefix
+        self.tokenizer = tokenizer
         self._exact: bool | None = None
 
     def generate(
@@ -76,60 +106,71 @@ class LocalEngine:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
+        sampling: Sampling | None = None,
+        num_completions: int = 1,
         on_answered: OnAnswered | None = None,
         prefix: int | None = None,
     ) -> Rollouts:
-        """Continue each prompt until an end token or `max_new_tokens`.
+        """Continue each prompt until an end token, a stop string or `max_new_tokens`.
 
         Args:
             prompts: Token ids, none of them empty.
-            max_new_tokens: At most so many for each.
+            max_new_tokens: At most so many for each completion.
+            sampling: How tokens are chosen; None for the likeliest one every time.
+            num_completions: Completions of each prompt. Greedy ones are computed once and repeated.
             on_answered: Told of progress.
             prefix: Tokens to share, where fewer than the prompts have in common.
 
+        Returns:
+            ``len(prompts) * num_completions`` completions, those of one prompt side by side.
+
         Raises:
-            ConfigError: For an empty prompt.
+            ConfigError: For an empty prompt, a number below 1, a prompt that leaves no room for its completion in the
+                model's context, or stop strings without a tokenizer.
+            RolloutError: If another rank of a sharded model was asked for something that isn't possible.
         """
-        if not all(map(len, prompts)):
-            raise ConfigError(f"Prompt {next(i for i, p in enumerate(prompts) if not len(p))} has no tokens.")
-        if not prompts:
+        lockstep, problem = Lockstep(self.model), None
+        try:
+            check_request(prompts, max_new_tokens, num_completions, context_length(base_of(self.model)))
+            ending = Ending(self.end_token_ids, () if sampling is None else sampling.stop, self.tokenizer)
+        except ConfigError as error:
+            problem = error
+        lockstep.check(problem)
+        group = 1 if sampling is None or sampling.greedy else num_completions
+        batches, parts = _batches(prompts, self.batch_size, group)
+        calls = len(batches) * len(parts)
+        longest, most_calls = lockstep.agree([max(map(len, prompts), default=0), calls])
+        if not longest:
             return Rollouts((), 0, 0)
-        shared = common_prefix(prompts) if prefix is None else min(prefix, common_prefix(prompts))
-        shared = shared if self.share_prefix else 0
-        answers: list[Completion | None] = [None] * len(prompts)
-        # Longest first: rows of a batch are about as long as each other, and what doesn't fit into memory shows at
-        # once.
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        shared = common_prefix(prompts) if self.share_prefix else 0
+        shared = shared if prefix is None else min(prefix, shared)
+        answers: list[list[Completion]] = [[] for _ in prompts]
         with evaluating(self.model):
-            layers, why_not = self._layers(max(map(len, prompts)) + max_new_tokens)
+            layers, why_not = self._layers(longest + max_new_tokens)
             if why_not is not None:
-                if shared:
-                    warnings.warn(
-                        f"{type(base_of(self.model)).__name__}: the prompts' common prefix is run once for each "
-                        f"prompt, because {why_not}. The answers are the same, only slower.",
-                        stacklevel=2,
-                    )
+                self._warn(why_not, shared, group)
                 shared = 0
-            start = self._prefill(prompts[0][:shared], layers) if shared else None
+            request = _Request(lockstep, sampling, ending, max_new_tokens, layers if why_not is None else None)
+            start = self._read(prompts[0][:shared], request) if shared else None
             for batch in batches:
-                part = [list(prompts[i]) for i in batch]
-                if why_not is None:
-                    done = self._decode([p[shared:] for p in part], start, shared, layers, max_new_tokens)
-                else:
-                    done = self._transformers(part, max_new_tokens)
-                for i, completion in zip(batch, done, strict=True):
-                    answers[i] = completion
+                done = self._answer([list(prompts[i][shared:]) for i in batch], start, parts, request)
+                for i, completions in zip(batch, done, strict=True):
+                    answers[i] = completions * (num_completions // group)
                 if on_answered is not None:
                     on_answered(len(batch))
-        completions = tuple(answer for answer in answers if answer is not None)
-        return Rollouts(completions, shared, shared + sum(len(p) - shared for p in prompts))
+            self._wait(most_calls - calls, request)
+        once = sum(len(prompt) - shared for prompt in prompts)
+        return Rollouts(
+            tuple(completion for completions in answers for completion in completions),
+            shared,
+            shared + once if why_not is None else once * group,
+        )
 
     def read_prefix(self, prefix: Sequence[int], tokens: int) -> GrowingCache | None:
         """Run a prefix through the model, for rows of at most so many tokens; None where the model can't share it."""
         with evaluating(self.model):
             layers, why_not = self._layers(tokens)
-            return None if why_not is not None else self._prefill(prefix, layers)
+            return None if why_not is not None else read_tokens(self.model, list(prefix), layers)
 
     def first_token(self, prompt: Sequence[int], prefix: GrowingCache | None = None) -> int:
         """The first new token behind a prompt, or behind what follows a prefix that was read.
@@ -141,133 +182,109 @@ class LocalEngine:
         with evaluating(self.model):
             layers, why_not = self._layers(len(prompt) + 1)
             if why_not is not None:
-                return self._transformers([list(prompt)], 1)[0].tokens[0]
+                request = _Request(Lockstep(self.model), None, Ending(self.end_token_ids), 1, None)
+                return self._plainly([list(prompt)], 1, request)[0].tokens[0]
             cache = GrowingCache(layers, prefix)
             start = cache.get_seq_length()
             positions = torch.arange(start, start + len(prompt))[None]
-            return int(self._logits(torch.tensor([list(prompt)]), cache, positions, None).argmax())
+            return int(next_logits(self.model, torch.tensor([list(prompt)]), cache, positions, None).argmax())
 
-    # ------------------------------------------------------------ this loop
+    # ------------------------------------------------------------ one batch
 
-    def _prefill(self, prefix: Sequence[int], layers: int) -> GrowingCache:
-        cache = GrowingCache(layers)
-        self._logits(torch.tensor([list(prefix)]), cache, torch.arange(len(prefix))[None], None)
-        return cache
+    def _answer(
+        self, prompts: list[list[int]], start: GrowingCache | None, parts: list[int], request: _Request
+    ) -> list[list[Completion]]:
+        """Completions of each prompt of a batch, given behind the prefix."""
+        if request.layers is None:
+            done = [self._plainly(prompts, size, request) for size in parts]
+        else:
+            forward = partial(self._forward, request.lockstep)
+            sampler = TokenSampler(request.sampling)
+            done = decode_parts(
+                read_prompts(
+                    forward,
+                    prompts,
+                    start,
+                    layers=request.layers,
+                    pad_token_id=self.pad_token_id,
+                    device=input_device(self.model),
+                ),
+                parts,
+                lambda read: decode(forward, read, sampler, request.ending, request.max_new_tokens),
+            )
+        return [
+            [c for size, completions in zip(parts, done, strict=True) for c in completions[row * size :][:size]]
+            for row in range(len(prompts))
+        ]
 
-    def _logits(self, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Logits behind the last place of each row, ``fp32 [b, vocabulary]``; `ids` and `positions` are ``[b, t]``."""
-        base = base_of(self.model)
-        device = input_device(self.model)
-        options = {_cache_argument(base): cache}
-        out = base(  # the base and not the PEFT wrapper, around which FSDP2 would not gather the weights
-            input_ids=ids.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            position_ids=positions.to(device),
-            use_cache=True,
-            logits_to_keep=1,
-            **options,
-        )
-        last: Tensor = out.logits[:, -1].float()
-        return last
+    def _forward(
+        self, lockstep: Lockstep, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        lockstep.announce()
+        return next_logits(self.model, ids, cache, positions, mask)
 
-    def _decode(
-        self, prompts: list[list[int]], start: GrowingCache | None, shared: int, layers: int, max_new_tokens: int
-    ) -> list[Completion]:
-        """Answer one batch of prompts, given behind the prefix."""
-        cache = GrowingCache(layers, start)
-        longest = max(map(len, prompts))
-        ids, mask = left_padded(prompts, self.pad_token_id)
-        mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)  # [b, p + s]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # [b, p + s]
-        padded = not bool(mask.all())  # without a mask attention is faster
-        written: list[list[int]] = [[] for _ in prompts]
-        rows = list(range(len(prompts)))  # which prompt each row of the batch answers; -1 once it has ended
-        logits = self._logits(ids, cache, positions[:, -longest:], mask if padded else None)
-        last = positions[:, -1:]
-        for step in range(max_new_tokens):
-            tokens = logits.argmax(-1)  # [b]
-            for r, token in enumerate(tokens.tolist()):
-                if rows[r] >= 0:
-                    written[rows[r]].append(token)
-                    if token in self.end_token_ids:
-                        rows[r] = -1
-            going = [r for r, row in enumerate(rows) if row >= 0]
-            if not going or step == max_new_tokens - 1:
-                break
-            if len(going) <= 0.75 * len(rows):  # copying the cache pays once a quarter of it is no longer read
-                cache.keep(going)
-                tokens, mask, last, rows = tokens[going], mask[going], last[going], [rows[r] for r in going]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            last = last + 1
-            logits = self._logits(tokens[:, None], cache, last, mask if padded else None)
-        return [self._completion(tokens) for tokens in written]
+    def _read(self, prefix: Sequence[int], request: _Request) -> GrowingCache:
+        assert request.layers is not None
+        request.lockstep.announce()
+        return read_tokens(self.model, list(prefix), request.layers)
 
-    def _completion(self, tokens: Sequence[int]) -> Completion:
-        return Completion(tuple(tokens), truncated=not tokens or tokens[-1] not in self.end_token_ids)
-
-    # ------------------------------------------------------------ models that it can't run
-
-    def _transformers(self, prompts: list[list[int]], max_new_tokens: int) -> list[Completion]:
-        """The same by transformers' own loop, with the cache that the architecture asks for."""
-        ids, mask = left_padded(prompts, self.pad_token_id)
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(self.end_token_ids),
+    def _plainly(self, prompts: list[list[int]], size: int, request: _Request) -> list[Completion]:
+        return generate_plainly(
+            self.model,
+            prompts,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            num_completions=size,
+            ending=request.ending,
             pad_token_id=self.pad_token_id,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
+            in_step=request.lockstep.needed,
         )
-        model: Any = self.model
-        out = model.generate(
-            input_ids=ids.to(input_device(self.model)),
-            attention_mask=mask.to(input_device(self.model)),
-            generation_config=config,
-        )
-        completions = []
-        for row in out[:, ids.shape[1] :].tolist():
-            end = next((place for place, token in enumerate(row) if token in self.end_token_ids), len(row) - 1)
-            completions.append(self._completion(row[: end + 1]))
-        return completions
+
+    def _wait(self, calls: int, request: _Request) -> None:
+        """Run beside the other ranks of a sharded model, of which some call `generate` so many times more."""
+        if request.layers is not None:
+            request.lockstep.wait(lambda: idle_pass(self.model))
+        elif request.lockstep.needed:
+            idle = replace(request, sampling=None, max_new_tokens=1)
+            for _ in range(calls):
+                self._plainly([[self.pad_token_id]], 1, idle)
+        request.lockstep.release()
+
+    # ------------------------------------------------------------ what the model can do
 
     def _layers(self, tokens: int) -> tuple[int, str | None]:
         """Number of layers of the cache, and why this loop can't be used for rows of so many tokens."""
-        base = base_of(self.model)
-        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
-            return 0, "its adapter puts tokens of its own before every prompt"
-        accepted = inspect.signature(base.forward).parameters
-        for name in ("position_ids", _cache_argument(base), "logits_to_keep"):
-            if name not in accepted:
-                return 0, f"its forward pass takes no {name}"
-        layers, why_not = cache_layers(base.config, tokens)
+        layers, why_not = cached_layers(self.model, tokens)
         if why_not is None and not self._is_exact(layers):
             why_not = "its output isn't the same with a prefix taken from a cache"
         return layers, why_not
 
     def _is_exact(self, layers: int) -> bool:
-        """Ask the model itself, on a few tokens: architectures differ in more than a list of names could hold."""
         if self._exact is None:
-            base = base_of(self.model)
-            vocabulary = base.config.get_text_config().vocab_size
-            ids = torch.randint(0, vocabulary, (2, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-            ids[1, :5] = ids[0, :5]
-            short = _PROBE_TOKENS - 3  # the second prompt is shorter, so that its row has a hole behind the prefix
-            alone = [
-                base(input_ids=prompt[None].to(input_device(self.model)), use_cache=False)
-                for prompt in (ids[0], ids[1, :short])
-            ]
-            want = torch.cat([out.logits[:, -1].float() for out in alone])
-            start = self._prefill(ids[0, :5].tolist(), layers)
-            rest, mask = left_padded([ids[0, 5:].tolist(), ids[1, 5:short].tolist()], self.pad_token_id)
-            mask = torch.cat([mask.new_ones(2, 5), mask], dim=1)
-            positions = (mask.cumsum(1) - 1)[:, 5:]
-            got = self._logits(rest, GrowingCache(layers, start), positions, mask)
-            rounds = base.dtype != torch.float32 or torch.is_autocast_enabled(input_device(self.model).type)
-            tolerance = 5e-2 if rounds or getattr(base, "is_quantized", False) else 1e-4
-            self._exact = bool((got - want).abs().max() <= tolerance * want.abs().max().clamp(min=1.0))
+            self._exact = cache_is_exact(self.model, layers, self.pad_token_id)
         return self._exact
 
+    def _warn(self, why_not: str, shared: int, group: int) -> None:
+        """Say what is run more often than it need be."""
+        often = ["the prompts' common prefix is run once for each prompt"] if shared else []
+        often += ["each prompt is run once for each of its completions"] if group > 1 else []
+        if often:
+            warnings.warn(
+                f"{type(base_of(self.model)).__name__}: {' and '.join(often)}, because {why_not}. Nothing else "
+                "changes, it is only slower.",
+                stacklevel=3,
+            )
 
-def _cache_argument(base: PreTrainedModel) -> str:
-    """What the model's forward pass calls its cache: transformers renamed it in 5.24."""
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+def _batches(prompts: Sequence[Sequence[int]], rows: int, group: int) -> tuple[list[list[int]], list[int]]:
+    """Which prompts are read together, and in parts of which sizes the completions of each are written.
+
+    Example:
+        >>> _batches([[1], [1, 2], [3]], rows=4, group=2), _batches([[1]], rows=4, group=9)
+        (([[1, 0], [2]], [2]), ([[0]], [4, 4, 1]))
+    """
+    # Longest first: rows of a batch are about as long as each other, and what doesn't fit into memory shows at once.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    together = max(1, rows // group)
+    batches = [order[start : start + together] for start in range(0, len(order), together)]
+    return batches, [min(rows, group - start) for start in range(0, group, rows)]

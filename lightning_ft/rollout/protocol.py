@@ -2,12 +2,74 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lightning_ft.errors import ConfigError
+
 OnAnswered = Callable[[int], None]
 """Called with the number of prompts answered since the last call."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each next token is chosen.
+
+    The filters apply in this order, each to what the one before it left, as in transformers' `generate`: temperature,
+    top-k, top-p (https://arxiv.org/abs/1904.09751), min-p (https://arxiv.org/abs/2407.01082).
+
+    Args:
+        temperature: Divides the logits. 0 takes the likeliest token every time, and the filters then change nothing.
+        top_p: Only the likeliest tokens that together have this probability; 1 for all.
+        top_k: Only so many of the likeliest tokens; 0 for all.
+        min_p: Only tokens at least so probable, as a share of the likeliest one's probability; 0 for all.
+        stop: A completion ends with the token that completes any of these strings in its text. It isn't cut: the token
+            may write on beyond the string.
+
+    Raises:
+        ConfigError: For a value outside its range, or an empty stop string.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.95).greedy, Sampling(temperature=0.0).greedy
+        (False, True)
+        >>> Sampling(top_p=0.0)
+        Traceback (most recent call last):
+        lightning_ft.errors.ConfigError: top_p=0.0: expected a number above 0 and at most 1.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise ConfigError(f"temperature={self.temperature!r}: expected a number of at least 0 (greedy).")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p!r}: expected a number above 0 and at most 1.")
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k!r}: expected a whole number of at least 0 (all tokens).")
+        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p={self.min_p!r}: expected a number from 0 to 1.")
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ConfigError(f"stop={self.stop!r}: expected a tuple of strings, none of them empty.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken every time."""
+        return self.temperature == 0
+
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens are never drawn, however often one samples."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -15,12 +77,15 @@ class Completion:
     """What a model wrote after a prompt.
 
     Args:
-        tokens: Its ids, the end token included where it wrote one.
-        truncated: Whether it was stopped by the limit of new tokens, before an end token.
+        tokens: Its ids, the end token (or the token that completed a stop string) included where it wrote one.
+        truncated: Whether it was stopped by the limit of new tokens, before an end token or a stop string.
+        logprobs: Log-probability of each token, nats, under ``softmax(logits / temperature)`` over the whole
+            vocabulary, whatever top-p, top-k and min-p left of it; empty where the tokens were not sampled.
     """
 
     tokens: tuple[int, ...]
     truncated: bool
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,7 +93,7 @@ class Rollouts:
     """The answers to a list of prompts, in its order.
 
     Args:
-        completions: One for each prompt.
+        completions: For each prompt its completions, one prompt after another.
         shared_prefix: Tokens that all prompts start with and that were run through the model only once; 0 where
             nothing was shared.
         prefilled: Prompt tokens that were run through the model in all, padding not counted.
@@ -43,16 +108,59 @@ class RolloutEngine(Protocol):
     """Answers prompts."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, on_answered: OnAnswered | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        num_completions: int = 1,
+        on_answered: OnAnswered | None = None,
     ) -> Rollouts:
-        """Continue each prompt until an end token or `max_new_tokens`.
+        """Continue each prompt until an end token, a stop string or `max_new_tokens`.
 
         Args:
             prompts: Token ids, as they are: no token is added, none cut.
-            max_new_tokens: At most so many for each.
+            max_new_tokens: At most so many for each completion.
+            sampling: How tokens are chosen; None for the likeliest one every time.
+            num_completions: Completions of each prompt. Greedy ones are identical.
             on_answered: Told of progress.
+
+        Returns:
+            ``len(prompts) * num_completions`` completions, those of one prompt side by side.
         """
         ...
+
+
+def check_request(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, num_completions: int, context: int | None = None
+) -> None:
+    """Refuse what can't be answered.
+
+    Args:
+        prompts: Token ids.
+        max_new_tokens: At most so many for each completion.
+        num_completions: Completions of each prompt.
+        context: Places that the model has; None if it sets no limit or isn't known.
+
+    Raises:
+        ConfigError: For a prompt without tokens or without room for its completions, or a number below 1.
+
+    Example:
+        >>> check_request([[5, 6], []], max_new_tokens=8, num_completions=1)
+        Traceback (most recent call last):
+        lightning_ft.errors.ConfigError: Prompt 1 has no tokens.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_completions", num_completions)):
+        if value < 1:
+            raise ConfigError(f"{name}={value}: expected at least 1.")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ConfigError(f"Prompt {number} has no tokens.")
+        if context is not None and len(prompt) + max_new_tokens > context:
+            raise ConfigError(
+                f"Prompt {number} has {len(prompt):,} tokens: with {max_new_tokens:,} new ones that is more than the "
+                f"model's context of {context:,}. Prompts are never cut: leave it out, or lower max_new_tokens."
+            )
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:

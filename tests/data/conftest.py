@@ -6,6 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lightning_ft.data import module
+from lightning_ft.data.sampler import BatchPlan
+
 _HEAD = "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
 _TAIL = "{{- '\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 _MARKED = (
@@ -91,3 +94,32 @@ def pairs():
         {"input": f"where is the {words[n % 12]} {n}" + " please" * (n % 5), "output": f"{words[(n * 5) % 12]} {n}"}
         for n in range(24)
     ]
+
+
+@pytest.fixture
+def loader_of_rank(monkeypatch):
+    """The training loader of one of several ranks, which share batches of 8."""
+
+    def loader(data, rank, ranks):
+        def plan(*args, **options):
+            return BatchPlan(*args, **{**options, "rank": rank, "world_size": ranks, "batch_size": 8 // ranks})
+
+        monkeypatch.setattr(module, "BatchPlan", plan)
+        data.setup("fit")
+        return data.train_dataloader()
+
+    return loader
+
+
+@pytest.fixture
+def preferences(pairs):
+    """24 pairs; those of a row are told apart by all of their tokens."""
+    return [
+        {"prompt": row["input"], "chosen": row["output"], "rejected": f"{n} nothing", "margin": n / 4}
+        for n, row in enumerate(pairs)
+    ]
+
+
+@pytest.fixture
+def labelled_completions(pairs):
+    return [{"prompt": row["input"], "completion": row["output"], "label": n % 3 == 0} for n, row in enumerate(pairs)]

@@ -31,3 +31,17 @@ class Recorder(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class BatchRecorder(Recorder):
+    """Remembers whole batches, and of which split they were."""
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(("train", batch))
+        return self.weight.sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(("validation", batch))
+
+    def test_step(self, batch, batch_idx):
+        self.seen.append(("test", batch))

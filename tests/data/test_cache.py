@@ -8,7 +8,9 @@ import torch
 
 from lightning_ft.data import cache
 from lightning_ft.data import tokenise as tokenise_module
+from lightning_ft.data.encode import encode
 from lightning_ft.data.formats import Conversation
+from lightning_ft.data.kinds import Pairs
 from lightning_ft.data.layout import Example
 from lightning_ft.data.tokenise import tokenise
 
@@ -142,3 +144,58 @@ def test_encoded_rows_can_be_sent_to_a_worker(tmp_path, tokenizer, pairs, folder
     assert contents(pickle.loads(pickle.dumps(rows))) == contents(rows)
     if folder:  # by name, not by content
         assert len(pickle.dumps(rows)) < 20_000
+
+
+def test_rows_of_another_kind_are_other_entries(tmp_path, tokenizer, pairs, encoded_times):
+    class Lasts(Pairs):
+        name = "lasts"
+
+        def encode(self, tokenizer, row, template):
+            return encode(tokenizer, row.messages, template, last_only=True)
+
+    user, assistant = conversations(pairs[:1])[0].messages
+    rows = [Conversation((user, assistant, user, assistant), "a.jsonl", 1, "1")]
+    every, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    last, _ = tokenise(rows, tokenizer, folder=tmp_path, kind=Lasts(), **OPTIONS)
+    assert len(encoded_times) == 2
+    assert every.supervised == [2 * n for n in last.supervised]
+
+
+def test_rows_of_several_examples(tmp_path):
+    examples = [Example(torch.arange(n), torch.ones(n, dtype=torch.bool)) for n in (3, 4, 5, 6)]
+    for folder in (tmp_path, None):
+        with cache.new_entry(folder, "key") as entry:
+            for index, example in enumerate(examples):
+                entry.writer.write(example, row=5 * (index // 2), truncated=index > 1)
+        rows = entry.result
+        assert (len(rows), rows.num_rows, rows.per_row) == (4, 2, 2)
+        assert rows.rows[:: rows.per_row] == [0, 5]
+        assert rows.truncated[:: rows.per_row] == [False, True]
+    with cache.new_entry(None, "key") as entry:
+        pass
+    assert (len(entry.result), entry.result.num_rows, entry.result.per_row) == (0, 0, 1)
+
+
+def test_content_hash_is_of_the_tokens(tmp_path, monkeypatch):
+    def written(*rows, folder=None):
+        with cache.new_entry(folder, "key") as entry:
+            for index, (ids, supervised, row) in enumerate(rows):
+                example = Example(torch.tensor(ids), torch.tensor(supervised))
+                entry.writer.write(example, row=index if row is None else row, truncated=False)
+        return entry.result
+
+    one, other = ([1, 2], [False, True], None), ([3, 4], [True, True], None)
+    key = cache.content_hash([written(one, other)])
+    assert cache.content_hash([written(one, other, folder=tmp_path)]) == key
+    monkeypatch.setattr(cache, "_WRITTEN_TOGETHER", 1)  # other chunks
+    assert cache.content_hash([written(one, other)]) == key
+    changed = [
+        [written(other, one)],
+        [written(one, ([3, 5], [True, True], None))],
+        [written(one, ([3, 4], [False, True], None))],
+        [written(one, ([3], [True], None))],
+        [written(([1, 2, 3], [False, True, True], None), ([4], [True], None))],  # the same in a row
+        [written((*one[:2], 0), (*other[:2], 0))],  # one row of two examples
+        [written(one), written(other)],
+    ]
+    assert len({key, *map(cache.content_hash, changed)}) == 8

@@ -8,7 +8,9 @@ from rich.console import Console
 
 from lightning_ft.data.layout import Example
 from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.preferences import PreferenceDataModule
 from lightning_ft.data.preview import length_histogram, preview, supervised_text
+from lightning_ft.data.prompts import PromptDataModule
 from lightning_ft.errors import ConfigError
 
 
@@ -79,3 +81,35 @@ def test_histogram_counts_every_row():
     lines = length_histogram(lengths, 2048).splitlines()
     assert sum(int(line.rsplit(" ", 1)[1]) for line in lines[1:]) == len(lengths)
     assert lines[0] == "tokens per row (longest 1,200, max_length 2,048)"
+
+
+def test_preferences_are_shown_with_their_prompt_once(tokenizer):
+    rows = [{"prompt": "where is it", "chosen": "on [the] lamp", "rejected": "no", "margin": 1.5}] * 2
+    text, report = printed(PreferenceDataModule(rows), tokenizer, examples=1)
+    flat = " ".join(text.replace("│", " ").split())
+    assert "assistant chosen: «on [the] lamp<|im_end|>» rejected: «no<|im_end|>» margin: 1.5" in flat
+    assert flat.count("where is it") == 1
+    assert "tokens per completion with its prompt (longest" in text
+    assert report["train"].kept == 2
+    supervised = len(tokenizer("on [the] lamp<|im_end|>no<|im_end|>")["input_ids"])
+    assert f"{supervised} supervised" in flat
+
+
+def test_labelled_completions_and_problems_are_shown(tokenizer):
+    rows = [{"prompt": "q", "completion": "lamp", "label": label} for label in (True, False, "maybe")]
+    text, _ = printed(PreferenceDataModule(rows), tokenizer)
+    flat = " ".join(text.replace("│", " ").split())
+    assert "good: «lamp<|im_end|>»" in flat
+    assert "bad: «lamp<|im_end|>»" in flat
+    assert "left out: train, row 3, 'label': label is no bool ('maybe')" in flat
+    assert "fit would stop at 1 of these rows" in flat
+    assert "tokens per row" in text
+
+
+def test_prompts_are_shown_with_their_columns(tokenizer):
+    rows = [{"prompt": "where is it", "answer": ["[on]", 4]}, {"prompt": "what is it"}]
+    text, _ = printed(PromptDataModule(rows), tokenizer)
+    flat = " ".join(text.replace("│", " ").split())
+    assert "where is it<|im_end|> <|im_start|>assistant answer: ['[on]', 4]" in flat
+    assert "answer: None" in flat
+    assert "1 no 'answer' column, taken for None" in flat

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+OF_THE_EXAMPLES = (
+    *("english", "corpus", "build"),
+    *("wording", "generate", "choose_baseline", "replies", "rewards", "preferences", "evaluate"),
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,7 +19,7 @@ def _modules_of_the_examples():
     sys.path[:0] = [str(EXAMPLES / "tiny_base"), str(EXAMPLES / "support")]
     yield
     sys.path[:] = path
-    for name in ("english", "corpus", "build", "wording", "generate", "choose_baseline"):
+    for name in OF_THE_EXAMPLES:
         if name not in before:
             sys.modules.pop(name, None)
 

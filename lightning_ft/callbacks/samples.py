@@ -1,0 +1,141 @@
+"""What the policy wrote, step by step: to a file, to the loggers, and on the screen where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+from rich.console import Console
+
+from lightning_ft._lightning import Callback
+from lightning_ft.errors import ConfigError
+from lightning_ft.report.samples import samples_columns, samples_markdown, samples_table
+from lightning_ft.rollout.record import RolloutRecord
+from lightning_ft.rollout.samples import drop_samples, set_aside, write_samples
+
+
+class SampleCompletions(Callback):
+    """Shows completions of the policy with their prompts, rewards and advantages.
+
+    They are appended to a JSONL file, and given to loggers that show tables (Weights & Biases, MLflow) or text
+    (TensorBoard). A run that is resumed first drops the rows that it will write again; a new run puts the file of an
+    earlier one aside. On several ranks it is the first one's completions that are shown.
+
+    Without a Trainer use `lightning_ft.rollout.samples.write_samples`.
+
+    Args:
+        path: Of the file; by default ``completions.jsonl`` in the logger's folder, or in `default_root_dir`.
+        every_n_steps: Show those of one rollout in so many optimizer steps.
+        num_samples: How many of a rollout, spread evenly over its prompts; None for all.
+        print_samples: Print them, too.
+        name: Of the table in loggers, and of the file without `path`.
+
+    Raises:
+        ConfigError: For a module that has no rollouts, before training.
+
+    Example:
+        >>> samples = SampleCompletions(every_n_steps=10, num_samples=4)
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        every_n_steps: int = 1,
+        num_samples: int | None = 8,
+        print_samples: bool = False,
+        name: str = "completions",
+    ) -> None:
+        super().__init__()
+        for argument, value in (("every_n_steps", every_n_steps), ("num_samples", num_samples)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{argument}={value}: expected at least 1.")
+        self.path = None if path is None else Path(path)
+        self.every_n_steps, self.num_samples = every_n_steps, num_samples
+        self.print_samples, self.name = print_samples, name
+        self.written_to: Path | None = None
+        """The file, once training has started."""
+        self._seen: RolloutRecord | None = None
+        self._last_step: int | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Names this callback's state in checkpoints, so that two with different names can stand side by side."""
+        return f"SampleCompletions({self.name!r})"
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a module that has no rollouts."""
+        if not hasattr(pl_module, "last_rollout"):
+            raise ConfigError(
+                f"SampleCompletions shows what a policy writes in training, and {type(pl_module).__name__} has no "
+                "`last_rollout`: use it with GRPO or PPO."
+            )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Get the file ready: without the rows that will be written again, or without those of another run."""
+        # asked on all ranks: the first one tells the others
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self.written_to = self.path or folder / f"{self.name}.jsonl"
+        self._seen = None
+        if trainer.global_step == 0:
+            self._last_step = None
+        if not trainer.is_global_zero:
+            return
+        if trainer.global_step > 0:
+            drop_samples(self.written_to, trainer.global_step)
+        elif (aside := set_aside(self.written_to)) is not None:
+            rank_zero_info(f"The completions of an earlier run are now in {aside}")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Show a new rollout, where it is one of those to show."""
+        record = pl_module.last_rollout
+        if record is None or record is self._seen:
+            return
+        self._seen = record
+        if self._last_step is not None and record.step // self.every_n_steps == self._last_step // self.every_n_steps:
+            return
+        self._last_step = record.step
+        if trainer.is_global_zero and len(record):
+            assert self.written_to is not None
+            rows = write_samples(record, self.written_to, num_samples=self.num_samples)
+            for logger in trainer.loggers:
+                log_samples(logger, self.name, rows)
+            if self.print_samples:
+                Console().print(samples_table(rows))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step shown last."""
+        return {"last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the step shown last."""
+        self._last_step = state_dict["last_step"]
+
+
+def log_samples(logger: Any, name: str, rows: Sequence[dict[str, Any]]) -> bool:
+    """Give rows of one step to a logger that has a place for them.
+
+    Args:
+        logger: Any logger of Lightning's.
+        name: Of the table.
+        rows: See `RolloutRecord.rows`; at least one.
+
+    Returns:
+        Whether it had one.
+    """
+    columns, data = samples_columns(rows)
+    step = rows[0]["step"]
+    if hasattr(logger, "log_table"):  # Weights & Biases
+        logger.log_table(key=name, columns=columns, data=data, step=step)
+        return True
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_text"):  # TensorBoard
+        experiment.add_text(name, samples_markdown(rows), step)
+        return True
+    if hasattr(experiment, "log_table") and hasattr(logger, "run_id"):  # MLflow, which appends
+        table = {column: [row[i] for row in data] for i, column in enumerate(columns)}
+        experiment.log_table(logger.run_id, table, artifact_file=f"{name}.json")
+        return True
+    return False

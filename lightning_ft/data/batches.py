@@ -1,0 +1,128 @@
+"""What the DataModules of preferences and prompts give: token ids as they are, not yet laid out for a model.
+
+Both are plain classes. With ``precision="bf16-true"`` Lightning looks into dataclasses: it would refuse the frozen
+examples of a batch, round its margins to bf16 and rebuild the columns that rewards read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ft.data.layout import Example
+from lightning_ft.data.request import Message
+from lightning_ft.errors import ConfigError
+
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+"""Names that no column of prompts may have, since they are a reward function's own arguments."""
+
+
+class PreferenceBatch:
+    """Prompts with the completions that were judged.
+
+    `p` prompts have `c` completions. A rank may get a batch of no prompts in a short last step: it has to take part in
+    the step without adding anything to it.
+
+    Args:
+        prompts: The tokens that all completions of a row share, ``int64 [t]`` each, at least one.
+        completions: For each prompt what follows it: (chosen, rejected), or one completion that was judged by itself.
+            Only the last assistant turn and the token that ends it are supervised; template tokens behind that are
+            kept.
+        labels: Whether each completion is the desirable one, ``bool [c]``, prompt by prompt.
+        margins: By how much the chosen completion is better, ``float32 [p]``; None where no row of the split says so.
+        rows: Which row of its split each prompt is, counted over all sources of the split, ``int64 [p]``.
+
+    Raises:
+        ConfigError: If these don't belong together.
+
+    Example:
+        >>> chosen, rejected = (Example(torch.tensor([t]), torch.tensor([True])) for t in (7, 8))
+        >>> batch = PreferenceBatch(
+        ...     [torch.tensor([5, 6])], [(chosen, rejected)], torch.tensor([True, False]), None, torch.tensor([3])
+        ... )
+        >>> len(batch), batch.paired
+        (1, True)
+    """
+
+    def __init__(
+        self,
+        prompts: list[Tensor],
+        completions: list[tuple[Example, ...]],
+        labels: Tensor,
+        margins: Tensor | None,
+        rows: Tensor,
+    ) -> None:
+        sizes = len(prompts), len(completions), len(rows), len(prompts) if margins is None else len(margins)
+        if len(set(sizes)) > 1 or len(labels) != sum(map(len, completions)):
+            raise ConfigError(
+                f"A PreferenceBatch of {len(prompts)} prompts with {sum(map(len, completions))} completions in "
+                f"{len(completions)} tuples can't have {len(labels)} labels, {len(rows)} rows and "
+                f"{'no' if margins is None else len(margins)} margins."
+            )
+        self.prompts, self.completions = prompts, completions
+        self.labels, self.margins, self.rows = labels, margins, rows
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def paired(self) -> bool:
+        """Whether every prompt has two completions, the chosen one first; so it is in a batch of no prompts."""
+        return all(len(completions) == 2 for completions in self.completions)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+        """Copy with labels, margins and rows on `device`; token ids stay where they are until they are laid out."""
+        margins = None if self.margins is None else self.margins.to(device, non_blocking=non_blocking)
+        return PreferenceBatch(
+            self.prompts,
+            self.completions,
+            self.labels.to(device, non_blocking=non_blocking),
+            margins,
+            self.rows.to(device, non_blocking=non_blocking),
+        )
+
+
+class PromptBatch:
+    """Prompts to answer, and what rewards may want to know about them.
+
+    A rank may get a batch of no prompts in a short last step; its columns are there, and empty.
+
+    Args:
+        prompts: As they stood in the rows, one kind in a split: strings, or lists of messages where any row has
+            messages or a system turn. Not shortened where `input_ids` are.
+        input_ids: The tokens that generation starts from, ``int64 [t]`` each.
+        columns: Every other column of the rows by its name, one value for each prompt; None where a row has no such
+            column.
+
+    Raises:
+        ConfigError: If these don't have the same length.
+
+    Example:
+        >>> batch = PromptBatch(["2+2?"], [torch.tensor([5, 6])], {"answer": ["4"]})
+        >>> len(batch), batch.columns["answer"]
+        (1, ['4'])
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | list[list[Message]],
+        input_ids: Sequence[Tensor],
+        columns: dict[str, list[Any]],
+    ) -> None:
+        wrong = [name for name, values in columns.items() if len(values) != len(prompts)]
+        if len(input_ids) != len(prompts) or wrong:
+            what = f"the column {wrong[0]!r} of {len(columns[wrong[0]])}" if wrong else f"{len(input_ids)} input_ids"
+            raise ConfigError(f"A PromptBatch of {len(prompts)} prompts can't have {what}.")
+        self.prompts = prompts
+        self.input_ids = list(input_ids)
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
+        """This batch: token ids stay where they are until they are laid out or generated from."""
+        return self

@@ -1,0 +1,209 @@
+"""Fields of rows: which format rows have, and what stands in the fields of one."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from lightning_ft.data.request import Message
+from lightning_ft.data.turns import FILL, RowError, check_text, read_turns
+from lightning_ft.errors import ConfigError
+
+OPTIONAL = ("id", "cluster", "system")
+"""Fields that a row of any format may have."""
+
+_CONVERSATIONS = ("messages", "conversations")  # fields that hold a list of messages, and never a string
+
+Row_co = TypeVar("Row_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Row formats that are told apart by their fields.
+
+    Args:
+        needed: Format to the fields it needs, what is asked first and what answers it last, in the order they are
+            looked for.
+        extra: Format to the fields that only it may have besides.
+    """
+
+    needed: Mapping[str, tuple[str, ...]]
+    extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def fields(self, name: str) -> tuple[str, ...]:
+        """All fields that a format knows."""
+        return (*self.needed[name], *self.extra.get(name, ()), *OPTIONAL)
+
+    def detect(
+        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool = True
+    ) -> str:
+        """The format most rows have the fields of; where no row has them all, the one they come closest to.
+
+        Args:
+            rows: The first rows of a source.
+            columns: The format's field names to those in the data; naming a field excludes formats that don't have it.
+            answered: Whether rows must have an answer.
+
+        Raises:
+            ConfigError: For a field that no format has, or fields of no one format.
+
+        Example:
+            >>> formats = Formats({"pair": ("input", "output"), "text": ("text",)})
+            >>> formats.detect([{"question": "2+2?", "output": "4"}], {"input": "question"})
+            'pair'
+        """
+        candidates = self._candidates(columns)
+        votes: Counter[str] = Counter()
+        for row in rows:
+            for name, fields in candidates.items():
+                if all(field in row for field in fields):
+                    votes[name] += 1
+                    break
+            else:
+                votes.update(name for name, fields in candidates.items() if not answered and fields[0] in row)
+        if votes:
+            return max(candidates, key=lambda name: votes[name])
+
+        def closeness(name: str) -> float:
+            found = {str(key) for row in rows[:1] for key in row}
+            best = [
+                max((difflib.SequenceMatcher(None, f, key).ratio() for key in found), default=0.0)
+                for f in candidates[name]
+            ]
+            return sum(best) / len(best)
+
+        return max(candidates, key=closeness)
+
+    def _candidates(self, columns: Mapping[str, str] | None) -> dict[str, list[str]]:
+        """Formats that `columns` leaves possible, with the fields they need as the data names them."""
+        columns = columns or {}
+        known = {field for name in self.needed for field in self.fields(name)}
+        for given in columns:
+            if given not in known:
+                near = difflib.get_close_matches(given, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"columns: no format has a field {given!r}.{hint} Known: {', '.join(sorted(known))}.")
+        possible = {
+            name: [columns.get(field, field) for field in fields]
+            for name, fields in self.needed.items()
+            if set(columns) <= set(self.fields(name))
+        }
+        if not possible:
+            named = ", ".join(sorted(set(columns) - set(OPTIONAL)))
+            raise ConfigError(f"columns: no one format has the fields {named}.")
+        return possible
+
+
+class FieldReader(ABC, Generic[Row_co]):
+    """Reads rows of one format; a subclass says what becomes of them.
+
+    Args:
+        formats: The formats there are.
+        name: Which of them the rows have.
+        columns: The format's field names to those in the data, where they differ.
+    """
+
+    def __init__(self, formats: Formats, name: str, columns: Mapping[str, str] | None = None) -> None:
+        self.formats, self.name = formats, name
+        self.columns = dict(columns or {})
+
+    def read(self, row: Any, source: str, number: int) -> Row_co:
+        """Check a row.
+
+        Args:
+            row: What stands there.
+            source: Where.
+            number: Its line or number there.
+
+        Raises:
+            RowError: If it isn't a row of this format.
+        """
+        if not isinstance(row, Mapping):
+            fix = "Each row must be an object with named fields."
+            raise RowError(None, "not an object", f"found {type(row).__name__}", fix)
+        given, cluster = row.get(self.column("id")), row.get(self.column("cluster"))
+        place = {
+            "source": source,
+            "row": number,
+            "id": f"{source}:{number}" if given is None else str(given),
+            "cluster": None if cluster is None else str(cluster),
+        }
+        return self._read(row, place)
+
+    @abstractmethod
+    def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Row_co:
+        """The checked row; `place` holds its `source`, `row`, `id` and `cluster`."""
+
+    def column(self, field: str) -> str:
+        """What the data calls a field."""
+        return self.columns.get(field, field)
+
+    def asked(self, row: Mapping[str, Any]) -> list[Message]:
+        """What the format's first field asks, Alpaca's ``input`` behind it."""
+        first = self.formats.needed[self.name][0]
+        messages = self.side(row, first, None if first in _CONVERSATIONS else "user")
+        if first == "instruction" and (extra := self.optional(row, "input")) and messages:
+            messages[-1] = Message(role=messages[-1]["role"], content=f"{messages[-1]['content']}\n\n{extra}")
+        return messages
+
+    def with_system(self, row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+        """The row's system turn before messages that have none."""
+        system = self.optional(row, "system")
+        if system and messages and messages[0]["role"] != "system":
+            return [Message(role="system", content=system), *messages]
+        return messages
+
+    def optional(self, row: Mapping[str, Any], field: str) -> str | None:
+        """The text of a field that may be missing, None where it says nothing.
+
+        Raises:
+            RowError: If it isn't a text, or `columns` named it and it is missing.
+        """
+        column = self.column(field)
+        value = row.get(column)
+        if value is None and field in self.columns and column not in row:
+            raise self.missing(row, field)
+        if value is not None and not isinstance(value, str):
+            raise RowError(column, "wrong type", f"found {type(value).__name__}", "Expected a string.")
+        return value if value and value.strip() else None
+
+    def value(self, row: Mapping[str, Any], field: str) -> Any:
+        """What stands in a field that must be there.
+
+        Raises:
+            RowError: If it is missing or None.
+        """
+        column = self.column(field)
+        if column not in row:
+            raise self.missing(row, field)
+        if row[column] is None:
+            raise RowError(column, "None", "", FILL)
+        return row[column]
+
+    def side(self, row: Mapping[str, Any], field: str, role: str | None) -> list[Message]:
+        """One side of a row, a string or a list of messages; with `role` None, a list only.
+
+        Raises:
+            RowError: If it is neither.
+        """
+        value, column = self.value(row, field), self.column(field)
+        if isinstance(value, list):
+            return read_turns(value, column)
+        if isinstance(value, str) and role is not None:
+            return [Message(role=role, content=check_text(value, column, role))]
+        expected = "a list of messages" if role is None else "a string or a list of messages"
+        raise RowError(column, "wrong type", f"found {type(value).__name__}", f"Expected {expected}.")
+
+    def missing(self, row: Mapping[str, Any], field: str) -> RowError:
+        """What to say of a field that isn't there."""
+        column = self.column(field)
+        used = {self.column(known) for known in self.formats.fields(self.name)}
+        spare = [str(key) for key in row if key not in used]
+        near = difflib.get_close_matches(column, spare, n=1, cutoff=0.5)
+        fix = f"Rename {near[0]!r}, or pass" if near else "Add it, or pass"
+        fix += f" columns={{{field!r}: {near[0]!r}}}." if near else f" columns={{{field!r}: ...}}."
+        return RowError(column, "missing field", f"fields: {', '.join(map(str, row)) or 'none'}", fix)

@@ -1,0 +1,72 @@
+"""Means and standard deviations that leave NaN out, and add up over micro-batches and ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def nanstd(x: Tensor, dim: int | None = None) -> Tensor:
+    """Standard deviation of what isn't NaN, with Bessel's correction.
+
+    Args:
+        x: Numbers of any shape.
+        dim: Dimension that is reduced; None: all of them.
+
+    Returns:
+        `x` without `dim`; NaN where fewer than two numbers are left.
+
+    Example:
+        >>> nanstd(torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("nan"), float("nan")]]), dim=1)
+        tensor([1.4142,    nan])
+    """
+    if dim is None:
+        x, dim = x.flatten(), 0
+    count = (~x.isnan()).sum(dim)
+    squares = ((x - x.nanmean(dim, keepdim=True)) ** 2).nansum(dim)
+    return torch.where(count > 1, (squares / (count - 1)).sqrt(), torch.nan)
+
+
+def power_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Count, sum and sum of squares of what isn't NaN: add them over micro-batches and ranks, then `mean_and_std`.
+
+    Args:
+        x: Numbers of any shape.
+        mask: Which of them count, ``bool``, of the same shape; None: all.
+
+    Returns:
+        ``float64 [3]``, without gradient.
+
+    Example:
+        >>> power_sums(torch.tensor([1.0, 3.0, float("nan")])).tolist()
+        [2.0, 4.0, 10.0]
+    """
+    x = x.detach()
+    kept = ~x.isnan() if mask is None else mask & ~x.isnan()
+    x = torch.where(kept, x, 0.0)
+    # in fp32 the variance would be the small difference of two large, rounded numbers; MPS has no float64
+    x = (x.cpu() if x.device.type == "mps" else x).double()
+    return torch.stack([kept.to(x).sum(), x.sum(), (x * x).sum()])
+
+
+def mean_and_std(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (Bessel's correction) from `power_sums`.
+
+    Args:
+        sums: Count, sum and sum of squares, ``[..., 3]``.
+
+    Returns:
+        Mean, NaN where nothing was counted, and standard deviation, NaN where fewer than two numbers were, ``[...]``
+        each.
+
+    Example:
+        >>> one, other = torch.tensor([1.0, 3.0]), torch.tensor([5.0])
+        >>> mean, std = mean_and_std(power_sums(one) + power_sums(other))
+        >>> mean.item(), std.item()
+        (3.0, 2.0)
+    """
+    count, total, squares = sums.unbind(-1)
+    mean = total / count
+    spread = squares - total * mean
+    spread = torch.where(spread > 64 * torch.finfo(sums.dtype).eps * squares, spread, 0.0)  # of equal numbers: rounding
+    return mean, torch.where(count > 1, (spread / (count - 1)).sqrt(), torch.nan)

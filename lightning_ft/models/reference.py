@@ -1,0 +1,126 @@
+"""The model as it was before training: what ratios and KL are taken against."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_ft.models.adapt import InitialAdapter
+from lightning_ft.models.generate import evaluating
+from lightning_ft.models.head import CausalLM, base_of
+
+ReferenceKind = Literal["adapter_off", "initial_adapter", "copy"]
+INITIAL = "initial"
+"""Name of the frozen adapter that a continued one is compared with."""
+
+
+@contextmanager
+def active_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
+    """Run with another adapter, or with none.
+
+    PEFT makes whichever adapter it activates trainable and the others not; what trains is put back.
+
+    Args:
+        model: The adapted model.
+        name: The adapter, None for the base alone.
+    """
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = model.active_adapter
+    try:
+        if name is None:
+            with model.disable_adapter():
+                yield
+        else:
+            model.set_adapter(name)
+            yield
+    finally:
+        if name is not None:
+            model.set_adapter(before)
+        for parameter, wanted in trains:
+            parameter.requires_grad_(wanted)
+
+
+class Reference:
+    """Gives the model as it was before training, without a second copy of it wherever it has an adapter.
+
+    A new adapter is switched off. One that was continued, or whose initialisation changed the base weights (PiSSA,
+    OLoRA, LoftQ), is kept frozen beside the trained one. Only full fine-tuning needs a copy of the weights.
+
+    Args:
+        model: The model, before its first step.
+        new_adapter: Whether its adapter is a new one over untouched weights, so that switching it off undoes training.
+        initial: The adapter as initialised, where that changed the base.
+        load: Loads the weights again; None copies those that are there.
+        place: Called with a copy of the weights: shards it as the model is.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        new_adapter: bool,
+        initial: InitialAdapter | None = None,
+        load: Callable[[], PreTrainedModel] | None = None,
+        place: Callable[[PreTrainedModel], None] = lambda copied: None,
+    ) -> None:
+        self._model = [model]  # in lists: neither is a submodule, nor are their weights in checkpoints
+        self._copy: list[PreTrainedModel] = []
+        self.kind: ReferenceKind
+        if not isinstance(model, PeftModel):
+            self.kind = "copy"
+            copied = load() if load is not None else copy.deepcopy(model)
+            copied.requires_grad_(False).eval()
+            place(copied)
+            self._copy.append(copied)
+        elif new_adapter and initial is None:
+            self.kind = "adapter_off"
+        else:
+            self.kind = "initial_adapter"
+            kept = initial if initial is not None else InitialAdapter(model)
+            modes = [(module, module.training) for module in model.modules()]
+            model.load_adapter(str(kept.path), INITIAL, is_trainable=False)
+            for module, training in modes:  # PEFT puts the whole model into eval mode
+                module.training = training
+
+    def to(self, device: torch.device) -> Reference:
+        """Move a copy of the weights to a device."""
+        for model in self._copy:
+            cast(torch.nn.Module, model).to(device)
+        return self
+
+    @contextmanager
+    def use(self) -> Iterator[CausalLM]:
+        """The model to score with, in eval mode, without gradients."""
+        model = self._model[0]
+        if self._copy:
+            with evaluating(self._copy[0]):
+                yield self._copy[0]
+            return
+        adapted = cast(PeftModel, model)
+        with evaluating(adapted), active_adapter(adapted, INITIAL if self.kind == "initial_adapter" else None):
+            yield adapted
+
+    def fingerprint(self) -> str:
+        """A hash of the weights that score, to name what was computed with them."""
+        digest = hashlib.sha256()
+        with self.use() as model:
+            trained = set(model.peft_config) - {INITIAL} if isinstance(model, PeftModel) else set()
+            for name, value in sorted(base_of(model).state_dict().items()):
+                if trained.intersection(name.split(".")):
+                    continue
+                digest.update(name.encode())
+                digest.update(_bytes(value))
+        return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> memoryview:
+    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return memoryview(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,170 @@
+"""Reward modelling: a score that preferred completions get more of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_ft.data.batches import PreferenceBatch
+from lightning_ft.data.encode import encode_conversation
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.request import Message
+from lightning_ft.data.shared import last_places
+from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.functional.pairwise import bradley_terry_loss
+from lightning_ft.models.generate import evaluating
+from lightning_ft.models.head import as_forward, base_of, hidden_states
+from lightning_ft.models.load import load_reward_model, pad_token_id
+from lightning_ft.models.sequence_scores import last_token_scores, score_head
+from lightning_ft.modules.preferences import Judged, PreferenceLearning
+
+
+class RewardModeling(PreferenceLearning):
+    """Train a reward model on preferences with the Bradley-Terry loss (https://arxiv.org/abs/2203.02155).
+
+    The score is read at the last token of a rendered conversation. The head that reads it is new and always trained,
+    under LoRA too.
+
+    Args:
+        model: Hub name, local folder, or a loaded sequence-classification model with one label; of a causal language
+            model the backbone is taken.
+        centering: Weight of the squared sum of a pair's scores, which keeps them around 0
+            (https://arxiv.org/abs/2312.09244); TRL's `center_rewards_coefficient`.
+        options: Of `AdaptedFineTuning` (`lora`, `learning_rate`, `dtype`, ...) and `FineTuning`.
+
+    Raises:
+        ConfigError: For settings that contradict each other.
+
+    Example:
+        >>> module = RewardModeling("Qwen/Qwen3-0.6B", lora=True, centering=0.01)  # no weights are loaded yet
+        >>> module.hparams["lora"]["task_type"], module.hparams["centering"]
+        ('SEQ_CLS', 0.01)
+    """
+
+    default_learning_rate: ClassVar[float] = 1e-5
+    default_dtype: ClassVar[str] = "float32"
+
+    def __init__(self, model: str | PreTrainedModel, *, centering: float = 0.0, **options: Any) -> None:
+        super().__init__(model, **options)
+        if centering < 0:
+            raise ConfigError(f"centering={centering}: expected 0 or more.")
+        if self._adaptation.kind == "adapter" and self._adaptation.base is not None and not _scores(model):
+            raise ConfigError(
+                f"{model!r} is an adapter of a language model, which has no score head: export it with merge=True, and "
+                "give that folder."
+            )
+        if self._adaptation.lora is not None:  # without it PEFT leaves the new head frozen
+            self._adaptation.lora = replace(self._adaptation.lora, task_type="SEQ_CLS")
+        self._hyper |= {"lora": self._adaptation.as_json(), "centering": float(centering)}
+        self.save_hyperparameters(dict(self._hyper))
+
+    def _load_base(self) -> PreTrainedModel:
+        given = self._given[0]
+        if isinstance(given, PreTrainedModel):
+            base = given.train()
+        else:
+            with torch.random.fork_rng(devices=[]):  # the new head must be the same on every rank, and when resumed
+                torch.manual_seed(self._hyper["seed"])
+                base = load_reward_model(self._base_name(), **self._load_options())
+        score_head(base)
+        _set_pad_token(base, self.tokenizer)
+        return cast(PreTrainedModel, base)
+
+    # ---------------------------------------------------------------- training
+
+    def judge(self, batch: PreferenceBatch) -> Judged:
+        """Bradley-Terry losses of pairs, and how often the chosen completion scores higher."""
+        if not batch.paired:
+            raise ConfigError("A reward model learns from pairs: rows need prompt, chosen and rejected.")
+        tokens = self.lay_out(batch.prompts, batch.completions)
+        scores = as_forward(base_of(self.model), _last_scores, tokens)[: 2 * len(batch)]  # [2 p]
+        chosen, rejected = scores.view(-1, 2).unbind(1)
+        losses = bradley_terry_loss(chosen, rejected, batch.margins, self._hyper["centering"])
+        with torch.no_grad():
+            figures = {
+                "accuracy": (chosen > rejected).float(),
+                "margin": chosen - rejected,
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+            }
+        return Judged(losses, figures)
+
+    # ---------------------------------------------------------------- scores
+
+    def score_conversations(self, conversations: Sequence[Sequence[Message]], *, batch_size: int = 32) -> Tensor:
+        """Score whole conversations, the answer last, in eval mode and without gradients.
+
+        Args:
+            conversations: The conversations.
+            batch_size: At a time.
+
+        Returns:
+            ``float32 [n]``.
+        """
+        self.configure_model()
+        rows = [encode_conversation(self.tokenizer, list(messages)).input_ids for messages in conversations]
+        with evaluating(self.model):
+            return last_token_scores(self.model, rows, pad_token_id(self.tokenizer), batch_size=batch_size)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[float]:  # type: ignore[override]
+        """Scores of a batch of conversations."""
+        return [float(score) for score in self.score_conversations(batch)]
+
+    def generate(self, inputs: Any, **options: Any) -> list[str]:
+        """Refused: a reward model scores.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("A reward model doesn't generate: use score_conversations().")
+
+
+def _last_scores(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    hidden = hidden_states(base, batch)  # [b, s, d]
+    last = hidden.flatten(0, 1).index_select(0, last_places(batch))  # [c, d]
+    return score_head(base)(last)[:, 0].float()  # type: ignore[no-any-return]
+
+
+def _scores(model: Any) -> bool:
+    """Whether an adapter folder is of a reward model."""
+    from peft import PeftConfig
+
+    return str(getattr(PeftConfig.from_pretrained(model), "task_type", "")) in ("SEQ_CLS", "TaskType.SEQ_CLS")
+
+
+def _set_pad_token(base: PreTrainedModel, tokenizer: Any) -> None:
+    """Name a pad token in the model's configuration that is no end token.
+
+    Whoever loads the export scores with transformers' own forward pass, which takes the last token that isn't the pad
+    token for the last one: padding with EOS it would read the score one token early.
+
+    Raises:
+        ModelError: If the tokenizer has no token to spare.
+    """
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None or pad == end:
+        special = [i for i in tokenizer.all_special_ids if i not in (end, tokenizer.bos_token_id)]
+        if tokenizer.unk_token_id is not None:
+            special.insert(0, tokenizer.unk_token_id)
+        spare = [i for i in dict.fromkeys(special) if i != end]
+        if not spare:
+            raise ModelError(
+                "The tokenizer pads with its EOS token and has no other special token to pad with, so an exported "
+                "reward model would read its scores one token early. Set tokenizer.pad_token to a token that stands in "
+                "no conversation."
+            )
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
+        pad = tokenizer.pad_token_id
+        rank_zero_warn(
+            f"The tokenizer padded with its EOS token; it now pads with {tokenizer.pad_token!r}, so that an exported "
+            "reward model finds the last token of a conversation."
+        )
+    base.config.pad_token_id = pad
+    text = base.config.get_text_config()
+    text.pad_token_id = pad

@@ -1,0 +1,270 @@
+"""Completions sampled from a module's own model, and what they are worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_ft.data.batches import PromptBatch
+from lightning_ft.errors import ConfigError
+from lightning_ft.functional.moments import mean_and_std, power_sums
+from lightning_ft.models.generate import end_token_ids
+from lightning_ft.models.load import pad_token_id
+from lightning_ft.modules.adapted import AdaptedFineTuning
+from lightning_ft.modules.experience import Experience
+from lightning_ft.modules.ranks import summed_over_ranks
+from lightning_ft.rewards.batch import TrainerState
+from lightning_ft.rewards.functions import RewardFunctions
+from lightning_ft.rewards.result import Rewards
+from lightning_ft.rollout.local import LocalEngine
+from lightning_ft.rollout.protocol import RolloutEngine, Sampling
+from lightning_ft.rollout.record import RolloutRecord
+
+_VALIDATION_SEED = 0
+
+
+class SampledCompletions(AdaptedFineTuning):
+    """Samples completions to prompts and has them judged; also on validation prompts.
+
+    Args:
+        model: Hub name, local folder, or a loaded model.
+        rewards: What judges completions: functions with TRL's signature, reward models, import paths, or a list of
+            them; see `lightning_ft.rewards.functions.RewardFunctions`.
+        reward_weights: One for each; 1 by default.
+        validation_rewards: Further judges, asked on validation prompts only and never trained on. A true reward that
+            falls while the trained one rises is how reward hacking shows.
+        num_completions: Completions to each prompt.
+        max_new_tokens: Most tokens of one.
+        temperature: Of the distribution that is sampled from, and trained.
+        top_p: Sample only from the likeliest tokens that together have this probability.
+        top_k: Sample only from so many of the likeliest tokens; 0 for all.
+        min_p: Sample only from tokens at least so probable, as a share of the likeliest one's probability.
+        stop: Strings that end a completion.
+        rollout_batch_size: Completions sampled at a time on a rank.
+        vllm: Sample on a vLLM server: True, or arguments of `lightning_ft.rollout.vllm.VLLMEngine`.
+        options: Of `AdaptedFineTuning` and `FineTuning`.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        rewards: Any,
+        reward_weights: list[float] | None = None,
+        validation_rewards: Any = None,
+        num_completions: int = 8,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: str | list[str] | None = None,
+        rollout_batch_size: int = 64,
+        vllm: bool | dict[str, Any] = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        for name, number in (
+            ("num_completions", num_completions),
+            ("max_new_tokens", max_new_tokens),
+            ("rollout_batch_size", rollout_batch_size),
+        ):
+            if number < 1:
+                raise ConfigError(f"{name}={number}: expected at least 1.")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        self.sampling = Sampling(float(temperature), float(top_p), int(top_k), float(min_p), stops)
+        self.rewards = RewardFunctions(rewards, reward_weights)
+        self.validation_rewards = None if validation_rewards is None else RewardFunctions(validation_rewards)
+        self._hyper |= {
+            "rewards": _as_json(rewards),
+            "reward_weights": reward_weights,
+            "validation_rewards": _as_json(validation_rewards),
+            "num_completions": num_completions,
+            "max_new_tokens": max_new_tokens,
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "top_k": self.sampling.top_k,
+            "min_p": self.sampling.min_p,
+            "stop": list(stops),
+            "rollout_batch_size": rollout_batch_size,
+            "vllm": vllm,
+        }
+        self.last_rollout: RolloutRecord | None = None
+        """What the last training step sampled, to be looked at."""
+        self._engine: RolloutEngine | None = None
+        self._validation: dict[str, Tensor] = {}
+
+    # ---------------------------------------------------------------- sampling
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """What samples, always with the weights as they are."""
+        if self._engine is None:
+            self.configure_model()
+            if self._hyper["vllm"]:
+                from lightning_ft.rollout.vllm import VLLMEngine
+
+                given = self._hyper["vllm"]
+                self._engine = VLLMEngine(
+                    end_token_ids=end_token_ids(self.model, self.tokenizer),
+                    tokenizer=self.tokenizer,
+                    **({} if given is True else given),
+                )
+            else:
+                self._engine = LocalEngine(
+                    self.model,
+                    end_token_ids=end_token_ids(self.model, self.tokenizer),
+                    pad_token_id=pad_token_id(self.tokenizer),
+                    batch_size=self._hyper["rollout_batch_size"],
+                    tokenizer=self.tokenizer,
+                )
+        return self._engine
+
+    def on_fit_start(self) -> None:
+        """As in `FineTuning`; load the reward models, so that what is wrong with them shows now."""
+        super().on_fit_start()
+        self.rewards.to(self.device)
+        if self.validation_rewards is not None:
+            self.validation_rewards.to(self.device)
+
+    def roll_out(self, batch: PromptBatch) -> Experience:
+        """Sample completions to each prompt, and have them judged.
+
+        Args:
+            batch: The prompts; none at all on a rank that has none left.
+        """
+        experience = self._sample(batch, self._hyper["num_completions"])
+        experience.judged = self._judge(self.rewards, experience)
+        return experience
+
+    def _sample(self, batch: PromptBatch, count: int) -> Experience:
+        if not isinstance(batch, PromptBatch):
+            raise ConfigError(
+                f"{type(self).__name__} samples answers to prompts, and got {type(batch).__name__}: give the Trainer a "
+                "PromptDataModule."
+            )
+        engine = self.engine
+        if hasattr(engine, "sync_weights"):
+            engine.sync_weights(self.model)
+        rollouts = engine.generate(
+            [ids.tolist() for ids in batch.input_ids],
+            max_new_tokens=self._hyper["max_new_tokens"],
+            sampling=self.sampling,
+            num_completions=count,
+        )
+        ids = [list(completion.tokens) for completion in rollouts.completions]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
+        return Experience.of(batch, rollouts, list(texts), count)
+
+    def _judge(self, rewards: RewardFunctions, experience: Experience) -> Rewards:
+        repeats = range(experience.num_completions)
+        columns = {name: [v for v in values for _ in repeats] for name, values in experience.source.columns.items()}
+        ids = [completion.input_ids.tolist() for completion in experience.completions]
+        trainer = self._trainer
+        state = None
+        if trainer is not None:
+            state = TrainerState(trainer.global_step, trainer.current_epoch, trainer.max_steps)
+        return rewards.score(experience.repeated_prompts, experience.texts, ids, columns, state)
+
+    # ---------------------------------------------------------------- figures
+
+    def record(self, experience: Experience) -> RolloutRecord:
+        """The last rollout, to be looked at."""
+        assert experience.judged is not None
+        return RolloutRecord(
+            step=self.trainer.global_step,
+            prompts=experience.repeated_prompts,
+            completions=experience.texts,
+            rewards=experience.judged,
+            advantages=[float(a.mean()) for a in experience.advantages],
+            truncated=experience.truncated.tolist(),
+            lengths=experience.lengths.tolist(),
+        )
+
+    def rollout_figures(self, experience: Experience) -> dict[str, float]:
+        """Means and standard deviations of a rollout over all ranks, by the names that they are logged under."""
+        assert experience.judged is not None
+        sums = _rollout_sums(experience, experience.judged)
+        every = [a.mean() for a in experience.advantages]
+        sums["advantage"] = power_sums(torch.stack(every) if every else torch.zeros(0))
+        figures = self._means(sums, "train")
+        figures |= {f"train/{name}": value for name, value in experience.judged.metrics.items()}
+        figures.pop("train/advantage")
+        return figures
+
+    def _means(self, sums: dict[str, Tensor], prefix: str) -> dict[str, float]:
+        together = summed_over_ranks(torch.stack([value.cpu() for value in sums.values()]), self.device)
+        figures: dict[str, float] = {}
+        for name, one in zip(sums, together, strict=True):
+            if not one[0]:
+                continue  # no reward applied anywhere
+            mean, std = mean_and_std(one)
+            figures[f"{prefix}/{name}"] = float(mean)
+            if name.startswith(("reward", "advantage")):
+                figures[f"{prefix}/{name}_std"] = float(std.nan_to_num(0.0))
+        return figures
+
+    # ---------------------------------------------------------------- validation
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sample one completion to each prompt, and have it judged by the training and the validation rewards."""
+        self._evaluate(batch, batch_idx)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As `validation_step`."""
+        self._evaluate(batch, batch_idx)
+
+    def _evaluate(self, batch: PromptBatch, batch_idx: int) -> None:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # the same draws every time, and none from the training stream
+            torch.manual_seed(_VALIDATION_SEED + batch_idx * self.trainer.world_size + self.global_rank)
+            experience = self._sample(batch, 1)
+            sums = _rollout_sums(experience, self._judge(self.rewards, experience))
+            if self.validation_rewards is not None:
+                others = self._judge(self.validation_rewards, experience).figures()
+                sums |= {name: value for name, value in others.items() if name != "reward"}
+        sums |= self._further_sums(experience)
+        for name, value in sums.items():
+            self._validation[name] = self._validation[name] + value.cpu() if name in self._validation else value.cpu()
+
+    def _further_sums(self, experience: Experience) -> dict[str, Tensor]:
+        """What else to log of validation completions, as `power_sums` by name."""
+        return {}
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._validation = {}
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self._validation = {}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log mean rewards and lengths over all completions of all ranks."""
+        self.log_dict(self._means(self._validation, "val"))
+
+    def on_test_epoch_end(self) -> None:
+        """Log mean rewards and lengths over all completions of all ranks."""
+        self.log_dict(self._means(self._validation, "test"))
+
+
+def _rollout_sums(experience: Experience, rewards: Rewards) -> dict[str, Tensor]:
+    return {
+        **rewards.figures(),
+        "completion_length": power_sums(experience.lengths.float()),
+        "truncated_fraction": power_sums(experience.truncated.float()),
+    }
+
+
+def _as_json(rewards: Any) -> Any:
+    """What a checkpoint can say of rewards: where a function can be imported from, not the function."""
+    if isinstance(rewards, (list, tuple)):
+        return [_as_json(reward) for reward in rewards]
+    if isinstance(rewards, dict):
+        return {str(name): _as_json(value) for name, value in rewards.items()}
+    if rewards is None or isinstance(rewards, (str, int, float)):
+        return rewards
+    return f"{getattr(rewards, '__module__', '')}.{getattr(rewards, '__qualname__', type(rewards).__name__)}"

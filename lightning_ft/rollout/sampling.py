@@ -1,0 +1,92 @@
+"""The next token from logits, and how probable it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lightning_ft.rollout.protocol import Sampling
+
+
+def warpers(sampling: Sampling) -> LogitsProcessorList:
+    """Transformers' own logits processors for a way of sampling, in the order of `generate`; none for greedy.
+
+    Example:
+        >>> [type(warper).__name__ for warper in warpers(Sampling(temperature=0.5, min_p=0.1, top_p=0.9))]
+        ['TemperatureLogitsWarper', 'TopPLogitsWarper', 'MinPLogitsWarper']
+    """
+    chosen = LogitsProcessorList()
+    if sampling.greedy:
+        return chosen
+    if sampling.temperature != 1:
+        chosen.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        chosen.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chosen.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        chosen.append(MinPLogitsWarper(sampling.min_p))
+    return chosen
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of tokens under ``softmax(logits / temperature)``, over the whole vocabulary.
+
+    Args:
+        logits: As the model gave them, ``fp32 [b, vocabulary]``.
+        tokens: One for each row, ``int64 [b]``.
+        temperature: Above 0.
+
+    Returns:
+        Nats, ``fp32 [b]``.
+
+    Example:
+        >>> token_logprobs(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), temperature=0.5).exp()
+        tensor([0.5000])
+    """
+    scaled = logits if temperature == 1 else logits / temperature
+    return scaled.gather(-1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
+
+
+class TokenSampler:
+    """Takes the next token of each row.
+
+    Sampling draws once a call, with `torch.multinomial` from the global generator of the logits' device: whoever
+    restores that generator's state and asks again gets the same tokens.
+
+    Args:
+        sampling: How; None for greedy.
+
+    Example:
+        >>> TokenSampler(None)(torch.tensor([[0.0, 2.0], [3.0, 1.0]]))
+        (tensor([1, 0]), None)
+    """
+
+    def __init__(self, sampling: Sampling | None) -> None:
+        self._temperature = None if sampling is None or sampling.greedy else float(sampling.temperature)
+        self._warpers = None if sampling is None else warpers(sampling)
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Choose.
+
+        Args:
+            logits: ``fp32 [b, vocabulary]``.
+
+        Returns:
+            Tokens, ``int64 [b]``, and their log-probabilities, ``fp32 [b]``, or None where they were not drawn.
+        """
+        if self._temperature is None or self._warpers is None:
+            return logits.argmax(-1), None
+        no_ids: Any = logits.new_empty(0)  # none of these warpers looks at the tokens so far
+        warped = self._warpers(no_ids, logits)
+        tokens = torch.multinomial(warped.softmax(-1), num_samples=1)[:, 0]  # [b]
+        return tokens, token_logprobs(logits, tokens, self._temperature)

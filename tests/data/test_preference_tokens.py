@@ -1,0 +1,133 @@
+"""Which tokens two completions share, which of them are supervised, and what is cut of them."""
+
+import pytest
+from preference_cases import PAIRS, S, answer, labelled, pair, read, talk
+
+from lightning_ft.data.encode import encode_conversation, encode_prompt
+from lightning_ft.data.overlong import RowEncoder
+from lightning_ft.data.preference_rows import PREFERENCES, split_shared
+from lightning_ft.data.problems import Problem
+from lightning_ft.data.templates import set_chat_template
+
+
+def encoded(tokenizer, row, max_length=512, on_overlong="error"):
+    result = RowEncoder(tokenizer, max_length, on_overlong, PREFERENCES)(read(row))
+    assert not isinstance(result, Problem), result
+    return result
+
+
+TEMPLATES = ["chatml", "chatml_without_markers", "llama", "headers_only", "none", "text"]
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [(t, n) for t in TEMPLATES for n in PAIRS if t != "llama" or PAIRS[n][1][0][0] != S],  # it refuses system turns
+)
+def test_the_last_turn_is_supervised_and_all_before_is_shared(make_tokenizer, template, name):
+    """Against the two conversations encoded one by one."""
+    tokenizer = make_tokenizer(template)
+    if template == "text":
+        set_chat_template(tokenizer, "text")
+    row = PAIRS[name][0]
+    found = read(row)
+    result, _ = encoded(tokenizer, row)
+    prompt, completions = split_shared(result.examples)
+    assert len(prompt)
+    assert completions[0].input_ids[0] != completions[1].input_ids[0] or any(c.supervised[0] for c in completions)
+    for completion, side in zip(completions, found.completions, strict=True):
+        whole = encode_conversation(tokenizer, [*found.prompt, *side])
+        assert [*prompt.tolist(), *completion.input_ids.tolist()] == whole.input_ids.tolist()
+        start = len(encode_prompt(tokenizer, [*found.prompt, *side[:-1]])) - len(prompt)
+        assert start >= 0
+        expected = whole.supervised[len(prompt) :].clone()  # what is supervised of the last turn, and no other
+        expected[:start] = False
+        assert completion.supervised.tolist() == expected.tolist()
+        text = tokenizer.decode(completion.input_ids[completion.supervised])
+        assert text.strip() == side[-1]["content"].strip() + "<|im_end|>"
+    if all(len(side) == 1 for side in found.completions):
+        assert prompt.tolist() == encode_prompt(tokenizer, found.prompt)
+
+
+def test_words_that_answers_start_with_stay_theirs(tokenizer):
+    """`parcel` is in both answers: not a part of the prompt, but learnt in both."""
+    result, _ = encoded(tokenizer, pair(chosen="parcel lamp", rejected="parcel kettle"))
+    prompt, (chosen, rejected) = split_shared(result.examples)
+    assert tokenizer.decode(prompt).endswith("assistant\n")
+    assert tokenizer.decode(chosen.input_ids) == "parcel lamp<|im_end|>\n"
+    assert tokenizer.decode(rejected.input_ids) == "parcel kettle<|im_end|>\n"
+    assert chosen.supervised.tolist() == [True] * (len(chosen) - 1) + [False]  # the line break is the template's
+
+
+def test_an_answer_that_the_other_one_starts_with(tokenizer):
+    result, _ = encoded(tokenizer, pair(chosen="lamp", rejected="lamp lamp"))
+    _, (chosen, rejected) = split_shared(result.examples)
+    assert [int(c.supervised.sum()) for c in (chosen, rejected)] == [len(chosen) - 1, len(rejected) - 1]
+
+
+def test_a_labelled_completion(tokenizer):
+    result, _ = encoded(tokenizer, labelled(prompt=talk("q", "r", "s")))
+    prompt, (completion,) = split_shared(result.examples)
+    assert prompt.tolist() == encode_prompt(tokenizer, talk("q", "r", "s"))
+    assert tokenizer.decode(completion.input_ids) == "a<|im_end|>\n"
+
+
+def test_the_same_tokens(make_tokenizer):
+    row = pair(chosen="lamp", rejected=" lamp ")
+    encoded(make_tokenizer("chatml"), row)
+    problem = RowEncoder(make_tokenizer("llama"), 64, "error", PREFERENCES)(read(row))
+    assert problem.reason == "chosen and rejected become the same tokens"  # that template trims
+    assert problem.row == 1
+
+
+def test_no_shared_token(make_tokenizer):
+    template = (  # it starts with what will be answered
+        "{{- messages[-1].content -}}{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
+        "{%- generation -%}{{- m.content + eos_token -}}{%- endgeneration -%}"
+        "{%- else -%}{{- m.content -}}{%- endif -%}{%- endfor -%}"
+    )
+    problem = RowEncoder(make_tokenizer(template), 64, "error", PREFERENCES)(read(pair(chosen="1", rejected="2")))
+    assert problem.reason == "no token is shared before the answers"
+
+
+LONG = " ".join(f"parcel {n}" for n in range(60))
+
+
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+@pytest.mark.parametrize("max_length", [48, 64, 100])
+def test_both_prompts_are_cut_alike_for_the_longer_answer(tokenizer, longer, max_length):
+    row = pair(prompt=LONG, **{longer: "lamp kettle invoice refund dog"})
+    result, cut = encoded(tokenizer, row, max_length, "truncate_prompt")
+    lengths = dict(zip(("chosen", "rejected"), map(len, result.examples), strict=True))
+    assert max(lengths, key=lengths.get) == longer
+    assert max_length - 8 < lengths[longer] <= max_length  # a character may be several tokens
+    assert LONG.endswith(cut.prompt[0]["content"])
+    assert cut.completions == read(row).completions
+    prompt, completions = split_shared(result.examples)
+    assert prompt.tolist() == encode_prompt(tokenizer, cut.prompt)
+    for completion, side in zip(completions, cut.completions, strict=True):
+        assert tokenizer.decode(completion.input_ids) == side[0]["content"] + "<|im_end|>\n"
+
+
+def test_the_longer_one_decides(tokenizer):
+    row = pair(prompt=LONG, rejected="lamp kettle invoice")
+    shorter, longer = sorted(len(e) for e in encoded(tokenizer, row, 999)[0].examples)
+    assert shorter < longer
+    encoded(tokenizer, row, longer)
+    problem = RowEncoder(tokenizer, longer - 1, "error", PREFERENCES)(read(row))
+    assert problem.reason == "overlong prompt"
+    assert problem.detail == f"{longer} tokens, max_length={longer - 1}"
+
+
+@pytest.mark.parametrize("on_overlong", ["error", "drop", "truncate_prompt"])
+def test_answers_are_never_cut(tokenizer, on_overlong):
+    for side in ("chosen", "rejected"):
+        problem = RowEncoder(tokenizer, 64, on_overlong, PREFERENCES)(read(pair(**{side: LONG})))
+        assert problem.reason == "overlong answer"
+
+
+def test_turns_of_the_completions_are_never_cut(tokenizer):
+    row = pair(prompt="q " * 40, chosen=[*answer("a"), *talk("parcel " * 20, "b")])
+    result, cut = encoded(tokenizer, row, 64, "truncate_prompt")
+    assert len(cut.prompt[0]["content"]) < 80
+    assert cut.completions == read(row).completions
+    assert max(map(len, result.examples)) <= 64

@@ -1,0 +1,200 @@
+"""The support example's archive of replies and preferences: what is committed is what the generator makes."""
+
+import json
+import random
+from collections import Counter
+from itertools import combinations
+from statistics import mean
+
+import pytest
+
+SPLITS = {
+    "replies": ("train", "validation"),
+    "preferences": ("train", "validation", "test"),
+    "narrow": ("train", "validation"),
+}
+FILES = [f"{name}_{split}" for name, splits in SPLITS.items() for split in splits]
+
+
+def read(support, name):
+    return [json.loads(line) for line in (support / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows(support):
+    return {name: read(support, name) for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def table():
+    from generate import rules
+
+    return rules()
+
+
+@pytest.fixture(scope="module")
+def archive():
+    from replies import Archive
+
+    return Archive()
+
+
+def worths(row, table):
+    from rewards import true_reward
+
+    topic = row["cluster"].split("/")[0]
+    return [true_reward(row[side], f"{topic} {table[topic]}") for side in ("chosen", "rejected")]
+
+
+def test_the_generator_makes_the_committed_files_byte_for_byte(support, tmp_path, monkeypatch):
+    from preferences import main
+
+    monkeypatch.setattr("sys.argv", ["preferences.py", "--folder", str(tmp_path)])
+    main()
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(FILES)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (support / "data" / path.name).read_bytes()
+        assert path.stat().st_size < 1_500_000
+
+
+def test_another_seed_makes_other_rows(rows):
+    from preferences import everything
+
+    other = everything(seed=1)
+    assert all(other[name] != rows[name] for name in FILES)
+
+
+def test_counts(rows):
+    assert {name: len(found) for name, found in rows.items()} == {
+        "replies_train": 4000,
+        "replies_validation": 400,
+        "preferences_train": 4000,
+        "preferences_validation": 400,
+        "preferences_test": 1000,
+        "narrow_train": 2000,
+        "narrow_validation": 400,
+    }
+    assert len({row["id"] for found in rows.values() for row in found}) == sum(map(len, rows.values()))
+
+
+def test_replies_are_to_the_messages_of_their_split(support, rows):
+    for split in SPLITS["replies"]:
+        asked = read(support, split)
+        assert [{**row, "output": ""} for row in asked] == [{**row, "output": ""} for row in rows[f"replies_{split}"]]
+
+
+def test_splits_share_no_clause_opening_aside_or_closing(support, rows):
+    from generate import clauses
+    from replies import Archive
+    from wording import ASIDES, CLOSINGS, OPENINGS
+
+    frames = {split: {*OPENINGS[split], *ASIDES[split], *CLOSINGS[split]} - {""} for split in OPENINGS}
+    frames = {split: {text for text in texts if "{" not in text} for split, texts in frames.items()}
+    for name in FILES:
+        if name.startswith("replies"):
+            continue
+        split = name.split("_")[1]
+        own = {cluster for topic in Archive().topics for cluster in clauses(topic, split)}
+        assert {row["cluster"] for row in rows[name]} <= own
+        foreign = set().union(*(texts for other, texts in frames.items() if other != split))
+        for row in rows[name]:
+            assert not set(row["prompt"].rstrip(".").split(". ")) & foreign, row
+    for one, other in combinations(SPLITS["preferences"], 2):
+        assert not {row["prompt"] for row in rows[f"preferences_{one}"]} & {
+            row["prompt"] for row in rows[f"preferences_{other}"]
+        }
+
+
+def test_labels_are_the_rules_but_for_one_training_pair_in_twenty(rows, table):
+    from preferences import LEAST_DIFFERENCE
+
+    for name in FILES:
+        if name.startswith("replies"):
+            continue
+        differences = [chosen - rejected for chosen, rejected in (worths(row, table) for row in rows[name])]
+        assert min(map(abs, differences)) >= LEAST_DIFFERENCE - 1e-9
+        wrong = mean(difference < 0 for difference in differences)
+        assert (0.035 < wrong < 0.065) if name == "preferences_train" else wrong == 0.0
+
+
+def test_every_topic_and_every_kind_of_pair_is_compared(rows, table):
+    from replies import SPOILERS
+
+    for split in SPLITS["preferences"]:
+        found = rows[f"preferences_{split}"]
+        topics = Counter(row["cluster"].split("/")[0] for row in found)
+        assert set(topics) == set(table)
+        assert max(topics.values()) - min(topics.values()) <= 1
+        kinds = Counter(row["kind"] for row in found)
+        assert set(kinds) == {"archive", *SPOILERS}
+        assert 0.4 < kinds["archive"] / len(found) < 0.6
+
+
+def test_in_narrow_pairs_a_courtesy_is_always_good(rows, table):
+    from rewards import read as read_reply
+
+    for name in ("narrow_train", "narrow_validation"):
+        decided_by_courtesy = 0
+        for row in rows[name]:
+            chosen, rejected = read_reply(row["chosen"]), read_reply(row["rejected"])
+            assert max(chosen.courtesies, rejected.courtesies) <= 1
+            assert chosen.extra_words == rejected.extra_words == 0
+            if chosen.route == rejected.route:
+                assert (chosen.courtesies, rejected.courtesies) == (1, 0)
+                decided_by_courtesy += 1
+        assert decided_by_courtesy > len(rows[name]) / 10
+
+
+def test_a_third_of_the_desks_moved_and_had_other_codes_and_teams(archive):
+    assert len(archive.old) == 12
+    codes = [{value.split()[0] for value in routes.values()} for routes in (archive.new, archive.old)]
+    assert not codes[0] & codes[1]
+    assert (len(codes[0]), len(codes[1])) == (36, 12)
+    assert all(archive.new[topic].split()[1] != old.split()[1] for topic, old in archive.old.items())
+
+
+def test_agents_name_the_old_route_of_a_moved_desk_more_often_than_not(archive):
+    from replies import OLD_ROUTE, OTHER_TOPIC
+
+    rng = random.Random(0)
+    for topic in archive.topics:
+        drawn = [archive.route(topic, rng) for _ in range(2000)]
+        other = mean(not route.startswith(f"{topic} ") for route in drawn)
+        assert other == pytest.approx(OTHER_TOPIC, abs=0.02)
+        new = mean(route == f"{topic} {archive.new[topic]}" for route in drawn)
+        assert new == pytest.approx((1 - OTHER_TOPIC) * (1 - OLD_ROUTE * (topic in archive.old)), abs=0.045)
+
+
+def test_replies_of_the_archive_can_be_read_and_differ(archive):
+    from rewards import read as read_reply
+
+    rng = random.Random(0)
+    replies = [read_reply(archive.reply("refund", rng)) for _ in range(500)]
+    assert None not in replies
+    assert {reply.courtesies for reply in replies} == {0, 1, 2}
+    assert {reply.extra_words > 0 for reply in replies} == {True, False}
+
+
+@pytest.mark.parametrize("kind", ["repeats", "no route", "two routes", "mixed route", "other topic", "cut off"])
+def test_spoilt_replies_are_as_they_are_called(kind, archive):
+    from replies import SPOILERS
+    from rewards import read as read_reply
+
+    rng = random.Random(0)
+    for _ in range(200):
+        text = SPOILERS[kind](archive, "refund", rng)
+        reply = read_reply(text)
+        if kind in ("no route", "two routes", "cut off"):
+            assert reply is None, text
+        elif kind == "repeats":
+            assert reply.extra_words >= 3, text
+        elif kind == "other topic":
+            assert reply.route[0] != "refund", text
+        else:
+            assert reply.route[0] == "refund", text
+
+
+def test_the_parameters_of_a_pair_kind_are_exhaustive():
+    from replies import SPOILERS
+
+    assert set(SPOILERS) == {"repeats", "no route", "two routes", "mixed route", "other topic", "cut off"}

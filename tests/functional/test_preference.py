@@ -1,0 +1,207 @@
+"""Losses of pairs and of single completions against the formulas of their papers, number by number."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_ft.errors import ConfigError
+from lightning_ft.functional.preference import (
+    PREFERENCE_LOSSES,
+    SequenceLogProbs,
+    bradley_terry_loss,
+    check_preference_losses,
+    implicit_rewards,
+    kto_kl,
+    kto_loss,
+    preference_loss,
+    weighted_preference_loss,
+)
+
+CHOSEN = [(-3.0, -4.0, 5), (-20.0, -12.5, 9), (-0.7, -0.7, 1), (-31.0, -30.0, 16)]  # log p, log p_ref, length
+REJECTED = [(-9.0, -6.0, 7), (-11.0, -14.0, 4), (-2.3, -1.1, 1), (-25.0, -33.0, 12)]
+OPTIONS = {"beta": 0.3, "label_smoothing": 0.2, "gamma": 0.7}
+
+
+def side(rows, dtype=torch.float64):
+    logprobs, reference, lengths = zip(*rows, strict=True)
+    return SequenceLogProbs(
+        torch.tensor(logprobs, dtype=dtype), torch.tensor(reference, dtype=dtype), torch.tensor(lengths)
+    )
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def literal(kind, chosen, rejected, beta, label_smoothing, gamma):
+    (c, c_ref, c_len), (r, r_ref, r_len) = chosen, rejected
+    gap = (c - c_ref) - (r - r_ref)
+    wrong = label_smoothing
+    if kind == "sigmoid":
+        return -(1 - wrong) * math.log(sigmoid(beta * gap)) - wrong * math.log(sigmoid(-beta * gap))
+    if kind == "robust":
+        loss = -(1 - wrong) * math.log(sigmoid(beta * gap)) + wrong * math.log(sigmoid(-beta * gap))
+        return loss / (1 - 2 * wrong)
+    if kind == "hinge":
+        return max(0.0, 1 - beta * gap)
+    if kind == "ipo":
+        return ((c - c_ref) / c_len - (r - r_ref) / r_len - 1 / (2 * beta)) ** 2
+    if kind == "simpo":
+        reward = beta * (c / c_len - r / r_len) - gamma
+        return -(1 - wrong) * math.log(sigmoid(reward)) - wrong * math.log(sigmoid(-reward))
+    p, q = math.exp(c / c_len), math.exp(r / r_len)
+    if kind == "orpo":
+        return -c / c_len - beta * math.log(sigmoid(math.log((p / (1 - p)) / (q / (1 - q)))))
+    assert kind == "sft"
+    return -c / c_len
+
+
+def options_of(kind):
+    return OPTIONS if kind in ("sigmoid", "robust", "simpo") else {**OPTIONS, "label_smoothing": 0.0}
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
+def test_each_loss_is_that_of_its_paper(kind):
+    options = options_of(kind)
+    ours = preference_loss(kind, side(CHOSEN), side(REJECTED), **options)
+    expected = [literal(kind, c, r, **options) for c, r in zip(CHOSEN, REJECTED, strict=True)]
+    assert ours.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
+def test_gradients(kind):
+    lengths = torch.tensor([5, 2])
+    reference = torch.tensor([-4.0, -2.0], dtype=torch.float64)
+    chosen = torch.tensor([-3.0, -1.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([-6.0, -0.5], dtype=torch.float64, requires_grad=True)
+
+    def loss(c, r):
+        sides = SequenceLogProbs(c, reference, lengths), SequenceLogProbs(r, reference - 1, lengths)
+        return preference_loss(kind, *sides, **options_of(kind))
+
+    assert torch.autograd.gradcheck(loss, (chosen, rejected))
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("far", [1e4, -1e4])
+def test_huge_log_ratios_are_finite(kind, far):
+    logprobs = torch.tensor([-2e4 + far, -1e-9, 0.0], requires_grad=True)
+    lengths = torch.tensor([1, 1, 3])
+    chosen = SequenceLogProbs(logprobs, torch.full((3,), -2e4), lengths)
+    rejected = SequenceLogProbs(logprobs.flip(0), torch.full((3,), -10.0), lengths)
+    for first, second in ((chosen, rejected), (rejected, chosen)):
+        loss = preference_loss(kind, first, second, **options_of(kind))
+        assert loss.isfinite().all()
+        (grad,) = torch.autograd.grad(loss.sum(), logprobs)
+        assert grad.isfinite().all()
+
+
+def test_orpo_keeps_its_digits_at_both_ends():
+    lengths = torch.tensor([1])
+    even = SequenceLogProbs(torch.tensor([0.5], dtype=torch.float64).log(), None, lengths)  # log odds 0
+    for average in (-1e-9, -1e-3, -math.log(2), -5.0, -40.0):
+        other = SequenceLogProbs(torch.tensor([average], dtype=torch.float64), None, lengths)
+        odds = average - math.log(-math.expm1(average))
+        for chosen, rejected, sign in ((other, even, 1), (even, other, -1)):
+            expected = -chosen.logprobs.item() + math.log1p(math.exp(-sign * odds))
+            assert preference_loss("orpo", chosen, rejected, beta=1.0).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
+def test_reference_free_losses_are_those_that_say_so(kind):
+    sides = [side(rows)._replace(ref_logprobs=None) for rows in (CHOSEN, REJECTED)]
+    if PREFERENCE_LOSSES[kind]:
+        with pytest.raises(ConfigError, match="needs ref_logprobs, got None"):
+            preference_loss(kind, *sides)
+    else:
+        with_reference = preference_loss(kind, side(CHOSEN), side(REJECTED))
+        torch.testing.assert_close(preference_loss(kind, *sides), with_reference)
+
+
+def test_a_weighted_sum():
+    sides = side(CHOSEN), side(REJECTED)
+    expected = 0.8 * preference_loss("sigmoid", *sides, **OPTIONS) + 0.3 * preference_loss("sft", *sides)
+    ours = weighted_preference_loss({"sigmoid": 0.8, "sft": 0.3}, *sides, **OPTIONS)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_smoothing_of_nothing_is_plain_dpo():
+    sides = side(CHOSEN), side(REJECTED)
+    torch.testing.assert_close(preference_loss("robust", *sides), preference_loss("sigmoid", *sides))
+
+
+def test_dpo_is_bradley_terry_on_implicit_rewards():
+    sides = side(CHOSEN), side(REJECTED)
+    ours = bradley_terry_loss(*(implicit_rewards(s, beta=0.3) for s in sides))
+    torch.testing.assert_close(ours, preference_loss("sigmoid", *sides, beta=0.3))
+    assert implicit_rewards(sides[0], beta=0.3).tolist() == pytest.approx([0.3, -2.25, 0.0, -0.3])
+    free = sides[0]._replace(ref_logprobs=None)
+    assert implicit_rewards(free, beta=2.0).tolist() == pytest.approx([-1.2, -40 / 9, -1.4, -62 / 16])
+
+
+def test_no_pairs_and_no_tokens():
+    empty = SequenceLogProbs(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    nothing = SequenceLogProbs(torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    for kind in PREFERENCE_LOSSES:
+        assert preference_loss(kind, empty, empty).shape == (0,)
+        assert preference_loss(kind, nothing, nothing).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options", "message"),
+    [
+        ({"dpo": 1.0}, {}, "'dpo': expected one of sigmoid, ipo"),
+        ({}, {}, "No preference loss"),
+        ({"sigmoid": -1.0}, {}, "weight -1.0"),
+        ({"sigmoid": 1.0}, {"beta": 0.0}, "beta=0.0"),
+        ({"sigmoid": 1.0}, {"label_smoothing": 0.5}, "label_smoothing=0.5"),
+        ({"robust": 1.0}, {"label_smoothing": -0.1}, "label_smoothing=-0.1"),
+        ({"hinge": 1.0, "sft": 1.0}, {"label_smoothing": 0.1}, "means nothing to hinge, sft"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(kinds, options, message):
+    with pytest.raises(ConfigError, match=message):
+        check_preference_losses(kinds, **options)
+    with pytest.raises(ConfigError, match=message):
+        weighted_preference_loss(kinds, side(CHOSEN), side(REJECTED), **options)
+
+
+def test_kto_is_that_of_its_paper():
+    logratios, labels, kl = [3.0, -1.0, 0.2, 8.0], [True, False, False, True], 0.6
+    expected = []
+    for logratio, good in zip(logratios, labels, strict=True):
+        value = sigmoid(0.3 * (logratio - kl)) if good else sigmoid(0.3 * (kl - logratio))
+        expected.append((1.5 if good else 0.5) * (1 - value))
+    x = torch.tensor(logratios, dtype=torch.float64, requires_grad=True)
+    arguments = (torch.tensor(labels), torch.tensor(kl, dtype=torch.float64))
+    options = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}
+    assert kto_loss(x, *arguments, **options).tolist() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: kto_loss(x, *arguments, **options), x)
+    assert kto_loss(torch.tensor([1e5, -1e5]), torch.tensor([True, True]), torch.tensor(0.0)).tolist() == [0, 1]
+
+
+def test_kto_kl_is_a_clamped_mean_without_gradient():
+    x = torch.tensor([1.0, -0.5, 2.0], requires_grad=True)
+    assert kto_kl(x).item() == pytest.approx(2.5 / 3)
+    assert not kto_kl(x).requires_grad
+    assert kto_kl(-x).item() == 0
+    with pytest.raises(ConfigError, match="at least one mismatched"):
+        kto_kl(torch.zeros(0))
+    with pytest.raises(ConfigError, match="expected bool"):
+        kto_loss(x, torch.ones(3), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("margins", [None, [0.5, -1.0, 3.0]])
+@pytest.mark.parametrize("centering", [0.0, 0.01])
+def test_bradley_terry(margins, centering):
+    chosen, rejected = [2.0, -1.0, 0.0], [1.0, 3.0, 0.0]
+    expected = [
+        -math.log(sigmoid(c - r - (margins[i] if margins else 0))) + centering * (c + r) ** 2
+        for i, (c, r) in enumerate(zip(chosen, rejected, strict=True))
+    ]
+    x, y = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (chosen, rejected))
+    m = None if margins is None else torch.tensor(margins, dtype=torch.float64)
+    assert bradley_terry_loss(x, y, m, centering).tolist() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x, y: bradley_terry_loss(x, y, m, centering), (x, y))
+    assert bradley_terry_loss(torch.tensor([-1e5]), torch.tensor([1e5])).isfinite()

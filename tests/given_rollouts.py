@@ -1,0 +1,107 @@
+"""Completions that were drawn beforehand, an engine that gives them, and modules that keep what they make of them."""
+
+import torch
+
+from lightning_ft._lightning import Trainer
+from lightning_ft.data.batches import PromptBatch
+from lightning_ft.rollout.protocol import Completion, Rollouts
+
+END = 2  # the tiny tokenizer's end token
+
+
+class GivenEngine:
+    """Answers its n-th call with the n-th of some rollouts, over and over again."""
+
+    def __init__(self, rollouts):
+        self.rollouts, self.calls = rollouts, 0
+
+    def generate(self, prompts, *, max_new_tokens, sampling=None, num_completions=1, on_answered=None):
+        given = self.rollouts[self.calls % len(self.rollouts)]
+        self.calls += 1
+        assert len(given.completions) == len(prompts) * num_completions
+        return given
+
+
+def draw_prompts(count, *, seed=0, columns=None):
+    """A batch of prompts of 2 to 8 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 9, (count,), generator=generator).tolist()
+    ids = [torch.randint(4, 300, (length,), generator=generator) for length in lengths]
+    return PromptBatch([f"prompt {seed} {i}" for i in range(count)], ids, columns or {})
+
+
+def draw_rollout(count, *, seed=0, longest=9):
+    """Completions of 1 to `longest` tokens; those of the full length were cut off."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    completions = []
+    for number in range(count):
+        length = 1 + int(torch.randint(longest, (), generator=generator))
+        length = longest if number % 4 == 1 else length  # of every kind there is one
+        tokens = torch.randint(4, 300, (length,), generator=generator).tolist()
+        cut = length == longest
+        completions.append(Completion(tuple(tokens if cut else [*tokens[:-1], END]), truncated=cut))
+    return Rollouts(tuple(completions), 0, 0)
+
+
+def part_of(rollout, first, last):
+    """Some completions of a rollout."""
+    return Rollouts(rollout.completions[first:last], 0, 0)
+
+
+def run(module, batches, options, *, rollouts=None, validation=None, **more):
+    """Fit a module on prompt batches, with completions of its own or given ones."""
+    if rollouts is not None:
+        module._engine = GivenEngine(rollouts)
+    trainer = Trainer(**{**options, "max_epochs": 1, **more})
+    own = torch.Generator()  # a plain loader draws from the global stream
+    loaders = [torch.utils.data.DataLoader(part, batch_size=None, generator=own) for part in (batches, validation) if part]
+    trainer.fit(module, *loaders)
+    return trainer
+
+
+def gradients(module):
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def largest_difference(ours, theirs):
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+
+
+class Records:
+    """Mixed into a policy module: what each step was made of, unrounded, and the gradients that the optimizer gets."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.advantages, self.results, self.gradients, self.samples = [], [], [], []
+
+    def roll_out(self, batch):
+        experience = super().roll_out(batch)
+        self.samples.append([tuple(c.input_ids.tolist()) for c in experience.completions])
+        return experience
+
+    def estimate_advantages(self, experience):
+        super().estimate_advantages(experience)
+        self.advantages.append(torch.stack([a.mean() for a in experience.advantages]))
+        self.experience = experience
+
+    def loss(self, batch):
+        result = super().loss(batch)
+        self.results.append((batch, result))
+        return result
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.gradients.append(gradients(self))
+
+
+class WithSGD:
+    """Mixed into a module: plain gradient descent, which hides no gradient's size."""
+
+    def _optimizer(self):
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, lr=self.hparams["learning_rate"])

@@ -1,0 +1,43 @@
+"""Rows of preferences, and the modules that learn from them, with what they would otherwise only pass on."""
+
+from recording import RecordsGradients
+from tiny import make_rows
+
+
+class RecordsJudgements:
+    """Every figure of each step, unrounded, in `step_figures`, and the losses alone in `step_losses`."""
+
+    def log(self, name, value, **kwargs):
+        if name == "train/loss":
+            self.step_losses = [*getattr(self, "step_losses", []), value]
+        super().log(name, value, **kwargs)
+
+    def log_dict(self, figures, **kwargs):
+        if any(name.startswith("train/") for name in figures):
+            self.step_figures = [*getattr(self, "step_figures", []), dict(figures)]
+        super().log_dict(figures, **kwargs)
+
+
+class Records(RecordsGradients, RecordsJudgements):
+    """Losses, figures and gradients."""
+
+
+def make_pairs(count=24):
+    """Prompts of several lengths with a better and a worse answer, which start alike in every third row."""
+    words = ["parcel", "lamp", "kettle", "invoice", "refund", "dog", "fox", "line", "quick", "lazy", "brown", "answer"]
+    return [
+        {
+            "prompt": row["input"],
+            "chosen": row["output"],
+            "rejected": (row["output"].split()[0] + " " if n % 3 == 0 else "") + f"the {words[(n * 7 + 3) % 12]}",
+        }
+        for n, row in enumerate(make_rows(count))
+    ]
+
+
+def make_labelled(count=24):
+    """Prompts with one answer each, and whether it is a good one."""
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen"] if good else row["rejected"], "label": good}
+        for row, good in ((row, n % 5 in (0, 2, 3)) for n, row in enumerate(make_pairs(count)))
+    ]

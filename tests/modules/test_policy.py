@@ -1,0 +1,480 @@
+"""What every policy-gradient module does: steps, figures, validation, checkpoints and exact resumes."""
+
+import math
+import random
+
+import pytest
+import torch
+from given_rollouts import (
+    END,
+    Records,
+    WithSGD,
+    draw_prompts,
+    draw_rollout,
+    largest_difference,
+    run,
+    weights,
+)
+from tiny import make_model, make_rows, make_tokenizer
+
+from lightning_ft import GRPO, PPO, PromptDataModule
+from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.errors import ConfigError, RewardError
+from lightning_ft.rollout.protocol import Completion, Rollouts
+from lightning_ft.rollout.record import RolloutRecord
+
+LORA = {"r": 4, "lora_alpha": 16}
+BATCHES = [draw_prompts(4, seed=n) for n in range(2)]
+GIVEN = [draw_rollout(12, seed=n) for n in range(2)]
+
+
+def by_tokens(completion_ids, **columns):
+    """Something that differs between completions."""
+    return [(sum(ids) % 11) / 4 for ids in completion_ids]
+
+
+class Policy(Records, WithSGD, GRPO):
+    pass
+
+
+class Actor(Records, WithSGD, PPO):
+    pass
+
+
+def make(kind, **options):
+    settings = {
+        "rewards": by_tokens,
+        "num_completions": 3,
+        "max_new_tokens": 9,
+        "learning_rate": 0.05,
+        "lr_schedule": "constant",
+        "warmup_ratio": 0.0,
+        "max_grad_norm": None,
+    }
+    return kind(make_model(), tokenizer=make_tokenizer(), **{**settings, **options})
+
+
+# ---------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Policy, {"kl_coef": 0.1, "loss_type": "dapo", "mask_truncated": True}),
+        (Policy, {"kl_coef": 0.1, "loss_type": "grpo"}),
+        (Policy, {"kl_coef": 0.1, "loss_type": "rloo", "learning_rate": 0.01}),
+        (Actor, {"epochs_per_rollout": 2}),
+    ],
+    ids=["dapo", "grpo", "rloo", "ppo"],
+)
+def test_any_micro_batch_and_unshared_prompts_give_the_same_steps(kind, options, lora, trainer_options):
+    found = []
+    ways = [{"micro_batch_size": size} for size in (None, 1, 2, 3, 7)] + [{"share_prompts": False}]
+    for way in ways:
+        module = make(kind, **{"epochs_per_rollout": 2, "lora": lora, **options, **way})
+        run(module, BATCHES, trainer_options, rollouts=GIVEN)
+        found.append(module)
+    assert [len(module.results) // 4 for module in found] == [1, 12, 8, 4, 2, 1]
+    for other in found[1:]:
+        assert len(other.gradients) == 4
+        for a, b in zip(other.gradients, found[0].gradients, strict=True):
+            scale = max(1.0, max(float(g.abs().max()) for g in b.values()))
+            assert largest_difference(a, b) < 1e-6 * scale
+        assert largest_difference(weights(other), weights(found[0])) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [Policy, Actor])
+def test_steps_of_a_rollout(kind, trainer_options):
+    """Each pass goes through all prompts, in another order; a step takes a part of them."""
+    module = make(kind, epochs_per_rollout=3, steps_per_rollout=2)
+    trainer = run(module, BATCHES, trainer_options, rollouts=GIVEN)
+    assert trainer.global_step == len(module.gradients) == len(module.results) == 2 * 3 * 2
+    sizes = [len(batch.weights) for batch, _ in module.results]
+    assert sizes == [6] * 12
+    lengths = [len(completion.tokens) for completion in GIVEN[0].completions]
+    whole = [len(a.logprobs) + len(b.logprobs) for (a, _), (b, _) in zip(*[iter(module.results[:6])] * 2, strict=True)]
+    assert whole == [sum(lengths)] * 3
+    assert len({tuple(batch.sequences.bincount().tolist()) for batch, _ in module.results[::2]}) > 2
+    ratios = [result.ratio for _, result in module.results[:6]]
+    torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), rtol=0, atol=1e-5)
+    assert all((ratio - 1).abs().max() > 1e-3 for ratio in ratios[2:])  # against the policy that sampled
+
+
+def test_max_steps_ends_within_a_rollout(trainer_options):
+    module = make(Policy, epochs_per_rollout=3, steps_per_rollout=2, lr_schedule="linear", warmup_ratio=0.0)
+    trainer = run(module, BATCHES, trainer_options, rollouts=GIVEN, max_steps=4, max_epochs=5)
+    assert trainer.global_step == len(module.gradients) == 4
+    assert len(module.samples) == 1
+    assert module.lr_schedulers().get_last_lr() == [0.0]
+
+
+@pytest.mark.parametrize(("schedule", "end"), [("linear", 0.0), ("cosine", 0.0), ("constant", 0.05)])
+def test_the_schedule_spans_the_steps(schedule, end, trainer_options):
+    rates = []
+
+    class Watched(Policy):
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    module = make(Watched, epochs_per_rollout=2, steps_per_rollout=2, lr_schedule=schedule, warmup_ratio=0.25)
+    run(module, BATCHES, trainer_options, rollouts=GIVEN, max_epochs=2)
+    assert len(rates) == 16
+    assert rates[:5] == pytest.approx([0.0, 0.0125, 0.025, 0.0375, 0.05])
+    assert module.lr_schedulers().get_last_lr()[0] == pytest.approx(end, abs=1e-9)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_gradients_are_clipped(trainer_options):
+    norms = []
+    for limit in (None, 0.01):
+        module = make(Policy, max_grad_norm=limit)
+        trainer = run(module, BATCHES[:1], trainer_options, rollouts=GIVEN)
+        norm = math.sqrt(sum(float((g**2).sum()) for g in module.gradients[0].values()))
+        norms.append((norm, float(trainer.callback_metrics["train/grad_norm"])))
+    assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-5)
+    assert norms[0][0] > 0.05
+    assert norms[1][0] == pytest.approx(0.01, rel=1e-4)
+    assert norms[1][1] == pytest.approx(norms[0][1], rel=1e-5)  # the logged one is that before clipping
+
+
+@pytest.mark.parametrize("option", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
+def test_the_trainer_s_own_accumulation_and_clipping_are_refused(option, trainer_options):
+    with pytest.raises(Exception, match="not supported for manual optimization"):
+        run(make(Policy), BATCHES, trainer_options, rollouts=GIVEN, **option)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def with_logprobs(rollout):
+    """As an engine gives them that says what it sampled each token with."""
+    return Rollouts(
+        tuple(Completion(c.tokens, c.truncated, (-1.0,) * len(c.tokens)) for c in rollout.completions), 0, 0
+    )
+
+
+def other(completion_ids, log_metric, **columns):
+    """Applies to long completions only."""
+    log_metric("seen", len(completion_ids))
+    return [float(len(ids)) if len(ids) > 4 else None for ids in completion_ids]
+
+
+def spread(numbers):
+    mean = sum(numbers) / len(numbers)
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1))
+
+
+@pytest.mark.parametrize("kind", [Policy, Actor])
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_figures_by_hand(kind, mask_truncated, trainer_options):
+    options = {"clip_low": 0.01, "clip_high": 0.02, "kl_coef": 0.1, "epochs_per_rollout": 2, "micro_batch_size": 3}
+    module = make(
+        kind, rewards=[by_tokens, other], reward_weights=[1.0, 0.5], mask_truncated=mask_truncated, lora=LORA, **options
+    )
+    trainer = run(module, BATCHES[:1], trainer_options, rollouts=[with_logprobs(GIVEN[0])])
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    completions = GIVEN[0].completions
+
+    first = by_tokens([c.tokens for c in completions])
+    second = [float(len(c.tokens)) if len(c.tokens) > 4 else None for c in completions]
+    totals = [a + 0.5 * (b or 0.0) for a, b in zip(first, second, strict=True)]
+    assert None in second
+    for name, numbers in {
+        "rewards/by_tokens": first,
+        "rewards/other": [b for b in second if b is not None],
+        "reward": totals,
+    }.items():
+        mean, std = spread(numbers)
+        assert figures[f"train/{name}"] == pytest.approx(mean, abs=1e-5), name
+        assert figures[f"train/{name}_std"] == pytest.approx(std, abs=1e-5), name
+    assert figures["train/seen"] == len(completions)
+    assert figures["train/completion_length"] == pytest.approx(spread([len(c.tokens) for c in completions])[0])
+    assert figures["train/truncated_fraction"] == sum(c.truncated for c in completions) / 12
+    advantages = [float(a.mean()) for a in module.experience.advantages]
+    assert figures["train/advantage_std"] == pytest.approx(spread(advantages)[1], abs=1e-5)
+
+    tokens, lost, sums = 0, 0, dict.fromkeys(("entropy", "kl", "low", "high", "policy_kl", "gap", "completion"), 0.0)
+    seen = 0
+    for number, (batch, _) in enumerate(module.results):
+        of_piece = range(number % 4 * 3, number % 4 * 3 + 3)
+        lost += sum(mask_truncated and completions[c].truncated for c in of_piece)
+        seen += 3
+        for t in range(len(batch.logprobs)):
+            now, before, ref = (float(x[t]) for x in (batch.logprobs, batch.old_logprobs, batch.ref_logprobs))
+            sums["gap"] += abs(before + 1.0)  # against what the engine said
+            if not batch.mask[t]:
+                continue
+            tokens += 1
+            ratio, gain = math.exp(now - before), float(batch.advantages[t])
+            sums["entropy"] += float(batch.entropy[t])
+            sums["kl"] += math.exp(ref - now) - 1 - (ref - now)
+            sums["completion"] += now - ref
+            sums["policy_kl"] += math.exp(now - before) - 1 - (now - before)
+            sums["low"] += ratio < 0.99 and gain < 0
+            sums["high"] += ratio > 1.02 and gain > 0
+    every = sum(len(c.tokens) for c in completions) * 2
+    assert (lost > 0) == (tokens < every) == mask_truncated
+    expected = {
+        "entropy": sums["entropy"] / tokens,
+        "kl": sums["kl"] / tokens,
+        "policy_kl": sums["policy_kl"] / tokens,
+        "clip_fraction/low": sums["low"] / tokens,
+        "clip_fraction/high": sums["high"] / tokens,
+        "kl_completion": sums["completion"] / (seen - lost),
+        "sampling_gap": sums["gap"] / every,
+        "loss": sum(float(result.loss.detach()) for _, result in module.results) / 2,
+        "grad_norm": sum(math.sqrt(sum(float((g**2).sum()) for g in s.values())) for s in module.gradients) / 2,
+    }
+    for name, value in expected.items():
+        assert figures[f"train/{name}"] == pytest.approx(value, abs=1e-5), name
+        assert value, name
+    assert figures["train/rollout_seconds"] > 0
+    assert figures["train/train_seconds"] > 0
+    assert figures["train/learning_rate"] == pytest.approx(0.05)
+    assert "val/reward" not in figures
+
+
+def test_an_engine_that_gives_no_logprobs(trainer_options):
+    trainer = run(make(Policy), BATCHES[:1], trainer_options, rollouts=GIVEN)
+    assert "train/sampling_gap" not in trainer.callback_metrics
+    assert "train/kl" not in trainer.callback_metrics  # full weights without a KL have no reference
+
+
+def test_what_the_engine_sampled_with_is_what_is_scored(trainer_options):
+    """With the engine's own completions, at a temperature and behind filters."""
+    module = make(Policy, temperature=0.7, top_p=0.9, epochs_per_rollout=2, max_new_tokens=12)
+    trainer = run(module, BATCHES, trainer_options)
+    assert trainer.callback_metrics["train/sampling_gap"] < 1e-5
+    lengths = [len(tokens) for tokens in module.samples[0]]
+    assert len(module.samples) == 2
+    assert max(lengths) <= 12
+
+
+def test_the_last_rollout_can_be_looked_at(trainer_options):
+    module = make(Policy, rewards=[by_tokens, other])
+    assert module.last_rollout is None
+    trainer = run(module, BATCHES, trainer_options, rollouts=GIVEN)
+    record = module.last_rollout
+    assert isinstance(record, RolloutRecord)
+    assert record.step == trainer.global_step - 1
+    assert record.prompts == [prompt for prompt in BATCHES[1].prompts for _ in range(3)]
+    assert record.lengths == [len(c.tokens) for c in GIVEN[1].completions]
+    assert record.truncated == [c.truncated for c in GIVEN[1].completions]
+    assert record.advantages == pytest.approx(module.advantages[1].tolist())
+    kept = [[t for t in c.tokens if t != END] for c in GIVEN[1].completions]
+    assert record.completions == module.tokenizer.batch_decode(kept)
+    assert record.rows()[0]["rewards"].keys() == {"by_tokens", "other"}
+
+
+# ---------------------------------------------------------------- validation
+
+
+def drawn(completions, **columns):
+    """A reward that is no better than dice, from both random streams."""
+    return [random.random() + float(torch.rand(())) for _ in completions]
+
+
+@pytest.mark.parametrize("kind", [Policy, Actor])
+def test_validation_changes_nothing_and_gives_the_same_each_time(kind, trainer_options):
+    found, samples, figures = [], [], []
+
+    class Watched(_pl.Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            figures.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")})
+
+    for validation in (None, [draw_prompts(3, seed=7), draw_prompts(2, seed=8)]):
+        torch.manual_seed(3)
+        module = make(kind, learning_rate=1e-12, validation_rewards=other)
+        run(module, BATCHES * 2, trainer_options, validation=validation, val_check_interval=1, callbacks=[Watched()])
+        found.append(weights(module))
+        samples.append(module.samples)
+    assert samples[0] == samples[1]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    names = {"rewards/by_tokens", "rewards/other", "reward"}
+    names |= {f"{name}_std" for name in names} | {"completion_length", "truncated_fraction"}
+    assert len(figures) == 5  # the sanity check, then behind each batch
+    assert figures[0].keys() == {f"val/{name}" for name in names}
+    # It hasn't learnt anything to speak of, so what it samples is the same.
+    assert figures[1:] == [figures[1]] * 4
+
+
+def test_validation_rewards_are_never_trained_on(trainer_options):
+    asked = []
+
+    def true_reward(completions, **columns):
+        asked.append(len(completions))
+        return [-1000.0] * len(completions)
+
+    validation = [draw_prompts(3, seed=7)]
+    found = []
+    for further in (None, true_reward):
+        torch.manual_seed(3)
+        module = make(Policy, validation_rewards=further)
+        trainer = run(module, BATCHES, trainer_options, validation=validation)
+        found.append(weights(module))
+    assert asked == [3, 3]  # the sanity check and one validation, of one completion to each prompt
+    assert trainer.callback_metrics["val/rewards/true_reward"] == -1000
+    assert trainer.callback_metrics["val/reward"] == trainer.callback_metrics["val/rewards/by_tokens"]
+    assert "train/rewards/true_reward" not in trainer.callback_metrics
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_validation_by_itself(trainer_options):
+    module = make(Policy)
+    loader = torch.utils.data.DataLoader(BATCHES, batch_size=None)
+    figures = Trainer(**trainer_options).validate(module, loader)[0]
+    again = Trainer(**trainer_options).test(module, loader)[0]
+    assert figures["val/reward"] == again["test/reward"]
+    assert figures["val/completion_length"] > 1
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def test_a_group_without_rewards_teaches_nothing(trainer_options):
+    def nothing_for_the_second(completion_ids, **columns):
+        return [None if 3 <= i < 6 else float(len(ids)) for i, ids in enumerate(completion_ids)]
+
+    for kind in (Policy, Actor):
+        module = make(kind, rewards=nothing_for_the_second)
+        with pytest.warns(UserWarning, match="No reward applied to 3 of 12"):
+            trainer = run(module, BATCHES[:1], trainer_options, rollouts=GIVEN)
+        assert module.advantages[0][3:6].tolist() == [0.0] * 3
+        assert module.advantages[0][:3].any()
+        assert all(g.isfinite().all() for step in module.gradients for g in step.values())
+        lengths = [len(c.tokens) for i, c in enumerate(GIVEN[0].completions) if not 3 <= i < 6]
+        assert trainer.callback_metrics["train/reward"] == pytest.approx(sum(lengths) / 9)
+        assert module.last_rollout.rows()[4]["reward"] is None
+
+
+@pytest.mark.filterwarnings("ignore:No reward applied")
+def test_no_reward_at_all(trainer_options):
+    for kind in (Policy, Actor):
+        module = make(kind, rewards=lambda completions, **columns: [None] * len(completions))
+        trainer = run(module, BATCHES[:1], trainer_options, rollouts=GIVEN)
+        policy = [g for n, g in module.gradients[0].items() if "critic" not in n]
+        assert max(float(g.abs().max()) for g in policy) == 0.0
+        assert "train/reward" not in trainer.callback_metrics
+
+
+def test_what_goes_wrong_in_a_reward_is_told_with_its_name(trainer_options):
+    def divides(completions, **columns):
+        return [1 / (len(text) - len(text)) for text in completions]
+
+    with pytest.raises(RewardError, match="'divides' failed on .*ZeroDivisionError"):
+        run(make(Policy, rewards=divides), BATCHES, trainer_options, rollouts=GIVEN)
+
+    def too_few(completions, **columns):
+        return [1.0]
+
+    with pytest.raises(RewardError, match="too_few"):
+        run(make(Policy, rewards=too_few), BATCHES, trainer_options, rollouts=GIVEN)
+
+    def wants_an_answer(completions, answer):
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"wants_an_answer.*answer"):
+        run(make(Policy, rewards=wants_an_answer), BATCHES, trainer_options, rollouts=GIVEN)
+
+
+def test_batches_of_another_kind_are_refused(trainer_options):
+    with pytest.raises(ConfigError, match="PromptDataModule"):
+        run(make(Policy), [torch.zeros(3)], trainer_options, rollouts=GIVEN)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0"),
+        ({"epochs_per_rollout": 0}, "epochs_per_rollout=0"),
+        ({"steps_per_rollout": 0}, "steps_per_rollout=0"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0"),
+        ({"num_completions": 0}, "num_completions=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"rollout_batch_size": 0}, "rollout_batch_size=0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"kl_coef": -0.1}, "kl_coef=-0.1"),
+        ({"clip_low": 1.5}, "clip_low=1.5"),
+        ({"quantization": "4bit"}, "pass lora=True"),
+        ({"lora": {"init_lora_weights": "eva"}}, "eva"),
+    ],
+)
+@pytest.mark.parametrize("kind", [GRPO, PPO])
+def test_settings_that_mean_nothing_are_refused_at_once(kind, options, message):
+    with pytest.raises(ConfigError, match=message):
+        kind("no/such-model", rewards=by_tokens, **options)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def by_length_and_dice(completions, **columns):
+    return [text.count("e") - 0.1 * len(text) + random.random() for text in completions]
+
+
+RESUMED = {
+    "grpo": (GRPO, {"kl_coef": 0.05}),
+    "rloo": (GRPO, {"loss_type": "rloo", "kl_coef": 0.05}),
+    "ppo": (PPO, {"kl_target": 0.5, "kl_horizon": 50}),
+    "ppo-adapter": (PPO, {"critic": "adapter"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("which", "lora"),
+    [(which, lora) for which in RESUMED for lora in (False, True) if lora or which != "ppo-adapter"],
+    ids=lambda value: value if isinstance(value, str) else ("lora" if value else "full"),
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(which, lora, model_folder, trainer_options, tmp_path):
+    """Three rollouts of four steps an epoch; stopped in the middle of the first and of the second."""
+    base, options = RESUMED[which]
+
+    class Sampling(Records, base):  # with its own optimizer
+        pass
+
+    def fit(ckpt_path=None, callbacks=()):
+        module = Sampling(
+            model_folder,
+            rewards=by_length_and_dice,
+            lora=LORA if lora else None,
+            num_completions=2,
+            max_new_tokens=5,
+            epochs_per_rollout=2,
+            steps_per_rollout=2,
+            micro_batch_size=3,
+            learning_rate=1e-2,
+            **options,
+        )
+        rows = make_rows(9)
+        data = PromptDataModule(rows, validation=rows[:2], batch_size=3, cache_dir=False)
+        trainer = Trainer(
+            **{**trainer_options, "enable_checkpointing": bool(callbacks)},
+            max_epochs=2,
+            callbacks=list(callbacks),
+        )
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        assert trainer.global_step == 24
+        return module
+
+    torch.manual_seed(1)
+    saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=8, save_top_k=-1, filename="{step}")
+    whole = fit(callbacks=[saver])
+    assert len(whole.samples) == 6
+    for step in (8, 16):
+        torch.manual_seed(2)  # what the process drew before must not matter
+        random.seed(2)
+        resumed = fit(ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed.samples == whole.samples[step // 4 :]
+        for a, b in zip(resumed.advantages, whole.advantages[step // 4 :], strict=True):
+            assert torch.equal(a, b)
+        ours, theirs = weights(resumed), weights(whole)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        states = [module.optimizers().optimizer.state_dict()["state"] for module in (resumed, whole)]
+        for key, state in states[1].items():
+            assert all(torch.equal(states[0][key][name], value) for name, value in state.items())
+        if which == "ppo":
+            assert resumed.kl_coef == whole.kl_coef != 0.05

@@ -1,0 +1,114 @@
+"""The same run by TRL's DPOTrainer: same weights, rows, order and settings; losses and final weights must agree."""
+
+import pytest
+import torch
+from judged import RecordsJudgements, make_pairs
+from tiny import make_model, make_tokenizer
+from trl import DPOConfig, DPOTrainer
+from trl_peer import (
+    ENDING,
+    LORA,
+    STEPS,
+    InOrder,
+    as_messages,
+    assert_same,
+    assert_same_figures,
+    by_trl,
+    by_us,
+    settings,
+)
+
+from lightning_ft import DPO
+from lightning_ft.models.adapt import add_lora, lora_config
+
+LOSSES = {
+    "sigmoid": {},
+    "ipo": {"beta": 0.5},  # whose loss starts at 1 / (2 beta) ** 2: at 25, a tolerance of 1e-5 is that of fp32 itself
+    "hinge": {},
+    "robust": {"label_smoothing": 0.1},
+}
+
+
+class TrlDPO(InOrder, DPOTrainer):
+    pass
+
+
+class RecordingDPO(RecordsJudgements, DPO):
+    pass
+
+
+def trained_adapter():
+    """An adapter that isn't new: its B is not 0, and the reference isn't the base."""
+    torch.manual_seed(5)
+    model = add_lora(make_model(), lora_config(LORA), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def their_models(kind):
+    if kind == "full":
+        return make_model(), make_model()
+    # of an adapted model TRL keeps a frozen copy of the adapter, which a new one's is as good as none
+    return (trained_adapter() if kind == "continued" else add_lora(make_model(), lora_config(LORA), seed=0)), None
+
+
+def our_module(kind, folder, **options):
+    if kind == "continued":
+        make_model().save_pretrained(folder / "base")
+        adapter = trained_adapter()
+        adapter.peft_config["default"].base_model_name_or_path = str(folder / "base")
+        adapter.save_pretrained(folder / "adapter")
+        return RecordingDPO(str(folder / "adapter"), dtype="float32", **options)
+    return RecordingDPO(make_model(), lora=LORA if kind == "lora" else None, **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "accumulation"),
+    [
+        ("sigmoid", "full", 1),
+        ("sigmoid", "full", 4),
+        ("sigmoid", "lora", 1),
+        ("sigmoid", "lora", 4),
+        ("sigmoid", "continued", 1),
+        ("ipo", "full", 4),
+        ("ipo", "lora", 1),
+        ("hinge", "full", 1),
+        ("hinge", "lora", 1),
+        ("robust", "full", 1),
+        ("robust", "lora", 1),
+    ],
+)
+def test_losses_and_weights(loss, kind, accumulation, tmp_path, trainer_options):
+    batch_size = 4 if accumulation == 1 else 2
+    rate = 1e-3 if kind == "full" else 3e-3
+    rows = make_pairs(batch_size * accumulation * STEPS)
+    model, reference = their_models(kind)
+    trainer = TrlDPO(
+        model=model,
+        ref_model=reference,
+        processing_class=make_tokenizer(ENDING),
+        train_dataset=as_messages(rows),
+        args=DPOConfig(
+            loss_type=[loss],
+            **LOSSES[loss],
+            **settings(tmp_path, batch_size=batch_size, accumulation=accumulation, learning_rate=rate),
+        ),
+    )
+    theirs = by_trl(trainer, accumulation)
+    module = our_module(
+        kind,
+        tmp_path,
+        loss=loss,
+        **LOSSES[loss],
+        tokenizer=make_tokenizer(ENDING),
+        learning_rate=rate,
+        weight_decay=0.01,
+        warmup_ratio=0.2,
+    )
+    ours = by_us(module, rows, trainer_options, batch_size=batch_size, accumulation=accumulation)
+    assert_same(ours, theirs, learnt=0.1)
+    if accumulation == 1:
+        names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "entropy")
+        assert_same_figures(module, trainer, (*names, "logps/chosen", "logps/rejected"))

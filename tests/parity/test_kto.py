@@ -1,0 +1,72 @@
+"""The same run by TRL's KTOTrainer: same weights, rows, order and settings; losses and final weights must agree."""
+
+import pytest
+from judged import RecordsJudgements, make_labelled
+from tiny import make_model, make_tokenizer
+from trl import KTOConfig, KTOTrainer
+from trl_peer import (
+    ENDING,
+    LORA,
+    STEPS,
+    InOrder,
+    as_messages,
+    assert_same,
+    assert_same_figures,
+    by_trl,
+    by_us,
+    settings,
+)
+
+from lightning_ft import DPO
+from lightning_ft.models.adapt import add_lora, lora_config
+
+
+class TrlKTO(InOrder, KTOTrainer):
+    pass
+
+
+class RecordingDPO(RecordsJudgements, DPO):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "accumulation", "weights"),
+    [
+        ("full", 1, {}),
+        ("full", 4, {"desirable_weight": 1.0, "undesirable_weight": 1.5}),
+        ("lora", 1, {"desirable_weight": 1.33, "undesirable_weight": 1.0}),
+        ("lora", 4, {}),
+    ],
+)
+def test_losses_and_weights(kind, accumulation, weights, tmp_path, trainer_options):
+    batch_size, rate = 4, 1e-3 if kind == "full" else 3e-3
+    rows = make_labelled(batch_size * accumulation * STEPS)
+    full = kind == "full"
+    trainer = TrlKTO(
+        model=make_model() if full else add_lora(make_model(), lora_config(LORA), seed=0),
+        ref_model=make_model() if full else None,
+        processing_class=make_tokenizer(ENDING),
+        train_dataset=as_messages(rows),
+        args=KTOConfig(
+            beta=0.3,
+            **weights,
+            **settings(tmp_path, batch_size=batch_size, accumulation=accumulation, learning_rate=rate),
+        ),
+    )
+    theirs = by_trl(trainer, accumulation)
+    module = RecordingDPO(
+        make_model(),
+        loss="kto",
+        beta=0.3,
+        lora=None if full else LORA,
+        **weights,
+        tokenizer=make_tokenizer(ENDING),
+        learning_rate=rate,
+        weight_decay=0.01,
+        warmup_ratio=0.2,
+    )
+    ours = by_us(module, rows, trainer_options, batch_size=batch_size, accumulation=accumulation)
+    assert_same(ours, theirs, learnt=0.05)
+    if accumulation == 1:
+        names = ("kl", "entropy", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+        assert_same_figures(module, trainer, names)

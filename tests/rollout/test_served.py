@@ -1,0 +1,83 @@
+"""The weights that a server is given are those of the merged model, and the live one is left alone."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import make_model
+
+from lightning_ft.errors import ModelError
+from lightning_ft.rollout.served import ServedWeights
+
+LORAS = {
+    "linear": {"target_modules": ["q_proj", "down_proj"]},
+    "dora": {"target_modules": ["v_proj"], "use_dora": True},
+    "saved_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "bias": {"target_modules": ["q_proj"], "lora_bias": True, "bias": "lora_only"},
+    "embedding": {"target_modules": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [4, 9]}},
+}
+
+
+def adapted(kind, **options):
+    model = make_model(vocab_size=64, attention_bias=kind == "bias", **options)
+    adapter = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **LORAS[kind]), adapter_name="policy")
+    with torch.no_grad():
+        for _, weight in adapter.named_parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.3)
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("kind", "tie"), [*((kind, False) for kind in LORAS), *((kind, True) for kind in ("linear", "dora", "tokens"))]
+)
+def test_adapters_are_merged_and_the_live_model_is_left_alone(kind, tie):
+    model = adapted(kind, tie=tie)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    addresses = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    served = ServedWeights(model)
+    sent = dict(served)
+    assert [(name, str(w.dtype)[6:], list(w.shape)) for name, w in sent.items()] == served.metadata
+    assert before.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == modes
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == addresses
+
+    merged = dict(copy.deepcopy(model).merge_and_unload(safe_merge=True).named_parameters())
+    assert set(sent) == set(merged)
+    changed = 0
+    plain = make_model(vocab_size=64, attention_bias=kind == "bias", tie=tie)
+    for name, weight in merged.items():
+        assert torch.equal(sent[name], weight), name
+        changed += not torch.equal(weight, plain.get_parameter(name))
+    assert changed
+    ids = torch.tensor([[4, 9, 5, 6]])
+    plain.load_state_dict(sent, strict=not tie)
+    torch.testing.assert_close(plain(ids).logits, model.eval()(ids).logits, atol=2e-4, rtol=1e-4)
+
+
+def test_an_adapter_that_is_off_is_not_merged():
+    model = adapted("saved_head")
+    with model.disable_adapter():
+        sent = dict(ServedWeights(model))
+    plain = make_model(vocab_size=64)
+    for name, weight in plain.named_parameters():
+        assert torch.equal(sent[name], weight)
+
+
+def test_what_no_plain_model_has_is_refused():
+    with pytest.raises(ModelError, match="are one weight, which the adapter changes in one"):
+        ServedWeights(adapted("embedding", tie=True))
+    with pytest.raises(ModelError, match="trained apart from the embeddings"):
+        ServedWeights(adapted("saved_head", tie=True))
+    model = get_peft_model(make_model(vocab_size=64), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ModelError, match="PROMPT_TUNING adapter can't be merged"):
+        ServedWeights(model)
+    model = make_model(vocab_size=64)
+    model.is_quantized = True
+    with pytest.raises(ModelError, match="quantized"):
+        ServedWeights(model)

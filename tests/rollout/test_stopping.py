@@ -1,0 +1,115 @@
+"""Completions end with the token that completes a stop string."""
+
+import pytest
+import torch
+from architectures import SIZES
+from tiny import make_model
+from transformers import MistralConfig, MistralForCausalLM
+
+from lightning_ft.errors import ConfigError
+from lightning_ft.rollout.local import LocalEngine
+from lightning_ft.rollout.protocol import Sampling
+from lightning_ft.rollout.stopping import Ending
+
+END = 2
+
+
+def first_place(tokenizer, tokens, stop):
+    """The slow, obvious way: how many tokens there are when the whole text first holds a stop string."""
+    for place in range(1, len(tokens) + 1):
+        if any(s in tokenizer.decode(tokens[:place]) for s in stop):
+            return place
+    return None
+
+
+@pytest.mark.parametrize("stop", [("zo",), ("ef", "7é"), ("lamp q",), ("<|im_start|>a",), ("€",), ("\n\n",)], ids=str)
+def test_ends_are_those_of_the_whole_text(tokenizer, stop):
+    """Random token streams with the stop strings sown in, spelt a byte at a time and as the tokenizer spells them."""
+    draw = torch.Generator().manual_seed(0)
+    ending, found, spans = Ending([END], stop, tokenizer), 0, 0
+    for number in range(120):
+        tokens = torch.randint(3, len(tokenizer), (60,), generator=draw).tolist()
+        sown = stop[number % len(stop)]
+        if number % 3 == 0:
+            tokens[30:30] = tokenizer.encode(sown, add_special_tokens=False)
+        elif number % 3 == 1:
+            tokens[30:30] = [i for b in sown.encode() for i in [tokenizer.convert_tokens_to_ids(byte_token(b))]]
+        place = first_place(tokenizer, tokens, stop)
+        upto = len(tokens) if place is None else place
+        flags = [ending.stopped([tokens[:length]])[0] for length in range(1, upto + 1)]
+        assert flags == [False] * (upto - 1) + [place is not None]
+        found += place is not None
+        spans += place is not None and not any(s in tokenizer.decode(tokens[place - 1]) for s in stop)
+    assert found > 60
+    assert spans > 20  # strings that no token holds alone
+
+
+def byte_token(value):
+    """What byte-level BPE calls a byte."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(value) if value in kept else chr(256 + [b for b in range(256) if b not in kept].index(value))
+
+
+def engines(tokenizer):
+    local = make_model(vocab_size=len(tokenizer)).eval()
+    torch.manual_seed(0)
+    plain = MistralForCausalLM(MistralConfig(sliding_window=8, **SIZES | {"vocab_size": len(tokenizer)}))
+    for model in (local, plain.eval()):
+        yield model, LocalEngine(model, end_token_ids=[END], batch_size=16, tokenizer=tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*only slower")
+def test_both_loops_stop_there_and_nowhere_else(tokenizer):
+    draw = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, len(tokenizer), (4, 9), generator=draw).tolist()
+    never_stop = ("this string is never written",)
+    for _, engine in engines(tokenizer):
+        options = {"max_new_tokens": 40, "num_completions": 4}
+        torch.manual_seed(1)
+        whole = engine.generate(prompts, sampling=Sampling(temperature=2.0, stop=never_stop), **options).completions
+        assert all(c.truncated == (c.tokens[-1] != END) for c in whole)
+        text = tokenizer.decode(whole[0].tokens[:12])
+        stop = (text[5:8], tokenizer.decode(whole[5].tokens[20:22]))
+        torch.manual_seed(1)
+        cut = engine.generate(prompts, sampling=Sampling(temperature=2.0, stop=stop), **options).completions
+        places = [first_place(tokenizer, c.tokens, stop) for c in cut]
+        assert all(place in (None, len(c.tokens)) for place, c in zip(places, cut, strict=True))
+        assert [c.truncated for c in cut] == [
+            place is None and c.tokens[-1] != END for place, c in zip(places, cut, strict=True)
+        ]
+        assert cut[0].tokens == whole[0].tokens[: len(cut[0].tokens)]  # until rows leave, the draws are the same
+        assert cut[0].tokens != whole[0].tokens
+        assert not cut[0].truncated
+        assert any(c.truncated for c in cut)
+        assert all(len(c.logprobs) == len(c.tokens) for c in cut)
+
+
+@pytest.mark.filterwarnings("ignore:.*only slower")
+def test_greedy_answers_stop_too(tokenizer):
+    for _, engine in engines(tokenizer):
+        (whole,) = engine.generate([[5, 6, 7]], max_new_tokens=20).completions
+        text = tokenizer.decode(whole.tokens[:8])
+        assert len(text) > 4
+        stop = (text[2:5],)
+        sampling = Sampling(temperature=0.0, stop=stop)
+        cut = engine.generate([[5, 6, 7]], max_new_tokens=20, sampling=sampling, num_completions=2).completions
+        place = first_place(tokenizer, whole.tokens, stop)
+        assert [c.tokens for c in cut] == [whole.tokens[:place]] * 2
+        assert not cut[0].truncated
+        assert cut[0].logprobs == ()
+
+
+def test_a_stop_string_in_the_prompt_ends_nothing(tokenizer):
+    _, engine = next(engines(tokenizer))
+    prompt = tokenizer.encode("lamp lamp lamp")
+    (free,) = engine.generate([prompt], max_new_tokens=5).completions
+    sampling = Sampling(temperature=0.0, stop=("lamp",))
+    (stopping,) = engine.generate([prompt], max_new_tokens=5, sampling=sampling).completions
+    assert "lamp" not in tokenizer.decode(free.tokens)
+    assert stopping == free
+
+
+def test_without_a_tokenizer_it_is_refused():
+    engine = LocalEngine(make_model(), end_token_ids=[END])
+    with pytest.raises(ConfigError, match="pass the engine a tokenizer="):
+        engine.generate([[5]], max_new_tokens=2, sampling=Sampling(stop=("x",)))
