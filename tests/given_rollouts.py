@@ -22,6 +22,17 @@ class GivenEngine:
         return given
 
 
+class EngineOfPrompts:
+    """Gives completions that follow from the prompt, whichever rank or batch that is in."""
+
+    def __init__(self, longest):
+        self.longest = longest
+
+    def generate(self, prompts, *, max_new_tokens, sampling=None, num_completions=1, on_answered=None):
+        answers = [draw_rollout(num_completions, seed=sum(ids) % 1009, longest=self.longest) for ids in prompts]
+        return Rollouts(tuple(completion for answer in answers for completion in answer.completions), 0, 0)
+
+
 def draw_prompts(count, *, seed=0, columns=None):
     """A batch of prompts of 2 to 8 tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -43,28 +54,31 @@ def draw_rollout(count, *, seed=0, longest=9):
     return Rollouts(tuple(completions), 0, 0)
 
 
-def part_of(rollout, first, last):
-    """Some completions of a rollout."""
-    return Rollouts(rollout.completions[first:last], 0, 0)
-
-
 def run(module, batches, options, *, rollouts=None, validation=None, **more):
     """Fit a module on prompt batches, with completions of its own or given ones."""
     if rollouts is not None:
         module._engine = GivenEngine(rollouts)
     trainer = Trainer(**{**options, "max_epochs": 1, **more})
     own = torch.Generator()  # a plain loader draws from the global stream
-    loaders = [torch.utils.data.DataLoader(part, batch_size=None, generator=own) for part in (batches, validation) if part]
+    loaders = [
+        torch.utils.data.DataLoader(part, batch_size=None, generator=own) for part in (batches, validation) if part
+    ]
     trainer.fit(module, *loaders)
     return trainer
 
 
 def gradients(module):
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    """Whole ones, also of a sharded model."""
+    return {name: _whole(p.grad).clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def weights(module):
-    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    """What is trained, also of a sharded model."""
+    return {name: _whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def largest_difference(ours, theirs):
@@ -86,7 +100,7 @@ class Records:
 
     def estimate_advantages(self, experience):
         super().estimate_advantages(experience)
-        self.advantages.append(torch.stack([a.mean() for a in experience.advantages]))
+        self.advantages.append(torch.tensor([float(a.mean()) for a in experience.advantages]))
         self.experience = experience
 
     def loss(self, batch):

@@ -3,6 +3,9 @@
 from recording import RecordsGradients
 from tiny import make_rows
 
+from lightning_ft import PreferenceDataModule
+from lightning_ft._lightning import Trainer
+
 
 class RecordsJudgements:
     """Every figure of each step, unrounded, in `step_figures`, and the losses alone in `step_losses`."""
@@ -41,3 +44,16 @@ def make_labelled(count=24):
         {"prompt": row["prompt"], "completion": row["chosen"] if good else row["rejected"], "label": good}
         for row, good in ((row, n % 5 in (0, 2, 3)) for n, row in enumerate(make_pairs(count)))
     ]
+
+
+def train(module, rows, trainer_options, *, data=None, ckpt_path=None, **options):
+    """Fit on preferences and return the Trainer."""
+    settings = {"batch_size": 4, "shuffle": False, "cache_dir": False, **(data or {})}
+    trainer = Trainer(**{**trainer_options, "max_epochs": 1, **options})
+    trainer.fit(module, PreferenceDataModule(rows, **settings), ckpt_path=ckpt_path)
+    return trainer
+
+
+def trainable(module):
+    """Copies of the trainable weights."""
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""The same completions learned from by a trainer of TRL and by a module of ours: what each made of them, step by step."""
+"""The same completions learned from by a trainer of TRL and by a module of ours: what each made of them, by step."""
 
 from types import SimpleNamespace
 
@@ -59,13 +59,26 @@ class Given:
         return loss
 
 
-def by_trl(trainer_class, config_class, model_folder, folder, *, lora=False, parts=1, steps=1, iterations=1, clip=None, rate=0.05, **options):
+def by_trl(
+    trainer_class,
+    config_class,
+    model_folder,
+    folder,
+    *,
+    lora=False,
+    parts=1,
+    steps=1,
+    iterations=1,
+    clip=None,
+    rate=0.05,
+    **options,
+):
     """A run of TRL's: `parts` micro-batches a rollout, of which each step takes ``parts / steps``; `clip` a norm."""
 
     class Theirs(Given, trainer_class):
         gives_logprobs = trainer_class.__name__ == "GRPOTrainer"
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32")  # where its reference is loaded from too
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32")
     model = add_lora(model, lora_config(LORA), seed=0) if lora else model
     watch = Watch()
     trainer = Theirs(
@@ -108,7 +121,9 @@ def by_trl(trainer_class, config_class, model_folder, folder, *, lora=False, par
     )
 
 
-def by_us(kind, model_folder, trainer_options, *, lora=False, parts=1, steps=1, iterations=1, clip=None, rate=0.05, **options):
+def by_us(
+    kind, model_folder, trainer_options, *, lora=False, parts=1, steps=1, iterations=1, clip=None, rate=0.05, **options
+):
     """A run of ours, with the same meaning of `parts` and `steps`."""
 
     class Ours(Records, WithSGD, kind):
@@ -148,9 +163,7 @@ def largest(values):
 def distances(ours, theirs):
     """The largest differences of advantages, losses, gradients and final weights."""
     found = {
-        "advantages": max(
-            float((a - b).abs().max()) for a, b in zip(ours.advantages, theirs.advantages, strict=True)
-        ),
+        "advantages": max(float((a - b).abs().max()) for a, b in zip(ours.advantages, theirs.advantages, strict=True)),
         "losses": max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)),
         "gradients": 0.0,
         "weights": 0.0,

@@ -1,7 +1,7 @@
 """PPO for language models written out: one sequence, one token at a time, in double precision.
 
-Nothing of lightning_ft is used. Log-probabilities and values come from plain forward passes of whole sequences, advantages
-from their recursive definition, losses from loops, gradients from autograd.
+Nothing of lightning_ft is used. Log-probabilities and values come from plain forward passes of whole sequences,
+advantages from their recursive definition, losses from loops, gradients from autograd.
 """
 
 import math

@@ -29,7 +29,7 @@ class Critic(nn.Module):
         model: The policy's model; its base is the trunk.
         trunk: ``shared`` reads the policy's own states. ``adapter`` puts a second LoRA adapter on the base, so that
             learning values doesn't move the policy; it costs a forward pass of its own.
-        seed: Of the head's and the adapter's initial weights.
+        seed: Of the adapter's initial weights; the head starts at 0.
 
     Raises:
         ConfigError: For ``adapter`` without an adapted policy.
@@ -42,7 +42,8 @@ class Critic(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = nn.Linear(size, 1)
-            nn.init.normal_(self.head.weight, std=(size + 1) ** -0.5)
+            # As OpenAI's: values start at 0. Random ones would be noise in the first rollouts' advantages.
+            nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
             if trunk == "adapter":
                 _add_adapter(model)

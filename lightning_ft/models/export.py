@@ -174,14 +174,16 @@ def _write_card(path: Path, model: CausalLM, merge: bool) -> None:
     library = "peft" if adapter else "transformers"
     generates = base.can_generate()
     auto = "AutoModelForCausalLM" if generates else "AutoModelForSequenceClassification"
-    options = "" if generates else ", num_labels=1"
+    # without the pad token that the tokenizer was exported with, scores of padded batches would be read elsewhere
+    options = "" if generates else f", num_labels=1, pad_token_id={base.config.get_text_config().pad_token_id}"
     task = "text-generation" if generates else "text-classification"
     header = f"---\nbase_model: {name}\nlibrary_name: {library}\npipeline_tag: {task}\n---\n"
+    imports = ("from peft import PeftModel\n" if adapter else "") + f"from transformers import {auto}\n"
     load = (
         f'model = PeftModel.from_pretrained({auto}.from_pretrained("{name}"{options}), "{path.name}")'
         if adapter
         else f'model = {auto}.from_pretrained("{path.name}")'
     )
     (path / "README.md").write_text(
-        f"{header}\n# {path.name}\n\n{kind} `{name}`, made with lightning_ft.\n\n```python\n{load}\n```\n"
+        f"{header}\n# {path.name}\n\n{kind} `{name}`, made with lightning_ft.\n\n```python\n{imports}\n{load}\n```\n"
     )

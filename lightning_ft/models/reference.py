@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, cast
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.shard import is_sharded
 
 ReferenceKind = Literal["adapter_off", "initial_adapter", "copy"]
 INITIAL = "initial"
@@ -56,8 +58,8 @@ class Reference:
 
     Args:
         model: The model, before its first step.
-        new_adapter: Whether its adapter is a new one over untouched weights, so that switching it off undoes training.
-        initial: The adapter as initialised, where that changed the base.
+        initial: The adapter as training starts from it; None for a new one over untouched weights, which is undone by
+            switching it off.
         load: Loads the weights again; None copies those that are there.
         place: Called with a copy of the weights: shards it as the model is.
     """
@@ -66,7 +68,6 @@ class Reference:
         self,
         model: CausalLM,
         *,
-        new_adapter: bool,
         initial: InitialAdapter | None = None,
         load: Callable[[], PreTrainedModel] | None = None,
         place: Callable[[PreTrainedModel], None] = lambda copied: None,
@@ -80,20 +81,21 @@ class Reference:
             copied.requires_grad_(False).eval()
             place(copied)
             self._copy.append(copied)
-        elif new_adapter and initial is None:
+        elif initial is None:
             self.kind = "adapter_off"
         else:
             self.kind = "initial_adapter"
-            kept = initial if initial is not None else InitialAdapter(model)
-            modes = [(module, module.training) for module in model.modules()]
-            model.load_adapter(str(kept.path), INITIAL, is_trainable=False)
-            for module, training in modes:  # PEFT puts the whole model into eval mode
-                module.training = training
+            training = model.training
+            with warnings.catch_warnings():  # this one was made for the base as it was changed
+                warnings.filterwarnings("ignore", message=".*changes the base weights")
+                model.load_adapter(str(initial.path), INITIAL, is_trainable=False)
+            model.train(training)  # PEFT puts the whole of it into eval mode
 
     def to(self, device: torch.device) -> Reference:
-        """Move a copy of the weights to a device."""
+        """Move a copy of the weights to a device; one that is sharded stays where its shards are."""
         for model in self._copy:
-            cast(torch.nn.Module, model).to(device)
+            if not is_sharded(model):
+                cast(torch.nn.Module, model).to(device)
         return self
 
     @contextmanager

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import Example, TokenBatch
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.adapt import needs_data, rounds_base, splits_base
+from lightning_ft.models.adapt import InitialAdapter, needs_data, rounds_base
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
@@ -50,9 +50,10 @@ class AdaptedFineTuning(FineTuning):
         adaptation = Adaptation(model, lora, None)
         full = adaptation.kind == "full"
         if learning_rate is None:
-            learning_rate = self.default_learning_rate * (1 if full else 10)
+            learning_rate = round(self.default_learning_rate * (1 if full else 10), 12)  # 1e-5, not 9.99...e-06
         super().__init__(model, learning_rate=learning_rate, dtype=dtype or ("float32" if full else "auto"), **options)
         self._adaptation = adaptation
+        self._starting_adapter: InitialAdapter | None = None
         self._hyper |= {
             "lora": adaptation.as_json(),
             "disable_dropout": disable_dropout,
@@ -70,16 +71,18 @@ class AdaptedFineTuning(FineTuning):
         model = super()._adapt(base)
         if self._hyper["disable_dropout"]:
             without_dropout(model)
+        lora = self._adaptation.lora
+        self._starting_adapter = self._initial
+        if self._initial is None and isinstance(model, PeftModel) and (lora is None or rounds_base(lora)):
+            self._starting_adapter = InitialAdapter(model)  # now: once it is sharded it can't be saved
         return model
 
     def new_reference(self) -> Reference:
         """The model as it is now, to compare with; call it before the first step."""
         given, mesh = isinstance(self._given[0], PreTrainedModel), getattr(self, "_device_mesh", None)
-        lora = self._adaptation.lora
         return Reference(
             self.model,
-            new_adapter=lora is not None and not splits_base(lora) and not rounds_base(lora),
-            initial=self._initial,
+            initial=self._starting_adapter,
             load=None if given else self._load_base,
             place=(lambda copied: shard(copied, mesh)) if mesh is not None else lambda copied: None,
         )

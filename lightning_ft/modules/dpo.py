@@ -152,8 +152,8 @@ class DPO(PreferenceLearning):
         if mismatched and reference is not None:
             if len(batch) == 1:
                 rank_zero_warn(
-                    "KTO estimates its KL from completions of other prompts of a batch, and a batch of one has none: it "
-                    "takes 0, or what other ranks found. Give the DataModule a batch_size of 2 or more."
+                    "KTO estimates its KL from completions of other prompts of a batch, and a batch of one has none: "
+                    "it takes 0, or what other ranks found. Give the DataModule a batch_size of 2 or more."
                 )
             kl = kto_kl(_over_ranks((logprobs - reference)[other].detach()))
             figures["kl"] = kl.expand(len(batch))

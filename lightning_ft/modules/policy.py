@@ -153,8 +153,9 @@ class PolicyOptimization(SampledCompletions):
         figures["train/learning_rate"] = rate  # of the first step
         figures["train/rollout_seconds"] = rolled_out - started
         figures["train/train_seconds"] = time.perf_counter() - rolled_out
-        for name in {"train/loss", "train/reward"} & figures.keys():  # no reward may have applied to any completion
-            self.log(name, figures.pop(name), prog_bar=True, batch_size=1)
+        for name in ("train/loss", "train/reward"):
+            if name in figures:  # there is none where no reward applied to any completion
+                self.log(name, figures.pop(name), prog_bar=True, batch_size=1)
         self.log_dict(figures, batch_size=1)
 
     def measure(self, experience: Experience) -> None:
@@ -201,23 +202,16 @@ class PolicyOptimization(SampledCompletions):
         pieces = experience.pieces(prompts, self._hyper["micro_batch_size"])
         return pieces + [[]] * (largest_over_ranks(len(pieces), self.device) - len(pieces))
 
-    def learn(self, experience: Experience) -> int:
-        """Take the optimizer steps of a rollout.
-
-        Returns:
-            How many were taken: fewer where `max_steps` is reached.
-        """
-        taken = 0
+    def learn(self, experience: Experience) -> None:
+        """Take the optimizer steps of a rollout, until `max_steps` is reached."""
         steps = self._hyper["steps_per_rollout"]
         for _ in range(self._hyper["epochs_per_rollout"]):
             count = len(experience.prompts)
             order = torch.randperm(count).tolist() if steps > 1 else list(range(count))
             for step in range(steps):
                 if 0 <= self.trainer.max_steps <= self.trainer.global_step:
-                    return taken
+                    return
                 self._take_step(experience, order[step * count // steps : (step + 1) * count // steps])
-                taken += 1
-        return taken
 
     def _take_step(self, experience: Experience, prompts: Sequence[int]) -> None:
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())

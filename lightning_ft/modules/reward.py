@@ -8,7 +8,8 @@ from typing import Any, ClassVar, cast
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PreferenceBatch
@@ -19,7 +20,7 @@ from lightning_ft.data.shared import last_places
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.functional.pairwise import bradley_terry_loss
 from lightning_ft.models.generate import evaluating
-from lightning_ft.models.head import as_forward, base_of, hidden_states
+from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states
 from lightning_ft.models.load import load_reward_model, pad_token_id
 from lightning_ft.models.sequence_scores import last_token_scores, score_head
 from lightning_ft.modules.preferences import Judged, PreferenceLearning
@@ -76,6 +77,11 @@ class RewardModeling(PreferenceLearning):
         _set_pad_token(base, self.tokenizer)
         return cast(PreTrainedModel, base)
 
+    def _adapt(self, base: PreTrainedModel) -> CausalLM:
+        model = super()._adapt(base)
+        _train_head_in_fp32(score_head(model))
+        return model
+
     # ---------------------------------------------------------------- training
 
     def judge(self, batch: PreferenceBatch) -> Judged:
@@ -129,6 +135,17 @@ def _last_scores(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
     hidden = hidden_states(base, batch)  # [b, s, d]
     last = hidden.flatten(0, 1).index_select(0, last_places(batch))  # [c, d]
     return score_head(base)(last)[:, 0].float()  # type: ignore[no-any-return]
+
+
+def _train_head_in_fp32(head: nn.Module) -> None:
+    """Over a frozen base in bf16 keep the trained head in fp32, as PEFT does adapters: bf16 would lose small steps."""
+    if isinstance(head, ModulesToSaveWrapper):
+        trained = head.modules_to_save[head.active_adapters[0]].float()
+        trained.register_forward_pre_hook(_to_own_dtype)
+
+
+def _to_own_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].to(next(module.parameters()).dtype),)
 
 
 def _scores(model: Any) -> bool:

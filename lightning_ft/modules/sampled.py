@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -218,9 +221,7 @@ class SampledCompletions(AdaptedFineTuning):
         self._evaluate(batch, batch_idx)
 
     def _evaluate(self, batch: PromptBatch, batch_idx: int) -> None:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # the same draws every time, and none from the training stream
-            torch.manual_seed(_VALIDATION_SEED + batch_idx * self.trainer.world_size + self.global_rank)
+        with _draws_of_its_own(_VALIDATION_SEED + batch_idx * self.trainer.world_size + self.global_rank, self.device):
             experience = self._sample(batch, 1)
             sums = _rollout_sums(experience, self._judge(self.rewards, experience))
             if self.validation_rewards is not None:
@@ -249,6 +250,19 @@ class SampledCompletions(AdaptedFineTuning):
     def on_test_epoch_end(self) -> None:
         """Log mean rewards and lengths over all completions of all ranks."""
         self.log_dict(self._means(self._validation, "test"))
+
+
+@contextmanager
+def _draws_of_its_own(seed: int, device: torch.device) -> Iterator[None]:
+    """The same draws every time, and none from the training streams."""
+    before = random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before)
 
 
 def _rollout_sums(experience: Experience, rewards: Rewards) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lightning_ft.data.batches import RESERVED
 from lightning_ft.errors import RewardError
-from lightning_ft.rewards.batch import RESERVED
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

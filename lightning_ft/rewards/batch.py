@@ -6,14 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_ft.data.batches import RESERVED
 from lightning_ft.data.request import Message
 from lightning_ft.errors import RewardError
 
 Prompt = str | list[Message]
 """A prompt as it stood in its row."""
-
-RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-"""Arguments that every reward function may take; columns of rows come beside them."""
 
 
 @dataclass(frozen=True)

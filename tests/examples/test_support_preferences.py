@@ -127,7 +127,7 @@ def test_every_topic_and_every_kind_of_pair_is_compared(rows, table):
         assert max(topics.values()) - min(topics.values()) <= 1
         kinds = Counter(row["kind"] for row in found)
         assert set(kinds) == {"archive", *SPOILERS}
-        assert 0.4 < kinds["archive"] / len(found) < 0.6
+        assert 0.45 < kinds["archive"] / len(found) < 0.65
 
 
 def test_in_narrow_pairs_a_courtesy_is_always_good(rows, table):
@@ -145,12 +145,15 @@ def test_in_narrow_pairs_a_courtesy_is_always_good(rows, table):
         assert decided_by_courtesy > len(rows[name]) / 10
 
 
-def test_a_third_of_the_desks_moved_and_had_other_codes_and_teams(archive):
-    assert len(archive.old) == 12
+def test_half_of_the_desks_moved_from_teams_and_codes_that_nobody_has_now(archive):
+    from replies import DISSOLVED
+
+    assert len(archive.old) == 18
     codes = [{value.split()[0] for value in routes.values()} for routes in (archive.new, archive.old)]
     assert not codes[0] & codes[1]
-    assert (len(codes[0]), len(codes[1])) == (36, 12)
-    assert all(archive.new[topic].split()[1] != old.split()[1] for topic, old in archive.old.items())
+    assert (len(codes[0]), len(codes[1])) == (36, 18)
+    assert {old.split()[1] for old in archive.old.values()} == set(DISSOLVED)
+    assert not {new.split()[1] for new in archive.new.values()} & set(DISSOLVED)
 
 
 def test_agents_name_the_old_route_of_a_moved_desk_more_often_than_not(archive):
@@ -175,7 +178,7 @@ def test_replies_of_the_archive_can_be_read_and_differ(archive):
     assert {reply.extra_words > 0 for reply in replies} == {True, False}
 
 
-@pytest.mark.parametrize("kind", ["repeats", "no route", "two routes", "mixed route", "other topic", "cut off"])
+@pytest.mark.parametrize("kind", ["repeats", "no route", "two routes", "cut off"])
 def test_spoilt_replies_are_as_they_are_called(kind, archive):
     from replies import SPOILERS
     from rewards import read as read_reply
@@ -186,15 +189,11 @@ def test_spoilt_replies_are_as_they_are_called(kind, archive):
         reply = read_reply(text)
         if kind in ("no route", "two routes", "cut off"):
             assert reply is None, text
-        elif kind == "repeats":
-            assert reply.extra_words >= 3, text
-        elif kind == "other topic":
-            assert reply.route[0] != "refund", text
         else:
-            assert reply.route[0] == "refund", text
+            assert reply.extra_words >= 3, text
 
 
 def test_the_parameters_of_a_pair_kind_are_exhaustive():
     from replies import SPOILERS
 
-    assert set(SPOILERS) == {"repeats", "no route", "two routes", "mixed route", "other topic", "cut off"}
+    assert set(SPOILERS) == {"repeats", "no route", "two routes", "cut off"}

@@ -34,8 +34,6 @@ def test_masked_truncated_completions(model_folder, tmp_path, trainer_options):
     theirs = by_trl(
         RLOOTrainer, RLOOConfig, model_folder, tmp_path, iterations=2, beta=0.0, mask_truncated_completions=True
     )
-    ours = by_us(
-        GRPO, model_folder, trainer_options, loss_type="rloo", iterations=2, kl_coef=0.0, mask_truncated=True
-    )
+    ours = by_us(GRPO, model_folder, trainer_options, loss_type="rloo", iterations=2, kl_coef=0.0, mask_truncated=True)
     found = distances(ours, theirs)
     assert max(value for name, value in found.items() if name != "losses") < TOLERANCE, found

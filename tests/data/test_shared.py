@@ -1,0 +1,103 @@
+"""Prompts and completions laid out in every way hold the same targets, and every completion's last token is found."""
+
+import pytest
+import torch
+
+from lightning_ft.data.layout import Example, attention_mask
+from lightning_ft.data.shared import last_places, lay_out_completions
+from lightning_ft.errors import ConfigError
+
+LAYOUTS = [{"shared": True}, {"shared": False}, {"shared": False, "packing": False}]
+
+
+def make(shapes=((4, (3, 1)), (1, (2,)), (6, (5, 2, 7)))):
+    """Prompts and completions in which no token stands twice; a completion's last token isn't always supervised."""
+    fresh = iter(range(1, 10_000))
+
+    def take(count):
+        return torch.tensor([next(fresh) for _ in range(count)])
+
+    prompts, completions = [], []
+    for n, (length, lengths) in enumerate(shapes):
+        prompts.append(take(length))
+        completions.append([])
+        for i, size in enumerate(lengths):
+            supervised = torch.ones(size, dtype=torch.bool)
+            supervised[0] = (n + i) % 3 != 2 or size == 1  # a shared beginning of an answer that isn't learnt
+            supervised[-1] = size < 3  # a line break behind the end token
+            completions[-1].append(Example(take(size), supervised))
+    return prompts, completions
+
+
+def every(completions):
+    return [completion for behind in completions for completion in behind]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_targets_stand_in_the_order_of_the_completions(layout):
+    prompts, completions = make()
+    batch = lay_out_completions(prompts, completions, **layout)
+    want = [(g, int(t)) for g, c in enumerate(every(completions)) for t in c.input_ids[c.supervised]]
+    assert list(zip(batch.groups.tolist(), batch.targets.tolist(), strict=True)) == want
+    assert batch.num_groups == len(every(completions))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_target_is_predicted_from_what_stands_before_it_and_nothing_else(layout):
+    prompts, completions = make()
+    batch = lay_out_completions(prompts, completions, **layout)
+    allowed = attention_mask(batch)[:, 0]
+    length = batch.input_ids.shape[1]
+    before = {}  # each token's own past, the slow way
+    for prompt, behind in zip(prompts, completions, strict=True):
+        for completion in behind:
+            whole = torch.cat([prompt, completion.input_ids]).tolist()
+            before |= {token: whole[:i] for i, token in enumerate(whole)}
+    for predictor, target in zip(batch.predictors.tolist(), batch.targets.tolist(), strict=True):
+        row, place = divmod(predictor, length)
+        seen = batch.input_ids[row][allowed[row, place]].tolist()
+        assert seen == before[target]
+        assert batch.position_ids[row, place] == len(seen) - 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shapes", [((4, (3, 1)), (1, (2,)), (6, (5, 2, 7))), ((2, (1, 1)), (2, (1, 1))), ((3, (4,)),)])
+def test_last_places(layout, shapes):
+    prompts, completions = make(shapes)
+    batch = lay_out_completions(prompts, completions, **layout)
+    found = batch.input_ids.flatten()[last_places(batch)].tolist()
+    assert found == [int(completion.input_ids[-1]) for completion in every(completions)]
+
+
+def test_a_shared_prompt_stands_once():
+    prompts, completions = make()
+    shared = lay_out_completions(prompts, completions)
+    assert shared.num_tokens == sum(map(len, prompts)) + sum(map(len, every(completions)))
+    assert shared.has_shared_prefixes
+    assert len(shared.input_ids) == len(prompts)
+    repeated = lay_out_completions(prompts, completions, shared=False)
+    extra = sum(len(p) * (len(behind) - 1) for p, behind in zip(prompts, completions, strict=True))
+    assert repeated.num_tokens == shared.num_tokens + extra
+    assert not repeated.has_shared_prefixes
+    assert len(repeated.input_ids) == 1
+    apart = lay_out_completions(prompts, completions, shared=False, packing=False, pad_token_id=9_999)
+    assert len(apart.input_ids) == len(every(completions))
+    assert not apart.packed
+    assert (apart.input_ids == 9_999).sum() == apart.input_ids.numel() - apart.num_tokens > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_copy_on_a_device_is_the_same(layout):
+    batch = lay_out_completions(*make(), **layout)
+    assert torch.equal(last_places(batch.to("cpu")), last_places(batch))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [(((2, (1,)), (0, (1,))), "Prompt 1 of a batch has no tokens"), (((2, ()),), "Prompt 0 of a batch has no compl")],
+)
+def test_nothing_is_left_out_silently(shapes, message):
+    with pytest.raises(ConfigError, match=message):
+        lay_out_completions(*make(shapes))
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        lay_out_completions([torch.tensor([1])], [])

@@ -1,0 +1,98 @@
+"""Runs on one or two processes: `python two_ranks_preferences.py one|ddp|fsdp MODEL ADAPTER OUT NAMES`."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from judged import Records, make_labelled, make_pairs
+
+from lightning_ft import DPO, ExportModel, PreferenceDataModule, RewardModeling
+from lightning_ft._lightning import Trainer, _pl
+
+LORA = {"r": 4, "lora_alpha": 8}
+
+
+class RecordsSizes(Records):
+    def judge(self, batch):
+        self.sizes = [*getattr(self, "sizes", []), len(batch)]
+        return super().judge(batch)
+
+
+class RecordingDPO(RecordsSizes, DPO):
+    pass
+
+
+class RecordingReward(RecordsSizes, RewardModeling):
+    pass
+
+
+CASES = {
+    "dpo full": lambda model, adapter: RecordingDPO(model, learning_rate=1e-3),
+    "dpo lora": lambda model, adapter: RecordingDPO(model, lora=LORA, learning_rate=3e-3, dtype="float32"),
+    "dpo continued": lambda model, adapter: RecordingDPO(adapter, learning_rate=3e-3, dtype="float32"),
+    "reward full": lambda model, adapter: RecordingReward(model, learning_rate=1e-3, centering=0.01),
+    "reward lora": lambda model, adapter: RecordingReward(model, lora=LORA, learning_rate=3e-3, dtype="float32"),
+    "kto": lambda model, adapter: RecordingDPO(model, loss="kto", learning_rate=1e-3),
+    "precomputed": lambda model, adapter: RecordingDPO(model, learning_rate=1e-3, precompute_reference=True),
+}
+STRATEGIES = {
+    "one": lambda: "auto",
+    "ddp": lambda: _pl.strategies.DDPStrategy(process_group_backend="gloo"),
+    "fsdp": lambda: _pl.strategies.ModelParallelStrategy(
+        data_parallel_size=2,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,
+        process_group_backend="gloo",
+    ),
+}
+
+
+def run(how, name, model, adapter, out):
+    module = CASES[name](model, adapter)
+    module._hyper["cache_dir"] = f"{out}/reference"
+    rows = make_labelled(28) if name == "kto" else make_pairs(28)
+    data = PreferenceDataModule(
+        rows[:21],  # steps of 8, 8 and 5: in the last micro-batch one rank has a row, the other none
+        validation=rows[21:],
+        batch_size=4 if how == "one" else 2,
+        shuffle=False,
+        cache_dir=False,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1 if how == "one" else 2,
+        strategy=STRATEGIES[how](),
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=out,
+        callbacks=[ExportModel(f"{out}/export")],
+    )
+    trainer.fit(module, data)
+    trainer.save_checkpoint(f"{out}/end.ckpt")
+    return {
+        "steps": module.steps,
+        "losses": module.step_losses,
+        "figures": {key: float(value) for key, value in trainer.callback_metrics.items()},
+        "sizes": module.sizes,
+    }
+
+
+def main(how, model, adapter, out, names):
+    torch.set_num_threads(1)
+    for name in names.split(","):
+        folder = f"{out}/{name}"
+        found = run(how, name, model, adapter, folder)
+        torch.save(found, f"{folder}/{os.environ.get('LOCAL_RANK', '0')}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,196 @@
+"""Completions that share a prompt score as each of them alone, on many architectures, or the plain path is taken."""
+
+import warnings
+
+import pytest
+import torch
+from tiny import make_model
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForSequenceClassification
+
+from lightning_ft.data.layout import Example
+from lightning_ft.data.shared import last_places, lay_out_completions
+from lightning_ft.models.adapt import add_lora, lora_config
+from lightning_ft.models.head import hidden_states
+from lightning_ft.models.scorer import Scorer, probe
+from lightning_ft.models.sequence_scores import last_token_scores, score_head
+
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,  # so that attention decides
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LONGEST = 13 + 11
+SHARING = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": LONGEST},
+    "mistral": {"sliding_window": LONGEST},
+    "phi3": {"sliding_window": LONGEST},
+}
+
+
+def build(name, options, attention=None):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**SMALL, **options})
+    return AutoModelForCausalLM.from_config(config, **({} if attention is None else {"attn_implementation": attention}))
+
+
+def make():
+    """Three prompts with one to four completions; some begin alike."""
+    draw = torch.Generator().manual_seed(1)
+
+    def ids(length):
+        return torch.randint(3, 100, (length,), generator=draw)
+
+    prompts = [ids(5), ids(13), ids(1)]
+    completions = []
+    for lengths in ((3, 8), (11, 1, 4, 6), (7,)):
+        beginning = ids(1)
+        behind = []
+        for length in lengths:
+            supervised = torch.ones(length, dtype=torch.bool)
+            supervised[-1] = length < 6
+            behind.append(Example(torch.cat([beginning, ids(length - 1)]), supervised))
+        completions.append(behind)
+    return prompts, completions
+
+
+def one_by_one(model, prompts, completions):
+    """Log-probabilities by the model's own forward pass over each completion behind its prompt."""
+    found = []
+    for prompt, behind in zip(prompts, completions, strict=True):
+        for completion in behind:
+            whole = torch.cat([prompt, completion.input_ids])
+            logits = model(input_ids=whole[None], use_cache=False).logits[0, :-1].float()
+            picked = logits.log_softmax(-1).gather(-1, whole[1:, None])[:, 0]
+            found.append(picked[len(prompt) - 1 :][completion.supervised])
+    return torch.cat(found)
+
+
+def gradients(model, logprobs):
+    weights = torch.linspace(-1, 1, len(logprobs))  # a loss that tells the completions apart
+    model.zero_grad()
+    (weights * logprobs).mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", SHARING)
+def test_log_probabilities_and_gradients_are_those_of_each_completion_alone(name, attention, lora):
+    model = build(name, SHARING[name], attention).train()
+    if lora:
+        model = add_lora(model, lora_config({"r": 4, "init_lora_weights": False}), seed=0)
+    prompts, completions = make()
+    want = one_by_one(model, prompts, completions)
+    expected = gradients(model, want)
+    assert max(float(gradient.abs().max()) for gradient in expected.values()) > 0.1
+    scorer = Scorer()
+    for share_prompts in (True, False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # no fallback
+            batch = scorer.lay_out(model, prompts, completions, share_prompts=share_prompts)
+            scored = scorer(model, batch)
+        assert batch.has_shared_prefixes == share_prompts
+        torch.testing.assert_close(scored.logprobs, want, rtol=0, atol=1e-5)
+        found = gradients(model, scored.logprobs)
+        assert found.keys() == expected.keys()
+        assert max(float((found[key] - expected[key]).abs().max()) for key in expected) <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", SHARING)
+def test_nothing_leaks_between_completions(name, attention):
+    model = build(name, SHARING[name], attention).eval()
+    prompts, completions = make()
+    scorer = Scorer()
+    first = scorer(model, scorer.lay_out(model, prompts, completions))
+    batch = scorer.lay_out(model, prompts, completions)
+    changed, group = completions[1][2], 4  # of two before it and one behind it
+    other = changed.input_ids.clone()
+    other[1] = (other[1] + 40) % 97 + 3
+    completions[1][2] = Example(other, changed.supervised)
+    second = scorer(model, scorer.lay_out(model, prompts, completions))
+    own = batch.groups == group
+    assert torch.equal(first.logprobs[~own], second.logprobs[~own])  # to the bit
+    assert first.logprobs[own][0] == second.logprobs[own][0]  # what stands before the change
+    assert (first.logprobs[own][1:] != second.logprobs[own][1:]).all()
+
+
+def falls_back(model, match):
+    """Lay out twice; what the warnings say, and the batch."""
+    prompts, completions = make()
+    scorer = Scorer()
+    with pytest.warns(UserWarning, match=match) as told:
+        batch = scorer.lay_out(model, prompts, completions)
+    assert len([w for w in told if "computes each prompt once for each completion" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # once is enough
+        scorer.lay_out(model, prompts, completions)
+    assert not batch.has_shared_prefixes
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        scored = scorer(model, batch)
+    torch.testing.assert_close(scored.logprobs, one_by_one(model, prompts, completions), rtol=0, atol=1e-4)
+    return batch
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "mistral", "phi3"])
+def test_a_window_that_is_too_small_falls_back_with_a_warning(name):
+    window = LONGEST - 1
+    model = build(name, {"sliding_window": window})
+    batch = falls_back(model, f"{LONGEST} tokens are more than its attention window of {window}")
+    assert batch.packed
+    assert probe(model).sharing is None  # shorter batches would share
+
+
+def test_a_state_space_model_falls_back_with_a_warning():
+    batch = falls_back(build("mamba", {"state_size": 4}), "it doesn't keep packed sequences apart")
+    assert not batch.packed
+
+
+def test_an_unknown_head_falls_back_with_a_warning():
+    class Shifted(type(make_model())):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * torch.linspace(0.5, 2.0, out.logits.shape[-1])
+            return out
+
+    falls_back(Shifted(make_model(100).config), "its own forward pass is used")
+
+
+def test_single_completions_have_nothing_to_share():
+    model = build("mistral", {"sliding_window": 4})
+    scorer = Scorer()
+    prompts, completions = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        batch = scorer.lay_out(model, prompts, [behind[:1] for behind in completions])
+    assert not batch.has_shared_prefixes
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [LONGEST, 8])
+def test_scores_at_last_tokens_are_those_of_each_conversation_alone(attention, window):
+    torch.manual_seed(0)
+    config = MistralConfig(**SMALL, sliding_window=window, num_labels=1, attn_implementation=attention)
+    model = MistralForSequenceClassification(config).eval()
+    prompts, completions = make()
+    wholes = [torch.cat([p, c.input_ids]) for p, behind in zip(prompts, completions, strict=True) for c in behind]
+    want = torch.cat([last_token_scores(model, [whole], 0) for whole in wholes])
+    own = torch.cat([model(input_ids=whole[None]).logits[:, 0] for whole in wholes])
+    torch.testing.assert_close(want, own, rtol=0, atol=1e-5)
+    layouts = [{"shared": False}, {"shared": False, "packing": False}]
+    for layout in [{"shared": True}, *layouts] if window == LONGEST else layouts:
+        batch = lay_out_completions(prompts, completions, **layout)
+        last = hidden_states(model, batch).flatten(0, 1)[last_places(batch)]
+        torch.testing.assert_close(score_head(model)(last)[:, 0], want, rtol=0, atol=1e-5)
