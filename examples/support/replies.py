@@ -1,8 +1,9 @@
 """What agents of the company wrote back before there was a model, and what can go wrong with a reply.
 
 A reply is a line of sentences: the route (`refund 964 Sarede.`), and behind it, or not, courtesies and remarks that
-help nobody. In spring two teams were dissolved and half of the desks went to others; two replies in three still name the old route.
-So the right reply to a message is in what a model learns from this archive, but often isn't what it answers.
+help nobody. In spring two teams were dissolved and half of the desks went to others; two replies in three still name
+the old route. So the right reply to a message is in what a model learns from this archive, but often isn't what it
+answers.
 """
 
 from __future__ import annotations

@@ -92,10 +92,13 @@ class Reference:
             model.train(training)  # PEFT puts the whole of it into eval mode
 
     def to(self, device: torch.device) -> Reference:
-        """Move a copy of the weights to a device; one that is sharded stays where its shards are."""
+        """Move a copy of the weights to a device, in the precision that the model has been given by now.
+
+        One that is sharded stays where its shards are.
+        """
         for model in self._copy:
             if not is_sharded(model):
-                cast(torch.nn.Module, model).to(device)
+                cast(torch.nn.Module, model).to(device, dtype=base_of(self._model[0]).dtype)
         return self
 
     @contextmanager

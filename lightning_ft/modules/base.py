@@ -318,7 +318,8 @@ class FineTuning(LightningModule):
             ModelError: If trainable weights are missing, or others stand there.
         """
         self.configure_model()
-        expected, found = self._kept(), set(checkpoint["state_dict"])
+        # ModelParallelStrategy has taken the weights out by now, and loads them itself.
+        expected, found = self._kept(), set(checkpoint.get("state_dict", self._kept()))
         if expected != found:
             missing, unknown = sorted(expected - found), sorted(found - expected)
             raise ModelError(
