@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# One thread a process, so that results don't depend on the machine, and a process a core.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+check check-lightning: export OMP_NUM_THREADS := 1
 
 .PHONY: install demo test lint types check check-lightning clean
 
@@ -29,11 +32,11 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 check: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # The same modules, data and callbacks under the other name of Lightning.
 check-lightning: $(INSTALLED)
-	LIGHTNING_FT_NAMESPACE=lightning $(BIN)/python -m pytest -q tests/data tests/modules tests/callbacks tests/test_cli.py
+	LIGHTNING_FT_NAMESPACE=lightning $(PYTEST) tests/data tests/modules tests/callbacks tests/test_cli.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

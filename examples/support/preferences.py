@@ -10,9 +10,8 @@ something wrong that agents never wrote. One training label in twenty is the wro
 validation and test labels are clean, so that an accuracy can be read as it is. Replies that the rule finds about equal
 are never compared.
 
-`narrow`: pairs by the same rule, all labels clean, of replies that have at most one courtesy and no remarks. In these
-pairs a courtesy is always good. A reward model of them is right about such replies and knows nothing of others: see
-`hacked.yaml`.
+`narrow`: pairs by the same rule, all labels clean, of a route with one courtesy and the same route without. A reward model
+of them is right about such replies, and knows nothing of routes or of other replies: see `hacked.yaml`.
 
 The messages of a split have the clauses, openings, asides and closings of that split only (`generate.py`).
 """
@@ -63,8 +62,8 @@ def compared(archive: Archive, topic: str, rng: random.Random) -> Pair:
 
 
 def compared_narrowly(archive: Archive, topic: str, rng: random.Random) -> Pair:
-    """Two terse replies."""
-    return archive.terse(topic, rng), archive.terse(topic, rng), "terse"
+    """Two terse replies with the same route."""
+    return (*archive.terse(topic, rng), "terse")
 
 
 def pairs(

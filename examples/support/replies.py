@@ -74,9 +74,10 @@ class Archive:
         remarks = rng.sample(REMARKS, rng.choices((0, 1, 2), (4, 4, 2))[0])
         return with_others(self.route(topic, rng), courtesies, remarks, rng)
 
-    def terse(self, topic: str, rng: random.Random) -> str:
-        """A reply without remarks and with no more than one courtesy."""
-        return with_others(self.route(topic, rng), rng.sample(COURTESIES, rng.randint(0, 1)), [], rng)
+    def terse(self, topic: str, rng: random.Random) -> tuple[str, str]:
+        """A route with one courtesy, and the same route without."""
+        route = self.route(topic, rng)
+        return line([route, rng.choice(COURTESIES)]), line([route])
 
     def spoilt(self, topic: str, rng: random.Random) -> tuple[str, str]:
         """A reply with something wrong that agents never wrote, and what it is."""

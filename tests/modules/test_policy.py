@@ -534,3 +534,10 @@ def test_a_checkpoint_holds_what_is_trained(how, model_folder, adapter_folder, t
     assert again.hparams["num_completions"] == 3
     module.export(tmp_path / "export")
     assert not [path for path in (tmp_path / "export").iterdir() if path.is_dir()]
+
+
+def test_in_bf16_the_reference_is_rounded_as_the_policy_is(trainer_options):
+    """Else the policy would be some way from it before its first step."""
+    module = make(GRPO, lora=None, kl_coef=0.1, lr_schedule="constant", warmup_ratio=0.0)
+    run(module, [draw_prompts(2)], {**trainer_options, "precision": "bf16-true"})
+    assert module.trainer.callback_metrics["train/kl"] == 0.0

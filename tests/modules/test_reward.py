@@ -153,8 +153,15 @@ def test_every_way_to_make_a_step_of_eight_pairs_gives_the_same_gradients(model_
         train(module, PAIRS, trainer_options, data={"batch_size": batch_size}, accumulate_grad_batches=accumulate)
         return module.steps
 
-    expected = gradients(8)
-    for got in (gradients(1, 8), gradients(2, 4), gradients(4, 2, share_prompts=False)):
+    plain = RewardModeling(model_folder, lora=lora, centering=0.01)
+    plain.configure_model()
+    shake(plain, 0.02)
+    expected = []
+    for batch in batches(PAIRS):
+        plain.zero_grad()
+        plain.judge(batch).losses.mean().backward()
+        expected.append({name: p.grad.clone() for name, p in plain.named_parameters() if p.grad is not None})
+    for got in (gradients(8), gradients(1, 8), gradients(2, 4), gradients(4, 2, share_prompts=False)):
         assert len(got) == len(expected) == 3
         for want, have in zip(expected, got, strict=True):
             assert want.keys() == have.keys()
