@@ -79,6 +79,8 @@ class DPO(PreferenceLearning):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
+        if not isinstance(loss, (str, dict)):
+            raise ConfigError(f"loss={loss!r}: expected a name, or a dict of names with their weights.")
         self.losses = {loss: 1.0} if isinstance(loss, str) else {name: float(weight) for name, weight in loss.items()}
         """Weight of each loss."""
         self.beta, self.label_smoothing, self.gamma = float(beta), float(label_smoothing), float(gamma)

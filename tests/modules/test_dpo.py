@@ -531,3 +531,8 @@ def test_a_whole_run_warns_of_nothing(model_folder, trainer_options):
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*does not have many workers|.*litlogger|.*isinstance")
         train(DPO(model_folder, lora=LORA), PAIRS, trainer_options, data={"validation": make_pairs(23)[20:]})
+
+
+def test_losses_without_weights_are_refused():
+    with pytest.raises(ConfigError, match="a dict of names with their weights"):
+        DPO("no/such-model", loss=["sigmoid", "sft"])
