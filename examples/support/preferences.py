@@ -10,8 +10,8 @@ something wrong that agents never wrote. One training label in twenty is the wro
 validation and test labels are clean, so that an accuracy can be read as it is. Replies that the rule finds about equal
 are never compared.
 
-`narrow`: pairs by the same rule, all labels clean, of a route with one courtesy and the same route without. A reward model
-of them is right about such replies, and knows nothing of routes or of other replies: see `hacked.yaml`.
+`narrow`: pairs by the same rule, all labels clean, of a route with one courtesy and the same route without. A reward
+model of them is right about such replies, and knows nothing of routes or of other replies: see `hacked.yaml`.
 
 The messages of a split have the clauses, openings, asides and closings of that split only (`generate.py`).
 """

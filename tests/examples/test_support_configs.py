@@ -42,4 +42,5 @@ def test_it_runs(name, support, tmp_path, monkeypatch):
         arguments += ["--model.rewards", "examples/support/rewards.py:true", "--model.num_completions", "2"]
     main([*arguments, "--data.batch_size", "4", "--data.cache_dir", "false"])
     with safe_open(tmp_path / "export" / "last" / "model.safetensors", "pt") as weights:
-        assert ("score.weight" in weights.keys()) == (name in ("reward", "narrow"))
+        names = weights.keys()
+    assert ("score.weight" in names) == (name in ("reward", "narrow"))
