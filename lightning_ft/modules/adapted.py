@@ -17,10 +17,10 @@ from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import shard
-from lightning_ft.modules.base import FineTuning
+from lightning_ft.modules.evaluation import EvaluatedFineTuning
 
 
-class AdaptedFineTuning(FineTuning):
+class AdaptedFineTuning(EvaluatedFineTuning):
     """Base of the RLHF modules: full weights or LoRA by one argument, without dropout, completions behind prompts.
 
     Args:

@@ -38,7 +38,6 @@ class PreferenceLearning(AdaptedFineTuning):
         super().__init__(*args, **kwargs)
         self._window = MeanWindow()
         self._examples = 0
-        self._evaluations: dict[int, MeanWindow] = {}
 
     def judge(self, batch: PreferenceBatch) -> Judged:
         """Losses of a batch, and figures to log; an empty batch gives empty ones that hang on the parameters.
@@ -78,37 +77,13 @@ class PreferenceLearning(AdaptedFineTuning):
         self.log_dict({f"train/{name}": mean for name, mean in means.items()}, batch_size=1)
         self.log_optimizer(optimizer, gradients)
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add up the figures of a validation batch."""
-        self._evaluate(batch, dataloader_idx)
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add up the figures of a test batch."""
-        self._evaluate(batch, dataloader_idx)
-
-    def _evaluate(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
+    def add_evaluation(self, sums: MeanWindow | None, batch: PreferenceBatch, batch_idx: int) -> MeanWindow:
+        """Add up the figures of a batch."""
         judged = self._judge(batch)
-        window = self._evaluations.setdefault(dataloader_idx, MeanWindow())
+        window = sums if sums is not None else MeanWindow()
         window.add({"loss": judged.losses, **judged.figures})
+        return window
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._evaluations = {}
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._evaluations = {}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the mean of each figure over all examples of all batches and ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the mean of each figure over all examples of all batches and ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
-        for index, window in sorted(self._evaluations.items()):
-            suffix = "" if len(self._evaluations) == 1 else f"/dataloader_{index}"
-            means = window.reduce(self.device)
-            self.log_dict({f"{split}/{name}{suffix}": mean for name, mean in means.items()})
+    def evaluation_figures(self, sums: MeanWindow) -> dict[str, float]:
+        """The mean of each figure over all examples of all batches and ranks."""
+        return sums.reduce(self.device)

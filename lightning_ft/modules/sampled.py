@@ -98,7 +98,6 @@ class SampledCompletions(AdaptedFineTuning):
         self.last_rollout: RolloutRecord | None = None
         """What the last training step sampled, to be looked at."""
         self._engine: RolloutEngine | None = None
-        self._validation: dict[str, Tensor] = {}
 
     # ---------------------------------------------------------------- sampling
 
@@ -193,63 +192,42 @@ class SampledCompletions(AdaptedFineTuning):
         sums = _rollout_sums(experience, experience.judged)
         every = [a.mean() for a in experience.advantages]
         sums["advantage"] = power_sums(torch.stack(every) if every else torch.zeros(0))
-        figures = self._means(sums, "train")
-        figures |= {f"train/{name}": value for name, value in experience.judged.metrics.items()}
-        figures.pop("train/advantage")
-        return figures
+        figures = {**self._means(sums), **experience.judged.metrics}
+        figures.pop("advantage")
+        return {f"train/{name}": value for name, value in figures.items()}
 
-    def _means(self, sums: dict[str, Tensor], prefix: str) -> dict[str, float]:
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
         together = summed_over_ranks(torch.stack([value.cpu() for value in sums.values()]), self.device)
         figures: dict[str, float] = {}
         for name, one in zip(sums, together, strict=True):
             if not one[0]:
                 continue  # no reward applied anywhere
             mean, std = mean_and_std(one)
-            figures[f"{prefix}/{name}"] = float(mean)
+            figures[name] = float(mean)
             if name.startswith(("reward", "advantage")):
-                figures[f"{prefix}/{name}_std"] = float(std.nan_to_num(0.0))
+                figures[f"{name}_std"] = float(std.nan_to_num(0.0))
         return figures
 
     # ---------------------------------------------------------------- validation
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def add_evaluation(self, sums: dict[str, Tensor] | None, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         """Sample one completion to each prompt, and have it judged by the training and the validation rewards."""
-        self._evaluate(batch, batch_idx)
-
-    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As `validation_step`."""
-        self._evaluate(batch, batch_idx)
-
-    def _evaluate(self, batch: PromptBatch, batch_idx: int) -> None:
         with _draws_of_its_own(_VALIDATION_SEED + batch_idx * self.trainer.world_size + self.global_rank, self.device):
             experience = self._sample(batch, 1)
-            sums = _rollout_sums(experience, self._judge(self.rewards, experience))
+            added = _rollout_sums(experience, self._judge(self.rewards, experience))
             if self.validation_rewards is not None:
                 others = self._judge(self.validation_rewards, experience).figures()
-                sums |= {name: value for name, value in others.items() if name != "reward"}
-        sums |= self._further_sums(experience)
-        for name, value in sums.items():
-            self._validation[name] = self._validation[name] + value.cpu() if name in self._validation else value.cpu()
+                added |= {name: value for name, value in others.items() if name != "reward"}
+        added |= self._further_sums(experience)
+        return {name: value.cpu() + (0 if sums is None else sums[name]) for name, value in added.items()}
 
     def _further_sums(self, experience: Experience) -> dict[str, Tensor]:
         """What else to log of validation completions, as `power_sums` by name."""
         return {}
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._validation = {}
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._validation = {}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log mean rewards and lengths over all completions of all ranks."""
-        self.log_dict(self._means(self._validation, "val"))
-
-    def on_test_epoch_end(self) -> None:
-        """Log mean rewards and lengths over all completions of all ranks."""
-        self.log_dict(self._means(self._validation, "test"))
+    def evaluation_figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Mean rewards and lengths over all completions of all ranks."""
+        return self._means(sums)
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.modules.base import STATE, FineTuning
+from lightning_ft.modules.base import STATE
+from lightning_ft.modules.evaluation import EvaluatedFineTuning
 from lightning_ft.modules.window import TokenWindow
 
 
-class SupervisedFineTuning(FineTuning):
+class SupervisedFineTuning(EvaluatedFineTuning):
     """Trains on the supervised tokens of `TokenBatch`es.
 
     The loss of an optimizer step is the mean over the supervised tokens of the whole step: all its micro-batches on all
@@ -22,7 +23,6 @@ class SupervisedFineTuning(FineTuning):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._window = TokenWindow()
-        self._evaluations: dict[int, TokenWindow] = {}
 
     def on_train_start(self) -> None:
         """As in `FineTuning`, and start counting."""
@@ -57,46 +57,21 @@ class SupervisedFineTuning(FineTuning):
         )
         self.log_optimizer(optimizer, gradients)
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Sum the log-likelihood of a validation batch."""
-        self._evaluate(batch, dataloader_idx)
-
-    def test_step(self, batch: TokenBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Sum the log-likelihood of a test batch."""
-        self._evaluate(batch, dataloader_idx)
-
-    def _evaluate(self, batch: TokenBatch, dataloader_idx: int) -> None:
+    def add_evaluation(self, sums: TokenWindow | None, batch: TokenBatch, batch_idx: int) -> TokenWindow:
+        """Sum the log-likelihood of a batch."""
         scored = self.score(batch, "sum")
-        self._evaluations.setdefault(dataloader_idx, TokenWindow()).add(-scored.logprobs, scored.correct, batch)
+        window = sums if sums is not None else TokenWindow()
+        window.add(-scored.logprobs, scored.correct, batch)
+        return window
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._evaluations = {}
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the last evaluation."""
-        self._evaluations = {}
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, split: str) -> None:
-        for index, window in sorted(self._evaluations.items()):
-            totals = window.reduce(self.device)
-            suffix = "" if len(self._evaluations) == 1 else f"/dataloader_{index}"
-            self.log_dict(
-                {
-                    f"{split}/loss{suffix}": totals.loss,
-                    f"{split}/perplexity{suffix}": math.exp(min(totals.loss, 700.0)),
-                    f"{split}/token_accuracy{suffix}": totals.accuracy,
-                },
-                prog_bar=True,
-            )
+    def evaluation_figures(self, sums: TokenWindow) -> dict[str, float]:
+        """Loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
+        totals = sums.reduce(self.device)
+        return {
+            "loss": totals.loss,
+            "perplexity": math.exp(min(totals.loss, 700.0)),
+            "token_accuracy": totals.accuracy,
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As in `FineTuning`, with the count of tokens."""
