@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -83,16 +84,17 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     return splits
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write(make: Callable[[int], dict[str, list[Row]]], description: str | None) -> None:
+    """The command of a script that writes rows, given by a function of the seed, to files by their name."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=HERE / "data")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in generate(arguments.seed).items():
+    for name, rows in make(arguments.seed).items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (arguments.folder / f"{split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+        (arguments.folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
-    main()
+    write(generate, __doc__)

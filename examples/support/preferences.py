@@ -18,17 +18,13 @@ The messages of a split have the clauses, openings, asides and closings of that 
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 
-from generate import Row, clauses, generate, message
+from generate import Row, clauses, generate, message, write
 from replies import Archive
 from rewards import true_reward
 
-HERE = Path(__file__).parent
 SIZES = {
     "preferences": {"train": 4000, "validation": 400, "test": 1000},
     "narrow": {"train": 2000, "validation": 400},
@@ -105,14 +101,7 @@ def everything(seed: int = 0) -> dict[str, list[Row]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=HERE / "data")
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in everything(arguments.seed).items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (arguments.folder / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    write(everything, __doc__)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from lightning_ft.models.load import pad_token_id
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Completion
+from lightning_ft.rollout.ranks import rank_and_ranks
 
 
 def run_arm(
@@ -61,7 +62,7 @@ def run_arm(
         batch_size=batch_size,
         share_prefix=share_prefix,
     )
-    rank, ranks = _rank_and_ranks()
+    rank, ranks = rank_and_ranks()
     if is_sharded(model):
         ranks = 1
     mine = range(rank if ranks > 1 else 0, len(arm.prompts), ranks)
@@ -99,12 +100,6 @@ def run_arm(
     )
 
 
-def _rank_and_ranks() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def _gather(answered: dict[int, Completion], ranks: int) -> list[Completion]:
     """The answers of all ranks, in the order of the requests."""
     if ranks > 1:
@@ -116,7 +111,7 @@ def _gather(answered: dict[int, Completion], ranks: int) -> list[Completion]:
 
 def _scores(plan: MeasurementPlan, outputs: Sequence[str]) -> tuple[float, ...]:
     """Score on one rank and tell the others, errors too: a rank that raises alone leaves the others waiting."""
-    rank, ranks = _rank_and_ranks()
+    rank, ranks = rank_and_ranks()
     told: list[Any] = [None]
     if rank == 0:
         try:

@@ -266,8 +266,12 @@ class FineTuning(LightningModule):
         batches = trainer.num_training_batches
         limits = [trainer.max_steps] if trainer.max_steps != -1 else []
         if trainer.max_epochs not in (None, -1) and not math.isinf(batches):
-            limits.append(sum(math.ceil(batches / self._accumulation(epoch)) for epoch in range(trainer.max_epochs)))
+            limits.append(sum(self._steps_of_epoch(int(batches), epoch) for epoch in range(trainer.max_epochs)))
         return min(limits) if limits else None
+
+    def _steps_of_epoch(self, batches: int, epoch: int) -> int:
+        """Optimizer steps that the batches of an epoch make."""
+        return math.ceil(batches / self._accumulation(epoch))
 
     def _accumulation(self, epoch: int) -> int:
         """Micro-batches of an optimizer step in an epoch; a GradientAccumulationScheduler changes it between epochs."""

@@ -16,12 +16,10 @@ from lightning_ft.functional.advantages import (
     leave_one_out_differences,
 )
 from lightning_ft.functional.kl import k1
-from lightning_ft.functional.moments import mean_and_std, power_sums
 from lightning_ft.functional.policy import LossType, PolicyLoss, check_policy_loss, policy_loss
 from lightning_ft.functional.surrogate import Level
 from lightning_ft.modules.experience import Experience, PolicyBatch
 from lightning_ft.modules.policy import PolicyOptimization
-from lightning_ft.modules.ranks import summed_over_ranks
 
 Advantage = Literal["group", "leave_one_out"]
 
@@ -134,9 +132,6 @@ class GRPO(PolicyOptimization):
             std = self._moments(rewards)[1] if by_batch else None
             advantages = group_advantages(rewards, count, scale=self._hyper["scale_rewards"], batch_std=std)
         experience.advantages = list(advantages[:, None].float())
-
-    def _moments(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        return mean_and_std(summed_over_ranks(power_sums(values), self.device))
 
     def loss(self, batch: PolicyBatch) -> PolicyLoss | Tensor:
         """The clipped surrogate, or CISPO's, and the KL where it counts in the loss."""

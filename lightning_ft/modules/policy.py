@@ -19,7 +19,7 @@ from lightning_ft.data.layout import TokenBatch
 from lightning_ft.errors import ConfigError
 from lightning_ft.functional.kl import k1, k3
 from lightning_ft.functional.logprobs import SelectedLogProbs
-from lightning_ft.functional.moments import power_sums
+from lightning_ft.functional.moments import mean_and_std, power_sums
 from lightning_ft.functional.policy import LossType, PolicyLoss, token_weights
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM
@@ -127,14 +127,12 @@ class PolicyOptimization(SampledCompletions):
         if self.global_rank and not self._resumed:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
-    def _total_steps(self) -> int | None:
-        trainer = self.trainer
-        batches = trainer.num_training_batches
-        limits = [trainer.max_steps] if trainer.max_steps != -1 else []
-        if trainer.max_epochs not in (None, -1) and batches != float("inf"):
-            each = self._hyper["epochs_per_rollout"] * self._hyper["steps_per_rollout"]
-            limits.append(trainer.max_epochs * int(batches) * each)
-        return min(limits) if limits else None
+    @property
+    def _steps_of_batch(self) -> int:
+        return int(self._hyper["epochs_per_rollout"] * self._hyper["steps_per_rollout"])
+
+    def _steps_of_epoch(self, batches: int, epoch: int) -> int:
+        return batches * self._steps_of_batch
 
     # ---------------------------------------------------------------- one training step
 
@@ -160,7 +158,7 @@ class PolicyOptimization(SampledCompletions):
 
     def measure(self, experience: Experience) -> None:
         """Score the completions under the policy, where it moves before they are used up, and under the reference."""
-        if self._hyper["epochs_per_rollout"] * self._hyper["steps_per_rollout"] > 1 or self.needs_old_logprobs:
+        if self._steps_of_batch > 1 or self.needs_old_logprobs:
             with evaluating(self.model):
                 experience.old_logprobs, experience.values = self._scored(experience, self.score_tokens)
         if self._reference is not None:
@@ -186,6 +184,10 @@ class PolicyOptimization(SampledCompletions):
                 values.update(zip(piece, experience.split(critic, piece), strict=True))
         order = range(len(experience.completions))
         return [logprobs[c] for c in order], None if values is None else [values[c] for c in order]
+
+    def _moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over the completions, or tokens, of all ranks."""
+        return mean_and_std(summed_over_ranks(power_sums(values, mask), self.device))
 
     def _further_sums(self, experience: Experience) -> dict[str, Tensor]:
         if self._reference is None:
@@ -249,14 +251,14 @@ class PolicyOptimization(SampledCompletions):
         lengths = experience.lengths[list(piece)].to(like.device)
         sequences = torch.arange(len(piece), device=like.device).repeat_interleave(lengths)  # [n]
         advantages = {c: experience.advantages[c].expand(len(experience.completions[c])) for c in piece}
-        old = picked(experience.old_logprobs, piece, like)
+        old = like.detach() if experience.old_logprobs is None else picked(experience.old_logprobs, piece, like)
         known = all(len(experience.sampling_logprobs[c]) for c in piece)  # not every engine says
         sampled = cast(Tensor, picked(experience.sampling_logprobs, piece if known else [], like))
-        gap = (like.detach() if old is None else old) - sampled if known else sampled
+        gap = cast(Tensor, old) - sampled if known else sampled
         self._window.add({"sampling_gap": gap.abs()})
         return PolicyBatch(
             logprobs=like,
-            old_logprobs=like.detach() if old is None else old,
+            old_logprobs=cast(Tensor, old),
             ref_logprobs=picked(experience.ref_logprobs, piece, like),
             advantages=cast(Tensor, picked(advantages, piece, like)),
             sequences=sequences,

@@ -21,7 +21,6 @@ from lightning_ft.functional.gae import (
 )
 from lightning_ft.functional.kl import AdaptiveKL, k1
 from lightning_ft.functional.logprobs import SelectedLogProbs
-from lightning_ft.functional.moments import mean_and_std, power_sums
 from lightning_ft.functional.policy import PolicyLoss, check_policy_loss, policy_loss
 from lightning_ft.models.critic import Critic
 from lightning_ft.models.optim import adamw, parameter_groups
@@ -200,9 +199,6 @@ class PPO(PolicyOptimization):
         figures = {"explained_variance": float(fit.nan_to_num(0.0)), "kl_coef": self.kl_coef}
         self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=1)
         self._move_coefficient(float(kl.sum()), len(lengths))
-
-    def _moments(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return mean_and_std(summed_over_ranks(power_sums(values, mask), self.device))
 
     def _move_coefficient(self, kl: float, completions: int) -> None:
         if self.kl_controller is not None:

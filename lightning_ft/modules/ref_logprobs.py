@@ -20,6 +20,7 @@ from lightning_ft.data.cache import default_folder
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import is_sharded
+from lightning_ft.rollout.ranks import rank_and_ranks
 
 SPLITS = ("train", "validation", "test")
 _AT_A_TIME = 8
@@ -67,6 +68,7 @@ class ReferenceLogProbs:
                 "precompute_reference=True looks at all rows beforehand: give the Trainer a PreferenceDataModule."
             )
         self._data, self._found = data, {}
+        rank, ranks = rank_and_ranks()
         weights = self.reference.to(device).fingerprint()
         for split in SPLITS:
             if split not in data.splits.given:
@@ -78,16 +80,16 @@ class ReferenceLogProbs:
                 rank_zero_info(f"{split}: log-probabilities under the reference read from {path}")
             else:
                 self._found[split] = self._compute(data, split, score, device)
-                if not dist.is_initialized() or dist.get_rank() == 0:
+                if rank == 0:
                     _write(path, self._found[split])
-            if dist.is_initialized():
+            if ranks > 1:
                 dist.barrier()
         self.reference.to(torch.device("cpu"))  # whoever asks for it later moves it back
 
     def _compute(
         self, data: Any, split: str, score: Callable[[PreferenceBatch], Tensor], device: torch.device
     ) -> Tensor:
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, ranks = rank_and_ranks()
         with self.reference.use() as model:
             sharded = is_sharded(model)  # all ranks have to run it in step, so each computes all rows
         mine: list[tuple[int, Tensor]] = []

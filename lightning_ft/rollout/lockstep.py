@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_ft.errors import ConfigError, RolloutError
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.shard import is_sharded
+from lightning_ft.rollout.ranks import rank_and_ranks
 
 
 class Lockstep:
@@ -30,8 +31,7 @@ class Lockstep:
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
-        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self.needed = ranks > 1 and is_sharded(model)
+        self.needed = rank_and_ranks()[1] > 1 and is_sharded(model)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """The largest of all ranks, of each number."""
