@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_ft.callbacks.compute import ComputeMeter
     from lightning_ft.callbacks.export import ExportModel
+    from lightning_ft.callbacks.retention import Retention
     from lightning_ft.callbacks.samples import SampleCompletions
     from lightning_ft.callbacks.token_savings import TokenSavings
     from lightning_ft.data.pairs import PairDataModule
@@ -38,6 +40,8 @@ _HOME = {
     "TokenSavings": "lightning_ft.callbacks.token_savings",
     "PromptBaseline": "lightning_ft.functional.savings",
     "Prices": "lightning_ft.functional.savings",
+    "Retention": "lightning_ft.callbacks.retention",
+    "ComputeMeter": "lightning_ft.callbacks.compute",
     "SampleCompletions": "lightning_ft.callbacks.samples",
     "ExportModel": "lightning_ft.callbacks.export",
 }
@@ -55,6 +59,8 @@ __all__ = [
     "TokenSavings",
     "PromptBaseline",
     "Prices",
+    "Retention",
+    "ComputeMeter",
     "SampleCompletions",
     "ExportModel",
     "__version__",

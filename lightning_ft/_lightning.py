@@ -70,6 +70,13 @@ def cli_module() -> ModuleType:
     return importlib.import_module(_MODULES[NAMESPACE] + ".cli")
 
 
+def available_flops(device: Any, dtype: Any) -> float | None:
+    """Operations a second that a device could do in a dtype, by Lightning's table; None where it isn't in it."""
+    fabric = "lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric"
+    found = importlib.import_module(f"{fabric}.utilities.throughput").get_available_flops(device, dtype)
+    return None if found is None else float(found)
+
+
 def check_same_namespace(trainer: Any, module: Any) -> None:
     """Refuse a Trainer of one Lightning with a LightningModule of the other.
 
@@ -93,6 +100,7 @@ __all__ = [
     "LightningDataModule",
     "LightningModule",
     "Trainer",
+    "available_flops",
     "check_same_namespace",
     "cli_module",
 ]

@@ -37,6 +37,14 @@ class SavingsError(LightningFTError, ValueError):
     """A token-savings measurement that would not be honest or is not defined."""
 
 
+class RetentionError(LightningFTError, ValueError):
+    """A measurement of forgetting that would compare with the wrong weights, or has nothing to read."""
+
+
+class ComparisonError(LightningFTError, ValueError):
+    """Methods that can't be compared: other data, other precision, or figures that would mean nothing."""
+
+
 class RolloutError(LightningFTError, RuntimeError):
     """A generation that failed outside this process: a server that can't be reached, another rank, a broken answer."""
 

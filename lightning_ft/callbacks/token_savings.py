@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import Callback
+from lightning_ft.callbacks.host import is_trainer, precision_of, results_folder
 from lightning_ft.data.request import Request
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.functional.cost import Prices
@@ -63,6 +63,9 @@ class TokenSavings(Callback):
         >>> baseline = PromptBaseline("Answer with the name of one department.")
         >>> savings = TokenSavings(baseline, scorer="label", margin=0.05)
     """
+
+    reports = True
+    """Its results go into the report that is written when training ends."""
 
     def __init__(
         self,
@@ -161,13 +164,13 @@ class TokenSavings(Callback):
             measurement.load_state_dict(self._loaded)
         if measurement.has_before:
             return
-        if _is_trainer(trainer) and trainer.global_step > 0:
+        if is_trainer(trainer) and trainer.global_step > 0:
             raise SavingsError(
                 f"This run resumes at step {trainer.global_step:,} from a checkpoint that holds no prompted arm, and "
                 "the original weights are gone. Start anew with TokenSavings among the callbacks, or compare the "
                 "exported models with lightning_ft.measurement.savings.measure_token_savings."
             )
-        with _precision(trainer):
+        with precision_of(trainer):
             measurement.before(required_model(pl_module))
 
     def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
@@ -194,11 +197,11 @@ class TokenSavings(Callback):
         step = getattr(trainer, "global_step", None)
         fresh = self.result is None or step is None or step != self._measured_at
         figures = self._measure(trainer, pl_module) if fresh else self._figures()
-        if _is_trainer(trainer):
+        if is_trainer(trainer):
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in figures.items()})
         for logger in getattr(trainer, "loggers", []):
             logger.log_metrics(figures, step=step)
-        folder = self._folder(trainer)
+        folder = results_folder(trainer, self.output_dir, self.name)
         if getattr(trainer, "is_global_zero", True) and self.result is not None:
             for warning in self.result.warnings:
                 rank_zero_warn(f"Token savings: {warning}")
@@ -206,6 +209,12 @@ class TokenSavings(Callback):
             if folder is not None:
                 written = self.result.save(folder)
                 rank_zero_info("Token savings written: " + ", ".join(map(str, written)))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the report, if this is the last callback that measures."""
+        from lightning_ft.report.fit import report_at_end
+
+        report_at_end(trainer, self)
 
     def state_dict(self) -> dict[str, Any]:
         """The arms of the original weights, as JSON types."""
@@ -226,7 +235,7 @@ class TokenSavings(Callback):
         progress = self.progress
         if progress is None:
             bars = getattr(trainer, "progress_bar_callback", None)
-            progress = bars is not None if _is_trainer(trainer) else True
+            progress = bars is not None if is_trainer(trainer) else True
         requests = self.requests if self.requests is not None else self._rows(trainer)
         return SavingsMeasurement(tokenizer, requests, self.baseline, progress=progress, **self._options)
 
@@ -254,7 +263,7 @@ class TokenSavings(Callback):
         if self._measurement is None:
             raise SavingsError("The prompted arm has not been measured: on_train_start must run before the first step.")
         provenance = {"split": self._split_used} if self._split_used else {}
-        with _precision(trainer):
+        with precision_of(trainer):
             self.result = self._measurement.after(required_model(module), provenance)
         self._measured_at = getattr(trainer, "global_step", None)
         return self._figures()
@@ -262,25 +271,3 @@ class TokenSavings(Callback):
     def _figures(self) -> dict[str, float]:
         figures = {} if self.result is None else self.result.figures()
         return {f"{self.name}/{key}": value for key, value in figures.items()}
-
-    def _folder(self, trainer: Any) -> Path | None:
-        if self.output_dir is False:
-            return None
-        if self.output_dir is not None and self.output_dir is not True:
-            return Path(self.output_dir)
-        if _is_trainer(trainer):
-            return Path(trainer.log_dir or trainer.default_root_dir) / self.name
-        return None
-
-
-def _is_trainer(trainer: Any) -> bool:
-    """Of whichever Lightning; Fabric isn't one."""
-    return hasattr(trainer, "callback_metrics")
-
-
-def _precision(trainer: Any) -> AbstractContextManager[Any]:
-    """The numerics that the run validates with."""
-    if _is_trainer(trainer):
-        context: AbstractContextManager[Any] = trainer.precision_plugin.forward_context()
-        return context
-    return trainer.autocast() if hasattr(trainer, "autocast") else nullcontext()  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_ft.errors import SavingsError
 from lightning_ft.functional.bootstrap import Interval
 from lightning_ft.functional.cost import Costs, Prices
 from lightning_ft.functional.gate import Gate
@@ -40,6 +41,11 @@ class SavingsResult:
         confidence: Of the intervals.
         provenance: What was measured, with what.
         warnings: What a reader of the figures has to know.
+        requests: What was asked, the last user turn of each, in the order of the arms' ids; empty where it wasn't kept.
+        references: The right answers, in the same order; empty where they weren't kept.
+
+    Raises:
+        SavingsError: If there are requests or references, but not one for each id of the arms.
     """
 
     arms: Mapping[str, ArmRecords]
@@ -51,6 +57,17 @@ class SavingsResult:
     confidence: float = 0.95
     provenance: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    requests: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("requests", "references"):
+            texts = getattr(self, name)
+            if texts and len(texts) != self.n:
+                raise SavingsError(
+                    f"{name} has {len(texts):,} texts for {self.n:,} request ids: give one for each, in their order, "
+                    "or none."
+                )
 
     @property
     def n(self) -> int:
@@ -120,6 +137,8 @@ class SavingsResult:
             "confidence": self.confidence,
             "provenance": dict(self.provenance),
             "warnings": list(self.warnings),
+            "requests": list(self.requests),
+            "references": list(self.references),
             "arms": {name: arm.to_dict() for name, arm in self.arms.items()},
         }
 
@@ -141,6 +160,8 @@ class SavingsResult:
             confidence=values["confidence"],
             provenance=values["provenance"],
             warnings=tuple(values["warnings"]),
+            requests=tuple(values.get("requests", ())),  # files of version 0.1.0 have neither
+            references=tuple(values.get("references", ())),
         )
 
     def __rich__(self) -> Group:

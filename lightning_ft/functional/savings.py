@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_ft.errors import SavingsError
-from lightning_ft.functional.bootstrap import Array, Statistic, bootstrap_intervals
+from lightning_ft.functional.bootstrap import Array, Interval, Statistic, bootstrap_intervals
 from lightning_ft.functional.cost import Costs, Prices, costs
 from lightning_ft.functional.gate import Gate, check_margin, quality_gate, required_requests
 from lightning_ft.functional.prompt import PromptBaseline
@@ -122,7 +122,7 @@ def token_savings(
         costs=None if prices is None else costs(prompted, tuned, prices),
         confidence=confidence,
         provenance=dict(provenance or {}),
-        warnings=tuple(_warnings(gate, arms)),
+        warnings=tuple(_warnings(gate, found["diff"], arms)),
     )
 
 
@@ -140,9 +140,9 @@ def _per_success_saving(sums: Mapping[str, Array]) -> Array:
     return np.asarray(1 - ratio)
 
 
-def _warnings(gate: Gate, arms: Mapping[str, ArmRecords]) -> list[str]:
+def _warnings(gate: Gate, difference: Interval, arms: Mapping[str, ArmRecords]) -> list[str]:
     found = []
-    if gate.underpowered:
+    if gate.underpowered and difference.hi > -gate.margin:  # what is plainly worse needs no more requests
         need = gate.required_n if gate.bound < 0 else required_requests(0.0, gate.margin)
         found.append(
             f"Underpowered: {gate.n:,} requests can't rule out a loss of {gate.margin:.1%} in quality, {need:,} are "

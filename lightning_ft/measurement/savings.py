@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -134,7 +135,7 @@ class SavingsMeasurement:
         if not self._before:
             raise SavingsError("The prompted arm has not been measured: call before(model) ahead of the first step.")
         tuned = self._arm("tuned", model)
-        return token_savings(
+        result = token_savings(
             self._before["prompted"],
             tuned,
             self._before["untuned"],
@@ -143,6 +144,12 @@ class SavingsMeasurement:
             resamples=self.resamples,
             seed=self.seed,
             provenance={**self._provenance(), **(provenance or {})},
+        )
+        asked = self.plan.requests  # the arms' ids are theirs, in their order
+        return replace(
+            result,
+            requests=tuple(_last_user_turn(request) for request in asked),
+            references=tuple(request.reference for request in asked),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,6 +194,10 @@ class SavingsMeasurement:
             "resamples": self.resamples,
             "versions": {name: version(name) for name in ("lightning-ft", "torch", "transformers", "peft")},
         }
+
+
+def _last_user_turn(request: Request) -> str:
+    return next((turn["content"] for turn in reversed(request.messages) if turn["role"] == "user"), "")
 
 
 def measure_token_savings(

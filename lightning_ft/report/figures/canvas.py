@@ -1,0 +1,114 @@
+"""Figures as files: the same figure, the same bytes, and readable where it is shrunk to a phone's width."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_ft.errors import MissingDependencyError
+from lightning_ft.report.blocks import Picture
+
+STYLE: Any = {
+    "svg.hashsalt": "lightning-ft",  # names inside an SVG are random without it
+    "svg.fonttype": "path",  # letters as shapes: no font of the reader's machine moves them
+    "text.parse_math": False,  # a currency or a name may hold dollar signs
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 11.0,
+    "axes.titlesize": 12.0,
+    "axes.labelsize": 11.0,
+    "legend.fontsize": 10.0,
+    "xtick.labelsize": 10.0,
+    "ytick.labelsize": 10.0,
+}
+DPI = 150
+_LINE, _HANDLE = 76, 6  # letters of a legend that fit side by side, and how many of them a marker takes
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture in both forms.
+
+    Args:
+        svg: For the page.
+        png: For slides and pull requests.
+    """
+
+    svg: bytes
+    png: bytes
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def drawn(picture: Picture) -> Drawn:
+    """Draw a picture.
+
+    Args:
+        picture: What to draw.
+
+    Raises:
+        MissingDependencyError: Without matplotlib.
+
+    Example:
+        >>> picture = Picture("line", "A line", "", lambda axes: axes.plot([0, 1]))
+        >>> drawn(picture).png[1:4], drawn(picture) == drawn(picture)
+        (b'PNG', True)
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("Pictures need matplotlib: pip install 'lightning-ft[report]'.") from error
+    with rc_context(STYLE):
+        figure = Figure(figsize=picture.size, dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)  # no window, whatever matplotlib is set to
+        axes = figure.subplots()
+        picture.draw(axes)
+        tidy(axes)
+        svg, png = io.BytesIO(), io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(png, format="png", metadata={"Software": None})
+    return Drawn(svg.getvalue(), png.getvalue())
+
+
+def tidy(axes: Any) -> None:
+    """No frame, and lines of the grid that stay behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def logarithmic(axis: Any, form: Callable[[float], str]) -> None:
+    """A log scale with numbers as people write them: matplotlib's own are formulas.
+
+    Args:
+        axis: Of matplotlib, `axes.xaxis` or `axes.yaxis`.
+        form: Writes a number.
+    """
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_formatter(lambda value, _place: form(value))
+    axis.set_minor_formatter(lambda _value, _place: "")
+
+
+def legend_below(axes: Any) -> None:
+    """A legend under the axes and their label, where it covers nothing; one for each figure or subfigure."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    rows = -(-sum(len(label) + _HANDLE for label in labels) // _LINE)
+    axes.get_figure().legend(
+        handles,
+        labels,
+        ncols=-(-len(labels) // rows),
+        frameon=False,
+        loc="outside lower center",
+        borderaxespad=0.3,
+        handlelength=1.4,
+        columnspacing=1.3,
+    )

@@ -1,0 +1,122 @@
+"""Write the report of a folder: a page, its pictures, Markdown for a pull request, JSON for a program."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_ft.errors import DataError
+from lightning_ft.report.blocks import Document
+from lightning_ft.report.collect import COMPARISON, COMPUTE, RETENTION, SAVINGS, RunReport, collect
+from lightning_ft.report.document import document
+from lightning_ft.report.figures.canvas import Drawn, can_draw, drawn
+from lightning_ft.report.page import NO_PICTURES, html_page
+from lightning_ft.report.pull_request import pull_request
+
+SCHEMA_VERSION = 1
+"""Of ``report.json``; it grows when a program that reads it would have to change."""
+FOLDER = "report"
+_log = logging.getLogger(__name__)  # only the first rank writes, so only it speaks
+
+
+def write_report(folder: str | Path, output: str | Path | None = None) -> list[Path]:
+    """Write ``report.html``, ``report.md``, ``report.json`` and a PNG file of every picture.
+
+    The page is one file with its pictures in it. The same results give the same bytes. Without matplotlib there are no
+    pictures, and page and Markdown say so.
+
+    Args:
+        folder: Of a run, of several, or of a comparison; see `lightning_ft.report.collect.collect`.
+        output: Where to write; by default ``report`` in `folder`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        DataNotFoundError: If there is no such folder.
+        DataError: If there are no results in it, or a file that isn't what its name says.
+
+    Example:
+        From a shell: ``lightning-ft report runs/support-lora``.
+    """
+    found = collect(folder)
+    if found.empty:
+        raise DataError(
+            f"{str(folder)!r} holds no results: none of {SAVINGS}, {RETENTION}, {COMPUTE} and {COMPARISON} is in it or "
+            "below it. They are written at the end of training by TokenSavings, Retention and ComputeMeter, and by "
+            "lightning-ft compare."
+        )
+    return write_files(found, Path(folder) / FOLDER if output is None else Path(output))
+
+
+def write_files(report: RunReport, folder: Path) -> list[Path]:
+    """Write the report of what was collected.
+
+    Args:
+        report: What was collected; not empty.
+        folder: It is made where there is none; an earlier report in it is replaced.
+
+    Returns:
+        The files written.
+    """
+    said = document(report)
+    pictures: dict[str, Drawn] = {}
+    if can_draw():
+        pictures = {picture.name: drawn(picture) for picture in said.pictures}
+    else:
+        _log.info(NO_PICTURES)
+    folder.mkdir(parents=True, exist_ok=True)
+    _drop_earlier_pictures(folder)
+    written = []
+    for name, content in _contents(report, said, pictures).items():
+        (folder / name).write_bytes(content)
+        written.append(folder / name)
+    return written
+
+
+def report_json(report: RunReport, said: Document, pictures: Mapping[str, Drawn]) -> dict[str, Any]:
+    """Everything that was collected, and what is said of it, as JSON types.
+
+    Args:
+        report: What was collected.
+        said: The document.
+        pictures: Those that were drawn.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "headlines": [{"verdict": headline.verdict or None, **asdict(headline)} for headline in said.headlines],
+        "warnings": list(said.warnings),
+        "facts": [asdict(fact) for fact in said.facts],
+        "pictures": [
+            {"file": f"{picture.name}.png", "alt": picture.alt, "caption": picture.caption}
+            for picture in said.pictures
+            if picture.name in pictures
+        ],
+        **report.to_dict(),
+    }
+
+
+def _contents(report: RunReport, said: Document, pictures: Mapping[str, Drawn]) -> dict[str, bytes]:
+    text = json.dumps(report_json(report, said, pictures), indent=1, ensure_ascii=False, allow_nan=False)
+    return {
+        "report.html": html_page(said, pictures).encode(),
+        "report.md": pull_request(said, pictures).encode(),
+        "report.json": (text + "\n").encode(),
+        **{f"{name}.png": picture.png for name, picture in pictures.items()},
+    }
+
+
+def _drop_earlier_pictures(folder: Path) -> None:
+    """Remove the pictures that an earlier report wrote here: this one may have fewer."""
+    try:
+        pictures = json.loads((folder / "report.json").read_text(encoding="utf-8"))["pictures"]
+        names = [picture["file"] for picture in pictures]
+    except (OSError, ValueError, KeyError, TypeError):  # there is no earlier report
+        return
+    for name in names:
+        if Path(name).name == name and name.endswith(".png"):
+            (folder / name).unlink(missing_ok=True)

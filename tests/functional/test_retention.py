@@ -1,0 +1,124 @@
+"""The formulas of retention against PyTorch's own and numbers worked out by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+from lightning_ft.errors import RetentionError
+from lightning_ft.functional.bootstrap import Interval
+from lightning_ft.functional.retention import (
+    PlaceSums,
+    RetentionResult,
+    kl_divergence,
+    kl_lower_bound,
+    retention,
+    top_k_and_tail,
+)
+
+
+def two_models(places=50, vocabulary=37, scale=3.0):
+    generator = torch.Generator().manual_seed(1)
+    return [(scale * torch.randn(places, vocabulary, generator=generator)).log_softmax(-1) for _ in range(2)]
+
+
+def test_kl_is_pytorchs():
+    base, tuned = two_models()
+    expected = kl_div(tuned, base, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(kl_divergence(base, tuned), expected)
+    assert float(kl_divergence(base, tuned).mean()) != pytest.approx(float(kl_divergence(tuned, base).mean()), rel=0.01)
+    assert kl_divergence(base, base).abs().max() == 0
+
+
+def test_tokens_that_are_ruled_out():
+    base = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    tuned = torch.tensor([[0.25, 0.25, 0.5]]).log()
+    assert float(kl_divergence(base, tuned)) == pytest.approx(math.log(2))
+    assert float(kl_divergence(tuned, base)) == math.inf
+    for k in (2, 3):  # nothing is left of the base behind them
+        assert float(kl_lower_bound(top_k_and_tail(base, k), tuned)) == pytest.approx(math.log(2))
+
+
+def test_the_lower_bound_rises_to_the_exact_divergence():
+    base, tuned = two_models()
+    exact = kl_divergence(base, tuned)
+    before = torch.zeros_like(exact)
+    for k in (1, 2, 4, 8, 16, 32, 36, 37, 100):
+        bound = kl_lower_bound(top_k_and_tail(base, k), tuned)
+        assert (bound <= exact + 1e-5).all()
+        assert (bound >= before - 1e-5).all()  # more tokens kept apart tell more
+        before = bound
+    torch.testing.assert_close(before, exact)  # every token kept
+
+
+def test_the_lower_bound_by_hand():
+    base, tuned = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[0.2, 0.3, 0.5]])
+    bound = kl_lower_bound(top_k_and_tail(base.log(), 1), tuned.log())
+    assert float(bound) == pytest.approx(0.6 * math.log(0.6 / 0.2) + 0.4 * math.log(0.4 / 0.8), abs=1e-6)
+
+
+def test_a_small_tail_is_not_rounded_away():
+    logits = torch.full((1, 1000), -30.0)
+    logits[0, 0] = 0.0
+    kept = top_k_and_tail(logits.log_softmax(-1), 1)
+    assert float(kept.tail) == pytest.approx(math.log(999) - 30, abs=1e-3)  # 1 - p would be 0 in fp32
+    assert kept.ids.dtype == torch.int32
+
+
+def test_figures_are_ratios_of_sums():
+    sums = PlaceSums((1, 3), (0.4, 0.4), (1.0, 6.0), (2.0, 9.0), (1, 1))
+    result = retention(sums, PlaceSums((2,), (3.0,), (1.0,), (1.0,), (2,)), base="step_0", top_k=8, texts_hash="x")
+    assert result.kl_general.value == pytest.approx(0.2)
+    assert result.ppl_ratio.value == pytest.approx(math.exp(11 / 4) / math.exp(7 / 4))
+    assert result.top1_agreement.value == 0.5
+    assert result.kl_task == Interval(1.5, 1.5, 1.5)
+    assert (result.texts, result.tokens, result.task_rows, result.task_tokens) == (2, 4, 1, 2)
+    assert result.lower_bound
+    assert "at least" in result.headline
+
+
+def test_intervals_hold_the_figure_and_narrow_with_texts():
+    generator = torch.Generator().manual_seed(0)
+
+    def of(count):
+        kl = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+        ones = (10,) * count
+        return retention(
+            PlaceSums(ones, tuple(kl), ones, ones, ones), base="model", top_k=None, texts_hash=""
+        ).kl_general
+
+    few, many = of(8), of(200)
+    for interval in (few, many):
+        assert interval.lo < interval.value < interval.hi
+    assert many.hi - many.lo < few.hi - few.lo
+
+
+@pytest.mark.parametrize("task", [None, PlaceSums((2, 2), (3.0, 1.0), (1.0, 1.0), (1.0, 1.0), (2, 2))])
+def test_json_and_back(tmp_path, task):
+    general = PlaceSums((1, 3), (math.inf, 0.4), (1.0, 6.0), (2.0, 9000.0), (1, 1))
+    result = retention(general, task, base="adapter_off", top_k=None, texts_hash="x", step=7, provenance={"seed": 0})
+    assert result.kl_general.value == result.ppl_ratio.value == math.inf
+    path = result.save(tmp_path / "retention")
+    values = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} isn't JSON"))
+    assert path.name == "retention.json"
+    assert values["kl_general"]["value"] == "Infinity"
+    assert RetentionResult.from_dict(values) == result
+    names = {"kl_general", "ppl_ratio", "top1_agreement"} | (set() if task is None else {"kl_task"})
+    ends = {f"{name}{end}" for name in names for end in ("", "_lo", "_hi")}
+    assert set(result.figures()) == ends | {"kl_lower_bound", "tokens"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (((), (), (), (), ()), "There is no text"),
+        (((0,), (0.0,), (0.0,), (0.0,), (0,)), "without a token to predict"),
+        (((1,), (math.nan,), (0.0,), (0.0,), (0,)), "kl of text 0 isn't a number .*Training has diverged"),
+        (((1, 1), (0.0, 0.0), (0.0, math.nan), (0.0, 0.0), (0, 0)), "base_nll of text 1 .*the base's weights"),
+    ],
+)
+def test_what_is_no_measurement(values, message):
+    with pytest.raises(RetentionError, match=message):
+        PlaceSums(*values)

@@ -1,0 +1,330 @@
+"""Retention around a loop: against whole logits, for every kind of base and head, and what is refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import TEXT, make_model
+from torch.nn.functional import kl_div
+
+from lightning_ft.data.request import Message, Request
+from lightning_ft.errors import RetentionError
+from lightning_ft.measurement import places as module
+from lightning_ft.measurement.general_texts import encode_task, encode_texts, load_texts
+from lightning_ft.measurement.retention import RetentionMeasurement, measure_retention
+
+TEXTS = [f"{line} {n}" for n, line in enumerate(TEXT * 2)]
+TASK = [
+    Request(f"r{n}", (Message(role="user", content=f"where is the {word}"),), f"here {n}")
+    for n, word in enumerate(("lamp", "kettle", "fox"))
+]
+QUICK = {"progress": False, "resamples": 99, "batch_size": 3}
+
+
+def adapted(model=None, *, trained=False, **options):
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": not trained}
+    torch.manual_seed(3)
+    return get_peft_model(make_model() if model is None else model, LoraConfig(**{**settings, **options}))
+
+
+def moved(model, scale=0.05):
+    """Another model: every weight that trains, a little elsewhere."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model
+
+
+@torch.no_grad()
+def by_whole_logits(base, tuned, examples):
+    """Divergence, likelihoods and agreement over all supervised places, from full logits of one text at a time."""
+    kl, nlls, agreed, count = 0.0, [0.0, 0.0], 0, 0
+    for example in examples:
+        keep = example.supervised[1:]
+        ids = example.input_ids[None]
+        both = [m.eval()(input_ids=ids).logits[0, :-1][keep].float().log_softmax(-1) for m in (base, tuned)]
+        targets = ids[0, 1:][keep, None]
+        kl += float(kl_div(both[1], both[0], log_target=True, reduction="sum"))
+        nlls = [n - float(m.gather(-1, targets).sum()) for n, m in zip(nlls, both, strict=True)]
+        agreed += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
+        count += len(targets)
+    return kl / count, float(torch.tensor((nlls[1] - nlls[0]) / count).exp()), agreed / count, count
+
+
+def check_against_whole_logits(result, base, tuned, tokenizer):
+    general = encode_texts(tokenizer, TEXTS, max_tokens=256)[0]
+    kl, ratio, agreement, count = by_whole_logits(base, tuned, general)
+    assert result.kl_general.value == pytest.approx(kl, rel=1e-4)
+    assert result.ppl_ratio.value == pytest.approx(ratio, rel=1e-4)
+    assert result.top1_agreement.value == pytest.approx(agreement)
+    assert result.tokens == count
+    task_kl, _, _, task_count = by_whole_logits(base, tuned, encode_task(tokenizer, TASK))
+    assert result.kl_task.value == pytest.approx(task_kl, rel=1e-4)
+    assert (result.task_rows, result.task_tokens) == (3, task_count)
+
+
+@pytest.mark.parametrize("chunk", [1024, 7])
+@pytest.mark.parametrize("options", [{}, {"tie": True}, {"layers": 1}], ids=str)
+def test_two_models(monkeypatch, tokenizer, options, chunk):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    base, tuned = make_model(**options), moved(make_model(**options))
+    result = measure_retention(tuned, tokenizer, original=base, texts=TEXTS, task=TASK, **QUICK)
+    check_against_whole_logits(result, base, tuned, tokenizer)
+    assert (result.base, result.top_k, result.lower_bound) == ("model", None, False)
+    assert result.kl_general.value > 0.01
+
+
+def test_what_the_architecture_does_to_its_logits(tokenizer):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=2.0,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    base = Gemma2ForCausalLM(config)
+    tuned = moved(copy.deepcopy(base), 0.3)
+    result = measure_retention(tuned, tokenizer, original=base, texts=TEXTS, task=TASK, **QUICK)
+    check_against_whole_logits(result, base, tuned, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"use_dora": True},
+    ],
+    ids=["linear", "head", "copied head", "dora"],
+)
+def test_an_adapter_switched_off(tokenizer, options):
+    model = adapted(**options)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    measurement = RetentionMeasurement(tokenizer, TEXTS, TASK, **QUICK)
+    measurement.before(model)
+    at_start = measurement.after(model)
+    assert (at_start.base, at_start.kl_general.value, at_start.top1_agreement.value) == ("adapter_off", 0.0, 1.0)
+    moved(model)
+    result = measurement.after(model)
+    check_against_whole_logits(result, make_model(), model, tokenizer)
+    assert trains == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert measure_retention(model, tokenizer, texts=TEXTS, task=TASK, **QUICK).kl_general == result.kl_general
+
+
+def test_step_0_is_a_lower_bound_that_becomes_exact(tokenizer):
+    base, tuned = make_model(), moved(make_model())
+    exact = measure_retention(tuned, tokenizer, original=base, texts=TEXTS, task=TASK, **QUICK)
+    divergences = []
+    for k in (1, 8, 64, 400):
+        measurement = RetentionMeasurement(tokenizer, TEXTS, TASK, top_k=k, **QUICK)
+        measurement.before(base)
+        result = measurement.after(tuned)
+        assert (result.base, result.top_k, result.lower_bound) == ("step_0", k, True)
+        # these don't hang on what is kept
+        assert (result.ppl_ratio, result.top1_agreement) == (exact.ppl_ratio, exact.top1_agreement)
+        divergences.append(result.kl_general.value)
+        assert result.kl_task.value <= exact.kl_task.value + 1e-6
+    assert divergences == sorted(divergences)
+    assert divergences[0] < 0.9 * exact.kl_general.value
+    assert divergences[-1] == pytest.approx(exact.kl_general.value, rel=1e-5)
+
+
+def test_adapters_that_are_no_new_ones_are_compared_with_where_they_start(tokenizer):
+    for model in (adapted(trained=True), adapted(init_lora_weights="pissa")):
+        explicit = RetentionMeasurement(tokenizer, TEXTS, base="adapter_off", **QUICK)
+        with pytest.raises(RetentionError, match=r"the adapter was trained before.*Pass base='step_0'"):
+            explicit.before(model)
+        assert not explicit.has_before
+        measurement = RetentionMeasurement(tokenizer, TEXTS, **QUICK)
+        measurement.before(model)
+        result = measurement.after(model)
+        assert (result.base, result.kl_general.value) == ("step_0", 0.0)
+
+
+def test_a_model_that_changes_between_two_readings(tokenizer):
+    model = make_model()
+    calls = []
+
+    def drift(*_):
+        calls.append(1)
+        if len(calls) == 6:  # 2 passes ask for the head, 3 keep the texts, and the next one reads them again
+            moved(model)
+
+    model.model.register_forward_hook(drift)
+    with pytest.raises(RetentionError, match="away from itself"):
+        RetentionMeasurement(tokenizer, TEXTS, base="step_0", **QUICK).before(model)
+    assert len(calls) == 8
+
+
+def test_training_goes_on_as_it_was(tokenizer):
+    model = adapted(make_model(dropout=0.5)).train()
+    model.base_model.model.model.layers[0].eval()
+    modes = [part.training for part in model.modules()]
+    state = torch.get_rng_state()
+    measurement = RetentionMeasurement(tokenizer, TEXTS, TASK, **QUICK)
+    measurement.before(model)
+    measurement.after(model)
+    assert modes == [part.training for part in model.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_state_survives_a_checkpoint(tokenizer, tmp_path, kind):
+    make = make_model if kind == "full" else adapted
+    first = RetentionMeasurement(tokenizer, TEXTS, TASK, **QUICK)
+    first.before(make())
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    second = RetentionMeasurement(tokenizer, TEXTS, TASK, **{**QUICK, "batch_size": 8})
+    second.load_state_dict(state)
+    tuned = moved(make())
+    expected, found = first.after(tuned), second.after(tuned)
+    assert found.kl_general.value == pytest.approx(expected.kl_general.value, rel=1e-5)  # another batch size
+    third = RetentionMeasurement(tokenizer, TEXTS, TASK, **QUICK)
+    third.load_state_dict(state)
+    assert third.after(tuned) == expected
+
+    with pytest.raises(RetentionError, match="on other texts or task rows"):
+        RetentionMeasurement(tokenizer, TEXTS[1:], TASK, **QUICK).load_state_dict(state)
+    other = "adapter_off" if kind == "full" else "step_0"
+    with pytest.raises(RetentionError, match=f"compares with base='{state['base']}'"):
+        RetentionMeasurement(tokenizer, TEXTS, TASK, base=other, **QUICK).load_state_dict(state)
+
+
+def test_half_precision_and_autocast(tokenizer):
+    model = adapted(make_model().bfloat16())
+    measurement = RetentionMeasurement(tokenizer, TEXTS, base="adapter_off", **QUICK)
+    measurement.before(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        measurement.before(model)
+    moved(model)  # outside: autocast keeps what it has cast until it is left
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert measurement.after(model).kl_general.value > 0.01
+    assert measurement.after(model).provenance["dtype"] == "bfloat16"
+
+
+def test_trained_weights_are_never_taken_for_the_base(tokenizer):
+    with pytest.raises(RetentionError, match="nothing was kept of those before"):
+        RetentionMeasurement(tokenizer, TEXTS, **QUICK).before(adapted(trained=True), trained=True)
+    vouched = RetentionMeasurement(tokenizer, TEXTS, base="adapter_off", **QUICK)
+    vouched.before(adapted(trained=True), trained=True)
+    assert vouched.after(adapted(trained=True)).kl_general.value > 0.01
+    with pytest.raises(RetentionError, match="nothing to compare with"):
+        RetentionMeasurement(tokenizer, TEXTS, **QUICK).after(make_model())
+    with pytest.raises(RetentionError, match="Pass original="):
+        measure_retention(make_model(), tokenizer, texts=TEXTS)
+    with pytest.raises(RetentionError, match="no adapter any more"):
+        vouched.after(make_model())
+
+
+def test_models_that_are_refused(tokenizer):
+    from peft import PromptTuningConfig
+    from transformers import LlamaForSequenceClassification
+
+    def before(model, **options):
+        RetentionMeasurement(tokenizer, TEXTS, **QUICK, **options).before(model)
+
+    with pytest.raises(RetentionError, match="needs a causal model"):
+        before(LlamaForSequenceClassification(make_model().config))
+    with pytest.raises(RetentionError, match="tokens of their own"):
+        before(get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))
+    with pytest.raises(RetentionError, match="needs an adapter"):
+        before(make_model(), base="adapter_off")
+    broken = make_model()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(RetentionError, match="isn't a number"):
+        before(broken)
+    with pytest.raises(RetentionError, match="400 tokens and the tuned model 500"):
+        measure_retention(make_model(500), tokenizer, original=make_model(400), texts=TEXTS, **QUICK)
+    odd = make_model()
+    odd.register_forward_hook(lambda _, __, out: setattr(out, "logits", out.logits * 2))
+    with pytest.raises(RetentionError, match="LlamaForCausalLM does something to its logits"):
+        before(odd)
+    with pytest.raises(RetentionError, match=r"General text 0 has 600 tokens, the model's context is 512"):
+        RetentionMeasurement(tokenizer, ["fox " * 900], max_tokens=600, **QUICK).before(make_model())
+
+
+def test_texts_from_files(tmp_path):
+    rows = tmp_path / "texts.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": text, "author": "A"}) for text in ("one\u2028two", "three")) + "\n\n")
+    assert load_texts(str(rows)) == ["one\u2028two", "three"]
+    prose = tmp_path / "texts.txt"
+    prose.write_text("One line\nand another.\n \n\nTwo.\n")
+    assert load_texts(prose) == ["One line\nand another.", "Two."]
+    assert load_texts(prose, max_texts=1) == ["One line\nand another."]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', r'a.jsonl, line 2: no "text"'),
+        ("a.jsonl", '{"text": 3}', "line 1: no"),
+        ("a.jsonl", "not json", "line 1: not JSON"),
+        ("a.txt", " \n\n", "There are no texts"),
+        ("a.csv", "text", r"expected a .jsonl file, a .txt file, or a list"),
+        ("a.txt", b"\xff\xfe", "can't be read as UTF-8"),
+        ("missing.txt", None, "can't be read"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RetentionError, match=message):
+        load_texts(path)
+
+
+def test_texts_and_rows_that_are_refused(tokenizer):
+    for given, message in ((None, "no general texts to read"), ([], "no texts"), ([b"x"], r"texts\[0\] is of type")):
+        with pytest.raises(RetentionError, match=message):
+            load_texts(given)
+    with pytest.raises(RetentionError, match="max_texts=0"):
+        load_texts(TEXTS, max_texts=0)
+    with pytest.raises(RetentionError, match=r"2 general texts have fewer than 2 tokens.*text 1, ''"):
+        RetentionMeasurement(tokenizer, ["the lamp", "", "a"])
+    with pytest.raises(RetentionError, match="max_tokens=1"):
+        RetentionMeasurement(tokenizer, TEXTS, max_tokens=1)
+    for row, message in ((([], [1]), "Task row 0 has no prompt"), (([1], []), "Task row 0 has no answer")):
+        with pytest.raises(RetentionError, match=message):
+            RetentionMeasurement(tokenizer, TEXTS, [row])
+    for option, value in (("base", "off"), ("top_k", 0), ("batch_size", 0)):
+        with pytest.raises(RetentionError, match=f"{option}="):
+            RetentionMeasurement(tokenizer, TEXTS, **{option: value})
+
+
+def test_texts_are_cut_and_counted(tokenizer):
+    measurement = RetentionMeasurement(tokenizer, [TEXT[0] * 9, "the fox"], max_tokens=8, **QUICK)
+    assert [len(example) for example in measurement.general] == [8, len(tokenizer("the fox")["input_ids"])]
+    measurement.before(make_model())
+    result = measurement.after(make_model())
+    assert result.provenance["texts_cut"] == 1
+    assert result.tokens == 7 + len(measurement.general[1]) - 1
+
+
+def test_requests_are_the_token_pairs_that_they_encode_to(tokenizer):
+    examples = encode_task(tokenizer, TASK)
+    pairs = []
+    for example in examples:
+        start = int(example.supervised.nonzero()[0])
+        end = int(example.supervised.nonzero()[-1]) + 1  # the template writes a line break behind the answer
+        pairs.append((example.input_ids[:start].tolist(), example.input_ids[start:end].tolist()))
+    base, tuned = make_model(), moved(make_model())
+    results = [
+        measure_retention(tuned, tokenizer, original=base, texts=TEXTS, task=rows, **QUICK) for rows in (TASK, pairs)
+    ]
+    assert results[0].kl_task.value == pytest.approx(results[1].kl_task.value, rel=1e-5)
+    assert results[0].task_tokens == results[1].task_tokens

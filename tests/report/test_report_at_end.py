@@ -1,0 +1,93 @@
+"""The report that a fit writes by itself."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_ft._lightning import Callback, Trainer, _pl
+from lightning_ft.report.fit import report_at_end
+
+BoringModel = importlib.import_module(f"{_pl.__name__}.demos.boring_classes").BoringModel
+
+
+class Measures(Callback):
+    """Writes a result when training ends, as the measuring callbacks do."""
+
+    reports = True
+
+    def __init__(self, name, write, output_dir=None):
+        super().__init__()
+        self.name, self.write, self.output_dir = name, write, output_dir
+        self.written = None
+
+    @property
+    def state_key(self):
+        return f"Measures({self.name})"
+
+    def on_train_end(self, trainer, pl_module):
+        if self.output_dir is not False:
+            self.write(trainer.log_dir or trainer.default_root_dir)
+
+    def on_fit_end(self, trainer, pl_module):
+        self.written = report_at_end(trainer, self)
+
+
+def fit(trainer_options, *callbacks):
+    torch.manual_seed(0)
+    Trainer(max_steps=1, callbacks=list(callbacks), **trainer_options).fit(BoringModel())
+
+
+@pytest.fixture
+def writers(make):
+    return {
+        "retention": lambda folder: make.write(Path(folder) / "retention", "retention.json", make.retention()),
+        "compute": lambda folder: make.write(Path(folder) / "compute", "compute.json", make.compute()),
+    }
+
+
+def test_the_last_one_writes_it_once(trainer_options, tmp_path, writers):
+    first, last = (Measures(name, write) for name, write in writers.items())
+    fit(trainer_options, first, Callback(), last, Callback())
+    assert first.written == []
+    assert [path.name for path in last.written] == ["report.html", "report.md", "report.json"]
+    assert last.written[0].parent == tmp_path / "report"
+    page = last.written[0].read_text()
+    assert "What was forgotten" in page
+    assert "What training took" in page
+
+
+def test_what_else_lies_in_the_folder_is_not_reported(trainer_options, tmp_path, make, writers):
+    make.run(tmp_path / "an earlier run")
+    last = Measures("retention", writers["retention"])
+    fit(trainer_options, last)
+    page = last.written[0].read_text()
+    assert "What was forgotten" in page
+    assert "What training took" not in page
+
+
+def test_callbacks_that_write_nothing_get_no_report(trainer_options, tmp_path, writers):
+    silent = [Measures(name, write, output_dir=False) for name, write in writers.items()]
+    fit(trainer_options, *silent)
+    assert silent[-1].written == []
+    assert not (tmp_path / "report").exists()
+
+
+def test_results_elsewhere_get_no_report(trainer_options, tmp_path, writers):
+    away = Measures("retention", lambda folder: None, output_dir=tmp_path / "away")
+    fit(trainer_options, away)
+    assert away.written == []
+    assert not (tmp_path / "report").exists()
+
+
+def test_only_the_first_rank_writes(trainer_options, tmp_path, writers):
+    last = Measures("retention", writers["retention"])
+    fit(trainer_options, last)
+
+    class Other:
+        callbacks = [last]  # noqa: RUF012
+        is_global_zero = False
+        log_dir = str(tmp_path)
+
+    assert report_at_end(Other(), last) == []
