@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 
+from lightning_ft.commands import COMMANDS, run_command
 from lightning_ft.errors import LightningFTError
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a subcommand; an error that says what to do is printed without its traceback."""
-    from lightning_ft.cli import FineTuningCLI
-
+    given = sys.argv[1:] if args is None else args
     try:
-        FineTuningCLI(args=args)
+        if given and given[0] in COMMANDS:
+            run_command(given[0], given[1:])
+        else:
+            from lightning_ft.cli import FineTuningCLI
+
+            FineTuningCLI(args=args)
     except LightningFTError as error:
         sys.exit(f"lightning-ft: {type(error).__name__}: {error}")
 

@@ -10,9 +10,11 @@ from types import MethodType
 from typing import Any
 
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
+from lightning_ft.commands import COMMANDS
 from lightning_ft.errors import ConfigError
 
 _cli = cli_module()
+_DESCRIPTION = "Fine-tune language models. Also: " + "; ".join(f"`{name}`: {does}" for name, does in COMMANDS.items())
 
 
 class FineTuningTrainer(Trainer):
@@ -82,7 +84,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-ft"} if run else {},
+            parser_kwargs={"prog": "lightning-ft", "description": _DESCRIPTION} if run else {},
             args=args,
             run=run,
         )

@@ -142,6 +142,32 @@ class Splits(Generic[RowT]):
         self.report["train"].read -= len(held)
         self.report["train"].kept -= len(held)
 
+    def sample(self, name: str, count: int) -> None:
+        """Keep so many rows of a split that was loaded and not yet encoded, drawn by the seed of the rules.
+
+        Fewer are always among more: a learning curve adds rows and exchanges none.
+
+        Raises:
+            ConfigError: If the split has fewer, or it is too late.
+
+        Example:
+            >>> rules = RowRules(None, "error", 64, "error", seed=0, cache=None)
+            >>> splits = Splits({"train": [{"input": str(n), "output": "even"} for n in range(9)]}, rules)
+            >>> splits.load(["train"])
+            >>> splits.sample("train", 4)
+            >>> len(splits.rows["train"][0]), splits.report["train"].kept
+            (4, 4)
+        """
+        places = [(k, i) for k, part in enumerate(self.rows[name]) for i in range(len(part))]
+        if name in self.encoded or not 1 <= count <= len(places):
+            raise ConfigError(f"{name}: {count:,} of {len(places):,} rows can't be drawn before they are encoded.")
+        kept = set(random.Random(self.rules.seed).sample(places, len(places))[:count])
+        self.rows[name] = [
+            [row for i, row in enumerate(part) if (k, i) in kept] for k, part in enumerate(self.rows[name])
+        ]
+        self.report[name].kept = count
+        self.report[name].notes["row not drawn"] += len(places) - count
+
     def _count_overlap(self) -> None:
         train = {row.key for part in self.rows.get("train", []) for row in part}
         for name in ("validation", "test"):

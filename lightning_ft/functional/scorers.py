@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning_ft.errors import SavingsError
+from lightning_ft.importing import from_file, from_import_path
 
 Scorer = Callable[[str, str], float]
 """Answer and reference to a score from 0 (wrong) to 1 (right)."""
@@ -133,7 +133,7 @@ def resolve_scorer(scorer: str | Scorer, references: Sequence[str]) -> tuple[str
 
     Args:
         scorer: ``"exact"``, ``"normalized"``, ``"label"``, ``"json"``, a function, or where to import one from, as
-            ``"package.module.function"`` or ``"package.module:function"``.
+            ``"package.module.function"``, ``"package.module:function"`` or ``"path/to/file.py:function"``.
         references: Whose labels ``"label"`` takes.
 
     Raises:
@@ -149,15 +149,18 @@ def resolve_scorer(scorer: str | Scorer, references: Sequence[str]) -> tuple[str
         return scorer, LabelMatch(references)
     if scorer in NAMED:
         return scorer, NAMED[scorer]
-    module, _, name = scorer.rpartition(":" if ":" in scorer else ".")
-    try:
-        found = getattr(importlib.import_module(module), name) if module else None
-    except (ImportError, AttributeError) as error:
-        raise SavingsError(f"scorer={scorer!r} can't be imported: {error}") from error
+    found: Any = None
+    if ".py:" in scorer:
+        found = from_file(scorer, argument="scorer", error=SavingsError)
+    elif "." in scorer or ":" in scorer:
+        try:
+            found = from_import_path(scorer, argument="scorer", error=SavingsError)
+        except (ImportError, AttributeError) as error:
+            raise SavingsError(f"scorer={scorer!r} can't be imported: {error}") from error
     if not callable(found):
         names = ", ".join(map(repr, [*NAMED, "label"]))
         raise SavingsError(f"scorer={scorer!r}: expected {names}, a function, or where to import one from.")
-    return scorer, found
+    return scorer, cast(Scorer, found)
 
 
 def score_answers(

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+FOLDERS = ("tiny_base", "support", "medical_coding", "legal_citation", "api_calls", "domain_base")
+OF_A_DOMAIN = ("language", "pretraining", "generate", "metrics", "choose_baseline")
 OF_THE_EXAMPLES = (
     *("english", "corpus", "build"),
-    *("wording", "generate", "choose_baseline", "replies", "rewards", "preferences", "evaluate"),
+    *(f"{domain}_{part}" for domain in ("medical", "legal", "api") for part in OF_A_DOMAIN),
+    *("api_company", "pretrain"),
+    *("wording", "generate", "choose_baseline", "replies", "rewards", "preferences", "evaluate", "support_metrics"),
 )
 
 
@@ -16,7 +20,7 @@ OF_THE_EXAMPLES = (
 def _modules_of_the_examples():
     """`import english` and the like work while these tests run, and leave nothing behind."""
     path, before = list(sys.path), set(sys.modules)
-    sys.path[:0] = [str(EXAMPLES / "tiny_base"), str(EXAMPLES / "support")]
+    sys.path[:0] = [str(EXAMPLES / folder) for folder in FOLDERS]
     yield
     sys.path[:] = path
     for name in OF_THE_EXAMPLES:

@@ -1,0 +1,154 @@
+"""One run of a comparison in a process of its own: `python -m lightning_ft.comparison.worker FOLDER`.
+
+The folder holds `config.yaml`, a configuration of `lightning-ft fit`, and `plan.json`; the run writes `result.json`,
+once it is complete. A run that was killed goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lightning_ft._lightning import NAMESPACE
+from lightning_ft.callbacks.compute import ComputeMeter
+from lightning_ft.callbacks.retention import Retention
+from lightning_ft.cli import FineTuningCLI
+from lightning_ft.comparison.plan import PlannedRun
+from lightning_ft.comparison.recorder import CHECKPOINT, RunRecorder
+from lightning_ft.errors import ComparisonError, LightningFTError
+from lightning_ft.functional.comparison import RunResult
+from lightning_ft.functional.prompt import PromptBaseline
+from lightning_ft.functional.records import ArmRecords
+from lightning_ft.measurement.arms import run_arm
+from lightning_ft.measurement.plan import MeasurementPlan, measurement_plan
+
+PLAN, CONFIG, RESULT = "plan.json", "config.yaml", "result.json"
+_OF_THE_PLAN = ("scorer", "max_new_tokens", "max_requests", "seed")
+
+
+def test_split(data: Any) -> str:
+    """The rows that decide: those of the test, or of the validation where there are none."""
+    return "test" if "test" in data.splits.given else "validation"
+
+
+def savings_plan(tokenizer: Any, data: Any, split: str, savings: dict[str, Any]) -> MeasurementPlan:
+    """What is asked of a split.
+
+    Args:
+        tokenizer: The model's.
+        data: The DataModule, its rows loaded.
+        split: ``test`` or ``validation``.
+        savings: Arguments of `TokenSavings`.
+
+    Raises:
+        SavingsError: For everything that can be known without the model.
+    """
+    baseline = savings.get("baseline")
+    if isinstance(baseline, str):
+        baseline = PromptBaseline.from_file(baseline)
+    elif isinstance(baseline, dict):
+        baseline = PromptBaseline(**baseline.get("init_args", baseline))
+    options = {name: savings[name] for name in _OF_THE_PLAN if name in savings}
+    return measurement_plan(tokenizer, data.requests(split), baseline, **options)
+
+
+def make(folder: Path) -> list[RunResult]:
+    """Make the run that a folder plans.
+
+    Returns:
+        Its result; for the original weights one for each of their two arms.
+    """
+    started = time.perf_counter()
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    run = PlannedRun(**plan["run"])
+    savings = plan["settings"]["savings"]
+    cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False)
+    data: Any = cli.datamodule
+    data.load_rows()
+    if run.size is not None:
+        data.splits.sample("train", run.size)
+    plans = {split: savings_plan(cli.model.tokenizer, data, split, savings) for split in ("validation", "test")}
+
+    def answer(name: str, split: str) -> Callable[[Any], ArmRecords]:
+        options = {"batch_size": savings.get("batch_size", 64), "progress": False}
+        timed = savings.get("timed_requests", 3) if split == "test" else 0
+        return lambda model: run_arm(name, model, cli.model.tokenizer, plans[split], timed_requests=timed, **options)
+
+    def result(method: str, earlier: float = 0.0, **figures: Any) -> RunResult:
+        return RunResult(
+            method,
+            run.seed,
+            run.learning_rate,
+            plan["rows"] if run.learning_rate is not None else None,
+            wall_seconds=time.perf_counter() - started + earlier,
+            config_hash=plan["hash"],
+            **figures,
+        )
+
+    if run.learning_rate is None:
+        cli.model.configure_model()
+        model = cli.model.model  # where it has an adapter, that does nothing yet
+        return [
+            result(name, validation_quality=answer(name, "validation")(model).quality, test=answer(name, "test")(model))
+            for name in ("untuned", "prompted")
+        ]
+    meter = ComputeMeter(output_dir=False)
+    settings = plan["settings"]["retention"]
+    retention = Retention(**{**settings, "output_dir": False}) if settings else None
+    recorder = RunRecorder(
+        folder, meter, lambda model: answer("tuned", "validation")(model).quality, plan["settings"]["evaluations"]
+    )
+    trainer: Any = cli.trainer
+    trainer.callbacks = [meter, *trainer.callbacks, *([retention] if retention else []), recorder]
+    checkpoint = folder / CHECKPOINT
+    trainer.fit(cli.model, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
+    if trainer.interrupted:
+        raise ComparisonError("The run was interrupted; it goes on from its last checkpoint when started again.")
+    return [
+        result(
+            run.method,
+            earlier=recorder.earlier_seconds,
+            validation_quality=recorder.curve[-1].quality,
+            test=answer("tuned", "test")(cli.model.model),
+            curve=tuple(recorder.curve),
+            compute=meter.result,
+            retention=retention.result if retention else None,
+            checkpoint_bytes=_exported_bytes(cli.model, folder),
+        )
+    ]
+
+
+def _exported_bytes(module: Any, folder: Path) -> int:
+    exported: Path = module.export(folder / "export", overwrite=True)
+    size = sum(file.stat().st_size for file in exported.glob("*.safetensors"))
+    shutil.rmtree(exported)
+    return size
+
+
+def main() -> None:
+    """Make a run once: who comes second waits for the first, and finds its result."""
+    folder = Path(sys.argv[1])
+    with FileLock(folder / "lock"):
+        if (folder / RESULT).exists():
+            return
+        try:
+            results = make(folder)
+        except LightningFTError as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+        part = folder / f"{RESULT}.part"
+        part.write_text(json.dumps([result.to_dict() for result in results]), encoding="utf-8")
+        os.replace(part, folder / RESULT)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    print(f"made with {NAMESPACE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""A whole comparison of small models: what it makes, that it goes on after a kill, keeps to a budget, and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_rows
+
+from lightning_ft.comparison.run import NAME, compare
+from lightning_ft.comparison.worker import RESULT
+from lightning_ft.errors import ComparisonError
+from lightning_ft.functional.comparison import Comparison
+
+QUICK = {"seeds": "0,1", "learning_rates": {"full": [1e-3], "lora": [5e-3]}, "evaluations": 2, "threads": 1}
+
+
+@pytest.fixture
+def config(tmp_path, model_folder):
+    rows = [{**row, "output": "parcel"} for row in make_rows(40)]
+    splits = {"train": rows[:24], "validation": rows[24:32], "test": rows[32:]}
+    for name, part in splits.items():
+        lines = "".join(json.dumps({**row, "id": f"{name}-{n}"}) + "\n" for n, row in enumerate(part))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    (tmp_path / "general.jsonl").write_text(
+        "".join(json.dumps({"text": f"the quick fox {n}"}) + "\n" for n in range(4))
+    )
+    (tmp_path / "shares_letters.py").write_text(
+        "def score(output, reference):\n    return len(set(output) & set(reference)) / len(set(reference))\n\n\n"
+        "def metrics(outputs, references):\n    return {'longest': float(max(map(len, outputs)))}\n"
+    )
+    savings = {
+        "baseline": {"system": "Answer in one word.", "few_shot": []},
+        "scorer": f"{tmp_path / 'shares_letters.py'}:score",
+        "margin": 0.05,
+        "max_new_tokens": 4,
+        "timed_requests": 0,
+        "prices": {"input": 1.0, "output": 2.0, "currency": "EUR", "date": "2026-01-31"},
+    }
+    content = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "callbacks": [
+                {"class_path": "lightning_ft.TokenSavings", "init_args": savings},
+                {"class_path": "lightning_ft.Retention", "init_args": {"texts": str(tmp_path / "general.jsonl")}},
+            ],
+        },
+        "model": {
+            "class_path": "lightning_ft.LoRAFineTuning",
+            "init_args": {"model": model_folder, "dtype": "float32", "learning_rate": 5e-3, "lora": {"r": 2}},
+        },
+        "data": {
+            "class_path": "lightning_ft.PairDataModule",
+            "init_args": {**{name: str(tmp_path / f"{name}.jsonl") for name in splits}, "batch_size": 8},
+        },
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return str(file)
+
+
+def test_a_comparison_of_prompt_full_and_lora(tmp_path, config, capsys):
+    output = tmp_path / "out"
+    metrics = f"{tmp_path / 'shares_letters.py'}:metrics"
+    result = compare(config, "prompted,full,lora", str(output), sizes="8,500", metrics=metrics, **QUICK)
+
+    made = {path.parent.relative_to(output / "runs").as_posix() for path in output.rglob(RESULT)}
+    assert made == {
+        "original",
+        *(f"{m}-seed{s}{n}" for m in ("full/lr0.001", "lora/lr0.005") for s in (0, 1) for n in ("", "-n8")),
+    }
+    assert "at least the 24 training rows" in capsys.readouterr().out
+    assert set(result.quality) == {"untuned", "prompted", "full", "lora"}
+    assert [run.seed for run in result.final_runs("lora")] == [0, 1]
+    assert set(result.learning_curve["lora"]) == {8, 24}
+    assert set(result.metrics["prompted"]) == {"longest"}
+    ratios = result.ratios["lora"]
+    lora, full = result.final_runs("lora")[0], result.final_runs("full")[0]
+    assert ratios["trainable_parameters"].value == lora.compute.trainable_parameters / full.compute.trainable_parameters
+    assert 0.5 < ratios["flops"].value < 1
+    assert lora.checkpoint_bytes < full.checkpoint_bytes
+    assert [point.step for point in full.curve] == [3, 6]
+    assert full.curve[-1].flops == pytest.approx(full.compute.flops, rel=1e-6)
+    assert full.curve[0].flops == pytest.approx(full.compute.flops / 2, rel=0.2)
+    assert lora.retention.kl_general.value > 0
+    assert result.savings["lora"].n == 16  # 8 requests, two seeds
+    assert result.savings["lora"].gate.n == 8
+    assert result.complete
+    written = json.loads((output / NAME).read_text())
+    assert Comparison.from_dict(written).to_dict() == written
+    assert (output / "report" / "report.html").exists()
+    small = yaml.safe_load((output / "runs/lora/lr0.005-seed0-n8/config.yaml").read_text())
+    assert small["trainer"]["max_epochs"] == 6  # a third of the rows, three times the epochs
+
+    before = {path: path.stat().st_mtime_ns for path in output.rglob(RESULT)}
+    again = compare(config, "prompted,full,lora", str(output), sizes="8", metrics=metrics, **QUICK)
+    assert {path: path.stat().st_mtime_ns for path in output.rglob(RESULT)} == before
+    assert again.quality == result.quality
+
+
+def test_a_run_that_was_killed_goes_on_where_it_stood(tmp_path, config):
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    options = {**QUICK, "seeds": "0", "evaluations": 6, "learning_rates": {"lora": [5e-3]}}
+    whole = compare(config, "lora", str(folders[0]), **options)
+
+    place = folders[1] / "runs/lora/lr0.005-seed0"
+    command = [sys.executable, "-m", "lightning_ft", "compare", "--config", config, "--methods", "lora"]
+    command += ["--output", str(folders[1]), "--seeds", "0", "--evaluations", "6", "--threads", "1"]
+    command += ["--learning_rates", '{"lora": [0.005]}']
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (place / "last.ckpt").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (place / RESULT).exists()
+    resumed = compare(config, "lora", str(folders[1]), **options)
+
+    one, two = (result.final_runs("lora")[0] for result in (whole, resumed))
+    assert two.test.outputs == one.test.outputs
+    assert [(p.step, p.quality) for p in two.curve] == [(p.step, p.quality) for p in one.curve]
+    assert two.compute.tokens == one.compute.tokens
+    log = (place / "log.txt").read_text()
+    assert log.count("step 1: quality") == 1, "it began anew"
+
+
+def test_a_budget_ends_it_and_a_larger_one_goes_on(tmp_path, config):
+    output = str(tmp_path / "out")
+    with pytest.raises(ComparisonError, match="nothing to compare"):
+        compare(config, "lora", output, budget="0.001s", **{**QUICK, "learning_rates": {"lora": [5e-3]}})
+    made = sorted(path.parent.name for path in Path(output).rglob(RESULT))
+    assert made == ["original"]
+    result = compare(config, "lora", output, budget="1h", **{**QUICK, "learning_rates": {"lora": [5e-3]}})
+    assert result.complete
+    assert len(result.final_runs("lora")) == 2
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path, config):
+    output = tmp_path / "out"
+    options = {**QUICK, "seeds": "0", "learning_rates": {"lora": [5e-3]}}
+    compare(config, "lora", str(output), **options)
+    content = yaml.safe_load(Path(config).read_text())
+    content["trainer"]["max_epochs"] = 1
+    Path(config).write_text(yaml.safe_dump(content))
+    with pytest.raises(ComparisonError, match="holds a run of another configuration"):
+        compare(config, "lora", str(output), **options)
+
+
+def test_a_run_that_fails_says_why(tmp_path, config):
+    content = yaml.safe_load(Path(config).read_text())
+    content["model"]["init_args"]["lora"] = {"r": 2, "target_modules": ["no_such_layer"]}
+    Path(config).write_text(yaml.safe_dump(content))
+    with pytest.raises(ComparisonError, match=r"(?s)ended with exit status 1.*no_such_layer"):
+        compare(config, "lora", str(tmp_path / "out"), **{**QUICK, "learning_rates": {"lora": [5e-3]}})

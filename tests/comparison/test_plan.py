@@ -1,0 +1,157 @@
+"""What is compared: methods from a configuration, their grids, and what is refused before anything runs."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_ft.comparison.plan import (
+    PlannedRun,
+    Settings,
+    config_hash,
+    planned_methods,
+    read_config,
+    read_settings,
+    run_config,
+)
+from lightning_ft.comparison.run import seconds_of
+from lightning_ft.errors import ComparisonError
+
+CONFIG = {
+    "trainer": {
+        "max_epochs": 2,
+        "callbacks": [
+            {"class_path": "lightning_ft.TokenSavings", "init_args": {"baseline": "b.json", "scorer": "exact"}},
+            {"class_path": "lightning_ft.ExportModel"},
+            {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss"}},
+        ],
+    },
+    "model": {
+        "class_path": "lightning_ft.LoRAFineTuning",
+        "init_args": {"model": "m", "dtype": "float32", "learning_rate": 2e-3, "lora": {"r": 4}, "weight_decay": 0.1},
+    },
+    "data": {"class_path": "lightning_ft.PairDataModule", "init_args": {"train": "t.jsonl", "batch_size": 4}},
+}
+
+
+def changed(path, value):
+    config = copy.deepcopy(CONFIG)
+    place = config
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return config
+
+
+def test_full_is_made_from_a_configuration_of_lora_without_what_only_lora_takes():
+    full, lora = planned_methods(CONFIG, "c.yaml", ["prompted", "full", "lora"], {})
+    assert full.config["model"]["class_path"] == "lightning_ft.FullFineTuning"
+    assert full.config["model"]["init_args"] == {
+        "model": "m",
+        "dtype": "float32",
+        "learning_rate": 5e-4,
+        "weight_decay": 0.1,
+    }
+    assert full.rates == (1.7e-4, 5e-4, 1.5e-3)
+    assert lora.config["model"]["init_args"]["lora"] == {"r": 4}
+    assert lora.rates == (6.7e-4, 2e-3, 6e-3)
+
+
+def test_a_grid_of_ones_own_and_another_configuration_as_a_method(tmp_path):
+    other = changed(("model", "init_args", "lora"), {"r": 2})
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(other))
+    lora, small = planned_methods(CONFIG, "c.yaml", ["lora", str(file)], {"lora": [3e-3, 1e-3]})
+    assert lora.rates == (1e-3, 3e-3)
+    assert (small.name, small.config["model"]["init_args"]["lora"]) == ("small", {"r": 2})
+
+
+@pytest.mark.parametrize(
+    ("names", "grids", "message"),
+    [
+        (["prompted"], {}, "none that trains anything"),
+        (["qlora"], {}, "'qlora' is neither prompted, full, lora nor a YAML file"),
+        (["lora", "lora"], {}, "two are called lora"),
+        (["lora"], {"full": [1e-3]}, "names full, which --methods doesn't"),
+        (["lora"], {"lora": [0.0]}, "expected numbers above 0"),
+    ],
+)
+def test_methods_that_are_none(names, grids, message):
+    with pytest.raises(ComparisonError, match=message):
+        planned_methods(CONFIG, "c.yaml", names, grids)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("data", "init_args", "train"), "other.jsonl", "different data sections"),
+        (("trainer", "precision"), "bf16-mixed", "different precision"),
+        (("model", "init_args", "dtype"), "bfloat16", "different precision"),
+    ],
+)
+def test_methods_on_other_data_or_in_other_precision_are_refused(tmp_path, path, value, message):
+    file = tmp_path / "other.yaml"
+    file.write_text(yaml.safe_dump(changed(path, value)))
+    with pytest.raises(ComparisonError, match=message):
+        planned_methods(CONFIG, "c.yaml", ["lora", str(file)], {})
+
+
+def test_two_classes_whose_default_precision_differs_are_refused():
+    config = copy.deepcopy(CONFIG)
+    del config["model"]["init_args"]["dtype"]
+    with pytest.raises(ComparisonError, match=r"say model\.init_args\.dtype"):
+        planned_methods(config, "c.yaml", ["full", "lora"], {})
+
+
+def test_another_batch_size_is_no_other_data(tmp_path):
+    file = tmp_path / "other.yaml"
+    file.write_text(yaml.safe_dump(changed(("data", "init_args", "batch_size"), 8)))
+    assert len(planned_methods(CONFIG, "c.yaml", ["lora", str(file)], {})) == 2
+
+
+def test_a_configuration_without_token_savings_says_what_is_missing():
+    config = copy.deepcopy(CONFIG)
+    config["trainer"]["callbacks"] = []
+    with pytest.raises(ComparisonError, match="has no TokenSavings"):
+        read_settings(config, "c.yaml", 8)
+
+
+@pytest.mark.parametrize(("text", "message"), [("model: 1", "has no data"), ("[1]", "has no data and no model")])
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ComparisonError, match=message):
+        read_config(file)
+    with pytest.raises(ComparisonError, match="can't be read"):
+        read_config(tmp_path / "none.yaml")
+
+
+def test_the_configuration_of_a_run_keeps_what_is_the_users_and_drops_what_is_measured_apart():
+    (lora,) = planned_methods(CONFIG, "c.yaml", ["lora"], {})
+    config = run_config(lora, PlannedRun("lora", 1e-3, 7, 100), Path("there"), epochs_factor=10)
+    assert [c["class_path"] for c in config["trainer"]["callbacks"]] == ["EarlyStopping"]
+    assert (config["seed_everything"], config["model"]["init_args"]["seed"]) == (7, 7)
+    assert config["model"]["init_args"]["learning_rate"] == 1e-3
+    assert config["trainer"]["max_epochs"] == 20
+    assert CONFIG["trainer"]["max_epochs"] == 2  # the method's own is left alone
+
+
+def test_the_hash_of_a_run_doesnt_depend_on_where_it_is_and_does_on_everything_else():
+    (lora,) = planned_methods(CONFIG, "c.yaml", ["lora"], {})
+    run, settings = PlannedRun("lora", 1e-3, 0), Settings({"scorer": "exact"})
+    here, there = (run_config(lora, run, Path(place)) for place in ("here", "there"))
+    assert config_hash(here, settings, None) == config_hash(there, settings, None)
+    seeded = run_config(lora, PlannedRun("lora", 1e-3, 1), Path("here"))
+    hashes = {
+        config_hash(here, settings, None),
+        config_hash(seeded, settings, None),
+        config_hash(here, Settings({"scorer": "json"}), None),
+        config_hash(here, settings, 100),
+    }
+    assert len(hashes) == 4
+
+
+def test_a_budget_that_is_no_time():
+    with pytest.raises(ComparisonError, match="expected a time"):
+        seconds_of("soon")

@@ -1,0 +1,413 @@
+"""The medical coding example: its data and splits, what the base model's pretraining has of it, and its metrics."""
+
+import json
+import random
+import re
+import runpy
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+MEDICAL = Path(__file__).parents[2] / "examples" / "medical_coding"
+
+SPLITS = ("train", "validation", "test")
+SIZES = {"train": 5000, "validation": 400, "test": 600}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {
+        split: [json.loads(line) for line in (MEDICAL / "data" / f"{split}.jsonl").read_text("utf-8").splitlines()]
+        for split in SPLITS
+    }
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    return json.loads((MEDICAL / "baseline.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pretraining():
+    """300 documents of each level."""
+    from medical_pretraining import document
+
+    return {level: [document(random.Random(f"{level} {seed}"), level) for seed in range(300)] for level in range(3)}
+
+
+def list_in(system):
+    """Condition to code, as the lines of a prompt say."""
+    return dict(re.fullmatch(r"- (\w+) (\S+)", line).groups() for line in system.splitlines()[1:])
+
+
+def oracle(note, table):
+    """Reads a note sentence by sentence: which conditions stand in it, and whether a word says that they aren't coded.
+
+    It knows which words stand for which condition, and the two lists of words that turn a statement around.
+    """
+    from medical_language import CONDITIONS, DENIAL_WORDS, RELATIVES
+
+    meaning = {wording: key for key, wordings in CONDITIONS.items() for wording in (*wordings, key)}
+    meaning |= {key: key for key in table}
+    longest_first = "|".join(map(re.escape, sorted(meaning, key=len, reverse=True)))
+    mentions = re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)")
+    coded = []
+    for sentence in note.rstrip(".").split(". "):
+        words = set(re.findall(r"\w+", sentence))
+        if not words & (DENIAL_WORDS | set(RELATIVES)):
+            coded += [meaning[found] for found in mentions.findall(sentence)]
+    return ", ".join(f"{key} {table[key]}" for key in coded) or "none"
+
+
+# ------------------------------------------------------------------------------------------------------- the data
+
+
+def test_the_generator_makes_the_committed_files_byte_for_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["medical_generate.py", "--folder", str(tmp_path)])
+    runpy.run_path(str(MEDICAL / "medical_generate.py"), run_name="__main__")
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(SPLITS)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (MEDICAL / "data" / path.name).read_bytes()
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1_250_000
+
+
+def test_another_seed_makes_other_rows(rows):
+    from medical_generate import generate
+
+    assert generate(seed=1)["test"] != rows["test"]
+
+
+def test_counts(rows):
+    assert {split: len(found) for split, found in rows.items()} == SIZES
+    everything = [row for split in SPLITS for row in rows[split]]
+    assert len({row["id"] for row in everything}) == len({row["input"] for row in everything}) == 6000
+    assert all(set(row) == {"id", "input", "output", "cluster"} for row in everything)
+
+
+def test_every_condition_is_in_every_split_and_notes_have_as_many_codes_in_each(rows):
+    from medical_generate import CODED
+    from medical_language import RESERVED_CODES
+
+    assert len(RESERVED_CODES) == 28
+    for split in SPLITS:
+        named = {pair.split()[0] for row in rows[split] for pair in row["output"].split(", ")}
+        assert named == {*RESERVED_CODES, "none"}
+        counts = Counter(0 if row["output"] == "none" else row["output"].count(",") + 1 for row in rows[split])
+        for number, share in enumerate(CODED):
+            assert counts[number] / len(rows[split]) == pytest.approx(share, abs=0.05)
+
+
+def test_every_answer_is_what_the_note_and_the_list_say(rows):
+    from medical_language import RESERVED_CODES
+
+    for split in SPLITS:
+        for row in rows[split]:
+            assert oracle(row["input"], RESERVED_CODES) == row["output"], row
+
+
+# ------------------------------------------------------------------------------------------------------ the splits
+
+
+def test_splits_share_no_wording_of_a_condition(rows):
+    from medical_language import CONDITIONS
+
+    every = [wording for wordings in CONDITIONS.values() for wording in wordings]
+
+    def without(wording, text):
+        """A text without the longer wordings that this one is a part of."""
+        for longer in every:
+            if wording in longer and wording != longer:
+                text = text.replace(longer, "")
+        return text
+
+    found = {}
+    for split in SPLITS:
+        text = " | ".join(row["input"] for row in rows[split])
+        found[split] = {wording for wording in every if re.search(rf"(?<!\w){wording}(?!\w)", without(wording, text))}
+        assert len(found[split]) == {"train": 84, "validation": 28, "test": 112}[split]
+    for one, other in combinations(SPLITS, 2):
+        assert not found[one] & found[other]
+        assert not {row["cluster"] for row in rows[one]} & {row["cluster"] for row in rows[other]}
+
+
+def test_no_frame_is_shared_between_splits_or_with_pretraining(pretraining):
+    from medical_language import FRAMES, PRETRAINING
+
+    kinds = ("present", "denied", "family", "openings", "asides", "closings")
+    frames = {name: {t for kind in kinds for t in getattr(of, kind)} - {""} for name, of in FRAMES.items()}
+    frames["pretraining"] = {text for kind in kinds for text in getattr(PRETRAINING, kind)} - {""}
+    for one, other in combinations(frames, 2):
+        assert not frames[one] & frames[other]
+    notes = [turn["content"] for documents in pretraining.values() for d in documents for turn in d[1::2]]
+    sentences = {sentence for note in notes for sentence in note.rstrip(".").split(". ")}
+    assert len(sentences) > 5000
+    fills = {"x": ".+", "name": r"\w+", "day": r"\w+", "relative": r"\w+", "age": r"\d+", "count": r"\d+"}
+    for split in SPLITS:
+        for frame in frames[split]:
+            pattern = re.compile(re.sub(r"\{(\w+)\}", lambda slot: fills[slot[1]], frame))
+            assert not [sentence for sentence in sentences if pattern.fullmatch(sentence)], frame
+
+
+def test_a_statement_is_turned_around_by_a_known_word_and_by_nothing_else():
+    from medical_language import CONDITIONS, DENIAL_WORDS, FRAMES, OTHER_CONDITIONS, PRETRAINING, RELATIVES
+
+    turning = DENIAL_WORDS | set(RELATIVES)
+    names = {*CONDITIONS, *OTHER_CONDITIONS}
+    for frames in (PRETRAINING, *FRAMES.values()):
+        for text in (*frames.present, *frames.openings, *frames.asides, *frames.closings):
+            assert not set(re.findall(r"\w+", text)) & (turning | names), text
+        for text in frames.denied:
+            assert set(text.split()) & DENIAL_WORDS, text
+        assert all("{relative}" in text and "{x}" in text for text in frames.family)
+        assert all("{x}" in text for text in (*frames.present, *frames.denied))
+    for wordings in CONDITIONS.values():
+        for wording in wordings:
+            assert not set(wording.split()) & (turning | names | {"and", "or"}), wording
+
+
+def test_splits_share_no_name_no_age_and_no_set_of_codes(rows):
+    from medical_language import AGES, NAMES
+
+    words = {split: {w for row in rows[split] for w in re.findall(r"\w+", row["input"])} for split in SPLITS}
+    sets = {
+        split: {frozenset(row["output"].split(", ")) for row in rows[split] if "," in row["output"]} for split in SPLITS
+    }
+    for one, other in combinations(SPLITS, 2):
+        assert set(NAMES[one]) <= words[one]
+        assert not set(NAMES[one]) & words[other]
+        assert not set(NAMES[other]) & words[one]
+        assert not set(AGES[one]) & set(AGES[other])
+        assert {str(age) for age in AGES[one]} & words[one]
+        assert not {str(age) for age in AGES[one]} & words[other]
+        assert len(sets[one]) > 10
+        assert not sets[one] & sets[other]
+
+
+def test_half_of_the_test_rows_are_in_wordings_that_are_new_to_the_base(rows):
+    from medical_language import CONDITIONS, SEEN
+
+    unseen = sum("unseen" in row["cluster"] for row in rows["test"])
+    assert 250 <= unseen <= 350
+    assert not any("unseen" in row["cluster"] for split in ("train", "validation") for row in rows[split])
+    new = {wording for wordings in CONDITIONS.values() for wording in wordings[SEEN:]}
+    for row in rows["test"]:
+        assert any(wording in row["input"] for wording in new) == ("unseen" in row["cluster"])
+
+
+# -------------------------------------------------------------------------------------------------- the pretraining
+
+
+def test_documents_are_the_same_for_the_same_seed():
+    from medical_pretraining import document
+
+    for level in range(3):
+        assert document(random.Random(3), level) == document(random.Random(3), level)
+        assert document(random.Random(3), level) != document(random.Random(4), level)
+
+
+def test_documents_are_well_formed_and_their_answers_follow_from_the_prompt(pretraining):
+    for level, (fewest, most) in {0: (4, 6), 1: (8, 16), 2: (24, 30)}.items():
+        for messages in pretraining[level]:
+            roles = [turn["role"] for turn in messages]
+            assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
+            assert 3 <= len(roles) // 2 <= 8
+            table = list_in(messages[0]["content"])
+            assert fewest <= len(table) <= most
+            assert len(set(table.values())) == len(table)
+            for question, answer in zip(messages[1::2], messages[2::2], strict=True):
+                assert oracle(question["content"], table) == answer["content"], question
+
+
+def test_levels_rise(pretraining):
+    def notes(level):
+        return [turn["content"] for messages in pretraining[level] for turn in messages if turn["role"] == "user"]
+
+    lengths = [sum(len(note.split()) for note in notes(level)) / len(notes(level)) for level in range(3)]
+    assert lengths == sorted(lengths)
+    assert {turn["content"] for d in pretraining[0] for turn in d if turn["content"] == "none"} == set()
+    assert max(len(" ".join(turn["content"] for turn in d).split()) for d in pretraining[2]) < 350
+
+
+def test_lists_and_instructions_differ_from_document_to_document(pretraining):
+    tables = [list_in(messages[0]["content"]) for messages in pretraining[2]]
+    codes = Counter(table["asthma"] for table in tables if "asthma" in table)
+    assert len(codes) > 0.9 * codes.total()
+    firsts = {re.sub(r"\b[A-Z][a-z]+\b(?=[.:])", "", d[0]["content"].splitlines()[0]) for d in pretraining[2]}
+    assert len(firsts) >= 6
+
+
+def test_no_document_has_a_code_of_the_clinic_an_unseen_wording_or_a_name_of_the_dataset(pretraining):
+    from medical_language import CONDITIONS, NAMES, RESERVED_CODES, SEEN
+    from medical_metrics import codes
+
+    text = "\n".join(turn["content"] for documents in pretraining.values() for d in documents for turn in d)
+    assert len(codes(text)) > 1000
+    assert not codes(text) & set(RESERVED_CODES.values())
+    for wordings in CONDITIONS.values():
+        assert len(wordings) == len(set(wordings)) == SEEN + 2
+        assert all(wording in text for wording in wordings[:SEEN])
+        assert not any(wording in text for wording in wordings[SEEN:])
+    assert not {name for split in SPLITS for name in NAMES[split]} & set(re.findall(r"\w+", text))
+
+
+# ----------------------------------------------------------------------------------------------------- the baseline
+
+
+def test_the_baseline_states_the_whole_list_and_takes_its_examples_from_train(rows, baseline):
+    from medical_language import RESERVED_CODES
+
+    assert list_in(baseline["system"]) == RESERVED_CODES
+    training = {(row["input"], row["output"]) for row in rows["train"]}
+    assert baseline["few_shot"]
+    assert all((example["input"], example["output"]) in training for example in baseline["few_shot"])
+
+
+def test_every_candidate_has_the_list_and_they_differ(rows):
+    from medical_choose_baseline import INSTRUCTIONS, system_prompts, with_examples
+    from medical_language import RESERVED_CODES
+
+    prompts = system_prompts()
+    assert len(set(prompts)) == len(prompts) == 3 * len(INSTRUCTIONS)
+    assert all(list_in(prompt) == RESERVED_CODES for prompt in prompts)
+    one, other = (with_examples(prompts[0], 4, draw, rows["train"]).few_shot for draw in range(2))
+    assert one != other
+    assert len(one) == len(other) == 4
+
+
+# ------------------------------------------------------------------------------------------------------ the metrics
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "worth"),
+    [
+        ("asthma J45.9, gout M10.9", "asthma J45.9, gout M10.9", 1.0),
+        ("M10.9 J45.9", "asthma J45.9, gout M10.9", 1.0),  # neither order nor names
+        ("asthma J45.9, asthma J45.9", "asthma J45.9", 1.0),  # a set
+        ("asthma J45.9.", "asthma J45.9", 1.0),
+        ("hypertension I10", "hypertension I10", 1.0),
+        ("None.", "none", 1.0),
+        ("asthma J45.9", "asthma J45.9, gout M10.9", 0.0),
+        ("asthma J45.9, gout M10.9", "asthma J45.9", 0.0),
+        ("asthma J45.8", "asthma J45.9", 0.0),
+        ("asthma J45", "asthma J45.9", 0.0),
+        ("asthma J45.99", "asthma J45.9", 0.0),
+        ("hypertension I10.1", "hypertension I10", 0.0),
+        ("asthma j45.9", "asthma J45.9", 0.0),
+        ("asthma", "asthma J45.9", 0.0),
+        ("", "asthma J45.9", 0.0),
+        ("none", "asthma J45.9", 0.0),
+        ("asthma J45.9", "none", 0.0),
+        ("", "none", 0.0),  # says nothing, which isn't the same
+        ("asthma", "none", 0.0),
+        ("none of them", "none", 0.0),
+    ],
+)
+def test_score(output, reference, worth):
+    from medical_metrics import score
+
+    assert score(output, reference) == worth
+
+
+@pytest.mark.parametrize("reference", ["", "asthma", "J45.99999"])
+def test_a_reference_that_says_nothing_is_refused(reference):
+    from medical_metrics import metrics, score
+
+    with pytest.raises(ValueError, match="has no code"):
+        score("none", reference)
+    with pytest.raises(ValueError, match="has no code"):
+        metrics(["none"], [reference])
+
+
+def test_metrics_by_hand():
+    from medical_metrics import metrics
+
+    outputs = ["asthma J45.9, gout M10.9", "gout M10.0", "panic F41.9, X99.9", "none", "I don't know"]
+    references = ["gout M10.9, asthma J45.9", "gout M10.9", "panic F41.0", "none", "vertigo R42"]
+    found = metrics(outputs, references)
+    assert set(found) == {"set_exact_match", "micro_f1", "category_f1", "invalid_code_rate"}
+    assert found["set_exact_match"] == pytest.approx(2 / 5)
+    # right: J45.9, M10.9; given: those, M10.0, F41.9, X99.9; asked for: J45.9, M10.9, M10.9, F41.0, R42
+    assert found["micro_f1"] == pytest.approx(2 * 2 / (5 + 5))
+    # right: J45, M10, M10, F41; given: those and X99; asked for: those and R42
+    assert found["category_f1"] == pytest.approx(2 * 4 / (5 + 5))
+    assert found["invalid_code_rate"] == pytest.approx(2 / 5)  # M10.0 and X99.9; F41.9 is another condition's
+
+
+def test_metrics_without_any_code():
+    from medical_metrics import metrics
+
+    assert metrics(["none"], ["none"]) == {
+        "set_exact_match": 1.0,
+        "micro_f1": 0.0,
+        "category_f1": 0.0,
+        "invalid_code_rate": 0.0,
+    }
+    with pytest.raises(ValueError, match="expected as many"):
+        metrics(["none"], [])
+
+
+def test_references_are_right_and_the_exact_match_is_the_mean_score(rows):
+    from medical_metrics import metrics, score
+
+    references = [row["output"] for row in rows["test"]]
+    assert metrics(references, references) == {
+        "set_exact_match": 1.0,
+        "micro_f1": 1.0,
+        "category_f1": 1.0,
+        "invalid_code_rate": 0.0,
+    }
+    assert all(score(row["output"], row["output"]) == 1.0 for split in SPLITS for row in rows[split])
+    shuffled = random.Random(0).sample(references, len(references))
+    mean = sum(map(score, shuffled, references)) / len(references)
+    assert 0 < mean < 0.2
+    assert metrics(shuffled, references)["set_exact_match"] == pytest.approx(mean)
+
+
+# ------------------------------------------------------------------------------------------------ the configuration
+
+
+def test_the_configuration_runs(tmp_path, monkeypatch):
+    from lightning_ft.__main__ import main
+
+    monkeypatch.chdir(MEDICAL.parents[1])
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((MEDICAL / "data" / "validation.jsonl").read_text("utf-8").splitlines(True)[:8]), "utf-8")
+    options = {
+        "accelerator": "cpu",
+        "max_steps": "2",
+        "limit_val_batches": "1",
+        "enable_progress_bar": "false",
+        "logger": "false",
+        "enable_checkpointing": "false",
+        "callbacks": f"[{{class_path: lightning_ft.ExportModel, init_args: {{output: {tmp_path / 'export'}}}}}]",
+        "default_root_dir": str(tmp_path),
+    }
+    arguments = ["fit", "--config", "examples/medical_coding/lora.yaml", "--model.model", "examples/tiny_base"]
+    arguments += [part for split in SPLITS for part in (f"--data.{split}", str(few))]
+    arguments += [part for name, value in options.items() for part in (f"--trainer.{name}", value)]
+    main([*arguments, "--data.batch_size", "4", "--data.cache_dir", "false"])
+    with safe_open(tmp_path / "export" / "last" / "adapter_model.safetensors", "pt") as weights:
+        assert any("lora_" in name for name in weights.keys())  # noqa: SIM118  # it isn't a dictionary
+
+
+def test_the_configuration_measures_with_this_example(rows):
+    from lightning_ft.functional.prompt import PromptBaseline
+    from lightning_ft.functional.scorers import resolve_scorer
+
+    root = MEDICAL.parents[1]
+    configuration = yaml.safe_load((MEDICAL / "lora.yaml").read_text("utf-8"))
+    callbacks = {c["class_path"]: c.get("init_args", {}) for c in configuration["trainer"]["callbacks"]}
+    assert {"lightning_ft.TokenSavings", "lightning_ft.Retention", "lightning_ft.ComputeMeter"} <= set(callbacks)
+    savings = callbacks["lightning_ft.TokenSavings"]
+    path, _, name = savings["scorer"].partition(":")
+    _, score = resolve_scorer(f"{root / path}:{name}", [])
+    assert score("gout M10.9, asthma J45.9", "asthma J45.9, gout M10.9") == 1.0
+    assert PromptBaseline.from_file(root / savings["baseline"]).few_shot
+    for split in SPLITS:
+        assert root / configuration["data"]["init_args"][split] == MEDICAL / "data" / f"{split}.jsonl"
+    longest = max(len(re.findall(r"\w+|[^\w\s]", row["output"])) for row in rows["test"])
+    assert longest + 6 <= savings["max_new_tokens"]

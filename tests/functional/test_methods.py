@@ -1,0 +1,218 @@
+"""Runs to a comparison: chosen rates, pooled seeds, ratios by hand, and what is refused or said."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from lightning_ft.errors import ComparisonError
+from lightning_ft.functional.bootstrap import Interval
+from lightning_ft.functional.comparison import Comparison, CurvePoint, RunResult
+from lightning_ft.functional.compute import ComputeResult
+from lightning_ft.functional.methods import Asked, choose_learning_rates, compare_methods
+from lightning_ft.functional.records import ArmRecords
+from lightning_ft.functional.retention import RetentionResult
+
+N = 100
+ASKED = Asked(tuple(f"q{i}" for i in range(N)), ("a",) * N, margin=0.05)
+
+
+def arm(right, *, tokens=20, n=N):
+    """Answers of which the first `right` are right."""
+    scores = tuple(float(i < right) for i in range(n))
+    outputs = tuple("a" if score else "b" for score in scores)
+    return ArmRecords(tuple(f"r{i}" for i in range(n)), (tokens,) * n, (2,) * n, scores, (False,) * n, outputs=outputs)
+
+
+def compute(scale=1.0, *, trainable=100, dtype="float32", uncounted=()):
+    return ComputeResult(
+        flops=1e9 * scale,
+        flops_source="counted",
+        sampled_steps=2,
+        steps=10,
+        tokens=1000,
+        supervised_tokens=500,
+        train_seconds=10.0 * scale,
+        peak_memory_bytes=int(1000 * scale),
+        memory_at_start_bytes=10,
+        memory_kind="resident",
+        trainable_parameters=trainable,
+        parameters=100,
+        available_flops=None,
+        device="cpu",
+        dtype=dtype,
+        uncounted=uncounted,
+    )
+
+
+def retention(kl=0.01, ppl=1.01):
+    return RetentionResult(
+        kl_general=Interval(kl, kl / 2, kl * 2),
+        ppl_ratio=Interval(ppl, ppl - 0.005, ppl + 0.005),
+        top1_agreement=Interval(0.99, 0.98, 1.0),
+        kl_task=None,
+        base="adapter_off",
+        top_k=None,
+        texts=4,
+        tokens=100,
+        task_rows=0,
+        task_tokens=0,
+        texts_hash="x",
+    )
+
+
+def run(method, seed, right, *, rate=1e-3, size=1000, scale=1.0, curve=(), forgot=None, **options):
+    return RunResult(
+        method, seed, rate, size, right / N, arm(right), curve, compute(scale, **options), forgot, int(1000 * scale)
+    )
+
+
+def originals(prompted=60, untuned=10):
+    return [
+        RunResult("untuned", 0, None, None, untuned / N, arm(untuned)),
+        RunResult("prompted", 0, None, None, prompted / N, arm(prompted, tokens=200)),
+    ]
+
+
+def points(*qualities):
+    return tuple(CurvePoint(i + 1, 1e8 * (i + 1), float(i + 1), quality) for i, quality in enumerate(qualities))
+
+
+def compared(runs, asked=ASKED, **options):
+    return compare_methods(runs, asked, resamples=199, **options)
+
+
+def test_ratios_to_full_by_hand():
+    full = [run("full", seed, 90, curve=points(0.5, 0.86, 0.9)) for seed in (0, 1)]
+    lora = [run("lora", seed, 80 + seed, scale=0.5, trainable=10, curve=points(0.8, 0.88)) for seed in (0, 1)]
+    ratios = compared([*originals(), *full, *lora]).ratios["lora"]
+    assert ratios["quality_ratio"].value == pytest.approx(0.805 / 0.9)
+    assert ratios["gain_retained"].value == pytest.approx((0.805 - 0.1) / (0.9 - 0.1))
+    assert ratios["quality_ratio"].lo < ratios["quality_ratio"].value < ratios["quality_ratio"].hi
+    assert ratios["flops"] == Interval(0.5, 0.5, 0.5)
+    assert ratios["trainable_parameters"].value == pytest.approx(0.1)
+    assert ratios["checkpoint_bytes"].value == 0.5
+    assert ratios["flops_to_95"].value == pytest.approx(1.0)  # both reach 0.855 at their second point
+
+
+def test_a_method_that_never_gets_to_95_percent_of_full_has_no_finite_cost_of_it():
+    full, lora = run("full", 0, 90, curve=points(0.9)), run("lora", 0, 20, curve=points(0.1, 0.2))
+    assert math.isinf(compared([*originals(), full, lora]).ratios["lora"]["flops_to_95"].value)
+
+
+def test_seeds_are_pooled_and_a_request_is_one_unit_however_many_seeds_answered_it():
+    result = compared([*originals(), *(run("lora", seed, 70 + seed) for seed in range(3))])
+    savings = result.savings["lora"]
+    assert savings.n == 3 * N
+    assert savings.gate.n == N
+    assert result.quality["lora"].value == pytest.approx(0.71)
+    assert result.seed_quality["lora"] == (0.70, 0.71, 0.72)
+    assert savings.savings["total"].value == pytest.approx(1 - 22 / 202)
+    assert savings.requests[N] == "q0"
+
+
+def test_the_learning_rate_is_chosen_on_validation_rows_of_the_first_seed_alone():
+    runs = [
+        run("lora", 0, 70, rate=1e-3),
+        replace(run("lora", 0, 60, rate=2e-3), validation_quality=0.75),  # worse on test rows, which don't count
+        replace(run("lora", 1, 99, rate=1e-3), validation_quality=0.99),
+        replace(run("lora", 0, 99, rate=1e-3, size=10), validation_quality=0.99),
+    ]
+    assert choose_learning_rates(runs) == {"lora": 2e-3}
+
+
+def test_answers_of_rates_that_were_not_chosen_are_dropped_and_their_cost_is_the_sweep():
+    runs = [run("lora", 0, 70), run("lora", 0, 60, rate=2e-3, scale=3.0)]
+    result = compared([*originals(), *runs])
+    assert result.runs[-1].test is None
+    assert (result.sweep_seconds, result.sweep_flops) == (30.0, 3e9)
+
+
+def test_the_learning_curve_has_every_size_and_the_final_runs_are_those_on_all_rows():
+    runs = [run("lora", seed, right, size=size) for seed in (0, 1) for right, size in ((30, 100), (70, 1000))]
+    result = compared([*originals(), *runs])
+    assert {size: curve.value for size, curve in result.learning_curve["lora"].items()} == {100: 0.3, 1000: 0.7}
+    assert {r.size for r in result.final_runs("lora")} == {1000}
+    assert result.quality["lora"].value == pytest.approx(0.7)
+
+
+def test_metrics_of_the_domain_are_of_each_method_with_the_range_of_its_seeds():
+    asked = replace(ASKED, metrics=lambda outputs, references: {"b": outputs.count("b") / len(outputs)})
+    result = compared([*originals(), *(run("lora", seed, 70 + 10 * seed) for seed in (0, 1))], asked)
+    assert result.metrics["prompted"]["b"] == Interval(0.4, 0.4, 0.4)
+    assert result.metrics["lora"]["b"].value == pytest.approx(0.25)
+    assert (result.metrics["lora"]["b"].lo, result.metrics["lora"]["b"].hi) == (0.2, 0.3)
+
+
+def test_full_fine_tuning_that_never_beat_the_base_gives_no_ratios_and_a_warning():
+    result = compared([*originals(untuned=50), run("full", 0, 40), run("lora", 0, 60)])
+    assert result.ratios == {}
+    assert any("Full fine-tuning never beat the untuned model" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"dtype": "bfloat16"}, "different precision"), ({"uncounted": ("my::attention",)}, "my::attention")],
+)
+def test_runs_that_cant_be_compared(options, message):
+    with pytest.raises(ComparisonError, match=message):
+        compared([*originals(), run("full", 0, 70), run("lora", 0, 70, **options)])
+
+
+def test_without_the_original_weights_or_without_training_there_is_nothing_to_compare():
+    with pytest.raises(ComparisonError, match="no measurement of the original weights, prompted"):
+        compared([originals()[0], run("lora", 0, 70)])
+    with pytest.raises(ComparisonError, match="nothing to compare"):
+        compared(originals())
+
+
+def test_what_a_reader_must_know_is_said():
+    runs = [run("lora", 0, 70, rate=rate) for rate in (1e-3, 2e-3)]
+    warnings = compared([*originals(), runs[0], replace(runs[1], validation_quality=0.8)], complete=False).warnings
+    assert any("budget was spent" in w for w in warnings)
+    assert any("1 seed(s) where at least 3" in w for w in warnings)
+    assert any("at the edge of its grid (0.001, 0.002)" in w for w in warnings)
+
+
+def verdicts(result):
+    return {claim.name: claim.verdict for claim in result.claims}
+
+
+def test_claims_by_what_was_measured():
+    full = [run("full", seed, 95, forgot=retention(ppl=1.2)) for seed in range(3)]
+    lora = [run("lora", seed, 94, scale=0.7, trainable=5, forgot=retention()) for seed in range(3)]
+    small = [run("lora", seed, 30, size=100, scale=0.7, trainable=5) for seed in range(3)]
+    result = compared([*originals(), *full, *lora, *small])
+    assert verdicts(result) == {
+        "full: fewer tokens": "held",
+        "lora: fewer tokens": "held",
+        "full: better than the prompt": "held",
+        "lora: better than the prompt": "held",
+        "lora: quality of full": "held",
+        "lora: compute": "held if",
+        "full: abilities kept": "not held",
+        "lora: abilities kept": "held",
+        "lora: thousands are enough": "held",
+    }
+    claims = {claim.name: claim for claim in result.claims}
+    assert claims["lora: compute"].condition == "compute means trainable parameters"
+    assert "100: 0.300, 1,000: 0.940; within 5% of the prompt's 0.600 from 1,000 on" in (
+        claims["lora: thousands are enough"].evidence
+    )
+
+
+def test_claims_that_fail_and_claims_that_are_undecided():
+    worse = compared([*originals(prompted=90), *(run("lora", seed, 50) for seed in range(3))])
+    assert verdicts(worse)["lora: better than the prompt"] == "not held"
+    assert verdicts(worse)["lora: fewer tokens"] == "held if"
+    alike = compared([*originals(prompted=70), *(run("lora", seed, 70) for seed in range(3))])
+    assert verdicts(alike)["lora: better than the prompt"] == "held"  # the same requests: never worse
+    some = [replace(r, test=replace(arm(70), scores=tuple(reversed(arm(70).scores)))) for r in [run("lora", 0, 70)]]
+    assert verdicts(compared([*originals(prompted=70), *some]))["lora: better than the prompt"] == "undecided"
+
+
+def test_it_survives_a_round_through_json():
+    full = [run("full", 0, 90, curve=points(0.9), forgot=retention())]
+    lora = [run("lora", 0, 20, curve=points(0.1), forgot=retention())]
+    result = compared([*originals(), *full, *lora], provenance={"model": "m"})
+    assert Comparison.from_dict(result.to_dict()).to_dict() == result.to_dict()
