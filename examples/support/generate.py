@@ -84,11 +84,11 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     return splits
 
 
-def write(make: Callable[[int], dict[str, list[Row]]], description: str | None) -> None:
+def write(make: Callable[[int], dict[str, list[Row]]], description: str | None, folder: Path) -> None:
     """The command of a script that writes rows, given by a function of the seed, to files by their name."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=HERE / "data")
+    parser.add_argument("--folder", type=Path, default=folder)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name, rows in make(arguments.seed).items():
@@ -97,4 +97,4 @@ def write(make: Callable[[int], dict[str, list[Row]]], description: str | None) 
 
 
 if __name__ == "__main__":
-    write(generate, __doc__)
+    write(generate, __doc__, HERE / "data")

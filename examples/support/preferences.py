@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 from generate import Row, clauses, generate, message, write
 from replies import Archive
@@ -101,7 +102,7 @@ def everything(seed: int = 0) -> dict[str, list[Row]]:
 
 
 def main() -> None:
-    write(everything, __doc__)
+    write(everything, __doc__, Path(__file__).parent / "data")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus import CURRICULUM, Clauses, Stage, document, rule_document
@@ -42,20 +44,24 @@ PEAK_LEARNING_RATE = 3e-3
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 3,072 tokens, among them every word of the corpus and every number of three digits.
+    """3,072 tokens, among them every word of the corpus and every number of three digits."""
+    rng = random.Random(seed)
+    texts = [turn["content"] for _ in range(6000) for turn in document(CURRICULUM[-1], rng)]
+    return train_tokenizer(texts + [f" {number}" for number in range(100, 1000)] * 20, size=3072)
+
+
+def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with the chat template.
 
     A space is put before what follows a special token (and taken off in decoding), so that a word is the same token in
     a rule, at the start of a message and at the start of an answer. A model this small couldn't learn that they are
     alike.
     """
-    rng = random.Random(seed)
-    texts = [turn["content"] for _ in range(6000) for turn in document(CURRICULUM[-1], rng)]
-    texts += [f" {number}" for number in range(100, 1000)] * 20
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     core.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
-        vocab_size=3072,
+        vocab_size=size,
         special_tokens=[PAD, END, SYSTEM, USER, ASSISTANT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -80,16 +86,21 @@ def render(messages: list[dict[str, str]]) -> str:
 class Batches:
     """Batches of as many tokens as the stage says, with a weight per target: answers count, some text a little."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-        self.core = tokenizer.backend_tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        seed: int,
+        draw: Callable[[Any, random.Random], list[dict[str, str]]] = document,
+    ) -> None:
+        self.core, self.draw = tokenizer.backend_tokenizer, draw
         self.rng = random.Random(seed)
         self.assistant, self.end = (tokenizer.convert_tokens_to_ids(t) for t in (ASSISTANT, END))
 
-    def next(self, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+    def next(self, stage: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and weights, both `[rows, longest row]`."""
         rows: list[list[int]] = []
         while not rows or (len(rows) + 1) * max(map(len, rows)) <= stage.tokens:
-            rows.append(self.core.encode(render(document(stage, self.rng))).ids)
+            rows.append(self.core.encode(render(self.draw(stage, self.rng))).ids)
         longest = max(map(len, rows))
         ids = torch.zeros(len(rows), longest, dtype=torch.int64)
         weights = torch.zeros(len(rows), longest)
@@ -147,17 +158,24 @@ def start_with_induction(model: LlamaForCausalLM, seed: int) -> None:
     induction.v_proj.weight[:size], induction.o_proj.weight[:, :size] = copied.T, 5.0 * EMBEDDING_STD * copied
 
 
-def learning_rate(step: int, total: int) -> float:
+def learning_rate(step: int, total: int, peak: float = PEAK_LEARNING_RATE) -> float:
     warmup = 50
     if step < warmup:
-        return PEAK_LEARNING_RATE * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / (total - warmup)
-    return PEAK_LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(tokenizer: PreTrainedTokenizerFast, seed: int, scale: float) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    model = LlamaForCausalLM(configuration(tokenizer)).train()
+    start_with_induction(model, seed)
+    plan = [stage for stage in CURRICULUM for _ in range(int(stage.steps * scale))]
+    return run(model, Batches(tokenizer, seed), plan, lambda: evaluate(model, tokenizer, documents=12))
+
+
+def configuration(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
@@ -172,17 +190,24 @@ def train(tokenizer: PreTrainedTokenizerFast, seed: int, scale: float) -> LlamaF
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config).train()
-    start_with_induction(model, seed)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02)
-    batches = Batches(tokenizer, seed)
-    plan = [stage for stage in CURRICULUM for _ in range(int(stage.steps * scale))]
+
+
+def run(
+    model: LlamaForCausalLM,
+    batches: Batches,
+    plan: Sequence[Any],
+    figures: Callable[[], dict[str, float]],
+    peak: float = PEAK_LEARNING_RATE,
+) -> LlamaForCausalLM:
+    """Train through a plan that names the stage of each step, printing held-out figures now and then."""
+    print(f"{model.num_parameters():,} parameters, {model.config.vocab_size} tokens", flush=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
     started, shown = time.perf_counter(), 0.0
     for step, stage in enumerate(plan):
         ids, weights = batches.next(stage)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(plan))
+            group["lr"] = learning_rate(step, len(plan), peak)
         hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state
         counts = weights[:, 1:] > 0
         targets, weight = ids[:, 1:][counts], weights[:, 1:][counts]
@@ -199,7 +224,7 @@ def train(tokenizer: PreTrainedTokenizerFast, seed: int, scale: float) -> LlamaF
             left = elapsed / (step + 1) * (len(plan) - step - 1)
             print(f"step {step + 1}/{len(plan)}  answer loss {shown:.3f}  {elapsed:.0f}s, {left:.0f}s left", flush=True)
             if step % 250 == 249 and (step + 1) < len(plan):
-                print("  ", json.dumps(evaluate(model, tokenizer, documents=12)), flush=True)
+                print("  ", json.dumps(figures()), flush=True)
                 model.train()
     return model.eval()
 
@@ -217,30 +242,39 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, docume
         "36 rules, unseen clauses": (real, UNSEEN),
         "36 rules, first request, unseen clause": (replace(real, queries=(1, 1)), UNSEEN),
     }
-    core = tokenizer.backend_tokenizer
-    assistant, end = (tokenizer.convert_tokens_to_ids(t) for t in (ASSISTANT, END))
     result = {}
     for name, (stage, clauses) in kinds.items():
         rng = random.Random(10_000_019)
-        right = asked = 0
-        for _ in range(documents * 8 // stage.queries[0]):
-            ids = core.encode(render(rule_document(stage, rng, clauses))).ids
-            predicted = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
-            for start in [i for i, token in enumerate(ids) if token == assistant]:
-                stop = ids.index(end, start)
-                asked += 1  # right wherever the right tokens stand before it, so greedy decoding takes this very path
-                right += predicted[start:stop] == ids[start + 1 : stop + 1]
-        result[name] = round(right / asked, 4)
+        count = documents * 8 // stage.queries[0]
+        result[name] = share_right(model, tokenizer, [rule_document(stage, rng, clauses) for _ in range(count)])
     return result
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+@torch.no_grad()
+def share_right(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[list[dict[str, str]]]
+) -> float:
+    """Share of the documents' answers that greedy decoding gets right to the last token."""
+    core = tokenizer.backend_tokenizer
+    assistant, end = (tokenizer.convert_tokens_to_ids(t) for t in (ASSISTANT, END))
+    right = asked = 0
+    for messages in documents:
+        ids = core.encode(render(messages)).ids
+        predicted = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+        for start in [i for i, token in enumerate(ids) if token == assistant]:
+            stop = ids.index(end, start)
+            asked += 1  # right wherever the right tokens stand before it, so greedy decoding takes this very path
+            right += predicted[start:stop] == ids[start + 1 : stop + 1]
+    return round(right / asked, 4)
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, place: Path = HERE) -> None:
     """In bf16, which halves the file; written aside and moved, so a reader never sees half of it."""
-    with tempfile.TemporaryDirectory(dir=HERE) as folder:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for file in Path(folder).iterdir():
-            shutil.move(file, HERE / file.name)
+            shutil.move(file, place / file.name)
 
 
 def main() -> None:

@@ -1,0 +1,48 @@
+"""What an answer to a support message is worth in the domain's own figures.
+
+    lightning-ft compare --config examples/support/lora.yaml --methods prompted,full,lora \
+        --metrics examples/support/support_metrics.py:metrics --output runs/compare/support
+
+An answer names a topic, the company's code for it and a team: `refund 417 Harbor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+
+def metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Figures of all answers.
+
+    Args:
+        outputs: Answers, ``n``.
+        references: Right answers, ``n``.
+
+    Returns:
+        ``topic_accuracy`` and ``topic_macro_f1`` of the intent, ``code_accuracy`` and ``team_accuracy``, and
+        ``unknown_topic_rate``: answers whose first word is none of the topics.
+
+    Example:
+        >>> found = metrics(["refund 417 Harbor", "login 417 Harbor"], ["refund 417 Harbor", "login 902 Korima"])
+        >>> found["topic_accuracy"], found["code_accuracy"], found["team_accuracy"]
+        (1.0, 0.5, 0.5)
+    """
+    right = [reference.split() for reference in references]
+    given = [[*output.split(), "", "", ""][:3] for output in outputs]
+    topics = {topic: place for place, topic in enumerate(sorted({parts[0] for parts in right}))}
+    unknown = len(topics)  # a class of its own: never right
+    predicted = torch.tensor([topics.get(parts[0], unknown) for parts in given])
+    target = torch.tensor([topics[parts[0]] for parts in right])
+    # The class of unknown topics has no references, so it must not enter the mean over classes.
+    f1 = multiclass_f1_score(predicted, target, num_classes=unknown + 1, average="none")[:unknown]
+    count = len(right)
+    return {
+        "topic_accuracy": float(multiclass_accuracy(predicted, target, num_classes=unknown + 1, average="micro")),
+        "topic_macro_f1": float(f1.mean()),
+        "code_accuracy": sum(g[1] == r[1] for g, r in zip(given, right, strict=True)) / count,
+        "team_accuracy": sum(g[2] == r[2] for g, r in zip(given, right, strict=True)) / count,
+        "unknown_topic_rate": float((predicted == unknown).float().mean()),
+    }
