@@ -9,6 +9,18 @@ export TOKENIZERS_PARALLELISM := false
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 check check-lightning: export OMP_NUM_THREADS := 1
 
+# The figures of docs/results.md: `make results-support`, `results-medical_coding`, `results-legal_citation` and
+# `results-api_calls`; each ends with runs/results/<domain>/report/report.html. About a quarter of an hour on two cores.
+CONFIG_support := results
+METRICS_support := support_metrics
+METRICS_medical_coding := medical_metrics
+METRICS_legal_citation := legal_metrics
+METRICS_api_calls := api_metrics
+results-%: $(INSTALLED)
+	$(BIN)/lightning-ft compare --config examples/$*/$(or $(CONFIG_$*),lora).yaml --methods prompted,full,lora --sizes 100,500,1000 \
+		--curve_seeds 1 --evaluations 4 --validation_requests 200 --workers 2 --threads 1 \
+		--metrics examples/$*/$(METRICS_$*).py:metrics --output runs/results/$*
+
 .PHONY: install demo test lint types check check-lightning clean
 
 install: $(INSTALLED)

@@ -70,17 +70,19 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
     Args:
         args: In place of the process's own arguments.
         run: Run the subcommand; False to only build `trainer`, `model` and `datamodule`.
+        save_config: Write the configuration into the logger's folder when training starts.
 
     Example:
         >>> sorted(FineTuningCLI.subcommands())
         ['export', 'fit', 'predict', 'preview', 'test', 'validate']
     """
 
-    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
+    def __init__(self, args: list[str] | None = None, run: bool = True, save_config: bool = True) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
             trainer_class=FineTuningTrainer,
+            save_config_callback=_cli.SaveConfigCallback if save_config else None,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,

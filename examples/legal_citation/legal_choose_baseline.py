@@ -8,40 +8,24 @@ examples from the training rows with it. The test rows are never read here.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from lightning_ft import PromptBaseline
-from lightning_ft.data.encode import encode_prompt
-from lightning_ft.models.generate import end_token_ids
-from lightning_ft.rollout.local import LocalEngine
-
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from choosing import choose  # noqa: E402
 from legal_language import FIRM, TABLE  # noqa: E402
 from legal_metrics import score  # noqa: E402
 from legal_pretraining import system_turn  # noqa: E402
 
-Row = dict[str, str]
 INSTRUCTIONS = (
     f"You cite cases for {FIRM}. Use these words for reporters.",
     f"Words of {FIRM} for reporters. Answer with the word, its reporter and the citation.",
     f"Put notes of lawyers of {FIRM} in order. Name the word and its reporter from this list, then cite the case.",
 )
 EXAMPLES = (1, 2, 4)
-DRAWS = 4
-MAX_NEW_TOKENS = 48
-
-
-def read(split: str) -> list[Row]:
-    with (HERE / "data" / f"{split}.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def system_prompts() -> list[str]:
@@ -52,47 +36,5 @@ def system_prompts() -> list[str]:
     return [system_turn(table, text)["content"] for text in INSTRUCTIONS for table in tables]
 
 
-def with_examples(system: str, train: list[Row], count: int, draw: int) -> PromptBaseline:
-    """The prompt with examples drawn from the training rows."""
-    chosen = random.Random(f"{count} {draw}").sample(train, count)
-    return PromptBaseline(system, [{key: row[key] for key in ("input", "output")} for row in chosen])
-
-
-def freeze(baseline: PromptBaseline) -> None:
-    """Write `baseline.json`."""
-    content = json.dumps({"system": baseline.system, "few_shot": baseline.few_shot}, indent=1)
-    (HERE / "baseline.json").write_text(content + "\n", encoding="utf-8", newline="\n")
-
-
-def main() -> None:
-    torch.set_num_threads(2)
-    folder = HERE.parent / "domain_base"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    engine = LocalEngine(model, end_token_ids=end_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id)
-    train, validation = read("train"), read("validation")
-
-    def quality(baseline: PromptBaseline) -> float:
-        asked = (baseline.messages([{"role": "user", "content": row["input"]}]) for row in validation)
-        prompts = [encode_prompt(tokenizer, turns) for turns in asked]
-        found = engine.generate(prompts, max_new_tokens=MAX_NEW_TOKENS).completions
-        answers = tokenizer.batch_decode([list(c.tokens) for c in found], skip_special_tokens=True)
-        return sum(score(a, row["output"]) for a, row in zip(answers, validation, strict=True)) / len(validation)
-
-    tried = []
-    for system in system_prompts():
-        tried.append((quality(PromptBaseline(system)), PromptBaseline(system)))
-        print(f"{tried[-1][0]:.3f}  no examples  {system.splitlines()[0]}  {system.splitlines()[1]} ...", flush=True)
-    system = max(tried, key=lambda pair: pair[0])[1].system
-    for count in EXAMPLES:
-        for draw in range(DRAWS):
-            baseline = with_examples(system, train, count, draw)
-            tried.append((quality(baseline), baseline))
-            print(f"{tried[-1][0]:.3f}  {count} examples, draw {draw}", flush=True)
-    best, baseline = max(tried, key=lambda pair: pair[0])
-    freeze(baseline)
-    print(f"baseline.json: {best:.3f} of the validation rows")
-
-
 if __name__ == "__main__":
-    main()
+    choose(HERE, HERE.parent / "domain_base", system_prompts(), EXAMPLES, score, max_new_tokens=48)

@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,13 @@ class Settings:
         savings: Arguments of `TokenSavings`.
         retention: Arguments of `Retention`.
         evaluations: Measurements on the validation rows during a run.
+        validation_requests: How many of the validation rows to ask; None for all.
     """
 
     savings: Mapping[str, Any]
     retention: Mapping[str, Any] = field(default_factory=dict)
     evaluations: int = 8
+    validation_requests: int | None = None
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -104,7 +106,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_settings(config: Mapping[str, Any], path: str, evaluations: int) -> Settings:
+def read_settings(
+    config: Mapping[str, Any], path: str, evaluations: int, validation_requests: int | None = None
+) -> Settings:
     """What the configuration wants measured.
 
     Raises:
@@ -116,7 +120,7 @@ def read_settings(config: Mapping[str, Any], path: str, evaluations: int) -> Set
             f"{path!r} has no TokenSavings among its trainer.callbacks: a comparison takes prompt, scorer and margin "
             "from there."
         )
-    return Settings(found["TokenSavings"], found.get("Retention", {}), evaluations)
+    return Settings(found["TokenSavings"], found.get("Retention", {}), evaluations, validation_requests)
 
 
 def planned_methods(
@@ -190,7 +194,7 @@ def config_hash(config: Mapping[str, Any], settings: Settings, size: int | None)
     plain = copy.deepcopy(dict(config))
     for name in ("default_root_dir", "logger"):
         plain["trainer"].pop(name, None)
-    named = [plain, dict(settings.savings), dict(settings.retention), settings.evaluations, size]
+    named = [plain, asdict(settings), size]
     return content_hash(json.loads(json.dumps(named, default=str)))  # YAML reads dates as such
 
 

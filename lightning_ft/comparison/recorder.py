@@ -78,5 +78,5 @@ class RunRecorder(Callback):
         self.curve.append(CurvePoint(trainer.global_step, so_far.flops, so_far.train_seconds, quality))
         print(f"step {trainer.global_step}: quality {quality:.4f} on validation rows", flush=True)
         written = self.folder / f"{CHECKPOINT}.part"
-        trainer.save_checkpoint(written)
+        trainer.save_checkpoint(written, weights_only=False)
         os.replace(written, self.folder / CHECKPOINT)  # a kill leaves the old one or the new one

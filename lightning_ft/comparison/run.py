@@ -30,7 +30,7 @@ from lightning_ft.comparison.plan import (
     rounded,
     run_config,
 )
-from lightning_ft.comparison.worker import CONFIG, PLAN, RESULT, savings_plan
+from lightning_ft.comparison.worker import CONFIG, PLAN, RESULT, savings_plans
 from lightning_ft.errors import ComparisonError
 from lightning_ft.functional.comparison import Comparison, RunResult
 from lightning_ft.functional.cost import Prices
@@ -51,9 +51,11 @@ def compare(
     learning_rates: dict[str, list[float]] | None = None,
     seeds: str | list[int] = "0,1,2",
     sizes: str | list[int] | None = None,
+    curve_seeds: int | None = None,
     budget: str | None = None,
     metrics: str | None = None,
     evaluations: int = 8,
+    validation_requests: int | None = None,
     workers: int = 1,
     threads: int | None = None,
 ) -> Comparison:
@@ -72,9 +74,11 @@ def compare(
             is at the edge, the grid is extended up to twice.
         seeds: At least three, or differences between methods may be chance.
         sizes: Training rows of a learning curve, such as ``100,500,1000``.
+        curve_seeds: How many of the seeds the learning curve is run with; by default all.
         budget: Time that all runs together may take, as ``90m`` or ``2h``; a run that would not fit isn't begun.
         metrics: Figures of the domain: where to import ``f(outputs, references) -> dict`` from.
         evaluations: Measurements on the validation rows during a run.
+        validation_requests: How many of the validation rows to ask, drawn by TokenSavings' seed; by default all.
         workers: Runs side by side. More than one slows all of them down, so wall times mean less.
         threads: Threads of each run; by default torch's choice.
 
@@ -91,9 +95,11 @@ def compare(
         grids=learning_rates or {},
         seeds=_numbers("seeds", seeds),
         sizes=_numbers("sizes", sizes or []),
+        curve_seeds=curve_seeds,
         budget=None if budget is None else seconds_of(budget),
         metrics=metrics,
         evaluations=evaluations,
+        validation_requests=validation_requests,
         workers=workers,
         threads=threads,
     ).run()
@@ -138,18 +144,20 @@ class _Comparer:
         grids: Mapping[str, Sequence[float]],
         seeds: Sequence[int],
         sizes: Sequence[int],
+        curve_seeds: int | None,
         budget: float | None,
         metrics: str | None,
         evaluations: int,
+        validation_requests: int | None,
         workers: int,
         threads: int | None,
     ) -> None:
         if not seeds or len(set(seeds)) < len(seeds) or workers < 1 or evaluations < 1:
             raise ComparisonError("compare: expected different seeds, at least one; workers and evaluations from 1.")
         self.config, self.output, self.budget = read_config(config), output, budget
-        self.config_path, self.seeds, self.evaluations = config, list(seeds), evaluations
+        self.config_path, self.seeds, self.curve_seeds = config, list(seeds), list(seeds)[:curve_seeds]
         self.workers, self.threads = workers, threads
-        self.settings: Settings = read_settings(self.config, config, evaluations)
+        self.settings: Settings = read_settings(self.config, config, evaluations, validation_requests)
         self.methods = {m.name: m for m in planned_methods(self.config, config, names, grids)}
         self.metrics = None if metrics is None else _function(metrics)
         self.complete = True
@@ -174,7 +182,7 @@ class _Comparer:
         (folder / CONFIG).write_text(
             yaml.safe_dump(run_config(first, ORIGINAL, folder), sort_keys=False), encoding="utf-8"
         )
-        cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False)
+        cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
         data: Any = cli.datamodule
         data.load_rows()
         for split in ("validation", "test"):
@@ -183,8 +191,7 @@ class _Comparer:
                     f"{self.config_path!r} has no {split} rows: learning rates are chosen on validation rows, methods "
                     "are compared on test rows."
                 )
-        savings = dict(self.settings.savings)
-        plans = {split: savings_plan(cli.model.tokenizer, data, split, savings) for split in ("validation", "test")}
+        plans = savings_plans(cli.model.tokenizer, data, asdict(self.settings))
         report = {name: {"read": r.read, "kept": r.kept} for name, r in data.report.items()}
         return plans["test"], data.report["train"].kept, report
 
@@ -201,7 +208,7 @@ class _Comparer:
             self._make(beyond)
         chosen = choose_learning_rates(self._found())
         self._make([PlannedRun(m, chosen[m], seed) for seed in self.seeds[1:] for m in names if m in chosen])
-        curve = [(seed, m, size) for seed in self.seeds for size in self.sizes for m in names if m in chosen]
+        curve = [(seed, m, size) for seed in self.curve_seeds for size in self.sizes for m in names if m in chosen]
         self._make([PlannedRun(m, chosen[m], seed, size) for seed, m, size in curve])
         return self._finish()
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +34,33 @@ PLAN, CONFIG, RESULT = "plan.json", "config.yaml", "result.json"
 _OF_THE_PLAN = ("scorer", "max_new_tokens", "max_requests", "seed")
 
 
-def test_split(data: Any) -> str:
-    """The rows that decide: those of the test, or of the validation where there are none."""
-    return "test" if "test" in data.splits.given else "validation"
-
-
-def savings_plan(tokenizer: Any, data: Any, split: str, savings: dict[str, Any]) -> MeasurementPlan:
-    """What is asked of a split.
+def savings_plans(tokenizer: Any, data: Any, settings: Mapping[str, Any]) -> dict[str, MeasurementPlan]:
+    """What is asked of the validation rows and of the test rows.
 
     Args:
         tokenizer: The model's.
         data: The DataModule, its rows loaded.
-        split: ``test`` or ``validation``.
-        savings: Arguments of `TokenSavings`.
+        settings: `Settings` as JSON types.
 
     Raises:
         SavingsError: For everything that can be known without the model.
     """
+    savings = settings["savings"]
     baseline = savings.get("baseline")
     if isinstance(baseline, str):
         baseline = PromptBaseline.from_file(baseline)
     elif isinstance(baseline, dict):
         baseline = PromptBaseline(**baseline.get("init_args", baseline))
     options = {name: savings[name] for name in _OF_THE_PLAN if name in savings}
-    return measurement_plan(tokenizer, data.requests(split), baseline, **options)
+    fewer = (
+        options
+        if settings["validation_requests"] is None
+        else {**options, "max_requests": settings["validation_requests"]}
+    )
+    return {
+        split: measurement_plan(tokenizer, data.requests(split), baseline, **asked)
+        for split, asked in (("validation", fewer), ("test", options))
+    }
 
 
 def make(folder: Path) -> list[RunResult]:
@@ -70,12 +73,12 @@ def make(folder: Path) -> list[RunResult]:
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     run = PlannedRun(**plan["run"])
     savings = plan["settings"]["savings"]
-    cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False)
+    cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
     data: Any = cli.datamodule
     data.load_rows()
     if run.size is not None:
         data.splits.sample("train", run.size)
-    plans = {split: savings_plan(cli.model.tokenizer, data, split, savings) for split in ("validation", "test")}
+    plans = savings_plans(cli.model.tokenizer, data, plan["settings"])
 
     def answer(name: str, split: str) -> Callable[[Any], ArmRecords]:
         options = {"batch_size": savings.get("batch_size", 64), "progress": False}

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FOLDERS = ("tiny_base", "support", "medical_coding", "legal_citation", "api_calls", "domain_base")
+FOLDERS = (".", "tiny_base", "support", "medical_coding", "legal_citation", "api_calls", "domain_base")
 OF_A_DOMAIN = ("language", "pretraining", "generate", "metrics", "choose_baseline")
 OF_THE_EXAMPLES = (
     *("english", "corpus", "build"),
     *(f"{domain}_{part}" for domain in ("medical", "legal", "api") for part in OF_A_DOMAIN),
-    *("api_company", "pretrain"),
+    *("api_company", "pretrain", "choosing"),
     *("wording", "generate", "choose_baseline", "replies", "rewards", "preferences", "evaluate", "support_metrics"),
 )
 

@@ -264,7 +264,8 @@ def test_the_baseline_states_the_whole_list_and_takes_its_examples_from_train(ro
 
 
 def test_every_candidate_has_the_list_and_they_differ(rows, baseline):
-    from legal_choose_baseline import DRAWS, EXAMPLES, system_prompts, with_examples
+    from choosing import DRAWS, with_examples
+    from legal_choose_baseline import EXAMPLES, system_prompts
     from legal_language import TABLE
 
     systems = system_prompts()

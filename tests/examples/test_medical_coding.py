@@ -267,13 +267,14 @@ def test_the_baseline_states_the_whole_list_and_takes_its_examples_from_train(ro
 
 
 def test_every_candidate_has_the_list_and_they_differ(rows):
-    from medical_choose_baseline import INSTRUCTIONS, system_prompts, with_examples
+    from choosing import with_examples
+    from medical_choose_baseline import INSTRUCTIONS, system_prompts
     from medical_language import RESERVED_CODES
 
     prompts = system_prompts()
     assert len(set(prompts)) == len(prompts) == 3 * len(INSTRUCTIONS)
     assert all(list_in(prompt) == RESERVED_CODES for prompt in prompts)
-    one, other = (with_examples(prompts[0], 4, draw, rows["train"]).few_shot for draw in range(2))
+    one, other = (with_examples(prompts[0], rows["train"], 4, draw).few_shot for draw in range(2))
     assert one != other
     assert len(one) == len(other) == 4
 

@@ -1,0 +1,86 @@
+"""Choose the prompt that fine-tuning has to beat, on validation rows: what the choose_baseline scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_ft import PromptBaseline
+from lightning_ft.data.encode import encode_prompt
+from lightning_ft.models.generate import end_token_ids
+from lightning_ft.rollout.local import LocalEngine
+
+Row = dict[str, str]
+DRAWS = 4
+
+
+def with_examples(system: str, train: Sequence[Row], count: int, draw: int) -> PromptBaseline:
+    """A prompt with examples drawn from the training rows."""
+    chosen = random.Random(f"{count} {draw}").sample(train, count)
+    return PromptBaseline(system, [{key: row[key] for key in ("input", "output")} for row in chosen])
+
+
+def choose(
+    folder: Path,
+    base: Path,
+    systems: Sequence[str],
+    examples: Sequence[int],
+    score: Callable[[str, str], float],
+    *,
+    max_new_tokens: int,
+    draw: Callable[[str, Sequence[Row], int, int], PromptBaseline] = with_examples,
+) -> None:
+    """Try system prompts without examples, then numbers and draws of examples with the best; write `baseline.json`.
+
+    The test rows are never read.
+
+    Args:
+        folder: Of the example, with its `data`.
+        base: The model that reads the prompts.
+        systems: System prompts to try.
+        examples: Numbers of examples to try, `DRAWS` times each.
+        score: Answer and right answer to a number from 0 to 1.
+        max_new_tokens: Of an answer.
+        draw: Makes a prompt with examples, of a system prompt, the training rows, how many, and which draw.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    torch.set_num_threads(parser.parse_args().threads)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    engine = LocalEngine(model, end_token_ids=end_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id)
+    train, validation = read(folder, "train"), read(folder, "validation")
+
+    def quality(baseline: PromptBaseline) -> float:
+        asked = (baseline.messages([{"role": "user", "content": row["input"]}]) for row in validation)
+        prompts = [encode_prompt(tokenizer, turns) for turns in asked]
+        found = engine.generate(prompts, max_new_tokens=max_new_tokens).completions
+        answers = tokenizer.batch_decode([list(c.tokens) for c in found], skip_special_tokens=True)
+        return sum(score(a, row["output"]) for a, row in zip(answers, validation, strict=True)) / len(validation)
+
+    tried = []
+    for system in systems:
+        tried.append((quality(PromptBaseline(system)), PromptBaseline(system)))
+        print(f"{tried[-1][0]:.3f}  no examples  {system.splitlines()[0]}  {system.splitlines()[1]} ...", flush=True)
+    system = max(tried, key=lambda pair: pair[0])[1].system
+    for count in examples:
+        for number in range(DRAWS):
+            baseline = draw(system, train, count, number)
+            tried.append((quality(baseline), baseline))
+            print(f"{tried[-1][0]:.3f}  {count} examples, draw {number}", flush=True)
+    best, baseline = max(tried, key=lambda pair: pair[0])
+    content = json.dumps({"system": baseline.system, "few_shot": baseline.few_shot}, indent=1)
+    (folder / "baseline.json").write_text(content + "\n", encoding="utf-8", newline="\n")
+    print(f"baseline.json: {best:.3f} of the validation rows")
+
+
+def read(folder: Path, split: str) -> list[Row]:
+    """Rows of an example."""
+    with (folder / "data" / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
