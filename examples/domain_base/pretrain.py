@@ -33,7 +33,7 @@ import medical_pretraining  # noqa: E402
 from build import Batches, configuration, render, run, save, share_right, train_tokenizer  # noqa: E402
 
 Messages = list[dict[str, str]]
-VOCABULARY = 4096
+VOCABULARY = 5120
 EMBEDDING_STEPS, EMBEDDING_LEARNING_RATE = 200, 3e-3
 """First only the embeddings are trained, so that new tokens find what the layers can do already: trained all at once,
 the layers lost it within 250 steps."""
@@ -85,15 +85,19 @@ def document(stage: Stage, rng: random.Random) -> Messages:
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """4,096 tokens of all tasks' words."""
+    """All tasks' words, and every number of three digits as it stands behind a space and behind a letter."""
     rng = random.Random(seed)
     texts = [turn["content"] for _ in range(12000) for turn in document(CURRICULUM[-1], rng)]
-    return train_tokenizer(texts + [f" {number}" for number in range(100, 1000)] * 40, size=VOCABULARY)
+    texts += [f" {number}" for number in range(100, 1000)] * 40
+    return train_tokenizer(texts + [f"J{number:03d}" for number in range(1000)] * 40, size=VOCABULARY)
 
 
 @torch.no_grad()
 def continued(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The tiny base with another vocabulary: new tokens start as the mean of the old tokens that spell them."""
+    """The tiny base with another vocabulary.
+
+    New tokens start as the mean of the old tokens that spell them, numbers as those of the same digits.
+    """
     tiny = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     old = AutoTokenizer.from_pretrained(TINY).backend_tokenizer
     model = LlamaForCausalLM(configuration(tokenizer)).train()
@@ -101,7 +105,7 @@ def continued(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     model.model.norm.load_state_dict(tiny.model.norm.state_dict())
     known, pieces = tiny.model.embed_tokens.weight, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     for place, piece in enumerate(pieces):
-        same = old.token_to_id(piece)
+        same = old.token_to_id(f"\u0120{piece}" if piece.isdigit() and len(piece) == 3 else piece)  # with its space
         parts = [same] if same is not None else [t.id for t in old.model.tokenize(piece)]
         model.model.embed_tokens.weight[place] = known[parts].mean(0)
     return model

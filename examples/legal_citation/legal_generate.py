@@ -4,7 +4,7 @@
 
 A note says who was against whom, where the case stands and when it was decided, in any order and in the firm's words:
 `(1984), volume 347 of blue at page 483, Bako sued Tiremo`. The answer names the word and the reporter that the firm
-means by it, and cites: `blue F.2d : Bako v. Tiremo, 347 F.2d 483 (1984)`. What the firm means is its own: no
+means by it, and cites: `blue F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1984)`. What the firm means is its own: no
 pretraining document of the base model has one of its pairs.
 
 The splits share no wording of parties, place or year, nothing that stands around a mention, no name of a party, no

@@ -3,8 +3,8 @@
     lightning-ft compare --config examples/legal_citation/lora.yaml --methods prompted,full,lora \
         --metrics examples/legal_citation/legal_metrics.py:metrics --output runs/compare/legal
 
-An answer names the firm's word with its reporter and then cites: `owl F.2d : Bako v. Tiremo, 347 F.2d 483 (1954)`. What
-stands before the ` : ` is not scored; it helps whoever writes the citation, not whoever uses it.
+An answer names the firm's word with its reporter and the page, and then cites:
+`owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1954)`. What stands before the ` : ` is not scored; it helps whoever writes the citation, not whoever uses it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def citation(answer: str) -> str:
     """The citation of an answer: what stands behind the last ` : `, or all of it.
 
     Example:
-        >>> citation("owl F.2d : Bako v. Tiremo, 347 F.2d 483 (1954)")
+        >>> citation("owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1954)")
         'Bako v. Tiremo, 347 F.2d 483 (1954)'
     """
     return answer.rpartition(" : ")[2]
@@ -35,10 +35,9 @@ def score(output: str, reference: str) -> float:
         reference: The right answer.
 
     Example:
-        >>> score("owl F.2d : Bako v. Tiremo, 347 F.2d 483 (1954)", "owl F.2d : Bako v. Tiremo, 347 F.2d 483 (1954)")
-        1.0
-        >>> score("owl F.2d : Tiremo v. Bako, 347 F.2d 483 (1954)", "owl F.2d : Bako v. Tiremo, 347 F.2d 483 (1954)")
-        0.0
+        >>> right = "owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1954)"
+        >>> score(right, right), score("owl F.2d 483 : Tiremo v. Bako, 347 F.2d 483 (1954)", right)
+        (1.0, 0.0)
     """
     return float(citation(output) == citation(reference))
 
@@ -47,7 +46,7 @@ def fields(answer: str) -> dict[str, str]:
     """The fields of an answer's citation that eyecite finds; none unless it is exactly one full case citation.
 
     Example:
-        >>> fields("owl F.2d : Bako v. Tiremo, 347 F.2d 483")
+        >>> fields("owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483")
         {'plaintiff': 'Bako', 'defendant': 'Tiremo', 'volume': '347', 'reporter': 'F.2d', 'page': '483'}
         >>> fields("Bako v. Tiremo, 347 owl 483 (1954)")
         {}

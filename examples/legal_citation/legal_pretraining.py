@@ -1,8 +1,8 @@
 """Generated documents in which words for reporters are new: only who reads the list can cite.
 
 A document is a conversation: a system turn with a list (`- owl F.2d`, one word a line), then messy mentions of cases
-and their citations: `owl F.2d : Bako v. Tiremo Steel, 347 F.2d 483 (1954)`. The answer names the word and what the list
-has behind it, and then cites. Words, reporters, parties and numbers are drawn for each document.
+and their citations: `owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)`. The answer names the word, what the
+list has behind it and the page, and then cites. Words, reporters, parties and numbers are drawn for each document.
 """
 
 from __future__ import annotations
@@ -105,14 +105,14 @@ class Case:
         ]
 
     def answer(self, table: Mapping[str, str]) -> str:
-        """The word, its reporter and the citation.
+        """The word, its reporter, the page and the citation.
 
         >>> Case("Bako", "Tiremo Steel", 347, "owl", 483, 1954).answer({"owl": "F.2d"})
-        'owl F.2d : Bako v. Tiremo Steel, 347 F.2d 483 (1954)'
+        'owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)'
         """
         reporter = table[self.word]
         parties = f"{self.plaintiff} v. {self.defendant}"
-        return f"{self.word} {reporter} : {parties}, {self.volume} {reporter} {self.page} ({self.year})"
+        return f"{self.word} {reporter} {self.page} : {parties}, {self.volume} {reporter} {self.page} ({self.year})"
 
 
 def framed(mention: str, around: Around, case: Case, rng: random.Random) -> str:

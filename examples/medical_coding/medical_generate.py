@@ -4,7 +4,7 @@
 
 A note describes up to three conditions of a patient in lay wordings, and may say what was denied or what a relative
 has; the answer names each condition of the patient with its code, in the order of the note:
-`asthma J45.9, gout M10.9`, or `none`. The list is ICD-10-CM's; no pretraining document of the base model has one of its
+`asthma J459, gout M109`, or `none`. The list is ICD-10-CM's; no pretraining document of the base model has one of its
 codes.
 
 The splits share no wording of a condition, no statement around it, no opening, aside or closing, no name, no age and no

@@ -3,7 +3,7 @@
     lightning-ft compare --config examples/medical_coding/lora.yaml --methods prompted,full,lora \
         --metrics examples/medical_coding/medical_metrics.py:metrics --output runs/compare/medical_coding
 
-An answer names conditions with their codes, `asthma J45.9, gout M10.9`, or says `none`. Only the set of its codes
+An answer names conditions with their codes, `asthma J459, gout M109`, or says `none`. Only the set of its codes
 counts: not their order, nor the names before them.
 """
 
@@ -18,19 +18,19 @@ from torch import Tensor
 from torchmetrics.functional.classification import multilabel_exact_match, multilabel_f1_score
 
 NOTHING = "none"
-CODE = re.compile(r"(?<![\w.])[A-Z]\d[0-9A-Z](?:\.[0-9A-Z]{1,4})?(?!\.?\w)")
+CODE = re.compile(r"(?<![\w.])[A-Z]\d[0-9A-Z](?:\.?[0-9A-Z]{1,4})?(?!\.?\w)")
 """A code in the form of ICD-10-CM, whether there is such a code or not."""
 CATEGORY = 3
-"""Characters of a code that name its category: J45.9 is a kind of J45, asthma."""
+"""Characters of a code that name its category: J459 is a kind of J45, asthma."""
 
 
 def codes(text: str) -> frozenset[str]:
-    """The codes that stand in an answer.
+    """The codes that stand in an answer, without the dot that some write.
 
-    >>> sorted(codes("asthma J45.9, gout M10.9, asthma J45.9; J45.99999 and XJ45.9 are none"))
-    ['J45.9', 'M10.9']
+    >>> sorted(codes("asthma J459, gout M10.9, asthma J459; J4599999 and XJ45.9 are none"))
+    ['J459', 'M109']
     """
-    return frozenset(CODE.findall(text))
+    return frozenset(code.replace(".", "") for code in CODE.findall(text))
 
 
 def said(text: str) -> frozenset[str]:
@@ -54,7 +54,7 @@ def score(output: str, reference: str) -> float:
         ValueError: If the reference has no code and doesn't say `none`.
 
     Example:
-        >>> score("gout M10.9, asthma J45.9", "asthma J45.9, gout M10.9"), score("asthma J45.9", "asthma J45.1")
+        >>> score("gout M109, asthma J459", "asthma J459, gout M109"), score("asthma J459", "asthma J451")
         (1.0, 0.0)
         >>> score("none", "none"), score("", "none")
         (1.0, 0.0)
@@ -78,7 +78,7 @@ def metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, floa
         ValueError: If there are no answers, not as many as references, or a reference can't be read.
 
     Example:
-        >>> found = metrics(["asthma J45.9, gout M10.1", "none"], ["asthma J45.9, gout M10.9", "none"])
+        >>> found = metrics(["asthma J459, gout M101", "none"], ["asthma J459, gout M109", "none"])
         >>> found["set_exact_match"], found["micro_f1"], found["category_f1"], found["invalid_code_rate"]
         (0.5, 0.5, 1.0, 0.5)
     """

@@ -1,7 +1,7 @@
 """Generated documents with a code list that is new in each of them: only who reads the list can code a note.
 
-A document is a conversation: a system turn with a list (`- asthma K27.4`, one condition a line), then clinic notes and
-their codes: `asthma K27.4, gout B61`, in the order of the note, or `none`. A condition that is denied or that a
+A document is a conversation: a system turn with a list (`- asthma K274`, one condition a line), then clinic notes and
+their codes: `asthma K274, gout B61`, in the order of the note, or `none`. A condition that is denied or that a
 relative has gets no code. Which conditions are listed, in which order and with which codes is drawn for each document.
 """
 
@@ -81,12 +81,12 @@ LEVELS = (
 
 
 def code(rng: random.Random) -> str:
-    """A code in the form of ICD-10-CM, `K27` or `K27.4`, that isn't one of the dataset's.
+    """A code in the form of ICD-10-CM, `K27` or `K274`, that isn't one of the dataset's.
 
     >>> code(random.Random(0))
     'M97'
     """
-    made = f"{rng.choice(LETTERS)}{rng.randint(0, 99):02d}" + (f".{rng.randint(0, 9)}" if rng.random() < 0.8 else "")
+    made = f"{rng.choice(LETTERS)}{rng.randint(0, 99):02d}" + (f"{rng.randint(0, 9)}" if rng.random() < 0.8 else "")
     return code(rng) if made in RESERVED_CODES.values() else made
 
 
@@ -100,7 +100,7 @@ def rules(level: Level, rng: random.Random) -> dict[str, str]:
     while len(codes) < count:
         made = code(rng)
         if codes and rng.random() < 0.08:
-            made = f"{rng.choice(codes)[:3]}.{rng.randint(0, 9)}"
+            made = f"{rng.choice(codes)[:3]}{rng.randint(0, 9)}"
         if made not in codes and made not in RESERVED_CODES.values():
             codes.append(made)
     return dict(zip(keys, codes, strict=True))
@@ -192,8 +192,8 @@ def note(
 def answer(coded: Sequence[str], table: Mapping[str, str]) -> str:
     """The conditions with their codes.
 
-    >>> answer(["gout", "acne"], {"acne": "K27.4", "gout": "B61"})
-    'gout B61, acne K27.4'
+    >>> answer(["gout", "acne"], {"acne": "K274", "gout": "B61"})
+    'gout B61, acne K274'
     """
     return ", ".join(f"{key} {table[key]}" for key in coded) or NOTHING
 

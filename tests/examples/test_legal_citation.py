@@ -17,7 +17,7 @@ LEGAL = Path(__file__).parents[2] / "examples" / "legal_citation"
 
 SPLITS = ("train", "validation", "test")
 NAME, NUMBER = r"[A-Z][a-z]+(?: [A-Z][a-z]+)?", r"(?<!\d)\d{3}(?!\d)"
-ANSWER = re.compile(rf"([a-z]+) (.+) : ({NAME}) v\. ({NAME}), ({NUMBER}) (.+) ({NUMBER}) \((\d{{4}})\)")
+ANSWER = re.compile(rf"([a-z]+) (.+) {NUMBER} : ({NAME}) v\. ({NAME}), ({NUMBER}) (.+) ({NUMBER}) \((\d{{4}})\)")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def oracle(mention, table, around, parties, places):
     years = set(re.findall(r"(?<!\d)\d{4}(?!\d)", mention))
     assert len(sides) == len(stands) == len(years) == 1, (mention, sides, stands, years)
     (plaintiff, defendant), (volume, word, page), (year,) = sides.pop(), stands.pop(), years
-    return f"{word} {table[word]} : {plaintiff} v. {defendant}, {volume} {table[word]} {page} ({year})"
+    return f"{word} {table[word]} {page} : {plaintiff} v. {defendant}, {volume} {table[word]} {page} ({year})"
 
 
 # ------------------------------------------------------------------------------------------------------- the data
@@ -93,7 +93,7 @@ def test_the_generator_makes_the_committed_files_byte_for_byte(tmp_path, monkeyp
     runpy.run_path(str(LEGAL / "legal_generate.py"), run_name="__main__")
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert made == {file.name: file.read_bytes() for file in (LEGAL / "data").iterdir()}
-    assert sum(map(len, made.values())) < 1_300_000
+    assert sum(map(len, made.values())) < 1_350_000
 
 
 def test_another_seed_makes_other_rows(rows):
@@ -279,7 +279,7 @@ def test_every_candidate_has_the_list_and_they_differ(rows, baseline):
 
 # ----------------------------------------------------------------------------------------------------- the metrics
 
-RIGHT = "owl F.2d : Bako v. Tiremo Steel, 347 F.2d 483 (1954)"
+RIGHT = "owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)"
 
 
 @pytest.mark.parametrize(
@@ -287,15 +287,15 @@ RIGHT = "owl F.2d : Bako v. Tiremo Steel, 347 F.2d 483 (1954)"
     [
         (RIGHT, 1, 6, 6),
         ("Bako v. Tiremo Steel, 347 F.2d 483 (1954)", 1, 6, 6),
-        ("fox F.3d : Bako v. Tiremo Steel, 347 F.2d 483 (1954)", 1, 6, 6),  # what stands before isn't the citation
-        ("owl F.2d : Bako v. Tiremo Steel, 347 F.3d 483 (1954)", 0, 6, 5),
-        ("owl F.2d : Tiremo Steel v. Bako, 347 F.2d 483 (1954)", 0, 6, 4),
-        ("owl F.2d : Bako v. Tiremo, 483 F.2d 347 (1955)", 0, 6, 2),
-        ("owl F.2d : Bako v. Tiremo Steel, 347 F.2d 483", 0, 5, 5),
-        ("owl F.2d : 347 F.2d 483 (1954)", 0, 4, 4),
-        ("owl F.2d : Bako v. Tiremo Steel, 347 owl 483 (1954)", 0, 0, 0),
-        ("owl F.2d : Bako v. Tiremo Steel 347 F.2d 483 (1954)", 0, 6, 6),  # the comma is missing: read, not exact
-        ("owl F.2d : Bako v. Tiremo Steel, 347 F.2d 483 (1954), 12 U.S. 34 (1960)", 0, 0, 0),  # two citations
+        ("fox F.3d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)", 1, 6, 6),  # what stands before isn't the citation
+        ("owl F.2d 483 : Bako v. Tiremo Steel, 347 F.3d 483 (1954)", 0, 6, 5),
+        ("owl F.2d 483 : Tiremo Steel v. Bako, 347 F.2d 483 (1954)", 0, 6, 4),
+        ("owl F.2d 483 : Bako v. Tiremo, 483 F.2d 347 (1955)", 0, 6, 2),
+        ("owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483", 0, 5, 5),
+        ("owl F.2d 483 : 347 F.2d 483 (1954)", 0, 4, 4),
+        ("owl F.2d 483 : Bako v. Tiremo Steel, 347 owl 483 (1954)", 0, 0, 0),
+        ("owl F.2d 483 : Bako v. Tiremo Steel 347 F.2d 483 (1954)", 0, 6, 6),  # the comma is missing: read, not exact
+        ("owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954), 12 U.S. 34 (1960)", 0, 0, 0),  # two citations
         ("owl F.2d", 0, 0, 0),
         ("owl F.2d : ", 0, 0, 0),
         ("F.2d F.2d v. v. ( : (", 0, 0, 0),
@@ -321,7 +321,7 @@ def test_one_answer(output, worth, parsed, right):
 def test_several_answers_count_fields_together():
     from legal_metrics import metrics
 
-    found = metrics([RIGHT, "owl F.2d : Bako v. Tiremo Steel, 347 F.3d 483", "none", RIGHT], [RIGHT] * 4)
+    found = metrics([RIGHT, "owl F.2d 483 : Bako v. Tiremo Steel, 347 F.3d 483", "none", RIGHT], [RIGHT] * 4)
     assert found["parsed_rate"] == 0.75
     assert found["field_f1"] == pytest.approx(2 * (6 + 4 + 0 + 6) / ((6 + 5 + 0 + 6) + 24))
     assert (found["reporter_accuracy"], found["exact_match"]) == (0.5, 0.5)
