@@ -4,7 +4,8 @@
         --metrics examples/legal_citation/legal_metrics.py:metrics --output runs/compare/legal
 
 An answer names the firm's word with its reporter and the page, and then cites:
-`owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1954)`. What stands before the ` : ` is not scored; it helps whoever writes the citation, not whoever uses it.
+`owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1954)`. What stands before the ` : ` is not scored; it helps whoever
+writes the citation, not whoever uses it.
 """
 
 from __future__ import annotations

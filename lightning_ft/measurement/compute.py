@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_ft.data.batches import PreferenceBatch, PromptBatch
-from lightning_ft.data.layout import TokenBatch
 from lightning_ft.errors import ConfigError
 from lightning_ft.functional.compute import ComputeResult, StepSums, estimated_flops, estimated_seconds, over_ranks
+from lightning_ft.measurement.batch_size import rows_of, tokens_of
 from lightning_ft.measurement.flops import (
     OperationCounter,
     attention_kernel,
@@ -42,45 +41,6 @@ def is_counted(micro_batch: int, every: int) -> bool:
     """
     power = micro_batch & (micro_batch - 1) == 0 and micro_batch.bit_length() % 3 == 1
     return micro_batch % every == 0 or (micro_batch < every and power)
-
-
-def tokens_of(batch: Any, rollout: Any = None) -> tuple[int, int | Tensor] | None:
-    """Token places of a batch, padding included, and how many tokens in it are targets of the loss.
-
-    Args:
-        batch: `TokenBatch`, `PreferenceBatch` (a prompt counts once) or `PromptBatch` of this package; a mapping with
-            ``input_ids`` and maybe ``labels`` (-100 for none); a tensor of token ids; or a sequence that starts with
-            one of these.
-        rollout: What was written to a `PromptBatch`, with `lengths` of the completions.
-
-    Returns:
-        Both; None for anything else. The second may be a tensor on the batch's device, so that nothing waits for it.
-
-    Example:
-        >>> labels = torch.tensor([[-100, -100, 5, 6], [1, 2, 3, -100]])
-        >>> tokens_of({"input_ids": torch.zeros(2, 4), "labels": labels})
-        (8, tensor(4))
-        >>> tokens_of(torch.zeros(2, 3, 32, 32)) is None
-        True
-    """
-    if isinstance(batch, TokenBatch):
-        return batch.input_ids.numel(), batch.num_targets
-    if isinstance(batch, PreferenceBatch):
-        judged = [example for completions in batch.completions for example in completions]
-        places = sum(map(len, batch.prompts)) + sum(map(len, judged))
-        return places, sum(int(example.supervised.sum()) for example in judged)
-    if isinstance(batch, PromptBatch):
-        written = 0 if rollout is None else sum(int(length) for length in rollout.lengths)
-        return sum(map(len, batch.input_ids)) + written, written
-    if isinstance(batch, Mapping) and isinstance(ids := batch.get("input_ids"), Tensor):
-        labels = batch.get("labels")
-        # a causal model predicts each token from those before it, so the first of a row is never a target
-        return ids.numel(), (labels[..., 1:] != -100).sum() if isinstance(labels, Tensor) and labels.ndim > 1 else 0
-    if isinstance(batch, Tensor) and not (batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool):
-        return batch.numel(), 0
-    if isinstance(batch, (list, tuple)) and batch:
-        return tokens_of(batch[0])
-    return None
 
 
 class ComputeMeasurement:
@@ -164,7 +124,7 @@ class ComputeMeasurement:
         """Around one micro-batch.
 
         Args:
-            batch: What :func:`tokens_of` knows how to count.
+            batch: What :func:`lightning_ft.measurement.batch_size.tokens_of` knows how to count.
             batch_tokens: Its token places, where it doesn't.
             supervised_tokens: Those that are targets of the loss, with `batch_tokens`.
             rows: Of the batch, with `batch_tokens`; only formulas want to know.
@@ -204,7 +164,7 @@ class ComputeMeasurement:
 
         Args:
             batch: See :meth:`step`.
-            rollout: See :func:`tokens_of`.
+            rollout: See :func:`lightning_ft.measurement.batch_size.tokens_of`.
             tokens: Places and supervised tokens, instead of a batch.
             rows: Of the batch.
 
@@ -223,7 +183,7 @@ class ComputeMeasurement:
         if isinstance(supervised, Tensor):
             self._targets = supervised if self._targets is None else self._targets + supervised
             supervised = 0
-        self._rows += _rows_of(batch) if rows is None else rows
+        self._rows += rows_of(batch) if rows is None else rows
         slowed = counter is not None
         done = StepSums(1, places, supervised, int(known is None), opened.optimizer_steps)
         if self._device.type != "cuda":
@@ -415,13 +375,6 @@ class _OpenStep:
 def _warn(message: str) -> None:
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         warnings.warn(message, stacklevel=3)
-
-
-def _rows_of(batch: Any) -> int:
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else getattr(batch, "input_ids", batch)
-    if isinstance(ids, Tensor):
-        return len(ids) if ids.ndim > 1 else 1
-    return max(1, len(batch)) if hasattr(batch, "__len__") else 1
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -14,7 +14,8 @@ from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.errors import ConfigError
 from lightning_ft.functional.compute import ComputeResult
 from lightning_ft.measurement import compute
-from lightning_ft.measurement.compute import ComputeMeasurement, tokens_of
+from lightning_ft.measurement.batch_size import tokens_of
+from lightning_ft.measurement.compute import ComputeMeasurement
 from lightning_ft.measurement.flops import OperationCounter, formula_flops_per_token, is_compiled
 from lightning_ft.measurement.memory import PeakMemory
 from lightning_ft.models.head import completion_logprobs
