@@ -76,6 +76,7 @@ def make(folder: Path) -> list[RunResult]:
     cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
     data: Any = cli.datamodule
     data.load_rows()
+    data.reorder(run.seed)  # and not the seed that rows are held out by: methods and seeds share their rows
     if run.size is not None:
         data.splits.sample("train", run.size)
     plans = savings_plans(cli.model.tokenizer, data, plan["settings"])

@@ -201,6 +201,14 @@ class RowDataModule(LightningDataModule, ABC):
         """
         self.splits.load(list(self.splits.given))
 
+    def reorder(self, seed: int) -> None:
+        """Draw the order of each epoch from another seed; the rows of each split stay what they are.
+
+        Args:
+            seed: In place of the one given, before training.
+        """
+        self._seed = seed
+
     def train_dataloader(self) -> TokenLoader:
         """Batches of the training rows, in a new order every epoch."""
         return self._loader("train", shuffle=self._shuffle)

@@ -91,6 +91,8 @@ def test_a_comparison_of_prompt_full_and_lora(tmp_path, config, capsys):
     assert full.curve[-1].flops == pytest.approx(full.compute.flops, rel=1e-6)
     assert full.curve[0].flops == pytest.approx(full.compute.flops / 2, rel=0.2)
     assert lora.retention.kl_general.value > 0
+    one, two = result.final_runs("full")
+    assert one.retention.kl_general != two.retention.kl_general, "it draws nothing but the order of its rows"
     assert result.savings["lora"].n == 16  # 8 requests, two seeds
     assert result.savings["lora"].gate.n == 8
     assert result.complete

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from recorder import Recorder
+from tiny import make_rows
 
 from lightning_ft._lightning import NAMESPACE, _pl, cli_module
 from lightning_ft.data import splits as splits_module
@@ -248,3 +249,18 @@ def test_help(capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "--data.max_length" in said
     assert "Most tokens of a row, answer included" in said
+
+
+def test_another_order_leaves_the_rows_of_each_split_as_they_are(tokenizer):
+    def rows(reordered):
+        data = PairDataModule(make_rows(24), validation=0.25, tokenizer=tokenizer, batch_size=4)
+        if reordered is not None:
+            data.reorder(reordered)
+        data.setup("fit")
+        batches = [batch.input_ids.tolist() for batch in data.train_dataloader()]
+        return batches, [r.id for r in data.requests("train")], [r.id for r in data.requests("validation")]
+
+    plain, again, other = rows(None), rows(0), rows(1)
+    assert plain == again
+    assert plain[1:] == other[1:]
+    assert plain[0] != other[0]
