@@ -18,18 +18,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
 from api_company import functions  # noqa: E402
-from api_language import (  # noqa: E402
-    ASIDES,
-    CLOSINGS,
-    COUNTS,
-    DAYS,
-    HOURS,
-    INTENTS,
-    KINDS,
-    OPENINGS,
-    REFS,
-    RESERVED_NAMES,
-)
+from api_frames import ASIDES, CLOSINGS, OPENINGS  # noqa: E402
+from api_language import COUNTS, DAYS, HOURS, INTENTS, KINDS, REFS, RESERVED_NAMES  # noqa: E402
 from api_pretraining import Value, framed  # noqa: E402
 from generate import Row, write  # noqa: E402
 

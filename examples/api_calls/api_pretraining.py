@@ -14,6 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from api_frames import PRETRAINING_ASIDES, PRETRAINING_CLOSINGS, PRETRAINING_OPENINGS
 from api_language import (
     COUNTS,
     DAYS,
@@ -24,9 +25,6 @@ from api_language import (
     OTHER_KEYS,
     PEOPLE,
     PLACES,
-    PRETRAINING_ASIDES,
-    PRETRAINING_CLOSINGS,
-    PRETRAINING_OPENINGS,
     REFS,
     RESERVED_FUNCTIONS,
     RESERVED_NAMES,

@@ -24,7 +24,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
 from generate import Row, write  # noqa: E402
-from medical_language import AGES, CONDITIONS, FRAMES, NAMES, RESERVED_CODES, SEEN, SPLITS  # noqa: E402
+from medical_frames import AGES, FRAMES, NAMES  # noqa: E402
+from medical_language import CONDITIONS, RESERVED_CODES, SEEN, SPLITS  # noqa: E402
 from medical_pretraining import answer, around, fill, statements  # noqa: E402
 
 SIZES = {"train": 5000, "validation": 400, "test": 600}

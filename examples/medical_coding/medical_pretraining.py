@@ -12,18 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from medical_language import (
-    CONDITIONS,
-    COUNTS,
-    DAYS,
-    NAMES,
-    OTHER_CONDITIONS,
-    PRETRAINING,
-    RELATIVES,
-    RESERVED_CODES,
-    SEEN,
-    Frames,
-)
+from medical_frames import COUNTS, NAMES, PRETRAINING, Frames
+from medical_language import CONDITIONS, DAYS, OTHER_CONDITIONS, RELATIVES, RESERVED_CODES, SEEN
 
 Message = dict[str, str]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

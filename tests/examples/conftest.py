@@ -11,7 +11,7 @@ OF_A_DOMAIN = ("language", "pretraining", "generate", "metrics", "choose_baselin
 OF_THE_EXAMPLES = (
     *("english", "corpus", "build"),
     *(f"{domain}_{part}" for domain in ("medical", "legal", "api") for part in OF_A_DOMAIN),
-    *("api_company", "pretrain", "choosing"),
+    *("api_company", "api_frames", "medical_frames", "pretrain", "choosing"),
     *("wording", "generate", "choose_baseline", "replies", "rewards", "preferences", "evaluate", "support_metrics"),
 )
 

@@ -142,14 +142,7 @@ def test_splits_share_no_wording(rows):
 
 
 def test_no_frame_is_shared_between_splits_or_with_pretraining():
-    from api_language import (
-        ASIDES,
-        CLOSINGS,
-        OPENINGS,
-        PRETRAINING_ASIDES,
-        PRETRAINING_CLOSINGS,
-        PRETRAINING_OPENINGS,
-    )
+    from api_frames import ASIDES, CLOSINGS, OPENINGS, PRETRAINING_ASIDES, PRETRAINING_CLOSINGS, PRETRAINING_OPENINGS
 
     frames = {split: [*OPENINGS[split], *ASIDES[split], *CLOSINGS[split]] for split in SPLITS}
     frames["pretraining"] = [*PRETRAINING_OPENINGS, *PRETRAINING_ASIDES, *PRETRAINING_CLOSINGS]

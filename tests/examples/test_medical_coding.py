@@ -135,7 +135,7 @@ def test_splits_share_no_wording_of_a_condition(rows):
 
 
 def test_no_frame_is_shared_between_splits_or_with_pretraining(pretraining):
-    from medical_language import FRAMES, PRETRAINING
+    from medical_frames import FRAMES, PRETRAINING
 
     kinds = ("present", "denied", "family", "openings", "asides", "closings")
     frames = {name: {t for kind in kinds for t in getattr(of, kind)} - {""} for name, of in FRAMES.items()}
@@ -153,7 +153,8 @@ def test_no_frame_is_shared_between_splits_or_with_pretraining(pretraining):
 
 
 def test_a_statement_is_turned_around_by_a_known_word_and_by_nothing_else():
-    from medical_language import CONDITIONS, DENIAL_WORDS, FRAMES, OTHER_CONDITIONS, PRETRAINING, RELATIVES
+    from medical_frames import FRAMES, PRETRAINING
+    from medical_language import CONDITIONS, DENIAL_WORDS, OTHER_CONDITIONS, RELATIVES
 
     turning = DENIAL_WORDS | set(RELATIVES)
     names = {*CONDITIONS, *OTHER_CONDITIONS}
@@ -170,7 +171,7 @@ def test_a_statement_is_turned_around_by_a_known_word_and_by_nothing_else():
 
 
 def test_splits_share_no_name_no_age_and_no_set_of_codes(rows):
-    from medical_language import AGES, NAMES
+    from medical_frames import AGES, NAMES
 
     words = {split: {w for row in rows[split] for w in re.findall(r"\w+", row["input"])} for split in SPLITS}
     sets = {
@@ -241,7 +242,8 @@ def test_lists_and_instructions_differ_from_document_to_document(pretraining):
 
 
 def test_no_document_has_a_code_of_the_clinic_an_unseen_wording_or_a_name_of_the_dataset(pretraining):
-    from medical_language import CONDITIONS, NAMES, RESERVED_CODES, SEEN
+    from medical_frames import NAMES
+    from medical_language import CONDITIONS, RESERVED_CODES, SEEN
     from medical_metrics import codes
 
     text = "\n".join(turn["content"] for documents in pretraining.values() for d in documents for turn in d)
