@@ -14,7 +14,7 @@ from statistics import mean
 from lightning_ft.functional.bootstrap import Interval
 from lightning_ft.functional.comparison import Comparison
 from lightning_ft.report.markdown import markdown_table
-from lightning_ft.report.numbers import bytes_of, duration, scaled, times
+from lightning_ft.report.numbers import bytes_of, duration, rounded, scaled, times
 
 RATIOS = {
     "quality_ratio": "quality",
@@ -77,7 +77,7 @@ def arms(found: Comparison) -> Iterator[list[str]]:
                 cells.append("" if method == "untuned" else f"{cost:.4f} {result.costs.prices.currency}")
             yield [title, *cells]
             even = [None if r is None else getattr(r.costs, f"break_even_{kind}") for r in saved.values()]
-            yield [f"break-even, {kind}", *("" if e is None else scaled(e, "requests") for e in even)]
+            yield [f"break-even, {kind}", *("" if e is None else f"{rounded(e)} requests" for e in even)]
 
 
 def training(found: Comparison) -> Iterator[list[str]]:
