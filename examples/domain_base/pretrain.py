@@ -15,9 +15,8 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,8 +54,6 @@ TASKS: dict[str, Callable[[random.Random, int], Messages]] = {
     "routing": routing,
 }
 SHARES = {"medical": 0.3, "legal": 0.3, "api": 0.3, "routing": 0.1}
-PRACTICE_SHARES = {"medical": 0.5, "legal": 0.2, "api": 0.2, "routing": 0.1}
-"""Of what is practised once everything has been learnt: a code's letter was right by then, its number in six of ten."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +64,11 @@ class Stage:
         steps: Optimizer steps it lasts.
         levels: Levels of the documents, one drawn for each.
         tokens: Tokens in a batch.
-        shares: Of the tasks.
     """
 
     steps: int
     levels: tuple[int, ...]
     tokens: int
-    shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
 
 
 CURRICULUM = (
@@ -81,12 +76,11 @@ CURRICULUM = (
     Stage(500, (0, 1, 1), 3072),
     Stage(1500, (1, 2, 2, 2, 2), 4096),
 )
-PRACTICE = (Stage(1000, (1, 2, 2, 2), 4096, PRACTICE_SHARES),)
 
 
 def document(stage: Stage, rng: random.Random) -> Messages:
     """A document of one of the tasks."""
-    task = rng.choices(list(stage.shares), list(stage.shares.values()))[0]
+    task = rng.choices(list(SHARES), list(SHARES.values()))[0]
     return TASKS[task](rng, rng.choice(stage.levels))
 
 
@@ -142,44 +136,9 @@ def write_texts() -> None:
         (folder / "general.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
 
-def learn(seed: int, scale: float, output: Path) -> None:
-    """From the tiny base to all tasks: the embeddings first, then everything."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(seed)
-    model = continued(tokenizer)
-    batches = Batches(tokenizer, seed, document)
-
-    def figures() -> dict[str, float]:
-        return evaluate(model, tokenizer, documents=12)
-
-    model.model.layers.requires_grad_(False)
-    run(model, batches, [CURRICULUM[0]] * int(EMBEDDING_STEPS * scale), figures, peak=EMBEDDING_LEARNING_RATE)
-    print(json.dumps(figures()), flush=True)
-    model.model.layers.requires_grad_(True)
-    run(model, batches, plan(CURRICULUM, scale), figures, peak=PEAK_LEARNING_RATE)
-    output.mkdir(parents=True, exist_ok=True)
-    save(model, tokenizer, output)
-
-
-def practise(seed: int, scale: float, output: Path) -> None:
-    """Go on from what was saved, with more of what is still hard."""
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).train()
-    batches = Batches(tokenizer, seed + 1, document)
-    figures = partial(evaluate, model, tokenizer, documents=12)
-    run(model, batches, plan(PRACTICE, scale), figures, peak=PEAK_LEARNING_RATE)
-    save(model, tokenizer, output)
-
-
-def plan(stages: Sequence[Stage], scale: float) -> list[Stage]:
-    """The stage of each step."""
-    return [stage for stage in stages for _ in range(int(stage.steps * scale))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluate", action="store_true", help="print the held-out figures of the saved model")
-    parser.add_argument("--practice", action="store_true", help="go on with the saved model")
     parser.add_argument("--texts", action="store_true", help="write the general texts only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of steps")
@@ -190,10 +149,24 @@ def main() -> None:
     if arguments.texts:
         write_texts()
         return
-    if not arguments.evaluate and not arguments.practice:
-        learn(arguments.seed, arguments.scale, arguments.output)
     if not arguments.evaluate:
-        practise(arguments.seed, arguments.scale, arguments.output)
+        torch.manual_seed(arguments.seed)
+        tokenizer = build_tokenizer(arguments.seed)
+        model = continued(tokenizer)
+        batches = Batches(tokenizer, arguments.seed, document)
+
+        def figures() -> dict[str, float]:
+            return evaluate(model, tokenizer, documents=12)
+
+        model.model.layers.requires_grad_(False)
+        first = [CURRICULUM[0]] * int(EMBEDDING_STEPS * arguments.scale)
+        run(model, batches, first, figures, peak=EMBEDDING_LEARNING_RATE)
+        print(json.dumps(figures()), flush=True)
+        model.model.layers.requires_grad_(True)
+        plan = [stage for stage in CURRICULUM for _ in range(int(stage.steps * arguments.scale))]
+        run(model, batches, plan, figures, peak=PEAK_LEARNING_RATE)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        save(model, tokenizer, arguments.output)
         write_texts()
     tokenizer = AutoTokenizer.from_pretrained(arguments.output)
     model = AutoModelForCausalLM.from_pretrained(arguments.output, dtype=torch.float32)
