@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -189,13 +190,34 @@ def run_config(method: Method, run: PlannedRun, folder: Path, epochs_factor: flo
     return config
 
 
-def config_hash(config: Mapping[str, Any], settings: Settings, size: int | None) -> str:
-    """Names what a run's figures depend on, wherever its files are."""
+def config_hash(config: Mapping[str, Any], settings: Settings, size: int | None, inputs: Sequence[str] = ()) -> str:
+    """Names what a run's figures depend on, wherever its files are.
+
+    Args:
+        config: Of the run.
+        settings: What is measured.
+        size: Training rows, None for all.
+        inputs: Names of what the configuration only points to: rows, prompts, weights.
+    """
     plain = copy.deepcopy(dict(config))
     for name in ("default_root_dir", "logger"):
         plain["trainer"].pop(name, None)
-    named = [plain, asdict(settings), size]
+    named = [plain, asdict(settings), size, list(inputs)]
     return content_hash(json.loads(json.dumps(named, default=str)))  # YAML reads dates as such
+
+
+def weights_hash(model: Any) -> str:
+    """Names the files of a model's folder by what is in them; a hub name, which its revision names, by itself."""
+    folder = Path(str(model))
+    if not folder.is_dir():
+        return str(model)
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")):
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while part := content.read(2**24):
+                digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _built_in(name: str, config: Mapping[str, Any], path: str, grids: Mapping[str, Sequence[float]]) -> Method:

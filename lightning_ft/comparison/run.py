@@ -21,6 +21,7 @@ from lightning_ft._lightning import NAMESPACE, VARIABLE
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.comparison.plan import (
     EPOCHS_CAP,
+    Method,
     PlannedRun,
     Settings,
     config_hash,
@@ -29,12 +30,14 @@ from lightning_ft.comparison.plan import (
     read_settings,
     rounded,
     run_config,
+    weights_hash,
 )
 from lightning_ft.comparison.worker import CONFIG, PLAN, RESULT, savings_plans
 from lightning_ft.errors import ComparisonError
 from lightning_ft.functional.comparison import Comparison, RunResult
 from lightning_ft.functional.cost import Prices
 from lightning_ft.functional.methods import Asked, Metrics, choose_learning_rates, compare_methods
+from lightning_ft.functional.prompt import content_hash
 from lightning_ft.importing import from_file, from_import_path
 from lightning_ft.report.write import write_report
 
@@ -162,6 +165,7 @@ class _Comparer:
         self.metrics = None if metrics is None else _function(metrics)
         self.complete = True
         self.results: dict[PlannedRun, list[RunResult]] = {}
+        self._weights: dict[Any, str] = {}
         self.plan, self.rows, self.data_report = self._check()
         too_many = [size for size in sizes if size >= self.rows]
         if too_many:
@@ -193,6 +197,8 @@ class _Comparer:
                 )
         plans = savings_plans(cli.model.tokenizer, data, asdict(self.settings))
         report = {name: {"read": r.read, "kept": r.kept} for name, r in data.report.items()}
+        train = [[[dict(turn) for turn in r.messages], r.reference] for r in data.requests("train")]
+        self.measured = [content_hash(train), *(plan.fingerprint for plan in plans.values())]
         return plans["test"], data.report["train"].kept, report
 
     def run(self) -> Comparison:
@@ -275,7 +281,7 @@ class _Comparer:
         method = self.methods.get(run.method) or next(iter(self.methods.values()))
         factor = 1.0 if run.size is None else min(EPOCHS_CAP, self.rows / run.size)
         config = run_config(method, run, folder, factor)
-        named = config_hash(config, self.settings, run.size)
+        named = config_hash(config, self.settings, run.size, self._inputs(method))
         plan = folder / PLAN
         if plan.exists():
             if json.loads(plan.read_text(encoding="utf-8"))["hash"] != named:
@@ -292,6 +298,13 @@ class _Comparer:
             "settings": asdict(self.settings),
         }
         plan.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+
+    def _inputs(self, method: Method) -> list[str]:
+        """Names of the rows, prompts and weights that a method's configuration points to."""
+        model = method.config["model"].get("init_args", {}).get("model")
+        if model not in self._weights:
+            self._weights[model] = weights_hash(model)
+        return [*self.measured, self._weights[model]]
 
     def _start(self, run: PlannedRun) -> subprocess.Popen[bytes]:
         folder = self._folder(run)

@@ -156,6 +156,16 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path, config):
         compare(config, "lora", str(output), **options)
 
 
+def test_other_rows_under_the_same_name_are_another_configuration(tmp_path, config):
+    options = {**QUICK, "seeds": "0", "learning_rates": {"lora": [5e-3]}}
+    with pytest.raises(ComparisonError, match="nothing to compare"):
+        compare(config, "lora", str(tmp_path / "out"), budget="0.001s", **options)
+    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(rows[1:]))
+    with pytest.raises(ComparisonError, match="holds a run of another configuration"):
+        compare(config, "lora", str(tmp_path / "out"), **options)
+
+
 def test_a_run_that_fails_says_why(tmp_path, config):
     content = yaml.safe_load(Path(config).read_text())
     content["model"]["init_args"]["lora"] = {"r": 2, "target_modules": ["no_such_layer"]}

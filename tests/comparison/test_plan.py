@@ -14,6 +14,7 @@ from lightning_ft.comparison.plan import (
     read_config,
     read_settings,
     run_config,
+    weights_hash,
 )
 from lightning_ft.comparison.run import seconds_of
 from lightning_ft.errors import ComparisonError
@@ -148,8 +149,18 @@ def test_the_hash_of_a_run_doesnt_depend_on_where_it_is_and_does_on_everything_e
         config_hash(seeded, settings, None),
         config_hash(here, Settings({"scorer": "json"}), None),
         config_hash(here, settings, 100),
+        config_hash(here, settings, None, ["other rows"]),
     }
-    assert len(hashes) == 4
+    assert len(hashes) == 5
+
+
+def test_weights_are_named_by_what_is_in_their_files(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = weights_hash(str(tmp_path))
+    assert weights_hash(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert weights_hash(str(tmp_path)) != before
+    assert weights_hash("user/model") == "user/model"
 
 
 def test_a_budget_that_is_no_time():
