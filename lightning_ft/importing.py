@@ -77,6 +77,40 @@ def from_file(path: str, *, argument: str, error: type[LightningFTError]) -> Any
         raise error(f"{argument}={path!r}: {place} has no {name!r}.") from cause
 
 
+def from_place(place: str, *, argument: str, error: type[LightningFTError]) -> Any:
+    """Take what stands at ``path/to/file.py:name``, ``package.module.name`` or ``package.module:name``.
+
+    Args:
+        place: Where it stands.
+        argument: What was given as such, for messages.
+        error: What is raised.
+
+    Raises:
+        LightningFTError: The `error` given, if there is nothing, or the file or module fails.
+
+    Example:
+        >>> from lightning_ft.errors import ConfigError
+        >>> from_place("operator:add", argument="scorer", error=ConfigError)(1, 2)
+        3
+    """
+    if is_file(place):
+        return from_file(place, argument=argument, error=error)
+    try:
+        return from_import_path(place, argument=argument, error=error)
+    except (ImportError, AttributeError) as cause:
+        raise error(f"{argument}={place!r} can't be imported: {cause}") from cause
+
+
+def is_file(place: str) -> bool:
+    """Whether a place is one in a file, as ``path/to/file.py:name``.
+
+    Example:
+        >>> is_file("mine/rewards.py:short"), is_file("package.module:short")
+        (True, False)
+    """
+    return place.rpartition(":")[0].endswith(".py")
+
+
 def _module(file: Path) -> ModuleType:
     name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if name in sys.modules:

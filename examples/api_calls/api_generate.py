@@ -21,7 +21,7 @@ from api_company import functions  # noqa: E402
 from api_frames import ASIDES, CLOSINGS, OPENINGS  # noqa: E402
 from api_language import COUNTS, DAYS, HOURS, INTENTS, KINDS, REFS, RESERVED_NAMES  # noqa: E402
 from api_pretraining import Value, framed  # noqa: E402
-from generate import Row, write  # noqa: E402
+from generate import Row, distinct_rows, write  # noqa: E402
 
 SIZES = {"train": 5000, "validation": 400, "test": 600}
 WORDINGS = {"train": (0, 1, 2), "validation": (3,), "test": (4, 5)}
@@ -66,17 +66,14 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for split, size in SIZES.items():
         rng = random.Random(f"{seed} {split}")
-        rows: list[Row] = []
-        seen: set[str] = set()
-        while len(rows) < size:
-            key = list(api)[len(rows) % len(api)]  # as many of each, but for a remainder
+
+        def row(place: int, split: str = split, rng: random.Random = rng) -> Row:
+            key = list(api)[place % len(api)]  # as many of each, but for a remainder
             cluster, wording = rng.choice(list(wordings(key, split).items()))
             text, values = message(wording, key, split, rng)
-            if text not in seen:
-                seen.add(text)
-                rows.append({"input": text, "output": api[key].call(values), "cluster": cluster})
-        rng.shuffle(rows)
-        splits[split] = [{"id": f"{split}-{number:04d}", **row} for number, row in enumerate(rows)]
+            return {"input": text, "output": api[key].call(values), "cluster": cluster}
+
+        splits[split] = distinct_rows(split, size, rng, row)
     return splits
 
 

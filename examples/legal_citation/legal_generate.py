@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
-from generate import Row, write  # noqa: E402
+from generate import Row, distinct_rows, write  # noqa: E402
 from legal_language import AROUND, NUMBERS, SEEN, TABLE, UNSEEN, YEARS, party  # noqa: E402
 from legal_pretraining import PRETRAINING, Case, framed  # noqa: E402
 
@@ -74,16 +74,11 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for split, size in SIZES.items():
         rng = random.Random(f"{seed} {split}")
-        rows: list[Row] = []
-        seen: set[str] = set()
-        while len(rows) < size:
-            word, unseen = words[len(rows) % len(words)], split == "test" and len(rows) >= size // 2
-            made = row(word, split, rng, unseen=unseen)
-            if made["output"] not in seen:
-                seen.add(made["output"])
-                rows.append(made)
-        rng.shuffle(rows)
-        splits[split] = [{"id": f"{split}-{number:04d}", **made} for number, made in enumerate(rows)]
+
+        def made(place: int, split: str = split, size: int = size, rng: random.Random = rng) -> Row:
+            return row(words[place % len(words)], split, rng, unseen=split == "test" and place >= size // 2)
+
+        splits[split] = distinct_rows(split, size, rng, made, key="output")
     return splits
 
 

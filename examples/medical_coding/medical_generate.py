@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "support")]
 
-from generate import Row, write  # noqa: E402
+from generate import Row, distinct_rows, write  # noqa: E402
 from medical_frames import AGES, FRAMES, NAMES  # noqa: E402
 from medical_language import CONDITIONS, RESERVED_CODES, SEEN, SPLITS  # noqa: E402
 from medical_pretraining import answer, around, fill, statements  # noqa: E402
@@ -89,15 +89,11 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for split, size in SIZES.items():
         rng = random.Random(f"{seed} {split}")
-        rows: list[Row] = []
-        seen: set[str] = set()
-        while len(rows) < size:
-            made = row(list(RESERVED_CODES)[len(rows) % len(RESERVED_CODES)], split, seed, rng)
-            if made["input"] not in seen:
-                seen.add(made["input"])
-                rows.append(made)
-        rng.shuffle(rows)
-        splits[split] = [{"id": f"{split}-{number:04d}", **made} for number, made in enumerate(rows)]
+
+        def made(place: int, split: str = split, rng: random.Random = rng) -> Row:
+            return row(list(RESERVED_CODES)[place % len(RESERVED_CODES)], split, seed, rng)
+
+        splits[split] = distinct_rows(split, size, rng, made)
     return splits
 
 

@@ -70,18 +70,37 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for split, size in SIZES.items():
         rng = random.Random(f"{seed} {split}")
-        rows: list[Row] = []
-        seen: set[str] = set()
-        while len(rows) < size:
-            topic = list(table)[len(rows) % len(table)]  # as many of each, but for a remainder
+
+        def row(place: int, split: str = split, rng: random.Random = rng) -> Row:
+            topic = list(table)[place % len(table)]  # as many of each, but for a remainder
             cluster, clause = rng.choice(list(clauses(topic, split).items()))
-            text = message(clause, split, rng)
-            if text not in seen:
-                seen.add(text)
-                rows.append({"input": text, "output": f"{topic} {table[topic]}", "cluster": cluster})
-        rng.shuffle(rows)
-        splits[split] = [{"id": f"{split}-{number:04d}", **row} for number, row in enumerate(rows)]
+            return {"input": message(clause, split, rng), "output": f"{topic} {table[topic]}", "cluster": cluster}
+
+        splits[split] = distinct_rows(split, size, rng, row)
     return splits
+
+
+def distinct_rows(
+    split: str, size: int, rng: random.Random, make: Callable[[int], Row], key: str = "input"
+) -> list[Row]:
+    """So many rows of a split, shuffled and numbered, no two alike.
+
+    Args:
+        split: Begins their ids.
+        size: How many.
+        rng: Shuffles them; `make` may draw from it.
+        make: Makes the row for a place.
+        key: The field in which no two may be alike.
+    """
+    rows: list[Row] = []
+    seen: set[str] = set()
+    while len(rows) < size:
+        row = make(len(rows))
+        if row[key] not in seen:
+            seen.add(row[key])
+            rows.append(row)
+    rng.shuffle(rows)
+    return [{"id": f"{split}-{number:04d}", **row} for number, row in enumerate(rows)]
 
 
 def write(make: Callable[[int], dict[str, list[Row]]], description: str | None, folder: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_ft._lightning import Callback
 from lightning_ft.callbacks.host import results_folder
+from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.errors import ConfigError
 from lightning_ft.functional.compute import ComputeResult
 from lightning_ft.measurement.compute import ComputeMeasurement
@@ -19,7 +19,7 @@ _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _LOGGED = ("flops", "flops_per_token", "tokens_per_second", "peak_memory_bytes", "mfu")
 
 
-class ComputeMeter(Callback):
+class ComputeMeter(MeasuringCallback):
     """Measures operations, tokens a second, peak memory and use of the device in training.
 
     They go to the Trainer's loggers as ``compute/...``, to a line on the screen, and as ``compute.json`` into a folder.
@@ -55,9 +55,6 @@ class ComputeMeter(Callback):
     Example:
         >>> meter = ComputeMeter(every_n_steps=100)
     """
-
-    reports = True
-    """Its results go into the report that is written when training ends."""
 
     def __init__(
         self,
@@ -127,7 +124,9 @@ class ComputeMeter(Callback):
             figures = measurement.result().figures()
             if (recent := measurement.recent_tokens_per_second()) is not None:
                 figures["tokens_per_second"] = recent
-            self._log(trainer, {name: figures[name] for name in _LOGGED if name in figures})
+            logged = self.named({name: figures[name] for name in _LOGGED if name in figures})
+            for logger in getattr(trainer, "loggers", []):
+                logger.log_metrics(logged, step=self._step(trainer))
 
     def on_validation_start(self, trainer: Any = None, pl_module: Any = None) -> None:
         """Let no micro-batch be open: a module may skip the rest of an epoch within one."""
@@ -156,22 +155,12 @@ class ComputeMeter(Callback):
         """
         self.result = self._started().stop(read_memory=not self._memory_read)
         figures = self.result.figures()
-        if hasattr(trainer, "callback_metrics"):
-            trainer.callback_metrics.update({f"{self.name}/{k}": torch.tensor(v) for k, v in figures.items()})
-        self._log(trainer, figures)
-        folder = results_folder(
-            trainer, self.output_dir, self.name
-        )  # asked on all ranks: the first one tells the others
+        self.publish(trainer, self.named(figures), self._step(trainer))
+        folder = results_folder(trainer, self.output_dir, self.name)
         if getattr(trainer, "is_global_zero", True):
             rank_zero_info(self.result.headline)
             if folder is not None:
                 rank_zero_info(f"Compute written: {self.result.save(folder)}")
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the report, if this is the last callback that measures."""
-        from lightning_ft.report.fit import report_at_end
-
-        report_at_end(trainer, self)
 
     def so_far(self) -> ComputeResult:
         """What this process has measured up to now, while training goes on.
@@ -200,7 +189,5 @@ class ComputeMeter(Callback):
         if self._measurement is not None:
             self._measurement.abandon_step()
 
-    def _log(self, trainer: Any, figures: dict[str, float]) -> None:
-        named = {f"{self.name}/{key}": value for key, value in figures.items()}
-        for logger in getattr(trainer, "loggers", []):
-            logger.log_metrics(named, step=getattr(trainer, "global_step", self._started().steps))
+    def _step(self, trainer: Any) -> int:
+        return int(getattr(trainer, "global_step", self._started().steps))

@@ -20,6 +20,13 @@ def precision_of(host: Any) -> AbstractContextManager[Any]:
     return host.autocast() if hasattr(host, "autocast") else nullcontext()  # type: ignore[no-any-return]
 
 
+def shows_progress(host: Any, wanted: bool | None) -> bool:
+    """Whether to show progress bars: as it was asked for, else as the Trainer does; Fabric has none to go by."""
+    if wanted is not None:
+        return wanted
+    return getattr(host, "progress_bar_callback", None) is not None if is_trainer(host) else True
+
+
 def results_folder(host: Any, output_dir: str | Path | bool | None, name: str) -> Path | None:
     """Where a callback writes its results. Every rank must ask: the first one tells the others.
 

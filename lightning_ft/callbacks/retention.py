@@ -5,20 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import Callback
-from lightning_ft.callbacks.host import is_trainer, precision_of, results_folder
+from lightning_ft.callbacks.host import is_trainer, precision_of, results_folder, shows_progress
+from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.data.request import Request
 from lightning_ft.errors import ConfigError, RetentionError
 from lightning_ft.functional.retention import RetentionResult
 from lightning_ft.measurement.retention import RetentionMeasurement
-from lightning_ft.measurement.target import model_of, unwrapped
+from lightning_ft.measurement.target import model_of, required_model, unwrapped
 
 
-class Retention(Callback):
+class Retention(MeasuringCallback):
     """Measures how far training moves a model on general text: KL from the base, perplexity, and agreement with it.
 
     What to compare with is settled before the first step and kept in checkpoints, so that a resumed run compares with
@@ -63,9 +62,6 @@ class Retention(Callback):
     Example:
         >>> retention = Retention(["It was a bright cold day in April."], max_kl=0.1, on_breach="stop")
     """
-
-    reports = True
-    """Its results go into the report that is written when training ends."""
 
     def __init__(
         self,
@@ -150,7 +146,7 @@ class Retention(Callback):
             RetentionError: If they don't, or it isn't a causal language model.
         """
         if self._measurement is not None and model_of(pl_module) is not None:
-            self._measurement.check_model(_required_model(pl_module))
+            self._measurement.check_model(required_model(pl_module, "Retention", RetentionError))
 
     def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
         """Settle what to compare with, unless a checkpoint brought it.
@@ -172,7 +168,7 @@ class Retention(Callback):
         if not measurement.has_before:
             with precision_of(trainer):
                 trained = is_trainer(trainer) and trainer.global_step > 0
-                measurement.before(_required_model(pl_module), trained=trained)
+                measurement.before(required_model(pl_module, "Retention", RetentionError), trained=trained)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure where `every_n_steps` asks for it."""
@@ -204,12 +200,6 @@ class Retention(Callback):
             if folder is not None:
                 rank_zero_info(f"Retention written: {self.result.save(folder)}")
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the report, if this is the last callback that measures."""
-        from lightning_ft.report.fit import report_at_end
-
-        report_at_end(trainer, self)
-
     def state_dict(self) -> dict[str, Any]:
         """What is compared with, tensors among it."""
         if self._measurement is not None and self._measurement.has_before:
@@ -226,12 +216,10 @@ class Retention(Callback):
         tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
         if tokenizer is None:
             raise RetentionError("Retention has no tokenizer: pass tokenizer=, or use it with a module that has one.")
-        progress = self.progress
-        if progress is None:
-            bars = getattr(trainer, "progress_bar_callback", None)
-            progress = bars is not None if is_trainer(trainer) else True
         rows = self._task_rows(trainer)
-        return RetentionMeasurement(tokenizer, self.texts, rows, progress=progress, **self._options)
+        return RetentionMeasurement(
+            tokenizer, self.texts, rows, progress=shows_progress(trainer, self.progress), **self._options
+        )
 
     def _task_rows(self, trainer: Any) -> list[Request]:
         rows = self.task
@@ -251,14 +239,9 @@ class Retention(Callback):
         if self.result is not None and step is not None and step == self._measured_at:
             return
         with precision_of(trainer):
-            self.result = self._measurement.after(_required_model(module), step=step)
+            self.result = self._measurement.after(required_model(module, "Retention", RetentionError), step=step)
         self._measured_at = step
-        figures = {f"{self.name}/{key}": value for key, value in self.result.figures().items()}
-        if is_trainer(trainer):
-            # not by log_dict, which passes over steps that log_every_n_steps doesn't name
-            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in figures.items()})
-        for logger in getattr(trainer, "loggers", []):
-            logger.log_metrics(figures, step=step)
+        self.publish(trainer, self.named(self.result.figures()), step)
         self._compare_with_limits(trainer, self.result, may_stop=not ended and is_trainer(trainer))
 
     def _compare_with_limits(self, trainer: Any, result: RetentionResult, *, may_stop: bool) -> None:
@@ -279,13 +262,3 @@ class Retention(Callback):
         if found:
             at = "" if result.step is None else f" at step {result.step:,}"
             rank_zero_warn(f"Retention{at}: {'; '.join(found)}.{' Training stops.' if stop else ''}")
-
-
-def _required_model(module: Any) -> Any:
-    model = model_of(module)
-    if model is None:
-        raise RetentionError(
-            f"Retention found no transformers model in {type(module).__name__}: the module must hold one as `model`; "
-            'with Fabric pass it along: fabric.call("on_train_start", fabric, model).'
-        )
-    return model

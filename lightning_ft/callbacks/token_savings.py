@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import Callback
-from lightning_ft.callbacks.host import is_trainer, precision_of, results_folder
+from lightning_ft.callbacks.host import is_trainer, precision_of, results_folder, shows_progress
+from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.data.request import Request
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.functional.cost import Prices
@@ -23,7 +22,7 @@ from lightning_ft.measurement.savings import SavingsMeasurement
 from lightning_ft.measurement.target import model_of, required_model, unwrapped
 
 
-class TokenSavings(Callback):
+class TokenSavings(MeasuringCallback):
     """Measures how many tokens a request no longer needs after training, and whether its answers stayed as good.
 
     The original weights answer with the baseline's prompt and without it before the first step; the trained weights
@@ -63,9 +62,6 @@ class TokenSavings(Callback):
         >>> baseline = PromptBaseline("Answer with the name of one department.")
         >>> savings = TokenSavings(baseline, scorer="label", margin=0.05)
     """
-
-    reports = True
-    """Its results go into the report that is written when training ends."""
 
     def __init__(
         self,
@@ -171,7 +167,7 @@ class TokenSavings(Callback):
                 "exported models with lightning_ft.measurement.savings.measure_token_savings."
             )
         with precision_of(trainer):
-            measurement.before(required_model(pl_module))
+            measurement.before(required_model(pl_module, "TokenSavings", SavingsError))
 
     def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
         """Measure the tuned arm where `every_n_epochs` asks for it, and log it to be monitored."""
@@ -197,10 +193,7 @@ class TokenSavings(Callback):
         step = getattr(trainer, "global_step", None)
         fresh = self.result is None or step is None or step != self._measured_at
         figures = self._measure(trainer, pl_module) if fresh else self._figures()
-        if is_trainer(trainer):
-            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in figures.items()})
-        for logger in getattr(trainer, "loggers", []):
-            logger.log_metrics(figures, step=step)
+        self.publish(trainer, figures, step)
         folder = results_folder(trainer, self.output_dir, self.name)
         if getattr(trainer, "is_global_zero", True) and self.result is not None:
             for warning in self.result.warnings:
@@ -209,12 +202,6 @@ class TokenSavings(Callback):
             if folder is not None:
                 written = self.result.save(folder)
                 rank_zero_info("Token savings written: " + ", ".join(map(str, written)))
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the report, if this is the last callback that measures."""
-        from lightning_ft.report.fit import report_at_end
-
-        report_at_end(trainer, self)
 
     def state_dict(self) -> dict[str, Any]:
         """The arms of the original weights, as JSON types."""
@@ -232,12 +219,10 @@ class TokenSavings(Callback):
         tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
         if tokenizer is None:
             raise SavingsError("TokenSavings has no tokenizer: pass tokenizer=, or use it with a module that has one.")
-        progress = self.progress
-        if progress is None:
-            bars = getattr(trainer, "progress_bar_callback", None)
-            progress = bars is not None if is_trainer(trainer) else True
         requests = self.requests if self.requests is not None else self._rows(trainer)
-        return SavingsMeasurement(tokenizer, requests, self.baseline, progress=progress, **self._options)
+        return SavingsMeasurement(
+            tokenizer, requests, self.baseline, progress=shows_progress(trainer, self.progress), **self._options
+        )
 
     def _rows(self, trainer: Any) -> list[Request]:
         data: Any = getattr(trainer, "datamodule", None)
@@ -264,10 +249,9 @@ class TokenSavings(Callback):
             raise SavingsError("The prompted arm has not been measured: on_train_start must run before the first step.")
         provenance = {"split": self._split_used} if self._split_used else {}
         with precision_of(trainer):
-            self.result = self._measurement.after(required_model(module), provenance)
+            self.result = self._measurement.after(required_model(module, "TokenSavings", SavingsError), provenance)
         self._measured_at = getattr(trainer, "global_step", None)
         return self._figures()
 
     def _figures(self) -> dict[str, float]:
-        figures = {} if self.result is None else self.result.figures()
-        return {f"{self.name}/{key}": value for key, value in figures.items()}
+        return {} if self.result is None else self.named(self.result.figures())

@@ -235,7 +235,7 @@ def _built_in(name: str, config: Mapping[str, Any], path: str, grids: Mapping[st
     if given != wanted.__name__:
         rate = arguments.get("learning_rate")
         if rate is not None:
-            arguments["learning_rate"] = rate * (_FULL_FROM_LORA if name == "full" else 1 / _FULL_FROM_LORA)
+            arguments["learning_rate"] = float(rate) * (_FULL_FROM_LORA if name == "full" else 1 / _FULL_FROM_LORA)
         accepted = inspect.signature(wanted.__init__).parameters
         arguments = {key: value for key, value in arguments.items() if key in accepted}
     own["model"] = {"class_path": f"lightning_ft.{wanted.__name__}", "init_args": arguments}

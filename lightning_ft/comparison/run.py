@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -36,9 +36,9 @@ from lightning_ft.comparison.worker import CONFIG, PLAN, RESULT, savings_plans
 from lightning_ft.errors import ComparisonError
 from lightning_ft.functional.comparison import Comparison, RunResult
 from lightning_ft.functional.cost import Prices
-from lightning_ft.functional.methods import Asked, Metrics, choose_learning_rates, compare_methods
+from lightning_ft.functional.methods import Asked, choose_learning_rates, compare_methods
 from lightning_ft.functional.prompt import content_hash
-from lightning_ft.importing import from_file, from_import_path
+from lightning_ft.importing import from_place
 from lightning_ft.report.write import write_report
 
 EXTENSIONS = 2
@@ -162,7 +162,7 @@ class _Comparer:
         self.workers, self.threads = workers, threads
         self.settings: Settings = read_settings(self.config, config, evaluations, validation_requests)
         self.methods = {m.name: m for m in planned_methods(self.config, config, names, grids)}
-        self.metrics = None if metrics is None else _function(metrics)
+        self.metrics = None if metrics is None else from_place(metrics, argument="metrics", error=ComparisonError)
         self.complete = True
         self.results: dict[PlannedRun, list[RunResult]] = {}
         self._weights: dict[Any, str] = {}
@@ -370,15 +370,3 @@ class _Comparer:
             "threads of a run": self.threads,
             "versions": {name: version(name) for name in ("lightning-ft", "torch", "transformers", "peft")},
         }
-
-
-def _function(path: str) -> Metrics:
-    found: Callable[..., Any]
-    if ".py:" in path:
-        found = from_file(path, argument="metrics", error=ComparisonError)
-    else:
-        try:
-            found = from_import_path(path, argument="metrics", error=ComparisonError)
-        except (ImportError, AttributeError) as error:
-            raise ComparisonError(f"metrics={path!r} can't be imported: {error}") from error
-    return found

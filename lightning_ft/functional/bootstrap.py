@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,32 @@ class Interval:
     value: float
     lo: float
     hi: float
+
+    def to_dict(self) -> dict[str, float | str]:
+        """As JSON types, see :func:`json_number`.
+
+        Example:
+            >>> Interval(2.0, 1.0, float("inf")).to_dict()
+            {'value': 2.0, 'lo': 1.0, 'hi': 'Infinity'}
+        """
+        return {name: json_number(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float | str]) -> Interval:
+        """Back from :meth:`to_dict`."""
+        return cls(**{name: float(value) for name, value in values.items()})
+
+
+def json_number(value: Any) -> Any:
+    """Infinite numbers as ``"Infinity"`` and ``"-Infinity"``, which JSON doesn't have; all else as it is.
+
+    Example:
+        >>> json_number(float("-inf")), json_number(3)
+        ('-Infinity', 3)
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
 
 
 def bootstrap_intervals(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -177,7 +176,7 @@ class Comparison:
             "ratios": {name: _intervals(ratios) for name, ratios in self.ratios.items()},
             "chosen": dict(self.chosen),
             "learning_curve": {
-                name: {str(size): _interval(i) for size, i in curve.items()}
+                name: {str(size): i.to_dict() for size, i in curve.items()}
                 for name, curve in self.learning_curve.items()
             },
             "metrics": {name: _intervals(metrics) for name, metrics in self.metrics.items()},
@@ -200,7 +199,7 @@ class Comparison:
             ratios={name: _intervals_back(ratios) for name, ratios in values["ratios"].items()},
             chosen=values["chosen"],
             learning_curve={
-                name: {int(size): _interval_back(i) for size, i in curve.items()}
+                name: {int(size): Interval.from_dict(i) for size, i in curve.items()}
                 for name, curve in values["learning_curve"].items()
             },
             metrics={name: _intervals_back(metrics) for name, metrics in values["metrics"].items()},
@@ -213,19 +212,9 @@ class Comparison:
         )
 
 
-def _interval(interval: Interval) -> dict[str, Any]:
-    return {
-        name: v if math.isfinite(v) else ("Infinity" if v > 0 else "-Infinity") for name, v in asdict(interval).items()
-    }
-
-
 def _intervals(intervals: Mapping[str, Interval]) -> dict[str, Any]:
-    return {name: _interval(interval) for name, interval in intervals.items()}
-
-
-def _interval_back(values: Mapping[str, Any]) -> Interval:
-    return Interval(**{name: float(value) for name, value in values.items()})
+    return {name: interval.to_dict() for name, interval in intervals.items()}
 
 
 def _intervals_back(values: Mapping[str, Any]) -> dict[str, Interval]:
-    return {name: _interval_back(interval) for name, interval in values.items()}
+    return {name: Interval.from_dict(interval) for name, interval in values.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ft.errors import SavingsError
-from lightning_ft.functional.bootstrap import Interval
+from lightning_ft.functional.bootstrap import Interval, json_number
 from lightning_ft.functional.cost import Costs, Prices
 from lightning_ft.functional.gate import Gate
 from lightning_ft.functional.records import ArmRecords
@@ -128,7 +127,7 @@ class SavingsResult:
             "saves_half": self.saves_half,
             "gate_passed": self.gate.passed,
             "n": self.n,
-            "tokens_per_success": {name: _number(arm.tokens_per_success) for name, arm in self.arms.items()},
+            "tokens_per_success": {name: json_number(arm.tokens_per_success) for name, arm in self.arms.items()},
             "savings": {name: _numbers(interval) for name, interval in self.savings.items()},
             "quality": {name: _numbers(interval) for name, interval in self.quality.items()},
             "difference": _numbers(self.difference),
@@ -196,14 +195,8 @@ class SavingsResult:
         return written
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
 def _numbers(record: Any) -> dict[str, Any]:
-    return {name: _number(value) for name, value in asdict(record).items()}
+    return {name: json_number(value) for name, value in asdict(record).items()}
 
 
 def _back(values: Mapping[str, Any]) -> dict[str, Any]:

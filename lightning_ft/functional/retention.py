@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,7 +213,7 @@ class RetentionResult:
         """As JSON types; infinite numbers as ``"Infinity"``, which JSON doesn't have."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in INTERVALS:
-            values[name] = None if values[name] is None else {k: _number(v) for k, v in asdict(values[name]).items()}
+            values[name] = None if values[name] is None else values[name].to_dict()
         return {**values, "provenance": dict(self.provenance), "lower_bound": self.lower_bound}
 
     @classmethod
@@ -222,7 +222,7 @@ class RetentionResult:
         given = {name: values[name] for name in cls.__dataclass_fields__}
         for name in INTERVALS:
             interval = given[name]
-            given[name] = None if interval is None else Interval(**{k: float(v) for k, v in interval.items()})
+            given[name] = None if interval is None else Interval.from_dict(interval)
         return cls(**given)
 
     def save(self, folder: str | Path) -> Path:
@@ -303,7 +303,3 @@ def _exp(exponent: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     with np.errstate(over="ignore"):  # a model that has diverged: infinitely worse
         ratio: np.ndarray[Any, Any] = np.exp(exponent)
     return ratio
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"

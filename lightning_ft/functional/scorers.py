@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from lightning_ft.errors import SavingsError
-from lightning_ft.importing import from_file, from_import_path
+from lightning_ft.importing import from_place
 
 Scorer = Callable[[str, str], float]
 """Answer and reference to a score from 0 (wrong) to 1 (right)."""
@@ -149,14 +149,8 @@ def resolve_scorer(scorer: str | Scorer, references: Sequence[str]) -> tuple[str
         return scorer, LabelMatch(references)
     if scorer in NAMED:
         return scorer, NAMED[scorer]
-    found: Any = None
-    if ".py:" in scorer:
-        found = from_file(scorer, argument="scorer", error=SavingsError)
-    elif "." in scorer or ":" in scorer:
-        try:
-            found = from_import_path(scorer, argument="scorer", error=SavingsError)
-        except (ImportError, AttributeError) as error:
-            raise SavingsError(f"scorer={scorer!r} can't be imported: {error}") from error
+    is_place = "." in scorer or ":" in scorer
+    found: Any = from_place(scorer, argument="scorer", error=SavingsError) if is_place else None
     if not callable(found):
         names = ", ".join(map(repr, [*NAMED, "label"]))
         raise SavingsError(f"scorer={scorer!r}: expected {names}, a function, or where to import one from.")

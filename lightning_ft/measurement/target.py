@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lightning_ft.errors import SavingsError
+from lightning_ft.errors import LightningFTError
 
 
 def unwrapped(module: Any) -> Any:
@@ -26,17 +26,21 @@ def model_of(module: Any) -> Any:
     return model if isinstance(model, (PreTrainedModel, PeftModel)) else None
 
 
-def required_model(module: Any) -> Any:
+def required_model(module: Any, measuring: str, error: type[LightningFTError]) -> Any:
     """The transformers or PEFT model of a module.
 
+    Args:
+        module: The module, or with Fabric the model.
+        measuring: Who asks, for the message.
+        error: What is raised.
+
     Raises:
-        SavingsError: If it has none.
+        LightningFTError: The `error` given, if it has none.
     """
     model = model_of(module)
     if model is None:
-        raise SavingsError(
-            f"TokenSavings found no transformers model in {type(module).__name__}: the module must hold one as "
-            f"`model`; with Fabric "
-            'pass it along: fabric.call("on_train_start", fabric, model).'
+        raise error(
+            f"{measuring} found no transformers model in {type(module).__name__}: the module must hold one as "
+            '`model`; with Fabric pass it along: fabric.call("on_train_start", fabric, model).'
         )
     return model

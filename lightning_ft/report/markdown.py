@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from lightning_ft.functional.result import SavingsResult
 from lightning_ft.report.table import SAVINGS, arm_rows, cost_rows, cost_title, percent
 
-_PARTS = {"system": "system prompt", "few_shot": "examples", "template": "chat template", "request": "request"}
+PARTS = {"system": "system prompt", "few_shot": "examples", "template": "chat template", "request": "request"}
+"""Where the input tokens of a request go, in words."""
 
 
 def savings_markdown(result: SavingsResult, picture: str | None = None) -> str:
@@ -31,7 +32,7 @@ def savings_markdown(result: SavingsResult, picture: str | None = None) -> str:
     if any(arm.parts for arm in result.arms.values()):
         parts = [
             [label, *(f"{arm.parts.get(part, 0) / result.n:,.1f}" for arm in result.arms.values())]
-            for part, label in _PARTS.items()
+            for part, label in PARTS.items()
         ]
         answer = ["answer", *(f"{sum(arm.output_tokens) / result.n:,.1f}" for arm in result.arms.values())]
         lines += ["", "Where the tokens of a request go:", "", *markdown_table(["", *arms], [*parts, answer])]

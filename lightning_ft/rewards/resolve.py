@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError, ModelError, RewardError
-from lightning_ft.importing import from_file, from_import_path
+from lightning_ft.importing import from_file, from_import_path, from_place, is_file
 from lightning_ft.models.load import load_tokenizer
 from lightning_ft.rewards.batch import RewardBatch
 from lightning_ft.rewards.folder import local_folder
@@ -196,7 +196,7 @@ def _from_dict(reward: dict[str, Any]) -> _Found:
 
 def _from_string(reward: str) -> _Found:
     """In this order: a file's function, a checkpoint, a folder, an import path, a hub name."""
-    if _is_file(reward):
+    if is_file(reward):
         return _from_object(from_file(reward, argument="rewards", error=RewardError))
     if reward.endswith(".ckpt") or (reward and Path(reward).is_dir()):
         return _model_named(reward, {})
@@ -218,18 +218,9 @@ def _from_string(reward: str) -> _Found:
 
 
 def _imported(place: str) -> Any:
-    if _is_file(place):
-        return from_file(place, argument="rewards", error=RewardError)
-    if not _is_import_path(place):
+    if not is_file(place) and not _is_import_path(place):
         raise RewardError(f"rewards={place!r}: expected package.module.function or path/to/file.py:function.")
-    try:
-        return from_import_path(place, argument="rewards", error=RewardError)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise RewardError(f"rewards={place!r} can't be imported: {error}") from error
-
-
-def _is_file(place: str) -> bool:
-    return place.rpartition(":")[0].endswith(".py")
+    return from_place(place, argument="rewards", error=RewardError)
 
 
 def _is_import_path(place: str) -> bool:

@@ -6,35 +6,20 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from plain_module import WORDS, Plain, batches, loader
 from tiny import TEXT, make_model, make_rows
 
 from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PairDataModule, PreferenceDataModule
-from lightning_ft._lightning import NAMESPACE, LightningModule, Trainer, _pl
+from lightning_ft._lightning import NAMESPACE, Trainer, _pl
 from lightning_ft.callbacks.retention import Retention
-from lightning_ft.data.encode import encode_conversation
 from lightning_ft.data.request import Message, Request
 from lightning_ft.errors import RetentionError
 from lightning_ft.functional.retention import RetentionResult
 from lightning_ft.measurement.retention import RetentionMeasurement
 
 TEXTS = [f"{line} {n}" for n, line in enumerate(TEXT * 2)]
-WORDS = ("parcel", "lamp", "kettle", "invoice", "refund", "dog", "fox", "line")
 TASK = [Request(word, (Message(role="user", content=f"where is the {word}"),), "here") for word in WORDS]
 QUICK = {"resamples": 99, "batch_size": 3}
-
-
-class Plain(LightningModule):
-    """Any LightningModule with a model and a tokenizer."""
-
-    def __init__(self, model, tokenizer):
-        super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-
-    def training_step(self, batch, batch_idx):
-        return self.model(input_ids=batch, labels=batch).loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
 def make(kind, dropout=0.0):
@@ -43,17 +28,6 @@ def make(kind, dropout=0.0):
     if kind == "lora":
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     return model.train()
-
-
-def batches(tokenizer):
-    rows = [
-        [Message(role="user", content=f"where is the {w}"), Message(role="assistant", content="here")] for w in WORDS
-    ]
-    return [encode_conversation(tokenizer, row).input_ids for row in rows]
-
-
-def loader(tokenizer):
-    return torch.utils.data.DataLoader(batches(tokenizer), batch_size=1)
 
 
 def fit(trainer_options, tokenizer, *callbacks, model=None, ckpt_path=None, **options):

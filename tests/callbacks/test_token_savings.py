@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
+from plain_module import WORDS, Plain, batches, loader
 from tiny import make_model, make_tokenizer
 
 from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule, Prices, PromptBaseline, TokenSavings
-from lightning_ft._lightning import NAMESPACE, LightningModule, Trainer, _pl
-from lightning_ft.data.encode import encode_conversation, encode_prompt
+from lightning_ft._lightning import NAMESPACE, Trainer, _pl
+from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.request import Message, Request
 from lightning_ft.errors import SavingsError
 from lightning_ft.functional.savings import NoSuccessError
@@ -18,7 +19,6 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.report.files import load_savings
 
 BASELINE = PromptBaseline("Say where the thing is, in one word.", [{"input": "where is the moon", "output": "up"}] * 3)
-WORDS = ("parcel", "lamp", "kettle", "invoice", "refund", "dog", "fox", "line")
 QUICK = {"max_new_tokens": 6, "batch_size": 4, "resamples": 199, "timed_requests": 1, "margin": 0.05}
 
 
@@ -32,31 +32,6 @@ def make_requests(words=WORDS):
         Request(f"r{i}", (Message(role="user", content=f"where is the {word}"),), "here")
         for i, word in enumerate(words)
     ]
-
-
-class Plain(LightningModule):
-    """Any LightningModule with a model and a tokenizer."""
-
-    def __init__(self, model, tokenizer):
-        super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-
-    def training_step(self, batch, batch_idx):
-        return self.model(input_ids=batch, labels=batch).loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def batches(tokenizer):
-    rows = [
-        [Message(role="user", content=f"where is the {w}"), Message(role="assistant", content="here")] for w in WORDS
-    ]
-    return [encode_conversation(tokenizer, row).input_ids for row in rows]
-
-
-def loader(tokenizer):
-    return torch.utils.data.DataLoader(batches(tokenizer), batch_size=1)
 
 
 def fit(trainer_options, tmp_path, tokenizer, callback, *, model=None, ckpt_path=None, callbacks=(), **options):

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDERS = (".", "tiny_base", "support", "medical_coding", "legal_citation", "api_calls", "domain_base")
@@ -36,3 +37,33 @@ def tiny_base():
 @pytest.fixture(scope="session")
 def support():
     return EXAMPLES / "support"
+
+
+@pytest.fixture
+def run_configuration(tmp_path, monkeypatch):
+    """Two steps of a domain's configuration on eight rows of each split, from the tiny base; the exported weights."""
+    from lightning_ft.__main__ import main
+
+    def run(domain):
+        monkeypatch.chdir(EXAMPLES.parent)
+        arguments = ["fit", "--config", f"examples/{domain}/lora.yaml", "--model.model", "examples/tiny_base"]
+        for split in ("train", "validation", "test"):
+            few = tmp_path / f"{split}.jsonl"
+            rows = (EXAMPLES / domain / "data" / f"{split}.jsonl").read_text("utf-8").splitlines(True)
+            few.write_text("".join(rows[:8]), "utf-8")
+            arguments += [f"--data.{split}", str(few)]
+        options = {
+            "accelerator": "cpu",
+            "max_steps": "2",
+            "limit_val_batches": "1",
+            "enable_progress_bar": "false",
+            "logger": "false",
+            "enable_checkpointing": "false",
+            "callbacks": f"[{{class_path: lightning_ft.ExportModel, init_args: {{output: {tmp_path / 'export'}}}}}]",
+            "default_root_dir": str(tmp_path),
+        }
+        arguments += [part for name, value in options.items() for part in (f"--trainer.{name}", value)]
+        main([*arguments, "--data.batch_size", "4", "--data.cache_dir", "false"])
+        return load_file(tmp_path / "export" / "last" / "adapter_model.safetensors")
+
+    return run

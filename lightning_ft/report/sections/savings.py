@@ -13,11 +13,11 @@ from lightning_ft.report.figures.cost import Kind, draw_cost
 from lightning_ft.report.figures.quality import Arm, draw_quality
 from lightning_ft.report.figures.tokens import draw_tokens
 from lightning_ft.report.intervals import break_even_intervals, is_open, per_success_intervals
+from lightning_ft.report.markdown import PARTS
 from lightning_ft.report.numbers import rounded
 from lightning_ft.report.regressions import regressions_of, worst_regressions
 from lightning_ft.report.table import SAVINGS, arm_rows, cost_rows, cost_title, percent
 
-_PARTS = {"system": "system prompt", "few_shot": "examples", "template": "chat template", "request": "request"}
 _KINDS: tuple[tuple[Kind, str], ...] = (
     ("cached", "with the prompt's prefix cached"),
     ("uncached", "without a prefix cache"),
@@ -118,7 +118,7 @@ def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
     if any(arm.parts for arm in result.arms.values()):
         rows = [
             (label, *(f"{arm.parts.get(part, 0) / result.n:,.1f}" for arm in result.arms.values()))
-            for part, label in _PARTS.items()
+            for part, label in PARTS.items()
         ]
         rows.append(("answer", *(f"{sum(arm.output_tokens) / result.n:,.1f}" for arm in result.arms.values())))
         blocks.append(Table(("", *result.arms), tuple(rows), "Where the tokens of a request go, mean", brief=False))
