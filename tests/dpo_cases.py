@@ -1,0 +1,56 @@
+"""Rows, modules and hand-made figures that the tests of DPO share."""
+
+import torch
+from judged import Records, make_labelled, make_pairs
+from tiny import make_tokenizer
+
+from lightning_ft import DPO, PreferenceDataModule
+from lightning_ft.data.batches import PreferenceBatch
+
+LORA = {"r": 4, "lora_dropout": 0.3}
+PAIRS = make_pairs(20)  # at eight rows a step the last window is short: 8, 8, 4
+LABELLED = make_labelled(20)
+
+
+class RecordingDPO(Records, DPO):
+    pass
+
+
+def shake(module, std=0.05):
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            if parameter.requires_grad:
+                parameter += std * torch.randn(parameter.shape, generator=draw)
+
+
+def batches(rows, batch_size=8):
+    data = PreferenceDataModule(rows, tokenizer=make_tokenizer(), batch_size=batch_size, shuffle=False, cache_dir=False)
+    data.setup("fit")
+    return list(data.train_dataloader())
+
+
+def spelt_out(model, batch):
+    """Summed log-probability, mean entropy and length of each completion, one by one by transformers."""
+    sums, entropies, lengths = [], [], []
+    for prompt, behind in zip(batch.prompts, batch.completions, strict=True):
+        for completion in behind:
+            ids = torch.cat([prompt, completion.input_ids])
+            every = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)[len(prompt) - 1 :]
+            kept = every[completion.supervised]
+            sums.append(kept.gather(-1, completion.input_ids[completion.supervised][:, None]).sum())
+            entropies += (-(kept.exp() * kept).sum(-1)).tolist()
+            lengths.append(len(kept))
+    return torch.stack(sums), torch.tensor(entropies), torch.tensor(lengths)
+
+
+def mismatched(batch):
+    """Each prompt with the completions of the one before it."""
+    behind = [batch.completions[i - 1] for i in range(len(batch))]
+    return PreferenceBatch(batch.prompts, behind, batch.labels, None, batch.rows)
+
+
+def assert_figures(judged, want):
+    assert judged.figures.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(judged.figures[name], value, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

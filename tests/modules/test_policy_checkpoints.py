@@ -1,0 +1,138 @@
+"""Checkpoints of policy-gradient modules: exact resumes, and what is in them."""
+
+import random
+
+import pytest
+import torch
+from given_rollouts import (
+    Records,
+    draw_prompts,
+    run,
+    weights,
+)
+from policies import BATCHES, LORA, by_tokens, make
+from tiny import make_rows
+from transformers import AutoModelForCausalLM
+
+from lightning_ft import GRPO, PPO, PromptDataModule
+from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.models.adapt import add_lora, lora_config
+
+
+def by_length_and_dice(completions, **columns):
+    return [text.count("e") - 0.1 * len(text) + random.random() for text in completions]
+
+
+@pytest.fixture
+def adapter_folder(model_folder, tokenizer, tmp_path):
+    """A trained adapter, to be continued: what it is compared with is itself as it was, not its base."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32")
+    model = add_lora(model, lora_config({**LORA, "init_lora_weights": False}), seed=4)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    return str(tmp_path / "adapter")
+
+
+RLOO = {"loss_type": "rloo", "kl_coef": 0.05}
+ADAPTIVE = {"kl_target": 0.5, "kl_horizon": 50}
+RESUMED = {
+    "grpo": (GRPO, {"kl_coef": 0.05}),
+    "grpo-lora": (GRPO, {"kl_coef": 0.05, "lora": LORA}),
+    "grpo-continued": (GRPO, {"kl_coef": 0.05}),
+    "rloo": (GRPO, RLOO),
+    "rloo-lora": (GRPO, {**RLOO, "lora": LORA}),
+    "ppo": (PPO, ADAPTIVE),
+    "ppo-lora": (PPO, {**ADAPTIVE, "lora": LORA}),
+    "ppo-adapter": (PPO, {"critic": "adapter", "lora": LORA}),
+}
+
+
+@pytest.mark.parametrize("which", RESUMED)
+def test_a_resumed_run_equals_the_uninterrupted_one(which, model_folder, adapter_folder, trainer_options, tmp_path):
+    """Three rollouts of four steps an epoch; stopped in the middle of the first and of the second."""
+    base, options = RESUMED[which]
+
+    class Sampling(Records, base):  # with its own optimizer
+        pass
+
+    def fit(ckpt_path=None, callbacks=()):
+        module = Sampling(
+            adapter_folder if "continued" in which else model_folder,
+            rewards=by_length_and_dice,
+            num_completions=2,
+            max_new_tokens=5,
+            epochs_per_rollout=2,
+            steps_per_rollout=2,
+            micro_batch_size=3,
+            learning_rate=1e-2,
+            **options,
+        )
+        rows = make_rows(9)
+        data = PromptDataModule(rows, validation=rows[:2], batch_size=3, cache_dir=False)
+        trainer = Trainer(
+            **{**trainer_options, "enable_checkpointing": bool(callbacks)},
+            max_epochs=2,
+            callbacks=list(callbacks),
+        )
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        assert trainer.global_step == 24
+        return module
+
+    torch.manual_seed(1)
+    saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=8, save_top_k=-1, filename="{step}")
+    whole = fit(callbacks=[saver])
+    assert len(whole.samples) == 6
+    for step in (8, 16):
+        torch.manual_seed(2)  # what the process drew before must not matter
+        random.seed(2)
+        resumed = fit(ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert resumed.samples == whole.samples[step // 4 :]
+        for a, b in zip(resumed.advantages, whole.advantages[step // 4 :], strict=True):
+            assert torch.equal(a, b)
+        ours, theirs = weights(resumed), weights(whole)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        states = [module.optimizers().optimizer.state_dict()["state"] for module in (resumed, whole)]
+        for key, state in states[1].items():
+            assert all(torch.equal(states[0][key][name], value) for name, value in state.items())
+        if "kl_target" in options:
+            assert resumed.kl_coef == whole.kl_coef != 0.05
+
+
+@pytest.mark.parametrize("how", ["full", "lora", "pissa", "continued"])
+def test_a_checkpoint_holds_what_is_trained(how, model_folder, adapter_folder, trainer_options, tmp_path):
+    """Neither the reference nor the adapter that the trained one is compared with."""
+    lora = {"lora": LORA, "pissa": {"r": 4, "init_lora_weights": "pissa"}}.get(how)
+    folder = adapter_folder if how == "continued" else model_folder
+    options = {"lora": lora, "kl_coef": 0.1, "num_completions": 3, "max_new_tokens": 9, "learning_rate": 1e-2}
+    options |= {"warmup_ratio": 0.0}
+    module = GRPO(folder, rewards=by_tokens, **options)
+    kl = []
+    measure = module.measure
+
+    def measured(experience):
+        measure(experience)
+        before = experience.old_logprobs or experience.sampling_logprobs
+        pairs = zip(before, experience.ref_logprobs, strict=True)
+        kl.append(max(float((a - b).abs().max()) for a, b in pairs))
+
+    module.measure = measured
+    trainer = run(module, BATCHES, trainer_options)
+    assert kl[0] < 1e-4  # the reference is the model as it was
+    assert kl[1] > 1e-4
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert held.keys() == weights(module).keys()
+    assert all(how == "full" or ".default." in name for name in held)
+    again = GRPO.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, model=folder, rewards=by_tokens)
+    assert all(torch.equal(weights(again)[name], value) for name, value in held.items())
+    assert again.hparams["num_completions"] == 3
+    module.export(tmp_path / "export")
+    assert not [path for path in (tmp_path / "export").iterdir() if path.is_dir()]
+
+
+def test_in_bf16_the_reference_is_rounded_as_the_policy_is(trainer_options):
+    """Else the policy would be some way from it before its first step."""
+    module = make(GRPO, lora=None, kl_coef=0.1, lr_schedule="constant", warmup_ratio=0.0)
+    run(module, [draw_prompts(2)], {**trainer_options, "precision": "bf16-true"})
+    assert module.trainer.callback_metrics["train/kl"] == 0.0
