@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from heapq import heapreplace
 
 import torch
 from torch import Tensor
@@ -125,7 +126,8 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
         pad_token_id: What stands at places behind the end of shorter rows; never attended to, never supervised.
 
     Returns:
-        The batch; rows shorter than the longest are padded on the right.
+        The batch; rows shorter than the longest are padded on the right. Targets stand in the order of their groups,
+        whichever row they are in.
 
     Raises:
         ConfigError: For no rows, or a parent that doesn't stand before its child.
@@ -186,27 +188,30 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
             start = stop
         if start < length:  # continuing positions: a pad is never taken for the start of another packed sequence
             position_ids[r, start:] = position_ids[r, start - 1] + 1 + torch.arange(length - start)
+    order = torch.cat(groups).argsort(stable=True)
     return TokenBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         segment_ids=segment_ids,
         parents=parents,
-        predictors=torch.cat(predictors),
-        targets=torch.cat(targets),
-        groups=torch.cat(groups),
+        predictors=torch.cat(predictors)[order],
+        targets=torch.cat(targets)[order],
+        groups=torch.cat(groups)[order],
         num_groups=1 + max(segment.group for row in rows for segment in row),
         packed=any(len(row) > 1 for row in rows),
     )
 
 
 def collate_examples(examples: Sequence[Example], *, packing: bool = True, pad_token_id: int = 0) -> TokenBatch:
-    """Lay examples out as one padding-free row, or as one right-padded row each.
+    """Lay examples out several to a row, almost without padding, or as one right-padded row each.
 
     Both hold the same tokens and the same targets: which one is used changes speed and memory, never what is learnt.
+    Attention takes the square of a row's length: eight examples in three or four packed rows took a CPU 0.6 of the time
+    that they took in a single one.
 
     Args:
         examples: The examples of the batch.
-        packing: One row for all of them, or one row each.
+        packing: Several to a row, or one row each.
         pad_token_id: See :func:`lay_out`.
 
     Example:
@@ -218,8 +223,72 @@ def collate_examples(examples: Sequence[Example], *, packing: bool = True, pad_t
         [[0, 1, 2], [0, 1, 9]]
     """
     segments = [Segment(example, group=index) for index, example in enumerate(examples)]
-    rows = [segments] if packing else [[segment] for segment in segments]
-    return lay_out(rows, pad_token_id=pad_token_id)
+    places = balanced_rows([len(example) for example in examples]) if packing else [[i] for i in range(len(segments))]
+    return lay_out([[segments[i] for i in row] for row in places], pad_token_id=pad_token_id)
+
+
+def balanced_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Which sequences to lay side by side, so that rows are short and hardly padded.
+
+    Each sequence, the longest first, goes into the row that is shortest so far; of several numbers of rows the one is
+    taken that costs least, padding and the square of a row's length together.
+
+    Args:
+        lengths: Tokens of each sequence, at least one.
+
+    Returns:
+        For each row its sequences, in their order.
+
+    Example:
+        >>> balanced_rows([600, 150, 300, 450])
+        [[0, 1], [2, 3]]
+    """
+    count = len(lengths)
+    options = {round(count / 1.25**k) for k in range(32)} - {0}
+    found = (_rows(lengths, number) for number in sorted(options))
+    return min(found, key=lambda rows: _cost(lengths, rows))
+
+
+_SQUARE = 1500
+"""Places of a row whose attention costs as much as the matrix products of one place: measured on a CPU at width 256."""
+
+
+def _cost(lengths: Sequence[int], rows: list[list[int]]) -> int:
+    longest = max(sum(lengths[i] for i in row) for row in rows)
+    return len(rows) * longest * (_SQUARE + longest)
+
+
+def _rows(lengths: Sequence[int], count: int) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, row) for row in range(count)]  # a heap
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens, row = filled[0]
+        rows[row].append(i)
+        heapreplace(filled, (tokens + lengths[i], row))
+    return [sorted(row) for row in rows]
+
+
+def in_one_row(batch: TokenBatch) -> TokenBatch:
+    """The rows of a batch of roots end to end, for attention kernels that keep sequences of a single row apart only.
+
+    Args:
+        batch: Its padding stays where it is, as the end of the sequence before it.
+
+    Example:
+        >>> import torch
+        >>> examples = [Example(torch.arange(n), torch.ones(n, dtype=torch.bool)) for n in (3, 3)]
+        >>> in_one_row(collate_examples(examples)).position_ids.tolist()
+        [[0, 1, 2, 0, 1, 2]]
+    """
+    count = batch.parents.shape[1]
+    offsets = torch.arange(len(batch.parents), device=batch.segment_ids.device)[:, None] * count
+    return replace(
+        batch,
+        input_ids=batch.input_ids.reshape(1, -1),
+        position_ids=batch.position_ids.reshape(1, -1),
+        segment_ids=torch.where(batch.segment_ids < 0, batch.segment_ids, batch.segment_ids + offsets).reshape(1, -1),
+        parents=batch.parents.reshape(1, -1),
+    )
 
 
 def attention_mask(batch: TokenBatch) -> Tensor:

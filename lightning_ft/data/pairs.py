@@ -45,7 +45,8 @@ class PairDataModule(RowDataModule):
             (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
         max_length: Most tokens of a row, answer included.
         batch_size: Rows of a batch on one rank, packed or not.
-        packing: Lay a batch out as one padding-free row, its rows kept apart. It changes speed, never what is learnt.
+        packing: Lay several rows side by side, kept apart, with hardly any padding. It changes speed, never what is
+            learnt.
         on_overlong: What to do with rows over `max_length`: ``error`` lists them, ``drop`` counts them,
             ``truncate_prompt`` cuts user turns from their left, the earliest first. Answers, system turns and the
             template's own tokens are never cut; a row that is too long without any user text is a bad row.

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_ft.data.layout import Example, TokenBatch, collate_examples, unpack
+from lightning_ft.data.layout import Example, TokenBatch, collate_examples, in_one_row, unpack
 from lightning_ft.data.shared import lay_out_completions
 from lightning_ft.functional.logprobs import SelectedLogProbs
 from lightning_ft.models.head import (
@@ -24,6 +24,9 @@ from lightning_ft.models.head import (
     hidden_states,
     input_device,
 )
+
+_ANY_ROWS = ("sdpa", "eager", "flex_attention")
+"""Attention whose mask transformers makes from the positions of each row."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ def probe(model: PreTrainedModel | PeftModel) -> Exactness:
         for module, training in modes:
             module.training = training
     return Exactness(head=head, packing=packing, sharing=sharing, window=_window(base.config))
+
+
+def for_attention(base: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
+    """Several packed rows as one where sequences are kept apart in a single row only, as for FlashAttention."""
+    one = not batch.packed or len(batch.input_ids) == 1 or batch.has_shared_prefixes
+    return batch if one or base.config._attn_implementation in _ANY_ROWS else in_one_row(batch)
 
 
 def _some_tokens(vocabulary: int) -> list[Tensor]:
@@ -182,13 +191,24 @@ class Scorer:
                 "doesn't keep packed sequences apart, so batches are unpacked and padded. Set packing=False to silence "
                 "this.",
             )
-            batch = unpack(batch, pad_token_id=self.pad_token_id)
+        batch = self.arranged(model, batch)
         if not exactness.head:
             return full_logits_logprobs(model, batch, reduction, **options)
         own = getattr(self.backbone, "_orig_mod", None) is base_of(model).base_model  # a reference has its own
         return completion_logprobs(
             model, batch, reduction=reduction, backbone=self.backbone if own else None, **options
         )
+
+    def arranged(self, model: PreTrainedModel | PeftModel, batch: TokenBatch) -> TokenBatch:
+        """A batch as the model's attention can take it: packed rows that it would mix are taken apart or put in one.
+
+        Args:
+            model: Whose forward pass it is for.
+            batch: The batch.
+        """
+        if batch.packed and not self.exactness(model).packing:
+            return unpack(batch, pad_token_id=self.pad_token_id)
+        return for_attention(base_of(model), batch)
 
     def lay_out(
         self,

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from tiny import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_ft.data.encode import encode_conversation
-from lightning_ft.data.layout import attention_mask, collate_examples
+from lightning_ft.data.layout import Example, attention_mask, balanced_rows, collate_examples, in_one_row
+from lightning_ft.models.scorer import for_attention
 
 
 def logprobs(model, batch):
@@ -49,6 +51,48 @@ def test_packing_throws_nothing_away(tokenizer, pairs):
         for p in pairs
     ]
     batch = collate_examples(examples)
-    assert batch.num_tokens == batch.input_ids.numel() == sum(map(len, examples))
+    assert batch.num_tokens == sum(map(len, examples))
     assert batch.num_targets == sum(int(e.supervised.sum()) for e in examples)
-    assert batch.padding_fraction == 0
+    assert 1 < len(batch.input_ids) < len(examples)
+    assert batch.padding_fraction < 0.1
+    alike = collate_examples([examples[0]] * 6)  # nothing is longer than another: no padding
+    assert alike.padding_fraction == 0
+    assert alike.groups.tolist() == sorted(alike.groups.tolist())
+
+
+@pytest.mark.parametrize("lengths", [[7], [1, 1, 1], [9, 1, 1, 1], [3, 8, 2, 8, 5, 1, 4, 7], list(range(1, 40))])
+def test_balanced_rows_hold_everything_and_are_hardly_longer_than_the_longest(lengths):
+    rows = balanced_rows(lengths)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(row == sorted(row) for row in rows)
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert min(filled) > 0
+    assert max(filled) <= sum(lengths) / len(rows) + max(lengths)
+
+
+def test_rows_are_as_many_as_cost_least():
+    assert len(balanced_rows([512] * 8)) == 8  # attention over a longer row would cost more, and there is no padding
+    assert len(balanced_rows([900, *[30] * 30])) == 2  # nothing is shorter than the longest sequence
+    assert len(balanced_rows([10] * 64)) == 64
+    assert len(balanced_rows([11, 13] * 8)) < 16  # here padding would cost more
+
+
+def test_several_packed_rows_in_one_are_the_same_batch():
+    examples = [Example(torch.arange(n) + 3, torch.arange(n) > 0) for n in (5, 2, 3, 4)]
+    batch = collate_examples(examples)
+    assert batch.segment_ids.tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    one = in_one_row(batch)
+    assert one.segment_ids.tolist() == [[0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 3]]
+    assert (attention_mask(one)[0, 0, :7, :7] == attention_mask(batch)[0, 0]).all()
+    assert not attention_mask(one)[0, 0, 7:, :7].any()
+    assert one.input_ids.flatten()[one.predictors + 1].tolist() == batch.targets.tolist()
+
+
+def test_kernels_that_keep_sequences_of_one_row_apart_get_one_row():
+    model = make_model()
+    batch = collate_examples([Example(torch.arange(n) + 3, torch.arange(n) > 0) for n in (5, 2, 3, 4)])
+    assert for_attention(model, batch) is batch
+    model.config._attn_implementation = "flash_attention_2"
+    assert for_attention(model, batch).input_ids.shape == (1, 14)
+    padded = collate_examples([Example(torch.arange(n) + 3, torch.arange(n) > 0) for n in (5, 2)], packing=False)
+    assert for_attention(model, padded) is padded
