@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024
 """Targets per chunk: its logits are ``[CHUNK, vocabulary]`` in fp32."""
+_CPU_CHUNK = 128
+"""On a CPU, whose caches smaller chunks stay in; matrix products become slower below it (measured)."""
 
 
 class SelectedLogProbs(NamedTuple):
@@ -24,7 +26,7 @@ class SelectedLogProbs(NamedTuple):
 
     Args:
         logprobs: Log-probability of each target, ``fp32 [n]``; carries the gradient.
-        correct: Whether the target is the most probable token, ``bool [n]``.
+        correct: Whether no token is more probable than the target, ``bool [n]``.
         entropy: Entropy of the distribution that each target was scored under, nats, ``fp32 [n]``, without gradient;
             None where it wasn't asked for.
         states: Hidden states that the targets were predicted from, ``[n, d]``, with gradient; None where not asked for.
@@ -70,15 +72,41 @@ class LogitTransform(NamedTuple):
 IDENTITY = LogitTransform()
 
 
+def chunk_size(device: torch.device, chunk: int | None = None) -> int:
+    """How many targets to take at a time: `chunk`, or what is fastest on a device.
+
+    Example:
+        >>> chunk_size(torch.device("cpu")), chunk_size(torch.device("cuda")), chunk_size(torch.device("cpu"), 7)
+        (128, 1024, 7)
+    """
+    return chunk if chunk is not None else (_CPU_CHUNK if device.type == "cpu" else CHUNK)
+
+
 def _raw(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(hidden, weight, bias)
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, whether they are the largest, and the log normalizer, all ``[n]``."""
+    """Log-probabilities, whether none is larger, and the log normalizer, all ``[n]``."""
     normalizer = logits.logsumexp(-1)
     chosen = logits.gather(-1, targets[:, None])[:, 0]
-    return chosen - normalizer, logits.argmax(-1) == targets, normalizer
+    return chosen - normalizer, chosen >= logits.amax(-1), normalizer
+
+
+def _score_with_gradient_(
+    logits: Tensor, targets: Tensor, transform: LogitTransform
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`_score` and :func:`_logprob_gradient_` at once, with one exponential for both; overwrites `logits`."""
+    if transform.softcap is not None:
+        scored = _score(logits, targets)
+        return *scored, _logprob_gradient_(logits, targets, scored[2], transform)
+    chosen, largest = logits.gather(-1, targets[:, None])[:, 0], logits.amax(-1)
+    exponentials = logits.sub_(largest[:, None]).exp_()
+    total = exponentials.sum(-1)
+    normalizer = largest + total.log()
+    grad = exponentials.mul_(-1 / total[:, None])
+    grad[torch.arange(len(targets), device=targets.device), targets] += 1
+    return chosen - normalizer, chosen >= largest, normalizer, transform.backward_(grad, logits)
 
 
 def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
@@ -120,14 +148,18 @@ class _SelectedLogProbs(torch.autograd.Function):
             hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
         ):
             logits = transform(_raw(part, weight, bias))
-            scored, hit, normalizer = _score(logits, ids)
+            if jacobian is not None and not entropy:
+                scored, hit, normalizer, grad = _score_with_gradient_(logits, ids, transform)
+            else:
+                scored, hit, normalizer = _score(logits, ids)
+                if entropy:
+                    entropies.append(_entropy(logits, normalizer))
+                if jacobian is not None:
+                    grad = _logprob_gradient_(logits, ids, normalizer, transform)
             logprobs.append(scored)
             correct.append(hit)
             normalizers.append(normalizer)
-            if entropy:
-                entropies.append(_entropy(logits, normalizer))
             if jacobian is not None:
-                grad = _logprob_gradient_(logits, ids, normalizer, transform)
                 jacobian[start : start + len(ids)] = grad.to(weight.dtype) @ weight
         ctx.transform, ctx.chunk, ctx.has_bias = transform, chunk, bias is not None
         ctx.save_for_backward(jacobian, hidden, weight, bias, targets, torch.cat(normalizers))
@@ -176,12 +208,13 @@ class _SummedLogProbs(torch.autograd.Function):
             hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
         ):
             logits = transform(_raw(part, weight, bias))
-            scored, hit, normalizer = _score(logits, ids)
+            if wanted:
+                scored, hit, _, grad = _score_with_gradient_(logits, ids, transform)
+                _accumulate(grad.to(weight.dtype), part, weight, start, grad_hidden, grad_weight, grad_bias)
+            else:
+                scored, hit, _ = _score(logits, ids)
             total += scored.sum()
             correct.append(hit)
-            if wanted:
-                grad = _logprob_gradient_(logits, ids, normalizer, transform).to(weight.dtype)
-                _accumulate(grad, part, weight, start, grad_hidden, grad_weight, grad_bias)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         result = total, torch.cat(correct)
         ctx.mark_non_differentiable(result[1])
@@ -219,7 +252,7 @@ def linear_logprobs(
     *,
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     entropy: bool = False,
 ) -> SelectedLogProbs:
     """Log-probability of each target under a linear head.
@@ -230,7 +263,7 @@ def linear_logprobs(
         targets: Token ids, ``int64 [n]``.
         bias: The head's bias, ``[v]``.
         transform: What the model does to the products.
-        chunk: Targets at a time; peak memory is ``[chunk, v]``.
+        chunk: Targets at a time; peak memory is ``[chunk, v]``. By default what is fastest on the device.
         entropy: Give the entropy of each distribution too.
 
     Example:
@@ -244,7 +277,7 @@ def linear_logprobs(
         return _nothing(hidden, weight, bias, summed=False)
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs, correct, entropies = _SelectedLogProbs.apply(
-            hidden.to(weight.dtype), weight, bias, targets, transform, chunk, entropy
+            hidden.to(weight.dtype), weight, bias, targets, transform, chunk_size(hidden.device, chunk), entropy
         )
     return SelectedLogProbs(logprobs, correct, entropies if entropy else None)
 
@@ -256,7 +289,7 @@ def linear_logprob_sum(
     *,
     bias: Tensor | None = None,
     transform: LogitTransform = IDENTITY,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> SelectedLogProbs:
     """Sum of the log-probabilities of the targets under a linear head; the arguments are :func:`linear_logprobs`'s.
 
@@ -274,10 +307,9 @@ def linear_logprob_sum(
     """
     if not len(targets):
         return _nothing(hidden, weight, bias, summed=True)
+    size = chunk_size(hidden.device, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
-        return SelectedLogProbs(
-            *_SummedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, chunk)
-        )
+        return SelectedLogProbs(*_SummedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, size))
 
 
 def module_logprobs(
@@ -286,7 +318,7 @@ def module_logprobs(
     targets: Tensor,
     *,
     transform: LogitTransform = IDENTITY,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     entropy: bool = False,
 ) -> SelectedLogProbs:
     """:func:`linear_logprobs` for a head that isn't one plain matrix (LoRA on the head, quantized heads).
@@ -306,7 +338,8 @@ def module_logprobs(
         with torch.no_grad():
             return logprobs, correct, _entropy(logits, normalizer)
 
-    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    size = chunk_size(hidden.device, chunk)
+    pieces = zip(hidden.split(size), targets.split(size), strict=True)
     scored = [checkpoint(score, part, ids, use_reentrant=False) for part, ids in pieces]
     return SelectedLogProbs(*(torch.cat(part) for part in zip(*scored, strict=True)))
 

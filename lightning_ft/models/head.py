@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from lightning_ft.data.layout import TokenBatch, attention_mask
 from lightning_ft.errors import ModelError
 from lightning_ft.functional.logprobs import (
-    CHUNK,
     LogitTransform,
     SelectedLogProbs,
     linear_logprob_sum,
@@ -58,7 +57,7 @@ def completion_logprobs(
     batch: TokenBatch,
     *,
     reduction: Reduction = "none",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     backbone: Callable[..., Any] | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
@@ -70,7 +69,7 @@ def completion_logprobs(
         model: A causal language model, adapted or not.
         batch: `b` rows of `s` places with `n` supervised tokens.
         reduction: ``"none"`` for ``[n]``, ``"sum"`` for their sum (cheaper where the head trains).
-        chunk: Targets whose logits are held at a time.
+        chunk: Targets whose logits are held at a time; by default what is fastest on the device.
         backbone: Runs instead of the model's own (a compiled one).
         temperature: Of the distribution that is scored, the one sampled from.
         entropy: Give the entropy of each distribution too; not with ``"sum"``.
@@ -110,7 +109,7 @@ def _score(
     base: PreTrainedModel,
     batch: TokenBatch,
     reduction: Reduction,
-    chunk: int,
+    chunk: int | None,
     backbone: Callable[..., Any] | None,
     *,
     temperature: float,
