@@ -73,6 +73,19 @@ def schedule_factor(
     return factor
 
 
-def adamw(groups: Iterable[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW over parameter groups."""
-    return torch.optim.AdamW(list(groups), lr=learning_rate, betas=betas)
+def adamw(
+    groups: Iterable[dict[str, Any]], learning_rate: float, betas: tuple[float, float], *, scaled: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over parameter groups; in one kernel for each of them on a CPU, three to six times as fast there.
+
+    Args:
+        groups: Of parameters.
+        learning_rate: The peak.
+        betas: Of AdamW.
+        scaled: Whether a gradient scaler may be used. Lightning clips no gradients of an optimizer that could undo the
+            scaling itself, as that kernel can.
+    """
+    groups = list(groups)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    plain = all(p.device.type == "cpu" and p.is_floating_point() and not hasattr(p, "full_tensor") for p in parameters)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True if plain and not scaled else None)

@@ -258,7 +258,11 @@ class FineTuning(LightningModule):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.model, self._hyper["weight_decay"])
-        return adamw(groups, self._hyper["learning_rate"], cast("tuple[float, float]", tuple(self._hyper["betas"])))
+        return self._adamw(groups, self._hyper["learning_rate"])
+
+    def _adamw(self, groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
+        scaled = self._trainer is None or "mixed" in str(self._trainer.precision)  # Fabric's precision isn't known here
+        return adamw(groups, learning_rate, cast("tuple[float, float]", tuple(self._hyper["betas"])), scaled=scaled)
 
     def _total_steps(self) -> int | None:
         """Optimizer steps of the whole run; `estimated_stepping_batches` would lose a stateful loader's place."""

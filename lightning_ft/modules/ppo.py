@@ -23,7 +23,7 @@ from lightning_ft.functional.kl import AdaptiveKL, k1
 from lightning_ft.functional.logprobs import SelectedLogProbs
 from lightning_ft.functional.policy import PolicyLoss, check_policy_loss, policy_loss
 from lightning_ft.models.critic import Critic
-from lightning_ft.models.optim import adamw, parameter_groups
+from lightning_ft.models.optim import parameter_groups
 from lightning_ft.modules.adapted import without_dropout
 from lightning_ft.modules.base import STATE
 from lightning_ft.modules.experience import Experience, PolicyBatch
@@ -166,7 +166,7 @@ class PPO(PolicyOptimization):
             for which in (False, True)
             if (chosen := [parameter for parameter in group["params"] if (id(parameter) in own) == which])
         ]
-        return adamw(groups, rate, cast("tuple[float, float]", tuple(self._hyper["betas"])))
+        return self._adamw(groups, rate)
 
     def score_tokens(self, tokens: TokenBatch) -> tuple[SelectedLogProbs, Tensor | None]:
         """Log-probabilities of a micro-batch under the policy, and the critic's values, ``[n]`` each."""
