@@ -57,11 +57,47 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
     return scaled.gather(-1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
 
 
+_BLOCK = 256  # tokens that are drawn from at a time
+
+
+def draw(probabilities: Tensor) -> Tensor:
+    """One token of each row, from the global generator of their device.
+
+    On a CPU a block of tokens first and then one of it, each by the inverse of the distribution function in float64:
+    `torch.multinomial` draws a number for each token of the vocabulary there, which took a tenth of a rollout's time.
+
+    Args:
+        probabilities: ``fp32 [b, vocabulary]``; rows sum to 1.
+
+    Returns:
+        ``int64 [b]``, never one of probability 0.
+
+    Example:
+        >>> draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])).tolist()
+        [1, 2]
+    """
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, num_samples=1)[:, 0]
+    rows, tokens = probabilities.shape
+    blocks = torch.nn.functional.pad(probabilities, (0, -tokens % _BLOCK)).view(rows, -1, _BLOCK)
+    block = _inverse(blocks.sum(-1, dtype=torch.float64))
+    return block * _BLOCK + _inverse(blocks[torch.arange(rows), block].double())
+
+
+def _inverse(weights: Tensor) -> Tensor:
+    """One place of each row with the chance of its weight, ``int64 [b]``."""
+    sums = weights.cumsum(-1)
+    total = sums[:, -1:]
+    found = torch.searchsorted(sums, torch.rand_like(total) * total, right=True)
+    last = torch.searchsorted(sums, total)  # the last place of any weight, should rounding reach the total
+    return torch.minimum(found, last)[:, 0]
+
+
 class TokenSampler:
     """Takes the next token of each row.
 
-    Sampling draws once a call, with `torch.multinomial` from the global generator of the logits' device: whoever
-    restores that generator's state and asks again gets the same tokens.
+    Sampling draws once a call, from the global generator of the logits' device: whoever restores that generator's state
+    and asks again gets the same tokens.
 
     Args:
         sampling: How; None for greedy.
@@ -88,5 +124,5 @@ class TokenSampler:
             return logits.argmax(-1), None
         no_ids: Any = logits.new_empty(0)  # none of these warpers looks at the tokens so far
         warped = self._warpers(no_ids, logits)
-        tokens = torch.multinomial(warped.softmax(-1), num_samples=1)[:, 0]  # [b]
+        tokens = draw(warped.softmax(-1))  # [b]
         return tokens, token_logprobs(logits, tokens, self._temperature)

@@ -16,7 +16,7 @@ from transformers import (
 from lightning_ft.errors import ConfigError
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
-from lightning_ft.rollout.sampling import TokenSampler
+from lightning_ft.rollout.sampling import TokenSampler, draw
 
 NEVER = [1000]  # no such token
 WAYS = [
@@ -42,7 +42,8 @@ def plain_logprobs(model, prompt, tokens, temperature):
 
 @pytest.mark.parametrize("sampling", WAYS, ids=range(len(WAYS)))
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_tokens_are_those_that_generate_draws(sampling, share_prefix):
+def test_tokens_are_those_that_generate_draws(sampling, share_prefix, monkeypatch):
+    monkeypatch.setattr("lightning_ft.rollout.sampling.draw", lambda p: torch.multinomial(p, 1)[:, 0])  # as it does
     model = make("qwen3")
     draw = torch.Generator().manual_seed(1)
     head = torch.randint(10, 64, (6,), generator=draw)
@@ -65,6 +66,26 @@ def test_tokens_are_those_that_generate_draws(sampling, share_prefix):
     rollouts = engine.generate(prompts.tolist(), max_new_tokens=9, sampling=sampling, num_completions=3)
     assert [list(c.tokens) for c in rollouts.completions] == expected.tolist()
     assert len({c.tokens for c in rollouts.completions}) > 8
+
+
+def test_draws_have_the_probabilities_that_were_given():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2, 0.0])
+    counts = torch.bincount(draw(probabilities.expand(200_000, 6)), minlength=6) / 200_000
+    torch.testing.assert_close(counts, probabilities, atol=0.005, rtol=0)  # four standard deviations
+    assert not counts[probabilities == 0].any()
+    wide = torch.zeros(2000)  # in several blocks of tokens, the last one cut short
+    places = [3, 255, 256, 700, 1999]
+    wide[places] = torch.tensor([0.4, 0.1, 0.2, 0.05, 0.25])
+    counts = torch.bincount(draw(wide.expand(50_000, 2000)), minlength=2000) / 50_000
+    torch.testing.assert_close(counts, wide, atol=0.01, rtol=0)
+
+
+def test_a_draw_at_the_very_end_has_a_probability(monkeypatch):
+    monkeypatch.setattr(torch, "rand_like", lambda total: torch.ones_like(total))
+    assert draw(torch.tensor([[0.25, 0.75, 0.0, 0.0]])).tolist() == [1]
+    monkeypatch.setattr(torch, "rand_like", lambda total: torch.zeros_like(total))
+    assert draw(torch.tensor([[0.0, 0.0, 0.25, 0.75]])).tolist() == [2]
 
 
 @pytest.mark.parametrize("name", [*SHARING, *PLAIN])
