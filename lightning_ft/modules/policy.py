@@ -111,8 +111,8 @@ class PolicyOptimization(SampledCompletions):
     def configure_model(self) -> None:
         """As in `FineTuning`, and keep the reference while the weights are the original ones.
 
-        With an adapter it costs next to nothing, so that the KL is always measured; a copy of all weights is made only
-        where the KL counts.
+        With an adapter it takes no memory, so that validation can always measure the KL; a copy of all weights is made
+        only where the KL counts.
         """
         if self.model is None:
             super().configure_model()
@@ -157,11 +157,14 @@ class PolicyOptimization(SampledCompletions):
         self.log_dict(figures, batch_size=1)
 
     def measure(self, experience: Experience) -> None:
-        """Score the completions under the policy, where it moves before they are used up, and under the reference."""
+        """Score the completions under the policy, where it moves before they are used up, and under the reference.
+
+        The reference only where the divergence from it counts: it takes a forward pass.
+        """
         if self._steps_of_batch > 1 or self.needs_old_logprobs:
             with evaluating(self.model):
                 experience.old_logprobs, experience.values = self._scored(experience, self.score_tokens)
-        if self._reference is not None:
+        if self._reference is not None and self.kl_coef:
             with self._reference.use() as reference:
                 experience.ref_logprobs = self._scored(experience, self._scored_by(reference))[0]
 
