@@ -21,6 +21,11 @@ results-%: $(INSTALLED)
 		--curve_seeds 1 --evaluations 4 --validation_requests 200 --workers 2 --threads 1 \
 		--metrics examples/$*/$(METRICS_$*).py:metrics --output runs/results/$*
 
+# The figures of docs/performance.md: `make bench-sft`, `bench-head`, `bench-pairs`, ...; each runs benchmarks/<name>.py, on a
+# machine that does nothing else, and leaves runs/benchmarks/<name>.json for benchmarks/tables.py.
+bench-%: $(INSTALLED)
+	$(BIN)/python benchmarks/$*.py --json runs/benchmarks/$*.json $(OPTIONS)
+
 .PHONY: install demo test lint types check check-lightning clean
 
 install: $(INSTALLED)

@@ -1,31 +1,65 @@
-"""What ComputeMeter costs: the support example with it and without it, in turns.
+"""What ComputeMeter costs: two trainings of the support example side by side, one with it, step by step in turns.
 
     OMP_NUM_THREADS=1 python benchmarks/compute_meter.py --steps 200 --pairs 5
 
-Each run has a Trainer, a model and data of its own. A pair's ratio is the time of `trainer.fit` with the meter to that
-without; which of the two comes first alternates. The median of the ratios is the figure, with the least and largest;
-for time on the clock, and for time of the processor, which other programs disturb less.
+Whole runs, one after the other, differ by some percent on most machines whatever runs in them. So both trainings of a
+pair run in one process and hand each other a baton at every step: a disturbance that lasts longer than a step falls on
+both. A training's time is the sum of its steps', the first one with what is set up in it; for those whose operations
+aren't counted, their median stands, so that what fell on single steps doesn't count. The report that is written once
+training has ended isn't part of it.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import tempfile
+import threading
 import time
-import warnings
 from statistics import median
+from typing import Any
 
 import torch
+from harness import Ratio, arguments, quiet
 
 from lightning_ft import LoRAFineTuning, PairDataModule
-from lightning_ft._lightning import Trainer
+from lightning_ft._lightning import Callback, Trainer
 from lightning_ft.callbacks.compute import ComputeMeter
+from lightning_ft.measurement.compute import is_counted
+
+EVERY = 200  # micro-batches between two whose operations are counted: the default
 
 
-def fit(steps: int, batch_size: int, metered: bool) -> tuple[float, float]:
-    """Seconds that a training run takes, on the clock and of the processor."""
-    torch.manual_seed(0)
+class Baton(Callback):
+    """Stands ahead of the other callbacks, and lets a training go on only when it is its turn.
+
+    Args:
+        mine: Released by the other training.
+        theirs: What the other one waits for.
+    """
+
+    def __init__(self, mine: threading.Semaphore, theirs: threading.Semaphore) -> None:
+        super().__init__()
+        self._mine, self._theirs = mine, theirs
+        self._since: float | None = None
+        self.seconds: list[float] = []
+
+    def _pass_on(self) -> None:
+        if self._since is not None:
+            self.seconds.append(time.perf_counter() - self._since)
+            self._theirs.release()
+        self._mine.acquire()
+        self._since = time.perf_counter()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._pass_on()
+
+    def on_train_epoch_end(self, *_: Any) -> None:  # of the last step: what comes later is once a run
+        if self._since is not None:
+            self.seconds.append(time.perf_counter() - self._since)
+        self._since = None
+        self._theirs.release()
+
+
+def fit(steps: int, batch_size: int, baton: Baton, metered: bool) -> None:
     module = LoRAFineTuning("examples/tiny_base", dtype="float32", learning_rate=2e-3)
     data = PairDataModule(train="examples/support/data/train.jsonl", batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,33 +71,50 @@ def fit(steps: int, batch_size: int, metered: bool) -> tuple[float, float]:
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=folder,
-            callbacks=[ComputeMeter()] if metered else [],
+            callbacks=[baton, ComputeMeter(every_n_steps=EVERY)] if metered else [baton],
         )
-        started = time.perf_counter(), time.process_time()
         trainer.fit(module, data)
-        return time.perf_counter() - started[0], time.process_time() - started[1]
+
+
+def pair(steps: int, batch_size: int, metered_first: bool) -> float:
+    """Time with the meter to that without."""
+    turns = threading.Semaphore(1), threading.Semaphore(0)
+    batons = Baton(turns[0], turns[1]), Baton(turns[1], turns[0])
+    threads = [
+        threading.Thread(target=fit, args=(steps, batch_size, baton, metered))
+        for baton, metered in zip(batons, (metered_first, not metered_first), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(2)  # models are loaded one after the other
+    for thread in threads:
+        thread.join()
+    first, second = (training_time(baton.seconds) for baton in batons)
+    assert all(len(baton.seconds) == steps for baton in batons), "a training ended early"
+    return first / second if metered_first else second / first
+
+
+def training_time(seconds: list[float]) -> float:
+    """Of steps numbered from 1: the counted ones as they were, the others by their median."""
+    counted = [value for step, value in enumerate(seconds, 1) if is_counted(step, EVERY)]
+    others = [value for step, value in enumerate(seconds, 1) if not is_counted(step, EVERY)]
+    return sum(counted) + len(others) * median(others)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=8)
     options = parser.parse_args()
+    quiet()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    fit(2, options.batch_size, True)  # imports, and the data's cache
+    pair(3, options.batch_size, True)  # imports, and the data's cache
     ratios = []
-    for pair in range(options.pairs):
-        order = (False, True) if pair % 2 == 0 else (True, False)
-        seconds = {metered: fit(options.steps, options.batch_size, metered) for metered in order}
-        ratios.append([a / b for a, b in zip(seconds[True], seconds[False], strict=True)])
-        clock, processor = ratios[-1]
-        print(f"{seconds[False][0]:.1f} s without: clock {clock:.4f}, processor {processor:.4f}", flush=True)
-    for name, of in zip(("clock", "processor"), zip(*ratios, strict=True), strict=True):
-        print(f"with to without, {name}: median {median(of):.4f} ({min(of):.4f} to {max(of):.4f}, n = {len(of)})")
+    for number in range(options.pairs):
+        ratios.append(pair(options.steps, options.batch_size, number % 2 == 0))
+        print(f"with to without: {ratios[-1]:.4f}", flush=True)
+    found = Ratio.of(ratios)
+    print(f"with to without: median {found.median:.4f} ({found.least:.4f} to {found.largest:.4f}, n = {found.pairs})")
 
 
 if __name__ == "__main__":

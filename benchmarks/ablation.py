@@ -1,0 +1,259 @@
+"""What each technique brings to supervised fine-tuning: switched on in turn, from a plain loop to our module.
+
+    python benchmarks/ablation.py
+    python benchmarks/ablation.py --vocabulary 152000 --hidden 576 --layers 30 --json ablation.json
+
+It begins with the loop of any tutorial (right-padded rows, ``model(input_ids, attention_mask, labels=labels).loss``,
+AdamW). Each row of the table says what it builds on; where the two compute the same, their losses must agree. Each row
+is a process of its own; they take turns, forwards and backwards.
+
+Batches aren't sorted by length: nothing in this project does that, and it would train on other batches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import sft
+import torch
+from harness import MIB, Measured, Ratio, Repeat, arguments, in_turns, machine
+from models import Size, model
+from torch import Tensor, nn
+
+from lightning_ft.data.layout import Example, Segment, TokenBatch, collate_examples, lay_out
+from lightning_ft.functional.logprobs import linear_logprob_sum, module_logprobs
+from lightning_ft.models.adapt import add_lora, lora_config
+from lightning_ft.models.head import base_of, hidden_states
+from lightning_ft.models.optim import parameter_groups
+
+EXACT = 1e-4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the table.
+
+    Args:
+        name: What is new in it.
+        after: The row that it builds on, and must agree with; None for the first.
+        exact: Whether it computes the same as that row.
+        engine: ``loop`` (below), ``ours`` or ``trl`` (both of `sft.py`).
+        head: ``logits`` of every place; ``there``: of supervised places; ``recomputed``: those, in chunks that the
+            backward pass computes again; ``direct``: in chunks, with the gradient formed in the forward pass.
+        unmasked: Without an attention mask, which rows that are padded on the right don't need.
+        packing: One padding-free row for a batch.
+        balanced: As many packed rows as keep each about as long as the longest example: attention over the whole of
+            one long row costs more than the little padding that is left.
+        checkpointing: Compute activations again in the backward pass.
+        fused: The fused kernel of AdamW.
+        dtype: Of the base; an adapter stays fp32.
+        lora: Train an adapter, or all weights.
+        setting: Of TRL, see `sft.SETTINGS`.
+    """
+
+    name: str
+    after: str | None = None
+    exact: bool = True
+    engine: str = "loop"
+    head: str = "logits"
+    unmasked: bool = False
+    packing: bool = False
+    balanced: bool = False
+    checkpointing: bool = False
+    fused: bool = False
+    dtype: str = "float32"
+    lora: bool = True
+    setting: str = "padded"
+
+
+PLAIN = Recipe("plain loop")
+UNMASKED = replace(PLAIN, name="no attention mask", after=PLAIN.name, unmasked=True)
+THERE = replace(UNMASKED, name="logits of supervised places", after=UNMASKED.name, head="there")
+CHUNKED = replace(THERE, name="in chunks, recomputed", after=THERE.name, head="recomputed")
+DIRECT = replace(CHUNKED, name="gradient in the forward pass", after=CHUNKED.name, head="direct")
+FUSED = replace(DIRECT, name="fused AdamW", after=DIRECT.name, fused=True)
+PACKED = replace(DIRECT, name="padding-free packing", after=DIRECT.name, packing=True)
+FULL = replace(PLAIN, name="plain loop, all weights", after=PLAIN.name, exact=False, lora=False)
+RECIPES = [
+    PLAIN,
+    UNMASKED,
+    THERE,
+    CHUNKED,
+    DIRECT,
+    FUSED,
+    PACKED,
+    replace(PACKED, name="packed into balanced rows", after=PACKED.name, balanced=True),
+    replace(DIRECT, name="activation checkpointing", after=DIRECT.name, checkpointing=True),
+    replace(DIRECT, name="bf16 base", after=DIRECT.name, exact=False, dtype="bfloat16"),
+    replace(DIRECT, name="LoRAFineTuning under Lightning", after=DIRECT.name, engine="ours"),
+    replace(PLAIN, name="TRL's SFTTrainer, padded", after=PLAIN.name, engine="trl", setting="padded"),
+    replace(PLAIN, name="TRL's SFTTrainer, padding-free", after=PLAIN.name, engine="trl", setting="padding_free"),
+    FULL,
+    replace(DIRECT, name="all of it, all weights", after=FULL.name, lora=False),
+    replace(FUSED, name="fused AdamW, all weights", after="all of it, all weights", lora=False),
+]
+
+
+def build(task: tuple[sft.Case, Recipe]) -> Repeat:
+    """A contender."""
+    case, recipe = task
+    case = replace(case, lora=recipe.lora, packing=recipe.packing, setting=recipe.setting)
+    if recipe.engine != "loop":
+        return {"ours": sft.ours, "trl": sft.trl}[recipe.engine](case)
+    network: Any = model(case.size).train()
+    if recipe.checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    network = network.to(getattr(torch, recipe.dtype))
+    if recipe.lora:
+        network = add_lora(network.requires_grad_(False), lora_config(sft.LORA))
+    examples = case.rows()
+    batches = [examples[start : start + case.batch] for start in range(0, len(examples), case.batch)]
+    step = _plain_loss if recipe.head == "logits" else _selected_loss
+
+    def run() -> list[float]:
+        groups = parameter_groups(network, sft.DECAY)
+        optimizer = torch.optim.AdamW(groups, lr=case.rate, fused=recipe.fused or None)
+        losses = []
+        for batch in batches:
+            loss = step(network, batch, recipe)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    return sft.from_the_start(network, run)
+
+
+def _plain_loss(network: nn.Module, examples: list[Example], recipe: Recipe) -> Tensor:
+    padded = collate_examples(examples, packing=False, pad_token_id=1)
+    labels = torch.full_like(padded.input_ids, -100)
+    labels.view(-1)[padded.predictors + 1] = padded.targets
+    mask = None if recipe.unmasked else (padded.segment_ids >= 0).long()
+    loss: Tensor = network(input_ids=padded.input_ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    return loss
+
+
+def _selected_loss(network: Any, examples: list[Example], recipe: Recipe) -> Tensor:
+    batch = (
+        _balanced(examples) if recipe.balanced else collate_examples(examples, packing=recipe.packing, pad_token_id=1)
+    )
+    base = base_of(network)
+    states = hidden_states(base, batch).flatten(0, 1).index_select(0, batch.predictors)
+    return -HEADS[recipe.head](states, base.get_output_embeddings(), batch) / batch.num_targets
+
+
+def _balanced(examples: list[Example]) -> TokenBatch:
+    total, longest = sum(map(len, examples)), max(map(len, examples))
+    packed: list[list[Segment]] = [[] for _ in range(max(1, total // longest))]
+    for index in sorted(range(len(examples)), key=lambda index: -len(examples[index])):  # the longest first
+        shortest = min(packed, key=lambda row: sum(len(segment.example) for segment in row))
+        shortest.append(Segment(examples[index], group=index))
+    return lay_out(packed, pad_token_id=1)
+
+
+def _there(states: Tensor, head: Any, batch: TokenBatch) -> Tensor:
+    return -nn.functional.cross_entropy(head(states).float(), batch.targets, reduction="sum")
+
+
+def _recomputed(states: Tensor, head: Any, batch: TokenBatch) -> Tensor:
+    return module_logprobs(states, head, batch.targets).logprobs.sum()
+
+
+def _direct(states: Tensor, head: Any, batch: TokenBatch) -> Tensor:
+    return linear_logprob_sum(states, head.weight, batch.targets).logprobs
+
+
+HEADS: dict[str, Callable[[Tensor, Any, TokenBatch], Tensor]] = {
+    "there": _there,
+    "recomputed": _recomputed,
+    "direct": _direct,
+}
+
+
+def check(recipes: list[Recipe], measured: dict[str, Measured]) -> None:
+    """Refuse losses that should agree and don't.
+
+    Raises:
+        SystemExit: With the two rows.
+    """
+    for recipe in recipes:
+        if recipe.after in measured and recipe.exact:
+            apart = _apart(measured[recipe.name], measured[recipe.after])
+            if not apart <= EXACT:
+                raise SystemExit(f"Losses of {recipe.name!r} and {recipe.after!r} differ by {apart:.3g}.")
+
+
+def _apart(a: Measured, b: Measured) -> float:
+    return max(abs(x - y) for x, y in zip(a.values["losses"], b.values["losses"], strict=True))
+
+
+def table(recipes: list[Recipe], measured: dict[str, Measured], steps: int) -> str:
+    """The figures as a Markdown table."""
+    lines = [
+        "| | technique | on top of | s a step | times as fast as plain | as that row | excess memory, MiB "
+        "| GFLOP a step | last loss | apart from that row |",
+        "|" + " --- |" * 3 + " ---: |" * 7,
+    ]
+    numbers = {recipe.name: number for number, recipe in enumerate(RECIPES)}
+    plain = measured.get(PLAIN.name)
+    for recipe in recipes:
+        found = measured[recipe.name]
+        before = measured.get(recipe.after or "")
+        lines.append(
+            f"| {numbers[recipe.name]} | {recipe.name} | {numbers[recipe.after] if recipe.after else ''} "
+            f"| {median(found.seconds) / steps:.3f} | {_ratio(plain, found)} | {_ratio(before, found)} "
+            f"| {found.excess / MIB:,.0f} | {found.flops / 1e9 / steps:,.2f} | {found.values['losses'][-1]:.5f} "
+            f"| {'' if before is None else f'{_apart(found, before):.0e}'}{'' if recipe.exact else ' (not the same)'} |"
+        )
+    return "\n".join(lines)
+
+
+def _ratio(before: Measured | None, after: Measured) -> str:
+    if before is None or before is after:
+        return ""
+    ratio = Ratio.of([a / b for a, b in zip(before.seconds, after.seconds, strict=True)])
+    return f"{ratio.median:.2f} ({ratio.least:.2f} to {ratio.largest:.2f})"
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=170, help="mean length of the prompts")
+    parser.add_argument("--answer", type=int, default=35, help="mean length of the answers")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a repetition")
+    args = parser.parse_args()
+    size = Size(args.vocabulary, args.hidden, args.layers)
+    case = sft.Case(size, True, prompt=args.prompt, answer=args.answer, batch=args.batch, steps=args.steps)
+    recipes = [recipe for recipe in RECIPES if args.only in recipe.name]
+    contenders = {recipe.name: (build, (case, recipe)) for recipe in recipes}
+    measured = in_turns(contenders, pairs=args.pairs, threads=args.threads)
+    check(recipes, measured)
+    print(
+        f"{size}, {case.steps} steps of {case.batch} rows, prompts of {case.prompt}, answers of {case.answer}, "
+        f"{case.tokens:,} tokens; medians of {args.pairs} repetitions with {args.threads} threads\n"
+    )
+    print(table(recipes, measured, case.steps), flush=True)
+    _save(recipes, measured, case, args.json, args.threads)
+
+
+def _save(
+    recipes: list[Recipe], measured: dict[str, Measured], case: sft.Case, path: Path | None, threads: int
+) -> None:
+    if path is None:
+        return
+    rows = [{**asdict(recipe), **asdict(measured[recipe.name])} for recipe in recipes]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"case": asdict(case), "machine": machine(threads), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

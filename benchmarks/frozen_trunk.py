@@ -1,0 +1,142 @@
+"""What a step costs that begins at the lowest trained layer, and ten epochs of them, against full fine-tuning.
+
+    python benchmarks/frozen_trunk.py --pairs 5
+
+The same batch in turns: full fine-tuning of all layers, and an adapter in the top layers with the others' output read
+from disk. The first epoch, which computes that output, is measured by itself, and epochs are added up from both. That a
+step with kept states equals one that computes them, bit for bit, is checked before anything is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from harness import Result, arguments, compare
+from models import Size, model, rows, tokenizer
+
+from lightning_ft import FullFineTuning, LoRAFineTuning
+from lightning_ft.data.layout import TokenBatch, collate_examples
+from lightning_ft.measurement.flops import OperationCounter
+
+EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how many of its layers have adapters, and the rows of a batch."""
+
+    size: Size
+    top: int = 2
+    rank: int = 16
+    batch_size: int = 8
+
+    def __str__(self) -> str:
+        return f"{self.size}, adapters in the top {self.top}"
+
+
+def batch_of(case: Case) -> TokenBatch:
+    return collate_examples(rows(case.batch_size, case.size.vocabulary), packing=False, pad_token_id=1)
+
+
+def step(module: Any, optimizer: torch.optim.Optimizer, batch: TokenBatch) -> Mapping[str, Any]:
+    """Forward, backward, and the optimizer's step with a learning rate of 0, so that every repetition is the same."""
+    loss = module.training_step(batch, 0) / batch.num_targets
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss.item()}
+
+
+def full(case: Case) -> Any:
+    module = FullFineTuning(model(case.size), tokenizer=tokenizer())
+    module.configure_model()
+    optimizer, batch = torch.optim.AdamW(module.parameters(), lr=0.0), batch_of(case)
+    return lambda: step(module, optimizer, batch)
+
+
+def frozen_module(case: Case, folder: str | None) -> LoRAFineTuning:
+    module = LoRAFineTuning(
+        model(case.size), tokenizer=tokenizer(), lora={"r": case.rank}, top_layers=case.top, trunk_cache=folder
+    )
+    module.configure_model()
+    return module
+
+
+def trained(module: LoRAFineTuning) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def frozen(case: Case) -> Any:
+    module, batch = frozen_module(case, tempfile.mkdtemp()), batch_of(case)
+    gradients = []
+    for _ in range(2):  # computed, then read
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        gradients.append([loss.detach(), *(parameter.grad for parameter in trained(module))])
+        module.zero_grad()
+        module.on_train_end()
+    if not all(map(torch.equal, *gradients)):
+        raise SystemExit(f"[{case}]: a step with kept states isn't the step that computes them.")
+    optimizer = torch.optim.AdamW(trained(module), lr=0.0)
+    return lambda: step(module, optimizer, batch)
+
+
+def first_epoch(case: Case) -> tuple[int, float]:
+    """Operations and seconds of computing a batch's states."""
+    module, batch = frozen_module(case, tempfile.mkdtemp()), batch_of(case)
+    reader = module._trunk_reader(module._trunk_cache)
+    reader.trunk.states(torch.arange(3))
+    with OperationCounter() as outside:
+        started = time.perf_counter()
+        reader._states(batch)
+        seconds = time.perf_counter() - started
+    assert not outside.flops
+    return reader.flops, seconds
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cases = [
+        Case(Size(32_000, 256, 8), top=1),
+        Case(Size(32_000, 256, 16), top=2),
+        Case(Size(32_000, 256, 16), top=1),
+        Case(Size(32_000, 576, 30), top=2),
+        Case(Size(152_000, 576, 30), top=2, batch_size=4),
+    ]
+    found: list[dict[str, Any]] = []
+    for case in (case for case in cases if options.only in str(case)):
+        result: Result = compare(
+            "frozen trunk, cached step",
+            case,
+            frozen,
+            full,
+            peer_name="full fine-tuning",
+            pairs=options.pairs,
+            threads=options.threads,
+            agree={"loss": 1e-4},
+        )
+        flops, seconds = first_epoch(case)
+        every = result.flops["full fine-tuning"], result.seconds["full fine-tuning"]
+        ours = result.flops["ours"], result.seconds["ours"]
+        share = [(once + EPOCHS * a) / (EPOCHS * b) for once, a, b in zip((flops, seconds), ours, every, strict=True)]
+        print(
+            f"  {EPOCHS} epochs with the first's states: operations x {share[0]:.3f}, time x {share[1]:.3f}", flush=True
+        )
+        found.append(
+            {**asdict(result), "case": str(case), "epochs": EPOCHS, "flops_share": share[0], "time_share": share[1]}
+        )
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The update of GRPO, by this project's module and by TRL's trainer, on completions that were drawn beforehand.
+
+    OMP_NUM_THREADS=2 python benchmarks/grpo.py --pairs 5
+    OMP_NUM_THREADS=1 python benchmarks/grpo.py --small --pairs 1 --threads 1
+
+Nothing is generated: both sides are handed the same completions where they would sample, and do all the rest of their
+training step with their real trainers: rewards and advantages, log-probabilities under the reference (where the KL
+counts, or where the module measures it anyway) and under the policy, loss, backward pass, clipping, and optimizer step.
+A group of completions stands behind one prompt: here the prompt is computed once, in TRL once for each. Completions of
+one length are the case that favours TRL, which pads. Weights are the initial ones again before each repetition.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from harness import Repeat, arguments, compare, save
+from models import Size, model, tokenizer
+from pairs import FIRST_TOKEN, InitialWeights, Logged, Recorded, fit, optimization, same_adapter, trl_settings
+
+from lightning_ft.data.batches import PromptBatch
+from lightning_ft.models.adapt import add_lora, lora_config
+from lightning_ft.modules.experience import PolicyBatch
+from lightning_ft.modules.grpo import GRPO
+from lightning_ft.rollout.protocol import Completion, Rollouts
+
+SIZE = Size()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is learned from.
+
+    Args:
+        lora: The default adapter, or every weight.
+        kl: Weight of the KL divergence from the reference in the loss; TRL's beta.
+        size: Of the model.
+        prompt: Tokens of a prompt.
+        completion: Tokens of a completion.
+        group: Completions of a prompt.
+        prompts: Of a step.
+        steps: Rollouts, and as many optimizer steps, of a repetition.
+        seed: Of the tokens.
+    """
+
+    lora: bool
+    kl: float
+    size: Size = SIZE
+    prompt: int = 512
+    completion: int = 64
+    group: int = 8
+    prompts: int = 1
+    steps: int = 2
+    seed: int = 0
+
+    def __str__(self) -> str:
+        weights, kl = "LoRA" if self.lora else "full", f"KL {self.kl:g}" if self.kl else "no KL"
+        return (
+            f"{weights}, {kl}, {self.size}, prompt {self.prompt}, completions {self.completion}, group {self.group}, "
+            f"{self.prompts} prompts a step, {self.steps} steps"
+        )
+
+
+@dataclass(frozen=True)
+class Given:
+    """The tokens of one rollout.
+
+    Args:
+        prompts: Ids of each prompt.
+        completions: Ids of each completion, those of a prompt side by side.
+    """
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+
+
+def rollouts(case: Case) -> list[Given]:
+    """What each step learns from: random tokens."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def draw(rows: int, length: int) -> list[list[int]]:
+        return torch.randint(FIRST_TOKEN, case.size.vocabulary, (rows, length), generator=generator).tolist()
+
+    return [
+        Given(draw(case.prompts, case.prompt), draw(case.prompts * case.group, case.completion))
+        for _ in range(case.steps)
+    ]
+
+
+def reward(prompts: Any, completions: Any, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+    """Something that differs between completions, and doesn't ask for their text."""
+    return [sum(ids) % 11 / 4 for ids in completion_ids]
+
+
+def figures(steps: Sequence[dict[str, float]], logprobs: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """What both sides must agree on.
+
+    Norms of gradients are compared by their logarithms, so that the difference is a relative one. Losses of the first
+    step are 0 but for rounding, since the advantages of completions of one length are; the gradients aren't, and the
+    log-probabilities of the steps after it show what was learnt.
+    """
+    return {
+        "logprobs": torch.stack(list(logprobs)),  # [steps, completions, tokens]
+        "losses": [step["loss"] for step in steps],
+        "log_gradient_norm": [math.log(step["grad_norm"]) for step in steps],
+        "rewards": [step["reward"] for step in steps],
+    }
+
+
+# ---------------------------------------------------------------- ours
+
+
+class GivenEngine:
+    """Answers its n-th call with the n-th of some rollouts."""
+
+    def __init__(self, given: Sequence[Given]) -> None:
+        self._rollouts = [
+            Rollouts(tuple(Completion(tuple(ids), truncated=True) for ids in each.completions), 0, 0) for each in given
+        ]
+        self.calls = 0
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> Rollouts:
+        """The next rollout, whatever the prompts."""
+        self.calls += 1
+        return self._rollouts[self.calls - 1]
+
+
+class GivenGRPO(Logged, GRPO):
+    """Keeps the log-probabilities that each step starts from."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.logprobs: list[torch.Tensor] = []
+
+    def loss(self, batch: PolicyBatch) -> Any:
+        """As ever."""
+        self.logprobs.append(batch.logprobs.detach().view(len(batch.weights), -1))
+        return super().loss(batch)
+
+
+def ours(case: Case) -> Repeat:
+    given = rollouts(case)
+    batches = [
+        PromptBatch([""] * case.prompts, [torch.tensor(ids) for ids in each.prompts], columns={}) for each in given
+    ]
+    module = GivenGRPO(
+        model(case.size),
+        rewards=reward,
+        num_completions=case.group,
+        max_new_tokens=case.completion,
+        kl_coef=case.kl,
+        **optimization(case.lora),
+    )
+    module.configure_model()
+    initial = InitialWeights(module.model)
+
+    def repeat() -> dict[str, Any]:
+        initial.restore()
+        module.steps.clear()
+        module.logprobs.clear()
+        module._engine = GivenEngine(given)
+        fit(module, batches)
+        return figures(module.steps, module.logprobs)
+
+    return repeat
+
+
+# ---------------------------------------------------------------- TRL
+
+
+class ReplayedRollouts(Recorded):
+    """Mixed into a trainer of TRL's: given completions where it would sample."""
+
+    given: Sequence[Given]
+    calls = 0
+
+    def _tokenize_prompts(self, prompts: Sequence[Any]) -> Any:
+        each = self.given[self.calls]
+        group = len(each.completions) // len(each.prompts)
+        return [ids for ids in each.prompts for _ in range(group)], None, {}
+
+    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+        self.calls += 1
+        return self.given[self.calls - 1].completions, None
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, **options: Any
+    ) -> Any:
+        scored = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+            model, input_ids, attention_mask, logits_to_keep, **options
+        )
+        if scored[0].requires_grad:  # the policy: TRL has shuffled its completions
+            rows = [tuple(ids) for ids in input_ids[:, -logits_to_keep:].tolist()]
+            order = [rows.index(tuple(ids)) for ids in self.given[self.calls - 1].completions]
+            self.logprobs.append(scored[0].detach()[order])
+        return scored
+
+    def train_anew(self) -> list[dict[str, float]]:
+        """As in `Recorded`, beginning with the first rollout."""
+        self.calls, self.logprobs = 0, []
+        self._step, self._buffered_inputs = 0, None
+        return super().train_anew()
+
+
+def grpo_trainer(case: Any, *mixed_in: type, **more: Any) -> Any:
+    """A GRPOTrainer of TRL's.
+
+    Args:
+        case: Has `lora`, `size`, `prompts`, `group` and `completion`.
+        mixed_in: Stand in front of its class.
+        more: Arguments of its configuration.
+    """
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        policy = model(case.size)
+        policy.save_pretrained(folder)
+        policy.config._name_or_path = folder  # from where TRL loads a copy of all weights, if it needs a reference
+        return type("TrlGRPO", (*mixed_in, GRPOTrainer), {})(
+            model=policy,
+            processing_class=tokenizer(),
+            reward_funcs=reward,
+            train_dataset=Dataset.from_dict({"prompt": [""] * case.prompts}),
+            peft_config=lora_config(True) if case.lora else None,
+            args=GRPOConfig(
+                **trl_settings(
+                    case.lora,
+                    per_device_train_batch_size=case.prompts * case.group,
+                    num_generations=case.group,
+                    max_completion_length=case.completion,
+                    shuffle_dataset=False,
+                    **more,
+                )
+            ),
+        )
+
+
+def trl(case: Case) -> Repeat:
+    trainer = grpo_trainer(case, ReplayedRollouts, beta=case.kl, max_steps=case.steps, logging_steps=1)
+    trainer.given = rollouts(case)
+    if case.lora:
+        same_adapter(trainer.model, add_lora(model(case.size), lora_config(True), seed=0))
+    initial = InitialWeights(trainer.model)
+
+    def repeat() -> dict[str, Any]:
+        initial.restore()
+        steps = trainer.train_anew()
+        return figures(steps, trainer.logprobs)
+
+    return repeat
+
+
+# ---------------------------------------------------------------- cases
+
+CASES = [*(Case(lora, kl) for lora in (True, False) for kl in (0.0, 0.05)), Case(lora=True, kl=0.05, prompts=2)]
+SMALL = {"size": Size(vocabulary=1000, hidden=64, layers=2), "prompt": 48, "completion": 8, "group": 4, "steps": 3}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--small", action="store_true", help="sizes that only show whether it works")
+    options = parser.parse_args()
+    results = []
+    for case in CASES:
+        case = replace(case, **SMALL) if options.small else case
+        if options.only in str(case):
+            results.append(
+                compare(
+                    "update of GRPO",
+                    case,
+                    ours,
+                    trl,
+                    pairs=options.pairs,
+                    threads=options.threads,
+                    agree={"logprobs": 1e-5, "losses": 1e-4, "log_gradient_norm": 1e-4, "rewards": 1e-6},
+                )
+            )
+    save(results, options.json)
+
+
+if __name__ == "__main__":
+    main()

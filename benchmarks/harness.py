@@ -1,0 +1,309 @@
+"""Two programs that do the same work, measured in turns: ratios of time, operations and memory, and that they agree.
+
+Each contender is a process of its own, so that neither's memory, patches or caches touch the other's. Both are built
+first; then one works while the other waits. Which of the two comes first alternates from pair to pair, and the figure
+is the median of the pairs' ratios, with the least and the largest.
+
+A contender is a function at the top level of a module, ``build(case) -> repeat``, where ``repeat()`` does the work once
+and returns what can be compared: numbers, or nested lists and tensors of numbers, by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+Repeat = Callable[[], Mapping[str, Any]]
+Build = Callable[[Any], Repeat]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Ratios of pairs: their median, the least and the largest."""
+
+    median: float
+    least: float
+    largest: float
+    pairs: int
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> Ratio:
+        return cls(median(ratios), min(ratios), max(ratios), len(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.least:.2f} to {self.largest:.2f}, n = {self.pairs})"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one case; ratios are the peer's figure to ours, so above 1 is ahead of the peer.
+
+    Args:
+        name: The work.
+        case: Its size.
+        peer: Whom we are compared with.
+        seconds: Median time of a repetition, by contender.
+        speed: Time of the peer to ours.
+        flops: Operations of a repetition, by contender.
+        excess: Peak resident bytes beyond the built contender, by contender.
+        apart: The largest difference of each value that both return.
+    """
+
+    name: str
+    case: Any
+    peer: str
+    seconds: dict[str, float]
+    speed: Ratio
+    flops: dict[str, int]
+    excess: dict[str, int]
+    apart: dict[str, float]
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def flops_ratio(self) -> float:
+        """Our operations to the peer's."""
+        return self.flops["ours"] / self.flops[self.peer]
+
+    @property
+    def memory_ratio(self) -> float:
+        """Our peak excess memory to the peer's."""
+        return self.excess["ours"] / self.excess[self.peer]
+
+    def __str__(self) -> str:
+        apart = ", ".join(f"{name} {value:.1e}" for name, value in self.apart.items())
+        return (
+            f"{self.name} [{self.case}] against {self.peer}: {self.speed} times as fast "
+            f"({self.seconds['ours']:.3f} s to {self.seconds[self.peer]:.3f} s); operations x {self.flops_ratio:.3f} "
+            f"({self.flops['ours'] / 1e9:.2f} GFLOP); excess memory x {self.memory_ratio:.2f} "
+            f"({self.excess['ours'] / MIB:.0f} MiB to {self.excess[self.peer] / MIB:.0f} MiB); apart: {apart}"
+        )
+
+
+def compare(
+    name: str,
+    case: Any,
+    ours: Build,
+    peer: Build,
+    *,
+    peer_name: str = "TRL",
+    pairs: int = 5,
+    threads: int = 2,
+    agree: Mapping[str, float],
+) -> Result:
+    """Run both contenders in turns.
+
+    Args:
+        name: Of the work.
+        case: What both builds are called with; it must be picklable.
+        ours: Builds this project's side.
+        peer: Builds the other.
+        peer_name: Of the other.
+        pairs: Repetitions that are timed, after one that isn't.
+        threads: Of each contender.
+        agree: For each value that both return, by how much it may differ; every contender must return all of these.
+
+    Raises:
+        SystemExit: If the two don't compute the same, or one fails.
+    """
+    sides = {"ours": _Side("ours", ours, case, threads), peer_name: _Side(peer_name, peer, case, threads)}
+    try:
+        first = {side: process.ask("repeat") for side, process in sides.items()}  # warm: allocations, caches, kernels
+        apart = {value: _apart(first["ours"][1][value], first[peer_name][1][value]) for value in agree}
+        for value, limit in agree.items():
+            if not apart[value] <= limit:
+                raise SystemExit(f"{name} [{case}]: {value} differs by {apart[value]:.3g}, more than {limit:g}.")
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        for pair in range(pairs):
+            for side in list(sides) if pair % 2 == 0 else list(sides)[::-1]:
+                seconds[side].append(sides[side].ask("repeat")[0])
+        excess = {side: process.ask("excess") for side, process in sides.items()}
+        flops = {side: process.ask("flops") for side, process in sides.items()}
+    finally:
+        for process in sides.values():
+            process.stop()
+    result = Result(
+        name,
+        case,
+        peer_name,
+        {side: median(times) for side, times in seconds.items()},
+        Ratio.of([b / a for a, b in zip(seconds["ours"], seconds[peer_name], strict=True)]),
+        flops,
+        excess,
+        apart,
+        machine(threads),
+    )
+    print(result, flush=True)
+    return result
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one of several contenders.
+
+    Args:
+        seconds: Time of each repetition, in the order of the turns.
+        flops: Operations of a repetition.
+        excess: Peak resident bytes beyond the built contender.
+        values: What its first repetition returned.
+    """
+
+    seconds: list[float]
+    flops: int
+    excess: int
+    values: dict[str, Any]
+
+
+def in_turns(contenders: Mapping[str, tuple[Build, Any]], *, pairs: int = 5, threads: int = 2) -> dict[str, Measured]:
+    """Run any number of contenders in turns, forwards and backwards.
+
+    Args:
+        contenders: For each name how it is built, and of what.
+        pairs: Repetitions that are timed, after one that isn't.
+        threads: Of each contender.
+    """
+    sides: dict[str, _Side] = {}
+    try:
+        for name, (build, case) in contenders.items():
+            sides[name] = _Side(name, build, case, threads)
+        values = {name: side.ask("repeat")[1] for name, side in sides.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(pairs):
+            for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
+                seconds[name].append(sides[name].ask("repeat")[0])
+        excess = {name: side.ask("excess") for name, side in sides.items()}
+        flops = {name: side.ask("flops") for name, side in sides.items()}
+    finally:
+        for side in sides.values():
+            side.stop()
+    return {name: Measured(seconds[name], flops[name], excess[name], values[name]) for name in sides}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    import peft
+    import transformers
+    import trl
+
+    packages = {module.__name__: module.__version__ for module in (torch, transformers, peft, trl)}
+    return {"processor": _processor(), "cores": os.cpu_count(), "threads": threads, **packages}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _apart(a: Any, b: Any) -> float:
+    first, second = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+    if first.shape != second.shape:
+        raise SystemExit(f"Values of shapes {tuple(first.shape)} and {tuple(second.shape)} can't be compared.")
+    return float((first - second).abs().max()) if first.numel() else 0.0
+
+
+class _Side:
+    """One contender in a process of its own."""
+
+    def __init__(self, name: str, build: Build, case: Any, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._name = name
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, build, case, threads), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()  # one is built after the other: neither disturbs the other's memory
+
+    def ask(self, what: str) -> Any:
+        self._connection.send(what)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            failed, answer = self._connection.recv()
+        except EOFError:
+            raise SystemExit(f"{self._name}: its process ended (was there enough memory?)") from None
+        if failed:
+            raise SystemExit(f"{self._name}:\n{answer}")
+        return answer
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(connection: Connection, build: Build, case: Any, threads: int) -> None:
+    try:
+        quiet()
+        torch.set_num_threads(threads)
+        from lightning_ft.measurement.flops import OperationCounter
+        from lightning_ft.measurement.memory import PeakMemory
+
+        repeat = build(case)
+        memory = PeakMemory(torch.device("cpu"))
+        connection.send((False, None))
+        while True:
+            wanted = connection.recv()
+            if wanted == "repeat":
+                started = time.perf_counter()
+                values = repeat()
+                seconds = time.perf_counter() - started
+                plain = {name: v.tolist() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+                connection.send((False, (seconds, plain)))
+            elif wanted == "excess":
+                connection.send((False, memory.peak() - memory.at_start))
+            else:
+                with OperationCounter() as counter:
+                    repeat()
+                if counter.uncounted:
+                    raise RuntimeError(f"operators without a formula: {', '.join(counter.uncounted)}")
+                connection.send((False, counter.flops))
+    except EOFError:
+        pass
+    except BaseException:
+        connection.send((True, traceback.format_exc()))
+
+
+def quiet() -> None:
+    """No progress bars, no advice: only what the benchmark prints."""
+    os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+    warnings.simplefilter("ignore")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning", "trl", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="repetitions that are timed, in turns")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each contender")
+    parser.add_argument("--only", default="", help="only cases whose description has this in it")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    return parser
+
+
+def save(results: list[Result], path: Path | None) -> None:
+    """Write results as JSON, where a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{**asdict(result), "case": str(result.case)} for result in results]
+        path.write_text(json.dumps(rows, indent=2) + "\n")

@@ -1,0 +1,378 @@
+"""Training steps on preference pairs, DPO's and a reward model's, by this project's modules and by TRL's trainers.
+
+    OMP_NUM_THREADS=2 python benchmarks/pairs.py --pairs 5
+    OMP_NUM_THREADS=1 python benchmarks/pairs.py --small --pairs 1 --threads 1
+
+Both sides train by their real trainers: the same random Llama in fp32, the same adapter, the same tokens in the same
+order, AdamW at the same rate, and weights that are the initial ones again before each repetition. The two answers of a
+pair stand behind the same prompt: here it is computed once for both, in TRL once for each. TRL gets no gradient
+checkpointing, which is its default and costs a second forward pass (its padding-free layout is switched off in 1.16);
+no side computes the reference beforehand.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from harness import Repeat, arguments, compare, save
+from models import Size, lengths, model, tokenizer
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import LlamaForSequenceClassification, PreTrainedModel, PrinterCallback
+
+from lightning_ft._lightning import Trainer
+from lightning_ft.data.batches import PreferenceBatch
+from lightning_ft.data.layout import Example
+from lightning_ft.models.adapt import add_lora, lora_config
+from lightning_ft.modules.dpo import DPO
+from lightning_ft.modules.preferences import PreferenceLearning
+from lightning_ft.modules.reward import RewardModeling
+
+SIZE = Size()
+FIRST_TOKEN = 16
+"""Tokens below it may be special ones: a reward model reads its score in front of the pad token."""
+LEARNING_RATES = {True: 3e-3, False: 1e-3}
+"""With an adapter and without: high enough that a step shows in the losses of the next."""
+FIGURES = {"dpo": ("logps/chosen", "logps/rejected"), "reward": ("margin", "accuracy")}
+"""What both log of a step, by the same names."""
+AGREE = {"dpo": {"losses": 1e-4, "figures": 1e-5}, "reward": {"losses": 1e-4, "figures": 3e-4}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained on what.
+
+    Args:
+        kind: ``dpo`` or ``reward``.
+        lora: The default adapter, or every weight.
+        size: Of the model.
+        prompt: Tokens of a prompt.
+        answer: Tokens of each of its two answers, on average.
+        spread: Standard deviation of the logarithm of the answers' lengths.
+        batch: Pairs of a step.
+        steps: Optimizer steps of a repetition.
+        seed: Of the tokens.
+    """
+
+    kind: str
+    lora: bool
+    size: Size = SIZE
+    prompt: int = 512
+    answer: int = 64
+    spread: float = 0.0
+    batch: int = 4
+    steps: int = 2
+    seed: int = 0
+
+    def __str__(self) -> str:
+        weights = "LoRA" if self.lora else "full"
+        answers = f"{self.answer}" if not self.spread else f"{self.answer} on average"
+        return (
+            f"{self.kind} {weights}, {self.size}, prompt {self.prompt}, answers {answers}, {self.batch} pairs a step, "
+            f"{self.steps} steps"
+        )
+
+
+# ---------------------------------------------------------------- what both sides train on
+
+
+def rows(case: Case) -> list[dict[str, list[int]]]:
+    """Pairs of random tokens, under the names that TRL has for them."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(FIRST_TOKEN, case.size.vocabulary, (count,), generator=generator).tolist()
+
+    count = case.batch * case.steps
+    answers = iter(lengths(2 * count, case.answer, case.spread, generator))
+    return [
+        {"prompt_ids": draw(case.prompt), "chosen_ids": draw(next(answers)), "rejected_ids": draw(next(answers))}
+        for _ in range(count)
+    ]
+
+
+def base(case: Case) -> PreTrainedModel:
+    """The model with its initial weights."""
+    made = model(case.size)
+    if case.kind == "dpo":
+        return made
+    made.config.num_labels = 1
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(made.config)
+
+
+class InitialWeights:
+    """The trainable weights of a model as they are now, to be put back."""
+
+    def __init__(self, trained: torch.nn.Module) -> None:
+        # accelerate collects garbage whenever a training starts, which takes half a second with all that is imported
+        # here: that isn't what a step costs, so what there is by now is left out of it.
+        gc.freeze()
+        self._model = trained
+        self._kept = {name: p.detach().clone() for name, p in trained.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back, and forget the gradients."""
+        for name, parameter in self._model.named_parameters():
+            if name in self._kept:
+                parameter.copy_(self._kept[name])
+                parameter.grad = None
+
+
+# ---------------------------------------------------------------- ours
+
+
+class Logged:
+    """Mixed into a module: the figures of each training step, unrounded, in `steps`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """A step begins."""
+        super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
+        self.steps.append({})
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        """Keep a figure."""
+        self.steps[-1][name.removeprefix("train/")] = float(value)
+
+    def log_dict(self, figures: dict[str, Any], **options: Any) -> None:
+        """Keep several."""
+        for name, value in figures.items():
+            self.log(name, value)
+
+
+class LoggedDPO(Logged, DPO):
+    """DPO."""
+
+
+class LoggedReward(Logged, RewardModeling):
+    """Reward modelling."""
+
+
+def fit(module: Any, batches: Sequence[Any]) -> None:
+    """Train once on each batch."""
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tempfile.gettempdir(),
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+
+
+def optimization(lora: bool) -> dict[str, Any]:
+    """Arguments of this project's modules that make them train as :func:`trl_settings` says."""
+    return {
+        "lora": lora or None,
+        "dtype": "float32",
+        "tokenizer": tokenizer(),
+        "learning_rate": LEARNING_RATES[lora],
+        "lr_schedule": "constant",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.999),
+    }
+
+
+def ours(case: Case) -> Repeat:
+    def example(ids: list[int]) -> Example:
+        return Example(torch.tensor(ids), torch.ones(len(ids), dtype=torch.bool))
+
+    pairs = rows(case)
+    batches = []
+    for start in range(0, len(pairs), case.batch):
+        part = pairs[start : start + case.batch]
+        batches.append(
+            PreferenceBatch(
+                [torch.tensor(row["prompt_ids"]) for row in part],
+                [(example(row["chosen_ids"]), example(row["rejected_ids"])) for row in part],
+                torch.tensor([True, False] * len(part)),
+                None,
+                torch.arange(start, start + len(part)),
+            )
+        )
+    module: PreferenceLearning = {"dpo": LoggedDPO, "reward": LoggedReward}[case.kind](
+        base(case), **optimization(case.lora)
+    )
+    module.configure_model()
+    initial = InitialWeights(module.model)
+
+    def repeat() -> dict[str, Any]:
+        initial.restore()
+        module.steps.clear()
+        fit(module, batches)
+        return figures(case, [step["loss"] for step in module.steps], module.steps)
+
+    return repeat
+
+
+def figures(case: Case, losses: list[float], steps: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """What both sides must agree on: the loss of each step, and what else is logged of it.
+
+    Log-probabilities of whole answers are given by token: the loss of DPO's first step is ``log 2`` whatever they are.
+    """
+    scale = case.answer if case.kind == "dpo" else 1
+    logged = [[step[name] / scale for name in FIGURES[case.kind]] for step in steps]
+    return {"losses": losses, "figures": logged}
+
+
+# ---------------------------------------------------------------- TRL
+
+
+def trl_settings(lora: bool, **more: Any) -> dict[str, Any]:
+    """Arguments of TRL's configurations: as fast as they are on a CPU, and the optimizer that ours has."""
+    return {
+        "output_dir": tempfile.gettempdir(),  # nothing is written
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "learning_rate": LEARNING_RATES[lora],
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **more,
+    }
+
+
+class Recorded:
+    """Mixed into a trainer of TRL's: each step's loss and figures, unrounded, in `steps`."""
+
+    def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
+        """Keep the loss, and what has been logged with it."""
+        loss = super().training_step(*args, **options)  # type: ignore[misc]
+        logged = {name: values[-1] for name, values in self._metrics["train"].items() if values}
+        self.steps.append({**logged, "loss": loss.item()})
+        return loss
+
+    def log(self, logs: dict[str, float], *more: Any, **options: Any) -> None:
+        """Keep the norm of the gradients, which is known only after the step."""
+        if "grad_norm" in logs:
+            self.steps[-1]["grad_norm"] = logs["grad_norm"]
+        super().log(logs, *more, **options)  # type: ignore[misc]
+
+    def train_anew(self) -> list[dict[str, float]]:
+        """Train from the weights as they are, with a new optimizer; the figures of each step."""
+        self.remove_callback(PrinterCallback)
+        self.optimizer = self.lr_scheduler = None
+        self.steps: list[dict[str, float]] = []
+        self.train()
+        return self.steps
+
+
+class Tokenised(Recorded):
+    """Mixed into a trainer of TRL's on pairs: rows that are tokenised already, in their order."""
+
+    def _prepare_dataset(self, dataset: Any, *more: Any, **options: Any) -> Any:
+        return dataset
+
+    def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+
+def same_adapter(trained: torch.nn.Module, twin: torch.nn.Module) -> None:
+    """Start an adapter from the weights of another: TRL draws its own, unless it is given an adapted model.
+
+    Of an adapted model TRL would keep a second adapter as the reference, and compute it: slower than switching it off.
+    """
+    weights = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+    theirs = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    if weights.keys() != theirs.keys():
+        raise ValueError(f"Different weights train: {sorted(weights.keys() ^ theirs.keys())[:4]}")
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(weights[name])
+
+
+def trl(case: Case) -> Repeat:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    pairs = rows(case)
+    task = {"task_type": "SEQ_CLS"} if case.kind == "reward" else {}
+    options: dict[str, Any] = {
+        "processing_class": tokenizer(),
+        "peft_config": lora_config(task) if case.lora else None,
+    }
+    settings = trl_settings(
+        case.lora,
+        per_device_train_batch_size=case.batch,
+        max_steps=case.steps,
+        max_grad_norm=0.0,
+        max_length=None,
+    )
+    if case.kind == "dpo":
+        trainer = type("TrlDPO", (Tokenised, DPOTrainer), {})(
+            model=base(case),
+            ref_model=None if case.lora else base(case),
+            train_dataset=Dataset.from_list(pairs),
+            args=DPOConfig(**settings),
+            **options,
+        )
+    else:
+        whole = [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in pairs]
+        trainer = type("TrlReward", (Tokenised, RewardTrainer), {})(
+            model=base(case), train_dataset=Dataset.from_list(whole), args=RewardConfig(**settings), **options
+        )
+    if case.lora:
+        same_adapter(trainer.model, add_lora(base(case), lora_config(task), seed=0))
+    initial = InitialWeights(trainer.model)
+
+    def repeat() -> dict[str, Any]:
+        initial.restore()
+        steps = trainer.train_anew()
+        return figures(case, [step["loss"] for step in steps], steps)
+
+    return repeat
+
+
+# ---------------------------------------------------------------- cases
+
+CASES = [
+    Case("dpo", lora=True),
+    Case("dpo", lora=False),
+    Case("dpo", lora=True, spread=0.5),
+    Case("reward", lora=True),
+    Case("reward", lora=False),
+]
+SMALL = {"size": Size(vocabulary=1000, hidden=64, layers=2), "prompt": 48, "answer": 8, "batch": 3, "steps": 3}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--small", action="store_true", help="sizes that only show whether it works")
+    options = parser.parse_args()
+    results = []
+    for case in CASES:
+        case = replace(case, **SMALL) if options.small else case
+        if options.only in str(case):
+            results.append(
+                compare(
+                    "training steps on pairs",
+                    case,
+                    ours,
+                    trl,
+                    pairs=options.pairs,
+                    threads=options.threads,
+                    agree=AGREE[case.kind],
+                )
+            )
+    save(results, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Supervised fine-tuning under a Lightning Trainer against TRL's SFTTrainer: all weights, and LoRA.
+
+    python benchmarks/sft.py
+    python benchmarks/sft.py --only "LoRA, vocabulary 152,000" --pairs 3 --json sft.json
+    python benchmarks/sft.py --tiny --settings padded,padding_free,unfused
+
+Both train the same random Llama in fp32 on the same tokenised rows in the same order, with the same AdamW, the same
+constant learning rate, no clipping and the same initial adapter. A repetition starts from the same weights and takes
+the same steps, so the losses of all repetitions of both must be the same.
+
+Whatever is made once is left out of TRL's time (its trainer and the preparation of its data set); ours makes a
+Lightning Trainer in each repetition. Both log what they log by default, and keep it in memory.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from harness import MIB, Repeat, Result, arguments, compare, save
+from models import Size, model, rows, tokenizer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_ft import FullFineTuning, LoRAFineTuning
+from lightning_ft._lightning import Trainer
+from lightning_ft.data.layout import Example, collate_examples
+from lightning_ft.models.adapt import add_lora, lora_config
+
+AGREE = {"losses": 1e-4}
+DECAY = 0.01
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
+FAST: dict[str, Any] = {"gradient_checkpointing": False}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "padding_free": {**FAST, "padding_free": True},
+    "padded": FAST,
+    "defaults": {},
+    "checkpointed": {"padding_free": True},  # activations are by default; here ours computes them again too
+    "unfused": {**FAST, "padding_free": True, "optim": "adamw_torch"},
+}
+"""Of TRL, over what the comparison itself needs.
+
+Its fastest on a CPU is one of the first two, by the size: its head there scores every place, padding too, so without
+padding it has less to do, and attention more. `packing` would train on other batches. Its other losses are slower:
+they hold all logits, and run the model twice.
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of a few optimizer steps.
+
+    Args:
+        size: Of the model.
+        lora: Train an adapter, or all weights.
+        setting: Of TRL, see :data:`SETTINGS`.
+        prompt: Mean length of the prompts, tokens.
+        answer: Mean length of the answers, which are supervised.
+        batch: Rows of a step.
+        steps: Of a repetition.
+        packing: Whether ours lays a batch out as one padding-free row, or pads on the right: which of them is faster
+            depends on how much the lengths differ.
+    """
+
+    size: Size
+    lora: bool
+    setting: str = "padding_free"
+    prompt: int = 170
+    answer: int = 35
+    batch: int = 8
+    steps: int = 4
+    packing: bool = True
+
+    def __str__(self) -> str:
+        return (
+            f"{'LoRA' if self.lora else 'all weights'}, {self.size}, {self.steps} steps of {self.batch} rows, prompts "
+            f"of {self.prompt}, answers of {self.answer}, {self.tokens:,} tokens, TRL {self.setting}"
+            f"{'' if self.packing else ', ours padded'}"
+        )
+
+    @property
+    def rate(self) -> float:
+        """Learning rate: enough for the losses of later steps to depend on the gradients of earlier ones."""
+        return 1e-3 if self.lora else 1e-4
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether both compute activations again."""
+        return self.setting == "checkpointed"
+
+    def rows(self) -> list[Example]:
+        """What a repetition trains on."""
+        return rows(self.batch * self.steps, self.size.vocabulary, prompt=self.prompt, answer=self.answer)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a repetition, padding excluded."""
+        return sum(len(row) for row in self.rows())
+
+
+def ours(case: Case) -> Repeat:
+    """FullFineTuning or LoRAFineTuning under a Lightning Trainer."""
+    kind = _recording(LoRAFineTuning if case.lora else FullFineTuning)
+    module = kind(
+        model(case.size),
+        tokenizer=tokenizer(),
+        learning_rate=case.rate,
+        weight_decay=DECAY,
+        lr_schedule="constant",
+        warmup_ratio=0.0,
+        gradient_checkpointing=case.checkpointed,
+        **({"lora": LORA} if case.lora else {}),
+    )
+    module.configure_model()
+    collate = partial(collate_examples, packing=case.packing, pad_token_id=1)
+    batches = DataLoader(case.rows(), batch_size=case.batch, collate_fn=collate)  # type: ignore[arg-type]
+
+    def run() -> list[float]:
+        module.losses = []
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=case.steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, batches)
+        return module.losses
+
+    return from_the_start(module.model, run)
+
+
+def _recording(kind: type) -> Any:
+    class Recording(kind):
+        """Keeps each step's loss, a mean over its supervised tokens."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.losses.append(loss.item() / batch.num_targets)
+            return loss
+
+    return Recording
+
+
+def trl(case: Case) -> Repeat:
+    """SFTTrainer."""
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    class Recording(SFTTrainer):
+        """Keeps each step's loss unrounded."""
+
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(*args, **kwargs)
+            losses.append(loss.item())
+            return loss
+
+    losses: list[float] = []
+    datasets.disable_progress_bars()
+    network = model(case.size)
+    if case.lora:
+        network = add_lora(network.requires_grad_(False), lora_config(LORA))  # the adapter that ours starts from
+    examples = case.rows()
+    settings: dict[str, Any] = {
+        "output_dir": os.path.join(tempfile.gettempdir(), "lightning_ft_benchmark_sft"),  # nothing is written there
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": case.batch,
+        "max_steps": case.steps,
+        "max_length": None,
+        "completion_only_loss": True,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": case.rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": DECAY,
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    trainer = Recording(
+        model=network,
+        processing_class=tokenizer(),
+        train_dataset=datasets.Dataset.from_dict(
+            {
+                "input_ids": [row.input_ids.tolist() for row in examples],
+                "completion_mask": [row.supervised.int().tolist() for row in examples],
+            }
+        ),
+        args=SFTConfig(**{**settings, **SETTINGS[case.setting]}),
+    )
+    trainer.pop_callback(_printer())
+
+    def run() -> list[float]:
+        losses.clear()
+        trainer.optimizer = trainer.lr_scheduler = None  # else it goes on with those of the last repetition
+        trainer.train()
+        return list(losses)
+
+    return from_the_start(network, run)
+
+
+def _printer() -> type:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+def from_the_start(network: nn.Module, run: Callable[[], list[float]]) -> Repeat:
+    """A repetition that starts with the weights that the network has now.
+
+    Args:
+        network: What `run` trains.
+        run: Trains, and gives the loss of each step.
+    """
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained]
+    expected: list[float] = []
+    gc.collect()
+    gc.freeze()  # TRL collects at the start of each training: 0.3 s if it looks through all imported packages again
+
+    def repeat() -> dict[str, list[float]]:
+        with torch.no_grad():
+            for parameter, value in zip(trained, start, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+        found = run()
+        expected.extend([] if expected else found)
+        # the comparison looks at the first repetition only
+        if max(abs(a - b) for a, b in zip(expected, found, strict=True)) > AGREE["losses"]:
+            raise RuntimeError(f"A repetition gave the losses {found}, the first one {expected}.")
+        return {"losses": found}
+
+    return repeat
+
+
+def cases(settings: list[str], *, batch: int, steps: int, tiny: bool) -> list[Case]:
+    """All cases."""
+    if tiny:
+        sizes = {Size(vocabulary=2000, hidden=64, layers=2): ((40, 10),)}
+    else:
+        short, long = (170, 35), (60, 300)
+        sizes = {
+            Size(vocabulary=32_000): (short, long),
+            Size(vocabulary=152_000): (short,),
+            Size(vocabulary=32_000, hidden=576, layers=30): (short,),
+            Size(vocabulary=152_000, hidden=576, layers=30): (short,),
+        }
+    return [
+        Case(size, lora, setting, prompt, answer, batch, steps)
+        for size, lengths in sizes.items()
+        for prompt, answer in lengths
+        for lora in (True, False)
+        for setting in settings
+    ]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--settings", default="padding_free,padded,defaults,checkpointed", help=f"of TRL: {', '.join(SETTINGS)}"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a repetition")
+    parser.add_argument("--padded", action="store_true", help="pad our batches too, instead of packing them")
+    parser.add_argument("--tiny", action="store_true", help="one small size, to see that all of it runs")
+    args = parser.parse_args()
+    results: list[Result] = []
+    for case in cases(args.settings.split(","), batch=args.batch, steps=args.steps, tiny=args.tiny):
+        if args.only in str(case):
+            case = replace(case, packing=not args.padded)
+            result = compare("SFT", case, ours, trl, pairs=args.pairs, threads=args.threads, agree=AGREE)
+            speeds = {side: case.tokens / seconds for side, seconds in result.seconds.items()}
+            print(
+                "  " + ", ".join(f"{side} {speed:,.0f} tokens/s" for side, speed in speeds.items()),
+                f"(peak excess {' and '.join(f'{side} {b / MIB:,.0f} MiB' for side, b in result.excess.items())})",
+                flush=True,
+            )
+            results.append(result)
+            save(results, args.json)  # after each: a later one may need more memory than there is
+
+
+if __name__ == "__main__":
+    main()
