@@ -199,3 +199,20 @@ def test_content_hash_is_of_the_tokens(tmp_path, monkeypatch):
         [written(one), written(other)],
     ]
     assert len({key, *map(cache.content_hash, changed)}) == 8
+
+
+def test_every_row_of_a_large_entry_is_read_as_it_was_written(tmp_path):
+    """Rows are written a thousand together, so these stand in several parts of the file."""
+    written = [Example(torch.arange(n % 7 + 1) + n, torch.arange(n % 7 + 1) % 2 == 1) for n in range(2500)]
+    with cache.new_entry(tmp_path, "many") as entry:
+        for number, example in enumerate(written):
+            entry.writer.write(example, row=number, truncated=False)
+    for rows in (entry.result, pickle.loads(pickle.dumps(entry.result))):
+        assert len(rows) == 2500
+        for number in (0, 999, 1000, 1001, 1999, 2000, 2499):
+            example = rows[number]
+            assert torch.equal(example.input_ids, written[number].input_ids)
+            assert torch.equal(example.supervised, written[number].supervised)
+            assert (example.input_ids.dtype, example.supervised.dtype) == (torch.int64, torch.bool)
+        with pytest.raises(IndexError, match="none of number 2500"):
+            rows[2500]
