@@ -25,6 +25,7 @@ from lightning_ft.measurement.flops import (
     known_peak,
 )
 from lightning_ft.measurement.memory import PeakMemory
+from lightning_ft.measurement.target import unwrapped
 
 _SEEN_KERNELS = (None, "eager", "sdpa")  # whose operators PyTorch dispatches
 
@@ -91,6 +92,7 @@ class ComputeMeasurement:
         self._open: _OpenStep | None = None
         self._events: list[tuple[Any, Any, bool]] = []  # start, end, slowed
         self._targets: Tensor | None = None  # counted on the device, not yet read
+        self._beside_before = self._beside_at_start = 0.0  # operations that the module counts itself
         self._read_at = StepSums()  # micro-batches up to the last `recent_tokens_per_second`
 
     @property
@@ -109,6 +111,7 @@ class ComputeMeasurement:
             ConfigError: For a compiled model that no formula fits.
         """
         self.abandon_step()
+        self._beside_before = self._beside()
         self._module = module
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._dtype = dtype or _weights_dtype(module)
@@ -116,6 +119,7 @@ class ComputeMeasurement:
         if self._compiled:
             formula_flops_per_token(module, 1)  # fail now and not at the end
         self._memory = None
+        self._beside_at_start = _trunk_flops(module)
 
     @contextmanager
     def step(
@@ -234,7 +238,7 @@ class ComputeMeasurement:
             per_token = formula_flops_per_token(self._module, total.places / max(1, self._rows))
             flops = per_token * total.places
         else:
-            flops = estimated_flops(self._counted, total)
+            flops = estimated_flops(self._counted, total) + self._beside()
         sizes = [(_size(p), p.requires_grad) for p in self._module.parameters()]
         peak, at_start, kind = self._peak
         return ComputeResult(
@@ -290,6 +294,7 @@ class ComputeMeasurement:
             "counted": asdict(self._counted),
             "provisional": self._provisional,
             "rows": self._rows,
+            "beside": self._beside(),
             "peak": list(self._peak),
             "uncounted": sorted(self._uncounted),
             "saw_attention": self._saw_attention,
@@ -303,6 +308,7 @@ class ComputeMeasurement:
         self._total, self._slowed, self._counted = (StepSums(**state[k]) for k in ("total", "slowed", "counted"))
         self._provisional, self._rows = bool(state["provisional"]), int(state["rows"])
         self._peak = cast(Any, tuple(state["peak"]))
+        self._beside_before = float(state.get("beside", 0.0))
         self._read_at = self._total - self._slowed
         self._uncounted, self._saw_attention = set(state["uncounted"]), bool(state["saw_attention"])
 
@@ -330,6 +336,11 @@ class ComputeMeasurement:
         if self._targets is not None:
             self._total += StepSums(supervised=int(self._targets))
             self._targets = None
+
+    def _beside(self) -> float:
+        """Operations within steps that don't grow with their tokens, so that no sample stands for them."""
+        now = 0.0 if self._module is None else _trunk_flops(self._module)
+        return self._beside_before + now - self._beside_at_start
 
     def _missed(self) -> tuple[str, ...]:
         missed = set(self._uncounted)
@@ -370,6 +381,11 @@ class _OpenStep:
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
         return self._counter
+
+
+def _trunk_flops(module: nn.Module) -> float:
+    """What a module of this package computed once for each row, see `FrozenTrunkFineTuning`."""
+    return float(getattr(unwrapped(module), "trunk_flops", 0))
 
 
 def _warn(message: str) -> None:

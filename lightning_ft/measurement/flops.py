@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -18,6 +21,28 @@ from lightning_ft.models.head import base_of
 
 _HEAVY = re.compile(r"attention|attn|sdpa|gemm|gemv|matmul|grouped_mm|int_mm|_moe|moe_", re.IGNORECASE)
 """Names of operators that a count must not miss: attention, and matrix products of libraries and quantizations."""
+
+
+_APART: ContextVar[int] = ContextVar("apart", default=0)
+"""How many times what runs now is counted by others than the counters around it."""
+
+
+@contextmanager
+def counted_apart() -> Iterator[None]:
+    """In this context no counter counts that was made before it: what runs is accounted for elsewhere.
+
+    Example:
+        >>> a = torch.ones(2, 3)
+        >>> with OperationCounter() as outer, counted_apart(), OperationCounter() as inner:
+        ...     product = a @ torch.ones(3, 5)
+        >>> outer.flops, inner.flops
+        (0, 60)
+    """
+    token = _APART.set(_APART.get() + 1)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
 
 
 def _sdpa(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -76,6 +101,7 @@ class OperationCounter(TorchDispatchMode):
         """Operations counted so far."""
         self._formulas: dict[Any, Any] = FlopCounterMode(display=False, custom_mapping=_formulas()).flop_registry
         self._seen: set[Any] = set()
+        self._level = _APART.get()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count it."""
@@ -84,6 +110,8 @@ class OperationCounter(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
+        if _APART.get() > self._level:
+            return out
         self._seen.add(func)
         packet = getattr(func, "_overloadpacket", None)  # operators of higher order have none, and no formula here
         if packet in self._formulas:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import InitialAdapter, add_lora, as_json, load_adapter, lora_config, splits_base
+from lightning_ft.models.layers import in_top_layers, refuse_adapters_below
 from lightning_ft.models.load import adapter_base
 
 
@@ -19,6 +20,7 @@ class Adaptation:
         model: Hub name, folder or loaded model. A folder that holds an adapter is continued on its own base.
         lora: The configuration of a new adapter; None or False for none.
         adapter: A saved adapter to continue from.
+        top_layers: Put the new adapter into so many of the topmost layers only; None for all.
 
     Raises:
         ConfigError: For two adapters, or a configuration for one that brings its own.
@@ -30,7 +32,11 @@ class Adaptation:
     """
 
     def __init__(
-        self, model: str | PreTrainedModel, lora: dict[str, Any] | LoraConfig | bool | None, adapter: str | None
+        self,
+        model: str | PreTrainedModel,
+        lora: dict[str, Any] | LoraConfig | bool | None,
+        adapter: str | None,
+        top_layers: int | None = None,
     ) -> None:
         self.base: str | None = None
         """Where the model given is an adapter, its base."""
@@ -40,7 +46,9 @@ class Adaptation:
             adapter, self.base = model, base
         if adapter is not None and lora not in (None, True):
             raise ConfigError("An adapter that is continued brings its own LoRA configuration: leave out lora=.")
-        self.adapter = adapter
+        if adapter is not None and top_layers is not None:
+            raise ConfigError("An adapter that is continued stands in layers of its own: leave out top_layers=.")
+        self.adapter, self._top_layers = adapter, top_layers
         self.lora = lora_config(lora) if lora not in (None, False) and adapter is None else None
 
     @property
@@ -67,5 +75,8 @@ class Adaptation:
         if self.lora is None:
             return base.requires_grad_(True), None
         base.requires_grad_(False)
-        model = add_lora(base, self.lora, seed=seed)
-        return model, InitialAdapter(model) if splits_base(self.lora) else None
+        config = self.lora if self._top_layers is None else in_top_layers(self.lora, base, self._top_layers)
+        model = add_lora(base, config, seed=seed)
+        if self._top_layers is not None:
+            refuse_adapters_below(model, self._top_layers)
+        return model, InitialAdapter(model) if splits_base(config) else None

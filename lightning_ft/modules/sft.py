@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -17,10 +18,13 @@ from lightning_ft.models.adapt import (
     needs_data,
 )
 from lightning_ft.models.adaptation import Adaptation
-from lightning_ft.models.head import CausalLM
+from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import adapter_base
 from lightning_ft.models.optim import Schedule
+from lightning_ft.models.scorer import for_attention
+from lightning_ft.modules.frozen import FrozenTrunkFineTuning
 from lightning_ft.modules.supervised import SupervisedFineTuning
+from lightning_ft.modules.trunk import TrunkCache
 
 LoRAOptimizer = Literal["adamw", "loraplus", "lorafa"]
 
@@ -101,7 +105,7 @@ class FullFineTuning(SupervisedFineTuning):
         self.save_hyperparameters({name: value for name, value in self._hyper.items() if name != "quantization"})
 
 
-class LoRAFineTuning(SupervisedFineTuning):
+class LoRAFineTuning(FrozenTrunkFineTuning):
     """Fine-tune a LoRA adapter on supervised tokens (https://arxiv.org/abs/2106.09685).
 
     Args:
@@ -110,6 +114,11 @@ class LoRAFineTuning(SupervisedFineTuning):
             of PEFT's variants pass through (``use_rslora``, ``use_dora``, ``init_lora_weights: pissa | olora | eva |
             loftq``, ``modules_to_save``, ``rank_pattern``, ...).
         adapter: A saved adapter to continue from, instead of a new one.
+        top_layers: Adapt so many of the topmost layers only; None for all.
+        trunk_cache: Compute what the layers below the lowest adapted one give once for each row, keep it on disk, and
+            read it in all later epochs: a folder; True for one in the cache of the `datasets` library; or a dict of
+            ``folder`` and ``max_gib`` (50 by default; the longest unused make room). Refused where it would not be
+            exact: adapters or dropout below, layers that depend on more than the one before.
         optimizer: ``adamw``, ``loraplus`` (LoRA+, https://arxiv.org/abs/2402.12354) or ``lorafa`` (LoRA-FA,
             https://arxiv.org/abs/2308.03303).
         loraplus_lr_ratio: How much faster LoRA+ trains B than A.
@@ -148,6 +157,8 @@ class LoRAFineTuning(SupervisedFineTuning):
         *,
         lora: dict[str, Any] | LoraConfig | bool | None = None,
         adapter: str | None = None,
+        top_layers: int | None = None,
+        trunk_cache: bool | str | Path | dict[str, Any] | None = None,
         optimizer: LoRAOptimizer = "adamw",
         loraplus_lr_ratio: float = 16.0,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
@@ -186,10 +197,15 @@ class LoRAFineTuning(SupervisedFineTuning):
         )
         if optimizer not in ("adamw", "loraplus", "lorafa"):
             raise ConfigError(f"optimizer={optimizer!r}: expected 'adamw', 'loraplus' or 'lorafa'.")
-        self._adaptation = Adaptation(model, True if lora is None else lora, adapter)
+        self._trunk_cache = TrunkCache.of(trunk_cache)
+        if self._trunk_cache is not None and torch_compile:
+            raise ConfigError("trunk_cache passes over layers, which compiled code can't: leave out torch_compile.")
+        self._adaptation = Adaptation(model, True if lora is None else lora, adapter, top_layers)
         self._hyper |= {
             "lora": self._adaptation.as_json(),
             "adapter": adapter,
+            "top_layers": top_layers,
+            "trunk_cache": _without_paths(trunk_cache),
             "optimizer": optimizer,
             "loraplus_lr_ratio": float(loraplus_lr_ratio),
         }
@@ -218,7 +234,7 @@ class LoRAFineTuning(SupervisedFineTuning):
         device = self.trainer.strategy.root_device
 
         def forward(model: PeftModel, batch: TokenBatch) -> None:
-            on_device = batch.to(device)
+            on_device = for_attention(base_of(model), batch).to(device)
             model(input_ids=on_device.input_ids, position_ids=on_device.position_ids, use_cache=False)
 
         found = None
@@ -282,3 +298,10 @@ class LoRAFineTuning(SupervisedFineTuning):
             weight_decay=self._hyper["weight_decay"],
             use_rslora=config.use_rslora,
         )
+
+
+def _without_paths(given: bool | str | Path | dict[str, Any] | None) -> bool | str | dict[str, Any] | None:
+    """Paths as text: a checkpoint that holds one can't be loaded with `weights_only=True`."""
+    if isinstance(given, dict):
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    return str(given) if isinstance(given, Path) else given

@@ -1,0 +1,190 @@
+"""Hidden states of sequences on disk, by the sequences' content.
+
+A store is a folder of safetensors files, each with the states of some hundreds of sequences. They are written aside and
+moved in one step, never changed, and read memory-mapped, so several processes share a store, and one that is killed
+loses only what it hadn't written yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_SHARD = 64 * 2**20
+"""Bytes that are written together."""
+_MARK = ".lightning_ft_states"
+"""Stands in each folder of states: other folders beside them are somebody's own, and never removed."""
+
+
+def sequence_digest(input_ids: Tensor) -> bytes:
+    """Names a sequence: 16 bytes of its tokens' hash.
+
+    Args:
+        input_ids: ``int64 [t]``, on the CPU.
+
+    Example:
+        >>> sequence_digest(torch.tensor([1, 2])) == sequence_digest(torch.tensor([1, 2, 3])[:2])
+        True
+    """
+    return hashlib.blake2b(input_ids.contiguous().numpy().tobytes(), digest_size=16).digest()
+
+
+class StateStore:
+    """States of sequences in a folder.
+
+    Args:
+        root: Holds a folder for each key.
+        key: Of what computes the states.
+        limit: Most bytes that all of `root` may take; other keys are removed to make room, the longest unused first.
+
+    Example:
+        >>> import tempfile
+        >>> root = tempfile.TemporaryDirectory()
+        >>> store = StateStore(Path(root.name), "some-model", limit=2**20)
+        >>> store.put(b"0" * 16, torch.ones(3, 4)), store.get(b"0" * 16).shape, store.get(b"1" * 16) is None
+        (True, torch.Size([3, 4]), True)
+        >>> store.flush()
+        >>> StateStore(Path(root.name), "some-model", limit=2**20).get(b"0" * 16).sum().item()
+        12.0
+    """
+
+    def __init__(self, root: Path, key: str, *, limit: int) -> None:
+        self._root, self.folder, self._limit = root, root / key, limit
+        self._make_folder()
+        os.utime(self.folder)  # when it was last used
+        self._places: dict[bytes, tuple[Any, int, int]] = {}  # the states of an open file, from, to
+        self._read: set[str] = set()
+        self._pending: dict[bytes, Tensor] = {}
+        self._pending_bytes = 0
+        self._written = 0
+        self._others = sum(map(_bytes_in, self._other_folders()))
+        self.full = False
+        """Whether something could not be kept any more."""
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._pending)
+
+    def refresh(self) -> None:
+        """Take notice of what others have written; a file that can't be read is removed."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in self._read:
+                continue
+            try:
+                file = safe_open(str(path), framework="pt")
+                digests, starts = file.get_tensor("digests"), file.get_tensor("starts").tolist()
+                states = file.get_slice("states")
+            except (OSError, SafetensorError):
+                path.unlink(missing_ok=True)
+                continue
+            self._read.add(path.name)
+            for digest, start, stop in zip(digests, starts, starts[1:], strict=False):
+                self._places[digest.numpy().tobytes()] = (states, start, stop)
+        self._written = _bytes_in(self.folder)
+
+    def get(self, digest: bytes) -> Tensor | None:
+        """The states of a sequence, ``[t, d]`` on the CPU; None where they aren't kept."""
+        if (pending := self._pending.get(digest)) is not None:
+            return pending
+        if (place := self._places.get(digest)) is None:
+            return None
+        states, start, stop = place
+        found: Tensor = states[start:stop]
+        return found
+
+    def put(self, digest: bytes, states: Tensor) -> bool:
+        """Keep the states of a sequence, ``[t, d]``; False where there is no room."""
+        size = states.numel() * states.element_size()
+        if not self._make_room(self._written + self._pending_bytes + size):
+            self.full = True
+            return False
+        self._pending[digest] = states.detach().cpu()
+        self._pending_bytes += size
+        if self._pending_bytes >= _SHARD:
+            self.flush()
+        return True
+
+    def flush(self) -> None:
+        """Write what was kept in memory."""
+        if not self._pending:
+            return
+        lengths = torch.tensor([0, *(len(states) for states in self._pending.values())])
+        tensors = {
+            "digests": torch.tensor([list(digest) for digest in self._pending], dtype=torch.uint8),
+            "starts": lengths.cumsum(0),
+            "states": torch.cat(list(self._pending.values())),
+        }
+        self._make_folder()  # another process may have needed the room
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        handle, aside = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
+        os.close(handle)
+        try:
+            save_file(tensors, aside)
+            os.chmod(aside, 0o644)
+            os.replace(aside, path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+        self._pending, self._pending_bytes = {}, 0
+        self.refresh()
+
+    def reserve(self, size: int) -> None:
+        """Make room for states that will take `size` bytes in all, those already here included.
+
+        Raises:
+            OSError: If that is more than may be kept, or than the disk has room for.
+        """
+        if not self._make_room(size):
+            raise OSError(f"{size:,} bytes of states are more than the {self._limit:,} that may be kept.")
+        free = shutil.disk_usage(self.folder).free
+        if size - self._written > free:
+            raise OSError(f"{size - self._written:,} bytes of states are more than the {free:,} free on the disk.")
+
+    def _make_room(self, size: int) -> bool:
+        """Whether this key may take `size` bytes, after the removal of others if need be."""
+        if size > self._limit:
+            return False
+        if size + self._others > self._limit:
+            others = sorted(self._other_folders(), key=_used)
+            taken = {path: _bytes_in(path) for path in others}
+            for path in others:
+                if size + sum(taken.values()) <= self._limit:
+                    break
+                shutil.rmtree(path, ignore_errors=True)
+                del taken[path]
+            self._others = sum(taken.values())
+        return True
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _MARK).touch()
+
+    def _other_folders(self) -> list[Path]:
+        return [mark.parent for mark in self._root.glob(f"*/{_MARK}") if mark.parent != self.folder]
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(map(_size, folder.glob("*.safetensors")))
+
+
+def _used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # removed by another process meanwhile
+        return 0.0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

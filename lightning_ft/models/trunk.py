@@ -1,0 +1,189 @@
+"""The frozen trunk: layers below the lowest trained one, whose output for a sequence is the same in every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lightning_ft.errors import ModelError
+from lightning_ft.models.head import CausalLM, base_of, input_device
+from lightning_ft.models.layers import layers_of
+
+_RANDOM = ("dropout", "layerdrop", "jitter")  # in the names of numbers that make an output random where they aren't 0
+
+
+class FrozenTrunk:
+    """Runs the frozen layers of a model alone, and lets the trained ones go on from what they gave.
+
+    Layers are passed over by giving them another `forward` for the time of a call, so everything else about the model
+    stays: positions, masks, which kind of layer stands where, adapters, and whatever it does ahead of its layers and
+    behind them. What the trunk gives for a sequence is computed from that sequence alone, without others beside it and
+    without padding: matrix products of another shape round differently, and it must be the same whichever batch the
+    sequence stands in.
+
+    Args:
+        model: A causal language model with adapters in its top layers.
+
+    Raises:
+        ModelError: Where the layers' output isn't the same every time, or no layer is frozen; the message says why.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=3,
+        ...                      num_attention_heads=2)
+        >>> lora = LoraConfig(target_modules=["q_proj"], layers_to_transform=[2])
+        >>> trunk = FrozenTrunk(get_peft_model(LlamaForCausalLM(config), lora))
+        >>> trunk.depth, trunk.states(torch.tensor([3, 4, 5])).shape
+        (2, torch.Size([3, 8]))
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self._base = base_of(model)
+        self.layers = layers_of(model)[1]
+        """All layers of the model, in order."""
+        self.depth = _depth(model, self.layers)
+        """How many of them are frozen, from the first on."""
+        _refuse_random(self._base.base_model, self.layers, self.depth)
+        self._tuples = False  # whether layers give tuples: older architectures do
+        probe = self.states(torch.zeros(2, dtype=torch.int64))
+        self.width, self.dtype = probe.shape[-1], probe.dtype
+        """Of a token's state."""
+
+    @torch.no_grad()
+    def states(self, input_ids: Tensor) -> Tensor:
+        """What the trained layers get for a sequence.
+
+        Args:
+            input_ids: ``int64 [t]``, from its beginning on.
+
+        Returns:
+            ``[t, d]``, on the model's device.
+        """
+        caught: list[Any] = []
+
+        def catch(module: nn.Module, args: Any, out: Any) -> None:
+            self._tuples = isinstance(out, tuple)  # known before the next layer is passed over
+            caught.append(out)
+
+        hook = self.layers[self.depth - 1].register_forward_hook(catch)
+        ids = input_ids[None].to(input_device(self._base))
+        places = torch.arange(ids.shape[1], device=ids.device)[None]
+        try:
+            with _forwards([(layer, self._passed) for layer in self.layers[self.depth :]]):
+                self._base.base_model(input_ids=ids, position_ids=places, use_cache=False, return_dict=True)
+        finally:
+            hook.remove()
+        (out,) = caught
+        if isinstance(out, tuple):
+            if any(isinstance(other, Tensor) for other in out[1:]):
+                raise ModelError(
+                    f"{type(self._base).__name__}: its layers hand more than one tensor on, so they can't be cached."
+                )
+            out = out[0]
+        if not isinstance(out, Tensor) or out.ndim != 3:
+            raise ModelError(f"{type(self._base).__name__}: its layers hand on more than a state a token.")
+        return out[0]
+
+    @contextmanager
+    def replaced_by(self, states: Tensor) -> Iterator[None]:
+        """In this context the model's forward pass takes `states` for what its trunk gives.
+
+        Args:
+            states: ``[b, s, d]`` of the batch that it is called with.
+        """
+
+        def given(hidden: Tensor, *_: Any, **__: Any) -> Any:
+            return (states,) if self._tuples else states
+
+        below = [(layer, self._passed) for layer in self.layers[: self.depth - 1]]
+        with _forwards([*below, (self.layers[self.depth - 1], given)]):
+            yield
+
+    def _passed(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden,) if self._tuples else hidden
+
+    def content_key(self, *details: Any) -> str:
+        """Names what the trunk computes: its weights, the model's configuration and the software.
+
+        Args:
+            details: Whatever else changes the result, JSON values.
+        """
+        config = {k: v for k, v in self._base.config.to_dict().items() if not k.startswith("_")}
+        about = [config, str(self._base.config._attn_implementation), self.depth, str(self.dtype), *details]
+        about += [str(input_device(self._base).type), torch.__version__, transformers.__version__]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+        backbone, trained = self._base.base_model, {id(layer) for layer in self.layers[self.depth :]}
+        above = tuple(f"{name}." for name, part in backbone.named_modules() if id(part) in trained)
+        for key, value in sorted(backbone.state_dict().items()):
+            if not key.startswith(above):
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:32]
+
+
+def _depth(model: CausalLM, layers: list[nn.Module]) -> int:
+    """How many layers stand below the first that is trained."""
+    base = base_of(model)
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ModelError("No parameter of the model is trained.")
+    inside = [{id(p) for p in layer.parameters()} for layer in layers]
+    above = {id(p) for p in _parameters(base.get_output_embeddings())} - {
+        id(p) for p in _parameters(base.get_input_embeddings())
+    }
+    for key, name in trained.items():
+        if key not in above and not any(key in layer for layer in inside):
+            raise ModelError(
+                f"{name} is trained and stands outside of the layers, so no layer's output stays the same: train the "
+                "top layers only (top_layers=, or lora={'layers_to_transform': [...], 'target_modules': [...]})."
+            )
+    first = next((i for i, layer in enumerate(inside) if layer & set(trained)), len(layers))
+    if first == 0:
+        raise ModelError(
+            f"The lowest of the {len(layers)} layers is trained, so none is frozen from the bottom up: train the top "
+            "layers only (top_layers=, or lora={'layers_to_transform': [...], 'target_modules': [...]})."
+        )
+    return first
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
+
+
+def _refuse_random(backbone: nn.Module, layers: list[nn.Module], depth: int) -> None:
+    """Dropout below the trained layers draws anew every time, so its result can't be kept."""
+    above = {id(part) for layer in layers[depth:] for part in layer.modules()}
+    for part in (part for part in backbone.modules() if id(part) not in above):
+        drawn = {name: v for name, v in vars(part).items() if isinstance(v, float) and any(w in name for w in _RANDOM)}
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            drawn["p"] = part.p
+        for name, value in drawn.items():
+            if value > 0:
+                raise ModelError(
+                    f"{type(part).__name__}.{name} is {value} below the trained layers, so what these get is another "
+                    "every time: set it to 0 in the model's configuration, or train without trunk_cache."
+                )
+
+
+@contextmanager
+def _forwards(changes: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Give modules another `forward`, as long as the context lasts."""
+    before = [(module, module.__dict__.get("forward")) for module, _ in changes]
+    try:
+        for module, forward in changes:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own

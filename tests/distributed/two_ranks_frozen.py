@@ -1,0 +1,50 @@
+"""Two ranks that keep what frozen layers give in one folder: `python two_ranks_frozen.py MODEL OUT`."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from tiny import make_rows
+
+from lightning_ft import LoRAFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer, _pl
+
+
+class SlowToWrite(LoRAFineTuning):
+    """One rank writes long after the other is done with its epoch."""
+
+    def on_train_epoch_end(self):
+        if self.global_rank == 1:
+            time.sleep(1.5)
+        super().on_train_epoch_end()
+
+
+def main(model, out):
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    module = SlowToWrite(model, lora={"r": 4}, top_layers=1, trunk_cache=f"{out}/states", learning_rate=1e-2)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=_pl.strategies.DDPStrategy(process_group_backend="gloo"),
+        max_epochs=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=out,
+    )
+    trainer.fit(module, PairDataModule(make_rows(24), batch_size=2, cache_dir=False))
+    counts = (module._reader.computed, module._reader.read)
+    weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    torch.save({"counts": counts, "weights": weights}, f"{out}/rank{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

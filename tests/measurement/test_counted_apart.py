@@ -1,0 +1,89 @@
+"""What is accounted for elsewhere isn't counted twice, and adds up over runs."""
+
+import pytest
+import torch
+from tiny import make_model
+
+from lightning_ft.measurement.compute import ComputeMeasurement
+from lightning_ft.measurement.flops import OperationCounter, counted_apart
+
+A, B = torch.ones(2, 3), torch.ones(3, 5)
+PRODUCT = 2 * 2 * 3 * 5
+
+
+def test_only_counters_made_inside_count():
+    with OperationCounter() as outer:
+        A @ B
+        with counted_apart(), OperationCounter() as inner:
+            A @ B
+            with counted_apart(), OperationCounter() as innermost:
+                A @ B
+                A @ B
+            A @ B
+        A @ B
+    assert (outer.flops, inner.flops, innermost.flops) == (2 * PRODUCT, 2 * PRODUCT, 2 * PRODUCT)
+
+
+def test_counters_count_again_after_an_error():
+    with OperationCounter() as counter:
+        with pytest.raises(ZeroDivisionError), counted_apart():
+            1 / (A @ B)[0, 0].sub(3).item()
+        A @ B
+    assert counter.flops == PRODUCT
+
+
+def test_operators_without_a_formula_are_not_named_either():
+    query = torch.ones(1, 1, 4, 8)
+    with OperationCounter() as outer, counted_apart(), OperationCounter() as inner:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert (outer.saw_attention, inner.saw_attention) == (False, True)
+
+
+def test_what_runs_is_the_same():
+    model, ids = make_model(), torch.arange(3, 12)[None]
+    plain = model(ids).logits
+    with OperationCounter(), counted_apart(), OperationCounter():
+        assert torch.equal(model(ids).logits, plain)
+
+
+class Counts(torch.nn.Module):
+    """A module that counts some of what it does itself."""
+
+    def __init__(self, already=0):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 5)
+        self.trunk_flops = already
+
+    def forward(self, batch):
+        with counted_apart():
+            self.layer(batch)
+        self.trunk_flops += 1000
+        return self.layer(batch)
+
+
+def steps(measurement, module, count):
+    for _ in range(count):
+        with measurement.step(batch_tokens=2):
+            module(A).sum().backward()
+    return measurement.result().flops
+
+
+A_STEP = 2 * PRODUCT  # forward, and the weight's gradient
+
+
+def test_what_a_module_counts_itself_is_added_and_not_scaled_up():
+    module, measurement = Counts(already=10**6), ComputeMeasurement()
+    measurement.start(module)
+    assert steps(measurement, module, 4) == 4 * A_STEP + 4 * 1000
+
+
+def test_it_adds_up_over_runs_and_starts():
+    module, first = Counts(), ComputeMeasurement()
+    first.start(module)
+    steps(first, module, 2)
+    second, later = ComputeMeasurement(), Counts(already=77)
+    second.load_state_dict(first.state_dict())
+    second.start(later)
+    assert steps(second, later, 3) == 5 * A_STEP + 5 * 1000
+    second.start(later)  # the same module goes on
+    assert steps(second, later, 1) == 6 * A_STEP + 6 * 1000

@@ -1,0 +1,287 @@
+"""What trained layers get from the trunk is what all layers would give them, or the model is refused."""
+
+import pytest
+import torch
+from frozen import ARCHITECTURES, GPT2, LAYERS, adapted, batch_of, build
+from peft import LoraConfig, get_peft_model
+from tiny import make_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lightning_ft.errors import ModelError
+from lightning_ft.models.adapt import add_lora, lora_config
+from lightning_ft.models.head import base_of, hidden_states
+from lightning_ft.models.trunk import FrozenTrunk
+
+
+def states_of(trunk, batch):
+    """As a batch's, each sequence computed alone."""
+    found = torch.zeros(*batch.input_ids.shape, trunk.width, dtype=trunk.dtype)
+    for row, kinds in enumerate(batch.segment_ids):
+        for segment in kinds[kinds >= 0].unique().tolist():
+            found[row, kinds == segment] = trunk.states(batch.input_ids[row, kinds == segment])
+    return found
+
+
+def both_ways(model, batch):
+    """Last hidden states of all layers, and with the trunk's states given; where there is a token."""
+    trunk = FrozenTrunk(model)
+    states = states_of(trunk, batch)
+    real = batch.segment_ids >= 0
+    every = hidden_states(base_of(model), batch)[real]
+    with trunk.replaced_by(states):
+        return every, hidden_states(base_of(model), batch)[real]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_trained_layers_go_on_from_what_all_layers_give(name, packing):
+    """Gemma 1 and 2 rescale embeddings ahead of their layers; that isn't done twice, since layers get the states."""
+    every, top = both_ways(adapted(build(name)).double(), batch_of(packing=packing))
+    assert every.abs().max() > 1
+    torch.testing.assert_close(top, every, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top", range(1, LAYERS))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
+def test_wherever_the_cut_is(name, top):
+    model = adapted(build(name, attention="sdpa"), top).double()
+    assert FrozenTrunk(model).depth == LAYERS - top
+    every, given = both_ways(model, batch_of(packing=False))
+    torch.testing.assert_close(given, every, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradients_are_those_of_all_layers(name):
+    model, batch = adapted(build(name)).double(), batch_of()
+    weight = torch.randn(batch.num_tokens, 32).double()
+    found = []
+    for hidden in both_ways(model, batch):
+        model.zero_grad()
+        (hidden * weight).sum().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_below_do_not_run_and_layers_above_do_not_for_the_states():
+    model = adapted(build("llama"), 1)
+    trunk = FrozenTrunk(model)
+    ran = []
+    for number, layer in enumerate(trunk.layers):
+        layer.self_attn.register_forward_hook(lambda *_, number=number: ran.append(number))
+    states = trunk.states(torch.arange(3, 8))
+    assert ran == [0, 1, 2]
+    ran.clear()
+    with trunk.replaced_by(states[None]):
+        model(torch.arange(3, 8)[None])
+    assert ran == [3]
+
+
+@torch.no_grad()
+def test_states_given_are_the_ones_taken():
+    model = adapted(build("llama"), 1).eval()
+    trunk = FrozenTrunk(model)
+    ids = torch.arange(3, 8)[None]
+    with trunk.replaced_by(trunk.states(torch.arange(20, 25))[None]):
+        other = model(ids).logits
+    assert torch.equal(other, model(torch.arange(20, 25)[None]).logits)
+    assert not torch.equal(other, model(ids).logits)
+
+
+class GivesTuples(LlamaDecoderLayer):
+    def forward(self, *args, **kwargs):
+        return (super().forward(*args, **kwargs),)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top", range(1, LAYERS))
+def test_layers_that_give_tuples(top):
+    """As older architectures' do, whose models take the first of each."""
+    model = build("llama")
+
+    first = model.model.layers[0]
+
+    def of_tuple(module, args):
+        assert isinstance(args[0], tuple) == (module is not first)
+        return (args[0][0] if isinstance(args[0], tuple) else args[0], *args[1:])
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(of_tuple)
+        layer.__class__ = GivesTuples
+    model.model.norm.register_forward_pre_hook(of_tuple)
+    model = adapted(model, top).double()
+    trunk = FrozenTrunk(model)
+    assert trunk._tuples
+    every, given = both_ways(model, batch_of())
+    torch.testing.assert_close(given, every, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "gemma3n_text"])
+def test_layers_that_hand_on_more_than_a_state_are_refused(name):
+    options = {
+        "bloom": {"n_layer": 4, "n_head": 4},
+        "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 4},
+        "gemma3n_text": {
+            "layer_types": ["full_attention"] * 4,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 100,
+            "activation_sparsity_pattern": [0.0] * 4,
+            "laurel_rank": 4,
+        },
+    }
+    with pytest.raises(ModelError, match="more than"):
+        FrozenTrunk(adapted(build(name, **options[name]), 3))
+
+
+# -------------------------------------------------------------------- forward
+
+
+def test_forward_is_restored_where_the_model_raises():
+    model = adapted(build("llama"))
+    trunk = FrozenTrunk(model)
+    assert not any("forward" in vars(layer) for layer in trunk.layers)
+    with pytest.raises(ZeroDivisionError), trunk.replaced_by(torch.zeros(1, 3, 32)):
+        assert [1 / ("forward" in vars(layer)) for layer in trunk.layers] == [1.0, 1.0]
+    assert not any("forward" in vars(layer) for layer in trunk.layers)
+    trunk.layers[0].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trunk.states(torch.arange(3))
+    assert not any("forward" in vars(layer) for layer in trunk.layers)
+    assert not any(layer._forward_hooks for layer in trunk.layers)
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_forward_of_somebody_else_stays(index):
+    """As accelerate's hooks put it there."""
+    model = adapted(build("llama"))
+    layer = base_of(model).model.layers[index]
+    original, calls = layer.forward, []
+
+    def watched(*args, **kwargs):
+        calls.append(index)
+        return original(*args, **kwargs)
+
+    layer.forward = watched
+    trunk = FrozenTrunk(model)
+    assert vars(layer)["forward"] is watched
+    with trunk.replaced_by(trunk.states(torch.arange(3))[None]):
+        model(torch.arange(3)[None])
+    assert vars(layer)["forward"] is watched
+    model(torch.arange(3)[None])
+    assert calls == ([0] * 3 if index == 0 else [3] * 2)  # states, states, all layers | given states, all layers
+
+
+# -------------------------------------------------------------------- refusals
+
+
+def with_lora(**options):
+    tie = options.pop("tie", False)
+    return add_lora(make_model(tie=tie, layers=3), lora_config({"r": 2, **options}))
+
+
+TOP = {"layers_to_transform": [2], "target_modules": ["q_proj"]}
+REFUSED = {
+    "all layers": (lambda: with_lora(), "The lowest of the 3 layers is trained"),
+    "the lowest": (lambda: with_lora(**{**TOP, "layers_to_transform": [0]}), "lowest of the 3 layers is trained"),
+    "embeddings": (lambda: with_lora(**TOP, modules_to_save=["embed_tokens"]), "stands outside of the layers"),
+    "tokens": (lambda: with_lora(**TOP, trainable_token_indices=[5]), "stands outside of the layers"),
+    "tied head": (lambda: with_lora(**TOP, modules_to_save=["lm_head"], tie=True), "stands outside of the layers"),
+    "everything": (lambda: make_model().requires_grad_(True), "stands outside of the layers"),
+    "nothing": (lambda: make_model().requires_grad_(False), "No parameter of the model is trained"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_changes_from_step_to_step_is_refused(case):
+    make, reason = REFUSED[case]
+    with pytest.raises(ModelError, match=reason):
+        FrozenTrunk(make())
+
+
+@pytest.mark.parametrize(
+    ("lora", "depth"),
+    [
+        ({}, 2),
+        ({"layers_to_transform": [1]}, 1),
+        ({"modules_to_save": ["lm_head"]}, 2),
+        ({"target_modules": ["lm_head"], "layers_to_transform": None}, 3),
+    ],
+)
+def test_what_stands_above_may_be_trained(lora, depth):
+    assert FrozenTrunk(with_lora(**{**TOP, **lora})).depth == depth
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("llama", {"attention_dropout": 0.1}, "LlamaAttention.attention_dropout is 0.1"),
+        ("gpt_neox", {"hidden_dropout": 0.3}, "Dropout.p is 0.3"),
+        ("gpt2", {"embd_pdrop": 0.1}, "Dropout.p is 0.1"),
+        ("gpt2", {"resid_pdrop": 0.1}, "Dropout.p is 0.1"),
+        ("gpt2", {"attn_pdrop": 0.2}, "Dropout.p is 0.2"),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "layerdrop": 0.1}, "layerdrop is 0.1"),
+    ],
+)
+def test_dropout_below_is_refused(name, options, reason):
+    with pytest.raises(ModelError, match=reason):
+        FrozenTrunk(adapted(build(name, **options)))
+
+
+def test_dropout_above_is_not():
+    model = adapted(build("llama"), 1, lora_dropout=0.5)
+    base_of(model).model.layers[-1].self_attn.attention_dropout = 0.3
+    assert FrozenTrunk(model).depth == LAYERS - 1
+
+
+# -------------------------------------------------------------------- the key
+
+
+def change(model, name):
+    with torch.no_grad():
+        dict(base_of(model).named_parameters())[name].view(-1)[-1] += 1e-3
+
+
+LLAMA = "model.layers.{}.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "changes"),
+    [
+        ("llama", LLAMA.format(0), True),
+        ("llama", LLAMA.format(1), True),
+        ("llama", LLAMA.format(2), False),
+        ("llama", "model.layers.3.self_attn.q_proj.base_layer.weight", False),
+        ("llama", "model.layers.3.self_attn.q_proj.lora_A.default.weight", False),
+        ("llama", "lm_head.weight", False),
+        ("llama", "model.embed_tokens.weight", True),
+        ("gpt2", "transformer.wpe.weight", True),  # of positions, learnt
+        ("gpt2", "transformer.h.1.attn.c_attn.weight", True),
+    ],
+)
+def test_the_key_is_that_of_what_is_computed(name, weight, changes):
+    model = adapted(build(name, **(GPT2 if name == "gpt2" else {})))
+    trunk = FrozenTrunk(model)
+    before = trunk.content_key()
+    assert before == FrozenTrunk(adapted(build(name))).content_key()
+    change(model, weight)
+    assert (trunk.content_key() != before) == changes
+
+
+def test_the_key_of_other_settings():
+    def key(model=None, *details, attention="eager", top=2, **options):
+        return FrozenTrunk(model or adapted(build("llama", attention, **options), top)).content_key(*details)
+
+    every = [key(), key(attention="sdpa"), key(top=1), key(rms_norm_eps=1e-4), key(None, "bfloat16")]
+    every.append(key(adapted(build("llama").to(torch.bfloat16))))
+    assert len(set(every)) == 6
+    assert key(adapted(build("llama"), lora_alpha=3)) == key()
+    model = build("llama")
+    model.config._name_or_path = "elsewhere"
+    assert key(adapted(model)) == key()
+    lora = LoraConfig(r=8, target_modules=["v_proj"], layers_to_transform=[2])
+    assert key(get_peft_model(build("llama"), lora)) == key()

@@ -1,0 +1,289 @@
+"""What a frozen trunk refuses and warns of, what it costs, and how it is asked for."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from frozen import adapted as with_adapters
+from frozen import batch_of, build
+from tiny import make_model, make_rows
+
+from lightning_ft import LoRAFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer
+from lightning_ft.callbacks.compute import ComputeMeter
+from lightning_ft.cli import FineTuningCLI
+from lightning_ft.data.layout import Example, Segment, collate_examples, lay_out
+from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.models.scorer import Scorer
+from lightning_ft.modules.trunk import GIB, TrunkCache, TrunkReader
+
+ROWS = make_rows(24)
+
+
+def module_for(model, cache=None, **options):
+    settings = {"lora": {"r": 4}, "learning_rate": 1e-2, "top_layers": 1, **options}
+    return LoRAFineTuning(model, trunk_cache=cache, **settings)
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def same(one, other):
+    found = weights(other)
+    return all(torch.equal(value, found[name]) for name, value in weights(one).items())
+
+
+def counts(module):
+    return module._reader.computed, module._reader.read
+
+
+# -------------------------------------------------------------------- models
+
+
+def reader_of(model, folder):
+    return TrunkReader(model, TrunkCache(folder), Scorer())
+
+
+def of_first_layer(model, needed):
+    """The last layer adds what the first one left behind in this pass, or in an earlier one."""
+    layers, left = model.model.layers, {}
+    attention, last = layers[0].self_attn.forward, layers[-1].forward
+
+    def leaves(*args, **kwargs):
+        out = attention(*args, **kwargs)
+        left["states"] = out[0]
+        return out
+
+    def adds(hidden, *args, **kwargs):
+        stash = left.pop("states") if needed else left.get("states", 0.0)
+        if not needed and torch.is_tensor(stash) and stash.shape != hidden.shape:
+            stash = stash.mean()
+        return last(hidden, *args, **kwargs) + stash
+
+    layers[0].self_attn.forward, layers[-1].forward = leaves, adds
+    return model
+
+
+def noisy(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out + torch.randn_like(out))
+    return model
+
+
+SHARES_KEYS = {
+    "layer_types": ["full_attention"] * 4,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 100,
+}
+UNFIT = {
+    "reads what the first layer left": (lambda: of_first_layer(build("llama"), needed=False), "gives something else"),
+    "needs what the first layer left": (lambda: of_first_layer(build("llama"), needed=True), "don't run without"),
+    "random": (lambda: noisy(build("llama")), "gives something else"),
+    "keys of lower layers": (lambda: build("gemma4_text", **SHARES_KEYS), "don't run without the lower ones"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_layers_that_depend_on_more_are_found_out_with_the_first_batch(tmp_path, case):
+    make, reason = UNFIT[case]
+    reader = reader_of(with_adapters(make(), 1), tmp_path)
+    with pytest.raises(ModelError, match=reason), reader.around(batch_of()):
+        pass
+    assert not any("forward" in vars(layer) for layer in reader.trunk.layers[1:-1])
+
+
+def test_dropout_above_is_no_randomness_below(tmp_path):
+    """Also once the adapter gives something, so that what is dropped shows."""
+    reader = reader_of(with_adapters(build("llama"), 1, lora_dropout=0.5), tmp_path)
+    before = torch.random.get_rng_state()
+    with reader.around(batch_of(packing=False)):
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_prefixes_that_are_shared_are_refused(tmp_path):
+    reader = reader_of(with_adapters(build("llama")), tmp_path)
+    with reader.around(batch_of()):
+        pass
+    prompt = Example(torch.arange(5, 9), torch.zeros(4, dtype=torch.bool))
+    answer = Example(torch.arange(20, 23), torch.ones(3, dtype=torch.bool))
+    shared = lay_out([[Segment(prompt), Segment(answer, 0, 0), Segment(answer, 0, 1)]])
+    with pytest.raises(ModelError, match="shares prefixes"), reader.around(shared):
+        pass
+
+
+def test_dropout_in_the_models_configuration_is_refused(fit, tmp_path, tokenizer):
+    module = module_for(make_model(dropout=0.1), str(tmp_path), tokenizer=tokenizer)
+    with pytest.raises(ModelError, match=r"attention_dropout is 0.1 below the trained layers"):
+        fit(module, ROWS)
+    assert module.trainer.global_step == 0
+
+
+def test_adapters_in_all_layers_are_refused(fit, model_folder, tmp_path):
+    module = module_for(model_folder, str(tmp_path), top_layers=None)
+    with pytest.raises(ModelError, match="The lowest of the 2 layers is trained"):
+        fit(module, ROWS)
+    assert module.trainer.global_step == 0
+
+
+# -------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"trunk_cache": 3}, "trunk_cache=3: expected a folder"),
+        ({"trunk_cache": {"foldr": "x"}}, "expected a folder, True, or a dict of 'folder' and 'max_gib'"),
+        ({"trunk_cache": {"max_gib": 0}}, "must be more than 0"),
+        ({"trunk_cache": {"max_gib": -2}}, "must be more than 0"),
+        ({"trunk_cache": {"max_gib": float("nan")}}, "must be more than 0"),
+        ({"trunk_cache": {"max_gib": "much"}}, "max_gib='much' is no number of GiB"),
+        ({"trunk_cache": True, "torch_compile": True}, "leave out torch_compile"),
+        ({"adapter": "some/adapter", "top_layers": 1}, "leave out top_layers"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        LoRAFineTuning("no/such-model", **arguments)
+
+
+def test_what_may_be_given(tmp_path):
+    assert [TrunkCache.of(given) for given in (None, False)] == [None, None]
+    default = TrunkCache.of(True)
+    assert default.folder.name == "lightning_ft_trunk"
+    assert default.max_gib == 50
+    assert TrunkCache.of(str(tmp_path)) == TrunkCache.of(tmp_path) == TrunkCache(tmp_path)
+    assert TrunkCache.of({"max_gib": 2}) == TrunkCache(default.folder, 2.0)
+    assert TrunkCache.of({"folder": str(tmp_path)}) == TrunkCache(tmp_path, 50.0)
+
+
+def test_more_than_may_be_kept_is_refused_before_training(fit, model_folder, tmp_path):
+    module = module_for(model_folder, {"folder": str(tmp_path), "max_gib": 1e-6})
+    with pytest.raises(ConfigError, match=r"[\d,]+ bytes of states are more than the 1,073 .* larger max_gib"):
+        fit(module, ROWS)
+    assert module.trainer.global_step == 0
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_will_be_written_is_announced(fit, model_folder, tmp_path, caplog):
+    for there in (0, 24):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            fit(module_for(model_folder, str(tmp_path)), ROWS)
+        assert "layers 0 to 0 of 2 are computed once a row" in caplog.text
+        assert f"{there} rows are there already" in caplog.text
+    assert "tokens of 128 bytes take" in caplog.text
+    assert "24 rows were read, 0 had to be computed" in caplog.text
+
+
+def batches(tokenizer):
+    data = PairDataModule(ROWS, tokenizer=tokenizer, batch_size=4, shuffle=False, cache_dir=False)
+    data.setup("fit")
+    return list(data.train_dataloader())
+
+
+def test_a_cache_that_fills_is_warned_of_once_and_training_is_exact(trainer_options, model_folder, tokenizer, tmp_path):
+    """Of batches that no DataModule counts, the tokens aren't known in advance."""
+    ends = []
+    for name, size in (("small", 10_000), ("large", GIB)):
+        torch.manual_seed(1)
+        module = module_for(model_folder, {"folder": str(tmp_path / name), "max_gib": size / GIB})
+        loader = torch.utils.data.DataLoader(batches(tokenizer), batch_size=None)
+        trainer = Trainer(**trainer_options, max_epochs=3)
+        if name == "small":
+            with pytest.warns(UserWarning, match="cache is full") as told:
+                trainer.fit(module, loader)
+            assert sum("cache is full" in str(warning.message) for warning in told) == 1
+        else:
+            trainer.fit(module, loader)
+        ends.append(module)
+    small, large = (counts(module) for module in ends)
+    assert large == (24, 48)
+    assert small[0] + small[1] == 72
+    assert 0 < small[1] < 48
+    assert same(*ends)
+
+
+def test_rows_that_change_every_epoch_are_warned_of(trainer_options, model_folder, tmp_path):
+    class Anew(torch.utils.data.IterableDataset):
+        drawn = 0
+
+        def __iter__(self):
+            for _ in range(2):
+                self.drawn += 1
+                yield batch_of(seed=self.drawn)
+
+    def train(data):
+        module = module_for(model_folder, str(tmp_path), lr_schedule="constant")
+        Trainer(**trainer_options, max_epochs=2).fit(module, torch.utils.data.DataLoader(data, batch_size=None))
+
+    with pytest.warns(UserWarning, match="No row of the second epoch was seen in the first"):
+        train(Anew())
+
+
+def test_settings_are_json_and_come_back_from_a_checkpoint(fit, model_folder, tmp_path):
+    cache = {"folder": str(tmp_path / "states"), "max_gib": 1}
+    module = module_for(model_folder, cache)
+    trainer = fit(module, ROWS)
+    assert json.loads(json.dumps(dict(module.hparams)))["trunk_cache"] == cache
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert all("layers.1." in name and "lora_" in name for name in saved["state_dict"])
+    again = LoRAFineTuning.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert (again.hparams["top_layers"], again._trunk_cache) == (1, TrunkCache.of(cache))
+    assert same(module, again)
+
+
+@pytest.mark.parametrize("given", [lambda path: path, lambda path: {"folder": path}])
+def test_paths_are_text_in_hyperparameters(model_folder, tmp_path, given):
+    module = module_for(model_folder, given(tmp_path))
+    assert json.loads(json.dumps(dict(module.hparams)))["trunk_cache"] in (str(tmp_path), {"folder": str(tmp_path)})
+
+
+def test_the_command_line_takes_them(monkeypatch, tmp_path, model_folder):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False, "enable_checkpointing": False}
+    config = {
+        "trainer": {**options, "enable_progress_bar": False, "default_root_dir": str(tmp_path)},
+        "model": {"class_path": "lightning_ft.LoRAFineTuning", "init_args": {"model": model_folder}},
+        "data": {"class_path": "lightning_ft.PairDataModule", "init_args": {"train": str(tmp_path / "rows.jsonl")}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    told = ["--model.trunk_cache", str(tmp_path / "states"), "--model.top_layers", "1"]
+    monkeypatch.setattr(sys, "argv", ["lightning-ft", "fit", "--config", str(tmp_path / "run.yaml"), *told])
+    cli = FineTuningCLI()
+    assert counts(cli.model) == (24, 24)
+    assert cli.model._trunk_cache == TrunkCache(Path(tmp_path / "states"))
+
+
+# -------------------------------------------------------------------- what it costs
+
+
+def test_operations_are_those_of_the_trained_layers_and_each_row_once(trainer_options, model_folder, tmp_path):
+    spent = []
+    for cache in (str(tmp_path), str(tmp_path), None):
+        meter, module = ComputeMeter(every_n_steps=1), module_for(model_folder, cache)
+        data = PairDataModule(ROWS, batch_size=4, shuffle=False, cache_dir=False)
+        Trainer(**trainer_options, max_epochs=3, callbacks=[meter]).fit(module, data)
+        spent.append((meter.result.flops, module.trunk_flops))
+    (cold, once), (warm, nothing), (every, none) = spent
+    assert nothing == none == 0
+    assert once > 0
+    assert cold == pytest.approx(warm + once, rel=1e-6)
+    assert cold < every
+
+
+def test_operations_of_one_row(tmp_path):
+    model = with_adapters(make_model(layers=3), 1)
+    reader = reader_of(model, tmp_path)
+    length = 20
+    for seed in (0, 1):  # the second one's are known from the first's
+        ids = torch.randint(0, 400, (length,), generator=torch.Generator().manual_seed(seed))
+        with reader.around(collate_examples([Example(ids, torch.arange(length) > 9)])):
+            pass
+        weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64  # q and o, k and v, and the MLP
+        a_layer = 2 * weights * length + 2 * (2 * 32 * length**2)  # scores, and what they are multiplied with
+        assert reader.flops == pytest.approx((seed + 1) * 2 * a_layer, rel=0.02)
