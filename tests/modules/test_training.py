@@ -102,8 +102,8 @@ def test_what_is_logged(fit, model_folder, tmp_path):
         assert len(columns[f"train/{name}"]) == 12, name
     for name in ("loss", "perplexity", "token_accuracy"):
         assert len(columns[f"val/{name}"]) == 2, name
-    assert {float(x) for x in columns["train/padding_fraction"]} == {0.0}
-    tokens = sum(len(batch.input_ids[0]) for batch in _loader(module))
+    assert all(0 <= float(x) < 0.05 for x in columns["train/padding_fraction"])
+    tokens = sum(batch.num_tokens for batch in _loader(module))
     assert float(columns["train/tokens_seen"][-1]) == 2 * tokens
     assert max(float(x) for x in columns["train/learning_rate"]) == pytest.approx(2e-4, rel=0.1)
     loss = float(trainer.callback_metrics["val/loss"])
