@@ -13,6 +13,7 @@ from statistics import mean
 
 from lightning_ft.functional.bootstrap import Interval
 from lightning_ft.functional.comparison import Comparison
+from lightning_ft.functional.gate import Gate
 from lightning_ft.report.markdown import markdown_table
 from lightning_ft.report.numbers import bytes_of, duration, rounded, scaled, times
 
@@ -41,6 +42,11 @@ def spread(interval: Interval) -> str:
     return f"{times(interval.value)} ({interval.lo:.3g} to {interval.hi:.3g})"
 
 
+def verdict(gate: Gate) -> str:
+    """Of the quality gate, and why it failed."""
+    return "passed" if gate.passed else "too few requests" if gate.underpowered else "failed"
+
+
 def arms(found: Comparison) -> Iterator[list[str]]:
     """What there is to say of every method's answers."""
     methods = list(found.quality)
@@ -62,10 +68,7 @@ def arms(found: Comparison) -> Iterator[list[str]]:
     ]
     yield [
         "quality gate",
-        *(
-            "" if r is None else f"{'passed' if r.gate.passed else 'failed'} ({r.gate.bound:+.3f})"
-            for r in saved.values()
-        ),
+        *("" if r is None else f"{verdict(r.gate)} ({r.gate.bound:+.3f})" for r in saved.values()),
     ]
     if some.costs is not None:
         for title, kind in (("cost of 1,000, no cache", "uncached"), ("with a cached prefix", "cached")):
