@@ -72,7 +72,8 @@ def trained(module: LoRAFineTuning) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def frozen(case: Case) -> Any:
+def check(case: Case) -> None:
+    """Stop if a step with kept states isn't the step that computes them."""
     module, batch = frozen_module(case, tempfile.mkdtemp()), batch_of(case)
     gradients = []
     for _ in range(2):  # computed, then read
@@ -83,6 +84,10 @@ def frozen(case: Case) -> Any:
         module.on_train_end()
     if not all(map(torch.equal, *gradients)):
         raise SystemExit(f"[{case}]: a step with kept states isn't the step that computes them.")
+
+
+def frozen(case: Case) -> Any:
+    module, batch = frozen_module(case, tempfile.mkdtemp()), batch_of(case)
     optimizer = torch.optim.AdamW(trained(module), lr=0.0)
     return lambda: step(module, optimizer, batch)
 
@@ -113,6 +118,7 @@ def main() -> None:
     ]
     found: list[dict[str, Any]] = []
     for case in (case for case in cases if options.only in str(case)):
+        check(case)
         result: Result = compare(
             "frozen trunk, cached step",
             case,

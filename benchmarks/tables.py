@@ -1,6 +1,6 @@
 """Write the tables of `docs/performance.md` from what the benchmarks saved with `--json`.
 
-    python benchmarks/tables.py runs/benchmarks/sft.json runs/benchmarks/pairs.json ...
+python benchmarks/tables.py runs/benchmarks/sft.json runs/benchmarks/pairs.json ...
 """
 
 from __future__ import annotations
