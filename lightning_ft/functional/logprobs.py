@@ -82,8 +82,16 @@ def chunk_size(device: torch.device, chunk: int | None = None) -> int:
     return chunk if chunk is not None else (_CPU_CHUNK if device.type == "cpu" else CHUNK)
 
 
-def _raw(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias)
+def _room(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    """Where the products of each chunk go, ``[chunk, v]``: a new tensor for each would stand beside the one before."""
+    return weight.new_empty(min(chunk, len(hidden)), len(weight))
+
+
+def _raw(hidden: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
+    out = room[: len(hidden)]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,10 +152,11 @@ class _SelectedLogProbs(torch.autograd.Function):
         direct = ctx.needs_input_grad[0] and not head_trains
         jacobian = torch.empty_like(hidden) if direct else None
         logprobs, correct, normalizers, entropies = [], [], [], []
+        room = _room(hidden, weight, chunk)
         for part, ids, start in zip(
             hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
         ):
-            logits = transform(_raw(part, weight, bias))
+            logits = transform(_raw(part, weight, bias, room))
             if jacobian is not None and not entropy:
                 scored, hit, normalizer, grad = _score_with_gradient_(logits, ids, transform)
             else:
@@ -176,11 +185,12 @@ class _SelectedLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
+        room = _room(hidden, weight, ctx.chunk)
         pieces = (t.split(ctx.chunk) for t in (hidden, targets, normalizers, grad_logprobs))
         for start, (part, ids, normalizer, upstream) in zip(
             range(0, len(targets), ctx.chunk), zip(*pieces, strict=True), strict=True
         ):
-            grad = _logprob_gradient_(ctx.transform(_raw(part, weight, bias)), ids, normalizer, ctx.transform)
+            grad = _logprob_gradient_(ctx.transform(_raw(part, weight, bias, room)), ids, normalizer, ctx.transform)
             grad = grad.mul_(upstream[:, None]).to(weight.dtype)
             _accumulate(grad, part, weight, start, grad_hidden, grad_weight, grad_bias)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
@@ -204,10 +214,11 @@ class _SummedLogProbs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         wanted = grad_hidden is not None or grad_weight is not None or grad_bias is not None
         total, correct = hidden.new_zeros((), dtype=torch.float32), []
+        room = _room(hidden, weight, chunk)
         for part, ids, start in zip(
             hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
         ):
-            logits = transform(_raw(part, weight, bias))
+            logits = transform(_raw(part, weight, bias, room))
             if wanted:
                 scored, hit, _, grad = _score_with_gradient_(logits, ids, transform)
                 _accumulate(grad.to(weight.dtype), part, weight, start, grad_hidden, grad_weight, grad_bias)
