@@ -1,0 +1,86 @@
+"""Parts of the code whose time the profiler is to tell, marked where they are looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.profiler import record_function
+
+BLOCK = "part: "
+CLOSURE = "closure of the optimizer's step"
+UPDATES = "gradients"
+
+
+def parts() -> list[tuple[Any, str, str]]:
+    """Functions whose time is told: where they are looked up, their name there, and what they are called here."""
+    import transformers.models.llama.modeling_llama as llama
+
+    from lightning_ft.models import head, scorer
+    from lightning_ft.modules import grpo
+    from lightning_ft.modules.base import FineTuning
+    from lightning_ft.modules.policy import PolicyOptimization
+    from lightning_ft.modules.sampled import SampledCompletions
+    from lightning_ft.rollout import local
+    from lightning_ft.rollout.sampling import TokenSampler
+
+    return [
+        (head, "hidden_states", "backbone, forward"),
+        (head, "linear_logprob_sum", "head (summed)"),
+        (head, "linear_logprobs", "head"),
+        (head, "_explicit_mask", "mask of shared prompts"),
+        (llama, "create_causal_mask", "transformers' mask"),
+        (llama.LlamaRotaryEmbedding, "forward", "rotary embeddings"),
+        (torch.Tensor, "backward", "backward"),
+        (FineTuning, "scale_gradients", f"{UPDATES}: scaled"),
+        (torch.nn.utils, "clip_grad_norm_", f"{UPDATES}: clipped"),
+        (torch.nn.utils, "get_total_norm", f"{UPDATES}: norm"),
+        (FineTuning, "log", "log"),
+        (FineTuning, "log_dict", "log_dict"),
+        (scorer.Scorer, "lay_out", "layout of a micro-batch"),
+        (local.LocalEngine, "generate", "rollout"),
+        (local, "read_prompts", "rollout: prompts read"),
+        (local, "next_logits", "rollout: forward passes"),
+        (TokenSampler, "__call__", "rollout: next tokens"),
+        (SampledCompletions, "_judge", "rewards"),
+        (PolicyOptimization, "measure", "reference (and old policy)"),
+        (PolicyOptimization, "learn", "update"),
+        (PolicyOptimization, "_count", "figures of a micro-batch"),
+        (PolicyOptimization, "rollout_figures", "figures of the rollout"),
+        (PolicyOptimization, "record", "record of the rollout"),
+        (grpo, "policy_loss", "loss of the policy"),
+    ]
+
+
+def marked(stack: ExitStack, trainer: Any) -> None:
+    """Let the profiler see the parts of the code until the stack is closed."""
+    from lightning_ft.data.layout import TokenBatch
+    from lightning_ft.rollout import local
+
+    def timed(function: Any, label: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            with record_function(BLOCK + label):
+                return function(*args, **options)
+
+        return call
+
+    for owner, name, label in parts():
+        stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), label)))
+    for name in ("num_tokens", "has_shared_prefixes"):
+        getter = getattr(TokenBatch, name).fget
+        stack.enter_context(patch.object(TokenBatch, name, property(timed(getter, f"TokenBatch.{name}"))))
+    plugin = type(trainer.precision_plugin)  # what Lightning hands to the optimizer's step: the whole training step
+    stack.enter_context(patch.object(plugin, "_wrap_closure", timed(plugin._wrap_closure, CLOSURE)))
+
+    @contextmanager
+    def evaluating(network: Any) -> Iterator[None]:
+        with ExitStack() as inner:
+            with record_function(f"{BLOCK}rollout: into eval mode"):
+                inner.enter_context(original(network))
+            yield
+
+    original = local.evaluating
+    stack.enter_context(patch.object(local, "evaluating", evaluating))
