@@ -20,7 +20,7 @@ import torch
 from harness import quiet
 
 from lightning_ft import ComputeMeter, FullFineTuning, LoRAFineTuning, PairDataModule
-from lightning_ft._lightning import Trainer, seed_everything
+from lightning_ft._lightning import Trainer
 from lightning_ft.functional.prompt import PromptBaseline
 from lightning_ft.measurement.arms import run_arm
 from lightning_ft.measurement.plan import measurement_plan
@@ -72,7 +72,7 @@ def module_of(point: Point, folder: str) -> Any:
 
 def measured(point: Point, epochs: int) -> Point:
     """Train as a point says, and answer validation and test requests."""
-    seed_everything(0, verbose=False)
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         module = module_of(point, folder)
         data = PairDataModule(
