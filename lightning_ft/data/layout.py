@@ -245,27 +245,26 @@ def balanced_rows(lengths: Sequence[int]) -> list[list[int]]:
     """
     count = len(lengths)
     options = {round(count / 1.25**k) for k in range(32)} - {0}
-    found = (_rows(lengths, number) for number in sorted(options))
-    return min(found, key=lambda rows: _cost(lengths, rows))
+    longest_first = sorted(range(count), key=lambda i: -lengths[i])
+    found = (_rows(lengths, longest_first, number) for number in sorted(options))
+    rows, _ = min(found, key=lambda rows_and_cost: rows_and_cost[1])
+    return [sorted(row) for row in rows]
 
 
 _SQUARE = 1500
 """Places of a row whose attention costs as much as the matrix products of one place: measured on a CPU at width 256."""
 
 
-def _cost(lengths: Sequence[int], rows: list[list[int]]) -> int:
-    longest = max(sum(lengths[i] for i in row) for row in rows)
-    return len(rows) * longest * (_SQUARE + longest)
-
-
-def _rows(lengths: Sequence[int], count: int) -> list[list[int]]:
+def _rows(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> tuple[list[list[int]], int]:
+    """So many rows, and what they cost."""
     rows: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, row) for row in range(count)]  # a heap
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in longest_first:
         tokens, row = filled[0]
         rows[row].append(i)
         heapreplace(filled, (tokens + lengths[i], row))
-    return [sorted(row) for row in rows]
+    longest, _ = max(filled)
+    return rows, count * longest * (_SQUARE + longest)
 
 
 def in_one_row(batch: TokenBatch) -> TokenBatch:

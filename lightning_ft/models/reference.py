@@ -11,13 +11,13 @@ from typing import Literal, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.shard import is_sharded
+from lightning_ft.models.tensors import tensor_bytes
 
 ReferenceKind = Literal["adapter_off", "initial_adapter", "copy"]
 INITIAL = "initial"
@@ -122,10 +122,5 @@ class Reference:
                 if trained.intersection(name.split(".")):
                     continue
                 digest.update(name.encode())
-                digest.update(_bytes(value))
+                digest.update(tensor_bytes(value))
         return digest.hexdigest()
-
-
-def _bytes(value: Tensor) -> memoryview:
-    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return memoryview(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -185,12 +185,6 @@ class Scorer:
                 "changes its logits after the head in a way that isn't known here: its own forward pass is used, which "
                 "holds the logits of the whole batch.",
             )
-        if batch.packed and not exactness.packing:
-            self._warn_once(
-                model,
-                "doesn't keep packed sequences apart, so batches are unpacked and padded. Set packing=False to silence "
-                "this.",
-            )
         batch = self.arranged(model, batch)
         if not exactness.head:
             return full_logits_logprobs(model, batch, reduction, **options)
@@ -202,11 +196,18 @@ class Scorer:
     def arranged(self, model: PreTrainedModel | PeftModel, batch: TokenBatch) -> TokenBatch:
         """A batch as the model's attention can take it: packed rows that it would mix are taken apart or put in one.
 
+        The model is tried out here, if it hasn't been.
+
         Args:
             model: Whose forward pass it is for.
             batch: The batch.
         """
-        if batch.packed and not self.exactness(model).packing:
+        if not self.exactness(model).packing and batch.packed:
+            self._warn_once(
+                model,
+                "doesn't keep packed sequences apart, so batches are unpacked and padded. Set packing=False to silence "
+                "this.",
+            )
             return unpack(batch, pad_token_id=self.pad_token_id)
         return for_attention(base_of(model), batch)
 

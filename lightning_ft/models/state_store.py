@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from lightning_ft.models.tensors import write_tensors
 
 _SHARD = 64 * 2**20
 """Bytes that are written together."""
@@ -125,15 +125,7 @@ class StateStore:
             "states": torch.cat(list(self._pending.values())),
         }
         self._make_folder()  # another process may have needed the room
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        handle, aside = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
-        os.close(handle)
-        try:
-            save_file(tensors, aside)
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        finally:
-            Path(aside).unlink(missing_ok=True)
+        write_tensors(self.folder / f"{uuid.uuid4().hex}.safetensors", tensors)
         self._pending, self._pending_bytes = {}, 0
         self.refresh()
 

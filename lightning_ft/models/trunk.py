@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_ft.errors import ModelError
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.layers import layers_of
+from lightning_ft.models.tensors import tensor_bytes
 
 _RANDOM = ("dropout", "layerdrop", "jitter")  # in the names of numbers that make an output random where they aren't 0
 
@@ -125,7 +126,7 @@ class FrozenTrunk:
         for key, value in sorted(backbone.state_dict().items()):
             if not key.startswith(above):
                 digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+                digest.update(tensor_bytes(value))
         return digest.hexdigest()[:32]
 
 

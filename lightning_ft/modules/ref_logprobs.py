@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_ft.data.batches import PreferenceBatch
@@ -20,6 +18,7 @@ from lightning_ft.data.cache import default_folder
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import is_sharded
+from lightning_ft.models.tensors import write_tensors
 from lightning_ft.rollout.ranks import rank_and_ranks
 
 SPLITS = ("train", "validation", "test")
@@ -81,7 +80,8 @@ class ReferenceLogProbs:
             else:
                 self._found[split] = self._compute(data, split, score, device)
                 if rank == 0:
-                    _write(path, self._found[split])
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_tensors(path, {"logprobs": self._found[split]})
             if ranks > 1:
                 dist.barrier()
         self.reference.to(torch.device("cpu"))  # whoever asks for it later moves it back
@@ -101,12 +101,3 @@ class ReferenceLogProbs:
             parts = [None] * ranks
             dist.all_gather_object(parts, mine)
         return torch.cat([values for _, values in sorted((n for part in parts for n in part), key=lambda n: n[0])])
-
-
-def _write(path: Path, logprobs: Tensor) -> None:
-    """Aside and then in one step, so that a run that is killed leaves nothing half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    os.close(handle)
-    save_file({"logprobs": logprobs.contiguous()}, aside)
-    os.replace(aside, path)

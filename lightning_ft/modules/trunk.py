@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_ft.data import cache
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.measurement.flops import OperationCounter, counted_apart
@@ -74,7 +73,7 @@ class TrunkCache:
 
 def default_folder() -> Path:
     """A folder of its own in the `datasets` library's cache."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "lightning_ft_trunk"
+    return cache.default_folder().with_name("lightning_ft_trunk")
 
 
 class TrunkReader:
@@ -101,7 +100,6 @@ class TrunkReader:
         """Operations that computing them took."""
         self._by_length: dict[int, int] = {}
         self._verified = False
-        self._told_full = False
 
     def announce(self, tokens: int | None) -> None:
         """Say what will be written, before it is.
@@ -135,8 +133,7 @@ class TrunkReader:
         """
         if batch.has_shared_prefixes:
             raise ModelError("trunk_cache: a batch shares prefixes between its segments; their states aren't kept.")
-        self._scorer.exactness(self._model)  # tried out here, where all layers run
-        batch = self._scorer.arranged(self._model, batch)
+        batch = self._scorer.arranged(self._model, batch)  # which tries the model out, while all layers run
         states = self._states(batch)
         if not self._verified:
             self._verify(batch, states)
@@ -163,9 +160,8 @@ class TrunkReader:
             self.read += 1
             return kept
         self.computed += 1
-        states = self._compute(input_ids)
-        if not self.store.put(digest, states) and not self._told_full:
-            self._told_full = True
+        states, told = self._compute(input_ids), self.store.full
+        if not self.store.put(digest, states) and not told:
             rank_zero_warn(
                 f"The frozen trunk's cache is full ({self._cache.max_gib:g} GiB in {self._cache.folder}): further rows "
                 "are computed in every epoch. Raise max_gib of trunk_cache."
@@ -215,22 +211,17 @@ class TrunkReader:
         rank_zero_info(f"Frozen trunk: checked with the first batch, {apart:.1e} apart from a pass through all layers.")
 
     def end_epoch(self, epoch: int) -> None:
-        """Write what is still in memory, and see what other ranks have written.
+        """See what other ranks have written.
 
         Args:
             epoch: Its number, from 0.
         """
-        self.store.flush()
         self.store.refresh()
         if epoch == 1 and not self.read:
             rank_zero_warn(
                 "No row of the second epoch was seen in the first: rows that change from epoch to epoch can't gain "
                 "from trunk_cache, which only fills the disk."
             )
-
-    def clear(self) -> None:
-        """Remove what was kept for this model."""
-        shutil.rmtree(self.store.folder, ignore_errors=True)
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from lightning_ft.models import state_store
+from lightning_ft.models import state_store, tensors
 from lightning_ft.models.state_store import StateStore, sequence_digest
 
 ROOM = 2**20
@@ -159,7 +159,7 @@ def test_a_file_that_could_not_be_written_leaves_nothing_behind(tmp_path, monkey
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(state_store, "save_file", fails)
+        patched.setattr(tensors, "save_file", fails)
         with pytest.raises(OSError, match="no space"):
             store.flush()
     assert list(store.folder.glob(".writing-*")) == shards(store.folder) == []
