@@ -12,20 +12,18 @@ Batches aren't sorted by length: nothing in this project does that, and it would
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import sft
 import torch
-from harness import MIB, Measured, Ratio, Repeat, arguments, in_turns, machine
-from models import Size, model
+from harness import MIB, Measured, Ratio, Repeat, arguments, in_turns, machine, write_json
+from models import Size, model, one_row
 from torch import Tensor, nn
 
-from lightning_ft.data.layout import Example, Segment, TokenBatch, collate_examples, lay_out
+from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.functional.logprobs import linear_logprob_sum, module_logprobs
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.head import base_of, hidden_states
@@ -46,9 +44,8 @@ class Recipe:
         head: ``logits`` of every place; ``there``: of supervised places; ``recomputed``: those, in chunks that the
             backward pass computes again; ``direct``: in chunks, with the gradient formed in the forward pass.
         unmasked: Without an attention mask, which rows that are padded on the right don't need.
-        packing: One padding-free row for a batch.
-        balanced: As many packed rows as keep each about as long as the longest example: attention over the whole of
-            one long row costs more than the little padding that is left.
+        layout: ``padded``; ``one row`` for a batch, without padding; ``packed``: as many rows as cost least, since
+            attention over the whole of one long row costs more than a little padding.
         checkpointing: Compute activations again in the backward pass.
         fused: The fused kernel of AdamW.
         dtype: Of the base; an adapter stays fp32.
@@ -62,8 +59,7 @@ class Recipe:
     engine: str = "loop"
     head: str = "logits"
     unmasked: bool = False
-    packing: bool = False
-    balanced: bool = False
+    layout: str = "padded"
     checkpointing: bool = False
     fused: bool = False
     dtype: str = "float32"
@@ -77,7 +73,7 @@ THERE = replace(UNMASKED, name="logits of supervised places", after=UNMASKED.nam
 CHUNKED = replace(THERE, name="in chunks, recomputed", after=THERE.name, head="recomputed")
 DIRECT = replace(CHUNKED, name="gradient in the forward pass", after=CHUNKED.name, head="direct")
 FUSED = replace(DIRECT, name="fused AdamW", after=DIRECT.name, fused=True)
-PACKED = replace(DIRECT, name="padding-free packing", after=DIRECT.name, packing=True)
+ONE_ROW = replace(DIRECT, name="packed into one row", after=DIRECT.name, layout="one row")
 FULL = replace(PLAIN, name="plain loop, all weights", after=PLAIN.name, exact=False, lora=False)
 RECIPES = [
     PLAIN,
@@ -86,8 +82,8 @@ RECIPES = [
     CHUNKED,
     DIRECT,
     FUSED,
-    PACKED,
-    replace(PACKED, name="packed into balanced rows", after=PACKED.name, balanced=True),
+    ONE_ROW,
+    replace(ONE_ROW, name="packed into balanced rows", after=ONE_ROW.name, layout="packed"),
     replace(DIRECT, name="activation checkpointing", after=DIRECT.name, checkpointing=True),
     replace(DIRECT, name="bf16 base", after=DIRECT.name, exact=False, dtype="bfloat16"),
     replace(DIRECT, name="LoRAFineTuning under Lightning", after=DIRECT.name, engine="ours"),
@@ -102,7 +98,7 @@ RECIPES = [
 def build(task: tuple[sft.Case, Recipe]) -> Repeat:
     """A contender."""
     case, recipe = task
-    case = replace(case, lora=recipe.lora, packing=recipe.packing, setting=recipe.setting)
+    case = replace(case, lora=recipe.lora, packing=recipe.layout == "packed", setting=recipe.setting)
     if recipe.engine != "loop":
         return {"ours": sft.ours, "trl": sft.trl}[recipe.engine](case)
     network: Any = model(case.size).train()
@@ -141,20 +137,13 @@ def _plain_loss(network: nn.Module, examples: list[Example], recipe: Recipe) -> 
 
 def _selected_loss(network: Any, examples: list[Example], recipe: Recipe) -> Tensor:
     batch = (
-        _balanced(examples) if recipe.balanced else collate_examples(examples, packing=recipe.packing, pad_token_id=1)
+        one_row(examples)
+        if recipe.layout == "one row"
+        else collate_examples(examples, packing=recipe.layout == "packed", pad_token_id=1)
     )
     base = base_of(network)
     states = hidden_states(base, batch).flatten(0, 1).index_select(0, batch.predictors)
     return -HEADS[recipe.head](states, base.get_output_embeddings(), batch) / batch.num_targets
-
-
-def _balanced(examples: list[Example]) -> TokenBatch:
-    total, longest = sum(map(len, examples)), max(map(len, examples))
-    packed: list[list[Segment]] = [[] for _ in range(max(1, total // longest))]
-    for index in sorted(range(len(examples)), key=lambda index: -len(examples[index])):  # the longest first
-        shortest = min(packed, key=lambda row: sum(len(segment.example) for segment in row))
-        shortest.append(Segment(examples[index], group=index))
-    return lay_out(packed, pad_token_id=1)
 
 
 def _there(states: Tensor, head: Any, batch: TokenBatch) -> Tensor:
@@ -242,17 +231,8 @@ def main() -> None:
         f"{case.tokens:,} tokens; medians of {args.pairs} repetitions with {args.threads} threads\n"
     )
     print(table(recipes, measured, case.steps), flush=True)
-    _save(recipes, measured, case, args.json, args.threads)
-
-
-def _save(
-    recipes: list[Recipe], measured: dict[str, Measured], case: sft.Case, path: Path | None, threads: int
-) -> None:
-    if path is None:
-        return
     rows = [{**asdict(recipe), **asdict(measured[recipe.name])} for recipe in recipes]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"case": asdict(case), "machine": machine(threads), "rows": rows}, indent=2) + "\n")
+    write_json({"case": asdict(case), "machine": machine(args.threads), "rows": rows}, args.json)
 
 
 if __name__ == "__main__":

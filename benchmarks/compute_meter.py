@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from harness import Ratio, arguments, quiet
+from training import silent_trainer
 
 from lightning_ft import LoRAFineTuning, PairDataModule
-from lightning_ft._lightning import Callback, Trainer
+from lightning_ft._lightning import Callback
 from lightning_ft.callbacks.compute import ComputeMeter
 from lightning_ft.measurement.compute import is_counted
 
@@ -63,16 +64,8 @@ def fit(steps: int, batch_size: int, baton: Baton, metered: bool) -> None:
     module = LoRAFineTuning("examples/tiny_base", dtype="float32", learning_rate=2e-3)
     data = PairDataModule(train="examples/support/data/train.jsonl", batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[baton, ComputeMeter(every_n_steps=EVERY)] if metered else [baton],
-        )
+        callbacks = [baton, ComputeMeter(every_n_steps=EVERY)] if metered else [baton]
+        trainer = silent_trainer(max_steps=steps, default_root_dir=folder, callbacks=callbacks)
         trainer.fit(module, data)
 
 

@@ -9,7 +9,6 @@ step with kept states equals one that computes them, bit for bit, is checked bef
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from harness import Result, arguments, compare
+from harness import Result, arguments, compare, write_json
 from models import Size, model, rows, tokenizer
 
 from lightning_ft import FullFineTuning, LoRAFineTuning
@@ -139,9 +138,7 @@ def main() -> None:
         found.append(
             {**asdict(result), "case": str(case), "epochs": EPOCHS, "flops_share": share[0], "time_share": share[1]}
         )
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(found, options.json)
 
 
 if __name__ == "__main__":

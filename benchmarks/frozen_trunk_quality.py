@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import quiet
+from harness import quiet, write_json
+from training import silent_trainer
 
 from lightning_ft import ComputeMeter, FullFineTuning, LoRAFineTuning, PairDataModule
-from lightning_ft._lightning import Trainer
 from lightning_ft.functional.prompt import PromptBaseline
 from lightning_ft.measurement.arms import run_arm
 from lightning_ft.measurement.plan import measurement_plan
@@ -80,17 +80,8 @@ def measured(point: Point, epochs: int) -> Point:
         )
         meter = ComputeMeter(output_dir=False, every_n_steps=25)
         meter.reports = False
-        trainer = Trainer(
-            accelerator="cpu",
-            max_epochs=epochs,
-            limit_val_batches=0,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[meter],
+        trainer = silent_trainer(
+            max_epochs=epochs, limit_val_batches=0, gradient_clip_val=1.0, default_root_dir=folder, callbacks=[meter]
         )
         trainer.fit(module, data)
         quality = {}
@@ -172,9 +163,7 @@ def main() -> None:
     for point in wanted:
         if not any((p.top, p.rank, p.learning_rate) == (point.top, point.rank, point.learning_rate) for p in made):
             made.append(measured(point, options.epochs))
-            if options.json is not None:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps([asdict(p) for p in made], indent=2) + "\n")
+            write_json([asdict(p) for p in made], options.json)
         print(next(p for p in made if (p.name, p.learning_rate) == (point.name, point.learning_rate)), flush=True)
     best: dict[str, Point] = {}
     for point in made:

@@ -5,7 +5,7 @@
 
 Nothing is generated: both sides are handed the same completions where they would sample, and do all the rest of their
 training step with their real trainers: rewards and advantages, log-probabilities under the reference (where the KL
-counts, or where the module measures it anyway) and under the policy, loss, backward pass, clipping, and optimizer step.
+counts) and under the policy, loss, backward pass, clipping, and optimizer step.
 A group of completions stands behind one prompt: here the prompt is computed once, in TRL once for each. Completions of
 one length are the case that favours TRL, which pads. Weights are the initial ones again before each repetition.
 """
@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from harness import Repeat, arguments, compare, save
+from harness import Repeat, arguments, compare_each
 from models import Size, model, tokenizer
-from pairs import FIRST_TOKEN, InitialWeights, Logged, Recorded, fit, optimization, same_adapter, trl_settings
+from pairs import FIRST_TOKEN, Logged, Recorded, optimization, same_adapter, trl_settings
+from training import InitialWeights, fit, reward
 
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.models.adapt import add_lora, lora_config
@@ -30,6 +31,7 @@ from lightning_ft.modules.grpo import GRPO
 from lightning_ft.rollout.protocol import Completion, Rollouts
 
 SIZE = Size()
+AGREE = {"logprobs": 1e-5, "losses": 1e-4, "log_gradient_norm": 1e-4, "rewards": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,6 @@ def rollouts(case: Case) -> list[Given]:
         Given(draw(case.prompts, case.prompt), draw(case.prompts * case.group, case.completion))
         for _ in range(case.steps)
     ]
-
-
-def reward(prompts: Any, completions: Any, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
-    """Something that differs between completions, and doesn't ask for their text."""
-    return [sum(ids) % 11 / 4 for ids in completion_ids]
 
 
 def figures(steps: Sequence[dict[str, float]], logprobs: Sequence[torch.Tensor]) -> dict[str, Any]:
@@ -266,22 +263,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--small", action="store_true", help="sizes that only show whether it works")
     options = parser.parse_args()
-    results = []
-    for case in CASES:
-        case = replace(case, **SMALL) if options.small else case
-        if options.only in str(case):
-            results.append(
-                compare(
-                    "update of GRPO",
-                    case,
-                    ours,
-                    trl,
-                    pairs=options.pairs,
-                    threads=options.threads,
-                    agree={"logprobs": 1e-5, "losses": 1e-4, "log_gradient_norm": 1e-4, "rewards": 1e-6},
-                )
-            )
-    save(results, options.json)
+    cases = (replace(case, **SMALL) if options.small else case for case in CASES)
+    compare_each("update of GRPO", cases, ours, {"TRL": trl}, options, agree=lambda case: AGREE)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import platform
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -150,6 +150,35 @@ def compare(
     )
     print(result, flush=True)
     return result
+
+
+def compare_each(
+    name: str,
+    cases: Iterable[Any],
+    ours: Build,
+    peers: Mapping[str, Build],
+    options: argparse.Namespace,
+    *,
+    agree: Callable[[Any], Mapping[str, float]],
+) -> list[Result]:
+    """Compare with each peer in each case, and save the results after each: a later one may need too much memory.
+
+    Args:
+        name: Of the work.
+        cases: All of them; what `options.only` isn't in the description or the peer's name of is left out.
+        ours: See :func:`compare`.
+        peers: Builds of the others, by name.
+        options: Of the command line, see :func:`arguments`.
+        agree: For a case by how much values may differ.
+    """
+    results: list[Result] = []
+    for case in cases:
+        for peer_name, peer in peers.items():
+            if options.only in f"{case} {peer_name}":
+                sizes = {"pairs": options.pairs, "threads": options.threads}
+                results.append(compare(name, case, ours, peer, peer_name=peer_name, agree=agree(case), **sizes))
+                save(results, options.json)
+    return results
 
 
 @dataclass(frozen=True)
@@ -301,9 +330,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def save(results: list[Result], path: Path | None) -> None:
-    """Write results as JSON, where a path is given."""
+def write_json(value: Any, path: Path | None) -> None:
+    """Write JSON values, where a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{**asdict(result), "case": str(result.case)} for result in results]
-        path.write_text(json.dumps(rows, indent=2) + "\n")
+        path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def save(results: list[Result], path: Path | None) -> None:
+    """Write results as JSON, where a path is given."""
+    write_json([{**asdict(result), "case": str(result.case)} for result in results], path)

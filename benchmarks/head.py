@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from harness import Repeat, Result, arguments, compare, save
+from harness import Repeat, arguments, compare_each
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
@@ -186,22 +186,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two small sizes, to see that all of it runs")
     args = parser.parse_args()
     tiny = [Case(4000, 64, trained, function, 256) for trained in (False, True) for function in ("sum", "each")]
-    results: list[Result] = []
-    for case in tiny if args.tiny else cases():
-        for name in args.peers.split(","):
-            if args.only in str(case):
-                result = compare(
-                    "head",
-                    case,
-                    ours,
-                    partial(peer, name),
-                    peer_name=name,
-                    pairs=args.pairs,
-                    threads=args.threads,
-                    agree=AGREE,
-                )
-                results.append(result)
-                save(results, args.json)
+    peers = {name: partial(peer, name) for name in args.peers.split(",")}
+    compare_each("head", tiny if args.tiny else cases(), ours, peers, args, agree=lambda case: AGREE)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lightning_ft.data.layout import Example
+from lightning_ft.data.layout import Example, Segment, TokenBatch, lay_out
 from lightning_ft.models.load import load_tokenizer
 
 TOKENIZER = "examples/tiny_base"
@@ -29,8 +30,17 @@ class Size:
     layers: int = 8
     tied: bool = True
 
+    @property
+    def no_token(self) -> int:
+        """An end token that is never written, because the model has no such token."""
+        return self.vocabulary
+
     def __str__(self) -> str:
         return f"vocabulary {self.vocabulary:,}, hidden {self.hidden}, {self.layers} layers"
+
+
+UNTIED = Size(tied=False)
+"""For generation: with tied embeddings random weights would write the last token for ever, whatever went before."""
 
 
 def model(size: Size, *, attention: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
@@ -72,6 +82,11 @@ def lengths(count: int, mean: float, spread: float, generator: torch.Generator) 
     mu = torch.log(torch.tensor(mean)) - spread**2 / 2
     drawn = torch.exp(mu + spread * torch.randn(count, generator=generator))
     return [max(2, round(value)) for value in drawn.tolist()]
+
+
+def one_row(examples: Sequence[Example]) -> TokenBatch:
+    """All examples side by side in a single packed row."""
+    return lay_out([[Segment(example, group=i) for i, example in enumerate(examples)]])
 
 
 def rows(

@@ -12,19 +12,18 @@ no side computes the reference beforehand.
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from harness import Repeat, arguments, compare, save
+from harness import Repeat, arguments, compare_each
 from models import Size, lengths, model, tokenizer
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import SequentialSampler
+from training import InitialWeights, fit
 from transformers import LlamaForSequenceClassification, PreTrainedModel, PrinterCallback
 
-from lightning_ft._lightning import Trainer
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
 from lightning_ft.models.adapt import add_lora, lora_config
@@ -105,25 +104,6 @@ def base(case: Case) -> PreTrainedModel:
     return LlamaForSequenceClassification(made.config)
 
 
-class InitialWeights:
-    """The trainable weights of a model as they are now, to be put back."""
-
-    def __init__(self, trained: torch.nn.Module) -> None:
-        # accelerate collects garbage whenever a training starts, which takes half a second with all that is imported
-        # here: that isn't what a step costs, so what there is by now is left out of it.
-        gc.freeze()
-        self._model = trained
-        self._kept = {name: p.detach().clone() for name, p in trained.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put them back, and forget the gradients."""
-        for name, parameter in self._model.named_parameters():
-            if name in self._kept:
-                parameter.copy_(self._kept[name])
-                parameter.grad = None
-
-
 # ---------------------------------------------------------------- ours
 
 
@@ -155,21 +135,6 @@ class LoggedDPO(Logged, DPO):
 
 class LoggedReward(Logged, RewardModeling):
     """Reward modelling."""
-
-
-def fit(module: Any, batches: Sequence[Any]) -> None:
-    """Train once on each batch."""
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tempfile.gettempdir(),
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
 
 
 def optimization(lora: bool) -> dict[str, Any]:
@@ -356,22 +321,8 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--small", action="store_true", help="sizes that only show whether it works")
     options = parser.parse_args()
-    results = []
-    for case in CASES:
-        case = replace(case, **SMALL) if options.small else case
-        if options.only in str(case):
-            results.append(
-                compare(
-                    "training steps on pairs",
-                    case,
-                    ours,
-                    trl,
-                    pairs=options.pairs,
-                    threads=options.threads,
-                    agree=AGREE[case.kind],
-                )
-            )
-    save(results, options.json)
+    cases = (replace(case, **SMALL) if options.small else case for case in CASES)
+    compare_each("training steps on pairs", cases, ours, {"TRL": trl}, options, agree=lambda case: AGREE[case.kind])
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import torch
 from models import Size, lengths, model, rows, tokenizer
 from profile_marks import marked
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import DataLoader
+from training import fit, reward
 
 from lightning_ft import LoRAFineTuning
-from lightning_ft._lightning import Callback, Trainer
+from lightning_ft._lightning import Callback
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import collate_examples
 from lightning_ft.measurement.flops import OperationCounter
@@ -122,11 +122,6 @@ class Watch(Callback):
         self.counter.__exit__(None, None, None)
 
 
-def reward(prompts: Any, completions: Any, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
-    """Something that differs between completions."""
-    return [sum(ids) % 11 / 4 for ids in completion_ids]
-
-
 def supervised(case: Case, steps: int) -> tuple[Any, list[Any], int]:
     """A module, its batches, and the tokens of one: the same in every step."""
     module = LoRAFineTuning(model(case.size), tokenizer=tokenizer(), **OPTIONS)
@@ -161,17 +156,7 @@ def watched(case: Case, *, timed: int, profiled: int) -> tuple[Watch, int]:
     watch = Watch(timed, profiled)
     module, batches, tokens = (supervised if case.kind == "SFT" else policy)(case, watch.steps)
     torch.manual_seed(0)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[watch],
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    fit(module, batches, callbacks=[watch])
     return watch, tokens
 
 

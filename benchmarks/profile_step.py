@@ -15,16 +15,13 @@ number of threads. Attention counts all pairs of queries and keys, so its rate i
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from harness import arguments, machine, quiet
+from harness import arguments, machine, quiet, write_json
 from models import Size
 from profile_groups import ATTENTION, PRODUCTS, spent
 from profile_run import Case, Watch, peak_rate, watched
@@ -201,14 +198,7 @@ def main() -> None:
         result = analysed(case, watch, tokens, max(peak, peak_rate()), options.threads, options.longest)
         print(result.markdown(), flush=True)
         results.append(result)
-        save(results, options.json)
-
-
-def save(results: Sequence[Profile], path: Path | None) -> None:
-    """Write the figures as JSON, where a path is given."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+        write_json([asdict(result) for result in results], options.json)
 
 
 if __name__ == "__main__":

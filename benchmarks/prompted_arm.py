@@ -13,16 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from harness import Build, Repeat, arguments, compare, save
-from models import Size, model
+from harness import Build, Repeat, arguments, compare_each
+from models import UNTIED, Size, model
 from transformers import GenerationConfig
 
 from lightning_ft.models.generate import left_padded
 from lightning_ft.rollout.local import LocalEngine
 
 PAD = 1
-SIZE = Size(tied=False)
-"""With tied embeddings random weights would write the prompt's last token for ever, whatever went before."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Case:
         seed: Of the prompts.
     """
 
-    size: Size = SIZE
+    size: Size = UNTIED
     requests: int = 200
     prefix: int = 400
     least: int = 20
@@ -48,11 +46,6 @@ class Case:
     answer: int = 16
     batch_size: int = 32
     seed: int = 0
-
-    @property
-    def no_token(self) -> int:
-        """An end token that is never written, because the model has no such token."""
-        return self.size.vocabulary
 
     def __str__(self) -> str:
         return (
@@ -76,7 +69,7 @@ def prompts(case: Case) -> list[list[int]]:
 def by_engine(case: Case, share_prefix: bool) -> Repeat:
     engine = LocalEngine(
         model(case.size).eval(),
-        end_token_ids=[case.no_token],
+        end_token_ids=[case.size.no_token],
         pad_token_id=PAD,
         batch_size=case.batch_size,
         share_prefix=share_prefix,
@@ -104,7 +97,9 @@ def unshared(case: Case) -> Repeat:
 def plain_generate(case: Case) -> Repeat:
     policy = model(case.size).eval()
     asked = prompts(case)
-    config = GenerationConfig(max_new_tokens=case.answer, do_sample=False, eos_token_id=case.no_token, pad_token_id=PAD)
+    config = GenerationConfig(
+        max_new_tokens=case.answer, do_sample=False, eos_token_id=case.size.no_token, pad_token_id=PAD
+    )
 
     @torch.no_grad()
     def repeat() -> dict[str, Any]:
@@ -135,22 +130,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a size that only shows whether it works")
     options = parser.parse_args()
     case = replace(Case(), **SMALL) if options.small else Case()
-    results = []
-    for name, peer in PEERS.items():
-        if options.only in f"{case} {name}":
-            results.append(
-                compare(
-                    "prompted arm",
-                    case,
-                    ours,
-                    peer,
-                    peer_name=name,
-                    pairs=options.pairs,
-                    threads=options.threads,
-                    agree={"answers": 0},
-                )
-            )
-    save(results, options.json)
+    compare_each("prompted arm", [case], ours, PEERS, options, agree=lambda case: {"answers": 0})
 
 
 if __name__ == "__main__":

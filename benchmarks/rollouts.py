@@ -17,16 +17,13 @@ from typing import Any
 
 import torch
 from grpo import grpo_trainer
-from harness import Build, Repeat, arguments, compare, save
-from models import Size, model
+from harness import Build, Repeat, arguments, compare_each
+from models import UNTIED, Size, model
 from pairs import FIRST_TOKEN
 from transformers import GenerationConfig
 
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
-
-SIZE = Size(tied=False)
-"""With tied embeddings random weights would write the prompt's last token for ever, whatever went before."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,11 @@ class Case:
 
     prompt: int
     completion: int
-    size: Size = SIZE
+    size: Size = UNTIED
     group: int = 8
     prompts: int = 2
     lora: bool = False
     seed: int = 0
-
-    @property
-    def no_token(self) -> int:
-        """An end token that is never written, because the model has no such token."""
-        return self.size.vocabulary
 
     def __str__(self) -> str:
         return (
@@ -77,7 +69,10 @@ def written(case: Case, greedy: list[list[int]], sampled: list[list[int]]) -> di
 
 def ours(case: Case) -> Repeat:
     engine = LocalEngine(
-        model(case.size).eval(), end_token_ids=[case.no_token], pad_token_id=1, batch_size=case.prompts * case.group
+        model(case.size).eval(),
+        end_token_ids=[case.size.no_token],
+        pad_token_id=1,
+        batch_size=case.prompts * case.group,
     )
 
     def answer(sampling: Sampling | None, count: int) -> list[list[int]]:
@@ -96,7 +91,7 @@ def plain_generate(case: Case) -> Repeat:
 
     def answer(**options: Any) -> list[list[int]]:
         config = GenerationConfig(
-            max_new_tokens=case.completion, eos_token_id=case.no_token, pad_token_id=1, top_k=0, **options
+            max_new_tokens=case.completion, eos_token_id=case.size.no_token, pad_token_id=1, top_k=0, **options
         )
         with torch.no_grad():
             out = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -107,7 +102,7 @@ def plain_generate(case: Case) -> Repeat:
 
 
 def trl(case: Case) -> Repeat:
-    trainer = grpo_trainer(case, max_steps=1, generation_kwargs={"eos_token_id": case.no_token})
+    trainer = grpo_trainer(case, max_steps=1, generation_kwargs={"eos_token_id": case.size.no_token})
     repeated = [ids for ids in prompts(case) for _ in range(case.group)]  # as its sampler repeats the rows
     trainer.generation_config.do_sample = trainer.generation_kwargs["do_sample"] = False
     greedy = trainer._generate_single_turn(repeated[:: case.group], None, {}, 1)[0]
@@ -121,29 +116,17 @@ CASES = [Case(512, 1), Case(512, 64), Case(128, 1), Case(128, 128)]
 SMALL = {"size": Size(vocabulary=1000, hidden=64, layers=2, tied=False), "group": 4}
 
 
+def small(case: Case) -> Case:
+    """The same where it only shows whether it works."""
+    return replace(case, prompt=case.prompt // 8, completion=-(-case.completion // 8), **SMALL)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--small", action="store_true", help="sizes that only show whether it works")
     options = parser.parse_args()
-    results = []
-    for case in CASES:
-        if options.small:
-            case = replace(case, prompt=case.prompt // 8, completion=-(-case.completion // 8), **SMALL)
-        for name, peer in PEERS.items():
-            if options.only in f"{case} {name}":
-                results.append(
-                    compare(
-                        "rollouts",
-                        case,
-                        ours,
-                        peer,
-                        peer_name=name,
-                        pairs=options.pairs,
-                        threads=options.threads,
-                        agree={"greedy": 0, "lengths": 0},
-                    )
-                )
-    save(results, options.json)
+    cases = (small(case) if options.small else case for case in CASES)
+    compare_each("rollouts", cases, ours, PEERS, options, agree=lambda case: {"greedy": 0, "lengths": 0})
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ Layouts are measured in turns, each in a process of its own.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
-from harness import arguments, machine
+from harness import arguments, machine, write_json
 from models import Size
 from scaling_length import by_length
 from scaling_packing import by_layout
@@ -63,9 +62,7 @@ def main() -> None:
     ):
         if name in wanted:
             results[name] = [asdict(one) for one in measure()]
-            if options.json is not None:  # after each: a later one may need more memory than there is
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(results, indent=2) + "\n")
+            write_json(results, options.json)  # after each: a later one may need more memory than there is
 
 
 if __name__ == "__main__":

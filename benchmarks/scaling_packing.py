@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from harness import MIB, Ratio, Repeat, in_turns
-from models import Size, model, rows, tokenizer
-from torch.utils.data import DataLoader
+from models import Size, model, one_row, rows, tokenizer
+from training import fit
 
 from lightning_ft import LoRAFineTuning
-from lightning_ft._lightning import Trainer
 from lightning_ft.data.layout import Example, Segment, TokenBatch, collate_examples, lay_out
 from lightning_ft.report.markdown import markdown_table
 
@@ -67,7 +66,7 @@ class Case:
         if self.layout == "filled":
             return [filled(part) for part in parts]
         if self.layout == "row":
-            return [lay_out([[Segment(example, group=i) for i, example in enumerate(part)]]) for part in parts]
+            return [one_row(part) for part in parts]
         return [collate_examples(part, packing=self.layout == "packed", pad_token_id=1) for part in parts]
 
 
@@ -98,16 +97,7 @@ def training(case: Case) -> Repeat:
 
     def repeat() -> dict[str, Any]:
         module.losses = []
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        fit(module, batches)
         places = sum(batch.input_ids.numel() for batch in batches)
         tokens = sum(batch.num_tokens for batch in batches)
         return {"loss": sum(module.losses), "tokens": tokens, "places": places}

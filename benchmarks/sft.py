@@ -14,7 +14,6 @@ Lightning Trainer in each repetition. Both log what they log by default, and kee
 
 from __future__ import annotations
 
-import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -27,9 +26,9 @@ from harness import MIB, Repeat, Result, arguments, compare, save
 from models import Size, model, rows, tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
+from training import InitialWeights, silent_trainer
 
 from lightning_ft import FullFineTuning, LoRAFineTuning
-from lightning_ft._lightning import Trainer
 from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.models.adapt import add_lora, lora_config
 
@@ -64,8 +63,7 @@ class Case:
         answer: Mean length of the answers, which are supervised.
         batch: Rows of a step.
         steps: Of a repetition.
-        packing: Whether ours lays a batch out as one padding-free row, or pads on the right: which of them is faster
-            depends on how much the lengths differ.
+        packing: Whether ours packs a batch, or pads it on the right.
     """
 
     size: Size
@@ -123,16 +121,7 @@ def ours(case: Case) -> Repeat:
 
     def run() -> list[float]:
         module.losses = []
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=case.steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, batches)
+        silent_trainer(max_steps=case.steps).fit(module, batches)
         return module.losses
 
     return from_the_start(module.model, run)
@@ -221,17 +210,11 @@ def from_the_start(network: nn.Module, run: Callable[[], list[float]]) -> Repeat
         network: What `run` trains.
         run: Trains, and gives the loss of each step.
     """
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in trained]
+    initial = InitialWeights(network)
     expected: list[float] = []
-    gc.collect()
-    gc.freeze()  # TRL collects at the start of each training: 0.3 s if it looks through all imported packages again
 
     def repeat() -> dict[str, list[float]]:
-        with torch.no_grad():
-            for parameter, value in zip(trained, start, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None
+        initial.restore()
         found = run()
         expected.extend([] if expected else found)
         # the comparison looks at the first repetition only
