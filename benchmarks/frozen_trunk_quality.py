@@ -14,6 +14,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Point:
         top: Layers with adapters, all of them for ordinary LoRA; None for full fine-tuning.
         rank: Of the adapters.
         learning_rate: The peak.
+        seed: Of the order of the rows, and of the adapters' first weights.
         validation: Share of validation requests answered right.
         test: Share of test requests.
         flops: Operations of the training.
@@ -47,11 +49,17 @@ class Point:
     top: int | None
     rank: int | None
     learning_rate: float
+    seed: int = 0
     validation: float = 0.0
     test: float = 0.0
     flops: float = 0.0
     trunk_flops: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is trained, apart from what came of it."""
+        return self.top, self.rank, self.learning_rate, self.seed
 
     @property
     def name(self) -> str:
@@ -72,12 +80,13 @@ def module_of(point: Point, folder: str) -> Any:
 
 def measured(point: Point, epochs: int) -> Point:
     """Train as a point says, and answer validation and test requests."""
-    torch.manual_seed(0)
+    torch.manual_seed(point.seed)
     with tempfile.TemporaryDirectory() as folder:
         module = module_of(point, folder)
         data = PairDataModule(
             *(str(DATA / f"{split}.jsonl") for split in ("train", "validation", "test")), batch_size=32, packing=False
         )
+        data.reorder(point.seed)
         meter = ComputeMeter(output_dir=False, every_n_steps=25)
         meter.reports = False
         trainer = silent_trainer(
@@ -108,30 +117,65 @@ def measured(point: Point, epochs: int) -> Point:
         )
 
 
-def draw(points: list[Point], path: Path) -> None:
+@dataclass(frozen=True)
+class Summary:
+    """A way to train with its best learning rate, over the seeds.
+
+    Args:
+        runs: One for each seed.
+    """
+
+    runs: list[Point]
+
+    def mean(self, figure: str) -> float:
+        """Of a figure over the seeds."""
+        return fmean(getattr(run, figure) for run in self.runs)
+
+    @property
+    def first(self) -> Point:
+        """The run of the first seed."""
+        return self.runs[0]
+
+    def row(self, full: Summary) -> str:
+        """Of the table, with shares of full fine-tuning's figures."""
+        tests = [run.test for run in self.runs]
+        right = f"{self.mean('test'):.1%}" + (f" ({min(tests):.1%} to {max(tests):.1%})" if len(tests) > 1 else "")
+        shares = [f"{self.mean(figure) / full.mean(figure):.3f}" for figure in ("test", "flops", "seconds")]
+        return f"| {self.first.name} | {self.first.learning_rate:g} | {right} | " + " | ".join(shares) + " |"
+
+
+def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
     """Quality against compute, both as shares of full fine-tuning's."""
     from lightning_ft.report.blocks import Picture
     from lightning_ft.report.figures.canvas import drawn, legend_below
     from lightning_ft.report.figures.marks import marks
 
-    full = next(point for point in points if point.top is None)
     names = {None: "full", LAYERS: "lora"}
-    kinds = {point.top: names.get(point.top, f"adapters in the top {point.top}") for point in points}
+    tops = {summary.first.top for summary in summaries}
+    kinds = {top: names.get(top, f"adapters in the top {top}") for top in sorted(tops, key=lambda top: top or 0)}
     looks = marks(list(kinds.values()))
     labels = {"full": "full fine-tuning", "lora": f"LoRA in all {LAYERS} layers"}
+    scale = full.mean("test")
 
     def paint(axes: Any) -> None:
         for top, kind in kinds.items():
-            mine = sorted((p for p in points if p.top == top), key=lambda p: p.rank or 0)
-            xs, ys = [p.flops / full.flops for p in mine], [p.test / full.test for p in mine]
+            mine = sorted((s for s in summaries if s.first.top == top), key=lambda s: s.first.rank or 0)
+            xs = [summary.mean("flops") / full.mean("flops") for summary in mine]
+            ys = [summary.mean("test") / scale for summary in mine]
+            ends = [[run.test / scale for run in summary.runs] for summary in mine]
+            reach = [
+                [y - min(end) for y, end in zip(ys, ends, strict=True)],
+                [max(end) - y for y, end in zip(ys, ends, strict=True)],
+            ]
             look = looks[kind]
-            axes.plot(xs, ys, marker=look.marker, color=look.colour, label=labels.get(kind, kind), markersize=8)
-            for point, x, y in zip(mine, xs, ys, strict=True):
-                if point.rank is not None:
-                    axes.annotate(f"r {point.rank}", (x, y), textcoords="offset points", xytext=(7, -4), fontsize=9)
+            style = {"marker": look.marker, "color": look.colour, "markersize": 7, "capsize": 3}
+            axes.errorbar(xs, ys, yerr=reach, label=labels.get(kind, kind), **style)
+            for summary, x, y in zip(mine, xs, ys, strict=True):
+                if summary.first.rank is not None:
+                    axes.annotate(f"r {summary.first.rank}", (x, y), textcoords="offset points", xytext=(7, -4))
         axes.axhline(0.95, color="#666666", linestyle="--", linewidth=1)
         axes.annotate("95% of full", (0.02, 0.955), fontsize=9, color="#444444")
-        axes.set(xlim=(0, 1.08), ylim=(0, 1.08))
+        axes.set(xlim=(0, 1.12), ylim=(0, 1.12))
         axes.set(xlabel="operations, to full fine-tuning's", ylabel="quality, to full fine-tuning's")
         legend_below(axes)
 
@@ -139,46 +183,57 @@ def draw(points: list[Point], path: Path) -> None:
     path.write_bytes(drawn(Picture("frozen-trunk", "Quality for compute", "", paint)).png)
 
 
+class Runs:
+    """Points that were made, kept in a file.
+
+    Args:
+        epochs: Of each.
+        path: Of the file; those that stand there aren't made again.
+    """
+
+    def __init__(self, epochs: int, path: Path | None) -> None:
+        self._epochs, self._path = epochs, path
+        found = json.loads(path.read_text()) if path is not None and path.exists() else []
+        self._made = {point.key: point for point in (Point(**values) for values in found)}
+
+    def of(self, point: Point) -> Point:
+        """What came of a point, made now if it wasn't before."""
+        if point.key not in self._made:
+            self._made[point.key] = measured(point, self._epochs)
+            write_json([asdict(made) for made in self._made.values()], self._path)
+        print(self._made[point.key], flush=True)
+        return self._made[point.key]
+
+    def over_seeds(self, candidates: list[Point], seeds: list[int]) -> Summary:
+        """The candidate that is best on validation rows with the first seed, with all of them."""
+        best = max((self.of(replace(point, seed=seeds[0])) for point in candidates), key=lambda point: point.validation)
+        return Summary([best, *(self.of(Point(best.top, best.rank, best.learning_rate, seed)) for seed in seeds[1:])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--tops", type=int, nargs="*", default=[1, 2, 3])
-    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64])
+    parser.add_argument("--tops", type=int, nargs="*", default=[LAYERS, 3, 2, 1])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 64])
     parser.add_argument("--rates", type=float, nargs="*", default=[2e-3, 6e-3], help="learning rates of adapters")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="write the points here; those that stand there aren't made again")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    wanted = [Point(None, None, rate) for rate in (5e-4,)]  # full's best of docs/results.md
-    wanted += [
-        Point(top, rank, rate)
-        for top, ranks in [(LAYERS, [16]), *((top, options.ranks) for top in options.tops)]
-        for rank in ranks
-        for rate in options.rates
+    runs = Runs(options.epochs, options.json)
+    full = runs.over_seeds([Point(None, None, 5e-4)], options.seeds)  # its best rate in docs/results.md
+    summaries = [full] + [
+        runs.over_seeds([Point(top, rank, rate) for rate in options.rates], options.seeds)
+        for rank in options.ranks
+        for top in options.tops
     ]
-    made: list[Point] = []
-    if options.json is not None and options.json.exists():
-        made = [Point(**point) for point in json.loads(options.json.read_text())]
-    for point in wanted:
-        if not any((p.top, p.rank, p.learning_rate) == (point.top, point.rank, point.learning_rate) for p in made):
-            made.append(measured(point, options.epochs))
-            write_json([asdict(p) for p in made], options.json)
-        print(next(p for p in made if (p.name, p.learning_rate) == (point.name, point.learning_rate)), flush=True)
-    best: dict[str, Point] = {}
-    for point in made:
-        if point.name not in best or point.validation > best[point.name].validation:
-            best[point.name] = point
-    full = best["full"]
     print("\n| trained | learning rate | right | of full's | operations, of full's | time, of full's |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, point in best.items():
-        shares = point.test / full.test, point.flops / full.flops, point.seconds / full.seconds
-        print(
-            f"| {name} | {point.learning_rate:g} | {point.test:.1%} | " + " | ".join(f"{s:.3f}" for s in shares) + " |"
-        )
+    print("\n".join(summary.row(full) for summary in summaries))
     if options.plot is not None:
-        draw(list(best.values()), options.plot)
+        draw(summaries, full, options.plot)
 
 
 if __name__ == "__main__":

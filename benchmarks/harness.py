@@ -284,6 +284,7 @@ def _serve(connection: Connection, build: Build, case: Any, threads: int) -> Non
         from lightning_ft.measurement.memory import PeakMemory
 
         repeat = build(case)
+        _warm_up()
         memory = PeakMemory(torch.device("cpu"))
         connection.send((False, None))
         while True:
@@ -306,6 +307,12 @@ def _serve(connection: Connection, build: Build, case: Any, threads: int) -> Non
         pass
     except BaseException:
         connection.send((True, traceback.format_exc()))
+
+
+def _warm_up() -> None:
+    """A product and a backward pass: what torch sets up once, threads and libraries, belongs to neither side."""
+    states = torch.randn(256, 256, requires_grad=True)
+    (states @ states).logsumexp(-1).sum().backward()
 
 
 def quiet() -> None:

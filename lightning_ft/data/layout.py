@@ -73,6 +73,8 @@ class TokenBatch:
         groups: The example a target belongs to, ``int64 [n]``.
         num_groups: `g`, the number of examples.
         packed: Whether rows hold several segments; if not, each row is one right-padded sequence.
+        explicit_mask: Whether to tell the model who sees whom (:func:`attention_mask`) even where it could be left to
+            find segments by their positions. Shared prefixes always need that.
     """
 
     input_ids: Tensor
@@ -84,6 +86,7 @@ class TokenBatch:
     groups: Tensor
     num_groups: int
     packed: bool
+    explicit_mask: bool = False
 
     @property
     def num_targets(self) -> int:

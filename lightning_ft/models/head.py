@@ -142,24 +142,39 @@ def _score(
 def hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Callable[..., Any] | None = None) -> Tensor:
     """Last hidden states, ``[b, s, d]``; of a model that may be sharded by way of :func:`as_forward`.
 
-    Rows without shared prefixes need no mask: where position ids start again transformers isolates what follows, for
-    every attention kernel and for sliding windows, if it is given neither a mask nor a cache; padding stands behind all
-    real tokens, which a causal model doesn't see.
+    Rows without shared prefixes need no mask (though one may be cheaper, see :class:`TokenBatch`): where position ids
+    start again transformers isolates what follows, for every attention kernel and for sliding windows, if it is given
+    neither a mask nor a cache; padding stands behind all real tokens, which a causal model doesn't see.
     """
     run = backbone if backbone is not None else base.base_model
-    mask = _explicit_mask(base, batch) if batch.has_shared_prefixes else None
+    mask = attention_bias(base, attention_mask(batch)) if batch.has_shared_prefixes or batch.explicit_mask else None
     options = {} if mask is None else {"attention_mask": mask}
     out = run(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True, **options)
     return cast(Tensor, out.last_hidden_state)
 
 
-def _explicit_mask(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    allowed = attention_mask(batch)
-    if base.config._attn_implementation == "sdpa":
-        return allowed
-    if base.config._attn_implementation == "eager":  # added to the scores
-        bias = torch.zeros(allowed.shape, dtype=base.dtype, device=allowed.device)
-        return bias.masked_fill(~allowed, torch.finfo(base.dtype).min)
-    raise ModelError(
-        f"Shared prefixes need attn_implementation 'sdpa' or 'eager', not {base.config._attn_implementation!r}."
-    )
+def takes_explicit_masks(base: PreTrainedModel) -> bool:
+    """Whether a model's attention can be told of each token which others it sees."""
+    return base.config._attn_implementation in ("sdpa", "eager")
+
+
+def attention_bias(base: PreTrainedModel, allowed: Tensor) -> Tensor:
+    """The mask that a model's attention wants, of who sees whom: what is added to its scores.
+
+    SDPA takes `allowed` itself too, but makes this of it in every layer and keeps each for the backward pass.
+
+    Args:
+        base: The model.
+        allowed: ``bool [b, 1, t, s]``.
+
+    Raises:
+        ModelError: If its attention takes no such mask.
+    """
+    if not takes_explicit_masks(base):
+        raise ModelError(
+            f"Shared prefixes need attn_implementation 'sdpa' or 'eager', not {base.config._attn_implementation!r}."
+        )
+    kind = allowed.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill_(~allowed, torch.finfo(dtype).min)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,18 @@ def for_attention(base: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
     """Several packed rows as one where sequences are kept apart in a single row only, as for FlashAttention."""
     one = not batch.packed or len(batch.input_ids) == 1 or batch.has_shared_prefixes
     return batch if one or base.config._attn_implementation in _ANY_ROWS else in_one_row(batch)
+
+
+def _masked_once(base: PreTrainedModel, batch: TokenBatch, exactness: Exactness) -> TokenBatch:
+    """A packed batch with a mask of ours, where the model takes one, its windows allow it and it is cheaper.
+
+    Of the mask that transformers makes for SDPA from positions every layer makes another, and keeps it for the backward
+    pass; of ours it doesn't.
+    """
+    ours = batch.packed and exactness.sharing is None and base.config._attn_implementation == "sdpa"
+    if ours and (exactness.window is None or int(batch.position_ids.max()) < exactness.window):
+        return replace(batch, explicit_mask=True)
+    return batch
 
 
 def _some_tokens(vocabulary: int) -> list[Tensor]:
@@ -209,7 +221,8 @@ class Scorer:
                 "this.",
             )
             return unpack(batch, pad_token_id=self.pad_token_id)
-        return for_attention(base_of(model), batch)
+        base = base_of(model)
+        return _masked_once(base, for_attention(base, batch), self.exactness(model))
 
     def lay_out(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.configuration_utils import PreTrainedConfig
 
-_ROOM = 64  # places added at a time
+_ROOM = 64  # places added at a time, unless said otherwise
 
 
 class GrowingLayer(DynamicLayer):
@@ -27,6 +27,7 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
         self._prefix = prefix
         self._buffers: tuple[Tensor, Tensor] | None = None
+        self._room = _ROOM
         self._length = 0 if prefix is None else prefix[0].shape[-2]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -36,8 +37,8 @@ class GrowingLayer(DynamicLayer):
             self._buffers = (self._first(key_states, 0, stop), self._first(value_states, 1, stop))
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         elif stop > self._buffers[0].shape[-2]:
-            keys, values = self._buffers
-            self._buffers = (_with_room(keys[:, :, :start], stop), _with_room(values[:, :, :start], stop))
+            keys, values = (_with_room(states[:, :, :start], stop, self._room) for states in self._buffers)
+            self._buffers = (keys, values)
         self._length = stop
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:stop] = new
@@ -45,7 +46,7 @@ class GrowingLayer(DynamicLayer):
 
     def _first(self, new: Tensor, which: int, stop: int) -> Tensor:
         before = new[:, :, :0] if self._prefix is None else self._prefix[which].expand(new.shape[0], -1, -1, -1)
-        return _with_room(before, stop)
+        return _with_room(before, stop, self._room)
 
     def _view(self) -> tuple[Tensor, Tensor]:
         assert self._buffers is not None
@@ -61,25 +62,23 @@ class GrowingLayer(DynamicLayer):
         """Places filled, the prefix among them."""
         return self._length
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only some rows."""
-        if self._buffers is not None:
-            self._buffers = (self._buffers[0][indices], self._buffers[1][indices])
-            self._view()
-
-    def start_from(self, other: GrowingLayer, rows: Tensor) -> None:
-        """Begin with copies of rows of another layer, each as often as `rows`, ``int64 [rows]``, names it."""
-        if other._buffers is not None:
-            rows = rows.to(other.device)
-            self._buffers = (other._buffers[0][rows], other._buffers[1][rows])
-            self._length = other._length
-            self.dtype, self.device, self.is_initialized = other.dtype, other.device, True
-            self._view()
+    def start_from(self, other: GrowingLayer, rows: Tensor, places: Tensor, room: int) -> None:
+        """Begin with places of another layer, see :meth:`GrowingCache.gathered`."""
+        if other._buffers is None:  # it takes its keys and values from another layer
+            return
+        filled = other.filled()
+        rows, places = rows.to(other.device)[:, None], places.to(other.device)[:, None]  # [b, 1, p]
+        heads = torch.arange(filled[0].shape[1], device=other.device)[:, None]  # [kv_heads, 1]
+        self._room, self._length = room, places.shape[-1]
+        keys, values = (_with_room(states[rows, heads, places], self._length, room) for states in filled)
+        self._buffers = (keys, values)
+        self.dtype, self.device, self.is_initialized = other.dtype, other.device, True
+        self._view()
 
 
-def _with_room(states: Tensor, stop: int) -> Tensor:
+def _with_room(states: Tensor, stop: int, room: int) -> Tensor:
     b, heads, length, dim = states.shape
-    buffer = states.new_empty(b, heads, stop + _ROOM, dim)
+    buffer = states.new_empty(b, heads, stop + room, dim)
     buffer[:, :, :length] = states
     return buffer
 
@@ -98,16 +97,17 @@ class GrowingCache(Cache):
         ]
         super().__init__(layers=list(self.growing))
 
-    def keep(self, rows: list[int]) -> None:
-        """Keep only some rows."""
-        for layer in self.growing:
-            layer.batch_select_indices(torch.tensor(rows, device=layer.device))
+    def gathered(self, rows: Tensor, places: Tensor, *, room: int) -> GrowingCache:
+        """A cache of `b` rows that begins with `p` places of this one.
 
-    def spread(self, rows: Tensor) -> GrowingCache:
-        """A cache that begins with rows of this one, each as often as `rows`, ``int64 [rows]``, names it."""
+        Args:
+            rows: Row of this cache that each place is copied from, ``int64 [b, p]``.
+            places: Place in that row, ``int64 [b, p]``.
+            room: Places added whenever it is full.
+        """
         cache = GrowingCache(len(self.growing))
         for new, old in zip(cache.growing, self.growing, strict=True):
-            new.start_from(old, rows)
+            new.start_from(old, rows, places, room)
         return cache
 
 

@@ -1,4 +1,4 @@
-"""One pass of a model over new tokens and a cache, and whether a model can be run so."""
+"""One pass of a model over new tokens and a cache."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_ft.models.generate import left_padded
-from lightning_ft.models.head import CausalLM, base_of, input_device
+from lightning_ft.models.head import CausalLM, attention_bias, base_of, input_device
 from lightning_ft.rollout.cache import GrowingCache, cache_layers
 
-_PROBE_TOKENS = 12
 
-
-def next_logits(model: CausalLM, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None) -> Tensor:
+def next_logits(
+    model: CausalLM, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None, last: int = 1
+) -> Tensor:
     """Run tokens through a model and keep their keys and values.
 
     Args:
@@ -24,24 +23,29 @@ def next_logits(model: CausalLM, ids: Tensor, cache: GrowingCache, positions: Te
         ids: New tokens, ``int64 [b, t]``.
         cache: Holds `p` places of each row; `t` are added.
         positions: Of the new tokens, ``int64 [b, t]``.
-        mask: Which places are tokens, ``[b, p + t]``; None if all are.
+        mask: Which places are tokens, ``[b, p + t]``, or what each new token sees, ``bool [b, 1, t, p + t]``; None if
+            all are, and each sees those before it.
+        last: Places at the end of each row whose logits are wanted.
 
     Returns:
-        Logits behind the last place of each row, ``fp32 [b, vocabulary]``.
+        Logits behind them, ``fp32 [b, last, vocabulary]``.
     """
     base = base_of(model)
     device = input_device(model)
     options = {_cache_argument(base): cache}
+    if mask is not None:
+        mask = mask.to(device)
+        mask = attention_bias(base, mask) if mask.ndim == 4 else mask
     out = base(  # the base and not the PEFT wrapper, around which FSDP2 would not gather the weights
         input_ids=ids.to(device),
-        attention_mask=None if mask is None else mask.to(device),
+        attention_mask=mask,
         position_ids=positions.to(device),
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last,
         **options,
     )
-    last: Tensor = out.logits[:, -1].float()
-    return last
+    behind: Tensor = out.logits[:, -last:].float()
+    return behind
 
 
 def idle_pass(model: CausalLM) -> None:
@@ -66,37 +70,6 @@ def cached_layers(model: CausalLM, tokens: int) -> tuple[int, str | None]:
         if name not in accepted:
             return 0, f"its forward pass takes no {name}"
     return cache_layers(base.config, tokens)
-
-
-def cache_is_exact(model: CausalLM, layers: int, pad_token_id: int) -> bool:
-    """Ask the model itself, on a few tokens: architectures differ in more than a list of names could hold.
-
-    Args:
-        model: In eval mode.
-        layers: Of its cache.
-        pad_token_id: Stands at masked places.
-
-    Returns:
-        Whether logits behind a prefix taken from a cache, with holes behind it, are those of the plain pass. No random
-        number of the global generators is drawn.
-    """
-    base = base_of(model)
-    vocabulary = base.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (2, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    ids[1, :5] = ids[0, :5]
-    short = _PROBE_TOKENS - 3  # the second prompt is shorter, so that its row has a hole behind the prefix
-    alone = [
-        base(input_ids=prompt[None].to(input_device(model)), use_cache=False) for prompt in (ids[0], ids[1, :short])
-    ]
-    want = torch.cat([out.logits[:, -1].float() for out in alone])
-    start = read_tokens(model, ids[0, :5].tolist(), layers)
-    rest, mask = left_padded([ids[0, 5:].tolist(), ids[1, 5:short].tolist()], pad_token_id)
-    mask = torch.cat([mask.new_ones(2, 5), mask], dim=1)
-    positions = (mask.cumsum(1) - 1)[:, 5:]
-    got = next_logits(model, rest, GrowingCache(layers, start), positions, mask)
-    rounds = base.dtype != torch.float32 or torch.is_autocast_enabled(input_device(model).type)
-    tolerance = 5e-2 if rounds or getattr(base, "is_quantized", False) else 1e-4
-    return bool((got - want).abs().max() <= tolerance * want.abs().max().clamp(min=1.0))
 
 
 def _cache_argument(base: PreTrainedModel) -> str:

@@ -2,7 +2,7 @@
 
 Prompts that start with the same system prompt and examples differ in their last few tokens. The prefix is prefilled
 with one row, its keys and values are laid into the cache of each batch, each prompt is read once for all its
-completions, and rows leave their batch as they finish.
+completions, sequences that share much share a row of the cache, and rows leave their batch as they finish.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import context_length
+from lightning_ft.rollout.bundles import read_prompts
 from lightning_ft.rollout.cache import GrowingCache
-from lightning_ft.rollout.decode import decode, decode_parts, read_prompts
+from lightning_ft.rollout.decode import decode, decode_parts
 from lightning_ft.rollout.fallback import generate_plainly
-from lightning_ft.rollout.forward import cache_is_exact, cached_layers, idle_pass, next_logits, read_tokens
+from lightning_ft.rollout.forward import cached_layers, idle_pass, next_logits, read_tokens
 from lightning_ft.rollout.lockstep import Lockstep
+from lightning_ft.rollout.probe import cache_is_exact, rows_can_be_shared
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request, common_prefix
 from lightning_ft.rollout.sampling import TokenSampler
 from lightning_ft.rollout.stopping import Ending
@@ -100,6 +102,7 @@ class LocalEngine:
         self.share_prefix = share_prefix
         self.tokenizer = tokenizer
         self._exact: bool | None = None
+        self._together = False
 
     def generate(
         self,
@@ -210,7 +213,9 @@ class LocalEngine:
                     device=input_device(self.model),
                 ),
                 parts,
-                lambda read: decode(forward, read, sampler, request.ending, request.max_new_tokens),
+                lambda bundles: decode(forward, bundles, sampler, request.ending, request.max_new_tokens),
+                max_new_tokens=request.max_new_tokens,
+                together=self._together,
             )
         return [
             [c for size, completions in zip(parts, done, strict=True) for c in completions[row * size :][:size]]
@@ -218,10 +223,10 @@ class LocalEngine:
         ]
 
     def _forward(
-        self, lockstep: Lockstep, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None
+        self, lockstep: Lockstep, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None, last: int
     ) -> Tensor:
         lockstep.announce()
-        return next_logits(self.model, ids, cache, positions, mask)
+        return next_logits(self.model, ids, cache, positions, mask, last)
 
     def _read(self, prefix: Sequence[int], request: _Request) -> GrowingCache:
         assert request.layers is not None
@@ -262,6 +267,7 @@ class LocalEngine:
     def _is_exact(self, layers: int) -> bool:
         if self._exact is None:
             self._exact = cache_is_exact(self.model, layers, self.pad_token_id)
+            self._together = self._exact and rows_can_be_shared(self.model, layers, self.pad_token_id)
         return self._exact
 
     def _warn(self, why_not: str, shared: int, group: int) -> None:

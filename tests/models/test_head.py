@@ -92,6 +92,31 @@ def test_scores_and_gradients_equal_those_of_each_example_alone(name, attention)
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("window", "ours"), [(None, True), (12, True), (4, False)])
+def test_layers_of_a_packed_batch_share_one_mask_that_none_has_to_convert(window, ours):
+    """SDPA makes another of a boolean mask in every layer, and keeps it for the backward pass."""
+    model = build("mistral", {"sliding_window": window}).train()
+    masks, kept = [], {}
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda m, a, k: masks.append(k["attention_mask"]), with_kwargs=True)
+    batch = collate_examples(examples())
+    square = batch.input_ids.shape[1] ** 2 * len(batch.input_ids)
+
+    def keep(tensor):
+        if tensor.numel() == square and tensor.dtype == torch.float32 and not tensor.requires_grad:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    scorer = Scorer()
+    scorer.exactness(model)
+    masks.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        scorer(model, batch, "sum")
+    assert len({mask.data_ptr() for mask in masks}) == 1
+    assert masks[0].dtype == (torch.float32 if ours else torch.bool)
+    assert len(kept) == (1 if ours else len(masks))
+
+
 @pytest.mark.parametrize("name", UNPACKED)
 def test_a_model_that_mixes_packed_rows_is_unpacked_with_a_warning(name):
     model = build(name, UNPACKED[name], None)

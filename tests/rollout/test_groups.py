@@ -1,5 +1,7 @@
 """Several completions of each prompt: each prompt is read once, whatever the batches."""
 
+from functools import partial
+
 import pytest
 import torch
 from architectures import ENDS, NOT_SHARING, SHARING, make_prompts, one_by_one
@@ -7,8 +9,11 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.rollout.bundles import Bundles, read_prompts
 from lightning_ft.rollout.cache import GrowingCache
+from lightning_ft.rollout.forward import next_logits, read_tokens
 from lightning_ft.rollout.local import LocalEngine
+from lightning_ft.rollout.probe import rows_can_be_shared
 from lightning_ft.rollout.protocol import Sampling
 
 NEVER = [1000]  # no such token
@@ -20,15 +25,21 @@ class Passes:
     def __init__(self, model, engine):
         engine._is_exact(3)
         self.seen = []
-        model.model.register_forward_pre_hook(
-            lambda m, a, k: self.seen.append(tuple(k["input_ids"].shape)), with_kwargs=True
-        )
+        model.model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module, args, kwargs):
+        mask, (rows, tokens) = kwargs["attention_mask"], kwargs["input_ids"].shape
+        writes = tokens == 1 or (mask is not None and mask.ndim == 4)
+        self.seen.append((rows * tokens, tokens, writes))
 
     def read(self):
-        return sum(rows * tokens for rows, tokens in self.seen if tokens > 1)
+        return sum(tokens for tokens, _, writes in self.seen if not writes)
 
     def written(self):
-        return [rows for rows, tokens in self.seen if tokens == 1]
+        return [tokens for tokens, _, writes in self.seen if writes]
+
+    def together(self):
+        return [width for _, width, writes in self.seen if writes]
 
 
 def adapted():
@@ -115,15 +126,77 @@ def test_completions_stand_in_the_order_of_their_prompts():
         assert [c.tokens[0] for c in rollouts.completions] == [first for first in firsts for _ in range(3)]
 
 
-def test_a_spread_cache_is_a_copy_and_grows_by_itself():
+def test_completions_of_a_long_prompt_are_written_in_one_row_and_are_the_same():
+    """Greedy and sampled, with rows that end on the way, against a copy of the cache for each."""
+    draw = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(10, 64, (n,), generator=draw).tolist() for n in (160, 150, 151)]
+    for name in SHARING:
+        torch.manual_seed(0)
+        model = SHARING[name]().eval()
+        engine = LocalEngine(model, end_token_ids=list(range(9)), batch_size=12, share_prefix=False)
+        passes, answers = Passes(model, engine), {}
+        assert engine._together
+        for together in (True, False):
+            engine._together = together
+            passes.seen.clear()
+            torch.manual_seed(3)
+            answers[together] = engine.generate(
+                prompts, max_new_tokens=40, sampling=Sampling(temperature=1.5), num_completions=4
+            )
+            assert passes.together()[0] == (4 if together else 1)
+            assert passes.written()[-1] < passes.written()[0]
+        for one, other in zip(*(found.completions for found in answers.values()), strict=True):
+            assert (one.tokens, one.truncated) == (other.tokens, other.truncated)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert len({c.tokens for c in answers[True].completions}) > 9
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 6])
+def test_sequences_of_a_row_see_their_own_prompt_and_tokens_only(width):
+    """Logits behind forced tokens, before and after some sequences have left, against plain passes."""
+    model = SHARING["llama"]().eval()
+    prefix, prompts = [11, 12, 13], [[20, 21], [22, 23, 24, 25]]
+    forward = partial(next_logits, model)
+    draw = torch.Generator().manual_seed(0)
+    forced = torch.randint(10, 64, (5, 6), generator=draw)  # five steps of six sequences, three of each prompt
+    with torch.no_grad():
+        start = read_tokens(model, prefix, 3)
+        read = read_prompts(forward, prompts, start, layers=3, pad_token_id=0, device=torch.device("cpu"))
+        bundles = Bundles(read, times=3, last=False, ahead=5, together=True, width=width)
+        staying = list(range(6))
+        for step, tokens in enumerate(forced):
+            if step in (2, 4):
+                staying = staying[:: 2 if step == 2 else 3]
+                bundles.keep(staying)
+            got = bundles.write(forward, tokens[staying])
+            for row, sequence in enumerate(staying):
+                ids = [*prefix, *prompts[sequence // 3], *forced[: step + 1, sequence].tolist()]
+                want = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+                assert torch.allclose(got[row], want, atol=1e-4), (step, sequence)
+
+
+def test_a_model_that_takes_no_masks_or_minds_them_gets_a_copy_for_each(monkeypatch):
+    model = SHARING["llama"]().eval()
+    assert rows_can_be_shared(model, 3, 0)
+    monkeypatch.setattr("lightning_ft.rollout.forward.attention_bias", lambda base, seen: 0.0 * seen)  # all is seen
+    assert not rows_can_be_shared(model, 3, 0)
+    monkeypatch.undo()
+    model.config._attn_implementation = "flex_attention"
+    assert not rows_can_be_shared(model, 3, 0)
+
+
+def test_a_gathered_cache_is_a_copy_and_grows_by_itself():
     cache = GrowingCache(1)
-    keys = torch.arange(6.0).view(2, 1, 3, 1)
-    cache.update(keys, keys, 0)
-    spread = cache.spread(torch.tensor([1, 1, 0]))
-    assert torch.equal(spread.growing[0].keys, keys[[1, 1, 0]])
-    new = torch.full((3, 1, 1, 1), 9.0)
-    spread.update(new, new, 0)
-    assert spread.get_seq_length() == 4
+    keys = torch.arange(12.0).view(2, 2, 3, 1)  # two rows, two heads, three places
+    cache.update(keys, keys + 100, 0)
+    gathered = cache.gathered(torch.tensor([[1, 1, 0], [0, 0, 0]]), torch.tensor([[2, 0, 1], [1, 1, 2]]), room=1)
+    expected = torch.tensor([[[8.0, 6.0, 1.0], [11.0, 9.0, 4.0]], [[1.0, 1.0, 2.0], [4.0, 4.0, 5.0]]])
+    assert torch.equal(gathered.growing[0].keys[..., 0], expected)
+    assert torch.equal(gathered.growing[0].values[..., 0], expected + 100)
+    new = torch.full((2, 2, 3, 1), 9.0)
+    gathered.update(new, new, 0)
+    assert gathered.get_seq_length() == 6
+    assert torch.equal(gathered.growing[0].keys, torch.cat([expected[..., None], new], dim=2))
     assert cache.get_seq_length() == 3
     assert torch.equal(cache.growing[0].filled()[0], keys)
 
