@@ -5,7 +5,7 @@
 
 It begins with the loop of any tutorial (right-padded rows, ``model(input_ids, attention_mask, labels=labels).loss``,
 AdamW). Each row of the table says what it builds on; where the two compute the same, their losses must agree. Each row
-is a process of its own; they take turns, forwards and backwards.
+is a process of its own. A few take turns, forwards and backwards: always the plain loop, and what a row builds on.
 
 Batches aren't sorted by length: nothing in this project does that, and it would train on other batches.
 """
@@ -28,6 +28,7 @@ from lightning_ft.functional.logprobs import linear_logprob_sum, module_logprobs
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.head import base_of, hidden_states
 from lightning_ft.models.optim import parameter_groups
+from lightning_ft.report.markdown import markdown_table
 
 EXACT = 1e-4
 
@@ -46,6 +47,7 @@ class Recipe:
         unmasked: Without an attention mask, which rows that are padded on the right don't need.
         layout: ``padded``; ``one row`` for a batch, without padding; ``packed``: as many rows as cost least, since
             attention over the whole of one long row costs more than a little padding.
+        one_mask: Tell the model who sees whom, rather than let each layer make a mask of transformers' one.
         checkpointing: Compute activations again in the backward pass.
         fused: The fused kernel of AdamW.
         dtype: Of the base; an adapter stays fp32.
@@ -60,6 +62,7 @@ class Recipe:
     head: str = "logits"
     unmasked: bool = False
     layout: str = "padded"
+    one_mask: bool = False
     checkpointing: bool = False
     fused: bool = False
     dtype: str = "float32"
@@ -74,6 +77,8 @@ CHUNKED = replace(THERE, name="in chunks, recomputed", after=THERE.name, head="r
 DIRECT = replace(CHUNKED, name="gradient in the forward pass", after=CHUNKED.name, head="direct")
 FUSED = replace(DIRECT, name="fused AdamW", after=DIRECT.name, fused=True)
 ONE_ROW = replace(DIRECT, name="packed into one row", after=DIRECT.name, layout="one row")
+PACKED = replace(ONE_ROW, name="packed into balanced rows", after=ONE_ROW.name, layout="packed")
+ONE_MASK = replace(PACKED, name="one mask for all layers", after=PACKED.name, one_mask=True)
 FULL = replace(PLAIN, name="plain loop, all weights", after=PLAIN.name, exact=False, lora=False)
 RECIPES = [
     PLAIN,
@@ -83,10 +88,11 @@ RECIPES = [
     DIRECT,
     FUSED,
     ONE_ROW,
-    replace(ONE_ROW, name="packed into balanced rows", after=ONE_ROW.name, layout="packed"),
+    PACKED,
+    ONE_MASK,
+    replace(ONE_MASK, name="LoRAFineTuning under Lightning", after=ONE_MASK.name, engine="ours"),
     replace(DIRECT, name="activation checkpointing", after=DIRECT.name, checkpointing=True),
     replace(DIRECT, name="bf16 base", after=DIRECT.name, exact=False, dtype="bfloat16"),
-    replace(DIRECT, name="LoRAFineTuning under Lightning", after=DIRECT.name, engine="ours"),
     replace(PLAIN, name="TRL's SFTTrainer, padded", after=PLAIN.name, engine="trl", setting="padded"),
     replace(PLAIN, name="TRL's SFTTrainer, padding-free", after=PLAIN.name, engine="trl", setting="padding_free"),
     FULL,
@@ -141,6 +147,7 @@ def _selected_loss(network: Any, examples: list[Example], recipe: Recipe) -> Ten
         if recipe.layout == "one row"
         else collate_examples(examples, packing=recipe.layout == "packed", pad_token_id=1)
     )
+    batch = replace(batch, explicit_mask=recipe.one_mask)
     base = base_of(network)
     states = hidden_states(base, batch).flatten(0, 1).index_select(0, batch.predictors)
     return -HEADS[recipe.head](states, base.get_output_embeddings(), batch) / batch.num_targets
@@ -165,42 +172,82 @@ HEADS: dict[str, Callable[[Tensor, Any, TokenBatch], Tensor]] = {
 }
 
 
-def check(recipes: list[Recipe], measured: dict[str, Measured]) -> None:
-    """Refuse losses that should agree and don't.
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a recipe, in turns with what it is compared with.
 
-    Raises:
-        SystemExit: With the two rows.
+    Args:
+        recipe: What was run.
+        found: Its figures.
+        plain: Those of the plain loop.
+        before: Those of the row that it builds on; None for the plain loop.
     """
+
+    recipe: Recipe
+    found: Measured
+    plain: Measured
+    before: Measured | None
+
+    @property
+    def apart(self) -> float | None:
+        """The largest difference of a loss from the row that it builds on."""
+        if self.before is None:
+            return None
+        return max(abs(x - y) for x, y in zip(self.found.values["losses"], self.before.values["losses"], strict=True))
+
+    def check(self) -> None:
+        """Refuse losses that should agree and don't.
+
+        Raises:
+            SystemExit: With the two rows.
+        """
+        if self.recipe.exact and self.apart is not None and not self.apart <= EXACT:
+            raise SystemExit(
+                f"Losses of {self.recipe.name!r} and {self.recipe.after!r} differ by {self.apart:.3g}, not by at most "
+                f"{EXACT:g}."
+            )
+
+
+def turns(recipes: list[Recipe], most: int = 5) -> list[tuple[list[Recipe], list[Recipe]]]:
+    """What runs in turns, and which of it are rows of the table: more processes would need too much memory.
+
+    Args:
+        recipes: Rows of the table.
+        most: Processes at a time.
+    """
+    by_name = {recipe.name: recipe for recipe in RECIPES}
+    groups: list[tuple[list[Recipe], list[Recipe]]] = []
     for recipe in recipes:
-        if recipe.after in measured and recipe.exact:
-            apart = _apart(measured[recipe.name], measured[recipe.after])
-            if not apart <= EXACT:
-                raise SystemExit(f"Losses of {recipe.name!r} and {recipe.after!r} differ by {apart:.3g}.")
+        needed = [PLAIN, *([by_name[recipe.after]] if recipe.after else []), recipe]
+        if not groups or len({r.name for r in groups[-1][0] + needed}) > most:
+            groups.append(([], []))
+        running, rows = groups[-1]
+        running.extend(new for new in dict.fromkeys(needed) if new not in running)
+        rows.append(recipe)
+    return groups
 
 
-def _apart(a: Measured, b: Measured) -> float:
-    return max(abs(x - y) for x, y in zip(a.values["losses"], b.values["losses"], strict=True))
-
-
-def table(recipes: list[Recipe], measured: dict[str, Measured], steps: int) -> str:
+def table(rows: list[Row], steps: int) -> str:
     """The figures as a Markdown table."""
-    lines = [
-        "| | technique | on top of | s a step | times as fast as plain | as that row | excess memory, MiB "
-        "| GFLOP a step | last loss | apart from that row |",
-        "|" + " --- |" * 3 + " ---: |" * 7,
-    ]
+    head = ["", "technique", "on top of", "s a step", "times as fast as plain", "as that row", "excess memory, MiB"]
+    head += ["GFLOP a step", "last loss", "apart from that row"]
     numbers = {recipe.name: number for number, recipe in enumerate(RECIPES)}
-    plain = measured.get(PLAIN.name)
-    for recipe in recipes:
-        found = measured[recipe.name]
-        before = measured.get(recipe.after or "")
-        lines.append(
-            f"| {numbers[recipe.name]} | {recipe.name} | {numbers[recipe.after] if recipe.after else ''} "
-            f"| {median(found.seconds) / steps:.3f} | {_ratio(plain, found)} | {_ratio(before, found)} "
-            f"| {found.excess / MIB:,.0f} | {found.flops / 1e9 / steps:,.2f} | {found.values['losses'][-1]:.5f} "
-            f"| {'' if before is None else f'{_apart(found, before):.0e}'}{'' if recipe.exact else ' (not the same)'} |"
-        )
-    return "\n".join(lines)
+    cells = [
+        [
+            f"{numbers[row.recipe.name]}",
+            row.recipe.name,
+            f"{numbers[row.recipe.after]}" if row.recipe.after else "",
+            f"{median(row.found.seconds) / steps:.3f}",
+            _ratio(row.plain, row.found),
+            _ratio(row.before, row.found),
+            f"{row.found.excess / MIB:,.0f}",
+            f"{row.found.flops / 1e9 / steps:,.2f}",
+            f"{row.found.values['losses'][-1]:.5f}",
+            ("" if row.apart is None else f"{row.apart:.0e}") + ("" if row.recipe.exact else " (not the same)"),
+        ]
+        for row in rows
+    ]
+    return "\n".join(markdown_table(head, cells))
 
 
 def _ratio(before: Measured | None, after: Measured) -> str:
@@ -223,16 +270,20 @@ def main() -> None:
     size = Size(args.vocabulary, args.hidden, args.layers)
     case = sft.Case(size, True, prompt=args.prompt, answer=args.answer, batch=args.batch, steps=args.steps)
     recipes = [recipe for recipe in RECIPES if args.only in recipe.name]
-    contenders = {recipe.name: (build, (case, recipe)) for recipe in recipes}
-    measured = in_turns(contenders, pairs=args.pairs, threads=args.threads)
-    check(recipes, measured)
+    rows: list[Row] = []
+    for running, wanted in turns(recipes):
+        contenders = {recipe.name: (build, (case, recipe)) for recipe in running}
+        measured = in_turns(contenders, pairs=args.pairs, threads=args.threads)
+        for recipe in wanted:
+            rows.append(Row(recipe, measured[recipe.name], measured[PLAIN.name], measured.get(recipe.after or "")))
+            rows[-1].check()
+        found = [{**asdict(row.recipe), **asdict(row.found)} for row in rows]
+        write_json({"case": asdict(case), "machine": machine(args.threads), "rows": found}, args.json)
     print(
         f"{size}, {case.steps} steps of {case.batch} rows, prompts of {case.prompt}, answers of {case.answer}, "
         f"{case.tokens:,} tokens; medians of {args.pairs} repetitions with {args.threads} threads\n"
     )
-    print(table(recipes, measured, case.steps), flush=True)
-    rows = [{**asdict(recipe), **asdict(measured[recipe.name])} for recipe in recipes]
-    write_json({"case": asdict(case), "machine": machine(args.threads), "rows": rows}, args.json)
+    print(table(rows, case.steps), flush=True)
 
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
     looks = marks(list(kinds.values()))
     labels = {"full": "full fine-tuning", "lora": f"LoRA in all {LAYERS} layers"}
     scale = full.mean("test")
+    offsets = {LAYERS: (0, 9), LAYERS - 1: (0, -18)}  # of labels: their points stand close to each other
 
     def paint(axes: Any) -> None:
         for top, kind in kinds.items():
@@ -172,10 +173,11 @@ def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
             axes.errorbar(xs, ys, yerr=reach, label=labels.get(kind, kind), **style)
             for summary, x, y in zip(mine, xs, ys, strict=True):
                 if summary.first.rank is not None:
-                    axes.annotate(f"r {summary.first.rank}", (x, y), textcoords="offset points", xytext=(7, -4))
+                    place = {"xytext": offsets.get(top, (9, -4)), "ha": "left" if top not in offsets else "center"}
+                    axes.annotate(f"r {summary.first.rank}", (x, y), textcoords="offset points", fontsize=8, **place)
         axes.axhline(0.95, color="#666666", linestyle="--", linewidth=1)
         axes.annotate("95% of full", (0.02, 0.955), fontsize=9, color="#444444")
-        axes.set(xlim=(0, 1.12), ylim=(0, 1.12))
+        axes.set(xlim=(0, 1.08 * max(s.mean("flops") for s in summaries) / full.mean("flops")), ylim=(0, 1.12))
         axes.set(xlabel="operations, to full fine-tuning's", ylabel="quality, to full fine-tuning's")
         legend_below(axes)
 
