@@ -174,7 +174,9 @@ def attention_bias(base: PreTrainedModel, allowed: Tensor) -> Tensor:
         raise ModelError(
             f"Shared prefixes need attn_implementation 'sdpa' or 'eager', not {base.config._attn_implementation!r}."
         )
-    kind = allowed.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
+    kind, embedded = allowed.device.type, cast(Tensor, base.get_input_embeddings().weight).dtype
+    # what queries have, which must be that of the mask on a GPU; adapters may have another
+    states = embedded if embedded.is_floating_point else base.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states
     bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return bias.masked_fill_(~allowed, torch.finfo(dtype).min)
