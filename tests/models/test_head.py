@@ -8,8 +8,9 @@ from tiny import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_ft.data.layout import Example, collate_examples
+from lightning_ft.errors import ModelError
 from lightning_ft.models.adapt import add_lora, lora_config
-from lightning_ft.models.head import completion_logprobs
+from lightning_ft.models.head import attention_bias, completion_logprobs
 from lightning_ft.models.scorer import Scorer
 
 SMALL = {
@@ -115,6 +116,23 @@ def test_layers_of_a_packed_batch_share_one_mask_that_none_has_to_convert(window
     assert len({mask.data_ptr() for mask in masks}) == 1
     assert masks[0].dtype == (torch.float32 if ours else torch.bool)
     assert len(kept) == (1 if ours else len(masks))
+
+
+def test_a_mask_has_the_dtype_of_the_queries():
+    """On a GPU another one is an error."""
+    allowed = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
+    model = build("llama", {})
+    assert attention_bias(model, allowed).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention_bias(model, allowed).dtype == torch.bfloat16
+    model.bfloat16()
+    adapted = add_lora(model.requires_grad_(False), lora_config({"target_modules": "all-linear"}))
+    bias = attention_bias(adapted.get_base_model(), allowed)
+    assert bias.dtype == torch.bfloat16
+    assert (bias == 0).tolist() == allowed.tolist()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ModelError, match="need attn_implementation 'sdpa' or 'eager', not 'flex_attention'"):
+        attention_bias(model, allowed)
 
 
 @pytest.mark.parametrize("name", UNPACKED)
