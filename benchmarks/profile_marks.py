@@ -31,7 +31,7 @@ def parts() -> list[tuple[Any, str, str]]:
         (head, "hidden_states", "backbone, forward"),
         (head, "linear_logprob_sum", "head (summed)"),
         (head, "linear_logprobs", "head"),
-        (head, "attention_bias", "mask of shared prompts"),
+        (head, "attention_bias", "mask of ours"),
         (llama, "create_causal_mask", "transformers' mask"),
         (llama.LlamaRotaryEmbedding, "forward", "rotary embeddings"),
         (torch.Tensor, "backward", "backward"),

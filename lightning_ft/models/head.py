@@ -147,7 +147,7 @@ def hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Callable[.
     neither a mask nor a cache; padding stands behind all real tokens, which a causal model doesn't see.
     """
     run = backbone if backbone is not None else base.base_model
-    mask = attention_bias(base, attention_mask(batch)) if batch.has_shared_prefixes or batch.explicit_mask else None
+    mask = attention_bias(base, attention_mask(batch)) if batch.explicit_mask or batch.has_shared_prefixes else None
     options = {} if mask is None else {"attention_mask": mask}
     out = run(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True, **options)
     return cast(Tensor, out.last_hidden_state)

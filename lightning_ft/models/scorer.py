@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples, in_one_row, unpack
 from lightning_ft.data.shared import lay_out_completions
 from lightning_ft.functional.logprobs import SelectedLogProbs
+from lightning_ft.models.exact import are_close, tolerance_of
 from lightning_ft.models.head import (
     CausalLM,
     Reduction,
@@ -23,6 +24,7 @@ from lightning_ft.models.head import (
     completion_logprobs,
     hidden_states,
     input_device,
+    takes_explicit_masks,
 )
 
 _ANY_ROWS = ("sdpa", "eager", "flex_attention")
@@ -59,21 +61,20 @@ def probe(model: PreTrainedModel | PeftModel) -> Exactness:
     try:
         base = base_of(model)
         device = input_device(base)
-        exact = base.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-        tolerance = 1e-4 if exact and not getattr(base, "is_quantized", False) else 5e-2
+        tolerance = tolerance_of(base)
         prompt, *answers = _some_tokens(base.config.get_text_config().vocab_size)
         sequences = [_supervised(torch.cat([prompt, answer])) for answer in answers]
         alone = [as_forward(base, hidden_states, collate_examples([s]).to(device), None)[0] for s in sequences]
 
         packed = as_forward(base, hidden_states, collate_examples(sequences).to(device), None)[0]
-        packing = _close(packed, torch.cat(alone), tolerance)
+        packing = are_close(packed, torch.cat(alone), tolerance)
         sharing = _why_no_sharing(base) if packing else "it doesn't keep packed sequences apart"
         if sharing is None:
             behind = [_supervised(answer) for answer in answers]
             forest = lay_out_completions([prompt], [behind]).to(device)
             shared = as_forward(base, hidden_states, forest, None)[0]
             want = torch.cat([alone[0], *(states[len(prompt) :] for states in alone[1:])])
-            sharing = None if _close(shared, want, tolerance) else "its states differ under an explicit mask"
+            sharing = None if are_close(shared, want, tolerance) else "its states differ under an explicit mask"
         head = base.get_output_embeddings() is None or _head_is_known(model, sequences, tolerance)
     finally:
         for module, training in modes:
@@ -116,14 +117,13 @@ def _head_is_known(model: CausalLM, sequences: Sequence[Example], tolerance: flo
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         expected.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0])
     apart = completion_logprobs(model, collate_examples(sequences, packing=False).to(device)).logprobs
-    return _close(apart, torch.cat(expected), tolerance)
+    return are_close(apart, torch.cat(expected), tolerance)
 
 
 def _why_no_sharing(base: PreTrainedModel) -> str | None:
-    kind = base.config._attn_implementation
-    if kind in ("sdpa", "eager"):
+    if takes_explicit_masks(base):
         return None
-    return f"attn_implementation={kind!r} takes no explicit mask ('sdpa' and 'eager' do)"
+    return f"attn_implementation={base.config._attn_implementation!r} takes no explicit mask ('sdpa' and 'eager' do)"
 
 
 def _window(config: Any) -> int | None:
@@ -136,10 +136,6 @@ def _window(config: Any) -> int | None:
     if kinds is None or any("chunked" in kind for kind in kinds):
         found.append(getattr(text, "attention_chunk_size", None))
     return min((int(size) for size in found if size), default=None)
-
-
-def _close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
 
 
 def full_logits_logprobs(

@@ -97,17 +97,14 @@ class Bundles:
         times: Sequences of each, side by side.
         last: Whether the prompts' cache isn't needed afterwards, so that it may be used up.
         ahead: Tokens that each may get.
-        together: Whether a row may hold several sequences; else each has a row, with a copy of all before it.
-        width: How many at first, rather than what costs least.
+        width: Sequences of a row; 1 gives each a row, with a copy of all before it. None for what costs least.
     """
 
     _mask: Tensor | None
     _own: Tensor
     _positions: Tensor
 
-    def __init__(
-        self, read: ReadPrompts, *, times: int, last: bool, ahead: int, together: bool, width: int = 0
-    ) -> None:
+    def __init__(self, read: ReadPrompts, *, times: int, last: bool, ahead: int, width: int | None = None) -> None:
         prompts, end = range(len(read.lengths)), read.cache.get_seq_length()
         self._runs = {i: _Run(i, (range(end - read.lengths[i], end),)) for i in prompts}
         if read.shared:
@@ -115,8 +112,8 @@ class Bundles:
         self._cache, self._device = read.cache, read.logits.device
         self._first = len(prompts)  # number of the first sequence
         self._prompt_of = [i for i in prompts for _ in range(times)]
-        self._together, self._ahead = together, ahead
-        self._stand(list(range(len(self._prompt_of))), width=width, as_read=times == 1 and last)
+        self._asked, self._ahead = width, ahead
+        self._stand(list(range(len(self._prompt_of))), as_read=times == 1 and last)
         self.logits = read.logits.repeat_interleave(times, 0)
         """Behind the prompt of each sequence, ``fp32 [r, vocabulary]``."""
 
@@ -153,13 +150,12 @@ class Bundles:
 
     # ------------------------------------------------------------ the layout
 
-    def _stand(self, sequences: Sequence[int], *, as_read: bool, width: int = 0) -> None:
+    def _stand(self, sequences: Sequence[int], *, as_read: bool) -> None:
         """Lay out sequences, where each has a row by itself in the cache as it was read, else in a new one."""
         prompts = {i: self._length(i) for i in {self._prompt_of[s] for s in sequences}}
         written = [(self._prompt_of[s], self._length(self._first + s)) for s in sequences]
         shared = self._length(_PREFIX)
-        best = best_width(shared, prompts, written, ahead=self._ahead) if self._together else 1
-        self._width = width or best
+        self._width = self._asked or best_width(shared, prompts, written, ahead=self._ahead)
         self._inside = [list(sequences[i : i + self._width]) for i in range(0, len(sequences), self._width)]
         count = len(self._inside) * self._width
         # places of the last bundle that no sequence stands at are filled by its last one, whose result isn't used

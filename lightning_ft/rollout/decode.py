@@ -18,7 +18,7 @@ def decode_parts(
     write: Callable[[Bundles], list[Completion]],
     *,
     max_new_tokens: int,
-    together: bool,
+    width: int | None,
 ) -> list[list[Completion]]:
     """Write several completions of each prompt, some of them at a time, from prompts that were read once.
 
@@ -27,14 +27,14 @@ def decode_parts(
         parts: How many completions of each prompt are written together, part by part.
         write: :func:`decode`, for the sequences that it is given.
         max_new_tokens: At most so many for each.
-        together: Whether sequences may share a row of the cache.
+        width: Sequences of a row of the cache, see :class:`Bundles`.
 
     Returns:
         For each part its ``b * part`` completions, those of one prompt side by side.
     """
     done = []
     for left, size in zip(reversed(range(len(parts))), parts, strict=True):
-        bundles = Bundles(read, times=size, last=not left, ahead=max_new_tokens, together=together)
+        bundles = Bundles(read, times=size, last=not left, ahead=max_new_tokens, width=width)
         if not left:
             del read  # while the last part is written its memory is free
         done.append(write(bundles))

@@ -26,7 +26,7 @@ from lightning_ft.rollout.decode import decode, decode_parts
 from lightning_ft.rollout.fallback import generate_plainly
 from lightning_ft.rollout.forward import cached_layers, idle_pass, next_logits, read_tokens
 from lightning_ft.rollout.lockstep import Lockstep
-from lightning_ft.rollout.probe import cache_is_exact, rows_can_be_shared
+from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request, common_prefix
 from lightning_ft.rollout.sampling import TokenSampler
 from lightning_ft.rollout.stopping import Ending
@@ -215,7 +215,7 @@ class LocalEngine:
                 parts,
                 lambda bundles: decode(forward, bundles, sampler, request.ending, request.max_new_tokens),
                 max_new_tokens=request.max_new_tokens,
-                together=self._together,
+                width=None if self._together else 1,
             )
         return [
             [c for size, completions in zip(parts, done, strict=True) for c in completions[row * size :][:size]]
@@ -266,8 +266,7 @@ class LocalEngine:
 
     def _is_exact(self, layers: int) -> bool:
         if self._exact is None:
-            self._exact = cache_is_exact(self.model, layers, self.pad_token_id)
-            self._together = self._exact and rows_can_be_shared(self.model, layers, self.pad_token_id)
+            self._exact, self._together = probe_cache(self.model, layers, self.pad_token_id)
         return self._exact
 
     def _warn(self, why_not: str, shared: int, group: int) -> None:

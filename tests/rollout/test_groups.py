@@ -9,11 +9,12 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.models.head import takes_explicit_masks
 from lightning_ft.rollout.bundles import Bundles, read_prompts
 from lightning_ft.rollout.cache import GrowingCache
 from lightning_ft.rollout.forward import next_logits, read_tokens
 from lightning_ft.rollout.local import LocalEngine
-from lightning_ft.rollout.probe import rows_can_be_shared
+from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Sampling
 
 NEVER = [1000]  # no such token
@@ -162,7 +163,7 @@ def test_sequences_of_a_row_see_their_own_prompt_and_tokens_only(width):
     with torch.no_grad():
         start = read_tokens(model, prefix, 3)
         read = read_prompts(forward, prompts, start, layers=3, pad_token_id=0, device=torch.device("cpu"))
-        bundles = Bundles(read, times=3, last=False, ahead=5, together=True, width=width)
+        bundles = Bundles(read, times=3, last=False, ahead=5, width=width)
         staying = list(range(6))
         for step, tokens in enumerate(forced):
             if step in (2, 4):
@@ -177,12 +178,15 @@ def test_sequences_of_a_row_see_their_own_prompt_and_tokens_only(width):
 
 def test_a_model_that_takes_no_masks_or_minds_them_gets_a_copy_for_each(monkeypatch):
     model = SHARING["llama"]().eval()
-    assert rows_can_be_shared(model, 3, 0)
+    assert probe_cache(model, 3, 0) == (True, True)
     monkeypatch.setattr("lightning_ft.rollout.forward.attention_bias", lambda base, seen: 0.0 * seen)  # all is seen
-    assert not rows_can_be_shared(model, 3, 0)
+    assert probe_cache(model, 3, 0) == (True, False)
     monkeypatch.undo()
     model.config._attn_implementation = "flex_attention"
-    assert not rows_can_be_shared(model, 3, 0)
+    assert not takes_explicit_masks(model)
+    model.config._attn_implementation = "sdpa"
+    monkeypatch.setattr("lightning_ft.rollout.probe.takes_explicit_masks", lambda base: False)
+    assert probe_cache(model, 3, 0) == (True, False)
 
 
 def test_a_gathered_cache_is_a_copy_and_grows_by_itself():
