@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_ft.data.fields import FieldReader, Formats
+from lightning_ft.data.columns import Formats
+from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.request import Message
 from lightning_ft.data.turns import check_order
 
