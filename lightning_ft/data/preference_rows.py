@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.data.encode import Encoded, encode
 from lightning_ft.data.columns import Formats
+from lightning_ft.data.encode import Encoded, encode
 from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.formats import turns_key
 from lightning_ft.data.kinds import RowKind

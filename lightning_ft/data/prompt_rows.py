@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.batches import RESERVED
-from lightning_ft.data.encode import Encoded, encode_prompt
 from lightning_ft.data.columns import Formats
+from lightning_ft.data.encode import Encoded, encode_prompt
 from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.formats import turns_key
 from lightning_ft.data.kinds import RowKind
