@@ -4,6 +4,7 @@ import datasets
 import torch
 from tiny import CHATML
 from torch.utils.data import SequentialSampler
+from transformers import get_scheduler
 
 from lightning_ft import PreferenceDataModule
 from lightning_ft._lightning import Trainer
@@ -16,7 +17,12 @@ LORA = {"r": 4, "lora_alpha": 8}
 
 
 class InOrder:
-    """Mixed into a trainer of TRL's: rows in their order, and each micro-batch's loss unrounded."""
+    """Mixed into a trainer of TRL's: rows in their order, each micro-batch's loss unrounded, no step at rate 0."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """transformers' own schedule, one step on, of a run that is a step longer and warms up a step longer."""
+        self.lr_scheduler = one_step_on(self.args, num_training_steps, optimizer or self.optimizer)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, dataset=None):
         return SequentialSampler(dataset if dataset is not None else self.train_dataset)
@@ -25,6 +31,24 @@ class InOrder:
         loss = super().training_step(*args, **kwargs)
         self.micro_losses = [*getattr(self, "micro_losses", []), loss.item()]
         return loss
+
+
+def one_step_on(args, steps, optimizer):
+    """The schedule that transformers' own gives from its second step, so that no step is taken at rate 0.
+
+    Both sides of a comparison then have the same rates, each by its own arithmetic.
+    """
+    theirs = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.get_warmup_steps(steps) + 1,
+        num_training_steps=steps + 1,
+    )
+    factor = theirs.lr_lambdas[0]
+    for group in optimizer.param_groups:
+        group.pop("initial_lr")
+        group["lr"] = args.learning_rate
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step + 1))
 
 
 def settings(folder, *, batch_size, accumulation, learning_rate):

@@ -35,21 +35,23 @@ def schedule_factor(
 ) -> Callable[[int], float]:
     """Factor on the learning rate by optimizer step: linear warm-up, then `kind`.
 
-    The number of steps is asked for only after the first one: before a Trainer has set up its data it isn't known, and
-    asking Lightning for it then would make a stateful loader lose its place when a run is resumed.
+    No step has rate 0: of `w` warm-up steps the first has ``1 / (w + 1)`` of the peak, the step after them the peak,
+    and the last step of the run is the last one before the schedule's zero. That is transformers' schedule one step on.
+    At least one step has the peak, also in a run of a single step.
 
     Args:
         kind: What follows the warm-up.
-        warmup_ratio: Share of all steps that warm up, from zero as in transformers.
-        total_steps: Gives the number of steps, None where there is no end.
+        warmup_ratio: Share of all steps that warm up, rounded up.
+        total_steps: Gives the number of steps, None where there is no end or it isn't known yet (see
+            :func:`set_first_rate`).
 
     Raises:
         ConfigError: For an unknown kind or a ratio outside [0, 1).
 
     Example:
         >>> factor = schedule_factor("linear", warmup_ratio=0.2, total_steps=lambda: 10)
-        >>> [round(factor(step), 3) for step in (0, 1, 2, 6, 10)]
-        [0.0, 0.5, 1.0, 0.5, 0.0]
+        >>> [round(factor(step), 3) for step in (0, 1, 2, 6, 9)]
+        [0.333, 0.667, 1.0, 0.5, 0.125]
     """
     if kind not in ("cosine", "linear", "constant"):
         raise ConfigError(f"lr_schedule={kind!r}: expected 'cosine', 'linear' or 'constant'.")
@@ -57,20 +59,50 @@ def schedule_factor(
         raise ConfigError(f"warmup_ratio={warmup_ratio}: expected a share in [0, 1).")
 
     def factor(step: int) -> float:
-        if step == 0:
-            return 0.0 if warmup_ratio > 0 else 1.0
         total = total_steps()
-        if total is None:  # only a constant schedule gets here; it has nothing to decay to
-            return 1.0
-        warmup = math.ceil(total * warmup_ratio)
+        if total is None:
+            if kind != "constant" and step > 0:
+                raise ConfigError(
+                    f"lr_schedule={kind!r} needs to know how long training lasts: use a Trainer with max_steps or "
+                    "max_epochs, or lr_schedule='constant'."
+                )
+            return 1.0  # nothing to decay to, or not known before the first step
+        warmup = min(math.ceil(total * warmup_ratio), max(0, total - 1))
         if step < warmup:
-            return step / warmup
+            return (step + 1) / (warmup + 1)
         if kind == "constant":
             return 1.0
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
         return 1.0 - progress if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return factor
+
+
+def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Give the first step the rate that the schedule means it to have.
+
+    A scheduler sets the first rate when it is made. Then the Trainer hasn't looked at its data yet and the number of
+    steps isn't known, so this is to be called once it is. Nothing happens to a scheduler that has made a step.
+
+    Args:
+        scheduler: Of the optimizer that is about to make its first step.
+
+    Example:
+        >>> total = None
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+        >>> factor = schedule_factor("constant", warmup_ratio=0.3, total_steps=lambda: total)
+        >>> scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        >>> total = 10
+        >>> set_first_rate(scheduler)
+        >>> optimizer.param_groups[0]["lr"]  # a quarter of the peak: three steps warm up
+        0.125
+    """
+    if scheduler.last_epoch != 0:
+        return
+    rates = [base * factor(0) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def adamw(

@@ -21,7 +21,7 @@ from lightning_ft.models.export import export
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id, quantization_options, resolve_dtype
-from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor
+from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor, set_first_rate
 from lightning_ft.models.scorer import Scorer
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.rng import rng_state, set_rng_state
@@ -40,7 +40,7 @@ class FineTuning(LightningModule):
         weight_decay: Of AdamW, on matrices only: norms and biases never decay.
         betas: Of AdamW.
         lr_schedule: What follows the warm-up: ``cosine``, ``linear`` or ``constant``.
-        warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly from zero.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly to its peak, rounded up.
         dtype: Of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: As transformers names them: ``sdpa``, ``eager``, ``flash_attention_2``, ...
         quantization: Of a frozen base under an adapter: ``4bit`` (QLoRA), ``8bit``, or a dict for
@@ -208,13 +208,17 @@ class FineTuning(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Check that the schedule knows its end."""
-        ours = any(self._factor in getattr(c.scheduler, "lr_lambdas", ()) for c in self.trainer.lr_scheduler_configs)
-        if ours and self._hyper["lr_schedule"] != "constant" and self._total_steps() is None:
-            raise ConfigError(
-                f"lr_schedule={self._hyper['lr_schedule']!r} needs to know how long training lasts: set max_steps or "
-                "max_epochs of the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
-            )
+        """Check that the schedule knows its end, and give the first step its rate."""
+        schedulers: list[Any] = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for scheduler in schedulers:
+            if self._factor not in getattr(scheduler, "lr_lambdas", ()):
+                continue
+            if self._hyper["lr_schedule"] != "constant" and self._total_steps() is None:
+                raise ConfigError(
+                    f"lr_schedule={self._hyper['lr_schedule']!r} needs to know how long training lasts: set max_steps "
+                    "or max_epochs of the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
+                )
+            set_first_rate(scheduler)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Continue the random stream of the run that is resumed."""
@@ -265,7 +269,9 @@ class FineTuning(LightningModule):
         return adamw(groups, learning_rate, cast("tuple[float, float]", tuple(self._hyper["betas"])), scaled=scaled)
 
     def _total_steps(self) -> int | None:
-        """Optimizer steps of the whole run; `estimated_stepping_batches` would lose a stateful loader's place."""
+        """Optimizer steps of the whole run, None if unknown; `estimated_stepping_batches` would rewind a loader."""
+        if self._trainer is None:
+            return None
         trainer = self.trainer
         batches = trainer.num_training_batches
         limits = [trainer.max_steps] if trainer.max_steps != -1 else []

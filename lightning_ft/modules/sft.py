@@ -39,7 +39,7 @@ class FullFineTuning(SupervisedFineTuning):
         weight_decay: Of AdamW, on matrices only: norms and biases never decay.
         betas: Of AdamW.
         lr_schedule: What follows the warm-up: ``cosine``, ``linear`` or ``constant``.
-        warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly from zero.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly to its peak, rounded up.
         dtype: Of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. By default
             ``float32``: small updates are lost in bf16 weights; use the Trainer's ``precision="bf16-mixed"`` for speed.
         attn_implementation: As transformers names them: ``sdpa``, ``eager``, ``flash_attention_2``, ...
@@ -127,7 +127,7 @@ class LoRAFineTuning(FrozenTrunkFineTuning):
         weight_decay: Of AdamW, on matrices only: norms and biases never decay.
         betas: Of AdamW.
         lr_schedule: What follows the warm-up: ``cosine``, ``linear`` or ``constant``.
-        warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly from zero.
+        warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly to its peak, rounded up.
         dtype: Of the frozen base: ``auto`` (the checkpoint's, the default), ``float32``, ``bfloat16`` or ``float16``.
             The adapter is fp32.
         attn_implementation: As transformers names them: ``sdpa``, ``eager``, ``flash_attention_2``, ...

@@ -1,12 +1,16 @@
-"""The default optimizer: one kernel on a CPU, unless a gradient scaler would be undone in it."""
+"""The default optimizer and its schedule, in which no step is wasted."""
+
+import math
 
 import pytest
 import torch
 from tiny import make_model
+from transformers import get_scheduler
 
 from lightning_ft import FullFineTuning, PairDataModule
 from lightning_ft._lightning import Trainer
-from lightning_ft.models.optim import adamw, parameter_groups
+from lightning_ft.errors import ConfigError
+from lightning_ft.models.optim import adamw, parameter_groups, schedule_factor
 
 
 def test_it_is_one_kernel_on_a_cpu_unless_gradients_may_be_scaled():
@@ -45,3 +49,58 @@ def test_gradients_can_be_clipped_in_every_precision(precision, fused, model_fol
     )
     trainer.fit(module, PairDataModule(rows[:8], batch_size=4, cache_dir=False))
     assert trainer.optimizers[0].defaults["fused"] is fused
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.5, 0.99])
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 101])
+def test_schedule_factor_rises_to_the_peak_once_and_falls_without_a_wasted_step(kind, ratio, total):
+    factor = schedule_factor(kind, warmup_ratio=ratio, total_steps=lambda: total)
+    rates = [factor(step) for step in range(total)]
+    top = rates.index(max(rates))
+    assert max(rates) == 1.0
+    assert min(rates) > 0
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert top == min(math.ceil(total * ratio), total - 1)
+    assert factor(total) == pytest.approx(1.0 if kind == "constant" else 0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_schedule_factor_is_that_of_transformers_one_step_on(kind):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=5, num_training_steps=21).lr_lambdas[0]
+    factor = schedule_factor(kind, warmup_ratio=0.2, total_steps=lambda: 20)
+    assert [factor(step) for step in range(20)] == pytest.approx([theirs(step + 1) for step in range(20)])
+
+
+def test_schedule_factor_refuses_to_guess_how_long_training_lasts():
+    factor = schedule_factor("cosine", warmup_ratio=0.1, total_steps=lambda: None)
+    assert factor(0) == 1.0
+    with pytest.raises(ConfigError, match="how long training lasts"):
+        factor(1)
+
+
+class Watched(FullFineTuning):
+    """Keeps the rate of each optimizer step."""
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.rates = [*getattr(self, "rates", []), optimizer.param_groups[0]["lr"]]
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 1}, {"max_epochs": 1}])
+def test_a_run_of_one_step_changes_every_weight(length, model_folder, rows, trainer_options):
+    module = Watched(model_folder, learning_rate=1e-2)
+    module.configure_model()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    Trainer(**trainer_options, **length).fit(module, PairDataModule(rows[:8], batch_size=8, cache_dir=False))
+    assert module.rates == [1e-2]
+    assert not any(torch.equal(p, before[name]) for name, p in module.named_parameters() if "embed" not in name)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 6}, {"max_epochs": 2}, {"max_epochs": 9, "max_steps": 6}])
+def test_the_first_step_has_its_own_rate(length, model_folder, rows, trainer_options):
+    module = Watched(model_folder, learning_rate=1.0, lr_schedule="linear", warmup_ratio=0.5)
+    Trainer(**trainer_options, **length).fit(module, PairDataModule(rows[:24], batch_size=8, cache_dir=False))
+    assert module.rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 2 / 3, 1 / 3])

@@ -5,8 +5,8 @@ import pytest
 import torch
 from recording import RecordsLosses
 from tiny import make_model, make_rows, make_tokenizer
-from torch.utils.data import SequentialSampler
 from trl import SFTConfig, SFTTrainer
+from trl_peer import InOrder
 
 from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import Trainer
@@ -25,16 +25,8 @@ TEMPLATE = (
 LORA = {"r": 4, "lora_alpha": 8}
 
 
-class InOrder(SFTTrainer):
-    """Rows in their order, and each step's loss unrounded."""
-
-    def _get_train_sampler(self, dataset=None):
-        return SequentialSampler(dataset if dataset is not None else self.train_dataset)
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        self.micro_losses = [*getattr(self, "micro_losses", []), loss.item()]
-        return loss
+class TrlSFT(InOrder, SFTTrainer):
+    pass
 
 
 class RecordingFull(RecordsLosses, FullFineTuning):
@@ -62,7 +54,7 @@ def by_trl(rows, kind, *, batch_size, accumulation, tmp_path, learning_rate, ass
     data = as_messages(rows)
     if assistant_only:
         data = [{"messages": row["prompt"] + row["completion"]} for row in data]
-    trainer = InOrder(
+    trainer = TrlSFT(
         model=model,
         processing_class=make_tokenizer(TEMPLATE),
         train_dataset=datasets.Dataset.from_list(data),
