@@ -14,6 +14,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -27,9 +28,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.layout import Example
-from lightning_ft.data.templates import chat_template
+from lightning_ft.data.request import Message
+from lightning_ft.data.templates import ChatTemplate, chat_template
+from lightning_ft.errors import TokenizerError
 
-_VERSION = 2  # of the encoding: raise it when the same rows give other tokens
+_VERSION = 3  # of the encoding: raise it when the same rows give other tokens
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.large_list(pa.int32()),
@@ -71,7 +74,17 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     else:
         core = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.init_kwargs]
     template = chat_template(tokenizer)
-    return [core, template.inference, template.training, tokenizer.special_tokens_map]
+    return [core, template.sources, _dated(template), tokenizer.special_tokens_map]
+
+
+def _dated(template: ChatTemplate) -> str:
+    """What a template that reads the date makes of a message: another day's tokens aren't today's."""
+    if not template.reads_the_date:
+        return ""
+    try:
+        return template.render([Message(role="user", content="a")])
+    except TokenizerError:
+        return datetime.now().isoformat()
 
 
 class EncodedRows:

@@ -1,26 +1,22 @@
 """Conversations to token ids and which of them are supervised.
 
-Supervised are the assistant's turns and the token that ends each. They are found by the chat template's own generation
-markers (TRL's training templates add them to the templates it knows), else by what two renderings have in common; the
-text is never searched for the answer.
+Supervised are the assistant's turns and the token that ends each: what the model has to write after the prompt that it
+is given. `lightning_ft.data.spans` finds them in the text, here they are found among the tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.layout import Example
 from lightning_ft.data.request import Message
-from lightning_ft.data.templates import ChatTemplate, chat_template, render_conversation, render_prompt
-from lightning_ft.errors import TokenizerError
-
-
-class AnswerLostError(TokenizerError):
-    """An answer isn't in what the chat template made of its conversation, or not as it was."""
+from lightning_ft.data.spans import AnswerLostError, AnswerSpan, render_answers
+from lightning_ft.data.templates import ChatTemplate, chat_template
 
 
 @dataclass(frozen=True)
@@ -30,10 +26,14 @@ class Encoded:
     Args:
         examples: The tokens: one example, or one for each of its completions, prompt included.
         prompt_matches: Whether the tokens before the last answer are those that generation starts from.
+        notes: What the chat template changed that the user should know of.
+        mismatch: Where prompts differ, what the row has and what generation starts from.
     """
 
     examples: tuple[Example, ...]
     prompt_matches: bool
+    notes: tuple[str, ...] = ()
+    mismatch: tuple[str, str] | None = None
 
     @property
     def example(self) -> Example:
@@ -47,23 +47,30 @@ class Encoded:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: ChatTemplate | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template: ChatTemplate | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """The ids that `generate` gets to answer a conversation.
 
     Args:
         tokenizer: With a chat template, or without one for the plain one.
-        messages: The conversation, the user's turn last.
-        template: What `chat_template` said of the tokenizer, to ask only once.
+        messages: The conversation, the user's turn (or a tool's) last.
+        template: The tokenizer's template, to look at it only once.
+        kwargs: What the template is given besides: `tools`, `enable_thinking`, ...
 
     Raises:
         TokenizerError: If the template refuses the conversation, or the tokenizer has no EOS token.
     """
-    return _tokens(tokenizer, render_prompt(tokenizer, messages, template or chat_template(tokenizer)))
+    return tokens_of(tokenizer, (template or chat_template(tokenizer)).render(messages, kwargs, prompt=True))
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: ChatTemplate | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template: ChatTemplate | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Example:
     """Encode a conversation, every assistant turn and the token that ends it supervised.
 
@@ -72,19 +79,21 @@ def encode_conversation(
     Args:
         tokenizer: With a chat template, or without one for the plain one. It needs no pad token.
         messages: The conversation, the assistant's turn last.
-        template: What `chat_template` said of the tokenizer, to ask only once.
+        template: The tokenizer's template, to look at it only once.
+        kwargs: What the template is given besides: `tools`, `enable_thinking`, ...
 
     Raises:
         TokenizerError: If the template refuses the conversation, or the tokenizer has no EOS token.
-        AnswerLostError: If the template drops or changes an answer.
+        AnswerLostError: If the template drops or changes a turn.
     """
-    return encode(tokenizer, messages, template or chat_template(tokenizer)).example
+    return encode(tokenizer, messages, template or chat_template(tokenizer), kwargs).example
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     template: ChatTemplate,
+    kwargs: Mapping[str, Any] | None = None,
     *,
     last_only: bool = False,
 ) -> Encoded:
@@ -92,35 +101,40 @@ def encode(
 
     Args:
         tokenizer: With a chat template, or without one for the plain one.
-        messages: The conversation, the assistant's turn last.
-        template: What `chat_template` said of the tokenizer.
+        messages: The conversation, the assistant's turn last. Turns with ``train: False`` aren't supervised.
+        template: The tokenizer's template.
+        kwargs: What the template is given besides: `tools`, `enable_thinking`, ...
         last_only: Supervise the last answer only.
 
     Raises:
         TokenizerError: If the template refuses the conversation.
-        AnswerLostError: If the template drops or changes an answer.
+        AnswerLostError: If the template drops or changes a turn.
     """
-    text, spans = render_conversation(tokenizer, messages, template)
-    _check_answers(messages, text, spans)
-    prompt_text = render_prompt(tokenizer, messages[:-1], template)
-    prompt = _tokens(tokenizer, prompt_text)
-    same_text = text.startswith(prompt_text) and spans[-1][0] == len(prompt_text)
-
-    ids, places = _tokenise(tokenizer, text, spans)
-    matches = same_text and places[-1][0] == len(prompt) and ids[: len(prompt)] == prompt
-    if same_text and not matches:
-        # The tokenizer merged the prompt's end with the answer's start. Tokenised apart they are what generation sees.
-        start = len(prompt_text)
-        rest, last = _tokenise(tokenizer, text[start:], [(0, spans[-1][1] - start)])
-        earlier_end = places[-2][1] if len(places) > 1 else 0
+    rendered = render_answers(template, messages, kwargs)
+    text, last = rendered.text, rendered.spans[-1]
+    prompt = tokens_of(tokenizer, rendered.prompt)
+    ids, ranges = _tokenize(tokenizer, text, rendered.spans)
+    starts_there = text.startswith(rendered.prompt) and last.start == len(rendered.prompt)
+    if starts_there and (ids[: len(prompt)] != prompt or ranges[-1][0] != len(prompt)):
+        # The tokenizer merged the prompt's end with the answer's start. Tokenized apart they are what generation sees.
+        start = len(rendered.prompt)
+        rest, ((_, stop),) = _tokenize(tokenizer, text[start:], [AnswerSpan(0, last.stop - start, last.ended)])
+        earlier_end = ranges[-2][1] if len(ranges) > 1 else 0
         whole = prompt + rest
         if ids[:earlier_end] == prompt[:earlier_end] and tokenizer.decode(whole) == tokenizer.decode(ids):
-            ids, matches = whole, True
-            places = [*places[:-1], (len(prompt) + last[0][0], len(prompt) + last[0][1])]
-
-    ids, supervised = _through_end_tokens(tokenizer, ids, places[-1:] if last_only else places)
+            ids, ranges = whole, [*ranges[:-1], (len(prompt), len(prompt) + stop)]
+    matches = ids[: len(prompt)] == prompt and ranges[-1][0] == len(prompt)
+    if not last.ended:
+        ids = [*ids[: ranges[-1][1]], int(tokenizer.eos_token_id)]  # type: ignore[arg-type]  # checked by chat_template
+        ranges[-1] = (ranges[-1][0], len(ids))
+    wanted = [m.get("train", True) for m in messages if m["role"] == "assistant"]
+    supervised = [False] * len(ids)
+    for number, (start, stop) in enumerate(ranges):
+        if wanted[number] and (not last_only or number == len(ranges) - 1):
+            supervised[start:stop] = [True] * (stop - start)
     example = Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
-    return Encoded((example,), matches)
+    mismatch = None if matches else _difference(text[: last.start], rendered.prompt)
+    return Encoded((example,), matches, rendered.notes, mismatch)
 
 
 def answer_end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -134,74 +148,50 @@ def answer_end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(example.input_ids[example.supervised][-1])
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that already holds whatever special tokens it is to have."""
     return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def _tokenise(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[AnswerSpan]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a text, and the places of spans of its characters among them."""
-    if not tokenizer.is_fast:  # no offsets: tokenise piece by piece
-        ids, places, done = [], [], 0
-        for start, stop in spans:
-            ids += _tokens(tokenizer, text[done:start])
-            answer = _tokens(tokenizer, text[start:stop])
-            places.append((len(ids), len(ids) + len(answer)))
-            ids, done = ids + answer, stop
-        return ids + _tokens(tokenizer, text[done:]), places
+    """Ids of a text, and first position and position after the last of each span of its characters."""
+    if not tokenizer.is_fast:  # no offsets: tokenize piece by piece
+        ids, ranges, done = [], [], 0
+        for span in spans:
+            ids += tokens_of(tokenizer, text[done : span.start])
+            answer = tokens_of(tokenizer, text[span.start : span.stop])
+            ranges.append((len(ids), len(ids) + len(answer)))
+            ids, done = ids + answer, span.stop
+        return ids + tokens_of(tokenizer, text[done:]), ranges
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-    places, token = [], 0
-    for start, stop in spans:  # in order, so one walk over the tokens finds them all
-        while token < len(ids) and offsets[token][1] <= start:
+    ranges, token = [], 0
+    for span in spans:  # in order, so one walk over the tokens finds them all
+        while token < len(ids) and offsets[token][1] <= span.start:
             token += 1
         first = token
-        while token < len(ids) and offsets[token][0] < stop:
+        while token < len(ids) and offsets[token][0] < span.stop:
             token += 1
-        places.append((first, token))
-    return [int(i) for i in ids], places
+        ranges.append((first, token))
+    return [int(i) for i in ids], ranges
 
 
-def _check_answers(messages: Sequence[Message], text: str, spans: Sequence[tuple[int, int]]) -> None:
-    """Each answer must stand in its span; templates may trim the white space around it."""
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    if len(spans) != len(answers):
-        raise AnswerLostError(f"the chat template drops or adds answers: {len(answers)} went in, {len(spans)} came out")
-    for (start, stop), answer in zip(spans, answers, strict=True):
-        if answer.strip() not in text[start:stop]:
-            became = text[start:stop][:60]
-            raise AnswerLostError(f"the chat template drops or changes an answer: {answer[:40]!r} became {became!r}")
+def _difference(row: str, prompt: str) -> tuple[str, str]:
+    """The ends of two texts, from a little before the first character that differs."""
+    pairs = zip(row, prompt, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row), len(prompt)))
+    start = max(0, first - 20)
+    return row[start : first + 40], prompt[start : first + 40]
 
 
-def _through_end_tokens(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], places: Sequence[tuple[int, int]]
-) -> tuple[list[int], list[bool]]:
-    """Which tokens are supervised: each answer through the token that ends it; EOS is added where the last has none."""
-    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    start, stop = places[-1]
-    end = _end(tokenizer, ids, start, stop, special - {tokenizer.bos_token_id} | {tokenizer.eos_token_id})
-    if end is None:
-        ids = [*ids[:stop], tokenizer.eos_token_id]
-        end = stop + 1
-    supervised = [False] * len(ids)
-    supervised[start:end] = [True] * (end - start)
-    ends = {ids[end - 1], tokenizer.eos_token_id}  # an earlier turn ends as the last does, not by the next one's header
-    for start, stop in places[:-1]:
-        end = _end(tokenizer, ids, start, stop, ends) or stop
-        supervised[start:end] = [True] * (end - start)
-    return ids, supervised
-
-
-def _end(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int, stop: int, ends: set[int | None]
-) -> int | None:
-    """The place behind the token that ends a turn: the last one of the span, or the one right behind it.
-
-    What a template writes behind that token (a line break) is no part of the answer. None if there is no such token.
-    """
-    for i in range(min(stop, len(ids) - 1), start - 1, -1):
-        if ids[i] in ends:
-            behind = str(tokenizer.decode(list(ids[i + 1 : stop])))
-            return i + 1 if not behind.strip() else None
-    return None
+__all__ = [
+    "AnswerLostError",
+    "Encoded",
+    "answer_end_token",
+    "encode",
+    "encode_conversation",
+    "encode_prompt",
+    "tokens_of",
+]

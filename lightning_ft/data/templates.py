@@ -1,18 +1,26 @@
-"""Chat templates: which one a tokenizer's conversations are rendered with, and where the answers stand in the text."""
+"""Chat templates: which one a tokenizer's conversations are rendered with, and the text that it makes of them.
+
+A template is code of whoever published the checkpoint. It runs in transformers' sandbox, and here within bounds of time
+and size; whatever it raises becomes an error of this package.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from lightning_ft.data.request import Message
+from lightning_ft.data.time_limit import TimeLimitError, within
 from lightning_ft.errors import ConfigError, TokenizerError
 
 PLAIN_TEMPLATE = (
@@ -29,7 +37,7 @@ PLAIN_TEMPLATE = (
 """What a tokenizer without a chat template gets: ``User:`` and ``Assistant:`` on lines of their own, the answer ended
 by EOS.
 
-The answer starts on a new line because tokenizers merge a space, but not a line break, with the word behind it: so the
+The answer starts on a new line because tokenizers merge a space, but not a line break, with the word after it: so the
 tokens of the prompt are the same with and without an answer."""
 
 TEXT_TEMPLATE = (
@@ -43,24 +51,153 @@ TEXT_TEMPLATE = (
 """No markup at all: prompt, completion, EOS, for models that are used to continue a text."""
 
 NAMED = {"plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
-"""Templates that can be asked for by name."""
+"""Templates that can be chosen by name."""
+
+MAX_SECONDS = 10.0
+"""Longest time that a template may take for one conversation."""
+
+MAX_CHARACTERS = 50_000_000
+"""Most characters that a template may make of one conversation."""
+
+_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TEMPLATE_KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call_id")
 
 
-@dataclass(frozen=True)
 class ChatTemplate:
-    """How a tokenizer's conversations are rendered.
+    """The chat template of a tokenizer, as it is now.
 
     Args:
-        inference: The template that prompts are rendered with, as a server would.
-        training: The one with generation markers, or None where there is none and renderings are compared.
+        tokenizer: The tokenizer. One without a template is given :data:`PLAIN_TEMPLATE`, so that it is exported with
+            it.
+
+    Raises:
+        TokenizerError: If the tokenizer has no EOS token, or several templates and none of them named "default".
     """
 
-    inference: str
-    training: str | None
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.eos_token_id is None:
+            raise TokenizerError(
+                f"{type(tokenizer).__name__} has no EOS token, so an answer could never be ended. Set "
+                "tokenizer.eos_token to the token that ends a turn."
+            )
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        try:
+            self.source: str = tokenizer.get_chat_template()
+            self._with_tools: str = tokenizer.get_chat_template(tools=[{}])
+        except ValueError as error:
+            raise TokenizerError(f"{error} Pass chat_template=.") from error
+        self.tokenizer = tokenizer
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._forms: dict[str, _Form] = {}
+        self.cached: dict[Any, Any] = {}
+        """What was found out about the template by rendering conversations, by whoever did."""
+
+    @property
+    def sources(self) -> list[str]:
+        """The Jinja text, and that for rows with tools where it is another."""
+        return [self.source] if self._with_tools == self.source else [self.source, self._with_tools]
+
+    @property
+    def is_markup_free(self) -> bool:
+        """Whether the texts of messages are all there is, so that rows may hold markup of their own."""
+        return self.source == TEXT_TEMPLATE
+
+    @property
+    def has_markers(self) -> bool:
+        """Whether the template says itself what is generated."""
+        return any(_MARKERS.search(source) for source in self.sources)
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """Names of the variables that the template reads."""
+        environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols])
+        names: set[str] = set()
+        for source in self.sources:
+            try:
+                names |= meta.find_undeclared_variables(environment.parse(_without_markers(source)))
+            except TemplateError as error:
+                raise TokenizerError(f"the chat template is no valid Jinja: {error}") from error
+        return frozenset(names)
+
+    @property
+    def reads_the_date(self) -> bool:
+        """Whether what it renders depends on the day."""
+        return "strftime_now" in self.reads
+
+    def render(
+        self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None, *, prompt: bool = False
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: The conversation.
+            kwargs: What the template is given besides: `tools`, `enable_thinking`, ...
+            prompt: End it with what a model continues to answer.
+
+        Raises:
+            TokenizerError: If the template refuses the conversation, fails, or takes too long.
+        """
+        return self._render(messages, kwargs or {}, prompt=prompt)[0]
+
+    def marked(self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None) -> list[tuple[int, int]]:
+        """Start and stop of what the template's own markers say is generated, in the text of a conversation."""
+        return self._render(messages, kwargs or {}, marked=True)[1] if self.has_markers else []
+
+    def _render(
+        self, messages: Sequence[Message], kwargs: Mapping[str, Any], *, prompt: bool = False, marked: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        source = self._with_tools if kwargs.get("tools") else self.source
+        options = {**self._variables, **kwargs, "add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
+        calls = any(message.get("tool_calls") for message in messages)
+        if not calls and not self._wants_parts(source):
+            return _run(source, [_STRINGS(message) for message in messages], options)
+        key = f"{source}{prompt}"
+        known = [self._forms[key]] if key in self._forms else []
+        failed: list[TokenizerError] = []
+        for form in [*known, *(_FORMS if calls else _FORMS[-1:])]:
+            try:
+                found = _run(source, [form(message) for message in messages], options)
+            except TokenizerError as error:
+                failed.append(error)
+                continue
+            if all(_is_written(message, found[0]) for message in messages):
+                self._forms[key] = form
+                return found
+            leaves_out = (
+                "the chat template leaves out tool calls, or what they are called with. Pass a chat_template= that "
+                "writes tool_calls, or write the calls into the content as the model should"
+            )
+            failed.insert(0, TokenizerError(leaves_out))
+        raise failed[0]
+
+    def _wants_parts(self, source: str) -> bool:
+        """Whether contents have to be lists of parts, as some templates of models that also see images want them."""
+        key = ("parts", source)
+        if key not in self.cached:
+            mark, options = "Zq0aQz", {**self._variables, "add_generation_prompt": True}
+            found = []
+            for form in (_STRINGS, _PARTS):
+                try:
+                    text = _run(source, [form(Message(role="user", content=mark))], options)[0]
+                except TokenizerError:
+                    text = ""
+                found.append(mark in text)
+            self.cached[key] = found == [False, True]
+        return bool(self.cached[key])
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    """The template of a tokenizer; see `ChatTemplate`.
+
+    Raises:
+        TokenizerError: If the tokenizer has no EOS token, or several templates and none of them named "default".
+    """
+    return ChatTemplate(tokenizer)
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Give a tokenizer another chat template, which it is then also asked and exported with.
+    """Give a tokenizer another chat template, which generation and export then use too.
 
     Args:
         tokenizer: It is changed.
@@ -82,90 +219,86 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
         )
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The templates of a tokenizer; one without any is given :data:`PLAIN_TEMPLATE`, so that it is exported with it.
+# ---------------------------------------------------------------- forms of tool calls
 
-    Raises:
-        TokenizerError: If the tokenizer has no EOS token, or several templates and none of them named "default".
-    """
-    if tokenizer.eos_token_id is None:
-        raise TokenizerError(
-            f"{type(tokenizer).__name__} has no EOS token, so an answer could never be ended. Set tokenizer.eos_token "
-            "to the token that ends a turn."
-        )
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise TokenizerError(f"{error} Pass chat_template=.") from error
-    if has_generation_markers(template):
-        return ChatTemplate(template, template)
-    try:
-        return ChatTemplate(template, get_training_chat_template(tokenizer))
-    except (ValueError, TemplateError):  # TRL doesn't know this template
-        return ChatTemplate(template, None)
+_Form = Callable[[Message], dict[str, Any]]
+"""Templates differ in how they want a tool call: arguments as an object or as JSON text, and no content or an empty
+one. The first form in which everything is written is taken."""
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: ChatTemplate) -> str:
-    """The text that a model continues to answer a conversation.
+def _form(*, as_text: bool = False, empty: bool = True, parts: bool = False) -> _Form:
+    def form(message: Message) -> dict[str, Any]:
+        given = {key: message[key] for key in _TEMPLATE_KEYS if key in message}  # type: ignore[literal-required]
+        if parts:
+            given["content"] = [{"type": "text", "text": given["content"]}] if given["content"] else []
+        if not given.get("tool_calls"):
+            return given
+        if not given["content"] and not empty:
+            del given["content"]
+        if as_text:
+            given["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
+                for call in given["tool_calls"]
+            ]
+        return given
 
-    Raises:
-        TokenizerError: If the template refuses the conversation.
-    """
-    return _render(tokenizer, messages, template.inference, prompt=True)[0]
-
-
-def render_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template: ChatTemplate
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and start and stop of each assistant turn in it.
-
-    Raises:
-        TokenizerError: If the template refuses the conversation.
-    """
-    if template.training is not None:
-        return _render(tokenizer, messages, template.training, spans=True)
-    text = _render(tokenizer, messages, template.inference)[0]
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = _render(tokenizer, messages[:i], template.inference, prompt=True)[0]
-            through = _render(tokenizer, messages[: i + 1], template.inference)[0]
-            start, stop = _common(before, text), _common(through, text)
-            if stop > start:
-                spans.append((start, stop))
-    return text, spans
+    return form
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    template: str,
-    *,
-    prompt: bool = False,
-    spans: bool = False,
-) -> tuple[str, list[tuple[int, int]]]:
-    # What `apply_chat_template` does before it tokenises; that itself doesn't tell where in the text the answers stand.
-    variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+_STRINGS, _PARTS = _form(), _form(parts=True)
+_FORMS = [_form(as_text=as_text, empty=empty) for as_text in (False, True) for empty in (False, True)] + [_PARTS]
+
+
+def _is_written(message: Message, text: str) -> bool:
+    """Whether the calls of a message are in a text, and not as Python would print them."""
+    for call in message.get("tool_calls", []):
+        arguments = call["function"]["arguments"]
+        if call["function"]["name"] not in text or (
+            isinstance(arguments, dict) and arguments and str(arguments) in text
+        ):
+            return False
+        values = arguments.values() if isinstance(arguments, dict) else []
+        if not all(_bare(value) in text for value in values if isinstance(value, str)):
+            return False
+    return True
+
+
+def _bare(value: str) -> str:
+    """The start of a text that no way of quoting changes."""
+    return re.split(r"[^A-Za-z0-9 ]", value, maxsplit=1)[0].strip()
+
+
+# ---------------------------------------------------------------- running a template
+
+
+def _run(source: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    roles = ", ".join(str(message["role"]) for message in messages)
     rendered: Any
     try:
-        rendered = render_jinja_template(
-            [[dict(message) for message in messages]],
-            chat_template=template,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=spans,
-            **variables,
-        )
+        with within(MAX_SECONDS):
+            rendered = render_jinja_template([messages], chat_template=source, **options)
+    except TimeLimitError as error:
+        raise TokenizerError(f"the chat template took over {MAX_SECONDS:g} s for a conversation of {roles}") from error
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
         raise TokenizerError(f"the chat template refuses a conversation of {roles}: {error}") from error
+    except Exception as error:  # it is code of somebody else, which may fail in any way
+        raise TokenizerError(
+            f"the chat template fails on a conversation of {roles}, with {type(error).__name__}: {error}"
+        ) from error
     texts, generated = rendered  # one conversation each
-    return texts[0], [(int(start), int(stop)) for start, stop in generated[0]] if spans else []
+    if len(texts[0]) > MAX_CHARACTERS:
+        raise TokenizerError(
+            f"the chat template makes {len(texts[0]):,} characters of a conversation of {roles}, more than "
+            f"{MAX_CHARACTERS:,}"
+        )
+    marked = options.get("return_assistant_tokens_mask")
+    return texts[0], [(int(start), int(stop)) for start, stop in generated[0]] if marked else []
 
 
-def _common(left: str, right: str) -> int:
-    """How many characters two texts start with in common."""
-    if right.startswith(left):
-        return len(left)
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+def _without_markers(source: str) -> str:
+    """Jinja that a plain environment can parse."""
+    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)

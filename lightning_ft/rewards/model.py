@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import AnswerLostError, encode_conversation
 from lightning_ft.data.request import Message
-from lightning_ft.data.templates import chat_template, render_conversation
+from lightning_ft.data.templates import chat_template
 from lightning_ft.errors import RewardError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import base_of, input_device
@@ -133,7 +133,7 @@ class RewardModel:
             if not self._told:
                 self._told = True
                 warnings.warn(f"The reward model is given completions as it renders them: {error}.", stacklevel=2)
-            text, _ = render_conversation(self.tokenizer, messages, self._template)
+            text = self._template.render(messages)
             return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
 

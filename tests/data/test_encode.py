@@ -1,7 +1,7 @@
 """Which tokens a conversation becomes, and which of them are supervised."""
 
 import pytest
-from trl.chat_template_utils import qwen3_chat_template, qwen3_training_chat_template
+from trl.chat_template_utils import qwen3_chat_template
 
 from lightning_ft.data.encode import AnswerLostError, answer_end_token, encode, encode_conversation, encode_prompt
 from lightning_ft.data.templates import PLAIN_TEMPLATE, chat_template, set_chat_template
@@ -70,12 +70,11 @@ def test_with_and_without_markers_is_the_same(make_tokenizer):
     assert marked.supervised.tolist() == bare.supervised.tolist()
 
 
-def test_a_template_that_trl_knows(make_tokenizer):
+def test_encode_supervises_what_follows_the_generation_prompt(make_tokenizer):
     tokenizer = make_tokenizer(qwen3_chat_template)
-    assert chat_template(tokenizer).training == qwen3_training_chat_template
-    example = encode_conversation(tokenizer, talk("2+2?", "4"))
-    assert answers(tokenizer, example) == ["<think>\n\n</think>\n\n4<|im_end|>"]
-    assert encode(tokenizer, talk("2+2?", "4"), chat_template(tokenizer)).prompt_matches
+    encoded = encode(tokenizer, talk("2+2?", "4"), chat_template(tokenizer))
+    assert answers(tokenizer, encoded.example) == ["<think>\n\n</think>\n\n4<|im_end|>"]
+    assert encoded.prompt_matches
 
 
 @pytest.mark.parametrize("template", ["chatml", "chatml_without_markers", "llama", "none", "text"])
@@ -176,7 +175,7 @@ def test_no_eos(make_tokenizer):
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("drops_answers", r"drops or changes an answer: 'refund' became '\\n'"),
+        ("drops_answers", r"drops or changes an answer: 'refund' became ''"),
         ("changes_answers", "drops or changes an answer: 'refund' became 'REFUND"),
     ],
 )
