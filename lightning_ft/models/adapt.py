@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.models.load import adapter_config
+from lightning_ft.models.load_report import UNREADABLE, shortened, tell, why_unreadable
 
 DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 """Rank 16 on every linear layer but the head: adapting all layers, not attention alone, is what reaches full
@@ -150,16 +153,61 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> Pe
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """Put a saved adapter on its base, to be trained on.
 
+    Args:
+        model: The base.
+        path: The adapter's folder, or its name on the hub.
+
     Raises:
-        ModelError: If there is no adapter, or it isn't LoRA.
+        ModelError: If there is no adapter, it isn't LoRA, its weights can't be read, or they aren't those that its
+            configuration makes on this base: whatever is missing would be a new adapter.
     """
+    config = adapter_config(path)
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"The adapter in {path!r} is {config.peft_type}, not LoRA.")
+    _tell_other_base(model, config, path)
+    config.inference_mode = False
+    wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel)
     try:
-        adapted = PeftModel.from_pretrained(model, path, is_trainable=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"No adapter could be loaded from {path!r}: {str(error).strip()}") from error
-    if not isinstance(adapted.active_peft_config, LoraConfig):
-        raise ModelError(f"The adapter in {path!r} is {adapted.active_peft_config.peft_type}, not LoRA.")
+        adapted = wrap(model, config)
+        renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+        result = adapted.load_adapter(path, adapted.active_adapter, is_trainable=True, key_mapping=renamed)
+    except UNREADABLE as error:
+        raise ModelError(f"No adapter could be loaded from {path!r}: {_why_not_loaded(path, error)}") from error
+    if result.missing_keys or result.unexpected_keys:
+        found = [
+            f"{len(names):,} of its weights are {which} ({shortened(names)})"
+            for names, which in ((result.missing_keys, "missing"), (result.unexpected_keys, "unknown to the model"))
+            if names
+        ]
+        raise ModelError(
+            f"The adapter in {path!r} doesn't fit {type(model).__name__}: {' and '.join(found)}. It was trained over "
+            f"{config.base_model_name_or_path!r}: give that as the base, or check that its files belong together."
+        )
     return adapted
+
+
+def _why_not_loaded(path: str, error: BaseException) -> str:
+    """What to say of an error of PEFT's."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    sizes = [line for line in lines if line.startswith("size mismatch")]
+    if sizes:
+        fix = "Its rank or its base isn't the one that its configuration names."
+        return f"{len(sizes):,} of its weights have other sizes. The first: {sizes[0]} {fix}"
+    if isinstance(error, KeyError):
+        return f"its weights lack {error}, which its configuration says are trained."
+    if Path(path).is_dir() and not any(Path(path).glob("adapter_model.*")):
+        return "the folder holds no weights (adapter_model.safetensors)."
+    return why_unreadable(path, error)
+
+
+def _tell_other_base(model: PreTrainedModel, config: LoraConfig, path: str) -> None:
+    """Warn if an adapter was trained over a model of another name; sizes can be the same all the same."""
+    trained_over, base = config.base_model_name_or_path, getattr(model.config, "_name_or_path", None)
+    if trained_over and base and Path(trained_over).name != Path(base).name:
+        tell(
+            f"The adapter in {path!r} was trained over {trained_over!r} and is continued over {base!r}. If those "
+            "aren't the same weights, it means nothing there."
+        )
 
 
 class InitialAdapter:

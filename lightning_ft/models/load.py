@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError, TokenizerError
+from lightning_ft.models.load_report import UNREADABLE, check_loaded, first_line, why_unreadable
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -36,9 +37,9 @@ def load_tokenizer(
     """
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise TokenizerError(
-            f"No tokenizer could be loaded from {name!r}: {_first_line(error)} "
+            f"No tokenizer could be loaded from {name!r}: {first_line(error)} "
             "Pass tokenizer= if it stands elsewhere than the model."
         ) from error
 
@@ -107,13 +108,15 @@ def load_model(
         device: Where quantized weights are placed; others are moved by the Trainer.
 
     Raises:
-        ModelError: If it can't be loaded.
+        ModelError: If it can't be loaded, or weights are missing from the checkpoint or have other sizes.
         MissingDependencyError: For quantization without bitsandbytes.
     """
     options: dict[str, Any] = {
         "dtype": resolve_dtype(dtype),
         "revision": revision,
         "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # transformers' own error names none of them; `check_loaded` does
     }
     if num_labels is not None:
         options["num_labels"] = num_labels
@@ -124,9 +127,11 @@ def load_model(
         options["device_map"] = {"": device if device is not None else torch.device("cpu")}
     try:
         with torch.device("cpu"):  # a Trainer may have set another default (meta, for sharded strategies)
-            model = kind.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"The model {name!r} could not be loaded: {_first_line(error)}") from error
+            model, info = kind.from_pretrained(name, **options)
+    except UNREADABLE as error:
+        reason = why_unreadable(name, error, revision=revision)
+        raise ModelError(f"The model {name!r} could not be loaded: {reason}") from error
+    check_loaded(model, info, name, new_head=num_labels is not None)
     if quantization is not None:
         _keep_trainable(model)
     return cast(PreTrainedModel, model.train())
@@ -152,14 +157,32 @@ def adapter_base(name: str) -> str | None:
     folder = Path(name)
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return None
-    from peft import PeftConfig
-
-    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    base = adapter_config(name).base_model_name_or_path
     if not base:
         raise ModelError(
             f"{folder / ADAPTER_CONFIG} names no base model: pass the base as `model` and this as `adapter`."
         )
     return str(base)
+
+
+def adapter_config(name: str) -> Any:
+    """The `peft.PeftConfig` of an adapter, from its folder or the hub.
+
+    Raises:
+        ModelError: If there is none, or its file can't be read.
+    """
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(name)
+    except UNREADABLE as error:
+        file = Path(name) / ADAPTER_CONFIG
+        if not file.is_file():
+            raise ModelError(f"No adapter could be loaded from {name!r}: {first_line(error)}") from error
+        raise ModelError(
+            f"{str(file)!r} is no configuration that PEFT knows: {type(error).__name__}: {first_line(error)}. Export "
+            "the adapter again, or install the version of peft that wrote it."
+        ) from error
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -177,8 +200,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     """
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The model {name!r} could not be found: {_first_line(error)}") from error
+    except UNREADABLE as error:
+        raise ModelError(f"The model {name!r} could not be found: {first_line(error)}") from error
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -238,7 +261,3 @@ def quantization_config(quantization: str | dict[str, Any]) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(**options)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

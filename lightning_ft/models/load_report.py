@@ -1,0 +1,166 @@
+"""What loading weights left open: names that are missing, names without a place, files that can't be read."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
+from lightning_utilities.core.rank_zero import rank_zero_only
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from lightning_ft.errors import ModelError
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    EOFError,
+    ImportError,
+    UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What transformers, PEFT and the readers of weight files raise for a folder that doesn't hold what it should."""
+
+_LFS_POINTER = b"version https://git-lfs"
+_SHOWN = 3
+
+
+def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], name: str, *, new_head: bool = False) -> None:
+    """Refuse a model of which a part was drawn at random, and tell which weights of the checkpoint were left out.
+
+    Args:
+        model: The model as loaded.
+        info: What `from_pretrained` gives with ``output_loading_info=True``.
+        name: Hub name or folder, for messages.
+        new_head: Whether what is over the backbone is another head than the checkpoint's: a new one may be missing
+            from the checkpoint, and the old one left out.
+
+    Raises:
+        ModelError: If weights are missing from the checkpoint, or have other sizes than the model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+        >>> check_loaded(model, {"missing_keys": ["model.norm.weight"]}, "my/model")
+        Traceback (most recent call last):
+        lightning_ft.errors.ModelError: The checkpoint 'my/model' lacks 1 weight of LlamaForCausalLM: ...
+    """
+    backbone = f"{model.base_model_prefix}."
+    missing, left_out = (
+        sorted(key for key in info.get(which, ()) if not new_head or key.startswith(backbone))
+        for which in ("missing_keys", "unexpected_keys")
+    )
+    kind = type(model).__name__
+    if mismatched := sorted(info.get("mismatched_keys", ())):
+        key, found, expected = mismatched[0]
+        if new_head and not key.startswith(backbone):
+            raise ModelError(
+                f"{name!r} is a classifier of {found[0]} labels, and what gives a score has {expected[0]}. Take the "
+                "language model that it was trained from."
+            )
+        raise ModelError(
+            f"The checkpoint {name!r} and its config.json don't belong together: {_count(mismatched)} of {kind} "
+            f"{'has another size' if len(mismatched) == 1 else 'have other sizes'}. {key} is {tuple(found)} in the "
+            f"checkpoint and {tuple(expected)} by the configuration. Use the config.json that was saved with these "
+            "weights."
+        )
+    if missing:
+        instead = f" It holds {_count(left_out)} that {kind} doesn't have: {shortened(left_out)}." if left_out else ""
+        raise ModelError(
+            f"The checkpoint {name!r} lacks {_count(missing)} of {kind}: {shortened(missing)}.{instead} They would be "
+            "random numbers. Get the whole checkpoint again, or check that config.json was saved with these weights."
+        )
+    if left_out:
+        tell(
+            f"The checkpoint {name!r} holds {_count(left_out)} that {kind} has no place for, and they were left out: "
+            f"{shortened(left_out)}. If they matter, config.json isn't the one that was saved with these weights."
+        )
+
+
+def tell(message: str) -> None:
+    """Warn, on the first rank only, whether or not Lightning has been imported."""
+    if getattr(rank_zero_only, "rank", 0) in (0, None):
+        warnings.warn(message, stacklevel=3)
+
+
+def shortened(names: Iterable[str]) -> str:
+    """A few names for a message, those that differ in numbers only told as one.
+
+    Example:
+        >>> shortened([f"layers.{n}.mlp.{name}" for n in range(9) for name in ("down", "gate", "norm", "up")])
+        'layers.*.mlp.down, layers.*.mlp.gate, layers.*.mlp.norm, ...'
+    """
+    kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    return ", ".join(kinds[:_SHOWN]) + (", ..." if len(kinds) > _SHOWN else "")
+
+
+def _count(names: list[Any]) -> str:
+    return f"{len(names):,} weight{'' if len(names) == 1 else 's'}"
+
+
+def why_unreadable(name: str, error: BaseException, *, revision: str | None = None) -> str:
+    """Why a model or adapter couldn't be loaded: the file that is damaged, or what the library said.
+
+    Args:
+        name: Hub name or folder.
+        error: What was raised.
+        revision: Branch, tag or commit on the hub.
+    """
+    folder = _folder(name, revision)
+    if folder is None:
+        missing = name.startswith((".", "~", "/")) or name.count("/") > 1
+        return "there is no such folder." if missing else first_line(error)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if (reason := _why_damaged(file, error)) is not None:
+            return f"the file {str(file)!r} {reason}"
+    return first_line(error)
+
+
+def _folder(name: str, revision: str | None) -> Path | None:
+    """Where a model is on this machine."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def _why_damaged(file: Path, error: BaseException) -> str | None:
+    with file.open("rb") as opened:
+        start = opened.read(len(_LFS_POINTER))
+    if not start:
+        return "is empty. Download or copy it again."
+    if start == _LFS_POINTER:
+        return "is a pointer of Git LFS and holds no weights. Run `git lfs pull` in its repository."
+    if file.suffix == ".bin":  # a zip archive; before torch 1.6 a pickle, of which only its reader can tell
+        reads = not isinstance(error, (UnpicklingError, EOFError, OSError, RuntimeError)) or zipfile.is_zipfile(file)
+        return None if reads else "is damaged, or holds no weights. Download or copy it again."
+    try:
+        with safe_open(file, framework="pt"):
+            return None
+    except (SafetensorError, OSError) as damage:
+        return f"is damaged or only a part of it is there ({first_line(damage)}). Download or copy it again."
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of what an error says (two where it only announces the next), and its type if it says nothing.
+
+    Example:
+        >>> first_line(ValueError("field 'r':\n  expected int\n  ...")), first_line(EOFError())
+        ("field 'r': expected int", 'EOFError')
+    """
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) or type(error).__name__
