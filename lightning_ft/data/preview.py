@@ -183,7 +183,7 @@ def _counts(report: SplitReport) -> Table:
         *((count, f"left out: {reason}") for reason, count in report.skipped.most_common()),
         (report.truncated, "prompts cut to max_length"),
         (report.duplicates, "duplicates of an earlier row"),
-        (report.also_in_train, "rows that also stand in train"),
+        *report.overlap,
         (report.other_prompt, "rows whose prompt isn't what generation starts from"),
         *((count, note) for note, count in report.notes.items()),
         (tokens, "tokens"),

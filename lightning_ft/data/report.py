@@ -19,8 +19,12 @@ class SplitReport:
         skipped: Rows left out, by reason.
         problems: What was wrong with them.
         truncated: Rows whose prompt was cut.
-        duplicates: Kept rows that stand there more than once, first occurrences not counted.
-        also_in_train: Kept rows that stand in the training split too.
+        duplicates: Kept rows that appear more than once, first occurrences not counted.
+        also_in_train: Kept rows that appear in the training split too.
+        question_in_train: Kept rows whose question appears in the training split, with any answer, as the last
+            question of a row or an earlier one; those of `also_in_train` are among them.
+        conversation_in_train: Kept rows, none of those, that go on with a conversation of the training split.
+        cluster_in_train: Kept rows of clusters that the training split has rows of.
         other_prompt: Rows whose tokens before the last answer aren't those that generation starts from.
         notes: Other things found (byte order marks, blank lines), with their counts.
         formats: Row format of each source.
@@ -35,6 +39,9 @@ class SplitReport:
     truncated: int = 0
     duplicates: int = 0
     also_in_train: int = 0
+    question_in_train: int = 0
+    conversation_in_train: int = 0
+    cluster_in_train: int = 0
     other_prompt: int = 0
     notes: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
@@ -46,6 +53,23 @@ class SplitReport:
         for problem in problems:
             self.problems.append(problem)
             self.skipped[problem.reason] += 1
+
+    @property
+    def overlap(self) -> list[tuple[int, str]]:
+        """What the split has in common with the training split: counts of rows above 0, and of which rows.
+
+        Example:
+            >>> SplitReport(kept=8, also_in_train=3, question_in_train=5).overlap
+            [(3, 'rows that also appear in train'), (5, 'rows whose question appears in train')]
+        """
+        other_answer = self.question_in_train > self.also_in_train  # else it would say the same again
+        found = [
+            (self.also_in_train, "rows that also appear in train"),
+            (self.question_in_train if other_answer else 0, "rows whose question appears in train"),
+            (self.conversation_in_train, "rows that go on with a conversation of train"),
+            (self.cluster_in_train, "rows of a cluster that train has rows of"),
+        ]
+        return [(count, what) for count, what in found if count]
 
     def summary(self, name: str) -> str:
         """One line for the log.
@@ -63,7 +87,7 @@ class SplitReport:
         for count, what in (
             (self.truncated, "prompts cut to max_length"),
             (self.duplicates, "duplicates of an earlier row"),
-            (self.also_in_train, "rows that also stand in train"),
+            *self.overlap,
         ):
             if count:
                 text += f"; {count:,} {what}"

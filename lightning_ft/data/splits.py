@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.cache import EncodedRows
 from lightning_ft.data.formats import Conversation
+from lightning_ft.data.hold_out import hold_out
 from lightning_ft.data.kinds import PAIRS, RowKind, RowT
+from lightning_ft.data.overlap import TrainingIndex
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.problems import Problem, raise_problems
 from lightning_ft.data.report import SplitReport
@@ -76,6 +78,8 @@ class Splits(Generic[RowT]):
         self.report: dict[str, SplitReport] = {}
         self.rows: dict[str, list[list[RowT]]] = {}
         self.encoded: dict[str, list[EncodedRows]] = {}
+        self._index: TrainingIndex | None = None
+        self._overlap_told: set[str] = set()
 
     @property
     def held_out(self) -> float | None:
@@ -121,6 +125,8 @@ class Splits(Generic[RowT]):
             rank_zero_info(f"{name}: row format " + ", ".join(f"{found} ({source})" for source, found in formats))
         self.rows |= rows
         self.report |= reports
+        if "train" in new:
+            self._index = None
         if "train" in new and self.held_out is not None:
             self._hold_out(self.held_out)
         for name in self.rows:
@@ -130,13 +136,7 @@ class Splits(Generic[RowT]):
 
     def _hold_out(self, share: float) -> None:
         """Move a share of the training rows to validation, all that belong together at once."""
-        keys = list(dict.fromkeys(row.together for part in self.rows["train"] for row in part))
-        if len(keys) < 2:
-            raise DataError(f"validation={share} of train: there are fewer than two different rows to share out.")
-        count = min(len(keys) - 1, max(1, round(len(keys) * share)))
-        out = set(random.Random(self.rules.seed).sample(keys, count))
-        held = [row for part in self.rows["train"] for row in part if row.together in out]
-        self.rows["train"] = [[row for row in part if row.together not in out] for part in self.rows["train"]]
+        self.rows["train"], held = hold_out(self.rows["train"], share, self.rules.seed)
         self.rows["validation"] = [held]
         self.report["validation"] = SplitReport(read=len(held), kept=len(held))
         self.report["train"].read -= len(held)
@@ -167,19 +167,37 @@ class Splits(Generic[RowT]):
         ]
         self.report[name].kept = count
         self.report[name].notes["row not drawn"] += len(places) - count
+        self._rows_left_out(name)
+
+    def training_index(self) -> TrainingIndex | None:
+        """What the training rows ask, of those that are used; None where they weren't loaded."""
+        if "train" not in self.rows:
+            return None
+        if self._index is None:
+            self._index = TrainingIndex.of(row for part in self.rows["train"] for row in part)
+        return self._index
+
+    def _rows_left_out(self, name: str) -> None:
+        """Count again what depends on the rows of a split that became fewer."""
+        if name == "train":
+            self._index = None
+        if name in ("train", "validation", "test"):
+            self._count_overlap()
 
     def _count_overlap(self) -> None:
-        train = {row.key for part in self.rows.get("train", []) for row in part}
+        index = self.training_index() if {"validation", "test"} & self.rows.keys() else None
         for name in ("validation", "test"):
-            if name not in self.rows or not train:
-                continue
-            both = sum(row.key in train for part in self.rows[name] for row in part)
-            if both and not self.report[name].also_in_train:
+            if index is None or name not in self.rows or (name == "validation" and self.held_out is not None):
+                continue  # what is held out has nothing in common with train
+            report = self.report[name]
+            index.count((row for part in self.rows[name] for row in part), report)
+            if report.overlap and name not in self._overlap_told:
+                self._overlap_told.add(name)
+                found = ", ".join(f"{count:,} {what}" for count, what in report.overlap)
                 rank_zero_warn(
-                    f"{name}: {both:,} of {self.report[name].kept:,} rows also stand in train, so its figures will "
-                    "look better than they are. Remove them from one of the two."
+                    f"{name} has {found}, of {report.kept:,} in all, so its metrics will look better than they are. "
+                    "Remove such rows from one of the two; a share of train, as validation=0.1, keeps them together."
                 )
-            self.report[name].also_in_train = both
 
     def encode(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Tokenise a split that was loaded and wasn't yet encoded.
@@ -222,9 +240,12 @@ class Splits(Generic[RowT]):
             report.lengths += rows.lengths
             report.supervised += rows.supervised
         self.encoded[name] = encoded
+        before = sum(map(len, self.rows[name]))
         self.rows[name] = [
             [part[i] for i in e.rows[:: e.per_row]] for part, e in zip(self.rows[name], encoded, strict=True)
         ]
+        if kept < before:
+            self._rows_left_out(name)
         self._tell(name, tokenizer)
 
     def may_drop(self, problem: Problem) -> bool:
@@ -251,18 +272,42 @@ class Splits(Generic[RowT]):
     def requests(self: Splits[Conversation], name: str) -> list[Request]:
         """Pairs of a split as requests with their right answers.
 
-        Ids are unique: a row whose id stands there already gets ``#2``, ``#3``, ... behind it.
+        Ids are unique: a row without an id is called after its source and number, and where several rows have one id,
+        ``#2``, ``#3``, ... is appended to those after the first, whichever of these no other row has.
 
         Raises:
-            ConfigError: If there is no such split, or it wasn't loaded.
+            ConfigError: If there is no such split, it wasn't loaded, or its rows have no answers.
         """
         if name not in self.rows:
             reason = "setup() hasn't run for it" if name in self.given else f"pass {name}="
             raise ConfigError(f"There are no {name} rows: {reason}.")
-        seen: Counter[str] = Counter()
+        rows = [row for part in self.rows[name] for row in part]
+        ids = _unique([row.id if row.id.strip() else f"{row.source}:{row.row}" for row in rows])
         requests = []
-        for row in (row for part in self.rows[name] for row in part):
-            seen[row.id] += 1
-            unique = row.id if seen[row.id] == 1 else f"{row.id}#{seen[row.id]}"
-            requests.append(Request(unique, row.asked, row.messages[-1]["content"], row.cluster))
+        for unique, row in zip(ids, rows, strict=True):
+            if row.messages[-1]["role"] != "assistant":
+                raise ConfigError(
+                    f"{name} rows can't be made requests: {row.source}, row {row.row}, has no answer to compare with."
+                )
+            requests.append(Request(unique, row.asked, row.messages[-1]["content"], row.cluster or None))
         return requests
+
+
+def _unique(ids: Sequence[str]) -> list[str]:
+    """The same ids, those that appear again with a number that makes them unique.
+
+    Example:
+        >>> _unique(["a", "a", "a#2", "a"])
+        ['a', 'a#3', 'a#2', 'a#4']
+    """
+    taken, numbers = set(ids), Counter[str]()
+    unique: list[str] = []
+    for name in ids:
+        numbers[name] += 1
+        found = name
+        if numbers[name] > 1:
+            while (found := f"{name}#{numbers[name]}") in taken:
+                numbers[name] += 1
+            taken.add(found)
+        unique.append(found)
+    return unique
