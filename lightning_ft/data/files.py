@@ -1,54 +1,45 @@
-"""Rows from JSONL, JSON, CSV and Parquet files, each with the line it stands on."""
+"""Rows of files: which reader a file needs, and what to say of files that none can read."""
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from os import stat_result
 from pathlib import Path
-from typing import Any
 
-import datasets
-
-from lightning_ft.data.problems import Problem
+from lightning_ft.data.csv_rows import read_csv
+from lightning_ft.data.json_rows import BOM, read_json, read_jsonl
+from lightning_ft.data.parquet_rows import read_parquet
+from lightning_ft.data.raw_rows import RawRow, check_values, numbered
 from lightning_ft.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Endings of the files that are read."""
 
-_BOM = b"\xef\xbb\xbf"
+PACKED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
+"""Endings of packed files, and what unpacks them."""
+
+_HEAD = 64  # bytes of a file that are looked at for its format
 _OTHER_FORMATS = {
     b"PAR1": "Parquet",
+    b"PARE": "Parquet with an encrypted footer",
     b"PK\x03\x04": "a zip archive (or a spreadsheet)",
     b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
     b"ARROW1": "Arrow",
+    b"\xff\xff\xff\xff": "an Arrow stream",
+    b"\x89HDF": "HDF5",
+    b"SQLite format 3": "an SQLite database",
     b"%PDF": "PDF",
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
+    b"\0\0\xfe\xff": "UTF-32 text",
     b"version https://git-lfs": "a Git LFS pointer, not the data itself",
-    b"<!DOCTYPE": "a web page",
+    b"<!doctype": "a web page",
     b"<html": "a web page",
 }
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it was found.
-
-    Args:
-        source: Where it comes from.
-        number: The line it starts on in a JSONL or CSV file, else its number, from 1.
-        value: What stands there; a mapping if all is well.
-        problem: Why it couldn't be read.
-    """
-
-    source: str
-    number: int
-    value: Any
-    problem: Problem | None = None
 
 
 def read_file(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
@@ -60,132 +51,75 @@ def read_file(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
         notes: Counts things worth knowing that are no problem.
 
     Raises:
-        DataError: If the file as a whole can't be read: it is empty, of another format, or broken beyond telling rows
-            apart.
+        DataError: If the file as a whole can't be read: it is empty, of another format, broken beyond telling rows
+            apart, or changed while it was read.
     """
+    try:
+        before = path.stat()
+        yield from check_values(_read(path, name, notes), filled=path.suffix.lower() == ".parquet")
+        after = path.stat()
+    except OSError as error:
+        if isinstance(error, DataError):
+            raise
+        reason = error.strerror or str(error) or type(error).__name__
+        raise DataError(
+            f"{name}: the file can't be read: {reason}. Check that it is there and yours to read."
+        ) from error
+    if _state(before) != _state(after):
+        raise DataError(f"{name}: the file changed while it was read. Wait until it is written, or pass a copy.")
+
+
+def _state(file: stat_result) -> tuple[int, int, int]:
+    return file.st_size, file.st_mtime_ns, file.st_ino
+
+
+def _read(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{name}: files ending in {suffix!r} aren't read; expected one of {', '.join(SUFFIXES)}.")
+        raise DataError(f"{name}: {_what_to_do(path, suffix)}")
     with path.open("rb") as file:
-        head = file.read(32)
-    if not head.removeprefix(_BOM).strip():
+        head = file.read(_HEAD)
+        text = head.removeprefix(BOM).lstrip()
+        while not text and (more := file.read(1 << 16)):  # a file may begin with any number of blank lines
+            text = more.lstrip()
+    if not text:
         raise DataError(f"{name}: the file is empty.")
-    kind = next((kind for magic, kind in _OTHER_FORMATS.items() if head.startswith(magic)), None)
+    other = next((what for magic, what in _OTHER_FORMATS.items() if head.lower().startswith(magic.lower())), None)
     if suffix == ".parquet":
-        if kind != "Parquet":
-            raise DataError(f"{name}: the file is {kind or 'not Parquet'}. Rename or convert it.")
-        yield from numbered(datasets.Dataset.from_parquet(str(path), keep_in_memory=True), name)
+        if other != "Parquet":
+            fix = "Decrypt it." if head.startswith(b"PARE") else "Rename or convert it."
+            raise DataError(f"{name}: the file is {other or 'not Parquet'}. {fix}")
+        yield from read_parquet(path, name)
         return
-    if kind is not None:
-        raise DataError(f"{name}: the file is {kind}, not {suffix[1:]}. Rename or convert it.")
-    if head.startswith(_BOM):
-        notes["byte order mark removed"] += 1
+    if other is None and b"\0" in head:
+        nuls = head[1::2].count(0), head[::2].count(0)
+        other = "UTF-16 text" if max(nuls) > len(head) // 3 and not min(nuls) else "binary, or damaged"
+    if other is not None:
+        fix = "Save it as UTF-8." if other.startswith("UTF") else "Rename or convert it."
+        raise DataError(f"{name}: the file is {other}, not {suffix[1:]}. {fix}")
     if suffix in (".jsonl", ".ndjson"):
-        yield from _read_jsonl(path, name, notes)
-    elif suffix == ".json":
-        yield from _read_json(path, name)
+        yield from read_jsonl(path, name, notes)
+        return
+    if head.startswith(BOM):
+        notes["byte order mark removed"] += 1
+    if suffix == ".json":
+        yield from read_json(path, name)
     else:
-        yield from _read_csv(path, name, "\t" if suffix == ".tsv" else ",", notes)
+        yield from read_csv(path, name, "\t" if suffix == ".tsv" else ",", notes)
 
 
-def numbered(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
-    """Rows with their numbers, from 1."""
-    for number, row in enumerate(rows, start=1):
-        yield RawRow(name, number, row)
+def _what_to_do(path: Path, suffix: str) -> str:
+    """What to say of a file whose ending isn't one of :data:`SUFFIXES`."""
+    if suffix in PACKED:
+        return f"packed files aren't read. Unpack it first: {PACKED[suffix]} {path}"
+    if suffix in (".arrow", ".feather"):
+        load = f"datasets.Dataset.from_file({str(path)!r})"
+        if suffix == ".feather":
+            load = f"pandas.read_feather({str(path)!r})"
+        return f"Arrow files aren't read. Pass {load}, or save that as Parquet by its to_parquet()."
+    if suffix in (".xlsx", ".xls", ".ods"):
+        return "spreadsheets aren't read. Save it as CSV, or pass pandas.read_excel(...)."
+    return f"files ending in {suffix!r} aren't read; expected one of {', '.join(SUFFIXES)}."
 
 
-def _undecodable(name: str, number: int, byte: int, column: int) -> RawRow:
-    detail = f"byte 0x{byte:02x} at column {column}"
-    return RawRow(name, number, None, Problem(name, number, None, "invalid UTF-8", detail, "Save the file as UTF-8."))
-
-
-def _read_jsonl(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if not line.strip():
-                notes["blank line"] += 1
-                continue
-            try:
-                yield RawRow(name, number, json.loads(line.decode("utf-8")))
-            except UnicodeDecodeError as error:
-                yield _undecodable(name, number, error.object[error.start], error.start + 1)
-            except (json.JSONDecodeError, RecursionError) as error:
-                if number == 1 and line.lstrip().startswith(b"["):
-                    raise DataError(
-                        f"{name}: one JSON array, not one JSON object a line. Rename it to .json."
-                    ) from error
-                if isinstance(error, json.JSONDecodeError):
-                    detail = f"{error.msg} at column {error.colno}"
-                else:
-                    detail = "nested too deep"
-                fix = "Each line must be one JSON object."
-                yield RawRow(name, number, None, Problem(name, number, None, "malformed JSON", detail, fix))
-
-
-def _read_json(path: Path, name: str) -> Iterator[RawRow]:
-    try:
-        value = json.loads(path.read_bytes().removeprefix(_BOM).decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{name}, line {line}: invalid UTF-8. Save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        hint = " If each line is an object of its own, rename the file to .jsonl." if error.msg == "Extra data" else ""
-        place = f"{name}, line {error.lineno}, column {error.colno}"
-        raise DataError(f"{place}: malformed JSON, {error.msg}.{hint}") from error
-    if isinstance(value, dict):
-        lists = [key for key, item in value.items() if isinstance(item, list)]
-        if len(lists) != 1:
-            found = ", ".join(map(repr, list(value)[:5]))
-            raise DataError(f"{name}: expected a JSON array of rows, or an object with one list in it; found {found}.")
-        value = value[lists[0]]
-    if not isinstance(value, list):
-        raise DataError(f"{name}: expected a JSON array of rows, found {type(value).__name__}.")
-    yield from numbered(value, name)
-
-
-def _read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iterator[RawRow]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KiB
-    # What isn't UTF-8 comes through as surrogates, so that one bad byte spoils its own row only.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader)
-            _check_header(header, name, delimiter)
-            start = reader.line_num + 1
-            for cells in reader:
-                number, start = start, reader.line_num + 1  # line_num is where a row ends; it may span several lines
-                if not cells:
-                    notes["blank line"] += 1
-                elif (bad := _surrogate("".join(cells))) is not None:
-                    yield _undecodable(name, number, *bad)
-                elif len(cells) != len(header):
-                    detail = f"{len(cells)} cells, the header has {len(header)}"
-                    fix = f"Quote cells that hold {delimiter!r} or line breaks."
-                    problem = Problem(name, number, None, "wrong number of cells", detail, fix)
-                    yield RawRow(name, number, None, problem)
-                else:
-                    yield RawRow(name, number, dict(zip(header, cells, strict=True)))
-        except csv.Error as error:
-            raise DataError(f"{name}, line {reader.line_num}: malformed CSV, {error}.") from error
-
-
-def _check_header(header: list[str], name: str, delimiter: str) -> None:
-    if header and header[0].lstrip().startswith(("{", "[")):
-        raise DataError(f"{name}: the file looks like JSON, not CSV. Rename it to .jsonl (or .json for one array).")
-    if len(header) == 1:
-        other = next((d for d in (";", "\t", "|", ",") if d != delimiter and d in header[0]), None)
-        if other is not None:
-            raise DataError(
-                f"{name}: the header has one column, {header[0]!r}; the file seems to be separated by {other!r}, "
-                f"expected {delimiter!r}. Save it as CSV with commas, or as .tsv with tabs."
-            )
-    repeated = [column for column, count in Counter(header).items() if count > 1]
-    if repeated:
-        raise DataError(f"{name}: the header names {repeated[0]!r} twice. Rename one of the columns.")
-
-
-def _surrogate(text: str) -> tuple[int, int] | None:
-    """The first byte that isn't UTF-8 and its column, from 1."""
-    return next(((ord(c) - 0xDC00, i) for i, c in enumerate(text, 1) if 0xDC80 <= ord(c) <= 0xDCFF), None)
+__all__ = ["PACKED", "SUFFIXES", "RawRow", "numbered", "read_file"]

@@ -1,8 +1,9 @@
-"""Where rows come from: files, the Hub, datasets and lists."""
+"""Where rows come from: files, the Hub, datasets, frames and lists."""
 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any, TypeAlias
 
 import datasets
 
-from lightning_ft.data.files import SUFFIXES, RawRow, numbered, read_file
-from lightning_ft.errors import ConfigError, DataNotFoundError
+from lightning_ft.data.files import PACKED, SUFFIXES, read_file
+from lightning_ft.data.frames import DataFrame, frame_rows, library_of
+from lightning_ft.data.raw_rows import RawRow, check_values, numbered
+from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
 
-Source: TypeAlias = str | Path | datasets.Dataset | datasets.IterableDataset | list[dict[str, Any]]
-"""A path, a hub name (``user/data``, ``user/data:split``), a dataset, or a list of dicts."""
+Source: TypeAlias = str | Path | datasets.Dataset | datasets.IterableDataset | DataFrame | list[dict[str, Any]]
+"""A path, a hub name (``user/data``, ``user/data:split``), a dataset, a pandas or polars frame, or a list of dicts."""
 
 
 Sources: TypeAlias = (
-    str | Path | list[str] | list[dict[str, Any]] | datasets.Dataset | datasets.IterableDataset | list[Any]
+    str | Path | list[str] | list[dict[str, Any]] | datasets.Dataset | datasets.IterableDataset | DataFrame | list[Any]
 )
-"""What a split may be: a path or hub name, a list of rows, a dataset, or a list of those."""
+"""What a split may be: a path or hub name, a list of rows, a dataset, a pandas or polars frame, or a list of those."""
 
 
 def as_sources(given: Sources, argument: str) -> dict[str, Source]:
@@ -37,10 +40,10 @@ def as_sources(given: Sources, argument: str) -> dict[str, Source]:
     sources: dict[str, Source] = {}
     every: list[Any] = list(given) if several else [given]  # type: ignore[arg-type]
     for index, source in enumerate(every):
-        if not _is_row_list(source) and not isinstance(source, (str, Path, datasets.Dataset, datasets.IterableDataset)):
+        if not _is_source(source):
             raise ConfigError(
-                f"{argument}: expected a path, a hub name, a dataset or a list of dicts, or a list of those, "
-                f"got {type(source).__name__}" + (_split_hint(source) if isinstance(source, Mapping) else ".")
+                f"{argument}: expected a path, a hub name, a dataset, a pandas or polars DataFrame or a list of dicts, "
+                f"or a list of those, got {type(source).__name__}{_hint(source)}"
             )
         label = f"{argument}[{index}]" if several else argument
         name = str(source) if isinstance(source, (str, Path)) else label
@@ -54,8 +57,17 @@ def _is_row_list(source: Any) -> bool:
     return isinstance(source, (list, tuple)) and (not source or any(isinstance(row, Mapping) for row in source))
 
 
-def _split_hint(source: Mapping[Any, Any]) -> str:
-    return f": pass one of its splits ({', '.join(map(str, list(source)[:5]))})."
+def _is_source(source: Any) -> bool:
+    known = (str, Path, datasets.Dataset, datasets.IterableDataset)
+    return _is_row_list(source) or isinstance(source, known) or library_of(source) is not None
+
+
+def _hint(source: Any) -> str:
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        return f": pass one of its splits ({', '.join(map(str, list(source)[:5]))})."
+    if isinstance(source, Mapping):
+        return ": pass a list of rows, or a list of sources."
+    return ": pass its .collect()." if library_of(source, "LazyFrame") else "."
 
 
 def read_rows(source: Source, name: str, argument: str, notes: Counter[str]) -> Iterator[RawRow]:
@@ -72,24 +84,58 @@ def read_rows(source: Source, name: str, argument: str, notes: Counter[str]) -> 
         DataError: If a file as a whole can't be read.
     """
     if not isinstance(source, (str, Path)):
-        yield from numbered(source, name)
+        if library_of(source):
+            yield from check_values(numbered(frame_rows(source, name), name), filled=True)
+        elif isinstance(source, (list, tuple)):
+            yield from check_values(numbered(source, name), filled=False)
+        else:
+            yield from check_values(numbered(_of_dataset(source, name), name), filled=True)
         return
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = _as_path(str(source))
+    if path is not None and path.is_file():
         yield from read_file(path, name, notes)
-    elif _looks_like_path(str(source)) or path.is_dir():
-        raise DataNotFoundError(f"{argument}={str(source)!r}: there is no such file. {_what_is_there(path)}")
+    elif path is None or _looks_like_path(str(source)) or path.exists():
+        there = "It is too long for a path." if path is None else _what_is_there(path)
+        shown = str(source) if len(str(source)) < 200 else f"{str(source)[:80]}..."
+        raise DataNotFoundError(f"{argument}={shown!r}: there is no such file. {there}")
     else:
-        yield from numbered(_from_hub(str(source), argument), name)
+        yield from check_values(numbered(_of_dataset(_from_hub(str(source), argument), name), name), filled=True)
+
+
+def _of_dataset(dataset: Any, name: str) -> Iterator[Any]:
+    """Rows of a dataset; whatever stops it before its end is told with its name."""
+    read = 0
+    try:
+        for row in dataset:
+            read += 1
+            yield row
+    except Exception as error:  # a file it is read from, a function it was mapped with, the network
+        said = (str(error).strip().splitlines() or ["no message"])[0]
+        where = f"after row {read:,}" if read else "before its first row"
+        raise DataError(f"{name}: reading the dataset failed {where} with {type(error).__name__}: {said}") from error
+
+
+def _as_path(source: str) -> Path | None:
+    """The path that a text is, None for one that can't be the name of a file."""
+    try:
+        path = Path(source).expanduser()
+        path.stat()
+    except (RuntimeError, ValueError):  # the home folder of a user who isn't there; a NUL
+        return None
+    except OSError as error:
+        return None if error.errno == errno.ENAMETOOLONG else path
+    return path
 
 
 def _looks_like_path(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return Path(name).suffix.lower() in (*SUFFIXES, *PACKED) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _what_is_there(path: Path) -> str:
     if path.is_dir():
-        return "It is a folder: name a file in it."
+        return _what_folder(path)
+    if path.exists():
+        return "It is no regular file: write its rows to one."
     if not path.parent.is_dir():
         return f"The folder {str(path.parent)!r} doesn't exist."
     others = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES)
@@ -97,6 +143,16 @@ def _what_is_there(path: Path) -> str:
     if near:
         return f"Did you mean {str(path.with_name(near[0]))!r}?"
     return f"The folder holds {', '.join(others[:5])}." if others else "The folder holds no data files."
+
+
+def _what_folder(path: Path) -> str:
+    if (path / "dataset_dict.json").is_file():
+        load = f"datasets.load_from_disk({str(path)!r})[SPLIT]"
+    elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        load = f"datasets.load_from_disk({str(path)!r})"
+    else:
+        return "It is a folder: name a file in it."
+    return f"It is a dataset saved by save_to_disk: pass {load}, or save that as Parquet by its to_parquet()."
 
 
 def _from_hub(name: str, argument: str) -> Any:

@@ -203,7 +203,7 @@ def test_hub_name_that_is_not_there(monkeypatch):
 
 def test_what_is_no_source():
     with pytest.raises(
-        ConfigError, match="expected a path, a hub name, a dataset or a list of dicts, or a list of those, got int"
+        ConfigError, match="expected a path, a hub name, a dataset, a pandas or polars DataFrame or a list of dicts, or a list"
     ):
         as_sources(3, "train")
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)})
