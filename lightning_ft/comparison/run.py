@@ -195,7 +195,7 @@ class _Comparer:
                     f"{self.config_path!r} has no {split} rows: learning rates are chosen on validation rows, methods "
                     "are compared on test rows."
                 )
-        plans = savings_plans(cli.model.tokenizer, data, asdict(self.settings))
+        plans = savings_plans(data.share_tokenizer(cli.model), data, asdict(self.settings))
         report = {name: {"read": r.read, "kept": r.kept} for name, r in data.report.items()}
         train = [[[dict(turn) for turn in r.messages], r.reference] for r in data.requests("train")]
         self.measured = [content_hash(train), *(plan.fingerprint for plan in plans.values())]

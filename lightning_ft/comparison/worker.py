@@ -79,7 +79,7 @@ def make(folder: Path) -> list[RunResult]:
     data.reorder(run.seed)  # and not the seed that rows are held out by: methods and seeds share their rows
     if run.size is not None:
         data.splits.sample("train", run.size)
-    plans = savings_plans(cli.model.tokenizer, data, plan["settings"])
+    plans = savings_plans(data.share_tokenizer(cli.model), data, plan["settings"])
 
     def answer(name: str, split: str) -> Callable[[Any], ArmRecords]:
         options = {"batch_size": savings.get("batch_size", 64), "progress": False}

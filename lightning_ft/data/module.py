@@ -44,7 +44,8 @@ class RowDataModule(LightningDataModule, ABC):
             "customer"}``.
         mixing: For several training sources, how often the rows of each stand in an epoch; a fraction is drawn anew for
             every epoch.
-        tokenizer: Hub name, folder or tokenizer; by default the module's. It needs no pad token.
+        tokenizer: Hub name, folder or tokenizer; by default the module's. The module generates and exports with it,
+            too. It needs no pad token.
         chat_template: In place of the tokenizer's own, which it replaces also for generation and export: ``plain``
             (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
         max_length: Most tokens of a row: of a prompt, with its longest completion where it has any.
@@ -152,27 +153,55 @@ class RowDataModule(LightningDataModule, ABC):
         self._tokenizer = tokenizer
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        module = getattr(self.trainer, "lightning_module", None)
-        if self._given_tokenizer is None:
+        given = self._given_tokenizer
+        if given is None:
+            module = getattr(self.trainer, "lightning_module", None)
             found: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
             if found is None:
                 raise ConfigError(
                     f"{type(self).__name__} has no tokenizer: pass tokenizer=, or use it with a module that has one."
                 )
             return found
-        given = self._given_tokenizer
         if isinstance(given, str):
             given = load_tokenizer(given, trust_remote_code=self._trust_remote_code)
+        return given
+
+    def share_tokenizer(self, module: Any) -> PreTrainedTokenizerBase:
+        """Let a module generate, measure and export with the tokenizer and the chat template of these rows.
+
+        Called at `setup` for the Trainer's module. Modules of lightning_ft take them; others are only compared with.
+
+        Args:
+            module: What is trained on the rows. Its tokenizer is used where this DataModule was given none.
+
+        Returns:
+            The tokenizer, which both have from now on.
+
+        Raises:
+            ConfigError: If the module was given another tokenizer itself.
+        """
+        if self._tokenizer is None and self._given_tokenizer is None:
+            self.tokenizer = module.tokenizer
+        tokenizer = self.tokenizer
+        if hasattr(module, "adopt_tokenizer"):
+            templated = self._chat_template is not None
+            given = templated or self._given_tokenizer is not None
+            module.adopt_tokenizer(tokenizer, given=given, template_given=templated)
+            return tokenizer
         try:
             other: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
         except (ConfigError, TokenizerError):  # a model without a tokenizer of its own
             other = None
-        if other is not None and other is not given and cache.content_key([], other) != cache.content_key([], given):
+        if (
+            other is not None
+            and other is not tokenizer
+            and cache.content_key([], other) != cache.content_key([], tokenizer)
+        ):
             rank_zero_warn(
                 "The DataModule's tokenizer (or its chat template) isn't the module's: the model would be trained on "
                 "other tokens than it generates with. Pass tokenizer= to the module only."
             )
-        return given
+        return tokenizer
 
     def prepare_data(self) -> None:
         """On one process of each node: check all rows and fill the cache that the others read."""
@@ -189,6 +218,8 @@ class RowDataModule(LightningDataModule, ABC):
         wanted = _NEEDS[getattr(stage, "value", stage) or "fit"]  # a Trainer passes an enum
         self.splits.load(wanted)
         tokenizer = self.tokenizer  # also where nothing is encoded: it may be given another chat template
+        if (module := getattr(self.trainer, "lightning_module", None)) is not None:
+            self.share_tokenizer(module)
         for name in wanted:
             if name != "predict":
                 self.splits.encode(name, tokenizer)

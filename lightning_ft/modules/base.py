@@ -25,6 +25,7 @@ from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedul
 from lightning_ft.models.scorer import Scorer
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.rng import rng_state, set_rng_state
+from lightning_ft.modules.tokenizer import ModuleTokenizer
 
 STATE = "lightning_ft"
 """Key of what these modules keep in a checkpoint."""
@@ -35,7 +36,7 @@ class FineTuning(LightningModule):
 
     Args:
         model: Hub name, local folder, or a loaded model.
-        tokenizer: Hub name, folder or tokenizer, where it isn't the model's own.
+        tokenizer: Hub name, folder or tokenizer, where it is neither the model's own nor given to the DataModule.
         learning_rate: Peak of the schedule.
         weight_decay: Of AdamW, on matrices only: norms and biases never decay.
         betas: Of AdamW.
@@ -82,11 +83,10 @@ class FineTuning(LightningModule):
         super().__init__()
         self.model: Any = None
         self._given = [model]  # in a list: not yet a submodule, so that weights are loaded in configure_model only
-        self._tokenizer: PreTrainedTokenizerBase | None = tokenizer if not isinstance(tokenizer, str) else None
-        self._tokenizer_name = tokenizer if isinstance(tokenizer, str) else None
+        self._tokenizer = ModuleTokenizer(tokenizer, self._load_tokenizer, trust_remote_code=trust_remote_code)
         self._hyper: dict[str, Any] = {
             "model": model if isinstance(model, str) else model.config._name_or_path or None,
-            "tokenizer": self._tokenizer_name,
+            "tokenizer": tokenizer if isinstance(tokenizer, str) else None,
             "learning_rate": self.default_learning_rate if learning_rate is None else float(learning_rate),
             "weight_decay": float(weight_decay),
             "betas": list(betas),
@@ -126,19 +126,44 @@ class FineTuning(LightningModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, or the one given; loading it loads no weights.
+        """What rows are encoded, answers generated and exports written with; loading it loads no weights.
+
+        It is the one given, to the module or to its DataModule, or else the model's own; in a module that was loaded
+        from a checkpoint the one that was trained with.
 
         Raises:
             TokenizerError: If there is none.
         """
-        if self._tokenizer is None:
-            name = self._tokenizer_name or self.model_name
-            if not name:
-                raise ConfigError("The model given has no name to load a tokenizer from: pass tokenizer=.")
-            self._tokenizer = load_tokenizer(
-                name, revision=self._hyper["revision"], trust_remote_code=self._hyper["trust_remote_code"]
-            )
-        return self._tokenizer
+        return self._tokenizer.current
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        name = self._hyper["tokenizer"] or self.model_name
+        if not name:
+            raise ConfigError("The model given has no name to load a tokenizer from: pass tokenizer=.")
+        return load_tokenizer(
+            name, revision=self._hyper["revision"], trust_remote_code=self._hyper["trust_remote_code"]
+        )
+
+    def adopt_tokenizer(
+        self, tokenizer: PreTrainedTokenizerBase, *, given: bool = True, template_given: bool = False
+    ) -> None:
+        """Use the tokenizer of the rows from now on; a DataModule of lightning_ft calls it at `setup`.
+
+        Args:
+            tokenizer: The one that rows are encoded with.
+            given: Whether the DataModule was given it, or a chat template.
+            template_given: Whether the DataModule was given a chat template.
+
+        Raises:
+            ConfigError: If another tokenizer was given to this module.
+        """
+        self._tokenizer.adopt(tokenizer, given=given, template_given=template_given)
+        if self.model is not None:
+            self._follow_tokenizer()
+
+    def _follow_tokenizer(self) -> None:
+        """Bring what was made of an earlier tokenizer up to date."""
+        self._required_scorer().pad_token_id = pad_token_id(self.tokenizer)
 
     @property
     def model_name(self) -> str | None:
@@ -323,7 +348,10 @@ class FineTuning(LightningModule):
         """Keep trainable weights only, and what an exact resume needs."""
         kept = self._kept()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
-        checkpoint[STATE] = {"rng": rng_state(self._trainer.world_size if self._trainer is not None else 1)}
+        checkpoint[STATE] = {
+            "rng": rng_state(self._trainer.world_size if self._trainer is not None else 1),
+            "tokenizer": self._tokenizer.state(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits before anything is loaded from it.
@@ -331,7 +359,11 @@ class FineTuning(LightningModule):
         Raises:
             ModelError: If trainable weights are missing, or others stand there.
         """
+        if (tokenizer := checkpoint.get(STATE, {}).get("tokenizer")) is not None:
+            predicts = self._trainer is None or self._trainer.state.fn == "predict"
+            self._tokenizer.restore(tokenizer, rows_encoded=not predicts)
         self.configure_model()
+        self._follow_tokenizer()
         # ModelParallelStrategy has taken the weights out by now, and loads them itself.
         expected, found = self._kept(), set(checkpoint.get("state_dict", self._kept()))
         if expected != found:

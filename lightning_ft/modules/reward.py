@@ -77,6 +77,10 @@ class RewardModeling(PreferenceLearning):
         _set_pad_token(base, self.tokenizer)
         return cast(PreTrainedModel, base)
 
+    def _follow_tokenizer(self) -> None:
+        super()._follow_tokenizer()
+        _set_pad_token(base_of(self.model), self.tokenizer)
+
     def _adapt(self, base: PreTrainedModel) -> CausalLM:
         model = super()._adapt(base)
         _train_head_in_fp32(score_head(model))

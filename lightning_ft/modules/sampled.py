@@ -125,6 +125,12 @@ class SampledCompletions(AdaptedFineTuning):
                 )
         return self._engine
 
+    def _follow_tokenizer(self) -> None:
+        super()._follow_tokenizer()
+        ends = getattr(self._engine, "end_token_ids", None)
+        if ends is not None and list(ends) != end_token_ids(self.model, self.tokenizer):
+            self._engine = None
+
     def on_fit_start(self) -> None:
         """As in `FineTuning`; load the reward models, so that what is wrong with them shows now."""
         super().on_fit_start()

@@ -34,7 +34,7 @@ class FullFineTuning(SupervisedFineTuning):
 
     Args:
         model: Hub name, local folder, or a loaded model.
-        tokenizer: Hub name, folder or tokenizer, where it isn't the model's own.
+        tokenizer: Hub name, folder or tokenizer, where it is neither the model's own nor given to the DataModule.
         learning_rate: Peak of the schedule.
         weight_decay: Of AdamW, on matrices only: norms and biases never decay.
         betas: Of AdamW.
@@ -122,7 +122,7 @@ class LoRAFineTuning(FrozenTrunkFineTuning):
         optimizer: ``adamw``, ``loraplus`` (LoRA+, https://arxiv.org/abs/2402.12354) or ``lorafa`` (LoRA-FA,
             https://arxiv.org/abs/2308.03303).
         loraplus_lr_ratio: How much faster LoRA+ trains B than A.
-        tokenizer: Hub name, folder or tokenizer, where it isn't the model's own.
+        tokenizer: Hub name, folder or tokenizer, where it is neither the model's own nor given to the DataModule.
         learning_rate: Peak of the schedule; by default ten times that of full fine-tuning.
         weight_decay: Of AdamW, on matrices only: norms and biases never decay.
         betas: Of AdamW.

@@ -1,0 +1,93 @@
+"""A tokenizer as plain values: what a checkpoint keeps of it, so that whoever loads it has the one trained with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.templates import PLAIN_TEMPLATE
+from lightning_ft.errors import TokenizerError
+from lightning_ft.models.load import load_tokenizer
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Names a tokenizer's tokens, their ids and their special roles; chat template and padding have no part in it.
+
+    Args:
+        tokenizer: It isn't changed.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    roles = {role: token for role, token in tokenizer.special_tokens_map.items() if role != "pad_token"}
+    content = [sorted(tokenizer.get_vocab().items()), roles]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> dict[str, Any]:
+    """A tokenizer as values that `torch.load(weights_only=True)` takes.
+
+    Args:
+        tokenizer: The tokenizer.
+        whole: Keep its files too, compressed; otherwise what can't be loaded again by its name: the chat template.
+
+    Returns:
+        ``chat_template``, ``vocabulary`` (see :func:`vocabulary_digest`), and ``files``: a ``uint8 [n]`` tensor by
+        file name.
+    """
+    state: dict[str, Any] = {
+        "chat_template": tokenizer.chat_template or PLAIN_TEMPLATE,
+        "vocabulary": vocabulary_digest(tokenizer),
+        "files": {},
+    }
+    if whole:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+                packed = bytearray(zlib.compress(file.read_bytes()))
+                state["files"][str(file.relative_to(folder))] = torch.frombuffer(packed, dtype=torch.uint8)
+    return state
+
+
+def tokenizer_from_state(state: dict[str, Any], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer whose files a state holds, with its chat template; None if it holds none.
+
+    Args:
+        state: From :func:`tokenizer_state`.
+        trust_remote_code: Run code that is among the files.
+
+    Raises:
+        TokenizerError: If it can't be loaded from them.
+    """
+    if not state["files"]:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, packed in state["files"].items():
+            file = Path(folder) / name
+            if not file.resolve().is_relative_to(Path(folder).resolve()):
+                raise TokenizerError(f"The checkpoint's tokenizer has a file {name!r}, outside of its own folder.")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(zlib.decompress(packed.numpy().tobytes()))
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer.name_or_path = ""  # a folder that is gone
+    tokenizer.chat_template = state["chat_template"]
+    return tokenizer
+
+
+def differences(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """In what a tokenizer differs from a state: ``"vocabulary"``, ``"chat template"``, both or neither.
+
+    Args:
+        state: From :func:`tokenizer_state`.
+        tokenizer: The tokenizer.
+    """
+    found = [] if state["vocabulary"] == vocabulary_digest(tokenizer) else ["vocabulary"]
+    same = state["chat_template"] == (tokenizer.chat_template or PLAIN_TEMPLATE)
+    return found if same else [*found, "chat template"]
