@@ -6,6 +6,7 @@ Supervised fine-tuning, preferences and policy gradients all call :func:`complet
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
 
@@ -24,6 +25,9 @@ from lightning_ft.functional.logprobs import (
     linear_logprobs,
     module_logprobs,
 )
+from lightning_ft.models.backbone import backbone_of, takes_positions
+from lightning_ft.models.lengths import LengthSwitch, length_switch
+from lightning_ft.models.passes import padding_within, put_back, switched_parts
 
 CausalLM = PreTrainedModel | PeftModel
 Reduction = Literal["none", "sum"]
@@ -118,25 +122,48 @@ def _score(
 ) -> SelectedLogProbs:
     hidden = hidden_states(base, batch, backbone)  # [b, s, d]
     selected = hidden.flatten(0, 1).index_select(0, batch.predictors)  # [n, d]
+    scored = project(base, selected, batch.targets, reduction, chunk, temperature=temperature, entropy=entropy)
+    return scored._replace(states=selected) if states else scored
+
+
+def project(
+    base: PreTrainedModel,
+    selected: Tensor,
+    targets: Tensor,
+    reduction: Reduction = "none",
+    chunk: int | None = None,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> SelectedLogProbs:
+    """Log-probabilities of targets from the hidden states that predict them; by way of :func:`as_forward`.
+
+    Args:
+        base: The transformers model.
+        selected: Hidden states, ``[n, d]``.
+        targets: ``int64 [n]``.
+        reduction: See :func:`completion_logprobs`; `chunk`, `temperature` and `entropy` too.
+        chunk: Targets whose logits are held at a time.
+        temperature: Temperature of the distribution.
+        entropy: Whether to give entropies.
+
+    Raises:
+        ModelError: If the model has no head.
+    """
     head = base.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):  # a trained copy of the head: the active adapter's
         head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
     transform = logit_transform(base.config, temperature)
     if not isinstance(head, nn.Module):
         raise ModelError(f"{type(base).__name__} has no output embeddings, so it isn't a causal language model.")
-    scored: SelectedLogProbs
     if type(head) is not nn.Linear:
-        scored = module_logprobs(selected, head, batch.targets, transform=transform, chunk=chunk, entropy=entropy)
-        scored = scored if reduction == "none" else scored._replace(logprobs=scored.logprobs.sum())
-    elif reduction == "sum":
-        scored = linear_logprob_sum(
-            selected, head.weight, batch.targets, bias=head.bias, transform=transform, chunk=chunk
-        )
-    else:
-        scored = linear_logprobs(
-            selected, head.weight, batch.targets, bias=head.bias, transform=transform, chunk=chunk, entropy=entropy
-        )
-    return scored._replace(states=selected) if states else scored
+        scored = module_logprobs(selected, head, targets, transform=transform, chunk=chunk, entropy=entropy)
+        return scored if reduction == "none" else scored._replace(logprobs=scored.logprobs.sum())
+    if reduction == "sum":
+        return linear_logprob_sum(selected, head.weight, targets, bias=head.bias, transform=transform, chunk=chunk)
+    return linear_logprobs(
+        selected, head.weight, targets, bias=head.bias, transform=transform, chunk=chunk, entropy=entropy
+    )
 
 
 def hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Callable[..., Any] | None = None) -> Tensor:
@@ -145,11 +172,56 @@ def hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Callable[.
     Rows without shared prefixes need no mask (though one may be cheaper, see :class:`TokenBatch`): where position ids
     start again transformers isolates what follows, for every attention kernel and for sliding windows, if it is given
     neither a mask nor a cache; padding stands behind all real tokens, which a causal model doesn't see.
+
+    Where the longest sequence of a pass would change the others (see :func:`length_switch`), several passes are made.
+
+    Args:
+        base: The transformers model.
+        batch: The batch.
+        backbone: Runs instead of the model's own (a compiled one).
+
+    Raises:
+        ModelError: If a sharded model would need several passes.
     """
-    run = backbone if backbone is not None else base.base_model
+    run = backbone if backbone is not None else backbone_of(base)
+    one_pass = partial(_one_pass, base, run=run)
+    switch = length_switch(base)
+    if switch is None:
+        return one_pass(batch)
+    parts = switched_parts(batch, switch)
+    if parts is None:
+        return one_pass(batch, switch=switch)
+    refuse_several_passes(base, switch.why)
+    return put_back(parts, [one_pass(part.batch, switch=switch) for part in parts], batch)
+
+
+def refuse_several_passes(base: PreTrainedModel, why: str) -> None:
+    """Ranks of a sharded model have to make the same number of passes.
+
+    Args:
+        base: The transformers model.
+        why: Why one pass isn't enough.
+
+    Raises:
+        ModelError: If `base` is sharded.
+    """
+    if getattr(base, _AS_FORWARD, None) is not None:
+        raise ModelError(
+            f"{type(base).__name__} {why}, so this batch takes several passes, which ranks of a sharded model would "
+            "have to make together. Use batch_size=1 (one completion per prompt), or train without sharding."
+        )
+
+
+def _one_pass(
+    base: PreTrainedModel, batch: TokenBatch, *, run: Callable[..., Any], switch: LengthSwitch | None = None
+) -> Tensor:
+    if switch is not None:
+        switch.forget()
+        batch = padding_within(batch, switch)
     mask = attention_bias(base, attention_mask(batch)) if batch.explicit_mask or batch.has_shared_prefixes else None
     options = {} if mask is None else {"attention_mask": mask}
-    out = run(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True, **options)
+    options |= {"position_ids": batch.position_ids} if takes_positions(base.base_model) else {}
+    out = run(input_ids=batch.input_ids, use_cache=False, return_dict=True, **options)
     return cast(Tensor, out.last_hidden_state)
 
 

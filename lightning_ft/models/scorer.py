@@ -1,10 +1,10 @@
-"""What was found out about a model before it was trusted with the fast paths, and the plain path where it wasn't."""
+"""Log-probabilities by the fastest path that is exact for a model, and the plain path where none is."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,74 +12,24 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_ft.data.layout import Example, TokenBatch, collate_examples, in_one_row, unpack
+from lightning_ft.data.layout import Example, TokenBatch, in_one_row, unpack
 from lightning_ft.data.shared import lay_out_completions
 from lightning_ft.functional.logprobs import SelectedLogProbs
-from lightning_ft.models.exact import are_close, tolerance_of
+from lightning_ft.models.exactness import Exactness, own_logits, probe
 from lightning_ft.models.head import (
     CausalLM,
     Reduction,
     as_forward,
     base_of,
     completion_logprobs,
-    hidden_states,
     input_device,
-    takes_explicit_masks,
+    refuse_several_passes,
 )
+from lightning_ft.models.lengths import LengthSwitch, length_switch
+from lightning_ft.models.passes import Part, padding_within, parts_of, sequence_lengths
 
 _ANY_ROWS = ("sdpa", "eager", "flex_attention")
 """Attention whose mask transformers makes from the positions of each row."""
-
-
-@dataclass(frozen=True)
-class Exactness:
-    """What was found out about a model before it was trusted with the fast paths.
-
-    Args:
-        head: Whether projecting selected hidden states gives the model's own logits; True where it has no such head.
-        packing: Whether packed segments don't see each other.
-        sharing: Why completions can't share a prompt that is computed once; None if they can.
-        window: Most tokens of a sequence that may share a prompt: beyond it the model's own layers attend to a part of
-            the sequence only, which the explicit mask of shared prompts would not. None for no limit.
-    """
-
-    head: bool
-    packing: bool
-    sharing: str | None
-    window: int | None
-
-
-@torch.no_grad()
-def probe(model: PreTrainedModel | PeftModel) -> Exactness:
-    """Compare the fast paths with the model's own forward pass on a few tokens.
-
-    Architectures differ in what they do after their head and in how they mix tokens (state spaces and linear attention
-    see through a packed row); no list of names stays complete, so the model itself is asked.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        base = base_of(model)
-        device = input_device(base)
-        tolerance = tolerance_of(base)
-        prompt, *answers = _some_tokens(base.config.get_text_config().vocab_size)
-        sequences = [_supervised(torch.cat([prompt, answer])) for answer in answers]
-        alone = [as_forward(base, hidden_states, collate_examples([s]).to(device), None)[0] for s in sequences]
-
-        packed = as_forward(base, hidden_states, collate_examples(sequences).to(device), None)[0]
-        packing = are_close(packed, torch.cat(alone), tolerance)
-        sharing = _why_no_sharing(base) if packing else "it doesn't keep packed sequences apart"
-        if sharing is None:
-            behind = [_supervised(answer) for answer in answers]
-            forest = lay_out_completions([prompt], [behind]).to(device)
-            shared = as_forward(base, hidden_states, forest, None)[0]
-            want = torch.cat([alone[0], *(states[len(prompt) :] for states in alone[1:])])
-            sharing = None if are_close(shared, want, tolerance) else "its states differ under an explicit mask"
-        head = base.get_output_embeddings() is None or _head_is_known(model, sequences, tolerance)
-    finally:
-        for module, training in modes:
-            module.training = training
-    return Exactness(head=head, packing=packing, sharing=sharing, window=_window(base.config))
 
 
 def for_attention(base: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
@@ -100,44 +50,6 @@ def _masked_once(base: PreTrainedModel, batch: TokenBatch, exactness: Exactness)
     return batch
 
 
-def _some_tokens(vocabulary: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, vocabulary, (length,), generator=generator) for length in (4, 3, 5)]
-
-
-def _supervised(ids: Tensor) -> Example:
-    return Example(ids, torch.ones(len(ids), dtype=torch.bool))
-
-
-def _head_is_known(model: CausalLM, sequences: Sequence[Example], tolerance: float) -> bool:
-    expected = []
-    device = input_device(model)
-    for sequence in sequences:
-        ids = sequence.input_ids[None].to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        expected.append(logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0])
-    apart = completion_logprobs(model, collate_examples(sequences, packing=False).to(device)).logprobs
-    return are_close(apart, torch.cat(expected), tolerance)
-
-
-def _why_no_sharing(base: PreTrainedModel) -> str | None:
-    if takes_explicit_masks(base):
-        return None
-    return f"attn_implementation={base.config._attn_implementation!r} takes no explicit mask ('sdpa' and 'eager' do)"
-
-
-def _window(config: Any) -> int | None:
-    """The smallest window that any layer attends to."""
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    found = []
-    if kinds is None or any("sliding" in kind for kind in kinds):
-        found.append(getattr(text, "sliding_window", None))
-    if kinds is None or any("chunked" in kind for kind in kinds):
-        found.append(getattr(text, "attention_chunk_size", None))
-    return min((int(size) for size in found if size), default=None)
-
-
 def full_logits_logprobs(
     model: CausalLM,
     batch: TokenBatch,
@@ -147,10 +59,12 @@ def full_logits_logprobs(
     entropy: bool = False,
     states: bool = False,
 ) -> SelectedLogProbs:
-    """:func:`completion_logprobs` by the model's own forward pass, for heads that do something unknown."""
-    out = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_hidden_states=states
-    )
+    """:func:`completion_logprobs` by the model's own forward pass, for models whose states can't be projected here.
+
+    Raises:
+        ModelError: If that forward pass fails.
+    """
+    out = own_logits(model, batch, **({"output_hidden_states": True} if states else {}))
     logits = out.logits.flatten(0, 1).index_select(0, batch.predictors).float() / temperature  # [n, v]
     every = logits.log_softmax(-1)
     logprobs = every.gather(-1, batch.targets[:, None])[:, 0]
@@ -177,7 +91,11 @@ class Scorer:
         self._told: set[str] = set()
 
     def exactness(self, model: PreTrainedModel | PeftModel) -> Exactness:
-        """What the model can do, found out once."""
+        """What the model can do, found out once.
+
+        Raises:
+            ModelError: If the model's own forward pass fails.
+        """
         if self._exactness is None:
             self._exactness = probe(model)
         return self._exactness
@@ -187,19 +105,33 @@ class Scorer:
     ) -> SelectedLogProbs:
         """Score a batch; see :func:`completion_logprobs`."""
         exactness = self.exactness(model)
-        if not exactness.head:
+        if exactness.head is not None:
             self._warn_once(
                 model,
-                "changes its logits after the head in a way that isn't known here: its own forward pass is used, which "
-                "holds the logits of the whole batch.",
+                f"{exactness.head}: its own forward pass is used, which holds the logits of the whole batch and takes "
+                "more memory and time.",
             )
         batch = self.arranged(model, batch)
-        if not exactness.head:
+        parts = self._parts(model, batch)
+        if parts is None:
+            return self._scored(model, batch, reduction, options)
+        return _merged([self._scored(model, part.batch, reduction, options) for part in parts], parts)
+
+    def _scored(
+        self, model: CausalLM, batch: TokenBatch, reduction: Reduction, options: dict[str, Any]
+    ) -> SelectedLogProbs:
+        exactness, base = self.exactness(model), base_of(model)
+        if exactness.head is not None:
+            if (switch := self._switch(model)) is not None:
+                switch.forget()
+                batch = padding_within(batch, switch)
             return full_logits_logprobs(model, batch, reduction, **options)
-        own = getattr(self.backbone, "_orig_mod", None) is base_of(model).base_model  # a reference has its own
-        return completion_logprobs(
-            model, batch, reduction=reduction, backbone=self.backbone if own else None, **options
-        )
+        backbone = exactness.backbone
+        if getattr(self.backbone, "_orig_mod", None) is base.base_model and backbone is None:  # a reference has its own
+            backbone = self.backbone
+        return completion_logprobs(model, batch, reduction=reduction, backbone=backbone, **options)
+
+    # ------------------------------------------------------------ which rows share a pass
 
     def arranged(self, model: PreTrainedModel | PeftModel, batch: TokenBatch) -> TokenBatch:
         """A batch as the model's attention can take it: packed rows that it would mix are taken apart or put in one.
@@ -210,15 +142,42 @@ class Scorer:
             model: Whose forward pass it is for.
             batch: The batch.
         """
-        if not self.exactness(model).packing and batch.packed:
-            self._warn_once(
-                model,
-                "doesn't keep packed sequences apart, so batches are unpacked and padded. Set packing=False to silence "
-                "this.",
-            )
+        exactness = self.exactness(model)
+        if exactness.packing is not None and batch.packed:
+            reason = exactness.packing.removeprefix("it ")
+            self._warn_once(model, f"{reason}, so batches are unpacked and padded. Set packing=False to silence this.")
             return unpack(batch, pad_token_id=self.pad_token_id)
         base = base_of(model)
-        return _masked_once(base, for_attention(base, batch), self.exactness(model))
+        return _masked_once(base, for_attention(base, batch), exactness)
+
+    def takes_one_pass(self, model: CausalLM, batch: TokenBatch) -> bool:
+        """Whether the sequences of an arranged batch can go through the model together."""
+        return self._parts(model, batch) is None
+
+    def _switch(self, model: CausalLM) -> LengthSwitch | None:
+        found: LengthSwitch | None = as_forward(base_of(model), length_switch)
+        return found
+
+    def _parts(self, model: CausalLM, batch: TokenBatch) -> list[Part] | None:
+        """The passes that a batch takes; None for one."""
+        rows, switch = self.exactness(model).rows, self._switch(model)
+        if rows == "any" and switch is None:
+            return None
+        lengths = sequence_lengths(batch)
+        if rows == "any":
+            assert switch is not None
+            groups, why = switch.groups(lengths), switch.why
+        else:
+            why = "lets the rows of a pass change each other"
+            groups = [[i] for i in range(len(lengths))]
+            if rows == "equal":
+                why = "isn't exact for a row next to a longer one"
+                groups = [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))]
+        if len(groups) <= 1:
+            return None
+        refuse_several_passes(base_of(model), why)
+        self._warn_once(model, f"{why}, so such a batch takes several passes. Its loss is right, it is only slower.")
+        return parts_of(batch, groups)
 
     def lay_out(
         self,
@@ -239,24 +198,52 @@ class Scorer:
         exactness = self.exactness(model)
         shared = share_prompts and any(len(behind) > 1 for behind in completions)
         if shared:
-            longest = max(
+            lengths = [
                 len(prompt) + len(completion)
                 for prompt, behind in zip(prompts, completions, strict=True)
                 for completion in behind
-            )
-            reason = exactness.sharing if exactness.head else "its own forward pass is used"
-            if reason is None and exactness.window is not None and longest > exactness.window:
-                reason = f"{longest:,} tokens are more than its attention window of {exactness.window:,}"
+            ]
+            reason = self._why_no_sharing(model, lengths)
             if reason is not None:
                 self._warn_once(model, f"computes each prompt once for each completion, because {reason}.")
             shared = reason is None
         batch = lay_out_completions(
-            prompts, completions, shared=shared, packing=exactness.packing, pad_token_id=self.pad_token_id
+            prompts, completions, shared=shared, packing=exactness.packing is None, pad_token_id=self.pad_token_id
         )
         return batch.to(input_device(model))
+
+    def _why_no_sharing(self, model: CausalLM, lengths: Sequence[int]) -> str | None:
+        exactness, switch, longest = self.exactness(model), self._switch(model), max(lengths)
+        if exactness.sharing is not None:
+            return exactness.sharing
+        if exactness.window is not None and longest > exactness.window:
+            return f"{longest:,} tokens are more than its attention window of {exactness.window:,}"
+        if switch is not None and len(switch.groups(lengths)) > 1:
+            return f"it {switch.why}"
+        return None
 
     def _warn_once(self, model: PreTrainedModel | PeftModel, what: str) -> None:
         kind = what[:40]  # the number of tokens in it changes from batch to batch
         if kind not in self._told:
             self._told.add(kind)
             warnings.warn(f"{type(base_of(model)).__name__} {what}", stacklevel=3)
+
+
+def _merged(scored: Sequence[SelectedLogProbs], parts: Sequence[Part]) -> SelectedLogProbs:
+    """Results of parts as those of the whole batch, its targets in their order."""
+    order = torch.cat([part.targets for part in parts]).argsort()
+
+    def whole(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(found)[order] if found else None
+
+    summed = scored[0].logprobs.ndim == 0
+    logprobs = [result.logprobs for result in scored]
+    correct = whole([result.correct for result in scored])
+    assert correct is not None
+    return SelectedLogProbs(
+        torch.stack(logprobs).sum() if summed else torch.cat(logprobs)[order],
+        correct,
+        whole([result.entropy for result in scored]),
+        whole([result.states for result in scored]),
+    )

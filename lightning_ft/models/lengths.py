@@ -1,0 +1,229 @@
+"""Models in which a long sequence changes what the shorter ones of the same pass get.
+
+Rotary scalings such as LongRoPE and dynamic NTK choose their frequencies by the largest position of a pass, so a short
+sequence gets other log-probabilities next to a long one than alone. Dynamic NTK also remembers the longest pass so far.
+Which models do so, and beyond which length, is asked of the model: positions can be far apart without many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_ft.models.backbone import head_of
+from lightning_ft.models.calls import accepts, first_tensor
+
+_TOKENS = 4
+_NEAR, _WIDE = 3, 255  # last positions of the two rows that are watched
+_BEYOND_TABLES = 4  # times the model's positions, where rotary scalings may change only past them
+_known: WeakKeyDictionary[PreTrainedModel, LengthSwitch | None] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class LengthSwitch:
+    """Where the length of the longest sequence of a pass begins to matter.
+
+    Args:
+        at: Sequences of at most so many tokens don't change each other.
+        mixed_beyond: Whether longer ones of different lengths don't change each other either (LongRoPE: two sets of
+            frequencies); if not, only those of one length may share a pass (dynamic NTK).
+        state: What the modules keep from one pass to the next, as it was before any long pass: module, name, value.
+    """
+
+    at: int
+    mixed_beyond: bool
+    state: tuple[tuple[nn.Module, str, Any], ...] = ()
+
+    @property
+    def why(self) -> str:
+        """What to tell a user whose batch takes several passes."""
+        return f"changes the positions of all sequences of a pass that holds one of more than {self.at:,} tokens"
+
+    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which sequences may share a pass.
+
+        Args:
+            lengths: Tokens of each.
+
+        Returns:
+            Their indices, group by group, each in order.
+
+        Example:
+            >>> LengthSwitch(at=64, mixed_beyond=True).groups([10, 100, 64, 80])
+            [[0, 2], [1, 3]]
+            >>> LengthSwitch(at=64, mixed_beyond=False).groups([10, 100, 64, 80, 100])
+            [[0, 2], [3], [1, 4]]
+        """
+        found: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            side = 0 if length <= self.at else 1 if self.mixed_beyond else length
+            found.setdefault(side, []).append(i)
+        return [found[side] for side in sorted(found)]
+
+    def forget(self) -> None:
+        """Put back what modules keep of earlier passes, so that the next pass doesn't depend on them."""
+        for module, name, value in self.state:
+            current = getattr(module, name, None)
+            if not isinstance(value, Tensor):
+                setattr(module, name, value)
+            elif isinstance(current, Tensor) and current.shape == value.shape:
+                setattr(module, name, value.to(current.device, current.dtype, copy=True))
+
+
+def length_switch(base: PreTrainedModel) -> LengthSwitch | None:
+    """Where a model's passes begin to depend on their longest sequence, found out once for each model.
+
+    Call it where a forward pass may run, see :func:`lightning_ft.models.head.as_forward`.
+
+    Args:
+        base: A transformers model.
+
+    Returns:
+        None if no sequence changes another one, or if the model takes no positions by which it could be asked.
+    """
+    if base not in _known:
+        modes = [(module, module.training) for module in base.modules()]
+        base.eval()
+        try:
+            with torch.no_grad():
+                _known[base] = _Asked(base).switch()
+        finally:
+            for module, training in modes:
+                module.training = training
+    return _known[base]
+
+
+class _Asked:
+    """Passes of a few rows of four tokens, far apart, whose first rows are watched while the last one moves."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+        run = base.base_model
+        self._run = run
+        self._askable = accepts(run, "position_ids") and accepts(run, "attention_mask")
+        text = base.config.get_text_config()
+        self._far = _far(base, int(getattr(text, "max_position_embeddings", None) or 0))
+        vocabulary = int(getattr(text, "vocab_size", 0) or 0)
+        generator = torch.Generator().manual_seed(0)
+        self._ids = torch.randint(0, max(vocabulary, 1), (4, _TOKENS), generator=generator)
+        self._state: tuple[tuple[nn.Module, str, Any], ...] = ()
+
+    def switch(self) -> LengthSwitch | None:
+        if not self._askable or self._far <= 2 * _TOKENS:
+            return None
+        wide = min(_WIDE, self._far // 2 - 1)
+        try:
+            near = self._pass(_NEAR, wide=_NEAR, last=_NEAR)
+            far = self._pass(_NEAR, wide=wide, last=self._far - 1)
+            middle = self._pass(_NEAR, wide=wide, last=wide)
+            moved = [not torch.equal(near[0], far[0]), not torch.equal(middle[1], far[1])]
+            if not any(moved):  # to the bit: same shapes, same kernels
+                return None
+            return self._found(wide)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a forward pass may raise: such a model can't be asked by positions
+            return None
+
+    def _found(self, wide: int) -> LengthSwitch | None:
+        noise = self._noise()
+        self._pass(_NEAR, wide=_NEAR, last=_NEAR)  # resets what resets itself
+        before = _snapshot(self._base)
+        self._pass(_NEAR, wide=_NEAR, last=self._far - 1)
+        self._state = _changed(self._base, before)
+
+        def depends(row: int, top: int, length: int) -> bool:
+            one = self._pass(_NEAR, wide=top, last=top)[row]
+            other = self._pass(_NEAR, wide=top, last=length - 1)[row]
+            return not _alike(one, other, noise)
+
+        for row, top in ((0, _NEAR), (1, wide)):
+            if not depends(row, top, self._far):
+                continue
+            low, high = top + 1, self._far  # it doesn't depend on `low`, it does on `high`
+            for hint in _hints(self._base):
+                if low < hint < high and depends(row, top, hint + 1) and not depends(row, top, hint):
+                    low, high = hint, hint + 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if depends(row, top, middle) else (middle, high)
+            one = self._pass(_NEAR, wide=low + _TOKENS, last=low + _TOKENS)[1]
+            other = self._pass(_NEAR, wide=low + _TOKENS, last=self._far - 1)[1]
+            return LengthSwitch(low, mixed_beyond=_alike(one, other, noise), state=self._state)
+        return None
+
+    def _pass(self, near: int, *, wide: int, last: int, ids: Tensor | None = None) -> Tensor:
+        """Output of four rows whose positions go up to `near`, `wide`, `near` and `last`, ``[4, 4, d]``."""
+        LengthSwitch(0, False, self._state).forget()
+        spread = [torch.linspace(0, top, _TOKENS).long() for top in (near, wide, near)]
+        rows = torch.stack([*spread, torch.arange(last - _TOKENS + 1, last + 1)])
+        device = cast(Tensor, self._base.get_input_embeddings().weight).device
+        given = (self._ids if ids is None else ids).to(device)
+        # a mask, or transformers takes positions that skip some for the start of other sequences
+        options = {"attention_mask": torch.ones_like(given), "position_ids": rows.to(device)}
+        return first_tensor(self._run(input_ids=given, use_cache=False, **options)).float()
+
+    def _noise(self) -> float:
+        """How far rows differ by what isn't length: the tokens of their neighbor, which experts may be routed with."""
+        other = self._ids.clone()
+        other[3] = self._ids[0].flip(0)
+        one = self._pass(_NEAR, wide=_NEAR, last=_NEAR)
+        return float((one - self._pass(_NEAR, wide=_NEAR, last=_NEAR, ids=other))[:3].abs().max())
+
+
+def _alike(one: Tensor, other: Tensor, noise: float) -> bool:
+    rounding = 0.1 * torch.finfo(torch.float32).eps * float(one.abs().max())
+    return float((one - other).abs().max()) <= 8 * noise + rounding
+
+
+def _far(base: PreTrainedModel, positions: int) -> int:
+    """The largest length to ask about: more than the model's positions, unless it looks positions up in a table."""
+    tied = {id(p) for m in (base.get_input_embeddings(), head_of(base)) if m is not None for p in m.parameters()}
+    named = [*base.parameters(), *base.buffers()]
+    table = any(positions <= size <= positions + 8 for t in named if id(t) not in tied for size in t.shape)
+    return positions if table else _BEYOND_TABLES * positions
+
+
+def _hints(base: PreTrainedModel) -> list[int]:
+    """Lengths that the configuration names, each of which is asked about first."""
+    text = base.config.get_text_config()
+    found = [getattr(text, "max_position_embeddings", None), getattr(text, "original_max_position_embeddings", None)]
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        found.append(part.get("original_max_position_embeddings"))
+    return sorted({int(length) for length in found if length})
+
+
+def _snapshot(base: nn.Module) -> dict[tuple[int, str], Any]:
+    return {(id(m), name): _copy(value) for m in base.modules() for name, value in _kept(m)}
+
+
+def _changed(base: nn.Module, before: dict[tuple[int, str], Any]) -> tuple[tuple[nn.Module, str, Any], ...]:
+    """What modules keep that has changed since, with the value that it had."""
+    return tuple(
+        (module, name, before[id(module), name])
+        for module in base.modules()
+        for name, value in _kept(module)
+        if (id(module), name) in before and not _same(before[id(module), name], value)
+    )
+
+
+def _kept(module: nn.Module) -> list[tuple[str, Any]]:
+    plain = [(n, v) for n, v in vars(module).items() if n != "training" and isinstance(v, (Tensor, int, float))]
+    return plain + [(name, value) for name, value in module._buffers.items() if value is not None]
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) != isinstance(other, Tensor):
+        return False
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)

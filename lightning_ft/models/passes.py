@@ -1,0 +1,146 @@
+"""One batch as several forward passes, for models that would let its sequences change each other.
+
+A part of a batch is a batch of its own, laid out again, that remembers where each of its tokens is in the whole one:
+
+    whole   [a a a a b b c c c]        parts   [a a a a]  places [0 1 2 3]
+    (a is longer than the others)              [b b c c c] places [4 5 6 7 8]
+
+so hidden states of parts can be put where those of the whole batch would be, and log-probabilities of its targets
+likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_ft.data.layout import Example, Segment, TokenBatch, balanced_rows, lay_out
+from lightning_ft.errors import ModelError
+from lightning_ft.models.lengths import LengthSwitch
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some sequences of a batch.
+
+    Args:
+        batch: They alone, `b` rows of `s` tokens, with `m` of the targets.
+        places: Position in the flattened whole batch of each token of `batch`, -1 for padding, ``int64 [b * s]``.
+        targets: Index of each of its targets among those of the whole batch, ``int64 [m]``.
+    """
+
+    batch: TokenBatch
+    places: Tensor
+    targets: Tensor
+
+
+def sequence_lengths(batch: TokenBatch) -> list[int]:
+    """Tokens of each sequence of a batch, a shared prompt counted in each that continues it; row by row.
+
+    Example:
+        >>> one, two = (Example(torch.ones(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)) for n in (1, 2))
+        >>> sequence_lengths(lay_out([[Segment(one), Segment(two)], [Segment(two)]]))
+        [1, 2, 2]
+        >>> sequence_lengths(lay_out([[Segment(one), Segment(two, parent=0)]]))
+        [3]
+    """
+    count = batch.parents.shape[1]
+    segments = torch.where(batch.segment_ids < 0, count, batch.segment_ids)  # the last column takes the padding
+    ends = batch.position_ids.new_full((len(segments), count + 1), -1)
+    ends = ends.scatter_reduce(1, segments, batch.position_ids, "amax") + 1
+    ends = ends.scatter(1, torch.where(batch.parents < 0, count, batch.parents), 0)[:, :count]  # what is continued
+    return [int(length) for length in ends.flatten().tolist() if length > 0]
+
+
+def switched_parts(batch: TokenBatch, switch: LengthSwitch) -> list[Part] | None:
+    """The passes that a batch needs where the length of a sequence may change others; None for a single one.
+
+    Raises:
+        ModelError: For a batch with shared prefixes whose sequences can't share a pass.
+    """
+    groups = switch.groups(sequence_lengths(batch))
+    return None if len(groups) == 1 else parts_of(batch, groups)
+
+
+def parts_of(batch: TokenBatch, groups: Sequence[Sequence[int]]) -> list[Part]:
+    """Lay groups of a batch's sequences out as batches of their own.
+
+    Args:
+        batch: A batch of roots.
+        groups: Indices of sequences, as :func:`sequence_lengths` counts them, each in one group.
+
+    Raises:
+        ModelError: For a batch whose sequences share prefixes.
+    """
+    if batch.has_shared_prefixes:
+        raise ModelError(
+            "Sequences that share a prompt are on both sides of the length at which this model's positions change, so "
+            "they can't go through it in one pass. Pass share_prompts=False."
+        )
+    runs = _runs(batch)
+    return [_part(batch, [runs[i] for i in group]) for group in groups]
+
+
+def _runs(batch: TokenBatch) -> list[range]:
+    """Where each sequence is in the flattened batch."""
+    runs, length = [], batch.segment_ids.shape[1]
+    for row, segments in enumerate(batch.segment_ids.cpu()):
+        start = row * length
+        found, counts = segments.unique_consecutive(return_counts=True)
+        for segment, count in zip(found.tolist(), counts.tolist(), strict=True):
+            if segment >= 0:
+                runs.append(range(start, start + count))
+            start += count
+    return runs
+
+
+def _part(batch: TokenBatch, runs: Sequence[range]) -> Part:
+    device, whole = batch.input_ids.device, batch.input_ids.numel()
+    rows = balanced_rows([len(run) for run in runs]) if batch.packed else [[i] for i in range(len(runs))]
+    # the layout of the places themselves: what stands in it says where each token comes from
+    where = [Example(torch.tensor(run), torch.zeros(len(run), dtype=torch.bool)) for run in runs]
+    layout = lay_out([[Segment(where[i]) for i in row] for row in rows], pad_token_id=whole).to(device)
+    places = layout.input_ids.flatten()
+    padding = batch.input_ids[batch.segment_ids < 0][:1]
+    tokens = torch.cat([batch.input_ids.flatten(), padding if len(padding) else batch.input_ids.new_zeros(1)])
+    local = torch.full((whole + 1,), -1, dtype=torch.int64, device=device)
+    local[places] = torch.arange(len(places), device=device)
+    predictors = local[batch.predictors]
+    targets = (predictors >= 0).nonzero().flatten()
+    part = replace(
+        layout,
+        input_ids=tokens[places].view(layout.input_ids.shape),
+        predictors=predictors[targets],
+        targets=batch.targets[targets],
+        groups=batch.groups[targets],
+        num_groups=batch.num_groups,
+        explicit_mask=batch.explicit_mask and layout.packed,
+    )
+    return Part(part, torch.where(places == whole, -1, places), targets)
+
+
+def put_back(parts: Sequence[Part], states: Sequence[Tensor], batch: TokenBatch) -> Tensor:
+    """States of parts where those of the whole batch would be, ``[b, s, d]``; zero at its padding.
+
+    Args:
+        parts: All parts of the batch.
+        states: ``[b, s, d]`` of each.
+        batch: The whole batch.
+    """
+    every = torch.cat([part.places for part in parts])
+    real = every >= 0
+    flat = torch.cat([hidden.flatten(0, 1) for hidden in states])[real]
+    whole = flat.new_zeros(batch.input_ids.numel(), flat.shape[-1]).index_copy(0, every[real], flat)
+    return whole.view(*batch.input_ids.shape, -1)
+
+
+def padding_within(batch: TokenBatch, switch: LengthSwitch) -> TokenBatch:
+    """A batch whose padding doesn't have larger positions than its tokens: it mustn't be what makes a pass long."""
+    padding = batch.segment_ids < 0
+    longest = batch.position_ids.masked_fill(padding, 0).max()
+    if int(batch.position_ids.max()) < switch.at or not bool((batch.position_ids > longest).any()):
+        return batch
+    return replace(batch, position_ids=torch.where(padding, batch.position_ids.clamp(max=longest), batch.position_ids))
