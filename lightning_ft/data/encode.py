@@ -137,6 +137,34 @@ def encode(
     return Encoded((example,), matches, rendered.notes, mismatch)
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
+    """Encode a plain text for continued pretraining: every token supervised that has one before it, EOS at the end.
+
+    A BOS is added where the tokenizer adds one by itself; neither BOS nor EOS is written twice.
+
+    Args:
+        tokenizer: It needs an EOS token.
+        text: The text, with whatever markup it has.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> tokenizer = AutoTokenizer.from_pretrained("examples/tiny_base")
+        >>> encoded = encode_text(tokenizer, "a lamp")
+        >>> tokenizer.decode(encoded.example.input_ids), encoded.example.supervised.tolist()[:2]
+        ('a lamp<|end|>', [False, True])
+    """
+    ids = [int(token) for token in tokenizer(text, verbose=False)["input_ids"]]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    while ids[-2:] == [eos, eos]:
+        ids = ids[:-1]
+    ids = ids if ids[-1:] == [eos] else [*ids, int(eos)]
+    supervised = torch.ones(len(ids), dtype=torch.bool)
+    supervised[0] = False
+    return Encoded((Example(torch.tensor(ids, dtype=torch.int64), supervised),), prompt_matches=True)
+
+
 def answer_end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an answer in training, and so in generation; mostly, but not always, the tokenizer's EOS.
 
@@ -193,5 +221,6 @@ __all__ = [
     "encode",
     "encode_conversation",
     "encode_prompt",
+    "encode_text",
     "tokens_of",
 ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.request import Message
-from lightning_ft.data.turns import FILL, RowError, check_text, read_turns
+from lightning_ft.data.turns import FILL, MEDIA, RowError, check_text, parsed, read_turns
 
 _CONVERSATIONS = ("messages", "conversations")  # fields that hold a list of messages, and never a string
 
@@ -24,9 +24,22 @@ class FieldReader(ABC, Generic[Row_co]):
         columns: The format's field names to those in the data, where they differ.
     """
 
+    refused: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(MEDIA, "Only text can be trained on: remove the column, or such rows."),
+        "functions": "Rename it 'tools'.",
+    }
+    """Columns that would change what is trained and aren't honored, with what to do about them."""
+
+    passes_on: ClassVar[bool] = False
+    """Whether columns that the format doesn't know are kept."""
+
     def __init__(self, formats: Formats, name: str, columns: Mapping[str, str] | None = None) -> None:
         self.formats, self.name = formats, name
         self.columns = dict(columns or {})
+        self.defaults: dict[str, Any] = {}
+        """What the chat template is given where a row says nothing else."""
+        self.ignored: set[str] = set()
+        """Columns, and keys of messages (``messages.id``), that were found and mean nothing here."""
 
     def read(self, row: Any, source: str, number: int) -> Row_co:
         """Check a row.
@@ -42,6 +55,13 @@ class FieldReader(ABC, Generic[Row_co]):
         if not isinstance(row, Mapping):
             fix = "Each row must be an object with named fields."
             raise RowError(None, "not an object", f"found {type(row).__name__}", fix)
+        used = {self.column(field) for field in self.formats.fields(self.name)}
+        for column, fix in self.refused.items():
+            value = row.get(column)
+            if column not in used and value is not None and value != [] and value != "":
+                raise RowError(column, f"column {column!r} can't be honored", type(value).__name__, fix)
+        if not self.passes_on:
+            self.ignored.update(str(column) for column in row if column not in used and column not in self.refused)
         given, cluster = row.get(self.column("id")), row.get(self.column("cluster"))
         place = {
             "source": source,
@@ -60,12 +80,25 @@ class FieldReader(ABC, Generic[Row_co]):
         return self.columns.get(field, field)
 
     def asked(self, row: Mapping[str, Any]) -> list[Message]:
-        """What the format's first field asks, Alpaca's ``input`` behind it."""
+        """What the format's first field asks, after the ``history``, Alpaca's ``input`` appended."""
         first = self.formats.needed[self.name][0]
         messages = self.side(row, first, None if first in _CONVERSATIONS else "user")
         if first == "instruction" and (extra := self.optional(row, "input")) and messages:
             messages[-1] = Message(role=messages[-1]["role"], content=f"{messages[-1]['content']}\n\n{extra}")
-        return messages
+        return [*self._history(row), *messages] if "history" in self.formats.fields(self.name) else messages
+
+    def _history(self, row: Mapping[str, Any]) -> list[Message]:
+        """Earlier turns, from a list of pairs of question and answer."""
+        column = self.column("history")
+        value = parsed(row.get(column)) or []
+        turns: list[Message] = []
+        for i, pair in enumerate(value if isinstance(value, list) else [value]):
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                fix = "Expected a list of pairs of question and answer."
+                raise RowError(f"{column}[{i}]", "not a pair of texts", repr(pair)[:40], fix)
+            for role, text in zip(("user", "assistant"), pair, strict=True):
+                turns.append(Message(role=role, content=check_text(text, f"{column}[{i}]", role)))
+        return turns
 
     def with_system(self, row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
         """The row's system turn before messages that have none."""
@@ -88,6 +121,28 @@ class FieldReader(ABC, Generic[Row_co]):
             raise RowError(column, "wrong type", f"found {type(value).__name__}", "Expected a string.")
         return value if value and value.strip() else None
 
+    def template_kwargs(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the row gives the chat template besides messages: `tools`, and `chat_template_kwargs`.
+
+        Raises:
+            RowError: If they aren't what they should be.
+        """
+        column = self.column("chat_template_kwargs")
+        kwargs = parsed(row.get(column)) or {}
+        if not isinstance(kwargs, Mapping):
+            fix = "Expected an object, such as {'enable_thinking': false}."
+            raise RowError(column, "wrong type", f"found {type(kwargs).__name__}", fix)
+        column = self.column("tools")
+        tools = parsed(row.get(column)) or []
+        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and tool for tool in tools):
+            fix = "Expected a list of JSON schemas, or JSON text of one."
+            raise RowError(column, "wrong type", f"found {type(tools).__name__}", fix)
+        wrapped = [
+            {"type": "function", "function": dict(tool)} if "name" in tool and "function" not in tool else dict(tool)
+            for tool in tools
+        ]
+        return {**self.defaults, **kwargs, **({"tools": wrapped} if wrapped else {})}
+
     def value(self, row: Mapping[str, Any], field: str) -> Any:
         """What stands in a field that must be there.
 
@@ -109,7 +164,10 @@ class FieldReader(ABC, Generic[Row_co]):
         """
         value, column = self.value(row, field), self.column(field)
         if isinstance(value, list):
-            return read_turns(value, column)
+            keys: set[str] = set()
+            turns = read_turns(value, column, keys)
+            self.ignored.update(f"{column}.{key}" for key in keys)
+            return turns
         if isinstance(value, str) and role is not None:
             return [Message(role=role, content=check_text(value, column, role))]
         expected = "a list of messages" if role is None else "a string or a list of messages"

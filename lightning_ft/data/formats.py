@@ -1,15 +1,16 @@
-"""Conversations: input-output pairs of any row format, as turns."""
+"""Conversations: input-output pairs of any row format, as turns; and plain texts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.request import Message
-from lightning_ft.data.turns import check_order
+from lightning_ft.data.turns import RowError, check_order, check_text
 
 FORMATS = Formats(
     needed={
@@ -18,10 +19,15 @@ FORMATS = Formats(
         "instruction": ("instruction", "output"),
         "input_output": ("input", "output"),
         "prompt_completion": ("prompt", "completion"),
+        "text": ("text",),
     },
-    extra={"instruction": ("input",)},
+    extra={
+        "instruction": ("input", "history"),
+        "input_output": ("history",),
+        "prompt_completion": ("history",),
+    },
 )
-"""Formats of pairs and conversations."""
+"""Formats of pairs, conversations and plain texts."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +36,12 @@ class Conversation:
 
     Args:
         messages: System turn (if any), then user and assistant in turn; where rows must have an answer, it is the last.
+            A plain text is one turn of the assistant's.
         source: Where the row stands.
         row: Its line or number there.
         id: Names it; the row's `id` field, or ``source:row``.
         cluster: The row's `cluster` field, if any.
+        template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
     """
 
     messages: tuple[Message, ...]
@@ -41,16 +49,17 @@ class Conversation:
     row: int
     id: str
     cluster: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two rows duplicates of each other."""
-        return turns_key(self.messages)
+        return (*turns_key(self.messages), *kwargs_key(self.template_kwargs))
 
     @property
-    def together(self) -> tuple[Any, ...]:
-        """Rows that have this in common are held out together."""
-        return self.key
+    def is_text(self) -> bool:
+        """Whether it is a plain text, all of which is learned."""
+        return len(self.messages) == 1 and self.messages[0]["role"] == "assistant"
 
     @property
     def asked(self) -> tuple[Message, ...]:
@@ -62,9 +71,23 @@ class Conversation:
         return replace(self, messages=(*messages, *self.messages[len(self.asked) :]))
 
 
-def turns_key(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    """Turns as something that can be looked up."""
-    return tuple((message["role"], message["content"]) for message in messages)
+def turns_key(messages: Sequence[Message]) -> tuple[tuple[str, ...], ...]:
+    """Turns as something that can be looked up: role and content of each, and whatever else it holds as JSON."""
+    return tuple(
+        (message["role"], message["content"])
+        if len(message) == 2
+        else (message["role"], message["content"], _as_json({**message, "role": "", "content": ""}))
+        for message in messages
+    )
+
+
+def kwargs_key(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a chat template is given besides messages, as something that can be looked up; nothing for nothing."""
+    return (_as_json(kwargs),) if kwargs else ()
+
+
+def _as_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 class RowFormat(FieldReader[Conversation]):
@@ -82,18 +105,38 @@ class RowFormat(FieldReader[Conversation]):
         ('train:1', ['2+2?', '4'])
     """
 
+    refused: ClassVar[Mapping[str, str]] = {
+        **FieldReader.refused,
+        "label": "Rows with a label are preferences: give them to a PreferenceDataModule. To train on the label as the "
+        "answer, pass columns={'input': ..., 'output': 'label'}.",
+        "rejected": "Rows with a rejected answer are preferences: give them to a PreferenceDataModule.",
+        "weight": "Rows can't be weighted: repeat or remove them, or mark turns with 'train': true or false.",
+    }
+
     def __init__(self, name: str, columns: Mapping[str, str] | None = None, *, answered: bool = True) -> None:
         super().__init__(FORMATS, name, columns)
         self.answered = answered
 
     def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Conversation:
         fields = self.formats.needed[self.name]
+        if self.name == "text":
+            return Conversation((Message(role="assistant", content=self._whole(row)),), **place)
         messages = self.asked(row)
         if len(fields) > 1 and (self.answered or row.get(self.column(fields[1])) is not None):
             messages += self.side(row, fields[1], "assistant")
         messages = self.with_system(row, messages)
         check_order(messages, answered=self.answered)
-        return Conversation(tuple(messages), **place)
+        if self.answered and not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
+            raise RowError(None, "no answer is trained on", "all have weight 0", "Leave the row out.")
+        return Conversation(tuple(messages), template_kwargs=self.template_kwargs(row), **place)
+
+    def _whole(self, row: Mapping[str, Any]) -> str:
+        value, column = self.value(row, "text"), self.column("text")
+        if not self.answered:
+            raise RowError(column, "a text asks nothing", "", "Give rows to answer as 'input', or as 'messages'.")
+        if not isinstance(value, str):
+            raise RowError(column, "wrong type", f"found {type(value).__name__}", "Expected a string.")
+        return check_text(value, column, "assistant")
 
 
 def detect_format(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.data.encode import Encoded, encode
+from lightning_ft.data.encode import Encoded, encode, encode_text
 from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.formats import Conversation, RowFormat, detect_format
 from lightning_ft.data.report import SplitReport
 from lightning_ft.data.request import Message
 from lightning_ft.data.templates import ChatTemplate
+from lightning_ft.data.turns import RowError
 
 Self = TypeVar("Self")
+Supervise = Literal["all", "last"]
 
 
 class Row(Protocol):
@@ -30,16 +32,20 @@ class Row(Protocol):
         """Its line or number there."""
 
     @property
+    def cluster(self) -> str | None:
+        """What it belongs together with, if the row says so."""
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What makes two rows duplicates of each other, and all that their tokens depend on; strings and tuples."""
 
     @property
-    def together(self) -> tuple[Any, ...]:
-        """Rows that have this in common are held out together."""
-
-    @property
     def asked(self) -> tuple[Message, ...]:
         """The turns before the answer; those of the user among them may be cut."""
+
+    @property
+    def template_kwargs(self) -> Mapping[str, Any]:
+        """What the chat template is given besides the messages."""
 
     def asking(self: Self, messages: Sequence[Message]) -> Self:
         """The same row with other turns before the answer."""
@@ -81,6 +87,14 @@ class RowKind(ABC, Generic[RowT]):
             AnswerLostError: If it drops or changes an answer.
         """
 
+    def texts(self, row: RowT) -> list[Sequence[Message]]:
+        """The conversations that a row holds, each with its answer."""
+        return [row.asked]
+
+    def is_markup(self, row: RowT) -> bool:
+        """Whether control tokens in the row's text are meant as such."""
+        return False
+
     def check_encoded(self, encoded: Encoded) -> None:
         """Refuse a row for the tokens it became.
 
@@ -106,9 +120,19 @@ class RowKind(ABC, Generic[RowT]):
 
 
 class Pairs(RowKind[Conversation]):
-    """Conversations whose every answer is learnt from."""
+    """Conversations whose answers are learned from, and texts all of which is learned.
 
-    name = "pairs"
+    Args:
+        supervise: ``"all"`` answers, or the ``"last"`` one of each conversation only.
+    """
+
+    def __init__(self, supervise: Supervise = "all") -> None:
+        self.supervise = supervise
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """See `RowKind`."""
+        return f"pairs, {self.supervise}"
 
     def reader(
         self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
@@ -118,7 +142,24 @@ class Pairs(RowKind[Conversation]):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: Conversation, template: ChatTemplate) -> Encoded:
         """See `RowKind`."""
-        return encode(tokenizer, row.messages, template)
+        if row.is_text:
+            return encode_text(tokenizer, row.messages[0]["content"])
+        last_only = self.supervise == "last"
+        return encode(tokenizer, row.messages, template, row.template_kwargs, last_only=last_only)
+
+    def texts(self, row: Conversation) -> list[Sequence[Message]]:
+        """See `RowKind`."""
+        return [row.messages]
+
+    def is_markup(self, row: Conversation) -> bool:
+        """See `RowKind`."""
+        return row.is_text
+
+    def check_encoded(self, encoded: Encoded) -> None:
+        """See `RowKind`."""
+        if not bool(encoded.example.supervised.any()):
+            fix = "The last answer has weight 0, and supervise='last' takes no other: leave the row out."
+            raise RowError(None, "nothing is trained on", f"{len(encoded.example):,} tokens", fix)
 
 
 PAIRS = Pairs()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.data.content import ContentCheck
 from lightning_ft.data.encode import AnswerLostError, Encoded
 from lightning_ft.data.kinds import PAIRS, RowKind, RowT
 from lightning_ft.data.problems import Problem
@@ -36,16 +40,23 @@ class RowEncoder(Generic[RowT]):
     ) -> None:
         self.tokenizer, self.max_length, self.on_overlong, self.kind = tokenizer, max_length, on_overlong, kind
         self.template: ChatTemplate = chat_template(tokenizer)
+        self._check = ContentCheck(self.template)
 
     def __call__(self, row: RowT) -> tuple[Encoded, RowT] | Problem:
         """The encoded row and the row it is of (another if the prompt was cut), or what is wrong."""
         try:
+            check_kwargs(row.template_kwargs, row.asked, self.template)
+            notes = [
+                note for turns in self.kind.texts(row) for note in self._check(turns, markup=self.kind.is_markup(row))
+            ]
             fitted = self._fit(row)
-            if not isinstance(fitted, Problem):
-                self.kind.check_encoded(fitted[0])
-            return fitted
+            if isinstance(fitted, Problem):
+                return fitted
+            encoded, used = fitted
+            self.kind.check_encoded(encoded)
+            return replace(encoded, notes=tuple(dict.fromkeys([*encoded.notes, *notes]))), used
         except AnswerLostError as error:
-            fix = "The template must keep every assistant turn as it is: pass chat_template=."
+            fix = "The template must keep every turn as it is: pass chat_template=, or change the row."
             return Problem(row.source, row.row, None, "answer lost in the chat template", str(error), fix)
         except TokenizerError as error:
             fix = "Change the row's turns, or pass a chat_template= that takes them."
@@ -72,6 +83,10 @@ class RowEncoder(Generic[RowT]):
 
     def _without_room_for_a_prompt(self, row: RowT) -> Problem | None:
         """The problem of a row that would be too long without any word of the user."""
+        if not row.asked:
+            detail = f"{len(self._encode(row).longest):,} tokens, max_length={self.max_length:,}"
+            fix = "Split it into shorter texts, raise max_length, or pass on_overlong='drop'."
+            return Problem(row.source, row.row, None, "overlong text", detail, fix)
         shortest = self._encode(_with_user_text(row, {})).longest
         if len(shortest) < self.max_length:
             return None
@@ -109,11 +124,34 @@ class RowEncoder(Generic[RowT]):
         return None
 
 
+def check_kwargs(kwargs: Mapping[str, Any], asked: Sequence[Message], template: ChatTemplate) -> None:
+    """Refuse what a row gives the chat template and the template doesn't read.
+
+    Args:
+        kwargs: `tools`, `enable_thinking`, ...
+        asked: The row's turns before the answer.
+        template: The chat template.
+
+    Raises:
+        RowError: With the name of what isn't read.
+    """
+    for name, value in kwargs.items():
+        if name not in template.reads:
+            near = difflib.get_close_matches(name, template.reads, n=1)
+            fix = f"Did you mean {near[0]!r}?" if near else "Remove it, or pass a chat_template= that reads it."
+            raise RowError(name, f"the chat template reads no {name!r}", repr(value)[:40], fix)
+    if kwargs.get("tools") and asked:
+        without = {name: value for name, value in kwargs.items() if name != "tools"}
+        if template.render(asked, kwargs, prompt=True) == template.render(asked, without, prompt=True):
+            fix = "Describe them in the system turn, or pass a chat_template= that writes tools."
+            raise RowError("tools", "the chat template leaves the tools out", "", fix)
+
+
 def _with_user_text(row: RowT, texts: dict[int, str]) -> RowT:
     """The row with other user turns before the answer, those not in `texts` empty."""
     return row.asking(
         [
-            Message(role="user", content=texts.get(i, "")) if message["role"] == "user" else message
+            {**message, "content": texts.get(i, "")} if message["role"] == "user" else message
             for i, message in enumerate(row.asked)
         ]
     )

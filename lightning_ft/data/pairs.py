@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, get_args
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.data.kinds import PAIRS
+from lightning_ft.data.kinds import Pairs, Supervise
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.loader import Collate, EncodedRow
 from lightning_ft.data.module import RowDataModule
@@ -17,6 +18,7 @@ from lightning_ft.data.request import Message, Request
 from lightning_ft.data.rows import OnBadRow
 from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.splits import SplitName
+from lightning_ft.errors import ConfigError
 from lightning_ft.models.load import pad_token_id
 
 
@@ -24,9 +26,10 @@ class PairDataModule(RowDataModule):
     """Input-output pairs from files, the Hub or memory, checked, tokenised once and packed.
 
     Rows may be ``{input, output}``, ``{prompt, completion}``, ``{instruction, input, output}`` (Alpaca), ``{messages}``
-    or ``{conversations}`` (ShareGPT), each with an optional ``system``, ``id`` and ``cluster``. All bad rows are
-    reported together before any weight is loaded. All rows are held in memory as text; as tokens they are
-    memory-mapped.
+    or ``{conversations}`` (ShareGPT), each with an optional ``system``, ``tools``, ``chat_template_kwargs``, ``id`` and
+    ``cluster``; or ``{text}`` for continued pretraining, where every token is supervised. Messages may have
+    ``tool_calls``, ``reasoning_content`` and a ``weight`` of 0. All bad rows are reported together before any weight is
+    loaded. All rows are held in memory as text; as tokens they are memory-mapped.
 
     Args:
         train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
@@ -45,6 +48,9 @@ class PairDataModule(RowDataModule):
             (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
         max_length: Most tokens of a row, answer included.
         batch_size: Rows of a batch on one rank, packed or not.
+        chat_template_kwargs: What the chat template is given for every row besides its messages, such as
+            ``{"enable_thinking": False}``; a row's own ``chat_template_kwargs`` come first.
+        supervise: ``all`` answers of a conversation, or the ``last`` one only.
         packing: Lay several rows side by side, kept apart, with hardly any padding. It changes speed, never what is
             learnt.
         on_overlong: What to do with rows over `max_length`: ``error`` lists them, ``drop`` counts them,
@@ -69,8 +75,6 @@ class PairDataModule(RowDataModule):
         (8, '7')
     """
 
-    kind = PAIRS
-
     def __init__(
         self,
         train: Sources,
@@ -82,6 +86,8 @@ class PairDataModule(RowDataModule):
         mixing: list[float] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        supervise: Supervise = "all",
         max_length: int = 2048,
         batch_size: int = 8,
         packing: bool = True,
@@ -93,6 +99,9 @@ class PairDataModule(RowDataModule):
         cache_dir: bool | str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        if supervise not in get_args(Supervise):
+            raise ConfigError(f"supervise={supervise!r}: expected 'all' or 'last'.")
+        self.kind = Pairs(supervise)
         super().__init__(
             train,
             validation,
@@ -101,6 +110,7 @@ class PairDataModule(RowDataModule):
             mixing=mixing,
             tokenizer=tokenizer,
             chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
             max_length=max_length,
             batch_size=batch_size,
             on_overlong=on_overlong,
@@ -114,17 +124,24 @@ class PairDataModule(RowDataModule):
         self._packing = packing
         if predict is not None:
             self.splits.given["predict"] = predict
-        self._save(predict=source_as_json(predict), packing=packing)
+        self._save(predict=source_as_json(predict), packing=packing, supervise=supervise)
 
     def collate(self, split: SplitName) -> Collate:
         """Lays batches out for a model."""
         return _LayOut(self._packing, pad_token_id(self.tokenizer))
 
-    def predict_dataloader(self) -> DataLoader[list[Message]]:
-        """Conversations to answer, `batch_size` at a time: those of `predict`, each up to its last question."""
+    def predict_dataloader(self) -> DataLoader[list[Message] | Request]:
+        """Conversations to answer, `batch_size` at a time: those of `predict`, each up to its last question.
+
+        Rows with `tools` or `chat_template_kwargs` are requests, which hold those too.
+        """
         self._require("predict")
         self.splits.load(["predict"])
-        prompts = [list(row.asked) for part in self.splits.rows["predict"] for row in part]
+        prompts = [
+            Request(row.id, row.asked, "", row.cluster, row.template_kwargs) if row.template_kwargs else list(row.asked)
+            for part in self.splits.rows["predict"]
+            for row in part
+        ]
         return DataLoader(prompts, batch_size=self._batch_size, collate_fn=list)  # type: ignore[arg-type]
 
     def requests(self, split: SplitName) -> list[Request]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.encode import Encoded, encode
 from lightning_ft.data.fields import FieldReader
-from lightning_ft.data.formats import turns_key
+from lightning_ft.data.formats import kwargs_key, turns_key
 from lightning_ft.data.kinds import RowKind
 from lightning_ft.data.layout import Example
 from lightning_ft.data.report import SplitReport
@@ -51,6 +51,7 @@ class Preference:
         id: Names it; the row's `id` field, or ``source:row``.
         cluster: The row's `cluster` field, if any.
         margin: By how much the chosen completion is better, if the row says so.
+        template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
     """
 
     prompt: tuple[Message, ...]
@@ -61,16 +62,13 @@ class Preference:
     id: str
     cluster: str | None = None
     margin: float | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two rows duplicates of each other."""
-        return (self.together, tuple(turns_key(completion) for completion in self.completions), self.labels)
-
-    @property
-    def together(self) -> tuple[Any, ...]:
-        """Rows of the same prompt are held out together: whoever was trained on one has seen the other's prompt."""
-        return turns_key(self.prompt)
+        completions = tuple(turns_key(completion) for completion in self.completions)
+        return (turns_key(self.prompt), completions, self.labels, *kwargs_key(self.template_kwargs))
 
     @property
     def asked(self) -> tuple[Message, ...]:
@@ -115,6 +113,7 @@ class PreferenceFormat(FieldReader[Preference]):
             completions=tuple(tuple(side) for side in sides),
             labels=(True, False) if self.paired else (self._label(row),),
             margin=self._margin(row) if self.paired else None,
+            template_kwargs=self.template_kwargs(row),
             **place,
         )
 
@@ -164,6 +163,8 @@ class PreferenceFormat(FieldReader[Preference]):
                 if not side:
                     raise RowError(None, "empty output", "", "Fill it in or remove the row.")
                 check_order([*prompt, *side], answered=True)
+                if not side[-1].get("train", True):
+                    raise RowError(None, "completion of weight 0", "", "Only the last turn is learned from: remove it.")
             except RowError as error:
                 raise RowError(error.field or self.column(name), error.reason, error.detail, error.fix) from None
         if self.paired and sides[0] == sides[1]:
@@ -219,9 +220,16 @@ class Preferences(RowKind[Preference]):
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: Preference, template: ChatTemplate) -> Encoded:
         """See `RowKind`."""
         sides = [
-            encode(tokenizer, [*row.prompt, *completion], template, last_only=True) for completion in row.completions
+            encode(tokenizer, [*row.prompt, *completion], template, row.template_kwargs, last_only=True)
+            for completion in row.completions
         ]
-        return Encoded(tuple(side.example for side in sides), all(side.prompt_matches for side in sides))
+        different = next((side.mismatch for side in sides if side.mismatch is not None), None)
+        notes = tuple(dict.fromkeys(note for side in sides for note in side.notes))
+        return Encoded(tuple(side.example for side in sides), different is None, notes, different)
+
+    def texts(self, row: Preference) -> list[Sequence[Message]]:
+        """See `RowKind`."""
+        return [[*row.prompt, *completion] for completion in row.completions]
 
     def check_encoded(self, encoded: Encoded) -> None:
         """See `RowKind`."""

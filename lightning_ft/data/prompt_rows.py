@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lightning_ft.data.batches import RESERVED
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.encode import Encoded, encode_prompt
 from lightning_ft.data.fields import FieldReader
-from lightning_ft.data.formats import turns_key
+from lightning_ft.data.formats import kwargs_key, turns_key
 from lightning_ft.data.kinds import RowKind
 from lightning_ft.data.layout import Example
 from lightning_ft.data.report import SplitReport
@@ -25,7 +25,7 @@ from lightning_ft.errors import DataError
 
 FORMATS = Formats(
     needed={name: (name,) for name in ("prompt", "messages", "conversations", "instruction", "input")},
-    extra={"instruction": ("input",)},
+    extra={"instruction": ("input", "history"), "prompt": ("history",), "input": ("history",)},
 )
 """Formats of prompts, by the field that asks."""
 
@@ -45,6 +45,7 @@ class Prompt:
         id: Names it; the row's `id` field, or ``source:row``.
         cluster: The row's `cluster` field, if any.
         answered: Whether an answer stood behind the prompt, which is left out.
+        template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
     """
 
     messages: tuple[Message, ...]
@@ -55,16 +56,12 @@ class Prompt:
     id: str
     cluster: str | None = None
     answered: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two rows duplicates of each other."""
-        return turns_key(self.messages)
-
-    @property
-    def together(self) -> tuple[Any, ...]:
-        """Rows that have this in common are held out together."""
-        return self.key
+        return (*turns_key(self.messages), *kwargs_key(self.template_kwargs))
 
     @property
     def asked(self) -> tuple[Message, ...]:
@@ -94,6 +91,8 @@ class PromptFormat(FieldReader[Prompt]):
         ('2+2?', {'output': '4'})
     """
 
+    passes_on = True
+
     def __init__(self, name: str, columns: Mapping[str, str] | None = None) -> None:
         super().__init__(FORMATS, name, columns)
         used = {*FORMATS.needed[name], *FORMATS.extra.get(name, ()), "system"}
@@ -117,6 +116,7 @@ class PromptFormat(FieldReader[Prompt]):
             text=isinstance(row[column], str) and len(messages) == 1,
             columns={str(name): value for name, value in row.items() if name not in self._used},
             answered=answered,
+            template_kwargs=self.template_kwargs(row),
             **place,
         )
 
@@ -134,7 +134,7 @@ class Prompts(RowKind[Prompt]):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: Prompt, template: ChatTemplate) -> Encoded:
         """See `RowKind`."""
-        ids = torch.tensor(encode_prompt(tokenizer, row.messages, template), dtype=torch.int64)
+        ids = torch.tensor(encode_prompt(tokenizer, row.messages, template, row.template_kwargs), dtype=torch.int64)
         return Encoded((Example(ids, torch.zeros(len(ids), dtype=torch.bool)),), prompt_matches=True)
 
     def check_encoded(self, encoded: Encoded) -> None:

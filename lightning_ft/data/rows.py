@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from rich.progress import track
 
 from lightning_ft.data.files import RawRow
@@ -36,6 +36,7 @@ def load_source(
     answered: bool = True,
     report: SplitReport | None = None,
     kind: RowKind[Any] = PAIRS,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[Any], list[Problem]]:
     """Read and check one source.
 
@@ -48,6 +49,7 @@ def load_source(
         answered: Whether rows must have an answer.
         report: Counts what is found.
         kind: What the rows are.
+        template_kwargs: What the chat template is given for every row, where the row itself says nothing else.
 
     Returns:
         The good rows, and the problems (none with ``"skip"``).
@@ -67,7 +69,11 @@ def load_source(
     if not first:
         raise DataError(f"{name}: there are no rows in it.")
     found = [raw.value for raw in first if isinstance(raw.value, Mapping)]
-    reader = kind.reader(found, columns, answered=answered)
+    try:
+        reader = kind.reader(found, columns, answered=answered)
+    except RowError as error:  # of all rows: their columns are those of no format
+        raise DataError(str(Problem(name, None, error.field, error.reason, error.detail, error.fix))) from None
+    reader.defaults = dict(template_kwargs or {})
     report.formats[name] = reader.name if found else "none"
 
     rows: list[Any] = []
@@ -83,6 +89,9 @@ def load_source(
         except RowError as error:
             problem = Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
             problems.append(problem)
+    if reader.ignored:
+        rank_zero_info(f"{name}: ignored columns: {', '.join(sorted(reader.ignored))}")
+        report.ignored += sorted(reader.ignored.difference(report.ignored))
     report.read += read
     report.kept += len(rows)
     if on_bad_row == "skip":

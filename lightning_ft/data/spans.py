@@ -75,7 +75,15 @@ Render = Callable[[Sequence[Message]], str]
 
 TRIMMED = "answer whose white space at the ends the chat template trims"
 REASONING_LEFT_OUT = "answer before the last whose reasoning the chat template leaves out"
-MOVED = "row whose last prompt the chat template writes otherwise once it is answered, trained on as it is asked"
+MOVED = "row whose prompt the chat template writes otherwise once it is answered; trained on as it is asked"
+
+REMEDIES = {
+    TRIMMED: "The model learns them without it, so compare with references that are trimmed too, or pass a "
+    "chat_template= that keeps it.",
+    REASONING_LEFT_OUT: "Give each answer a row of its own, as its last turn, to train on its reasoning.",
+    MOVED: "Nothing to do, unless the same turns are asked otherwise where the model is served.",
+}
+"""What to do about a note."""
 
 
 def render_answers(
@@ -248,12 +256,14 @@ class _Layout(NamedTuple):
         ends_all: Whether earlier answers end by the same.
         gaps: Between a user's turn and its answer, in a conversation of one question and of two.
         asked: What follows the user's turn in a prompt.
+        around: All that is written in a conversation of two questions.
     """
 
     end: str | None
     ends_all: bool
     gaps: tuple[str, ...]
     asked: str | None
+    around: str
 
     @classmethod
     def of(cls, template: ChatTemplate, kwargs: Mapping[str, Any]) -> _Layout:
@@ -274,7 +284,7 @@ class _Layout(NamedTuple):
         closing, following = None if one is None else one[2], None if two is None else two[2]
         end, ends_all = _end_of(template, closing, following)
         gaps = dict.fromkeys([*(one[1:2] if one else []), *((two[1], two[3]) if two else [])])
-        return cls(end, ends_all, tuple(gaps), None if prompt is None else prompt[1])
+        return cls(end, ends_all, tuple(gaps), None if prompt is None else prompt[1], "\n".join(two or one or []))
 
 
 def _parts(
@@ -312,18 +322,31 @@ def _end_of(template: ChatTemplate, closing: str | None, following: str | None) 
     return closing[: ends[0] if following is None else ends[-1]], False
 
 
-def added_tokens(template: ChatTemplate) -> re.Pattern[str]:
-    """Finds the tokens that a tokenizer has by name, but for BOS and white space."""
-    if "added" not in template.cached:
+def added_tokens(template: ChatTemplate, *, bos: bool = False) -> re.Pattern[str]:
+    """Finds the tokens that a tokenizer has by name, but for white space.
+
+    Args:
+        template: The chat template of the tokenizer.
+        bos: Whether BOS is among them; it ends no turn.
+    """
+    key = ("added", bos)
+    if key not in template.cached:
         tokenizer = template.tokenizer
         names = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-        if tokenizer.bos_token != tokenizer.eos_token:
+        if not bos and tokenizer.bos_token != tokenizer.eos_token:
             names.discard(str(tokenizer.bos_token))
         names = {name for name in names if name.strip()}
         ordered = sorted(names, key=len, reverse=True)
-        template.cached["added"] = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-    found: re.Pattern[str] = template.cached["added"]
+        template.cached[key] = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+    found: re.Pattern[str] = template.cached[key]
     return found
+
+
+def template_tokens(template: ChatTemplate) -> frozenset[str]:
+    """The tokens by name that a template writes around plain messages."""
+    layout = _Layout.of(template, {})
+    texts = [*layout.gaps, layout.asked or "", layout.around]
+    return frozenset(match.group() for text in texts for match in added_tokens(template, bos=True).finditer(text))
 
 
 def _start(

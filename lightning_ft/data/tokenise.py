@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,8 +42,9 @@ def tokenise(
         kind: What the rows are.
 
     Returns:
-        The encoded rows, and the problems of those that aren't among them. ``about["other_prompt"]`` of the encoded
-        rows counts those whose prompt isn't what generation starts from.
+        The encoded rows, and the problems of those that aren't among them. Of the encoded rows
+        ``about["other_prompt"]`` counts those whose prompt isn't what generation starts from, ``about["mismatch"]``
+        shows the first of them, and ``about["notes"]`` counts what the chat template changed.
     """
     key = cache.content_key(rows, tokenizer, kind=kind.name, max_length=max_length, on_overlong=on_overlong)
     encoded = cache.load(folder, key) if folder is not None else None
@@ -60,7 +62,8 @@ def _encode_all(
     rows: Sequence[RowT], encoder: RowEncoder[RowT], folder: Path | None, key: str, label: str
 ) -> cache.EncodedRows:
     problems: list[tuple[int, Problem]] = []
-    other_prompt = 0
+    other_prompt, mismatch = 0, None
+    notes: Counter[str] = Counter()
     shown = track(rows, description=f"Tokenising {label}", disable=len(rows) < _SHOW_FROM or not is_rank_zero())
     with cache.new_entry(folder, key) as entry:
         for index, row in enumerate(shown):
@@ -70,11 +73,15 @@ def _encode_all(
                 continue
             encoded, used = result
             other_prompt += not encoded.prompt_matches
+            mismatch = mismatch or encoded.mismatch
+            notes.update(encoded.notes)
             for example in encoded.examples:
                 entry.writer.write(example, row=index, truncated=used is not row)
         entry.about = {
             "problems": [[index, asdict(problem)] for index, problem in problems],
             "other_prompt": other_prompt,
+            "mismatch": mismatch,
+            "notes": notes,
         }
     assert entry.result is not None  # set when the block ended
     return entry.result

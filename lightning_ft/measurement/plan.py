@@ -131,8 +131,9 @@ def measurement_plan(
     prompted, bare = [], []
     for request in chosen:
         try:
-            bare.append(tuple(encode_prompt(tokenizer, request.messages, template)))
-            prompted.append(tuple(encode_prompt(tokenizer, baseline.messages(request.messages), template)))
+            kwargs = request.template_kwargs
+            bare.append(tuple(encode_prompt(tokenizer, request.messages, template, kwargs)))
+            prompted.append(tuple(encode_prompt(tokenizer, baseline.messages(request.messages), template, kwargs)))
         except TokenizerError as error:
             raise SavingsError(f"Request {request.id!r}: {error}") from error
         if prompted[-1] == bare[-1]:

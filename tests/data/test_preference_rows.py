@@ -64,7 +64,7 @@ BAD = {  # a good row of the source, the bad one, the field, and the reason
     "empty chosen": (pair(), pair(chosen=""), "chosen", "empty output"),
     "blank rejected": (pair(), pair(rejected=" \n"), "rejected", "whitespace-only output"),
     "no turns in chosen": (pair(), pair(chosen=[]), "chosen", "empty output"),
-    "unknown role": (pair(), pair(chosen=[{"role": "bot", "content": "a"}]), "chosen[0].role", "unknown role"),
+    "unknown role": (pair(), pair(chosen=[{"role": "narrator", "content": "a"}]), "chosen[0].role", "unknown role"),
     "same": (pair(), pair(chosen="b"), "rejected", SAME),
     "same in other ways": (pair(), pair(chosen=answer("b")), "rejected", SAME),
     "ends with the user": (

@@ -136,7 +136,7 @@ BAD_TURNS = {
     "open end": (conversation(U, A, U), None, "no answer to the last turn"),
     "unknown role": (conversation(U, "assistent"), "messages[1].role", "unknown role"),
     "role of another type": (conversation(U, 3), "messages[1].role", "unknown role"),
-    "tool": (conversation(U, "tool"), "messages[1].role", "unknown role"),
+    "tool that was not called": (conversation(U, "tool", A), None, "wrong role order"),
     "no role": ([{"content": "x"}], "messages[0].role", "missing field"),
     "no content": ([{"role": U, "contents": "x"}], "messages[0].content", "missing field"),
     "null content": (conversation(U, A, content=None), "messages[0].content", "None"),
