@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.callbacks.host import is_trainer, precision_of, results_folder, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.data.request import Request
+from lightning_ft.data.sources import Sources
+from lightning_ft.data.splits import Splits
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.functional.cost import Prices
 from lightning_ft.functional.gate import check_margin
@@ -18,6 +20,7 @@ from lightning_ft.functional.prompt import PromptBaseline
 from lightning_ft.functional.result import SavingsResult
 from lightning_ft.functional.savings import NoSuccessError
 from lightning_ft.functional.scorers import Scorer
+from lightning_ft.measurement.overlap import TrainRows
 from lightning_ft.measurement.savings import SavingsMeasurement
 from lightning_ft.measurement.target import model_of, required_model, unwrapped
 
@@ -42,6 +45,8 @@ class TokenSavings(MeasuringCallback):
         prices: What tokens and training cost.
         split: Which rows of the DataModule to ask. Without test rows it is the validation rows; training rows never.
         requests: What to ask instead.
+        train_rows: The rows that are trained on, as a DataModule takes them or as requests, to count in the verdict
+            the requests that appear among them; by default those of the Trainer's DataModule.
         max_requests: Ask only so many, drawn by `seed`.
         max_new_tokens: Limit of every answer.
         batch_size: Prompts at a time.
@@ -72,6 +77,7 @@ class TokenSavings(MeasuringCallback):
         prices: Prices | None = None,
         split: Literal["test", "validation"] = "test",
         requests: list[Request] | None = None,
+        train_rows: list[Request] | Sources | None = None,
         max_requests: int | None = None,
         max_new_tokens: int = 128,
         batch_size: int = 32,
@@ -96,7 +102,7 @@ class TokenSavings(MeasuringCallback):
             raise SavingsError(f"every_n_epochs={every_n_epochs}: expected at least 1.")
         check_margin(margin)
         self.baseline = PromptBaseline.from_file(baseline) if isinstance(baseline, str) else baseline
-        self.split, self.requests, self.tokenizer = split, requests, tokenizer
+        self.split, self.requests, self.train_rows, self.tokenizer = split, requests, train_rows, tokenizer
         self.every_n_epochs, self.output_dir, self.progress, self.name = every_n_epochs, output_dir, progress, name
         self._options: dict[str, Any] = {
             "scorer": scorer,
@@ -221,8 +227,19 @@ class TokenSavings(MeasuringCallback):
             raise SavingsError("TokenSavings has no tokenizer: pass tokenizer=, or use it with a module that has one.")
         requests = self.requests if self.requests is not None else self._rows(trainer)
         return SavingsMeasurement(
-            tokenizer, requests, self.baseline, progress=shows_progress(trainer, self.progress), **self._options
+            tokenizer,
+            requests,
+            self.baseline,
+            progress=shows_progress(trainer, self.progress),
+            train_rows=self._train_rows(trainer),
+            **self._options,
         )
+
+    def _train_rows(self, trainer: Any) -> TrainRows | None:
+        if self.train_rows is not None:
+            return self.train_rows
+        splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
+        return splits.training_index() if isinstance(splits, Splits) else None
 
     def _rows(self, trainer: Any) -> list[Request]:
         data: Any = getattr(trainer, "datamodule", None)

@@ -38,7 +38,9 @@ from lightning_ft.functional.comparison import Comparison, RunResult
 from lightning_ft.functional.cost import Prices
 from lightning_ft.functional.methods import Asked, choose_learning_rates, compare_methods
 from lightning_ft.functional.prompt import content_hash
+from lightning_ft.functional.seen import overlap_text
 from lightning_ft.importing import from_place
+from lightning_ft.measurement.overlap import request_overlap
 from lightning_ft.report.write import write_report
 
 EXTENSIONS = 2
@@ -196,7 +198,12 @@ class _Comparer:
                     "are compared on test rows."
                 )
         plans = savings_plans(data.share_tokenizer(cli.model), data, asdict(self.settings))
-        report = {name: {"read": r.read, "kept": r.kept} for name, r in data.report.items()}
+        report = {
+            name: {"read": r.read, "kept": r.kept, **{what: count for count, what in r.overlap}}
+            for name, r in data.report.items()
+        }
+        index = data.splits.training_index()
+        self.overlap = {split: request_overlap(plan.requests, index) for split, plan in plans.items()}
         train = [[[dict(turn) for turn in r.messages], r.reference] for r in data.requests("train")]
         self.measured = [content_hash(train), *(plan.fingerprint for plan in plans.values())]
         return plans["test"], data.report["train"].kept, report
@@ -347,12 +354,23 @@ class _Comparer:
             margin=float(savings.get("margin", 0.02)),
             prices=None if prices is None else Prices(**prices),
             metrics=self.metrics,
+            in_training=self.overlap["test"].in_training,
+            warnings=self._request_warnings(),
         )
         result = compare_methods(self._found(), asked, complete=self.complete, provenance=self._provenance())
         text = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False)
         (self.output / NAME).write_text(text + "\n", encoding="utf-8")
         write_report(self.output)
         return result
+
+    def _request_warnings(self) -> tuple[str, ...]:
+        """What test and validation requests have in common with the training rows; the verdicts count the former."""
+        validation = self.overlap["validation"]
+        found = overlap_text(len(validation.in_training), validation.n)
+        return (
+            *self.overlap["test"].cluster_warnings,
+            *([f"Of the validation rows, by which learning rates are chosen, {found}."] if found else ()),
+        )
 
     def _provenance(self) -> dict[str, Any]:
         first = next(iter(self.methods.values()))

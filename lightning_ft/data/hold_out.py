@@ -44,8 +44,8 @@ def _nothing_to_hold_out(rows: Sequence[RowT], share: float) -> str:
         return f"validation={share} of train: there are fewer than two different rows to share out."
     remedy = ", or let columns= name another cluster" if any(row.cluster for row in rows) else ""
     return (
-        f"validation={share} of train: all {len(rows):,} rows belong to {describe_group(rows)}, so none can be held out "
-        f"that isn't trained on in another row. Pass validation= rows of their own{remedy}."
+        f"validation={share} of train: all {len(rows):,} rows belong to {describe_group(rows)}, so none can be held "
+        f"out that isn't trained on in another row. Pass validation= rows of their own{remedy}."
     )
 
 

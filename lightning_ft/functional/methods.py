@@ -36,6 +36,8 @@ class Asked:
         margin: Loss of quality that would be accepted.
         prices: What tokens cost.
         metrics: The domain's own figures.
+        in_training: Ids of the requests that also appear in the training rows; None where these aren't known.
+        warnings: What a reader has to know of the requests.
     """
 
     requests: tuple[str, ...]
@@ -43,6 +45,8 @@ class Asked:
     margin: float
     prices: Prices | None = None
     metrics: Metrics | None = None
+    in_training: tuple[str, ...] | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def choose_learning_rates(runs: Iterable[RunResult]) -> dict[str, float]:
@@ -114,6 +118,7 @@ def compare_methods(
                 margin=asked.margin,
                 prices=asked.prices,
                 provenance={"method": method, "learning_rate": chosen[method], "seeds": seeds},
+                in_training=None if asked.in_training is None else _pooled_ids(asked.in_training, seeds),
                 **bootstrap,
             ),
             requests=asked.requests * len(arms),
@@ -123,7 +128,7 @@ def compare_methods(
         seed_quality[method] = tuple(arm.quality for arm in arms)
     some = next(iter(savings.values()))
     quality = {"untuned": some.quality["untuned"], "prompted": some.quality["prompted"], **quality}
-    warnings = list(_warnings(finals, trained, chosen, quality, complete))
+    warnings = [*asked.warnings, *_warnings(finals, trained, chosen, quality, complete)]
     ratios = {}
     if FULL in finals:
         full_beats_base = mean(seed_quality[FULL]) > untuned.quality
@@ -199,12 +204,16 @@ def _pooled(arms: Sequence[ArmRecords], seeds: Sequence[int]) -> ArmRecords:
     outputs = sum((arm.outputs for arm in arms), ()) if all(arm.outputs for arm in arms) else ()
     return replace(
         first,
-        ids=tuple(f"{i} (seed {seed})" for seed in seeds for i in first.ids) if len(seeds) > 1 else first.ids,
+        ids=_pooled_ids(first.ids, seeds),
         clusters=tuple(clusters) * len(arms),
         outputs=outputs,
         parts={name: sum(arm.parts.get(name, 0) for arm in arms) for name in first.parts},
         **joined,
     )
+
+
+def _pooled_ids(ids: tuple[str, ...], seeds: Sequence[int]) -> tuple[str, ...]:
+    return tuple(f"{i} (seed {seed})" for seed in seeds for i in ids) if len(seeds) > 1 else ids
 
 
 def _ratios(

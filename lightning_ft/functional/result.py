@@ -12,6 +12,7 @@ from lightning_ft.functional.bootstrap import Interval, json_number
 from lightning_ft.functional.cost import Costs, Prices
 from lightning_ft.functional.gate import Gate
 from lightning_ft.functional.records import ArmRecords
+from lightning_ft.functional.seen import overlap_text
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -42,9 +43,12 @@ class SavingsResult:
         warnings: What a reader of the figures has to know.
         requests: What was asked, the last user turn of each, in the order of the arms' ids; empty where it wasn't kept.
         references: The right answers, in the same order; empty where they weren't kept.
+        in_training: Ids of the requests whose question also appears in the training rows; None where the training rows
+            aren't known.
 
     Raises:
-        SavingsError: If there are requests or references, but not one for each id of the arms.
+        SavingsError: If there are requests or references, but not one for each id of the arms, or ids in `in_training`
+            that the arms don't have.
     """
 
     arms: Mapping[str, ArmRecords]
@@ -58,8 +62,11 @@ class SavingsResult:
     warnings: tuple[str, ...] = ()
     requests: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    in_training: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if unknown := set(self.in_training or ()) - set(self.arms["prompted"].ids):
+            raise SavingsError(f"in_training has ids that no request has: {', '.join(sorted(unknown)[:5])}.")
         for name in ("requests", "references"):
             texts = getattr(self, name)
             if texts and len(texts) != self.n:
@@ -93,8 +100,14 @@ class SavingsResult:
         return (
             f"{'PASS' if self.gate.passed else 'FAIL'}: {amount} (saving {total.lo:.1%} to {total.hi:.1%}, n = "
             f"{self.n:,}); {kept}: {quality['tuned'].value:.3f} against {quality['prompted'].value:.3f} prompted "
-            f"(difference at least {self.gate.bound:+.3f}, margin {self.gate.margin:.3f})."
+            f"(difference at least {self.gate.bound:+.3f}, margin {self.gate.margin:.3f})"
+            + (f"; {self.overlap}." if self.overlap else ".")
         )
+
+    @property
+    def overlap(self) -> str:
+        """How many of the requests appear in the training rows too, in words; nothing where none is known to."""
+        return overlap_text(len(self.in_training or ()), self.n)
 
     @property
     def _undecided(self) -> bool:
@@ -116,6 +129,8 @@ class SavingsResult:
             "truncated_rate": sum(answers) / len(answers),
             "n": float(self.n),
         }
+        if self.in_training is not None:
+            figures["requests_in_training"] = float(len(self.in_training))
         if self.costs is not None:
             figures |= {name: getattr(self.costs, attribute) for name, attribute in _COST_FIGURES.items()}
         return figures
@@ -127,6 +142,7 @@ class SavingsResult:
             "saves_half": self.saves_half,
             "gate_passed": self.gate.passed,
             "n": self.n,
+            "requests_in_training": None if self.in_training is None else len(self.in_training),
             "tokens_per_success": {name: json_number(arm.tokens_per_success) for name, arm in self.arms.items()},
             "savings": {name: _numbers(interval) for name, interval in self.savings.items()},
             "quality": {name: _numbers(interval) for name, interval in self.quality.items()},
@@ -138,6 +154,7 @@ class SavingsResult:
             "warnings": list(self.warnings),
             "requests": list(self.requests),
             "references": list(self.references),
+            "in_training": None if self.in_training is None else list(self.in_training),
             "arms": {name: arm.to_dict() for name, arm in self.arms.items()},
         }
 
@@ -161,6 +178,7 @@ class SavingsResult:
             warnings=tuple(values["warnings"]),
             requests=tuple(values.get("requests", ())),  # files of version 0.1.0 have neither
             references=tuple(values.get("references", ())),
+            in_training=None if (found := values.get("in_training")) is None else tuple(found),
         )
 
     def __rich__(self) -> Group:

@@ -6,7 +6,7 @@ weights, the request alone). A third, *untuned* (original weights, the request a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from lightning_ft.functional.gate import Gate, check_margin, quality_gate, requi
 from lightning_ft.functional.prompt import PromptBaseline
 from lightning_ft.functional.records import ArmRecords
 from lightning_ft.functional.result import SavingsResult
+from lightning_ft.functional.seen import overlap_warnings
 
 __all__ = [
     "ArmRecords",
@@ -49,6 +50,7 @@ def token_savings(
     resamples: int = 9999,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
+    in_training: Collection[str] | None = None,
 ) -> SavingsResult:
     """Compare the arms.
 
@@ -66,9 +68,11 @@ def token_savings(
         resamples: Draws of the bootstrap.
         seed: Of the bootstrap.
         provenance: What the figures come from, JSON values only, for the report.
+        in_training: Ids of the requests whose question also appears in the training rows, which the verdict counts;
+            None where the training rows aren't known.
 
     Raises:
-        SavingsError: If the arms answered other requests.
+        SavingsError: If the arms answered other requests, or `in_training` has ids that no request has.
         NoSuccessError: If nothing succeeded in either (tokens per success are
             undefined then).
 
@@ -122,7 +126,8 @@ def token_savings(
         costs=None if prices is None else costs(prompted, tuned, prices),
         confidence=confidence,
         provenance=dict(provenance or {}),
-        warnings=tuple(_warnings(gate, found["diff"], arms)),
+        warnings=(*overlap_warnings(in_training or (), prompted, tuned), *_warnings(gate, found["diff"], arms)),
+        in_training=None if in_training is None else tuple(i for i in prompted.ids if i in set(in_training)),
     )
 
 

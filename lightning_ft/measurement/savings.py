@@ -21,6 +21,7 @@ from lightning_ft.functional.result import SavingsResult
 from lightning_ft.functional.savings import token_savings
 from lightning_ft.functional.scorers import Scorer
 from lightning_ft.measurement.arms import run_arm
+from lightning_ft.measurement.overlap import TrainRows, request_overlap, training_index
 from lightning_ft.measurement.plan import measurement_plan
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
@@ -45,6 +46,8 @@ class SavingsMeasurement:
         resamples: Draws of the bootstrap.
         seed: Of bootstrap and drawn requests.
         progress: Show progress bars.
+        train_rows: The rows that are trained on, as a DataModule takes them or as requests: those whose question is
+            also asked here are counted in the verdict. Without them the result can't say so.
 
     Raises:
         SavingsError: For everything that can be known before a model runs: see `lightning_ft.measurement.plan`.
@@ -77,6 +80,7 @@ class SavingsMeasurement:
         resamples: int = 9999,
         seed: int = 0,
         progress: bool = True,
+        train_rows: TrainRows | None = None,
     ) -> None:
         check_margin(margin)
         self.tokenizer = tokenizer
@@ -96,6 +100,8 @@ class SavingsMeasurement:
             "timed_requests": timed_requests,
             "progress": progress,
         }
+        self.overlap = None if train_rows is None else request_overlap(self.plan.requests, training_index(train_rows))
+        """What the requests have in common with the training rows; None where these aren't known."""
         self._before: dict[str, ArmRecords] = {}
         self._original = ""
 
@@ -144,12 +150,14 @@ class SavingsMeasurement:
             resamples=self.resamples,
             seed=self.seed,
             provenance={**self._provenance(), **(provenance or {})},
+            in_training=None if self.overlap is None else self.overlap.in_training,
         )
         asked = self.plan.requests  # the arms' ids are theirs, in their order
         return replace(
             result,
             requests=tuple(_last_user_turn(request) for request in asked),
             references=tuple(request.reference for request in asked),
+            warnings=(*result.warnings, *(self.overlap.cluster_warnings if self.overlap is not None else ())),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,7 +187,7 @@ class SavingsMeasurement:
         return run_arm(name, model, self.tokenizer, self.plan, **self._run)  # type: ignore[arg-type]
 
     def _provenance(self) -> dict[str, Any]:
-        plan = self.plan
+        plan, seen = self.plan, self.overlap
         return {
             "model": self._original,
             "tokenizer": plan.tokenizer,
@@ -187,6 +195,7 @@ class SavingsMeasurement:
             "measured": plan.fingerprint,
             "requests": len(plan.requests),
             "requests_available": plan.available,
+            "requests_in_training": "not checked: pass train_rows=" if seen is None else len(seen.in_training),
             "scorer": plan.scorer_name,
             "max_new_tokens": plan.max_new_tokens,
             "decoding": "greedy",

@@ -183,8 +183,12 @@ def _warnings(report: RunReport, told: Mapping[str, SavingsResult], names: Mappi
     found: list[str] = []
     if report.comparison is not None:
         found += report.comparison.warnings
+        # The same requests were asked of all: what is true of each is said once.
+        first = next((result.warnings for result in told.values()), ())
+        found += [warning for warning in first if all(warning in result.warnings for result in told.values())]
     for name, result in told.items():
-        found += [f"{names[name]}: {warning}" if names[name] else warning for warning in result.warnings]
+        own = [warning for warning in result.warnings if warning not in found]
+        found += [f"{names[name]}: {warning}" if names[name] else warning for warning in own]
     for compute in _compute(report).values():
         if compute.uncounted:
             found.append(

@@ -16,6 +16,7 @@ _PLAIN = {
     "measured": "hash of requests, prompts and scorer",
     "requests": "requests asked",
     "requests_available": "requests there were",
+    "requests_in_training": "requests that appear in the training rows",
     "max_new_tokens": "limit of new tokens",
     "split": "rows asked",
 }

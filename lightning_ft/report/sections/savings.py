@@ -43,6 +43,10 @@ def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
             f"{quality['prompted'].value:.3f} prompted; difference {valued(result.difference, '{:+.3f}'.format)}",
         ),
     ]
+    if result.in_training:
+        seen = len(result.in_training)
+        note = f"{percent(seen / result.n)} of all; the tuned model may have learned their answers by heart"
+        facts.append(Fact("requests that also appear in the training rows", f"{seen:,} of {result.n:,}", note))
     if result.costs is not None:
         spans = break_even_intervals(result)
         facts.append(
