@@ -62,12 +62,12 @@ class FieldReader(ABC, Generic[Row_co]):
                 raise RowError(column, f"column {column!r} can't be honored", type(value).__name__, fix)
         if not self.passes_on:
             self.ignored.update(str(column) for column in row if column not in used and column not in self.refused)
-        given, cluster = row.get(self.column("id")), row.get(self.column("cluster"))
+        given, cluster = _name(row.get(self.column("id"))), _name(row.get(self.column("cluster")))
         place = {
             "source": source,
             "row": number,
-            "id": f"{source}:{number}" if given is None else str(given),
-            "cluster": None if cluster is None else str(cluster),
+            "id": f"{source}:{number}" if given is None else given,
+            "cluster": cluster,
         }
         return self._read(row, place)
 
@@ -176,3 +176,9 @@ class FieldReader(ABC, Generic[Row_co]):
     def missing(self, row: Mapping[str, Any], field: str) -> RowError:
         """What to say of a field that isn't there."""
         return self.formats.missing(row, self.name, field, self.columns)
+
+
+def _name(value: Any) -> str | None:
+    """An id or cluster as text; None for nothing, which a table's empty cell is read as NaN or as no text."""
+    missing = value is None or value != value or not str(value).strip()
+    return None if missing else str(value)
