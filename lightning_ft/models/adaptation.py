@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft import LoraConfig, PeftModel
@@ -9,8 +10,12 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import InitialAdapter, add_lora, as_json, load_adapter, lora_config, splits_base
-from lightning_ft.models.layers import in_top_layers, refuse_adapters_below
+from lightning_ft.models.head import base_of
+from lightning_ft.models.layers import refuse_adapters_below
 from lightning_ft.models.load import adapter_base
+from lightning_ft.models.parts import base_name, count_parts, expert_tensors, part_kinds, parts_table
+from lightning_ft.models.reach import Reach, find_reach
+from lightning_ft.models.targets import fitted, unreached_groups
 
 
 class Adaptation:
@@ -50,6 +55,10 @@ class Adaptation:
             raise ConfigError("An adapter that is continued stands in layers of its own: leave out top_layers=.")
         self.adapter, self._top_layers = adapter, top_layers
         self.lora = lora_config(lora) if lora not in (None, False) and adapter is None else None
+        self.reach = Reach(frozenset())
+        """What rows of text reach of the base, once that is there."""
+        self.kinds: dict[str, str] = {}
+        """The kind of each parameter and module of the base, see `lightning_ft.models.parts.part_kinds`."""
 
     @property
     def kind(self) -> str:
@@ -61,7 +70,7 @@ class Adaptation:
         return None if self.lora is None else as_json(self.lora)
 
     def apply(self, base: PreTrainedModel, *, seed: int) -> tuple[PreTrainedModel | PeftModel, InitialAdapter | None]:
-        """Make the model trainable as decided.
+        """Make the model trainable as decided; what no text reaches stays frozen and gets no adapter.
 
         Args:
             base: The loaded model.
@@ -69,14 +78,65 @@ class Adaptation:
 
         Returns:
             The model, and its adapter as initialised where that changed the base weights.
+
+        Raises:
+            ConfigError: If the adapter is meant for what no text reaches.
+            ModelError: If the adapter doesn't fit the model.
         """
+        self.reach, self.kinds = find_reach(base), part_kinds(base)
         if self.adapter is not None:
-            return load_adapter(base, self.adapter), None
+            return _freeze_unreached(load_adapter(base, self.adapter)), None
         if self.lora is None:
-            return base.requires_grad_(True), None
+            base.requires_grad_(True)
+            for name, parameter in base.named_parameters():
+                parameter.requires_grad_(name not in self.reach.unreached)
+            return base, None
         base.requires_grad_(False)
-        config = self.lora if self._top_layers is None else in_top_layers(self.lora, base, self._top_layers)
-        model = add_lora(base, config, seed=seed)
+        model = self._add_lora(base, self.lora, seed)
         if self._top_layers is not None:
             refuse_adapters_below(model, self._top_layers)
-        return model, InitialAdapter(model) if splits_base(config) else None
+        return model, InitialAdapter(model) if splits_base(self.lora) else None
+
+    def describe(self, model: PreTrainedModel | PeftModel) -> str:
+        """A table of what is trained by kind, and below it what no row of text reaches, by group.
+
+        Args:
+            model: The model that :meth:`apply` gave.
+        """
+        lines = ["What is trained, in weights:", parts_table(count_parts(model, self.kinds, self.reach.unreached))]
+        lines += unreached_groups(base_of(model), self.reach)
+        if self.reach.unknown is not None:
+            lines.append(
+                f"Which parameters text reaches could not be found out ({self.reach.unknown}), so none is left out."
+            )
+        return "\n".join(lines)
+
+    def _add_lora(self, base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+        model = add_lora(base, fitted(lora, base, self.reach, self._top_layers), seed=seed)
+        tensors = expert_tensors(base_of(model))
+        idle = {base_name(name)[0] for name in trained_for_nothing(model)} & {n.rpartition(".")[0] for n in tensors}
+        if idle:  # a model that takes its experts' weights without calling the module that has them
+            names = sorted(name for name in tensors if name.rpartition(".")[0] in idle)
+            warnings.warn(
+                f"The experts of {type(base).__name__} get no adapter ({', '.join(names[:4])}): the model reads those "
+                "weights where PEFT's adapters can't reach them. Set lora's target_modules yourself to silence this.",
+                stacklevel=2,
+            )
+            seen = Reach(self.reach.unreached.union(names))
+            model = add_lora(model.unload(), fitted(lora, base, seen, self._top_layers), seed=seed)
+        return _freeze_unreached(model)
+
+
+def trained_for_nothing(model: PreTrainedModel | PeftModel) -> list[str]:
+    """Names of the trainable parameters that no row of text reaches."""
+    unreached = find_reach(model).unreached
+    return [name for name, p in model.named_parameters() if p.requires_grad and name in unreached]
+
+
+def _freeze_unreached(model: PeftModel) -> PeftModel:
+    """Freeze what an optimizer would hold for nothing, and `DistributedDataParallel` would wait for."""
+    idle = set(trained_for_nothing(model))
+    for name, parameter in model.named_parameters():
+        if name in idle:
+            parameter.requires_grad_(False)
+    return model

@@ -1,0 +1,269 @@
+"""The parts of a model by kind (attention, experts, router, ...), and how much of each is trained.
+
+Kinds are told from the structure: where token ids come in and logits go out, which modules repeat, what holds one
+matrix per expert, which modules know about attention heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from math import prod
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_ft.models.head import CausalLM
+from lightning_ft.models.sequence_scores import HEADS
+
+KINDS = ("attention", "MLP", "experts", "router", "encoders", "embeddings", "head", "norms", "other")
+_MIXERS = re.compile(r"atten|mixer|mamba|ssm|recurrent|shortconv|deltanet", re.IGNORECASE)
+_KNOWS_HEADS = ("num_heads", "num_attention_heads", "head_dim", "num_key_value_heads", "n_head")
+_WRAPPED = re.compile(r"(\.(base_layer|original_module))+\.")
+_ADDED = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter|trainable_tokens_\w+)\.")
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """How many weights a parameter holds; 4-bit ones are stored two to a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return prod(state.shape) if state is not None else parameter.numel()
+
+
+def expert_counts(config: Any) -> frozenset[int]:
+    """Every number above 1 that a configuration gives for experts.
+
+    Example:
+        >>> from transformers import MixtralConfig
+        >>> sorted(expert_counts(MixtralConfig(num_local_experts=8, num_experts_per_tok=2)))
+        [2, 8]
+    """
+
+    def numbers(values: Mapping[Any, Any]) -> Iterator[int]:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                yield from numbers(value)
+            elif "expert" in str(key) and "size" not in str(key) and type(value) is int and value > 1:
+                yield value
+
+    return frozenset(numbers(config.to_dict()))
+
+
+def expert_tensors(base: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Parameters that hold a matrix for each expert, outside of linear layers, where adapters usually go.
+
+    Args:
+        base: A model without adapters.
+
+    Example:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> model = MixtralForCausalLM(MixtralConfig(vocab_size=11, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4))
+        >>> for name, tensor in expert_tensors(model).items():
+        ...     print(name, tuple(tensor.shape))
+        model.layers.0.mlp.experts.gate_up_proj (4, 16, 8)
+        model.layers.0.mlp.experts.down_proj (4, 8, 8)
+    """
+    counts = expert_counts(base.config)
+    found = {}
+    for name, module in base.named_modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            stacked = parameter.ndim == 3 and parameter.shape[0] in counts and min(parameter.shape) > 1
+            flattened = parameter.ndim == 2 and "expert" in type(module).__name__.lower() and "bias" not in key
+            if stacked or (flattened and parameter.shape[0] not in counts):
+                found[f"{name}.{key}"] = parameter
+    return found
+
+
+def part_kinds(base: PreTrainedModel) -> dict[str, str]:
+    """The kind of each parameter of a model, and of each module that has some of its own.
+
+    Args:
+        base: A model without adapters.
+
+    Returns:
+        One of :data:`KINDS` by name.
+    """
+    modules = dict(base.named_modules(remove_duplicate=False))
+    kind_of = _Kinds(base, modules)
+    kinds = {}
+    for name, module in modules.items():
+        for key, parameter in module.named_parameters(recurse=False):
+            kinds[f"{name}.{key}" if name else key] = kind = kind_of(name, parameter)
+            kinds.setdefault(name, kind)
+    return kinds
+
+
+class _Kinds:
+    """Tells the kind of a parameter by what holds it."""
+
+    def __init__(self, base: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+        self._modules = modules
+        head = base.get_output_embeddings()
+        heads = [head] if head is not None else [getattr(base, name, None) for name in HEADS]
+        embeddings = base.get_input_embeddings()
+        self._heads, self._embeddings = _ids(heads), _ids([embeddings])
+        decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
+        inside = _ids([decoder])
+        self._text = (inside if inside >= self._embeddings else _ids([base])) | self._heads
+        counts = expert_counts(base.config)
+        self._experts = {name: len(module) for name, module in modules.items() if self._lists_experts(name, counts)}
+        for name, tensor in expert_tensors(base).items():
+            self._experts[name.rpartition(".")[0]] = tensor.shape[0]
+        self._blocks = {name.rpartition(".")[0]: count for name, count in self._experts.items()}
+
+    def _lists_experts(self, name: str, counts: frozenset[int]) -> bool:
+        """Whether a module is a list of experts: as many as there are, all alike, inside of a layer."""
+        module = self._modules[name]
+        if not isinstance(module, nn.ModuleList) or len(module) not in counts:
+            return False
+        nested = any(isinstance(self._modules[outer], nn.ModuleList) for outer in _ancestors(name)[1:])
+        return nested and len({type(member) for member in module}) == 1
+
+    def __call__(self, where: str, parameter: nn.Parameter) -> str:
+        owner, outer = self._modules[where], _ancestors(where)
+        if id(parameter) in self._embeddings:
+            return "embeddings"
+        if id(parameter) in self._heads:
+            return "head"
+        if id(parameter) not in self._text:
+            return "encoders"
+        if isinstance(owner, nn.Embedding):
+            return "embeddings"
+        if any(name in self._experts for name in outer):
+            return "experts"
+        if parameter.ndim and any(self._blocks.get(name) == parameter.shape[0] for name in outer):
+            return "router"
+        if "norm" in type(owner).__name__.lower():
+            return "norms"
+        lists = [number for number, name in enumerate(outer) if isinstance(self._modules[name], nn.ModuleList)]
+        in_layer = outer[: max(lists[-1] - 1, 0)] if lists else []  # what is inside of a layer, without the layer
+        if any(_mixes_tokens(self._modules[name]) for name in in_layer):
+            return "attention"
+        return "MLP" if in_layer and _has_matrix(owner) else "other"
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    """Whether a module says that it lets tokens see each other: it knows about heads, or its class's name says so."""
+    return bool(_MIXERS.search(type(module).__name__)) or any(hasattr(module, name) for name in _KNOWS_HEADS)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+
+
+def _ancestors(name: str) -> list[str]:
+    """A module's name and those of all that hold it, innermost first."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _ids(modules: list[Any]) -> set[int]:
+    return {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
+
+
+def base_name(name: str) -> tuple[str, bool]:
+    """What a parameter of a model with adapters is called in the base, or which module it is added to.
+
+    Returns:
+        The name in the base, and whether the parameter is an adapter's.
+
+    Example:
+        >>> base_name("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
+        ('model.layers.0.self_attn.q_proj', True)
+        >>> base_name("base_model.model.model.layers.0.mlp.experts.base_layer.base_layer.gate_up_proj")
+        ('model.layers.0.mlp.experts.gate_up_proj', False)
+    """
+    name = _WRAPPED.sub(".", name.removeprefix("base_model.model."))
+    added = _ADDED.search(name)
+    return (name, False) if added is None else (name[: added.start()], True)
+
+
+def adapted_parameters(model: nn.Module) -> set[int]:
+    """Ids of the base's parameters that an adapter is added to."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            found.add(id(getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)))
+    return found
+
+
+@dataclass
+class Amounts:
+    """Numbers of weights of one kind.
+
+    Args:
+        total: Of the model, adapters left out.
+        trained: Weights that the optimizer changes, those of adapters included.
+        adapted: Weights of the model that an adapter is added to.
+        frozen: Weights of the model that stay as they are, adapted or not.
+        unreached: Frozen weights that no row of text reaches.
+    """
+
+    total: int = 0
+    trained: int = 0
+    adapted: int = 0
+    frozen: int = 0
+    unreached: int = 0
+
+
+def count_parts(model: CausalLM, kinds: Mapping[str, str], unreached: frozenset[str]) -> dict[str, Amounts]:
+    """How much of each kind there is, and what becomes of it in training.
+
+    Args:
+        model: The model as it is trained, adapted or not.
+        kinds: Of its base, from :func:`part_kinds`.
+        unreached: Names of the base's parameters that no row reaches.
+
+    Returns:
+        Amounts by kind, in the order of :data:`KINDS`, those that there is something of.
+    """
+    found = {kind: Amounts() for kind in KINDS}
+    adapted = adapted_parameters(model)
+    for full_name, parameter in model.named_parameters():
+        name, added = base_name(full_name)
+        amounts, count = found[kinds.get(name, "other")], numel(parameter)
+        amounts.trained += count if parameter.requires_grad else 0
+        if added:
+            continue
+        amounts.total += count
+        amounts.adapted += count if id(parameter) in adapted else 0
+        if not parameter.requires_grad:
+            amounts.frozen += count
+            amounts.unreached += count if name in unreached else 0
+    return {kind: amounts for kind, amounts in found.items() if amounts != Amounts()}
+
+
+def parts_table(parts: Mapping[str, Amounts]) -> str:
+    """The amounts as a table of text, sums last.
+
+    Example:
+        >>> print(parts_table({"attention": Amounts(1_500_000, 2_000, 1_500_000, 1_500_000, 0)}))
+                        total    trained    adapted     frozen  unreached
+        attention       1.50M      2.00K      1.50M      1.50M          0
+        all             1.50M      2.00K      1.50M      1.50M          0
+    """
+    names = [field.name for field in fields(Amounts)]
+    whole = Amounts(*(sum(getattr(amounts, name) for amounts in parts.values()) for name in names))
+    lines = [" " * 10 + "".join(f"{name:>11}" for name in names)]
+    for kind, amounts in {**parts, "all": whole}.items():
+        lines.append(f"{kind:<10}" + "".join(f"{short_count(getattr(amounts, name)):>11}" for name in names))
+    return "\n".join(lines)
+
+
+def short_count(count: int) -> str:
+    """A number of weights in few characters.
+
+    Example:
+        >>> short_count(999), short_count(1_234_567), short_count(70_553_706_496)
+        ('999', '1.23M', '70.6B')
+    """
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:#.3g}{unit}".replace(".K", "K").replace(".M", "M").replace(".B", "B")
+    return str(count)

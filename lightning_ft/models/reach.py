@@ -1,0 +1,273 @@
+"""Which parameters a row of text can train, found out by asking the model before the first step.
+
+A checkpoint may hold more than text goes through: vision and audio towers and their projectors, keys and values that
+a layer takes from another one, heads of other tasks. A parameter there never gets a gradient. Left trainable it would
+stand in the optimizer for nothing, an adapter on it would be exported for nothing, and `DistributedDataParallel` dies
+of it.
+
+One forward pass over a few tokens is enough, and no backward pass: autograd's graph of the logits names every
+parameter that they depend on, whatever the values are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lightning_ft.models.head import CausalLM, base_of, input_device
+from lightning_ft.models.load import context_length
+
+PROBE_TOKENS = 8
+LONG_PROBE_TOKENS = 256
+"""Some layers have parts that only longer rows reach: such as those that compress every so many tokens into one."""
+_ANY_DEVICE = ("eager", "sdpa")
+"""Attention that runs wherever the weights are: others have kernels for a GPU only, where a model isn't yet."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a row of text reaches of a model.
+
+    Args:
+        unreached: Names of the parameters that the logits don't depend on.
+        unlike_linear: Names of linear layers that give something else than a tensor, as some routers do: an adapter
+            that adds to the output of a linear layer fails there.
+        unknown: Why the model could not be asked; None if it could. Nothing is called unreached then.
+    """
+
+    unreached: frozenset[str] = frozenset()
+    unlike_linear: frozenset[str] = frozenset()
+    unknown: str | None = None
+
+    def modules(self, model: nn.Module) -> frozenset[str]:
+        """Names of the modules that have parameters of their own, none of which is reached.
+
+        Args:
+            model: The model that was asked.
+        """
+        found = []
+        for name, module in model.named_modules(remove_duplicate=False):
+            own = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
+            if own and self.unreached.issuperset(own):
+                found.append(name)
+        return frozenset(found)
+
+
+def find_reach(model: CausalLM) -> Reach:
+    """Ask a model which of its parameters a row of text reaches.
+
+    Experts that the router chose for none of the probe's tokens count as reached where one of their siblings was:
+    members of a `ModuleList` that weren't called, next to members of the same class that were. A tensor that holds all
+    experts is reached as a whole.
+
+    The model is left as it was: modes, buffers, random streams, `requires_grad`; there are no gradients.
+
+    Args:
+        model: A language model or one that scores sequences, adapted or not, on any device, quantized or not. Not
+            sharded.
+
+    Returns:
+        Parameters under each name that they have in `model`, tied ones included.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                      num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> model.tower = nn.Linear(2, 2)
+        >>> sorted(find_reach(model).unreached)
+        ['tower.bias', 'tower.weight']
+    """
+    odd: set[int] = set()
+    try:
+        with probing(model), _outputs(model, odd):
+            reached, called = _reached(model, PROBE_TOKENS)
+            partly = [member for group in _lists(model) for member in group if id(member) in called]
+            if any(id(parameter) not in reached for member in partly for parameter in member.parameters()):
+                reached |= _reached(model, LONG_PROBE_TOKENS)[0]
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError) as error:
+        return Reach(unknown=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+    return Reach(
+        frozenset(n for n, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) not in reached),
+        frozenset(name for name, module in model.named_modules(remove_duplicate=False) if id(module) in odd),
+    )
+
+
+def _reached(model: CausalLM, tokens: int) -> tuple[set[int], set[int]]:
+    """Ids of the parameters that a row reaches, and of the members of lists of modules that ran."""
+    called: set[int] = set()
+    with _differentiable(model) as marks, _calls(model, called):
+        reached = _leaves(model_output(model, tokens).logits)
+    reached |= {key for key, mark in marks.items() if id(mark) in reached}
+    return reached | _routed_elsewhere(model, reached, called), called
+
+
+def model_output(model: CausalLM, tokens: int = PROBE_TOKENS, *, labels: bool = False) -> Any:
+    """What a model gives for a few tokens, by its own forward pass.
+
+    Args:
+        model: The model.
+        tokens: Most tokens of the row; fewer where the model has fewer positions.
+        labels: Let it compute its own loss over them.
+    """
+    base = base_of(model)
+    ids = probe_ids(base, min(tokens, context_length(base) or tokens))
+    options: dict[str, Any] = {"labels": ids} if labels else {}
+    return base(input_ids=ids, use_cache=False, return_dict=True, **options)
+
+
+def probe_ids(base: PreTrainedModel, tokens: int = PROBE_TOKENS) -> Tensor:
+    """A row of tokens that any model of text has, ``int64 [1, tokens]``: special ones of images have high ids."""
+    vocabulary = int(base.config.get_text_config().vocab_size)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    ids = torch.randint(0, max(1, vocabulary // 2), (1, tokens), generator=generator, device="cpu")
+    return ids.to(input_device(base))
+
+
+@contextmanager
+def probing(model: CausalLM) -> Iterator[None]:
+    """A model in eval mode with autograd on, as it was again afterwards.
+
+    Gradient checkpointing is off meanwhile: some of its kinds hide the graph.
+    """
+    base = base_of(model)
+    modes = [(module, module.training) for module in model.modules()]
+    recompute = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    attention = base.config._attn_implementation
+    device = input_device(base)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.device(device))  # a sharded strategy makes meta tensors by default
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        try:
+            model.eval()
+            for module in recompute:
+                cast(Any, module).gradient_checkpointing = False
+            if device.type == "cpu" and attention not in _ANY_DEVICE:
+                base.set_attn_implementation("eager")
+            yield
+        finally:
+            if base.config._attn_implementation != attention:
+                base.set_attn_implementation(attention)
+            for module in recompute:
+                cast(Any, module).gradient_checkpointing = True
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Let autograd follow every parameter; quantized ones, which it can't, by a mark on what their module gives.
+
+    Yields:
+        The mark of each quantized parameter, by the parameter's id.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    marks: dict[int, Tensor] = {}
+    hooks = []
+    try:
+        for parameter, _ in before:
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        for module in model.modules():
+            quantized = [p for p in module.parameters(recurse=False) if not p.is_floating_point()]
+            if quantized:
+                mark = torch.zeros((), device=quantized[0].device, requires_grad=True)
+                marks.update((id(parameter), mark) for parameter in quantized)
+                hooks.append(module.register_forward_hook(_marking(mark)))
+        yield marks
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, trains in before:
+            if parameter.requires_grad != trains:
+                parameter.requires_grad_(trains)
+
+
+def _marking(mark: Tensor) -> Any:
+    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        return out + mark.to(out.dtype) if isinstance(out, Tensor) and out.is_floating_point() else out
+
+    return hook
+
+
+@contextmanager
+def _calls(model: nn.Module, called: set[int]) -> Iterator[None]:
+    """Note which members of lists of modules run."""
+    hooks = [
+        member.register_forward_pre_hook(lambda module, args: called.add(id(module)))  # type: ignore[func-returns-value]
+        for group in _lists(model)
+        for member in group
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _outputs(model: nn.Module, odd: set[int]) -> Iterator[None]:
+    """Note which linear layers give something else than a tensor."""
+
+    def note(module: nn.Module, args: Any, out: Any) -> None:
+        if not isinstance(out, Tensor):
+            odd.add(id(module))
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _lists(model: nn.Module) -> Iterator[list[nn.Module]]:
+    for module in model.modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
+            yield list(module.children())
+
+
+def _routed_elsewhere(model: nn.Module, reached: set[int], called: set[int]) -> set[int]:
+    """Parameters of members that weren't called, where a sibling of the same class was called and reached.
+
+    What a sibling that ran doesn't reach (the keys of a layer that takes another one's) isn't reached here either.
+    """
+    found: set[int] = set()
+    for group in _lists(model):
+        for member in group:
+            if id(member) in called:
+                continue
+            alike = [other for other in group if type(other) is type(member) and id(other) in called]
+            used = {name for other in alike for name, p in other.named_parameters() if id(p) in reached}
+            found |= {id(p) for name, p in member.named_parameters() if name in used}
+    return found
+
+
+def _leaves(output: Tensor) -> set[int]:
+    """Ids of the tensors that autograd would give a gradient of `output` to."""
+    found: set[int] = set()
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of the nodes that add up a leaf's gradient
+        if variable is not None:
+            found.add(id(variable))
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
