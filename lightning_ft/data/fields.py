@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
@@ -180,5 +181,5 @@ class FieldReader(ABC, Generic[Row_co]):
 
 def _name(value: Any) -> str | None:
     """An id or cluster as text; None for nothing, which a table's empty cell is read as NaN or as no text."""
-    missing = value is None or value != value or not str(value).strip()
+    missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
     return None if missing else str(value)
