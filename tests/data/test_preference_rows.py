@@ -118,7 +118,7 @@ def test_bad_rows(name):
 def test_a_named_margin_must_be_there():
     _, (problem,) = load([pair(by=1), pair(buy=1)], columns={"margin": "by"})
     assert problem.reason == "missing field"
-    assert problem.fix == "Rename 'buy', or pass columns={'margin': 'buy'}."
+    assert problem.fix == "Rename 'buy' to 'by', as in other rows."
 
 
 def test_all_bad_rows_are_told_together():

@@ -100,10 +100,10 @@ def test_prompts_need_no_answer():
     assert turns({"messages": [{"role": U, "content": "q"}]}, answered=False) == [(U, "q")]
 
 
-RENAME = "Rename 'inputs', or pass columns={'input': 'inputs'}."
+RENAME = "Rename 'inputs' to 'input', as in other rows."
 FILL = "Fill it in or remove the row."
 BAD = {
-    "missing": ({"input": "a"}, "output", "missing field", "Add it, or pass columns={'output': ...}."),
+    "missing": ({"input": "a"}, "output", "missing field", "Add it, or remove the row."),
     "misspelt": ({"inputs": "a", "output": "b"}, "input", "missing field", RENAME),
     "None": ({"input": "a", "output": None}, "output", "None", FILL),
     "number": ({"input": "a", "output": 4}, "output", "wrong type", "Expected a string or a list of messages."),
@@ -187,9 +187,9 @@ def test_skipped_rows_are_counted_by_reason():
 
 def test_skipping_every_row_is_an_error():
     with pytest.raises(
-        DataError, match=r"none of its 2 rows is good\. The first: train, row 1, 'output': missing field"
+        DataError, match=r"none of its 2 rows is good\. The first: train, row 1, 'output': empty output"
     ):
-        load([{"input": "a"}, {"input": "b"}], on_bad_row="skip")
+        load([{"input": "a", "output": ""}, {"input": "b", "output": None}], on_bad_row="skip")
 
 
 def test_no_rows():
