@@ -34,6 +34,11 @@ def backbone_of(base: PreTrainedModel) -> Callable[..., Any]:
     return base.base_model if base.base_model is not base else partial(up_to_head, base)
 
 
+def without_positions(run: Callable[..., Any], position_ids: Tensor | None = None, **inputs: Any) -> Any:
+    """Run what counts positions in its own way (RoBERTa's begin behind its padding token's id)."""
+    return run(**inputs)
+
+
 def up_to_head(base: PreTrainedModel, **inputs: Any) -> Any:
     """Run a whole model but for the product with its head's matrix.
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.shared import lay_out_completions
 from lightning_ft.errors import LightningFTError, ModelError
-from lightning_ft.models.backbone import head_of, takes_positions, up_to_head
+from lightning_ft.models.backbone import head_of, takes_positions, up_to_head, without_positions
 from lightning_ft.models.exact import are_close, tolerance_of
 from lightning_ft.models.head import (
     CausalLM,
@@ -44,6 +44,7 @@ class Exactness:
         head: Why log-probabilities are taken from the model's own logits; None where projecting selected hidden states
             gives them, or where the model has no such head.
         backbone: Gives those hidden states; None for the module that the model's class names.
+        positions: Whether the position ids of a batch, from 0, are those that the model would count itself.
         packing: Why sequences can't share a row; None if packed ones don't see each other.
         rows: Which rows may share a pass: any, those of equal length, or none.
         sharing: Why completions can't share a prompt that is computed once; None if they can.
@@ -53,6 +54,7 @@ class Exactness:
 
     head: str | None
     backbone: Backbone | None
+    positions: bool
     packing: str | None
     rows: Rows
     sharing: str | None
@@ -78,25 +80,27 @@ def probe(model: CausalLM) -> Exactness:
             module.training = training
 
 
-def own_logits(model: CausalLM, batch: TokenBatch, **options: Any) -> Any:
+def own_logits(model: CausalLM, batch: TokenBatch, *, positions: bool = True, **options: Any) -> Any:
     """Output of the model's own forward pass, with logits ``[b, s, v]``.
 
     Args:
         model: A causal language model.
         batch: Its rows, packed only if that was found to be exact.
+        positions: Whether to pass its position ids.
         options: Further arguments of the forward pass.
 
     Raises:
         ModelError: If it fails.
     """
-    positions = {"position_ids": batch.position_ids} if takes_positions(base_of(model)) else {}
+    if positions and takes_positions(base_of(model)):
+        options["position_ids"] = batch.position_ids
     try:
-        out = model(input_ids=batch.input_ids, use_cache=False, **positions, **options)
+        out = model(input_ids=batch.input_ids, use_cache=False, **options)
         _ = out.logits
     except (torch.OutOfMemoryError, LightningFTError):
         raise
     except Exception as error:
-        raise _fails(base_of(model), error) from error
+        raise forward_fails(base_of(model), error) from error
     return out
 
 
@@ -112,12 +116,14 @@ class _Probe:
     def found(self) -> Exactness:
         head, backbone, alone = self._states_alone()
         if head == _NOT_FINITE:  # then no comparison says anything
-            return Exactness(head, None, head, "any", head, smallest_window(self._base.config))
+            return Exactness(head, None, True, head, "any", head, smallest_window(self._base.config))
+        positions = self._counts_from_zero() if alone is None else not _counts_itself(backbone)
         features: Callable[[TokenBatch], Tensor]
         if alone is None:  # compare logits instead
-            rough = [self._logits(self._batch([s]), 1.0)[0] for s in self._sequences]
+            rough = [self._logits(self._batch([s]), 1.0, positions)[0] for s in self._sequences]
             scale = float(rough[0].std().clamp(min=1e-6))  # of one size, as states behind a norm are
-            features, alone = partial(self._logits, scale=scale), [logits / scale for logits in rough]
+            features = partial(self._logits, scale=scale, positions=positions)
+            alone = [logits / scale for logits in rough]
         else:
             features = partial(self._hidden, backbone)
         rows = self._rows(features, alone)
@@ -126,7 +132,7 @@ class _Probe:
             why = self._differs(lambda: features(self._batch(self._sequences, packing=True))[0], torch.cat(alone))
             packing = None if why is None else "it doesn't keep packed sequences apart" if why == "differ" else why
         sharing = packing or (self._why_no_sharing(features, alone) if head is None else "its own forward pass is used")
-        return Exactness(head, backbone, packing, rows, sharing, smallest_window(self._base.config))
+        return Exactness(head, backbone, positions, packing, rows, sharing, smallest_window(self._base.config))
 
     # ------------------------------------------------------------ where states come from
 
@@ -134,12 +140,13 @@ class _Probe:
         """Why there are no states to project, what gives them, and those of each sequence, ``[t, d]``."""
         if head_of(self._base) is None:  # a sequence classifier: nothing to compare its states with
             return None, None, [self._hidden(None, self._batch([s]))[0] for s in self._sequences]
-        expected = torch.cat([self._own_logprobs(s) for s in self._sequences])
+        expected = self._expected = torch.cat([self._own_logprobs(s) for s in self._sequences])
         if not bool(expected.isfinite().all()):
             return _NOT_FINITE, None, None
-        ways: list[Backbone | None] = [partial(up_to_head, self._base)]
+        whole = partial(up_to_head, self._base)
+        ways: list[Backbone | None] = [whole, partial(without_positions, whole)]
         if self._base.base_model is not self._base:
-            ways.insert(0, None)
+            ways[:0] = [None, partial(without_positions, self._base.base_model)]
         reasons: list[str] = []
         for way in ways:
             states: list[Tensor] = []
@@ -168,7 +175,7 @@ class _Probe:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise _fails(self._base, error) from error
+            raise forward_fails(self._base, error) from error
         return cast(Tensor, logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0])
 
     def _hidden(self, backbone: Backbone | None, batch: TokenBatch) -> Tensor:
@@ -177,8 +184,19 @@ class _Probe:
             raise ModelError(f"its states have the shape {tuple(states.shape)}")
         return states
 
-    def _logits(self, batch: TokenBatch, scale: float) -> Tensor:
-        return cast(Tensor, own_logits(self._model, batch).logits).float() / scale
+    def _logits(self, batch: TokenBatch, scale: float, positions: bool) -> Tensor:
+        return cast(Tensor, own_logits(self._model, batch, positions=positions).logits).float() / scale
+
+    def _counts_from_zero(self) -> bool:
+        """Whether the model's own pass gives the same with the positions of a batch as without."""
+
+        def told() -> Tensor:
+            found = [own_logits(self._model, self._batch([s])).logits[0, :-1].float() for s in self._sequences]
+            targets = [s.input_ids[1:, None].to(self._device) for s in self._sequences]
+            picked = [a.log_softmax(-1).gather(-1, b)[:, 0] for a, b in zip(found, targets, strict=True)]
+            return torch.cat(picked)
+
+        return self._differs(told, self._expected) is None
 
     # ------------------------------------------------------------ what may share a pass
 
@@ -227,6 +245,10 @@ class _Probe:
         return None if are_close(actual, expected.float(), self._tolerance) else "differ"
 
 
+def _counts_itself(backbone: Backbone | None) -> bool:
+    return isinstance(backbone, partial) and backbone.func is without_positions
+
+
 def some_tokens(base: PreTrainedModel, lengths: Sequence[int]) -> list[Tensor]:
     """Token ids to try a model with, ``int64 [t]`` each; no number of the global generators is drawn."""
     generator = torch.Generator().manual_seed(0)
@@ -255,7 +277,8 @@ def _supervised(ids: Tensor) -> Example:
     return Example(ids, torch.ones(len(ids), dtype=torch.bool))
 
 
-def _fails(base: PreTrainedModel, error: Exception) -> ModelError:
+def forward_fails(base: PreTrainedModel, error: Exception) -> ModelError:
+    """What to raise where a model's forward pass fails over nothing but token ids."""
     return ModelError(
         f"{type(base).__name__}: its own forward pass over token ids fails, so it can't be trained or asked here "
         f"({type(error).__name__}: {first_line(error)}). Check that it is a causal language model that needs nothing "

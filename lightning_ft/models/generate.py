@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import answer_end_token
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.head import CausalLM, base_of, input_device
+from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
+from lightning_ft.models.lengths import length_switch
 from lightning_ft.models.load import context_length
+from lightning_ft.models.padding import left_padded
+from lightning_ft.models.together import prompts_together
 
 
 @contextmanager
@@ -42,17 +46,6 @@ def end_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[i
     )
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask, ``int64 [b, s]`` each, every row ending at the right."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_token_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask
-
-
 def generate_text(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -63,7 +56,7 @@ def generate_text(
     batch_size: int = 32,
     **options: Any,
 ) -> list[str]:
-    """Continue each prompt by transformers' `generate`, with left padding.
+    """Continue each prompt by transformers' `generate`, with left padding where that changes no answer.
 
     Args:
         model: The model, in whatever mode.
@@ -76,18 +69,28 @@ def generate_text(
 
     Raises:
         ConfigError: If a prompt and its answer don't fit the model's context.
+        ModelError: If the model can't generate.
     """
     device = input_device(model)
     limit = context_length(base_of(model))
-    texts: list[str] = []
+    texts: dict[int, str] = {}
+    lengths = [len(prompt) for prompt in prompts]
+    if limit is not None and max(lengths, default=0) + max_new_tokens > limit:
+        raise ConfigError(
+            f"A prompt of {max(lengths)} tokens and {max_new_tokens} new ones don't fit the context of {limit}."
+        )
     with evaluating(model):
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
+        found = prompts_together(model, lengths, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id)
+        if found.why is not None:
+            warnings.warn(
+                f"{type(base_of(model)).__name__}: {found.why}. The answers are the same, it is only slower.",
+                stacklevel=3,
+            )
+        for chosen in found.batches(batch_size):
+            part = [prompts[i] for i in chosen]
             longest = max(len(prompt) for prompt in part)
-            if limit is not None and longest + max_new_tokens > limit:
-                raise ConfigError(
-                    f"A prompt of {longest} tokens and {max_new_tokens} new ones don't fit the context of {limit}."
-                )
+            if (switch := as_forward(base_of(model), length_switch)) is not None:
+                switch.forget()
             ids, mask = left_padded(part, pad_token_id)
             out = cast(Any, model).generate(
                 input_ids=ids.to(device),
@@ -97,5 +100,5 @@ def generate_text(
                 eos_token_id=end_token_ids(model, tokenizer),
                 **options,
             )
-            texts += tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return texts
+            texts |= zip(chosen, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True)
+    return [texts[i] for i in range(len(prompts))]

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import Example, TokenBatch, in_one_row, unpack
 from lightning_ft.data.shared import lay_out_completions
+from lightning_ft.errors import LightningFTError
 from lightning_ft.functional.logprobs import SelectedLogProbs
-from lightning_ft.models.exactness import Exactness, own_logits, probe
+from lightning_ft.models.exactness import Exactness, forward_fails, own_logits, probe
 from lightning_ft.models.head import (
     CausalLM,
     Reduction,
@@ -58,13 +59,14 @@ def full_logits_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     states: bool = False,
+    positions: bool = True,
 ) -> SelectedLogProbs:
     """:func:`completion_logprobs` by the model's own forward pass, for models whose states can't be projected here.
 
     Raises:
         ModelError: If that forward pass fails.
     """
-    out = own_logits(model, batch, **({"output_hidden_states": True} if states else {}))
+    out = own_logits(model, batch, positions=positions, **({"output_hidden_states": True} if states else {}))
     logits = out.logits.flatten(0, 1).index_select(0, batch.predictors).float() / temperature  # [n, v]
     every = logits.log_softmax(-1)
     logprobs = every.gather(-1, batch.targets[:, None])[:, 0]
@@ -125,11 +127,16 @@ class Scorer:
             if (switch := self._switch(model)) is not None:
                 switch.forget()
                 batch = padding_within(batch, switch)
-            return full_logits_logprobs(model, batch, reduction, **options)
+            return full_logits_logprobs(model, batch, reduction, positions=exactness.positions, **options)
         backbone = exactness.backbone
         if getattr(self.backbone, "_orig_mod", None) is base.base_model and backbone is None:  # a reference has its own
             backbone = self.backbone
-        return completion_logprobs(model, batch, reduction=reduction, backbone=backbone, **options)
+        try:
+            return completion_logprobs(model, batch, reduction=reduction, backbone=backbone, **options)
+        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            if isinstance(error, LightningFTError):
+                raise
+            raise forward_fails(base, error) from error  # in train mode some ask for more than token ids
 
     # ------------------------------------------------------------ which rows share a pass
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lightning_ft.errors import ModelError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
+from lightning_ft.models.lengths import length_switch
 
 HEADS = ("score", "classifier")
 """What architectures call the head that reads the last token."""
@@ -68,11 +69,18 @@ def last_token_scores(
     score_head(base)
     if empty := [i for i, ids in enumerate(input_ids) if not len(ids)]:
         raise ModelError(f"Sequence {empty[0]} of {len(input_ids)} has no token, so it can't be scored.")
-    order = sorted(range(len(input_ids)), key=lambda i: len(input_ids[i]))
+    switch = as_forward(base, length_switch)
+    lengths = [len(ids) for ids in input_ids]
+    order: list[int] = []
     scores = []
-    for start in range(0, len(order), batch_size):
-        part = [input_ids[i] for i in order[start : start + batch_size]]
-        scores.append(as_forward(base, _scores, part, pad_token_id, input_device(base)))
+    for group in [list(range(len(lengths)))] if switch is None else switch.groups(lengths):
+        group.sort(key=lambda i: lengths[i])
+        order += group
+        for start in range(0, len(group), batch_size):
+            part = [input_ids[i] for i in group[start : start + batch_size]]
+            if switch is not None:
+                switch.forget()
+            scores.append(as_forward(base, _scores, part, pad_token_id, input_device(base)))
     if not scores:
         return torch.zeros(0, dtype=torch.float32, device=input_device(base))
     back = torch.tensor(order).argsort().to(scores[0].device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ft.models.generate import left_padded
+from lightning_ft.models.padding import left_padded
 from lightning_ft.rollout.cache import GrowingCache
 
 Forward = Callable[[Tensor, GrowingCache, Tensor, "Tensor | None", int], Tensor]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,8 +15,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lightning_ft.models.generate import left_padded
-from lightning_ft.models.head import CausalLM, base_of, input_device
+from lightning_ft.models.head import CausalLM, input_device
+from lightning_ft.models.padding import left_padded
+from lightning_ft.models.together import own_generation_config
 from lightning_ft.rollout.protocol import Completion, Sampling
 from lightning_ft.rollout.sampling import token_logprobs, warpers
 from lightning_ft.rollout.stopping import Ending
@@ -64,7 +64,7 @@ def generate_plainly(
         pad_token_id=pad_token_id,
     )
     generating: Any = model
-    with _own_generation_config(model):
+    with own_generation_config(model):
         out = generating.generate(
             input_ids=ids.to(input_device(model)),
             attention_mask=mask.to(input_device(model)),
@@ -129,15 +129,3 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         return cast(torch.BoolTensor, self._recorder.chosen(input_ids))
-
-
-@contextmanager
-def _own_generation_config(model: CausalLM) -> Iterator[None]:
-    """Without what the checkpoint's generation config would add: penalties, beams, suppressed tokens, ..."""
-    base: Any = base_of(model)
-    kept = base.generation_config
-    base.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = kept

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_ft.models.exactness import first_line
 from lightning_ft.models.head import CausalLM, attention_bias, base_of, input_device
 from lightning_ft.rollout.cache import GrowingCache, cache_layers
 
@@ -69,7 +70,10 @@ def cached_layers(model: CausalLM, tokens: int) -> tuple[int, str | None]:
     for name in ("position_ids", _cache_argument(base), "logits_to_keep"):
         if name not in accepted:
             return 0, f"its forward pass takes no {name}"
-    return cache_layers(base.config, tokens)
+    try:
+        return cache_layers(base.config, tokens)
+    except Exception as error:  # configurations that no cache of transformers can be made from
+        return 0, f"no cache can be made from its configuration ({type(error).__name__}: {first_line(error)})"
 
 
 def _cache_argument(base: PreTrainedModel) -> str:

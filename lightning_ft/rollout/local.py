@@ -17,9 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.models.exactness import first_line
 from lightning_ft.models.generate import evaluating
-from lightning_ft.models.head import CausalLM, base_of, input_device
+from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
+from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.load import context_length
+from lightning_ft.models.together import prompts_together
+from lightning_ft.rollout.batching import batches_of, slower
 from lightning_ft.rollout.bundles import read_prompts
 from lightning_ft.rollout.cache import GrowingCache
 from lightning_ft.rollout.decode import decode, decode_parts
@@ -103,6 +107,8 @@ class LocalEngine:
         self.tokenizer = tokenizer
         self._exact: bool | None = None
         self._together = False
+        self._why_inexact: str | None = None
+        self._told: set[str] = set()
 
     def generate(
         self,
@@ -140,9 +146,7 @@ class LocalEngine:
             problem = error
         lockstep.check(problem)
         group = 1 if sampling is None or sampling.greedy else num_completions
-        batches, parts = _batches(prompts, self.batch_size, group)
-        calls = len(batches) * len(parts)
-        longest, most_calls = lockstep.agree([max(map(len, prompts), default=0), calls])
+        (longest,) = lockstep.agree([max(map(len, prompts), default=0)])
         if not longest:
             return Rollouts((), 0, 0)
         shared = common_prefix(prompts) if self.share_prefix else 0
@@ -150,9 +154,21 @@ class LocalEngine:
         answers: list[list[Completion]] = [[] for _ in prompts]
         with evaluating(self.model):
             layers, why_not = self._layers(longest + max_new_tokens)
+            apart = None
             if why_not is not None:
-                self._warn(why_not, shared, group)
-                shared = 0
+                apart = prompts_together(
+                    self.model,
+                    [len(prompt) for prompt in prompts for _ in range(group)],
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=self.pad_token_id,
+                    in_step=lockstep.needed,
+                )
+                apart = replace(apart, keys=apart.keys[::group])
+            self._warn(slower(type(base_of(self.model)).__name__, why_not, shared, group, apart))
+            shared = shared if why_not is None else 0
+            batches, parts = batches_of(prompts, self.batch_size, group, apart)
+            calls = len(batches) * len(parts)
+            (most_calls,) = lockstep.agree([calls])
             request = _Request(lockstep, sampling, ending, max_new_tokens, layers if why_not is None else None)
             start = self._read(prompts[0][:shared], request) if shared else None
             for batch in batches:
@@ -234,6 +250,7 @@ class LocalEngine:
         return read_tokens(self.model, list(prefix), request.layers)
 
     def _plainly(self, prompts: list[list[int]], size: int, request: _Request) -> list[Completion]:
+        self._switch()
         return generate_plainly(
             self.model,
             prompts,
@@ -260,36 +277,33 @@ class LocalEngine:
     def _layers(self, tokens: int) -> tuple[int, str | None]:
         """Number of layers of the cache, and why this loop can't be used for rows of so many tokens."""
         layers, why_not = cached_layers(self.model, tokens)
+        switch = self._switch()
+        if why_not is None and switch is not None and tokens > switch.at:
+            why_not = f"it {switch.why}, which keys and values that are kept don't follow"
         if why_not is None and not self._is_exact(layers):
-            why_not = "its output isn't the same with a prefix taken from a cache"
+            why_not = self._why_inexact or "its output isn't the same with a prefix taken from a cache"
         return layers, why_not
+
+    def _switch(self) -> LengthSwitch | None:
+        """Where the positions of a pass change with its longest row; what earlier passes left behind is forgotten."""
+        switch: LengthSwitch | None = as_forward(base_of(self.model), length_switch)
+        if switch is not None:
+            switch.forget()
+        return switch
 
     def _is_exact(self, layers: int) -> bool:
         if self._exact is None:
-            self._exact, self._together = probe_cache(self.model, layers, self.pad_token_id)
+            try:
+                self._exact, self._together = probe_cache(self.model, layers, self.pad_token_id)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever an architecture raises: transformers' own loop is left
+                self._exact = False
+                self._why_inexact = f"it fails with a cache of ours ({type(error).__name__}: {first_line(error)})"
         return self._exact
 
-    def _warn(self, why_not: str, shared: int, group: int) -> None:
-        """Say what is run more often than it need be."""
-        often = ["the prompts' common prefix is run once for each prompt"] if shared else []
-        often += ["each prompt is run once for each of its completions"] if group > 1 else []
-        if often:
-            warnings.warn(
-                f"{type(base_of(self.model)).__name__}: {' and '.join(often)}, because {why_not}. Nothing else "
-                "changes, it is only slower.",
-                stacklevel=3,
-            )
-
-
-def _batches(prompts: Sequence[Sequence[int]], rows: int, group: int) -> tuple[list[list[int]], list[int]]:
-    """Which prompts are read together, and in parts of which sizes the completions of each are written.
-
-    Example:
-        >>> _batches([[1], [1, 2], [3]], rows=4, group=2), _batches([[1]], rows=4, group=9)
-        (([[1, 0], [2]], [2]), ([[0]], [4, 4, 1]))
-    """
-    # Longest first: rows of a batch are about as long as each other, and what doesn't fit into memory shows at once.
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    together = max(1, rows // group)
-    batches = [order[start : start + together] for start in range(0, len(order), together)]
-    return batches, [min(rows, group - start) for start in range(0, group, rows)]
+    def _warn(self, said: str | None) -> None:
+        """Say once what is run more often than it need be."""
+        if said is not None and said not in self._told:
+            self._told.add(said)
+            warnings.warn(said, stacklevel=3)

@@ -27,7 +27,7 @@ def test_the_prefix_is_prefilled_once():
     seen = []
     model.model.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
     engine = LocalEngine(model, end_token_ids=ENDS, batch_size=4)
-    engine._is_exact(3)
+    engine._layers(3)  # asks the model
     seen.clear()
     rollouts = engine.generate(prompts, max_new_tokens=3)
     assert rollouts.shared_prefix == 20
