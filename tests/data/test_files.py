@@ -1,10 +1,16 @@
 """Files: what is read, and what is said of those that can't be."""
 
+import datetime
+import decimal
 from collections import Counter
+from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from lightning_ft.data.files import read_file
 from lightning_ft.data.rows import load_source
 from lightning_ft.data.sources import as_sources
 from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
@@ -203,9 +209,236 @@ def test_hub_name_that_is_not_there(monkeypatch):
 
 def test_what_is_no_source():
     with pytest.raises(
-        ConfigError, match="expected a path, a hub name, a dataset, a pandas or polars DataFrame or a list of dicts, or a list"
+        ConfigError,
+        match="expected a path, a hub name, a dataset, a pandas or polars DataFrame or a list of dicts, or a list",
     ):
         as_sources(3, "train")
     both = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)})
     with pytest.raises(ConfigError, match=r"got DatasetDict: pass one of its splits \(train, test\)"):
         as_sources(both, "train")
+
+
+# ---- damaged and strange files
+
+
+def parquet(rows, **options):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink, **options)
+    return sink.getvalue().to_pybytes()
+
+
+def damaged(content, *, at, count=200):
+    """A file in which bytes were overwritten."""
+    start = int(len(content) * at)
+    return content[:start] + b"\xff" * count + content[start + count :]
+
+
+MANY = [{"input": f"what is {n} plus {n}?", "output": str(2 * n)} for n in range(5000)]
+
+
+@pytest.mark.parametrize("at", [0.05, 0.3, 0.6, 0.9, 0.999])
+def test_parquet_damaged_anywhere_names_the_file(write, at):
+    path = write("bad.parquet", damaged(parquet(MANY, write_page_checksum=True), at=at))
+    with pytest.raises(DataError, match=r"bad\.parquet.*Parquet that can't be read"):
+        load(path)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_parquet_cut_short_names_the_file(write, share):
+    content = parquet(MANY)
+    with pytest.raises(DataError, match=r"cut\.parquet.*can't be read"):
+        load(write("cut.parquet", content[: int(len(content) * share)]))
+
+
+def test_parquet_damaged_in_a_later_row_group_says_after_which_row(write):
+    content = parquet(MANY, row_group_size=1000, write_page_checksum=True)
+    with pytest.raises(DataError, match=r"bad\.parquet, after row \d,000: Parquet that can't be read"):
+        load(write("bad.parquet", damaged(content, at=0.6)))
+
+
+def test_parquet_that_cannot_be_read_for_other_reasons(write):
+    with pytest.raises(DataError, match=r"none\.parquet: there are no rows in it"):
+        load(write("none.parquet", parquet([])))
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["input", "input"])
+    sink = pa.BufferOutputStream()
+    pq.write_table(twice, sink)
+    with pytest.raises(DataError, match=r"twice\.parquet: two columns are named 'input'"):
+        load(write("twice.parquet", sink.getvalue().to_pybytes()))
+    with pytest.raises(DataError, match=r"locked\.parquet: the file is Parquet with an encrypted footer\. Decrypt it"):
+        load(write("locked.parquet", b"PARE" + b"x" * 40))
+
+
+def test_parquet_values_that_cannot_be_read_are_bad_rows(write):
+    texts = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.array([0, 1, 2, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xffc")]
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"input": texts, "output": ["x", "y", "z"]}), sink)
+    rows, (problem,), report = load(write("a.parquet", sink.getvalue().to_pybytes()))
+    assert [row.row for row in rows] == [1, 3]
+    assert (problem.row, problem.field, problem.reason) == (2, "input", "invalid UTF-8")
+    assert (report.read, report.kept) == (3, 2)
+
+
+def test_parquet_columns_without_a_json_form_do_no_harm(write):
+    more = {"day": datetime.datetime(2020, 1, 1), "raw": b"x", "price": decimal.Decimal("1.5")}
+    rows, problems, _ = load(write("a.parquet", parquet([{**ROWS[0], **more}])))
+    assert (len(rows), problems) == (1, [])
+
+
+def test_parquet_nested_none_is_no_key(write):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]
+    assert contents(load(write("a.parquet", parquet([{"messages": turns}])))[0]) == [("a", "b")]
+
+
+DIGITS = '{"input": "a", "output": "b", "id": ' + "9" * 5000 + "}"
+BAD_VALUES = {
+    "digits": (DIGITS, "id", "an integer of too many digits"),
+    "negative digits": (DIGITS.replace("999", "-999", 1), "id", "an integer of too many digits"),
+    "NaN": ('{"input": "a", "output": "b", "score": NaN}', "score", "malformed JSON"),
+    "Infinity": ('{"input": "a", "output": "b", "scores": [1, -Infinity]}', "scores[1]", "malformed JSON"),
+    "key twice": ('{"input": "a", "output": "b", "input": "c"}', "input", "key given more than once"),
+    "nested key twice": ('{"input": "a", "output": "b", "m": {"x": 1, "x": 1}}', "m.x", "key given more than once"),
+    "surrogate": ('{"input": "a \\ud83d", "output": "b"}', "input", "half of a surrogate pair"),
+    "surrogate in a key": ('{"input": "a", "output": "b", "m": {"\\udc00": 1}}', "m", "half of a surrogate pair"),
+    "NaN as a row": ("NaN", None, "malformed JSON"),
+}
+GOOD = '{"input": "a", "output": "b"}'
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_json_values_no_row_may_have(write, name, suffix):
+    bad, field, reason = BAD_VALUES[name]
+    lines = [GOOD, bad, GOOD]
+    path = write(f"a.{suffix}", "\n".join(lines) if suffix == "jsonl" else f"[{','.join(lines)}]")
+    rows, (problem,), _ = load(path)
+    assert len(rows) == 2
+    assert (problem.source, problem.row, problem.field, problem.reason) == (path, 2, field, reason)
+    _, problems, report = load(path, on_bad_row="skip")
+    assert (problems, report.read, report.kept, dict(report.skipped)) == ([], 3, 2, {reason: 1})
+
+
+def test_whole_surrogate_pairs_are_characters(write):
+    rows, problems, _ = load(write("a.jsonl", '{"input": "\\ud83d\\ude00", "output": "b"}\n'))
+    assert (rows[0].messages[0]["content"], problems) == ("\U0001f600", [])
+
+
+def test_deep_json_names_the_file(write):
+    with pytest.raises(DataError, match=r"deep\.json: malformed JSON, nested too deep"):
+        load(write("deep.json", "[" * 200_000))
+
+
+BLANK = {
+    "lines.jsonl": " \n" * 40 + GOOD + "\n",
+    "far.jsonl": "\n" * 200_000 + GOOD + "\n",
+    "bom.jsonl": "\ufeff" + "\n \n" * 30 + GOOD + "\n",
+    "blank.json": " \n" * 40 + f"[{GOOD}]",
+    "bom.json": "\ufeff" + "\n" * 40 + f"[{GOOD}]",
+    "blank.csv": "\n" * 40 + "input,output\na,b\n",
+    "bom.csv": "\ufeff" + "\n" * 40 + "input,output\na,b\n",
+    "cells.csv": ",,\n" * 4 + "input,output\na,b\n",
+    "spaces.tsv": "   \n" * 40 + "input\toutput\na\tb\n",
+}
+
+
+@pytest.mark.parametrize("name", BLANK)
+def test_files_that_begin_blank_are_read(write, name):
+    rows, problems, report = load(write(name, BLANK[name]))
+    assert (contents(rows), problems) == ([("a", "b")], [])
+    assert report.notes["byte order mark removed"] == name.startswith("bom")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_line_ends_of_any_system(write, name, end):
+    lines = [GOOD, "", GOOD, "{"] if name == "a.jsonl" else ["input,output", "", "a,b", "a,b", "c"]
+    rows, (problem,), report = load(write(name, end.join(lines) + end))
+    assert [row.row for row in rows] == ([1, 3] if name == "a.jsonl" else [3, 4])
+    assert (problem.row, report.notes["blank line"]) == (4 if name == "a.jsonl" else 5, 1)
+
+
+def test_files_put_together_have_marks_within(write):
+    rows, problems, report = load(write("a.jsonl", f"\ufeff{GOOD}\n\ufeff{GOOD}\n"))
+    assert (len(rows), problems, report.notes["byte order mark removed"]) == (2, [], 2)
+
+
+def test_csv_damage_spoils_its_own_row_only(write):
+    rows, (problem,), _ = load(write("a.csv", "input,output\na,b\nc,d\0\ne,f\n"))
+    assert [row.row for row in rows] == [2, 4]
+    assert (problem.row, problem.field, problem.reason) == (3, "output", "NUL byte")
+
+
+def test_csv_quote_never_closed_names_the_line_it_is_on(write):
+    with pytest.raises(DataError, match=r"a\.csv, lines 3 to 5: malformed CSV.*A quote is opened and never closed"):
+        load(write("a.csv", 'input,output\na,b\n"c,d\ne,f\ng,h\n'))
+
+
+STRANGE = {
+    "utf16.jsonl": (GOOD.encode("utf-16-le"), "the file is UTF-16 text, not jsonl. Save it as UTF-8."),
+    "utf16.csv": ("input,output\na,b\n".encode("utf-16-be"), "the file is UTF-16 text, not csv. Save it as UTF-8."),
+    "utf32.json": (f"[{GOOD}]".encode("utf-32"), "the file is UTF-16 text"),
+    "zeros.jsonl": (b"\0" * 500, "the file is binary, or damaged"),
+    "arrow.jsonl": (b"ARROW1\0\0", "the file is Arrow, not jsonl"),
+    "page.json": (b"<!doctype html><html>", "the file is a web page"),
+    "header.csv": (b"inp\xfft,output\na,b\n", "line 1: the header contains byte 0xff, which isn't UTF-8"),
+    "nul.csv": (b"input,output" + b" " * 100 + b"\0\na,b\n", "line 1: the header contains a NUL byte"),
+    "a.jsonl.gz": (b"\x1f\x8b", "packed files aren't read. Unpack it first: gunzip "),
+    "a.csv.zip": (b"PK", "packed files aren't read. Unpack it first: unzip "),
+    "a.arrow": (b"ARROW1", "Arrow files aren't read. Pass datasets.Dataset.from_file("),
+    "a.feather": (b"ARROW1", "Arrow files aren't read. Pass pandas.read_feather("),
+    "a.xlsx": (b"PK", "spreadsheets aren't read. Save it as CSV, or pass pandas.read_excel(...)."),
+    "pretty.jsonl": (b'{\n  "input": "a",\n  "output": "b"\n}\n', "line 1: the objects extend over several lines"),
+    "list.jsonl": (b'\n[\n{"input": "a"}\n]', "one JSON array, not one JSON object a line"),
+    "empty.json": (b"{}", "found an empty object"),
+    "nan.json": (b"NaN", "found NaN, which JSON doesn't have"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_files_are_named_with_what_to_do(write, name):
+    content, said = STRANGE[name]
+    path = write(name, content)
+    with pytest.raises(DataError) as error:
+        load(path)
+    assert path in str(error.value)
+    assert said in str(error.value)
+
+
+def test_file_that_may_not_be_read(write, monkeypatch):
+    path = write("a.jsonl", ROWS)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: the file can't be read: Permission denied\. Check that it is there"
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_file_that_changes_while_it_is_read(write, suffix):
+    content = GOOD + "\n" if suffix == "jsonl" else "input,output\na,b\n"
+    path = write(f"a.{suffix}", content)
+    rows = read_file(Path(path), path, Counter())
+    next(rows)
+    Path(path).write_text(content * 2)
+    with pytest.raises(DataError, match=r"the file changed while it was read"):
+        list(rows)
+
+
+def test_file_that_vanishes_while_it_is_read(write):
+    path = write("a.jsonl", ROWS)
+    rows = read_file(Path(path), path, Counter())
+    next(rows)
+    Path(path).unlink()
+    with pytest.raises(DataError, match=r"a\.jsonl: the file can't be read: No such file"):
+        list(rows)
+
+
+def test_folder_named_like_a_file(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(DataNotFoundError, match="It is a folder: name a file in it"):
+        load(str(tmp_path / "a.jsonl"))
