@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -124,7 +125,11 @@ class RowDataModule(LightningDataModule, ABC):
         )
 
     def _save(self, **hyper: Any) -> None:
-        self.save_hyperparameters(hyper, logger=False)  # the module logs its own, and a Trainer refuses two of a name
+        outermost = inspect.currentframe()  # Lightning would compare each argument with `hyper`: a frame refuses that
+        while outermost is not None and outermost.f_back is not None:
+            outermost = outermost.f_back
+        # The module logs its own, and a Trainer refuses two of a name.
+        self.save_hyperparameters(hyper, logger=False, frame=outermost)
 
     @abstractmethod
     def collate(self, split: SplitName) -> Collate:
