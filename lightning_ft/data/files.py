@@ -91,9 +91,8 @@ def _read(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
             raise DataError(f"{name}: the file is {other or 'not Parquet'}. {fix}")
         yield from read_parquet(path, name)
         return
-    if other is None and b"\0" in head:
-        nuls = head[1::2].count(0), head[::2].count(0)
-        other = "UTF-16 text" if max(nuls) > len(head) // 3 and not min(nuls) else "binary, or damaged"
+    if other is None and head.count(0) > len(head) // 8:  # a few spoil their own rows only
+        other = "UTF-16 text" if 0 in (head[::2].count(0), head[1::2].count(0)) else "binary, or damaged"
     if other is not None:
         fix = "Save it as UTF-8." if other.startswith("UTF") else "Rename or convert it."
         raise DataError(f"{name}: the file is {other}, not {suffix[1:]}. {fix}")

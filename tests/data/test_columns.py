@@ -144,9 +144,8 @@ def test_columns_already_given_are_part_of_the_proposal():
 def test_columns_chosen_by_contents_say_so():
     said = refused(TICKETS)
     assert said.endswith("if 'customer_message' asks and 'routing' answers.")
-    assert said.startswith(
-        "train: no row format has these columns (columns: 'ticket' (text), 'customer_message' (text), 'routing' (text))."
-    )
+    listed = "'ticket' (text), 'customer_message' (text), 'routing' (text)"
+    assert said.startswith(f"train: no row format has these columns (columns: {listed}).")
     assert "It leaves out 'premise'" in refused(
         [{"premise": f"it is {n}", "hypothesis": f"it is rather {n}", "label": "yes"} for n in range(4)]
     )
