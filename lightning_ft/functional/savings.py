@@ -6,7 +6,7 @@ weights, the request alone). A third, *untuned* (original weights, the request a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,8 +127,13 @@ def token_savings(
         confidence=confidence,
         provenance=dict(provenance or {}),
         warnings=(*overlap_warnings(in_training or (), prompted, tuned), *_warnings(gate, found["diff"], arms)),
-        in_training=None if in_training is None else tuple(i for i in prompted.ids if i in set(in_training)),
+        in_training=None if in_training is None else _ordered(in_training, prompted.ids),
     )
+
+
+def _ordered(found: Collection[str], ids: Sequence[str]) -> tuple[str, ...]:
+    position = {name: k for k, name in enumerate(ids)}
+    return tuple(sorted(set(found), key=lambda name: position.get(name, len(ids))))
 
 
 def _total(sums: Mapping[str, Array], arm: str) -> Array:

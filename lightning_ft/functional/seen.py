@@ -21,7 +21,8 @@ def overlap_text(count: int, n: int) -> str:
     """
     if not count:
         return ""
-    share = f"{count / n:.1%}".replace(".0%", "%") if count / n >= 0.001 else "under 0.1%"
+    permille = 1000 * count // n  # never rounded up to all of them
+    share = f"{permille / 10:g}%" if permille else "under 0.1%"
     return f"{count:,} of {n:,} requests ({share}) also appear{'s' if count == 1 else ''} in the training rows"
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from lightning_ft.data.overlap import TrainingIndex
-from lightning_ft.data.problems import Problem, raise_problems
+from lightning_ft.data.problems import Problem
 from lightning_ft.data.request import Request
 from lightning_ft.data.rows import load_source
 from lightning_ft.data.sources import Sources, as_sources
+from lightning_ft.errors import DataError
 
 TrainRows: TypeAlias = Sources | list[Request] | TrainingIndex
 """Rows as a DataModule takes them, requests made of them, or what was found in them."""
@@ -72,7 +73,7 @@ def training_index(rows: TrainRows) -> TrainingIndex:
             `PairDataModule.requests` gives them.
 
     Raises:
-        DataError: With every row that can't be read.
+        DataError: If some rows can't be read, with the first of them.
 
     Example:
         >>> training_index([{"input": "Where is it?", "output": "Here."}]).asks([{"role": "user", "content": "Why?"}])
@@ -91,5 +92,9 @@ def training_index(rows: TrainRows) -> TrainingIndex:
         problems += bad
         for row in good:
             index.add(row)
-    raise_problems(problems)
+    if problems:
+        raise DataError(
+            f"train_rows: {len(problems):,} of its rows can't be read, so what they ask isn't known. The first: "
+            f"{problems[0]} Or pass the rows as requests, as PairDataModule.requests('train') gives them."
+        )
     return index

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -280,6 +281,53 @@ def test_training_rows_are_never_asked(trainer_options, tokenizer):
         TokenSavings(BASELINE, split="train")
 
 
+def fit_rows(trainer_options, tokenizer, callback, data, **options):
+    module = Plain(make_model(), tokenizer)
+    module.training_step = lambda batch, batch_idx: module.model(input_ids=batch.input_ids, labels=batch.input_ids).loss
+    trainer = Trainer(callbacks=[callback], max_epochs=1, **{**trainer_options, **options})
+    trainer.fit(module, data)
+    return callback.result
+
+
+@pytest.mark.filterwarnings("ignore:test has")
+def test_requests_that_appear_in_the_training_rows_are_in_the_verdict(trainer_options, tmp_path, tokenizer):
+    rows = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
+    data = PairDataModule([{**rows[0], "output": "there"}, *rows[1:4]], test=rows, cache_dir=False)
+    callback = TokenSavings(BASELINE, scorer=overlap, **QUICK)
+    counted = r"4 of 8 requests \(50%\) also appear in the training rows"
+    with pytest.warns(UserWarning, match=f"Token savings: {counted}"):
+        result = fit_rows(trainer_options, tokenizer, callback, data)
+    assert result.in_training == tuple(request.id for request in data.requests("test")[:4])
+    folder = tmp_path / "token_savings"
+    assert len(re.findall(counted, (folder / "token_savings.md").read_text())) == 2
+    written = json.loads((folder / "token_savings.json").read_text())
+    assert written["requests_in_training"] == 4
+    assert re.search(counted, written["headline"])
+    assert any(re.match(counted, text) for text in written["warnings"])
+
+
+def test_requests_given_by_hand_are_looked_up_in_the_rows_of_the_data_module(trainer_options, tokenizer):
+    data = PairDataModule([{"input": f"where is the {WORDS[0]}", "output": "here"}], cache_dir=False)
+    options = {"scorer": overlap, "requests": make_requests(), "output_dir": False, **QUICK}
+    assert fit_rows(trainer_options, tokenizer, TokenSavings(BASELINE, **options), data).in_training == ("r0",)
+    callback = TokenSavings(BASELINE, train_rows=make_requests()[2:4], **options)
+    assert fit_rows(trainer_options, tokenizer, callback, data).in_training == ("r2", "r3")
+
+
+def test_a_held_out_share_has_no_request_in_training(trainer_options, tokenizer):
+    rows = [{"input": f"where is the {word}", "output": f"here {n}"} for word in WORDS for n in range(3)]
+    data = PairDataModule(rows, validation=0.25, cache_dir=False)
+    callback = TokenSavings(BASELINE, scorer=overlap, output_dir=False, **QUICK)
+    result = fit_rows(trainer_options, tokenizer, callback, data)
+    assert (result.n, result.in_training, result.provenance["requests_in_training"]) == (6, (), 0)
+
+
+def test_a_plain_loader_says_that_nothing_was_looked_up(trainer_options, tmp_path, tokenizer, savings):
+    fit(trainer_options, tmp_path, tokenizer, savings, max_epochs=1)
+    assert savings.result.in_training is None
+    assert savings.result.provenance["requests_in_training"] == "not checked: pass train_rows="
+
+
 LONG = Request("long", (Message(role="user", content="fox " * 500),), "here")
 
 
@@ -347,6 +395,7 @@ def test_from_yaml():
         - {input: a, output: b}
     scorer: label
     prices: {input: 0.15, output: 0.6, currency: USD, date: 2026-01-31}
+    train_rows: train.jsonl
 - class_path: lightning_ft.TokenSavings
   init_args:
     name: other
@@ -355,6 +404,7 @@ def test_from_yaml():
     first, second = parser.instantiate(parser.parse_args([f"--callbacks={config}"])).callbacks
     assert first.baseline == PromptBaseline("Be brief.", [{"input": "a", "output": "b"}])
     assert first._options["prices"].date == "2026-01-31"
+    assert (first.train_rows, second.train_rows) == ("train.jsonl", None)
     assert (second.baseline, second.state_key) == (PromptBaseline("Be brief."), "TokenSavings('other')")
 
 

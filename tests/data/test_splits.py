@@ -18,6 +18,9 @@ def splits(given, **rules):
     return Splits(given, RowRules(**{**defaults, **rules}))
 
 
+IN_TRAIN = "rows that also appear in train"
+
+
 def keys(made, name):
     return [row.key for part in made.rows[name] for row in part]
 
@@ -50,14 +53,17 @@ def test_holding_out_of_one_row():
         splits({"train": [{"input": "a", "output": "b"}] * 3, "validation": 0.5}).load(["train"])
 
 
-def test_validation_rows_that_also_stand_in_train(pairs):
-    made = splits({"train": pairs, "validation": [*pairs[:3], {"input": "a", "output": "b"}]})
+def test_rows_of_validation_and_test_that_also_appear_in_train(pairs):
+    other = {"input": "a", "output": "b"}
+    made = splits({"train": pairs, "validation": [*pairs[:3], other], "test": [other]})
     with pytest.warns(
-        UserWarning, match=r"validation: 3 of 4 rows also stand in train, so its figures will look better"
+        UserWarning, match="validation has 3 rows that also appear in train, of 4 in all, so its metrics"
     ):
-        made.load(["train", "validation"])
-    assert made.report["validation"].also_in_train == 3
-    assert "3 rows that also stand in train" in made.report["validation"].summary("validation")
+        made.load(["train", "validation", "test"])
+    report = made.report["validation"]
+    assert (report.also_in_train, report.question_in_train, report.overlap) == (3, 3, [(3, IN_TRAIN)])
+    assert "; 3 rows that also appear in train" in report.summary("validation")
+    assert made.report["test"].overlap == []
 
 
 def test_duplicates_are_counted(pairs):
@@ -82,7 +88,7 @@ def test_bad_rows_of_all_sources_and_splits_are_told_together(write, pairs):
 
 def test_sources_may_have_different_formats(write, pairs):
     made = splits({"train": [write("a.csv", "question,output\nx,y\n"), pairs[:2]]}, columns=None)
-    with pytest.raises(DataError, match=r"row 2, 'input': missing field \(fields: question, output\)"):
+    with pytest.raises(DataError, match=r"a.csv: no row format has these columns .*\{'input': 'question'\}"):
         made.load(["train"])
     made = splits({"train": [write("b.csv", "prompt,completion\nx,y\n"), pairs[:2]]})
     made.load(["train"])
@@ -195,3 +201,26 @@ def test_requests():
         ("test:3", "h", None),
     ]
     assert [m["content"] for m in found[0].messages] == ["a", "b", "c"]
+
+
+def test_requests_have_ids_of_their_own():
+    names = ["x", "x", "x#2", " ", None, "x", "y"]
+    made = splits({"test": [{"input": str(n), "output": "a", "id": name} for n, name in enumerate(names)]})
+    made.load(["test"])
+    assert [request.id for request in made.requests("test")] == ["x", "x#3", "x#2", "test:4", "test:5", "x#4", "y"]
+
+
+def test_requests_of_rows_without_question_or_answer(pairs):
+    made = splits({"predict": [{"input": "a"}], "test": [{"text": "a text"}]})
+    made.load(["predict", "test"])
+    with pytest.raises(ConfigError, match="predict rows can't be requests: predict, row 1, has no answer to compare"):
+        made.requests("predict")
+    with pytest.raises(ConfigError, match="test rows can't be requests: test, row 1, has no question"):
+        made.requests("test")
+
+
+def test_requests_hand_on_what_the_template_is_given():
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    made = splits({"test": [{"input": "a", "output": "b", "tools": tools}]})
+    made.load(["test"])
+    assert made.requests("test")[0].template_kwargs["tools"] == tools

@@ -1,0 +1,89 @@
+"""Which conversations ask the same."""
+
+import pytest
+
+from lightning_ft.data.formats import Conversation
+from lightning_ft.data.questions import question_keys, row_questions
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def user(text, **more):
+    return {"role": "user", "content": text, **more}
+
+
+def answer(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(city, name="weather", number="call_1"):
+    return {"id": number, "type": "function", "function": {"name": name, "arguments": {"city": city}}}
+
+
+def key(*messages):
+    return question_keys(messages)[-1]
+
+
+ASKED = key(user("Where is it?"))
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [system("Be brief."), user("Where is it?")],
+        [{"role": "developer", "content": "Be brief."}, user("Where is it?")],
+        [user("  Where\tis\n\nit? ")],
+        [user("Where is\u00a0it?", name="Ann")],
+        [user("Where is it?"), answer("Here.")],
+        [user("Where is it?"), answer("", tool_calls=[call("Rome")]), {"role": "tool", "content": "12 degrees"}],
+    ],
+)
+def test_question_keys_same_question(messages):
+    assert key(*messages) == ASKED
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("where is it?")],
+        [user("Where is it")],
+        [user("Whereis it?")],
+        [user("Hello"), answer("Hello"), user("Where is it?")],
+        [user("Where is"), user("it?")],
+    ],
+)
+def test_question_keys_other_question(messages):
+    assert key(*messages) != ASKED
+
+
+def test_question_keys_of_earlier_turns_are_those_of_the_conversation_up_to_them():
+    talk = [user("a"), answer("b"), user("c"), answer("d"), user("e")]
+    keys = question_keys(talk)
+    assert keys == [key(*talk[:1]), key(*talk[:3]), key(*talk)]
+    assert len(set(keys)) == 3
+    assert question_keys([*talk, answer("f")]) == keys
+    assert question_keys([answer("a plain text")]) == question_keys([]) == []
+
+
+def test_question_keys_earlier_answers_count_but_not_how_they_were_reached():
+    def of(reply):
+        return key(user("a"), reply, user("c"))
+
+    assert of(answer("b", reasoning_content="hm", train=False)) == of(answer(" b "))
+    assert of(answer("b")) != of(answer("z"))
+    assert of(answer("", tool_calls=[call("Rome", number="x")])) == of(answer("", tool_calls=[call("Rome")]))
+    assert of(answer("", tool_calls=[call("Rome")])) != of(answer("", tool_calls=[call("Oslo")]))
+    assert of(answer("", tool_calls=[call("Rome")])) != of(answer(""))
+
+
+def test_question_keys_turns_do_not_run_into_each_other():
+    assert key(user("a\nassistant\nb")) != key(user("a"), answer("b"), user(""))
+    assert question_keys([user("a lone \ud800 surrogate")])
+
+
+def test_row_questions_a_plain_text_is_its_own():
+    texts = [Conversation((answer(text),), "train", n, str(n)) for n, text in enumerate("aab")]
+    keys = [row_questions(row) for row in texts]
+    assert keys[0] == keys[1] != keys[2]

@@ -1,0 +1,95 @@
+"""Requests that also appear in the training rows, in a result and whatever is made of it."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from lightning_ft.errors import SavingsError
+from lightning_ft.functional.savings import ArmRecords, SavingsResult, token_savings
+from lightning_ft.functional.seen import overlap_text
+from lightning_ft.report.collect import RunReport
+from lightning_ft.report.document import document
+from lightning_ft.report.markdown import savings_markdown
+from lightning_ft.report.page import html_page
+from lightning_ft.report.pull_request import pull_request
+
+N = 200
+SEEN = tuple(f"r{n}" for n in range(50))
+COUNTED = "50 of 200 requests (25%) also appear in the training rows"
+
+
+def arm(tokens, scores):
+    return ArmRecords(tuple(f"r{n}" for n in range(N)), (tokens,) * N, (10,) * N, scores, (False,) * N)
+
+
+def result(in_training=SEEN, new=0.9):
+    """The tuned model knows what it has seen by heart."""
+    tuned = (1.0,) * 50 + (new,) * 150
+    return token_savings(arm(500, (0.8,) * N), arm(50, tuned), resamples=99, margin=0.05, in_training=in_training)
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "share"), [(1, 3, "33.3%"), (8, 8, "100%"), (1, 5000, "under 0.1%"), (1999, 2000, "99.9%")]
+)
+def test_overlap_text(count, n, share):
+    assert f" of {n:,} requests ({share}) also appear" in overlap_text(count, n)
+    assert overlap_text(0, n) == ""
+
+
+def test_the_verdict_counts_requests_that_appear_in_training():
+    found = result()
+    assert found.headline.startswith("PASS: 88.2% fewer tokens")
+    assert found.headline.endswith(f"margin 0.050); {COUNTED}.")
+    assert found.warnings[0].startswith(f"{COUNTED}: the tuned model may have learned their answers by heart")
+    assert found.warnings[1] == (
+        "On the 150 requests that don't appear in the training rows, quality is 0.900 tuned against 0.800 prompted."
+    )
+    assert found.figures()["requests_in_training"] == 50
+
+
+def test_all_requests_appear_in_training():
+    found = result(tuple(f"r{n}" for n in range(N)))
+    assert found.headline.endswith("200 of 200 requests (100%) also appear in the training rows.")
+    assert len(found.warnings) == 1
+
+
+def test_no_request_appears_in_training_or_nobody_knows():
+    none, unknown = result(()), result(None)
+    for found in (none, unknown):
+        assert found.headline.endswith("margin 0.050).")
+        assert found.warnings == ()
+    assert (none.in_training, none.figures()["requests_in_training"]) == ((), 0)
+    assert unknown.in_training is None
+    assert "requests_in_training" not in unknown.figures()
+    assert none != unknown
+
+
+@pytest.mark.parametrize("in_training", [SEEN, (), None])
+def test_requests_in_training_survive_json(in_training):
+    found = result(in_training)
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert values["requests_in_training"] == (None if in_training is None else len(in_training))
+    assert SavingsResult.from_dict(values) == found
+    del values["in_training"]  # as files of earlier versions
+    assert SavingsResult.from_dict(values).in_training is None
+
+
+def test_requests_in_training_must_be_requests():
+    with pytest.raises(SavingsError, match="in_training has ids that no request has: other"):
+        result(("r1", "other"))
+
+
+def test_requests_in_training_are_told_in_every_form():
+    found = result()
+    report = document(RunReport(savings={"run/token_savings": found}))
+    console = Console(record=True, width=400)
+    found.print(console)
+    page = html_page(report, {})
+    for text in (savings_markdown(found), pull_request(report, ()), page, console.export_text()):
+        assert text.count(COUNTED) == 2  # in the verdict and as a warning
+        assert "quality is 0.900 tuned against 0.800 prompted" in text
+    before, after = page.split("Before you rely on this", 1)
+    assert COUNTED in before
+    assert COUNTED in after.split("</ul>")[0]
+    assert "<dt>requests that also appear in the training rows</dt><dd><b>50 of 200</b>" in page
