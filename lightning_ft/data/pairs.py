@@ -35,7 +35,8 @@ class PairDataModule(RowDataModule):
         train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
             `datasets.Dataset` or `IterableDataset` (read to its end once, so it must have one), a list of dicts, or a
             list of those.
-        validation: The same, or the share of the training rows to hold out.
+        validation: The same, or the share of the training rows to hold out: rows of one question (whatever their
+            system turn and answer), of one conversation exported turn by turn, or of one `cluster` stay together.
         test: The same as `train`.
         predict: Rows to answer; they need no output.
         columns: Field names of the format to those of your data, such as ``{"input": "question", "cluster":

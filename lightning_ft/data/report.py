@@ -26,6 +26,8 @@ class SplitReport:
         conversation_in_train: Kept rows, none of those, that go on with a conversation of the training split.
         cluster_in_train: Kept rows of clusters that the training split has rows of.
         other_prompt: Rows whose tokens before the last answer aren't those that generation starts from.
+        mismatch: Of the first of them, what the row has and what generation starts from, around the first difference.
+        ignored: Columns, and keys of messages (``messages.id``), that were found and mean nothing here.
         notes: Other things found (byte order marks, blank lines), with their counts.
         formats: Row format of each source.
         lengths: Tokens of each kept row; of a pair of completions those of each, its prompt included.
@@ -43,6 +45,8 @@ class SplitReport:
     conversation_in_train: int = 0
     cluster_in_train: int = 0
     other_prompt: int = 0
+    mismatch: tuple[str, str] | None = None
+    ignored: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
 
@@ -23,6 +23,7 @@ from lightning_ft.data.report import SplitReport
 from lightning_ft.data.request import Request
 from lightning_ft.data.rows import OnBadRow, count_duplicates, load_source
 from lightning_ft.data.sources import as_sources
+from lightning_ft.data.spans import REMEDIES
 from lightning_ft.data.tokenise import tokenise
 from lightning_ft.errors import ConfigError, DataError
 
@@ -40,6 +41,7 @@ class RowRules:
         on_overlong: What becomes of longer rows.
         seed: Decides which rows are held out.
         cache: Folder of encoded rows, None for none.
+        template_kwargs: What the chat template is given for every row, where the row itself says nothing else.
     """
 
     columns: Mapping[str, str] | None
@@ -48,6 +50,7 @@ class RowRules:
     on_overlong: OnOverlong
     seed: int
     cache: Path | None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Splits(Generic[RowT]):
@@ -115,6 +118,7 @@ class Splits(Generic[RowT]):
                     answered=name != "predict",
                     report=reports[name],
                     kind=self.kind,
+                    template_kwargs=self.rules.template_kwargs,
                 )
                 rows[name].append(good)
                 problems += bad
@@ -237,6 +241,8 @@ class Splits(Generic[RowT]):
         for rows in encoded:
             report.truncated += sum(rows.truncated[:: rows.per_row])
             report.other_prompt += rows.about["other_prompt"]
+            report.mismatch = report.mismatch or rows.about["mismatch"]
+            report.notes.update(rows.about["notes"])
             report.lengths += rows.lengths
             report.supervised += rows.supervised
         self.encoded[name] = encoded
@@ -257,11 +263,18 @@ class Splits(Generic[RowT]):
     def _tell(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         report = self.report[name]
         rank_zero_info(report.summary(name))
-        if report.other_prompt:
+        for note, remedy in REMEDIES.items():
+            if count := report.notes[note]:
+                rank_zero_warn(f"{name}: {count:,} x {note}. {remedy}")
+        if report.other_prompt and report.mismatch is not None:
+            row, prompt = report.mismatch
             rank_zero_warn(
                 f"{name}: in {report.other_prompt:,} of {report.kept:,} rows the tokens before the last answer aren't "
-                "those that generation starts from: the chat template renders a conversation differently once there is "
-                "an answer. The model would be trained on other prompts than it is asked."
+                f"those that generation starts from: the first row has {row!r} where generation is given {prompt!r}. "
+                "The model would be trained on other prompts than it is asked with. Where the prompt opens reasoning, "
+                "give the rows their reasoning (reasoning_content) or switch it off (chat_template_kwargs="
+                "{'enable_thinking': False}, if the template reads that); else pass a chat_template= that writes both "
+                "alike."
             )
         if max(report.lengths) > tokenizer.model_max_length:
             rank_zero_warn(
@@ -276,7 +289,7 @@ class Splits(Generic[RowT]):
         ``#2``, ``#3``, ... is appended to those after the first, whichever of these no other row has.
 
         Raises:
-            ConfigError: If there is no such split, it wasn't loaded, or its rows have no answers.
+            ConfigError: If there is no such split, it wasn't loaded, or a row has no question or no answer.
         """
         if name not in self.rows:
             reason = "setup() hasn't run for it" if name in self.given else f"pass {name}="
@@ -285,11 +298,11 @@ class Splits(Generic[RowT]):
         ids = _unique([row.id if row.id.strip() else f"{row.source}:{row.row}" for row in rows])
         requests = []
         for unique, row in zip(ids, rows, strict=True):
-            if row.messages[-1]["role"] != "assistant":
-                raise ConfigError(
-                    f"{name} rows can't be made requests: {row.source}, row {row.row}, has no answer to compare with."
-                )
-            requests.append(Request(unique, row.asked, row.messages[-1]["content"], row.cluster or None))
+            if not row.asked or row.messages[-1]["role"] != "assistant":
+                missing = "no answer to compare with" if row.asked else "no question"
+                raise ConfigError(f"{name} rows can't be requests: {row.source}, row {row.row}, has {missing}.")
+            reference = row.messages[-1]["content"]
+            requests.append(Request(unique, row.asked, reference, row.cluster or None, row.template_kwargs))
         return requests
 
 
