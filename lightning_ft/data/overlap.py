@@ -18,8 +18,8 @@ class TrainingIndex:
 
     Args:
         rows: Keys of whole rows.
-        asked: Keys of every question in them, those of earlier turns too.
-        last: Keys of the questions whose answer is the last turn of a row.
+        questions: Keys of every question in them, those of earlier turns too.
+        last_questions: Keys of the questions whose answer is the last turn of a row.
         clusters: What rows belong to.
 
     Example:
@@ -31,8 +31,8 @@ class TrainingIndex:
     """
 
     rows: set[tuple[Any, ...]] = field(default_factory=set)
-    asked: set[Any] = field(default_factory=set)
-    last: set[Any] = field(default_factory=set)
+    questions: set[Any] = field(default_factory=set)
+    last_questions: set[Any] = field(default_factory=set)
     clusters: set[str] = field(default_factory=set)
 
     @classmethod
@@ -50,8 +50,8 @@ class TrainingIndex:
         else:
             keys = row_questions(row)
             self.rows.add(row.key)
-        self.asked.update(keys)
-        self.last.update(keys[-1:])
+        self.questions.update(keys)
+        self.last_questions.update(keys[-1:])
         if row.cluster:
             self.clusters.add(row.cluster)
 
@@ -61,7 +61,7 @@ class TrainingIndex:
         Args:
             messages: The conversation up to its answer.
         """
-        return any(key in self.asked for key in question_keys(messages)[-1:])
+        return any(key in self.questions for key in question_keys(messages)[-1:])
 
     def count(self, rows: Iterable[Row], report: SplitReport) -> None:
         """Count the rows of another split that overlap with the training rows.
@@ -75,8 +75,8 @@ class TrainingIndex:
         report.conversation_in_train = report.cluster_in_train = 0
         for row in rows:
             keys = row_questions(row)
-            asked = keys[-1] in self.asked
+            is_known = keys[-1] in self.questions
             report.also_in_train += row.key in self.rows
-            report.question_in_train += asked
-            report.conversation_in_train += not asked and any(key in self.last for key in keys)
+            report.question_in_train += is_known
+            report.conversation_in_train += not is_known and any(key in self.last_questions for key in keys)
             report.cluster_in_train += row.cluster in self.clusters

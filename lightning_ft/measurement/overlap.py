@@ -38,7 +38,7 @@ class RequestOverlap:
             return ()
         return (
             f"{len(self.of_trained_clusters):,} of {self.n:,} requests are of a cluster that training rows are of too, "
-            "so the figures say little about requests of new clusters. Split the rows by cluster, as validation=0.1 "
+            "so the result says little about requests of new clusters. Split the rows by cluster, as validation=0.1 "
             "does, and measure again.",
         )
 

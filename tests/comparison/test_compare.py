@@ -12,7 +12,7 @@ import pytest
 import yaml
 from tiny import make_rows
 
-from lightning_ft.comparison.run import NAME, compare
+from lightning_ft.comparison.run import NAME, _Comparer, compare
 from lightning_ft.comparison.worker import RESULT
 from lightning_ft.errors import ComparisonError
 from lightning_ft.functional.comparison import Comparison
@@ -172,3 +172,30 @@ def test_a_run_that_fails_says_why(tmp_path, config):
     Path(config).write_text(yaml.safe_dump(content))
     with pytest.raises(ComparisonError, match=r"(?s)ended with exit status 1.*no_such_layer"):
         compare(config, "lora", str(tmp_path / "out"), **{**QUICK, "learning_rates": {"lora": [5e-3]}})
+
+
+@pytest.mark.filterwarnings("ignore:(test|validation) has")
+def test_requests_that_appear_in_the_training_rows_are_found_before_anything_is_trained(tmp_path, config):
+    own, test, validation = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "test", "validation")
+    )
+    rows = [*own, *({**row, "output": "lamp", "id": f"copy {row['id']}"} for row in (*test[:2], *validation[:4]))]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({**row, "cluster": "Ann"}) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text(
+        "".join(json.dumps({**row, "cluster": "Ann" if n == 7 else n}) + "\n" for n, row in enumerate(test))
+    )
+    options = {"grids": {}, "seeds": [0], "sizes": [], "curve_seeds": None, "budget": None, "metrics": None}
+    options |= {"evaluations": 2, "validation_requests": None, "workers": 1, "threads": 1}
+    comparer = _Comparer(config, ["lora"], tmp_path / "out", **options)
+    assert comparer.overlap["test"].in_training == ("test-0", "test-1")
+    assert comparer.overlap["test"].of_trained_clusters == ("test-7",)
+    told = comparer._request_warnings()
+    assert told[0].startswith("1 of 8 requests are of a cluster that training rows are of too")
+    assert told[1] == (
+        "Of the validation rows, by which learning rates are chosen, 4 of 8 requests (50%) also appear in the training "
+        "rows."
+    )
+    rows_told = comparer._provenance()["rows"]
+    assert rows_told["test"]["rows whose question appears in train"] == 2
+    assert rows_told["validation"]["rows whose question appears in train"] == 4

@@ -6,6 +6,8 @@ import pytest
 from rich.console import Console
 
 from lightning_ft.errors import SavingsError
+from lightning_ft.functional.comparison import Comparison, RunResult
+from lightning_ft.functional.methods import Asked, compare_methods
 from lightning_ft.functional.savings import ArmRecords, SavingsResult, token_savings
 from lightning_ft.functional.seen import overlap_text
 from lightning_ft.report.collect import RunReport
@@ -93,3 +95,21 @@ def test_requests_in_training_are_told_in_every_form():
     assert COUNTED in before
     assert COUNTED in after.split("</ul>")[0]
     assert "<dt>requests that also appear in the training rows</dt><dd><b>50 of 200</b>" in page
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_comparison_counts_them_for_every_method_and_tells_it_once(seeds):
+    def run(method, score, seed=0, rate=None):
+        return RunResult(method, seed, rate, rate and 100, score, arm(50 if rate else 500, (score,) * N))
+
+    runs = [run("untuned", 0.2), run("prompted", 0.8)]
+    runs += [run(method, 0.9, seed, 1e-3) for method in ("full", "lora") for seed in range(seeds)]
+    asked = Asked(("q",) * N, ("a",) * N, margin=0.05, in_training=SEEN, warnings=("Of the requests, this is known.",))
+    found = compare_methods(runs, asked, resamples=99)
+    for result in found.savings.values():
+        assert len(result.in_training) == 50 * seeds
+        assert f"{50 * seeds} of {N * seeds} requests (25%) also appear in the training rows" in result.headline
+    report = document(RunReport(comparison=found))
+    assert sum("(25%) also appear in the training rows" in warning for warning in report.warnings) == 1
+    assert report.warnings[0] == "Of the requests, this is known."
+    assert Comparison.from_dict(json.loads(json.dumps(found.to_dict()))) == found
