@@ -184,10 +184,15 @@ def _alike(one: Tensor, other: Tensor, noise: float) -> bool:
 
 def _far(base: PreTrainedModel, positions: int) -> int:
     """The largest length to ask about: more than the model's positions, unless it looks positions up in a table."""
-    tied = {id(p) for m in (base.get_input_embeddings(), head_of(base)) if m is not None for p in m.parameters()}
-    named = [*base.parameters(), *base.buffers()]
-    table = any(positions <= size <= positions + 8 for t in named if id(t) not in tied for size in t.shape)
-    return positions if table else _BEYOND_TABLES * positions
+    embeddings = (base.get_input_embeddings(), head_of(base))
+    for module in base.modules():
+        if module in embeddings or isinstance(module, nn.Linear):
+            continue
+        weights = [p.shape[:1] for p in module.parameters(recurse=False) if p.ndim > 1]
+        kept = [buffer.shape for buffer in module.buffers(recurse=False)]
+        if any(positions <= size <= positions + 8 for shape in (*weights, *kept) for size in shape):
+            return positions
+    return _BEYOND_TABLES * positions
 
 
 def _hints(base: PreTrainedModel) -> list[int]:

@@ -136,8 +136,8 @@ class TrunkReader:
         batch = self._scorer.arranged(self._model, batch)  # which tries the model out, while all layers run
         if not self._scorer.takes_one_pass(self._model, batch):
             raise ModelError(
-                f"trunk_cache: {type(base_of(self._model)).__name__} lets rows of this batch change each other, so they take "
-                "several passes, and kept states belong to one. Use batch_size=1, or train without trunk_cache."
+                f"trunk_cache: {type(base_of(self._model)).__name__} lets rows of this batch change each other, so it "
+                "takes several passes, and kept states belong to one. Use batch_size=1, or train without trunk_cache."
             )
         states = self._states(batch)
         if not self._verified:

@@ -165,6 +165,8 @@ class LocalEngine:
                 )
                 apart = replace(apart, keys=apart.keys[::group])
             self._warn(slower(type(base_of(self.model)).__name__, why_not, shared, group, apart))
+            if sampling is not None and not sampling.greedy:
+                self._warn(self._parts_from_scores([len(prompt) for prompt in prompts], max_new_tokens))
             shared = shared if why_not is None else 0
             batches, parts = batches_of(prompts, self.batch_size, group, apart)
             calls = len(batches) * len(parts)
@@ -290,6 +292,17 @@ class LocalEngine:
         if switch is not None:
             switch.forget()
         return switch
+
+    def _parts_from_scores(self, lengths: Sequence[int], max_new_tokens: int) -> str | None:
+        """What to say where a completion may be sampled with other positions than it is scored with."""
+        switch = self._switch()
+        if switch is None or not any(length <= switch.at < length + max_new_tokens for length in lengths):
+            return None
+        return (
+            f"{type(base_of(self.model)).__name__} {switch.why}: a completion that goes beyond that is scored with "
+            "other positions than its first tokens were sampled with, so their log-probabilities differ. Lower "
+            "max_new_tokens or shorten the prompts to stay within it."
+        )
 
     def _is_exact(self, layers: int) -> bool:
         if self._exact is None:
