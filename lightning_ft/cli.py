@@ -20,13 +20,20 @@ _DESCRIPTION = "Fine-tune language models. Also: " + "; ".join(f"`{name}`: {does
 class FineTuningTrainer(Trainer):
     """The Trainer of the command line: the usual one, and two subcommands that train nothing."""
 
-    def preview(self, model: LightningModule, datamodule: LightningDataModule | None = None, examples: int = 3) -> None:
-        """Print examples with their supervised tokens, and what would be cut or dropped; loads no weights.
+    def preview(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        examples: int = 3,
+        weights: bool = False,
+    ) -> None:
+        """Print examples with their supervised tokens, and what would be cut or dropped.
 
         Args:
             model: Whose tokenizer is used, where the data has none of its own.
             datamodule: What would be trained on.
             examples: How many rows of each split to show.
+            weights: Load the model too, and print a table of what would be trained. Otherwise no weights are loaded.
         """
         from lightning_ft.data.module import RowDataModule
         from lightning_ft.data.preview import preview
@@ -35,6 +42,12 @@ class FineTuningTrainer(Trainer):
             raise ConfigError("preview shows the rows of a DataModule of lightning_ft: give one as data.")
         own = datamodule.hparams["tokenizer"] is not None
         preview(datamodule, None if own else getattr(model, "tokenizer", None), examples=examples)
+        if weights:
+            from lightning_ft.modules.base import FineTuning
+
+            if not isinstance(model, FineTuning):
+                raise ConfigError(f"weights=true: {type(model).__name__} isn't a module of lightning_ft.")
+            print(model.what_is_trained())
 
     def export(
         self,

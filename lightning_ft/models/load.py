@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -19,6 +22,7 @@ from transformers import (
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError, TokenizerError
 from lightning_ft.models.load_report import UNREADABLE, check_loaded, first_line, why_unreadable
 
+_MULTIMODAL = getattr(transformers, "AutoModelForMultimodalLM", None)  # not in the oldest version that is supported
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -60,7 +64,71 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
         ModelError: If it can't be loaded, or isn't a causal language model.
         MissingDependencyError: For quantization without bitsandbytes.
     """
-    return load_model(AutoModelForCausalLM, name, **options)
+    known = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    try:
+        config = load_config(name, **known)
+    except ModelError:
+        config = None  # what is wrong with it is told by loading the model
+    first, *others = text_model_classes(config)
+    model = load_model(first, name, **options)
+    if others:
+        from lightning_ft.models.reach import find_reach
+
+        if (reason := find_reach(model).unknown) is not None:
+            warnings.warn(
+                f"{type(model).__name__} doesn't run on text alone ({reason}), so the language model of {name!r} is "
+                "loaded by itself, and an export is one too.",
+                stacklevel=2,
+            )
+            model = load_model(others[0], name, **options)
+    return model
+
+
+def text_model_classes(config: Any) -> list[Any]:
+    """The auto classes that load a checkpoint so that it reads and writes text, the best one first.
+
+    A checkpoint for images and text isn't always among transformers' causal language models; it is trained on text all
+    the same. Where several classes know it, the one that it was saved from keeps all of its weights under their names.
+
+    Args:
+        config: Configuration of the checkpoint; None if it isn't known.
+
+    Example:
+        >>> from transformers import LlamaConfig, Qwen2_5_VLConfig
+        >>> [text_model_classes(config)[0].__name__ for config in (LlamaConfig(), Qwen2_5_VLConfig())]
+        ['AutoModelForCausalLM', 'AutoModelForImageTextToText']
+    """
+    if config is None or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return [AutoModelForCausalLM]
+    saved_from = set(getattr(config, "architectures", None) or [])
+    classes: dict[tuple[Any, ...], Any] = {}
+    for auto, found in _text_classes(config):
+        classes.setdefault(found, auto)
+    ordered = sorted(classes, key=lambda found: saved_from.isdisjoint(one.__name__ for one in found))  # stable
+    return [classes[found] for found in ordered] or [AutoModelForCausalLM]
+
+
+def text_class_name(base: PreTrainedModel) -> str:
+    """The name of the auto class that loads a model for text as what it is.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> text_class_name(LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)))
+        'AutoModelForCausalLM'
+    """
+    names = (auto.__name__ for auto, found in _text_classes(base.config) if type(base) in found)
+    return str(next(names, AutoModelForCausalLM.__name__))
+
+
+def _text_classes(config: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The auto classes for text that know a configuration, each with the models that it may make of it."""
+    classes = []
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, _MULTIMODAL):
+        if auto is not None and type(config) in auto._model_mapping:
+            found = auto._model_mapping[type(config)]
+            classes.append((auto, tuple(found) if isinstance(found, (list, tuple)) else (found,)))
+    return classes
 
 
 def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
@@ -186,10 +254,27 @@ def adapter_config(name: str) -> Any:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """How many positions the model has, or None where it sets no limit."""
+    """How many positions the model is made for, or None where its configuration sets no limit.
+
+    A rotary scaling that a configuration names (YaRN, linear, dynamic) widens them by its factor; configurations differ
+    in whether `max_position_embeddings` is the width before or after.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+        >>> config = LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=64, rope_parameters=yarn)
+        >>> context_length(LlamaForCausalLM(config))
+        256
+    """
     config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    return int(length) if length else None
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if not length:
+        return None
+    rope = getattr(config, "rope_parameters", None)
+    scaling = rope if isinstance(rope, dict) and rope.get("rope_type", "default") != "default" else {}
+    original = scaling.get("original_max_position_embeddings") or length
+    return max(int(length), int(original * float(scaling.get("factor") or 1.0)))
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

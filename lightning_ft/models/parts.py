@@ -111,7 +111,8 @@ class _Kinds:
         inside = _ids([decoder])
         self._text = (inside if inside >= self._embeddings else _ids([base])) | self._heads
         counts = expert_counts(base.config)
-        self._experts = {name: len(module) for name, module in modules.items() if self._lists_experts(name, counts)}
+        lists = [name for name in modules if self._lists_experts(name, counts)]
+        self._experts = {name: len(list(modules[name].children())) for name in lists}
         for name, tensor in expert_tensors(base).items():
             self._experts[name.rpartition(".")[0]] = tensor.shape[0]
         self._blocks = {name.rpartition(".")[0]: count for name, count in self._experts.items()}

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -295,7 +295,7 @@ def skeleton(base: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model whose weights take no memory and have no values."""
     memo: dict[int, Any] = {id(p): _empty(p) for p in base.parameters()}
     memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in base.buffers()}
-    return cast(PreTrainedModel, copy.deepcopy(base, memo))
+    return copy.deepcopy(base, memo)
 
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +23,7 @@ from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id, quantization_options, resolve_dtype
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor, set_first_rate
+from lightning_ft.models.router import OwnLoss, find_own_loss
 from lightning_ft.models.scorer import Scorer
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.rng import rng_state, set_rng_state
@@ -59,6 +61,8 @@ class FineTuning(LightningModule):
 
     default_learning_rate: ClassVar[float]
     default_dtype: ClassVar[str]
+    trains_router_loss: ClassVar[bool] = False
+    """Whether the loss includes the term with which a mixture of experts balances its experts."""
 
     def __init__(
         self,
@@ -108,6 +112,7 @@ class FineTuning(LightningModule):
         self._scorer: Scorer | None = None
         self._initial: InitialAdapter | None = None
         self._adaptation = Adaptation(model, None, None)
+        self._own_loss = OwnLoss()
         self._pending_rng: dict[str, Any] | None = None
         self._resumed = False
 
@@ -178,6 +183,8 @@ class FineTuning(LightningModule):
         if self._hyper["gradient_checkpointing"]:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = self._adapt(base).train()
+        if base.can_generate():
+            self._own_loss = find_own_loss(self.model)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ModelError("No parameter of the model is trainable.")
         mesh = getattr(self, "_device_mesh", None)
@@ -231,6 +238,24 @@ class FineTuning(LightningModule):
                 "Checkpoints hold trainable weights only, which sharded checkpoint files can't: pass "
                 "save_distributed_checkpoint=False to ModelParallelStrategy."
             )
+        rank_zero_info(self.what_is_trained())
+        self._tell_own_loss()
+
+    def _tell_own_loss(self) -> None:
+        """Warn of what the model adds to its own loss and this module doesn't."""
+        if self._own_loss.router and not self.trains_router_loss:
+            rank_zero_warn(
+                f"{type(base_of(self.model)).__name__} asks for its router's loss (output_router_logits), which isn't "
+                f"part of {type(self).__name__}'s loss: set output_router_logits=False in the model's configuration to "
+                "silence this."
+            )
+        if self._own_loss.unknown is not None and self.trains_router_loss:
+            rank_zero_warn(self._own_loss.unknown)
+
+    def what_is_trained(self) -> str:
+        """A table of what is trained, adapted and frozen by kind, and what no row of text reaches."""
+        self.configure_model()
+        return self._adaptation.describe(self.model)
 
     def on_train_start(self) -> None:
         """Check that the schedule knows its end, and give the first step its rate."""

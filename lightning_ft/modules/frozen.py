@@ -51,6 +51,11 @@ class FrozenTrunkFineTuning(SupervisedFineTuning):
 
     def _trunk_reader(self, cache: TrunkCache) -> TrunkReader:
         if self._reader is None:
+            if self._own_loss.router:
+                raise ConfigError(
+                    "trunk_cache passes over layers whose routers are part of the router's loss that the model asks "
+                    "for: set output_router_logits=False in its configuration, or train without trunk_cache."
+                )
             scorer, kind = self._required_scorer(), input_device(self.model).type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
             self._reader = TrunkReader(self.model, cache, scorer, autocast=autocast)

@@ -3,38 +3,60 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.functional.logprobs import SelectedLogProbs
+from lightning_ft.models.router import RouterLoss
 from lightning_ft.modules.base import STATE
 from lightning_ft.modules.evaluation import EvaluatedFineTuning
-from lightning_ft.modules.window import TokenWindow
+from lightning_ft.modules.window import MeanWindow, TokenWindow
 
 
 class SupervisedFineTuning(EvaluatedFineTuning):
     """Trains on the supervised tokens of `TokenBatch`es.
 
     The loss of an optimizer step is the mean over the supervised tokens of the whole step: all its micro-batches on all
-    ranks.
+    ranks. A mixture of experts whose configuration asks for it adds its router's loss, with the coefficient given
+    there: that of each forward pass over all of its tokens, a pass weighing as much as it has supervised tokens.
     """
+
+    trains_router_loss: ClassVar[bool] = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._window = TokenWindow()
+        self._router_window = MeanWindow()
 
     def on_train_start(self) -> None:
         """As in `FineTuning`, and start counting."""
         super().on_train_start()
         self._window.start()
+        self._router_window = MeanWindow()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Summed negative log-likelihood; `on_before_optimizer_step` divides by the tokens of the whole step."""
-        scored = self.score(batch, "sum")
+        if not self._own_loss.router:
+            scored = self.score(batch, "sum")
+            loss = -scored.logprobs
+            self._window.add(loss, scored.correct, batch)
+            return cast(Tensor, loss)
+        scored, router_loss = self._score_with_router(batch)
         loss = -scored.logprobs
         self._window.add(loss, scored.correct, batch)
-        return cast(Tensor, loss)
+        weighted = router_loss * batch.num_targets
+        self._router_window.add({"router_loss": weighted}, {"router_loss": batch.num_targets})
+        return loss + self._own_loss.router * weighted.to(loss.device)
+
+    def _score_with_router(self, batch: TokenBatch) -> tuple[SelectedLogProbs, Tensor]:
+        """Log-probabilities as `score` gives them, and the router's loss over the same forward pass."""
+        scorer = self._required_scorer()
+        batch = scorer.arranged(self.model, batch)  # which tries the model out, before a pass is recorded
+        with RouterLoss(self.model).recorded() as recorded:
+            scored = self.score(batch, "sum")
+        return scored, recorded.value(batch)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped.
@@ -55,6 +77,8 @@ class SupervisedFineTuning(EvaluatedFineTuning):
             },
             batch_size=1,
         )
+        for name, mean in self._router_window.reduce(self.device).items():
+            self.log(f"train/{name}", mean, batch_size=1)
         self.log_optimizer(optimizer, gradients)
 
     def add_evaluation(self, sums: TokenWindow | None, batch: TokenBatch, batch_idx: int) -> TokenWindow:
