@@ -33,6 +33,7 @@ from lightning_ft.models.head import (
 
 Rows = Literal["any", "equal", "one"]
 Backbone = Callable[..., Any]
+_PLAINLY = 5e-2  # of the largest value: no rounding in any dtype explains more
 _NOT_FINITE = "gives logits that are not finite, so no fast path can be compared with them"
 
 
@@ -140,9 +141,13 @@ class _Probe:
         """Why there are no states to project, what gives them, and those of each sequence, ``[t, d]``."""
         if head_of(self._base) is None:  # a sequence classifier: nothing to compare its states with
             return None, None, [self._hidden(None, self._batch([s]))[0] for s in self._sequences]
-        expected = self._expected = torch.cat([self._own_logprobs(s) for s in self._sequences])
+        logits = [self._alone(s) for s in self._sequences]
+        expected = self._expected = torch.cat(
+            [_picked(own, s.input_ids) for own, s in zip(logits, self._sequences, strict=True)]
+        )
         if not bool(expected.isfinite().all()):
             return _NOT_FINITE, None, None
+        self._refuse_sight_of_what_follows(logits)
         whole = partial(up_to_head, self._base)
         ways: list[Backbone | None] = [whole, partial(without_positions, whole)]
         if self._base.base_model is not self._base:
@@ -168,15 +173,33 @@ class _Probe:
             )
         return reasons[0], None, None
 
-    def _own_logprobs(self, sequence: Example) -> Tensor:
-        ids = sequence.input_ids.to(self._device)
-        try:  # as a user would call it
-            logits = self._model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+    def _alone(self, sequence: Example) -> Tensor:
+        """Logits of a sequence as a user would ask for them, ``fp32 [t, v]``."""
+        try:
+            out = self._model(input_ids=sequence.input_ids[None].to(self._device), use_cache=False)
+            return cast(Tensor, out.logits)[0].float()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise forward_fails(self._base, error) from error
-        return cast(Tensor, logits.log_softmax(-1).gather(-1, ids[1:, None])[:, 0])
+
+    def _refuse_sight_of_what_follows(self, logits: Sequence[Tensor]) -> None:
+        """The sequences begin alike, so a model that predicts the next token gives their beginnings the same logits."""
+        count = len(self._prompt)
+
+        def alike(one: Tensor, other: Tensor) -> bool:
+            return are_close(one[:count], other[:count], _PLAINLY)
+
+        if alike(*logits):
+            return
+        longest = max(self._answers, key=len)  # once more with equally many tokens: only what follows differs
+        pair = [_supervised(torch.cat([self._prompt, answer])) for answer in (longest, longest.flip(0))]
+        if not alike(*(self._alone(s) for s in pair)):
+            raise ModelError(
+                f"{type(self._base).__name__}: what it gives at a token depends on the tokens after it, so it isn't a "
+                "causal language model as it is called here, and would learn answers that it sees. Load BERT and its "
+                "kin with is_decoder=True; models that read a prompt in both directions can't be trained here."
+            )
 
     def _hidden(self, backbone: Backbone | None, batch: TokenBatch) -> Tensor:
         states: Tensor = as_forward(self._base, hidden_states, batch, backbone)
@@ -191,10 +214,8 @@ class _Probe:
         """Whether the model's own pass gives the same with the positions of a batch as without."""
 
         def told() -> Tensor:
-            found = [own_logits(self._model, self._batch([s])).logits[0, :-1].float() for s in self._sequences]
-            targets = [s.input_ids[1:, None].to(self._device) for s in self._sequences]
-            picked = [a.log_softmax(-1).gather(-1, b)[:, 0] for a, b in zip(found, targets, strict=True)]
-            return torch.cat(picked)
+            found = [own_logits(self._model, self._batch([s])).logits[0].float() for s in self._sequences]
+            return torch.cat([_picked(own, s.input_ids) for own, s in zip(found, self._sequences, strict=True)])
 
         return self._differs(told, self._expected) is None
 
@@ -243,6 +264,11 @@ class _Probe:
         if not bool(actual.isfinite().all()) and bool(expected.isfinite().all()):
             return "gives values that are not finite where a fast path is tried"
         return None if are_close(actual, expected.float(), self._tolerance) else "differ"
+
+
+def _picked(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of each token but the first, ``[t - 1]``, from logits ``[t, v]``."""
+    return logits[:-1].log_softmax(-1).gather(-1, ids[1:, None].to(logits.device))[:, 0]
 
 
 def _counts_itself(backbone: Backbone | None) -> bool:

@@ -1,6 +1,7 @@
 """Scores of packed batches are those of each example alone, for many architectures, or the plain path is taken."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,8 +38,23 @@ ARCHITECTURES = {
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.3},
     "gpt_neox": {},
+    "llama4_text": {
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 48,
+        "attention_chunk_size": 16,
+    },  # no backbone named
 }
-UNPACKED = {"mamba": {"state_size": 4}}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+UNPACKED = {
+    "mamba": {"state_size": 4},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 128},  # takes no positions
+    "bert": {"is_decoder": True, **NO_DROPOUT},  # its head is more than a matrix
+    "roberta": {
+        "is_decoder": True,
+        **NO_DROPOUT,
+        "max_position_embeddings": 64,
+    },  # its positions begin behind its padding token's id
+}
 
 
 def build(name, options, attention="sdpa"):
@@ -156,6 +172,80 @@ def test_a_head_that_does_something_unknown_takes_the_models_own_forward_pass():
     with pytest.warns(UserWarning, match="in a way that isn't known here"):
         scored = scorer(model, collate_examples(examples()), "none")
     torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
+
+
+def is_plain(model, match):
+    """Scores by the model's own pass, with one warning that says why; they are those of each example alone."""
+    scorer = Scorer()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for packing in (True, False):
+            scored = scorer(model, collate_examples(examples(), packing=packing), "none")
+            torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
+            scorer(model, collate_examples(examples(), packing=packing), "sum").logprobs.backward()
+    (why,) = [str(w.message) for w in told if "its own forward pass is used" in str(w.message)]
+    assert match in why
+    assert "holds the logits of the whole batch" in why
+    return scorer.exactness(model)
+
+
+class Strange(type(make_model())):
+    """Its backbone gives nothing of use, and its head is used twice."""
+
+    def forward(self, input_ids, position_ids=None, **kwargs):
+        backbone = self.__dict__.get("kept") or self.base_model
+        hidden = backbone(input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        return SimpleNamespace(logits=self.lm_head(hidden) + self.lm_head(hidden.flip(-1)))
+
+
+def test_a_backbone_that_gives_something_else_takes_the_plain_path(monkeypatch):
+    model = Strange(make_model(100).config)
+    own = type(model.model).forward
+    model.kept = lambda *a, **k: own(model.model, *a, **k)
+    monkeypatch.setattr(type(model.model), "forward", lambda self, **k: {"states": 0})
+    known = is_plain(model, "fails where a fast path is tried (AttributeError: 'dict' object has no attribute")
+    assert (known.packing, known.rows, known.sharing) == (None, "any", "its own forward pass is used")
+
+
+def test_a_head_that_is_used_twice_takes_the_plain_path():
+    is_plain(Strange(make_model(100).config), "changes its logits after the head in a way that isn't known here")
+
+
+def test_a_model_whose_values_are_not_finite_is_told_from_one_that_is_not_exact():
+    model = make_model(100)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    known = Scorer().exactness(model)
+    assert "not finite" in known.head
+    assert known.packing == known.sharing == known.head
+
+
+@pytest.mark.parametrize("error", [KeyError("pixel_values"), AttributeError("image_outputs"), RuntimeError("shape")])
+def test_a_model_whose_own_pass_fails_is_refused_by_name(error):
+    class Broken(type(make_model())):
+        def forward(self, *args, **kwargs):
+            raise error
+
+    with pytest.raises(ModelError, match=f"Broken: its own forward pass .* fails.*{type(error).__name__}"):
+        Scorer()(Broken(make_model(100).config), collate_examples(examples()))
+
+
+def test_a_model_that_asks_for_more_in_train_mode_is_refused_by_name():
+    class Asking(type(make_model())):
+        def forward(self, *args, **kwargs):
+            if self.training:
+                raise ValueError("`token_type_ids` are required when training")
+            return super().forward(*args, **kwargs)
+
+    model = Asking(make_model(100).config)
+    model.base_model_prefix = ""  # so that the whole model runs
+    with pytest.raises(ModelError, match=r"Asking: its own forward pass .*token_type_ids"):
+        Scorer()(model.train(), collate_examples(examples()))
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    model = build("bert", {"is_decoder": False})
+    with pytest.raises(ModelError, match="depends on the tokens after it, so it isn't a causal"):
+        Scorer()(model, collate_examples(examples()))
 
 
 @pytest.mark.parametrize("lora", [{}, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
