@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_ft.data.batches import PreferenceBatch
+from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.encode import encode_conversation
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.request import Message
@@ -23,6 +23,7 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states
 from lightning_ft.models.load import load_reward_model, pad_token_id
 from lightning_ft.models.sequence_scores import last_token_scores, score_head
+from lightning_ft.modules.checks import check_batch
 from lightning_ft.modules.preferences import Judged, PreferenceLearning
 
 
@@ -119,6 +120,8 @@ class RewardModeling(PreferenceLearning):
         """
         self.configure_model()
         rows = [encode_conversation(self.tokenizer, list(messages)).input_ids for messages in conversations]
+        batch = PromptBatch([""] * len(rows), rows, {})
+        check_batch(self.model, self.tokenizer, batch, name="A conversation")
         with evaluating(self.model):
             return last_token_scores(self.model, rows, pad_token_id(self.tokenizer), batch_size=batch_size)
 

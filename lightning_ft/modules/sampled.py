@@ -125,6 +125,10 @@ class SampledCompletions(AdaptedFineTuning):
                 )
         return self._engine
 
+    @property
+    def _new_tokens(self) -> int:
+        return int(self._hyper["max_new_tokens"])
+
     def _follow_tokenizer(self) -> None:
         super()._follow_tokenizer()
         ends = getattr(self._engine, "end_token_ids", None)

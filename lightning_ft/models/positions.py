@@ -1,0 +1,100 @@
+"""How many positions a model has: what its configuration says, and whether it can read further, asked of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from lightning_ft.models.backbone import backbone_of
+from lightning_ft.models.calls import accepts
+from lightning_ft.models.generate import evaluating
+from lightning_ft.models.head import as_forward, input_device
+
+_aten = torch.ops.aten
+
+
+def reads_position(base: PreTrainedModel, position: int) -> bool:
+    """Whether a model can read a sequence that has a token at this position.
+
+    Learned tables of positions end somewhere; rotary positions go on, with whatever quality. The model is asked with
+    one token at that position, or where it takes no positions with a sequence of that length. On a GPU a table that is
+    too small would end the process, so indices are looked at before they are used.
+
+    Args:
+        base: A transformers model, on any device, sharded or not; then all ranks have to ask.
+        position: Counted from 0.
+
+    Returns:
+        False if it can't; True also where a pass at position 0 fails for another reason.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1, vocab_size=9))
+        >>> reads_position(model, 7), reads_position(model, 8)
+        (True, False)
+    """
+    return as_forward(base, _reads, position) or not as_forward(base, _reads, 0)
+
+
+def _reads(base: PreTrainedModel, position: int) -> bool:
+    run: Any = backbone_of(base)
+    device = input_device(base)
+    by_position = accepts(base.base_model, "position_ids")
+    ids = torch.zeros(1, 1 if by_position else position + 1, dtype=torch.int64, device=device)
+    options = {"position_ids": torch.tensor([[position]], device=device)} if by_position else {}
+    with evaluating(base), _CheckedIndices():
+        try:
+            run(input_ids=ids, **options)
+        except torch.OutOfMemoryError:
+            return True  # it has the position, and no room for it now
+        except Exception:  # whatever a forward pass may raise for shapes that don't fit each other
+            return False
+    return True
+
+
+class _CheckedIndices(TorchDispatchMode):
+    """Raises an IndexError for an index past the end of a table, before a kernel is launched with it."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        find = _TABLES.get(func.overloadpacket)
+        for size, indices in () if find is None else find(*args):
+            if indices.numel() and int(indices.max()) >= size:
+                raise IndexError(f"index {int(indices.max())} of a table of {size}")
+        return func(*args, **(kwargs or {}))
+
+
+_Lookups = Iterator[tuple[int, Tensor]]
+
+
+def _rows_of(table: Tensor, indices: Tensor, *_: Any) -> _Lookups:
+    yield table.shape[0], indices
+
+
+def _entries_of(table: Tensor, indices: list[Tensor | None], *_: Any) -> _Lookups:
+    for size, one in zip(table.shape, indices, strict=False):
+        if one is not None and one.dtype not in (torch.bool, torch.uint8):
+            yield size, one
+
+
+def _along(table: Tensor, dim: int, indices: Tensor, *_: Any) -> _Lookups:
+    yield table.shape[dim], indices
+
+
+_TABLES: dict[Any, Callable[..., _Lookups]] = {
+    _aten.embedding: _rows_of,
+    _aten.index: _entries_of,
+    _aten.index_select: _along,
+    _aten.gather: _along,
+}
+"""Operations that look something up in their first argument."""

@@ -1,0 +1,180 @@
+"""A tokenizer's tokens against a model's embeddings: which have none, and which have one that nothing has trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_ft.errors import ModelError
+from lightning_ft.models.generate import end_token_ids
+from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.load import pad_token_id
+
+_AS_GOOD_AS_MEAN = 0.05
+"""A row nearer to the mean of all than this share of their usual distance was never trained: rows that transformers
+adds are the mean but for a hundred-thousandth."""
+
+
+def embedding_rows(model: CausalLM) -> int:
+    """How many tokens a model has embeddings for.
+
+    Args:
+        model: On any device, sharded or adapted or not.
+    """
+    return int(_matrix(model).shape[0])
+
+
+def _matrix(model: CausalLM) -> Tensor:
+    return cast(Tensor, base_of(model).get_input_embeddings().weight)
+
+
+def token_name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token as messages name it.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> core = Tokenizer(models.WordLevel({"<call>": 0}, unk_token="<call>"))
+        >>> token_name(PreTrainedTokenizerFast(tokenizer_object=core), 0)
+        "'<call>' (id 0)"
+    """
+    entry = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
+    text = str(tokenizer.decode([token])) if entry is not None else ""
+    return f"id {token:,}" if entry is None else f"{(text if text and text.isprintable() else entry)!r} (id {token:,})"
+
+
+def beyond_embeddings(model: CausalLM, tokenizer: PreTrainedTokenizerBase, token: int, where: str) -> ModelError | None:
+    """The error for a token that a model has no embedding for; None if it has one.
+
+    Args:
+        model: The model.
+        tokenizer: What the token is of.
+        token: Its id.
+        where: What holds it.
+    """
+    rows = embedding_rows(model)
+    if token < rows:
+        return None
+    return ModelError(
+        f"{where} has the token {token_name(tokenizer, token)}, and {type(base_of(model)).__name__} has {rows:,} "
+        f"embeddings, for ids up to {rows - 1:,}; the tokenizer has {len(tokenizer):,} tokens. Use the model's own "
+        "tokenizer, or make room: load the model, call model.resize_token_embeddings(len(tokenizer)), save it with the "
+        "tokenizer, and give that folder as model=."
+    )
+
+
+def check_special_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose padding or end tokens the model has no embeddings for.
+
+    Args:
+        model: The model.
+        tokenizer: What it is trained and asked with.
+
+    Raises:
+        ModelError: With the token, its role and what to do.
+    """
+    rows = embedding_rows(model)
+    pad = pad_token_id(tokenizer)
+    if pad >= rows:
+        raise ModelError(
+            f"The tokenizer pads with {token_name(tokenizer, pad)}, and {type(base_of(model)).__name__} has {rows:,} "
+            f"embeddings, for ids up to {rows - 1:,}. Padding is never trained on: set tokenizer.pad_token to a token "
+            "that the model has, such as its EOS."
+        )
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    for token in end_token_ids(model, tokenizer):
+        error = beyond_embeddings(model, tokenizer, token, "The end of an answer")
+        if error is not None and token not in own:  # the model's own ends that no token has are never generated
+            raise error
+
+
+def ends_at_ordinary_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """End tokens of the model's own that are ordinary text in this tokenizer: another vocabulary's, most likely."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = [] if own is None else [own] if isinstance(own, int) else list(own)
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return [token for token in own if token not in special and token < len(tokenizer)]
+
+
+@torch.no_grad()
+def untrained_rows(model: CausalLM, tokens: Iterable[int]) -> list[int]:
+    """Which tokens have an embedding that nothing has trained yet, as the matrix itself shows.
+
+    Such embeddings are zero, the mean of all others (what transformers adds when a matrix grows), or equal to another
+    one to the bit. What was drawn at random can't be told from what was trained.
+
+    Args:
+        model: Not sharded.
+        tokens: Token ids with an embedding.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+        >>> _ = model.resize_token_embeddings(11)
+        >>> untrained_rows(model, range(11))
+        [9, 10]
+    """
+    wanted = torch.tensor(sorted(set(tokens)), dtype=torch.int64)
+    matrix = _matrix(model).detach()
+    if not len(wanted) or not matrix.is_floating_point():
+        return []
+    mean = matrix.mean(0, dtype=torch.float32)  # [d]
+    sample = matrix[:: max(1, len(matrix) // 4096)].float()  # some thousand rows tell what is usual
+    usual = (sample - mean).norm(dim=1).median()
+    rows = matrix[wanted.to(matrix.device)].float()  # [n, d]
+    found = (rows - mean).norm(dim=1) < _AS_GOOD_AS_MEAN * usual
+    found |= rows.norm(dim=1) == 0
+    _, group, sizes = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    found |= sizes[group] > 1
+    return cast("list[int]", wanted[found.cpu()].tolist())
+
+
+def frozen_tokens(model: CausalLM, tokens: Iterable[int]) -> list[int]:
+    """Which tokens have an embedding that training leaves as it is.
+
+    Args:
+        model: As it will be trained.
+        tokens: Token ids.
+    """
+    embeddings = base_of(model).get_input_embeddings()
+    if not any(parameter.requires_grad for parameter in embeddings.parameters()):
+        return sorted(set(tokens))
+    if isinstance(embeddings, TrainableTokensWrapper):
+        adapter: Any = embeddings.token_adapter
+        trained = {int(i) for name in adapter.token_indices for i in adapter.token_indices[name]}
+        return sorted(set(tokens) - trained)
+    return []
+
+
+def trainable_tokens(model: CausalLM, tokens: list[int]) -> dict[str, list[int]]:
+    """The `trainable_token_indices` of a LoRA configuration that train the embeddings of these tokens.
+
+    The rows of a head of its own are among them.
+
+    Args:
+        model: The model.
+        tokens: Token ids.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> config = LlamaConfig(**sizes, num_hidden_layers=1, tie_word_embeddings=True)
+        >>> trainable_tokens(LlamaForCausalLM(config), [8])
+        {'embed_tokens': [8]}
+    """
+    base = base_of(model)
+    inside, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head is None or getattr(head, "weight", None) is getattr(inside, "weight", None)
+    modules = [inside] if tied else [inside, head]
+    return {_name_in(base, module): tokens for module in modules}
+
+
+def _name_in(base: PreTrainedModel, wanted: nn.Module) -> str:
+    return next(str(name).rpartition(".")[2] for name, module in base.named_modules() if module is wanted)

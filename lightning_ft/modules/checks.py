@@ -1,0 +1,242 @@
+"""Whether rows, tokenizer and model fit each other: asked before the first step, since what doesn't fit fails late.
+
+A token without an embedding, a row longer than the model's positions, a prompt that leaves no room for its completion:
+each would end a run when its batch comes, after hours, and on a GPU with an assertion of the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.batches import PreferenceBatch, PromptBatch
+from lightning_ft.data.encode import encode_prompt
+from lightning_ft.data.extremes import Extreme, largest_token, longest_row, rows_with
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.splits import Splits
+from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.load import context_length
+from lightning_ft.models.load_report import tell
+from lightning_ft.models.positions import reads_position
+from lightning_ft.models.vocabulary import (
+    beyond_embeddings,
+    ends_at_ordinary_tokens,
+    frozen_tokens,
+    token_name,
+    trainable_tokens,
+    untrained_rows,
+)
+
+_SHOWN = 5
+
+
+def check_rows(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, splits: Splits[Any], *, new_tokens: int = 0
+) -> None:
+    """Refuse encoded rows that a model can't read.
+
+    Args:
+        model: On any device, adapted or not; where it is sharded, all ranks ask.
+        tokenizer: What the rows were encoded with.
+        splits: Every split that is encoded is looked at.
+        new_tokens: Most tokens that are sampled after each row; 0 for rows that are trained on as they are.
+
+    Raises:
+        ModelError: For a token without an embedding, or a row longer than the model's table of positions.
+        ConfigError: For a prompt that leaves no room for `new_tokens`.
+    """
+    largest, longest = largest_token(splits), longest_row(splits)
+    if largest is not None and (error := beyond_embeddings(model, tokenizer, largest.value, largest.where)) is not None:
+        raise error
+    if longest is not None:
+        _check_length(model, longest.value, longest.where, new_tokens)
+
+
+def _check_length(model: CausalLM, tokens: int, where: str, new_tokens: int) -> None:
+    base = base_of(model)
+    limit, kind = context_length(base), type(base).__name__
+    if limit is None or tokens + new_tokens <= limit:
+        return
+    fix = "and choose with on_overlong= whether longer rows are dropped or their prompts cut."
+    if new_tokens:
+        room = f"set max_length={limit - new_tokens:,} in the DataModule {fix}" if new_tokens < limit else ""
+        raise ConfigError(
+            f"{where} has a prompt of {tokens:,} tokens: with max_new_tokens={new_tokens:,} that is "
+            f"more than the {limit:,} positions of {kind}. Lower max_new_tokens{', or ' + room if room else '.'}"
+        )
+    if not reads_position(base, tokens - 1):
+        raise ModelError(
+            f"{where} has {tokens:,} tokens, and {kind} has {limit:,} positions. Set max_length={limit} "
+            f"in the DataModule {fix}"
+        )
+    tell(
+        f"{where} has {tokens:,} tokens, more than the {limit:,} positions that {kind} was made for: it "
+        f"reads them, but hasn't learnt to. Set max_length={limit} in the DataModule {fix} Or widen the model's rotary "
+        "positions (rope_parameters in its configuration)."
+    )
+
+
+def check_prompts(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, splits: Splits[Any], split: str, *, new_tokens: int
+) -> None:
+    """Refuse rows that a model can't answer; they aren't encoded yet.
+
+    Args:
+        model: On any device, adapted or not.
+        tokenizer: Encodes the prompts.
+        splits: Rows that were loaded.
+        split: Which of them.
+        new_tokens: Most tokens of an answer.
+
+    Raises:
+        ModelError: For a token without an embedding.
+        ConfigError: For a prompt that leaves no room for its answer.
+    """
+    limit = context_length(base_of(model))
+    for row in (row for part in splits.rows.get(split, []) for row in part):
+        ids = encode_prompt(tokenizer, list(row.asked), kwargs=getattr(row, "template_kwargs", None))
+        where = Extreme(len(ids), split, row.source, row.row).where
+        error = beyond_embeddings(model, tokenizer, max(ids, default=0), where)
+        if error is not None:
+            raise error
+        if limit is not None and len(ids) + new_tokens > limit:
+            _check_length(model, len(ids), where, new_tokens)
+
+
+def check_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts that have a token without an embedding.
+
+    Args:
+        model: On any device, adapted or not.
+        tokenizer: To name tokens.
+        prompts: Token ids.
+
+    Raises:
+        ModelError: With the token.
+    """
+    for number, prompt in enumerate(prompts):
+        error = beyond_embeddings(model, tokenizer, max(prompt, default=0), f"Input {number}")
+        if error is not None:
+            raise error
+
+
+def check_batch(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Any,
+    *,
+    new_tokens: int = 0,
+    name: str = "A row of this batch",
+) -> None:
+    """Refuse a batch of a loader of one's own that a model can't read, before the model is given it.
+
+    Args:
+        model: On any device, adapted or not.
+        tokenizer: To name tokens.
+        batch: Anything; batches of other types than this package's aren't looked at.
+        new_tokens: Most tokens that are sampled after each prompt.
+        name: What a row of it is, for messages.
+
+    Raises:
+        ModelError: For a token without an embedding, or a row longer than the model's table of positions.
+        ConfigError: For a prompt that leaves no room for `new_tokens`.
+    """
+    ids, longest = [], 0
+    for tokens, length in _sequences(batch):
+        ids.append(int(tokens.max()))
+        longest = max(longest, length)
+    if not ids:
+        return
+    error = beyond_embeddings(model, tokenizer, max(ids), name)
+    if error is not None:
+        raise error
+    _check_length(model, longest, name, new_tokens)
+
+
+def _sequences(batch: Any) -> Iterator[tuple[Tensor, int]]:
+    """Token ids of a batch, and how long the sequence is that they end."""
+    if isinstance(batch, TokenBatch) and batch.input_ids.numel():
+        real = batch.segment_ids >= 0
+        yield batch.input_ids, 1 + int((batch.position_ids * real).max())
+    elif isinstance(batch, PromptBatch):
+        yield from ((ids, len(ids)) for ids in batch.input_ids if len(ids))
+    elif isinstance(batch, PreferenceBatch):
+        for prompt, completions in zip(batch.prompts, batch.completions, strict=True):
+            yield prompt, len(prompt)
+            for one in completions:
+                if len(one):
+                    yield one.input_ids, len(prompt) + len(one)
+
+
+def tell_untrained(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits[Any],
+    *,
+    own: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Warn of tokens in the training rows whose embedding nothing has trained, and nothing is about to.
+
+    Args:
+        model: As it will be trained.
+        tokenizer: What the rows were encoded with.
+        splits: Encoded rows.
+        own: The tokenizer of the checkpoint that the model is of, if that is known: what it lacks is new.
+    """
+    added: Sequence[int] = frozen_tokens(model, tokenizer.get_added_vocab().values())
+    counts = rows_with(splits.encoded.get("train", []), added) if added else {}
+    if not counts:
+        return
+    known = set() if own is None else set(own.get_vocab())
+    new = {token for token in counts if own is not None and tokenizer.convert_ids_to_tokens(token) not in known}
+    found = sorted(new | set(untrained_rows(model, counts)))
+    if not found:
+        return
+    names = ", ".join(f"{token_name(tokenizer, token)} in {counts[token]:,} rows" for token in found[:_SHOWN])
+    more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+    tell(
+        f"train holds tokens whose embedding was never trained, and the adapter leaves embeddings as they are: {names}"
+        f"{more}. To train them with it, pass lora={{'trainable_token_indices': {trainable_tokens(model, found)}}}."
+    )
+
+
+def tell_other_vocabulary(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase | None
+) -> None:
+    """Warn of a tokenizer that isn't the model's.
+
+    Args:
+        model: The model.
+        tokenizer: What it is trained and asked with.
+        own: The tokenizer of the checkpoint that the model is of, if that is known.
+    """
+    if own is not None:
+        ours, theirs = tokenizer.get_vocab(), own.get_vocab()
+        other = sum(ours.get(text) != token for text, token in theirs.items())
+        if other > len(theirs) // 100:
+            tell(
+                f"The tokenizer isn't the model's: {other:,} of the {len(theirs):,} tokens that the checkpoint's own "
+                "tokenizer has are missing from it or have other ids. What the model knows of them would be lost: "
+                "leave out tokenizer=, or give the model's."
+            )
+            return
+    for token in ends_at_ordinary_tokens(model, tokenizer)[:1]:
+        tell(
+            f"The model's generation_config ends answers at {token_name(tokenizer, token)}, which is ordinary text in "
+            "this tokenizer, so answers would stop there. Set model.generation_config.eos_token_id, or use the model's "
+            "own tokenizer."
+        )
+
+
+__all__ = [
+    "check_batch",
+    "check_prompts",
+    "check_rows",
+    "check_tokens",
+    "tell_other_vocabulary",
+    "tell_untrained",
+]
