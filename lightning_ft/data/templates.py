@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_ft.data.request import Message
-from lightning_ft.data.time_limit import TimeLimitError, within
+from lightning_ft.data.time_limit import MemoryLimitError, TimeLimitError, within
 from lightning_ft.errors import ConfigError, TokenizerError
 
 PLAIN_TEMPLATE = (
@@ -58,6 +58,9 @@ MAX_SECONDS = 10.0
 
 MAX_CHARACTERS = 50_000_000
 """Most characters that a template may make of one conversation."""
+
+MAX_MEMORY = 2_000_000_000
+"""Most bytes by which the process may grow meanwhile."""
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATE_KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call_id")
@@ -116,14 +119,18 @@ class ChatTemplate:
         for source in self.sources:
             try:
                 names |= meta.find_undeclared_variables(environment.parse(_without_markers(source)))
-            except TemplateError as error:
-                raise TokenizerError(f"the chat template is no valid Jinja: {error}") from error
+            except Exception as error:  # TemplateError, or RecursionError where it is nested too deeply
+                raise TokenizerError(f"the chat template is not valid Jinja: {error}") from error
         return frozenset(names)
 
     @property
     def reads_the_date(self) -> bool:
         """Whether what it renders depends on the day."""
         return "strftime_now" in self.reads
+
+    def today(self) -> str:
+        """The day that a template reads."""
+        return _run("{{ strftime_now('%Y-%m-%d') }}", [], {})[0]
 
     def render(
         self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None, *, prompt: bool = False
@@ -174,13 +181,18 @@ class ChatTemplate:
     def _wants_parts(self, source: str) -> bool:
         """Whether contents have to be lists of parts, as some templates of models that also see images want them."""
         key = ("parts", source)
-        if key not in self.cached:
-            mark, options = "Zq0aQz", {**self._variables, "add_generation_prompt": True}
+        if isinstance(known := self.cached.get(key), TokenizerError):
+            raise known
+        if known is None:
+            mark, options = "905316", {**self._variables, "add_generation_prompt": True}
             found = []
             for form in (_STRINGS, _PARTS):
                 try:
                     text = _run(source, [form(Message(role="user", content=mark))], options)[0]
-                except TokenizerError:
+                except TokenizerError as error:
+                    if isinstance(error.__cause__, (TimeLimitError, MemoryLimitError)):
+                        self.cached[key] = error  # it would be so for every row
+                        raise
                     text = ""
                 found.append(mark in text)
             self.cached[key] = found == [False, True]
@@ -279,10 +291,14 @@ def _run(source: str, messages: list[dict[str, Any]], options: dict[str, Any]) -
     roles = ", ".join(str(message["role"]) for message in messages)
     rendered: Any
     try:
-        with within(MAX_SECONDS):
+        with within(MAX_SECONDS, MAX_MEMORY):
             rendered = render_jinja_template([messages], chat_template=source, **options)
     except TimeLimitError as error:
         raise TokenizerError(f"the chat template took over {MAX_SECONDS:g} s for a conversation of {roles}") from error
+    except MemoryLimitError as error:
+        raise TokenizerError(
+            f"the chat template took over {MAX_MEMORY / 1e9:g} GB of memory for a conversation of {roles}"
+        ) from error
     except TemplateError as error:
         raise TokenizerError(f"the chat template refuses a conversation of {roles}: {error}") from error
     except Exception as error:  # it is code of somebody else, which may fail in any way

@@ -1,4 +1,4 @@
-"""A bound on the time that somebody else's Python code may take, in any thread."""
+"""A bound on the time and memory that somebody else's Python code may take, in any thread."""
 
 from __future__ import annotations
 
@@ -8,55 +8,122 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-_LOOKS_EVERY = 0.25  # seconds
+_LOOKS_EVERY = 0.05  # seconds; memory grows by up to about 5 GB/s
 
 
 class TimeLimitError(Exception):
     """The code inside :func:`within` took too long."""
 
 
+class MemoryLimitError(Exception):
+    """The code inside :func:`within` took too much memory."""
+
+
+@dataclass
+class _Block:
+    """A block of code that is watched.
+
+    Args:
+        thread: The thread that runs it.
+        end: When its time is over, as `time.monotonic` counts.
+        grows: Bytes by which the process may grow meanwhile.
+        memory: Bytes that the process had when the block was first looked at.
+        outer: The block around it in the same thread.
+        interrupted: Whether an exception was raised in the thread.
+    """
+
+    thread: int
+    end: float
+    grows: float
+    outer: _Block | None
+    memory: int | None = field(default=None)
+    interrupted: bool = field(default=False)
+
+    def exceeds(self, now: float, memory: int) -> type[Exception] | None:
+        if now > self.end:
+            return TimeLimitError
+        if self.memory is None:
+            self.memory = memory
+        return MemoryLimitError if memory - self.memory > self.grows else None
+
+
 class _Watch:
     """One thread that looks at what runs; a timer for each call would cost more than what is called."""
 
     def __init__(self) -> None:
-        self._ends: dict[int, float] = {}
+        self._reset()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._reset)  # threads, and whoever holds a lock, don't survive a fork
+
+    def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._process = 0
+        self._running = False
+        self._blocks: dict[int, _Block] = {}
 
-    def start(self, thread: int, end: float) -> None:
-        if self._process != os.getpid():  # threads don't survive a fork
-            self._process, self._lock, self._ends = os.getpid(), threading.Lock(), {}
-            threading.Thread(target=self._look, name="lightning_ft time limit", daemon=True).start()
-        self._ends[thread] = end
-
-    def stop(self, thread: int) -> None:
+    def start(self, seconds: float, grows: float) -> _Block:
+        thread = threading.get_ident()
         with self._lock:
-            self._ends.pop(thread, None)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._look, name="lightning_ft time limit", daemon=True).start()
+            block = _Block(thread, time.monotonic() + seconds, grows, self._blocks.get(thread))
+            self._blocks[thread] = block
+        return block
+
+    def stop(self, block: _Block) -> None:
+        with self._lock:
+            if block.outer is None:
+                self._blocks.pop(block.thread, None)
+            else:
+                self._blocks[block.thread] = block.outer
+            if block.interrupted:
+                _raise_in(block.thread, None)
 
     def _look(self) -> None:
         while True:
             time.sleep(_LOOKS_EVERY)
-            now = time.monotonic()
             with self._lock:
-                for thread in [thread for thread, end in list(self._ends.items()) if now > end]:
-                    del self._ends[thread]
-                    # Raised before the thread's next instruction: it interrupts loops, not a single long operation.
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TimeLimitError))
+                if not self._blocks:
+                    continue
+                now, memory = time.monotonic(), _memory()
+                for block in self._blocks.values():
+                    if (error := block.exceeds(now, memory)) is not None:
+                        # Once more a second later, unless the block has ended: the code inside may have caught this.
+                        block.interrupted, block.end, block.grows = True, now + 1.0, float("inf")
+                        _raise_in(block.thread, error)
+
+
+def _raise_in(thread: int, error: type[Exception] | None) -> None:
+    """Raise before a thread's next instruction, which interrupts loops, not a single long operation; None: don't."""
+    raised = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+
+
+def _memory() -> int:
+    """Bytes of memory that the process has; 0 where the system doesn't say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 _watch = _Watch()
 
 
 @contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Interrupt the block once it has run for some time.
+def within(seconds: float, grows: float = float("inf")) -> Iterator[None]:
+    """Interrupt the block once it has run for some time, or the process has grown by so much meanwhile.
 
     Args:
-        seconds: The time; it is looked at every quarter of a second.
+        seconds: The time; it is looked at every twentieth of a second.
+        grows: Bytes of memory, where the system says how many a process has (Linux does).
 
     Raises:
         TimeLimitError: If it takes longer.
+        MemoryLimitError: If it takes more memory.
 
     Example:
         >>> with within(0.1):
@@ -65,9 +132,11 @@ def within(seconds: float) -> Iterator[None]:
         Traceback (most recent call last):
         lightning_ft.data.time_limit.TimeLimitError
     """
-    thread = threading.get_ident()
-    _watch.start(thread, time.monotonic() + seconds)
+    block = _watch.start(seconds, grows)
     try:
         yield
     finally:
-        _watch.stop(thread)
+        try:
+            _watch.stop(block)
+        except (TimeLimitError, MemoryLimitError):  # raised just as the block ended; a next one is a second away
+            _watch.stop(block)
