@@ -1,4 +1,4 @@
-"""Encoded examples in Arrow, by content: the same rows, tokenizer and options are tokenised once.
+"""Encoded examples in Arrow, by content: the same rows, tokenizer and options are tokenized once.
 
 An entry is a folder: ``rows.arrow``, which is memory-mapped, and ``about.json``, which says how long that file must be.
 It is written aside and moved in one step, and one that isn't whole is written anew.
@@ -14,7 +14,6 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -81,10 +80,11 @@ def _dated(template: ChatTemplate) -> str:
     """What a template that reads the date makes of a message: another day's tokens aren't today's."""
     if not template.reads_the_date:
         return ""
+    day = template.today()
     try:
-        return template.render([Message(role="user", content="a")])
+        return day + template.render([Message(role="user", content="a")])
     except TokenizerError:
-        return datetime.now().isoformat()
+        return day
 
 
 class EncodedRows:

@@ -6,20 +6,48 @@ know or changes can't be learned: the model would be taught to answer ``<unk>``.
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
-from tokenizers import decoders
-
+from lightning_ft.data.dates import DATED, date_remedy
+from lightning_ft.data.lossless import keeps_every_text
 from lightning_ft.data.request import Message
-from lightning_ft.data.spans import added_tokens, template_tokens
+from lightning_ft.data.spans import REMEDIES as REMEDIES_OF_SPANS
+from lightning_ft.data.template_layout import template_tokens
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.data.turns import RowError
 
 CHANGED_PROMPT = "row whose prompt the tokenizer changes characters of"
+BOS_TWICE = "row that begins with BOS twice"
+EOS_TWICE = "row with an answer that ends with EOS twice"
+
+REMEDIES = {
+    **REMEDIES_OF_SPANS,
+    CHANGED_PROMPT: "It drops case, accents or rare characters: make sure that nothing in them matters for the answer, "
+    "or use a model whose tokenizer keeps them.",
+    BOS_TWICE: "The chat template writes it twice: pass a chat_template= that writes it once.",
+    EOS_TWICE: "The chat template writes it twice: pass a chat_template= that writes it once.",
+}
+"""What to do about a note, whatever the chat template."""
+
+NOTES_WITH_REMEDY = (*REMEDIES, DATED)
+"""Notes that something can be done about; see `remedy_for`."""
 
 _NAMES = {"system": "system turn", "user": "question", "assistant": "answer", "tool": "tool's answer"}
+
+
+def remedy_for(note: str, template: ChatTemplate) -> str | None:
+    """What to do about a note of a `SplitReport`; None where there is nothing to do.
+
+    Args:
+        note: The note.
+        template: The chat template of the rows.
+    """
+    return date_remedy(template) if note == DATED else REMEDIES.get(note)
 
 
 class ContentCheck:
@@ -32,11 +60,14 @@ class ContentCheck:
     def __init__(self, template: ChatTemplate) -> None:
         self.template, self.tokenizer = template, template.tokenizer
 
-    def __call__(self, messages: Sequence[Message], *, markup: bool = False) -> tuple[str, ...]:
+    def __call__(
+        self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None, *, markup: bool = False
+    ) -> tuple[str, ...]:
         """Look at the texts of a row.
 
         Args:
             messages: Its turns.
+            kwargs: What the template is given besides: the texts in its `tools` are looked at too.
             markup: Whether control tokens are what the user means, as in a plain text that holds its own markup.
 
         Returns:
@@ -47,58 +78,73 @@ class ContentCheck:
         """
         notes: list[str] = []
         for number, message in enumerate(messages):
-            for text in (message["content"], message.get("reasoning_content", "")):
-                if not text:
-                    continue
+            where, is_answer = _NAMES.get(message["role"], message["role"]), message["role"] == "assistant"
+            for text in _texts(message):
                 if not markup:
-                    self._check_control(text, message["role"], last=number == len(messages) - 1)
-                if not self._keeps_everything and self._changed(text, message["role"]):
+                    self._check_control(text, where, first=number == 0, is_answer=is_answer)
+                if not self._keeps(text) and self._changed(text, where, is_answer=is_answer):
                     notes.append(CHANGED_PROMPT)
+        for text in _strings((kwargs or {}).get("tools")):
+            self._check_control(text, "tools", first=False, is_answer=False)
         return tuple(dict.fromkeys(notes))
+
+    def doubled(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Notes of a conversation's tokens: of BOS or EOS that the chat template writes twice.
+
+        Args:
+            ids: The tokens.
+        """
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        notes = [BOS_TWICE] if bos is not None and list(ids[:2]) == [bos, bos] else []
+        if eos != bos and any(token == eos and ids[i + 1] == eos for i, token in enumerate(ids[:-1])):
+            notes.append(EOS_TWICE)
+        return tuple(notes)
 
     # ------------------------------------------------------------ control tokens
 
     @cached_property
-    def _control(self) -> frozenset[str]:
+    def _control(self) -> re.Pattern[str]:
+        """Finds the tokens that mean something to the chat template or to generation."""
         tokenizer = self.tokenizer
-        own = {str(t) for t in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if t}
-        named = set(map(str, tokenizer.get_added_vocab()))
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         found = template_tokens(self.template)
         # A pair of tags that an answer may well hold, such as <think> and </think>, controls nothing.
-        tags = {
-            t for t in found if t.startswith("<") and ({f"</{t[1:]}", f"<{t[2:]}"} & named) and not t.startswith("<|")
-        }
-        return frozenset((found - tags) | own)
+        tags = {t for t in found if t.startswith("<") and ({f"</{t[1:]}", f"<{t[2:]}"} & added.keys()) and t[1] != "|"}
+        own = {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+        if tokenizer.pad_token and added.get(str(tokenizer.pad_token)) and len(str(tokenizer.pad_token)) > 1:
+            own.add(str(tokenizer.pad_token))
+        names = sorted(filter(str.strip, (found - tags) | own), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    def _check_control(self, text: str, role: str, *, last: bool) -> None:
-        for match in added_tokens(self.template, bos=True).finditer(text):
+    def _check_control(self, text: str, where: str, *, first: bool, is_answer: bool) -> None:
+        for match in self._control.finditer(text):
             token = match.group()
-            if token not in self._control:
-                continue
-            at_end = (
-                last and role == "assistant" and token == self.tokenizer.eos_token and not text[match.end() :].strip()
-            )
-            if self.template.is_markup_free and not at_end:
-                continue
             fix = (
-                "Remove it: the chat template writes it where it belongs. Texts with markup of their own go as 'text'."
+                "Remove it: the chat template writes it where it belongs. For rows that hold markup of their own pass "
+                "chat_template='text'."
             )
-            raise RowError(
-                None,
-                f"control token in the {_NAMES.get(role, role)}",
-                f"{token!r} at character {match.start() + 1:,}",
-                fix,
-            )
+            if self.template.is_markup_free:
+                begins = first and token == self.tokenizer.bos_token and not text[: match.start()].strip()
+                ends = is_answer and token == self.tokenizer.eos_token and not text[match.end() :].strip()
+                if not begins and not ends:
+                    continue
+                written = "BOS is written before each row" if begins else "EOS is written after each answer"
+                fix = f"Remove it: {written}."
+            detail = f"{token!r} at character {match.start() + 1:,}"
+            raise RowError(None, f"control token in the {where}", detail, fix)
 
     # ------------------------------------------------------------ what the tokenizer keeps
 
     @cached_property
-    def _keeps_everything(self) -> bool:
-        """Whether any text comes back from its tokens: bytes, unchanged before."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        return backend is not None and backend.normalizer is None and _is_of_bytes(backend.decoder)
+    def _keeps_every_text(self) -> bool:
+        return keeps_every_text(self.tokenizer)
 
-    def _changed(self, text: str, role: str) -> bool:
+    def _keeps(self, text: str) -> bool:
+        """Whether it is known without looking that a text comes back from its tokens."""
+        unknown = self.tokenizer.unk_token
+        return self._keeps_every_text and not (unknown and str(unknown) in text) and "▁" not in text
+
+    def _changed(self, text: str, where: str, *, is_answer: bool) -> bool:
         """Whether the tokenizer changes a text that isn't an answer.
 
         Raises:
@@ -106,7 +152,6 @@ class ContentCheck:
         """
         tokenizer = self.tokenizer
         ids = [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-        where = _NAMES.get(role, role)
         unknown = tokenizer.unk_token_id
         if unknown is not None and unknown in ids and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
             detail = f"{ids.count(unknown):,} x {tokenizer.unk_token}, such as {self._unknown(text)!r}"
@@ -116,11 +161,10 @@ class ContentCheck:
         before, after = _bare(text), _bare(back)
         if before == after:
             return False
-        if role != "assistant":
+        if not is_answer:
             return True
-        first = next(
-            (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
-        )
+        pairs = enumerate(zip(before, after, strict=False))
+        first = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
         detail = f"{before[first : first + 10]!r} becomes {after[first : first + 10]!r}"
         fix = "The model could never answer so: write what the tokenizer makes of it, or use another model."
         raise RowError(None, f"characters that the tokenizer changes in the {where}", detail, fix)
@@ -137,10 +181,29 @@ class ContentCheck:
         return text[:20]
 
 
-def _is_of_bytes(decoder: object) -> bool:
-    return isinstance(decoder, decoders.ByteLevel)
+def _texts(message: Message) -> Iterable[str]:
+    """The texts of a message: what it says, its reasoning, and what its tool calls pass."""
+    yield message["content"]
+    yield message.get("reasoning_content", "")
+    for call in message.get("tool_calls", ()):
+        yield json.dumps(call["function"], ensure_ascii=False)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings inside a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
 
 
 def _bare(text: str) -> str:
-    """Without white space, composed: no tokenizer is blamed for what looks the same."""
-    return "".join(unicodedata.normalize("NFC", text).split())
+    """Without white space, composed: no tokenizer is blamed for what looks the same.
+
+    Decoders of WordPiece write "do not" as "don't", and join other short forms.
+    """
+    return "".join(unicodedata.normalize("NFC", text).split()).replace("donot", "don't")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.fields import FieldReader
+from lightning_ft.data.keys import REFUSED_OF_PAIRS, Refusal, says_something
 from lightning_ft.data.request import Message
 from lightning_ft.data.turns import RowError, check_order, check_text
 
@@ -105,13 +106,7 @@ class RowFormat(FieldReader[Conversation]):
         ('train:1', ['2+2?', '4'])
     """
 
-    refused: ClassVar[Mapping[str, str]] = {
-        **FieldReader.refused,
-        "label": "Rows with a label are preferences: give them to a PreferenceDataModule. To train on the label as the "
-        "answer, pass columns={'input': ..., 'output': 'label'}.",
-        "rejected": "Rows with a rejected answer are preferences: give them to a PreferenceDataModule.",
-        "weight": "Rows can't be weighted: repeat or remove them, or mark turns with 'train': true or false.",
-    }
+    refused: ClassVar[Mapping[str, Refusal]] = REFUSED_OF_PAIRS
 
     def __init__(self, name: str, columns: Mapping[str, str] | None = None, *, answered: bool = True) -> None:
         super().__init__(FORMATS, name, columns)
@@ -127,11 +122,15 @@ class RowFormat(FieldReader[Conversation]):
         messages = self.with_system(row, messages)
         check_order(messages, answered=self.answered)
         if self.answered and not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
-            raise RowError(None, "no answer is trained on", "all have weight 0", "Leave the row out.")
+            raise RowError(None, "no answer is trained on", "all are marked so", "Leave the row out.")
         return Conversation(tuple(messages), template_kwargs=self.template_kwargs(row), **place)
 
     def _whole(self, row: Mapping[str, Any]) -> str:
         value, column = self.value(row, "text"), self.column("text")
+        for name in ("system", "tools", "chat_template_kwargs"):
+            if says_something(row.get(self.column(name))):
+                fix = "A text is learned as it is, without chat template: write it into the text, or remove the column."
+                raise RowError(self.column(name), f"{name!r} of a text can't be honored", "", fix)
         if not self.answered:
             raise RowError(column, "a text asks nothing", "", "Give rows to answer as 'input', or as 'messages'.")
         if not isinstance(value, str):

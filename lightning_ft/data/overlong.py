@@ -10,7 +10,9 @@ from typing import Any, Generic, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.content import ContentCheck
+from lightning_ft.data.dates import DATED, has_the_day
 from lightning_ft.data.encode import AnswerLostError, Encoded
+from lightning_ft.data.keys import says_something
 from lightning_ft.data.kinds import PAIRS, RowKind, RowT
 from lightning_ft.data.problems import Problem
 from lightning_ft.data.request import Message
@@ -46,14 +48,17 @@ class RowEncoder(Generic[RowT]):
         """The encoded row and the row it is of (another if the prompt was cut), or what is wrong."""
         try:
             check_kwargs(row.template_kwargs, row.asked, self.template)
-            notes = [
-                note for turns in self.kind.texts(row) for note in self._check(turns, markup=self.kind.is_markup(row))
-            ]
+            markup, kwargs = self.kind.is_markup(row), row.template_kwargs
+            notes = [note for turns in self.kind.texts(row) for note in self._check(turns, kwargs, markup=markup)]
+            if has_the_day(self.template, row.asked, kwargs):
+                notes.append(DATED)
             fitted = self._fit(row)
             if isinstance(fitted, Problem):
                 return fitted
             encoded, used = fitted
             self.kind.check_encoded(encoded)
+            if not markup:
+                notes += [note for e in encoded.examples for note in self._check.doubled(e.input_ids.tolist())]
             return replace(encoded, notes=tuple(dict.fromkeys([*encoded.notes, *notes]))), used
         except AnswerLostError as error:
             fix = "The template must keep every turn as it is: pass chat_template=, or change the row."
@@ -136,7 +141,7 @@ def check_kwargs(kwargs: Mapping[str, Any], asked: Sequence[Message], template: 
         RowError: With the name of what isn't read.
     """
     for name, value in kwargs.items():
-        if name not in template.reads:
+        if name not in template.reads and (says_something(value) or value is False):
             near = difflib.get_close_matches(name, template.reads, n=1)
             fix = f"Did you mean {near[0]!r}?" if near else "Remove it, or pass a chat_template= that reads it."
             raise RowError(name, f"the chat template reads no {name!r}", repr(value)[:40], fix)

@@ -23,7 +23,7 @@ from lightning_ft.models.load import pad_token_id
 
 
 class PairDataModule(RowDataModule):
-    """Input-output pairs from files, the Hub or memory, checked, tokenised once and packed.
+    """Input-output pairs from files, the Hub or memory, checked, tokenized once and packed.
 
     Rows may be ``{input, output}``, ``{prompt, completion}``, ``{instruction, input, output}`` (Alpaca), ``{messages}``
     or ``{conversations}`` (ShareGPT), each with an optional ``system``, ``tools``, ``chat_template_kwargs``, ``id`` and
@@ -61,7 +61,7 @@ class PairDataModule(RowDataModule):
         shuffle: Draw an order for each epoch, from `seed` and the epoch.
         seed: Of the orders, the held-out rows and the mixing.
         num_workers: Processes that lay batches out.
-        cache_dir: Where tokenised rows are kept; by default a folder in the `datasets` library's cache, False for
+        cache_dir: Where tokenized rows are kept; by default a folder in the `datasets` library's cache, False for
             nowhere.
         trust_remote_code: Run code that the tokenizer's repository ships.
 

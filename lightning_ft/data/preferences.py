@@ -15,7 +15,7 @@ from lightning_ft.data.splits import SplitName
 
 
 class PreferenceDataModule(RowDataModule):
-    """Preferences from files, the Hub or memory, checked and tokenised once, as `PreferenceBatch`es.
+    """Preferences from files, the Hub or memory, checked and tokenized once, as `PreferenceBatch`es.
 
     Rows may be
 

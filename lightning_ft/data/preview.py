@@ -1,7 +1,8 @@
 """What a model would be trained on, printed before anything is trained: `lightning-ft preview`.
 
-It reads, checks and tokenises the rows as `fit` would, and loads no weights. Supervised text stands between ``«`` and
-``»`` (``>>`` and ``<<`` where the terminal can't show those), so that it can be told without colour too.
+It reads, checks and tokenizes the rows as `fit` would, and loads no weights. Supervised text is between ``«`` and ``»``
+(``>>`` and ``<<`` where the terminal can't show those), so that it can be told without color too. What rows hold is
+printed with its control characters escaped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.data.content import NOTES_WITH_REMEDY, remedy_for
 from lightning_ft.data.layout import Example
 from lightning_ft.data.loader import SplitRows
 from lightning_ft.data.module import RowDataModule
@@ -27,6 +29,8 @@ from lightning_ft.data.problems import SHOWN, Problem
 from lightning_ft.data.prompt_rows import Prompt
 from lightning_ft.data.report import SplitReport
 from lightning_ft.data.splits import Splits
+from lightning_ft.data.templates import chat_template
+from lightning_ft.printable import printable
 
 _SUPERVISED, _CONTEXT = "bold green", "dim"
 _BINS = 12
@@ -65,6 +69,7 @@ def preview(
         rules, on_bad_row="skip", on_overlong="drop" if rules.on_overlong == "error" else rules.on_overlong
     )
     splits: Splits[Any] = Splits(datamodule.splits.given, lenient, datamodule.kind)
+    splits.notes_told |= set(NOTES_WITH_REMEDY)  # they are printed below
     names = [name for name in ("train", "validation", "test") if name in splits.given]
     splits.load(names)
     for name in names:
@@ -76,13 +81,14 @@ def preview(
         histogram = length_histogram(report.lengths, rules.max_length, of=of, fancy=_is_fancy(console))
         console.print(histogram, markup=False, highlight=False)
         console.print(_counts(report))
+        _print_notes(report, tokenizer, console)
         stops = [p for p in report.problems if not datamodule.splits.may_drop(p)]
         _print_problems(report.problems, stops, console)
     return splits.report
 
 
 def supervised_text(tokenizer: PreTrainedTokenizerBase, example: Example, *, fancy: bool = True) -> Text:
-    """The text of an example, its supervised runs coloured and between marks.
+    """The text of an example, its supervised runs colored and between marks, control characters escaped.
 
     Args:
         tokenizer: Decodes the tokens.
@@ -93,7 +99,7 @@ def supervised_text(tokenizer: PreTrainedTokenizerBase, example: Example, *, fan
     text = Text()
     pairs = zip(example.input_ids.tolist(), example.supervised.tolist(), strict=True)
     for supervised, run in groupby(pairs, key=lambda pair: pair[1]):
-        decoded = str(tokenizer.decode([token for token, _ in run]))
+        decoded = printable(str(tokenizer.decode([token for token, _ in run])))
         if supervised:
             text.append(f"{before}{decoded}{after}", style=_SUPERVISED)
         else:
@@ -146,15 +152,17 @@ def _print_examples(
         if parts[part].truncated[i * parts[part].per_row]:
             title += ", prompt cut"
         text = _row_text(row, encoded, tokenizer, fancy=_is_fancy(console))
-        console.print(Panel(text, title=Text(title), title_align="left"))
+        console.print(Panel(text, title=Text(printable(title, one_line=True)), title_align="left"))
 
 
 def _row_text(row: Any, encoded: tuple[Example, ...], tokenizer: PreTrainedTokenizerBase, *, fancy: bool) -> Text:
     """A row, and below it what else it says: completions and what they were judged to be, columns for rewards."""
     if not isinstance(row, Preference):
         text = supervised_text(tokenizer, encoded[0], fancy=fancy)
-        for name, value in (row.columns if isinstance(row, Prompt) else {}).items():
+        for name, value in (row.columns if isinstance(row, Prompt) else row.template_kwargs).items():
             _append(text, name, repr(value))
+        if unsupervised := sum(not message.get("train", True) for message in row.asked):
+            _append(text, "answers not trained on", f"{unsupervised:,}")
         return text
     names = ("chosen", "rejected") if len(row.labels) > 1 else ("good" if row.labels[0] else "bad",)
     prompt, completions = split_shared(encoded)
@@ -163,13 +171,15 @@ def _row_text(row: Any, encoded: tuple[Example, ...], tokenizer: PreTrainedToken
         _append(text, judged, supervised_text(tokenizer, completion, fancy=fancy))
     if row.margin is not None:
         _append(text, "margin", f"{row.margin:g}")
+    for name, value in row.template_kwargs.items():
+        _append(text, name, repr(value))
     return text
 
 
 def _append(text: Text, name: str, value: str | Text) -> None:
     line_break = "" if text.plain.endswith("\n") else "\n"
-    text.append(f"{line_break}{name}: ", style="bold")
-    text.append(value)
+    text.append(f"{line_break}{printable(name, one_line=True)}: ", style="bold")
+    text.append(value if isinstance(value, Text) else printable(value))
 
 
 def _counts(report: SplitReport) -> Table:
@@ -191,8 +201,18 @@ def _counts(report: SplitReport) -> Table:
     ]
     for count, what in figures:
         if count or what in ("rows read", "rows used"):
-            table.add_row(f"{count:,}", what)
+            table.add_row(f"{count:,}", Text(printable(what, one_line=True)))
     return table
+
+
+def _print_notes(report: SplitReport, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """What to do about the notes, and which columns mean nothing."""
+    template = chat_template(tokenizer)
+    for note in report.notes:
+        if (remedy := remedy_for(note, template)) is not None:
+            console.print(Text(printable(f"{note}: {remedy}"), style="yellow"))
+    if report.ignored:
+        console.print(Text(printable(f"ignored columns: {', '.join(report.ignored)}", one_line=True)))
 
 
 def _print_problems(problems: Sequence[Problem], stops: Sequence[Problem], console: Console) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_ft.errors import DataError
+from lightning_ft.printable import printable
 
 SHOWN = 20
 """How many bad rows an error lists."""
@@ -40,7 +41,8 @@ class Problem:
         where = self.source
         where += "" if self.row is None else f", row {self.row}"
         where += "" if self.field is None else f", {self.field!r}"
-        return f"{where}: {self.reason}" + (f" ({self.detail})" if self.detail else "") + f". {self.fix}"
+        text = f"{where}: {self.reason}" + (f" ({self.detail})" if self.detail else "") + f". {self.fix}"
+        return printable(text, one_line=True)
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
@@ -55,7 +57,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN:,} more")
     reasons = Counter(problem.reason for problem in problems).most_common()
-    counts = ", ".join(f"{count:,} x {reason}" for reason, count in reasons)
+    counts = printable(", ".join(f"{count:,} x {reason}" for reason, count in reasons), one_line=True)
     raise DataError(
         f"{len(problems):,} bad row{'s' if len(problems) > 1 else ''} ({counts}):\n" + "\n".join(lines) + "\n"
         "Mend them, or pass on_bad_row='skip' to leave them out (they are counted)."

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.data.batches import RESERVED
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.encode import Encoded, encode_prompt
-from lightning_ft.data.fields import FieldReader
+from lightning_ft.data.fields import CONVERSATIONS, FieldReader
 from lightning_ft.data.formats import kwargs_key, turns_key
 from lightning_ft.data.kinds import RowKind
 from lightning_ft.data.layout import Example
@@ -28,8 +28,6 @@ FORMATS = Formats(
     extra={"instruction": ("input", "history"), "prompt": ("history",), "input": ("history",)},
 )
 """Formats of prompts, by the field that asks."""
-
-_CONVERSATIONS = ("messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class PromptFormat(FieldReader[Prompt]):
         messages = self.with_system(row, self.asked(row))
         answered = messages[-1:] != [] and messages[-1]["role"] == "assistant"
         if answered:
-            if self.name not in _CONVERSATIONS:
+            if self.name not in CONVERSATIONS:
                 fix = "A prompt ends with the turn of the user that is to be answered."
                 raise RowError(column, "prompt ends with an answer", "", fix)
             messages = messages[:-1]

@@ -13,7 +13,7 @@ from lightning_ft.data.splits import SplitName
 
 
 class PromptDataModule(RowDataModule):
-    """Prompts from files, the Hub or memory, checked and tokenised once, as `PromptBatch`es.
+    """Prompts from files, the Hub or memory, checked and tokenized once, as `PromptBatch`es.
 
     What is asked stands in one field: `prompt`, `messages`, `conversations` (both asked up to the last turn of the
     user), `instruction` (with Alpaca's `input`) or `input`; the first of these that rows have. Each row may have a

@@ -17,6 +17,7 @@ from lightning_ft.data.report import SplitReport
 from lightning_ft.data.sources import Source, read_rows
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import DataError
+from lightning_ft.printable import printable
 
 OnBadRow = Literal["error", "skip"]
 
@@ -90,7 +91,7 @@ def load_source(
             problem = Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
             problems.append(problem)
     if reader.ignored:
-        rank_zero_info(f"{name}: ignored columns: {', '.join(sorted(reader.ignored))}")
+        rank_zero_info(printable(f"{name}: ignored columns: {', '.join(sorted(reader.ignored))}", one_line=True))
         report.ignored += sorted(reader.ignored.difference(report.ignored))
     report.read += read
     report.kept += len(rows)

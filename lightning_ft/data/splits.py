@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.cache import EncodedRows
+from lightning_ft.data.content import remedy_for
 from lightning_ft.data.formats import Conversation
 from lightning_ft.data.hold_out import hold_out
 from lightning_ft.data.kinds import PAIRS, RowKind, RowT
@@ -23,8 +24,8 @@ from lightning_ft.data.report import SplitReport
 from lightning_ft.data.request import Request
 from lightning_ft.data.rows import OnBadRow, count_duplicates, load_source
 from lightning_ft.data.sources import as_sources
-from lightning_ft.data.spans import REMEDIES
-from lightning_ft.data.tokenise import tokenise
+from lightning_ft.data.templates import chat_template
+from lightning_ft.data.tokenize import tokenize
 from lightning_ft.errors import ConfigError, DataError
 
 SplitName = Literal["train", "validation", "test", "predict"]
@@ -54,7 +55,7 @@ class RowRules:
 
 
 class Splits(Generic[RowT]):
-    """Rows of each split: `load` reads and checks them, `encode` tokenises them, each once.
+    """Rows of each split: `load` reads and checks them, `encode` tokenizes them, each once.
 
     Args:
         given: What was passed as each split; None for none, and for validation also the share of train to hold out.
@@ -83,6 +84,8 @@ class Splits(Generic[RowT]):
         self.encoded: dict[str, list[EncodedRows]] = {}
         self._index: TrainingIndex | None = None
         self._overlap_told: set[str] = set()
+        self.notes_told: set[str] = set()
+        """Notes of the reports that were warned of."""
 
     @property
     def held_out(self) -> float | None:
@@ -204,7 +207,7 @@ class Splits(Generic[RowT]):
                 )
 
     def encode(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tokenise a split that was loaded and wasn't yet encoded.
+        """Tokenize a split that was loaded and wasn't yet encoded.
 
         Raises:
             DataError: With every row that can't be encoded within `max_length`, or if none is left.
@@ -215,7 +218,7 @@ class Splits(Generic[RowT]):
         dropped: list[Problem] = []
         fatal: list[Problem] = []
         for part in self.rows[name]:
-            rows, problems = tokenise(
+            rows, problems = tokenize(
                 part,
                 tokenizer,
                 max_length=self.rules.max_length,
@@ -263,8 +266,11 @@ class Splits(Generic[RowT]):
     def _tell(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         report = self.report[name]
         rank_zero_info(report.summary(name))
-        for note, remedy in REMEDIES.items():
-            if count := report.notes[note]:
+        template = chat_template(tokenizer)
+        for note, count in report.notes.items():
+            remedy = None if note in self.notes_told else remedy_for(note, template)
+            self.notes_told.add(note)  # each once, not for every split
+            if remedy is not None:
                 rank_zero_warn(f"{name}: {count:,} x {note}. {remedy}")
         if report.other_prompt and report.mismatch is not None:
             row, prompt = report.mismatch

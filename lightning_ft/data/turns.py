@@ -1,62 +1,32 @@
 """The turns of a conversation: what a list of messages must look like, and what each key of a message means.
 
 Read are OpenAI's messages (``role``, ``content``, ``tool_calls``), ShareGPT's (``from``, ``value``, with
-``function_call`` and ``observation``), and the keys that TRL, axolotl and LLaMA-Factory add. A key that would change
-what is trained is honored or refused by name; any other is reported once as ignored.
+``function_call`` and ``observation``), and the keys that TRL, axolotl, LLaMA-Factory and ms-swift add. A key that would
+change what is trained is honored or refused by name (`lightning_ft.data.keys`); any other is reported once as ignored.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from lightning_ft.data.keys import CALL_ROLES, READ_KEYS, REASONING, REFUSED_KEYS, ROLES, TRAINED, says_something
 from lightning_ft.data.request import Message
-
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-}
-"""Roles as they are written (by OpenAI, ShareGPT, LLaMA-Factory, Open Assistant, ...) to what they mean."""
-
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names that the reasoning before an answer has in data."""
-
-_TRAINED = ("train", "training", "weight")
-"""Names of whether a turn is trained on; `weight` is 0 or 1."""
-
-_READ = ("role", "from", "content", "value", "tool_calls", "name", "tool_call_id", *REASONING, *_TRAINED)
-
-MEDIA = ("image", "images", "audio", "audios", "video", "videos", "media")
-"""Columns and keys of what isn't text."""
-
-_REFUSED = {
-    **dict.fromkeys(MEDIA, "Only text can be trained on: remove it, or the row."),
-    "function_call": "Write it as tool_calls: [{'type': 'function', 'function': {'name': ..., 'arguments': {...}}}].",
-    "train_detail": "Parts of a turn can't be masked: split the turn, or remove the key.",
-    "prefix": "An answer that is to be continued can't be trained on: write the whole answer.",
-    "refusal": "Write the refusal as the content.",
-    "loss_mask": "Pass 'train': true or false with each message.",
-    "mask": "Pass 'train': true or false with each message.",
-    "masked": "Pass 'train': true or false with each message.",
-}
-"""Keys of a message that would change what is trained, and aren't honored."""
+from lightning_ft.data.tool_calls import NotACallError, read_calls
 
 FILL = "Fill it in or remove the row."
+
+_PARTS = {
+    "thinking": "Give the reasoning as text, as the message's 'reasoning_content'.",
+    "tool_use": "Write it as the message's tool_calls.",
+    "tool_result": "Write it as a turn of its own, of role 'tool'.",
+}
+_PARTS |= {"reasoning": _PARTS["thinking"], "tool_call": _PARTS["tool_use"], "refusal": "Write it as text."}
+"""What to do about a part of a content, by its type."""
+
+_CALL = "Expected {'type': 'function', 'function': {'name': ..., 'arguments': {...}}}, the arguments an object."
 
 
 class RowError(Exception):
@@ -84,6 +54,8 @@ def check_text(value: str, field: str, role: str) -> str:
 def read_turns(value: Sequence[Any], field: str, ignored: set[str] | None = None) -> list[Message]:
     """Messages of a list of ``{role, content}`` or ShareGPT's ``{from, value}``.
 
+    Calls that are turns of their own (``function_call``) become part of the assistant's turn before them, if any.
+
     Args:
         value: The list.
         field: Its name, for errors.
@@ -96,117 +68,145 @@ def read_turns(value: Sequence[Any], field: str, ignored: set[str] | None = None
         >>> read_turns([{"from": "human", "value": "2+2?"}, {"role": "assistant", "content": "4"}], "conversations")
         [{'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'}]
     """
-    return [_read_turn(turn, f"{field}[{i}]", set() if ignored is None else ignored) for i, turn in enumerate(value)]
+    ignored = set() if ignored is None else ignored
+    turns: list[Message] = []
+    for i, turn in enumerate(value):
+        message = _read_turn(turn, f"{field}[{i}]", ignored)
+        calls = isinstance(turn, Mapping) and (turn.get("role") or turn.get("from")) in CALL_ROLES
+        before = turns[-1] if turns else None
+        if calls and before is not None and before["role"] == "assistant":
+            if before.get("train", True) != message.get("train", True):
+                fix = "Give the calls and the answer before them the same weight: they are one turn."
+                raise RowError(f"{field}[{i}]", "contradicting marks", "in one turn", fix)
+            before["tool_calls"] = [*before.get("tool_calls", []), *message["tool_calls"]]
+        else:
+            turns.append(message)
+    return turns
 
 
 def _read_turn(turn: Any, place: str, ignored: set[str]) -> Message:
     if not isinstance(turn, Mapping):
         raise RowError(place, "wrong type", f"found {type(turn).__name__}", "Each message needs a role and a content.")
-    for key, fix in _REFUSED.items():
-        if turn.get(key):
-            raise RowError(f"{place}.{key}", f"{key!r} can't be honored", repr(turn[key])[:40], fix)
+    for key in REFUSED_KEYS.keys() & turn.keys():
+        if REFUSED_KEYS[key].when(turn[key]):
+            detail = repr(turn[key])[:40]
+            raise RowError(f"{place}.{key}", f"{key!r} can't be honored", detail, REFUSED_KEYS[key].fix)
     written = _either(turn, "role", "from", place)
-    role = _ROLES.get(written) if isinstance(written, str) else None
+    role = ROLES.get(written) if isinstance(written, str) else None
     if role is None:
-        near = difflib.get_close_matches(str(written).lower(), _ROLES, n=1)
+        near = difflib.get_close_matches(str(written).lower(), ROLES, n=1)
         fix = (
             f"Did you mean {near[0]!r}?" if near else "Expected system, user, assistant or tool (ShareGPT: human, gpt)."
         )
-        raise RowError(f"{place}.role", "unknown role", repr(written), fix)
-    calls = _tool_calls(turn.get("tool_calls"), f"{place}.tool_calls")
-    if written == "function_call":
-        calls, content = _tool_calls(parsed(_either(turn, "content", "value", place)), f"{place}.value"), ""
-    elif calls and turn.get("content", turn.get("value")) is None:
-        content = ""
-    else:
-        content = _text(_either(turn, "content", "value", place), f"{place}.content")
+        raise RowError(f"{place}.role", "unknown role", repr(written)[:40], fix)
+    key = "tool_calls"
+    try:
+        calls = read_calls(turn.get("tool_calls"))
+        if written in CALL_ROLES:
+            key = "content" if turn.get("content") is not None else "value"
+            calls, content = [*calls, *read_calls(_either(turn, "content", "value", place))], ""
+        elif calls and turn.get("content") is None and turn.get("value") is None:
+            content = ""
+        else:
+            content = _text(_either(turn, "content", "value", place), f"{place}.content", ignored)
+    except NotACallError as error:
+        detail = repr(error.found)[:60]
+        raise RowError(f"{place}.{key}[{error.index}]", "not a tool call", detail, _CALL) from None
     if calls and role != "assistant":
-        raise RowError(f"{place}.tool_calls", "tool calls of a turn that isn't the assistant's", f"role {role!r}", FILL)
+        fix = "Only the assistant calls tools: give the turn that role, or remove the calls."
+        raise RowError(f"{place}.tool_calls", "tool calls of a turn that isn't the assistant's", f"role {role!r}", fix)
     message = Message(role=role, content=content if calls else check_text(content, f"{place}.content", role))
     if calls:
         message["tool_calls"] = calls
-    _read_optional(turn, place, message)
-    ignored.update(str(key) for key, value in turn.items() if key not in _READ and key not in _REFUSED and value)
+    _read_reasoning(turn, place, message)
+    _read_trained(turn, place, message)
+    for key in ("name", "tool_call_id"):
+        if turn.get(key) and role == "tool":
+            message[key] = str(turn[key])  # type: ignore[literal-required]
+        elif turn.get(key):
+            ignored.add(key)
+    ignored.update(
+        str(key)
+        for key, value in turn.items()
+        if key not in READ_KEYS and key not in REFUSED_KEYS and says_something(value)
+    )
     return message
 
 
-def _read_optional(turn: Mapping[str, Any], place: str, message: Message) -> None:
-    reasoning = next((key for key in REASONING if turn.get(key)), None)
-    if reasoning is not None:
-        if message["role"] != "assistant" or not isinstance(turn[reasoning], str):
-            detail = f"role {message['role']!r}, found {type(turn[reasoning]).__name__}"
-            raise RowError(f"{place}.{reasoning}", "reasoning that isn't a text of the assistant", detail, FILL)
-        if turn[reasoning].strip():
-            message["reasoning_content"] = turn[reasoning]
-    for key in ("name", "tool_call_id"):
-        if turn.get(key) and message["role"] == "tool":
-            message[key] = str(turn[key])  # type: ignore[literal-required]
-    marked = [key for key in _TRAINED if turn.get(key) is not None]
-    if any(turn[key] not in (0, 1) for key in marked):
-        detail = ", ".join(f"{key}: {turn[key]!r}" for key in marked)
+def _read_reasoning(turn: Mapping[str, Any], place: str, message: Message) -> None:
+    found = [key for key in REASONING if says_something(turn.get(key))]
+    if not found:
+        return
+    key, value = found[0], turn[found[0]]
+    if not isinstance(value, str):
+        raise RowError(f"{place}.{key}", "wrong type", f"found {type(value).__name__}", "Expected a string.")
+    if message["role"] != "assistant":
+        fix = "Only the assistant's turns have reasoning: remove the key."
+        raise RowError(f"{place}.{key}", "reasoning of a turn that isn't the assistant's", f"{value[:20]!r}", fix)
+    if any(turn[other] != value for other in found):
+        raise RowError(f"{place}.{key}", "two reasonings", ", ".join(found), "Keep one of them.")
+    message["reasoning_content"] = value
+
+
+def _read_trained(turn: Mapping[str, Any], place: str, message: Message) -> None:
+    marked = [key for key in TRAINED if turn.get(key) is not None]
+    if not marked:
+        return
+    field = f"{place}.{marked[0]}"
+    if any(isinstance(turn[key], str) or turn[key] not in (0, 1) for key in marked):
+        detail = ", ".join(f"{key}: {turn[key]!r}"[:40] for key in marked)
         fix = "Expected 0 or 1, false or true: a turn is trained on or it isn't."
-        raise RowError(f"{place}.{marked[0]}", "weight that is neither 0 nor 1", detail, fix)
+        raise RowError(field, "weight that is neither 0 nor 1", detail, fix)
     if len({bool(turn[key]) for key in marked}) > 1:
-        raise RowError(f"{place}.{marked[0]}", "contradicting marks", ", ".join(marked), "Keep one of them.")
-    if message["role"] == "assistant" and marked and not turn[marked[0]]:
+        raise RowError(field, "contradicting marks", ", ".join(marked), "Keep one of them.")
+    trained = bool(turn[marked[0]])
+    if message["role"] != "assistant" and trained:
+        fix = "Only answers are trained on: remove the key, or set it to false, in turns that aren't the assistant's."
+        raise RowError(field, "a turn marked as trained that isn't the assistant's", f"role {message['role']!r}", fix)
+    if message["role"] == "assistant" and not trained:
         message["train"] = False
 
 
-def _text(content: Any, place: str) -> str:
+def _text(content: Any, place: str, ignored: set[str]) -> str:
     """The text of a content: a string, or a list of parts that are all text."""
-    if isinstance(content, list):
-        texts = []
-        for i, part in enumerate(content):
-            kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-            text = part.get("text") if isinstance(part, Mapping) else part
-            if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-                fix = "Only text can be trained on: remove the part, or the row."
-                raise RowError(f"{place}[{i}]", f"content part of type {kind!r}", type(part).__name__, fix)
-            texts.append(text)
-        return "".join(texts)
-    if not isinstance(content, str):
-        raise RowError(place, "wrong type", f"found {type(content).__name__}", "Expected a string.")
-    return content
-
-
-def parsed(value: Any) -> Any:
-    """JSON text as what it says; anything else as it is."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
-    """Tool calls as templates want them, arguments as an object.
-
-    Raises:
-        RowError: If one of them isn't a call.
-    """
-    calls = parsed(calls)
-    if not calls:
-        return []
-    calls = [calls] if isinstance(calls, Mapping) else calls
-    found = []
-    for i, call in enumerate(calls if isinstance(calls, list) else [None]):
-        inner = call.get("function", call) if isinstance(call, Mapping) else None
-        name = inner.get("name") if isinstance(inner, Mapping) else None
-        arguments = parsed(inner.get("arguments", inner.get("parameters", {}))) if isinstance(inner, Mapping) else None
-        arguments = {} if arguments is None or arguments == "" else arguments
-        if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
-            fix = "Expected {'type': 'function', 'function': {'name': ..., 'arguments': {...}}}."
-            raise RowError(f"{place}[{i}]", "not a tool call", repr(call)[:60], fix)
-        kept = {key: call[key] for key in ("id", "type") if isinstance(call.get(key), str)}
-        found.append({"type": "function", **kept, "function": {"name": name, "arguments": dict(arguments)}})
-    return found
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        fix = "Expected a string; write an object as JSON text."
+        raise RowError(place, "wrong type", f"found {type(content).__name__}", fix)
+    texts = []
+    for i, part in enumerate(content):
+        at, given = f"{place}[{i}]", part if isinstance(part, Mapping) else {"text": part}
+        kind = given.get("type") or next((name for name in ("image", "video", "audio") if given.get(name)), "text")
+        if kind not in ("text", "input_text", "output_text"):
+            fix = _PARTS.get(str(kind), "Only text can be trained on: remove the part, or the row.")
+            raise RowError(at, f"content part of type {kind!r}"[:80], ", ".join(map(str, given))[:60], fix)
+        if not isinstance(given.get("text"), str):
+            fix = "Expected {'type': 'text', 'text': ...}; write an object as JSON text."
+            raise RowError(at, "content part without a text", f"found {type(part).__name__}", fix)
+        for key in TRAINED:
+            if given.get(key) is not None:
+                fix = "Parts of a turn can't be masked: remove it, and mark whole turns with 'train'."
+                raise RowError(f"{at}.{key}", f"{key!r} of a part can't be honored", repr(given[key])[:40], fix)
+        ignored.update(f"content.{k}" for k, v in given.items() if k not in ("type", "text") and says_something(v))
+        texts.append(given["text"])
+    return "".join(texts)
 
 
 def _either(turn: Mapping[str, Any], name: str, other: str, place: str) -> Any:
-    for key in (name, other):
-        if turn.get(key) is not None:
-            return turn[key]
+    """The value of a key that has two names.
+
+    Raises:
+        RowError: If there is none, or two that differ.
+    """
+    found = [turn[key] for key in (name, other) if turn.get(key) is not None]
+    if len(found) == 2 and found[0] != found[1]:
+        same_role = name == "role" and ROLES.get(str(found[0])) == ROLES.get(str(found[1]))
+        if not same_role:
+            detail = f"{found[0]!r} and {found[1]!r}"[:60]
+            raise RowError(f"{place}.{name}", f"{name!r} and {other!r} differ", detail, "Keep one of them.")
+    if found:
+        return found[0]
     if name in turn or other in turn:
         raise RowError(f"{place}.{name}", "None", "", FILL)
     near = difflib.get_close_matches(name, [str(key) for key in turn], n=1, cutoff=0.5)
@@ -215,7 +215,7 @@ def _either(turn: Mapping[str, Any], name: str, other: str, place: str) -> Any:
 
 
 def check_order(messages: Sequence[Message], *, answered: bool) -> None:
-    """Require a system turn at most at the start, then user and assistant in turn, tools after the calls of them.
+    """Require a system turn at most at the start, then user and assistant in turn, tools after an assistant's.
 
     Args:
         messages: The conversation.
@@ -228,18 +228,30 @@ def check_order(messages: Sequence[Message], *, answered: bool) -> None:
     found = f"roles: {', '.join(roles) or 'none'}"
     if answered and "assistant" not in roles:
         raise RowError(None, "no assistant turn", found, "There is nothing to learn from it: add an answer.")
-    turns = list(messages[1:] if roles[:1] == ["system"] else messages)
-    follows = bool(turns) and turns[0]["role"] == "user"
-    for before, message in pairwise(turns):
-        after = {"user": ("assistant",), "tool": ("tool", "assistant"), "assistant": ("user",)}.get(before["role"], ())
-        if before.get("tool_calls"):
-            after = ("tool",)
-        follows = follows and message["role"] in after
-    if not follows:
-        fix = (
-            "Expected a system turn at most at the start, then user and assistant in turn; tools answer after an "
-            "assistant's tool_calls."
-        )
+    fix = _order_fix(roles[1:] if roles[:1] == ["system"] else roles)
+    if fix is not None:
         raise RowError(None, "wrong role order", found, fix)
     if answered and roles[-1] != "assistant":
         raise RowError(None, "no answer to the last turn", found, "Add the answer or remove the last turn.")
+
+
+_AFTER = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+
+
+def _order_fix(roles: Sequence[str]) -> str | None:
+    """What to do about the order of roles after the system turn; None if it is right."""
+    if not roles:
+        return "Add a turn of the user."
+    if roles[0] == "assistant":
+        return "Remove the turns before the user's first, or write what they say into a system turn."
+    if roles[0] != "user":
+        return "Expected a system turn at most at the start, then a turn of the user."
+    for before, role in pairwise(roles):
+        if role in _AFTER.get(before, ()):
+            continue
+        if role == before:
+            return f"Join the turns of the {role} that follow each other."
+        if role == "system":
+            return "Move the system turn to the start, or write what it says into a turn of the user."
+        return "Expected user and assistant in turn, and tools between an assistant's turn and its next one."
+    return None

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lightning_ft.printable import printable
 from lightning_ft.report.markdown import markdown_table
 
 CELL = 600
@@ -45,9 +46,9 @@ def samples_table(rows: Sequence[dict[str, Any]]) -> Table:
     columns, data = samples_columns(rows)
     table = Table(title=f"Completions of step {rows[0]['step']:,}", title_justify="left", show_lines=True)
     for column in columns[1:]:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(printable(column, one_line=True)), overflow="fold")
     for row in data:
-        table.add_row(*(Text(_short(cell)) for cell in row[1:]))  # text: brackets in it are no markup
+        table.add_row(*(Text(printable(_short(cell))) for cell in row[1:]))  # Text: brackets in it are no markup
     return table
 
 

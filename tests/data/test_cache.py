@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from lightning_ft.data import cache
-from lightning_ft.data import tokenise as tokenise_module
+from lightning_ft.data import tokenize as tokenize_module
 from lightning_ft.data.encode import encode
 from lightning_ft.data.formats import Conversation
 from lightning_ft.data.kinds import Pairs
 from lightning_ft.data.layout import Example
-from lightning_ft.data.tokenise import tokenise
+from lightning_ft.data.tokenize import tokenize
 
 
 def conversations(pairs, source="a.jsonl"):
@@ -28,8 +28,8 @@ def conversations(pairs, source="a.jsonl"):
 def encoded_times(monkeypatch):
     """How often rows were really encoded."""
     times = []
-    original = tokenise_module._encode_all
-    monkeypatch.setattr(tokenise_module, "_encode_all", lambda *a: times.append(1) or original(*a))
+    original = tokenize_module._encode_all
+    monkeypatch.setattr(tokenize_module, "_encode_all", lambda *a: times.append(1) or original(*a))
     return times
 
 
@@ -42,10 +42,10 @@ def contents(rows):
 
 def test_encoded_once_and_the_same_from_disk_and_memory(tmp_path, tokenizer, pairs, encoded_times):
     rows = conversations(pairs)
-    first, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
-    second, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    first, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    second, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     assert len(encoded_times) == 1
-    memory, _ = tokenise(rows, tokenizer, folder=None, **OPTIONS)
+    memory, _ = tokenize(rows, tokenizer, folder=None, **OPTIONS)
     assert len(encoded_times) == 2
     assert contents(first) == contents(second) == contents(memory)
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -55,9 +55,9 @@ def test_encoded_once_and_the_same_from_disk_and_memory(tmp_path, tokenizer, pai
 def test_rows_in_many_batches(tmp_path, tokenizer, pairs, monkeypatch):
     monkeypatch.setattr(cache, "_WRITTEN_TOGETHER", 5)
     rows = conversations(pairs)
-    many, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    many, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     monkeypatch.undo()
-    one, _ = tokenise(rows, tokenizer, folder=None, **OPTIONS)
+    one, _ = tokenize(rows, tokenizer, folder=None, **OPTIONS)
     assert contents(many) == contents(one)
     assert many.lengths == [len(one[i]) for i in range(len(one))]
     assert many.supervised == [int(one[i].supervised.sum()) for i in range(len(one))]
@@ -67,7 +67,7 @@ def test_rows_in_many_batches(tmp_path, tokenizer, pairs, monkeypatch):
 def test_what_changes_the_tokens_changes_the_entry(tmp_path, make_tokenizer, pairs, encoded_times):
     rows = conversations(pairs)
     tokenizer = make_tokenizer()
-    tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     other = {"role": "user", "content": "another"}
     changed = [
         ([*rows[:-1], Conversation((other, rows[-1].messages[1]), "a.jsonl", 24, "24")], tokenizer, OPTIONS),
@@ -78,18 +78,18 @@ def test_what_changes_the_tokens_changes_the_entry(tmp_path, make_tokenizer, pai
         (rows, tokenizer, {**OPTIONS, "on_overlong": "drop"}),
     ]
     for count, (some, with_tokenizer, options) in enumerate(changed, 2):
-        tokenise(some, with_tokenizer, folder=tmp_path, **options)
+        tokenize(some, with_tokenizer, folder=tmp_path, **options)
         assert len(encoded_times) == count
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)  # leaves its mark on a fast tokenizer
-    tokenise(rows, tokenizer, folder=tmp_path, **{**OPTIONS, "label": "other"})
+    tokenize(rows, tokenizer, folder=tmp_path, **{**OPTIONS, "label": "other"})
     assert len(encoded_times) == len(changed) + 1
 
 
 def test_problems_are_cached_and_told_where_the_rows_now_stand(tmp_path, tokenizer, pairs, encoded_times):
     long = {"input": "parcel " * 100, "output": "x"}
     options = {**OPTIONS, "on_overlong": "drop"}
-    _, (first,) = tokenise(conversations([*pairs, long]), tokenizer, folder=tmp_path, **options)
-    rows, (second,) = tokenise(conversations([*pairs, long], source="b.jsonl"), tokenizer, folder=tmp_path, **options)
+    _, (first,) = tokenize(conversations([*pairs, long]), tokenizer, folder=tmp_path, **options)
+    rows, (second,) = tokenize(conversations([*pairs, long], source="b.jsonl"), tokenizer, folder=tmp_path, **options)
     assert len(encoded_times) == 1
     assert (first.source, second.source) == ("a.jsonl", "b.jsonl")
     assert (first.row, second.row, second.reason) == (25, 25, "overlong prompt")
@@ -99,7 +99,7 @@ def test_problems_are_cached_and_told_where_the_rows_now_stand(tmp_path, tokeniz
 @pytest.mark.parametrize("harm", ["cut", "no about", "about is no JSON", "no rows"])
 def test_a_broken_entry_is_written_anew(tmp_path, tokenizer, pairs, encoded_times, harm):
     rows = conversations(pairs)
-    good, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    good, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     expected = contents(good)
     del good
     (entry,) = tmp_path.iterdir()
@@ -113,7 +113,7 @@ def test_a_broken_entry_is_written_anew(tmp_path, tokenizer, pairs, encoded_time
         (entry / "about.json").write_text("{")
     else:
         (entry / "rows.arrow").unlink()
-    again, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    again, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     assert len(encoded_times) == 2
     assert contents(again) == expected
     assert [p.name for p in tmp_path.iterdir()] == [entry.name]
@@ -140,7 +140,7 @@ def test_two_writers_of_the_same_entry(tmp_path):
 
 @pytest.mark.parametrize("folder", [True, False], ids=["disk", "memory"])
 def test_encoded_rows_can_be_sent_to_a_worker(tmp_path, tokenizer, pairs, folder):
-    rows, _ = tokenise(conversations(pairs), tokenizer, folder=tmp_path if folder else None, **OPTIONS)
+    rows, _ = tokenize(conversations(pairs), tokenizer, folder=tmp_path if folder else None, **OPTIONS)
     assert contents(pickle.loads(pickle.dumps(rows))) == contents(rows)
     if folder:  # by name, not by content
         assert len(pickle.dumps(rows)) < 20_000
@@ -155,8 +155,8 @@ def test_rows_of_another_kind_are_other_entries(tmp_path, tokenizer, pairs, enco
 
     user, assistant = conversations(pairs[:1])[0].messages
     rows = [Conversation((user, assistant, user, assistant), "a.jsonl", 1, "1")]
-    every, _ = tokenise(rows, tokenizer, folder=tmp_path, **OPTIONS)
-    last, _ = tokenise(rows, tokenizer, folder=tmp_path, kind=Lasts(), **OPTIONS)
+    every, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    last, _ = tokenize(rows, tokenizer, folder=tmp_path, kind=Lasts(), **OPTIONS)
     assert len(encoded_times) == 2
     assert every.supervised == [2 * n for n in last.supervised]
 

@@ -83,7 +83,7 @@ def test_rows_are_checked_before_weights_are_loaded(trainer, tokenizer, pairs):
 )
 def test_a_stage_does_what_it_needs_and_once(trainer, tokenizer, pairs, monkeypatch, stage, loaded, encoded):
     done = []
-    for name in ("load_source", "tokenise"):
+    for name in ("load_source", "tokenize"):
         original = getattr(splits_module, name)
 
         def counted(*args, original=original, name=name, **kwargs):

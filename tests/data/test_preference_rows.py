@@ -71,7 +71,7 @@ BAD = {  # a good row of the source, the bad one, the field, and the reason
         pair(), pair(rejected=[*answer("b"), *talk("x")]), "rejected", "no answer to the last turn",
     ),
     "starts with the user": (pair(), pair(chosen=talk("x", "a")), "chosen", "wrong role order"),
-    "answer in the prompt": (pair(), pair(prompt=talk("q", "r")), "chosen", "wrong role order"),
+    "answer in the prompt": (pair(), pair(prompt=talk("q", "r")), "prompt", "prompt ends with an answer"),
     "margin is text": (pair(), pair(margin="much"), "margin", "margin is no finite number"),
     "margin is true": (pair(), pair(margin=True), "margin", "margin is no finite number"),
     "margin is NaN": (pair(), pair(margin=math.nan), "margin", "margin is no finite number"),

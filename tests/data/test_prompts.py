@@ -166,11 +166,11 @@ def test_workers(tokenizer, rows):
 
 
 def test_encoded_once(tokenizer, rows, tmp_path, monkeypatch):
-    from lightning_ft.data import tokenise
+    from lightning_ft.data import tokenize
 
     times = []
-    original = tokenise._encode_all
-    monkeypatch.setattr(tokenise, "_encode_all", lambda *a: times.append(1) or original(*a))
+    original = tokenize._encode_all
+    monkeypatch.setattr(tokenize, "_encode_all", lambda *a: times.append(1) or original(*a))
 
     def batches(given):
         data = PromptDataModule(given, tokenizer=tokenizer, cache_dir=str(tmp_path))

@@ -36,11 +36,11 @@ def test_row_batches_and_key(tokenizer, make_tokenizer, preferences, tmp_path):
 
 
 def test_encoded_once(tokenizer, preferences, tmp_path, monkeypatch):
-    from lightning_ft.data import tokenise
+    from lightning_ft.data import tokenize
 
     times = []
-    original = tokenise._encode_all
-    monkeypatch.setattr(tokenise, "_encode_all", lambda *a: times.append(1) or original(*a))
+    original = tokenize._encode_all
+    monkeypatch.setattr(tokenize, "_encode_all", lambda *a: times.append(1) or original(*a))
 
     def batches(given):
         data = PreferenceDataModule(given, tokenizer=tokenizer, cache_dir=str(tmp_path), batch_size=7)

@@ -1,4 +1,4 @@
-"""Rows to encoded rows, from the cache where they stand in it, with a progress bar where it takes long."""
+"""Rows to encoded rows, from the cache where it has them, with a progress bar where it takes long."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_ft.data.rows import is_rank_zero
 _SHOW_FROM = 2000  # rows from which a progress bar is worth its line
 
 
-def tokenise(
+def tokenize(
     rows: Sequence[RowT],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -52,9 +52,7 @@ def tokenise(
         encoded = _encode_all(rows, RowEncoder[RowT](tokenizer, max_length, on_overlong, kind), folder, key, label)
     return encoded, [
         Problem(**{**problem, "source": rows[index].source, "row": rows[index].row})
-        for index, problem in encoded.about[
-            "problems"
-        ]  # rows may be the same and stand elsewhere than when they were cached
+        for index, problem in encoded.about["problems"]  # the same rows may have another origin than when cached
     ]
 
 
@@ -64,7 +62,7 @@ def _encode_all(
     problems: list[tuple[int, Problem]] = []
     other_prompt, mismatch = 0, None
     notes: Counter[str] = Counter()
-    shown = track(rows, description=f"Tokenising {label}", disable=len(rows) < _SHOW_FROM or not is_rank_zero())
+    shown = track(rows, description=f"Tokenizing {label}", disable=len(rows) < _SHOW_FROM or not is_rank_zero())
     with cache.new_entry(folder, key) as entry:
         for index, row in enumerate(shown):
             result = encoder(row)
