@@ -155,6 +155,26 @@ def _why_damaged(file: Path, error: BaseException) -> str | None:
         return f"is damaged or only a part of it is there ({first_line(damage)}). Download or copy it again."
 
 
+def check_checkpoint_file(path: str | Path) -> None:
+    """Refuse a checkpoint file that is empty, or of which a part is missing, without reading it.
+
+    Args:
+        path: The file; nothing is said of folders and of files that aren't on this machine.
+
+    Raises:
+        ModelError: With the file.
+
+    Example:
+        >>> check_checkpoint_file(__file__)
+        Traceback (most recent call last):
+        lightning_ft.errors.ModelError: The checkpoint '...' is damaged, ...
+    """
+    file = Path(path)
+    if file.is_file() and not zipfile.is_zipfile(file):  # its list of contents is at the end
+        what = "is damaged, or no checkpoint" if file.stat().st_size else "is empty"
+        raise ModelError(f"The checkpoint {str(file)!r} {what}. Take another one of the run, or start again.")
+
+
 def first_line(error: BaseException) -> str:
     r"""The first line of what an error says (two where it only announces the next), and its type if it says nothing.
 

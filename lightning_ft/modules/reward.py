@@ -75,6 +75,11 @@ class RewardModeling(PreferenceLearning):
                 torch.manual_seed(self._hyper["seed"])
                 base = load_reward_model(self._base_name(), **self._load_options())
         score_head(base)
+        if base.config.num_labels != 1:
+            raise ModelError(
+                f"The model is a classifier of {base.config.num_labels} labels, and a reward model has one: load it "
+                "with num_labels=1."
+            )
         _set_pad_token(base, self.tokenizer)
         return cast(PreTrainedModel, base)
 
@@ -119,6 +124,12 @@ class RewardModeling(PreferenceLearning):
             ``float32 [n]``.
         """
         self.configure_model()
+        for number, turns in enumerate(conversations):
+            if not turns or turns[-1]["role"] != "assistant":
+                raise ConfigError(
+                    f"Conversation {number} doesn't end with an answer: a reward model scores whole conversations, the "
+                    "assistant's turn last."
+                )
         rows = [encode_conversation(self.tokenizer, list(messages)).input_ids for messages in conversations]
         batch = PromptBatch([""] * len(rows), rows, {})
         check_batch(self.model, self.tokenizer, batch, name="A conversation")

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from tiny import make_model, make_rows, make_tokenizer
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from lightning_ft import (
     DPO,
@@ -21,6 +21,7 @@ from lightning_ft import (
 )
 from lightning_ft._lightning import Trainer
 from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.models.adapt import add_lora, lora_config
 
 CALL = "<call>"
 LONG = "where is the lamp " * 30
@@ -319,3 +320,44 @@ def test_end_token_that_is_ordinary_text_is_told(train):
     model.generation_config.eos_token_id = 77
     with pytest.warns(UserWarning, match=r"ends answers at .* \(id 77\), which is ordinary text"):
         train(FullFineTuning(model, tokenizer=make_tokenizer()), data_of("full", "where"))
+
+
+# ---- what is given in the place of something else
+
+
+@pytest.mark.parametrize("rows", [("grpo", "PromptBatch"), ("dpo", "PreferenceBatch")])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_supervised_fine_tuning_names_the_datamodule_that_it_takes(kind, rows, model_folder, train):
+    given, batch = rows
+    with pytest.raises(ConfigError, match=f"got {batch}: give the Trainer a PairDataModule"):
+        train(MODULES[kind][0](model_folder), data_of(given, "where"))
+
+
+def test_reward_model_refuses_a_loaded_classifier(model_folder, train):
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=3)
+    with pytest.raises(ModelError, match="classifier of 3 labels"):
+        train(RewardModeling(model, tokenizer=make_tokenizer()), data_of("reward", "where"))
+
+
+@pytest.mark.parametrize("turns", [[], [{"role": "user", "content": "where"}]])
+def test_score_conversations_refuses_one_without_an_answer(turns, model_folder):
+    with pytest.raises(ConfigError, match="Conversation 0 doesn't end with an answer"):
+        RewardModeling(model_folder).score_conversations([turns])
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_adapted_model_is_refused_where_a_base_is_expected(kind):
+    adapted = add_lora(make_model(), lora_config({"r": 2}))
+    with pytest.raises(ConfigError, match="model= is a PeftModelForCausalLM: expected"):
+        MODULES[kind][0](adapted)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "is empty"), (b"PK and so on", "is damaged, or no checkpoint"), ({"a": 1}, "holds no 'state_dict'")],
+)
+def test_load_checkpoint_names_a_file_that_is_none(content, says, model_folder, tmp_path):
+    file = tmp_path / "some.ckpt"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ModelError, match=rf"some\.ckpt' .*{says}"):
+        FullFineTuning(model_folder).load_checkpoint(file)
