@@ -11,7 +11,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_ft._lightning import LightningModule
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.request import Message
@@ -22,10 +21,13 @@ from lightning_ft.models.export import export
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id, quantization_options, resolve_dtype
+from lightning_ft.models.load_report import check_checkpoint_file
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor, set_first_rate
 from lightning_ft.models.router import OwnLoss, find_own_loss
 from lightning_ft.models.scorer import Scorer
 from lightning_ft.models.shard import shard
+from lightning_ft.modules.checked import CheckedRows
+from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.rng import rng_state, set_rng_state
 from lightning_ft.modules.tokenizer import ModuleTokenizer
 
@@ -33,7 +35,7 @@ STATE = "lightning_ft"
 """Key of what these modules keep in a checkpoint."""
 
 
-class FineTuning(LightningModule):
+class FineTuning(CheckedRows):
     """Base of the fine-tuning modules; a subclass adds the training step.
 
     Args:
@@ -85,6 +87,11 @@ class FineTuning(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(model, (str, PreTrainedModel)):
+            raise ConfigError(
+                f"model= is a {type(model).__name__}: expected a hub name, a folder, or a loaded transformers model. "
+                "Of an adapted model give the folder that its adapter is saved in; a path as a string."
+            )
         self.model: Any = None
         self._given = [model]  # in a list: not yet a submodule, so that weights are loaded in configure_model only
         self._tokenizer = ModuleTokenizer(tokenizer, self._load_tokenizer, trust_remote_code=trust_remote_code)
@@ -180,6 +187,7 @@ class FineTuning(LightningModule):
         if self.model is not None:
             return
         base = self._load_base()
+        self._check_rows(base)
         if self._hyper["gradient_checkpointing"]:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = self._adapt(base).train()
@@ -189,6 +197,7 @@ class FineTuning(LightningModule):
             raise ModelError("No parameter of the model is trainable.")
         mesh = getattr(self, "_device_mesh", None)
         if mesh is not None:
+            self._tell_misfits()
             shard(base_of(self.model), mesh)
         self._scorer = Scorer(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
 
@@ -238,6 +247,9 @@ class FineTuning(LightningModule):
                 "Checkpoints hold trainable weights only, which sharded checkpoint files can't: pass "
                 "save_distributed_checkpoint=False to ModelParallelStrategy."
             )
+        self._check_rows(self.model)
+        if getattr(self, "_device_mesh", None) is None:
+            self._tell_misfits()
         rank_zero_info(self.what_is_trained())
         self._tell_own_loss()
 
@@ -271,7 +283,8 @@ class FineTuning(LightningModule):
             set_first_rate(scheduler)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Continue the random stream of the run that is resumed."""
+        """Refuse what the model can't read; continue the random stream of the run that is resumed."""
+        super().on_train_batch_start(batch, batch_idx)
         if self._pending_rng is not None:
             set_rng_state(self._pending_rng, self.global_rank)
             self._pending_rng = None
@@ -284,6 +297,11 @@ class FineTuning(LightningModule):
             reduction: ``"none"`` for one each, ``"sum"`` for their sum.
             options: `temperature`, `entropy` and `states` of that function.
         """
+        if not isinstance(batch, TokenBatch):
+            raise ConfigError(
+                f"{type(self).__name__} trains on tokens that are supervised, and got {type(batch).__name__}: give the "
+                "Trainer a PairDataModule, or a loader of `lightning_ft.data.layout.TokenBatch`es."
+            )
         return self._required_scorer()(self.model, batch, reduction, **options)
 
     def _required_scorer(self) -> Scorer:
@@ -360,7 +378,8 @@ class FineTuning(LightningModule):
         self.configure_model()
         conversations = [[Message(role="user", content=i)] if isinstance(i, str) else i for i in inputs]
         prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
-        settings = {"max_new_tokens": 64, "do_sample": False, **(self._hyper["generation"] or {}), **options}
+        settings = {**self._generation, **options}
+        check_tokens(self.model, self.tokenizer, prompts)
         return generate_text(self.model, self.tokenizer, prompts, pad_token_id=pad_token_id(self.tokenizer), **settings)
 
     # ---------------------------------------------------------------- checkpoints and export
@@ -409,7 +428,10 @@ class FineTuning(LightningModule):
         """
         if not Path(path).is_file():
             raise ModelError(f"There is no checkpoint {str(path)!r}.")
+        check_checkpoint_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise ModelError(f"{str(path)!r} is no checkpoint of a Trainer: it holds no 'state_dict'.")
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
