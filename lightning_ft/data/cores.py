@@ -19,7 +19,6 @@ from lightning_ft.errors import TokenizerError
 
 Render = Callable[[Sequence[Message]], str]
 
-_MARKS = re.compile(r"905316(\d)(\d{3,}?)61")
 _CONTENT, _REASONING, _ARGUMENTS = 0, 1, 2
 _PLAIN = frozenset({"role", "content", "train", "name"})
 
@@ -60,7 +59,7 @@ def find_cores(render: Render, messages: Sequence[Message], answers: Sequence[in
     if found is None:
         found = [core_by_difference(render, messages, i, text) for i in answers]
         for i in answers:
-            _refuse_repeated(render, messages, i)
+            _refuse_repeated(render, messages, i, _unused(text))
     for i, core, following in zip(answers, found, [*found[1:], Core(len(text), len(text))], strict=True):
         if core.stop > following.start or (core.start == core.stop and _says_something(messages[i])):
             became = text[core.start : core.stop][:60]
@@ -79,24 +78,21 @@ def core_by_difference(render: Render, messages: Sequence[Message], i: int, text
         i: Which of its turns is the answer.
         text: What `render` makes of it.
     """
-    around = [("1", "2"), ("7", "8")]  # the two begin and end otherwise, so all that's shared is the template's
-    others = [
-        render([*messages[:i], _replaced(messages[i], i, before, after), *messages[i + 1 :]])
-        for before, after in around
-    ]
+    digits, around = _unused(text), ["12", "78"]  # the two begin and end otherwise: what's shared is the template's
+    others = [render([*messages[:i], _replaced(messages[i], i, digits, ends), *messages[i + 1 :]]) for ends in around]
     start = len(shared_start([text, *others]))
     stop = len(text) - len(shared_end([rendered[start:] for rendered in (text, *others)]))
-    return Core(start, stop, mark(i, _REASONING) in others[0])
+    return Core(start, stop, mark(i, _REASONING, digits) in others[0])
 
 
 def _by_marks(render: Render, messages: Sequence[Message], answers: Sequence[int], text: str) -> list[Core] | None:
     """All cores from one more rendering, or None where the template does more with an answer than to write it."""
-    turns = list(messages)
+    turns, digits = list(messages), _unused(text)
     for i in answers:
-        turns[i] = _replaced(turns[i], i, number=True)
+        turns[i] = _replaced(turns[i], i, digits)
     marked = render(turns)
     spots: dict[int, list[tuple[str, int, int]]] = {i: [] for i in answers}
-    for match in _MARKS.finditer(marked):
+    for match in _marks(digits).finditer(marked):
         spots.setdefault(int(match.group(2)), []).append((match.group(1), match.start(), match.end()))
     if len(spots) > len(answers) or not all(_once(messages[i], spots[i]) for i in answers):
         return None
@@ -135,42 +131,50 @@ def _stop_before(gap: str, text: str, at: int, message: Message, *, last: bool) 
     return stop if stop >= 0 and text.find(gap, stop + 1) < 0 else None
 
 
-def _refuse_repeated(render: Render, messages: Sequence[Message], i: int) -> None:
+def _refuse_repeated(render: Render, messages: Sequence[Message], i: int, digits: str) -> None:
     """Refuse an answer that is written again before or after another turn, which then would be part of it."""
-    turns = [_replaced(message, n) if message["content"] else message for n, message in enumerate(messages)]
-    turns[i] = _replaced(messages[i], i)
+    turns = [_replaced(message, n, digits) for n, message in enumerate(messages)]
     try:
         text = render(turns)
     except TokenizerError:
         return  # it wants to see what the turns say
-    numbers = [int(match.group(2)) for match in _MARKS.finditer(text)]
+    numbers = [int(match.group(2)) for match in _marks(digits).finditer(text)]
     ours = [at for at, number in enumerate(numbers) if number == i]
-    if ours and set(numbers[ours[0] : ours[-1]]) != {i} and len(ours) > 1:
+    if len(ours) > 1 and set(numbers[ours[0] : ours[-1]]) != {i}:
         raise AnswerLostError(
             f"the chat template writes an answer more than once, and another turn between: {_quoted(messages[i])}"
         )
 
 
-def _replaced(message: Message, i: int, before: str = "", after: str = "", *, number: bool = False) -> Message:
-    """A turn that says something else.
+def _unused(text: str) -> str:
+    """Six digits that aren't in a text."""
+    return next(digits for digits in map(str, range(905316, 10**6, 19)) if digits not in text)
+
+
+def _marks(digits: str) -> re.Pattern[str]:
+    return re.compile(digits + r"(\d)(\d{3,}?)61")
+
+
+def _replaced(message: Message, i: int, digits: str, around: str = "") -> Message:
+    """A turn that says something else: marks.
 
     Args:
         message: The turn.
         i: Which one.
-        before: Characters before a mark.
-        after: Those after it.
-        number: Give calls a number, which closes nothing, as a text in quotation marks would.
+        digits: What marks begin with.
+        around: The character before each mark, and that after it.
     """
-    content, reasoning, argument = (f"{before}{mark(i, field)}{after}" for field in (0, 1, 2))
+    before, after = around[:1], around[1:]
+    content, reasoning, argument = (f"{before}{mark(i, field, digits)}{after}" for field in (0, 1, 2))
     replaced: dict[str, Any] = dict(message)
     if message["content"]:
         replaced["content"] = content
     if message.get("reasoning_content"):
         replaced["reasoning_content"] = reasoning
     if message.get("tool_calls"):  # not the names, which a template may write again before the tools' answers
-        given = {argument: int(argument) if number else argument}
         replaced["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": given}} for call in message["tool_calls"]
+            {**call, "function": {**call["function"], "arguments": {argument: argument}}}
+            for call in message["tool_calls"]
         ]
     return replaced  # type: ignore[return-value]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -186,14 +187,8 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[AnswerSpan]
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of a text, and first position and position after the last of each span of its characters."""
-    if not tokenizer.is_fast:  # no offsets: tokenize piece by piece
-        ids, ranges, done = [], [], 0
-        for span in spans:
-            ids += tokens_of(tokenizer, text[done : span.start])
-            answer = tokens_of(tokenizer, text[span.start : span.stop])
-            ranges.append((len(ids), len(ids) + len(answer)))
-            ids, done = ids + answer, span.stop
-        return ids + tokens_of(tokenizer, text[done:]), ranges
+    if not tokenizer.is_fast:
+        return _tokenize_without_offsets(tokenizer, text, spans)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     ranges, token = [], 0
@@ -205,6 +200,31 @@ def _tokenize(
             token += 1
         ranges.append((first, token))
     return [int(i) for i in ids], ranges
+
+
+def _tokenize_without_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[AnswerSpan]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """As :func:`_tokenize`: a span begins where the tokens of what precedes it end."""
+    ids = tokens_of(tokenizer, text)
+    edges = [0, *(edge for span in spans for edge in (span.start, span.stop))]
+    pieces = [tokens_of(tokenizer, text[start:stop]) for start, stop in pairwise(edges)]
+    pieces.append(tokens_of(tokenizer, text[edges[-1] :]))
+    if [token for piece in pieces for token in piece] == ids:
+        at = list(accumulate(map(len, pieces)))
+        return ids, list(zip(at[0:-1:2], at[1::2], strict=True))
+    ranges = []
+    for span in spans:  # tokens go across edges, so those before each edge have to be compared
+        starts, stops = (tokens_of(tokenizer, text[:edge]) for edge in (span.start, span.stop))
+        start, stop = _shared(ids, starts), _shared(ids, stops)
+        ranges.append((start, stop if stop == len(stops) else stop + 1))  # one that begins before the edge is inside
+    return ids, ranges
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences start with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _difference(row: str, prompt: str) -> tuple[str, str]:

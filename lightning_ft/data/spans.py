@@ -20,6 +20,7 @@ from lightning_ft.data.template_layout import (
     TemplateLayout,
     dropped_turns,
     end_of,
+    is_special,
     mark,
     shared_end,
     shared_start,
@@ -129,7 +130,8 @@ class _Conversation:
         cores = find_cores(self.render, self.messages, self.answers, self.text)
         notes: list[str] = []
         start = self._start(self.answers[-1], cores[-1], self.prompt)
-        opened = reopened(self.messages[-1], self.text[start : cores[-1].stop], self.prompt)
+        region = self.text[start : cores[-1].stop]
+        opened = reopened(self.messages[-1], region, self.prompt, cores[-1].reasons)
         if opened is not None:
             written = opened + self.text[cores[-1].stop :]
             last = Core(len(self.prompt), len(self.prompt) + len(opened))
@@ -204,7 +206,8 @@ class _Conversation:
             if message["role"] == "assistant" or not content or (content in text and i not in dropped):
                 continue
             try:
-                other = render([*messages[:i], {**message, "content": mark(i)}, *messages[i + 1 :]])
+                changed: Message = {**message, "content": mark(i) + message["content"]}
+                other = render([*messages[:i], changed, *messages[i + 1 :]])
             except TokenizerError:
                 continue  # it is looked at, so it isn't dropped
             if other == text:
@@ -246,28 +249,35 @@ class _Conversation:
             return AnswerSpan(core.start, core.stop + len(end), True)
         if not self.messages[i].get("tool_calls"):
             return AnswerSpan(core.start, core.stop, False)
-        # A turn of calls may close otherwise: compare with the conversation that ends after it.
+        # A turn of calls may close otherwise: compare the conversation that ends after it with one that goes on.
         turns = self.messages[: i + 1]
-        whole = self.render(turns)
-        closing = whole[core_by_difference(self.render, turns, i, whole).stop :]
-        following = text[core.stop : limit]
-        found: str | None
+        closing = self._after(turns, i)
+        following = self._after([*turns, *_answers_of_tools(turns[-1])], i) if last else text[core.stop : limit]
         if end is not None and end in closing:
-            found = closing[: closing.index(end) + len(end)]
-            both = last or following.startswith(found)
+            found: str | None = closing[: closing.index(end) + len(end)]
+            both = last or following.startswith(str(found))
         else:
-            found, both = end_of(self.template, closing, None if last else following)
+            found, both = end_of(self.template, closing, following or None)
             both = both or last
         if found is None or not both:  # what closes the call belongs to it all the same
             found = closing if last else shared_start([closing, following])
             return AnswerSpan(core.start, core.stop + len(found.rstrip()), False)
-        return AnswerSpan(core.start, core.stop + len(found), not last or _is_special(self.template, found))
+        return AnswerSpan(core.start, core.stop + len(found), not last or is_special(self.template, found))
+
+    def _after(self, turns: Sequence[Message], i: int) -> str:
+        """What is written after the core of one of the turns; nothing where the template refuses them."""
+        try:
+            text = self.render(turns)
+            return text[core_by_difference(self.render, turns, i, text).stop :]
+        except TokenizerError:
+            return ""
 
 
-def _is_special(template: ChatTemplate, end: str) -> bool:
-    """Whether a text ends with a special token, at which generation stops; one that only closes a call isn't."""
-    special = (str(token) for token in template.tokenizer.added_tokens_decoder.values() if token.special)
-    return end.endswith((*template.tokenizer.all_special_tokens, *special))
+def _answers_of_tools(message: Message) -> list[Message]:
+    """What might follow a turn of calls."""
+    call = message["tool_calls"][0]
+    tool = Message(role="tool", content=mark(0), name=call["function"]["name"], tool_call_id=str(call.get("id", "")))
+    return [tool, Message(role="assistant", content=mark(1))]
 
 
 def _check(message: Message, region: str, reasons: bool, *, last: bool) -> list[str]:

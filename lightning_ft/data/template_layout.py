@@ -20,18 +20,19 @@ from lightning_ft.errors import TokenizerError
 _MOST_CACHED = 1000  # rows may each bring tools of their own
 
 
-def mark(number: int, field: int = 0) -> str:
-    """A text that no conversation has and that no template writes in another way: digits have no case.
+def mark(number: int, field: int = 0, start: str = "905316") -> str:
+    """A text to put into a turn, which no template writes in another way: digits have no case.
 
     Args:
         number: Which turn it is put into.
         field: Which field of the turn.
+        start: Six digits that the conversation hasn't.
 
     Example:
         >>> mark(0), mark(12, 1)
         ('905316000061', '905316101261')
     """
-    return f"905316{field}{number:03}61"
+    return f"{start}{field}{number:03}61"
 
 
 class TemplateLayout(NamedTuple):
@@ -114,7 +115,16 @@ def end_of(template: ChatTemplate, closing: str | None, following: str | None) -
         return closing[: both[-1]], True
     if not ends:
         return None, False
-    return closing[: ends[0] if following is None else ends[-1]], False
+    if following is not None:
+        return closing[: ends[-1]], False
+    special = [end for end in ends if is_special(template, closing[:end])]
+    return closing[: (special or ends)[0]], False
+
+
+def is_special(template: ChatTemplate, end: str) -> bool:
+    """Whether a text ends with a special token, at which generation stops; one that only closes a call isn't."""
+    special = (str(token) for token in template.tokenizer.added_tokens_decoder.values() if token.special)
+    return end.endswith((*template.tokenizer.all_special_tokens, *special))
 
 
 # ---------------------------------------------------------------- what the template leaves out

@@ -168,7 +168,8 @@ class ChatTemplate:
             except TokenizerError as error:
                 failed.append(error)
                 continue
-            if all(_is_written(message, found[0]) for message in messages):
+            said = " ".join(message["content"] for message in messages)
+            if all(_is_written(message, found[0], said) for message in messages):
                 self._forms[key] = form
                 return found
             leaves_out = (
@@ -265,13 +266,20 @@ _STRINGS, _PARTS = _form(), _form(parts=True)
 _FORMS = [_form(as_text=as_text, empty=empty) for as_text in (False, True) for empty in (False, True)] + [_PARTS]
 
 
-def _is_written(message: Message, text: str) -> bool:
-    """Whether the calls of a message are in a text, and not as Python would print them."""
+def _is_written(message: Message, text: str, said: str) -> bool:
+    """Whether the calls of a message are in a text, and not as Python would print them.
+
+    Args:
+        message: A turn.
+        text: What the template makes of the conversation.
+        said: What the turns say, which may look as Python would print a call.
+    """
     for call in message.get("tool_calls", []):
         arguments = call["function"]["arguments"]
-        if call["function"]["name"] not in text or (
-            isinstance(arguments, dict) and arguments and str(arguments) in text
-        ):
+        if call["function"]["name"] not in text:
+            return False
+        printed = str(arguments) if isinstance(arguments, dict) and arguments else ""
+        if printed and text.count(printed) > said.count(printed):
             return False
         values = arguments.values() if isinstance(arguments, dict) else []
         if not all(_bare(value) in text for value in values if isinstance(value, str)):

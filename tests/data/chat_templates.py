@@ -22,7 +22,8 @@ ALL = [*SHIPPED, *WRITTEN]
 
 _TOKENS = re.compile(
     r"<\|[^|>'\" ]{1,40}\|>|<｜[^｜]{1,40}｜>|<(?:start|end)_of_turn>|<end_of_utterance>|</?s>|<turn\|>|<\|turn>"
-    r"|<\|?channel\|?>|<\|tool_call>|<tool_call\|>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS"
+    r'|<\|?channel\|?>|<\|tool(?:_call|_response)?>|<tool(?:_call|_response)?\|>|<\|"\|>'
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS"
     r"|ARGS|gMASK)\]|<sop>|<(?:bos|eos)>"
 )
 _ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
@@ -132,7 +133,14 @@ SCENARIOS = {
     "tools": ([user("Rome?"), answer("", tool_calls=[_CALL]), _RESULT, answer("It is sunny.")], {"tools": TOOLS}),
     "last call": ([user("Rome?"), answer("", tool_calls=[_CALL])], {"tools": TOOLS}),
     "echo": (
-        [user("assistant"), answer("assistant"), user("user"), answer("user"), user("Assistant:"), answer("Assistant:")],
+        [
+            user("assistant"),
+            answer("assistant"),
+            user("user"),
+            answer("user"),
+            user("Assistant:"),
+            answer("Assistant:"),
+        ],
         {},
     ),
     "zero": ([user("1-1?"), answer("0"), user("0+0?"), answer("0")], {}),
