@@ -28,7 +28,7 @@ class ExportModel(Callback):
 
     Raises:
         ConfigError: Before training, for a module that can't be exported.
-        ExportError: Before training, if a folder isn't empty.
+        ExportError: Before training, if a folder isn't empty or the adapter can't be exported like this.
 
     Example:
         >>> ExportModel("out", merge=True).merge
@@ -48,10 +48,7 @@ class ExportModel(Callback):
             raise ConfigError(
                 f"ExportModel can't export {type(pl_module).__name__}: it isn't a module of lightning_ft."
             )
-        if self.merge and is_sharded(pl_module):
-            raise ConfigError(
-                "ExportModel can't merge a sharded model: leave merge out, and merge the export afterwards."
-            )
+        pl_module.check_export(merge=self.merge)
         folder = self._folder(trainer)
         for part in ("last", "best"):
             if trainer.is_global_zero:

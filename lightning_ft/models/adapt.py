@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.load import adapter_config
 from lightning_ft.models.load_report import UNREADABLE, shortened, tell, why_unreadable
+from lightning_ft.models.lora_checks import check_adapter
 
 DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 """Rank 16 on every linear layer but the head: adapting all layers, not attention alone, is what reaches full
@@ -32,7 +33,7 @@ def lora_config(lora: LoraConfig | dict[str, Any] | bool | None) -> LoraConfig:
         lora: PEFT's own, a dict of its arguments over :data:`DEFAULT_LORA`, or None or True for the default.
 
     Raises:
-        ConfigError: For an argument PEFT doesn't have; the nearest one is named.
+        ConfigError: For an argument PEFT doesn't have (the nearest one is named), or refuses.
 
     Example:
         >>> lora_config({"r": 4, "use_rslora": True}).r
@@ -54,7 +55,10 @@ def lora_config(lora: LoraConfig | dict[str, Any] | bool | None) -> LoraConfig:
     for name, kind in _nested_configs().items():
         if isinstance(given.get(name), dict):
             given[name] = kind(**given[name])
-    return LoraConfig(**{**DEFAULT_LORA, **given})
+    try:
+        return LoraConfig(**{**DEFAULT_LORA, **given})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"lora: {str(error).strip()}") from error
 
 
 def _nested_configs() -> dict[str, type]:
@@ -135,19 +139,29 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> Pe
         seed: Of the adapter's initial weights.
 
     Raises:
-        ModelError: If the configuration doesn't fit the model.
+        ModelError: If the configuration doesn't fit the model, or could not be exported exactly.
     """
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if getattr(model.config, "tie_word_embeddings", False) and config.modules_to_save:
+    if _saves_tied(model, config):
         config.ensure_weight_tying = True  # else PEFT unties the head from the embeddings without a word
     try:
         with torch.random.fork_rng(devices=_devices(model)):
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, IndexError, NotImplementedError) as error:
         raise ModelError(f"LoRA doesn't fit {type(model).__name__}: {str(error).strip()}") from error
+    check_adapter(adapted, splits_base=splits_base(config))
     return adapted
+
+
+def _saves_tied(model: PreTrainedModel, config: LoraConfig) -> bool:
+    """Whether embeddings that are also the head are trained as a whole."""
+    if not config.modules_to_save or not getattr(model.config, "tie_word_embeddings", False):
+        return False
+    tied = [id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    names = [name for name, module in model.named_modules() if id(module) in tied]
+    return any(name.split(".")[-1] == saved.split(".")[-1] for name in names for saved in config.modules_to_save)
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:

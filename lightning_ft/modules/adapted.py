@@ -78,7 +78,19 @@ class AdaptedFineTuning(EvaluatedFineTuning):
         return model
 
     def new_reference(self) -> Reference:
-        """The model as it is now, to compare with; call it before the first step."""
+        """The model as it is now, to compare with; call it before the first step.
+
+        Raises:
+            ConfigError: If the adapter trains biases of the base, which no reference without a copy of it could undo.
+        """
+        if isinstance(self.model, PeftModel):
+            bias = getattr(self.model.active_peft_config, "bias", "none")
+            if bias != "none":
+                raise ConfigError(
+                    f"lora's bias={bias!r} trains biases of the base, so the model without its adapter would no longer "
+                    "be the reference that training started from. Leave bias out (lora_bias=True trains biases of the "
+                    "adapter), or train every weight with lora=None."
+                )
         given, mesh = isinstance(self._given[0], PreTrainedModel), getattr(self, "_device_mesh", None)
         return Reference(
             self.model,

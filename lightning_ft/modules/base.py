@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -13,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.data.request import Message
+from lightning_ft.data.request import Message, Request
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adaptation import Adaptation
-from lightning_ft.models.export import export
+from lightning_ft.models.adapter_export import check_base
+from lightning_ft.models.export import check_export, export
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id, quantization_options, resolve_dtype
@@ -235,7 +237,7 @@ class FineTuning(CheckedRows):
     # ---------------------------------------------------------------- training
 
     def on_fit_start(self) -> None:
-        """Refuse what would be silently wrong."""
+        """Refuse what would be silently wrong, and tell of an adapter that can only be exported merged."""
         strategy = type(self.trainer.strategy).__name__
         if "DeepSpeed" in strategy:
             raise ConfigError(
@@ -247,6 +249,7 @@ class FineTuning(CheckedRows):
                 "Checkpoints hold trainable weights only, which sharded checkpoint files can't: pass "
                 "save_distributed_checkpoint=False to ModelParallelStrategy."
             )
+        check_base(self.model)
         self._check_rows(self.model)
         if getattr(self, "_device_mesh", None) is None:
             self._tell_misfits()
@@ -360,15 +363,16 @@ class FineTuning(CheckedRows):
 
     # ---------------------------------------------------------------- generation
 
-    def predict_step(self, batch: list[list[Message]], batch_idx: int, dataloader_idx: int = 0) -> list[str]:
+    def predict_step(self, batch: list[list[Message] | Request], batch_idx: int, dataloader_idx: int = 0) -> list[str]:
         """Answers to a batch of conversations."""
         return self.generate(batch)
 
-    def generate(self, inputs: list[str] | list[list[Message]], **options: Any) -> list[str]:
+    def generate(self, inputs: Sequence[str | list[Message] | Request], **options: Any) -> list[str]:
         """Answer each input.
 
         Args:
-            inputs: Strings (one user turn each) or conversations.
+            inputs: Strings (one user turn each), conversations, or requests, which may have `tools` and other arguments
+                of the chat template.
             options: Arguments of transformers' `generate`, over those in `generation`; 64 new tokens, greedy, by
                 default.
 
@@ -376,11 +380,16 @@ class FineTuning(CheckedRows):
             The answers, without special tokens.
         """
         self.configure_model()
-        conversations = [[Message(role="user", content=i)] if isinstance(i, str) else i for i in inputs]
-        prompts = [encode_prompt(self.tokenizer, conversation) for conversation in conversations]
+        prompts = [self._encode_prompt(given) for given in inputs]
         settings = {**self._generation, **options}
         check_tokens(self.model, self.tokenizer, prompts)
         return generate_text(self.model, self.tokenizer, prompts, pad_token_id=pad_token_id(self.tokenizer), **settings)
+
+    def _encode_prompt(self, given: str | list[Message] | Request) -> list[int]:
+        if isinstance(given, Request):
+            return encode_prompt(self.tokenizer, given.messages, kwargs=given.template_kwargs)
+        turns = [Message(role="user", content=given)] if isinstance(given, str) else given
+        return encode_prompt(self.tokenizer, turns)
 
     # ---------------------------------------------------------------- checkpoints and export
 
@@ -447,7 +456,7 @@ class FineTuning(CheckedRows):
             The folder.
 
         Raises:
-            ExportError: If it would not give the same output, or the folder isn't empty.
+            ExportError: If it would not give the same output, can't be loaded over its base, or the folder isn't empty.
         """
         self.configure_model()
         return export(
@@ -458,4 +467,26 @@ class FineTuning(CheckedRows):
             overwrite=overwrite,
             initial=self._initial,
             write=self._trainer is None or self._trainer.is_global_zero,
+            base_options=self._card_options(),
         )
+
+    def check_export(self, *, merge: bool = False) -> None:
+        """Refuse an export that would fail, as far as that can be known before training; on all ranks.
+
+        Args:
+            merge: Whether the adapter will be folded into the base weights.
+
+        Raises:
+            ExportError: With what to do instead.
+        """
+        self.configure_model()
+        check_export(self.model, merge=merge, initial=self._initial)
+
+    def _card_options(self) -> dict[str, Any]:
+        """With what arguments a model card's code loads the base."""
+        found = {name: self._hyper[name] for name in ("revision", "trust_remote_code") if self._hyper[name]}
+        if self._hyper["dtype"] not in (None, "auto"):
+            found["dtype"] = str(self._hyper["dtype"]).removeprefix("torch.")
+        if self._hyper["quantization"] is not None:
+            found["quantization"] = quantization_options(self._hyper["quantization"])
+        return found

@@ -1,0 +1,164 @@
+"""An adapter as a folder that fits the base everyone has."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_ft.errors import ExportError, ModelError
+from lightning_ft.models.adapt import InitialAdapter, rounds_base
+from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.load import load_config
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def save_adapter(
+    model: PeftModel,
+    path: Path,
+    *,
+    initial: InitialAdapter | None = None,
+    state_dict: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write the trained adapter alone, not those next to it for a reference or for values.
+
+    Args:
+        model: With the adapter.
+        path: The folder.
+        initial: The adapter as initialized, where that changed the base.
+        state_dict: The gathered weights of a sharded model.
+        revision: Branch, tag or commit of the base on the hub.
+
+    Raises:
+        ExportError: If no plain adapter gives the same answers over the base that it names.
+    """
+    check_adapter_export(model)
+    # the embeddings' own weights aren't trained: whoever loads the adapter has them
+    options = {} if state_dict is None else {"state_dict": state_dict}
+    cast(Any, model).save_pretrained(
+        str(path), selected_adapters=[model.active_adapter], save_embedding_layers=False, **options
+    )
+    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    if initial is not None:
+        trained, start = load_file(path / WEIGHTS), load_file(initial.path / WEIGHTS)
+        save_file(differences_to(start, trained), path / WEIGHTS, metadata={"format": "pt"})
+        config |= _twice_the_rank(config)
+    # The weights are trained ones: whoever loads them must not initialize (and split the base) again.
+    config["init_lora_weights"] = True
+    for name in ("eva_config", "corda_config", "loftq_config", "lora_ga_config"):
+        if name in config:
+            config[name] = {} if name == "loftq_config" else None
+    if revision is not None:
+        config["revision"] = revision
+    (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def check_adapter_export(model: PeftModel) -> None:
+    """Refuse an adapter that could not be loaded over the base that it names.
+
+    Args:
+        model: With the adapter.
+
+    Raises:
+        ExportError: With what to do instead.
+    """
+    if rounds_base(cast(LoraConfig, model.active_peft_config)):
+        raise ExportError("LoftQ rounded the base weights, so its adapter fits no other base: export with merge=True.")
+    if (sizes := resized(base_of(model))) is not None:
+        raise ExportError(
+            f"The base has {sizes[0]:,} embeddings, {base_of(model).config._name_or_path!r} has {sizes[1]:,}: the "
+            "adapter could not be loaded over that. Export with merge=True; or save the resized model and its "
+            "tokenizer with save_pretrained before training, and give that folder as model=."
+        )
+
+
+def check_base(model: CausalLM) -> None:
+    """Tell before training of a base with other embeddings than the checkpoint that it names, under an adapter.
+
+    Args:
+        model: With or without adapter.
+
+    Raises:
+        ModelError: If its weights are quantized too: such an adapter could be exported neither way.
+    """
+    base = base_of(model)
+    if not isinstance(model, PeftModel) or (sizes := resized(base)) is None:
+        return
+    found = f"The model has {sizes[0]:,} embeddings, {base.config._name_or_path!r}, which it was loaded from, "
+    found += f"{sizes[1]:,}: an adapter over it can't be loaded over that. "
+    save = "save the resized model and its tokenizer with save_pretrained, and give that folder as model="
+    if getattr(base, "is_quantized", False):
+        raise ModelError(f"{found}Nor can it be merged into quantized weights: {save}.")
+    rank_zero_warn(f"{found}Export it with merge=True, or first {save}.")
+
+
+def resized(base: PreTrainedModel) -> tuple[int, int] | None:
+    """Sizes of the vocabulary, of a model and of the checkpoint that it names, if they differ.
+
+    Args:
+        base: The model.
+
+    Returns:
+        None if they are the same, or the checkpoint can't be found.
+    """
+    name = getattr(base.config, "_name_or_path", None)
+    if not name:
+        return None
+    try:
+        config = load_config(name)
+    except ModelError:
+        return None
+    ours, theirs = (int(c.get_text_config().vocab_size) for c in (base.config, config))
+    return None if ours == theirs else (ours, theirs)
+
+
+def differences_to(initial: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of an ordinary adapter of twice the rank that does ``s(BA - B0 A0)``.
+
+    An initialization that splits the base takes ``s B0 A0`` out of it, so this is what was added to the base that
+    everyone has (https://arxiv.org/abs/2404.02948, appendix C). What isn't a pair of matrices (DoRA's magnitudes,
+    trained heads, biases and tokens) stays as it was trained.
+
+    Args:
+        initial: The adapter's weights as initialized, by name.
+        trained: Those at the end.
+
+    Returns:
+        The new weights by the same names.
+
+    Example:
+        >>> a, b = torch.ones(1, 3), torch.ones(2, 1)
+        >>> both = differences_to({"q.lora_A.weight": a, "q.lora_B.weight": b},
+        ...                       {"q.lora_A.weight": 2 * a, "q.lora_B.weight": b})
+        >>> both["q.lora_B.weight"] @ both["q.lora_A.weight"]
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
+    """
+    found = dict(trained)
+    for name, value in trained.items():
+        if "lora_A" in name or "lora_embedding_A" in name:  # [r, d]
+            found[name] = torch.cat([value, initial[name].to(value)], dim=0).contiguous()
+        elif name.endswith("lora_B.weight") or "lora_embedding_B" in name:  # [d, r]
+            found[name] = torch.cat([value, -initial[name].to(value)], dim=1).contiguous()
+    return found
+
+
+def _twice_the_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """Ranks and alphas of twice the rank with the same scale, ``alpha / r`` or with rsLoRA ``alpha / sqrt(r)``."""
+    factor = math.sqrt(2) if config.get("use_rslora") else 2
+    return {
+        "r": 2 * config["r"],
+        "lora_alpha": factor * config["lora_alpha"],
+        "rank_pattern": {name: 2 * rank for name, rank in (config.get("rank_pattern") or {}).items()},
+        "alpha_pattern": {name: factor * alpha for name, alpha in (config.get("alpha_pattern") or {}).items()},
+    }

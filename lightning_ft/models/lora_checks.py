@@ -1,0 +1,146 @@
+"""Adapters that can't be trained or exported exactly, refused before the first step with the reason."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from lightning_ft.errors import ExportError, ModelError
+from lightning_ft.models.head import base_of
+
+
+def check_adapter(model: PeftModel, *, splits_base: bool) -> None:
+    """Refuse a new adapter that would be trained on something else than it is used with later.
+
+    Args:
+        model: With the adapter.
+        splits_base: Whether initialising the adapter changed the base weights.
+
+    Raises:
+        ModelError: With the reason, and what to do.
+    """
+    config = cast(LoraConfig, model.active_peft_config)
+    kind = type(base_of(model)).__name__
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ModelError(
+            "lora's alora_invocation_tokens: such an adapter acts from these tokens on, which only PEFT's own forward "
+            "pass finds in a row. Here layers are called directly, so it would never be trained: leave it out."
+        )
+    shared = dict(_shared_weights(model))
+    if shared and getattr(config, "target_modules_to_tie", None):
+        raise ModelError(
+            f"lora's ensure_weight_tying: PEFT ties the adapters of {_listed(shared)} by views of one storage, which "
+            "moving the model to a device undoes. Leave it out, and each gets an adapter of its own; or name the "
+            "module in modules_to_save, which stays tied."
+        )
+    if shared and (splits_base or config.init_lora_weights == "loftq"):
+        name, others = next(iter(shared.items()))
+        raise ModelError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the weights under its adapters, and "
+            f"{_plain(name)} of {kind} shares its weights with {_listed(others)}, which would be changed too. Leave "
+            f"{_plain(name)} out of target_modules, or use the default init_lora_weights."
+        )
+    if config.use_dora and (found := _zero_rows(model)) is not None:
+        name, rows = found
+        raise ModelError(
+            f"use_dora divides by the norm of each row of a weight, and {rows:,} rows of {name} in {kind} are zero "
+            "(the padding token's embedding, mostly): its output would be NaN. Leave that module out of "
+            "target_modules, or use_dora."
+        )
+
+
+def shared_adapted_layers(model: PeftModel) -> list[nn.Module]:
+    """Layers below an adapter whose weights another module has too: a head that is the embeddings, repeated layers.
+
+    Folding the adapter into such a weight would change the other module with it.
+
+    Args:
+        model: With the adapter.
+
+    Returns:
+        The layers below the adapters, not the adapters.
+    """
+    return [model.get_submodule(name).get_base_layer() for name, _ in _shared_weights(model)]  # type: ignore[operator]
+
+
+def check_merge(model: PeftModel) -> None:
+    """Refuse to merge before training what PEFT could not merge after it, by merging a copy of a layer of each sort.
+
+    Args:
+        model: With the adapter.
+
+    Raises:
+        ExportError: With PEFT's reason.
+    """
+    if getattr(base_of(model), "is_quantized", False):
+        raise ExportError(
+            "An adapter over quantized weights can't be merged exactly. Export it unmerged, or load the base "
+            "unquantized, put the exported adapter on it and merge there."
+        )
+    if getattr(model.active_peft_config, "layer_replication", None):
+        raise ExportError(
+            "lora's layer_replication repeats layers by sharing their weights, and a merged model would need each "
+            "layer's own. Export it unmerged."
+        )
+    seen = set()
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or hasattr(layer, "parameter_name"):
+            continue
+        base: Any = layer.get_base_layer()
+        sort = (type(layer), type(base), getattr(base, "bias", None) is None)
+        if sort in seen:
+            continue
+        seen.add(sort)
+        try:
+            cast(Any, copy.deepcopy(layer)).merge(safe_merge=True)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            raise ExportError(f"PEFT can't merge this adapter: {str(error).strip()} Export it unmerged.") from error
+
+
+def _shared_weights(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
+    """Names of adapted modules whose base weight others have too, and of those others."""
+    owners: defaultdict[int, list[str]] = defaultdict(list)
+    adapted: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners[_storage(parameter)].append(name)
+        if isinstance(module, LoraLayer) and not hasattr(module, "parameter_name"):
+            weight = getattr(module.get_base_layer(), "weight", None)
+            if isinstance(weight, Tensor) and weight.device.type != "meta":
+                adapted[name] = weight
+    for name, weight in adapted.items():
+        others = [_plain(owner) for owner in owners[_storage(weight)] if owner != f"{name}.base_layer"]
+        if others:
+            yield name, others
+
+
+def _storage(weight: Tensor) -> int:
+    local = weight.to_local() if hasattr(weight, "to_local") else weight  # of a sharded model
+    return int(local.untyped_storage().data_ptr()) or id(weight)
+
+
+def _zero_rows(model: PeftModel) -> tuple[str, int] | None:
+    """The first module whose DoRA magnitudes hold zeros, and how many."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for magnitude in module.lora_magnitude_vector.values():
+                weight = cast(Tensor, getattr(magnitude, "weight", magnitude))
+                zeros = int((weight == 0).sum()) if weight.device.type != "meta" else 0
+                if zeros:
+                    return _plain(name), zeros
+    return None
+
+
+def _plain(name: str) -> str:
+    """A module's name as the base has it."""
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def _listed(names: Any) -> str:
+    return " and ".join(_plain(name) for name in list(names)[:3])

@@ -1,0 +1,159 @@
+"""The model card of an export, with code that loads it and asks it once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.load import text_class_name
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
+
+
+def hub_name(name: str | None) -> str | None:
+    """The name on the hub of a model that was loaded by it, None for a local folder or no name.
+
+    Args:
+        name: A hub name, a folder, or a folder of the hub's cache.
+
+    Example:
+        >>> hub_name("Qwen/Qwen3-0.6B"), hub_name("/home/me/model"), hub_name("")
+        ('Qwen/Qwen3-0.6B', None, None)
+        >>> hub_name("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B/snapshots/c1899d")
+        'Qwen/Qwen3-0.6B'
+    """
+    if not name:
+        return None
+    if (cached := _HUB_CACHE.search(Path(name).as_posix())) is not None:
+        return f"{cached['owner']}/{cached['name']}"
+    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
+
+
+def model_card(
+    folder: str,
+    model: CausalLM,
+    *,
+    merge: bool = False,
+    base_options: dict[str, Any] | None = None,
+    end_tokens: list[int] | None = None,
+) -> str:
+    """A model card in Markdown; no path of this machine is in it.
+
+    Args:
+        folder: The last name of the folder of the export.
+        model: What was exported.
+        merge: Whether its adapter was folded into the base.
+        base_options: Further arguments with which the base was loaded, such as ``{"revision": "main"}``.
+        end_tokens: Ids of the tokens that end an answer, where the base itself doesn't stop at all of them.
+
+    Returns:
+        The card.
+    """
+    base = base_of(model)
+    given: str = getattr(base.config, "_name_or_path", None) or ""
+    name = hub_name(given)
+    adapter = isinstance(model, PeftModel) and not merge
+    shown = f"`{name or Path(given).name or type(base).__name__}`"
+    generates = base.can_generate()
+    remote = ", trust_remote_code=True" if (base_options or {}).get("trust_remote_code") else ""
+    lines = [
+        "---",
+        *([f"base_model: {name}"] if name else []),
+        f"library_name: {'peft' if adapter else 'transformers'}",
+        f"pipeline_tag: {'text-generation' if generates else 'text-classification'}",
+        "---",
+        "",
+        f"# {folder}",
+        "",
+        f"{'LoRA adapter for' if adapter else 'Fine-tuned from'} {shown}, made with lightning_ft.",
+        "",
+        "```python",
+        *(_adapter_code(folder, base, given, base_options or {}) if adapter else _whole_code(folder, base, remote)),
+        *(_ask() if generates else _score()),
+        "```",
+        "",
+    ]
+    if adapter and name is None:
+        lines += [
+            "The base was a local folder. Before you publish the adapter, replace `base_model_name_or_path` in "
+            "`adapter_config.json` by the base's name on the hub.",
+            "",
+        ]
+    if adapter and end_tokens:
+        lines += [
+            "What loads the adapter without `generation_config.json` (`pipeline`, servers) takes the end tokens from "
+            f"the base, which doesn't stop at all of them: give it `eos_token_id={end_tokens}` (vLLM: "
+            "`stop_token_ids`).",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _auto(base: Any) -> str:
+    return text_class_name(base) if base.can_generate() else "AutoModelForSequenceClassification"
+
+
+def _adapter_code(folder: str, base: Any, given: str, options: dict[str, Any]) -> list[str]:
+    auto, name = _auto(base), hub_name(given)
+    imports = [auto, "AutoTokenizer", *(["GenerationConfig"] if base.can_generate() else [])]
+    if not base.can_generate():
+        # without the pad token that the tokenizer was exported with, scores of padded batches would be read elsewhere
+        options = {"num_labels": 1, "pad_token_id": base.config.get_text_config().pad_token_id, **options}
+    arguments = [f"{key}={value!r}" for key, value in options.items() if key != "quantization"]
+    if options.get("quantization"):
+        settings = ", ".join(f"{key}={_literal(value)}" for key, value in options["quantization"].items())
+        arguments.append(f"quantization_config=BitsAndBytesConfig({settings})")
+        imports.append("BitsAndBytesConfig")
+    remark = "" if name else "  # it was a local folder: its path, or the base's name on the hub, goes here"
+    remote = ", trust_remote_code=True" if options.get("trust_remote_code") else ""
+    end = [f'model.generation_config = GenerationConfig.from_pretrained("{folder}")  # where answers end']
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {', '.join(sorted(imports))}",
+        "",
+        f'base = "{name or Path(given).name or "base"}"{remark}',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{remote})',
+        f"model = {auto}.from_pretrained({', '.join(['base', *arguments])})",
+        f'model = PeftModel.from_pretrained(model, "{folder}").eval()',
+        *(end if base.can_generate() else []),
+    ]
+
+
+def _literal(value: Any) -> str:
+    """A setting of `BitsAndBytesConfig` as code; it takes dtypes by name."""
+    return repr(str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value)
+
+
+def _whole_code(folder: str, base: Any, remote: str) -> list[str]:
+    return [
+        f"from transformers import {_auto(base)}, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{remote})',
+        f'model = {_auto(base)}.from_pretrained("{folder}"{remote})',
+    ]
+
+
+def _ask() -> list[str]:
+    return [
+        "",
+        'chat = [{"role": "user", "content": "..."}]',
+        'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", '
+        "return_dict=True)",
+        "output = model.generate(**inputs, max_new_tokens=256)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+
+
+def _score() -> list[str]:
+    return [
+        "",
+        'chat = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+        'inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)',
+        "print(model(**inputs).logits[0, 0].item())",
+    ]
