@@ -37,6 +37,7 @@ class Request:
         reference: The right answer.
         cluster: What it belongs together with (a customer, a conversation), for intervals resampled by cluster.
         template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
+        answer: The right answer as a turn, where it is more than its text: with reasoning or tool calls.
     """
 
     id: str
@@ -44,3 +45,4 @@ class Request:
     reference: str
     cluster: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    answer: Message | None = None

@@ -305,10 +305,15 @@ class Splits(Generic[RowT]):
         requests = []
         for unique, row in zip(ids, rows, strict=True):
             if not row.asked or row.messages[-1]["role"] != "assistant":
-                missing = "no answer to compare with" if row.asked else "no question"
-                raise ConfigError(f"{name} rows can't be requests: {row.source}, row {row.row}, has {missing}.")
-            reference = row.messages[-1]["content"]
-            requests.append(Request(unique, row.asked, reference, row.cluster or None, row.template_kwargs))
+                missing = "no answer to compare with" if row.asked else "no question, since it is a plain text"
+                raise ConfigError(
+                    f"{name} rows can't be requests: {row.source}, row {row.row}, has {missing}. Give questions with "
+                    "their answers as requests= where they are asked."
+                )
+            answer = row.messages[-1]
+            more = answer if {"tool_calls", "reasoning_content"} & answer.keys() else None
+            reference, cluster = answer["content"], row.cluster or None
+            requests.append(Request(unique, row.asked, reference, cluster, row.template_kwargs, more))
         return requests
 
 

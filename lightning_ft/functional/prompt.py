@@ -81,8 +81,8 @@ class PromptBaseline:
 
     def messages(self, request: Sequence[Message]) -> list[Message]:
         """A request's conversation with system prompt and examples before it."""
-        own = request[0]["content"] if request and request[0]["role"] == "system" else ""
-        rest = list(request[1:] if own else request)
+        has_own = bool(request) and request[0]["role"] == "system"
+        own, rest = (request[0]["content"], list(request[1:])) if has_own else ("", list(request))
         system = "\n\n".join(text for text in (self.system, own) if text)
         head = [Message(role="system", content=system)] if system else []
         return [*head, *self.examples(), *rest]
@@ -111,7 +111,8 @@ def check_no_overlap(baseline: PromptBaseline, requests: Sequence[Request]) -> N
         SavingsError: With the requests that are among the examples.
     """
     shown = {_folded(turn["content"]) for turn in baseline.examples() if turn["role"] == "user"}
-    found = [r.id for r in requests if r.messages and _folded(r.messages[-1]["content"]) in shown]
+    asked = {r.id: [m["content"] for m in r.messages if m["role"] == "user"][-1:] for r in requests}
+    found = [name for name, last in asked.items() if last and _folded(last[0]) in shown]
     if found:
         raise SavingsError(
             f"{len(found):,} evaluation rows are also few-shot examples of the baseline ({', '.join(found[:5])}): "

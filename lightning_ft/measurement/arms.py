@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.data.cores import without_reasoning
 from lightning_ft.errors import SavingsError
 from lightning_ft.functional.records import ArmRecords
 from lightning_ft.functional.scorers import score_answers
@@ -116,7 +117,10 @@ def _scores(plan: MeasurementPlan, outputs: Sequence[str]) -> tuple[float, ...]:
     if rank == 0:
         try:
             ids, references = [r.id for r in plan.requests], [r.reference for r in plan.requests]
-            told = [score_answers(plan.scorer_name, plan.scorer, ids, outputs, references)]
+            # Where a row has its reasoning apart from its answer, answers are compared apart from theirs.
+            apart = ["reasoning_content" in (r.answer or {}) for r in plan.requests]
+            answers = [without_reasoning(o) if a else o for o, a in zip(outputs, apart, strict=True)]
+            told = [score_answers(plan.scorer_name, plan.scorer, ids, answers, references)]
         except SavingsError as error:
             if ranks == 1:
                 raise

@@ -119,9 +119,11 @@ def encode_task(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TaskRow]) -> 
     examples = []
     for place, row in enumerate(rows):
         if isinstance(row, Request):
-            messages = [*row.messages, Message(role="assistant", content=row.reference)]
+            answer = Message(role="assistant", content=row.reference) if row.answer is None else row.answer
+            messages, kwargs = [*row.messages, answer], row.template_kwargs
+            assert template is not None  # there is a request
             try:
-                examples.append(encode(tokenizer, messages, template, last_only=True).example)  # type: ignore[arg-type]
+                examples.append(encode(tokenizer, messages, template, kwargs, last_only=True).example)
             except TokenizerError as error:
                 raise RetentionError(f"Task row {row.id!r}: {error}") from error
             continue

@@ -130,6 +130,11 @@ def measurement_plan(
     template = chat_template(tokenizer)
     prompted, bare = [], []
     for request in chosen:
+        if request.answer is not None and request.answer.get("tool_calls"):
+            raise SavingsError(
+                f"Request {request.id!r}: its right answer calls tools, and answers are compared as texts. Leave such "
+                "rows out of the split, or pass requests= with what the model should write as their reference."
+            )
         try:
             kwargs = request.template_kwargs
             bare.append(tuple(encode_prompt(tokenizer, request.messages, template, kwargs)))

@@ -1,13 +1,16 @@
 """Which tokens two completions share, which of them are supervised, and what is cut of them."""
 
 import pytest
+import torch
 from preference_cases import PAIRS, S, answer, labelled, pair, read, talk
 
-from lightning_ft.data.encode import encode_conversation, encode_prompt
+from lightning_ft.data.encode import Encoded, encode_conversation, encode_prompt
+from lightning_ft.data.layout import Example
 from lightning_ft.data.overlong import RowEncoder
 from lightning_ft.data.preference_rows import PREFERENCES, split_shared
 from lightning_ft.data.problems import Problem
 from lightning_ft.data.templates import set_chat_template
+from lightning_ft.data.turns import RowError
 
 
 def encoded(tokenizer, row, max_length=512, on_overlong="error"):
@@ -79,14 +82,11 @@ def test_the_same_tokens(make_tokenizer):
     assert problem.row == 1
 
 
-def test_no_shared_token(make_tokenizer):
-    template = (  # it starts with what will be answered
-        "{{- messages[-1].content -}}{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
-        "{%- generation -%}{{- m.content + eos_token -}}{%- endgeneration -%}"
-        "{%- else -%}{{- m.content -}}{%- endif -%}{%- endfor -%}"
-    )
-    problem = RowEncoder(make_tokenizer(template), 64, "error", PREFERENCES)(read(pair(chosen="1", rejected="2")))
-    assert problem.reason == "no token is shared before the answers"
+def test_no_shared_token():
+    sides = [Example(torch.tensor([first, 8]), torch.tensor([False, True])) for first in (5, 6)]
+    with pytest.raises(RowError) as error:
+        PREFERENCES.check_encoded(Encoded(tuple(sides), prompt_matches=True))
+    assert error.value.reason == "no token is shared before the answers"
 
 
 LONG = " ".join(f"parcel {n}" for n in range(60))

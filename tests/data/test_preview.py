@@ -6,11 +6,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from lightning_ft.data.content import remedy_for
 from lightning_ft.data.layout import Example
 from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.data.preferences import PreferenceDataModule
 from lightning_ft.data.preview import length_histogram, preview, supervised_text
 from lightning_ft.data.prompts import PromptDataModule
+from lightning_ft.data.templates import chat_template
 from lightning_ft.errors import ConfigError
 
 
@@ -113,3 +115,99 @@ def test_prompts_are_shown_with_their_columns(tokenizer):
     assert "where is it<|im_end|> <|im_start|>assistant answer: ['[on]', 4]" in flat
     assert "answer: None" in flat
     assert "1 no 'answer' column, taken for None" in flat
+
+
+# ---------------------------------------------------------------- what rows may say
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TEMPLATE = (
+    "{%- if mode -%}{{- '(' + mode + ')' -}}{%- endif -%}{%- if tools -%}{{- tools | tojson -}}{%- endif -%}"
+    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' -}}"
+    "{%- if m.reasoning_content -%}{{- '(' + m.reasoning_content + ') ' -}}{%- endif -%}{{- m.content -}}"
+    "{%- for c in m.tool_calls or [] -%}{{- c.function | tojson -}}{%- endfor -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+
+def flat(data, tokenizer, **options):
+    text, report = printed(data, tokenizer, **options)
+    return " ".join(text.replace("│", " ").split()), report
+
+
+def test_preview_shows_tools_calls_reasoning_and_template_kwargs(make_tokenizer):
+    messages = [
+        {"role": "user", "content": "where is it"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "lamp", "reasoning_content": "the fox"},
+    ]
+    row = {"messages": messages, "tools": [{"name": "weather"}], "chat_template_kwargs": {"mode": "quick"}}
+    text, _ = flat(PairDataModule([row]), make_tokenizer(TEMPLATE))
+    assert "(quick)[{" in text
+    assert "«{" in text
+    assert "«(the fox) lamp<|im_end|>»" in text
+    assert "mode: 'quick'" in text
+    assert "tools: [{'type': 'function', 'function': {'name': 'weather'}}]" in text
+
+
+def test_preview_shows_answers_that_are_not_trained_on(tokenizer):
+    turns = [
+        ("user", "where", {}),
+        ("assistant", "wrong", {"weight": 0}),
+        ("user", "what", {}),
+        ("assistant", "fox", {}),
+    ]
+    row = {"messages": [{"role": role, "content": content, **more} for role, content, more in turns]}
+    text, _ = flat(PairDataModule([row]), tokenizer)
+    assert "wrong<|im_end|>" in text
+    assert "«wrong" not in text
+    assert "«fox<|im_end|>»" in text
+    assert "answers not trained on: 1" in text
+
+
+def test_preview_shows_plain_texts(tokenizer):
+    text, report = flat(PairDataModule([{"text": "the quick fox"}]), tokenizer)
+    assert "«" in text
+    assert "fox<|im_end|>»" in text
+    assert report["train"].formats == {"train": "text"}
+
+
+def test_preview_shows_template_kwargs_of_preferences(make_tokenizer):
+    row = {"prompt": "where", "chosen": "lamp", "rejected": "fox", "chat_template_kwargs": {"mode": "quick"}}
+    text, _ = flat(PreferenceDataModule([row]), make_tokenizer(TEMPLATE))
+    assert "chosen: «lamp<|im_end|>»" in text
+    assert "mode: 'quick'" in text
+
+
+def test_preview_lists_ignored_columns(tokenizer):
+    text, report = flat(PairDataModule([{"input": "where", "output": "fox", "topic": "x", "n": 3}]), tokenizer)
+    assert "ignored columns: n, topic" in text
+    assert report["train"].ignored == ["n", "topic"]
+
+
+def test_preview_shows_notes_with_their_remedies_and_warns_of_none(make_tokenizer, recwarn):
+    tokenizer = make_tokenizer(TEMPLATE.replace("m.content", "m.content | trim"))
+    text, report = flat(PairDataModule([{"input": "where", "output": "  fox"}]), tokenizer)
+    (note,) = [note for note in report["train"].notes if "white space" in note]
+    assert f"1 │ {note}".replace("│", "").replace("  ", " ") in text or note in text
+    remedy = remedy_for(note, chat_template(tokenizer))
+    assert remedy is not None
+    assert " ".join(remedy.split()) in text
+    assert not [w for w in recwarn if note in str(w.message)]
+
+
+NASTY = "a\x1b[2J\x1b]0;title\x07\u202eb"
+
+
+def test_preview_escapes_control_characters(tokenizer):
+    data = [
+        PairDataModule([{"input": NASTY, "output": NASTY, NASTY: 1}, {"input": NASTY, "output": ""}]),
+        PairDataModule([{"text": NASTY}]),
+        PreferenceDataModule([{"prompt": NASTY, "chosen": NASTY, "rejected": "fox"}]),
+        PromptDataModule([{"prompt": NASTY, "answer": NASTY, NASTY: [NASTY]}]),
+    ]
+    for module in data:
+        text, _ = printed(module, tokenizer)
+        assert not {"\x1b", "\x07", "\u202e"} & set(text)
+        assert "\\x1b[2J" in text
+        assert "title" in text

@@ -1,0 +1,410 @@
+"""Rows as other trainers and APIs have them: each means what it means there, or is refused with a remedy that works."""
+
+import ast
+import re
+
+import pytest
+
+from lightning_ft.data.kinds import Pairs
+from lightning_ft.data.preference_rows import PREFERENCES
+from lightning_ft.data.prompt_rows import PROMPTS
+from lightning_ft.data.report import SplitReport
+from lightning_ft.data.rows import load_source
+from lightning_ft.errors import DataError
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALL_TEXT = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+U, A, S, T = "user", "assistant", "system", "tool"
+KINDS = {"pairs": Pairs(), "preferences": PREFERENCES, "prompts": PROMPTS}
+
+
+def user(content="q", **more):
+    return {"role": "user", "content": content, **more}
+
+
+def answer(content="a", **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def load(row, kind="pairs", **options):
+    report = SplitReport()
+    try:
+        rows, problems = load_source([row], "train", "train", kind=KINDS[kind], report=report, **options)
+    except DataError as error:  # of the columns of all rows
+        return None, str(error), report
+    return (rows[0] if rows else None), (str(problems[0]) if problems else None), report
+
+
+def short(messages):
+    return [(m["role"], m["content"] or m.get("tool_calls")) for m in messages]
+
+
+# ---------------------------------------------------------------- pairs that are taken
+
+TAKEN = {
+    "TRL, tools": (
+        {
+            "messages": [
+                user(),
+                answer("", tool_calls=[CALL]),
+                {"role": T, "name": "weather", "content": "3"},
+                answer(),
+            ],
+            "tools": [TOOL],
+        },
+        [(U, "q"), (A, [CALL]), (T, "3"), (A, "a")],
+        {"tools": [TOOL]},
+    ),
+    "TRL, tools as text": (
+        {"messages": [user(), answer()], "tools": '[{"name": "weather", "parameters": {}}]'},
+        [(U, "q"), (A, "a")],
+        {"tools": [TOOL]},
+    ),
+    "TRL, prompt and completion": ({"prompt": [user()], "completion": [answer()]}, [(U, "q"), (A, "a")], {}),
+    "TRL, template kwargs": (
+        {"messages": [user(), answer()], "chat_template_kwargs": {"enable_thinking": False, "xml_tools": None}},
+        [(U, "q"), (A, "a")],
+        {"enable_thinking": False},
+    ),
+    "template kwargs as text": (
+        {"input": "q", "output": "a", "chat_template_kwargs": '{"enable_thinking": true}'},
+        [(U, "q"), (A, "a")],
+        {"enable_thinking": True},
+    ),
+    "LLaMA-Factory, Alpaca": (
+        {"instruction": "i", "input": "x", "output": "a", "system": "s", "history": [["q1", "a1"], ["q2", "a2"]]},
+        [(S, "s"), (U, "q1"), (A, "a1"), (U, "q2"), (A, "a2"), (U, "i\n\nx"), (A, "a")],
+        {},
+    ),
+    "history as text": (
+        {"prompt": "q", "completion": "a", "history": '[["q1", "a1"]]'},
+        [(U, "q1"), (A, "a1"), (U, "q"), (A, "a")],
+        {},
+    ),
+    "LLaMA-Factory, ShareGPT": (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": CALL_TEXT},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "system": "s",
+            "tools": '[{"name": "weather", "parameters": {}}]',
+        },
+        [(S, "s"), (U, "q"), (A, [CALL]), (T, "3"), (A, "a")],
+        {"tools": [TOOL]},
+    ),
+    "Hermes, calls as text": (
+        {"conversations": [{"from": f, "value": f} for f in ("system", "human", "gpt", "tool", "gpt")], "tools": "[]"},
+        [(S, "system"), (U, "human"), (A, "gpt"), (T, "tool"), (A, "gpt")],
+        {},
+    ),
+    "ms-swift": (
+        {
+            "messages": [
+                user(),
+                {"role": "tool_call", "content": CALL_TEXT},
+                {"role": "tool_response", "content": "3"},
+                answer(),
+            ]
+        },
+        [(U, "q"), (A, [CALL]), (T, "3"), (A, "a")],
+        {},
+    ),
+    "OpenAI": (
+        {
+            "messages": [{"role": "developer", "content": "s"}, user(name="Bob"), answer(weight=1, refusal=None)],
+            "parallel_tool_calls": False,
+        },
+        [(S, "s"), (U, "q"), (A, "a")],
+        {},
+    ),
+    "Bedrock": (
+        {
+            "system": [{"text": "s"}],
+            "messages": [{"role": U, "content": [{"text": "q"}]}, {"role": A, "content": [{"text": "a"}]}],
+        },
+        [(S, "s"), (U, "q"), (A, "a")],
+        {},
+    ),
+    "UltraChat": ({"prompt": "q", "prompt_id": "7", "messages": [user(), answer()]}, [(U, "q"), (A, "a")], {}),
+    "Alpaca with its filled template": (
+        {"instruction": "i", "input": "", "output": "a", "prompt": "Below is: i"},
+        [(U, "i"), (A, "a")],
+        {},
+    ),
+    "one message instead of a list": ({"prompt": user(), "completion": answer()}, [(U, "q"), (A, "a")], {}),
+    "the same system turn twice": (
+        {"system": "s", "messages": [{"role": S, "content": "s"}, user(), answer()]},
+        [(S, "s"), (U, "q"), (A, "a")],
+        {},
+    ),
+    "a topic called label": (
+        {"input": "q", "output": "a", "label": "billing", "images": [], "weight": None, "reasoning": "on"},
+        [(U, "q"), (A, "a")],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_pairs_of_others_are_taken(name):
+    given, messages, kwargs = TAKEN[name]
+    row, problem, _ = load(given)
+    assert problem is None
+    assert short(row.messages) == messages
+    assert row.template_kwargs == kwargs
+
+
+def test_ignored_columns_are_listed_once_and_kept(caplog):
+    rows = [{"messages": [user(name="Bob", ts=3), answer()], "score": 0.5, "tags": None}] * 3
+    report = SplitReport()
+    with caplog.at_level("INFO"):
+        load_source(rows, "a.jsonl", "train", report=report)
+    assert report.ignored == ["messages.name", "messages.ts", "score", "tags"]
+    assert caplog.text.count("a.jsonl: ignored columns: messages.name, messages.ts, score, tags") == 1
+
+
+def test_rows_of_the_data_module_get_its_template_kwargs():
+    rows, _ = load_source(
+        [
+            {"input": "q", "output": "a"},
+            {"input": "q", "output": "a", "chat_template_kwargs": {"enable_thinking": True}},
+        ],
+        "train",
+        "train",
+        template_kwargs={"enable_thinking": False, "x": 1},
+    )
+    assert [row.template_kwargs for row in rows] == [
+        {"enable_thinking": False, "x": 1},
+        {"enable_thinking": True, "x": 1},
+    ]
+
+
+# ---------------------------------------------------------------- pairs that are refused
+
+PAIR = {"input": "q", "output": "a"}
+TALK = {"messages": [user(), answer()]}
+REFUSED = {
+    "images": ({**TALK, "images": ["x.png"]}, "column 'images' can't be honored", "Only text"),
+    "video": ({**TALK, "video": {"path": "x"}}, "column 'video' can't be honored", "Only text"),
+    "functions": ({**TALK, "functions": [TOOL["function"]]}, "column 'functions'", "columns={'tools': 'functions'}"),
+    "label": ({**PAIR, "label": True}, "column 'label'", "PreferenceDataModule"),
+    "KTO tag": ({"instruction": "q", "output": "a", "kto_tag": False}, "column 'kto_tag'", "PreferenceDataModule"),
+    "rejected": ({**TALK, "rejected": answer("b")}, "column 'rejected'", "PreferenceDataModule"),
+    "ms-swift's rejected": ({**TALK, "rejected_response": "b"}, "column 'rejected_response'", "PreferenceDataModule"),
+    "weight": ({**PAIR, "weight": 0.5}, "column 'weight'", "repeat or remove rows"),
+    "weight 0": ({**PAIR, "weight": 0}, "column 'weight'", "repeat or remove rows"),
+    "history": ({**TALK, "history": [["q", "a"]]}, "column 'history'", "Write the earlier turns into the messages"),
+    "system_prompt": ({**PAIR, "system_prompt": "s"}, "column 'system_prompt'", "{'system': 'system_prompt'}"),
+    "documents": ({**TALK, "documents": [{"title": "t"}]}, "column 'documents'", "chat_template_kwargs"),
+    "enable_thinking": ({**TALK, "enable_thinking": True}, "column 'enable_thinking'", "chat_template_kwargs"),
+    "reasoning": ({**PAIR, "reasoning": "two and two"}, "column 'reasoning'", "'reasoning_content': ..."),
+    "tokens": ({**TALK, "input_ids": [1, 2], "labels": [-100, 2]}, "column 'input_ids'", "tokenized here"),
+    "labels": ({**TALK, "labels": [-100, 2]}, "column 'labels'", "tokenized here"),
+    "suffix": ({"prompt": "q", "completion": "a", "suffix": "b"}, "column 'suffix'", "into the question"),
+    "two systems": (
+        {"system": "x", "messages": [{"role": S, "content": "y"}, user(), answer()]},
+        "a second system turn",
+        "Keep one",
+    ),
+    "own variables": (
+        {**TALK, "chat_template_kwargs": {"add_generation_prompt": True}},
+        "'add_generation_prompt'",
+        "Remove it",
+    ),
+    "kwargs as a list": ({**TALK, "chat_template_kwargs": [1]}, "wrong type", "Expected an object"),
+    "tools as a word": ({**TALK, "tools": "weather"}, "not a tool", "JSON schemas"),
+    "two lists of tools": (
+        {**TALK, "tools": [TOOL], "chat_template_kwargs": {"tools": [CALL]}},
+        "other tools",
+        "Keep one",
+    ),
+    "history of one": ({**PAIR, "history": [["q"]]}, "not a pair of texts", "pairs of question and answer"),
+    "nothing trained": ({"messages": [user(), answer(weight=0)]}, "no answer is trained on", "Leave the row out"),
+    "context": (
+        {**PAIR, "context": "c"},
+        "column 'context' asks too",
+        "columns={'instruction': 'input', 'input': 'context'",
+    ),
+    "text with system": ({"text": "t", "system": "s"}, "'system' of a text", "into the text"),
+    "text with tools": ({"text": "t", "tools": [TOOL]}, "'tools' of a text", "into the text"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_pairs_of_others_are_refused_by_name(name):
+    given, reason, fix = REFUSED[name]
+    row, problem, _ = load(given)
+    assert row is None
+    assert problem.startswith("train, row 1")
+    assert reason in problem
+    assert fix in problem
+
+
+def proposed(problem):
+    return ast.literal_eval(re.search(r"columns=(\{[^}]*\})", problem).group(1))
+
+
+@pytest.mark.parametrize(
+    ("given", "messages"),
+    [
+        ({**PAIR, "context": "c"}, [(U, "q\n\nc"), (A, "a")]),
+        ({**PAIR, "prompt": "do it"}, [(U, "do it\n\nq"), (A, "a")]),
+        ({"prompt": "q", "completion": "a", "context": "c"}, [(U, "q\n\nc"), (A, "a")]),
+        ({"instruction": "q", "output": "a", "context": "c"}, [(U, "q\n\nc"), (A, "a")]),
+        ({**PAIR, "system_prompt": "s"}, [(S, "s"), (U, "q"), (A, "a")]),
+    ],
+)
+def test_the_columns_that_a_refusal_proposes_work(given, messages):
+    _, problem, _ = load(given)
+    row, still, _ = load(given, columns=proposed(problem))
+    assert still is None
+    assert short(row.messages) == messages
+
+
+def test_renamed_functions_are_tools():
+    given = {**TALK, "functions": [TOOL["function"]]}
+    row, problem, _ = load(given, columns=proposed(load(given)[1]))
+    assert problem is None
+    assert row.template_kwargs == {"tools": [TOOL]}
+
+
+def test_a_column_chosen_by_name_needs_no_other():
+    row, problem, report = load({**PAIR, "context": "c"}, columns={"input": "input"})
+    assert problem is None
+    assert short(row.messages) == [(U, "q"), (A, "a")]
+    assert report.ignored == ["context"]
+
+
+# ---------------------------------------------------------------- preferences
+
+CHOSEN = {
+    "TRL": {"prompt": [user()], "chosen": [answer("good")], "rejected": [answer("bad")]},
+    "TRL, implicit": {"chosen": [user(), answer("good")], "rejected": [user(), answer("bad")]},
+    "UltraFeedback": {
+        "prompt": "q",
+        "chosen": [user(), answer("good")],
+        "rejected": [user(), answer("bad")],
+        "messages": [user(), answer("good")],
+    },
+    "the chosen conversation again": {
+        "messages": [user(), answer("good")],
+        "chosen": [user(), answer("good")],
+        "rejected": [user(), answer("bad")],
+    },
+    "LLaMA-Factory, ShareGPT": {
+        "conversations": [{"from": "human", "value": "q"}],
+        "chosen": {"from": "gpt", "value": "good"},
+        "rejected": {"from": "gpt", "value": "bad"},
+    },
+    "LLaMA-Factory, Alpaca": {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
+    "axolotl, chat_template": {"messages": [user()], "chosen": answer("good"), "rejected": answer("bad")},
+    "axolotl, input": {"input": "q", "chosen": "good", "rejected": "bad"},
+    "OpenAI": {
+        "input": {"messages": [user()], "parallel_tool_calls": True},
+        "preferred_output": [answer("good")],
+        "non_preferred_output": [answer("bad")],
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_preferences_of_others_are_taken(name):
+    row, problem, _ = load(CHOSEN[name], "preferences")
+    assert problem is None
+    assert short(row.prompt) == [(U, "q")]
+    assert [short(completion) for completion in row.completions] == [[(A, "good")], [(A, "bad")]]
+    assert row.labels == (True, False)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"prompt": [user()], "completion": [answer()], "label": False},
+        {"messages": [user(), answer()], "label": False},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "label": False},
+        {"instruction": "q", "input": "", "output": "a", "label": False},
+    ],
+)
+def test_judged_completions_of_others_are_taken(given):
+    row, problem, _ = load(given, "preferences")
+    assert problem is None
+    assert short(row.prompt) == [(U, "q")]
+    assert short(row.completions[0]) == [(A, "a")]
+    assert row.labels == (False,)
+
+
+def test_preferences_have_tools_reasoning_and_calls():
+    tools = {"tools": '[{"name": "weather", "parameters": {}}]', "chat_template_kwargs": {"enable_thinking": True}}
+    sides = {"chosen": [answer("", tool_calls=[CALL])], "rejected": [answer("no", thinking="hm")]}
+    row, problem, _ = load({"prompt": "q", "system": "s", **sides, **tools}, "preferences")
+    assert problem is None
+    assert row.template_kwargs == {"enable_thinking": True, "tools": [TOOL]}
+    assert short(row.prompt) == [(S, "s"), (U, "q")]
+    assert row.completions[0][0]["tool_calls"] == [CALL]
+    assert row.completions[1][0]["reasoning_content"] == "hm"
+    nested = {"input": {"messages": [user()], "tools": [TOOL], "x": 1}}
+    nested |= {"preferred_output": [answer()], "non_preferred_output": [answer("b")]}
+    row, problem, report = load(nested, "preferences")
+    assert problem is None
+    assert row.template_kwargs == {"tools": [TOOL]}
+    assert report.ignored == ["input.x"]
+
+
+PREFERENCE = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    ("given", "reason", "fix"),
+    [
+        ({**PREFERENCE, "images": ["x"]}, "column 'images'", "Only text"),
+        ({**PREFERENCE, "weight": 2}, "column 'weight'", "repeat or remove"),
+        ({**PREFERENCE, "system_prompt": "s"}, "column 'system_prompt'", "{'system': 'system_prompt'}"),
+        ({**PREFERENCE, "context": "c"}, "column 'context' asks too", "{'instruction': 'prompt', 'input': 'context'}"),
+        ({"prompt": [user()], "chosen": [answer(weight=0)], "rejected": "b"}, "isn't to be trained on", "the mark"),
+        ({"messages": [user(), answer()], "chosen": "b", "rejected": "c"}, "prompt ends with an answer", "remove the"),
+        ({"messages": [user()], "label": True}, "no answer to the last turn", "add it"),
+        ({"prompt": [user([{"type": "image"}])], "chosen": "a", "rejected": "b"}, "part of type 'image'", "Only text"),
+    ],
+)
+def test_preferences_of_others_are_refused_by_name(given, reason, fix):
+    row, problem, _ = load(given, "preferences")
+    assert row is None
+    assert reason in problem
+    assert fix in problem
+
+
+def test_the_columns_that_a_preference_is_told_to_pass_work():
+    given = {**PREFERENCE, "context": "c"}
+    row, problem, _ = load(given, "preferences", columns=proposed(load(given, "preferences")[1]))
+    assert problem is None
+    assert short(row.prompt) == [(U, "q\n\nc")]
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_prompts_have_tools_for_the_template_and_for_the_rewards():
+    given = {"prompt": [user()], "tools": [TOOL["function"]], "chat_template_kwargs": {"x": 1}, "label": 1, "weight": 2}
+    row, problem, report = load(given, "prompts")
+    assert problem is None
+    assert row.template_kwargs == {"tools": [TOOL], "x": 1}
+    assert row.columns == {name: value for name, value in given.items() if name != "prompt"}
+    assert report.ignored == []
+
+
+def test_prompts_that_end_with_a_tool():
+    given = {"messages": [user(), answer("", tool_calls=[CALL]), {"role": T, "content": "3"}]}
+    row, problem, _ = load(given, "prompts")
+    assert problem is None
+    assert short(row.messages) == [(U, "q"), (A, [CALL]), (T, "3")]
+
+
+@pytest.mark.parametrize("column", ["image", "images", "audio", "videos"])
+def test_prompts_with_media_are_refused(column):
+    row, problem, _ = load({"prompt": "q", column: ["x"]}, "prompts")
+    assert row is None
+    assert f"column {column!r} can't be honored" in problem

@@ -1,0 +1,314 @@
+"""Messages: what each key means, and what is refused by name."""
+
+import pytest
+
+from lightning_ft.data.keys import says_something
+from lightning_ft.data.tool_calls import NotACallError, read_calls, read_tools
+from lightning_ft.data.turns import RowError, check_order, read_turns
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def user(content="q", **more):
+    return {"role": "user", "content": content, **more}
+
+
+def answer(content="a", **more):
+    return {"role": "assistant", "content": content, **more}
+
+
+def one(turn):
+    (message,) = read_turns([turn], "messages")
+    return message
+
+
+def refused(*given):
+    with pytest.raises(RowError) as error:
+        read_turns(list(given), "messages")
+    assert error.value.fix
+    return error.value
+
+
+# ---------------------------------------------------------------- tools
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [CALL],
+        CALL,
+        '[{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]',
+        [{"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
+        [{"name": "weather", "parameters": {"city": "Oslo"}}],
+        ['{"name": "weather", "arguments": {"city": "Oslo"}}'],
+    ],
+)
+def test_read_calls_takes_every_form(value):
+    assert read_calls(value) == [CALL]
+
+
+def test_read_calls_keeps_ids_and_empty_arguments():
+    given = [{"id": "7", "type": "function", "function": {"name": "now", "arguments": ""}}]
+    assert read_calls(given) == [{"id": "7", "type": "function", "function": {"name": "now", "arguments": {}}}]
+    assert read_calls(None) == read_calls("") == read_calls([]) == read_calls("[]") == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["weather(Oslo)", [CALL, {"name": ""}], [CALL, {"function": {"name": "f", "arguments": "{"}}], [CALL, 3]],
+)
+def test_read_calls_refuses_what_is_no_call(value):
+    with pytest.raises(NotACallError) as error:
+        read_calls(value)
+    assert error.value.index == (1 if isinstance(value, list) else 0)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [TOOL],
+        TOOL,
+        [TOOL["function"]],
+        '[{"name": "weather", "parameters": {"type": "object"}}]',
+        ['{"name": "weather", "parameters": {"type": "object"}}'],
+        [{"type": "function", "name": "weather", "parameters": {"type": "object"}}],
+    ],
+)
+def test_read_tools_takes_every_form(value):
+    assert read_tools(value) == [TOOL]
+
+
+def test_read_tools_refuses_what_is_no_tool():
+    assert read_tools(None) == read_tools("") == read_tools([]) == []
+    for value in ("weather", [TOOL, "weather"], [TOOL, {}], [len]):
+        with pytest.raises(NotACallError):
+            read_tools(value)
+
+
+def test_tool_calls_need_no_content():
+    for content in ({}, {"content": None}, {"content": ""}):
+        message = one({"role": "assistant", "tool_calls": [CALL], **content})
+        assert message == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert one(answer("I look.", tool_calls=[CALL]))["content"] == "I look."
+
+
+def test_tool_turns():
+    assert one({"role": "tool", "name": "weather", "tool_call_id": "7", "content": "3"}) == {
+        "role": "tool",
+        "content": "3",
+        "name": "weather",
+        "tool_call_id": "7",
+    }
+    for role in ("tool", "observation", "function", "ipython", "tool_response"):
+        assert one({"from": role, "value": "3"}) == {"role": "tool", "content": "3"}
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+def test_calls_as_turns_of_their_own_are_one_turn(role):
+    text = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    assert one({"from": role, "value": text}) == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    turns = read_turns([user(), answer("I look."), *[{"role": role, "content": text}] * 2], "messages")
+    assert turns[1:] == [{"role": "assistant", "content": "I look.", "tool_calls": [CALL, CALL]}]
+    assert refused({"from": role, "value": "weather(Oslo)"}).reason == "not a tool call"
+    error = refused(answer("I look.", weight=0), {"role": role, "content": text})
+    assert error.reason == "contradicting marks"
+
+
+def test_tool_calls_of_others_and_legacy_forms_are_refused():
+    assert refused(user(tool_calls=[CALL])).reason == "tool calls of a turn that isn't the assistant's"
+    assert refused(answer(tool_calls=["weather"])).field == "messages[0].tool_calls[0]"
+    error = refused(answer(None, function_call={"name": "weather", "arguments": "{}"}))
+    assert (error.field, error.reason) == ("messages[0].function_call", "'function_call' can't be honored")
+    assert "tool_calls" in error.fix
+
+
+# ---------------------------------------------------------------- reasoning
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning(key):
+    assert one(answer(**{key: "hm\n"})) == {"role": "assistant", "content": "a", "reasoning_content": "hm\n"}
+    assert one(answer(**{key: " "})) == {"role": "assistant", "content": "a"}
+    assert "isn't the assistant's" in refused(user(**{key: "hm"})).reason
+    assert refused(answer(**{key: ["hm"]})).reason == "wrong type"
+
+
+def test_two_reasonings():
+    assert one(answer(reasoning="hm", reasoning_content="hm"))["reasoning_content"] == "hm"
+    assert refused(answer(reasoning="hm", reasoning_content="ah")).reason == "two reasonings"
+
+
+# ---------------------------------------------------------------- what is trained on
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+def test_marks_of_what_is_trained(key):
+    assert [one(answer(**{key: mark})).get("train", True) for mark in (0, 1, False, True, 0.0, 1.0, None)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
+    for mark in (0.5, 2, -1, "0", "1", [1], float("nan")):
+        error = refused(answer(**{key: mark}))
+        assert (error.field, error.reason) == (f"messages[0].{key}", "weight that is neither 0 nor 1")
+    assert one(user(**{key: 0})) == user()
+    assert refused(user(**{key: 1})).reason == "a turn marked as trained that isn't the assistant's"
+
+
+def test_contradicting_marks():
+    assert one(answer(weight=0, train=False))["train"] is False
+    assert refused(answer(weight=0, train=True)).reason == "contradicting marks"
+
+
+# ---------------------------------------------------------------- contents
+
+
+def test_content_of_text_parts():
+    parts = [{"type": "text", "text": "a"}, {"type": "output_text", "text": "b"}, {"text": "c"}, "d"]
+    assert one(answer(parts))["content"] == "abcd"
+    ignored = set()
+    read_turns([user([{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}])], "messages", ignored)
+    assert ignored == {"content.cache_control"}
+
+
+@pytest.mark.parametrize(
+    ("part", "reason", "remedy"),
+    [
+        ({"type": "image_url", "image_url": "x"}, "content part of type 'image_url'", "remove the part"),
+        ({"image": "x"}, "content part of type 'image'", "remove the part"),
+        ({"type": "input_audio", "input_audio": {}}, "content part of type 'input_audio'", "remove the part"),
+        ({"type": "thinking", "thinking": "hm"}, "content part of type 'thinking'", "'reasoning_content'"),
+        ({"type": "tool_use", "name": "f", "input": {}}, "content part of type 'tool_use'", "tool_calls"),
+        ({"type": "tool_result", "content": "3"}, "content part of type 'tool_result'", "role 'tool'"),
+        ({"type": "text"}, "content part without a text", "JSON text"),
+        ({"name": "f", "result": 3}, "content part without a text", "JSON text"),
+        ({"type": "text", "text": "a", "train": False}, "'train' of a part can't be honored", "whole turns"),
+        ({"type": "text", "text": "a", "weight": 0}, "'weight' of a part can't be honored", "whole turns"),
+    ],
+)
+def test_content_parts_that_are_refused(part, reason, remedy):
+    error = refused(answer([{"type": "text", "text": "a"}, part]))
+    assert error.field.startswith("messages[0].content[1]")
+    assert error.reason == reason
+    assert remedy in error.fix
+
+
+def test_content_that_is_an_object_is_refused():
+    error = refused({"role": "tool", "content": {"degrees": 3}})
+    assert (error.reason, error.fix) == ("wrong type", "Expected a string; write an object as JSON text.")
+
+
+# ---------------------------------------------------------------- roles and other keys
+
+
+@pytest.mark.parametrize(
+    ("role", "meaning"),
+    [("developer", "system"), ("human", "user"), ("prompter", "user"), ("gpt", "assistant"), ("model", "assistant")],
+)
+def test_roles_of_others(role, meaning):
+    assert one({"role": role, "content": "x"}) == {"role": meaning, "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("role", "fix"),
+    [("User", "'user'"), ("Chatbot", "'bot'"), ("narrator", "Expected"), (3, "Expected"), (["user"], "Did you mean")],
+)
+def test_unknown_roles_are_refused(role, fix):
+    error = refused({"role": role, "content": "x"})
+    assert error.reason == "unknown role"
+    assert fix in error.fix
+
+
+REFUSED = (
+    "image images audio video attachments input_audio function_call function_calls recipient tools functions prefix "
+    "partial prefill thought thoughts think thinking_blocks reasoning_details reasoning_text train_detail refusal "
+    "channel tool_plan"
+)
+
+
+@pytest.mark.parametrize("key", REFUSED.split())
+def test_keys_that_would_change_what_is_trained_are_refused(key):
+    error = refused(answer(**{key: "x"}))
+    assert (error.field, error.reason) == (f"messages[0].{key}", f"{key!r} can't be honored")
+    assert one(answer(**{key: None})) == answer()
+    assert one(answer(**{key: []})) == answer()
+    assert one(answer(**{key: False})) == answer()
+
+
+@pytest.mark.parametrize("key", ["loss_mask", "mask", "masked", "loss_scale"])
+def test_masks_are_refused_whatever_they_are(key):
+    for value in (0, 1, False, True):
+        assert refused(answer(**{key: value})).reason == f"{key!r} can't be honored"
+    assert one(answer(**{key: None})) == answer()
+
+
+def test_other_keys_are_ignored_and_listed():
+    ignored = set()
+    turns = read_turns([user(id=7, name="Bob", note=None, tags=[]), answer(model="m", name="Eve")], "messages", ignored)
+    assert turns == [user(), answer()]
+    assert ignored == {"id", "name", "model"}
+
+
+def test_names_that_differ():
+    assert one({"role": "user", "from": "human", "content": "a", "value": "a"}) == user("a")
+    assert refused({"role": "user", "from": "gpt", "content": "a"}).reason == "'role' and 'from' differ"
+    assert refused({"role": "user", "content": "a", "value": "b"}).reason == "'content' and 'value' differ"
+
+
+@pytest.mark.parametrize("value", [1, "a", [0], {"a": [0]}, True])
+def test_says_something(value):
+    assert says_something(value)
+
+
+# ---------------------------------------------------------------- order
+
+U, A, S, T = "user", "assistant", "system", "tool"
+
+
+def order(*roles, answered=True):
+    check_order([{"role": role, "content": "x"} for role in roles], answered=answered)
+
+
+@pytest.mark.parametrize(
+    "roles", [(U, A), (S, U, A), (U, A, U, A), (U, A, T, A), (U, A, T, T, A, U, A), (S, U, A, T, A, T, A)]
+)
+def test_check_order_takes(roles):
+    order(*roles)
+
+
+def test_check_order_takes_prompts_that_end_with_a_tool():
+    order(U, A, T, answered=False)
+    order(S, U, answered=False)
+
+
+@pytest.mark.parametrize(
+    ("roles", "fix"),
+    [
+        ((A, U, A), "Remove the turns before the user's first"),
+        ((U, U, A), "Join the turns of the user"),
+        ((U, A, A), "Join the turns of the assistant"),
+        ((U, A, S, U, A), "Move the system turn to the start"),
+        ((S, S, U, A), "a system turn at most at the start"),
+        ((U, T, A), "tools between an assistant's turn and its next one"),
+        ((U, A, T, U, A), "tools between an assistant's turn and its next one"),
+        ((T, A), "then a turn of the user"),
+    ],
+)
+def test_check_order_says_what_to_do(roles, fix):
+    with pytest.raises(RowError) as error:
+        order(*roles)
+    assert error.value.reason == "wrong role order"
+    assert error.value.detail == f"roles: {', '.join(roles)}"
+    assert fix in error.value.fix
+
+
+def test_check_order_wants_the_answer_last():
+    for roles, reason in (((U,), "no assistant turn"), ((U, A, U), "no answer to the last turn"), ((U, A, T), None)):
+        with pytest.raises(RowError) as error:
+            order(*roles)
+        assert error.value.reason == (reason or "no answer to the last turn")
