@@ -112,8 +112,8 @@ class Adaptation:
         return "\n".join(lines)
 
     def _add_lora(self, base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+        tensors = list(expert_tensors(base))
         model = add_lora(base, fitted(lora, base, self.reach, self._top_layers), seed=seed)
-        tensors = expert_tensors(base_of(model))
         idle = {base_name(name)[0] for name in trained_for_nothing(model)} & {n.rpartition(".")[0] for n in tensors}
         if idle:  # a model that takes its experts' weights without calling the module that has them
             names = sorted(name for name in tensors if name.rpartition(".")[0] in idle)

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_ft.models.head import CausalLM, base_of, input_device
@@ -141,7 +141,10 @@ def probing(model: CausalLM) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     recompute = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    attention = base.config._attn_implementation
+    configs = {
+        id(m.config): m.config for m in base.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
+    }
+    attention = [(config, config._attn_implementation) for config in configs.values()]
     device = input_device(base)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -152,12 +155,15 @@ def probing(model: CausalLM) -> Iterator[None]:
             model.eval()
             for module in recompute:
                 cast(Any, module).gradient_checkpointing = False
-            if device.type == "cpu" and attention not in _ANY_DEVICE:
-                base.set_attn_implementation("eager")
+            if device.type == "cpu":
+                for config, implementation in attention:
+                    if implementation not in (None, *_ANY_DEVICE):
+                        config._attn_implementation = "eager"
             yield
         finally:
-            if base.config._attn_implementation != attention:
-                base.set_attn_implementation(attention)
+            for config, implementation in attention:
+                if config._attn_implementation != implementation:
+                    config._attn_implementation = implementation
             for module in recompute:
                 cast(Any, module).gradient_checkpointing = True
             for module, training in modes:

@@ -76,7 +76,7 @@ def find_own_loss(model: CausalLM) -> OwnLoss:
                 unknown = (
                     f"{type(base).__name__}: its own loss over {ids.shape[1]} tokens is {float(loss):.4g}, and the "
                     f"cross-entropy of its logits{' with its router loss' if factor else ''} {float(expected):.4g}: "
-                    "what it adds (as for further predicted tokens) is not trained here."
+                    "what else it counts (such as further predicted tokens) is not trained here."
                 )
             if factor:
                 with RouterLoss(model).recorded() as recorded:
