@@ -12,6 +12,7 @@ from lightning_ft.data.turns import RowError
 DEEPEST = 100
 """Most levels of lists and objects in a row: code that renders or compares it goes down one call per level."""
 
+_KEYS = (int, float)  # of an object in memory: those that can be sorted, and written as JSON
 _MOST_BITS = 14_000  # of an integer; Python refuses to print one of more than 4,300 digits
 
 
@@ -49,7 +50,8 @@ def plain(row: Any, *, filled: bool = False) -> Any:
 
     Raises:
         RowError: For half of a surrogate pair in a text or key, an integer of thousands of digits, nesting deeper
-            than :data:`DEEPEST`, a field whose name is no string, and every `Refused`.
+            than :data:`DEEPEST`, a field whose name is no string, an object whose keys are neither strings nor
+            numbers, and every `Refused`.
 
     Example:
         >>> row = {"messages": ({"role": "user", "content": "2+2?", "name": None},), "system": None}
@@ -80,6 +82,9 @@ def _plain(value: Any, filled: bool, depth: int) -> Any:
     if depth > DEEPEST:
         raise _Found(Refused("nested too deep", f"over {DEEPEST} levels", "Store it as a text."))
     if isinstance(value, Mapping):
+        if not (all(isinstance(key, str) for key in value) or all(isinstance(key, _KEYS) for key in value)):
+            key = next(key for key in value if not isinstance(key, str))
+            raise _Found(Refused("a key is no string", repr(key)[:40], "Use strings, as JSON does."))
         return {
             _text(key) if isinstance(key, str) else key: _inside(f".{key}", item, filled, depth + 1)
             for key, item in value.items()

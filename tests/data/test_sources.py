@@ -171,6 +171,8 @@ BAD = {
     "depth": ({"a": nested(DEEPEST + 2)}, "a" + "[0]" * (DEEPEST + 1), "nested too deep"),
     "cycle": ({"a": CYCLE}, "a" + ".again" * DEEPEST, "nested too deep"),
     "name": ({1: "x"}, None, "a field's name is no string"),
+    "keys of several types": ({"a": [{1: "x", "b": "y"}]}, "a[0]", "a key is no string"),
+    "keys that JSON has not": ({"a": {(1, 2): "x"}}, "a", "a key is no string"),
 }
 
 
