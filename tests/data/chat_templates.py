@@ -21,7 +21,8 @@ WRITTEN = {
 ALL = [*SHIPPED, *WRITTEN]
 
 _TOKENS = re.compile(
-    r"<\|[^|>'\" ]{1,40}\|>|<｜[^｜]{1,40}｜>|<(?:start|end)_of_turn>|<end_of_utterance>|</?s>|<turn\|>|<\|turn>"
+    r"<\|[^|>'\" ]{1,40}\|>|<\uff5c[^\uff5c]{1,40}\uff5c>|<(?:start|end)_of_turn>|<end_of_utterance>|</?s>"
+    r"|<turn\|>|<\|turn>"
     r'|<\|?channel\|?>|<\|tool(?:_call|_response)?>|<tool(?:_call|_response)?\|>|<\|"\|>'
     r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS"
     r"|ARGS|gMASK)\]|<sop>|<(?:bos|eos)>"
@@ -39,7 +40,7 @@ _EOS = {  # by how names begin
     "cohere": "<|END_OF_TURN_TOKEN|>",
     "command_": "<|END_OF_TURN_TOKEN|>",
     "dated": "<|eot_id|>",
-    "deepseek": "<｜end▁of▁sentence｜>",
+    "deepseek": "<\uff5cend▁of▁sentence\uff5c>",
     "diffusion_": "<turn|>",
     "doubled_": "<|endoftext|>",
     "gemma": "<end_of_turn>",
@@ -111,8 +112,8 @@ TOOLS = [
         },
     }
 ]
-_RESULT = {"role": "tool", "content": "sunny", "name": "get_weather", "tool_call_id": "a"}
-LONG = "a long answer, " * 400
+_RESULT = {"role": "tool", "content": "clear sky", "name": "get_weather", "tool_call_id": "a"}
+LONG = "a long answer, " * 100
 
 SCENARIOS = {
     "single": ([user("2+2?"), answer("four")], {}),
@@ -144,9 +145,8 @@ SCENARIOS = {
         {},
     ),
     "zero": ([user("1-1?"), answer("0"), user("0+0?"), answer("0")], {}),
-    "empty": ([user("Say nothing."), answer("\n")], {}),
     "unicode": ([user("déjà vu 🙂?"), answer("日本語 🙂é"), user("¿"), answer("👩‍👩‍👧 ñ")], {}),
-    "long": ([user("q" * 5000), answer(LONG + "end.")], {}),
+    "long": ([user("q" * 1000), answer(LONG + "end.")], {}),
 }
 
 
