@@ -61,5 +61,5 @@ def _parts(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 def _only_composes(normalizer: dict[str, Any]) -> bool:
     """Whether a normalizer changes nothing but white space and Unicode composition."""
     if normalizer["type"] == "Replace":
-        return normalizer["pattern"] == {"String": " "} and normalizer["content"] == "▁"
+        return (normalizer["pattern"], normalizer["content"]) == ({"String": " "}, "▁")
     return normalizer["type"] in ("NFC", "Strip", "Prepend")

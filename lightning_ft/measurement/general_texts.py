@@ -119,8 +119,8 @@ def encode_task(tokenizer: PreTrainedTokenizerBase, rows: Sequence[TaskRow]) -> 
     examples = []
     for place, row in enumerate(rows):
         if isinstance(row, Request):
-            answer = Message(role="assistant", content=row.reference) if row.answer is None else row.answer
-            messages, kwargs = [*row.messages, answer], row.template_kwargs
+            right = Message(role="assistant", content=row.reference) if row.answer is None else row.answer
+            messages, kwargs = [*row.messages, right], row.template_kwargs
             assert template is not None  # there is a request
             try:
                 examples.append(encode(tokenizer, messages, template, kwargs, last_only=True).example)
