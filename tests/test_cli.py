@@ -12,6 +12,7 @@ from tiny import make_rows
 
 from lightning_ft.__main__ import main
 from lightning_ft.cli import FineTuningCLI
+from lightning_ft.data.templates import PLAIN_TEMPLATE
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_fit_validate_test_predict(run, config, tmp_path):
 
 def test_export(run, config, tmp_path, capsys):
     path = config()
-    cli = run("fit", "--config", path)
+    cli = run("fit", "--config", path, "--data.chat_template", "plain")
     (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
     run("export", "--config", path, "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "out"))
     assert "Exported to" in capsys.readouterr().out
@@ -84,6 +85,8 @@ def test_export(run, config, tmp_path, capsys):
     for name, value in cli.model.named_parameters():
         if value.requires_grad:
             assert torch.equal(saved[name.removeprefix("model.").replace(".default", "")], value)
+    text = (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert text == PLAIN_TEMPLATE  # the checkpoint says what was trained with, the configuration no longer does
 
 
 def test_export_without_a_checkpoint(run, config, tmp_path):
