@@ -19,7 +19,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "answers": (*_ANSWERS, "tgt", "summary", "highlights", "translation", "category", "intent", "class", "chosen"),
     "better": ("chosen", "preferred", "better", "winner", "accepted", "positive", "good"),
     "worse": ("rejected", "dispreferred", "worse", "loser", "negative", "bad"),
-    "says whether it is good": ("label", "desirable", "liked", "rating", "feedback", "good", "correct"),
+    "says whether it is good": ("label", "desirable", "liked", "rating", "feedback", "good", "correct", "ktotag"),
     "is a conversation": ("messages", "conversation", "conversations", "dialog", "dialogue", "chat", "turns"),
     "is a text": ("text", "content", "document", "body", "article", "passage"),
     "is added to the question": ("context", "passage", "paragraph", "evidence", "knowledge", "document"),
@@ -81,7 +81,8 @@ class Proposal:
 
 def does(field: str) -> str:
     """What a field does in its format, to be put after "the column that"."""
-    return _DOES.get(field, f"is {field!r}")
+    role = _DOES.get(field, f"is {field!r}")
+    return f"is {role}" if role in ("better", "worse") else role
 
 
 def propose(

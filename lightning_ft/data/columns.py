@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ft.data.advice import OF_TEXT, Proposal, does, named_for, propose
+from lightning_ft.data.keys import FOREIGN_COLUMNS
 from lightning_ft.data.profile import Column, look_at
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import ConfigError
@@ -107,9 +108,12 @@ class Formats:
         absent = next((column for column in columns.values() if column not in present), None)
         if absent is not None:
             detail = f"columns= names {absent!r}, which no row has; {detail}"
-        if "rejected" in present and not any("rejected" in fields for fields in self.needed.values()):
+        of_preferences = present & {"rejected", "rejected_response", "non_preferred_output"}
+        if of_preferences and not any("rejected" in fields for fields in self.needed.values()):
             return RowError(None, _NO_FORMAT, detail, "Preferences are for a PreferenceDataModule.")
         best = self._propose(names, found, columns, answered)
+        if not best.complete and (foreign := [name for name in FOREIGN_COLUMNS if name in present]):
+            return RowError(None, _NO_FORMAT, detail, FOREIGN_COLUMNS[foreign[0]])
         fix = f"Pass {best.argument(columns)}"
         if best.guessed:
             fix += ", if " + " and ".join(f"{column!r} {does(field)}" for field, column in best.columns.items())
@@ -118,7 +122,7 @@ class Formats:
             if column is None and (unfit := named_for(wanted, found, set(best.columns.values()))):
                 problem = f"holds {unfit.holds}: write it as text" if unfit.complete else "is empty in many rows"
                 fix += f" {unfit.name!r} is named for it, but {problem}."
-        taken = {*best.columns.values(), *columns.values(), *OPTIONAL}
+        taken = {*best.columns.values(), *columns.values(), *OPTIONAL, *self.extra.get(best.format, ())}
         unused = [c.name for c in found if c.holds == "text" and not c.identifies and c.name not in taken]
         if best.complete and unused:
             fix += f" It leaves out {', '.join(map(repr, unused[:5]))}."

@@ -125,6 +125,17 @@ REFUSED_COLUMNS: Mapping[str, Refusal] = {
 }
 """Columns that rows of no kind may have: they would change what is trained."""
 
+FOREIGN_COLUMNS: Mapping[str, str] = {
+    "segments": "Parts of a text can't be masked: write each row as messages, with 'train': false in answers that "
+    "aren't to be learned.",
+    "contents": "Write them as messages: [{'role': ..., 'content': ...}].",
+    "completions": "Give each completion a row of its own, with its prompt and, for preferences, its label.",
+    "rejected_messages": "Write the two conversations as 'chosen' and 'rejected'.",
+    "rejected_response": "Write the turns before the last answer as 'prompt', that answer as 'chosen', and pass "
+    "columns={'rejected': 'rejected_response'}.",
+}
+"""Columns of formats that aren't read, with what to write instead."""
+
 _OF_TEMPLATES = ("documents", "enable_thinking", "reasoning_effort", "thinking_mode", "custom_instructions")
 
 REFUSED_OF_CONVERSATIONS: Mapping[str, Refusal] = {

@@ -408,3 +408,50 @@ def test_prompts_with_media_are_refused(column):
     row, problem, _ = load({"prompt": "q", column: ["x"]}, "prompts")
     assert row is None
     assert f"column {column!r} can't be honored" in problem
+
+
+# ---------------------------------------------------------------- formats that aren't read
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "fix"),
+    [
+        ({"segments": [{"label": True, "text": "a"}]}, "pairs", "write each row as messages"),
+        ({"contents": [{"role": "user", "parts": [{"text": "q"}]}]}, "pairs", "Write them as messages"),
+        ({"prompt": "q", "completions": ["a"], "labels": [True]}, "preferences", "a row of its own"),
+        ({"messages": [user(), answer()], "rejected_response": "b"}, "preferences", "that answer as 'chosen'"),
+        ({"query": "q", "response": "a", "rejected_response": "b"}, "preferences", "that answer as 'chosen'"),
+        (CHOSEN["OpenAI"], "pairs", "PreferenceDataModule"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "pairs", "PreferenceDataModule"),
+    ],
+)
+def test_formats_that_are_not_read_are_named(given, kind, fix):
+    row, problem, _ = load(given, kind)
+    assert row is None
+    assert "no row format has these columns" in problem
+    assert fix in problem
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"instruction": "q", "input": "", "output": "a", "kto_tag": False},
+        {"system": "s", "instruction": "q", "chosen_response": "good", "rejected_response": "bad"},
+        {"query": "q", "chosen": "good", "rejected": "bad"},
+    ],
+)
+def test_the_columns_that_preferences_of_others_are_told_to_pass_work(given):
+    row, problem, _ = load(given, "preferences")
+    assert row is None
+    assert "leaves out" not in problem
+    row, problem, _ = load(given, "preferences", columns=proposed(problem))
+    assert problem is None
+    assert row.prompt[-1] == user()
+    assert row.completions[0][0]["content"] in ("a", "good")
+
+
+def test_rewritten_rows_of_ms_swift_work():
+    given = {"prompt": [user()], "chosen": [answer("good")], "rejected_response": "bad"}
+    row, problem, _ = load(given, "preferences", columns={"rejected": "rejected_response"})
+    assert problem is None
+    assert [short(completion) for completion in row.completions] == [[(A, "good")], [(A, "bad")]]
