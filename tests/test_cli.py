@@ -100,6 +100,14 @@ def test_preview_loads_no_weights(run, config, capsys, monkeypatch):
     assert "«" in capsys.readouterr().out
 
 
+def test_preview_of_weights_prints_what_would_be_trained(run, config, capsys):
+    run("preview", "--config", config(), "--examples", "1", "--weights", "true")
+    printed = capsys.readouterr().out
+    assert "What is trained" in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith(("attention", "MLP"))}
+    assert rows["attention"][0] == rows["attention"][2]  # all of it is adapted
+
+
 def test_the_models_name_stands_in_the_configuration_once(run, config, model_folder):
     assert Path(config()).read_text().count(model_folder) == 1
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from lightning_ft.errors import ConfigError
+from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.adapt import InitialAdapter, add_lora, as_json, load_adapter, lora_config, splits_base
 from lightning_ft.models.head import base_of
 from lightning_ft.models.layers import refuse_adapters_below
@@ -85,7 +86,8 @@ class Adaptation:
         """
         self.reach, self.kinds = find_reach(base), part_kinds(base)
         if self.adapter is not None:
-            return _freeze_unreached(load_adapter(base, self.adapter)), None
+            model = load_adapter(base, self.adapter)
+            return _freeze_unreached(model, find_reach(model)), None
         if self.lora is None:
             base.requires_grad_(True)
             for name, parameter in base.named_parameters():
@@ -114,29 +116,37 @@ class Adaptation:
     def _add_lora(self, base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
         tensors = list(expert_tensors(base))
         model = add_lora(base, fitted(lora, base, self.reach, self._top_layers), seed=seed)
-        idle = {base_name(name)[0] for name in trained_for_nothing(model)} & {n.rpartition(".")[0] for n in tensors}
-        if idle:  # a model that takes its experts' weights without calling the module that has them
-            names = sorted(name for name in tensors if name.rpartition(".")[0] in idle)
+        seen = find_reach(model)
+        idle = {base_name(name)[0] for name in _trained(model) if name in seen.unreached}
+        missed = [name for name in tensors if name.rpartition(".")[0] in idle or self._breaks(seen)]
+        if missed:  # a model that takes its experts' weights without calling the module that has them
             warnings.warn(
-                f"The experts of {type(base).__name__} get no adapter ({', '.join(names[:4])}): the model reads those "
+                f"The experts of {type(base).__name__} get no adapter ({', '.join(missed[:4])}): the model reads those "
                 "weights where PEFT's adapters can't reach them. Set lora's target_modules yourself to silence this.",
                 stacklevel=2,
             )
-            seen = Reach(self.reach.unreached.union(names))
-            model = add_lora(model.unload(), fitted(lora, base, seen, self._top_layers), seed=seed)
-        return _freeze_unreached(model)
+            without = replace(self.reach, unreached=self.reach.unreached.union(missed))
+            model = add_lora(model.unload(), fitted(lora, base, without, self._top_layers), seed=seed)
+            seen = find_reach(model)
+        if self._breaks(seen):
+            raise ModelError(
+                f"{type(base).__name__} doesn't run with this adapter ({seen.unknown}): name other layers in lora's "
+                "target_modules."
+            )
+        return _freeze_unreached(model, seen)
+
+    def _breaks(self, seen: Reach) -> bool:
+        """Whether the model ran, and doesn't with its adapter."""
+        return self.reach.unknown is None and seen.unknown is not None
 
 
-def trained_for_nothing(model: PreTrainedModel | PeftModel) -> list[str]:
-    """Names of the trainable parameters that no row of text reaches."""
-    unreached = find_reach(model).unreached
-    return [name for name, p in model.named_parameters() if p.requires_grad and name in unreached]
+def _trained(model: PreTrainedModel | PeftModel) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _freeze_unreached(model: PeftModel) -> PeftModel:
+def _freeze_unreached(model: PeftModel, seen: Reach) -> PeftModel:
     """Freeze what an optimizer would hold for nothing, and `DistributedDataParallel` would wait for."""
-    idle = set(trained_for_nothing(model))
     for name, parameter in model.named_parameters():
-        if name in idle:
+        if name in seen.unreached:
             parameter.requires_grad_(False)
     return model

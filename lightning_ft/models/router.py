@@ -70,20 +70,19 @@ def find_own_loss(model: CausalLM) -> OwnLoss:
         expected = nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
         if factor:
             expected = expected + factor * cast(Tensor, term).to(expected.device)
-        with torch.no_grad():
-            unknown = None
-            if not are_close(loss.float()[None], expected[None], tolerance_of(base)):
-                unknown = (
-                    f"{type(base).__name__}: its own loss over {ids.shape[1]} tokens is {float(loss):.4g}, and the "
-                    f"cross-entropy of its logits{' with its router loss' if factor else ''} {float(expected):.4g}: "
-                    "what else it counts (such as further predicted tokens) is not trained here."
-                )
-            if factor:
-                with RouterLoss(model).recorded() as recorded:
-                    base(input_ids=ids, use_cache=False, return_dict=True)
-                ours = recorded.value(None)
-                if not are_close(ours[None], cast(Tensor, term).float()[None].to(ours.device), tolerance_of(base)):
-                    raise _not_had(base, f"it is {float(cast(Tensor, term)):.4g}, and {float(ours):.4g} here")
+        unknown = None
+        if not are_close(loss.float()[None], expected[None], tolerance_of(base)):
+            unknown = (
+                f"{type(base).__name__}: its own loss over {ids.shape[1]} tokens is {float(loss):.4g}, and the "
+                f"cross-entropy of its logits{' with its router loss' if factor else ''} {float(expected):.4g}: "
+                "what else it counts (such as further predicted tokens) is not trained here."
+            )
+        if factor:
+            with RouterLoss(model).recorded() as recorded:
+                base(input_ids=ids, use_cache=False, return_dict=True)
+            ours = recorded.value(None)
+            if not are_close(ours[None], cast(Tensor, term).float()[None].to(ours.device), tolerance_of(base)):
+                raise _not_had(base, f"it is {float(cast(Tensor, term)):.4g}, and {float(ours):.4g} here")
     return OwnLoss(factor, unknown)
 
 
@@ -114,11 +113,12 @@ class RouterLoss:
 
     @contextmanager
     def recorded(self) -> Iterator[RecordedPass]:
-        """In this context the model makes one forward pass; what it gave is there afterwards."""
+        """In this context the model makes one forward pass with gradients; what it gave is there afterwards."""
         passes: list[tuple[Any, Any]] = []
 
         def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-            passes.append((kwargs, out))
+            if torch.is_grad_enabled():  # others try the model out
+                passes.append((kwargs, out))
 
         hook = self._base.base_model.register_forward_hook(keep, with_kwargs=True)
         try:

@@ -285,7 +285,7 @@ def adapted_names(base: PreTrainedModel, config: LoraConfig) -> set[str]:
         plain = replace(copy.deepcopy(config), init_lora_weights=True)  # others read the weights
         try:
             model = get_peft_model(skeleton(base), plain)
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, AttributeError) as error:
             raise ModelError(f"LoRA doesn't fit {type(base).__name__}: {str(error).strip()}") from error
     layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     return {base_name(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")[0] for name, layer in layers}

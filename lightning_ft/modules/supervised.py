@@ -53,7 +53,7 @@ class SupervisedFineTuning(EvaluatedFineTuning):
     def _score_with_router(self, batch: TokenBatch) -> tuple[SelectedLogProbs, Tensor]:
         """Log-probabilities as `score` gives them, and the router's loss over the same forward pass."""
         scorer = self._required_scorer()
-        batch = scorer.arranged(self.model, batch)  # which tries the model out, before a pass is recorded
+        batch = scorer.arranged(self.model, batch)
         with RouterLoss(self.model).recorded() as recorded:
             scored = self.score(batch, "sum")
         return scored, recorded.value(batch)

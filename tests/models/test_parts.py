@@ -18,7 +18,7 @@ LAYER = "model.layers.1"
         ("llama", {"self_attn.q_proj.weight": "attention", "mlp.up_proj.weight": "MLP"}),
         (
             "gpt_oss",
-            {"mlp.router.weight": "router", "mlp.experts.down_proj": "experts", "self_attn.sinks": "attention"},
+            {"mlp.router.weight": "router", "mlp.experts.down_proj": "experts"},
         ),
         ("qwen3_moe", {"mlp.gate.weight": "router", "mlp.experts.gate_up_proj": "experts"}),
         ("qwen2_moe", {"mlp.shared_expert.up_proj.weight": "MLP", "mlp.gate.weight": "router"}),

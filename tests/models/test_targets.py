@@ -128,6 +128,28 @@ def test_fitted_tells_of_experts_that_the_model_reads_past_their_module():
     assert step(model.train()) == []
 
 
+def test_an_adapter_that_the_model_does_not_run_with_is_refused():
+    class GivesTwo(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden), None
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.odd = GivesTwo(32, 32)
+
+        def forward(self, hidden):
+            return self.odd(hidden)[0]
+
+    base = make_model()
+    base.model.layers[0].mlp = Block()
+    with pytest.raises(ModelError, match=r"doesn't run with this adapter.*target_modules"):
+        adapted(copy.deepcopy(base), {"target_modules": ["odd"]})
+    model = adapted(base)  # where "all-linear" takes it as a parameter
+    assert "model.layers.0.mlp.odd.base_layer.weight" in names(model)
+    assert step(model.train()) == []
+
+
 def test_fitted_leaves_targets_alone_that_the_user_names():
     config = lora_config({"r": 2, "target_modules": ["q_proj"]})
     base = make("gpt_oss")
