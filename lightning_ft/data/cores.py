@@ -20,6 +20,7 @@ from lightning_ft.errors import TokenizerError
 Render = Callable[[Sequence[Message]], str]
 
 _CONTENT, _REASONING, _ARGUMENTS = 0, 1, 2
+_THOUGHT = re.compile(r"(\s*(?:<think>\s*)?)(\S.*?)(\s*</think>\s*)(\S.*?)(\s*)", re.DOTALL)
 _PLAIN = frozenset({"role", "content", "train", "name"})
 
 
@@ -119,7 +120,7 @@ def _once(message: Message, spots: list[tuple[str, int, int]]) -> bool:
 
 def _stop_before(gap: str, text: str, at: int, message: Message, *, last: bool) -> int | None:
     """Where an answer that begins at `at` ends, `gap` following; None where that isn't certain."""
-    if set(message) <= _PLAIN:
+    if set(message) <= _PLAIN and not _THOUGHT.fullmatch(message["content"]):
         content = message["content"]
         forms = {content, content.strip(), content.lstrip(), content.rstrip(), without_reasoning(content)}
         ends = [at + len(form) for form in sorted(forms, key=len, reverse=True) if text.startswith(form + gap, at)]
@@ -167,16 +168,25 @@ def _replaced(message: Message, i: int, digits: str, around: str = "") -> Messag
     before, after = around[:1], around[1:]
     content, reasoning, argument = (f"{before}{mark(i, field, digits)}{after}" for field in (0, 1, 2))
     replaced: dict[str, Any] = dict(message)
-    if message["content"]:
+    if inline := _THOUGHT.fullmatch(message["content"]):  # templates look at the tags
+        opening, _, closing, _, end = inline.groups()
+        replaced["content"] = opening + reasoning + closing + content + end
+    elif message["content"]:
         replaced["content"] = content
     if message.get("reasoning_content"):
         replaced["reasoning_content"] = reasoning
     if message.get("tool_calls"):  # not the names, which a template may write again before the tools' answers
         replaced["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": {argument: argument}}}
+            {**call, "function": {**call["function"], "arguments": _alike(call["function"]["arguments"], argument)}}
             for call in message["tool_calls"]
         ]
     return replaced  # type: ignore[return-value]
+
+
+def _alike(arguments: Any, argument: str) -> dict[str, Any]:
+    """Other arguments, that end by quotation marks if those given do."""
+    values = list(arguments.values()) if isinstance(arguments, dict) else []
+    return {argument: argument if not values or isinstance(values[-1], str) else int(argument)}
 
 
 def without_reasoning(content: str) -> str:

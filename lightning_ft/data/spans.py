@@ -18,10 +18,14 @@ from lightning_ft.data.reasoning import reopened
 from lightning_ft.data.request import Message
 from lightning_ft.data.template_layout import (
     TemplateLayout,
+    added_tokens,
     dropped_turns,
     end_of,
     is_special,
+    keep,
+    kwargs_key,
     mark,
+    recall,
     shared_end,
     shared_start,
     whole_tokens,
@@ -111,7 +115,7 @@ class _Conversation:
     """
 
     def __init__(self, template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> None:
-        self.template, self.messages, self.kwargs = template, messages, kwargs
+        self.template, self.messages, self.kwargs, self.key = template, messages, kwargs, kwargs_key(kwargs)
         self.answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         self.text = self.render(messages)
         self.prompt = self.ask(messages[:-1])
@@ -149,7 +153,7 @@ class _Conversation:
         spans: list[AnswerSpan] = []
         for number, (i, core) in enumerate(zip(self.answers, cores, strict=True)):
             before = cores[number - 1].stop if number else 0
-            first = start if i == self.answers[-1] else self._start(i, core)
+            first = start if i == self.answers[-1] else self._start(i, core, floor=before)
             ours = [begin for begin, end in marked if begin < core.stop and end > max(core.start - 1, before)]
             first = max(first, min(ours)) if ours and min(ours) <= core.start else first
             span = self._ended(i, core, len(self.text) if i == self.answers[-1] else cores[number + 1].start)
@@ -215,24 +219,24 @@ class _Conversation:
 
     # ------------------------------------------------------------ from cores to spans
 
-    def _start(self, i: int, core: Core, prompt: str | None = None) -> int:
+    def _start(self, i: int, core: Core, prompt: str | None = None, floor: int = 0) -> int:
         """Where the prompt of an answer ends in the text.
 
         Args:
             i: Which turn is the answer.
             core: Its core.
             prompt: What generation starts from, if it was rendered already.
+            floor: Where the core of the answer before ends.
         """
-        text, before = self.text, self.text[: core.start]
+        text = self.text
         if prompt is None:
-            if i and self.messages[i - 1]["role"] == "user":
-                for gap, asked in self.layout.gaps:  # spares rendering it for each earlier answer
-                    if before.endswith(gap):
-                        return core.start - len(gap) + asked
+            if (known := self._known_start(i, core, floor)) is not None:
+                return known
             try:
                 prompt = self.ask(self.messages[:i])
             except TokenizerError:
                 return core.start
+            self._learn_tail(i, prompt)
         if text.startswith(prompt) and len(prompt) <= core.stop:
             return len(prompt)
         # The prompt goes on otherwise than the text, after the header of the turn or before it.
@@ -242,6 +246,28 @@ class _Conversation:
         header = shared_start([text[after : core.start], self._tail(self.ask, i - 1, self.messages[:i], prompt)])
         return min(whole_tokens(self.template, text, after + len(header)), core.start)
 
+    def _known_start(self, i: int, core: Core, floor: int) -> int | None:
+        """As `_start`, from what the template wrote elsewhere: spares a rendering for each earlier answer."""
+        role, before = self.messages[i - 1]["role"] if i else "", self.text[: core.start]
+        if role == "user":
+            for gap, asked in self.layout.gaps:
+                if before.endswith(gap):
+                    return core.start - len(gap) + asked
+        tail = self.layout.asked if role == "user" else recall(self.template, ("tail", role, self.key))
+        tokens = [match.start() for match in added_tokens(self.template).finditer(tail or "")]
+        # Plain words may be anybody's; and a system turn may ask for another prompt, which the last one shows.
+        if not tokens or not self.prompt.endswith(tail[tokens[-1] :]):
+            return None
+        at = before.rfind(tail, floor)
+        return at + len(tail) if at >= 0 else None
+
+    def _learn_tail(self, i: int, prompt: str) -> None:
+        """Keep how prompts end after a turn that isn't the user's."""
+        key = ("tail", self.messages[i - 1]["role"] if i else "", self.key)
+        if i and recall(self.template, key) is None:
+            tail = self._tail(self.ask, i - 1, self.messages[:i], prompt)
+            keep(self.template, key, tail if len(tail) < len(prompt) else "")
+
     def _ended(self, i: int, core: Core, limit: int) -> AnswerSpan:
         """The core through the token that ends its turn, before the next answer begins at `limit`."""
         text, end, last = self.text, self.layout.end, i == len(self.messages) - 1
@@ -249,10 +275,32 @@ class _Conversation:
             return AnswerSpan(core.start, core.stop + len(end), True)
         if not self.messages[i].get("tool_calls"):
             return AnswerSpan(core.start, core.stop, False)
-        # A turn of calls may close otherwise: compare the conversation that ends after it with one that goes on.
-        turns = self.messages[: i + 1]
+        # A turn of calls may close otherwise. How, one row says for all.
+        key = ("closers", "" if last else self.messages[i + 1]["role"], self.key)
+        closers: dict[str, bool] = recall(self.template, key) or {}
+        for closer in sorted(closers, key=len, reverse=True):
+            if text.startswith(closer, core.stop):
+                return AnswerSpan(core.start, core.stop + len(closer), closers[closer])
+        closer, ended, by_token = self._closer(i, text[core.stop : limit], last=last)
+        if by_token:
+            keep(self.template, key, {**closers, closer: ended})
+        return AnswerSpan(core.start, core.stop + len(closer), ended)
+
+    def _closer(self, i: int, following: str, *, last: bool) -> tuple[str, bool, bool]:
+        """What closes a turn of calls: compare the conversation that ends after it with one that goes on.
+
+        Args:
+            i: Which turn.
+            following: What follows its core in the text.
+            last: Whether the text ends with it.
+
+        Returns:
+            What closes it, whether generation stops there, and whether it ends with a token by name.
+        """
+        turns, end = self.messages[: i + 1], self.layout.end
         closing = self._after(turns, i)
-        following = self._after([*turns, *_answers_of_tools(turns[-1])], i) if last else text[core.stop : limit]
+        if last:
+            following = self._after([*turns, *_answers_of_tools(turns[-1])], i)
         if end is not None and end in closing:
             found: str | None = closing[: closing.index(end) + len(end)]
             both = last or following.startswith(str(found))
@@ -260,9 +308,8 @@ class _Conversation:
             found, both = end_of(self.template, closing, following or None)
             both = both or last
         if found is None or not both:  # what closes the call belongs to it all the same
-            found = closing if last else shared_start([closing, following])
-            return AnswerSpan(core.start, core.stop + len(found.rstrip()), False)
-        return AnswerSpan(core.start, core.stop + len(found), not last or is_special(self.template, found))
+            return (closing if last else shared_start([closing, following])).rstrip(), False, False
+        return found, not last or is_special(self.template, found), True
 
     def _after(self, turns: Sequence[Message], i: int) -> str:
         """What is written after the core of one of the turns; nothing where the template refuses them."""

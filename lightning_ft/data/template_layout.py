@@ -44,12 +44,14 @@ class TemplateLayout(NamedTuple):
         gaps: What it writes between a user's turn and its answer, in a conversation of one question and of two, each
             with how many of its characters the prompt ends with.
         around: All that is written in a conversation of two questions, and after the question of a prompt.
+        asked: What it writes after the question of a prompt.
     """
 
     end: str | None
     ends_all: bool
     gaps: tuple[tuple[str, int], ...]
     around: str
+    asked: str
 
     @classmethod
     def of(cls, template: ChatTemplate, kwargs: Mapping[str, Any]) -> TemplateLayout:
@@ -79,7 +81,7 @@ class TemplateLayout(NamedTuple):
         between = [*([one[-2]] if one else []), *([two[-4], two[-2]] if two else [])]
         asked = None if prompt is None else prompt[-1]
         gaps = () if asked is None else tuple((gap, _asked_in(template, gap, asked)) for gap in dict.fromkeys(between))
-        return cls(end, ends_all, gaps, "\n".join([*(two or one or []), asked or ""]))
+        return cls(end, ends_all, gaps, "\n".join([*(two or one or []), asked or ""]), asked or "")
 
 
 def _parts(

@@ -282,7 +282,7 @@ def _is_written(message: Message, text: str, said: str) -> bool:
         if printed and text.count(printed) > said.count(printed):
             return False
         values = arguments.values() if isinstance(arguments, dict) else []
-        if not all(_bare(value) in text for value in values if isinstance(value, str)):
+        if not all(_bare(str(value)) in text for value in values if isinstance(value, str) or type(value) is int):
             return False
     return True
 

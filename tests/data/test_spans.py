@@ -26,6 +26,7 @@ class Writes(NamedTuple):
         trims: Whether the template trims it.
         system: Whether the template takes a system turn.
         asked: Whether the prompt is what the template writes before an answer.
+        trims_last: Line breaks that it leaves out before the last answer only.
     """
 
     before: str = ""
@@ -35,6 +36,7 @@ class Writes(NamedTuple):
     trims: bool = False
     system: bool = True
     asked: bool = True
+    trims_last: str = ""
 
 
 TEMPLATES = {
@@ -51,7 +53,7 @@ TEMPLATES = {
     "command_a": Writes("<|START_RESPONSE|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
     "glm4": Writes("\n", "<|endoftext|>", after_earlier=""),
     "olmo": Writes(after="<|endoftext|>", after_earlier=""),
-    "qwen3": Writes("<think>\n\n</think>\n\n", before_earlier=""),
+    "qwen3": Writes("<think>\n\n</think>\n\n", before_earlier="", trims_last="\n"),
     "deepseekv3": Writes(after="<｜end▁of▁sentence｜>", asked=False),  # noqa: RUF001  # the prompt opens <think>
     "gptoss": Writes("<|channel|>final<|message|>", "<|return|>", after_earlier=""),
     "parts": Writes(" "),
@@ -66,7 +68,7 @@ ODD = ["905316000061", "905316000161", "1905316000162", "714", "1", "7", "2", "8
        "\\n", "'", '"', "0", "ﬁ", "e\u0301", "🙂", "\u200d"]  # fmt: skip
 pieces = st.one_of(st.sampled_from(ODD), st.text(st.characters(exclude_categories=("Cs", "Cc", "Cn")), max_size=8))
 texts = st.lists(pieces, min_size=1, max_size=4).map("".join)
-said = texts.filter(lambda text: text.strip() and "<think" not in text)
+said = texts.filter(lambda text: text.strip() and "think>" not in text)
 
 
 @st.composite
@@ -97,7 +99,8 @@ def expected(writes, messages):
     contents = [content.strip() for content in contents] if writes.trims else contents
     before = writes.before if writes.before_earlier is None else writes.before_earlier
     after = writes.after if writes.after_earlier is None else writes.after_earlier
-    return [*(before + content + after for content in contents[:-1]), writes.before + contents[-1] + writes.after]
+    last = contents[-1].lstrip(writes.trims_last) if writes.trims_last else contents[-1]
+    return [*(before + content + after for content in contents[:-1]), writes.before + last + writes.after]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -50,6 +50,16 @@ def test_encode_supervises_what_the_matrix_says(name, matrix):
     assert column(name) == matrix[name]
 
 
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3_5_think", "gemma4", "gptoss", "glm4moe_training", "smollm3", "tekken"]
+)
+def test_encode_depends_on_no_other_row(name, matrix):
+    """What was found out about a template from other rows changes nothing."""
+    tokenizer = template_tokenizer(name)
+    for scenario in ("tools", "last call", "reasoning", "inline", "system, multi"):
+        assert cell(tokenizer, ChatTemplate(tokenizer), *SCENARIOS[scenario]) == matrix[name][scenario]
+
+
 def test_the_matrix_has_every_template(matrix):
     assert set(matrix) == set(ALL)
     assert all(set(cells) == set(SCENARIOS) for cells in matrix.values())
