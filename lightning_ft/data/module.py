@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,8 @@ class RowDataModule(LightningDataModule, ABC):
         train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
             `datasets.Dataset` or `IterableDataset` (read to its end once, so it must have one), a list of dicts, or a
             list of those.
-        validation: The same, or the share of the training prompts to hold out, all rows of a prompt together.
+        validation: The same, or the share of the training rows to hold out, those of one prompt (whatever its system
+            turn), one conversation or one `cluster` together.
         test: The same as `train`.
         columns: Field names of the format to those of your data, such as ``{"prompt": "question", "cluster":
             "customer"}``.
@@ -49,6 +50,8 @@ class RowDataModule(LightningDataModule, ABC):
             too. It needs no pad token.
         chat_template: In place of the tokenizer's own, which it replaces also for generation and export: ``plain``
             (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
+        chat_template_kwargs: What the chat template is given for every row besides its messages, such as
+            ``{"enable_thinking": False}``; a row's own ``chat_template_kwargs`` come first.
         max_length: Most tokens of a row: of a prompt, with its longest completion where it has any.
         batch_size: Rows of a batch on one rank.
         on_overlong: What to do with rows over `max_length`: ``error`` lists them, ``drop`` counts them,
@@ -58,7 +61,7 @@ class RowDataModule(LightningDataModule, ABC):
         shuffle: Draw an order for each epoch, from `seed` and the epoch.
         seed: Of the orders, the held-out rows and the mixing.
         num_workers: Processes that make batches.
-        cache_dir: Where tokenised rows are kept; by default a folder in the `datasets` library's cache, False for
+        cache_dir: Where tokenized rows are kept; by default a folder in the `datasets` library's cache, False for
             nowhere.
         trust_remote_code: Run code that the tokenizer's repository ships.
 
@@ -66,7 +69,7 @@ class RowDataModule(LightningDataModule, ABC):
         ConfigError: For arguments that contradict each other.
     """
 
-    kind: ClassVar[RowKind[Any]]
+    kind: RowKind[Any]
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class RowDataModule(LightningDataModule, ABC):
         mixing: list[float] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         max_length: int = 2048,
         batch_size: int = 8,
         on_overlong: OnOverlong = "error",
@@ -103,6 +107,7 @@ class RowDataModule(LightningDataModule, ABC):
             on_overlong=on_overlong,
             seed=seed,
             cache=None if cache_dir is False else folder,
+            template_kwargs=dict(chat_template_kwargs or {}),
         )
         given = {"train": train, "validation": validation, "test": test}
         self.splits: Splits[Any] = Splits(given, self.rules, self.kind)
@@ -113,6 +118,7 @@ class RowDataModule(LightningDataModule, ABC):
             mixing=mixing,
             tokenizer=tokenizer if isinstance(tokenizer, str) else None,
             chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
             max_length=max_length,
             batch_size=batch_size,
             on_overlong=on_overlong,
@@ -213,7 +219,7 @@ class RowDataModule(LightningDataModule, ABC):
         self.setup(getattr(getattr(self.trainer, "state", None), "fn", None))
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check and tokenise what a stage needs, each split once.
+        """Read, check and tokenize what a stage needs, each split once.
 
         Raises:
             DataError: With every bad row.
@@ -230,7 +236,7 @@ class RowDataModule(LightningDataModule, ABC):
                 self.splits.encode(name, tokenizer)
 
     def load_rows(self) -> None:
-        """Read and check every split without tokenising it; needs no tokenizer.
+        """Read and check every split without tokenizing it; needs no tokenizer.
 
         Raises:
             DataError: With every bad row.

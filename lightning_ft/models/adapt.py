@@ -57,7 +57,7 @@ def lora_config(lora: LoraConfig | dict[str, Any] | bool | None) -> LoraConfig:
             given[name] = kind(**given[name])
     try:
         return LoraConfig(**{**DEFAULT_LORA, **given})
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise ConfigError(f"lora: {str(error).strip()}") from error
 
 

@@ -37,8 +37,8 @@ class Reach:
 
     Args:
         unreached: Names of the parameters that the logits don't depend on.
-        unlike_linear: Names of linear layers that give something else than a tensor, as some routers do: an adapter
-            that adds to the output of a linear layer fails there.
+        unlike_linear: Names of linear layers that give something else than the product with their matrix, as some
+            routers do, and some that work on groups of columns: an adapter that adds to a linear layer's output fails.
         unknown: Why the model could not be asked; None if it could. Nothing is called unreached then.
     """
 
@@ -227,10 +227,11 @@ def _calls(model: nn.Module, called: set[int]) -> Iterator[None]:
 
 @contextmanager
 def _outputs(model: nn.Module, odd: set[int]) -> Iterator[None]:
-    """Note which linear layers give something else than a tensor."""
+    """Note which linear layers give something else than a tensor with a number for each row of their matrix."""
 
     def note(module: nn.Module, args: Any, out: Any) -> None:
-        if not isinstance(out, Tensor):
+        rows = args[0].shape[:-1] if args and isinstance(args[0], Tensor) else None
+        if not isinstance(out, Tensor) or (rows is not None and out.shape != (*rows, _outputs_of(module))):
             odd.add(id(module))
 
     hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
@@ -239,6 +240,10 @@ def _outputs(model: nn.Module, odd: set[int]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _outputs_of(module: Any) -> int:
+    return int(module.nf if isinstance(module, Conv1D) else module.out_features)
 
 
 def _lists(model: nn.Module) -> Iterator[list[nn.Module]]:

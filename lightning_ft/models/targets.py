@@ -52,7 +52,7 @@ def fitted(config: LoraConfig, base: PreTrainedModel, reach: Reach, top_layers: 
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     experts = {} if config.target_parameters else expert_tensors(base)
     experts = {name: tensor for name, tensor in experts.items() if name not in reach.unreached}
-    if everything and (experts or reach.unlike_linear):
+    if everything and (experts or reach.unlike_linear or _refused(base, config)):
         return _everything(config, base, reach, sorted(experts), top_layers)
     top = config if top_layers is None else in_top_layers(config, base, top_layers)
     return without_unreached(top, base, reach) if reach.unreached else top
@@ -158,17 +158,19 @@ def _everything(
     if (reason := _why_no_parameters(config)) is not None:
         return _without_tensors(base, plain, linear, tensors, reason)
     lost = _lost(base, replace(plain, target_parameters=_shortest(base, tensors)), linear)
-    # PEFT took these linear layers for experts of an older checkpoint; as parameters it lets them be
+    # PEFT took these linear layers for experts of an older checkpoint, and lets them be as parameters; or their weights
+    # are used without calling them, and it refuses both
     parameters = dict(base.named_parameters(remove_duplicate=False))
-    tensors += [f"{name}.weight" for name in lost if parameters[f"{name}.weight"].is_floating_point()]
+    loose = [f"{name}.weight" for name in lost if parameters[f"{name}.weight"].is_floating_point()]
+    alone = replace(plain, target_modules=[], target_parameters=_shortest(base, loose))
+    tensors += loose if loose and not _refused(base, alone) else []
     kept = _shortest_modules(base, [name for name in linear if name not in lost])
     whole = replace(plain, target_modules=kept, target_parameters=_shortest(base, tensors))
     left = sorted({*tensors, *(f"{name}.weight" for name in linear)} - adapted_names(base, whole))
     if left:
         warnings.warn(
-            f"{len(left)} weights of {type(base).__name__} get no adapter (first: {left[0]}): PEFT takes their layers "
-            "for experts of an older checkpoint, and adapts no quantized experts. Set lora's target_modules yourself "
-            "to silence this.",
+            f"{type(base).__name__}: {', '.join(_shortest(base, left))} get no adapter: PEFT adapts them neither as "
+            "modules nor as parameters. Set lora's target_modules yourself to silence this.",
             stacklevel=2,
         )
     return whole
@@ -194,6 +196,14 @@ def _without_tensors(
             stacklevel=2,
         )
     return replace(plain, target_modules=_shortest_modules(base, kept))
+
+
+def _refused(base: PreTrainedModel, config: LoraConfig) -> bool:
+    try:
+        adapted_names(base, config)
+    except ModelError:
+        return True
+    return False
 
 
 def _lost(base: PreTrainedModel, config: LoraConfig, linear: list[str]) -> list[str]:

@@ -150,6 +150,14 @@ def test_an_adapter_that_the_model_does_not_run_with_is_refused():
     assert step(model.train()) == []
 
 
+def test_fitted_leaves_out_layers_that_peft_refuses(recwarn):
+    model = adapted(make("mamba"))
+    assert {name.split(".")[-3] for name in names(model)} == {"in_proj", "x_proj", "dt_proj"}
+    told = [str(w.message) for w in recwarn if "no adapter" in str(w.message)]
+    assert len(told) == 1
+    assert "mixer.out_proj.weight" in told[0]
+
+
 def test_fitted_leaves_targets_alone_that_the_user_names():
     config = lora_config({"r": 2, "target_modules": ["q_proj"]})
     base = make("gpt_oss")
