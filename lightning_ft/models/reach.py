@@ -141,7 +141,7 @@ def probing(model: CausalLM) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     recompute = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    configs = {
+    configs: dict[int, Any] = {
         id(m.config): m.config for m in base.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
     }
     attention = [(config, config._attn_implementation) for config in configs.values()]

@@ -36,7 +36,9 @@ def test_an_architecture_trains(kind, lora, trainer_options):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(FAST)))
 def test_an_architecture_trains_or_is_refused_by_name(kind, lora, trainer_options):
+    refusal = ""
     try:
         train(kind, lora, trainer_options)
     except LightningFTError as error:
-        assert len(str(error)) > 40  # says what and why
+        refusal = str(error)
+    assert not refusal or len(refusal) > 40  # says what and why
