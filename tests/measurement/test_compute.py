@@ -106,6 +106,7 @@ def test_the_head_at_supervised_places_only():
     batch = collate_examples([example, example])
     model = make_model()
     head = model.lm_head.weight.numel()
+    completion_logprobs(model, batch, reduction="sum")  # the first call asks the model where its hidden states are
     with OperationCounter() as counter:
         (-completion_logprobs(model, batch, reduction="sum").logprobs).backward()
     places = 40  # in two rows: side by side they would have no padding less, and more attention
