@@ -1,5 +1,7 @@
 """Reward modelling: losses and figures by hand, the head that is trained, and exports that plain transformers load."""
 
+import json
+import re
 import runpy
 
 import pytest
@@ -278,6 +280,9 @@ def card_code(folder):
     """The code of a model card, as a file; run in the folder that holds the export."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code = code.replace(f'"{folder.name}"', repr(str(folder)))
+    if (folder / "adapter_config.json").is_file():  # the reader fills in where a local base is
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        code = re.sub(r'base = "[^"]*"', f"base = {base!r}", code, count=1)
     path = folder.parent / f"{folder.name}_card.py"
     path.write_text(code)
     return path
