@@ -84,6 +84,7 @@ class Adaptation:
             ConfigError: If the adapter is meant for what no text reaches.
             ModelError: If the adapter doesn't fit the model.
         """
+        _refuse_without_tokens(base)
         self.reach, self.kinds = find_reach(base), part_kinds(base)
         if self.adapter is not None:
             model = load_adapter(base, self.adapter)
@@ -138,6 +139,15 @@ class Adaptation:
     def _breaks(self, seen: Reach) -> bool:
         """Whether the model ran, and doesn't with its adapter."""
         return self.reach.unknown is None and seen.unknown is not None
+
+
+def _refuse_without_tokens(base: PreTrainedModel) -> None:
+    try:
+        takes_tokens = base.get_input_embeddings() is not None and base.config.get_text_config().vocab_size > 0
+    except (NotImplementedError, AttributeError):
+        takes_tokens = False
+    if not takes_tokens:
+        raise ModelError(f"{type(base).__name__} has no embeddings of tokens, so it can't be trained on text.")
 
 
 def _trained(model: PreTrainedModel | PeftModel) -> list[str]:

@@ -144,6 +144,7 @@ def probing(model: CausalLM) -> Iterator[None]:
     configs: dict[int, Any] = {
         id(m.config): m.config for m in base.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
     }
+    kept = [(module, _plain_tensors(module)) for module in model.modules()]
     attention = [(config, config._attn_implementation) for config in configs.values()]
     device = input_device(base)
     with ExitStack() as stack:
@@ -168,10 +169,17 @@ def probing(model: CausalLM) -> Iterator[None]:
                 cast(Any, module).gradient_checkpointing = True
             for module, training in modes:
                 module.training = training
+            for module, tensors in kept:
+                vars(module).update(tensors)
             with torch.no_grad():
                 for buffer, before in buffers:
                     if not torch.equal(buffer, before):
                         buffer.copy_(before)
+
+
+def _plain_tensors(module: nn.Module) -> dict[str, Any]:
+    """What may hold the state of a recurrent layer, which is neither a parameter nor a buffer."""
+    return {name: value for name, value in vars(module).items() if value is None or isinstance(value, Tensor)}
 
 
 @contextmanager

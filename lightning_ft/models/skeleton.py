@@ -42,6 +42,8 @@ def skeleton(base: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model whose weights take no memory and have no values."""
     memo: dict[int, Any] = {id(p): _empty(p) for p in base.parameters()}
     memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in base.buffers()}
+    kept = [value for module in base.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    memo |= {id(value): torch.empty_like(value, device="meta") for value in kept}  # states of recurrent layers
     return copy.deepcopy(base, memo)
 
 

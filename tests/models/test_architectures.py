@@ -9,7 +9,19 @@ from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import Trainer
 from lightning_ft.errors import LightningFTError
 
-FAST = ["gpt2", "bloom", "rwkv", "mamba", "gemma2", "phimoe", "gpt_oss", "deepseek_v3", "jamba", "opt"]
+FAST = [
+    "gpt2",
+    "bloom",
+    "rwkv",
+    "mamba",
+    "gemma2",
+    "phimoe",
+    "gpt_oss",
+    "deepseek_v3",
+    "jamba",
+    "opt",
+    "recurrent_gemma",
+]
 LARGEST = 30_000_000  # parameters: a few can't be made small by their usual names
 
 

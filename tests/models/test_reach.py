@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from lightning_ft.models.adapt import add_lora, lora_config
-from lightning_ft.models.reach import find_reach
+from lightning_ft.models.reach import Reach, find_reach
 
 
 class Routed(nn.Module):
@@ -121,6 +121,15 @@ def test_find_reach_leaves_the_model_as_it_was(dtype, reentrant):
     before = state()
     assert find_reach(model).unreached == {"tower.weight", "tower.bias"}
     assert state() == before
+
+
+def test_find_reach_leaves_no_state_in_recurrent_layers():
+    model = make("recurrent_gemma", block_types=["recurrent", "attention"])
+    held = [getattr(m, "recurrent_states", None) for m in model.modules() if hasattr(m, "recurrent_states")]
+    assert find_reach(model) == Reach()
+    after = [getattr(m, "recurrent_states", None) for m in model.modules() if hasattr(m, "recurrent_states")]
+    assert held
+    assert all(a is b for a, b in zip(held, after, strict=True))
 
 
 def test_find_reach_works_without_gradients_and_under_another_default_device():

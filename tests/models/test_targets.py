@@ -159,6 +159,17 @@ def test_fitted_leaves_out_layers_that_peft_refuses(recwarn):
     assert "mixer.out_proj.weight" in told[0]
 
 
+def test_a_model_without_tokens_is_refused():
+    class Tower(type(make_model())):
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    base = make_model()
+    base.__class__ = Tower
+    with pytest.raises(ModelError, match="Tower has no embeddings of tokens"):
+        adapted(base)
+
+
 def test_fitted_leaves_targets_alone_that_the_user_names():
     config = lora_config({"r": 2, "target_modules": ["q_proj"]})
     base = make("gpt_oss")
