@@ -179,9 +179,10 @@ class FieldReader(ABC, Generic[Row_co]):
         """
         column = self.column("chat_template_kwargs")
         kwargs = parsed(row.get(column)) or {}
-        if not isinstance(kwargs, Mapping):
+        if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
             fix = "Expected an object, such as {'enable_thinking': false}."
-            raise RowError(column, "wrong type", f"found {type(kwargs).__name__}", fix)
+            found = "names that are no strings" if isinstance(kwargs, Mapping) else type(kwargs).__name__
+            raise RowError(column, "wrong type", f"found {found}", fix)
         if own := [name for name in _OWN_VARIABLES if name in kwargs]:
             fix = "Remove it: it is set where the template is rendered."
             raise RowError(f"{column}.{own[0]}", f"{own[0]!r} can't be honored", repr(kwargs[own[0]])[:40], fix)

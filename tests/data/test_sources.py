@@ -209,3 +209,9 @@ def test_folder_saved_by_datasets_names_what_to_do(tmp_path):
     with pytest.raises(DataNotFoundError, match=r"pass datasets\.load_from_disk\('.*more'\)\[SPLIT\]"):
         load(str(tmp_path / "more"))
     assert len(load(datasets.load_from_disk(str(tmp_path / "one")))[0]) == 2
+
+
+def test_numbers_do_not_name_template_arguments():
+    row = {"input": "q", "output": "a", "chat_template_kwargs": {1: 2}}
+    _, (problem,) = load([ROWS[0], row])
+    assert (problem.field, problem.detail) == ("chat_template_kwargs", "found names that are no strings")
