@@ -270,8 +270,11 @@ def retention(
     """
     options = {"resamples": resamples, "seed": seed}
     kl: dict[str, Statistic] = {"kl": lambda s: s["kl"] / s["tokens"]}
+    # The divergence last: the order of the columns decides the order of texts of one length, and so which are drawn.
+    # What is kept of the base bounds the divergence only, and must not move the other intervals.
+    columns = sorted(general.__dataclass_fields__, key=lambda name: name == "kl")
     figures = bootstrap_intervals(
-        {name: getattr(general, name) for name in general.__dataclass_fields__},
+        {name: getattr(general, name) for name in columns},
         {
             **kl,
             "ppl_ratio": lambda s: _exp((s["tuned_nll"] - s["base_nll"]) / s["tokens"]),
