@@ -152,7 +152,7 @@ def mutate(row, draw):
     elif how == "rename" and isinstance(inside, dict):
         inside[draw(st.sampled_from([*NAMES, str(last).upper(), f"{last}s", 3]))] = inside.pop(last)
     elif how == "text":
-        inside[last] = str(inside[last]) + draw(st.sampled_from(TEXTS))
+        inside[last] = (inside[last] if isinstance(inside[last], str) else "") + draw(st.sampled_from(TEXTS))
     elif how == "role":
         inside[last] = draw(st.sampled_from(ROLES))
     elif how == "add" and isinstance(inside, dict):
