@@ -194,7 +194,8 @@ class _Probe:
             return
         longest = max(self._answers, key=len)  # once more with equally many tokens: only what follows differs
         pair = [_supervised(torch.cat([self._prompt, answer])) for answer in (longest, longest.flip(0))]
-        if not alike(*(self._alone(s) for s in pair)):
+        one, again, other = (self._alone(s) for s in (pair[0], *pair))
+        if alike(one, again) and not alike(one, other):  # one that draws at random says nothing of what it sees
             raise ModelError(
                 f"{type(self._base).__name__}: what it gives at a token depends on the tokens after it, so it isn't a "
                 "causal language model as it is called here, and would learn answers that it sees. Load BERT and its "
@@ -229,6 +230,8 @@ class _Probe:
         if self._differs(lambda: together(self._sequences), torch.cat(alone)) is None:
             return "any"
         first = self._sequences[0]
+        if self._differs(lambda: features(self._batch([first]))[0], alone[0]) is not None:
+            return "any"  # it draws at random: not the rows change each other
         other = _supervised(first.input_ids.flip(0))
         expected = torch.cat([alone[0], features(self._batch([other]))[0]])
         return "equal" if self._differs(lambda: together([first, other]), expected) is None else "one"
