@@ -57,7 +57,7 @@ def group_advantages(
     """GRPO's advantages: ``(reward - mean of its group) / (std + epsilon)``.
 
     https://arxiv.org/abs/2402.03300; standard deviations have Bessel's correction, as in TRL. Equal rewards, or a
-    single one that isn't NaN, give 0.
+    single one that isn't NaN, give exactly 0.
 
     Args:
         rewards: Prompt-major, NaN where there is none, ``[p * g]``.
@@ -81,7 +81,7 @@ def group_advantages(
         >>> group_advantages(torch.tensor([0.0, 2.0]), 2)
         tensor([-0.7071,  0.7071])
     """
-    grouped = _grouped(rewards, num_completions)  # [p, g]
+    grouped = _from_first(_grouped(rewards, num_completions))  # [p, g]
     if scale not in ("group", "batch", "none"):
         raise ConfigError(f"scale={scale!r}, expected 'group', 'batch' or 'none'.")
     if batch_std is not None and scale != "batch":
@@ -102,7 +102,8 @@ def leave_one_out_differences(rewards: Tensor, num_completions: int) -> Tensor:
         num_completions: `g`, completions of a prompt.
 
     Returns:
-        ``[p * g]``; NaN for completions without a reward, and for those whose siblings have none.
+        ``[p * g]``; exactly 0 for equal rewards; NaN for completions without a reward, and for those whose siblings
+        have none.
 
     Raises:
         ConfigError: If rewards aren't whole groups.
@@ -111,7 +112,7 @@ def leave_one_out_differences(rewards: Tensor, num_completions: int) -> Tensor:
         >>> leave_one_out_differences(torch.tensor([1.0, 3.0, 5.0, 2.0, float("nan"), float("nan")]), 3)
         tensor([-3.,  0.,  3., nan, nan, nan])
     """
-    grouped = _grouped(rewards, num_completions)  # [p, g]
+    grouped = _from_first(_grouped(rewards, num_completions))  # [p, g]
     others = (~grouped.isnan()).sum(1, keepdim=True) - 1
     baseline = (grouped.nansum(1, keepdim=True) - grouped) / others  # 0 / 0 without siblings
     return (grouped - baseline).flatten()
@@ -148,8 +149,41 @@ def leave_one_out_advantages(
     differences = leave_one_out_differences(rewards, num_completions)
     if normalize:
         mean, std = (differences.nanmean(), nanstd(differences)) if moments is None else moments
-        differences = (differences - mean) / (std + EPSILON)
+        # The mean is 0 but for rounding, which would move the weights by groups that teach nothing.
+        differences = torch.where(differences == 0, 0.0, (differences - mean) / (std + EPSILON))
     return _zero_for_nan(differences)
+
+
+def groups_without_signal(advantages: Tensor, num_completions: int) -> Tensor:
+    """Which groups teach nothing: all of their advantages are 0, as where all of their rewards are equal.
+
+    Args:
+        advantages: Prompt-major, ``[p * g]``.
+        num_completions: `g`, completions of a prompt.
+
+    Returns:
+        ``bool [p]``.
+
+    Raises:
+        ConfigError: If advantages aren't whole groups.
+
+    Example:
+        >>> groups_without_signal(torch.tensor([0.0, 0.0, -1.0, 1.0]), 2)
+        tensor([ True, False])
+    """
+    return (_grouped(advantages, num_completions) == 0).all(1)
+
+
+def _from_first(grouped: Tensor) -> Tensor:
+    """Rewards less the first finite one of their group, ``[p, g]``: 0 where they are equal.
+
+    Advantages only depend on differences, and the mean of eight times 0.7 isn't 0.7 in single precision. Adam doesn't
+    mind how small a gradient is, so it would take whole steps on that rounding.
+    """
+    if not grouped.numel():
+        return grouped
+    first = grouped.isfinite().int().argmax(1, keepdim=True)  # [p, 1]
+    return grouped - grouped.gather(1, first).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _grouped(rewards: Tensor, num_completions: int) -> Tensor:

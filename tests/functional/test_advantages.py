@@ -8,6 +8,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.functional.advantages import (
     combine_rewards,
     group_advantages,
+    groups_without_signal,
     leave_one_out_advantages,
     leave_one_out_differences,
 )
@@ -104,6 +105,21 @@ def test_the_order_within_and_of_groups_does_not_matter():
     for function in (group_advantages, leave_one_out_advantages):
         forwards, backwards = function(tensor(REWARDS), G), function(tensor(rows), G)
         torch.testing.assert_close(forwards.flip(0), backwards, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("count", [3, 7, 8, 11])
+@pytest.mark.parametrize("reward", [0.7, 0.1, -1e-3, 1e6 + 0.1])
+def test_equal_rewards_have_advantages_of_exactly_zero(reward, count):
+    """The mean of eight times 0.7 isn't 0.7 in single precision, and Adam doesn't mind how small a gradient is."""
+    other = torch.linspace(0.3, 1.1, count)
+    rewards = torch.cat([torch.full((count,), reward), other])
+    rewards[count - 1] = NAN
+    found = [group_advantages(rewards, count, scale=scale) for scale in ("group", "batch", "none")]
+    found += [leave_one_out_advantages(rewards, count, normalize=normalize) for normalize in (False, True)]
+    for advantages in found:
+        assert not advantages[:count].any()
+        assert advantages[count:].any()
+        assert groups_without_signal(advantages, count).tolist() == [True, False]
 
 
 def test_an_infinite_reward_stays_visible():
