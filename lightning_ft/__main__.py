@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 
 from lightning_ft.commands import COMMANDS, run_command
-from lightning_ft.errors import LightningFTError
+from lightning_ft.errors import GateError, LightningFTError
+
+GATE_FAILED = 3
+"""Exit status of a run that went well, with a result that didn't; 1 is an error, 2 are arguments that can't be."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -18,6 +21,9 @@ def main(args: list[str] | None = None) -> None:
             from lightning_ft.cli import FineTuningCLI
 
             FineTuningCLI(args=args)
+    except GateError as error:
+        print(f"lightning-ft: {error}", file=sys.stderr)
+        sys.exit(GATE_FAILED)
     except LightningFTError as error:
         sys.exit(f"lightning-ft: {type(error).__name__}: {error}")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
 from lightning_ft.commands import COMMANDS
-from lightning_ft.errors import ConfigError
+from lightning_ft.errors import ConfigError, GateError, MeasurementError
 
 _cli = cli_module()
 _DESCRIPTION = "Fine-tune language models. Also: " + "; ".join(f"`{name}`: {does}" for name, does in COMMANDS.items())
@@ -109,6 +109,20 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         """Lightning's own, and those of `FineTuningTrainer`."""
         own = {"preview": {"model", "datamodule"}, "export": {"model", "datamodule"}}
         return {**_cli.LightningCLI.subcommands(), **own}
+
+    def after_fit(self) -> None:
+        """Tell by an error what didn't stop the run.
+
+        Raises:
+            MeasurementError: If something could not be measured or written.
+            GateError: If quality wasn't shown to be kept, or a limit was broken at which training was to stop.
+        """
+        callbacks: list[Any] = self.trainer.callbacks
+        failures = [failure for callback in callbacks for failure in getattr(callback, "failures", ())]
+        if failures:
+            raise MeasurementError(f"Training ran to its end. What failed along the way: {' '.join(failures)}")
+        if gates := [callback.name for callback in callbacks if getattr(callback, "gate_failed", False)]:
+            raise GateError(f"Training ran to its end. The limits of these don't hold: {', '.join(gates)}.")
 
     def _parse_ckpt_path(self) -> None:
         """The configuration file says what the model is; the module checks that a checkpoint fits it."""

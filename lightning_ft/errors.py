@@ -25,6 +25,18 @@ class ModelError(LightningFTError, ValueError):
     """A model, adapter or quantization that can't be loaded as asked."""
 
 
+class CheckpointError(ModelError):
+    """A checkpoint that is damaged, isn't one, or contains more than tensors and plain values."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """A checkpoint that doesn't exist."""
+
+
+class FileWriteError(LightningFTError, OSError):
+    """A file that can't be written, such as on a full disk; what was there before is unchanged."""
+
+
 class ConfigError(LightningFTError, ValueError):
     """Arguments that contradict each other or aren't allowed."""
 
@@ -33,8 +45,20 @@ class ExportError(LightningFTError, RuntimeError):
     """An export that would not give the same output as the live model, or can't be written."""
 
 
+class NonFiniteError(LightningFTError, FloatingPointError):
+    """A loss, gradients, logits or weights that hold NaN or an infinity: the weights were left as they were before."""
+
+
 class SavingsError(LightningFTError, ValueError):
     """A token-savings measurement that would not be honest or is not defined."""
+
+
+class MeasurementError(LightningFTError, RuntimeError):
+    """Measurements that failed at the end of a run, which otherwise went on; the command line's exit status tells."""
+
+
+class GateError(LightningFTError, RuntimeError):
+    """Results that broke a limit that was set for them, of a run that otherwise went on; likewise."""
 
 
 class RetentionError(LightningFTError, ValueError):

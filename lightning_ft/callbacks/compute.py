@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_ft.callbacks.host import results_folder
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.errors import ConfigError
 from lightning_ft.functional.compute import ComputeResult
 from lightning_ft.measurement.compute import ComputeMeasurement
 from lightning_ft.measurement.target import unwrapped
+from lightning_ft.rank_zero import rank_zero_info
+from lightning_ft.report.collect import COMPUTE
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _LOGGED = ("flops", "flops_per_token", "tokens_per_second", "peak_memory_bytes", "mfu")
@@ -55,6 +55,9 @@ class ComputeMeter(MeasuringCallback):
     Example:
         >>> meter = ComputeMeter(every_n_steps=100)
     """
+
+    title = "Compute"
+    files = (COMPUTE,)
 
     def __init__(
         self,
@@ -143,24 +146,21 @@ class ComputeMeter(MeasuringCallback):
         """Stop counting."""
         self._abandon()
 
-    def on_train_end(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Log, print and write the result; every rank must come here.
-
-        Args:
-            trainer: The Trainer, or Fabric.
-            pl_module: The module, or with Fabric the model.
+    def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """The result of all ranks.
 
         Raises:
             ConfigError: If there was no training step.
         """
         self.result = self._started().stop(read_memory=not self._memory_read)
-        figures = self.result.figures()
-        self.publish(trainer, self.named(figures), self._step(trainer))
-        folder = results_folder(trainer, self.output_dir, self.name)
-        if getattr(trainer, "is_global_zero", True):
-            rank_zero_info(self.result.headline)
-            if folder is not None:
-                rank_zero_info(f"Compute written: {self.result.save(folder)}")
+        return self.named(self.result.figures())
+
+    def show(self, folder: Path | None) -> None:
+        """Print the headline and write the file."""
+        assert self.result is not None
+        rank_zero_info(self.result.headline)
+        if folder is not None:
+            self.wrote(self.result.save(folder))
 
     def so_far(self) -> ComputeResult:
         """What this process has measured up to now, while training goes on.

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_ft._lightning import Callback, LightningModule, Trainer
-from lightning_ft.errors import ConfigError
+from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft.callbacks.ending import EndOfTraining, first_over_ranks
+from lightning_ft.errors import ConfigError, ExportError
+from lightning_ft.models.checkpoint_file import read_checkpoint
 from lightning_ft.models.export import check_folder
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.modules.base import FineTuning
+from lightning_ft.rank_zero import rank_zero_info
 
 
-class ExportModel(Callback):
+class ExportModel(EndOfTraining):
     """Export the final weights to ``last/`` and those of the best checkpoint to ``best/``.
 
-    Which checkpoint is best is what the Trainer's ModelCheckpoint monitors; without ``monitor`` there is none.
+    The final weights are those that the user ends with, after weight averaging, wherever this callback stands. Which
+    checkpoint is best is what the Trainer's ModelCheckpoint monitors; without ``monitor`` there is none. An export that
+    fails is an error, once everything else has been done.
 
     Args:
         output: Folder for both; by default ``export/`` in the logger's folder.
@@ -28,12 +32,15 @@ class ExportModel(Callback):
 
     Raises:
         ConfigError: Before training, for a module that can't be exported.
-        ExportError: Before training, if a folder isn't empty or the adapter can't be exported like this.
+        ExportError: Before training, if a folder isn't empty or the adapter can't be exported like this; after it, if
+            an export failed.
 
     Example:
         >>> ExportModel("out", merge=True).merge
         True
     """
+
+    finishes_first = True
 
     def __init__(
         self, output: str | None = None, *, merge: bool = False, best: bool = True, overwrite: bool = False
@@ -41,6 +48,8 @@ class ExportModel(Callback):
         super().__init__()
         self.output, self.merge, self.best, self.overwrite = output, merge, best, overwrite
         self.exported: dict[str, Path] = {}
+        self.error: ExportError | None = None
+        """The first export that failed, if one did."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse before training what would fail after it."""
@@ -49,31 +58,47 @@ class ExportModel(Callback):
                 f"ExportModel can't export {type(pl_module).__name__}: it isn't a module of lightning_ft."
             )
         pl_module.check_export(merge=self.merge)
-        folder = self._folder(trainer)
-        for part in ("last", "best"):
-            if trainer.is_global_zero:
-                check_folder(folder / part, overwrite=self.overwrite)
+        self.error = None
+        folder, found = self._folder(trainer), None
+        if trainer.is_global_zero:
+            try:
+                for part in ("last", "best"):
+                    check_folder(folder / part, overwrite=self.overwrite)
+            except ExportError as error:
+                found = str(error)
+        if (found := first_over_ranks(found)) is not None:  # all ranks or none: the others would wait for this one
+            raise ExportError(found)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def finish(self, trainer: Trainer, pl_module: Any) -> None:
         """Export the final weights, while they are still on their devices."""
-        self._export(trainer, pl_module, "last")
+        self._try(trainer, "last", lambda: self._export(trainer, pl_module, "last"))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def finish_fit(self, trainer: Trainer, pl_module: Any) -> None:
         """Export the best checkpoint, after every ModelCheckpoint has saved its last one."""
         checkpoint: Any = trainer.checkpoint_callback
         path = getattr(checkpoint, "best_model_path", "") if getattr(checkpoint, "monitor", None) else ""
-        if not self.best or not path or not trainer.is_global_zero:
+        if not self.best or not path:
             return
         if is_sharded(pl_module):
             rank_zero_info(f"The best checkpoint of a sharded model is exported with `lightning-ft export`: {path}")
             return
-        final = {n: p.detach().cpu().clone() for n, p in pl_module.named_parameters() if p.requires_grad}
-        best = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        self._try(trainer, "best", lambda: self._export_best(trainer, pl_module, path))
+
+    def _try(self, trainer: Trainer, part: str, work: Callable[[], None]) -> None:
+        what = f"The {part} weights were not exported to {self._folder(trainer) / part}"
+        if (reason := self.attempt(what, work)) is not None and self.error is None:
+            self.error = ExportError(f"{what}: {reason}")
+
+    def _export_best(self, trainer: Trainer, module: FineTuning, path: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        final = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
+        best = read_checkpoint(path)["state_dict"]
         try:
-            pl_module.load_state_dict(best, strict=False)
-            self._export(trainer, pl_module, "best")
+            module.load_state_dict(best, strict=False)
+            self._export(trainer, module, "best")
         finally:
-            pl_module.load_state_dict(final, strict=False)
+            module.load_state_dict(final, strict=False)
 
     def _export(self, trainer: Trainer, module: FineTuning, part: str) -> None:
         folder = self._folder(trainer) / part

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from lightning_ft.errors import ConfigError
 
 
 def is_trainer(host: Any) -> bool:
@@ -43,3 +46,22 @@ def results_folder(host: Any, output_dir: str | Path | bool | None, name: str) -
     if output_dir is not None and output_dir is not True:
         return Path(output_dir)
     return Path(host.log_dir or host.default_root_dir) / name if is_trainer(host) else None
+
+
+def check_results_folder(folder: Path | None, name: str) -> None:
+    """Refuse before training a folder that can't be written to after it.
+
+    Args:
+        folder: See `results_folder`.
+        name: Of the callback's class, for the message.
+
+    Raises:
+        ConfigError: If a file is in its way, or the user may not write there.
+    """
+    if folder is None:
+        return
+    there = next((parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists()), Path("/"))
+    if not there.is_dir():
+        raise ConfigError(f"{name} can't write its results into {str(folder)!r}: {str(there)!r} is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{name} can't write its results into {str(folder)!r}: {str(there)!r} isn't writable.")

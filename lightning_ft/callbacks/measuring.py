@@ -1,31 +1,104 @@
-"""What callbacks that measure share: where their figures go, and the report at the end of a fit."""
+"""What callbacks that measure share: when they measure, where their figures go, and the report at the end of a fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from lightning_ft._lightning import Callback
-from lightning_ft.callbacks.host import is_trainer
+from lightning_ft.callbacks.ending import EndOfTraining
+from lightning_ft.callbacks.host import check_results_folder, is_trainer, results_folder
+from lightning_ft.rank_zero import rank_zero_info
+from lightning_ft.report.collect import UNDEFINED
 
 
-class MeasuringCallback(Callback):
-    """Base of the callbacks that measure something."""
+class MeasuringCallback(EndOfTraining):
+    """Base of the callbacks that measure something.
 
+    A measurement that fails once training has begun is undefined, and says why; the run goes on.
+    """
+
+    title: ClassVar[str]
+    """What is measured, in words."""
+    files: ClassVar[tuple[str, ...]]
+    """Names of the files that a result is written to."""
     reports = True
     """Its results go into the report that is written when training ends."""
     name: str
     """Before the names of what is logged, and of the folder."""
     output_dir: str | Path | bool | None
+    result: Any
+    undefined: str | None = None
+    """Why there is no result, once training has ended."""
+    unwritten: str | None = None
+    """Why the files in its folder may be those of an earlier run."""
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a folder that can't be written to.
+
+        Raises:
+            ConfigError: If a file is in its way, or the user may not write there.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.undefined = self.unwritten = None
+            check_results_folder(results_folder(trainer, self.output_dir, self.name), type(self).__name__)
+
+    def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """Set `result` to that of the final weights; on all ranks.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+
+        Returns:
+            What is logged, by the names that it is logged under.
+        """
+        raise NotImplementedError
+
+    def show(self, folder: Path | None) -> None:
+        """Print the result and write it; on the first rank only.
+
+        Args:
+            folder: Where to write; None for nowhere.
+        """
+        raise NotImplementedError
+
+    def undefined_figures(self) -> dict[str, float]:
+        """What is logged where the result is undefined."""
+        return {}
+
+    @property
+    def gate_failed(self) -> bool:
+        """Whether the result broke a limit at which the user wants to be stopped."""
+        return False
+
+    def finish(self, trainer: Any, pl_module: Any) -> None:
+        """Measure the final weights, log, print and write the result, or why there is none."""
+        folder = results_folder(trainer, self.output_dir, self.name)  # asked on all ranks, and before one may fail
+        figures: dict[str, float] = {}
+        self.undefined = self.attempt(
+            f"{self.title} is undefined", lambda: figures.update(self.measure(trainer, pl_module))
+        )
+        if self.undefined is not None:
+            self.result, figures = None, self.named(self.undefined_figures())
+        self.attempt(
+            f"{self.title} was not logged",
+            lambda: self.publish(trainer, figures, getattr(trainer, "global_step", None)),
+        )
+        show: Callable[[Path | None], None] = self.show if self.undefined is None else self._write_undefined
+        first = getattr(trainer, "is_global_zero", True)
+        where = "" if folder is None else f" to {folder}"
+        self.unwritten = self.attempt(f"{self.title} was not written{where}", lambda: show(folder) if first else None)
+
+    def finish_fit(self, trainer: Any, pl_module: Any) -> None:
         """Write the report, if this is the last callback that measures."""
         from lightning_ft.report.fit import report_at_end
 
-        report_at_end(trainer, self)
+        self.attempt("The report was not written", lambda: report_at_end(trainer, self))
 
     def named(self, figures: Mapping[str, float]) -> dict[str, float]:
         """Figures as they are logged."""
@@ -43,5 +116,20 @@ class MeasuringCallback(Callback):
         """
         if is_trainer(host):
             host.callback_metrics.update({key: torch.tensor(value) for key, value in figures.items()})
-        for logger in getattr(host, "loggers", []):
+        for logger in getattr(host, "loggers", []) if figures else ():
             logger.log_metrics(dict(figures), step=step)
+
+    def wrote(self, *files: Path) -> None:
+        """Say where the result is; an earlier word that there is none is taken back."""
+        (files[0].parent / UNDEFINED).unlink(missing_ok=True)
+        rank_zero_info(f"{self.title} written: {', '.join(map(str, files))}")
+
+    def _write_undefined(self, folder: Path | None) -> None:
+        """Write why there is no result; one of an earlier run must not be taken for this one's."""
+        if folder is None:
+            return
+        for name in self.files:
+            (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"measurement": self.title, "reason": self.undefined}, indent=1, ensure_ascii=False)
+        (folder / UNDEFINED).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.callbacks.host import is_trainer, precision_of, results_folder, shows_progress
+from lightning_ft.callbacks.host import is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.data.request import Request
 from lightning_ft.errors import ConfigError, RetentionError
 from lightning_ft.functional.retention import RetentionResult
 from lightning_ft.measurement.retention import RetentionMeasurement
-from lightning_ft.measurement.target import model_of, required_model, unwrapped
+from lightning_ft.measurement.target import model_of, required_model, unwrapped, weights_fingerprint
+from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_ft.report.collect import RETENTION
 
 
 class Retention(MeasuringCallback):
@@ -63,6 +65,9 @@ class Retention(MeasuringCallback):
         >>> retention = Retention(["It was a bright cold day in April."], max_kl=0.1, on_breach="stop")
     """
 
+    title = "Retention"
+    files = (RETENTION,)
+
     def __init__(
         self,
         texts: str | list[str] | None = None,
@@ -99,6 +104,13 @@ class Retention(MeasuringCallback):
                 raise RetentionError(f"{argument}={value}: expected at least 1.")
         if on_breach not in ("warn", "stop"):
             raise RetentionError(f"on_breach={on_breach!r}: expected 'warn' or 'stop'.")
+        for argument, limit, most in (
+            ("max_kl", max_kl, math.inf),
+            ("max_ppl_ratio", max_ppl_ratio, math.inf),
+            ("min_top1_agreement", min_top1_agreement, 1.0),
+        ):
+            if limit is not None and not 0 <= limit <= most:
+                raise RetentionError(f"{argument}={limit}: expected a number from 0{' to 1' if most == 1 else ' on'}.")
         self.texts, self.tokenizer, self.task, self.max_task_rows = texts, tokenizer, task, max_task_rows
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.max_kl, self.max_ppl_ratio, self.min_top1_agreement = max_kl, max_ppl_ratio, min_top1_agreement
@@ -118,7 +130,7 @@ class Retention(MeasuringCallback):
         """Which limits the last result broke, in words."""
         self._measurement: RetentionMeasurement | None = None
         self._loaded: dict[str, Any] | None = None
-        self._measured_at: int | None = None
+        self._measured: tuple[float, ...] = ()
         self._last_step = 0
 
     @property
@@ -134,6 +146,7 @@ class Retention(MeasuringCallback):
         Raises:
             RetentionError: For everything that can be known without the model.
         """
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             if self._measurement is not None and trainer.global_step > 0:  # the same Trainer goes on
                 self._loaded = self.state_dict()
@@ -158,7 +171,7 @@ class Retention(MeasuringCallback):
         Raises:
             RetentionError: If training has already changed the weights, or the model isn't what it is compared with.
         """
-        self.result, self._measured_at, self.breached = None, None, ()
+        self.result, self._measured, self.breached = None, (), ()
         self._last_step = getattr(trainer, "global_step", 0)
         measurement = self._measurement if is_trainer(trainer) else None  # of another Fabric loop it would be stale
         self._measurement = measurement = measurement or self._new_measurement(trainer, pl_module)
@@ -183,22 +196,40 @@ class Retention(MeasuringCallback):
         if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._report(trainer, pl_module)
 
-    def on_train_end(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Measure the tuned model, log, print and write the result.
-
-        Args:
-            trainer: The Trainer, or Fabric.
-            pl_module: The module, or with Fabric the model.
+    def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """Measure the tuned model, unless these weights were measured last, and compare with the limits.
 
         Raises:
             RetentionError: If `on_train_start` didn't run, or the weights have become NaN.
         """
-        self._report(trainer, pl_module, ended=True)
-        folder = results_folder(trainer, self.output_dir, self.name)
-        if self.result is not None and getattr(trainer, "is_global_zero", True):
-            rank_zero_info(f"Retention. {self.result.headline}")
-            if folder is not None:
-                rank_zero_info(f"Retention written: {self.result.save(folder)}")
+        earlier = self.result, self.breached
+        self.result, self.breached = None, self._limits()
+        if self._measurement is None:
+            raise RetentionError("Nothing to compare with: on_train_start must run before the first step.")
+        step = getattr(trainer, "global_step", None)
+        model = required_model(pl_module, "Retention", RetentionError)
+        weights = weights_fingerprint(model)
+        if earlier[0] is not None and (earlier[0].step, weights) == (step, self._measured):
+            self.result, self.breached = earlier
+            return {}  # they were logged then
+        with precision_of(trainer):
+            self.result = self._measurement.after(model, step=step)
+        self._measured, self.breached = weights, self._broken(self.result)
+        return self.named(self.result.figures())
+
+    def show(self, folder: Path | None) -> None:
+        """Say what was found and write the file."""
+        assert self.result is not None
+        if self.breached:
+            rank_zero_warn(self._told(self.result))
+        rank_zero_info(f"Retention. {self.result.headline}")
+        if folder is not None:
+            self.wrote(self.result.save(folder))
+
+    @property
+    def gate_failed(self) -> bool:
+        """Whether a limit was broken at which the run was to stop."""
+        return self.on_breach == "stop" and bool(self.breached)
 
     def state_dict(self) -> dict[str, Any]:
         """What is compared with, tensors among it."""
@@ -231,34 +262,45 @@ class Retention(MeasuringCallback):
                 rows = None
         return (rows or [])[: self.max_task_rows]
 
-    def _report(self, trainer: Any, module: Any, *, ended: bool = False) -> None:
-        """Measure, unless it was at this step, log, and compare with the limits."""
+    def _report(self, trainer: Any, module: Any) -> None:
+        """Measure in the middle of training, log, and stop where a limit asks for it."""
+        figures: dict[str, float] = {}
         step = getattr(trainer, "global_step", None)
-        if self._measurement is None:
-            raise RetentionError("Nothing to compare with: on_train_start must run before the first step.")
-        if self.result is not None and step is not None and step == self._measured_at:
+        at = "" if step is None else f" at step {step:,}"
+        if self.attempt(f"Retention{at} is undefined", lambda: figures.update(self.measure(trainer, module))):
             return
-        with precision_of(trainer):
-            self.result = self._measurement.after(required_model(module, "Retention", RetentionError), step=step)
-        self._measured_at = step
-        self.publish(trainer, self.named(self.result.figures()), step)
-        self._compare_with_limits(trainer, self.result, may_stop=not ended and is_trainer(trainer))
+        self.attempt(f"Retention{at} was not logged", lambda: self.publish(trainer, figures, step))
+        assert self.result is not None
+        stop = is_trainer(trainer) and self.on_breach == "stop" and bool(self.breached)
+        if is_trainer(trainer):  # all ranks or none, though they measure alike
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+            trainer.should_stop = trainer.should_stop or stop
+        if self.breached:
+            rank_zero_warn(f"{self._told(self.result)}{' Training stops.' if stop else ''}")
 
-    def _compare_with_limits(self, trainer: Any, result: RetentionResult, *, may_stop: bool) -> None:
-        found = []
-        for figure, limit, sign in (
+    def _told(self, result: RetentionResult) -> str:
+        at = "" if result.step is None else f" at step {result.step:,}"
+        return f"Retention{at}: {'; '.join(self.breached)}."
+
+    def _limits(self) -> tuple[str, ...]:
+        """All limits, in words: what is undefined keeps none of them."""
+        return tuple(
+            f"{figure} is undefined, {'at most' if sign > 0 else 'at least'} {limit:g} was allowed"
+            for figure, limit, sign in self._wanted()
+        )
+
+    def _broken(self, result: RetentionResult) -> tuple[str, ...]:
+        values = {figure: getattr(result, figure).value for figure, _, _ in self._wanted()}
+        return tuple(
+            f"{figure} is {values[figure]:.4g}, {'at most' if sign > 0 else 'at least'} {limit:g} was allowed"
+            for figure, limit, sign in self._wanted()
+            if sign * values[figure] > sign * limit
+        )
+
+    def _wanted(self) -> list[tuple[str, float, int]]:
+        limits = (
             ("kl_general", self.max_kl, 1),
             ("ppl_ratio", self.max_ppl_ratio, 1),
             ("top1_agreement", self.min_top1_agreement, -1),
-        ):
-            value = getattr(result, figure).value
-            if limit is not None and sign * value > sign * limit:
-                found.append(f"{figure} is {value:.4g}, {'at most' if sign > 0 else 'at least'} {limit:g} was allowed")
-        self.breached = tuple(found)
-        stop = may_stop and self.on_breach == "stop" and bool(found)
-        if may_stop:  # all ranks or none, though they measure alike
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-            trainer.should_stop = trainer.should_stop or stop
-        if found:
-            at = "" if result.step is None else f" at step {result.step:,}"
-            rank_zero_warn(f"Retention{at}: {'; '.join(found)}.{' Training stops.' if stop else ''}")
+        )
+        return [(figure, limit, sign) for figure, limit, sign in limits if limit is not None]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
 from rich.console import Console
 
 from lightning_ft._lightning import Callback
+from lightning_ft.callbacks.ending import described
 from lightning_ft.errors import ConfigError
+from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_ft.report.samples import samples_columns, samples_markdown, samples_table
 from lightning_ft.rollout.record import RolloutRecord
-from lightning_ft.rollout.samples import drop_samples, set_aside, write_samples
+from lightning_ft.rollout.samples import append_samples, drop_samples, set_aside
 
 
 class SampleCompletions(Callback):
@@ -57,6 +58,8 @@ class SampleCompletions(Callback):
         self.print_samples, self.name = print_samples, name
         self.written_to: Path | None = None
         """The file, once training has started."""
+        self.failures: tuple[str, ...] = ()
+        """What could not be written, in words."""
         self._seen: RolloutRecord | None = None
         self._last_step: int | None = None
 
@@ -78,7 +81,7 @@ class SampleCompletions(Callback):
         # asked on all ranks: the first one tells the others
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         self.written_to = self.path or folder / f"{self.name}.jsonl"
-        self._seen = None
+        self._seen, self.failures = None, ()
         if trainer.global_step == 0:
             self._last_step = None
         if not trainer.is_global_zero:
@@ -98,12 +101,23 @@ class SampleCompletions(Callback):
             return
         self._last_step = record.step
         if trainer.is_global_zero and len(record):
+            rows = record.rows(self.num_samples)
             assert self.written_to is not None
-            rows = write_samples(record, self.written_to, num_samples=self.num_samples)
+            self._try(f"to {self.written_to}", append_samples, rows, self.written_to)
             for logger in trainer.loggers:
-                log_samples(logger, self.name, rows)
+                self._try(f"to {type(logger).__name__}", log_samples, logger, self.name, rows)
             if self.print_samples:
                 Console().print(samples_table(rows))
+
+    def _try(self, where: str, write: Callable[..., object], *arguments: Any) -> None:
+        """Write samples; they aren't worth a run. Only the first failure is told, since others are like it."""
+        try:
+            write(*arguments)
+        except Exception as error:
+            failure = f"SampleCompletions could not write {where}: {described(error)}"
+            if not any(earlier.startswith(failure.split(":")[0]) for earlier in self.failures):
+                self.failures = (*self.failures, failure)
+                rank_zero_warn(f"{failure}. Training goes on.")
 
     def state_dict(self) -> dict[str, Any]:
         """The step shown last."""

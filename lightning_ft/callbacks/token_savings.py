@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.callbacks.host import is_trainer, precision_of, results_folder, shows_progress
+from lightning_ft.callbacks.host import is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.data.request import Request
 from lightning_ft.data.sources import Sources
@@ -18,11 +17,12 @@ from lightning_ft.functional.cost import Prices
 from lightning_ft.functional.gate import check_margin
 from lightning_ft.functional.prompt import PromptBaseline
 from lightning_ft.functional.result import SavingsResult
-from lightning_ft.functional.savings import NoSuccessError
 from lightning_ft.functional.scorers import Scorer
 from lightning_ft.measurement.overlap import TrainRows
 from lightning_ft.measurement.savings import SavingsMeasurement
-from lightning_ft.measurement.target import model_of, required_model, unwrapped
+from lightning_ft.measurement.target import model_of, required_model, unwrapped, weights_fingerprint
+from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.report.collect import SAVINGS
 
 
 class TokenSavings(MeasuringCallback):
@@ -67,6 +67,9 @@ class TokenSavings(MeasuringCallback):
         >>> baseline = PromptBaseline("Answer with the name of one department.")
         >>> savings = TokenSavings(baseline, scorer="label", margin=0.05)
     """
+
+    title = "Token savings"
+    files = (SAVINGS, "token_savings.md", "token_savings.png")
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class TokenSavings(MeasuringCallback):
         """The last result."""
         self._measurement: SavingsMeasurement | None = None
         self._loaded: dict[str, Any] | None = None
-        self._measured_at: int | None = None
+        self._measured: tuple[float, ...] = ()
         self._split_used = ""
 
     @property
@@ -135,6 +138,7 @@ class TokenSavings(MeasuringCallback):
         Raises:
             SavingsError: For everything that can be known without the model.
         """
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             if self._measurement is not None and trainer.global_step > 0:  # the same Trainer goes on
                 self._loaded = self.state_dict()
@@ -159,7 +163,7 @@ class TokenSavings(MeasuringCallback):
         Raises:
             SavingsError: If training has already changed the weights.
         """
-        self.result, self._measured_at = None, None
+        self.result, self._measured = None, ()
         measurement = self._measurement or self._new_measurement(trainer, pl_module)
         self._measurement = measurement
         if self._loaded is not None:
@@ -179,35 +183,46 @@ class TokenSavings(MeasuringCallback):
         """Measure the tuned arm where `every_n_epochs` asks for it, and log it to be monitored."""
         if self.every_n_epochs is None or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        try:
-            figures = self._measure(trainer, pl_module)
-        except NoSuccessError as error:  # there may be some by the end
-            rank_zero_warn(f"Token savings after epoch {trainer.current_epoch}: {error}")
-            return
-        pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
+        figures: dict[str, float] = {}
+        what = f"Token savings after epoch {trainer.current_epoch} are undefined"
+        if self.attempt(what, lambda: figures.update(self.measure(trainer, pl_module))) is None:
+            pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
 
-    def on_train_end(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Measure the tuned arm, log, print and write the result.
-
-        Args:
-            trainer: The Trainer, or Fabric.
-            pl_module: The module, or with Fabric the model.
+    def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        """Measure the tuned arm, unless these weights were measured last.
 
         Raises:
             SavingsError: If the scorer fails, or no answer of either arm was right.
         """
-        step = getattr(trainer, "global_step", None)
-        fresh = self.result is None or step is None or step != self._measured_at
-        figures = self._measure(trainer, pl_module) if fresh else self._figures()
-        self.publish(trainer, figures, step)
-        folder = results_folder(trainer, self.output_dir, self.name)
-        if getattr(trainer, "is_global_zero", True) and self.result is not None:
-            for warning in self.result.warnings:
-                rank_zero_warn(f"Token savings: {warning}")
-            self.result.print()
-            if folder is not None:
-                written = self.result.save(folder)
-                rank_zero_info("Token savings written: " + ", ".join(map(str, written)))
+        if self._measurement is None:
+            raise SavingsError("The prompted arm has not been measured: on_train_start must run before the first step.")
+        model = required_model(pl_module, "TokenSavings", SavingsError)
+        weights = weights_fingerprint(model)
+        if self.result is None or weights != self._measured:
+            self.result = None
+            provenance = {"split": self._split_used} if self._split_used else {}
+            with precision_of(trainer):
+                self.result = self._measurement.after(model, provenance)
+            self._measured = weights
+        return self.named(self.result.figures())
+
+    def show(self, folder: Path | None) -> None:
+        """Print the table and write the files."""
+        assert self.result is not None
+        for warning in self.result.warnings:
+            rank_zero_warn(f"Token savings: {warning}")
+        self.result.print()
+        if folder is not None:
+            self.wrote(*self.result.save(folder))
+
+    def undefined_figures(self) -> dict[str, float]:
+        """The gate isn't passed."""
+        return {"gate_passed": 0.0}
+
+    @property
+    def gate_failed(self) -> bool:
+        """Whether quality wasn't shown to be kept."""
+        return self.result is not None and not self.result.gate.passed
 
     def state_dict(self) -> dict[str, Any]:
         """The arms of the original weights, as JSON types."""
@@ -260,15 +275,3 @@ class TokenSavings(MeasuringCallback):
             f"TokenSavings has no rows to ask; training rows would measure memory. {' '.join(reasons)} Give the "
             "PairDataModule test= or validation=."
         )
-
-    def _measure(self, trainer: Any, module: Any) -> dict[str, float]:
-        if self._measurement is None:
-            raise SavingsError("The prompted arm has not been measured: on_train_start must run before the first step.")
-        provenance = {"split": self._split_used} if self._split_used else {}
-        with precision_of(trainer):
-            self.result = self._measurement.after(required_model(module, "TokenSavings", SavingsError), provenance)
-        self._measured_at = getattr(trainer, "global_step", None)
-        return self._figures()
-
-    def _figures(self) -> dict[str, float]:
-        return {} if self.result is None else self.named(self.result.figures())

@@ -118,6 +118,8 @@ def make(folder: Path) -> list[RunResult]:
     trainer.fit(cli.model, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
     if trainer.interrupted:
         raise ComparisonError("The run was interrupted; it goes on from its last checkpoint when started again.")
+    if undefined := [told for callback in (meter, retention) if callback and (told := callback.undefined)]:
+        raise ComparisonError(f"{' '.join(undefined)} Start the comparison again: the run goes on from its end.")
     return [
         result(
             run.method,

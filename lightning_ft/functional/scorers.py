@@ -173,7 +173,7 @@ def score_answers(
     for i, output, reference in zip(ids, outputs, references, strict=True):
         try:
             score: Any = scorer(output, reference)
-        except Exception as error:  # whatever it is, the request it failed on must be told
+        except (Exception, SystemExit) as error:  # whatever it is, the request it failed on must be told
             raise SavingsError(f"Scorer {name!r} failed on request {i!r}: {type(error).__name__}: {error}") from error
         try:
             number = float(score) if not isinstance(score, str) else math.nan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -69,13 +69,16 @@ def run_arm(
     mine = range(rank if ranks > 1 else 0, len(arm.prompts), ranks)
     shows = progress and rank == 0
     with tqdm(total=len(mine), desc=f"Token savings, {name}", unit="request", disable=not shows, leave=False) as bar:
-        rollouts = engine.generate(
-            [arm.prompts[i] for i in mine],
-            max_new_tokens=plan.max_new_tokens,
-            on_answered=bar.update,
-            prefix=arm.shared,
+        completions = _gather(
+            lambda: engine.generate(
+                [arm.prompts[i] for i in mine],
+                max_new_tokens=plan.max_new_tokens,
+                on_answered=bar.update,
+                prefix=arm.shared,
+            ).completions,
+            mine,
+            ranks,
         )
-    completions = _gather(dict(zip(mine, rollouts.completions, strict=True)), ranks)
     outputs = tokenizer.batch_decode([list(c.tokens) for c in completions], skip_special_tokens=True)
     shape = model_shape(model)
     n = len(plan.requests)
@@ -101,12 +104,20 @@ def run_arm(
     )
 
 
-def _gather(answered: dict[int, Completion], ranks: int) -> list[Completion]:
-    """The answers of all ranks, in the order of the requests."""
-    if ranks > 1:
-        parts: list[Any] = [None] * ranks
-        dist.all_gather_object(parts, answered)
-        answered = {i: completion for part in parts for i, completion in part.items()}
+def _gather(answer: Callable[[], Sequence[Completion]], mine: Sequence[int], ranks: int) -> list[Completion]:
+    """The answers of all ranks, in the order of the requests; what one raises is told to the others."""
+    if ranks == 1:
+        return list(answer())
+    own: Any
+    try:
+        own = dict(zip(mine, answer(), strict=True))
+    except Exception as error:
+        own = f"{type(error).__name__}: {error}"
+    parts: list[Any] = [None] * ranks
+    dist.all_gather_object(parts, own)
+    if failed := [f"rank {rank}: {part}" for rank, part in enumerate(parts) if isinstance(part, str)]:
+        raise SavingsError(f"Generation failed on {'; on '.join(failed)}")
+    answered = {i: completion for part in parts for i, completion in part.items()}
     return [answered[i] for i in sorted(answered)]
 
 

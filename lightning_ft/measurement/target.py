@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -44,3 +45,17 @@ def required_model(module: Any, measuring: str, error: type[LightningFTError]) -
             '`model`; with Fabric pass it along: fabric.call("on_train_start", fabric, model).'
         )
     return model
+
+
+def weights_fingerprint(model: Any) -> tuple[float, ...]:
+    """Numbers that change when trained weights do; every rank of a sharded model must ask.
+
+    Steps don't tell: weight averaging puts other weights in place after the last one.
+    """
+    found: list[float] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            weights = parameter.detach()
+            for total in (weights.sum(dtype=torch.float64), torch.linalg.vector_norm(weights, dtype=torch.float64)):
+                found.append(float(total.full_tensor() if hasattr(total, "full_tensor") else total))
+    return tuple(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,22 @@ if TYPE_CHECKING:
     from lightning_ft.functional.retention import RetentionResult
 
 SAVINGS, RETENTION, COMPUTE, COMPARISON = "token_savings.json", "retention.json", "compute.json", "comparison.json"
+UNDEFINED = "undefined.json"
+"""In the place of a result, where a measurement failed."""
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Undefined:
+    """A measurement that failed.
+
+    Args:
+        measurement: What would have been measured, in words.
+        reason: Why it wasn't.
+    """
+
+    measurement: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -29,17 +44,19 @@ class RunReport:
         retention: Likewise.
         compute: Likewise.
         comparison: Of methods, where there is one.
+        undefined: Measurements that failed, likewise.
     """
 
     savings: Mapping[str, SavingsResult] = field(default_factory=dict)
     retention: Mapping[str, RetentionResult] = field(default_factory=dict)
     compute: Mapping[str, ComputeResult] = field(default_factory=dict)
     comparison: Comparison | None = None
+    undefined: Mapping[str, Undefined] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to report."""
-        return not (self.savings or self.retention or self.compute or self.comparison)
+        return not (self.savings or self.retention or self.compute or self.comparison or self.undefined)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -48,6 +65,7 @@ class RunReport:
             "retention": {name: result.to_dict() for name, result in self.retention.items()},
             "compute": {name: result.to_dict() for name, result in self.compute.items()},
             "comparison": None if self.comparison is None else self.comparison.to_dict(),
+            "undefined": {name: asdict(failed) for name, failed in self.undefined.items()},
         }
 
 
@@ -77,6 +95,7 @@ def collect(folder: str | Path, within: Iterable[str] | None = None) -> RunRepor
         retention=_all(root, roots, RETENTION, _retention),
         compute=_all(root, roots, COMPUTE, _compute),
         comparison=_read(comparisons[0], _comparison) if comparisons else None,
+        undefined=_all(root, roots, UNDEFINED, _undefined),
     )
 
 
@@ -152,3 +171,7 @@ def _comparison(values: Mapping[str, Any]) -> Comparison:
     from lightning_ft.functional.comparison import Comparison
 
     return Comparison.from_dict(values)
+
+
+def _undefined(values: Mapping[str, Any]) -> Undefined:
+    return Undefined(str(values["measurement"]), str(values["reason"]))

@@ -68,7 +68,7 @@ def document(report: RunReport) -> Document:
         *_provenance(report, told, names),
     ]
     return Document(
-        headlines=tuple(savings_headline(result, names[name]) for name, result in told.items()) or (_no_verdict(),),
+        headlines=_headlines(report, told, names),
         warnings=_warnings(report, told, names),
         facts=_facts(report, told),
         sections=tuple(sections),
@@ -98,8 +98,15 @@ def _prefixes(names: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _no_verdict() -> Headline:
-    return Headline(None, "Token savings were not measured, so there is no verdict.")
+def _headlines(report: RunReport, told: Mapping[str, SavingsResult], names: Mapping[str, str]) -> tuple[Headline, ...]:
+    """The verdicts; what could not be measured hasn't passed."""
+    called = run_names(report.undefined) if len(report.undefined) > 1 else dict.fromkeys(report.undefined, "")
+    found = [savings_headline(result, names[name]) for name, result in told.items()]
+    found += [
+        Headline(False, f"{failed.measurement} is undefined: {failed.reason}", called[name])
+        for name, failed in report.undefined.items()
+    ]
+    return tuple(found) or (Headline(None, "Token savings were not measured, so there is no verdict."),)
 
 
 def _facts(report: RunReport, told: Mapping[str, SavingsResult]) -> tuple[Fact, ...]:

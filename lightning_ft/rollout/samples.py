@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,26 @@ def write_samples(record: RolloutRecord, path: str | Path, *, num_samples: int |
         True
     """
     rows = record.rows(num_samples)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.writelines(_line(row) for row in rows)
+    append_samples(rows, path)
     return rows
+
+
+def append_samples(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Append rows to a file, all of them or, where that fails, none.
+
+    Args:
+        rows: See `RolloutRecord.rows`.
+        path: Of the file, which is made where there is none.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("ab") as file:
+        size = file.tell()
+        try:
+            file.write("".join(map(_line, rows)).encode())
+            file.flush()
+        except OSError:  # half a line would spoil those that follow
+            os.truncate(path, size)
+            raise
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:

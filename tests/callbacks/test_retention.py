@@ -266,8 +266,8 @@ def test_what_is_refused_before_the_first_step(trainer_options, tokenizer):
     alone = Retention(TEXTS, **QUICK)
     with pytest.raises(RetentionError, match="no tokenizer"):
         alone.on_train_start(None, make_model())
-    with pytest.raises(RetentionError, match="on_train_start must run"):
-        alone.on_train_end(None, make_model())
+    alone.on_train_end(None, make_model())
+    assert "on_train_start must run" in alone.undefined
     alone.tokenizer = tokenizer
     with pytest.raises(RetentionError, match=r"fabric\.call"):
         alone.on_train_start()

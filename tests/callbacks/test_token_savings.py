@@ -14,7 +14,6 @@ from lightning_ft._lightning import NAMESPACE, Trainer, _pl
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.request import Message, Request
 from lightning_ft.errors import SavingsError
-from lightning_ft.functional.savings import NoSuccessError
 from lightning_ft.measurement.savings import SavingsMeasurement, measure_token_savings
 from lightning_ft.models.generate import evaluating
 from lightning_ft.report.files import load_savings
@@ -205,7 +204,7 @@ def test_a_trainer_that_goes_on_keeps_the_original_arms(trainer_options, tmp_pat
     assert savings.result.arms["untuned"] == first.arms["untuned"] != first.arms["tuned"]
 
 
-def test_no_success_stops_training_at_its_end_only(trainer_options, tmp_path, tokenizer):
+def test_no_success_leaves_savings_undefined(trainer_options, tmp_path, tokenizer):
     callback = TokenSavings(
         BASELINE, scorer="exact", requests=make_requests(), every_n_epochs=1, **{**QUICK, "max_new_tokens": 1}
     )
@@ -215,12 +214,12 @@ def test_no_success_stops_training_at_its_end_only(trainer_options, tmp_path, to
         def on_train_batch_end(self, trainer, *args):
             steps.append(trainer.global_step)
 
-    with (
-        pytest.warns(UserWarning, match="after epoch 0: No answer of either arm was right"),
-        pytest.raises(NoSuccessError, match="undefined"),
-    ):
-        fit(trainer_options, tmp_path, tokenizer, callback, callbacks=[Counter()])
+    with pytest.warns(UserWarning, match="after epoch 0 are undefined: No answer of either arm was right"):
+        trainer, _ = fit(trainer_options, tmp_path, tokenizer, callback, callbacks=[Counter()])
     assert steps[-1] == 16
+    assert callback.result is None
+    assert "No answer of either arm was right" in callback.undefined
+    assert float(trainer.callback_metrics["token_savings/gate_passed"]) == 0
 
 
 def test_trained_weights_are_never_taken_for_the_original(trainer_options, tmp_path, tokenizer, savings):
@@ -369,8 +368,9 @@ def test_a_measurement_without_baseline_tokenizer_model_or_order(trainer_options
     savings.tokenizer = tokenizer
     with pytest.raises(SavingsError, match=r"fabric\.call"):
         savings.on_train_start()
-    with pytest.raises(SavingsError, match="must run before the first step"):
-        TokenSavings(BASELINE).on_train_end(None, make_model())
+    alone = TokenSavings(BASELINE)
+    alone.on_train_end(None, make_model())
+    assert "must run before the first step" in alone.undefined
     with pytest.raises(SavingsError, match=r"call before\(model\)"):
         SavingsMeasurement(tokenizer, make_requests(), BASELINE).after(make_model())
 

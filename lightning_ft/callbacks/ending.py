@@ -1,0 +1,135 @@
+"""Work at the end of training, done so that nothing is lost by it.
+
+Callbacks of Lightning change weights when training ends: weight averaging puts its average in place in `on_train_end`.
+Whoever measures or exports before that takes other weights than the user ends with, so here this work runs after the
+`on_train_end` of all callbacks, checkpoints included, whatever order they were passed in. Exports come first. What
+fails doesn't stop what follows: by then training, perhaps a night of it, is in the weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from lightning_ft._lightning import Callback
+from lightning_ft.callbacks.host import is_trainer
+from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.rollout.ranks import rank_and_ranks
+
+_log = logging.getLogger(__name__)
+
+
+class EndOfTraining(Callback):
+    """Base of callbacks that work on the final weights.
+
+    A subclass does so in :meth:`finish`. With a Trainer that is called after the `on_train_end` of every callback, with
+    Fabric in this callback's own.
+    """
+
+    finishes_first: ClassVar[bool] = False
+    """Whether it comes before the others, so that even a killed measurement can't take it along."""
+    failures: tuple[str, ...] = ()
+    """What failed without stopping the run, in words; the command line exits with a status other than 0 then."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """See to it that :meth:`finish` comes last."""
+        if stage == "fit":
+            self.failures = ()
+            earlier = [c for c in trainer.callbacks if isinstance(c, RunsLast)]
+            others = [c for c in trainer.callbacks if not isinstance(c, RunsLast)]
+            # a new list: the Trainer is iterating over the old one
+            trainer.callbacks = [*others, *(earlier or [RunsLast()])]
+
+    def on_train_end(self, trainer: Any = None, pl_module: Any = None) -> None:
+        """With Fabric, do what is done at the end.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+        """
+        if not (is_trainer(trainer) and any(isinstance(c, RunsLast) for c in trainer.callbacks)):
+            self.finish(trainer, pl_module)
+
+    def finish(self, trainer: Any, pl_module: Any) -> None:
+        """Do what is done at the end; on all ranks. What fails in it is kept, not raised.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+        """
+        raise NotImplementedError
+
+    def finish_fit(self, trainer: Any, pl_module: Any) -> None:
+        """Do what is done when all else is done and weights have left their devices; likewise.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+        """
+
+    def attempt(self, what: str, work: Callable[[], Any]) -> str | None:
+        """Do something whose failure must not stop the run; every rank must call it.
+
+        Ranks agree on the outcome: where one fails, all have failed.
+
+        Args:
+            what: What it means if it fails, for the warning.
+            work: Does it.
+
+        Returns:
+            The reason for which it failed, None where it didn't.
+        """
+        reason = None
+        try:
+            work()
+        except Exception as error:  # whatever it is, others have work to do; KeyboardInterrupt isn't among these
+            _log.debug("%s", what, exc_info=True)
+            reason = described(error)
+        reason = first_over_ranks(reason)
+        if reason is not None:
+            self.failures = (*self.failures, f"{what}: {reason}")
+            rank_zero_warn(self.failures[-1])
+        return reason
+
+
+class RunsLast(Callback):
+    """Stands behind all callbacks of a Trainer, ModelCheckpoint too, and lets those of this package do their work."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Exports first, then measurements, each kind in the order of the callbacks."""
+        for callback in _in_order(trainer):
+            callback.finish(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """What comes after the Trainer's own clean-up; an export that failed is raised when all is done."""
+        for callback in _in_order(trainer):
+            callback.finish_fit(trainer, pl_module)
+        for callback in _in_order(trainer):
+            if (error := getattr(callback, "error", None)) is not None:
+                raise error
+
+
+def described(error: BaseException) -> str:
+    """An error in one line, with its type where that isn't a word of this package."""
+    from lightning_ft.errors import LightningFTError
+
+    text = str(error)
+    return text if isinstance(error, LightningFTError) and text else f"{type(error).__name__}: {text}"
+
+
+def first_over_ranks(reason: str | None) -> str | None:
+    """What the first rank that has something to say says; every rank must call it."""
+    _, ranks = rank_and_ranks()
+    if ranks == 1:
+        return reason
+    reasons: list[str | None] = [None] * ranks
+    torch.distributed.all_gather_object(reasons, reason)
+    return next((found for found in reasons if found is not None), None)
+
+
+def _in_order(trainer: Any) -> list[EndOfTraining]:
+    ours = [callback for callback in trainer.callbacks if isinstance(callback, EndOfTraining)]
+    return sorted(ours, key=lambda callback: not callback.finishes_first)
