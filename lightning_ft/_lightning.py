@@ -54,7 +54,12 @@ _both.sort(key=lambda module: module is not _pl)
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+    from pytorch_lightning.plugins import TorchCheckpointIO
+
+    restricted_classmethod = classmethod
 else:
+    TorchCheckpointIO = _pl.plugins.TorchCheckpointIO
+    restricted_classmethod = importlib.import_module(f"{_pl.__name__}.utilities.model_helpers")._restricted_classmethod
     LightningModule = _pl.LightningModule
     Trainer = _pl.Trainer
     Callback = _pl.Callback if len(_both) == 1 else type("Callback", tuple(m.Callback for m in _both), {})
@@ -99,8 +104,10 @@ __all__ = [
     "Callback",
     "LightningDataModule",
     "LightningModule",
+    "TorchCheckpointIO",
     "Trainer",
     "available_flops",
     "check_same_namespace",
     "cli_module",
+    "restricted_classmethod",
 ]

@@ -1,0 +1,192 @@
+"""How a Trainer reads and writes the checkpoints of these modules: whole files, and never code from one."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from lightning_ft._lightning import LightningModule, TorchCheckpointIO, restricted_classmethod
+from lightning_ft.errors import CheckpointError
+from lightning_ft.models.checkpoint_file import (
+    checked_file,
+    local_file,
+    local_path,
+    read_checkpoint,
+    refuse_pickle,
+    write_checkpoint,
+)
+from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.whole_files import is_aside
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Takes the place of Lightning's `TorchCheckpointIO`.
+
+    That one writes through a temporary folder, from which a file isn't moved in one step where it is on another file
+    system; it doesn't compare checksums; and it unpickles what it gets from a URL.
+
+    Args:
+        trainer: Whose callbacks tell where else checkpoints of a run are.
+        inner: A plugin that the user gave the Trainer: it reads and writes, and is told to read data only.
+    """
+
+    def __init__(self, trainer: Any, inner: Any = None) -> None:
+        super().__init__()
+        self._trainer, self._inner = trainer, inner
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            FileWriteError: If it can't be written; an earlier one of its name is still there.
+        """
+        local = local_path(path)
+        if self._inner is not None:
+            self._inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        elif local is None or storage_options is not None:  # object stores show a file when it is complete
+            super().save_checkpoint(checkpoint, path, storage_options=storage_options)
+        else:
+            write_checkpoint(checkpoint, local)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint."""
+        (super() if self._inner is None else self._inner).remove_checkpoint(path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; instead of a damaged last one of the run its newest one that is whole.
+
+        Raises:
+            CheckpointError: If it can't be read.
+            ConfigError: For ``weights_only=False``.
+        """
+        refuse_pickle(weights_only)
+        if self._inner is not None:
+            takes = "weights_only" in inspect.signature(self._inner.load_checkpoint).parameters
+            found: dict[str, Any] = self._inner.load_checkpoint(path, **({"weights_only": True} if takes else {}))
+            return found
+        return self.whole(path, map_location)[1]
+
+    def whole(self, path: Any, map_location: Any = "cpu") -> tuple[Any, dict[str, Any]]:
+        """The path of a checkpoint, or of another in its place, and what is in it.
+
+        Raises:
+            CheckpointError: If neither it nor another can be read.
+        """
+        try:
+            return path, self._read(path, map_location)
+        except CheckpointError as error:
+            for other in self._others(path):
+                try:
+                    found = self._read(other, map_location)
+                except CheckpointError:
+                    continue
+                rank_zero_warn(f"{error} The newest one of the run that is whole is taken instead: {str(other)!r}.")
+                return other, found
+            raise
+
+    def _read(self, path: Any, map_location: Any) -> dict[str, Any]:
+        found = read_checkpoint(path, map_location, of_trainer=True)
+        if self._trainer.state.fn == "fit" and not {"optimizer_states", "loops"} <= found.keys():
+            raise CheckpointError(
+                f"The checkpoint {str(path)!r} contains weights only (save_weights_only=True), so a run can't go on "
+                "from it: load it with load_checkpoint() of the module, and fit without ckpt_path."
+            )
+        return found
+
+    def _others(self, path: Any) -> Iterator[Path]:
+        """Checkpoints next to the last one of a run, the newest first.
+
+        ``ckpt_path="last"`` is a path by the time that it gets here. So it is one of the last checkpoints if a callback
+        of the Trainer writes such files into its folder.
+        """
+        broken = local_path(path)
+        if broken is None or not broken.is_file():
+            return
+        for callback in self._trainer.callbacks:
+            folder = getattr(callback, "dirpath", None)
+            if folder is None or local_path(folder) is None or Path(folder).resolve() != broken.parent.resolve():
+                continue
+            last = re.escape(getattr(callback, "CHECKPOINT_NAME_LAST", "last"))
+            if re.match(rf"{last}(-|$)", broken.stem) or broken.stem == getattr(callback, "filename", None):
+                others = [p for p in broken.parent.glob("*.ckpt") if p.is_file() and not is_aside(p)]
+                others = [p for p in others if not p.samefile(broken)]
+                yield from sorted(others, key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
+                return
+
+
+def use_whole_files(trainer: Any) -> None:
+    """Let a Trainer read and write checkpoints with :class:`WholeCheckpointIO`.
+
+    Args:
+        trainer: A plugin of the user's for checkpoints stays, inside or outside of it.
+    """
+    strategy = trainer.strategy
+    outer, io = None, strategy.checkpoint_io
+    while hasattr(io, "checkpoint_io"):  # a plugin around another, such as AsyncCheckpointIO
+        outer, io = io, io.checkpoint_io
+    if isinstance(io, WholeCheckpointIO):
+        return
+    ours = WholeCheckpointIO(trainer, None if type(io) is TorchCheckpointIO else io)
+    if outer is None:
+        strategy.checkpoint_io = ours
+    else:
+        outer._checkpoint_io = ours  # its setter passes over one that it has already
+    if strategy.restore_checkpoint_after_setup and type(io) is TorchCheckpointIO:
+        _check_before_loading(strategy, ours)
+
+
+def _check_before_loading(strategy: Any, io: WholeCheckpointIO) -> None:
+    """Let a strategy that loads sharded weights, which it does without its plugin, load a file that was checked."""
+    load = strategy.load_checkpoint
+
+    def checked(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        refuse_pickle(weights_only)
+        path = checkpoint_path
+        if not (local := local_path(path)) or not local.is_dir():  # a sharded folder is refused by what reads it
+            path, _ = io.whole(path)
+        with local_file(path) as file:
+            return load(file)
+
+    strategy.load_checkpoint = checked
+
+
+class CheckpointedModule(LightningModule):
+    """A module whose checkpoints are written whole and read without running anything."""
+
+    def setup(self, stage: str) -> None:
+        """Take the reading and writing of checkpoints over, before the first is read."""
+        super().setup(stage)
+        use_whole_files(self.trainer)
+
+    @restricted_classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A module with the arguments and weights of a checkpoint.
+
+        Args:
+            checkpoint_path: The checkpoint: a path, a URL or an open file.
+            map_location: As of `torch.load`.
+            hparams_file: Arguments of the module from a YAML or CSV file in place of the checkpoint's.
+            strict: Not used: a checkpoint must have the module's trainable weights and no others.
+            weights_only: True, whatever is given: a checkpoint is never unpickled.
+            kwargs: Arguments of the module in place of those of the checkpoint.
+
+        Raises:
+            CheckpointError: If it can't be read.
+            ConfigError: For ``weights_only=False``.
+        """
+        with checked_file(checkpoint_path, weights_only) as file:
+            return super().load_from_checkpoint(file, map_location, hparams_file, strict, **kwargs)
+
+
+__all__ = ["CheckpointedModule", "WholeCheckpointIO", "use_whole_files"]
