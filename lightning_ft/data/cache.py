@@ -1,7 +1,7 @@
 """Encoded examples in Arrow, by content: the same rows, tokenizer and options are tokenized once.
 
-An entry is a folder: ``rows.arrow``, which is memory-mapped, and ``about.json``, which says how long that file must be.
-It is written aside and moved in one step, and one that isn't whole is written anew.
+An entry is a folder: ``rows.arrow``, which is memory-mapped, and ``about.json``, with a checksum of both and of the
+entry's name. It is written aside and moved in one step, and one that isn't what was written is written again.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from lightning_ft.data.layout import Example
 from lightning_ft.data.request import Message
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.errors import TokenizerError
+from lightning_ft.whole_files import flush_to_disk, new_aside, remove, remove_leftovers
 
 _VERSION = 3  # of the encoding: raise it when the same rows give other tokens
 _SCHEMA = pa.schema(
@@ -214,16 +213,24 @@ class EncodedWriter:
 
 
 def load(folder: Path, key: str) -> EncodedRows | None:
-    """What was stored under a key, or None if nothing whole was."""
+    """What was stored under a key, or None if nothing whole was, or something else than was written."""
     path = folder / key
     try:
-        about = json.loads((path / "about.json").read_text())
-        if (path / "rows.arrow").stat().st_size != about["bytes"]:
+        about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+        if about.pop("checksum") != _checksum(key, about, path / "rows.arrow"):
             return None
         table = datasets.Dataset.from_file(str(path / "rows.arrow"))
-    except (OSError, ValueError, KeyError, pa.ArrowException):  # ValueError: not JSON
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):  # not JSON, or no dict
         return None
     return EncodedRows(table, about)
+
+
+def _checksum(key: str, about: dict[str, Any], rows: Path) -> str:
+    digest = hashlib.sha256(json.dumps([key, about], sort_keys=True).encode())
+    with rows.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class Entry:
@@ -256,28 +263,31 @@ def new_entry(folder: Path | None, key: str) -> Iterator[Entry]:
         entry.result = EncodedRows(datasets.Dataset.from_buffer(sink.getvalue()), entry.about)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
+    remove_leftovers(folder)
+    aside = new_aside(folder)
     try:
+        aside.mkdir()
         with pa.OSFile(str(aside / "rows.arrow"), "wb") as file:
             entry = Entry(EncodedWriter(file))
             yield entry
             entry.writer.close()
-        size = (aside / "rows.arrow").stat().st_size
-        (aside / "about.json").write_text(json.dumps({**entry.about, "bytes": size}))
-        aside.chmod(0o755)  # mkdtemp's folders are the owner's only; a shared cache is for all
+        about = json.loads(json.dumps(entry.about))  # as it will be read
+        about["checksum"] = _checksum(key, about, aside / "rows.arrow")
+        (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        flush_to_disk(aside)
         _move(aside, folder / key)
         entry.result = load(folder, key)
         if entry.result is None:
             raise OSError(f"{folder / key}: what was just written can't be read back.")
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
 
 
 def _move(aside: Path, path: Path) -> None:
     if path.exists() and load(path.parent, path.name) is None:
-        broken = Path(tempfile.mkdtemp(dir=path.parent, prefix=".broken-"))
-        os.replace(path, broken / path.name)
-        shutil.rmtree(broken, ignore_errors=True)
+        broken = new_aside(path.parent)  # aside first: another process may write a whole one meanwhile
+        os.replace(path, broken)
+        remove(broken)
     try:
         os.replace(aside, path)
     except OSError:  # another process was first: its content is the same

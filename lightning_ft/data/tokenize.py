@@ -16,6 +16,9 @@ from lightning_ft.data.kinds import PAIRS, RowKind, RowT
 from lightning_ft.data.overlong import OnOverlong, RowEncoder
 from lightning_ft.data.problems import Problem
 from lightning_ft.data.rows import is_rank_zero
+from lightning_ft.errors import LightningFTError
+from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.whole_files import why_not_written
 
 _SHOW_FROM = 2000  # rows from which a progress bar is worth its line
 
@@ -49,7 +52,17 @@ def tokenize(
     key = cache.content_key(rows, tokenizer, kind=kind.name, max_length=max_length, on_overlong=on_overlong)
     encoded = cache.load(folder, key) if folder is not None else None
     if encoded is None:
-        encoded = _encode_all(rows, RowEncoder[RowT](tokenizer, max_length, on_overlong, kind), folder, key, label)
+        encoder = RowEncoder[RowT](tokenizer, max_length, on_overlong, kind)
+        try:
+            encoded = _encode_all(rows, encoder, folder, key, label)
+        except OSError as error:
+            if folder is None or isinstance(error, LightningFTError):
+                raise
+            rank_zero_warn(
+                f"Tokenized rows can't be kept in {str(folder)!r} ({why_not_written(error) or error}), so they are in "
+                "memory only, and tokenized again in the next run. Make room, or give another cache_dir."
+            )
+            encoded = _encode_all(rows, encoder, None, key, label)
     return encoded, [
         Problem(**{**problem, "source": rows[index].source, "row": rows[index].row})
         for index, problem in encoded.about["problems"]  # the same rows may have another origin than when cached

@@ -2,7 +2,8 @@
 
 A store is a folder of safetensors files, each with the states of some hundreds of sequences. They are written aside and
 moved in one step, never changed, and read memory-mapped, so several processes share a store, and one that is killed
-loses only what it hadn't written yet.
+loses only what it hadn't written yet. Each sequence has a checksum, compared when its states are first read: a file in
+which one differs is removed, and its sequences are unknown again.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import hashlib
 import os
 import shutil
 import uuid
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_ft.models.tensors import write_tensors
+from lightning_ft.errors import FileWriteError
+from lightning_ft.models.tensors import tensor_bytes, write_tensors
+from lightning_ft.whole_files import remove_leftovers
 
 _SHARD = 64 * 2**20
 """Bytes that are written together."""
@@ -37,6 +41,16 @@ def sequence_digest(input_ids: Tensor) -> bytes:
         True
     """
     return hashlib.blake2b(input_ids.contiguous().numpy().tobytes(), digest_size=16).digest()
+
+
+class _Position(NamedTuple):
+    """Where the states of a sequence are."""
+
+    states: Any  # of an open file
+    start: int
+    stop: int
+    checksum: int
+    file: Path
 
 
 class StateStore:
@@ -60,9 +74,16 @@ class StateStore:
 
     def __init__(self, root: Path, key: str, *, limit: int) -> None:
         self._root, self.folder, self._limit = root, root / key, limit
-        self._make_folder()
-        os.utime(self.folder)  # when it was last used
-        self._places: dict[bytes, tuple[Any, int, int]] = {}  # the states of an open file, from, to
+        self.failure = ""
+        """Why nothing is kept any more, such as a full disk; what was kept is still read."""
+        try:
+            self._make_folder()
+            os.utime(self.folder)  # when it was last used
+            remove_leftovers(self.folder)
+        except OSError as error:
+            self.failure = f"{str(self.folder)!r} can't be written ({error.strerror})."
+        self._places: dict[bytes, _Position] = {}
+        self._compared: set[bytes] = set()
         self._read: set[str] = set()
         self._pending: dict[bytes, Tensor] = {}
         self._pending_bytes = 0
@@ -83,27 +104,51 @@ class StateStore:
             try:
                 file = safe_open(str(path), framework="pt")
                 digests, starts = file.get_tensor("digests"), file.get_tensor("starts").tolist()
-                states = file.get_slice("states")
-            except (OSError, SafetensorError):
+                checksums, states = file.get_tensor("checksums").tolist(), file.get_slice("states")
+                found = {
+                    digest.numpy().tobytes(): _Position(states, start, stop, checksum, path)
+                    for digest, start, stop, checksum in zip(digests, starts, starts[1:], checksums, strict=False)
+                }
+            except (OSError, SafetensorError, TypeError):  # a tensor without a length
                 path.unlink(missing_ok=True)
                 continue
             self._read.add(path.name)
-            for digest, start, stop in zip(digests, starts, starts[1:], strict=False):
-                self._places[digest.numpy().tobytes()] = (states, start, stop)
+            self._places |= found
         self._written = _bytes_in(self.folder)
 
     def get(self, digest: bytes) -> Tensor | None:
         """The states of a sequence, ``[t, d]`` on the CPU; None where they aren't kept."""
         if (pending := self._pending.get(digest)) is not None:
             return pending
-        if (place := self._places.get(digest)) is None:
+        if (position := self._places.get(digest)) is None:
             return None
-        states, start, stop = place
-        found: Tensor = states[start:stop]
+        found: Tensor | None
+        try:
+            found = position.states[position.start : position.stop]
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+            found = None
+        if digest in self._compared and found is not None:
+            return found
+        if found is None or self._checksum(digest, found) != position.checksum:
+            self._forget(position.file)
+            return None
+        self._compared.add(digest)
         return found
+
+    def _checksum(self, digest: bytes, states: Tensor) -> int:
+        """Of states, of whose they are and of what computed them."""
+        return zlib.crc32(tensor_bytes(states), zlib.crc32(self.folder.name.encode() + digest))
+
+    def _forget(self, file: Path) -> None:
+        """Remove a file that holds something else than was written."""
+        file.unlink(missing_ok=True)
+        self._places = {digest: position for digest, position in self._places.items() if position.file != file}
+        self._written = _bytes_in(self.folder)
 
     def put(self, digest: bytes, states: Tensor) -> bool:
         """Keep the states of a sequence, ``[t, d]``; False where there is no room."""
+        if self.failure:
+            return False
         size = states.numel() * states.element_size()
         if not self._make_room(self._written + self._pending_bytes + size):
             self.full = True
@@ -115,17 +160,21 @@ class StateStore:
         return True
 
     def flush(self) -> None:
-        """Write what was kept in memory."""
+        """Write what was kept in memory; where that fails, `failure` says why, and nothing is kept from then on."""
         if not self._pending:
             return
         lengths = torch.tensor([0, *(len(states) for states in self._pending.values())])
         tensors = {
             "digests": torch.tensor([list(digest) for digest in self._pending], dtype=torch.uint8),
             "starts": lengths.cumsum(0),
+            "checksums": torch.tensor([self._checksum(*item) for item in self._pending.items()]),
             "states": torch.cat(list(self._pending.values())),
         }
-        self._make_folder()  # another process may have needed the room
-        write_tensors(self.folder / f"{uuid.uuid4().hex}.safetensors", tensors)
+        try:
+            self._make_folder()  # another process may have needed the room
+            write_tensors(self.folder / f"{uuid.uuid4().hex}.safetensors", tensors)
+        except OSError as error:
+            self.failure = str(error) if isinstance(error, FileWriteError) else f"{str(self.folder)!r}: {error}."
         self._pending, self._pending_bytes = {}, 0
         self.refresh()
 
@@ -137,6 +186,8 @@ class StateStore:
         """
         if not self._make_room(size):
             raise OSError(f"{size:,} bytes of states are more than the {self._limit:,} that may be kept.")
+        if self.failure:
+            raise OSError(self.failure)
         free = shutil.disk_usage(self.folder).free
         if size - self._written > free:
             raise OSError(f"{size - self._written:,} bytes of states are more than the {free:,} free on the disk.")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from lightning_ft.whole_files import written_aside
+
+_CHECKSUM = "checksum"
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
@@ -23,18 +27,36 @@ def tensor_bytes(value: Tensor) -> memoryview:
     return memoryview(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file aside and move it in one step, so that a run that is killed leaves nothing half written.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str | None = None) -> None:
+    """Write a safetensors file whole or not at all.
 
     Args:
-        path: In a folder that exists.
+        path: The file.
         tensors: By name.
+        key: Keep a checksum of the tensors and of this name, for :func:`read_tensors`.
+
+    Raises:
+        FileWriteError: If it can't be written.
     """
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    os.close(handle)
+    metadata = None if key is None else {_CHECKSUM: _checksum(tensors, key)}
+    with written_aside(path) as aside:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        aside.chmod(0o644)  # safetensors' files are the owner's only; a shared cache is for all
+
+
+def read_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
+    """What :func:`write_tensors` wrote under a key; None where there is no file, or one that holds something else."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
-        os.chmod(aside, 0o644)  # mkstemp's files are the owner's only; a shared cache is for all
-        os.replace(aside, path)
-    finally:
-        Path(aside).unlink(missing_ok=True)
+        with safe_open(path, framework="pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    return tensors if metadata.get(_CHECKSUM) == _checksum(tensors, key) else None
+
+
+def _checksum(tensors: Mapping[str, Tensor], key: str) -> str:
+    digest = hashlib.sha256(key.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_ft.data.layout import TokenBatch
@@ -14,6 +13,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import input_device
 from lightning_ft.modules.supervised import SupervisedFineTuning
 from lightning_ft.modules.trunk import TrunkCache, TrunkReader
+from lightning_ft.rank_zero import rank_zero_info
 
 
 class FrozenTrunkFineTuning(SupervisedFineTuning):
@@ -71,7 +71,7 @@ class FrozenTrunkFineTuning(SupervisedFineTuning):
     def on_train_epoch_end(self) -> None:
         """Write what was kept in memory, so that other ranks and later runs find it."""
         if self._reader is not None:
-            self._reader.store.flush()
+            self._reader.flush()
             if self._trainer is not None:
                 self.trainer.strategy.barrier()  # all ranks have written by the time that one looks
             self._reader.end_epoch(self.current_epoch)
@@ -79,7 +79,7 @@ class FrozenTrunkFineTuning(SupervisedFineTuning):
     def on_train_end(self) -> None:
         """Write what was kept in memory, and say how often it was read."""
         if self._reader is not None:
-            self._reader.store.flush()
+            self._reader.flush()
             rank_zero_info(
                 f"Frozen trunk: {self._reader.read:,} rows were read, {self._reader.computed:,} had to be computed."
             )
@@ -88,4 +88,4 @@ class FrozenTrunkFineTuning(SupervisedFineTuning):
         """As in `SupervisedFineTuning`; states are written too, so that a resumed run finds them."""
         super().on_save_checkpoint(checkpoint)
         if self._reader is not None:
-            self._reader.store.flush()
+            self._reader.flush()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_ft.data import cache
@@ -21,6 +20,7 @@ from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_state
 from lightning_ft.models.scorer import Scorer
 from lightning_ft.models.state_store import StateStore, sequence_digest
 from lightning_ft.models.trunk import FrozenTrunk
+from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
 
 GIB = 2**30
 
@@ -99,7 +99,7 @@ class TrunkReader:
         self.flops = 0
         """Operations that computing them took."""
         self._by_length: dict[int, int] = {}
-        self._verified = False
+        self._verified = self._told = False
 
     def announce(self, tokens: int | None) -> None:
         """Say what will be written, before it is.
@@ -165,13 +165,28 @@ class TrunkReader:
             self.read += 1
             return kept
         self.computed += 1
-        states, told = self._compute(input_ids), self.store.full
-        if not self.store.put(digest, states) and not told:
-            rank_zero_warn(
-                f"The frozen trunk's cache is full ({self._cache.max_gib:g} GiB in {self._cache.folder}): further rows "
-                "are computed in every epoch. Raise max_gib of trunk_cache."
-            )
+        states = self._compute(input_ids)
+        if not self.store.put(digest, states) or self.store.failure:
+            self._tell_not_kept()
         return states.cpu()
+
+    def flush(self) -> None:
+        """Write what was kept in memory."""
+        self.store.flush()
+        if self.store.failure:
+            self._tell_not_kept()
+
+    def _tell_not_kept(self) -> None:
+        if self._told:
+            return
+        self._told = True
+        if self.store.failure:
+            rank_zero_warn(f"trunk_cache: {self.store.failure} Further rows are computed in every epoch.")
+            return
+        rank_zero_warn(
+            f"The frozen trunk's cache is full ({self._cache.max_gib:g} GiB in {self._cache.folder}): further rows "
+            "are computed in every epoch. Raise max_gib of trunk_cache."
+        )
 
     def _compute(self, input_ids: Tensor) -> Tensor:
         """The states; operations are counted once for each length, which they follow from."""

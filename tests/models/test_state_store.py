@@ -4,11 +4,14 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from lightning_ft.models import state_store, tensors
 from lightning_ft.models.state_store import StateStore, sequence_digest
 
 ROOM = 2**20
+SAID = "Error while serializing: I/O error: No space left on device (os error 28)"
 ROW = 4 * 10 * 8  # bytes of a row's states, in float32
 
 
@@ -120,8 +123,6 @@ def test_a_file_that_can_not_be_read_is_removed_and_its_rows_are_unknown(tmp_pat
     content = good.read_bytes()
     bad = store.folder / "0.safetensors"
     if broken == "another's":
-        from safetensors.torch import save_file
-
         save_file({"weight": torch.ones(2)}, bad)
     else:
         bad.write_bytes({"half": content[: len(content) // 2], "no header": content[40:], "nothing": b""}[broken])
@@ -151,20 +152,48 @@ def test_what_a_killed_process_was_writing_is_ignored(tmp_path):
     assert sorted(path.name for path in again.folder.glob(".writing-*")) == [".writing-abc"]
 
 
-def test_a_file_that_could_not_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
-    store = StateStore(tmp_path, "a", limit=ROOM)
-    store.put(name_of(0), states())
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError(SAID)])
+def test_store_whose_disk_is_full_says_so_and_keeps_nothing_from_then_on(tmp_path, monkeypatch, error):
+    store = filled(tmp_path, "a", [0])
+    store.put(name_of(1), states(1))
 
     def fails(*_):
-        raise OSError("no space left on device")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(tensors, "save_file", fails)
-        with pytest.raises(OSError, match="no space"):
-            store.flush()
-    assert list(store.folder.glob(".writing-*")) == shards(store.folder) == []
-    store.flush()
+        store.flush()
+    assert "No space left on device" in store.failure
+    assert list(store.folder.glob(".writing-*")) == []
+    assert len(shards(store.folder)) == 1
+    assert torch.equal(store.get(name_of(0)), states(0))  # what was kept is still read
+    assert store.get(name_of(1)) is None
+    assert not store.put(name_of(1), states(1))
     assert len(StateStore(tmp_path, "a", limit=ROOM)) == 1
+
+
+@pytest.mark.parametrize("harm", ["zeros", "one bit", "starts", "of another model"])
+def test_states_that_are_not_what_was_written_are_unknown_and_their_file_goes(tmp_path, harm):
+    store = filled(tmp_path, "a", [0, 1])
+    (file,) = shards(store.folder)
+    held = load_file(file)
+    if harm == "zeros":
+        held["states"][10:] = 0
+    elif harm == "one bit":
+        held["states"].view(torch.int32)[-1, -1] ^= 1
+    elif harm == "starts":
+        held["starts"][2] = -3
+    other = filled(tmp_path, "b", [2])
+    if harm == "of another model":
+        (of_b,) = shards(other.folder)
+        file.write_bytes(of_b.read_bytes())
+    else:
+        save_file(held, file)
+    again = StateStore(tmp_path, "a", limit=ROOM)
+    assert again.get(name_of(2 if harm == "of another model" else 1)) is None
+    assert shards(again.folder) == []
+    assert len(again) == 0
+    assert len(StateStore(tmp_path, "b", limit=ROOM)) == 1
 
 
 # -------------------------------------------------------------------- room
