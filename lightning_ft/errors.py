@@ -4,9 +4,19 @@ Each derives from :class:`LightningFTError` (to catch them all) and from the bui
 knows nothing of this package still catches it). A message says what was wrong, where, and what to do.
 """
 
+from __future__ import annotations
+
+from lightning_ft.printable import printable
+
 
 class LightningFTError(Exception):
-    """Base of every error of this package."""
+    """Base of every error of this package.
+
+    Names and texts of the user's, and of whoever wrote the rows, are in its message, which ends on a terminal.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class DataError(LightningFTError, ValueError):

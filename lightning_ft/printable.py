@@ -1,31 +1,68 @@
-"""Text from rows and models as it may be put on a terminal."""
+"""Text from rows and models as it may be put on a terminal, a page or a picture.
+
+It is applied where text leaves the package: by errors (`lightning_ft.errors`), warnings and logs
+(`lightning_ft.rank_zero`), the console, pages, Markdown and pictures of `lightning_ft.report`. Files for programs get
+:func:`json_text`, which says the same in JSON's own escapes.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 _UNSAFE = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and line feed: escape sequences begin with one
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # the direction of text
     "\u2028\u2029\ud800-\udfff"  # other line breaks; halves of surrogate pairs, which can't be encoded
+    "\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b\u2060-\u2065\u206a-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"  # and the line before: what nobody sees
 )
-_CHARACTER, _IN_LINE = re.compile(f"[{_UNSAFE}]"), re.compile(f"[{_UNSAFE}\n]")
+# Two that are seen by what they do to their neighbors: they join emoji, and letters of many scripts.
+_JOINER = "(?<![^\x00-\x7f\u200b-\u200d])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f\u200b-\u200d])"
+_CHARACTER, _IN_LINE = re.compile(f"[{_UNSAFE}]|{_JOINER}"), re.compile(f"[{_UNSAFE}\n]|{_JOINER}")
 
 
 def printable(text: str, *, one_line: bool = False) -> str:
-    r"""A text with whatever would change the terminal, or the order of characters, written as an escape.
+    r"""A text with whatever would change the terminal, the order of characters, or can't be seen, as an escape.
 
     Args:
         text: Any text.
         one_line: Escape line breaks too.
 
     Example:
-        >>> print(printable("a \x1b[2J b\u202e"))
-        a \x1b[2J b\u202e
+        >>> print(printable("a \x1b[2J b\u202e c\u200b"))
+        a \x1b[2J b\u202e c\u200b
     """
     return (_IN_LINE if one_line else _CHARACTER).sub(_escaped, text)
 
 
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    r"""A value as JSON that is harmless on a terminal, and readable in every script.
+
+    Args:
+        value: JSON types; NaN and infinities aren't.
+        indent: As of `json.dumps`.
+
+    Raises:
+        ValueError: For what isn't JSON.
+
+    Example:
+        >>> print(json_text({"a": "caf\u00e9 \x9b31m\U000e0041"}))
+        {"a": "café \u009b31m\udb40\udc41"}
+    """
+    return _CHARACTER.sub(_json_escaped, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
+
+
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match.group())
-    return "\\n" if code == 10 else f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    if code == 10:
+        return "\\n"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _json_escaped(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    return f"\\u{0xD800 + ((code - 0x10000) >> 10):04x}\\u{0xDC00 + ((code - 0x10000) & 0x3FF):04x}"

@@ -1,14 +1,16 @@
-"""What is told to the user once, by the first rank: as Lightning does it, with nothing in it that steers a terminal.
+"""What is told to the user in warnings and logs, with nothing in it that steers a terminal.
 
-Rows, completions, names of columns and files, and messages of other libraries stand in warnings and logs. All of this
-package's go through here; `lightning_ft.errors` does the same for errors.
+Rows, completions, names of columns and files, and messages of other libraries are in it. All warnings of this package
+go through here; `lightning_ft.errors` does the same for errors.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lightning_utilities.core import rank_zero as lightning
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_ft.printable import printable
 
@@ -17,7 +19,7 @@ def rank_zero_info(message: object, **options: Any) -> None:
     """Log on the first rank.
 
     Args:
-        message: Its characters that a terminal would obey are written as escapes.
+        message: What to say; characters that a terminal would obey are escaped.
         options: Of `logging.Logger.info`.
     """
     lightning.rank_zero_info(printable(str(message)), **options)
@@ -27,8 +29,21 @@ def rank_zero_warn(message: object, *, stacklevel: int = 4, **options: Any) -> N
     """Warn on the first rank.
 
     Args:
-        message: Its characters that a terminal would obey are written as escapes.
-        stacklevel: Frames from Lightning's function to the line that is blamed, as without this one between.
+        message: What to say; characters that a terminal would obey are escaped.
+        stacklevel: As of Lightning's function, which has frames of its own.
         options: Of `warnings.warn`.
     """
     lightning.rank_zero_warn(printable(str(message)), stacklevel=stacklevel + 1, **options)
+
+
+def warn(message: object, *, stacklevel: int = 2) -> None:
+    """Warn on every rank.
+
+    Args:
+        message: What to say; characters that a terminal would obey are escaped.
+        stacklevel: As of `warnings.warn`: 1 is the line that calls this function.
+    """
+    warnings.warn(printable(str(message)), stacklevel=stacklevel + 1)
+
+
+__all__ = ["rank_zero_info", "rank_zero_only", "rank_zero_warn", "warn"]

@@ -16,6 +16,8 @@ import torch
 
 from lightning_ft._lightning import Callback
 from lightning_ft.callbacks.host import is_trainer
+from lightning_ft.errors import LightningFTError
+from lightning_ft.printable import printable
 from lightning_ft.rank_zero import rank_zero_warn
 from lightning_ft.rollout.ranks import rank_and_ranks
 
@@ -114,9 +116,7 @@ class RunsLast(Callback):
 
 def described(error: BaseException) -> str:
     """An error in one line, with its type where that isn't a word of this package."""
-    from lightning_ft.errors import LightningFTError
-
-    text = str(error)
+    text = printable(str(error))
     return text if isinstance(error, LightningFTError) and text else f"{type(error).__name__}: {text}"
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.callbacks.ending import EndOfTraining, first_over_ranks
 from lightning_ft.errors import ConfigError, ExportError

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
 from lightning_ft.data.groups import choose_groups, describe_group, group_rows, wanted_rows
 from lightning_ft.data.kinds import RowT
 from lightning_ft.errors import DataError
+from lightning_ft.rank_zero import rank_zero_warn
 
 
 def hold_out(parts: Sequence[Sequence[RowT]], share: float, seed: int) -> tuple[list[list[RowT]], list[RowT]]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only
 from rich.progress import track
 
 from lightning_ft.data.files import RawRow
@@ -18,6 +17,7 @@ from lightning_ft.data.sources import Source, read_rows
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import DataError
 from lightning_ft.printable import printable
+from lightning_ft.rank_zero import rank_zero_info, rank_zero_only
 
 OnBadRow = Literal["error", "skip"]
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.cache import EncodedRows
@@ -27,6 +26,7 @@ from lightning_ft.data.sources import as_sources
 from lightning_ft.data.templates import chat_template
 from lightning_ft.data.tokenize import tokenize
 from lightning_ft.errors import ConfigError, DataError
+from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
 
 SplitName = Literal["train", "validation", "test", "predict"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,6 +25,7 @@ from lightning_ft.measurement.flops import (
 )
 from lightning_ft.measurement.memory import PeakMemory
 from lightning_ft.measurement.target import unwrapped
+from lightning_ft.rank_zero import warn
 
 _SEEN_KERNELS = (None, "eager", "sdpa")  # whose operators PyTorch dispatches
 
@@ -390,7 +390,7 @@ def _trunk_flops(module: nn.Module) -> float:
 
 def _warn(message: str) -> None:
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
-        warnings.warn(message, stacklevel=3)
+        warn(message, stacklevel=3)
 
 
 def _size(parameter: nn.Parameter) -> int:

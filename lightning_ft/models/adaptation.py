@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_ft.models.load import adapter_base
 from lightning_ft.models.parts import base_name, count_parts, expert_tensors, part_kinds, parts_table
 from lightning_ft.models.reach import Reach, find_reach
 from lightning_ft.models.targets import fitted, unreached_groups
+from lightning_ft.rank_zero import warn
 
 
 class Adaptation:
@@ -121,7 +121,7 @@ class Adaptation:
         idle = {base_name(name)[0] for name in _trained(model) if name in seen.unreached}
         missed = [name for name in tensors if name.rpartition(".")[0] in idle or self._breaks(seen)]
         if missed:  # a model that takes its experts' weights without calling the module that has them
-            warnings.warn(
+            warn(
                 f"The experts of {type(base).__name__} get no adapter ({', '.join(missed[:4])}): the model reads those "
                 "weights where PEFT's adapters can't reach them. Set lora's target_modules yourself to silence this.",
                 stacklevel=2,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +17,7 @@ from lightning_ft.errors import ExportError, ModelError
 from lightning_ft.models.adapt import InitialAdapter, rounds_base
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_config
+from lightning_ft.rank_zero import rank_zero_warn
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

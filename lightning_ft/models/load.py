@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ from transformers import (
 
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError, TokenizerError
 from lightning_ft.models.load_report import UNREADABLE, check_loaded, first_line, why_unreadable
+from lightning_ft.rank_zero import warn
 
 _MULTIMODAL = getattr(transformers, "AutoModelForMultimodalLM", None)  # not in the oldest version that is supported
 ADAPTER_CONFIG = "adapter_config.json"
@@ -75,7 +75,7 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
         from lightning_ft.models.reach import find_reach
 
         if (reason := find_reach(model).unknown) is not None:
-            warnings.warn(
+            warn(
                 f"{type(model).__name__} doesn't run on text alone ({reason}), so the language model of {name!r} is "
                 "loaded by itself, and an export is one too.",
                 stacklevel=2,

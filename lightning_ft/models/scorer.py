@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +27,7 @@ from lightning_ft.models.head import (
 )
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.passes import Part, padding_within, parts_of, sequence_lengths
+from lightning_ft.rank_zero import warn
 
 _ANY_ROWS = ("sdpa", "eager", "flex_attention")
 """Attention whose mask transformers makes from the positions of each row."""
@@ -233,7 +233,7 @@ class Scorer:
         kind = what[:40]  # the number of tokens in it changes from batch to batch
         if kind not in self._told:
             self._told.add(kind)
-            warnings.warn(f"{type(base_of(model)).__name__} {what}", stacklevel=3)
+            warn(f"{type(base_of(model)).__name__} {what}", stacklevel=3)
 
 
 def _merged(scored: Sequence[SelectedLogProbs], parts: Sequence[Part]) -> SelectedLogProbs:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -27,6 +26,7 @@ from lightning_ft.models.parts import base_name, expert_tensors, numel, short_co
 from lightning_ft.models.reach import Reach
 from lightning_ft.models.sequence_scores import HEADS
 from lightning_ft.models.skeleton import adapted_names
+from lightning_ft.rank_zero import warn
 
 ALL_LINEAR = "all-linear"
 
@@ -167,7 +167,7 @@ def _everything(
     whole = replace(plain, target_modules=kept, target_parameters=_shortest(base, tensors))
     left = sorted({*tensors, *(f"{name}.weight" for name in linear)} - adapted_names(base, whole))
     if left:
-        warnings.warn(
+        warn(
             f"{type(base).__name__}: {', '.join(_shortest(base, left))} get no adapter: PEFT adapts them neither as "
             "modules nor as parameters. Set lora's target_modules yourself to silence this.",
             stacklevel=2,
@@ -188,7 +188,7 @@ def _without_tensors(
             f"layer. Leave out {reason}."
         )
     if left:
-        warnings.warn(
+        warn(
             f"{type(base).__name__}: {', '.join(left)} get no adapter: PEFT adapts experts that are kept in one tensor "
             f"through target_parameters, and those not with {reason}. Leave that out to adapt them, or set lora's "
             "target_modules yourself to silence this.",

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,6 +24,7 @@ from lightning_ft.models.load import load_reward_model, pad_token_id
 from lightning_ft.models.sequence_scores import last_token_scores, score_head
 from lightning_ft.modules.checks import check_batch
 from lightning_ft.modules.preferences import Judged, PreferenceLearning
+from lightning_ft.rank_zero import rank_zero_warn
 
 
 class RewardModeling(PreferenceLearning):

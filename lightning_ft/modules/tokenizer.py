@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.tokenizer_state import differences, tokenizer_from_state, tokenizer_state
+from lightning_ft.rank_zero import rank_zero_warn
 
 
 class ModuleTokenizer:

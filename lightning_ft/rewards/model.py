@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +20,7 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import base_of, input_device
 from lightning_ft.models.load import context_length, load_tokenizer, pad_token_id
 from lightning_ft.models.sequence_scores import check_last_token, last_token_scores
+from lightning_ft.rank_zero import warn
 from lightning_ft.rewards.batch import RewardBatch
 from lightning_ft.rewards.folder import load_scorer, local_folder
 
@@ -132,7 +132,7 @@ class RewardModel:
             # reward model would be given wherever it is served.
             if not self._told:
                 self._told = True
-                warnings.warn(f"The reward model is given completions as it renders them: {error}.", stacklevel=2)
+                warn(f"The reward model is given completions as it renders them: {error}.", stacklevel=2)
             text = self._template.render(messages)
             return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 

@@ -1,0 +1,294 @@
+"""What is done at the end of training: on the final weights, whatever the order, and so that nothing is lost by it."""
+
+import errno
+import json
+import sys
+
+import pytest
+import torch
+from plain_module import WORDS
+from safetensors.torch import load_file
+from tiny import make_model
+
+from lightning_ft import (
+    ComputeMeter,
+    ExportModel,
+    LoRAFineTuning,
+    PairDataModule,
+    PromptBaseline,
+    Retention,
+    TokenSavings,
+)
+from lightning_ft.__main__ import GATE_FAILED, main
+from lightning_ft._lightning import NAMESPACE, Trainer, _pl
+from lightning_ft.errors import ConfigError, ExportError
+from lightning_ft.functional.result import SavingsResult
+from lightning_ft.functional.retention import RetentionResult
+from lightning_ft.report.collect import collect
+
+ROWS = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
+TESTS = [{"input": f"what is a {word}", "output": "here"} for word in WORDS[:4]]
+LIMIT = {"max_kl": 1e9, "resamples": 50}
+
+
+class Scorer:
+    """Share of letters that are right, until it is told to fail."""
+
+    failure = None
+
+    def __call__(self, output, reference):
+        if self.failure is not None:
+            raise self.failure
+        return (1 + len(set(output) & set(reference))) / 5
+
+
+class Breaks(_pl.Callback):
+    """Lets something fail from the last epoch on."""
+
+    def __init__(self, breaks):
+        self.breaks = breaks
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.breaks()
+
+
+def measuring(scorer, **options):
+    savings = {"scorer": scorer, "max_new_tokens": 2, "timed_requests": 0, "resamples": 50, **options}
+    return [
+        TokenSavings(PromptBaseline("Answer."), **savings),
+        Retention(["the quick brown fox jumps"], **LIMIT, **{n: v for n, v in options.items() if n == "every_n_epochs"}),
+        ComputeMeter(),
+    ]
+
+
+def fit(trainer_options, model_folder, callbacks, **options):
+    module = LoRAFineTuning(model_folder, learning_rate=1e-2, lr_schedule="constant")
+    trainer = Trainer(**{**trainer_options, "max_epochs": 1, **options}, callbacks=list(callbacks))
+    data = PairDataModule(ROWS, test=TESTS, validation=TESTS, cache_dir=False, batch_size=4)
+    trainer.fit(module, data)
+    return trainer, module
+
+
+def exported(tmp_path, module):
+    """Whether the export holds the weights that the module ends with."""
+    saved = load_file(tmp_path / "out" / "last" / "adapter_model.safetensors")
+    held = {n.removeprefix("model.").replace(".default", ""): p for n, p in module.named_parameters()}
+    return all(torch.equal(value, held[name]) for name, value in saved.items())
+
+
+AVERAGES = {
+    "ema": lambda: _pl.callbacks.EMAWeightAveraging(decay=0.5),
+    "swa": lambda: _pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1, annealing_epochs=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("average", AVERAGES)
+def test_final_weights_are_measured_and_exported(trainer_options, tmp_path, model_folder, average):
+    export, (savings, retention, meter) = ExportModel(str(tmp_path / "out")), measuring(Scorer(), every_n_epochs=1)
+    savings.output_dir = retention.output_dir = meter.output_dir = False
+    order = [savings, AVERAGES[average](), export, retention, meter]  # before it and behind it
+    _, module = fit(trainer_options, model_folder, order if average == "ema" else order[::-1], max_epochs=2)
+    assert exported(tmp_path, module)
+    again = savings._measurement.after(module.model)
+    assert again.arms["tuned"] == savings.result.arms["tuned"]
+    assert retention._measurement.after(module.model).kl_general == retention.result.kl_general
+    assert meter.result is not None
+
+
+def fails_to_save(monkeypatch, **failures):
+    for kind, error in failures.items():
+        owner = {"savings": SavingsResult, "retention": RetentionResult}[kind]
+
+        def save(self, *args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(owner, "save", save)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_measurement_that_fails_is_undefined(trainer_options, tmp_path, model_folder, position):
+    scorer = Scorer()
+    callbacks = measuring(scorer)
+    savings, retention, meter = callbacks
+    callbacks.insert(position, ExportModel(str(tmp_path / "out")))
+    stale = tmp_path / "token_savings" / "token_savings.json"
+    stale.parent.mkdir()
+    stale.write_text("of an earlier run")
+    breaks = Breaks(lambda: setattr(scorer, "failure", RuntimeError("no \x1b[2J scorer")))
+    trainer, module = fit(trainer_options, model_folder, [*callbacks, breaks])
+    assert exported(tmp_path, module)
+    assert (savings.result, retention.undefined, meter.undefined) == (None, None, None)
+    assert "RuntimeError: no \\x1b[2J scorer" in savings.undefined
+    assert savings.failures == (f"Token savings is undefined: {savings.undefined}",)
+    assert float(trainer.callback_metrics["token_savings/gate_passed"]) == 0
+    assert not stale.exists()
+    said = json.loads((tmp_path / "token_savings" / "undefined.json").read_text())
+    assert said == {"measurement": "Token savings", "reason": savings.undefined}
+    assert "**FAIL: Token savings is undefined: " in (tmp_path / "report" / "report.md").read_text()
+
+    scorer.failure = None  # a run that goes well takes it back
+    if position == 0:
+        fit(trainer_options, model_folder, [savings])
+        assert savings.undefined is None
+        assert collect(tmp_path).undefined == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_full_disk_takes_nothing_along(trainer_options, tmp_path, model_folder, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    fails_to_save(monkeypatch, savings=full, retention=full)
+
+    def no_report(*_):
+        raise full
+
+    monkeypatch.setattr("lightning_ft.report.fit.write_files", no_report)
+    callbacks = [*measuring(Scorer()), ExportModel(str(tmp_path / "out"))]
+    _, module = fit(trainer_options, model_folder, callbacks)
+    assert exported(tmp_path, module)
+    savings, retention, meter, _ = callbacks
+    assert None not in (savings.result, retention.result, meter.result)
+    assert [len(callback.failures) for callback in callbacks] == [1, 1, 1, 0]
+    assert "No space left on device" in savings.failures[0]
+    assert f"Token savings was not written to {tmp_path / 'token_savings'}" in savings.failures[0]
+    assert "The report was not written" in meter.failures[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_measurement_on_the_way_that_fails_is_only_told(trainer_options, model_folder):
+    scorer = Scorer()
+    savings = TokenSavings(
+        PromptBaseline("Answer."),
+        scorer=scorer,
+        max_new_tokens=2,
+        timed_requests=0,
+        resamples=50,
+        every_n_epochs=1,
+        output_dir=False,
+    )
+    breaks = Breaks(lambda: setattr(scorer, "failure", RuntimeError if scorer.failure is None else None))
+    fit(trainer_options, model_folder, [breaks, savings], max_epochs=2)
+    assert savings.result is not None
+    assert [failure.split(":")[0] for failure in savings.failures] == ["Token savings after epoch 0 are undefined"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_export_that_fails_is_raised_when_all_is_done(trainer_options, tmp_path, model_folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lightning_ft.modules.base.export", full)
+    savings, *_ = measuring(Scorer())
+    with pytest.raises(ExportError, match="The last weights were not exported to .*No space left"):
+        fit(trainer_options, model_folder, [ExportModel(str(tmp_path / "out")), savings])
+    assert savings.result is not None
+    assert (tmp_path / "token_savings" / "token_savings.json").is_file()
+
+
+def test_an_interrupt_is_none_of_what_may_fail(trainer_options, tmp_path, model_folder):
+    scorer = Scorer()
+    savings, *_ = measuring(scorer)
+    breaks = Breaks(lambda: setattr(scorer, "failure", KeyboardInterrupt()))
+    with pytest.raises(SystemExit):
+        fit(trainer_options, model_folder, [breaks, savings, ExportModel(str(tmp_path / "out"))])
+    assert savings.failures == ()
+    assert (tmp_path / "out" / "last" / "README.md").is_file()  # exports come first
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(trainer_options, tmp_path, model_folder):
+    (tmp_path / "file").write_text("")
+    for callback in (
+        ComputeMeter(output_dir=tmp_path / "file" / "below"),
+        Retention(["a b"], output_dir=tmp_path / "file"),
+    ):
+        with pytest.raises(ConfigError, match=f"{type(callback).__name__} can't write .*file' is a file"):
+            fit(trainer_options, model_folder, [callback])
+
+
+def test_fabric_goes_on(tokenizer):
+    fabric_type = pytest.importorskip("lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric").Fabric
+    scorer = Scorer()
+    given = {"tokenizer": tokenizer, "progress": False, "output_dir": False}
+    from lightning_ft.data.request import Message, Request
+
+    requests = [Request("a", (Message(role="user", content="where"),), "here")]
+    savings = TokenSavings(
+        PromptBaseline("Answer."), scorer=scorer, requests=requests, timed_requests=0, max_new_tokens=2, **given
+    )
+    retention = Retention(["the quick brown fox"], **given, **LIMIT)
+    fabric = fabric_type(accelerator="cpu", devices=1, callbacks=[savings, retention])
+    model, _ = fabric.setup(make_model(), torch.optim.SGD(make_model().parameters(), lr=0.1))
+    fabric.call("on_train_start", fabric, model)
+    scorer.failure = RuntimeError("gone")
+    with pytest.warns(UserWarning, match="Token savings is undefined: .*gone"):
+        fabric.call("on_train_end", fabric, model)
+    assert (savings.result, retention.undefined) == (None, None)
+
+
+SCORER = """
+class Scorer:
+    calls = 0
+
+    def __call__(self, output, reference):
+        self.calls += 1
+        if self.calls > {limit}:
+            raise RuntimeError("the scorer gave up")
+        return 0.5
+
+score = Scorer()
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("limit", "status"), [(8, 1), (99, GATE_FAILED)])
+def test_the_exit_status_tells(tmp_path, model_folder, monkeypatch, capsys, limit, status):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TESTS))
+    (tmp_path / "mine.py").write_text(SCORER.format(limit=limit))
+    init = {
+        "baseline": {"class_path": "lightning_ft.PromptBaseline", "init_args": {"system": "Answer."}},
+        "scorer": f"{tmp_path}/mine.py:score",
+        "max_new_tokens": 2,
+        "timed_requests": 0,
+        "resamples": 50,
+        "output_dir": False,
+    }
+    config = {
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(tmp_path),
+            "callbacks": [
+                {"class_path": "lightning_ft.TokenSavings", "init_args": init},
+                {"class_path": "lightning_ft.ExportModel", "init_args": {"output": str(tmp_path / "out")}},
+            ],
+        },
+        "model": {"class_path": "lightning_ft.LoRAFineTuning", "init_args": {"model": model_folder}},
+        "data": {
+            "class_path": "lightning_ft.PairDataModule",
+            "init_args": {
+                "train": f"{tmp_path}/train.jsonl",
+                "test": f"{tmp_path}/test.jsonl",
+                "cache_dir": str(tmp_path / "cache"),
+            },
+        },
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--config", "run.yaml"]
+    monkeypatch.setattr(sys, "argv", ["lightning-ft", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    if status == GATE_FAILED:
+        assert stopped.value.code == GATE_FAILED
+        assert "token_savings" in capsys.readouterr().err
+    else:
+        assert "MeasurementError: " in stopped.value.code  # printed, with exit status 1
+        assert "the scorer gave up" in stopped.value.code
+    assert (tmp_path / "out" / "last" / "adapter_model.safetensors").is_file()
