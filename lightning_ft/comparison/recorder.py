@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 
 from lightning_ft._lightning import Callback
 from lightning_ft.callbacks.compute import ComputeMeter
+from lightning_ft.comparison.run_files import CHECKPOINT
 from lightning_ft.functional.comparison import CurvePoint
 from lightning_ft.modules.base import FineTuning
-
-CHECKPOINT = "last.ckpt"
 
 
 class RunRecorder(Callback):
@@ -25,10 +23,19 @@ class RunRecorder(Callback):
         meter: Counts what training takes.
         quality: Mean score of a model on the validation rows.
         evaluations: How many measurements to spread over the run.
+        config_hash: Names the configuration of the run, so that its checkpoint says of which it is.
     """
 
-    def __init__(self, folder: Path, meter: ComputeMeter, quality: Callable[[Any], float], evaluations: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        meter: ComputeMeter,
+        quality: Callable[[Any], float],
+        evaluations: int,
+        config_hash: str = "",
+    ) -> None:
         super().__init__()
+        self.config_hash = config_hash
         self.folder, self.meter, self.quality, self.evaluations = folder, meter, quality, evaluations
         self.curve: list[CurvePoint] = []
         self.earlier_seconds = 0.0
@@ -62,6 +69,7 @@ class RunRecorder(Callback):
         return {
             "curve": [[p.step, p.flops, p.seconds, p.quality] for p in self.curve],
             "seconds": self.earlier_seconds + time.perf_counter() - self._started,
+            "config_hash": self.config_hash,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -77,6 +85,4 @@ class RunRecorder(Callback):
         quality = self.quality(module.model)
         self.curve.append(CurvePoint(trainer.global_step, so_far.flops, so_far.train_seconds, quality))
         print(f"step {trainer.global_step}: quality {quality:.4f} on validation rows", flush=True)
-        written = self.folder / f"{CHECKPOINT}.part"
-        trainer.save_checkpoint(written, weights_only=False)
-        os.replace(written, self.folder / CHECKPOINT)  # a kill leaves the old one or the new one
+        trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)

@@ -32,7 +32,8 @@ from lightning_ft.comparison.plan import (
     run_config,
     weights_hash,
 )
-from lightning_ft.comparison.worker import CONFIG, PLAN, RESULT, savings_plans
+from lightning_ft.comparison.run_files import CONFIG, PLAN, read_plan, read_results, write_plan
+from lightning_ft.comparison.worker import savings_plans
 from lightning_ft.errors import ComparisonError
 from lightning_ft.functional.comparison import Comparison, RunResult
 from lightning_ft.functional.cost import Prices
@@ -42,6 +43,7 @@ from lightning_ft.functional.seen import overlap_text
 from lightning_ft.importing import from_place
 from lightning_ft.measurement.overlap import request_overlap
 from lightning_ft.report.write import write_report
+from lightning_ft.whole_files import write_text
 
 EXTENSIONS = 2
 """How often a grid is extended where its best learning rate is at its edge."""
@@ -137,6 +139,13 @@ def _numbers(name: str, given: str | Sequence[int]) -> list[int]:
         raise ComparisonError(f"--{name} {given!r}: expected whole numbers such as 0,1,2.") from error
 
 
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):  # missing, or not text
+        return None
+
+
 class _Comparer:
     """The state of one call of :func:`compare`."""
 
@@ -185,9 +194,7 @@ class _Comparer:
         folder = self.output / "runs" / "checked"
         folder.mkdir(parents=True, exist_ok=True)
         first = next(iter(self.methods.values()))
-        (folder / CONFIG).write_text(
-            yaml.safe_dump(run_config(first, ORIGINAL, folder), sort_keys=False), encoding="utf-8"
-        )
+        write_text(folder / CONFIG, yaml.safe_dump(run_config(first, ORIGINAL, folder), sort_keys=False))
         cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
         data: Any = cli.datamodule
         data.load_rows()
@@ -246,11 +253,11 @@ class _Comparer:
         """Make runs that aren't there yet, `workers` side by side, while the budget lasts."""
         waiting: list[PlannedRun] = []
         for run in runs:
-            self._prepare(run)
-            if (self._folder(run) / RESULT).exists():
-                self._read(run)
-            else:
+            named = self._prepare(run)
+            if not self._read(run):
                 waiting.append(run)
+            elif any(result.config_hash != named for result in self.results[run]):
+                raise self._other_configuration(run)
         going: dict[PlannedRun, subprocess.Popen[bytes]] = {}
         begun: dict[PlannedRun, float] = {}
         try:
@@ -282,29 +289,39 @@ class _Comparer:
     def _folder(self, run: PlannedRun) -> Path:
         return self.output / "runs" / run.name
 
-    def _prepare(self, run: PlannedRun) -> None:
-        """Write a run's plan, or check that the one there is the same."""
+    def _other_configuration(self, run: PlannedRun) -> ComparisonError:
+        return ComparisonError(
+            f"{self._folder(run)} holds a run of another configuration: give another --output, or remove it."
+        )
+
+    def _prepare(self, run: PlannedRun) -> str:
+        """Write a run's plan, or check that the one there is the same.
+
+        Returns:
+            The name of its configuration.
+        """
         folder = self._folder(run)
         method = self.methods.get(run.method) or next(iter(self.methods.values()))
         factor = 1.0 if run.size is None else min(EPOCHS_CAP, self.rows / run.size)
         config = run_config(method, run, folder, factor)
         named = config_hash(config, self.settings, run.size, self._inputs(method))
-        plan = folder / PLAN
-        if plan.exists():
-            if json.loads(plan.read_text(encoding="utf-8"))["hash"] != named:
-                raise ComparisonError(
-                    f"{folder} holds a run of another configuration: give another --output, or remove it."
-                )
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        written = yaml.safe_dump(config, sort_keys=False)
+        if (found := read_plan(folder)) is not None:
+            if found["hash"] != named:
+                raise self._other_configuration(run)
+            if _text_of(folder / CONFIG) == written:
+                return named
+        elif (folder / PLAN).exists():
+            print(f"{folder / PLAN} is damaged: it is written again.")
+        write_text(folder / CONFIG, written)
         content = {
             "run": asdict(run),
             "rows": self.rows if run.size is None else run.size,
             "hash": named,
             "settings": asdict(self.settings),
         }
-        plan.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        write_plan(folder, content)
+        return named
 
     def _inputs(self, method: Method) -> list[str]:
         """Names of the rows, prompts and weights that a method's configuration points to."""
@@ -325,13 +342,12 @@ class _Comparer:
 
     def _end(self, run: PlannedRun, code: int) -> None:
         folder = self._folder(run)
-        if code != 0 or not (folder / RESULT).exists():
+        if code != 0 or not self._read(run):
             lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             raise ComparisonError(
                 f"The run {run.name} ended with exit status {code}; the last lines of {folder / 'log.txt'}:\n"
                 + "\n".join(lines[-12:])
             )
-        self._read(run)
         for result in self.results[run]:
             print(
                 f"{run.name}: {result.method} has {result.validation_quality:.4f} on validation rows, "
@@ -339,9 +355,11 @@ class _Comparer:
                 flush=True,
             )
 
-    def _read(self, run: PlannedRun) -> None:
-        found = json.loads((self._folder(run) / RESULT).read_text(encoding="utf-8"))
-        self.results[run] = [RunResult.from_dict(values) for values in found]
+    def _read(self, run: PlannedRun) -> bool:
+        """Take the results of a run; False where it isn't complete."""
+        if (found := read_results(self._folder(run))) is not None:
+            self.results[run] = found
+        return found is not None
 
     # ---------------------------------------------------------------- figures
 
@@ -359,7 +377,7 @@ class _Comparer:
         )
         result = compare_methods(self._found(), asked, complete=self.complete, provenance=self._provenance())
         text = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False)
-        (self.output / NAME).write_text(text + "\n", encoding="utf-8")
+        write_text(self.output / NAME, text + "\n")
         write_report(self.output)
         return result
 

@@ -6,8 +6,6 @@ once it is complete. A run that was killed goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
 import time
@@ -22,7 +20,8 @@ from lightning_ft.callbacks.compute import ComputeMeter
 from lightning_ft.callbacks.retention import Retention
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.comparison.plan import PlannedRun
-from lightning_ft.comparison.recorder import CHECKPOINT, RunRecorder
+from lightning_ft.comparison.recorder import RunRecorder
+from lightning_ft.comparison.run_files import CHECKPOINT, CONFIG, PLAN, RESULT, checkpoint_of, read_plan, write_results
 from lightning_ft.errors import ComparisonError, LightningFTError
 from lightning_ft.functional.comparison import RunResult
 from lightning_ft.functional.prompt import PromptBaseline
@@ -30,7 +29,6 @@ from lightning_ft.functional.records import ArmRecords
 from lightning_ft.measurement.arms import run_arm
 from lightning_ft.measurement.plan import MeasurementPlan, measurement_plan
 
-PLAN, CONFIG, RESULT = "plan.json", "config.yaml", "result.json"
 _OF_THE_PLAN = ("scorer", "max_new_tokens", "max_requests", "seed")
 
 
@@ -70,7 +68,9 @@ def make(folder: Path) -> list[RunResult]:
         Its result; for the original weights one for each of their two arms.
     """
     started = time.perf_counter()
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    plan = read_plan(folder)
+    if plan is None:
+        raise ComparisonError(f"{folder / PLAN} is missing or damaged: start the comparison again, which writes it.")
     run = PlannedRun(**plan["run"])
     savings = plan["settings"]["savings"]
     cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
@@ -110,12 +110,15 @@ def make(folder: Path) -> list[RunResult]:
     settings = plan["settings"]["retention"]
     retention = Retention(**{**settings, "output_dir": False}) if settings else None
     recorder = RunRecorder(
-        folder, meter, lambda model: answer("tuned", "validation")(model).quality, plan["settings"]["evaluations"]
+        folder,
+        meter,
+        lambda model: answer("tuned", "validation")(model).quality,
+        plan["settings"]["evaluations"],
+        plan["hash"],
     )
     trainer: Any = cli.trainer
     trainer.callbacks = [meter, *trainer.callbacks, *([retention] if retention else []), recorder]
-    checkpoint = folder / CHECKPOINT
-    trainer.fit(cli.model, datamodule=data, ckpt_path=str(checkpoint) if checkpoint.exists() else None)
+    trainer.fit(cli.model, datamodule=data, ckpt_path=checkpoint_of(folder, plan["hash"]))
     if trainer.interrupted:
         raise ComparisonError("The run was interrupted; it goes on from its last checkpoint when started again.")
     if undefined := [told for callback in (meter, retention) if callback and (told := callback.undefined)]:
@@ -148,12 +151,9 @@ def main() -> None:
         if (folder / RESULT).exists():
             return
         try:
-            results = make(folder)
+            write_results(folder, make(folder))
         except LightningFTError as error:
             sys.exit(f"{type(error).__name__}: {error}")
-        part = folder / f"{RESULT}.part"
-        part.write_text(json.dumps([result.to_dict() for result in results]), encoding="utf-8")
-        os.replace(part, folder / RESULT)
         (folder / CHECKPOINT).unlink(missing_ok=True)
     print(f"made with {NAMESPACE}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.whole_files import write_text
 
 MemoryKind = Literal["cuda", "resident", "process"]
 
@@ -257,8 +258,7 @@ class ComputeResult:
             The file.
         """
         path = Path(folder) / "compute.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         return path
 
 

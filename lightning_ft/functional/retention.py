@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_ft.errors import RetentionError
 from lightning_ft.functional.bootstrap import Interval, Statistic, bootstrap_intervals
+from lightning_ft.whole_files import write_text
 
 BaseKind = Literal["adapter_off", "step_0", "model"]
 INTERVALS = ("kl_general", "ppl_ratio", "top1_agreement", "kl_task")
@@ -228,9 +229,8 @@ class RetentionResult:
     def save(self, folder: str | Path) -> Path:
         """Write ``retention.json`` into a folder, which is made where there is none."""
         path = Path(folder) / "retention.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
         return path
 
 

@@ -94,7 +94,7 @@ def collect(folder: str | Path, within: Iterable[str] | None = None) -> RunRepor
         savings=_all(root, roots, SAVINGS, SavingsResult.from_dict),
         retention=_all(root, roots, RETENTION, _retention),
         compute=_all(root, roots, COMPUTE, _compute),
-        comparison=_read(comparisons[0], _comparison) if comparisons else None,
+        comparison=read_result(comparisons[0], _comparison) if comparisons else None,
         undefined=_all(root, roots, UNDEFINED, _undefined),
     )
 
@@ -142,13 +142,18 @@ def _files(roots: Sequence[Path], name: str) -> list[Path]:
 def _all(
     root: Path, roots: Sequence[Path], name: str, parse: Callable[[Mapping[str, Any]], _Result]
 ) -> dict[str, _Result]:
-    return {path.parent.relative_to(root).as_posix(): _read(path, parse) for path in _files(roots, name)}
+    return {path.parent.relative_to(root).as_posix(): read_result(path, parse) for path in _files(roots, name)}
 
 
-def _read(path: Path, parse: Callable[[Mapping[str, Any]], _Result]) -> _Result:
+def read_result(path: Path, parse: Callable[[Mapping[str, Any]], _Result]) -> _Result:
+    """Read a result from its JSON file.
+
+    Raises:
+        DataError: If it isn't one.
+    """
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{str(path)!r} can't be read ({type(error).__name__}: {error}): it must be the file that this package "
             "wrote. Write it again, or move it out of the folder."

@@ -8,7 +8,9 @@ import logging
 from pathlib import Path
 
 from lightning_ft.functional.result import SavingsResult
+from lightning_ft.report.collect import read_result
 from lightning_ft.report.markdown import savings_markdown
+from lightning_ft.whole_files import write_text, written_aside
 
 _log = logging.getLogger(__name__)  # only the first rank writes, so only it speaks
 NAME = "token_savings"
@@ -35,17 +37,22 @@ def save_savings(result: SavingsResult, folder: Path, *, png: bool | None = None
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{NAME}.json", folder / f"{NAME}.md"]
     text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    written[0].write_text(text + "\n", encoding="utf-8")
+    write_text(written[0], text + "\n")
     picture = folder / f"{NAME}.png"
     if png:
         from lightning_ft.report.plot import plot_savings
 
-        plot_savings(result, picture)
+        with written_aside(picture) as aside:
+            plot_savings(result, aside)
         written.append(picture)
-    written[1].write_text(savings_markdown(result, picture.name if png else None), encoding="utf-8")
+    write_text(written[1], savings_markdown(result, picture.name if png else None))
     return written
 
 
 def load_savings(path: str | Path) -> SavingsResult:
-    """Read a result back from its JSON file."""
-    return SavingsResult.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    """Read a result back from its JSON file.
+
+    Raises:
+        DataError: If it isn't one.
+    """
+    return read_result(Path(path), SavingsResult.from_dict)

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_ft.errors import MissingDependencyError
 from lightning_ft.functional.bootstrap import Interval
 from lightning_ft.functional.result import SavingsResult
-from lightning_ft.report.figures.canvas import DPI, STYLE, tidy
+from lightning_ft.report.figures.canvas import DPI, STYLE, clean, tidy
 from lightning_ft.report.figures.quality import Arm, draw_quality
 from lightning_ft.report.figures.tokens import draw_tokens
 
@@ -43,7 +43,8 @@ def plot_savings(result: SavingsResult, path: Path) -> None:
         draw_quality(right, {name: _arm(result, name) for name in _ORDER if name in result.arms}, result.confidence)
         for axes in (left, right):
             tidy(axes)
-        figure.savefig(path, metadata={"Software": None})  # the same result, the same file
+        clean(figure)
+        figure.savefig(path, format="png", metadata={"Software": None})  # the same result, the same file
 
 
 def _arm(result: SavingsResult, name: str) -> Arm:

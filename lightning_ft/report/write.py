@@ -16,6 +16,7 @@ from lightning_ft.report.document import document
 from lightning_ft.report.figures.canvas import Drawn, can_draw, drawn
 from lightning_ft.report.page import NO_PICTURES, html_page
 from lightning_ft.report.pull_request import pull_request
+from lightning_ft.whole_files import written_aside
 
 SCHEMA_VERSION = 1
 """Of ``report.json``; it grows when a program that reads it would have to change."""
@@ -69,13 +70,13 @@ def write_files(report: RunReport, folder: Path) -> list[Path]:
         pictures = {picture.name: drawn(picture) for picture in said.pictures}
     else:
         _log.info(NO_PICTURES)
-    folder.mkdir(parents=True, exist_ok=True)
-    _drop_earlier_pictures(folder)
-    written = []
-    for name, content in _contents(report, said, pictures).items():
-        (folder / name).write_bytes(content)
-        written.append(folder / name)
-    return written
+    earlier, contents = _earlier_pictures(folder), _contents(report, said, pictures)
+    for name, content in contents.items():
+        with written_aside(folder / name) as aside:
+            aside.write_bytes(content)
+    for name in earlier - contents.keys():
+        (folder / name).unlink(missing_ok=True)
+    return [folder / name for name in contents]
 
 
 def report_json(report: RunReport, said: Document, pictures: Mapping[str, Drawn]) -> dict[str, Any]:
@@ -110,13 +111,11 @@ def _contents(report: RunReport, said: Document, pictures: Mapping[str, Drawn]) 
     }
 
 
-def _drop_earlier_pictures(folder: Path) -> None:
-    """Remove the pictures that an earlier report wrote here: this one may have fewer."""
+def _earlier_pictures(folder: Path) -> set[str]:
+    """Names of the pictures that an earlier report wrote here: this one may have fewer."""
     try:
         pictures = json.loads((folder / "report.json").read_text(encoding="utf-8"))["pictures"]
         names = [picture["file"] for picture in pictures]
-    except (OSError, ValueError, KeyError, TypeError):  # there is no earlier report
-        return
-    for name in names:
-        if Path(name).name == name and name.endswith(".png"):
-            (folder / name).unlink(missing_ok=True)
+        return {name for name in names if Path(name).name == name and name.endswith(".png")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # there is no earlier report
+        return set()

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_ft.errors import RewardError
@@ -82,10 +82,16 @@ def _saved_names(folder: Path) -> list[str]:
     """
     names: list[str] = []
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        names += json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            names += json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise RewardError(f"{str(index)!r} is damaged ({error!r}): export or copy the folder again.") from error
     for file in [] if names else sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            names += weights.keys()
+        try:
+            with safe_open(file, framework="pt") as weights:
+                names += weights.keys()
+        except (OSError, SafetensorError) as error:
+            raise RewardError(f"{str(file)!r} is damaged ({error}): export or copy the folder again.") from error
     if not names:
         raise RewardError(f"{str(folder)!r} holds no weights in safetensors files.")
     return names
