@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
 from lightning_ft.data.cache import EncodedRows
 from lightning_ft.data.layout import Example
@@ -46,57 +45,55 @@ class SplitRows(torch.utils.data.Dataset[list[EncodedRow]]):
         return tuple(self._parts[part][first + i] for i in range(self._per_row[part]))
 
 
-class TokenLoader(StatefulDataLoader[Any]):
-    """Keeps its place where Lightning would lose it: between the end of `fit` and a checkpoint, and after a resume.
+class TokenLoader(DataLoader[Any]):
+    """A loader that knows its position, and begins there when it is loaded.
 
-    At the end of `fit` a Trainer drops the iterator that knows the place. And a run that is resumed at the end of an
-    epoch makes an iterator and drops it unused; the next one must begin where it would have. It has one iterator at a
-    time: a new one ends the one before.
+    Batches are a function of their rows, so epoch and batch are all that there is to know; a checkpoint of a Trainer
+    counts the batches that were trained on, which may be fewer than those given. It has one iterator at a time: a new
+    one ends the one before.
     """
 
-    _last: Any = None
-    _place: dict[str, Any] | None = None  # where a closed loader stood
-    _resumed: tuple[dict[str, Any], int] | None = None  # a state, and how many batches were given before it
+    _iterator_now: Any = None
+    _epoch = 0
+    _given = 0
+
+    @property
+    def plan(self) -> BatchPlan:
+        """Which rows are in which batch."""
+        return cast(BatchPlan, self.sampler)
 
     def __iter__(self) -> Any:
-        self._place = None
-        if self._resumed is not None and self._last is not None:
-            state, given = self._resumed
-            self._resumed = None
-            if self._last._num_yielded == given:
-                self._stop_workers()
-                super().load_state_dict(state)
-        self._stop_workers()
-        self._last = super().__iter__()
-        if self._resumed is not None:
-            self._resumed = (self._resumed[0], self._last._num_yielded)
-        return self._last
+        self.close()
+        self._epoch, self._given = self.plan.next_position()
+        self._iterator_now = super().__iter__()
+        self.plan.started()
+        return self._counted(self._iterator_now)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The place, also of a loader whose iterator is gone."""
-        if self._iterator is None and self._last is not None:
-            return self._last.state_dict()  # type: ignore[no-any-return]
-        return self._place if self._place is not None else super().state_dict()
+    def _counted(self, iterator: Any) -> Iterator[Any]:
+        for batch in iterator:
+            if iterator is self._iterator_now:
+                self._given += 1
+            yield batch
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def state_dict(self) -> dict[str, int]:
+        """The position: the epoch, and how many of its batches were given."""
+        if self._iterator_now is None and not self._given:
+            epoch, batch = self.plan.next_position()
+        else:
+            epoch, batch = self._epoch, self._given
+        return {"epoch": epoch + 1, "batch": 0} if batch >= len(self.plan) else {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Begin the next iterator there."""
-        self._stop_workers()
-        self._last, self._place, self._resumed = None, None, (state_dict, 0)
-        super().load_state_dict(state_dict)
+        self.close()
+        self._given = 0
+        self.plan.start_at(state_dict["epoch"], state_dict["batch"])
 
     def close(self) -> None:
-        """Stop the workers and remember the place."""
-        if self._last is not None:
-            self._place = self.state_dict()
-            self._stop_workers()
-            self._last = self._iterator = None
-
-    def _stop_workers(self) -> None:
-        """Left to the garbage collector, an iterator that wasn't used up waits five seconds for each of its workers."""
-        iterators: list[Any] = [self._last, self._iterator]
-        for iterator in iterators:
-            if hasattr(iterator, "_shutdown_workers"):
-                iterator._shutdown_workers()
+        """Stop the workers; the position stays known."""
+        iterator, self._iterator_now = self._iterator_now, None
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
 
 
 def token_loader(parts: Sequence[EncodedRows], plan: BatchPlan, collate: Collate, *, num_workers: int) -> TokenLoader:
@@ -108,14 +105,12 @@ def token_loader(parts: Sequence[EncodedRows], plan: BatchPlan, collate: Collate
         collate: Makes a batch of them.
         num_workers: Processes that do so.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it; no user can help it
-        return TokenLoader(
-            SplitRows(parts),
-            batch_size=None,
-            sampler=plan,
-            collate_fn=collate,
-            num_workers=num_workers,
-            generator=torch.Generator().manual_seed(plan.seed),  # its own, to draw nothing from the global one
-            pin_memory=torch.cuda.is_available(),
-        )
+    return TokenLoader(
+        SplitRows(parts),
+        batch_size=None,
+        sampler=plan,
+        collate_fn=collate,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(plan.seed),  # its own, to draw nothing from the global one
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import LightningDataModule, check_same_namespace
+from lightning_ft._lightning import LightningDataModule, check_same_namespace, restricted_classmethod
 from lightning_ft.data import cache
 from lightning_ft.data.kinds import RowKind
 from lightning_ft.data.loader import Collate, TokenLoader, token_loader
@@ -22,7 +21,9 @@ from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.splits import RowRules, SplitName, Splits
 from lightning_ft.data.templates import set_chat_template
 from lightning_ft.errors import ConfigError, TokenizerError
+from lightning_ft.models.checkpoint_file import checked_file
 from lightning_ft.models.load import load_tokenizer
+from lightning_ft.rank_zero import rank_zero_warn
 
 _NEEDS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation", "test"),  # test too: its rows are checked before hours of training, not after
@@ -214,6 +215,31 @@ class RowDataModule(LightningDataModule, ABC):
             )
         return tokenizer
 
+    @restricted_classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A DataModule with the arguments that a checkpoint holds, of which nothing is run.
+
+        Args:
+            checkpoint_path: The checkpoint: a path, a URL or an open file.
+            map_location: As of `torch.load`.
+            hparams_file: Arguments from a YAML or CSV file in place of the checkpoint's.
+            weights_only: True, whatever is given: a checkpoint is never unpickled.
+            kwargs: Arguments in place of those of the checkpoint.
+
+        Raises:
+            CheckpointError: If it can't be read.
+            ConfigError: For ``weights_only=False``.
+        """
+        with checked_file(checkpoint_path, weights_only) as file:
+            return super().load_from_checkpoint(file, map_location, hparams_file, **kwargs)
+
     def prepare_data(self) -> None:
         """On one process of each node: check all rows and fill the cache that the others read."""
         self.setup(getattr(getattr(self.trainer, "state", None), "fn", None))
@@ -284,6 +310,8 @@ class RowDataModule(LightningDataModule, ABC):
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self.trainer.world_size if self.trainer is not None else 1,
         )
+        if name == "train" and self.trainer is not None:  # a run resumed at an epoch's end iterates before it names it
+            plan.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
         loader = token_loader(parts, plan, self.collate(name), num_workers=self._num_workers)
         self._loaders.append(loader)
         return loader

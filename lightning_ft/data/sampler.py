@@ -48,8 +48,8 @@ class BatchPlan(DistributedSampler[list[int]]):
     sees. The last step shares what is left, so nothing is dropped or repeated; a rank may get an empty batch then. It
     is a `DistributedSampler` so that a Trainer leaves it in place.
 
-    Its iterators can be stopped and resumed at any batch. A Trainer that was stopped in the middle of an epoch (by
-    `max_steps`, say) counts that epoch as run when it is resumed; the plan still goes on with the rest of it.
+    The epoch of an order is the one that `set_epoch` named, also after a resume: :meth:`start_at` says where the next
+    iterator begins, and whoever counts epochs from 0 again is corrected from there on.
 
     Args:
         sizes: Rows of each source.
@@ -88,9 +88,8 @@ class BatchPlan(DistributedSampler[list[int]]):
         every: Any = range(sum(sizes))  # it is only asked for its length
         super().__init__(every, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.sizes, self.weights, self.batch_size = list(sizes), list(weights), batch_size
-        self._behind = 0  # by how many epochs the order is behind the Trainer's count
-        self._resumed: int | None = None  # epoch of an order that is gone on with, before the Trainer named its own
-        self._named = False  # whether the Trainer has
+        self._start: tuple[int, int] | None = None  # epoch and batch that the next iterator begins at
+        self._offset = 0  # epochs that the caller's count lacks since a resume
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers of an epoch, over all ranks."""
@@ -99,57 +98,35 @@ class BatchPlan(DistributedSampler[list[int]]):
         return rng.permutation(rows) if self.shuffle else rows
 
     def __iter__(self) -> Iterator[list[int]]:
-        return _Batches(self, self.epoch - self._behind)
+        # At once, since workers ask for batches before the first is wanted.
+        return self._batches(*self.next_position())
+
+    def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
+        order = self.order(epoch) if first < len(self) else None
+        step = self.batch_size * self.num_replicas
+        for batch in range(first, len(self)):
+            assert order is not None
+            rows = order[batch * step : (batch + 1) * step]
+            yield [int(row) for row in np.array_split(rows, self.num_replicas)[self.rank]]
 
     def __len__(self) -> int:
         rows = sum(_times(size, weight) for size, weight in zip(self.sizes, self.weights, strict=True))
         return -(-rows // (self.batch_size * self.num_replicas))
 
-    def resume(self, epoch: int, batch: int) -> tuple[int, int]:
-        """Go on where an iterator was stopped.
+    def next_position(self) -> tuple[int, int]:
+        """Epoch and batch at which the next iterator begins."""
+        return self._start if self._start is not None else (self.epoch + self._offset, 0)
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Begin the next iterator in the middle of an epoch, or at its end, where it is empty.
 
         Args:
-            epoch: The epoch of its order.
-            batch: How many batches of it were given.
-
-        Returns:
-            The epoch and batch to go on with.
+            epoch: The epoch of the order.
+            batch: Number of its batches that were given before.
         """
-        if batch >= len(self):
-            epoch, batch = epoch + 1, 0
-        self._behind = self.epoch - epoch
-        self._resumed = None if self._named else epoch
-        return epoch, batch
+        self._start = (epoch, batch)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iterator, or the one just resumed, is of."""
-        super().set_epoch(epoch)
-        self._named = True
-        if self._resumed is not None:
-            self._behind, self._resumed = epoch - self._resumed, None
-
-
-class _Batches(Iterator[list[int]]):
-    """One epoch of a plan; its state is its place."""
-
-    def __init__(self, plan: BatchPlan, epoch: int) -> None:
-        self._plan, self._epoch, self._next = plan, epoch, 0
-        self._order: np.ndarray | None = None
-
-    def __next__(self) -> list[int]:
-        if self._next >= len(self._plan):
-            raise StopIteration
-        if self._order is None:
-            self._order = self._plan.order(self._epoch)
-        ranks = self._plan.num_replicas
-        step = self._plan.batch_size * ranks
-        rows = self._order[self._next * step : (self._next + 1) * step]
-        self._next += 1
-        return [int(row) for row in np.array_split(rows, ranks)[self._plan.rank]]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "next": self._next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._epoch, self._next = self._plan.resume(state["epoch"], state["next"])
-        self._order = None
+    def started(self) -> None:
+        """Begin further iterators at the start of an epoch; a loader with workers makes two iterators for one pass."""
+        if self._start is not None:
+            self._offset, self._start = self._start[0] - self.epoch, None

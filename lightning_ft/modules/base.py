@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import encode_prompt
@@ -19,25 +17,27 @@ from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.adapter_export import check_base
+from lightning_ft.models.checkpoint_file import read_checkpoint
 from lightning_ft.models.export import check_export, export
+from lightning_ft.models.finite import refuse_nonfinite
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id, quantization_options, resolve_dtype
-from lightning_ft.models.load_report import check_checkpoint_file
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor, set_first_rate
 from lightning_ft.models.router import OwnLoss, find_own_loss
 from lightning_ft.models.scorer import Scorer
 from lightning_ft.models.shard import shard
-from lightning_ft.modules.checked import CheckedRows
+from lightning_ft.modules.averaging import AveragedWeights
+from lightning_ft.modules.checkpoint_io import CheckpointedModule
 from lightning_ft.modules.checks import check_tokens
-from lightning_ft.modules.rng import rng_state, set_rng_state
+from lightning_ft.modules.nonfinite import FiniteSteps, OnNonFinite, check_on_nonfinite
+from lightning_ft.modules.precision import tell_lost_steps
+from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.tokenizer import ModuleTokenizer
-
-STATE = "lightning_ft"
-"""Key of what these modules keep in a checkpoint."""
+from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
 
 
-class FineTuning(CheckedRows):
+class FineTuning(AveragedWeights, FiniteSteps, CheckpointedModule):
     """Base of the fine-tuning modules; a subclass adds the training step.
 
     Args:
@@ -55,6 +55,8 @@ class FineTuning(CheckedRows):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         torch_compile: Compile the backbone: True, or a dict of `torch.compile`'s arguments.
         generation: Arguments of `generate` for `predict_step`, such as ``{"max_new_tokens": 128}``.
+        on_nonfinite: What to do before an optimizer step whose loss or gradients aren't finite: ``error`` stops the
+            run, ``skip`` leaves the step out and counts it (``train/skipped_steps``).
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that the model's repository ships.
         seed: Of whatever is initialised at random.
@@ -84,6 +86,7 @@ class FineTuning(CheckedRows):
         gradient_checkpointing: bool = False,
         torch_compile: bool | dict[str, Any] = False,
         generation: dict[str, Any] | None = None,
+        on_nonfinite: OnNonFinite = "error",
         revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
@@ -111,6 +114,7 @@ class FineTuning(CheckedRows):
             "gradient_checkpointing": gradient_checkpointing,
             "torch_compile": torch_compile,
             "generation": generation,
+            "on_nonfinite": on_nonfinite,
             "revision": revision,
             "trust_remote_code": trust_remote_code,
             "seed": seed,
@@ -122,13 +126,12 @@ class FineTuning(CheckedRows):
         self._initial: InitialAdapter | None = None
         self._adaptation = Adaptation(model, None, None)
         self._own_loss = OwnLoss()
-        self._pending_rng: dict[str, Any] | None = None
-        self._resumed = False
 
     def _check_settings(self) -> None:
         """Refuse now what would fail only after weights are loaded."""
-        if self._hyper["learning_rate"] <= 0:
-            raise ConfigError(f"learning_rate={self._hyper['learning_rate']}: expected more than 0.")
+        check_on_nonfinite(self._hyper["on_nonfinite"])
+        if not 0 < self._hyper["learning_rate"] < math.inf:
+            raise ConfigError(f"learning_rate={self._hyper['learning_rate']}: expected a finite number above 0.")
         if self._hyper["weight_decay"] < 0:
             raise ConfigError(f"weight_decay={self._hyper['weight_decay']}: expected 0 or more.")
         if self._hyper["dtype"] is not None:
@@ -192,7 +195,9 @@ class FineTuning(CheckedRows):
         self._check_rows(base)
         if self._hyper["gradient_checkpointing"]:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model = self._adapt(base).train()
+        model = self._adapt(base)
+        refuse_nonfinite(model)
+        self.model = model.train()
         if base.can_generate():
             self._own_loss = find_own_loss(self.model)
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -253,6 +258,7 @@ class FineTuning(CheckedRows):
         self._check_rows(self.model)
         if getattr(self, "_device_mesh", None) is None:
             self._tell_misfits()
+        tell_lost_steps(self.model, self._hyper["learning_rate"], str(self.trainer.precision))
         rank_zero_info(self.what_is_trained())
         self._tell_own_loss()
 
@@ -274,6 +280,7 @@ class FineTuning(CheckedRows):
 
     def on_train_start(self) -> None:
         """Check that the schedule knows its end, and give the first step its rate."""
+        super().on_train_start()
         schedulers: list[Any] = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for scheduler in schedulers:
             if self._factor not in getattr(scheduler, "lr_lambdas", ()):
@@ -284,13 +291,6 @@ class FineTuning(CheckedRows):
                     "or max_epochs of the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
                 )
             set_first_rate(scheduler)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuse what the model can't read; continue the random stream of the run that is resumed."""
-        super().on_train_batch_start(batch, batch_idx)
-        if self._pending_rng is not None:
-            set_rng_state(self._pending_rng, self.global_rank)
-            self._pending_rng = None
 
     def score(self, batch: TokenBatch, reduction: Any = "none", **options: Any) -> Any:
         """Log-probabilities of the supervised tokens of a batch, see `lightning_ft.models.head.completion_logprobs`.
@@ -310,20 +310,6 @@ class FineTuning(CheckedRows):
     def _required_scorer(self) -> Scorer:
         self.configure_model()
         return cast(Scorer, self._scorer)
-
-    def scale_gradients(self, factor: float) -> list[Tensor]:
-        """Multiply the gradients of all parameters in place, and give them back."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        for gradient in gradients:
-            gradient.mul_(factor)
-        return gradients
-
-    def log_optimizer(self, optimizer: Any, gradients: list[Tensor]) -> None:
-        """Log the learning rate, and every `log_every_n_steps` the norm of the gradients before they are clipped."""
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
-        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self.log("train/grad_norm", norm.full_tensor() if hasattr(norm, "full_tensor") else norm, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """AdamW that doesn't decay norms and biases, linear warm-up and the schedule asked for."""
@@ -353,13 +339,6 @@ class FineTuning(CheckedRows):
     def _steps_of_epoch(self, batches: int, epoch: int) -> int:
         """Optimizer steps that the batches of an epoch make."""
         return math.ceil(batches / self._accumulation(epoch))
-
-    def _accumulation(self, epoch: int) -> int:
-        """Micro-batches of an optimizer step in an epoch; a GradientAccumulationScheduler changes it between epochs."""
-        for callback in cast(Any, self.trainer).callbacks:
-            if isinstance(getattr(callback, "scheduling", None), dict):
-                return int(callback.get_accumulate_grad_batches(epoch))
-        return int(self.trainer.accumulate_grad_batches)
 
     # ---------------------------------------------------------------- generation
 
@@ -399,12 +378,11 @@ class FineTuning(CheckedRows):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable weights only, and what an exact resume needs."""
+        self.refuse_nonfinite_weights()
         kept = self._kept()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
-        checkpoint[STATE] = {
-            "rng": rng_state(self._trainer.world_size if self._trainer is not None else 1),
-            "tokenizer": self._tokenizer.state(),
-        }
+        self.drop_frozen_averages(checkpoint, kept)
+        checkpoint[STATE] = {**self.resume_state(), "tokenizer": self._tokenizer.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits before anything is loaded from it.
@@ -426,21 +404,17 @@ class FineTuning(CheckedRows):
                 f"{missing[:3]}) and {len(unknown)} of its weights aren't trainable here (first: {unknown[:3]}). Use "
                 "the model and lora settings of the run that wrote it."
             )
-        self._pending_rng = checkpoint.get(STATE, {}).get("rng")
-        self._resumed = True
+        self.fill_frozen_averages(checkpoint)
+        self.load_resume_state(checkpoint)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Load the trainable weights of a checkpoint into this module, outside of a Trainer.
 
         Raises:
-            ModelError: If there is no such file, or it doesn't fit.
+            CheckpointError: If it can't be read.
+            ModelError: If it doesn't fit.
         """
-        if not Path(path).is_file():
-            raise ModelError(f"There is no checkpoint {str(path)!r}.")
-        check_checkpoint_file(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-            raise ModelError(f"{str(path)!r} is no checkpoint of a Trainer: it holds no 'state_dict'.")
+        checkpoint = read_checkpoint(path)
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 

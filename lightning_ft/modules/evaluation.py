@@ -52,6 +52,7 @@ class EvaluatedFineTuning(FineTuning):
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of all batches."""
+        super().on_validation_epoch_end()
         self._log_evaluation("val")
 
     def on_test_epoch_end(self) -> None:

@@ -25,6 +25,7 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
 from lightning_ft.modules.experience import Experience, PolicyBatch, picked
+from lightning_ft.modules.nonfinite import whole_norm
 from lightning_ft.modules.ranks import largest_over_ranks, summed_over_ranks
 from lightning_ft.modules.sampled import SampledCompletions
 from lightning_ft.modules.window import MeanWindow
@@ -41,7 +42,8 @@ class PolicyOptimization(SampledCompletions):
     Args:
         model: Hub name, local folder, or a loaded model; mostly one that was fine-tuned on pairs before.
         epochs_per_rollout: How often the completions of a rollout are gone through.
-        steps_per_rollout: Into how many optimizer steps each time.
+        steps_per_rollout: Into how many optimizer steps each time: prompts with all of their completions are dealt out
+            over them, or single completions where there are fewer prompts than steps.
         micro_batch_size: Completions of one forward and backward pass on a rank; None for all of a step at once.
             Smaller ones take less memory and give the same step.
         max_grad_norm: Gradients are clipped to this norm; None for not at all. (The Trainer's ``gradient_clip_val`` and
@@ -88,6 +90,9 @@ class PolicyOptimization(SampledCompletions):
         }
         self._reference: Reference | None = None
         self._window = MeanWindow()
+        self._batch_idx = 0
+        self._step_loss = torch.zeros(())
+        self._left_out: str | None = None
 
     # ---------------------------------------------------------------- for subclasses
 
@@ -122,10 +127,24 @@ class PolicyOptimization(SampledCompletions):
     def on_fit_start(self) -> None:
         """As in `FineTuning`; let ranks sample from streams of their own."""
         super().on_fit_start()
+        self._check_steps_per_rollout()
         if self._reference is not None:
             self._reference.to(self.device)
         if self.global_rank and not self._resumed:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def _check_steps_per_rollout(self) -> None:
+        """Refuse more optimizer steps than there are completions to deal out over them: the others would be empty."""
+        steps, data = self._hyper["steps_per_rollout"], self._row_data()
+        if data is None:
+            return
+        completions = data.hparams["batch_size"] * self._hyper["num_completions"] * self.trainer.world_size
+        if steps > completions:
+            raise ConfigError(
+                f"steps_per_rollout={steps}: a rollout has {completions} completions (batch_size times "
+                "num_completions over all ranks), so some of its steps would have nothing to learn from. Lower it to "
+                f"{completions} at most, or raise num_completions or the DataModule's batch_size."
+            )
 
     @property
     def _steps_of_batch(self) -> int:
@@ -139,6 +158,7 @@ class PolicyOptimization(SampledCompletions):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Roll out, and learn from it."""
         started = time.perf_counter()
+        self._batch_idx = batch_idx
         experience = self.roll_out(batch)
         self.measure(experience)
         self.estimate_advantages(experience)
@@ -146,8 +166,10 @@ class PolicyOptimization(SampledCompletions):
         rolled_out = time.perf_counter()
         rate = cast(Any, self.optimizers()).param_groups[0]["lr"]
         self.learn(experience)
+        self.close_window()
         figures = {f"train/{name}": mean for name, mean in self._window.reduce(self.device).items()}
         figures |= self.rollout_figures(experience)
+        figures |= {f"train/{name}": count for name, count in self.skipped_figures().items()}
         figures["train/learning_rate"] = rate  # of the first step
         figures["train/rollout_seconds"] = rolled_out - started
         figures["train/train_seconds"] = time.perf_counter() - rolled_out
@@ -179,7 +201,7 @@ class PolicyOptimization(SampledCompletions):
         """Log-probabilities of every token, ``[t]`` for each completion, and where there is a critic its values."""
         logprobs: dict[int, Tensor] = {}
         values: dict[int, Tensor] | None = None
-        for piece in self._pieces(experience, range(len(experience.prompts))):
+        for piece in self._pieces(experience.groups()):
             scored, critic = score(self.lay_out(*experience.rows(piece)))
             logprobs.update(zip(piece, experience.split(scored.logprobs, piece), strict=True))
             if critic is not None:  # there is one also on a rank that has no completions
@@ -202,29 +224,36 @@ class PolicyOptimization(SampledCompletions):
         kl = [k1(ours, theirs).sum() for ours, theirs in zip(logprobs, ref_logprobs, strict=True)]
         return {"kl_completion": power_sums(torch.stack(kl) if kl else torch.zeros(0))}
 
-    def _pieces(self, experience: Experience, prompts: Sequence[int]) -> list[list[int]]:
+    def _pieces(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
         """What one pass takes each; as many on every rank, so that ranks run in step, some of them empty."""
-        pieces = experience.pieces(prompts, self._hyper["micro_batch_size"])
+        pieces = Experience.pieces(groups, self._hyper["micro_batch_size"])
         return pieces + [[]] * (largest_over_ranks(len(pieces), self.device) - len(pieces))
 
     def learn(self, experience: Experience) -> None:
         """Take the optimizer steps of a rollout, until `max_steps` is reached."""
         steps = self._hyper["steps_per_rollout"]
         for _ in range(self._hyper["epochs_per_rollout"]):
-            count = len(experience.prompts)
+            groups = experience.groups(steps)
+            count = len(groups)
             order = torch.randperm(count).tolist() if steps > 1 else list(range(count))
             for step in range(steps):
                 if 0 <= self.trainer.max_steps <= self.trainer.global_step:
                     return
-                self._take_step(experience, order[step * count // steps : (step + 1) * count // steps])
+                part = order[step * count // steps : (step + 1) * count // steps]
+                if count > len(experience.prompts):
+                    part = sorted(part)  # completions of a prompt next to each other, so that they share it
+                self._take_step(experience, [groups[i] for i in part])
 
-    def _take_step(self, experience: Experience, prompts: Sequence[int]) -> None:
+    def _take_step(self, experience: Experience, groups: Sequence[Sequence[int]]) -> None:
+        """Take an optimizer step on groups of completions; none where no rank has any, in a short last batch."""
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
-        pieces = self._pieces(experience, prompts)
+        pieces = self._pieces(groups)
         kept = ~experience.truncated if self._hyper["mask_truncated"] else torch.ones_like(experience.truncated)
         lengths = experience.lengths * kept
         chosen = [c for piece in pieces for c in piece]
         totals = summed_over_ranks(torch.stack([torch.tensor(len(chosen)), lengths[chosen].sum()]), self.device)
+        if not totals[0]:
+            return
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         optimizer.zero_grad()
         whole = torch.zeros((), device=self.device)
@@ -244,6 +273,8 @@ class PolicyOptimization(SampledCompletions):
             whole += loss.detach()
             self._count(piece, batch, result)
         self._window.add({"loss": whole}, {"loss": 1 / self.trainer.world_size})
+        self.note_loss(self._batch_idx, whole)
+        self._step_loss, self._left_out = whole, experience.nonfinite
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -281,9 +312,9 @@ class PolicyOptimization(SampledCompletions):
         """Clip the gradients, which are unscaled and summed over ranks by now."""
         gradients = [p for p in self.parameters() if p.grad is not None]
         limit = self._hyper["max_grad_norm"]
-        norm = torch.nn.utils.clip_grad_norm_(gradients, float("inf") if limit is None else limit)
-        whole = cast(Any, norm).full_tensor() if hasattr(norm, "full_tensor") else norm
-        self._window.add({"grad_norm": whole.detach()[None]})
+        norm = whole_norm(torch.nn.utils.clip_grad_norm_(gradients, float("inf") if limit is None else limit)).detach()
+        self._window.add({"grad_norm": norm[None]})
+        self.check_step(optimizer, norm, self._step_loss, left_out=self._left_out)
 
     def _count(self, piece: Sequence[int], batch: PolicyBatch, result: PolicyLoss | Tensor) -> None:
         """Add what a micro-batch showed to the figures of the training step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -25,10 +26,10 @@ from lightning_ft.functional.policy import PolicyLoss, check_policy_loss, policy
 from lightning_ft.models.critic import Critic
 from lightning_ft.models.optim import parameter_groups
 from lightning_ft.modules.adapted import without_dropout
-from lightning_ft.modules.base import STATE
 from lightning_ft.modules.experience import Experience, PolicyBatch
 from lightning_ft.modules.policy import PolicyOptimization
 from lightning_ft.modules.ranks import summed_over_ranks
+from lightning_ft.modules.resume import STATE
 
 
 class PPO(PolicyOptimization):
@@ -203,6 +204,8 @@ class PPO(PolicyOptimization):
     def _move_coefficient(self, kl: float, completions: int) -> None:
         if self.kl_controller is not None:
             total, count = summed_over_ranks(torch.tensor([kl, float(completions)]), self.device).tolist()
+            if not math.isfinite(total):  # nor are the losses of its steps, which are refused or skipped
+                return
             self.kl_controller = self.kl_controller.update(total / max(1.0, count), int(count))
             self.kl_coef = self.kl_controller.coef
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.functional.logprobs import SelectedLogProbs
 from lightning_ft.models.router import RouterLoss
-from lightning_ft.modules.base import STATE
 from lightning_ft.modules.evaluation import EvaluatedFineTuning
+from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.window import MeanWindow, TokenWindow
 
 
@@ -41,6 +41,7 @@ class SupervisedFineTuning(EvaluatedFineTuning):
         if not self._own_loss.router:
             scored = self.score(batch, "sum")
             loss = -scored.logprobs
+            self.note_loss(batch_idx, loss)
             self._window.add(loss, scored.correct, batch)
             return cast(Tensor, loss)
         scored, router_loss = self._score_with_router(batch)
@@ -48,7 +49,9 @@ class SupervisedFineTuning(EvaluatedFineTuning):
         self._window.add(loss, scored.correct, batch)
         weighted = router_loss * batch.num_targets
         self._router_window.add({"router_loss": weighted}, {"router_loss": batch.num_targets})
-        return loss + self._own_loss.router * weighted.to(loss.device)
+        loss = loss + self._own_loss.router * weighted.to(loss.device)
+        self.note_loss(batch_idx, loss)
+        return loss
 
     def _score_with_router(self, batch: TokenBatch) -> tuple[SelectedLogProbs, Tensor]:
         """Log-probabilities as `score` gives them, and the router's loss over the same forward pass."""
@@ -79,7 +82,7 @@ class SupervisedFineTuning(EvaluatedFineTuning):
         )
         for name, mean in self._router_window.reduce(self.device).items():
             self.log(f"train/{name}", mean, batch_size=1)
-        self.log_optimizer(optimizer, gradients)
+        self.log_optimizer(optimizer, gradients, totals.loss)
 
     def add_evaluation(self, sums: TokenWindow | None, batch: TokenBatch, batch_idx: int) -> TokenWindow:
         """Sum the log-likelihood of a batch."""
