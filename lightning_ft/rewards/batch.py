@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,10 +87,10 @@ class RewardBatch:
 
     @property
     def conversations(self) -> list[list[Message]]:
-        """Prompts and completions together; a string prompt is one user turn."""
+        """Prompts and completions together, in copies for whoever asks; a string prompt is one user turn."""
         return [
             [
-                *([Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt),
+                *([Message(role="user", content=prompt)] if isinstance(prompt, str) else deepcopy(prompt)),
                 Message(role="assistant", content=text),
             ]
             for prompt, text in zip(self.prompts, self.texts, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -33,13 +34,17 @@ class FunctionReward:
         self.arguments = Arguments(name, function.forward if isinstance(function, nn.Module) else function)
 
     def __call__(self, batch: RewardBatch, **log: Callable[..., None]) -> Any:
-        """What the function returns: rewards, or an awaitable of them."""
-        given = {
-            "prompts": list(batch.prompts),  # lists of its own: a function may change what it gets
+        """What the function returns: rewards, or an awaitable of them.
+
+        Each completion has copies of its prompt, messages and columns that are the function's own, so that it may
+        change what it gets: the completions of a prompt share one row, which other rewards and epochs read too.
+        """
+        per_completion: dict[str, list[Any]] = {
+            "prompts": batch.prompts,
             "completions": batch.completions,
-            "completion_ids": [list(ids) for ids in batch.completion_ids],
-            **{name: list(values) for name, values in batch.columns.items()},
-            "trainer_state": batch.state,
-            **log,
+            "completion_ids": batch.completion_ids,
+            **batch.columns,
         }
-        return self.function(**self.arguments.chosen(given))
+        chosen = self.arguments.chosen(per_completion)
+        copies = {name: [deepcopy(value) for value in values] for name, values in chosen.items()}
+        return self.function(**copies, **self.arguments.chosen({"trainer_state": batch.state, **log}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from lightning_ft.data.request import Message
 from lightning_ft.errors import RewardError
 from lightning_ft.functional.advantages import combine_rewards
+from lightning_ft.rank_zero import warn
 from lightning_ft.rewards.background import BackgroundLoop
 from lightning_ft.rewards.batch import RewardBatch, TrainerState, check_columns
 from lightning_ft.rewards.function import FunctionReward
@@ -20,7 +20,7 @@ from lightning_ft.rewards.logs import RewardLog, logged_columns, logged_metrics
 from lightning_ft.rewards.model import ModelReward
 from lightning_ft.rewards.resolve import NamedReward, RewardLike, resolve_rewards
 from lightning_ft.rewards.result import Rewards
-from lightning_ft.rewards.values import as_rewards, quoted
+from lightning_ft.rewards.values import OnNonFinite, as_rewards, quoted
 
 
 class RewardFunctions:
@@ -48,6 +48,9 @@ class RewardFunctions:
               or with ``model``, and ``tokenizer``, ``batch_size``, ``dtype``, ``revision``, ``trust_remote_code``; and
               with ``weight`` and ``name``.
         weights: One for each, in place of those in dicts; 1 by default. With 0 a reward is logged only.
+        taken: Names that other rewards are logged under; a reward of such a name gets a number behind it.
+        on_nonfinite: What to do with a reward that isn't finite: ``error`` refuses it, ``skip`` counts it and takes it
+            for None.
 
     Raises:
         RewardError: For what isn't a reward, or can't be found; says what was tried.
@@ -64,9 +67,16 @@ class RewardFunctions:
         tensor([1., 0.])
     """
 
-    def __init__(self, rewards: RewardLike | Sequence[RewardLike], weights: Sequence[float] | None = None) -> None:
-        self._given = (rewards, weights)
-        self._rewards = resolve_rewards(rewards, weights)
+    def __init__(
+        self,
+        rewards: RewardLike | Sequence[RewardLike],
+        weights: Sequence[float] | None = None,
+        taken: Sequence[str] = (),
+        on_nonfinite: OnNonFinite = "error",
+    ) -> None:
+        self._given = (rewards, weights, taken, on_nonfinite)
+        self._rewards = resolve_rewards(rewards, weights, taken)
+        self._on_nonfinite = on_nonfinite
         self._loop = BackgroundLoop()
         self._warned = False
 
@@ -97,6 +107,10 @@ class RewardFunctions:
         for reward in self._rewards:
             if isinstance(reward.judge, FunctionReward):
                 reward.judge.arguments.check_columns(columns)
+
+    def models(self) -> list[tuple[str, Any]]:
+        """Names of the reward models, and what scores conversations there; loads those that aren't loaded yet."""
+        return [(reward.name, reward.judge.load()) for reward in self._rewards if isinstance(reward.judge, ModelReward)]
 
     def to(self, device: torch.device | str) -> RewardFunctions:
         """Load the reward models, where they aren't yet, and move them."""
@@ -146,14 +160,16 @@ class RewardFunctions:
                 reward.judge.load()  # here, where it fails only once
         logs = [RewardLog(reward.name, len(batch)) for reward in self._rewards]
         given = self._judged(self._rewards, batch, logs) if len(batch) else [[] for _ in self._rewards]
-        values = []
+        values, nonfinite = [], 0
         for reward, returned in zip(self._rewards, given, strict=True):
             if isinstance(returned, BaseException):
                 raise self._failed(reward, batch, returned) from returned
-            values.append(as_rewards(reward.name, returned, batch.texts))
+            numbers, wrong = as_rewards(reward.name, returned, batch.texts, nonfinite=self._on_nonfinite)
+            values.append(numbers)
+            nonfinite += wrong
         per_function = torch.stack(values, dim=1)  # [c, k]
         total = combine_rewards(per_function, self.weights)  # [c]
-        rewards = Rewards(self.names, per_function, total, logged_metrics(logs), logged_columns(logs))
+        rewards = Rewards(self.names, per_function, total, logged_metrics(logs), logged_columns(logs), nonfinite)
         self._warn_unscored(rewards, batch)
         return rewards
 
@@ -190,7 +206,7 @@ class RewardFunctions:
         if rewards.unscored and not self._warned:
             self._warned = True
             first = int(rewards.total.isnan().nonzero()[0])
-            warnings.warn(
+            warn(
                 f"No reward applied to {rewards.unscored} of {len(batch)} completions, the first being "
                 f"{quoted(first, batch.texts[first])}: all of {', '.join(self.names)} gave None. Such completions are "
                 "trained on with no advantage; this is told once.",

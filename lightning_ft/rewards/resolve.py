@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError, ModelError, RewardError
 from lightning_ft.importing import from_file, from_import_path, from_place, is_file
+from lightning_ft.models.checkpoint_file import read_checkpoint
 from lightning_ft.models.load import load_tokenizer
 from lightning_ft.rewards.batch import RewardBatch
 from lightning_ft.rewards.folder import local_folder
@@ -61,12 +61,15 @@ class _Found:
     judge: Any
 
 
-def resolve_rewards(rewards: Any, weights: Sequence[float] | None = None) -> tuple[NamedReward, ...]:
+def resolve_rewards(
+    rewards: Any, weights: Sequence[float] | None = None, taken: Sequence[str] = ()
+) -> tuple[NamedReward, ...]:
     """Named, weighted rewards.
 
     Args:
         rewards: One or a list of what `RewardFunctions` takes.
         weights: One for each; by default those that stand in dicts, else 1.
+        taken: Names that other rewards are logged under.
 
     Raises:
         RewardError: For what isn't a reward.
@@ -86,7 +89,7 @@ def resolve_rewards(rewards: Any, weights: Sequence[float] | None = None) -> tup
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ConfigError(f"The weight {weight!r} of a reward: expected a finite number.")
-    names = _unique([_written(reward, "name") for reward in several], [reward.name for reward in found])
+    names = _unique([_written(reward, "name") for reward in several], [reward.name for reward in found], taken)
     judges = [
         reward.judge if isinstance(reward.judge, ModelReward) else FunctionReward(name, reward.judge)
         for name, reward in zip(names, found, strict=True)
@@ -112,11 +115,11 @@ def _written(reward: Any, key: str) -> Any:
     return reward.get(key) if isinstance(reward, dict) else None
 
 
-def _unique(given: Sequence[str | None], derived: Sequence[str]) -> list[str]:
+def _unique(given: Sequence[str | None], derived: Sequence[str], others: Sequence[str] = ()) -> list[str]:
     """Names that were given stay; others get a number where they stand for several."""
-    taken = [name for name in given if name]
-    if twice := [name for name in taken if taken.count(name) > 1]:
-        raise ConfigError(f"Two rewards are named {twice[0]!r}.")
+    taken = [*others, *(name for name in given if name)]
+    if twice := [name for name in given if name and taken.count(name) > 1]:
+        raise ConfigError(f"Two rewards are named {twice[0]!r}: each is logged under its name, so give another one.")
     names = []
     for name, default in zip(given, derived, strict=True):
         number, unique = 1, name or default
@@ -260,7 +263,10 @@ def _model_object(model: PreTrainedModel | PeftModel, options: dict[str, Any]) -
 def _load_checkpoint(path: str) -> ConversationScorer:
     from lightning_ft.modules.reward import RewardModeling  # only here: modules are built over rewards
 
-    settings = torch.load(path, map_location="cpu", weights_only=True).get("hyper_parameters", {})
+    try:
+        settings = read_checkpoint(path).get("hyper_parameters", {})
+    except ModelError as error:
+        raise RewardError(f"rewards={path!r} can't be read: {error}") from error
     if "centering" in settings and settings["model"] is None:
         raise RewardError(
             f"rewards={path!r} is of a model that has no name to load it from: export it, and give the folder."

@@ -20,6 +20,7 @@ class Rewards:
         total: Weighted sums, NaN where every function gave None, ``float32 [c]``.
         metrics: What functions logged with `log_metric`, each the mean of its calls.
         extra: What they logged with `log_extra`, `c` values a column.
+        nonfinite: How many rewards weren't finite and were taken for None.
 
     Example:
         >>> import torch
@@ -34,6 +35,7 @@ class Rewards:
     total: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    nonfinite: int = 0
 
     def __len__(self) -> int:
         return len(self.total)

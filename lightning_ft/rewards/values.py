@@ -5,33 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_ft.errors import RewardError
 
+OnNonFinite = Literal["error", "skip"]
+"""What to do where a number isn't finite."""
+
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def as_rewards(name: str, returned: Any, completions: Sequence[str]) -> Tensor:
+def as_rewards(
+    name: str, returned: Any, completions: Sequence[str], *, nonfinite: OnNonFinite = "error"
+) -> tuple[Tensor, int]:
     """Numbers from what a reward function returned.
 
     Args:
         name: Of the function, for errors.
         returned: A list, tuple, 1-D tensor or 1-D array; in it numbers, truth values, or None for "doesn't apply".
         completions: What was judged, `c`.
+        nonfinite: What to do with a number that isn't finite: refuse it, or count it and take it for None.
 
     Returns:
-        NaN for None, ``float32 [c]``.
+        NaN for None, ``float32 [c]``, and how many numbers weren't finite.
 
     Raises:
         RewardError: For anything else; names function and completion.
 
     Example:
         >>> as_rewards("correct", [True, 0.5, None], ["a", "b", "c"])
-        tensor([1.0000, 0.5000,    nan])
+        (tensor([1.0000, 0.5000,    nan]), 0)
     """
     wanted = f"expected {len(completions)} numbers or None, one for each completion"
     if hasattr(returned, "tolist") and getattr(returned, "ndim", None) == 1:  # a tensor or an array
@@ -43,10 +49,16 @@ def as_rewards(name: str, returned: Any, completions: Sequence[str]) -> Tensor:
         raise RewardError(f"Reward {name!r} returned a {type(returned).__name__}{shape}; {wanted}.")
     if len(values) != len(completions):
         raise RewardError(f"Reward {name!r} returned {len(values)} rewards; {wanted}.")
-    return torch.tensor(
-        [_number(name, i, value, text) for i, (value, text) in enumerate(zip(values, completions, strict=True))],
-        dtype=torch.float32,
-    )
+    numbers = [_number(name, i, value, text) for i, (value, text) in enumerate(zip(values, completions, strict=True))]
+    wrong = [i for i, number in enumerate(numbers) if number is not None and not abs(number) <= _LARGEST]  # NaN too
+    if wrong and nonfinite == "error":
+        raise RewardError(
+            f"Reward {name!r} gave {values[wrong[0]]!r:.80} for {quoted(wrong[0], completions[wrong[0]])}; expected a "
+            "finite number, or None where it doesn't apply."
+        )
+    left_out = dict.fromkeys(wrong, math.nan)
+    given = [left_out.get(i, math.nan if number is None else float(number)) for i, number in enumerate(numbers)]
+    return torch.tensor(given, dtype=torch.float32), len(wrong)
 
 
 def quoted(index: int, completion: str) -> str:
@@ -60,9 +72,9 @@ def quoted(index: int, completion: str) -> str:
     return f"completion {index} ({shown if len(completion) <= 80 else shown[:-1] + '...'})"
 
 
-def _number(name: str, index: int, value: Any, completion: str) -> float:
+def _number(name: str, index: int, value: Any, completion: str) -> Any:
     if value is None:
-        return math.nan
+        return None
     number: Any = value
     if not isinstance(number, Real) and getattr(number, "ndim", None) == 0 and hasattr(number, "item"):
         number = number.item()  # a scalar of torch or numpy
@@ -71,10 +83,4 @@ def _number(name: str, index: int, value: Any, completion: str) -> float:
             f"Reward {name!r} gave {value!r:.80}, a {type(value).__name__}, for {quoted(index, completion)}; expected "
             "a number, or None where it doesn't apply."
         )
-    magnitude: Any = abs(number)
-    if not magnitude <= _LARGEST:  # NaN is not either
-        raise RewardError(
-            f"Reward {name!r} gave {value!r:.80} for {quoted(index, completion)}; expected a finite number, or None "
-            "where it doesn't apply."
-        )
-    return float(number)
+    return number

@@ -56,6 +56,9 @@ def decode(
         sampler: Takes the next tokens.
         ending: Says which completions have ended.
         max_new_tokens: At most so many for each.
+
+    Raises:
+        NonFiniteError: For greedy tokens of logits that aren't finite.
     """
     logits = bundles.logits
     count = len(logits)
@@ -83,6 +86,7 @@ def decode(
             rows, going = [rows[r] for r in going], list(range(len(going)))
             bundles.keep(rows)
         logits = bundles.write(forward, tokens)
+    sampler.check()
     ends = ending(written)
     scores = scored.tolist() if drawn else [[]] * count
     return [

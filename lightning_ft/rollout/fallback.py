@@ -19,7 +19,7 @@ from lightning_ft.models.head import CausalLM, input_device
 from lightning_ft.models.padding import left_padded
 from lightning_ft.models.together import own_generation_config
 from lightning_ft.rollout.protocol import Completion, Sampling
-from lightning_ft.rollout.sampling import token_logprobs, warpers
+from lightning_ft.rollout.sampling import TokenSampler, token_logprobs, warpers
 from lightning_ft.rollout.stopping import Ending
 
 
@@ -69,10 +69,13 @@ def generate_plainly(
             input_ids=ids.to(input_device(model)),
             attention_mask=mask.to(input_device(model)),
             generation_config=config,
-            logits_processor=LogitsProcessorList([recorder, *([] if sampling is None else warpers(sampling))]),
+            logits_processor=LogitsProcessorList(
+                [recorder, *([] if sampling is None else warpers(sampling)), _Drawable(recorder)]
+            ),
             stopping_criteria=StoppingCriteriaList([_Stop(recorder)]),
             synced_gpus=in_step,
         )
+    recorder.check()
     written = out[:, ids.shape[1] :].tolist()
     return [recorder.completion(row, tokens) for row, tokens in enumerate(written)]
 
@@ -85,6 +88,9 @@ class _Recorder(LogitsProcessor):
 
     def __init__(self, sampling: Sampling | None, ending: Ending, prompt_length: int) -> None:
         self._temperature = None if sampling is None or sampling.greedy else float(sampling.temperature)
+        self._greedy = TokenSampler(None)
+        self.finite: Tensor | None = None
+        """Which rows of the last step have finite logits, ``bool [b, 1]``."""
         self._ending = ending
         self._prompt_length = prompt_length
         self._logits: Tensor | None = None
@@ -94,7 +100,14 @@ class _Recorder(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self._logits = None if self._temperature is None else scores
+        if self._temperature is None:
+            self._greedy(scores)  # notes whether they are finite
+        self.finite = scores.amax(-1, keepdim=True).isfinite()  # [b, 1]
         return scores
+
+    def check(self) -> None:
+        """As :meth:`~lightning_ft.rollout.sampling.TokenSampler.check`."""
+        self._greedy.check()
 
     def chosen(self, input_ids: Tensor) -> Tensor:
         """Take note of the tokens of a step; which rows a stop string has ended, ``bool [b]``."""
@@ -119,6 +132,17 @@ class _Recorder(LogitsProcessor):
         scores = () if self._scores is None else tuple(self._scores[row][:length])
         (ended,) = self._ending([tokens[:length]])
         return Completion(tuple(tokens[:length]), truncated=not ended, logprobs=scores)
+
+
+class _Drawable(LogitsProcessor):
+    """Makes rows of logits that aren't finite ones that can be drawn from, see `lightning_ft.rollout.sampling`."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._recorder = recorder
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        assert self._recorder.finite is not None
+        return cast(torch.FloatTensor, scores.masked_fill(~self._recorder.finite, 0.0))
 
 
 class _Stop(StoppingCriteria):

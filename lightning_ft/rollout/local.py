@@ -7,7 +7,6 @@ completions, sequences that share much share a row of the cache, and rows leave 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.errors import ConfigError
+from lightning_ft.errors import ConfigError, NonFiniteError
 from lightning_ft.models.exactness import first_line
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.load import context_length
 from lightning_ft.models.together import prompts_together
+from lightning_ft.rank_zero import warn
 from lightning_ft.rollout.batching import batches_of, slower
 from lightning_ft.rollout.bundles import read_prompts
 from lightning_ft.rollout.cache import GrowingCache
@@ -310,6 +310,8 @@ class LocalEngine:
                 self._exact, self._together = probe_cache(self.model, layers, self.pad_token_id)
             except torch.OutOfMemoryError:
                 raise
+            except NonFiniteError as error:
+                self._exact, self._why_inexact = False, str(error)
             except Exception as error:  # whatever an architecture raises: transformers' own loop is left
                 self._exact = False
                 self._why_inexact = f"it fails with a cache of ours ({type(error).__name__}: {first_line(error)})"
@@ -319,4 +321,4 @@ class LocalEngine:
         """Say once what is run more often than it need be."""
         if said is not None and said not in self._told:
             self._told.add(said)
-            warnings.warn(said, stacklevel=3)
+            warn(said, stacklevel=3)

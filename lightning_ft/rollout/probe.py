@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ft.errors import NonFiniteError
 from lightning_ft.models.exact import are_close, tolerance_of
 from lightning_ft.models.head import CausalLM, base_of, input_device, takes_explicit_masks
 from lightning_ft.rollout.bundles import Bundles, read_prompts
@@ -42,6 +43,9 @@ def probe_cache(model: CausalLM, layers: int, pad_token_id: int) -> CacheProbe:
         model: In eval mode.
         layers: Of its cache.
         pad_token_id: Stands at masked places.
+
+    Raises:
+        NonFiniteError: If the model's own logits aren't finite, so that nothing can be compared with them.
     """
     forward, device = partial(next_logits, model), input_device(model)
     vocabulary = base_of(model).config.get_text_config().vocab_size
@@ -64,4 +68,7 @@ def probe_cache(model: CausalLM, layers: int, pad_token_id: int) -> CacheProbe:
 def _as_alone(model: CausalLM, logits: Tensor, sequences: Sequence[Tensor]) -> bool:
     base, device = base_of(model), input_device(model)
     alone = [base(input_ids=ids[None].to(device), use_cache=False).logits[:, -1].float() for ids in sequences]
-    return are_close(logits, torch.cat(alone), tolerance_of(base))
+    expected = torch.cat(alone)
+    if not bool(expected.isfinite().all()):
+        raise NonFiniteError("its logits are not finite, so a cache of ours can't be compared with its own pass")
+    return are_close(logits, expected, tolerance_of(base))

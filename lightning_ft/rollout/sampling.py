@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lightning_ft.errors import NonFiniteError
 from lightning_ft.rollout.protocol import Sampling
 
 
@@ -97,7 +98,8 @@ class TokenSampler:
     """Takes the next token of each row.
 
     Sampling draws once a call, from the global generator of the logits' device: whoever restores that generator's state
-    and asks again gets the same tokens.
+    and asks again gets the same tokens. From logits that aren't finite any token is drawn, with a log-probability that
+    isn't finite either; of greedy tokens :meth:`check` tells.
 
     Args:
         sampling: How; None for greedy.
@@ -110,6 +112,7 @@ class TokenSampler:
     def __init__(self, sampling: Sampling | None) -> None:
         self._temperature = None if sampling is None or sampling.greedy else float(sampling.temperature)
         self._warpers = None if sampling is None else warpers(sampling)
+        self._highest: Tensor | None = None
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Choose.
@@ -121,8 +124,44 @@ class TokenSampler:
             Tokens, ``int64 [b]``, and their log-probabilities, ``fp32 [b]``, or None where they were not drawn.
         """
         if self._temperature is None or self._warpers is None:
-            return logits.argmax(-1), None
+            highest, tokens = logits.max(-1)  # NaN where any logit of a row is
+            self._highest = highest.sum() if self._highest is None else self._highest + highest.sum()
+            return tokens, None
         no_ids: Any = logits.new_empty(0)  # none of these warpers looks at the tokens so far
         warped = self._warpers(no_ids, logits)
-        tokens = draw(warped.softmax(-1))  # [b]
+        tokens = draw(drawable(warped.softmax(-1), logits))  # [b]
         return tokens, token_logprobs(logits, tokens, self._temperature)
+
+    def check(self) -> None:
+        """Refuse greedy tokens that were chosen from logits that aren't finite.
+
+        Raises:
+            NonFiniteError: If any were.
+        """
+        if self._highest is not None and not bool(self._highest.isfinite()):
+            raise NonFiniteError(
+                "The model's logits weren't finite (NaN or infinite), so its answers mean nothing: load it in float32 "
+                "or bfloat16, or take an earlier checkpoint."
+            )
+
+
+def drawable(probabilities: Tensor, logits: Tensor) -> Tensor:
+    """Probabilities with rows that can be drawn from, in place: there is no next token where a logit isn't finite.
+
+    Such a draw is an index out of bounds, and on CUDA an assertion that ends the process. Which rows they were is told
+    by their log-probabilities.
+
+    Args:
+        probabilities: Of the next tokens, ``fp32 [b, vocabulary]``.
+        logits: What they were made of, ``fp32 [b, vocabulary]``.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0], [0.0, torch.nan]])
+        >>> drawable(logits.softmax(-1), logits)
+        tensor([[0.5000, 0.5000],
+                [1.0000, 1.0000]])
+    """
+    bad = ~logits.amax(-1, keepdim=True).isfinite()  # NaN where any logit of a row is
+    if bad.device.type == "cpu" and not bool(bad.any()):
+        return probabilities
+    return probabilities.masked_fill_(bad, 1.0)
