@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,12 +16,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lightning_ft.errors import ExportError, TokenizerError
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adapter_export import check_adapter_export, save_adapter
+from lightning_ft.models.finite import first_nonfinite
 from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.lora_checks import check_merge
 from lightning_ft.models.merge import merged
 from lightning_ft.models.model_card import model_card
 from lightning_ft.models.shard import is_sharded
+from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.whole_files import flush_to_disk, new_aside, remove, remove_leftovers, why_not_written
 
 _FIRST_READ = ("config.json", "adapter_config.json")
 """What transformers and PEFT look for first: without them a folder isn't loaded at all."""
@@ -81,11 +81,12 @@ def export(
         `folder`.
 
     Raises:
-        ExportError: If the folder isn't empty, the adapter can't be loaded over the base that it names, or the merged
-            model's greedy output differs.
+        ExportError: If a weight isn't finite, the folder isn't empty, the adapter can't be loaded over the base that
+            it names, or the merged model's greedy output differs.
     """
     path, options = Path(folder), base_options or {}
     check_export(model, merge=merge, initial=initial)
+    _refuse_nonfinite(model, merge=merge)
     gathered = {} if not is_sharded(model) else {"state_dict": _gathered(model)}
     if not write:
         return path
@@ -128,6 +129,17 @@ def check_export(model: CausalLM, *, merge: bool, initial: InitialAdapter | None
         check_merge(model) if merge else check_adapter_export(model)
 
 
+def _refuse_nonfinite(model: CausalLM, *, merge: bool) -> None:
+    """Refuse to write weights that aren't finite; the base under an adapter isn't written."""
+    every = merge or not isinstance(model, PeftModel)
+    written = ((name, value) for name, value in model.named_parameters() if every or value.requires_grad)
+    if (name := first_nonfinite(written)) is not None:
+        raise ExportError(
+            f"The weight {name} holds numbers that aren't finite (NaN or infinite), so no answer of the export "
+            "would mean anything: export an earlier checkpoint."
+        )
+
+
 def check_folder(path: Path, *, overwrite: bool) -> None:
     """Refuse a folder that can't be written to, or whose files an export would mix with.
 
@@ -140,6 +152,7 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise ExportError(f"{path} is a file; export needs a folder.")
+    remove_leftovers(path)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ExportError(f"{path} isn't empty: choose another folder, or pass overwrite=True.")
 
@@ -178,11 +191,25 @@ def _ends(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @contextmanager
 def _written_aside(path: Path) -> Iterator[Path]:
-    """A folder to write to, whose files then take the place of an earlier export's."""
-    path.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".export-", dir=path))
+    """A folder to write to, whose files then take the place of an earlier export's.
+
+    Raises:
+        ExportError: If it can't be written; an earlier export is still there.
+    """
+    aside = new_aside(path)
     try:
+        aside.mkdir(parents=True)
         yield aside
+        flush_to_disk(aside)
+    except Exception as error:
+        remove(aside)
+        if (reason := why_not_written(error)) is None:
+            raise
+        raise ExportError(
+            f"{str(path)!r} can't be written ({reason}). What was there before is unchanged: make room, or export to "
+            "another folder."
+        ) from error
+    try:
         files = [file.relative_to(aside) for file in aside.rglob("*") if file.is_file()]
         for name in _FIRST_READ:
             (path / name).unlink(missing_ok=True)
@@ -191,5 +218,6 @@ def _written_aside(path: Path) -> Iterator[Path]:
         for file in sorted(files, key=lambda file: file.name in _FIRST_READ):
             (path / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside / file, path / file)
+        flush_to_disk(path, deep=False)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,6 +17,7 @@ from lightning_ft.models.lengths import length_switch
 from lightning_ft.models.load import context_length
 from lightning_ft.models.padding import left_padded
 from lightning_ft.models.together import prompts_together
+from lightning_ft.rank_zero import warn
 
 
 @contextmanager
@@ -44,6 +44,51 @@ def end_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[i
     return list(
         dict.fromkeys(int(i) for i in (answer_end_token(tokenizer), tokenizer.eos_token_id, *found) if i is not None)
     )
+
+
+NEUTRAL_SETTINGS: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "diversity_penalty": 0.0,
+    "guidance_scale": 1.0,
+    "penalty_alpha": 0.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+}
+"""Settings of transformers' `generate` that change which token is the likeliest, with what leaves it as it is."""
+
+
+def altering_settings(model: CausalLM, options: dict[str, Any]) -> dict[str, Any]:
+    """Settings that make `generate` choose other tokens than the model's logits do.
+
+    Args:
+        model: With its generation config.
+        options: Of `generate`, which come before the config's.
+
+    Returns:
+        By name, those of both.
+
+    Example:
+        >>> from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+        >>> model.generation_config = GenerationConfig(repetition_penalty=1.5, top_p=0.9)
+        >>> altering_settings(model, {"num_beams": 2}), altering_settings(model, {"repetition_penalty": 1.0})
+        ({'repetition_penalty': 1.5, 'num_beams': 2}, {})
+    """
+    config = getattr(model, "generation_config", None)
+    found = {name: options.get(name, getattr(config, name, None)) for name in NEUTRAL_SETTINGS}
+    return {name: value for name, value in found.items() if value is not None and value != NEUTRAL_SETTINGS[name]}
 
 
 def generate_text(
@@ -82,7 +127,7 @@ def generate_text(
     with evaluating(model):
         found = prompts_together(model, lengths, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id)
         if found.why is not None:
-            warnings.warn(
+            warn(
                 f"{type(base_of(model)).__name__}: {found.why}. The answers are the same, it is only slower.",
                 stacklevel=3,
             )

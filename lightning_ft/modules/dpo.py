@@ -7,7 +7,6 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ from lightning_ft.modules.adapted import per_completion
 from lightning_ft.modules.preferences import Judged, PreferenceLearning
 from lightning_ft.modules.ranks import summed_over_ranks
 from lightning_ft.modules.ref_logprobs import ReferenceLogProbs
+from lightning_ft.rank_zero import rank_zero_warn
 
 KTO = "kto"
 
@@ -123,7 +123,7 @@ class DPO(PreferenceLearning):
         super().on_fit_start()
         if self._ref is not None and self._hyper["precompute_reference"]:
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            self._ref.precompute(data, self._reference_logprobs, self.device)
+            self._ref.precompute(data, self._score_beforehand, self.device, precision=str(self.trainer.precision))
 
     # ---------------------------------------------------------------- the losses of a batch
 
@@ -208,6 +208,11 @@ class DPO(PreferenceLearning):
         """The DataModule that batches come from now, and which of its splits."""
         split = "train" if self.trainer.training else ("test" if self.trainer.testing else "validation")
         return self.trainer.datamodule, split  # type: ignore[attr-defined]
+
+    def _score_beforehand(self, batch: PreferenceBatch) -> Tensor:
+        """In the Trainer's precision, as the policy is in a step; Lightning sets it around steps only."""
+        with self.trainer.precision_plugin.forward_context():
+            return self._reference_logprobs(batch)
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PreferenceBatch) -> Tensor:

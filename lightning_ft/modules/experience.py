@@ -35,6 +35,7 @@ class Experience:
         advantages: Of each token, ``float32 [t]`` each, or of each completion, ``[1]`` each.
         values: The critic's at each token, ``float32 [t]`` each; none without a critic.
         returns: Their targets, likewise.
+        nonfinite: What wasn't finite on this rank, so that nothing can be learnt from the rollout; None if all was.
     """
 
     source: PromptBatch
@@ -50,6 +51,7 @@ class Experience:
     advantages: list[Tensor] = field(default_factory=list)
     values: list[Tensor] | None = None
     returns: list[Tensor] | None = None
+    nonfinite: str | None = None
 
     @classmethod
     def of(cls, batch: PromptBatch, rollouts: Rollouts, texts: list[str], num_completions: int) -> Experience:
@@ -84,24 +86,45 @@ class Experience:
         """Tokens of each completion, ``int64 [p * g]``."""
         return torch.tensor([len(completion) for completion in self.completions], dtype=torch.int64)
 
-    def pieces(self, prompts: Sequence[int], size: int | None) -> list[list[int]]:
-        """Completions of some prompts, cut into pieces that one pass takes, those of a prompt together.
+    @property
+    def unscored(self) -> list[int]:
+        """Completions that were sampled from logits that aren't finite, as their log-probabilities tell."""
+        return [c for c, logprobs in enumerate(self.sampling_logprobs) if not bool(logprobs.isfinite().all())]
+
+    def groups(self, steps: int = 1) -> list[list[int]]:
+        """What is dealt out over the optimizer steps of a pass: groups of completions, those of a prompt together.
+
+        Where there are more steps than prompts, completions are dealt out one by one.
 
         Args:
-            prompts: Which prompts.
-            size: Most completions of a piece; None for all at once.
+            steps: How many optimizer steps.
 
         Example:
             >>> nothing = torch.zeros(0)
-            >>> Experience(PromptBatch([], [], {}), [], [nothing] * 3, [], 2, nothing, []).pieces([2, 0], 3)
+            >>> experience = Experience(PromptBatch([], [], {}), [], [nothing] * 2, [], 2, nothing, [])
+            >>> experience.groups(2), experience.groups(3)
+            ([[0, 1], [2, 3]], [[0], [1], [2], [3]])
+        """
+        g = self.num_completions if steps <= len(self.prompts) else 1
+        return [list(range(start, start + g)) for start in range(0, len(self.prompts) * self.num_completions, g)]
+
+    @staticmethod
+    def pieces(groups: Sequence[Sequence[int]], size: int | None) -> list[list[int]]:
+        """Groups of completions, cut into pieces that one pass takes, those of a group together where they fit.
+
+        Args:
+            groups: All of one size.
+            size: Most completions of a piece; None for all at once.
+
+        Example:
+            >>> Experience.pieces([[4, 5], [0, 1]], 3)
             [[4, 5], [0, 1]]
         """
-        g = self.num_completions
-        groups = [list(range(prompt * g, (prompt + 1) * g)) for prompt in prompts]
-        if size is None:
+        if size is None or not groups:
             return [[c for group in groups for c in group]] if groups else []
+        g = len(groups[0])
         if size < g:
-            return [group[start : start + size] for group in groups for start in range(0, g, size)]
+            return [list(group[start : start + size]) for group in groups for start in range(0, g, size)]
         together = size // g
         parts = (groups[start : start + together] for start in range(0, len(groups), together))
         return [[c for group in part for c in group] for part in parts]

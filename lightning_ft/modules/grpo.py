@@ -12,10 +12,12 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.functional.advantages import (
     Scale,
     group_advantages,
+    groups_without_signal,
     leave_one_out_advantages,
     leave_one_out_differences,
 )
 from lightning_ft.functional.kl import k1
+from lightning_ft.functional.moments import power_sums
 from lightning_ft.functional.policy import LossType, PolicyLoss, check_policy_loss, policy_loss
 from lightning_ft.functional.surrogate import Level
 from lightning_ft.modules.experience import Experience, PolicyBatch
@@ -132,6 +134,13 @@ class GRPO(PolicyOptimization):
             std = self._moments(rewards)[1] if by_batch else None
             advantages = group_advantages(rewards, count, scale=self._hyper["scale_rewards"], batch_std=std)
         experience.advantages = list(advantages[:, None].float())
+
+    def rollout_figures(self, experience: Experience) -> dict[str, float]:
+        """As in `SampledCompletions`, with the share of prompts whose completions teach nothing."""
+        advantages = torch.cat(experience.advantages) if experience.advantages else torch.zeros(0)
+        without = groups_without_signal(advantages, experience.num_completions).float()
+        share = self._means({"no_signal_fraction": power_sums(without)})
+        return {**super().rollout_figures(experience), **{f"train/{name}": value for name, value in share.items()}}
 
     def loss(self, batch: PolicyBatch) -> PolicyLoss | Tensor:
         """The clipped surrogate, or CISPO's, and the KL where it counts in the loss."""

@@ -56,7 +56,9 @@ class PreferenceLearning(AdaptedFineTuning):
         judged = self._judge(batch)
         self._window.add({"loss": judged.losses, **judged.figures})
         self._examples += judged.losses.numel()
-        return judged.losses.sum()
+        loss = judged.losses.sum()
+        self.note_loss(batch_idx, loss)
+        return loss
 
     def _judge(self, batch: Any) -> Judged:
         if not isinstance(batch, PreferenceBatch):
@@ -73,9 +75,10 @@ class PreferenceLearning(AdaptedFineTuning):
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1.0, examples.item())
         gradients = self.scale_gradients(factor)
         means = self._window.reduce(self.device)
-        self.log("train/loss", means.pop("loss"), prog_bar=True, batch_size=1)
+        loss = means.pop("loss")
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
         self.log_dict({f"train/{name}": mean for name, mean in means.items()}, batch_size=1)
-        self.log_optimizer(optimizer, gradients)
+        self.log_optimizer(optimizer, gradients, loss)
 
     def add_evaluation(self, sums: MeanWindow | None, batch: PreferenceBatch, batch_idx: int) -> MeanWindow:
         """Add up the figures of a batch."""

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.rank_zero import rank_zero_info
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.cache import default_folder
-from lightning_ft.errors import ConfigError
+from lightning_ft.errors import ConfigError, FileWriteError
 from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.models.tensors import write_tensors
-from lightning_ft.rollout.ranks import rank_and_ranks
+from lightning_ft.models.tensors import read_tensors, write_tensors
+from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_ft.rollout.ranks import on_first_rank, rank_and_ranks
 
 SPLITS = ("train", "validation", "test")
 _AT_A_TIME = 8
@@ -51,13 +50,16 @@ class ReferenceLogProbs:
             return None
         return self._found[split][batch.rows.cpu()].flatten()
 
-    def precompute(self, data: Any, score: Callable[[PreferenceBatch], Tensor], device: torch.device) -> None:
+    def precompute(
+        self, data: Any, score: Callable[[PreferenceBatch], Tensor], device: torch.device, *, precision: str
+    ) -> None:
         """Compute, or read, the log-probabilities of every split; a copy of the weights isn't needed afterwards.
 
         Args:
             data: A PreferenceDataModule that is set up.
             score: Gives the summed log-probabilities of a batch's completions, ``[c]``.
             device: Where to run.
+            precision: Names how `score` computes: what was computed in another one isn't read.
 
         Raises:
             ConfigError: Without such a DataModule.
@@ -72,19 +74,26 @@ class ReferenceLogProbs:
         for split in SPLITS:
             if split not in data.splits.given:
                 continue
-            key = hashlib.sha256(f"{weights} {data.encoded_key(split)}".encode()).hexdigest()
+            key = hashlib.sha256(f"{weights} {precision} {data.encoded_key(split)}".encode()).hexdigest()
             path = self._folder / f"{key}.safetensors"
-            if path.is_file():
-                self._found[split] = load_file(path)["logprobs"]
+            kept = read_tensors(path, key=key)
+            every = on_first_rank(lambda found: [all(found)] * len(found), kept is not None)
+            if kept is not None and every:  # all ranks compute, or none
+                self._found[split] = kept["logprobs"]
                 rank_zero_info(f"{split}: log-probabilities under the reference read from {path}")
             else:
                 self._found[split] = self._compute(data, split, score, device)
                 if rank == 0:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_tensors(path, {"logprobs": self._found[split]})
+                    self._keep(path, key, self._found[split])
             if ranks > 1:
                 dist.barrier()
         self.reference.to(torch.device("cpu"))  # whoever asks for it later moves it back
+
+    def _keep(self, path: Path, key: str, logprobs: Tensor) -> None:
+        try:
+            write_tensors(path, {"logprobs": logprobs}, key=key)
+        except FileWriteError as error:
+            rank_zero_warn(f"{error} The reference's log-probabilities are computed again in the next run.")
 
     def _compute(
         self, data: Any, split: str, score: Callable[[PreferenceBatch], Tensor], device: torch.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,16 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
-from lightning_ft.errors import ConfigError
+from lightning_ft.data.request import Message, Request
+from lightning_ft.errors import ConfigError, NonFiniteError
 from lightning_ft.functional.moments import mean_and_std, power_sums
-from lightning_ft.models.generate import end_token_ids
+from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids
 from lightning_ft.models.load import pad_token_id
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.experience import Experience
 from lightning_ft.modules.ranks import summed_over_ranks
+from lightning_ft.rank_zero import rank_zero_warn
 from lightning_ft.rewards.batch import TrainerState
 from lightning_ft.rewards.functions import RewardFunctions
 from lightning_ft.rewards.result import Rewards
+from lightning_ft.rewards.room import check_room
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import RolloutEngine, Sampling
 from lightning_ft.rollout.record import RolloutRecord
@@ -79,8 +82,13 @@ class SampledCompletions(AdaptedFineTuning):
                 raise ConfigError(f"{name}={number}: expected at least 1.")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.sampling = Sampling(float(temperature), float(top_p), int(top_k), float(min_p), stops)
-        self.rewards = RewardFunctions(rewards, reward_weights)
-        self.validation_rewards = None if validation_rewards is None else RewardFunctions(validation_rewards)
+        skip = self._on_nonfinite
+        self.rewards = RewardFunctions(rewards, reward_weights, on_nonfinite=skip)
+        self.validation_rewards = (
+            None
+            if validation_rewards is None
+            else RewardFunctions(validation_rewards, taken=self.rewards.names, on_nonfinite=skip)
+        )
         self._hyper |= {
             "rewards": _as_json(rewards),
             "reward_weights": reward_weights,
@@ -98,6 +106,7 @@ class SampledCompletions(AdaptedFineTuning):
         self.last_rollout: RolloutRecord | None = None
         """What the last training step sampled, to be looked at."""
         self._engine: RolloutEngine | None = None
+        self._told_settings = False
 
     # ---------------------------------------------------------------- sampling
 
@@ -138,9 +147,11 @@ class SampledCompletions(AdaptedFineTuning):
     def on_fit_start(self) -> None:
         """As in `FineTuning`; load the reward models, so that what is wrong with them shows now."""
         super().on_fit_start()
-        self.rewards.to(self.device)
-        if self.validation_rewards is not None:
-            self.validation_rewards.to(self.device)
+        for rewards in (self.rewards, self.validation_rewards):
+            if rewards is not None:
+                rewards.to(self.device)
+                if (data := self._row_data()) is not None:
+                    check_room(rewards.models(), data.splits, self._new_tokens)
 
     def roll_out(self, batch: PromptBatch) -> Experience:
         """Sample completions to each prompt, and have them judged.
@@ -150,6 +161,8 @@ class SampledCompletions(AdaptedFineTuning):
         """
         experience = self._sample(batch, self._hyper["num_completions"])
         experience.judged = self._judge(self.rewards, experience)
+        if experience.judged.nonfinite:
+            experience.nonfinite = f"{experience.judged.nonfinite} rewards aren't finite"
         return experience
 
     def _sample(self, batch: PromptBatch, count: int) -> Experience:
@@ -169,7 +182,29 @@ class SampledCompletions(AdaptedFineTuning):
         )
         ids = [list(completion.tokens) for completion in rollouts.completions]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
-        return Experience.of(batch, rollouts, list(texts), count)
+        experience = Experience.of(batch, rollouts, list(texts), count)
+        experience.nonfinite = self._nonfinite_logits(experience)
+        return experience
+
+    def _nonfinite_logits(self, experience: Experience) -> str | None:
+        """What to say of completions that were sampled from logits that aren't finite; all ranks ask together.
+
+        Raises:
+            NonFiniteError: If there are any, on whichever rank, and steps on them aren't to be skipped.
+        """
+        wrong = experience.unscored
+        everywhere = int(summed_over_ranks(torch.tensor(float(len(wrong))), self.device))
+        if not everywhere:
+            return None
+        first = f", the first to {str(experience.repeated_prompts[wrong[0]])[:200]!r}" if wrong else " on another rank"
+        said = f"{everywhere} completions were sampled from logits that aren't finite{first}"
+        if self._on_nonfinite == "error":
+            raise NonFiniteError(
+                f"At optimizer step {self.trainer.global_step + 1} {said}. The weights are those after step "
+                f"{self.trainer.global_step}. Load the model in float32 or bfloat16, or leave such steps out with "
+                "on_nonfinite='skip'."
+            )
+        return said
 
     def _judge(self, rewards: RewardFunctions, experience: Experience) -> Rewards:
         repeats = range(experience.num_completions)
@@ -179,7 +214,33 @@ class SampledCompletions(AdaptedFineTuning):
         state = None
         if trainer is not None:
             state = TrainerState(trainer.global_step, trainer.current_epoch, trainer.max_steps)
-        return rewards.score(experience.repeated_prompts, experience.texts, ids, columns, state)
+        judged = rewards.score(experience.repeated_prompts, experience.texts, ids, columns, state)
+        for c in experience.unscored:  # any token was as good as another there
+            judged.per_function[c] = judged.total[c] = torch.nan
+        return judged
+
+    def generate(self, inputs: Sequence[str | list[Message] | Request], **options: Any) -> list[str]:
+        """As in `FineTuning`; with ``do_sample=True`` by the rule that completions are sampled by.
+
+        What makes greedy answers differ from those that validation would judge is told once: penalties of the model's
+        generation config, which rollouts don't apply.
+        """
+        settings = {**self._generation, **options}
+        if settings.get("do_sample"):
+            rule = {name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+            options = {**{name: value for name, value in rule.items() if name not in settings}, **options}
+        self.configure_model()
+        altering = altering_settings(self.model, settings)
+        if altering and not self._told_settings:
+            self._told_settings = True
+            names = ", ".join(f"{name}={value!r}" for name, value in altering.items())
+            neutral = {name: NEUTRAL_SETTINGS[name] for name in altering}
+            rank_zero_warn(
+                f"Answers are generated with {names} (the model's generation_config, or generation=), which "
+                "rollouts and validation don't apply: they are other answers than those that were judged. To get "
+                f"those, pass generation={neutral!r}; a server of the export applies its generation_config too."
+            )
+        return super().generate(inputs, **options)
 
     # ---------------------------------------------------------------- figures
 

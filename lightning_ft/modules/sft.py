@@ -23,6 +23,7 @@ from lightning_ft.models.load import adapter_base
 from lightning_ft.models.optim import Schedule
 from lightning_ft.models.scorer import for_attention
 from lightning_ft.modules.frozen import FrozenTrunkFineTuning
+from lightning_ft.modules.nonfinite import OnNonFinite
 from lightning_ft.modules.supervised import SupervisedFineTuning
 from lightning_ft.modules.trunk import TrunkCache
 
@@ -46,6 +47,8 @@ class FullFineTuning(SupervisedFineTuning):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         torch_compile: Compile the backbone: True, or a dict of `torch.compile`'s arguments.
         generation: Arguments of `generate` for `predict_step`, such as ``{"max_new_tokens": 128}``.
+        on_nonfinite: What to do before an optimizer step whose loss or gradients aren't finite: ``error`` stops the
+            run, ``skip`` leaves the step out and counts it (``train/skipped_steps``).
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that the model's repository ships.
         seed: Of whatever is initialised at random.
@@ -77,6 +80,7 @@ class FullFineTuning(SupervisedFineTuning):
         gradient_checkpointing: bool = False,
         torch_compile: bool | dict[str, Any] = False,
         generation: dict[str, Any] | None = None,
+        on_nonfinite: OnNonFinite = "error",
         revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
@@ -94,6 +98,7 @@ class FullFineTuning(SupervisedFineTuning):
             gradient_checkpointing=gradient_checkpointing,
             torch_compile=torch_compile,
             generation=generation,
+            on_nonfinite=on_nonfinite,
             revision=revision,
             trust_remote_code=trust_remote_code,
             seed=seed,
@@ -135,6 +140,8 @@ class LoRAFineTuning(FrozenTrunkFineTuning):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         torch_compile: Compile the backbone: True, or a dict of `torch.compile`'s arguments.
         generation: Arguments of `generate` for `predict_step`, such as ``{"max_new_tokens": 128}``.
+        on_nonfinite: What to do before an optimizer step whose loss or gradients aren't finite: ``error`` stops the
+            run, ``skip`` leaves the step out and counts it (``train/skipped_steps``).
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that the model's repository ships.
         seed: Of the adapter's initial weights.
@@ -173,6 +180,7 @@ class LoRAFineTuning(FrozenTrunkFineTuning):
         gradient_checkpointing: bool = False,
         torch_compile: bool | dict[str, Any] = False,
         generation: dict[str, Any] | None = None,
+        on_nonfinite: OnNonFinite = "error",
         revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
@@ -191,6 +199,7 @@ class LoRAFineTuning(FrozenTrunkFineTuning):
             gradient_checkpointing=gradient_checkpointing,
             torch_compile=torch_compile,
             generation=generation,
+            on_nonfinite=on_nonfinite,
             revision=revision,
             trust_remote_code=trust_remote_code,
             seed=seed,
