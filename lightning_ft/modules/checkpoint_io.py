@@ -64,8 +64,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         refuse_pickle(weights_only)
         if self._inner is not None:
-            takes = "weights_only" in inspect.signature(self._inner.load_checkpoint).parameters
-            found: dict[str, Any] = self._inner.load_checkpoint(path, **({"weights_only": True} if takes else {}))
+            found: dict[str, Any] = self._inner.load_checkpoint(path, **_data_only(self._inner))
             return found
         return self.whole(path, map_location)[1]
 
@@ -115,6 +114,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 others = [p for p in others if not p.samefile(broken)]
                 yield from sorted(others, key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
                 return
+
+
+def _data_only(plugin: Any) -> dict[str, Any]:
+    """The argument that tells a plugin to read data only, where it has one: Lightning had none before 2.6."""
+    parameters = inspect.signature(plugin.load_checkpoint).parameters
+    takes = "weights_only" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"weights_only": True} if takes else {}
 
 
 def use_whole_files(trainer: Any) -> None:

@@ -1,0 +1,197 @@
+"""A Trainer with these modules writes whole checkpoints, reads whole ones, and never runs what one contains."""
+
+import os
+import warnings
+
+import fsspec
+import pytest
+import torch
+from full_disk import full_disk
+from tiny import make_rows
+
+from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.errors import CheckpointError, ConfigError, FileWriteError, RewardError
+from lightning_ft.models.checkpoint_file import read_checkpoint
+from lightning_ft.modules.checkpoint_io import WholeCheckpointIO
+from lightning_ft.rewards.resolve import _load_checkpoint
+
+ROWS = make_rows(12)
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+class Code:
+    """Whoever unpickles it writes a file named `ran`."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.fixture
+def module(model_folder):
+    alike = {"lr_schedule": "constant", "warmup_ratio": 0.0}  # however long the run is
+    return lambda: LoRAFineTuning(model_folder, lora={"r": 2}, learning_rate=1e-2, **alike)
+
+
+@pytest.fixture
+def run(fit, module, tmp_path):
+    """Train on from the last checkpoint; returns the weights."""
+
+    def run(steps, folder=tmp_path / "k", ckpt_path="last", every=1):
+        trained = module()
+        saver = _pl.callbacks.ModelCheckpoint(
+            dirpath=folder, save_last=True, every_n_train_steps=every, save_top_k=-1, filename="{step}"
+        )
+        options = {"max_steps": steps, "max_epochs": -1, "enable_checkpointing": True, "callbacks": [saver]}
+        fit(trained, ROWS, ckpt_path=ckpt_path, **options)
+        return weights(trained)
+
+    return run
+
+
+@pytest.mark.parametrize("harm", ["half", "code"])
+def test_last_checkpoint_that_is_damaged_is_replaced_by_the_newest_whole_one(run, tmp_path, monkeypatch, harm):
+    monkeypatch.chdir(tmp_path)
+    run(3)
+    whole = run(4, folder=tmp_path / "whole")
+    last = tmp_path / "k" / "last.ckpt"
+    content = last.read_bytes()
+    if harm == "code":
+        torch.save({"state_dict": Code()}, last)
+    else:
+        last.write_bytes(content[: len(content) // 2])
+    (tmp_path / "k" / "step=3.ckpt").write_bytes(b"")  # the newest of the others is damaged too
+    for number in (1, 2):
+        os.utime(tmp_path / "k" / f"step={number}.ckpt", (number, number))
+    with pytest.warns(UserWarning, match=r"last\.ckpt' .*newest one of the run that is whole.*step=2\.ckpt"):
+        found = run(4)
+    assert same(found, whole)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_checkpoint_is_named_where_there_is_no_other(run, tmp_path):
+    run(1)
+    for file in (tmp_path / "k").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"last\.ckpt' is damaged"):
+        run(2)
+    with pytest.raises(CheckpointError, match=r"step=1\.ckpt' is damaged"):
+        run(2, ckpt_path=str(tmp_path / "k" / "step=1.ckpt"))
+
+
+def test_full_disk_stops_a_run_with_the_name_of_the_file_and_leaves_earlier_ones(run, tmp_path):
+    run(1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "k").iterdir()}
+    with full_disk(10_000), pytest.raises(FileWriteError, match=r"step=2\.ckpt' can't be written \(File too large\)"):
+        run(2)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "k").iterdir()} == before
+    assert same(run(2), run(2, folder=tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("call", "content"), [("fit", "folder"), ("validate", b""), ("test", b"text"), ("predict", "code")]
+)
+def test_trainer_names_a_file_that_is_no_checkpoint(module, trainer_options, tmp_path, monkeypatch, call, content):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "some.ckpt"
+    if content == "folder":
+        file.mkdir()
+    elif content == "code":
+        torch.save({"state_dict": Code()}, file)
+    else:
+        file.write_bytes(content)
+    data = PairDataModule(ROWS, validation=ROWS, test=ROWS, predict=ROWS, cache_dir=False)
+    with pytest.raises(CheckpointError, match=r"some\.ckpt'"):
+        getattr(Trainer(**trainer_options), call)(module(), data, ckpt_path=str(file))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoint_of_weights_only_is_no_point_to_go_on_from(fit, module, trainer_options, tmp_path):
+    trained = module()
+    fit(trained, ROWS, max_steps=1).save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt' contains weights only.*load_checkpoint"):
+        fit(module(), ROWS, ckpt_path=tmp_path / "a.ckpt")
+    again = module()
+    again.load_checkpoint(tmp_path / "a.ckpt")
+    assert same(weights(again), weights(trained))
+
+
+def test_load_from_checkpoint_runs_nothing(fit, module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = module()
+    fit(trained, ROWS, max_steps=1).save_checkpoint("good.ckpt")
+    torch.save({"state_dict": Code()}, "evil.ckpt")
+    for kind in (LoRAFineTuning, PairDataModule):
+        with pytest.raises(CheckpointError, match=r"evil\.ckpt' contains posix\.system"):
+            kind.load_from_checkpoint("evil.ckpt")
+        with open("evil.ckpt", "rb") as file, pytest.raises(CheckpointError, match=r"posix\.system"):
+            kind.load_from_checkpoint(file)
+        with pytest.raises(ConfigError, match="leave it out"):
+            kind.load_from_checkpoint("good.ckpt", weights_only=False)
+    with pytest.raises(RewardError, match=r"evil\.ckpt' .*posix\.system"):
+        _load_checkpoint("evil.ckpt")
+    assert not os.path.exists("ran")
+    with open("good.ckpt", "rb") as file:
+        found = [LoRAFineTuning.load_from_checkpoint(source) for source in ("good.ckpt", file)]
+    assert all(same(weights(trained), weights(one)) for one in found)
+    assert PairDataModule.load_from_checkpoint("good.ckpt").hparams["batch_size"] == 4
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        trained.load_from_checkpoint("good.ckpt")
+
+
+class Own(_pl.plugins.TorchCheckpointIO):
+    """A user's own plugin, which counts."""
+
+    saved = loaded = 0
+
+    def save_checkpoint(self, *args, **kwargs):
+        self.saved += 1
+        super().save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(self, *args, **kwargs):
+        self.loaded += 1
+        assert kwargs["weights_only"] is True
+        return super().load_checkpoint(*args, **kwargs)
+
+
+@pytest.mark.parametrize("plugin", [Own, _pl.plugins.AsyncCheckpointIO])
+def test_plugins_of_the_user_for_checkpoints_stay(fit, module, tmp_path, plugin):
+    own = plugin()
+    trained = module()
+    saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, filename="{step}", save_top_k=-1)
+    options = {"plugins": [own], "enable_checkpointing": True, "callbacks": [saver]}
+    fit(trained, ROWS, max_steps=1, **options)
+    again = module()
+    fit(again, ROWS, max_steps=2, ckpt_path=tmp_path / "step=1.ckpt", **options)
+    assert read_checkpoint(tmp_path / "step=2.ckpt", of_trainer=True)["global_step"] == 2
+    if plugin is Own:
+        assert (own.saved, own.loaded) == (2, 1)
+    else:
+        assert isinstance(own.checkpoint_io, WholeCheckpointIO)
+
+
+def test_checkpoints_of_another_file_system(fit, module):
+    trained = module()
+    trainer = fit(trained, ROWS, max_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.save_checkpoint("memory://runs/a.ckpt")
+        again = module()
+        fit(again, ROWS, max_steps=1, ckpt_path="memory://runs/a.ckpt")
+    assert same(weights(again), weights(trained))
+    with fsspec.open("memory://runs/a.ckpt", "wb") as file:
+        torch.save({"state_dict": Code()}, file)
+    with pytest.raises(CheckpointError, match=r"memory://runs/a\.ckpt' contains posix\.system"):
+        fit(module(), ROWS, max_steps=1, ckpt_path="memory://runs/a.ckpt")
+
+
+def test_full_fine_tuning_is_checkpointed_alike(fit, model_folder, tmp_path):
+    trainer = fit(FullFineTuning(model_folder), ROWS, max_steps=1)
+    assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO)
