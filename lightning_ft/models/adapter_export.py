@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ExportError, ModelError
 from lightning_ft.models.adapt import InitialAdapter, rounds_base
+from lightning_ft.models.base_folder import KEY, base_fingerprint
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_config
+from lightning_ft.models.model_card import hub_name
 from lightning_ft.rank_zero import rank_zero_warn
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -48,11 +50,16 @@ def save_adapter(
     cast(Any, model).save_pretrained(
         str(path), selected_adapters=[model.active_adapter], save_embedding_layers=False, **options
     )
-    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    config, trained = json.loads((path / CONFIG).read_text(encoding="utf-8")), load_file(path / WEIGHTS)
     if initial is not None:
-        trained, start = load_file(path / WEIGHTS), load_file(initial.path / WEIGHTS)
-        save_file(differences_to(start, trained), path / WEIGHTS, metadata={"format": "pt"})
+        trained = differences_to(load_file(initial.path / WEIGHTS), trained)
         config |= _twice_the_rank(config)
+    metadata = {"format": "pt"}
+    if given := getattr(base_of(model).config, "_name_or_path", None):
+        config["base_model_name_or_path"] = hub_name(given) or Path(given).name
+        if hub_name(given) is None and (fingerprint := base_fingerprint(given)) is not None:
+            metadata[KEY] = fingerprint
+    save_file(trained, path / WEIGHTS, metadata=metadata)
     # The weights are trained ones: whoever loads them must not initialize (and split the base) again.
     config["init_lora_weights"] = True
     for name in ("eva_config", "corda_config", "loftq_config", "lora_ga_config"):

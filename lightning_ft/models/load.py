@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError, TokenizerError
+from lightning_ft.models.base_folder import find_base
 from lightning_ft.models.load_report import UNREADABLE, check_loaded, first_line, why_unreadable
 from lightning_ft.rank_zero import warn
 
@@ -220,7 +221,7 @@ def adapter_base(name: str) -> str | None:
     """The base model of a local adapter folder; None if `name` is no such folder.
 
     Raises:
-        ModelError: If the adapter doesn't say what its base is.
+        ModelError: If the adapter doesn't say what its base is, or that was a local folder that isn't found.
     """
     folder = Path(name)
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
@@ -230,7 +231,7 @@ def adapter_base(name: str) -> str | None:
         raise ModelError(
             f"{folder / ADAPTER_CONFIG} names no base model: pass the base as `model` and this as `adapter`."
         )
-    return str(base)
+    return find_base(folder, str(base))
 
 
 def adapter_config(name: str) -> Any:

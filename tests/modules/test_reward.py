@@ -1,6 +1,5 @@
 """Reward modelling: losses and figures by hand, the head that is trained, and exports that plain transformers load."""
 
-import json
 import re
 import runpy
 
@@ -22,6 +21,7 @@ from lightning_ft import DPO, PairDataModule, PreferenceDataModule, RewardModeli
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.models.load import adapter_base
 from lightning_ft.models.sequence_scores import score_head
 from lightning_ft.rewards.model import RewardModel
 
@@ -281,7 +281,7 @@ def card_code(folder):
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code = code.replace(f'"{folder.name}"', repr(str(folder)))
     if (folder / "adapter_config.json").is_file():  # the reader fills in where a local base is
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = adapter_base(str(folder))
         code = re.sub(r'base = "[^"]*"', f"base = {base!r}", code, count=1)
     path = folder.parent / f"{folder.name}_card.py"
     path.write_text(code)

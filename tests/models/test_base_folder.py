@@ -1,0 +1,53 @@
+"""An adapter finds the local folder that it was trained over, though it doesn't hold its path."""
+
+import json
+import shutil
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from tiny import make_model
+
+from lightning_ft import LoRAFineTuning
+from lightning_ft.errors import ModelError
+from lightning_ft.models.adapter_export import save_adapter
+from lightning_ft.models.load import adapter_base, load_causal_lm
+
+
+@pytest.fixture
+def adapter(model_folder, tmp_path, tokenizer):
+    """An adapter some folders deep, over a base called `base` that is two above it."""
+    shutil.copytree(model_folder, tmp_path / "work" / "base")
+    model = load_causal_lm(str(tmp_path / "work" / "base"))
+    folder = tmp_path / "work" / "runs" / "last"
+    folder.mkdir(parents=True)
+    save_adapter(get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM")), folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_configuration_holds_no_path(adapter):
+    text = (adapter / "adapter_config.json").read_text()
+    assert str(adapter.parent) not in text
+    assert json.loads(text)["base_model_name_or_path"] == "base"
+
+
+def test_the_base_is_found_above_in_the_current_folder_and_after_a_move(adapter, tmp_path, monkeypatch):
+    assert adapter_base(str(adapter)) == str(tmp_path / "work" / "base")
+    module = LoRAFineTuning(str(adapter))
+    module.configure_model()
+    (tmp_path / "away").mkdir()
+    moved = shutil.move(adapter, tmp_path / "away" / "last")
+    monkeypatch.chdir(tmp_path / "work")
+    assert adapter_base(str(moved)) == "base"
+
+
+def test_another_folder_of_that_name_is_not_taken(adapter, tmp_path):
+    other = tmp_path / "work" / "runs" / "base"
+    make_model(seed=5).save_pretrained(other)
+    assert adapter_base(str(adapter)) == str(tmp_path / "work" / "base")
+    shutil.rmtree(tmp_path / "work" / "base")
+    with pytest.raises(ModelError, match=r"local folder called 'base', .*model= .*adapter_config\.json"):
+        adapter_base(str(adapter))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
+    assert adapter_base(str(adapter)) == str(other)  # the user says so
