@@ -12,6 +12,7 @@ from typing import Any
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
 from lightning_ft.commands import COMMANDS
 from lightning_ft.errors import ConfigError, GateError, MeasurementError
+from lightning_ft.printable import printable
 
 _cli = cli_module()
 _DESCRIPTION = "Fine-tune language models. Also: " + "; ".join(f"`{name}`: {does}" for name, does in COMMANDS.items())
@@ -47,7 +48,7 @@ class FineTuningTrainer(Trainer):
 
             if not isinstance(model, FineTuning):
                 raise ConfigError(f"weights=true: {type(model).__name__} isn't a module of lightning_ft.")
-            print(model.what_is_trained())
+            print(printable(model.what_is_trained()))
 
     def export(
         self,
@@ -74,7 +75,7 @@ class FineTuningTrainer(Trainer):
             raise ConfigError(f"{type(model).__name__} can't be exported: it isn't a module of lightning_ft.")
         model.load_checkpoint(ckpt_path)
         folder = model.export(output, merge=merge, overwrite=overwrite)
-        print(f"Exported to {folder}")
+        print(printable(f"Exported to {folder}"))
 
 
 class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]

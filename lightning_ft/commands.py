@@ -7,6 +7,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from lightning_ft.printable import printable
+
 COMMANDS = {
     "compare": "compare ways to train on the same rows: quality, tokens, cost, forgetting, resources",
     "report": "write the report of a run's folder again: HTML, PNG, Markdown, JSON",
@@ -24,7 +26,7 @@ def report(folder: str, output: str | None = None) -> None:
     from lightning_ft.report.write import write_report
 
     for path in write_report(folder, output):
-        print(path)
+        print(printable(str(path)))
 
 
 def run_command(name: str, args: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,8 +10,10 @@ import torch
 
 from lightning_ft.callbacks.ending import EndOfTraining
 from lightning_ft.callbacks.host import check_results_folder, is_trainer, results_folder
+from lightning_ft.printable import json_text
 from lightning_ft.rank_zero import rank_zero_info
 from lightning_ft.report.collect import UNDEFINED
+from lightning_ft.whole_files import write_text
 
 
 class MeasuringCallback(EndOfTraining):
@@ -130,6 +131,5 @@ class MeasuringCallback(EndOfTraining):
             return
         for name in self.files:
             (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"measurement": self.title, "reason": self.undefined}, indent=1, ensure_ascii=False)
-        (folder / UNDEFINED).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        text = json_text({"measurement": self.title, "reason": self.undefined}, indent=1)
+        write_text(folder / UNDEFINED, text + "\n")

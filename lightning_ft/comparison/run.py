@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -42,6 +41,7 @@ from lightning_ft.functional.prompt import content_hash
 from lightning_ft.functional.seen import overlap_text
 from lightning_ft.importing import from_place
 from lightning_ft.measurement.overlap import request_overlap
+from lightning_ft.printable import json_text
 from lightning_ft.report.write import write_report
 from lightning_ft.whole_files import write_text
 
@@ -376,7 +376,7 @@ class _Comparer:
             warnings=self._request_warnings(),
         )
         result = compare_methods(self._found(), asked, complete=self.complete, provenance=self._provenance())
-        text = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False)
+        text = json_text(result.to_dict())
         write_text(self.output / NAME, text + "\n")
         write_report(self.output)
         return result

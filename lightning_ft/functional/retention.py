@@ -6,7 +6,6 @@ whatever the tuned model no longer says.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from lightning_ft.errors import RetentionError
 from lightning_ft.functional.bootstrap import Interval, Statistic, bootstrap_intervals
+from lightning_ft.printable import json_text
 from lightning_ft.whole_files import write_text
 
 BaseKind = Literal["adapter_off", "step_0", "model"]
@@ -229,7 +229,7 @@ class RetentionResult:
     def save(self, folder: str | Path) -> Path:
         """Write ``retention.json`` into a folder, which is made where there is none."""
         path = Path(folder) / "retention.json"
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json_text(self.to_dict(), indent=1)
         write_text(path, text + "\n")
         return path
 

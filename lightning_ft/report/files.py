@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from pathlib import Path
 
 from lightning_ft.functional.result import SavingsResult
+from lightning_ft.printable import json_text
 from lightning_ft.report.collect import read_result
 from lightning_ft.report.markdown import savings_markdown
 from lightning_ft.whole_files import write_text, written_aside
@@ -36,7 +36,7 @@ def save_savings(result: SavingsResult, folder: Path, *, png: bool | None = None
             _log.info("No picture of the token savings without matplotlib: pip install 'lightning-ft[report]'.")
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{NAME}.json", folder / f"{NAME}.md"]
-    text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json_text(result.to_dict(), indent=1)
     write_text(written[0], text + "\n")
     picture = folder / f"{NAME}.png"
     if png:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from lightning_ft.functional.result import SavingsResult
+from lightning_ft.printable import printable
 from lightning_ft.report.table import SAVINGS, arm_rows, cost_rows, cost_title, percent
 
+_MARKUP = re.compile(r"[\\`*_\[\]|~]")
 PARTS = {"system": "system prompt", "few_shot": "examples", "template": "chat template", "request": "request"}
 """Where the input tokens of a request go, in words."""
 
@@ -19,10 +22,10 @@ def savings_markdown(result: SavingsResult, picture: str | None = None) -> str:
         picture: File name of the picture beside it.
     """
     arms = list(result.arms)
-    lines = ["# Token savings", "", f"**{result.headline}**", ""]
+    lines = ["# Token savings", "", f"**{markdown_text(result.headline)}**", ""]
     if picture is not None:
         lines += [f"![Tokens of a request and quality of each arm]({picture})", ""]
-    lines += [f"> {warning}\n" for warning in result.warnings]
+    lines += [f"> {markdown_text(warning)}\n" for warning in result.warnings]
     lines += ["Mean of a request:", "", *markdown_table(["", *arms], arm_rows(result))]
     lines += ["", "Tuned against prompted:", ""]
     savings = [
@@ -47,16 +50,40 @@ def savings_markdown(result: SavingsResult, picture: str | None = None) -> str:
     if result.costs is not None:
         lines += [
             "",
-            f"{cost_title(result)}:",
+            f"{markdown_text(cost_title(result))}:",
             "",
             *markdown_table(["", "cached prefix", "no cache"], cost_rows(result)),
         ]
     if result.provenance:
-        lines += ["", "Measured with:", "", *(f"- {name}: {value}" for name, value in result.provenance.items())]
+        lines += ["", "Measured with:", "", *(_entry(name, value) for name, value in result.provenance.items())]
     return "\n".join(lines) + "\n"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, numbers to the right."""
+    """Lines of a Markdown table of any texts, numbers to the right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
     align = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, align, *rows)]
+    texts = [[markdown_text(cell, breaks=True) for cell in row] for row in (head, *rows)]
+    return [line(texts[0]), line(align), *map(line, texts[1:])]
+
+
+def markdown_text(text: str, *, breaks: bool = False) -> str:
+    r"""A text on one line, with nothing in it that Markdown, HTML, a terminal or a reader's eye would take for more.
+
+    Args:
+        text: Any text.
+        breaks: Keep line breaks, as HTML.
+
+    Example:
+        >>> print(markdown_text("<b> [x](y) | a_b \x1b[2J"))
+        &lt;b> \[x\](y) \| a\_b \\x1b\[2J
+    """
+    lines = [" ".join(printable(line).split()) for line in (text.split("\n") if breaks else [" ".join(text.split())])]
+    return "<br>".join(_MARKUP.sub(r"\\\g<0>", line.replace("&", "&amp;").replace("<", "&lt;")) for line in lines)
+
+
+def _entry(name: str, value: object) -> str:
+    return f"- {markdown_text(name)}: {markdown_text(str(value))}"

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import base64
+import html
 from collections.abc import Iterator, Mapping
-from html import escape
 
+from lightning_ft.printable import printable
 from lightning_ft.report.blocks import Answers, Block, Document, Headline, Picture, SideBySide, Table
 from lightning_ft.report.figures.canvas import Drawn
 from lightning_ft.report.style import CSS
 
 NO_PICTURES = "Without pictures: matplotlib isn't installed. pip install 'lightning-ft[report]', and write it again."
 _MANY = 4  # columns, beyond which figures go over two lines
-# Nothing is loaded and nothing runs, whatever an answer holds: escaping is the first lock, this is the second.
+# Nothing is loaded and nothing runs, whatever an answer holds: `escape` is the first lock, this is the second.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def escape(text: str) -> str:
+    r"""A text with nothing in it that is markup, turns the order of characters, or can't be seen.
+
+    Example:
+        >>> print(escape("1 < 2\u202e"))
+        1 &lt; 2\u202e
+    """
+    return html.escape(printable(text))
 
 
 def html_page(document: Document, drawn: Mapping[str, Drawn]) -> str:

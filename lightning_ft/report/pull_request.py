@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from lightning_ft.report.blocks import Block, Document, Picture, SideBySide, Table
-from lightning_ft.report.markdown import markdown_table
+from lightning_ft.report.markdown import markdown_table, markdown_text
 from lightning_ft.report.page import NO_PICTURES
 
 
@@ -32,37 +32,29 @@ def pull_request(document: Document, pictures: Iterable[str]) -> str:
     lines = ["# Fine-tuning report", ""]
     for headline in document.headlines:
         verdict = f"{headline.verdict}: " if headline.verdict else ""
-        of = f"{_text(headline.of)}: " if headline.of else ""
-        lines += [f"**{of}{verdict}{_text(headline.text)}**", ""]
+        of = f"{markdown_text(headline.of)}: " if headline.of else ""
+        lines += [f"**{of}{verdict}{markdown_text(headline.text)}**", ""]
     for warning in document.warnings:
-        lines += [f"> {_text(warning)}", ""]
+        lines += [f"> {markdown_text(warning)}", ""]
     if document.pictures and not shown:
         lines += [f"*{NO_PICTURES}*", ""]
     for section in document.sections:
         blocks = [line for block in section.blocks for line in _block(block, shown)]
         if blocks and section.brief:
-            lines += [f"## {_text(section.title)}", "", *blocks]
+            lines += [f"## {markdown_text(section.title)}", "", *blocks]
     lines += ["Answers side by side and provenance: [report.html](report.html).", ""]
     return "\n".join(lines)
 
 
 def _block(block: Block, shown: frozenset[str]) -> Iterator[str]:
     if isinstance(block, str):
-        yield from (_text(block), "")
+        yield from (markdown_text(block), "")
     elif isinstance(block, Picture):
         if block.name in shown:
-            alt = _text(block.alt).replace("[", "(").replace("]", ")")
-            yield from (f"![{alt}]({block.name}.png)", "")
+            yield from (f"![{markdown_text(block.alt)}]({block.name}.png)", "")
     elif isinstance(block, Table) and block.brief:
         if block.caption:
-            yield from (f"{_text(block.caption)}:", "")
-        head, rows = [_text(name) for name in block.head], [[_text(cell) for cell in row] for row in block.rows]
-        yield from (*markdown_table(head, rows), "")
+            yield from (f"{markdown_text(block.caption)}:", "")
+        yield from (*markdown_table(block.head, block.rows), "")
     elif isinstance(block, SideBySide):
-        yield from (f"{_text(block.caption).rstrip(':')}: see the page.", "")
-
-
-def _text(text: str) -> str:
-    """On one line, without what Markdown or HTML would read as markup."""
-    flat = " ".join(text.split())
-    return flat.replace("&", "&amp;").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`")
+        yield from (f"{markdown_text(block.caption).rstrip(':')}: see the page.", "")

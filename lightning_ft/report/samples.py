@@ -39,7 +39,7 @@ def samples_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
 def samples_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of one step as a Markdown table."""
     columns, data = samples_columns(rows)
-    cells = [[_short(cell).replace("\n", "<br>") for cell in row] for row in data]
+    cells = [[_short(cell) for cell in row] for row in data]
     return "\n".join(markdown_table(columns, cells)) + "\n"
 
 

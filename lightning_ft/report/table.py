@@ -10,6 +10,7 @@ from rich.text import Text
 
 from lightning_ft.functional.records import ArmRecords
 from lightning_ft.functional.result import SavingsResult
+from lightning_ft.printable import printable
 
 SAVINGS = {
     "input": "input tokens",
@@ -35,10 +36,10 @@ def savings_table(result: SavingsResult) -> Group:
     for name, interval in result.savings.items():
         savings.add_row(SAVINGS[name], percent(interval.value), f"{percent(interval.lo)} to {percent(interval.hi)}")
     style = "bold green" if result.gate.passed else "bold red"
-    notes = [Text(f"Note: {warning}", style="yellow") for warning in result.warnings]
-    parts: list[Table | Text] = [Text(result.headline, style=style), arms, savings]
+    notes = [Text(printable(f"Note: {warning}"), style="yellow") for warning in result.warnings]
+    parts: list[Table | Text] = [Text(printable(result.headline), style=style), arms, savings]
     if result.costs is not None:
-        table = Table(title=cost_title(result), title_justify="left")
+        table = Table(title=Text(printable(cost_title(result))), title_justify="left")
         for column in ("", "cached prefix", "no cache"):
             table.add_column(column, justify="right" if column else "left")
         for row in cost_rows(result):

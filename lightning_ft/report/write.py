@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ft.errors import DataError
+from lightning_ft.printable import json_text
 from lightning_ft.report.blocks import Document
 from lightning_ft.report.collect import COMPARISON, COMPUTE, RETENTION, SAVINGS, RunReport, collect
 from lightning_ft.report.document import document
@@ -102,7 +103,7 @@ def report_json(report: RunReport, said: Document, pictures: Mapping[str, Drawn]
 
 
 def _contents(report: RunReport, said: Document, pictures: Mapping[str, Drawn]) -> dict[str, bytes]:
-    text = json.dumps(report_json(report, said, pictures), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json_text(report_json(report, said, pictures), indent=1)
     return {
         "report.html": html_page(said, pictures).encode(),
         "report.md": pull_request(said, pictures).encode(),

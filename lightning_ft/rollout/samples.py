@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.printable import json_text
 from lightning_ft.rollout.record import RolloutRecord
 
 
@@ -124,4 +125,4 @@ def set_aside(path: str | Path) -> Path | None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    return json_text(row) + "\n"

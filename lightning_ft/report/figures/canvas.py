@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_ft.errors import MissingDependencyError
+from lightning_ft.printable import printable
 from lightning_ft.report.blocks import Picture
 
 STYLE: Any = {
@@ -71,10 +72,20 @@ def drawn(picture: Picture) -> Drawn:
         axes = figure.subplots()
         picture.draw(axes)
         tidy(axes)
+        clean(figure)
         svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", metadata={"Software": None})
     return Drawn(svg.getvalue(), png.getvalue())
+
+
+def clean(figure: Any) -> None:
+    """Write as escapes what can't be seen in the texts of a figure, or would turn their order."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if (shown := printable(text.get_text())) != text.get_text():
+            text.set_text(shown)
 
 
 def tidy(axes: Any) -> None:
