@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from types import TracebackType
 
 from lightning_ft.commands import COMMANDS, run_command
 from lightning_ft.errors import GateError, LightningFTError
+from lightning_ft.printable import printable
 
 GATE_FAILED = 3
 """Exit status of a run that went well, with a result that didn't; 1 is an error, 2 are arguments that can't be."""
@@ -13,6 +16,8 @@ GATE_FAILED = 3
 
 def main(args: list[str] | None = None) -> None:
     """Run a subcommand; an error that says what to do is printed without its traceback."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_traceback
     given = sys.argv[1:] if args is None else args
     try:
         if given and given[0] in COMMANDS:
@@ -26,6 +31,11 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(GATE_FAILED)
     except LightningFTError as error:
         sys.exit(f"lightning-ft: {type(error).__name__}: {error}")
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does, with nothing in it that a terminal obeys: errors of other libraries quote what they read."""
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ data takes its tokenizer from the model.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
 from lightning_ft.commands import COMMANDS
 from lightning_ft.errors import ConfigError, GateError, MeasurementError
+from lightning_ft.importing import without_imports
 from lightning_ft.printable import printable
 
 _cli = cli_module()
@@ -110,6 +112,11 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         """Lightning's own, and those of `FineTuningTrainer`."""
         own = {"preview": {"model", "datamodule"}, "export": {"model", "datamodule"}}
         return {**_cli.LightningCLI.subcommands(), **own}
+
+    def instantiate_classes(self) -> None:
+        """Build what the configuration names; for a preview without the code of rewards and scorers."""
+        with without_imports() if self.subcommand == "preview" else nullcontext():
+            super().instantiate_classes()
 
     def after_fit(self) -> None:
         """Tell by an error what didn't stop the run.

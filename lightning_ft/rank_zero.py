@@ -15,14 +15,15 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from lightning_ft.printable import printable
 
 
-def rank_zero_info(message: object, **options: Any) -> None:
+def rank_zero_info(message: object, *, stacklevel: int = 4, **options: Any) -> None:
     """Log on the first rank.
 
     Args:
         message: What to say; characters that a terminal would obey are escaped.
+        stacklevel: As of Lightning's function, which has frames of its own.
         options: Of `logging.Logger.info`.
     """
-    lightning.rank_zero_info(printable(str(message)), **options)
+    lightning.rank_zero_info(printable(str(message)), stacklevel=stacklevel + 1, **options)
 
 
 def rank_zero_warn(message: object, *, stacklevel: int = 4, **options: Any) -> None:

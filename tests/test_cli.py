@@ -156,6 +156,22 @@ def test_an_error_of_ours_is_told_without_a_traceback(config, tmp_path, monkeypa
         main_with("fit", "--config", path)
 
 
+@pytest.mark.parametrize("place", ["{folder}/strange_code.py:reward", "strange_code.reward"])
+def test_preview_runs_no_code_of_rewards(tmp_path, model_folder, monkeypatch, capsys, place):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "where is the lamp"}\n' * 4)
+    (tmp_path / "strange_code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n\ndef reward(**_): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = {
+        "class_path": "lightning_ft.GRPO",
+        "init_args": {"model": model_folder, "rewards": [place.format(folder=tmp_path)]},
+    }
+    data = {"class_path": "lightning_ft.PromptDataModule", "init_args": {"train": str(tmp_path / "prompts.jsonl")}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    main_with("preview", "--config", str(tmp_path / "run.yaml"))
+    assert "where is the lamp" in capsys.readouterr().out
+    assert not (tmp_path / "ran").exists()
+
+
 def test_optimizer_and_scheduler_of_the_command_line_take_over(run, config):
     cli = run(
         *["fit", "--config", config()],
