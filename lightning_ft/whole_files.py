@@ -120,8 +120,8 @@ def why_not_written(error: BaseException) -> str | None:
         return os.strerror(error.errno)
     if error.__context__ is not None and (reason := why_not_written(error.__context__)) is not None:
         return reason  # torch.save
-    if (found := re.search(r"I/O error: (.*?)(?: \(os error \d+\))?$", str(error))) is not None:
-        return found[1]  # safetensors
+    if (found := re.search(r"([^:]+) \(os error \d+\)$", str(error))) is not None:
+        return found[1].strip()  # what is written in Rust: safetensors, tokenizers
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_ft.errors import CheckpointError
 from lightning_ft.functional.comparison import RunResult
 from lightning_ft.models.checkpoint_file import read_checkpoint
+from lightning_ft.models.load_report import first_line
 from lightning_ft.whole_files import write_text
 
 PLAN, CONFIG, RESULT, CHECKPOINT = "plan.json", "config.yaml", "result.json", "last.ckpt"
@@ -45,11 +46,14 @@ def read_results(folder: Path) -> list[RunResult] | None:
     if not path.exists():
         return None
     try:
-        return [RunResult.from_dict(values) for values in json.loads(path.read_text(encoding="utf-8"))]
+        found = [RunResult.from_dict(values) for values in json.loads(path.read_text(encoding="utf-8"))]
+        if not found:
+            raise ValueError("it is empty")
+        return found
     except _UNREADABLE as error:
         aside = path.with_name(f"{RESULT}.damaged")
         os.replace(path, aside)
-        print(f"{path} is damaged ({type(error).__name__}); it is now {aside.name}, and the run is made again.")
+        print(f"{path} is damaged ({first_line(error)}); it is now {aside.name}, and the run is made again.")
         return None
 
 

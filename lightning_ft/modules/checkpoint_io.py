@@ -150,10 +150,7 @@ def _check_before_loading(strategy: Any, io: WholeCheckpointIO) -> None:
 
     def checked(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         refuse_pickle(weights_only)
-        path = checkpoint_path
-        if not (local := local_path(path)) or not local.is_dir():  # a sharded folder is refused by what reads it
-            path, _ = io.whole(path)
-        with local_file(path) as file:
+        with local_file(io.whole(checkpoint_path)[0]) as file:
             return load(file)
 
     strategy.load_checkpoint = checked

@@ -1,22 +1,20 @@
 """A whole comparison of small models: what it makes, that it goes on after a kill, keeps to a budget, and refuses."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import ForkedProcess
 from tiny import make_rows
 
 from lightning_ft.comparison.run import NAME, _Comparer, compare
-from lightning_ft.comparison.worker import RESULT
+from lightning_ft.comparison.run_files import RESULT
 from lightning_ft.errors import ComparisonError
 from lightning_ft.functional.comparison import Comparison
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 QUICK = {"seeds": "0,1", "learning_rates": {"full": [1e-3], "lora": [5e-3]}, "evaluations": 2, "threads": 1}
 
 
@@ -67,7 +65,13 @@ def config(tmp_path, model_folder):
     return str(file)
 
 
-def test_a_comparison_of_prompt_full_and_lora(tmp_path, config, capsys):
+@pytest.fixture
+def forked(monkeypatch):
+    """Runs in processes that have everything imported."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedProcess)
+
+
+def test_a_comparison_of_prompt_full_and_lora(tmp_path, config, capsys, forked):
     output = tmp_path / "out"
     metrics = f"{tmp_path / 'shares_letters.py'}:metrics"
     result = compare(config, "prompted,full,lora", str(output), sizes="8,500", metrics=metrics, **QUICK)
@@ -108,25 +112,28 @@ def test_a_comparison_of_prompt_full_and_lora(tmp_path, config, capsys):
     assert again.quality == result.quality
 
 
-def test_a_run_that_was_killed_goes_on_where_it_stood(tmp_path, config):
+def test_a_run_that_was_killed_goes_on_where_it_stood(tmp_path, config, forked, monkeypatch):
     folders = [tmp_path / "whole", tmp_path / "killed"]
     options = {**QUICK, "seeds": "0", "evaluations": 6, "learning_rates": {"lora": [5e-3]}}
     whole = compare(config, "lora", str(folders[0]), **options)
 
     place = folders[1] / "runs/lora/lr0.005-seed0"
-    command = [sys.executable, "-m", "lightning_ft", "compare", "--config", config, "--methods", "lora"]
-    command += ["--output", str(folders[1]), "--seeds", "0", "--evaluations", "6", "--threads", "1"]
-    command += ["--learning_rates", '{"lora": [0.005]}']
-    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (place / "last.ckpt").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+
+    class Killed(ForkedProcess):
+        def poll(self):
+            if (place / "last.ckpt").exists():
+                self.kill()
+            return super().poll()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Killed)
+        with pytest.raises(ComparisonError, match="ended with exit status -9"):
+            compare(config, "lora", str(folders[1]), **options)
     assert not (place / RESULT).exists()
     resumed = compare(config, "lora", str(folders[1]), **options)
 
     one, two = (result.final_runs("lora")[0] for result in (whole, resumed))
+    assert plan.read_text() == named
     assert two.test.outputs == one.test.outputs
     assert [(p.step, p.quality) for p in two.curve] == [(p.step, p.quality) for p in one.curve]
     assert two.compute.tokens == one.compute.tokens
@@ -134,7 +141,7 @@ def test_a_run_that_was_killed_goes_on_where_it_stood(tmp_path, config):
     assert log.count("step 1: quality") == 1, "it began anew"
 
 
-def test_a_budget_ends_it_and_a_larger_one_goes_on(tmp_path, config):
+def test_a_budget_ends_it_and_a_larger_one_goes_on(tmp_path, config, forked):
     output = str(tmp_path / "out")
     with pytest.raises(ComparisonError, match="nothing to compare"):
         compare(config, "lora", output, budget="0.001s", **{**QUICK, "learning_rates": {"lora": [5e-3]}})
@@ -145,7 +152,7 @@ def test_a_budget_ends_it_and_a_larger_one_goes_on(tmp_path, config):
     assert len(result.final_runs("lora")) == 2
 
 
-def test_another_configuration_in_the_same_folder_is_refused(tmp_path, config):
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path, config, forked):
     output = tmp_path / "out"
     options = {**QUICK, "seeds": "0", "learning_rates": {"lora": [5e-3]}}
     compare(config, "lora", str(output), **options)
@@ -156,7 +163,7 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path, config):
         compare(config, "lora", str(output), **options)
 
 
-def test_other_rows_under_the_same_name_are_another_configuration(tmp_path, config):
+def test_other_rows_under_the_same_name_are_another_configuration(tmp_path, config, forked):
     options = {**QUICK, "seeds": "0", "learning_rates": {"lora": [5e-3]}}
     with pytest.raises(ComparisonError, match="nothing to compare"):
         compare(config, "lora", str(tmp_path / "out"), budget="0.001s", **options)

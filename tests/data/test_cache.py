@@ -1,10 +1,13 @@
 """Encoded rows on disk: found again by content, never half written, never wrong."""
 
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 
 from lightning_ft.data import cache
 from lightning_ft.data import tokenize as tokenize_module
@@ -96,7 +99,9 @@ def test_problems_are_cached_and_told_where_the_rows_now_stand(tmp_path, tokeniz
     assert len(rows) == 24
 
 
-@pytest.mark.parametrize("harm", ["cut", "no about", "about is no JSON", "no rows"])
+@pytest.mark.parametrize(
+    "harm", ["cut", "no about", "about is no JSON", "about of others", "rows of others", "no rows"]
+)
 def test_a_broken_entry_is_written_anew(tmp_path, tokenizer, pairs, encoded_times, harm):
     rows = conversations(pairs)
     good, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
@@ -111,12 +116,31 @@ def test_a_broken_entry_is_written_anew(tmp_path, tokenizer, pairs, encoded_time
         (entry / "about.json").unlink()
     elif harm == "about is no JSON":
         (entry / "about.json").write_text("{")
+    elif harm.endswith("of others"):  # a copy that was mixed up, of all of the entry or of one of its files
+        tokenize(rows[::-1], tokenizer, folder=tmp_path / "others", **OPTIONS)
+        (other,) = (tmp_path / "others").iterdir()
+        for name in ("rows.arrow", "about.json") if harm.startswith("about") else ("rows.arrow",):
+            (entry / name).unlink()
+            os.replace(other / name, entry / name)
+        shutil.rmtree(tmp_path / "others")
+        encoded_times.pop()
     else:
         (entry / "rows.arrow").unlink()
     again, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     assert len(encoded_times) == 2
     assert contents(again) == expected
     assert [p.name for p in tmp_path.iterdir()] == [entry.name]
+
+
+def test_rows_are_kept_in_memory_where_the_disk_is_full(tmp_path, tokenizer, pairs, encoded_times):
+    rows = conversations(pairs)
+    expected = contents(tokenize(rows, tokenizer, folder=None, **OPTIONS)[0])
+    with full_disk(100), pytest.warns(UserWarning, match=r"can't be kept in .*\(File too large\)"):
+        found, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    assert contents(found) == expected
+    assert list(tmp_path.iterdir()) == []
+    tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
+    assert len(encoded_times) == 4  # in memory, to the full disk, in memory, to the disk
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path):

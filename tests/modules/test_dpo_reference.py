@@ -6,11 +6,14 @@ import pytest
 import torch
 from dpo_cases import LABELLED, LORA, PAIRS, RecordingDPO, batches
 from judged import Records, make_pairs, train, trainable
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from tiny import make_model, make_tokenizer
 
 from lightning_ft import DPO, PreferenceDataModule
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.models import tensors
 
 
 class CountsReferences(Records, DPO):
@@ -54,6 +57,35 @@ def test_a_precomputed_reference_changes_nothing_but_the_work(model_folder, trai
         assert first_figures[name] == pytest.approx(value, abs=1e-4), name
     # Rows that were shuffled are looked up by their number: had they been mixed up, the first step would show it.
     assert first.step_losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_precomputed_reference_that_is_damaged_is_computed_again(
+    model_folder, trainer_options, tmp_path, monkeypatch
+):
+    def run():
+        module = CountsReferences(model_folder, lora={"r": 2}, precompute_reference=True, cache_dir=str(tmp_path))
+        train(module, PAIRS[:4], trainer_options, max_steps=1)
+        return module
+
+    first = run()
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    changed = {"logprobs": load_file(file)["logprobs"] + 1}
+    for harm in (content[:40], content[:-4], b"", save(changed), save(changed, safe_open(file, "pt").metadata())):
+        file.write_bytes(harm)
+        again = run()
+        assert (again.runs, again.step_losses) == (first.runs, first.step_losses)
+        assert file.read_bytes() == content
+    assert run().runs == 0
+    file.unlink()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensors, "save_file", full)
+    with pytest.warns(UserWarning, match=r"can't be written \(No space left on device\).*computed again"):
+        assert run().step_losses == first.step_losses
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_reference_or_other_rows_miss_what_was_kept(model_folder, trainer_options, tmp_path):

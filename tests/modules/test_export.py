@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from full_disk import full_disk
 from tiny import make_model, make_rows, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -14,6 +15,7 @@ from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PreferenceDataModu
 from lightning_ft._lightning import Trainer
 from lightning_ft.errors import ConfigError, ExportError, ModelError
 from lightning_ft.models.generate import end_token_ids
+from lightning_ft.whole_files import new_aside
 
 ROWS = make_rows(12)
 ASKED = [row["input"] for row in ROWS[:3]]
@@ -304,3 +306,16 @@ def test_a_failed_export_leaves_the_former_one(model_folder, tmp_path, monkeypat
     with pytest.raises(OSError, match="no space"):
         module.export(tmp_path / "out", overwrite=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    monkeypatch.undo()
+    for size in (2000, 12_000):  # neither the weights fit, nor the tokenizer
+        with full_disk(size), pytest.raises(ExportError, match=r"out' can't be written \(File too large\).*unchanged"):
+            module.export(tmp_path / "out", overwrite=True)
+        assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_what_a_killed_export_left_is_removed_and_no_reason_to_refuse(model_folder, tmp_path):
+    left = tmp_path / "out" / new_aside(tmp_path).name.replace(f"-{os.getpid()}-", "-4194305-")  # no such process
+    left.mkdir(parents=True)
+    (left / "adapter_model.safetensors").write_bytes(b"half")
+    LoRAFineTuning(model_folder, lora={"r": 4}).export(tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]

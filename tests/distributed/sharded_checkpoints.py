@@ -1,0 +1,69 @@
+"""Checkpoints of a sharded model, which its strategy reads itself: `python sharded_checkpoints.py MODEL OUT`."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from tiny import make_rows
+
+from lightning_ft import FullFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.errors import CheckpointError
+
+
+class Code:
+    """Whoever unpickles it writes a file named `ran`."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def fit(model, steps, ckpt_path=None):
+    strategy = _pl.strategies.ModelParallelStrategy(
+        data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
+    )
+    saver = _pl.callbacks.ModelCheckpoint(
+        dirpath="k", save_last=True, every_n_train_steps=1, save_top_k=-1, filename="{step}"
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        max_steps=steps,
+        logger=False,
+        callbacks=[saver],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    module = FullFineTuning(model, learning_rate=1e-2, dtype="float32", lr_schedule="constant", warmup_ratio=0.0)
+    data = PairDataModule(make_rows(12), batch_size=4, shuffle=False, cache_dir=False)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return {name: p.full_tensor().detach().clone() for name, p in module.named_parameters()}
+
+
+def main(model, out):
+    torch.set_num_threads(1)
+    os.chdir(out)
+    whole = fit(model, 3)
+    last = Path("k/last.ckpt")
+    content = last.read_bytes()
+    Path("k/step=3.ckpt").unlink()
+    torch.save({"state_dict": Code()}, last)
+    resumed = fit(model, 3, "last")
+    print("same", all(torch.equal(value, resumed[name]) for name, value in whole.items()))
+    Path("some.ckpt").write_bytes(content[: len(content) // 2])
+    for path in ("some.ckpt", "k"):
+        try:
+            fit(model, 4, path)
+        except CheckpointError as error:
+            print("refused", error)
+    print("ran", Path("ran").exists(), sorted(path.name for path in Path("k").iterdir()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
