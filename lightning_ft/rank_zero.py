@@ -6,6 +6,7 @@ go through here; `lightning_ft.errors` does the same for errors.
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -13,6 +14,10 @@ from lightning_utilities.core import rank_zero as lightning
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_ft.printable import printable
+
+if getattr(rank_zero_only, "rank", None) is None:  # set by Lightning as soon as that is imported, likewise
+    _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    rank_zero_only.rank = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0)  # type: ignore[attr-defined]
 
 
 def rank_zero_info(message: object, *, stacklevel: int = 4, **options: Any) -> None:
