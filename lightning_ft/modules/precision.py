@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -39,7 +41,7 @@ def tell_lost_steps(model: CausalLM, learning_rate: float, precision: str) -> No
 
 
 @torch.no_grad()
-def lost_steps(weights: list[Tensor], step: float) -> float:
+def lost_steps(weights: Sequence[Tensor], step: float) -> float:
     """Share of weights that a step leaves as they are, since it is rounded away in their dtype.
 
     Args:

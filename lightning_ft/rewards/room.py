@@ -33,9 +33,10 @@ def check_room(models: Iterable[tuple[str, Any]], splits: Splits[Any], new_token
         ConfigError: With the reward model and the row.
     """
     for name, scorer in models:
-        model, tokenizer = getattr(scorer, "model", None), getattr(scorer, "tokenizer", None)
-        limit = None if model is None or tokenizer is None else context_length(base_of(model))
-        if limit is None:
+        if getattr(scorer, "model", None) is None or getattr(scorer, "tokenizer", None) is None:
+            continue
+        base, tokenizer = base_of(scorer.model), scorer.tokenizer
+        if (limit := context_length(base)) is None:
             continue
         template = chat_template(tokenizer)
 
@@ -53,7 +54,7 @@ def check_room(models: Iterable[tuple[str, Any]], splits: Splits[Any], new_token
                 if sum(around + len(str(turn).encode()) for turn in turns) <= limit:
                     continue
                 length = tokens(turns)
-                if length <= limit or not (isinstance(scorer, RewardModel) or not reads_position(model, length - 1)):
+                if length <= limit or (not isinstance(scorer, RewardModel) and reads_position(base, length - 1)):
                     continue
                 where = Extreme(length, split, row.source, row.row).where
                 raise ConfigError(

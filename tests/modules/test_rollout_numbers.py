@@ -1,0 +1,319 @@
+"""What rollouts, rewards and precisions do to the numbers of a run."""
+
+import math
+import re
+
+import pytest
+import torch
+from given_rollouts import draw_prompts, run
+from policies import LORA, Policy, by_tokens, make
+from tiny import make_model, make_rows, make_tokenizer
+from tiny_scorer import make_scorer
+from transformers import GenerationConfig
+
+from lightning_ft import (
+    DPO,
+    GRPO,
+    PPO,
+    FullFineTuning,
+    LoRAFineTuning,
+    PairDataModule,
+    PreferenceDataModule,
+    PromptDataModule,
+)
+from lightning_ft._lightning import Callback, Trainer
+from lightning_ft.errors import ConfigError, NonFiniteError, RewardError
+from lightning_ft.modules.precision import lost_steps
+from lightning_ft.rewards.functions import RewardFunctions
+from lightning_ft.rewards.model import RewardModel
+from lightning_ft.rewards.room import check_room
+from lightning_ft.rollout.local import LocalEngine
+from lightning_ft.rollout.protocol import Sampling
+
+ROWS = [{"prompt": row["input"], "answer": row["output"]} for row in make_rows(6)]
+
+
+def prompts(rows=ROWS, **options):
+    return PromptDataModule(rows, **{"batch_size": 2, "shuffle": False, "cache_dir": False, **options})
+
+
+def policy(kind=GRPO, **options):
+    settings = {"rewards": by_tokens, "num_completions": 4, "max_new_tokens": 4, "learning_rate": 1e-3}
+    return kind(make_model(), tokenizer=make_tokenizer(), **{**settings, **options})
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [(GRPO, math.nan), (GRPO, 1e300), (PPO, torch.tensor(-math.inf))])
+def test_a_reward_that_is_not_finite(kind, wrong, trainer_options):
+    def sometimes(completion_ids, trainer_state):
+        first = trainer_state.global_step == 0
+        return [wrong if first and n == 1 else float(len(ids)) for n, ids in enumerate(completion_ids)]
+
+    settings = {"rewards": sometimes, "epochs_per_rollout": 1, "weight_decay": 0.5}
+    module = policy(kind, **settings)
+    before = weights(module.configure_model() or module)
+    with pytest.raises(RewardError, match=r"'sometimes' gave .* for completion 1 .*finite"):
+        run(module, [draw_prompts(2)], trainer_options)
+    assert same(before, weights(module))
+
+    module = policy(kind, on_nonfinite="skip", **settings)
+    with pytest.warns(UserWarning, match="step 1 isn't finite .* 1 rewards aren't finite"):
+        trainer = run(module, [draw_prompts(2)], trainer_options)
+    assert same({n: p for n, p in before.items() if n in weights(module)}, weights(module))
+    assert (trainer.global_step, module.skipped_steps) == (1, 1)
+    trainer = run(module, [draw_prompts(2)], trainer_options, max_epochs=1)
+    assert trainer.callback_metrics["train/skipped_steps"] == 2
+
+
+def test_equal_rewards_move_no_weight(trainer_options):
+    module = policy(rewards=lambda completions: [0.7] * len(completions), num_completions=8, weight_decay=0.0)
+    before = weights(module.configure_model() or module)
+    trainer = run(module, [draw_prompts(3, seed=n) for n in range(2)], trainer_options)
+    assert same(before, weights(module))
+    assert trainer.callback_metrics["train/no_signal_fraction"] == 1.0
+
+
+def test_the_share_of_groups_without_signal_is_logged(trainer_options):
+    def first_of_two(prompts, completion_ids):
+        return [float(sum(ids)) * (prompt == prompts[0]) for prompt, ids in zip(prompts, completion_ids, strict=True)]
+
+    trainer = run(policy(rewards=first_of_two), [draw_prompts(4)], trainer_options)
+    assert trainer.callback_metrics["train/no_signal_fraction"] == 0.75
+
+
+def test_every_function_and_completion_has_copies_of_its_own():
+    seen = []
+
+    def changes(prompts, completions, completion_ids, tags):
+        for prompt, completion, ids, tag in zip(prompts, completions, completion_ids, tags, strict=True):
+            prompt += completion
+            prompt[0]["content"] = completion[0]["content"] = "changed"
+            ids.clear()
+            tag["of"].append(1)
+        return [0.0] * len(prompts)
+
+    def reads(prompts, completions, completion_ids, tags):
+        seen.append([prompts, completions, completion_ids, tags])
+        return [0.0] * len(prompts)
+
+    class Scores:
+        def score_conversations(self, conversations):
+            for turns in conversations:
+                turns[0]["content"] = "changed"
+                turns.clear()
+            return torch.zeros(2)
+
+    prompt, tag = [{"role": "user", "content": "hi"}], {"of": []}
+    RewardFunctions([changes, Scores(), reads]).score([prompt] * 2, ["a", "b"], [[1], [2]], {"tags": [tag] * 2})
+    ((prompts, completions, ids, tags),) = seen
+    assert prompts == [[{"role": "user", "content": "hi"}]] * 2
+    assert [turns[0]["content"] for turns in completions] == ["a", "b"]
+    assert (ids, tags) == ([[1], [2]], [{"of": []}] * 2)
+    assert (prompt, tag) == ([{"role": "user", "content": "hi"}], {"of": []})
+    assert prompts[0] is not prompts[1]
+
+
+def test_validation_rewards_have_names_of_their_own(trainer_options):
+    ones, sevens = (lambda completions, value=value: [value] * len(completions) for value in (1.0, -7.0))
+    module = policy(rewards=ones, validation_rewards=[sevens, ones])
+    trainer = run(module, [draw_prompts(2)], trainer_options, validation=[draw_prompts(2, seed=3)])
+    names = ("rewards/reward", "rewards/reward_2", "rewards/reward_3")
+    assert [float(trainer.callback_metrics[f"val/{name}"]) for name in names] == [1.0, -7.0, 1.0]
+    assert trainer.callback_metrics["train/rewards/reward"] == 1.0
+    named = {"function": ones, "name": "truth"}
+    with pytest.raises(ConfigError, match="Two rewards are named 'truth'"):
+        policy(rewards=named, validation_rewards=[named])
+
+
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_a_reward_model_without_room_is_found_before_the_first_step(where, trainer_options):
+    scorer = RewardModel(make_scorer(), make_tokenizer())
+    scorer.model.config.max_position_embeddings = 60
+    long = [{"prompt": "please " * 50}]
+    splits = {"train": ROWS + long} if where == "train" else {"train": ROWS, "validation": long}
+    module = policy(rewards=scorer)
+    before = weights(module.configure_model() or module)
+    row = 7 if where == "train" else 1
+    with pytest.raises(
+        ConfigError, match=rf"{where} \({where}, row {row}\): .*'RewardModel' scores may have .* reads 60"
+    ):
+        Trainer(**trainer_options, max_epochs=1).fit(module, prompts(splits.pop("train"), **splits))
+    assert same(before, weights(module))
+    data = prompts(tokenizer=make_tokenizer())
+    data.setup("fit")
+    check_room([("fits", scorer)], data.splits, 4)
+    with pytest.raises(ConfigError, match="max_new_tokens=50"):
+        check_room([("doesn't", scorer)], data.splits, 50)
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+class Overflows(Callback):
+    """The model's logits aren't finite where it writes."""
+
+    def setup(self, trainer, module, stage):
+        module.configure_model()
+        head = module.model.get_output_embeddings()
+        head.register_forward_hook(lambda head, given, out: out if head.training else out * math.nan)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logits_that_are_not_finite_where_completions_are_sampled(temperature, trainer_options):
+    given = {**trainer_options, "callbacks": [Overflows()]}
+    with pytest.raises(NonFiniteError, match="At optimizer step 1 8 completions were sampled from logits"):
+        run(policy(temperature=temperature), [draw_prompts(2)], given)
+    module = policy(temperature=temperature, on_nonfinite="skip")
+    before = weights(module.configure_model() or module)
+    with pytest.warns(UserWarning, match="step 1 isn't finite .*8 completions were sampled from logits"):
+        trainer = run(module, [draw_prompts(2), draw_prompts(2)], given)
+    assert same(before, weights(module))
+    assert (trainer.global_step, module.skipped_steps) == (2, 2)
+
+
+@pytest.mark.parametrize("layers_fail", [False, True])
+def test_an_engine_tells_of_logits_that_are_not_finite(layers_fail, monkeypatch):
+    model = make_model().eval()
+    if layers_fail:  # then transformers' own loop answers
+        monkeypatch.setattr("lightning_ft.rollout.local.cached_layers", lambda *_: (0, "has no cache"))
+    engine = LocalEngine(model, end_token_ids=[2])
+    assert all(
+        map(math.isfinite, engine.generate([[5, 6]], max_new_tokens=3, sampling=Sampling()).completions[0].logprobs)
+    )
+    model.lm_head.weight.data[7, 0] = math.nan
+    sampled = engine.generate([[5, 6], [5, 7, 8]], max_new_tokens=3, sampling=Sampling(top_p=0.9), num_completions=2)
+    assert not any(math.isfinite(logprob) for c in sampled.completions for logprob in c.logprobs)
+    with pytest.raises(NonFiniteError, match="logits weren't finite"):
+        engine.generate([[5, 6]], max_new_tokens=3)
+
+
+def test_logits_that_are_not_finite_are_told_from_a_cache_that_is_not_exact():
+    model = make_model().eval()
+    model.lm_head.weight.data[7, 0] = math.nan
+    engine = LocalEngine(model, end_token_ids=[2])
+    with pytest.warns(UserWarning, match="its logits are not finite, so a cache of ours can't be compared"):
+        engine.generate([[5, 6], [5, 7]], max_new_tokens=2, sampling=Sampling(), num_completions=2)
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 4), (2, 3), (2, 8)])
+def test_more_steps_than_prompts_deal_out_completions(batch_size, steps, trainer_options):
+    module = make(Policy, num_completions=4, max_new_tokens=4, steps_per_rollout=steps)
+    trainer = Trainer(**trainer_options, max_epochs=1)
+    trainer.fit(module, prompts(ROWS[:batch_size], batch_size=batch_size))
+    assert trainer.global_step == steps == len(module.results)
+    sizes = [len(batch.weights) for batch, _ in module.results]
+    assert sum(sizes) == 4 * batch_size
+    assert min(sizes) == 4 * batch_size // steps
+
+
+def test_steps_of_a_short_last_batch_are_not_taken_on_nothing(trainer_options):
+    module = make(Policy, num_completions=4, max_new_tokens=4, steps_per_rollout=8)
+    trainer = Trainer(**trainer_options, max_epochs=1)
+    trainer.fit(module, prompts(ROWS[:3], batch_size=2))
+    assert trainer.global_step == 8 + 4
+    assert all(len(batch.weights) == 1 for batch, _ in module.results)
+
+
+def test_more_steps_than_completions_are_refused(trainer_options):
+    with pytest.raises(ConfigError, match="steps_per_rollout=9: a rollout has 8 completions"):
+        Trainer(**trainer_options, max_epochs=1).fit(policy(steps_per_rollout=9), prompts())
+
+
+@pytest.mark.parametrize("generation", [None, {"repetition_penalty": 1.0}])
+def test_predict_tells_of_what_makes_its_answers_differ(generation, recwarn):
+    module = policy(generation=generation)
+    module.configure_model()
+    module.model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, repetition_penalty=1.5)
+    answers = module.generate(["hello"], max_new_tokens=3)
+    told = [str(w.message) for w in recwarn if "repetition_penalty=1.5" in str(w.message)]
+    assert len(told) == (generation is None)
+    assert not told or "generation={'repetition_penalty': 1.0}" in told[0]
+    ids = module._encode_prompt("hello")
+    greedy = module.engine.generate([ids], max_new_tokens=3).completions[0].tokens
+    assert generation is None or answers == [make_tokenizer().decode(greedy, skip_special_tokens=True)]
+
+
+def test_predict_samples_by_the_rule_of_rollouts(monkeypatch):
+    module, given = policy(temperature=0.7, top_k=5), {}
+    monkeypatch.setattr("lightning_ft.modules.base.generate_text", lambda *_, **options: given.update(options) or [""])
+    module.generate(["hello"], do_sample=True, top_p=0.5)
+    assert {name: given[name] for name in ("temperature", "top_k", "top_p", "min_p")} == {
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.5,
+        "min_p": 0.0,
+    }
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_lost_steps():
+    numbers = torch.tensor([0.0, 1e-4, 1.0, 2.0]).bfloat16()
+    assert lost_steps([numbers], 1e-3) == 0.5
+    assert lost_steps([numbers.float()], 1e-3) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "precision", "said"),
+    [
+        (LoRAFineTuning, {}, "bf16-true", "precision='bf16-true' has turned the adapter .* precision='bf16-mixed'"),
+        (LoRAFineTuning, {"dtype": "bfloat16"}, "bf16-mixed", None),
+        (
+            FullFineTuning,
+            {"learning_rate": 1e-6, "dtype": "bfloat16"},
+            "32-true",
+            "learning_rate=1e-06 is less than bfloat16",
+        ),
+        (FullFineTuning, {"learning_rate": 1e-6}, "bf16-true", "learning_rate=1e-06 is less than bfloat16"),
+        (FullFineTuning, {"learning_rate": 1e-2, "dtype": "bfloat16"}, "32-true", None),
+        (FullFineTuning, {"learning_rate": 1e-6}, "bf16-mixed", None),
+    ],
+)
+def test_weights_in_16_bits_that_lose_steps_are_told(
+    kind, options, precision, said, model_folder, trainer_options, recwarn
+):
+    module, data = kind(model_folder, **options), PairDataModule(make_rows(4), batch_size=2, cache_dir=False)
+    Trainer(**trainer_options, max_steps=1, precision=precision).fit(module, data)
+    told = [str(w.message) for w in recwarn if "float16" in str(w.message) and "rank_zero" not in str(w.message)]
+    if said is None:
+        assert not told
+    else:
+        assert len(told) == 1
+        assert re.search(said, told[0])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_reference_computed_beforehand_is_in_the_precision_of_the_run(precision, trainer_options, tmp_path):
+    pairs = [{"prompt": r["input"], "chosen": r["output"], "rejected": r["output"] + " no"} for r in make_rows(8)]
+
+    class Watched(DPO):
+        def judge(self, batch):
+            judged = super().judge(batch)
+            rewards.append(float(judged.figures["rewards/chosen"].abs().max()))
+            return judged
+
+    for given in ("32-true", precision):
+        rewards = []
+        module = Watched(
+            make_model(),
+            tokenizer=make_tokenizer(),
+            lora=LORA,
+            learning_rate=1e-12,
+            precompute_reference=True,
+            cache_dir=str(tmp_path),
+        )
+        data = PreferenceDataModule(pairs, batch_size=8, cache_dir=False)
+        Trainer(**trainer_options, max_steps=1, precision=given).fit(module, data)
+        assert rewards[0] < 1e-6
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
