@@ -197,7 +197,7 @@ def test_ranks_sample_for_themselves(ranks, how):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_uneven_and_empty_steps_end_and_resume(ranks, how):
-    """Two steps a pass: of one prompt on each rank; then of one on one rank only, and of none at all."""
+    """Two steps a pass: of one prompt on each rank; then of some completions of one prompt, on one rank only."""
     first, second = ranks(how)
     for name in ("uneven-full", "uneven-lora"):
         for found, counts in ((first, [6, 3]), (second, [6, 0])):

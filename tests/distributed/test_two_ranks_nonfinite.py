@@ -1,0 +1,118 @@
+"""What isn't finite on one rank only is refused or skipped by all of them."""
+
+import math
+import os
+import socket
+import time
+import warnings
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from given_rollouts import largest_difference, weights
+from tiny import make_rows
+
+from lightning_ft import GRPO, FullFineTuning, PairDataModule, PromptDataModule
+from lightning_ft._lightning import Callback, Trainer, _pl
+from lightning_ft.errors import NonFiniteError
+
+LIMIT = 120  # seconds
+
+
+class Spike(Callback):
+    """An infinite gradient on rank 1 alone before the second optimizer step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.states.append(weights(module))
+        if trainer.global_step == 1 and trainer.global_rank == 1:
+            gradient = next(p.grad for p in module.parameters() if p.grad is not None and p.grad.ndim == 2)
+            (gradient.to_local() if hasattr(gradient, "to_local") else gradient)[0, 0] = math.inf
+
+
+class Broken(FullFineTuning):
+    def score(self, batch, reduction="none", **options):
+        scored = super().score(batch, reduction, **options)
+        if self.trainer.global_step == 1 and self.global_rank == 1:
+            return scored._replace(logprobs=scored.logprobs * math.nan)
+        return scored
+
+
+def trainer(how, out, *callbacks):
+    sharded = {"save_distributed_checkpoint": False, "process_group_backend": "gloo"}
+    strategy = (
+        _pl.strategies.DDPStrategy(process_group_backend="gloo")
+        if how == "ddp"
+        else _pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **sharded)
+    )
+    return Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=out,
+        callbacks=list(callbacks),
+    )
+
+
+def everything(rank, how, model, out, port):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    def reward(completion_ids, trainer_state):
+        numbers = [float(sum(ids) % 11) for ids in completion_ids]
+        return [math.nan, *numbers[1:]] if rank and trainer_state.global_step == 1 else numbers
+
+    options = {"batch_size": 2, "shuffle": False, "cache_dir": False}
+    kinds = {
+        "supervised": (FullFineTuning, {}, PairDataModule(make_rows(12), **options)),
+        "grpo": (
+            GRPO,
+            {"rewards": reward, "num_completions": 2, "max_new_tokens": 4},
+            PromptDataModule(make_rows(12), **options),
+        ),
+    }
+    found = {}
+    for name, (kind, more, data) in kinds.items():
+        module = kind(model, dtype="float32", learning_rate=1e-2, weight_decay=0.5, on_nonfinite="skip", **more)
+        spike = Spike()
+        trainer(how, out, spike).fit(module, data)
+        states = [*spike.states, weights(module)]
+        moved = [largest_difference(a, b) > 0 for a, b in zip(states[1:], states, strict=False)]
+        found[name] = {"moved": moved, "skipped": module.skipped_steps, "weights": states[-1]}
+    with pytest.raises(NonFiniteError) as error:
+        trainer(how, out).fit(Broken(model, dtype="float32"), kinds["supervised"][2])
+    found["error"] = str(error.value)
+    torch.save(found, f"{out}/{rank}.pt")
+
+
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_all_ranks_decide_alike(how, model_folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = mp.start_processes(
+        everything, (how, model_folder, str(tmp_path), port), nprocs=2, join=False, start_method="fork"
+    )
+    end = time.monotonic() + LIMIT
+    while not running.join(timeout=max(0.0, end - time.monotonic())):
+        if time.monotonic() > end:
+            for process in running.processes:
+                process.kill()
+            pytest.fail(f"{how} had not ended after {LIMIT} seconds")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name in ("supervised", "grpo"):
+        assert first[name]["moved"] == second[name]["moved"] == [True, False, True]
+        assert first[name]["skipped"] == second[name]["skipped"] == 1
+        assert largest_difference(first[name]["weights"], second[name]["weights"]) == 0.0
+    assert first["error"] == second["error"]
+    assert "Optimizer step 2 isn't finite" in first["error"]
+    assert "It is of rank 1, batch 1 of epoch 0: rows 7, 8 of train." in first["error"]
