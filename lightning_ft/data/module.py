@@ -237,7 +237,9 @@ class RowDataModule(LightningDataModule, ABC):
             CheckpointError: If it can't be read.
             ConfigError: For ``weights_only=False``.
         """
-        with checked_file(checkpoint_path, weights_only) as file:
+        required = None if "train" in kwargs or hparams_file is not None else "train"
+        key = "datamodule_hyper_parameters"
+        with checked_file(checkpoint_path, weights_only, arguments=key, required=required) as file:
             return super().load_from_checkpoint(file, map_location, hparams_file, **kwargs)
 
     def prepare_data(self) -> None:

@@ -81,12 +81,16 @@ def read_checkpoint(
 
 
 @contextmanager
-def checked_file(source: Source, weights_only: bool | None = None) -> Iterator[Path | IO[bytes]]:
+def checked_file(
+    source: Source, weights_only: bool | None = None, *, arguments: str = "", required: str | None = None
+) -> Iterator[Path | IO[bytes]]:
     """A checkpoint of a Trainer as a file that contains nothing but data, for Lightning to read.
 
     Args:
         source: The checkpoint.
         weights_only: What the user asked for.
+        arguments: Under which key the arguments are that an object is made with.
+        required: One that must be among them.
 
     Raises:
         CheckpointError: As :func:`read_checkpoint` does.
@@ -94,7 +98,13 @@ def checked_file(source: Source, weights_only: bool | None = None) -> Iterator[P
     """
     refuse_pickle(weights_only)
     with local_file(source) as file:
-        read_checkpoint(file, of_trainer=True, name=_name(source))
+        found = read_checkpoint(file, of_trainer=True, name=_name(source))
+        if required is not None and required not in found.get(arguments, {}):
+            raise CheckpointError(
+                f"The checkpoint {_name(source)!r} was written by something else: its {arguments!r} hold no "
+                f"{required!r}. Pass {required}= if its weights fit."
+            )
+        del found
         if not isinstance(file, Path):
             file.seek(0)
         yield file
@@ -220,7 +230,7 @@ def _check_content(found: Any, name: str, *, of_trainer: bool) -> None:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
     ):
         raise CheckpointError(f"{says}its 'state_dict' isn't a dict of tensors by name.")
-    for key in ("hyper_parameters", "loops", "callbacks"):
+    for key in ("hyper_parameters", "datamodule_hyper_parameters", "loops", "callbacks", "lightning_ft"):
         if not isinstance(found.get(key, {}), Mapping):
             raise CheckpointError(f"{says}its {key!r} isn't a dict.")
     if of_trainer:

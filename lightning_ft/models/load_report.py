@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
-from lightning_utilities.core.rank_zero import rank_zero_only
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import ModelError
+from lightning_ft.rank_zero import rank_zero_only, warn
 
 UNREADABLE = (
     OSError,
@@ -92,7 +91,7 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], name: str, *, 
 def tell(message: str) -> None:
     """Warn, on the first rank only, whether or not Lightning has been imported."""
     if getattr(rank_zero_only, "rank", 0) in (0, None):
-        warnings.warn(message, stacklevel=3)
+        warn(message, stacklevel=3)
 
 
 def shortened(names: Iterable[str]) -> str:
@@ -153,26 +152,6 @@ def _why_damaged(file: Path, error: BaseException) -> str | None:
             return None
     except (SafetensorError, OSError) as damage:
         return f"is damaged or only a part of it is there ({first_line(damage)}). Download or copy it again."
-
-
-def check_checkpoint_file(path: str | Path) -> None:
-    """Refuse a checkpoint file that is empty, or of which a part is missing, without reading it.
-
-    Args:
-        path: The file; nothing is said of folders and of files that aren't on this machine.
-
-    Raises:
-        ModelError: With the file.
-
-    Example:
-        >>> check_checkpoint_file(__file__)
-        Traceback (most recent call last):
-        lightning_ft.errors.ModelError: The checkpoint '...' is damaged, ...
-    """
-    file = Path(path)
-    if file.is_file() and not zipfile.is_zipfile(file):  # its list of contents is at the end
-        what = "is damaged, or no checkpoint" if file.stat().st_size else "is empty"
-        raise ModelError(f"The checkpoint {str(file)!r} {what}. Take another one of the run, or start again.")
 
 
 def first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from lightning_ft.models.router import OwnLoss, find_own_loss
 from lightning_ft.models.scorer import Scorer
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.averaging import AveragedWeights
-from lightning_ft.modules.checkpoint_io import CheckpointedModule
+from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_other_shapes
 from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.nonfinite import FiniteSteps, OnNonFinite, check_on_nonfinite
 from lightning_ft.modules.precision import tell_lost_steps
@@ -405,6 +405,7 @@ class FineTuning(AveragedWeights, FiniteSteps, CheckpointedModule):
                 "the model and lora settings of the run that wrote it."
             )
         self.fill_frozen_averages(checkpoint)
+        refuse_other_shapes(self, checkpoint.get("state_dict", {}))
         self.load_resume_state(checkpoint)
 
     def load_checkpoint(self, path: str | Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from torch import nn
 
 from lightning_ft._lightning import LightningModule, TorchCheckpointIO, restricted_classmethod
 from lightning_ft.errors import CheckpointError
@@ -53,7 +55,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
-        (super() if self._inner is None else self._inner).remove_checkpoint(path)
+        if self._inner is None:
+            super().remove_checkpoint(path)
+        else:
+            self._inner.remove_checkpoint(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; instead of a damaged last one of the run its newest one that is whole.
@@ -88,10 +93,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     def _read(self, path: Any, map_location: Any) -> dict[str, Any]:
         found = read_checkpoint(path, map_location, of_trainer=True)
-        if self._trainer.state.fn == "fit" and not {"optimizer_states", "loops"} <= found.keys():
+        if self._trainer.state.fn == "fit" and not _is_resumable(found):
             raise CheckpointError(
-                f"The checkpoint {str(path)!r} contains weights only (save_weights_only=True), so a run can't go on "
-                "from it: load it with load_checkpoint() of the module, and fit without ckpt_path."
+                f"The checkpoint {str(path)!r} contains weights only (save_weights_only=True), or no whole state of a "
+                "run, so none can go on from it: load it with load_checkpoint() of the module, and fit without "
+                "ckpt_path."
             )
         return found
 
@@ -114,6 +120,36 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 others = [p for p in others if not p.samefile(broken)]
                 yield from sorted(others, key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
                 return
+
+
+def _is_resumable(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has the state of an optimizer and of the loop."""
+    optimizers, schedulers = (checkpoint.get(name) for name in ("optimizer_states", "lr_schedulers"))
+    return (
+        isinstance(optimizers, Sequence)
+        and len(optimizers) > 0
+        and all(isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys() for state in optimizers)
+        and isinstance(schedulers, Sequence)
+        and isinstance(checkpoint.get("loops", {}).get("fit_loop"), Mapping)
+    )
+
+
+def refuse_other_shapes(module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Refuse weights that have another shape than the parameters of their names.
+
+    Args:
+        module: What they are loaded into.
+        weights: By name.
+
+    Raises:
+        CheckpointError: With the first of them.
+    """
+    for name, parameter in module.named_parameters():
+        if name in weights and weights[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"The checkpoint doesn't fit this module: {name} is {tuple(weights[name].shape)} in it and "
+                f"{tuple(parameter.shape)} here. Use the model and lora settings of the run that wrote it."
+            )
 
 
 def _data_only(plugin: Any) -> dict[str, Any]:
@@ -150,7 +186,9 @@ def _check_before_loading(strategy: Any, io: WholeCheckpointIO) -> None:
 
     def checked(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         refuse_pickle(weights_only)
-        with local_file(io.whole(checkpoint_path)[0]) as file:
+        path, found = io.whole(checkpoint_path)
+        refuse_other_shapes(strategy.lightning_module, found["state_dict"])
+        with local_file(path) as file:
             return load(file)
 
     strategy.load_checkpoint = checked
@@ -188,8 +226,9 @@ class CheckpointedModule(LightningModule):
             CheckpointError: If it can't be read.
             ConfigError: For ``weights_only=False``.
         """
-        with checked_file(checkpoint_path, weights_only) as file:
+        required = None if "model" in kwargs or hparams_file is not None else "model"
+        with checked_file(checkpoint_path, weights_only, arguments="hyper_parameters", required=required) as file:
             return super().load_from_checkpoint(file, map_location, hparams_file, strict, **kwargs)
 
 
-__all__ = ["CheckpointedModule", "WholeCheckpointIO", "use_whole_files"]
+__all__ = ["CheckpointedModule", "WholeCheckpointIO", "refuse_other_shapes", "use_whole_files"]

@@ -123,6 +123,25 @@ def test_checkpoint_of_weights_only_is_no_point_to_go_on_from(fit, module, train
     assert same(weights(again), weights(trained))
 
 
+def test_checkpoints_of_others_are_refused(fit, module, model_folder, trainer_options, tmp_path):
+    fit(module(), ROWS, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    larger = LoRAFineTuning(model_folder, lora={"r": 4})
+    with pytest.raises(CheckpointError, match=r"lora_A\.default\.weight is \(2, \d+\) in it and \(4, \d+\) here"):
+        larger.load_checkpoint(tmp_path / "a.ckpt")
+    boring = _pl.demos.boring_classes.BoringModel()
+    trainer = Trainer(**trainer_options, max_steps=1)
+    trainer.fit(boring)
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    for kind, missing in ((LoRAFineTuning, "model"), (PairDataModule, "train")):
+        with pytest.raises(CheckpointError, match=rf"b\.ckpt' was written by something else.*no '{missing}'"):
+            kind.load_from_checkpoint(tmp_path / "b.ckpt")
+    found = torch.load(tmp_path / "a.ckpt")
+    for change in ({"loops": {}}, {"optimizer_states": []}, {"optimizer_states": [{}]}, {"lr_schedulers": 1}):
+        torch.save({**found, **change}, tmp_path / "c.ckpt")
+        with pytest.raises(CheckpointError, match=r"c\.ckpt' contains .*no whole state of a run"):
+            fit(module(), ROWS, ckpt_path=tmp_path / "c.ckpt")
+
+
 def test_load_from_checkpoint_runs_nothing(fit, module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained = module()
