@@ -51,9 +51,10 @@ types: $(INSTALLED)
 check: $(INSTALLED)
 	$(PYTEST)
 
-# The same modules, data and callbacks under the other name of Lightning.
+# Training, data, checkpoints, callbacks and the command line under the other name of Lightning.
 check-lightning: $(INSTALLED)
-	LIGHTNING_FT_NAMESPACE=lightning $(PYTEST) tests/data tests/modules tests/callbacks tests/test_cli.py
+	LIGHTNING_FT_NAMESPACE=lightning $(PYTEST) tests/data/test_pairs_resume.py tests/modules/test_training.py \
+		tests/modules/test_checkpoints.py tests/modules/test_policy.py tests/callbacks tests/test_cli.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

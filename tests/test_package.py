@@ -60,7 +60,7 @@ def python(code, *args, **environment):
     )
 
 
-@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize("namespace", ["pytorch_lightning", pytest.param("lightning.pytorch", marks=pytest.mark.slow)])
 def test_the_short_script_of_the_readme(tmp_path, namespace):
     done = python(SHORT.format(namespace=namespace), tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -100,7 +100,7 @@ def test_every_public_name_is_there():
         _ = lightning_ft.Nothing
 
 
-@pytest.mark.parametrize("variable", ["pytorch_lightning", "lightning", "lightning.pytorch"])
+@pytest.mark.parametrize("variable", [pytest.param("pytorch_lightning", marks=pytest.mark.slow), "lightning"])
 def test_the_variable_decides(variable):
     code = "import lightning_ft._lightning as n; print(n.NAMESPACE)"
     done = python(code, LIGHTNING_FT_NAMESPACE=variable)

@@ -56,6 +56,7 @@ class TokenLoader(DataLoader[Any]):
     _iterator_now: Any = None
     _epoch = 0
     _given = 0
+    _loaded: tuple[int, int] | None = None  # a position from which no batch was given yet
 
     @property
     def plan(self) -> BatchPlan:
@@ -64,6 +65,8 @@ class TokenLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         self.close()
+        if self._loaded is not None:  # a Trainer resumed at an epoch's end drops its first iterator unused
+            self.plan.start_at(*self._loaded)
         self._epoch, self._given = self.plan.next_position()
         self._iterator_now = super().__iter__()
         self.plan.started()
@@ -72,7 +75,7 @@ class TokenLoader(DataLoader[Any]):
     def _counted(self, iterator: Any) -> Iterator[Any]:
         for batch in iterator:
             if iterator is self._iterator_now:
-                self._given += 1
+                self._given, self._loaded = self._given + 1, None
             yield batch
 
     def state_dict(self) -> dict[str, int]:
@@ -87,7 +90,9 @@ class TokenLoader(DataLoader[Any]):
         """Begin the next iterator there."""
         self.close()
         self._given = 0
-        self.plan.start_at(state_dict["epoch"], state_dict["batch"])
+        epoch, batch = state_dict["epoch"], state_dict["batch"]
+        self._loaded = (epoch, batch) if batch < len(self.plan) else None
+        self.plan.start_at(epoch, batch)
 
     def close(self) -> None:
         """Stop the workers; the position stays known."""

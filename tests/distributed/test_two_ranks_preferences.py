@@ -59,7 +59,7 @@ def weights(path):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_steps_weights_figures_and_exports(run, one, how):
     folder = run(how, NAMES[how])
     for name in NAMES[how]:

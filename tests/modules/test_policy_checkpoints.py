@@ -47,7 +47,13 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("which", RESUMED)
+@pytest.mark.parametrize(
+    "which",
+    [
+        name if name in ("rloo-lora", "grpo-continued") else pytest.param(name, marks=pytest.mark.slow)
+        for name in RESUMED
+    ],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(which, model_folder, adapter_folder, trainer_options, tmp_path):
     """Three rollouts of four steps an epoch; stopped in the middle of the first and of the second."""
     base, options = RESUMED[which]

@@ -67,16 +67,16 @@ def our_module(kind, folder, **options):
 @pytest.mark.parametrize(
     ("loss", "kind", "accumulation"),
     [
-        ("sigmoid", "full", 1),
+        pytest.param("sigmoid", "full", 1, marks=pytest.mark.slow),
         ("sigmoid", "full", 4),
         ("sigmoid", "lora", 1),
-        ("sigmoid", "lora", 4),
+        pytest.param("sigmoid", "lora", 4, marks=pytest.mark.slow),
         ("sigmoid", "continued", 1),
-        ("ipo", "full", 4),
+        pytest.param("ipo", "full", 4, marks=pytest.mark.slow),
         ("ipo", "lora", 1),
         ("hinge", "full", 1),
-        ("hinge", "lora", 1),
-        ("robust", "full", 1),
+        pytest.param("hinge", "lora", 1, marks=pytest.mark.slow),
+        pytest.param("robust", "full", 1, marks=pytest.mark.slow),
         ("robust", "lora", 1),
     ],
 )

@@ -32,10 +32,10 @@ class RecordingDPO(RecordsJudgements, DPO):
 @pytest.mark.parametrize(
     ("kind", "accumulation", "weights"),
     [
-        ("full", 1, {}),
+        pytest.param("full", 1, {}, marks=pytest.mark.slow),
         ("full", 4, {"desirable_weight": 1.0, "undesirable_weight": 1.5}),
         ("lora", 1, {"desirable_weight": 1.33, "undesirable_weight": 1.0}),
-        ("lora", 4, {}),
+        pytest.param("lora", 4, {}, marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_weights(kind, accumulation, weights, tmp_path, trainer_options):

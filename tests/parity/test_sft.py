@@ -103,7 +103,12 @@ def by_us(rows, kind, *, batch_size, accumulation, trainer_options, learning_rat
 @pytest.mark.parametrize("kind", [RecordingFull, RecordingLoRA], ids=["full", "lora"])
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "assistant_only", "packing"),
-    [(4, 1, False, True), (4, 4, False, True), (2, 4, False, False), (4, 4, True, True)],
+    [
+        (4, 1, False, True),
+        pytest.param(4, 4, False, True, marks=pytest.mark.slow),
+        (2, 4, False, False),
+        (4, 4, True, True),
+    ],
     ids=["completion_only", "accumulation_4", "accumulation_4_unpacked", "assistant_only"],
 )
 def test_losses_and_weights(kind, batch_size, accumulation, assistant_only, packing, tmp_path, trainer_options):
