@@ -185,7 +185,9 @@ class Retention(MeasuringCallback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Measure where `every_n_steps` asks for it."""
-        step, every = trainer.global_step, self.every_n_steps
+        step, every = getattr(trainer, "global_step", None), self.every_n_steps
+        if step is None:  # Fabric doesn't count steps
+            return
         # a batch may take no step (accumulation) or several (policies)
         if every is not None and step // every > self._last_step // every:
             self._report(trainer, pl_module)

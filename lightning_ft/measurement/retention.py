@@ -87,6 +87,8 @@ class RetentionMeasurement:
         for argument, value in (("top_k", top_k), ("batch_size", batch_size), ("resamples", resamples)):
             if value < 1:
                 raise RetentionError(f"{argument}={value}: expected at least 1.")
+        if seed < 0:
+            raise RetentionError(f"seed={seed}: expected at least 0.")
         chosen = load_texts(texts, max_texts=max_texts)
         self.general, cut = encode_texts(tokenizer, chosen, max_tokens=max_tokens)
         self.task = encode_task(tokenizer, task) if task else []

@@ -83,6 +83,10 @@ class SavingsMeasurement:
         train_rows: TrainRows | None = None,
     ) -> None:
         check_margin(margin)
+        numbers = (("batch_size", batch_size, 1), ("resamples", resamples, 1), ("timed_requests", timed_requests, 0))
+        for argument, value, least in (*numbers, ("seed", seed, 0)):
+            if value < least:  # now, and not when hours of training are over
+                raise SavingsError(f"{argument}={value}: expected at least {least}.")
         self.tokenizer = tokenizer
         self.margin, self.prices, self.resamples, self.seed = margin, prices, resamples, seed
         self.plan = measurement_plan(

@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +18,18 @@ from lightning_ft import (
     PairDataModule,
     PromptBaseline,
     Retention,
+    SampleCompletions,
     TokenSavings,
 )
 from lightning_ft.__main__ import GATE_FAILED, main
 from lightning_ft._lightning import NAMESPACE, Trainer, _pl
-from lightning_ft.errors import ConfigError, ExportError
+from lightning_ft.errors import ConfigError, ExportError, LightningFTError
 from lightning_ft.functional.result import SavingsResult
 from lightning_ft.functional.retention import RetentionResult
 from lightning_ft.report.collect import collect
+from lightning_ft.rewards.result import Rewards
+from lightning_ft.rollout.record import RolloutRecord
+from lightning_ft.rollout.samples import read_samples
 
 ROWS = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
 TESTS = [{"input": f"what is a {word}", "output": "here"} for word in WORDS[:4]]
@@ -56,7 +61,9 @@ def measuring(scorer, **options):
     savings = {"scorer": scorer, "max_new_tokens": 2, "timed_requests": 0, "resamples": 50, **options}
     return [
         TokenSavings(PromptBaseline("Answer."), **savings),
-        Retention(["the quick brown fox jumps"], **LIMIT, **{n: v for n, v in options.items() if n == "every_n_epochs"}),
+        Retention(
+            ["the quick brown fox jumps"], **LIMIT, **{n: v for n, v in options.items() if n == "every_n_epochs"}
+        ),
         ComputeMeter(),
     ]
 
@@ -180,7 +187,7 @@ def test_an_export_that_fails_is_raised_when_all_is_done(trainer_options, tmp_pa
 
     monkeypatch.setattr("lightning_ft.modules.base.export", full)
     savings, *_ = measuring(Scorer())
-    with pytest.raises(ExportError, match="The last weights were not exported to .*No space left"):
+    with pytest.raises(ExportError, match=r"The last weights were not exported to .*No space left"):
         fit(trainer_options, model_folder, [ExportModel(str(tmp_path / "out")), savings])
     assert savings.result is not None
     assert (tmp_path / "token_savings" / "token_savings.json").is_file()
@@ -206,6 +213,25 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(trainer_opti
             fit(trainer_options, model_folder, [callback])
 
 
+@pytest.mark.parametrize(
+    "callback",
+    [
+        *(
+            TokenSavings(PromptBaseline("Answer."), scorer="exact", **{name: -1})
+            for name in ("batch_size", "resamples", "timed_requests", "seed")
+        ),
+        *(Retention(["a b"], **{name: -1}) for name in ("batch_size", "resamples", "seed")),
+    ],
+)
+def test_numbers_that_fail_at_the_end_are_refused_before_training(trainer_options, model_folder, callback):
+    with pytest.raises(LightningFTError, match=r"=-1: expected at least \d"):
+        fit(trainer_options, model_folder, [callback])
+    assert callback.result is None
+    for limit in ({"max_kl": -1}, {"min_top1_agreement": 95}):
+        with pytest.raises(LightningFTError, match=f"{next(iter(limit))}=.*expected a number from 0"):
+            Retention(["a b"], **limit)
+
+
 def test_fabric_goes_on(tokenizer):
     fabric_type = pytest.importorskip("lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric").Fabric
     scorer = Scorer()
@@ -224,6 +250,29 @@ def test_fabric_goes_on(tokenizer):
     with pytest.warns(UserWarning, match="Token savings is undefined: .*gone"):
         fabric.call("on_train_end", fabric, model)
     assert (savings.result, retention.undefined) == (None, None)
+
+
+def test_samples_that_cannot_be_written_do_not_stop_training(tmp_path, monkeypatch):
+    rewards = Rewards(("short",), torch.tensor([[1.0]]), torch.tensor([1.0]))
+    callback, asked = SampleCompletions(tmp_path / "samples.jsonl"), []
+    logger = SimpleNamespace(log_table=lambda **table: asked.append(table))
+    trainer = SimpleNamespace(log_dir=str(tmp_path), global_step=0, is_global_zero=True, loggers=[logger])
+    callback.on_train_start(trainer, None)
+
+    def show(step):
+        record = RolloutRecord(step, ["2+2?"], ["4"], rewards, [0.0], [False], [2])
+        callback.on_train_batch_end(trainer, SimpleNamespace(last_rollout=record), None, None, 0)
+
+    show(0)
+    with monkeypatch.context() as full:
+        full.setattr("lightning_ft.rollout.samples._line", lambda row: 1 / 0)
+        with pytest.warns(UserWarning, match="SampleCompletions could not write .*Training goes on"):
+            show(1)
+        show(2)
+    show(3)
+    assert len(callback.failures) == 1
+    assert [row["step"] for row in read_samples(tmp_path / "samples.jsonl")] == [0, 3]
+    assert len(asked) == 4
 
 
 SCORER = """
