@@ -70,12 +70,14 @@ def run_arm(
     shows = progress and rank == 0
     with tqdm(total=len(mine), desc=f"Token savings, {name}", unit="request", disable=not shows, leave=False) as bar:
         completions = _gather(
-            lambda: engine.generate(
-                [arm.prompts[i] for i in mine],
-                max_new_tokens=plan.max_new_tokens,
-                on_answered=bar.update,
-                prefix=arm.shared,
-            ).completions,
+            lambda: (
+                engine.generate(
+                    [arm.prompts[i] for i in mine],
+                    max_new_tokens=plan.max_new_tokens,
+                    on_answered=bar.update,
+                    prefix=arm.shared,
+                ).completions
+            ),
             mine,
             ranks,
         )
