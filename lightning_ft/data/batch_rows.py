@@ -30,7 +30,7 @@ def name_rows(loader: TokenLoader, splits: Splits[Any], split: SplitName, epoch:
         >>> data = PairDataModule(rows, tokenizer=tokenizer, shuffle=False, batch_size=2, cache_dir=False)
         >>> data.setup("fit")
         >>> name_rows(data.train_dataloader(), data.splits, "train", epoch=0, batch=1)
-        'rows 2, 3 of train'
+        'rows 3, 4 of train'
     """
     plan = loader.plan
     step = plan.batch_size * plan.num_replicas
