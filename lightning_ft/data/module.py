@@ -313,7 +313,7 @@ class RowDataModule(LightningDataModule, ABC):
             world_size=self.trainer.world_size if self.trainer is not None else 1,
         )
         if name == "train" and self.trainer is not None:  # a run resumed at an epoch's end iterates before it names it
-            plan.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+            plan.set_epoch(cast(Any, self.trainer).fit_loop.epoch_progress.current.processed)
         loader = token_loader(parts, plan, self.collate(name), num_workers=self._num_workers)
         self._loaders.append(loader)
         return loader
