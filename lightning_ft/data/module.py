@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -231,7 +231,7 @@ class RowDataModule(LightningDataModule, ABC):
             map_location: As of `torch.load`.
             hparams_file: Arguments from a YAML or CSV file in place of the checkpoint's.
             weights_only: True, whatever is given: a checkpoint is never unpickled.
-            kwargs: Arguments in place of those of the checkpoint.
+            kwargs: Arguments in place of those of the checkpoint. ``trust_remote_code`` is taken from here only.
 
         Raises:
             CheckpointError: If it can't be read.
@@ -239,6 +239,7 @@ class RowDataModule(LightningDataModule, ABC):
         """
         required = None if "train" in kwargs or hparams_file is not None else "train"
         key = "datamodule_hyper_parameters"
+        kwargs.setdefault("trust_remote_code", False)
         with checked_file(checkpoint_path, weights_only, arguments=key, required=required) as file:
             return super().load_from_checkpoint(file, map_location, hparams_file, **kwargs)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -220,13 +219,15 @@ class CheckpointedModule(LightningModule):
             hparams_file: Arguments of the module from a YAML or CSV file in place of the checkpoint's.
             strict: Not used: a checkpoint must have the module's trainable weights and no others.
             weights_only: True, whatever is given: a checkpoint is never unpickled.
-            kwargs: Arguments of the module in place of those of the checkpoint.
+            kwargs: Arguments of the module in place of those of the checkpoint. ``trust_remote_code`` is taken
+                from here only: a file doesn't decide whether code of a repository is run.
 
         Raises:
             CheckpointError: If it can't be read.
             ConfigError: For ``weights_only=False``.
         """
         required = None if "model" in kwargs or hparams_file is not None else "model"
+        kwargs.setdefault("trust_remote_code", False)
         with checked_file(checkpoint_path, weights_only, arguments="hyper_parameters", required=required) as file:
             return super().load_from_checkpoint(file, map_location, hparams_file, strict, **kwargs)
 

@@ -215,3 +215,13 @@ def test_checkpoints_of_another_file_system(fit, module):
 def test_full_fine_tuning_is_checkpointed_alike(fit, model_folder, tmp_path):
     trainer = fit(FullFineTuning(model_folder), ROWS, max_steps=1)
     assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO)
+
+
+def test_checkpoint_does_not_ask_for_code_of_a_repository(fit, model_folder, tmp_path):
+    for kind in (LoRAFineTuning, PairDataModule):
+        module = LoRAFineTuning(model_folder, trust_remote_code=True)
+        trainer = fit(module, make_rows(4), max_steps=1, data={"trust_remote_code": True})
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        assert not kind.load_from_checkpoint(tmp_path / "a.ckpt").hparams["trust_remote_code"]
+        asked = kind.load_from_checkpoint(tmp_path / "a.ckpt", trust_remote_code=True)
+        assert asked.hparams["trust_remote_code"]
