@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class AdaptedFineTuning(EvaluatedFineTuning):
         options: Further arguments of `FineTuning`.
     """
 
+    needs_reference: bool = False
+    """Whether training compares with the model as it was before."""
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -54,6 +58,7 @@ class AdaptedFineTuning(EvaluatedFineTuning):
         super().__init__(model, learning_rate=learning_rate, dtype=dtype or ("float32" if full else "auto"), **options)
         self._adaptation = adaptation
         self._starting_adapter: InitialAdapter | None = None
+        self._unsharded: list[PreTrainedModel] = []  # not a submodule
         self._hyper |= {
             "lora": adaptation.as_json(),
             "disable_dropout": disable_dropout,
@@ -67,7 +72,15 @@ class AdaptedFineTuning(EvaluatedFineTuning):
         if full and self._hyper["quantization"] is not None:
             raise ConfigError("Quantized weights can't be trained: pass lora=True to train an adapter over them.")
 
+    @property
+    def _copies_weights(self) -> bool:
+        """Whether the reference will be a copy of all weights."""
+        return self._adaptation.kind == "full" and self.needs_reference
+
     def _adapt(self, base: PreTrainedModel) -> CausalLM:
+        sharded = getattr(self, "_device_mesh", None) is not None
+        if sharded and self._copies_weights and isinstance(self._given[0], PreTrainedModel):
+            self._unsharded.append(copy.deepcopy(base))  # now: it can't be copied once it is sharded, or loaded again
         model = super()._adapt(base)
         if self._hyper["disable_dropout"]:
             without_dropout(model)
@@ -91,11 +104,14 @@ class AdaptedFineTuning(EvaluatedFineTuning):
                     "be the reference that training started from. Leave bias out (lora_bias=True trains biases of the "
                     "adapter), or train every weight with lora=None."
                 )
-        given, mesh = isinstance(self._given[0], PreTrainedModel), getattr(self, "_device_mesh", None)
+        mesh = getattr(self, "_device_mesh", None)
+        load: Callable[[], PreTrainedModel] | None = self._load_base
+        if isinstance(self._given[0], PreTrainedModel):
+            load = self._unsharded.pop if self._unsharded else None
         return Reference(
             self.model,
             initial=self._starting_adapter,
-            load=None if given else self._load_base,
+            load=load,
             place=(lambda copied: shard(copied, mesh)) if mesh is not None else lambda copied: None,
         )
 

@@ -33,6 +33,7 @@ from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.nonfinite import FiniteSteps, OnNonFinite, check_on_nonfinite
 from lightning_ft.modules.precision import tell_lost_steps
 from lightning_ft.modules.resume import STATE
+from lightning_ft.modules.strategies import check_strategy
 from lightning_ft.modules.tokenizer import ModuleTokenizer
 from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -241,19 +242,14 @@ class FineTuning(AveragedWeights, FiniteSteps, CheckpointedModule):
 
     # ---------------------------------------------------------------- training
 
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy that these modules can't train with."""
+        super().setup(stage)
+        if stage == "fit":
+            check_strategy(self.trainer.strategy)
+
     def on_fit_start(self) -> None:
-        """Refuse what would be silently wrong, and tell of an adapter that can only be exported merged."""
-        strategy = type(self.trainer.strategy).__name__
-        if "DeepSpeed" in strategy:
-            raise ConfigError(
-                "DeepSpeed keeps its gradients to itself, so the token-weighted mean can't be formed there: use DDP or "
-                "ModelParallelStrategy (FSDP2)."
-            )
-        if getattr(self.trainer.strategy, "_save_distributed_checkpoint", False):
-            raise ConfigError(
-                "Checkpoints hold trainable weights only, which sharded checkpoint files can't: pass "
-                "save_distributed_checkpoint=False to ModelParallelStrategy."
-            )
+        """Refuse rows and bases that would be silently wrong, and tell what is trained."""
         check_base(self.model)
         self._check_rows(self.model)
         if getattr(self, "_device_mesh", None) is None:

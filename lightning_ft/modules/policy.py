@@ -88,6 +88,7 @@ class PolicyOptimization(SampledCompletions):
             "mask_truncated": mask_truncated,
             "kl_coef": self.kl_coef,
         }
+        self.needs_reference = bool(self.kl_coef)
         self._reference: Reference | None = None
         self._window = MeanWindow()
         self._batch_idx = 0
@@ -121,7 +122,7 @@ class PolicyOptimization(SampledCompletions):
         """
         if self.model is None:
             super().configure_model()
-            if self.kl_coef or self._adaptation.kind != "full":
+            if self.needs_reference or self._adaptation.kind != "full":
                 self._reference = self.new_reference()
 
     def on_fit_start(self) -> None:

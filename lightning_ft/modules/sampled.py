@@ -20,6 +20,7 @@ from lightning_ft.models.load import pad_token_id
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.experience import Experience
 from lightning_ft.modules.ranks import summed_over_ranks
+from lightning_ft.modules.waiting import PatientRanks
 from lightning_ft.rank_zero import rank_zero_warn
 from lightning_ft.rewards.batch import TrainerState
 from lightning_ft.rewards.functions import RewardFunctions
@@ -106,6 +107,7 @@ class SampledCompletions(AdaptedFineTuning):
         self.last_rollout: RolloutRecord | None = None
         """What the last training step sampled, to be looked at."""
         self._engine: RolloutEngine | None = None
+        self._ranks = PatientRanks()
         self._told_settings = False
 
     # ---------------------------------------------------------------- sampling
@@ -214,7 +216,9 @@ class SampledCompletions(AdaptedFineTuning):
         state = None
         if trainer is not None:
             state = TrainerState(trainer.global_step, trainer.current_epoch, trainer.max_steps)
-        judged = rewards.score(experience.repeated_prompts, experience.texts, ids, columns, state)
+        judged = self._ranks.run(
+            lambda: rewards.score(experience.repeated_prompts, experience.texts, ids, columns, state)
+        )
         for c in experience.unscored:  # any token was as good as another there
             judged.per_function[c] = judged.total[c] = torch.nan
         return judged

@@ -17,7 +17,7 @@ from lightning_ft.models.adapt import add_lora, lora_config
 SCRIPT = Path(__file__).parent / "two_ranks_preferences.py"
 NAMES = {
     "ddp": ["dpo full", "dpo lora", "dpo continued", "reward lora", "kto", "precomputed"],
-    "fsdp": ["dpo full", "dpo lora", "dpo continued", "reward full", "reward lora", "kto", "precomputed"],
+    "fsdp": ["dpo full", "dpo object", "dpo lora", "dpo continued", "reward full", "reward lora", "kto", "precomputed"],
 }
 
 

@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from judged import Records, make_labelled, make_pairs
+from tiny import make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from lightning_ft import DPO, ExportModel, PreferenceDataModule, RewardModeling
 from lightning_ft._lightning import Trainer, _pl
@@ -32,6 +34,9 @@ class RecordingReward(RecordsSizes, RewardModeling):
 
 CASES = {
     "dpo full": lambda model, adapter: RecordingDPO(model, learning_rate=1e-3),
+    "dpo object": lambda model, adapter: RecordingDPO(
+        AutoModelForCausalLM.from_pretrained(model), tokenizer=make_tokenizer(), learning_rate=1e-3
+    ),
     "dpo lora": lambda model, adapter: RecordingDPO(model, lora=LORA, learning_rate=3e-3, dtype="float32"),
     "dpo continued": lambda model, adapter: RecordingDPO(adapter, learning_rate=3e-3, dtype="float32"),
     "reward full": lambda model, adapter: RecordingReward(model, learning_rate=1e-3, centering=0.01),

@@ -1,0 +1,84 @@
+"""Work that may take longer on one rank than a collective waits for it, as a reward function that asks a server.
+
+A process group gives up on a collective after its timeout (30 minutes by default), and ranks that have done their work
+early would wait in one for those that haven't.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from lightning_ft.errors import RewardError
+from lightning_ft.modules.ranks import several_ranks
+
+T = TypeVar("T")
+_DONE, _WORKING, _FAILED = 0, 1, 2
+_LONGEST_WAIT = 5.0
+"""Seconds between two questions whether all ranks are done."""
+
+
+class PatientRanks:
+    """Runs work on every rank and waits until all have done theirs, however long it takes.
+
+    A thread beside the work asks in short collectives of a group of its own, so that none of them waits for long and
+    the work may use the default group itself. A rank that dies ends them as it ends every collective.
+
+    Example:
+        >>> PatientRanks().run(lambda: 42)
+        42
+    """
+
+    def __init__(self) -> None:
+        self._group: Any = None
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do it; all ranks must call this.
+
+        Args:
+            work: What is done in this thread.
+
+        Returns:
+            What the work returned.
+
+        Raises:
+            RewardError: If it failed on another rank, whose own error says why.
+        """
+        if not several_ranks():
+            return work()
+        if self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+        state, ended, worst = [_WORKING], threading.Event(), [_WORKING]
+        errors: list[BaseException] = []
+
+        def ask() -> None:
+            wait = 0.01
+            try:
+                while worst[0] == _WORKING:
+                    ended.wait(wait)
+                    wait = min(2 * wait, _LONGEST_WAIT)
+                    value = torch.tensor(state[0])
+                    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self._group)
+                    worst[0] = int(value)
+            except BaseException as error:  # raised where it can be handled
+                errors.append(error)
+
+        asking = threading.Thread(target=ask, name="lightning_ft-ranks", daemon=True)
+        asking.start()
+        try:
+            found = work()
+            state[0] = _DONE
+        except BaseException:
+            state[0] = _FAILED
+            raise
+        finally:
+            ended.set()
+            asking.join()
+        if errors:
+            raise errors[0]
+        if worst[0] == _FAILED:
+            raise RewardError("A reward failed on another rank: the error of that rank says why.")
+        return found

@@ -1,0 +1,36 @@
+"""Strategies that can't work are refused at once, with all that is to be passed."""
+
+import pytest
+import torch
+
+from lightning_ft._lightning import _pl
+from lightning_ft.errors import ConfigError
+from lightning_ft.modules.strategies import check_strategy
+
+
+def sharded(**options):
+    strategy = _pl.strategies.ModelParallelStrategy(**options)
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    return strategy
+
+
+def test_default_arguments_are_refused_with_all_that_is_wrong():
+    with pytest.raises(ConfigError) as error:
+        check_strategy(sharded())
+    assert "tensor parallelism isn't supported, and checkpoints" in str(error.value)
+    assert "data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False" in str(error.value)
+
+
+def test_one_problem_is_told_alone():
+    with pytest.raises(ConfigError, match=r"^ModelParallelStrategy: checkpoints hold"):
+        check_strategy(sharded(tensor_parallel_size=1))
+    check_strategy(sharded(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False))
+    check_strategy(_pl.strategies.DDPStrategy())
+
+
+def test_deepspeed_is_refused():
+    class DeepSpeedStrategy:
+        pass
+
+    with pytest.raises(ConfigError, match="DeepSpeed keeps its gradients"):
+        check_strategy(DeepSpeedStrategy())
