@@ -28,6 +28,7 @@ def check_strategy(strategy: Any) -> None:
         problems.append("checkpoints hold trainable weights only, which checkpoints spread over files can't")
     if problems:
         raise ConfigError(
-            f"{type(strategy).__name__}: {', and '.join(problems)}. Pass ModelParallelStrategy(data_parallel_size="
-            f"{strategy.num_nodes * strategy.num_processes}, tensor_parallel_size=1, save_distributed_checkpoint=False)."
+            f"{type(strategy).__name__}: {', and '.join(problems)}. Pass "
+            f"ModelParallelStrategy(data_parallel_size={strategy.num_nodes * strategy.num_processes}, "
+            "tensor_parallel_size=1, save_distributed_checkpoint=False)."
         )
