@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from judged import make_labelled, make_pairs
 from tiny import make_rows
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_ft import (
     DPO,
@@ -141,25 +143,30 @@ def differences(one, other):
 
 
 def killed(run, at=None):
-    """Run in a process of its own, which is killed at its `at`-th function call; how many calls it made, or None."""
+    """Run in a process of its own, which is killed at its `at`-th event; how many there were, or None where it died.
+
+    Events are what a kill may fall between: forward passes of modules, optimizer steps, and whatever is done to files.
+    """
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        calls = 0
+        events = 0
 
-        def count(frame, event, arg):
-            nonlocal calls
-            if event == "call":
-                calls += 1
-                if calls == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+        def count(*args):
+            nonlocal events
+            events += 1
+            if events == at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
         status = 1
         try:
-            sys.setprofile(count)
+            register_module_forward_pre_hook(count)
+            register_module_forward_hook(count)
+            register_optimizer_step_pre_hook(count)
+            register_optimizer_step_post_hook(count)
+            sys.addaudithook(lambda event, args: count() if event.startswith(("open", "os.", "shutil.")) else None)
             run()
-            sys.setprofile(None)
-            os.write(write, str(calls).encode())
+            os.write(write, str(events).encode())
             status = 0
         finally:
             os._exit(status)

@@ -176,18 +176,18 @@ def test_plateau_schedulers_and_early_stopping_go_on(model_folder, trainer_optio
 
 
 def kill_and_resume(method, moments, model_folder, options, folder):
-    """At which of some moments, as shares of the run's function calls, the resumed run differs."""
+    """At which of some moments, as shares of the run's events, the resumed run differs."""
 
     def run(where):
         saver = ModelCheckpoint(folder / where, save_last=True, every_n_train_steps=1, save_top_k=1)
         return train(*make(method, model_folder, folder), options, callbacks=[saver], ckpt_path="last", max_epochs=2)
 
     whole = end(run("whole"))
-    calls = killed(lambda: run("counted"))
+    events = killed(lambda: run("counted"))
     bad = []
     for moment in moments:
         where = f"killed-{moment}"
-        killed(lambda where=where: run(where), at=max(1, int(calls * moment)))
+        killed(lambda where=where: run(where), at=max(1, int(events * moment)))
         if differences(end(run(where)), whole):
             bad.append(moment)
     return bad
