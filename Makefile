@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 # One thread a process, so that results don't depend on the machine, and a process a core.
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 check check-lightning: export OMP_NUM_THREADS := 1
 
 # The figures of docs/results.md: `make results-support`, `results-medical_coding`, `results-legal_citation` and

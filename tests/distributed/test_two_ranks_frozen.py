@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "two_ranks_frozen.py"
@@ -17,6 +18,7 @@ def run(model, folder):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_rows_of_the_other_rank_are_read(model_folder, tmp_path):
     """Rows are shuffled, so a rank's rows of the second epoch are the other's of the first in part."""
     first, second = run(model_folder, tmp_path)

@@ -155,7 +155,7 @@ def ranks(model_folder, tmp_path_factory):
     return once
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_gradients_weights_and_figures(ranks, how):
     (one,), (first, second) = ranks("one"), ranks(how)
     names = [name for name in one if how == "ddp" or "ppo" not in name]
@@ -181,7 +181,7 @@ def test_gradients_weights_and_figures(ranks, how):
             assert other["figures"][figure] == pytest.approx(value, abs=TOLERANCE), (name, figure)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_ranks_sample_for_themselves(ranks, how):
     first, second = ranks(how)
     for name in ("sampled-full", "sampled-lora"):
@@ -195,7 +195,7 @@ def test_ranks_sample_for_themselves(ranks, how):
         assert largest_difference(first[name]["weights"], second[name]["weights"]) == 0.0
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_uneven_and_empty_steps_end_and_resume(ranks, how):
     """Two steps a pass: of one prompt on each rank; then of some completions of one prompt, on one rank only."""
     first, second = ranks(how)

@@ -247,7 +247,7 @@ def test_gradient_checkpointing_changes_nothing(model_folder, trainer_options):
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_lower_precision_trains_about_the_same(model_folder, trainer_options, lora, precision):
     losses = []
     for chosen in ("32-true", precision):

@@ -209,7 +209,7 @@ def test_a_critic_of_adapters_that_change_the_base(trainer_options):
     assert float(trainer.callback_metrics["train/kl"]) > 0
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "adapter"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "lora", "adapter"])
 def test_it_learns(kind, trainer_options):
     """Half of the tokens are rewarded; values start at 0, not at random ones that would be noise in the advantages."""
     explained, rewards = [], []

@@ -374,7 +374,7 @@ def test_a_checkpoint_holds_the_trainable_weights_and_the_head(model_folder, tra
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=IDS)
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_lower_precision_trains_about_the_same(model_folder, trainer_options, lora, precision):
     losses = []
     for chosen in ("32-true", precision):
