@@ -54,7 +54,8 @@ check: $(INSTALLED)
 # Training, data, checkpoints, callbacks and the command line under the other name of Lightning.
 check-lightning: $(INSTALLED)
 	LIGHTNING_FT_NAMESPACE=lightning $(PYTEST) tests/data/test_pairs_resume.py tests/modules/test_training.py \
-		tests/modules/test_checkpoints.py tests/modules/test_policy.py tests/callbacks tests/test_cli.py
+		tests/modules/test_checkpoints.py tests/modules/test_grpo.py tests/callbacks/test_token_savings.py \
+		tests/callbacks/test_export.py tests/test_cli.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -89,7 +89,7 @@ def two_ranks(rank, path, name, expected):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "window"])
+@pytest.mark.parametrize("name", ["full", pytest.param("lora", marks=pytest.mark.slow), "window"])
 @pytest.mark.filterwarnings("ignore:.*only slower")
 def test_ranks_with_different_prompts(tmp_path, name):
     expected = []

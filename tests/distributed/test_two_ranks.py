@@ -24,7 +24,7 @@ def run(how, kind, model, folder):
     ("kind", "how"),
     [
         ("full", "ddp"),
-        ("lora", "fsdp"),
+        pytest.param("lora", "fsdp", marks=pytest.mark.slow),
         pytest.param("full", "fsdp", marks=pytest.mark.slow),
         pytest.param("lora", "ddp", marks=pytest.mark.slow),
     ],

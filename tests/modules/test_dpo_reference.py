@@ -144,7 +144,7 @@ def test_it_needs_the_rows_beforehand(model_folder, trainer_options):
     ],
     ids=["full", "lora with dropout", "pissa", "precomputed", "kto"],
 )
-@pytest.mark.parametrize("stop_at", [2, 4])
+@pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_options, tmp_path, options, stop_at):
     """Three steps an epoch: in the middle of one, and of the next."""
     rows = LABELLED if options.get("loss") == "kto" else PAIRS

@@ -103,7 +103,9 @@ def test_accumulated_gradients_and_more_layers(train, tmp_path, tokenizer):
     assert ends[1]._reader.trunk.depth == 2
 
 
-@pytest.mark.parametrize("stop_at", [4, 6, 9])
+@pytest.mark.parametrize(
+    "stop_at", [pytest.param(4, marks=pytest.mark.slow), 6, pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(train, fit, model_folder, tmp_path, stop_at):
     """Six steps an epoch: in the middle of one, at its end, and in the middle of the next; with dropout above."""
     lora = {"lora_dropout": 0.3}

@@ -40,8 +40,13 @@ def logits_of_plain_peft(base, folder, ids):
     return PeftModel.from_pretrained(model, str(folder)).eval()(ids).logits
 
 
+COVERED = ("rslora", "gaussian", "orthogonal", "pissa_niter", "some_layers")  # by what is near to them
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in COVERED else []) for name in VARIANTS]
+)
 @torch.no_grad()
-@pytest.mark.parametrize("name", VARIANTS)
 def test_it_trains_and_is_reloaded(fit, model_folder, tmp_path, name):
     module = LoRAFineTuning(model_folder, lora={"r": 4, **VARIANTS[name]}, learning_rate=1e-2, dtype="float32")
     with torch.enable_grad():

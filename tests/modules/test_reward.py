@@ -339,7 +339,7 @@ def test_an_adapter_of_a_language_model_has_no_head(model_folder, trainer_option
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": LORA, "disable_dropout": False}], ids=IDS)
-@pytest.mark.parametrize("stop_at", [2, 4])
+@pytest.mark.parametrize("stop_at", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_options, tmp_path, options, stop_at):
     common = {"max_epochs": 2, "accumulate_grad_batches": 2, "data": {"shuffle": True}}
     torch.manual_seed(1)
