@@ -1,22 +1,16 @@
 """What isn't finite on one rank only is refused or skipped by all of them."""
 
 import math
-import os
-import socket
-import time
-import warnings
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from given_rollouts import largest_difference, weights
+from ranks import as_rank, free_port, run_ranks, trainer_options
 from tiny import make_rows
 
 from lightning_ft import GRPO, FullFineTuning, PairDataModule, PromptDataModule
-from lightning_ft._lightning import Callback, Trainer, _pl
+from lightning_ft._lightning import Callback, Trainer
 from lightning_ft.errors import NonFiniteError
-
-LIMIT = 120  # seconds
 
 
 class Spike(Callback):
@@ -41,31 +35,11 @@ class Broken(FullFineTuning):
 
 
 def trainer(how, out, *callbacks):
-    sharded = {"save_distributed_checkpoint": False, "process_group_backend": "gloo"}
-    strategy = (
-        _pl.strategies.DDPStrategy(process_group_backend="gloo")
-        if how == "ddp"
-        else _pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **sharded)
-    )
-    return Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=out,
-        callbacks=list(callbacks),
-    )
+    return Trainer(**trainer_options(how, out), callbacks=list(callbacks))
 
 
 def everything(rank, how, model, out, port):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    as_rank(rank, port)
 
     def reward(completion_ids, trainer_state):
         numbers = [float(sum(ids) % 11) for ids in completion_ids]
@@ -96,18 +70,7 @@ def everything(rank, how, model, out, port):
 
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_all_ranks_decide_alike(how, model_folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = mp.start_processes(
-        everything, (how, model_folder, str(tmp_path), port), nprocs=2, join=False, start_method="fork"
-    )
-    end = time.monotonic() + LIMIT
-    while not running.join(timeout=max(0.0, end - time.monotonic())):
-        if time.monotonic() > end:
-            for process in running.processes:
-                process.kill()
-            pytest.fail(f"{how} had not ended after {LIMIT} seconds")
+    run_ranks(everything, (how, model_folder, str(tmp_path), free_port()), limit=120)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name in ("supervised", "grpo"):
         assert first[name]["moved"] == second[name]["moved"] == [True, False, True]

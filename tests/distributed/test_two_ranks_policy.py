@@ -1,14 +1,9 @@
 """Two ranks of half the prompts make the steps that one process makes of all; each samples completions of its own."""
 
-import os
-import socket
-import time
-import warnings
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from given_rollouts import EngineOfPrompts, Records, WithSGD, draw_prompts, largest_difference, run, weights
+from ranks import as_rank, free_port, run_ranks, trainer_options
 from tiny import make_rows
 
 from lightning_ft import GRPO, PPO, PromptDataModule
@@ -16,7 +11,6 @@ from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.errors import ConfigError
 
 TOLERANCE = 1e-5
-LIMIT = 240  # seconds
 LORA = {"r": 4, "lora_alpha": 16}
 GROUP = {"num_completions": 3, "scale_rewards": "batch", "kl_coef": 0.1}
 ACTOR = {"num_completions": 2, "whiten_rewards": True, "kl_target": 0.5, "kl_horizon": 100}
@@ -39,27 +33,6 @@ def make(kind, model, *, mixed_in=(Records, WithSGD), **options):
     settings = {"max_new_tokens": 9, "epochs_per_rollout": 2, "micro_batch_size": 3, "learning_rate": 0.02}
     settings |= {"lr_schedule": "constant", "warmup_ratio": 0.0, "dtype": "float32"}
     return recording(model, rewards=by_tokens, **{**settings, **options})
-
-
-def trainer_options(how, out):
-    sharded = {"save_distributed_checkpoint": False, "process_group_backend": "gloo"}
-    strategies = {
-        "one": lambda: "auto",
-        "ddp": lambda: _pl.strategies.DDPStrategy(process_group_backend="gloo"),
-        "fsdp": lambda: _pl.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **sharded),
-    }
-    return {
-        "accelerator": "cpu",
-        "devices": 1 if how == "one" else 2,
-        "strategy": strategies[how](),
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "default_root_dir": out,
-    }
 
 
 def prompts(how):
@@ -110,10 +83,7 @@ def resumed_halfway(how, model, out, lora):
 
 def everything(rank, how, model, out, port):
     """What one rank finds, written to a file of its own."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if how != "one":
-        os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    as_rank(rank, None if how == "one" else port)
     found = {
         name: with_given_completions(kind, how, model, out, more)
         for name, (kind, more) in GIVEN.items()
@@ -136,19 +106,8 @@ def ranks(model_folder, tmp_path_factory):
     def once(how):
         if how not in done:
             out = str(tmp_path_factory.mktemp(how))
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
             count = 1 if how == "one" else 2
-            running = mp.start_processes(
-                everything, (how, model_folder, out, port), nprocs=count, join=False, start_method="fork"
-            )
-            end = time.monotonic() + LIMIT
-            while not running.join(timeout=max(0.0, end - time.monotonic())):
-                if time.monotonic() > end:
-                    for process in running.processes:
-                        process.kill()
-                    pytest.fail(f"{how} had not ended after {LIMIT} seconds")
+            run_ranks(everything, (how, model_folder, out, free_port()), count)
             done[how] = [torch.load(f"{out}/{rank}.pt", weights_only=True) for rank in range(count)]
         return done[how]
 

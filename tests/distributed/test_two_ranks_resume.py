@@ -2,17 +2,14 @@
 
 import os
 import signal
-import socket
-import warnings
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ranks import as_rank, free_port, run_ranks, trainer_options
 from resumed_runs import differences, end, make, train
 
 from lightning_ft._lightning import _pl
-
-LIMIT = 240
 
 
 class Dies(_pl.Callback):
@@ -28,28 +25,8 @@ class Dies(_pl.Callback):
 
 
 def one_rank(rank, method, how, model, folder, port, dies):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    strategies = {
-        "ddp": lambda: _pl.strategies.DDPStrategy(process_group_backend="gloo"),
-        "fsdp": lambda: _pl.strategies.ModelParallelStrategy(
-            data_parallel_size=2,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend="gloo",
-        ),
-    }
-    options = {
-        "accelerator": "cpu",
-        "devices": 2,
-        "strategy": strategies[how](),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "default_root_dir": str(folder),
-        "accumulate_grad_batches": 2 if method == "lora" else 1,
-    }
+    as_rank(rank, port)
+    options = {**trainer_options(how, folder), "accumulate_grad_batches": 2 if method == "lora" else 1}
     saver = _pl.callbacks.ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)
     callbacks = [saver, *([Dies(dies)] if dies and rank == 1 else [])]
     module, data = make(method, model, folder, batch_size=2)
@@ -61,14 +38,8 @@ def one_rank(rank, method, how, model, folder, port, dies):
 def both(method, how, model, folder, dies=None):
     """What each rank ends with; None where one was killed, after which the other is ended as a launcher does."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    args = (method, how, model, folder, port, dies)
-    running = mp.start_processes(one_rank, args, nprocs=2, join=False, start_method="fork")
     try:
-        while not running.join(timeout=LIMIT):
-            pass
+        run_ranks(one_rank, (method, how, model, folder, free_port(), dies))
     except mp.ProcessExitedException as error:
         if dies is None or error.signal_name != "SIGKILL":
             raise

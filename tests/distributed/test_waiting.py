@@ -1,13 +1,12 @@
 """Ranks wait for one another's rewards for longer than their process group waits."""
 
 import datetime
-import socket
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import free_port, run_ranks
 
 from lightning_ft.errors import RewardError
 from lightning_ft.modules.waiting import PatientRanks
@@ -55,10 +54,7 @@ def one_rank(rank, port, folder):
 
 
 def test_patient_ranks(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(one_rank, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    run_ranks(one_rank, (free_port(), str(tmp_path)))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [f["slow"] for f in found] == [0, 1]
     assert [f["together"] for f in found] == [1.0, 1.0]

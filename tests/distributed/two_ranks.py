@@ -8,11 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from ranks import trainer_options
 from recording import RecordsGradients, RecordsLosses
 from tiny import make_rows
 
 from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule, PromptBaseline, TokenSavings
-from lightning_ft._lightning import Trainer, _pl
+from lightning_ft._lightning import Trainer
 
 
 class RecordingFull(RecordsGradients, RecordsLosses, FullFineTuning):
@@ -43,28 +44,9 @@ def main(how, kind, model, out):
         timed_requests=0,
         resamples=200,
     )
-    strategies = {
-        "one": lambda: "auto",
-        "ddp": lambda: _pl.strategies.DDPStrategy(process_group_backend="gloo"),
-        "fsdp": lambda: _pl.strategies.ModelParallelStrategy(
-            data_parallel_size=2,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend="gloo",
-        ),
-    }
     trainer = Trainer(
-        accelerator="cpu",
-        devices=1 if how == "one" else 2,
-        strategy=strategies[how](),
-        max_epochs=1,
+        **trainer_options(how, out),
         accumulate_grad_batches=2,  # 8 rows a step; the last step has 4
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=out,
         callbacks=[savings, ExportModel(f"{out}/export")],
     )
     trainer.fit(module, data)

@@ -9,11 +9,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from ranks import trainer_options
 from tiny import make_rows
 
 from lightning_ft import ComputeMeter, ExportModel, LoRAFineTuning, PairDataModule, PromptBaseline, Retention
 from lightning_ft import TokenSavings as Savings
-from lightning_ft._lightning import Callback, Trainer, _pl
+from lightning_ft._lightning import Callback, Trainer
 from lightning_ft.callbacks.export import FineTuning
 from lightning_ft.errors import ExportError
 from lightning_ft.measurement.retention import RetentionMeasurement
@@ -45,16 +46,7 @@ def main(where, model, out):
     savings = Savings(PromptBaseline(system="Say it."), scorer=lambda output, _: 1 / (1 + len(output)), **options)
     retention = Retention(["the quick brown fox"], output_dir=f"{out}/retention", resamples=50)
     trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=_pl.strategies.DDPStrategy(process_group_backend="gloo"),
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=out,
+        **trainer_options("ddp", out),
         callbacks=[BreaksOneRank(where), savings, retention, ComputeMeter(), ExportModel(f"{out}/export")],
     )
     data = PairDataModule(make_rows(8), test=make_rows(12)[8:], batch_size=2, cache_dir=False)

@@ -9,10 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from ranks import trainer_options
 from tiny import make_rows
 
 from lightning_ft import LoRAFineTuning, PairDataModule
-from lightning_ft._lightning import Trainer, _pl
+from lightning_ft._lightning import Trainer
 
 
 class SlowToWrite(LoRAFineTuning):
@@ -28,18 +29,7 @@ def main(model, out):
     torch.set_num_threads(1)
     torch.manual_seed(1)
     module = SlowToWrite(model, lora={"r": 4}, top_layers=1, trunk_cache=f"{out}/states", learning_rate=1e-2)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=_pl.strategies.DDPStrategy(process_group_backend="gloo"),
-        max_epochs=3,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=out,
-    )
+    trainer = Trainer(**{**trainer_options("ddp", out), "max_epochs": 3})
     trainer.fit(module, PairDataModule(make_rows(24), batch_size=2, cache_dir=False))
     counts = (module._reader.computed, module._reader.read)
     weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}

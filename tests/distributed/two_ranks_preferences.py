@@ -9,11 +9,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from judged import Records, make_labelled, make_pairs
+from ranks import trainer_options
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from lightning_ft import DPO, ExportModel, PreferenceDataModule, RewardModeling
-from lightning_ft._lightning import Trainer, _pl
+from lightning_ft._lightning import Trainer
 
 LORA = {"r": 4, "lora_alpha": 8}
 
@@ -44,16 +45,6 @@ CASES = {
     "kto": lambda model, adapter: RecordingDPO(model, loss="kto", learning_rate=1e-3),
     "precomputed": lambda model, adapter: RecordingDPO(model, learning_rate=1e-3, precompute_reference=True),
 }
-STRATEGIES = {
-    "one": lambda: "auto",
-    "ddp": lambda: _pl.strategies.DDPStrategy(process_group_backend="gloo"),
-    "fsdp": lambda: _pl.strategies.ModelParallelStrategy(
-        data_parallel_size=2,
-        tensor_parallel_size=1,
-        save_distributed_checkpoint=False,
-        process_group_backend="gloo",
-    ),
-}
 
 
 def run(how, name, model, adapter, out):
@@ -68,17 +59,8 @@ def run(how, name, model, adapter, out):
         cache_dir=False,
     )
     trainer = Trainer(
-        accelerator="cpu",
-        devices=1 if how == "one" else 2,
-        strategy=STRATEGIES[how](),
-        max_epochs=1,
+        **trainer_options(how, out),
         accumulate_grad_batches=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=out,
         callbacks=[ExportModel(f"{out}/export")],
     )
     trainer.fit(module, data)
