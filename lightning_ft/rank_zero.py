@@ -26,7 +26,7 @@ def rank_zero_info(message: object, *, stacklevel: int = 4, **options: Any) -> N
     Args:
         message: What to say; characters that a terminal would obey are escaped.
         stacklevel: As of Lightning's function, which has frames of its own.
-        options: Of `logging.Logger.info`.
+        options: Arguments of `logging.Logger.info`.
     """
     lightning.rank_zero_info(printable(str(message)), stacklevel=stacklevel + 1, **options)
 
@@ -37,7 +37,7 @@ def rank_zero_warn(message: object, *, stacklevel: int = 4, **options: Any) -> N
     Args:
         message: What to say; characters that a terminal would obey are escaped.
         stacklevel: As of Lightning's function, which has frames of its own.
-        options: Of `warnings.warn`.
+        options: Arguments of `warnings.warn`.
     """
     lightning.rank_zero_warn(printable(str(message)), stacklevel=stacklevel + 1, **options)
 

@@ -12,8 +12,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning_ft.errors import FileWriteError
+from lightning_ft.printable import json_text
 
 _NAME = re.compile(r"\.writing-(?P<host>[\w.-]*)-(?P<pid>\d+)-[0-9a-f]{8}")
 _BEGUN: set[str] = set()
@@ -74,6 +76,19 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file, harmless on a terminal, whole or not at all.
+
+    Args:
+        path: The file.
+        value: JSON types; see :func:`lightning_ft.printable.json_text`.
+
+    Raises:
+        FileWriteError: If it can't be written.
+    """
+    write_text(path, json_text(value, indent=1) + "\n")
 
 
 def new_aside(folder: Path) -> Path:
@@ -180,6 +195,7 @@ __all__ = [
     "remove",
     "remove_leftovers",
     "why_not_written",
+    "write_json",
     "write_text",
     "written_aside",
 ]

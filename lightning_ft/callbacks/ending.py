@@ -1,9 +1,9 @@
 """Work at the end of training, done so that nothing is lost by it.
 
-Callbacks of Lightning change weights when training ends: weight averaging puts its average in place in `on_train_end`.
-Whoever measures or exports before that takes other weights than the user ends with, so here this work runs after the
-`on_train_end` of all callbacks, checkpoints included, whatever order they were passed in. Exports come first. What
-fails doesn't stop what follows: by then training, perhaps a night of it, is in the weights.
+Callbacks of Lightning change weights when training ends: weight averaging installs its average in `on_train_end`. A
+measurement or export before that would use other weights than the user ends with, so this work runs after the
+`on_train_end` of all callbacks, checkpoints included, in whatever order they were passed. Exports come first. A failure
+doesn't stop what follows: by then the weights hold all of the training, perhaps a night of it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
-
 from lightning_ft._lightning import Callback
 from lightning_ft.callbacks.host import is_trainer
 from lightning_ft.errors import LightningFTError
 from lightning_ft.printable import printable
 from lightning_ft.rank_zero import rank_zero_warn
-from lightning_ft.rollout.ranks import rank_and_ranks
+from lightning_ft.rollout.ranks import gathered
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +85,7 @@ class EndOfTraining(Callback):
         reason = None
         try:
             work()
-        except Exception as error:  # whatever it is, others have work to do; KeyboardInterrupt isn't among these
+        except Exception as error:  # other callbacks still have work to do; KeyboardInterrupt passes through
             _log.debug("%s", what, exc_info=True)
             reason = described(error)
         reason = first_over_ranks(reason)
@@ -98,7 +96,7 @@ class EndOfTraining(Callback):
 
 
 class RunsLast(Callback):
-    """Stands behind all callbacks of a Trainer, ModelCheckpoint too, and lets those of this package do their work."""
+    """Comes after all callbacks of a Trainer, ModelCheckpoint too, and lets those of this package do their work."""
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Exports first, then measurements, each kind in the order of the callbacks."""
@@ -122,12 +120,7 @@ def described(error: BaseException) -> str:
 
 def first_over_ranks(reason: str | None) -> str | None:
     """What the first rank that has something to say says; every rank must call it."""
-    _, ranks = rank_and_ranks()
-    if ranks == 1:
-        return reason
-    reasons: list[str | None] = [None] * ranks
-    torch.distributed.all_gather_object(reasons, reason)
-    return next((found for found in reasons if found is not None), None)
+    return next((found for found in gathered(reason) if found is not None), None)
 
 
 def _in_order(trainer: Any) -> list[EndOfTraining]:

@@ -19,7 +19,7 @@ from lightning_ft.rank_zero import rank_zero_info
 class ExportModel(EndOfTraining):
     """Export the final weights to ``last/`` and those of the best checkpoint to ``best/``.
 
-    The final weights are those that the user ends with, after weight averaging, wherever this callback stands. Which
+    The final weights are those that the user ends with, after weight averaging, in any order of the callbacks. Which
     checkpoint is best is what the Trainer's ModelCheckpoint monitors; without ``monitor`` there is none. An export that
     fails is an error, once everything else has been done.
 

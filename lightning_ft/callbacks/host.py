@@ -53,7 +53,7 @@ def check_results_folder(folder: Path | None, name: str) -> None:
 
     Args:
         folder: See `results_folder`.
-        name: Of the callback's class, for the message.
+        name: Name of the callback's class, for the message.
 
     Raises:
         ConfigError: If a file is in its way, or the user may not write there.

@@ -10,10 +10,9 @@ import torch
 
 from lightning_ft.callbacks.ending import EndOfTraining
 from lightning_ft.callbacks.host import check_results_folder, is_trainer, results_folder
-from lightning_ft.printable import json_text
 from lightning_ft.rank_zero import rank_zero_info
 from lightning_ft.report.collect import UNDEFINED
-from lightning_ft.whole_files import write_text
+from lightning_ft.whole_files import write_json
 
 
 class MeasuringCallback(EndOfTraining):
@@ -131,5 +130,4 @@ class MeasuringCallback(EndOfTraining):
             return
         for name in self.files:
             (folder / name).unlink(missing_ok=True)
-        text = json_text({"measurement": self.title, "reason": self.undefined}, indent=1)
-        write_text(folder / UNDEFINED, text + "\n")
+        write_json(folder / UNDEFINED, {"measurement": self.title, "reason": self.undefined})

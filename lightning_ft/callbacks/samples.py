@@ -110,12 +110,13 @@ class SampleCompletions(Callback):
                 Console().print(samples_table(rows))
 
     def _try(self, where: str, write: Callable[..., object], *arguments: Any) -> None:
-        """Write samples; they aren't worth a run. Only the first failure is told, since others are like it."""
+        """Write samples; they aren't worth a run. Only the first failure is reported, since others are like it."""
         try:
             write(*arguments)
         except Exception as error:
-            failure = f"SampleCompletions could not write {where}: {described(error)}"
-            if not any(earlier.startswith(failure.split(":")[0]) for earlier in self.failures):
+            what = f"SampleCompletions could not write {where}"
+            if not any(earlier.startswith(what) for earlier in self.failures):
+                failure = f"{what}: {described(error)}"
                 self.failures = (*self.failures, failure)
                 rank_zero_warn(f"{failure}. Training goes on.")
 

@@ -70,7 +70,7 @@ def checkpoint_of(folder: Path, config_hash: str) -> str | None:
     """The checkpoint that a run goes on from; None where there is none of this configuration that is whole.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         config_hash: Names its configuration: the plan that said so may have been lost.
     """
     path = folder / CHECKPOINT

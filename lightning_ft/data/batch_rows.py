@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from lightning_ft.data.loader import TokenLoader
 from lightning_ft.data.splits import SplitName, Splits
 
@@ -32,10 +30,7 @@ def name_rows(loader: TokenLoader, splits: Splits[Any], split: SplitName, epoch:
         >>> name_rows(data.train_dataloader(), data.splits, "train", epoch=0, batch=1)
         'rows 3, 4 of train'
     """
-    plan = loader.plan
-    step = plan.batch_size * plan.num_replicas
-    every = plan.order(epoch)[batch * step : (batch + 1) * step]
-    rows = [int(row) for row in np.array_split(every, plan.num_replicas)[plan.rank]]
+    rows = loader.plan.rows(loader.plan.order(epoch), batch)
     origins = [row for part in splits.rows.get(split, []) for row in part]
     sources: dict[str, list[str]] = {}
     for number in rows[:_SHOWN]:

@@ -229,18 +229,18 @@ class RowDataModule(LightningDataModule, ABC):
         Args:
             checkpoint_path: The checkpoint: a path, a URL or an open file.
             map_location: As of `torch.load`.
-            hparams_file: Arguments from a YAML or CSV file in place of the checkpoint's.
-            weights_only: True, whatever is given: a checkpoint is never unpickled.
-            kwargs: Arguments in place of those of the checkpoint. ``trust_remote_code`` is taken from here only.
+            hparams_file: YAML or CSV file with arguments, which replace the checkpoint's.
+            weights_only: Only None and True are allowed: a checkpoint is never unpickled.
+            kwargs: Arguments that replace those of the checkpoint. ``trust_remote_code`` is taken from here only.
 
         Raises:
             CheckpointError: If it can't be read.
             ConfigError: For ``weights_only=False``.
         """
-        required = None if "train" in kwargs or hparams_file is not None else "train"
-        key = "datamodule_hyper_parameters"
-        kwargs.setdefault("trust_remote_code", False)
-        with checked_file(checkpoint_path, weights_only, arguments=key, required=required) as file:
+        required = "train" if hparams_file is None else None
+        with checked_file(
+            checkpoint_path, weights_only, kept="datamodule_hyper_parameters", required=required, arguments=kwargs
+        ) as file:
             return super().load_from_checkpoint(file, map_location, hparams_file, **kwargs)
 
     def prepare_data(self) -> None:

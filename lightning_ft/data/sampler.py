@@ -102,12 +102,21 @@ class BatchPlan(DistributedSampler[list[int]]):
         return self._batches(*self.next_position())
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
-        order = self.order(epoch) if first < len(self) else None
+        batches = range(first, len(self))
+        order = self.order(epoch) if batches else np.zeros(0, dtype=np.int64)
+        for batch in batches:
+            yield self.rows(order, batch)
+
+    def rows(self, order: np.ndarray, batch: int) -> list[int]:
+        """Row numbers of a batch of this rank.
+
+        Args:
+            order: Row numbers of the epoch, see :meth:`order`.
+            batch: Number of the batch in the epoch.
+        """
         step = self.batch_size * self.num_replicas
-        for batch in range(first, len(self)):
-            assert order is not None
-            rows = order[batch * step : (batch + 1) * step]
-            yield [int(row) for row in np.array_split(rows, self.num_replicas)[self.rank]]
+        every = order[batch * step : (batch + 1) * step]
+        return [int(row) for row in np.array_split(every, self.num_replicas)[self.rank]]
 
     def __len__(self) -> int:
         rows = sum(_times(size, weight) for size, weight in zip(self.sizes, self.weights, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.whole_files import write_text
+from lightning_ft.whole_files import write_json
 
 MemoryKind = Literal["cuda", "resident", "process"]
 
@@ -258,7 +257,7 @@ class ComputeResult:
             The file.
         """
         path = Path(folder) / "compute.json"
-        write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_json(path, self.to_dict())
         return path
 
 

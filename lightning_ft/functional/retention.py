@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lightning_ft.errors import RetentionError
 from lightning_ft.functional.bootstrap import Interval, Statistic, bootstrap_intervals
-from lightning_ft.printable import json_text
-from lightning_ft.whole_files import write_text
+from lightning_ft.whole_files import write_json
 
 BaseKind = Literal["adapter_off", "step_0", "model"]
 INTERVALS = ("kl_general", "ppl_ratio", "top1_agreement", "kl_task")
@@ -229,8 +228,7 @@ class RetentionResult:
     def save(self, folder: str | Path) -> Path:
         """Write ``retention.json`` into a folder, which is made where there is none."""
         path = Path(folder) / "retention.json"
-        text = json_text(self.to_dict(), indent=1)
-        write_text(path, text + "\n")
+        write_json(path, self.to_dict())
         return path
 
 

@@ -22,7 +22,7 @@ from lightning_ft.models.load import pad_token_id
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Completion
-from lightning_ft.rollout.ranks import rank_and_ranks
+from lightning_ft.rollout.ranks import gathered, rank_and_ranks
 
 
 def run_arm(
@@ -115,8 +115,7 @@ def _gather(answer: Callable[[], Sequence[Completion]], mine: Sequence[int], ran
         own = dict(zip(mine, answer(), strict=True))
     except Exception as error:
         own = f"{type(error).__name__}: {error}"
-    parts: list[Any] = [None] * ranks
-    dist.all_gather_object(parts, own)
+    parts = gathered(own)
     if failed := [f"rank {rank}: {part}" for rank, part in enumerate(parts) if isinstance(part, str)]:
         raise SavingsError(f"Generation failed on {'; on '.join(failed)}")
     answered = {i: completion for part in parts for i, completion in part.items()}

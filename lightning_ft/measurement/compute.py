@@ -26,6 +26,7 @@ from lightning_ft.measurement.flops import (
 from lightning_ft.measurement.memory import PeakMemory
 from lightning_ft.measurement.target import unwrapped
 from lightning_ft.rank_zero import warn
+from lightning_ft.rollout.ranks import gathered
 
 _SEEN_KERNELS = (None, "eager", "sdpa")  # whose operators PyTorch dispatches
 
@@ -273,9 +274,7 @@ class ComputeMeasurement:
         if read_memory or not self._peak[0]:
             self.read_memory()
         result = self.result()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            every: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(every, result)
+        if len(every := gathered(result)) > 1:
             result = over_ranks(every)
         if result.uncounted:
             _warn(

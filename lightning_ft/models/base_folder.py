@@ -23,7 +23,7 @@ def base_fingerprint(folder: str | Path) -> str | None:
     """Names the weights and the configuration in a folder; None where it isn't one of a model.
 
     Args:
-        folder: Of a model.
+        folder: Folder of a model.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():

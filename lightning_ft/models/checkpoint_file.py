@@ -82,26 +82,35 @@ def read_checkpoint(
 
 @contextmanager
 def checked_file(
-    source: Source, weights_only: bool | None = None, *, arguments: str = "", required: str | None = None
+    source: Source,
+    weights_only: bool | None = None,
+    *,
+    kept: str = "",
+    required: str | None = None,
+    arguments: dict[str, Any] | None = None,
 ) -> Iterator[Path | IO[bytes]]:
-    """A checkpoint of a Trainer as a file that contains nothing but data, for Lightning to read.
+    """A checkpoint of a Trainer as a file that contains nothing but data, for Lightning to make an object from.
 
     Args:
         source: The checkpoint.
-        weights_only: What the user asked for.
-        arguments: Under which key the arguments are that an object is made with.
-        required: One that must be among them.
+        weights_only: The user's argument.
+        kept: Key of the arguments that the checkpoint keeps for the object.
+        required: One that must be among them, unless the user passes it.
+        arguments: The user's, which come before those of the checkpoint. ``trust_remote_code`` is added to them, off,
+            where it is missing: a file doesn't decide whether code of a repository is run.
 
     Raises:
         CheckpointError: As :func:`read_checkpoint` does.
         ConfigError: For ``weights_only=False``.
     """
     refuse_pickle(weights_only)
+    arguments = {} if arguments is None else arguments
+    arguments.setdefault("trust_remote_code", False)
     with local_file(source) as file:
         found = read_checkpoint(file, of_trainer=True, name=_name(source))
-        if required is not None and required not in found.get(arguments, {}):
+        if required is not None and required not in arguments and required not in found.get(kept, {}):
             raise CheckpointError(
-                f"The checkpoint {_name(source)!r} was written by something else: its {arguments!r} hold no "
+                f"The checkpoint {_name(source)!r} was written by something else: its {kept!r} hold no "
                 f"{required!r}. Pass {required}= if its weights fit."
             )
         del found
@@ -158,8 +167,8 @@ def local_path(path: str | Path) -> Path | None:
     """The path of a file on this machine; None for a URL of another.
 
     Example:
-        >>> local_path("s3://bucket/a.ckpt"), local_path("file:///tmp/a.ckpt").as_posix()
-        (None, '/tmp/a.ckpt')
+        >>> local_path("s3://bucket/a.ckpt"), local_path("file:///runs/a.ckpt").as_posix()
+        (None, '/runs/a.ckpt')
     """
     if "://" not in str(path):
         return Path(path)

@@ -73,7 +73,7 @@ def altering_settings(model: CausalLM, options: dict[str, Any]) -> dict[str, Any
 
     Args:
         model: With its generation config.
-        options: Of `generate`, which come before the config's.
+        options: Arguments of `generate`, which come before the config's.
 
     Returns:
         By name, those of both.

@@ -72,14 +72,10 @@ class AdaptedFineTuning(EvaluatedFineTuning):
         if full and self._hyper["quantization"] is not None:
             raise ConfigError("Quantized weights can't be trained: pass lora=True to train an adapter over them.")
 
-    @property
-    def _copies_weights(self) -> bool:
-        """Whether the reference will be a copy of all weights."""
-        return self._adaptation.kind == "full" and self.needs_reference
-
     def _adapt(self, base: PreTrainedModel) -> CausalLM:
+        copies = self.needs_reference and self._adaptation.kind == "full"
         sharded = getattr(self, "_device_mesh", None) is not None
-        if sharded and self._copies_weights and isinstance(self._given[0], PreTrainedModel):
+        if copies and sharded and isinstance(self._given[0], PreTrainedModel):
             self._unsharded.append(copy.deepcopy(base))  # now: it can't be copied once it is sharded, or loaded again
         model = super()._adapt(base)
         if self._hyper["disable_dropout"]:

@@ -30,12 +30,13 @@ from lightning_ft.models.shard import shard
 from lightning_ft.modules.averaging import AveragedWeights
 from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_other_shapes
 from lightning_ft.modules.checks import check_tokens
-from lightning_ft.modules.nonfinite import FiniteSteps, OnNonFinite, check_on_nonfinite
+from lightning_ft.modules.nonfinite import FiniteSteps, check_on_nonfinite
 from lightning_ft.modules.precision import tell_lost_steps
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.strategies import check_strategy
 from lightning_ft.modules.tokenizer import ModuleTokenizer
 from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_ft.rewards.values import OnNonFinite
 
 
 class FineTuning(AveragedWeights, FiniteSteps, CheckpointedModule):

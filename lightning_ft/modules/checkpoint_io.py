@@ -217,19 +217,20 @@ class CheckpointedModule(LightningModule):
         Args:
             checkpoint_path: The checkpoint: a path, a URL or an open file.
             map_location: As of `torch.load`.
-            hparams_file: Arguments of the module from a YAML or CSV file in place of the checkpoint's.
+            hparams_file: YAML or CSV file with arguments of the module, which replace the checkpoint's.
             strict: Not used: a checkpoint must have the module's trainable weights and no others.
-            weights_only: True, whatever is given: a checkpoint is never unpickled.
-            kwargs: Arguments of the module in place of those of the checkpoint. ``trust_remote_code`` is taken
-                from here only: a file doesn't decide whether code of a repository is run.
+            weights_only: Only None and True are allowed: a checkpoint is never unpickled.
+            kwargs: Arguments of the module that replace those of the checkpoint. ``trust_remote_code`` is taken from
+                here only: a file doesn't decide whether code of a repository is run.
 
         Raises:
             CheckpointError: If it can't be read.
             ConfigError: For ``weights_only=False``.
         """
-        required = None if "model" in kwargs or hparams_file is not None else "model"
-        kwargs.setdefault("trust_remote_code", False)
-        with checked_file(checkpoint_path, weights_only, arguments="hyper_parameters", required=required) as file:
+        required = "model" if hparams_file is None else None
+        with checked_file(
+            checkpoint_path, weights_only, kept="hyper_parameters", required=required, arguments=kwargs
+        ) as file:
             return super().load_from_checkpoint(file, map_location, hparams_file, strict, **kwargs)
 
 

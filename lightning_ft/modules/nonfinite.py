@@ -7,10 +7,9 @@ gradients, and on all ranks together. Nothing is read from a device before that.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ft.data.batch_rows import name_rows
@@ -20,8 +19,9 @@ from lightning_ft.models.finite import first_nonfinite
 from lightning_ft.modules.ranks import several_ranks, summed_over_ranks
 from lightning_ft.modules.resume import STATE, ResumableModule
 from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.rewards.values import OnNonFinite
+from lightning_ft.rollout.ranks import gathered
 
-OnNonFinite = Literal["error", "skip"]
 _SKIPPED = "skipped_steps"
 
 
@@ -137,17 +137,12 @@ class FiniteSteps(ResumableModule):
         """Which batches and rows of all ranks the step is of; those whose loss isn't finite, if that is known."""
         wrong = [batch for batch, loss in noted if not math.isfinite(loss)]
         mine = (wrong, list(dict.fromkeys(batch for batch, _ in noted)), left_out)
-        ranks: list[Any] = [mine]
-        if several_ranks():
-            ranks = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, mine)
+        ranks = gathered(mine)
         any_wrong = any(wrong for wrong, _, _ in ranks)
         chosen = list(dict.fromkeys(wrong if any_wrong else mine[1]))
         said = [f"{batch_name}{': ' + rows if rows else ''}" for batch_name, rows in map(self._named, chosen)]
         if several_ranks():
-            every: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(every, said)
-            said = [f"rank {rank}, {text}" for rank, texts in enumerate(every) for text in texts]
+            said = [f"rank {rank}, {text}" for rank, texts in enumerate(gathered(said)) for text in texts]
         reasons = dict.fromkeys(reason for _, _, reason in ranks if reason is not None)
         return " ".join([*(f"{reason}." for reason in reasons), f"It is of {'; '.join(said)}."] if said else reasons)
 

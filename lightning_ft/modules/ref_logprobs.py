@@ -18,7 +18,7 @@ from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.models.tensors import read_tensors, write_tensors
 from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
-from lightning_ft.rollout.ranks import on_first_rank, rank_and_ranks
+from lightning_ft.rollout.ranks import gathered, on_first_rank, rank_and_ranks
 
 SPLITS = ("train", "validation", "test")
 _AT_A_TIME = 8
@@ -105,8 +105,5 @@ class ReferenceLogProbs:
         for number, batch in enumerate(data.row_batches(split, _AT_A_TIME)):
             if sharded or number % ranks == rank:
                 mine.append((number, score(batch.to(device)).float().cpu().view(len(batch), -1)))
-        parts: list[Any] = [mine]
-        if ranks > 1 and not sharded:
-            parts = [None] * ranks
-            dist.all_gather_object(parts, mine)
+        parts = [mine] if sharded else gathered(mine)
         return torch.cat([values for _, values in sorted((n for part in parts for n in part), key=lambda n: n[0])])

@@ -146,7 +146,7 @@ class ResumableModule(CheckedRows):
             self._begun = position["batch"]
             if position["then"] == "start":
                 loop.advance(fetcher)
-            else:  # the loop goes on behind the batch
+            else:  # the loop continues after the batch
                 loop._skip_next_val = position["then"] == "validation_end"
 
         loop.advance = first

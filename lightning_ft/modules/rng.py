@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_ft.rollout.ranks import gathered
+
 
 def own_rng_state() -> dict[str, Any]:
     """The state of this process: torch's streams, Python's and NumPy's."""
@@ -32,11 +34,7 @@ def rng_state(world_size: int = 1, own: dict[str, Any] | None = None) -> list[di
         own: State to keep for this rank, by default the present one.
     """
     own = own_rng_state() if own is None else own
-    if world_size == 1 or not torch.distributed.is_initialized():
-        return [own]
-    states: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(states, own)
-    return states
+    return [own] if world_size == 1 else gathered(own)
 
 
 def set_rng_state(states: Any, rank: int) -> None:

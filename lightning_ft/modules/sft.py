@@ -23,9 +23,9 @@ from lightning_ft.models.load import adapter_base
 from lightning_ft.models.optim import Schedule
 from lightning_ft.models.scorer import for_attention
 from lightning_ft.modules.frozen import FrozenTrunkFineTuning
-from lightning_ft.modules.nonfinite import OnNonFinite
 from lightning_ft.modules.supervised import SupervisedFineTuning
 from lightning_ft.modules.trunk import TrunkCache
+from lightning_ft.rewards.values import OnNonFinite
 
 LoRAOptimizer = Literal["adamw", "loraplus", "lorafa"]
 

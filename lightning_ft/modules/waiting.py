@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ _LONGEST_WAIT = 5.0
 class PatientRanks:
     """Runs work on every rank and waits until all have done theirs, however long it takes.
 
-    A thread beside the work asks in short collectives of a group of its own, so that none of them waits for long and
+    Another thread asks in short collectives of a group of its own, so that none of them waits for long and
     the work may use the default group itself. A rank that dies ends them as it ends every collective.
 
     Example:
@@ -51,34 +52,29 @@ class PatientRanks:
             return work()
         if self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")
-        state, ended, worst = [_WORKING], threading.Event(), [_WORKING]
-        errors: list[BaseException] = []
+        state, ended = _WORKING, threading.Event()
 
-        def ask() -> None:
-            wait = 0.01
+        def ask() -> int:
+            """The worst state of all ranks, as soon as none is at work or one has failed."""
+            wait, worst = 0.01, _WORKING
+            while worst == _WORKING:
+                ended.wait(wait)
+                wait = min(2 * wait, _LONGEST_WAIT)
+                value = torch.tensor(state)
+                torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self._group)
+                worst = int(value)
+            return worst
+
+        with ThreadPoolExecutor(1, thread_name_prefix="lightning_ft-ranks") as pool:
+            asking = pool.submit(ask)
             try:
-                while worst[0] == _WORKING:
-                    ended.wait(wait)
-                    wait = min(2 * wait, _LONGEST_WAIT)
-                    value = torch.tensor(state[0])
-                    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self._group)
-                    worst[0] = int(value)
-            except BaseException as error:  # raised where it can be handled
-                errors.append(error)
-
-        asking = threading.Thread(target=ask, name="lightning_ft-ranks", daemon=True)
-        asking.start()
-        try:
-            found = work()
-            state[0] = _DONE
-        except BaseException:
-            state[0] = _FAILED
-            raise
-        finally:
-            ended.set()
-            asking.join()
-        if errors:
-            raise errors[0]
-        if worst[0] == _FAILED:
+                found = work()
+                state = _DONE
+            except BaseException:
+                state = _FAILED
+                raise
+            finally:
+                ended.set()
+        if asking.result() == _FAILED:
             raise RewardError("A reward failed on another rank: the error of that rank says why.")
         return found

@@ -7,10 +7,9 @@ import logging
 from pathlib import Path
 
 from lightning_ft.functional.result import SavingsResult
-from lightning_ft.printable import json_text
 from lightning_ft.report.collect import read_result
 from lightning_ft.report.markdown import savings_markdown
-from lightning_ft.whole_files import write_text, written_aside
+from lightning_ft.whole_files import write_json, write_text, written_aside
 
 _log = logging.getLogger(__name__)  # only the first rank writes, so only it speaks
 NAME = "token_savings"
@@ -36,8 +35,7 @@ def save_savings(result: SavingsResult, folder: Path, *, png: bool | None = None
             _log.info("No picture of the token savings without matplotlib: pip install 'lightning-ft[report]'.")
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{NAME}.json", folder / f"{NAME}.md"]
-    text = json_text(result.to_dict(), indent=1)
-    write_text(written[0], text + "\n")
+    write_json(written[0], result.to_dict())
     picture = folder / f"{NAME}.png"
     if png:
         from lightning_ft.report.plot import plot_savings

@@ -1,4 +1,4 @@
-"""Work that one rank does for all of them."""
+"""What ranks tell each other, and work that one of them does for all."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ def rank_and_ranks() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def gathered(own: Own) -> list[Own]:
+    """What every rank has, in their order; every rank must call it.
+
+    Args:
+        own: What this rank has: anything that can be pickled.
+
+    Example:
+        >>> gathered("a")
+        ['a']
+    """
+    _, ranks = rank_and_ranks()
+    if ranks == 1:
+        return [own]
+    every: list[Any] = [None] * ranks
+    dist.all_gather_object(every, own)
+    return every
 
 
 def on_first_rank(work: Callable[[list[Own]], list[Part]], own: Own) -> Part:
@@ -44,8 +62,7 @@ def on_first_rank(work: Callable[[list[Own]], list[Part]], own: Own) -> Part:
     rank, ranks = rank_and_ranks()
     if ranks == 1:
         return work([own])[0]
-    every: list[Any] = [None] * ranks
-    dist.all_gather_object(every, own)
+    every = gathered(own)
     told: list[Any] = [None]
     if rank == 0:
         try:

@@ -44,7 +44,7 @@ def append_samples(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
 
     Args:
         rows: See `RolloutRecord.rows`.
-        path: Of the file, which is made where there is none.
+        path: The file, which is created if it doesn't exist.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("ab") as file:

@@ -152,7 +152,7 @@ def drawable(probabilities: Tensor, logits: Tensor) -> Tensor:
     by their log-probabilities.
 
     Args:
-        probabilities: Of the next tokens, ``fp32 [b, vocabulary]``.
+        probabilities: Probabilities of the next tokens, ``fp32 [b, vocabulary]``.
         logits: What they were made of, ``fp32 [b, vocabulary]``.
 
     Example:
