@@ -24,7 +24,7 @@ from training import silent_trainer
 from lightning_ft import LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import Callback
 from lightning_ft.callbacks.compute import ComputeMeter
-from lightning_ft.measurement.compute import is_counted
+from lightning_ft.evaluation.compute.measurement import is_counted
 
 EVERY = 200  # micro-batches between two whose operations are counted: the default
 

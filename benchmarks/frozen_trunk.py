@@ -21,7 +21,7 @@ from models import Size, model, rows, tokenizer
 
 from lightning_ft import FullFineTuning, LoRAFineTuning
 from lightning_ft.data.layout import TokenBatch, collate_examples
-from lightning_ft.measurement.flops import OperationCounter
+from lightning_ft.models.flops import OperationCounter
 
 EPOCHS = 10
 

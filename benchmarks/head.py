@@ -23,7 +23,7 @@ from harness import Repeat, arguments, compare_each
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from lightning_ft.functional.logprobs import linear_logprob_sum, linear_logprobs
+from lightning_ft.losses.logprobs import linear_logprob_sum, linear_logprobs
 
 AGREE = {"loss": 1e-5, "gradient": 1e-5, "elsewhere": 0.0, "head_gradient": 1e-5}
 STD = 0.02  # of the head's weights, as transformers initialises them

@@ -19,7 +19,7 @@ from lightning_ft import LoRAFineTuning
 from lightning_ft._lightning import Callback
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import collate_examples
-from lightning_ft.measurement.flops import OperationCounter
+from lightning_ft.models.flops import OperationCounter
 from lightning_ft.modules.grpo import GRPO
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "lr_schedule": "constant", "warmup_ratio": 0.0}

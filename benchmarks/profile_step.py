@@ -26,7 +26,7 @@ from models import Size
 from profile_groups import ATTENTION, PRODUCTS, spent
 from profile_run import Case, Watch, peak_rate, watched
 
-from lightning_ft.report.markdown import markdown_table
+from lightning_ft.document.markdown import markdown_table
 
 
 @dataclass

@@ -17,7 +17,7 @@ from harness import Build, Repeat, arguments, compare_each
 from models import UNTIED, Size, model
 from transformers import GenerationConfig
 
-from lightning_ft.models.padding import left_padded
+from lightning_ft.models.batched_generation import left_padded
 from lightning_ft.rollout.local import LocalEngine
 
 PAD = 1

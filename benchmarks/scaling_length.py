@@ -9,7 +9,7 @@ from harness import MIB
 from models import Size
 from scaling_packing import Case, Cost, costs
 
-from lightning_ft.report.markdown import markdown_table
+from lightning_ft.document.markdown import markdown_table
 
 
 def by_length(options: Any, size: Size) -> list[Cost]:

@@ -14,7 +14,7 @@ from training import fit
 
 from lightning_ft import LoRAFineTuning
 from lightning_ft.data.layout import Example, Segment, TokenBatch, collate_examples, lay_out
-from lightning_ft.report.markdown import markdown_table
+from lightning_ft.document.markdown import markdown_table
 
 LAYOUTS = ("packed", "padded", "row", "filled", "sorted")
 SUPERVISED = 35 / 205

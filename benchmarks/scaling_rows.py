@@ -19,7 +19,7 @@ from harness import MIB, quiet
 from models import TOKENIZER, lengths, tokenizer
 
 from lightning_ft.data.pairs import PairDataModule
-from lightning_ft.report.markdown import markdown_table
+from lightning_ft.document.markdown import markdown_table
 
 SAMPLES = 200
 """How often memory is looked at during an epoch."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from harness import MIB
 
-from lightning_ft.report.markdown import markdown_table
+from lightning_ft.document.markdown import markdown_table
 
 
 def row(result: dict[str, Any]) -> list[str]:

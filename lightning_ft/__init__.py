@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_ft.data.pairs import PairDataModule
     from lightning_ft.data.preferences import PreferenceDataModule
     from lightning_ft.data.prompts import PromptDataModule
-    from lightning_ft.functional.savings import Prices, PromptBaseline
+    from lightning_ft.evaluation.savings.arithmetic import Prices, PromptBaseline
     from lightning_ft.modules.dpo import DPO
     from lightning_ft.modules.grpo import GRPO
     from lightning_ft.modules.ppo import PPO
@@ -38,8 +38,8 @@ _HOME = {
     "PreferenceDataModule": "lightning_ft.data.preferences",
     "PromptDataModule": "lightning_ft.data.prompts",
     "TokenSavings": "lightning_ft.callbacks.token_savings",
-    "PromptBaseline": "lightning_ft.functional.savings",
-    "Prices": "lightning_ft.functional.savings",
+    "PromptBaseline": "lightning_ft.evaluation.savings.arithmetic",
+    "Prices": "lightning_ft.evaluation.savings.arithmetic",
     "Retention": "lightning_ft.callbacks.retention",
     "ComputeMeter": "lightning_ft.callbacks.compute",
     "SampleCompletions": "lightning_ft.callbacks.samples",

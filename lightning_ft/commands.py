@@ -46,7 +46,7 @@ def run_command(name: str, args: Sequence[str]) -> None:
         parser.add_argument("--output", type=str, help="where to write; by default `report` in that folder")
         function = report
     else:
-        from lightning_ft.comparison.run import compare as function
+        from lightning_ft.compare.run import compare as function
 
         parser.add_function_arguments(function, sub_configs=False)
     function(**parser.parse_args(list(args)).as_dict())

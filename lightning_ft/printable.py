@@ -1,7 +1,7 @@
 """Text from rows and models as it may be put on a terminal, a page or a picture.
 
 It is applied where text leaves the package: by errors (`lightning_ft.errors`), warnings and logs
-(`lightning_ft.rank_zero`), the console, pages, Markdown and pictures of `lightning_ft.report`. Files for programs get
+(`lightning_ft.distributed`), the console, pages, Markdown and pictures of `lightning_ft.report`. Files for programs get
 :func:`json_text`, which says the same in JSON's own escapes.
 """
 

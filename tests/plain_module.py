@@ -4,7 +4,7 @@ import torch
 
 from lightning_ft._lightning import LightningModule
 from lightning_ft.data.encode import encode_conversation
-from lightning_ft.data.request import Message
+from lightning_ft.types import Message
 
 WORDS = ("parcel", "lamp", "kettle", "invoice", "refund", "dog", "fox", "line")
 

@@ -12,7 +12,7 @@ import random
 import sys
 from pathlib import Path
 
-from lightning_ft.functional.scorers import exact_match
+from lightning_ft.evaluation.scorers import exact_match
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]

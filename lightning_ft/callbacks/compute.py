@@ -9,10 +9,10 @@ import torch
 
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.compute import ComputeResult
-from lightning_ft.measurement.compute import ComputeMeasurement
-from lightning_ft.measurement.target import unwrapped
-from lightning_ft.rank_zero import rank_zero_info
+from lightning_ft.evaluation.compute.arithmetic import ComputeResult
+from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
+from lightning_ft.models.unwrap import unwrapped
+from lightning_ft.distributed import rank_zero_info
 from lightning_ft.report.collect import COMPUTE
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -30,7 +30,7 @@ class ComputeMeter(MeasuringCallback):
     checkpoints aren't in it. Of other callbacks, what those behind this one do in `on_train_batch_start` and those
     before it in `on_train_batch_end` is, so put it first where some of them work long at the end of a batch. GRPO and
     PPO roll out inside their training step, so rollouts, rewards and the reference are in time and operations. See
-    `lightning_ft.functional.compute.ComputeResult` for what each figure is. While training goes on, they are the first
+    `lightning_ft.evaluation.compute.arithmetic.ComputeResult` for what each figure is. While training goes on, they are the first
     rank's; `tokens_per_second` is that since it was last logged, the others since the start.
 
     With Fabric, call ``fabric.call("on_train_start", fabric, model)``, around each micro-batch
@@ -38,7 +38,7 @@ class ComputeMeter(MeasuringCallback):
     ``fabric.call("on_train_batch_end", fabric, model, None, batch, index)``, and
     ``fabric.call("on_train_end", fabric, model)``; where a micro-batch fails and the program goes on,
     ``fabric.call("on_exception", fabric, model, error)``. Without either, use
-    `lightning_ft.measurement.compute.ComputeMeasurement`.
+    `lightning_ft.evaluation.compute.measurement.ComputeMeasurement`.
 
     Args:
         every_n_steps: Count the operations of each so many-th micro-batch, besides the 1st, 8th, 64th, ...

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.callbacks.host import is_trainer, precision_of, shows_progress
+from lightning_ft.callbacks.base import is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
-from lightning_ft.data.request import Request
+from lightning_ft.types import Request
 from lightning_ft.errors import ConfigError, RetentionError
-from lightning_ft.functional.retention import RetentionResult
-from lightning_ft.measurement.retention import RetentionMeasurement
-from lightning_ft.measurement.target import model_of, required_model, unwrapped, weights_fingerprint
-from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_ft.evaluation.retention.arithmetic import RetentionResult
+from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
+from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint
+from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.report.collect import RETENTION
 
 
@@ -28,7 +28,7 @@ class Retention(MeasuringCallback):
 
     With Fabric, call ``fabric.call("on_train_start", fabric, model)`` before the loop and
     ``fabric.call("on_train_end", fabric, model)`` after it, with `tokenizer` given here. Without either, use
-    `lightning_ft.measurement.retention.RetentionMeasurement`.
+    `lightning_ft.evaluation.retention.measurement.RetentionMeasurement`.
 
     Args:
         texts: General texts, not the training data: a JSONL file whose rows have a ``text``, a ``.txt`` file with a

@@ -2,19 +2,91 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from typing import Any
+from rich.table import Table
+from rich.text import Text
+from lightning_ft.types import Message
+from lightning_ft.printable import printable
+from lightning_ft.document.markdown import markdown_table
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
 from rich.console import Console
-
 from lightning_ft._lightning import Callback
-from lightning_ft.callbacks.ending import described
+from lightning_ft.callbacks.base import described
 from lightning_ft.errors import ConfigError
-from lightning_ft.rank_zero import rank_zero_info, rank_zero_warn
-from lightning_ft.report.samples import samples_columns, samples_markdown, samples_table
-from lightning_ft.rollout.record import RolloutRecord
-from lightning_ft.rollout.samples import append_samples, drop_samples, set_aside
+from lightning_ft.distributed import rank_zero_info, rank_zero_warn
+from lightning_ft.modules.samples import RolloutRecord
+from lightning_ft.modules.samples import append_samples, drop_samples, set_aside
+
+
+CELL = 600
+"""Characters of a text that Markdown and the screen show; files and tables of loggers hold all of it."""
+
+
+def samples_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Rows of `RolloutRecord.rows` as a flat table.
+
+    Args:
+        rows: Of one step, at least one.
+
+    Returns:
+        The names of the columns, and a cell of each for every row: texts, numbers or None.
+
+    Example:
+        >>> row = {"step": 3, "prompt": "2+2?", "completion": "4", "rewards": {"correct": 1.0}, "reward": 1.0}
+        >>> row |= {"advantage": 0.5, "truncated": False, "length": 2}
+        >>> samples_columns([row])[0]
+        ['step', 'prompt', 'completion', 'rewards/correct', 'reward', 'advantage', 'truncated', 'length']
+    """
+    data = [_cells(row) for row in rows]
+    return list(data[0]), [list(cells.values()) for cells in data]
+
+
+def samples_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of one step as a Markdown table."""
+    columns, data = samples_columns(rows)
+    cells = [[_short(cell) for cell in row] for row in data]
+    return "\n".join(markdown_table(columns, cells)) + "\n"
+
+
+def samples_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Rows of one step as a table on the screen."""
+    columns, data = samples_columns(rows)
+    table = Table(title=f"Completions of step {rows[0]['step']:,}", title_justify="left", show_lines=True)
+    for column in columns[1:]:
+        table.add_column(Text(printable(column, one_line=True)), overflow="fold")
+    for row in data:
+        table.add_row(*(Text(printable(_short(cell))) for cell in row[1:]))  # Text: brackets in it are no markup
+    return table
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "step": row["step"],
+        "prompt": _text(row["prompt"]),
+        "completion": row["completion"],
+        **{f"rewards/{name}": value for name, value in row["rewards"].items()},
+        **{name: row[name] for name in ("reward", "advantage", "truncated", "length")},
+        **{f"extra/{name}": str(value) for name, value in row.get("extra", {}).items()},
+    }
+
+
+def _text(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {_said(message)}" for message in prompt)
+
+
+def _said(message: Message) -> str:
+    calls = message.get("tool_calls")
+    return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _short(cell: Any) -> str:
+    text = f"{cell:.4g}" if isinstance(cell, float) else ("" if cell is None else str(cell))
+    return text if len(text) <= CELL else f"{text[:CELL]}... (and {len(text) - CELL:,} characters more)"
 
 
 class SampleCompletions(Callback):
@@ -24,7 +96,7 @@ class SampleCompletions(Callback):
     (TensorBoard). A run that is resumed first drops the rows that it will write again; a new run puts the file of an
     earlier one aside. On several ranks it is the first one's completions that are shown.
 
-    Without a Trainer use `lightning_ft.rollout.samples.write_samples`.
+    Without a Trainer use `lightning_ft.modules.samples.write_samples`.
 
     Args:
         path: Of the file; by default ``completions.jsonl`` in the logger's folder, or in `default_root_dir`.

@@ -7,21 +7,21 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.callbacks.host import is_trainer, precision_of, shows_progress
+from lightning_ft.callbacks.base import is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
-from lightning_ft.data.request import Request
+from lightning_ft.types import Request
 from lightning_ft.data.sources import Sources
 from lightning_ft.data.splits import Splits
 from lightning_ft.errors import ConfigError, SavingsError
-from lightning_ft.functional.cost import Prices
-from lightning_ft.functional.gate import check_margin
-from lightning_ft.functional.prompt import PromptBaseline
-from lightning_ft.functional.result import SavingsResult
-from lightning_ft.functional.scorers import Scorer
-from lightning_ft.measurement.overlap import TrainRows
-from lightning_ft.measurement.savings import SavingsMeasurement
-from lightning_ft.measurement.target import model_of, required_model, unwrapped, weights_fingerprint
-from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.evaluation.savings.cost import Prices
+from lightning_ft.evaluation.savings.gate import check_margin
+from lightning_ft.evaluation.savings.prompt import PromptBaseline
+from lightning_ft.evaluation.savings.result import SavingsResult
+from lightning_ft.evaluation.scorers import Scorer
+from lightning_ft.evaluation.savings.overlap import TrainRows
+from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
+from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.report.collect import SAVINGS
 
 
@@ -35,7 +35,7 @@ class TokenSavings(MeasuringCallback):
 
     With Fabric, call ``fabric.call("on_train_start", fabric, model)`` before the loop and
     ``fabric.call("on_train_end", fabric, model)`` after it, with `requests` and `tokenizer` given here. Without
-    either, use `lightning_ft.measurement.savings.SavingsMeasurement`.
+    either, use `lightning_ft.evaluation.savings.measurement.SavingsMeasurement`.
 
     Args:
         baseline: System prompt and examples that training is to make unnecessary, or a JSON file with them.
@@ -174,7 +174,7 @@ class TokenSavings(MeasuringCallback):
             raise SavingsError(
                 f"This run resumes at step {trainer.global_step:,} from a checkpoint that holds no prompted arm, and "
                 "the original weights are gone. Start anew with TokenSavings among the callbacks, or compare the "
-                "exported models with lightning_ft.measurement.savings.measure_token_savings."
+                "exported models with lightning_ft.evaluation.savings.measurement.measure_token_savings."
             )
         with precision_of(trainer):
             measurement.before(required_model(pl_module, "TokenSavings", SavingsError))

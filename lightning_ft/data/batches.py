@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_ft.data.layout import Example
-from lightning_ft.data.request import Message
+from lightning_ft.types import Message
 from lightning_ft.errors import ConfigError
 
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_ft.data.advice import OF_TEXT, Proposal, does, named_for, propose
+from lightning_ft.data.column_advice import OF_TEXT, Proposal, does, named_for, propose
 from lightning_ft.data.keys import FOREIGN_COLUMNS
-from lightning_ft.data.profile import Column, look_at
+from lightning_ft.data.column_advice import Column, look_at
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import ConfigError
 

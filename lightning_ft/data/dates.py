@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_ft.data.request import Message
+from lightning_ft.types import Message
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.errors import TokenizerError
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from lightning_ft.data.row_types import Row
+from lightning_ft.data.overlap import row_questions
+from collections.abc import Sequence
+from lightning_ft.data.row_types import RowT
+from lightning_ft.errors import DataError
+from lightning_ft.distributed import rank_zero_warn
 
-from lightning_ft.data.kinds import Row
-from lightning_ft.data.questions import row_questions
 
 _EXACT = 8_192
 """The last so many rows of a held-out share are chosen exactly, those before them as they are drawn."""
@@ -18,7 +22,7 @@ _SHOWN = 60  # characters of a question in a message
 def group_rows(rows: Sequence[Row]) -> list[list[int]]:
     """Which rows belong in the same split.
 
-    Two rows do if they have the same question (see `lightning_ft.data.questions.question_keys`) or the same cluster, or
+    Two rows do if they have the same question (see `lightning_ft.data.overlap.question_keys`) or the same cluster, or
     if the question of one is the start of the other's conversation; and so do two that both belong with a third.
     Linear in the number of turns of all rows.
 
@@ -176,3 +180,54 @@ def _opening(row: Row) -> str:
 def _short(text: str) -> str:
     flat = " ".join(text.split())
     return repr(flat if len(flat) <= _SHOWN else flat[: _SHOWN - 3] + "...")
+
+
+def hold_out(parts: Sequence[Sequence[RowT]], share: float, seed: int) -> tuple[list[list[RowT]], list[RowT]]:
+    """Hold out a share of the training rows, those of one question, conversation or cluster together.
+
+    Warns if the share can't be met, and if there are more rows of one group than were asked for.
+
+    Args:
+        parts: The training rows, by source.
+        share: The share of all rows to hold out, between 0 and 1; see `lightning_ft.data.groups.choose_groups`.
+        seed: Decides which.
+
+    Returns:
+        The rows that are left, by source, and those held out.
+
+    Raises:
+        DataError: If all rows belong together.
+    """
+    rows = [row for part in parts for row in part]
+    groups = group_rows(rows)
+    if len(groups) < 2:
+        raise DataError(_nothing_to_hold_out(rows, share))
+    chosen = choose_groups([len(group) for group in groups], share, seed)
+    out = {i for k in chosen for i in groups[k]}
+    _tell(rows, share, len(out), [rows[i] for i in max(groups, key=len)])
+    positions = iter(range(len(rows)))
+    left = [[row for row in part if next(positions) not in out] for part in parts]
+    return left, [rows[i] for i in sorted(out)]
+
+
+def _nothing_to_hold_out(rows: Sequence[RowT], share: float) -> str:
+    if len({row.key for row in rows}) < 2:
+        return f"validation={share} of train: there are fewer than two different rows to share out."
+    remedy = ", or let columns= name another cluster" if any(row.cluster for row in rows) else ""
+    return (
+        f"validation={share} of train: all {len(rows):,} rows belong to {describe_group(rows)}, so none can be held "
+        f"out that isn't trained on in another row. Pass validation= rows of their own{remedy}."
+    )
+
+
+def _tell(rows: Sequence[RowT], share: float, held: int, largest: Sequence[RowT]) -> None:
+    wanted = wanted_rows(len(rows), share)
+    missed = abs(held - wanted) > max(1, wanted / 10)
+    if not missed and len(largest) <= max(2, wanted):
+        return
+    found = f"{held:,} of {len(rows):,} rows are held out" + (f", {wanted:,} were asked for" if missed else "")
+    rank_zero_warn(
+        f"validation={share} of train: {found}. Rows of one question, conversation or cluster are kept together, and "
+        f"{len(largest):,} belong to {describe_group(largest)}. To hold out others, change the share, or pass "
+        "validation= rows of their own."
+    )

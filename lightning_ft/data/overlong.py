@@ -13,9 +13,9 @@ from lightning_ft.data.content import ContentCheck
 from lightning_ft.data.dates import DATED, has_the_day
 from lightning_ft.data.encode import AnswerLostError, Encoded
 from lightning_ft.data.keys import says_something
-from lightning_ft.data.kinds import PAIRS, RowKind, RowT
-from lightning_ft.data.problems import Problem
-from lightning_ft.data.request import Message
+from lightning_ft.data.row_types import PAIRS, RowKind, RowT
+from lightning_ft.data.raw_rows import Problem
+from lightning_ft.types import Message
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import TokenizerError

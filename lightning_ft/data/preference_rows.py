@@ -2,24 +2,258 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+from lightning_ft.data.columns import Formats
+from lightning_ft.data.fields import CONVERSATIONS, FieldReader
+from lightning_ft.data.formats import kwargs_key, turns_key
+from lightning_ft.data.keys import REFUSED_OF_CONVERSATIONS, Refusal, says_something
+from lightning_ft.types import Message
+from lightning_ft.data.shared_prompts import shared_text, shared_turns
+from lightning_ft.data.turns import RowError, check_order, check_text
 from dataclasses import replace
 from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
 from lightning_ft.data.encode import Encoded, encode
 from lightning_ft.data.fields import FieldReader
-from lightning_ft.data.kinds import RowKind
+from lightning_ft.data.row_types import RowKind
 from lightning_ft.data.layout import Example
-from lightning_ft.data.preference_fields import FORMATS, Preference, PreferenceFormat
-from lightning_ft.data.report import SplitReport
-from lightning_ft.data.request import Message
+from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import DataError
+
+
+_ASKED = ("messages", "conversations", "instruction", "input")  # next to chosen and rejected, as others write them
+FORMATS = Formats(
+    needed={
+        "prompt_chosen_rejected": ("prompt", "chosen", "rejected"),
+        **{f"{name}_chosen_rejected": (name, "chosen", "rejected") for name in _ASKED},
+        "input_preferred_output": ("input", "preferred_output", "non_preferred_output"),
+        "chosen_rejected": ("chosen", "rejected"),
+        "prompt_completion_label": ("prompt", "completion", "label"),
+        "instruction_output_label": ("instruction", "output", "label"),
+        "messages_label": ("messages", "label"),
+        "conversations_label": ("conversations", "label"),
+    },
+    extra={
+        "prompt_chosen_rejected": ("margin", "history"),
+        "messages_chosen_rejected": ("margin",),
+        "conversations_chosen_rejected": ("margin",),
+        "instruction_chosen_rejected": ("margin", "input", "history"),
+        "input_chosen_rejected": ("margin", "history"),
+        "input_preferred_output": ("margin",),
+        "chosen_rejected": ("margin",),
+        "instruction_output_label": ("input", "history"),
+    },
+)
+"""Formats of preferences: those of TRL, LLaMA-Factory, axolotl and OpenAI's files."""
+
+_SAME = "Nothing tells the two apart: remove the row."
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A checked row.
+
+    Args:
+        prompt: The turns that all completions continue, system turn (if any) first.
+        completions: What follows them, the assistant's turn last: (chosen, rejected), or one.
+        labels: Whether each of them is the desirable one.
+        source: Where the row stands.
+        row: Its line or number there.
+        id: Names it; the row's `id` field, or ``source:row``.
+        cluster: The row's `cluster` field, if any.
+        margin: By how much the chosen completion is better, if the row says so.
+        template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
+    """
+
+    prompt: tuple[Message, ...]
+    completions: tuple[tuple[Message, ...], ...]
+    labels: tuple[bool, ...]
+    source: str
+    row: int
+    id: str
+    cluster: str | None = None
+    margin: float | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two rows duplicates of each other."""
+        completions = tuple(turns_key(completion) for completion in self.completions)
+        return (turns_key(self.prompt), completions, self.labels, *kwargs_key(self.template_kwargs))
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """The prompt."""
+        return self.prompt
+
+    def asking(self, messages: Sequence[Message]) -> Preference:
+        """The same row with another prompt."""
+        return replace(self, prompt=tuple(messages))
+
+
+class PreferenceFormat(FieldReader[Preference]):
+    """Turns rows of one format into preferences.
+
+    Args:
+        name: One of :data:`FORMATS`.
+        columns: The format's field names to those in the data, where they differ.
+
+    Example:
+        >>> row = PreferenceFormat("chosen_rejected").read({"chosen": "2+2? 4", "rejected": "2+2? 5"}, "train", 1)
+        >>> row.prompt[0]["content"], [completion[0]["content"] for completion in row.completions]
+        ('2+2?', [' 4', ' 5'])
+    """
+
+    refused: ClassVar[Mapping[str, Refusal]] = REFUSED_OF_CONVERSATIONS
+
+    def __init__(self, name: str, columns: Mapping[str, str] | None = None) -> None:
+        super().__init__(FORMATS, name, columns)
+        fields = FORMATS.needed[name]
+        self.paired = "label" not in fields
+        self.answers = tuple(field for field in fields if field != "label")[-2 if self.paired else -1 :]
+        """The fields of the completions; of a conversation with a label, the conversation's."""
+
+    def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Preference:
+        self._check_same_kind(row)
+        row = self._without_nesting(row)
+        if self.name == "chosen_rejected":
+            prompt, sides = self._implicit(row)
+        elif not self.paired and self.answers[0] in CONVERSATIONS:
+            prompt, sides = self._judged(row)
+        else:
+            prompt = self.asked(row)
+            sides = [self.side(row, name, "assistant") for name in self.answers]
+            if prompt == sides[0] and isinstance(row[self.column(self.answers[0])], list):
+                prompt, sides = self._implicit(row)  # the chosen conversation again, as a column of its own
+            prompt, sides = _without_repeated_prompt(prompt, sides)
+        prompt = self.with_system(row, prompt)
+        self._check_turns(prompt, sides)
+        return Preference(
+            prompt=tuple(prompt),
+            completions=tuple(tuple(side) for side in sides),
+            labels=(True, False) if self.paired else (self._label(row),),
+            margin=self._margin(row) if self.paired else None,
+            template_kwargs=self.template_kwargs(row),
+            **place,
+        )
+
+    def _without_nesting(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row whose ``input`` is ``{messages, tools}``, as in OpenAI's files, without that level."""
+        asks = self.column(self.formats.needed[self.name][0])
+        nested = row.get(asks)
+        if not isinstance(nested, Mapping) or not isinstance(nested.get("messages"), list):
+            return row
+        others = {key: value for key, value in nested.items() if key not in ("messages", "tools")}
+        self.ignored.update(f"{asks}.{key}" for key, value in others.items() if says_something(value))
+        tools = {self.column("tools"): nested["tools"]} if says_something(nested.get("tools")) else {}
+        return {**row, **tools, asks: nested["messages"]}
+
+    def _judged(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+        """A conversation whose last turn was judged, taken apart."""
+        turns = self.side(row, self.answers[0], None)
+        if not turns or turns[-1]["role"] != "assistant":
+            roles = f"roles: {', '.join(turn['role'] for turn in turns) or 'none'}"
+            fix = "The conversation ends with the answer that has the label: add it, or remove the row."
+            raise RowError(self.column(self.answers[0]), "no answer to the last turn", roles, fix)
+        return turns[:-1], [turns[-1:]]
+
+    def _check_same_kind(self, row: Mapping[str, Any]) -> None:
+        own, other = (self.answers[0], "label") if self.paired else ("label", "chosen")
+        if self.column(own) not in row and self.column(other) in row:
+            detail = f"fields: {', '.join(map(str, row))}"
+            fix = "Pairs and completions with a label can't be mixed: put them into DataModules of their own."
+            raise RowError(None, f"not {'a pair' if self.paired else 'a completion with a label'}", detail, fix)
+
+    def _implicit(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+        """The prompt that two whole conversations, or two whole texts, start with, and what is left of them."""
+        columns = self.column("chosen"), self.column("rejected")
+        values = self.value(row, "chosen"), self.value(row, "rejected")
+        if all(isinstance(value, str) for value in values):
+            prompt, left, right = shared_text(
+                *(check_text(v, c, "assistant") for v, c in zip(values, columns, strict=True))
+            )
+            asked = [Message(role="user", content=prompt)] if prompt.strip() else []
+            sides = [[Message(role="assistant", content=t)] if t.strip() else [] for t in (left, right)]
+        elif all(isinstance(value, list) for value in values):
+            asked, *sides = shared_turns(*(self.side(row, name, None) for name in ("chosen", "rejected")))
+        else:
+            found = " and ".join(type(value).__name__ for value in values)
+            fix = "Expected two strings or two lists of messages."
+            raise RowError(columns[1], "wrong type", f"found {found}", fix)
+        if values[0] == values[1]:
+            raise RowError(columns[1], "chosen and rejected are the same", "", _SAME)
+        if not asked:
+            fix = "Without a prompt column both must start with the same prompt."
+            raise RowError(None, "no shared prompt", f"fields: {', '.join(map(str, row))}", fix)
+        for column, side in zip(columns, sides, strict=True):
+            if not side:
+                detail = "the other one starts with all of it"
+                fix = "Give the prompt as a column of its own, or remove the row."
+                raise RowError(column, "nothing left behind the shared prompt", detail, fix)
+        return asked, sides
+
+    def _check_turns(self, prompt: list[Message], sides: list[list[Message]]) -> None:
+        if not any(message["role"] == "user" for message in prompt):
+            roles = f"roles: {', '.join(message['role'] for message in prompt) or 'none'}"
+            field = None if self.name == "chosen_rejected" else self.column(self.formats.needed[self.name][0])
+            raise RowError(field, "no question in the prompt", roles, "The prompt needs a turn of the user.")
+        if prompt[-1]["role"] == "assistant" and any(side[:1] and side[0]["role"] == "assistant" for side in sides):
+            fix = "End it with the turn that is to be answered; where chosen and rejected are whole, remove the column."
+            raise RowError(self.column(self.formats.needed[self.name][0]), "prompt ends with an answer", "", fix)
+        for name, side in zip(self.answers, sides, strict=True):
+            try:
+                if not side:
+                    raise RowError(None, "empty output", "", "Fill it in or remove the row.")
+                check_order([*prompt, *side], answered=True)
+                if not side[-1].get("train", True):
+                    fix = "Only the last turn is learned from: remove the row, or the mark."
+                    raise RowError(None, "completion that isn't to be trained on", "", fix)
+            except RowError as error:
+                raise RowError(error.field or self.column(name), error.reason, error.detail, error.fix) from None
+        if self.paired and sides[0] == sides[1]:
+            raise RowError(self.column(self.answers[1]), "chosen and rejected are the same", "", _SAME)
+
+    def _label(self, row: Mapping[str, Any]) -> bool:
+        value = self.value(row, "label")
+        if isinstance(value, str):  # a CSV file can't say otherwise
+            value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower(), value)
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise RowError(self.column("label"), "label is no bool", repr(value)[:40], "Expected true, false, 1 or 0.")
+        return bool(value)
+
+    def _margin(self, row: Mapping[str, Any]) -> float | None:
+        column = self.column("margin")
+        if "margin" in self.columns and column not in row:
+            raise self.missing(row, "margin")
+        value = row.get(column)
+        if value is None or (isinstance(value, str) and not value):  # an empty cell of a CSV file
+            return None
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            fix = "Expected a finite number: by how much the chosen one is better."
+            raise RowError(column, "margin is no finite number", repr(value)[:40], fix)
+        return number
+
+
+def _without_repeated_prompt(
+    prompt: list[Message], sides: list[list[Message]]
+) -> tuple[list[Message], list[list[Message]]]:
+    """Where all sides are whole conversations, the prompt with them: some data sets hold both."""
+    system = sides[0][:1] if sides[0][:1] and sides[0][0]["role"] == "system" and prompt[:1] != sides[0][:1] else []
+    whole = [*system, *prompt]
+    if prompt and all(side[: len(whole)] == whole for side in sides):
+        return whole, [side[len(whole) :] for side in sides]
+    return prompt, sides
 
 
 class Preferences(RowKind[Preference]):

@@ -2,14 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
-
+import torch
+from transformers import PreTrainedTokenizerBase
+from lightning_ft.data.batches import RESERVED
+from lightning_ft.data.columns import Formats
+from lightning_ft.data.encode import Encoded, encode_prompt
+from lightning_ft.data.fields import CONVERSATIONS, FieldReader
+from lightning_ft.data.formats import kwargs_key, turns_key
+from lightning_ft.data.row_types import RowKind
+from lightning_ft.data.layout import Example
+from lightning_ft.data.split_report import SplitReport
+from lightning_ft.types import Message
+from lightning_ft.data.templates import ChatTemplate
+from lightning_ft.data.turns import RowError, check_order
+from lightning_ft.errors import DataError
+from collections.abc import Sequence
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.loader import Collate, EncodedRow
 from lightning_ft.data.module import RowDataModule
-from lightning_ft.data.prompt_rows import PROMPTS, Prompt
 from lightning_ft.data.splits import SplitName
+
+
+FORMATS = Formats(
+    needed={name: (name,) for name in ("prompt", "messages", "conversations", "instruction", "input")},
+    extra={"instruction": ("input", "history"), "prompt": ("history",), "input": ("history",)},
+)
+"""Formats of prompts, by the field that asks."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A checked row.
+
+    Args:
+        messages: The turns up to the one that is to be answered, system turn (if any) first.
+        text: Whether the row's prompt was a string, and there is no system turn.
+        columns: What else stood in the row, by column.
+        source: Where the row stands.
+        row: Its line or number there.
+        id: Names it; the row's `id` field, or ``source:row``.
+        cluster: The row's `cluster` field, if any.
+        answered: Whether an answer stood behind the prompt, which is left out.
+        template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
+    """
+
+    messages: tuple[Message, ...]
+    text: bool
+    columns: Mapping[str, Any]
+    source: str
+    row: int
+    id: str
+    cluster: str | None = None
+    answered: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two rows duplicates of each other."""
+        return (*turns_key(self.messages), *kwargs_key(self.template_kwargs))
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """The prompt."""
+        return self.messages
+
+    @property
+    def prompt(self) -> str | list[Message]:
+        """The prompt as rewards get it."""
+        return self.messages[-1]["content"] if self.text else list(self.messages)
+
+    def asking(self, messages: Sequence[Message]) -> Prompt:
+        """The same row with another prompt."""
+        return replace(self, messages=tuple(messages))
+
+
+class PromptFormat(FieldReader[Prompt]):
+    """Turns rows of one format into prompts.
+
+    Args:
+        name: One of :data:`FORMATS`.
+        columns: The format's field names to those in the data, where they differ.
+
+    Example:
+        >>> row = PromptFormat("input").read({"input": "2+2?", "output": "4"}, "train", 1)
+        >>> row.prompt, row.columns
+        ('2+2?', {'output': '4'})
+    """
+
+    passes_on = True
+
+    def __init__(self, name: str, columns: Mapping[str, str] | None = None) -> None:
+        super().__init__(FORMATS, name, columns)
+        used = {*FORMATS.needed[name], *FORMATS.extra.get(name, ()), "system"}
+        self._used = {self.column(field) for field in used}
+
+    def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Prompt:
+        column = self.column(self.name)
+        messages = self.with_system(row, self.asked(row))
+        answered = messages[-1:] != [] and messages[-1]["role"] == "assistant"
+        if answered:
+            if self.name not in CONVERSATIONS:
+                fix = "A prompt ends with the turn of the user that is to be answered."
+                raise RowError(column, "prompt ends with an answer", "", fix)
+            messages = messages[:-1]
+        try:
+            check_order(messages, answered=False)
+        except RowError as error:
+            raise RowError(column, error.reason, error.detail, error.fix) from None
+        return Prompt(
+            messages=tuple(messages),
+            text=isinstance(row[column], str) and len(messages) == 1,
+            columns={str(name): value for name, value in row.items() if name not in self._used},
+            answered=answered,
+            template_kwargs=self.template_kwargs(row),
+            **place,
+        )
+
+
+class Prompts(RowKind[Prompt]):
+    """Prompts that are answered by the model that learns."""
+
+    name = "prompts"
+
+    def reader(
+        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
+    ) -> FieldReader[Prompt]:
+        """See `RowKind`."""
+        return PromptFormat(FORMATS.detect(rows, columns), columns)
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, row: Prompt, template: ChatTemplate) -> Encoded:
+        """See `RowKind`."""
+        ids = torch.tensor(encode_prompt(tokenizer, row.messages, template, row.template_kwargs), dtype=torch.int64)
+        return Encoded((Example(ids, torch.zeros(len(ids), dtype=torch.bool)),), prompt_matches=True)
+
+    def check_encoded(self, encoded: Encoded) -> None:
+        """See `RowKind`."""
+        if not len(encoded.example):
+            raise RowError(None, "no token in the prompt", "", "Pass another chat_template=.")
+
+    def complete(self, name: str, parts: list[list[Prompt]], report: SplitReport) -> list[list[Prompt]]:
+        """Give all rows the same columns, and prompts of one type."""
+        rows = [row for part in parts for row in part]
+        counts = Counter(column for row in rows for column in row.columns)
+        if taken := [column for column in RESERVED if column in counts]:
+            raise DataError(
+                f"{name}: the column {taken[0]!r} is named like an argument of reward functions "
+                f"({', '.join(RESERVED)}). Rename or remove it."
+            )
+        for column, count in counts.items():
+            if count < len(rows):
+                report.notes[f"no {column!r} column, taken for None"] += len(rows) - count
+        if answered := sum(row.answered for row in rows):
+            report.notes["answer behind the last question, left out"] += answered
+        nothing = dict.fromkeys(counts)
+        text = all(row.text for row in rows)
+        return [[replace(row, text=text, columns={**nothing, **row.columns}) for row in part] for part in parts]
+
+
+PROMPTS = Prompts()
+"""The kind of `PromptDataModule`."""
 
 
 class PromptDataModule(RowDataModule):

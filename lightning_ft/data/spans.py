@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_ft.data.cores import AnswerLostError, Core, Render, core_by_difference, find_cores, without_reasoning
-from lightning_ft.data.reasoning import reopened
-from lightning_ft.data.request import Message
+from lightning_ft.data.cores import reopened
+from lightning_ft.types import Message
 from lightning_ft.data.template_layout import (
     TemplateLayout,
     added_tokens,

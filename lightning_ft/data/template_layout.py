@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lightning_ft.data.request import Message
+from lightning_ft.types import Message
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.errors import TokenizerError
 

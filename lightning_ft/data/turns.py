@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from lightning_ft.data.keys import CALL_ROLES, READ_KEYS, REASONING, REFUSED_KEYS, ROLES, TRAINED, says_something
-from lightning_ft.data.request import Message
+from lightning_ft.types import Message
 from lightning_ft.data.tool_calls import NotACallError, read_calls
 
 FILL = "Fill it in or remove the row."

@@ -16,7 +16,7 @@ from lightning_ft.models.load import adapter_base
 from lightning_ft.models.parts import base_name, count_parts, expert_tensors, part_kinds, parts_table
 from lightning_ft.models.reach import Reach, find_reach
 from lightning_ft.models.targets import fitted, unreached_groups
-from lightning_ft.rank_zero import warn
+from lightning_ft.distributed import warn
 
 
 class Adaptation:

@@ -19,7 +19,7 @@ from lightning_ft.models.base_folder import KEY, base_fingerprint
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_config
 from lightning_ft.models.model_card import hub_name
-from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.distributed import rank_zero_warn
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

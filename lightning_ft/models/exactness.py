@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
-from lightning_ft.data.shared import lay_out_completions
+from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.errors import LightningFTError, ModelError
 from lightning_ft.models.backbone import head_of, takes_positions, up_to_head, without_positions
-from lightning_ft.models.exact import are_close, tolerance_of
+from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.models.head import (
     CausalLM,
     as_forward,

@@ -15,9 +15,9 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import length_switch
 from lightning_ft.models.load import context_length
-from lightning_ft.models.padding import left_padded
-from lightning_ft.models.together import prompts_together
-from lightning_ft.rank_zero import warn
+from lightning_ft.models.batched_generation import left_padded
+from lightning_ft.models.batched_generation import prompts_together
+from lightning_ft.distributed import warn
 
 
 @contextmanager

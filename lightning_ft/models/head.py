@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import TokenBatch, attention_mask
 from lightning_ft.errors import ModelError
-from lightning_ft.functional.logprobs import (
+from lightning_ft.losses.logprobs import (
     LogitTransform,
     SelectedLogProbs,
     linear_logprob_sum,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import ModelError
-from lightning_ft.rank_zero import rank_zero_only, warn
+from lightning_ft.distributed import rank_zero_only, warn
 
 UNREADABLE = (
     OSError,

@@ -14,7 +14,7 @@ from lightning_ft.errors import ExportError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.lora_checks import shared_adapted_layers
-from lightning_ft.models.sequence_scores import last_token_scores
+from lightning_ft.models.reward_head import last_token_scores
 
 CHECK_TOKENS = 16
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_ft.models.head import CausalLM
-from lightning_ft.models.sequence_scores import HEADS
+from lightning_ft.models.reward_head import HEADS
 
 KINDS = ("attention", "MLP", "experts", "router", "encoders", "embeddings", "head", "norms", "other")
 _MIXERS = re.compile(r"atten|mixer|mamba|ssm|recurrent|shortconv|deltanet", re.IGNORECASE)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_ft._lightning import LightningModule, TorchCheckpointIO, restricted_classmethod
 from lightning_ft.errors import CheckpointError
-from lightning_ft.models.checkpoint_file import (
+from lightning_ft.checkpoint_file import (
     checked_file,
     local_file,
     local_path,
@@ -20,7 +20,7 @@ from lightning_ft.models.checkpoint_file import (
     refuse_pickle,
     write_checkpoint,
 )
-from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.whole_files import is_aside
 
 

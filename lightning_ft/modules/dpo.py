@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.preference import (
+from lightning_ft.losses.preference import (
     PREFERENCE_LOSSES,
     SequenceLogProbs,
     check_preference_losses,
     implicit_rewards,
     weighted_preference_loss,
 )
-from lightning_ft.functional.unpaired import kto_kl, kto_loss
+from lightning_ft.losses.kto import kto_kl, kto_loss
 from lightning_ft.modules.adapted import per_completion
 from lightning_ft.modules.preferences import Judged, PreferenceLearning
-from lightning_ft.modules.ranks import summed_over_ranks
+from lightning_ft.distributed import summed_over_ranks
 from lightning_ft.modules.ref_logprobs import ReferenceLogProbs
-from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.distributed import rank_zero_warn
 
 KTO = "kto"
 

@@ -9,18 +9,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.advantages import (
+from lightning_ft.losses.advantages import (
     Scale,
     group_advantages,
     groups_without_signal,
     leave_one_out_advantages,
     leave_one_out_differences,
 )
-from lightning_ft.functional.kl import k1
-from lightning_ft.functional.moments import power_sums
-from lightning_ft.functional.policy import LossType, PolicyLoss, check_policy_loss, policy_loss
-from lightning_ft.functional.surrogate import Level
-from lightning_ft.modules.experience import Experience, PolicyBatch
+from lightning_ft.losses.kl import k1
+from lightning_ft.losses.statistics import power_sums
+from lightning_ft.losses.policy import LossType, PolicyLoss, check_policy_loss, policy_loss
+from lightning_ft.losses.surrogate import Level
+from lightning_ft.modules.rollout_batch import Experience, PolicyBatch
 from lightning_ft.modules.policy import PolicyOptimization
 
 Advantage = Literal["group", "leave_one_out"]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.gae import (
+from lightning_ft.losses.gae import (
     clipped_value_loss,
     explained_variance,
     gae,
@@ -20,15 +20,15 @@ from lightning_ft.functional.gae import (
     value_sums,
     whiten,
 )
-from lightning_ft.functional.kl import AdaptiveKL, k1
-from lightning_ft.functional.logprobs import SelectedLogProbs
-from lightning_ft.functional.policy import PolicyLoss, check_policy_loss, policy_loss
+from lightning_ft.losses.kl import AdaptiveKL, k1
+from lightning_ft.losses.logprobs import SelectedLogProbs
+from lightning_ft.losses.policy import PolicyLoss, check_policy_loss, policy_loss
 from lightning_ft.models.critic import Critic
 from lightning_ft.models.optim import parameter_groups
 from lightning_ft.modules.adapted import without_dropout
-from lightning_ft.modules.experience import Experience, PolicyBatch
+from lightning_ft.modules.rollout_batch import Experience, PolicyBatch
 from lightning_ft.modules.policy import PolicyOptimization
-from lightning_ft.modules.ranks import summed_over_ranks
+from lightning_ft.distributed import summed_over_ranks
 from lightning_ft.modules.resume import STATE
 
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lightning_ft.models.head import CausalLM
-from lightning_ft.rank_zero import rank_zero_warn
+from lightning_ft.distributed import rank_zero_warn
 
 _LOOKED_AT = 4096  # weights of each tensor
 

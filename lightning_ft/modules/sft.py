@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, ClassVar, cast
+from torch import Tensor
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.losses.logprobs import SelectedLogProbs
+from lightning_ft.models.router import RouterLoss
+from lightning_ft.modules.evaluation import EvaluatedFineTuning
+from lightning_ft.modules.resume import STATE
+from lightning_ft.modules.step_metrics import MeanWindow, TokenWindow
+from typing import Any
+import torch
+from lightning_ft.data.module import RowDataModule
+from lightning_ft.errors import ConfigError
+from lightning_ft.models.head import input_device
+from lightning_ft.modules.activation_cache import TrunkCache, TrunkReader
+from lightning_ft.distributed import rank_zero_info
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
-
-import torch
 from peft import LoraConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from lightning_ft.data.layout import TokenBatch
-from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import (
     as_json,
     lora_config,
@@ -21,11 +32,181 @@ from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import adapter_base
 from lightning_ft.models.optim import Schedule
-from lightning_ft.models.scorer import for_attention
-from lightning_ft.modules.frozen import FrozenTrunkFineTuning
-from lightning_ft.modules.supervised import SupervisedFineTuning
-from lightning_ft.modules.trunk import TrunkCache
-from lightning_ft.rewards.values import OnNonFinite
+from lightning_ft.models.logprob_model import for_attention
+from lightning_ft.modules.activation_cache import TrunkCache
+from lightning_ft.rewards.function import OnNonFinite
+
+
+class SupervisedFineTuning(EvaluatedFineTuning):
+    """Trains on the supervised tokens of `TokenBatch`es.
+
+    The loss of an optimizer step is the mean over the supervised tokens of the whole step: all its micro-batches on all
+    ranks. A mixture of experts whose configuration asks for it adds its router's loss, with the coefficient given
+    there: that of each forward pass over all of its tokens, a pass weighing as much as it has supervised tokens.
+    """
+
+    trains_router_loss: ClassVar[bool] = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._window = TokenWindow()
+        self._router_window = MeanWindow()
+
+    def on_train_start(self) -> None:
+        """As in `FineTuning`, and start counting."""
+        super().on_train_start()
+        self._window.start()
+        self._router_window = MeanWindow()
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """Summed negative log-likelihood; `on_before_optimizer_step` divides by the tokens of the whole step."""
+        if not self._own_loss.router:
+            scored = self.score(batch, "sum")
+            loss = -scored.logprobs
+            self.note_loss(batch_idx, loss)
+            self._window.add(loss, scored.correct, batch)
+            return cast(Tensor, loss)
+        scored, router_loss = self._score_with_router(batch)
+        loss = -scored.logprobs
+        self._window.add(loss, scored.correct, batch)
+        weighted = router_loss * batch.num_targets
+        self._router_window.add({"router_loss": weighted}, {"router_loss": batch.num_targets})
+        loss = loss + self._own_loss.router * weighted.to(loss.device)
+        self.note_loss(batch_idx, loss)
+        return loss
+
+    def _score_with_router(self, batch: TokenBatch) -> tuple[SelectedLogProbs, Tensor]:
+        """Log-probabilities as `score` gives them, and the router's loss over the same forward pass."""
+        scorer = self._required_scorer()
+        batch = scorer.arranged(self.model, batch)
+        with RouterLoss(self.model).recorded() as recorded:
+            scored = self.score(batch, "sum")
+        return scored, recorded.value(batch)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped.
+
+        Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last window) and DDP averaged
+        over ranks.
+        """
+        totals = self._window.reduce(self.device)
+        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, totals.targets)
+        gradients = self.scale_gradients(factor)
+        figures: dict[str, Any] = {"train/loss": totals.loss, "train/token_accuracy": totals.accuracy}
+        self.log_dict(figures, prog_bar=True, batch_size=1)
+        self.log_dict(
+            {
+                "train/tokens_seen": float(totals.tokens_seen),
+                "train/tokens_per_second": totals.tokens_per_second,
+                "train/padding_fraction": totals.padding_fraction,
+            },
+            batch_size=1,
+        )
+        for name, mean in self._router_window.reduce(self.device).items():
+            self.log(f"train/{name}", mean, batch_size=1)
+        self.log_optimizer(optimizer, gradients, totals.loss)
+
+    def add_evaluation(self, sums: TokenWindow | None, batch: TokenBatch, batch_idx: int) -> TokenWindow:
+        """Sum the log-likelihood of a batch."""
+        scored = self.score(batch, "sum")
+        window = sums if sums is not None else TokenWindow()
+        window.add(-scored.logprobs, scored.correct, batch)
+        return window
+
+    def evaluation_figures(self, sums: TokenWindow) -> dict[str, float]:
+        """Loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
+        totals = sums.reduce(self.device)
+        return {
+            "loss": totals.loss,
+            "perplexity": math.exp(min(totals.loss, 700.0)),
+            "token_accuracy": totals.accuracy,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in `FineTuning`, with the count of tokens."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[STATE]["tokens_seen"] = self._window.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in `FineTuning`, with the count of tokens."""
+        super().on_load_checkpoint(checkpoint)
+        self._window.tokens_seen = int(checkpoint.get(STATE, {}).get("tokens_seen", 0))
+
+
+class FrozenTrunkFineTuning(SupervisedFineTuning):
+    """Keeps what the frozen layers give for each row, where a subclass is asked to.
+
+    In a loop of one's own `training_step` does the same as under a Trainer; call `on_train_epoch_end` at the end of an
+    epoch to write what is still in memory.
+    """
+
+    _trunk_cache: TrunkCache | None = None
+    _reader: TrunkReader | None = None
+
+    @property
+    def trunk_flops(self) -> int:
+        """Operations that computing the frozen layers' output took so far, beside those of the training steps."""
+        return 0 if self._reader is None else self._reader.flops
+
+    def on_train_start(self) -> None:
+        """As in `SupervisedFineTuning`, and say what will be written to disk.
+
+        Raises:
+            ModelError: Where what the frozen layers give isn't the same every time.
+            ConfigError: Where it takes more room than there is.
+        """
+        super().on_train_start()
+        if self._trunk_cache is None:
+            return
+        if getattr(self, "_device_mesh", None) is not None:
+            raise ConfigError("trunk_cache: a sharded model can't pass over layers; use DDP, or train without it.")
+        with self.trainer.precision_plugin.forward_context():
+            reader = self._trunk_reader(self._trunk_cache)
+        data = getattr(self.trainer, "datamodule", None)
+        report = data.report.get("train") if isinstance(data, RowDataModule) else None
+        reader.announce(None if report is None else sum(report.lengths))
+
+    def _trunk_reader(self, cache: TrunkCache) -> TrunkReader:
+        if self._reader is None:
+            if self._own_loss.router:
+                raise ConfigError(
+                    "trunk_cache passes over layers whose routers are part of the router's loss that the model asks "
+                    "for: set output_router_logits=False in its configuration, or train without trunk_cache."
+                )
+            scorer, kind = self._required_scorer(), input_device(self.model).type
+            autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+            self._reader = TrunkReader(self.model, cache, scorer, autocast=autocast)
+        return self._reader
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        """As in `SupervisedFineTuning`, from the lowest trained layer on where the others' output is kept."""
+        if self._trunk_cache is None:
+            return super().training_step(batch, batch_idx)
+        with self._trunk_reader(self._trunk_cache).around(batch):
+            return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        """Write what was kept in memory, so that other ranks and later runs find it."""
+        if self._reader is not None:
+            self._reader.flush()
+            if self._trainer is not None:
+                self.trainer.strategy.barrier()  # all ranks have written by the time that one looks
+            self._reader.end_epoch(self.current_epoch)
+
+    def on_train_end(self) -> None:
+        """Write what was kept in memory, and say how often it was read."""
+        if self._reader is not None:
+            self._reader.flush()
+            rank_zero_info(
+                f"Frozen trunk: {self._reader.read:,} rows were read, {self._reader.computed:,} had to be computed."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in `SupervisedFineTuning`; states are written too, so that a resumed run finds them."""
+        super().on_save_checkpoint(checkpoint)
+        if self._reader is not None:
+            self._reader.flush()
+
 
 LoRAOptimizer = Literal["adamw", "loraplus", "lorafa"]
 

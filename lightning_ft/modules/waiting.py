@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_ft.errors import RewardError
-from lightning_ft.modules.ranks import several_ranks
+from lightning_ft.distributed import several_ranks
 
 T = TypeVar("T")
 _DONE, _WORKING, _FAILED = 0, 1, 2

@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_ft.errors import DataError, DataNotFoundError
-from lightning_ft.functional.result import SavingsResult
+from lightning_ft.evaluation.savings.result import SavingsResult
 
 if TYPE_CHECKING:
-    from lightning_ft.functional.comparison import Comparison
-    from lightning_ft.functional.compute import ComputeResult
-    from lightning_ft.functional.retention import RetentionResult
+    from lightning_ft.evaluation.comparison.result import Comparison
+    from lightning_ft.evaluation.compute.arithmetic import ComputeResult
+    from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 
 SAVINGS, RETENTION, COMPUTE, COMPARISON = "token_savings.json", "retention.json", "compute.json", "comparison.json"
 UNDEFINED = "undefined.json"
@@ -161,19 +161,19 @@ def read_result(path: Path, parse: Callable[[Mapping[str, Any]], _Result]) -> _R
 
 
 def _retention(values: Mapping[str, Any]) -> RetentionResult:
-    from lightning_ft.functional.retention import RetentionResult
+    from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 
     return RetentionResult.from_dict(values)
 
 
 def _compute(values: Mapping[str, Any]) -> ComputeResult:
-    from lightning_ft.functional.compute import ComputeResult
+    from lightning_ft.evaluation.compute.arithmetic import ComputeResult
 
     return ComputeResult.from_dict(values)
 
 
 def _comparison(values: Mapping[str, Any]) -> Comparison:
-    from lightning_ft.functional.comparison import Comparison
+    from lightning_ft.evaluation.comparison.result import Comparison
 
     return Comparison.from_dict(values)
 

@@ -2,27 +2,120 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from lightning_ft.errors import RewardError
+from lightning_ft.models.load import ADAPTER_CONFIG, adapter_base, load_config, load_model
+from lightning_ft.models.reward_head import HEADS
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Protocol, cast
-
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from lightning_ft.data.encode import AnswerLostError, encode_conversation
-from lightning_ft.data.request import Message
+from lightning_ft.types import Message
 from lightning_ft.data.templates import chat_template
-from lightning_ft.errors import RewardError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import base_of, input_device
 from lightning_ft.models.load import context_length, load_tokenizer, pad_token_id
-from lightning_ft.models.sequence_scores import check_last_token, last_token_scores
-from lightning_ft.rank_zero import warn
+from lightning_ft.models.reward_head import check_last_token, last_token_scores
+from lightning_ft.distributed import warn
 from lightning_ft.rewards.batch import RewardBatch
-from lightning_ft.rewards.folder import load_scorer, local_folder
+from collections.abc import Iterable
+from lightning_ft.data.extremes import Extreme
+from lightning_ft.data.splits import Splits
+from lightning_ft.errors import ConfigError
+from lightning_ft.models.head import base_of
+from lightning_ft.models.load import context_length
+from lightning_ft.models.positions import reads_position
+
+
+_HEAD = re.compile(rf"(base_model\.model\.)?({'|'.join(HEADS)})\.")
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def local_folder(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The folder of a reward model, downloaded from the hub where there is none of that name here.
+
+    Args:
+        name: A folder, or a name on the hub.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Download the code that the repository ships, too.
+
+    Raises:
+        RewardError: If there is neither.
+    """
+    if Path(name).is_dir():
+        if not any((Path(name) / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+            raise RewardError(f"The folder {name!r} holds no model: there is neither config.json nor {ADAPTER_CONFIG}.")
+        return Path(name)
+    patterns = [*_FILES, "*.py"] if trust_remote_code else _FILES
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RewardError(f"There is no folder {name!r}, nor a model of that name on the hub: {reason}") from error
+
+
+def load_scorer(folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:
+    """Load a reward model, frozen and in eval mode.
+
+    Args:
+        folder: With a sequence-classification model of one label, or a PEFT adapter for one.
+        dtype: Of the weights; ``"auto"`` is the checkpoint's own.
+        trust_remote_code: Run code that the folder ships.
+
+    Raises:
+        RewardError: If the model isn't one that gives a score: a head that was never trained would be drawn at random.
+        ModelError: If it can't be loaded.
+    """
+    if not any(_HEAD.match(name) for name in _saved_names(folder)):
+        raise RewardError(
+            f"{str(folder)!r} holds a model without a trained score head, which would score at random. A reward model "
+            "is an export of RewardModeling, or another AutoModelForSequenceClassification with num_labels=1."
+        )
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    base = adapter_base(str(folder))
+    if base is None:
+        labels = load_config(str(folder), trust_remote_code=trust_remote_code).num_labels
+        if labels != 1:
+            raise RewardError(f"{str(folder)!r} holds a classifier of {labels} labels; a reward model has one.")
+        model: Any = load_model(AutoModelForSequenceClassification, str(folder), num_labels=1, **options)
+    else:
+        whole = load_model(AutoModelForSequenceClassification, base, num_labels=1, **options)
+        model = PeftModel.from_pretrained(whole, str(folder))
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _saved_names(folder: Path) -> list[str]:
+    """Names of the weights in a folder.
+
+    Raises:
+        RewardError: If there are none in safetensors files.
+    """
+    names: list[str] = []
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            names += json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise RewardError(f"{str(index)!r} is damaged ({error!r}): export or copy the folder again.") from error
+    for file in [] if names else sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                names += weights.keys()
+        except (OSError, SafetensorError) as error:
+            raise RewardError(f"{str(file)!r} is damaged ({error}): export or copy the folder again.") from error
+    if not names:
+        raise RewardError(f"{str(folder)!r} holds no weights in safetensors files.")
+    return names
 
 
 class ConversationScorer(Protocol):
@@ -175,3 +268,52 @@ class ModelReward:
             if device is not None:
                 around.enter_context(torch.autocast(torch.device(device).type, enabled=False))
             return cast(Tensor, scorer.score_conversations(batch.conversations))
+
+
+_ANSWER = Message(role="assistant", content="x")
+
+
+def check_room(models: Iterable[tuple[str, Any]], splits: Splits[Any], new_tokens: int) -> None:
+    """Refuse prompts that a reward model can't read together with a completion, which it would meet hours later.
+
+    A row isn't tokenized where its number of bytes shows that it fits: no token is of less than a byte.
+
+    Args:
+        models: Names of reward models, and what scores conversations there; those of other kinds aren't asked.
+        splits: Rows of prompts; every split that is loaded is looked at.
+        new_tokens: Most tokens of a completion, taken for as many of the reward model's.
+
+    Raises:
+        ConfigError: With the reward model and the row.
+    """
+    for name, scorer in models:
+        if getattr(scorer, "model", None) is None or getattr(scorer, "tokenizer", None) is None:
+            continue
+        base, tokenizer = base_of(scorer.model), scorer.tokenizer
+        if (limit := context_length(base)) is None:
+            continue
+        template = chat_template(tokenizer)
+
+        def tokens(prompt: list[Message], tokenizer: Any = tokenizer, template: Any = template) -> int:
+            try:
+                return len(encode_conversation(tokenizer, [*prompt, _ANSWER], template)) - 1 + new_tokens
+            except AnswerLostError:  # the reward model says so when it is asked
+                return 0
+
+        around = tokens([Message(role="user", content="x")])
+        for split, parts in splits.rows.items():
+            for row in (row for part in parts for row in part if hasattr(row, "prompt")):
+                prompt = row.prompt
+                turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+                if sum(around + len(str(turn).encode()) for turn in turns) <= limit:
+                    continue
+                length = tokens(turns)
+                if length <= limit or (not isinstance(scorer, RewardModel) and reads_position(base, length - 1)):
+                    continue
+                where = Extreme(length, split, row.source, row.row).where
+                raise ConfigError(
+                    f"{where}: with max_new_tokens={new_tokens:,} the conversation that the reward {name!r} scores may "
+                    f"have {length:,} tokens, and its model reads {limit:,}. Lower max_new_tokens, leave the row out, "
+                    "or take a reward model with a longer context. (Rewards get whole prompts, also where max_length "
+                    "cuts them.)"
+                )

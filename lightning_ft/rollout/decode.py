@@ -2,14 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
+import inspect
 import torch
-
-from lightning_ft.rollout.bundles import Bundles, Forward, ReadPrompts
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from lightning_ft.models.exactness import first_line
+from lightning_ft.models.head import CausalLM, attention_bias, base_of, input_device
+from lightning_ft.rollout.cache import GrowingCache, cache_layers
+from collections.abc import Iterable, Sequence
+from transformers import PreTrainedTokenizerBase
+from lightning_ft.errors import ConfigError
+from collections.abc import Callable, Sequence
+from lightning_ft.rollout.shared_rows import Bundles, Forward, ReadPrompts
 from lightning_ft.rollout.protocol import Completion
 from lightning_ft.rollout.sampling import TokenSampler
-from lightning_ft.rollout.stopping import Ending
+
+
+def next_logits(
+    model: CausalLM, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None, last: int = 1
+) -> Tensor:
+    """Run tokens through a model and keep their keys and values.
+
+    Args:
+        model: The model.
+        ids: New tokens, ``int64 [b, t]``.
+        cache: Holds `p` places of each row; `t` are added.
+        positions: Of the new tokens, ``int64 [b, t]``.
+        mask: Which places are tokens, ``[b, p + t]``, or what each new token sees, ``bool [b, 1, t, p + t]``; None if
+            all are, and each sees those before it.
+        last: Places at the end of each row whose logits are wanted.
+
+    Returns:
+        Logits behind them, ``fp32 [b, last, vocabulary]``.
+    """
+    base = base_of(model)
+    device = input_device(model)
+    options = {_cache_argument(base): cache}
+    if mask is not None:
+        mask = mask.to(device)
+        mask = attention_bias(base, mask) if mask.ndim == 4 else mask
+    out = base(  # the base and not the PEFT wrapper, around which FSDP2 would not gather the weights
+        input_ids=ids.to(device),
+        attention_mask=mask,
+        position_ids=positions.to(device),
+        use_cache=True,
+        logits_to_keep=last,
+        **options,
+    )
+    behind: Tensor = out.logits[:, -last:].float()
+    return behind
+
+
+def idle_pass(model: CausalLM) -> None:
+    """One token through a model, for nothing but the weights that its ranks gather."""
+    base_of(model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=input_device(model)), use_cache=False)
+
+
+def read_tokens(model: CausalLM, tokens: list[int], layers: int) -> GrowingCache:
+    """A cache of one row with these tokens."""
+    cache = GrowingCache(layers)
+    next_logits(model, torch.tensor([tokens]), cache, torch.arange(len(tokens))[None], None)
+    return cache
+
+
+def cached_layers(model: CausalLM, tokens: int) -> tuple[int, str | None]:
+    """Number of layers of the cache, and why it can't be used for rows of so many tokens (None if it can)."""
+    base = base_of(model)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return 0, "its adapter puts tokens of its own before every prompt"
+    accepted = inspect.signature(base.forward).parameters
+    for name in ("position_ids", _cache_argument(base), "logits_to_keep"):
+        if name not in accepted:
+            return 0, f"its forward pass takes no {name}"
+    try:
+        return cache_layers(base.config, tokens)
+    except Exception as error:  # configurations that no cache of transformers can be made from
+        return 0, f"no cache can be made from its configuration ({type(error).__name__}: {first_line(error)})"
+
+
+def _cache_argument(base: PreTrainedModel) -> str:
+    """What the model's forward pass calls its cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
+_MARGIN = 8  # tokens in front of the shortest tail that could hold a stop string
+
+
+class Ending:
+    """Whether completions have ended.
+
+    Only the text of the last tokens is decoded, as many as can be part of a stop string that the newest one completes:
+    a token stands for a byte at least. The margin is for tokenizers that write the first tokens of a text differently
+    (a leading space left out, the rest of a character cut off).
+
+    Args:
+        end_token_ids: Each of them ends a completion.
+        stop: So does any of these strings. Special tokens are part of the text.
+        tokenizer: Makes text of tokens; needed with `stop`.
+
+    Raises:
+        ConfigError: If there is no end token, or `stop` comes without `tokenizer`.
+
+    Example:
+        >>> Ending([2])([[5, 2], [5, 6], []])
+        [True, False, False]
+    """
+
+    def __init__(
+        self, end_token_ids: Iterable[int], stop: Sequence[str] = (), tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        self.end_token_ids = frozenset(end_token_ids)
+        self.stop = tuple(stop)
+        if not self.end_token_ids:
+            raise ConfigError("No end token: an answer would never end.")
+        if self.stop and tokenizer is None:
+            raise ConfigError(f"stop={self.stop!r} needs the text of what was written: pass the engine a tokenizer=.")
+        self._tokenizer = tokenizer
+        self._tail = max((len(s.encode()) for s in self.stop), default=0) + _MARGIN
+
+    def __call__(self, answers: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether the last token of each completion ended it."""
+        ended = [bool(answer) and answer[-1] in self.end_token_ids for answer in answers]
+        return [a or b for a, b in zip(ended, self.stopped(answers), strict=True)] if self.stop else ended
+
+    def stopped(self, answers: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether a stop string stands at the end of each completion, in the text of its last tokens."""
+        if not self.stop or self._tokenizer is None:
+            return [False] * len(answers)
+        texts = self._tokenizer.batch_decode([list(answer[-self._tail :]) for answer in answers])
+        return [any(s in text for s in self.stop) for text in texts]
 
 
 def decode_parts(

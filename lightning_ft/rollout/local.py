@@ -8,32 +8,72 @@ completions, sequences that share much share a row of the cache, and rows leave 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from lightning_ft.models.batched_generation import Together
 from dataclasses import dataclass, replace
 from functools import partial
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
 from lightning_ft.errors import ConfigError, NonFiniteError
 from lightning_ft.models.exactness import first_line
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.load import context_length
-from lightning_ft.models.together import prompts_together
-from lightning_ft.rank_zero import warn
-from lightning_ft.rollout.batching import batches_of, slower
-from lightning_ft.rollout.bundles import read_prompts
+from lightning_ft.models.batched_generation import prompts_together
+from lightning_ft.distributed import warn
+from lightning_ft.rollout.shared_rows import read_prompts
 from lightning_ft.rollout.cache import GrowingCache
 from lightning_ft.rollout.decode import decode, decode_parts
 from lightning_ft.rollout.fallback import generate_plainly
-from lightning_ft.rollout.forward import cached_layers, idle_pass, next_logits, read_tokens
-from lightning_ft.rollout.lockstep import Lockstep
+from lightning_ft.rollout.decode import cached_layers, idle_pass, next_logits, read_tokens
+from lightning_ft.rollout.rank_sync import Lockstep
 from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request, common_prefix
 from lightning_ft.rollout.sampling import TokenSampler
-from lightning_ft.rollout.stopping import Ending
+from lightning_ft.rollout.decode import Ending
+
+
+def batches_of(
+    prompts: Sequence[Sequence[int]], rows: int, group: int, together: Together | None = None
+) -> tuple[list[list[int]], list[int]]:
+    """Which prompts are read together, and in parts of which sizes the completions of each are written.
+
+    Args:
+        prompts: Token ids.
+        rows: Completions at a time.
+        group: Completions of each prompt.
+        together: Which prompts may share a batch; None for all.
+
+    Example:
+        >>> batches_of([[1], [1, 2], [3]], rows=4, group=2), batches_of([[1]], rows=4, group=9)
+        (([[1, 0], [2]], [2]), ([[0]], [4, 4, 1]))
+        >>> batches_of([[1], [1, 2], [3]], rows=4, group=1, together=Together((1, 2, 1)))
+        ([[1], [0, 2]], [1])
+    """
+    together = Together((0,) * len(prompts)) if together is None else together
+    rows = 1 if together.alone else rows
+    # Longest first: rows of a batch are about as long as each other, and what doesn't fit into memory shows at once.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    batches = together.batches(max(1, rows // group), order)
+    return batches, [min(rows, group - start) for start in range(0, group, rows)]
+
+
+def slower(name: str, why_not: str | None, shared: int, group: int, together: Together | None) -> str | None:
+    """What to say of prompts that are run more often than they need be; None if there is nothing.
+
+    Args:
+        name: Name of the model.
+        why_not: Why this project's own loop can't be used; None if it can.
+        shared: Tokens that all prompts begin with.
+        group: Completions of each prompt.
+        together: Which prompts may share a batch.
+    """
+    often = ["the prompts' common prefix is run once for each prompt"] if why_not and shared else []
+    often += ["each prompt is run once for each of its completions"] if why_not and group > 1 else []
+    said = [f"{' and '.join(often)}, because {why_not}"] if often else []
+    said += [together.why] if together is not None and together.why else []
+    return f"{name}: {'; '.join(said)}. The answers are the same, it is only slower." if said else None
 
 
 @dataclass(frozen=True)
@@ -59,7 +99,7 @@ class LocalEngine:
     same tokens.
 
     The ranks of a sharded model all have to call `generate`, each with its own prompts (or none); see
-    :class:`~lightning_ft.rollout.lockstep.Lockstep`.
+    :class:`~lightning_ft.rollout.rank_sync.Lockstep`.
 
     Args:
         model: In whatever mode; it is put back.

@@ -13,8 +13,8 @@ from lightning_ft import GRPO, FullFineTuning, LoRAFineTuning, PairDataModule, P
 from lightning_ft._lightning import NAMESPACE, Callback, LightningModule, Trainer, _pl
 from lightning_ft.callbacks.compute import ComputeMeter
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.compute import ComputeResult
-from lightning_ft.measurement.compute import ComputeMeasurement
+from lightning_ft.evaluation.compute.arithmetic import ComputeResult
+from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
 
 BATCHES, ROWS, LENGTH = 6, 2, 16
 SAME = ("flops", "tokens", "supervised_tokens", "steps", "sampled_steps", "trainable_parameters", "parameters", "dtype")

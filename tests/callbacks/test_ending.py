@@ -24,12 +24,12 @@ from lightning_ft import (
 from lightning_ft.__main__ import GATE_FAILED, main
 from lightning_ft._lightning import NAMESPACE, Trainer, _pl
 from lightning_ft.errors import ConfigError, ExportError, LightningFTError
-from lightning_ft.functional.result import SavingsResult
-from lightning_ft.functional.retention import RetentionResult
+from lightning_ft.evaluation.savings.result import SavingsResult
+from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 from lightning_ft.report.collect import collect
-from lightning_ft.rewards.result import Rewards
-from lightning_ft.rollout.record import RolloutRecord
-from lightning_ft.rollout.samples import read_samples
+from lightning_ft.rewards.batch import Rewards
+from lightning_ft.modules.samples import RolloutRecord
+from lightning_ft.modules.samples import read_samples
 
 ROWS = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
 TESTS = [{"input": f"what is a {word}", "output": "here"} for word in WORDS[:4]]
@@ -150,7 +150,7 @@ def test_a_full_disk_takes_nothing_along(trainer_options, tmp_path, model_folder
     def no_report(*_):
         raise full
 
-    monkeypatch.setattr("lightning_ft.report.fit.write_files", no_report)
+    monkeypatch.setattr("lightning_ft.callbacks.measuring.write_files", no_report)
     callbacks = [*measuring(Scorer()), ExportModel(str(tmp_path / "out"))]
     _, module = fit(trainer_options, model_folder, callbacks)
     assert exported(tmp_path, module)
@@ -236,7 +236,7 @@ def test_fabric_goes_on(tokenizer):
     fabric_type = pytest.importorskip("lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric").Fabric
     scorer = Scorer()
     given = {"tokenizer": tokenizer, "progress": False, "output_dir": False}
-    from lightning_ft.data.request import Message, Request
+    from lightning_ft.types import Message, Request
 
     requests = [Request("a", (Message(role="user", content="where"),), "here")]
     savings = TokenSavings(
@@ -265,7 +265,7 @@ def test_samples_that_cannot_be_written_do_not_stop_training(tmp_path, monkeypat
 
     show(0)
     with monkeypatch.context() as full:
-        full.setattr("lightning_ft.rollout.samples._line", lambda row: 1 / 0)
+        full.setattr("lightning_ft.modules.samples._line", lambda row: 1 / 0)
         with pytest.warns(UserWarning, match="SampleCompletions could not write .*Training goes on"):
             show(1)
         show(2)

@@ -12,11 +12,11 @@ from tiny import make_model, make_tokenizer
 from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule, Prices, PromptBaseline, TokenSavings
 from lightning_ft._lightning import NAMESPACE, Trainer, _pl
 from lightning_ft.data.encode import encode_prompt
-from lightning_ft.data.request import Message, Request
+from lightning_ft.types import Message, Request
 from lightning_ft.errors import SavingsError
-from lightning_ft.measurement.savings import SavingsMeasurement, measure_token_savings
+from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, measure_token_savings
 from lightning_ft.models.generate import evaluating
-from lightning_ft.report.files import load_savings
+from lightning_ft.evaluation.savings.files import load_savings
 
 BASELINE = PromptBaseline("Say where the thing is, in one word.", [{"input": "where is the moon", "output": "up"}] * 3)
 QUICK = {"max_new_tokens": 6, "batch_size": 4, "resamples": 199, "timed_requests": 1, "margin": 0.05}
@@ -410,6 +410,6 @@ def test_from_yaml():
 
 def test_times_to_the_first_token(monkeypatch, tokenizer):
     clock = iter(range(1000))
-    monkeypatch.setattr("lightning_ft.measurement.first_token.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("lightning_ft.evaluation.savings.serving.time.perf_counter", lambda: next(clock))
     result = hand_loop(tokenizer)
     assert dict(result.arms["prompted"].first_token_seconds) == {"cold": 1, "warm": 1}

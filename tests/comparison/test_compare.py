@@ -9,10 +9,10 @@ import yaml
 from forked import ForkedProcess
 from tiny import make_rows
 
-from lightning_ft.comparison.run import NAME, _Comparer, compare
-from lightning_ft.comparison.run_files import RESULT
+from lightning_ft.compare.run import NAME, _Comparer, compare
+from lightning_ft.compare.run_files import RESULT
 from lightning_ft.errors import ComparisonError
-from lightning_ft.functional.comparison import Comparison
+from lightning_ft.evaluation.comparison.result import Comparison
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 QUICK = {"seeds": "0,1", "learning_rates": {"full": [1e-3], "lora": [5e-3]}, "evaluations": 2, "threads": 1}

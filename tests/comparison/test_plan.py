@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_ft.comparison.plan import (
+from lightning_ft.compare.plan import (
     PlannedRun,
     Settings,
     config_hash,
@@ -16,7 +16,7 @@ from lightning_ft.comparison.plan import (
     run_config,
     weights_hash,
 )
-from lightning_ft.comparison.run import seconds_of
+from lightning_ft.compare.run import seconds_of
 from lightning_ft.errors import ComparisonError
 
 CONFIG = {

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from lightning_ft.comparison.run_files import checkpoint_of, read_plan, read_results, write_plan, write_results
-from lightning_ft.functional.comparison import RunResult
+from lightning_ft.compare.run_files import checkpoint_of, read_plan, read_results, write_plan, write_results
+from lightning_ft.evaluation.comparison.result import RunResult
 
 PLAN = {"run": {"method": "lora"}, "rows": 3, "hash": "abc", "settings": {}}
 

@@ -19,7 +19,7 @@ ROWS = [{"input": "2+2?", "output": "4"}, {"input": "3+3?", "output": "6"}]
 
 
 def load(source, **options):
-    from lightning_ft.data.report import SplitReport
+    from lightning_ft.data.split_report import SplitReport
 
     report = SplitReport()
     ((name, source),) = as_sources(source, "train").items()

@@ -5,8 +5,8 @@ import warnings
 import pytest
 
 from lightning_ft import PairDataModule, PreferenceDataModule, PromptDataModule
-from lightning_ft.data.hold_out import hold_out
-from lightning_ft.data.questions import row_questions
+from lightning_ft.data.groups import hold_out
+from lightning_ft.data.overlap import row_questions
 from lightning_ft.data.splits import RowRules, Splits
 from lightning_ft.errors import DataError
 

@@ -5,7 +5,7 @@ import pytest
 from lightning_ft.data.encode import encode_conversation, encode_prompt
 from lightning_ft.data.formats import Conversation
 from lightning_ft.data.overlong import RowEncoder
-from lightning_ft.data.problems import Problem
+from lightning_ft.data.raw_rows import Problem
 
 
 def row(*texts, system=None):

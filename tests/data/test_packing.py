@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_ft.data.encode import encode_conversation
 from lightning_ft.data.layout import Example, attention_mask, balanced_rows, collate_examples, in_one_row
-from lightning_ft.models.scorer import for_attention
+from lightning_ft.models.logprob_model import for_attention
 
 
 def logprobs(model, batch):

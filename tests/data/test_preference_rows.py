@@ -5,7 +5,7 @@ import math
 import pytest
 from preference_cases import PAIRS, S, answer, implicit, labelled, load, pair, read, talk
 
-from lightning_ft.data.problems import raise_problems
+from lightning_ft.data.raw_rows import raise_problems
 from lightning_ft.errors import ConfigError, DataError
 
 

@@ -8,7 +8,7 @@ from lightning_ft.data.encode import Encoded, encode_conversation, encode_prompt
 from lightning_ft.data.layout import Example
 from lightning_ft.data.overlong import RowEncoder
 from lightning_ft.data.preference_rows import PREFERENCES, split_shared
-from lightning_ft.data.problems import Problem
+from lightning_ft.data.raw_rows import Problem
 from lightning_ft.data.templates import set_chat_template
 from lightning_ft.data.turns import RowError
 

@@ -5,7 +5,7 @@ from preference_cases import talk
 
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.overlong import RowEncoder
-from lightning_ft.data.prompt_rows import PROMPTS
+from lightning_ft.data.prompts import PROMPTS
 from lightning_ft.data.rows import load_source
 from lightning_ft.errors import ConfigError
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lightning_ft.data.formats import Conversation
-from lightning_ft.data.questions import question_keys, row_questions
+from lightning_ft.data.overlap import question_keys, row_questions
 
 
 def system(text):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_ft.data.layout import Example, attention_mask
-from lightning_ft.data.shared import last_places, lay_out_completions
+from lightning_ft.data.shared_prompts import last_places, lay_out_completions
 from lightning_ft.errors import ConfigError
 
 LAYOUTS = [{"shared": True}, {"shared": False}, {"shared": False, "packing": False}]

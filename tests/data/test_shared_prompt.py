@@ -3,7 +3,7 @@
 import pytest
 from trl import extract_prompt
 
-from lightning_ft.data.shared_prompt import shared_text, shared_turns
+from lightning_ft.data.shared_prompts import shared_text, shared_turns
 
 
 @pytest.mark.parametrize(

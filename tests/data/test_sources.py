@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from lightning_ft import PairDataModule, PromptDataModule
-from lightning_ft.data.report import SplitReport
+from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.rows import load_source
 from lightning_ft.data.sources import as_sources, source_as_json
 from lightning_ft.data.values import DEEPEST, plain

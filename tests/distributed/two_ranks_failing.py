@@ -17,7 +17,7 @@ from lightning_ft import TokenSavings as Savings
 from lightning_ft._lightning import Callback, Trainer
 from lightning_ft.callbacks.export import FineTuning
 from lightning_ft.errors import ExportError
-from lightning_ft.measurement.retention import RetentionMeasurement
+from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
 from lightning_ft.rollout.local import LocalEngine
 
 

@@ -360,7 +360,7 @@ def test_lora_runs(run_configuration):
 def test_what_lora_yaml_names_exists():
     import yaml
 
-    from lightning_ft.functional.scorers import resolve_scorer
+    from lightning_ft.evaluation.scorers import resolve_scorer
 
     config = yaml.safe_load((API_CALLS / "lora.yaml").read_text("utf-8"))
     callbacks = {entry["class_path"]: entry.get("init_args", {}) for entry in config["trainer"]["callbacks"]}

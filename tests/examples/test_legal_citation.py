@@ -375,8 +375,8 @@ def test_the_configuration_is_read_with_its_callbacks(monkeypatch, capsys):
 
 
 def test_the_configuration_measures_with_this_example(rows):
-    from lightning_ft.functional.prompt import PromptBaseline
-    from lightning_ft.functional.scorers import resolve_scorer
+    from lightning_ft.evaluation.savings.prompt import PromptBaseline
+    from lightning_ft.evaluation.scorers import resolve_scorer
 
     root = LEGAL.parents[1]
     configuration = yaml.safe_load((LEGAL / "lora.yaml").read_text("utf-8"))

@@ -380,8 +380,8 @@ def test_the_configuration_runs(run_configuration):
 
 
 def test_the_configuration_measures_with_this_example(rows):
-    from lightning_ft.functional.prompt import PromptBaseline
-    from lightning_ft.functional.scorers import resolve_scorer
+    from lightning_ft.evaluation.savings.prompt import PromptBaseline
+    from lightning_ft.evaluation.scorers import resolve_scorer
 
     root = MEDICAL.parents[1]
     configuration = yaml.safe_load((MEDICAL / "lora.yaml").read_text("utf-8"))

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.advantages import (
+from lightning_ft.losses.advantages import (
     combine_rewards,
     group_advantages,
     groups_without_signal,
     leave_one_out_advantages,
     leave_one_out_differences,
 )
-from lightning_ft.functional.moments import mean_and_std, nanstd, power_sums
+from lightning_ft.losses.statistics import mean_and_std, nanstd, power_sums
 
 NAN = math.nan
 G = 4

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.compute import (
+from lightning_ft.evaluation.compute.arithmetic import (
     ComputeResult,
     StepSums,
     estimated_flops,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.gae import (
+from lightning_ft.losses.gae import (
     clipped_value_loss,
     explained_variance,
     gae,
@@ -13,7 +13,7 @@ from lightning_ft.functional.gae import (
     value_sums,
     whiten,
 )
-from lightning_ft.functional.moments import mean_and_std, power_sums
+from lightning_ft.losses.statistics import mean_and_std, power_sums
 
 LENGTHS = [4, 1, 9, 2, 1]
 N = sum(LENGTHS)

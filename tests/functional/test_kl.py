@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.kl import AdaptiveKL, k1, k3
+from lightning_ft.losses.kl import AdaptiveKL, k1, k3
 
 
 def test_estimates_are_those_of_the_note():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ft.functional.logprobs import (
+from lightning_ft.losses.logprobs import (
     LogitTransform,
     linear_logprob_sum,
     linear_logprobs,

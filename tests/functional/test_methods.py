@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from lightning_ft.errors import ComparisonError
-from lightning_ft.functional.bootstrap import Interval
-from lightning_ft.functional.comparison import Comparison, CurvePoint, RunResult
-from lightning_ft.functional.compute import ComputeResult
-from lightning_ft.functional.methods import Asked, choose_learning_rates, compare_methods
-from lightning_ft.functional.records import ArmRecords
-from lightning_ft.functional.retention import RetentionResult
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.comparison.result import Comparison, CurvePoint, RunResult
+from lightning_ft.evaluation.compute.arithmetic import ComputeResult
+from lightning_ft.evaluation.comparison.methods import Asked, choose_learning_rates, compare_methods
+from lightning_ft.evaluation.savings.records import ArmRecords
+from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 
 N = 100
 ASKED = Asked(tuple(f"q{i}" for i in range(N)), ("a",) * N, margin=0.05)

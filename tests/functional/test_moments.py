@@ -4,7 +4,7 @@ import statistics
 import pytest
 import torch
 
-from lightning_ft.functional.moments import mean_and_std, nanstd, power_sums
+from lightning_ft.losses.statistics import mean_and_std, nanstd, power_sums
 
 NAN = math.nan
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.policy import (
+from lightning_ft.losses.policy import (
     POLICY_LOSSES,
     check_policy_loss,
     cispo_loss,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.preference import (
+from lightning_ft.losses.preference import (
     PREFERENCE_LOSSES,
     SequenceLogProbs,
     bradley_terry_loss,

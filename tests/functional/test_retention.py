@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import kl_div
 
 from lightning_ft.errors import RetentionError
-from lightning_ft.functional.bootstrap import Interval
-from lightning_ft.functional.retention import (
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.retention.arithmetic import (
     PlaceSums,
     RetentionResult,
     kl_divergence,

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_ft.data.request import Message, Request
+from lightning_ft.types import Message, Request
 from lightning_ft.errors import SavingsError
-from lightning_ft.functional.bootstrap import Interval, bootstrap_intervals
-from lightning_ft.functional.cost import break_even_requests
-from lightning_ft.functional.gate import quality_gate
-from lightning_ft.functional.prompt import check_no_overlap
-from lightning_ft.functional.savings import (
+from lightning_ft.evaluation.bootstrap import Interval, bootstrap_intervals
+from lightning_ft.evaluation.savings.cost import break_even_requests
+from lightning_ft.evaluation.savings.gate import quality_gate
+from lightning_ft.evaluation.savings.prompt import check_no_overlap
+from lightning_ft.evaluation.savings.arithmetic import (
     ArmRecords,
     Prices,
     PromptBaseline,

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from lightning_ft.errors import SavingsError
-from lightning_ft.functional.scorers import LabelMatch, resolve_scorer, score_answers
+from lightning_ft.evaluation.scorers import LabelMatch, resolve_scorer, score_answers
 
 
 def half(output, reference):

@@ -7,11 +7,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import MambaConfig, MambaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from lightning_ft.data.request import Message, Request
+from lightning_ft.types import Message, Request
 from lightning_ft.errors import SavingsError
-from lightning_ft.functional.prompt import PromptBaseline
-from lightning_ft.measurement.resources import model_shape
-from lightning_ft.measurement.savings import SavingsMeasurement
+from lightning_ft.evaluation.savings.prompt import PromptBaseline
+from lightning_ft.evaluation.savings.serving import model_shape
+from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
 from lightning_ft.models.shard import is_sharded, shard
 
 BASELINE = PromptBaseline("Say where the thing is, in one word.")

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.errors import ConfigError
-from lightning_ft.functional.compute import ComputeResult
-from lightning_ft.measurement import compute
-from lightning_ft.measurement.batch_size import tokens_of
-from lightning_ft.measurement.compute import ComputeMeasurement
-from lightning_ft.measurement.flops import OperationCounter, formula_flops_per_token, is_compiled
-from lightning_ft.measurement.memory import PeakMemory
+from lightning_ft.evaluation.compute.arithmetic import ComputeResult
+from lightning_ft.evaluation.compute import measurement as compute
+from lightning_ft.evaluation.compute.batch_size import tokens_of
+from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
+from lightning_ft.models.flops import OperationCounter, formula_flops_per_token, is_compiled
+from lightning_ft.evaluation.compute.memory import PeakMemory
 from lightning_ft.models.head import completion_logprobs
 
 ROWS, LENGTH, HEADS, HEAD_DIM, LAYERS, VOCABULARY = 3, 24, 4, 8, 2, 400
@@ -140,7 +140,7 @@ def test_a_library_that_pytorch_does_not_see_is_named(monkeypatch):
 
 
 def test_grouped_products():
-    from lightning_ft.measurement.flops import _grouped
+    from lightning_ft.models.flops import _grouped
 
     assert _grouped((10, 4), (3, 4, 5)) == 2 * 10 * 4 * 5  # tokens shared out over three experts
     assert _grouped((5, 10), (10, 4)) == 2 * 5 * 10 * 4
@@ -344,7 +344,7 @@ def test_peak_memory_sees_what_was_freed():
 
 
 def test_without_proc_it_is_the_whole_process(monkeypatch, tmp_path):
-    monkeypatch.setattr("lightning_ft.measurement.memory._STATUS", tmp_path / "none")
+    monkeypatch.setattr("lightning_ft.evaluation.compute.memory._STATUS", tmp_path / "none")
     memory = PeakMemory(torch.device("cpu"))
     assert memory.kind == "process"
     assert memory.peak() >= memory.at_start > 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import make_model
 
-from lightning_ft.measurement.compute import ComputeMeasurement
-from lightning_ft.measurement.flops import OperationCounter, counted_apart
+from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
+from lightning_ft.models.flops import OperationCounter, counted_apart
 
 A, B = torch.ones(2, 3), torch.ones(3, 5)
 PRODUCT = 2 * 2 * 3 * 5

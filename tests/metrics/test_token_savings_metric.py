@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lightning_ft.errors import SavingsError
-from lightning_ft.functional.savings import ArmRecords, Prices, token_savings
-from lightning_ft.metrics.token_savings import TokenSavingsMetric
+from lightning_ft.evaluation.savings.arithmetic import ArmRecords, Prices, token_savings
+from lightning_ft.evaluation.savings.metric import TokenSavingsMetric
 
 PRICES = Prices(0.15, 0.6, 0.015, training=5, currency="USD", date="2026-01-31")
 OPTIONS = {"prices": PRICES, "resamples": 199, "margin": 0.05}

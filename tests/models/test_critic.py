@@ -6,7 +6,7 @@ from peft import LoraConfig
 from tiny import make_model
 
 from lightning_ft.data.layout import Example
-from lightning_ft.data.shared import lay_out_completions
+from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.critic import Critic

@@ -12,7 +12,7 @@ from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.errors import ModelError
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.head import attention_bias, completion_logprobs
-from lightning_ft.models.scorer import Scorer
+from lightning_ft.models.logprob_model import Scorer
 
 SMALL = {
     "vocab_size": 100,

@@ -15,7 +15,7 @@ from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import base_of
 from lightning_ft.models.reference import INITIAL, Reference, active_adapter
-from lightning_ft.models.scorer import Scorer
+from lightning_ft.models.logprob_model import Scorer
 
 LORA = {"r": 4, "lora_dropout": 0.2}
 

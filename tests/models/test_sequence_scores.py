@@ -8,7 +8,7 @@ from tiny_scorer import make_scorer
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from lightning_ft.errors import ModelError
-from lightning_ft.models.sequence_scores import check_last_token, last_token_scores, score_head
+from lightning_ft.models.reward_head import check_last_token, last_token_scores, score_head
 
 EOS, PAD = 2, 0
 LENGTHS = (5, 1, 9, 3, 9, 2, 7)

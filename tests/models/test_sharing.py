@@ -8,11 +8,11 @@ from tiny import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForSequenceClassification
 
 from lightning_ft.data.layout import Example
-from lightning_ft.data.shared import last_places, lay_out_completions
+from lightning_ft.data.shared_prompts import last_places, lay_out_completions
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.head import hidden_states
-from lightning_ft.models.scorer import Scorer, probe
-from lightning_ft.models.sequence_scores import last_token_scores, score_head
+from lightning_ft.models.logprob_model import Scorer, probe
+from lightning_ft.models.reward_head import last_token_scores, score_head
 
 SMALL = {
     "vocab_size": 100,

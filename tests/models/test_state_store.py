@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lightning_ft.models import state_store, tensors
-from lightning_ft.models.state_store import StateStore, sequence_digest
+from lightning_ft.models.activation_store import StateStore, sequence_digest
 
 ROOM = 2**20
 SAID = "Error while serializing: I/O error: No space left on device (os error 28)"

@@ -17,8 +17,8 @@ from lightning_ft.callbacks.compute import ComputeMeter
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.data.layout import Example, Segment, collate_examples, lay_out
 from lightning_ft.errors import ConfigError, ModelError
-from lightning_ft.models.scorer import Scorer
-from lightning_ft.modules.trunk import GIB, TrunkCache, TrunkReader
+from lightning_ft.models.logprob_model import Scorer
+from lightning_ft.modules.activation_cache import GIB, TrunkCache, TrunkReader
 
 ROWS = make_rows(24)
 

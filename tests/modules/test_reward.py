@@ -22,7 +22,7 @@ from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.load import adapter_base
-from lightning_ft.models.sequence_scores import score_head
+from lightning_ft.models.reward_head import score_head
 from lightning_ft.rewards.model import RewardModel
 
 LORA = {"r": 4, "lora_dropout": 0.3}

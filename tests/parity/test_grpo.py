@@ -8,7 +8,7 @@ from policy_parity import by_trl, by_us, distances, largest, reward
 from trl import GRPOConfig, GRPOTrainer
 
 from lightning_ft import GRPO
-from lightning_ft.functional.policy import policy_loss
+from lightning_ft.losses.policy import policy_loss
 
 TOLERANCE = 1e-5
 NAMES = {  # ours to TRL's

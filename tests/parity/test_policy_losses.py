@@ -8,9 +8,9 @@ import torch
 from accelerate import PartialState
 from trl import GRPOTrainer, RLOOTrainer
 
-from lightning_ft.functional.advantages import combine_rewards, group_advantages, leave_one_out_advantages
-from lightning_ft.functional.kl import k1
-from lightning_ft.functional.policy import policy_loss, token_weights
+from lightning_ft.losses.advantages import combine_rewards, group_advantages, leave_one_out_advantages
+from lightning_ft.losses.kl import k1
+from lightning_ft.losses.policy import policy_loss, token_weights
 
 TOLERANCE = 1e-6
 LENGTHS = torch.tensor([3, 1, 7, 5, 2, 6])

@@ -9,7 +9,7 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from lightning_ft.functional.preference import (
+from lightning_ft.losses.preference import (
     SequenceLogProbs,
     bradley_terry_loss,
     kto_kl,

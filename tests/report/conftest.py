@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_ft.functional.bootstrap import Interval
-from lightning_ft.functional.savings import ArmRecords, Prices, token_savings
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.savings.arithmetic import ArmRecords, Prices, token_savings
 
 DEPARTMENTS = ("billing", "shipping", "returns", "technical support", "sales")
 HOSTILE = '<script>document.title="hacked"</script><img src="http://outside.example/x.png" onerror="document.title=1">'
@@ -71,7 +71,7 @@ def make_savings(*, tuned=0.93, hostile=True, prices=PRICES, resamples=299, n=30
 
 
 def make_retention(kl=0.031, *, top_k=None):
-    from lightning_ft.functional.retention import RetentionResult
+    from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 
     return RetentionResult(
         kl_general=Interval(kl, kl * 0.86, kl * 1.17),
@@ -91,7 +91,7 @@ def make_retention(kl=0.031, *, top_k=None):
 
 
 def make_compute(flops=2.4e14, *, trainable=1_900_000, memory=3.1e9, seconds=512.0):
-    from lightning_ft.functional.compute import ComputeResult
+    from lightning_ft.evaluation.compute.arithmetic import ComputeResult
 
     return ComputeResult(
         flops=flops,
@@ -121,7 +121,7 @@ METHODS = {  # quality with all rows, FLOPs, trained parameters, memory, seconds
 
 def make_trained(method, rate, seed, rows, reached, *, answers=True):
     """One run of a method that reached this quality."""
-    from lightning_ft.functional.comparison import CurvePoint, RunResult
+    from lightning_ft.evaluation.comparison.result import CurvePoint, RunResult
 
     _, flops, trainable, memory, seconds, kl, size, _ = METHODS[method]
     share = rows / 4000
@@ -152,8 +152,8 @@ def make_trained(method, rate, seed, rows, reached, *, answers=True):
 
 def make_comparison(*, resamples=299):
     """Three methods with three seeds each, a grid of learning rates, and fewer rows."""
-    from lightning_ft.functional.comparison import RunResult
-    from lightning_ft.functional.methods import Asked, compare_methods
+    from lightning_ft.evaluation.comparison.result import RunResult
+    from lightning_ft.evaluation.comparison.methods import Asked, compare_methods
 
     runs = [
         RunResult(name, 0, None, None, quality, make_arm(name, quality))

@@ -9,21 +9,21 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_ft.functional.bootstrap import Interval
-from lightning_ft.report.blocks import Picture
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.document.blocks import Picture
 from lightning_ft.report.collect import RunReport
-from lightning_ft.report.document import document
-from lightning_ft.report.figures.canvas import DPI, STYLE, drawn
-from lightning_ft.report.figures.cost import draw_cost
-from lightning_ft.report.figures.forgetting import Tradeoff, draw_forgetting
-from lightning_ft.report.figures.learning import draw_learning_curve
-from lightning_ft.report.figures.marks import marks
-from lightning_ft.report.figures.methods import draw_methods
-from lightning_ft.report.figures.quality import Arm, draw_quality
-from lightning_ft.report.figures.resources import draw_resources
-from lightning_ft.report.figures.tokens import draw_tokens
-from lightning_ft.report.figures.training import Curve, draw_training
-from lightning_ft.report.sections.retention import forgetting_blocks
+from lightning_ft.report.compose import document
+from lightning_ft.document.canvas import DPI, STYLE, drawn
+from lightning_ft.evaluation.savings.plots import draw_cost
+from lightning_ft.evaluation.retention.sections import Tradeoff, draw_forgetting
+from lightning_ft.evaluation.comparison.plots import draw_learning_curve
+from lightning_ft.document.canvas import marks
+from lightning_ft.evaluation.comparison.plots import draw_methods
+from lightning_ft.evaluation.savings.plots import Arm, draw_quality
+from lightning_ft.evaluation.comparison.plots import draw_resources
+from lightning_ft.evaluation.savings.plots import draw_tokens
+from lightning_ft.evaluation.comparison.plots import Curve, draw_training
+from lightning_ft.evaluation.retention.sections import forgetting_blocks
 
 
 def axes_of(draw, **arguments):

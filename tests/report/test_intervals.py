@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_ft.functional.cost import Prices
-from lightning_ft.functional.savings import token_savings
-from lightning_ft.report.intervals import break_even_intervals, gain_interval, per_success_intervals
+from lightning_ft.evaluation.savings.cost import Prices
+from lightning_ft.evaluation.savings.arithmetic import token_savings
+from lightning_ft.evaluation.savings.intervals import break_even_intervals, gain_interval, per_success_intervals
 
 
 def test_values_are_those_of_the_result(make):

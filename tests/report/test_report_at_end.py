@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_ft._lightning import Callback, Trainer, _pl
-from lightning_ft.report.fit import report_at_end
+from lightning_ft.callbacks.measuring import report_at_end
 
 BoringModel = importlib.import_module(f"{_pl.__name__}.demos.boring_classes").BoringModel
 

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from lightning_ft.errors import MissingDependencyError
-from lightning_ft.functional.savings import ArmRecords, Prices, token_savings
-from lightning_ft.report.files import load_savings
-from lightning_ft.report.markdown import savings_markdown
+from lightning_ft.evaluation.savings.arithmetic import ArmRecords, Prices, token_savings
+from lightning_ft.evaluation.savings.files import load_savings
+from lightning_ft.document.markdown import savings_markdown
 
 
 def make_result(n=200, tuned_score=1.0, **options):

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lightning_ft.errors import DataError
-from lightning_ft.functional.result import SavingsResult
+from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.report.write import SCHEMA_VERSION, write_report
 
 
@@ -131,7 +131,7 @@ def test_only_compute(make, tmp_path):
 
 
 def test_an_unfinished_comparison_says_so(make, tmp_path):
-    from lightning_ft.functional.comparison import Comparison
+    from lightning_ft.evaluation.comparison.result import Comparison
 
     unfinished = Comparison((), {}, {}, {}, {}, {}, complete=False, warnings=("Not all planned runs were made.",))
     make.write(tmp_path, "comparison.json", unfinished)
@@ -200,7 +200,7 @@ def test_it_does_not_import_matplotlib_until_it_draws():
     import sys
 
     code = (
-        "import sys, lightning_ft.report.write, lightning_ft.report.fit; "
+        "import sys, lightning_ft.report.write, lightning_ft.callbacks.measuring; "
         "print([name for name in ('matplotlib', 'trl') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -19,7 +19,7 @@ from trl.rewards import (
 )
 
 from lightning_ft.errors import LightningFTError, RewardError
-from lightning_ft.functional.moments import mean_and_std
+from lightning_ft.losses.statistics import mean_and_std
 from lightning_ft.rewards.batch import TrainerState
 from lightning_ft.rewards.functions import RewardFunctions
 

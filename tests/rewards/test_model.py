@@ -15,7 +15,7 @@ from lightning_ft._lightning import Trainer
 from lightning_ft.data.encode import encode_conversation
 from lightning_ft.errors import ModelError, RewardError, TokenizerError
 from lightning_ft.modules.reward import RewardModeling
-from lightning_ft.rewards import folder as folders
+from lightning_ft.rewards import model as folders
 from lightning_ft.rewards.functions import RewardFunctions
 from lightning_ft.rewards.model import RewardModel
 

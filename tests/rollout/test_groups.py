@@ -10,9 +10,9 @@ from tiny import make_model
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import takes_explicit_masks
-from lightning_ft.rollout.bundles import Bundles, read_prompts
+from lightning_ft.rollout.shared_rows import Bundles, read_prompts
 from lightning_ft.rollout.cache import GrowingCache
-from lightning_ft.rollout.forward import next_logits, read_tokens
+from lightning_ft.rollout.decode import next_logits, read_tokens
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Sampling
@@ -179,7 +179,7 @@ def test_sequences_of_a_row_see_their_own_prompt_and_tokens_only(width):
 def test_a_model_that_takes_no_masks_or_minds_them_gets_a_copy_for_each(monkeypatch):
     model = SHARING["llama"]().eval()
     assert probe_cache(model, 3, 0) == (True, True)
-    monkeypatch.setattr("lightning_ft.rollout.forward.attention_bias", lambda base, seen: 0.0 * seen)  # all is seen
+    monkeypatch.setattr("lightning_ft.rollout.decode.attention_bias", lambda base, seen: 0.0 * seen)  # all is seen
     assert probe_cache(model, 3, 0) == (True, False)
     monkeypatch.undo()
     model.config._attn_implementation = "flex_attention"

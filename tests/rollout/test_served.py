@@ -8,7 +8,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import make_model
 
 from lightning_ft.errors import ModelError
-from lightning_ft.rollout.served import ServedWeights
+from lightning_ft.rollout.vllm_weights import ServedWeights
 
 LORAS = {
     "linear": {"target_modules": ["q_proj", "down_proj"]},

@@ -1,0 +1,261 @@
+"""Rows of JSONL and JSON files."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from lightning_ft.data.raw_rows import RawRow, bad_row
+from lightning_ft.errors import DataError
+import json
+import re
+from typing import Any
+from lightning_ft.data.raw_rows import RawRow, bad_row, numbered
+from lightning_ft.data.values import Refused, too_many_digits
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iterator[RawRow]:
+    """Rows after a header; each has the number of the line it starts on.
+
+    Args:
+        path: The file.
+        name: What errors call it.
+        delimiter: What separates its cells.
+        notes: Counts blank lines.
+
+    Raises:
+        DataError: If the header is of no use, or cells can't be told apart.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KiB
+    # What isn't UTF-8 comes through as surrogates, so that one bad byte spoils its own row only.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header: list[str] = []
+        start = 1
+        try:
+            for cells in reader:
+                number, start = start, reader.line_num + 1  # line_num is where a row ends; it may span several lines
+                text = "".join(cells)
+                if not text.strip() and (len(cells) < 2 or not header):  # Excel writes ",,," above a header
+                    notes["blank line"] += 1
+                elif not header:
+                    header = cells
+                    _check_header(header, name, number, delimiter)
+                elif (bad := _surrogate(text)) is not None:
+                    yield undecodable(name, number, *bad)
+                elif len(cells) != len(header):
+                    detail = f"{len(cells)} cells, the header has {len(header)}"
+                    fix = f"Quote cells that hold {delimiter!r} or line breaks."
+                    yield bad_row(name, number, "wrong number of cells", detail, fix)
+                elif "\0" in text:
+                    field = next(column for column, cell in zip(header, cells, strict=True) if "\0" in cell)
+                    fix = "Remove it, or write the file again: it is damaged."
+                    yield bad_row(name, number, "NUL byte", "", fix, field)
+                else:
+                    yield RawRow(name, number, dict(zip(header, cells, strict=True)))
+        except csv.Error as error:
+            where = f"line {start}" if start >= reader.line_num else f"lines {start} to {reader.line_num}"
+            opened = " A quote is opened and never closed." if "unexpected end" in str(error) else ""
+            raise DataError(f"{name}, {where}: malformed CSV, {error}.{opened}") from error
+
+
+def _check_header(header: list[str], name: str, number: int, delimiter: str) -> None:
+    text = "".join(header)
+    if (bad := _surrogate(text)) is not None or "\0" in text:
+        found = "a NUL byte" if bad is None else f"byte 0x{bad[0]:02x}, which isn't UTF-8"
+        raise DataError(f"{name}, line {number}: the header contains {found}. Save the file as UTF-8.")
+    if header[0].lstrip().startswith(("{", "[")):
+        raise DataError(f"{name}: the file looks like JSON, not CSV. Rename it to .jsonl (or .json for one array).")
+    if len(header) == 1:
+        other = next((d for d in (";", "\t", "|", ",") if d != delimiter and d in header[0]), None)
+        if other is not None:
+            raise DataError(
+                f"{name}: the header has one column, {header[0]!r}; the file seems to be separated by {other!r}, "
+                f"expected {delimiter!r}. Save it as CSV with commas, or as .tsv with tabs."
+            )
+    repeated = [column for column, count in Counter(header).items() if count > 1]
+    if repeated:
+        raise DataError(f"{name}: the header names {repeated[0]!r} twice. Rename one of the columns.")
+
+
+def _surrogate(text: str) -> tuple[int, int] | None:
+    """The first byte that isn't UTF-8 and its column, from 1."""
+    if text.isascii():
+        return None
+    return next(((ord(c) - 0xDC00, i) for i, c in enumerate(text, 1) if 0xDC80 <= ord(c) <= 0xDCFF), None)
+
+
+BOM = b"\xef\xbb\xbf"
+"""The byte order mark of UTF-8."""
+
+_MOST_DIGITS = 4000
+_NO_ROW = re.compile(rb"[\[{]\s*")  # an array, or an object over several lines
+
+
+def _integer(digits: str) -> Any:
+    return int(digits) if len(digits) <= _MOST_DIGITS else too_many_digits(f"{len(digits):,}")
+
+
+def _constant(name: str) -> Refused:
+    return Refused("malformed JSON", f"{name}, which JSON doesn't have", "Write null or a number.")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name, count = Counter(name for name, _ in pairs).most_common(1)[0]
+        found[name] = Refused("key given more than once", f"{count} times in one object", "Keep one of them.")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
+
+
+def read_jsonl(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
+    """One JSON value a line; a line ends by LF, CR LF or CR.
+
+    Args:
+        path: The file.
+        name: What errors call it.
+        notes: Counts blank lines and byte order marks.
+
+    Raises:
+        DataError: If it isn't one value a line.
+    """
+    first = True
+    for number, line in enumerate(_lines(path), start=1):
+        if line.startswith(BOM):  # also within: files were put together
+            line = line.removeprefix(BOM)
+            notes["byte order mark removed"] += 1
+        if not line.strip():
+            notes["blank line"] += 1
+            continue
+        try:
+            yield RawRow(name, number, _DECODER.decode(line.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            yield undecodable(name, number, error.object[error.start], error.start + 1)
+        except RecursionError:
+            yield bad_row(name, number, "malformed JSON", "nested too deep", "Each line must be one JSON object.")
+        except json.JSONDecodeError as error:
+            if first and line.lstrip().startswith(b"["):
+                raise DataError(f"{name}: one JSON array, not one JSON object a line. Rename it to .json.") from error
+            if first and _NO_ROW.fullmatch(line):
+                raise DataError(
+                    f"{name}, line {number}: the objects extend over several lines. Write each on a line of its own, "
+                    "or rename the file to .json if it is one JSON array."
+                ) from error
+            detail = f"{error.msg} at column {error.colno}"
+            yield bad_row(name, number, "malformed JSON", detail, "Each line must be one JSON object.")
+        first = False
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for line in file:
+            yield from line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r")
+
+
+def undecodable(name: str, number: int, byte: int, column: int) -> RawRow:
+    """A row with a byte that isn't UTF-8, and the column of that byte, from 1."""
+    return bad_row(name, number, "invalid UTF-8", f"byte 0x{byte:02x} at column {column}", "Save the file as UTF-8.")
+
+
+def read_json(path: Path, name: str) -> Iterator[RawRow]:
+    """An array of rows, or an object that has one.
+
+    Args:
+        path: The file.
+        name: What errors call it.
+
+    Raises:
+        DataError: If the file is anything else.
+    """
+    try:
+        value = _DECODER.decode(path.read_bytes().removeprefix(BOM).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{name}, line {line}: invalid UTF-8. Save the file as UTF-8.") from error
+    except RecursionError as error:
+        raise DataError(f"{name}: malformed JSON, nested too deep. Expected an array of rows.") from error
+    except json.JSONDecodeError as error:
+        hint = " If each line is an object of its own, rename the file to .jsonl." if error.msg == "Extra data" else ""
+        raise DataError(
+            f"{name}, line {error.lineno}, column {error.colno}: malformed JSON, {error.msg}.{hint}"
+        ) from error
+    if isinstance(value, dict):
+        lists = [key for key, item in value.items() if isinstance(item, list)]
+        if len(lists) != 1:
+            found = ", ".join(map(repr, list(value)[:5])) or "an empty object"
+            raise DataError(f"{name}: expected a JSON array of rows, or an object with one list in it; found {found}.")
+        value = value[lists[0]]
+    if not isinstance(value, list):
+        found = value.detail if isinstance(value, Refused) else type(value).__name__
+        raise DataError(f"{name}: expected a JSON array of rows, found {found}.")
+    yield from numbered(value, name)
+
+
+_READ_TOGETHER = 1000
+_DAMAGED = "The file is damaged, or of a kind that this pyarrow doesn't read: write it again."
+
+
+def read_parquet(path: Path, name: str) -> Iterator[RawRow]:
+    """Rows of a Parquet file, numbered from 1.
+
+    Args:
+        path: The file.
+        name: What errors call it.
+
+    Raises:
+        DataError: If the file is damaged, encrypted or compressed by a codec that isn't there, or two columns have one
+            name; where rows were read before, it says how many.
+    """
+    read = 0
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            columns = file.schema_arrow.names
+            repeated = [column for column, count in Counter(columns).items() if count > 1]
+            if repeated:
+                raise DataError(f"{name}: two columns are named {repeated[0]!r}. Rename one of them.")
+            for batch in file.iter_batches(_READ_TOGETHER):
+                for row in _rows(batch, name, read):
+                    read += 1
+                    yield row
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        after = f", after row {read:,}" if read else ""
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"{name}{after}: Parquet that can't be read ({said}). {_DAMAGED}") from error
+
+
+def _rows(batch: pa.RecordBatch, name: str, before: int) -> Iterator[RawRow]:
+    """Rows of a batch; where values can't be read, each by itself, so that only its own row is bad."""
+    batch.validate()
+    try:
+        values = batch.to_pylist()
+    except Exception:  # bytes that aren't UTF-8, dates out of range, time zones that aren't there, ...
+        for i in range(batch.num_rows):
+            yield _row(batch, i, name, before + i + 1)
+        return
+    for number, value in enumerate(values, start=before + 1):
+        yield RawRow(name, number, value)
+
+
+def _row(batch: pa.RecordBatch, index: int, name: str, number: int) -> RawRow:
+    row: dict[str, Any] = {}
+    for field, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[field] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            detail = f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
+            return bad_row(name, number, "invalid UTF-8", detail, "Write the text again as UTF-8.", field)
+        except Exception as error:
+            fix = "Remove the column, or store it as a text."
+            return bad_row(name, number, "value that can't be read", type(error).__name__, fix, field)
+    return RawRow(name, number, row)

@@ -1,0 +1,156 @@
+"""What was forgotten, as figures and against what was gained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.document.blocks import Block, Fact, Picture, between, valued
+from lightning_ft.report.sections import runs_table
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from lightning_ft.document.canvas import legend_below
+from lightning_ft.document.canvas import marks, spread
+
+
+if TYPE_CHECKING:
+    from lightning_ft.evaluation.retention.arithmetic import RetentionResult
+
+_COMPARED = {
+    "adapter_off": "adapter off",
+    "step_0": "step 0",
+    "model": "second model",
+}
+
+
+def retention_facts(result: RetentionResult) -> tuple[Fact, ...]:
+    """The rise of perplexity on general text."""
+    rise = Interval(*(end - 1 for end in (result.ppl_ratio.value, result.ppl_ratio.lo, result.ppl_ratio.hi)))
+    return (
+        Fact(
+            "change of perplexity on general text",
+            f"{rise.value:+.1%}",
+            f"95% interval {between(rise, '{:+.1%}'.format)}; same next token at {result.top1_agreement.value:.1%}",
+        ),
+    )
+
+
+def retention_table(results: Mapping[str, RetentionResult]) -> tuple[Block, ...]:
+    """The figures of all runs.
+
+    Args:
+        results: By name, at least one.
+    """
+    found = list(results.values())
+
+    def row(label: str, cells: Sequence[str]) -> tuple[str, ...]:
+        return (label, *cells)
+
+    rows = [
+        row(
+            "KL on general text, nats a token",
+            [("at least " if r.lower_bound else "") + valued(r.kl_general, "{:.4f}".format) for r in found],
+        ),
+        row("perplexity, tuned over base", [valued(r.ppl_ratio, "{:.3f}".format) for r in found]),
+        row("same most likely token", [valued(r.top1_agreement, "{:.1%}".format) for r in found]),
+        row(
+            "KL on task answers, nats a token",
+            [
+                "not measured"
+                if r.kl_task is None
+                else ("at least " if r.lower_bound else "") + valued(r.kl_task, "{:.4f}".format)
+                for r in found
+            ],
+        ),
+        row("compared with", [_COMPARED.get(r.base, r.base) for r in found]),
+        row("general texts", [f"{r.texts:,} ({r.tokens:,} tokens)" for r in found]),
+        row("task answers", [f"{r.task_rows:,} ({r.task_tokens:,} tokens)" for r in found]),
+    ]
+    return runs_table(list(results), rows, "Intervals are 95%, over texts")
+
+
+def forgetting_blocks(runs: Sequence[Tradeoff], name: str = "forgetting") -> tuple[Block, ...]:
+    """The picture of forgetting against gain.
+
+    Args:
+        runs: May be empty.
+        name: Of the picture.
+    """
+    endless = [run.name for run in runs if not math.isfinite(run.forgotten.value)]
+    runs = [run for run in runs if math.isfinite(run.forgotten.value)]
+    left_out = f"Not drawn, since its KL is infinite: {', '.join(endless)}." if endless else ""
+    if not runs:
+        return (left_out,) if left_out else ()
+    seen = "; ".join(
+        f"{run.name}: KL {run.forgotten.value:.4f}, quality gained {run.gained.value:+.3f}" for run in runs
+    )
+    note = " Where a KL is marked as a lower bound, more may have been forgotten." if _bounded(runs) else ""
+    return (
+        Picture(
+            name,
+            f"What was forgotten against what was gained. {seen}.",
+            "A point for each run. Up and to the left is best: much learnt, little forgotten. Bars are 95% intervals, "
+            f"over texts to the sides and over requests up and down.{note}",
+            partial(draw_forgetting, runs=runs),
+        ),
+        *([left_out] if left_out else []),
+    )
+
+
+def _bounded(runs: Sequence[Tradeoff]) -> bool:
+    return any(run.lower_bound for run in runs)
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """One run.
+
+    Args:
+        name: Of its method; runs of one method look the same.
+        forgotten: KL of base to tuned on general texts, in nats a token.
+        gained: Quality over that of the untuned model.
+        lower_bound: Whether the KL is a lower bound.
+    """
+
+    name: str
+    forgotten: Interval
+    gained: Interval
+    lower_bound: bool = False
+
+
+def draw_forgetting(axes: Any, runs: Sequence[Tradeoff]) -> None:
+    """A point for each run: further left has forgotten less, further up has learnt more.
+
+    Args:
+        axes: Of matplotlib.
+        runs: At least one.
+    """
+    look = marks(list(dict.fromkeys(run.name for run in runs)))
+    named: set[str] = set()
+    for run in runs:
+        x, y, mark = run.forgotten, run.gained, look[run.name]
+        bound = " (KL: lower bound)" if run.lower_bound else ""
+        label = f"{run.name}{bound}"
+        axes.errorbar(
+            [x.value],
+            [y.value],
+            xerr=spread(x.value, x.lo, x.hi),
+            yerr=spread(y.value, y.lo, y.hi),
+            fmt=mark.marker,
+            color=mark.colour,
+            markersize=9,
+            capsize=4,
+            markeredgecolor="black",
+            label=None if label in named else label,
+        )
+        named.add(label)
+    axes.axhline(0, color="#555555", linewidth=1)
+    axes.set_xlim(left=0)
+    axes.margins(0.12)
+    axes.set_xlabel("forgotten: KL on general text (nats per token), less is better")
+    axes.set_ylabel("quality gained over the untuned model")
+    axes.set_title("What was forgotten against what was gained")
+    legend_below(axes)

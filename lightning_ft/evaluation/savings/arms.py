@@ -1,0 +1,144 @@
+"""Run one arm: generate, count, score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.cores import without_reasoning
+from lightning_ft.errors import SavingsError
+from lightning_ft.evaluation.savings.records import ArmRecords
+from lightning_ft.evaluation.scorers import score_answers
+from lightning_ft.evaluation.savings.serving import first_token_seconds
+from lightning_ft.evaluation.savings.plan import MeasurementPlan
+from lightning_ft.evaluation.savings.serving import model_shape
+from lightning_ft.models.generate import end_token_ids
+from lightning_ft.models.head import CausalLM
+from lightning_ft.models.load import pad_token_id
+from lightning_ft.models.shard import is_sharded
+from lightning_ft.rollout.local import LocalEngine
+from lightning_ft.rollout.protocol import Completion
+from lightning_ft.distributed import gathered, rank_and_ranks
+
+
+def run_arm(
+    name: str,
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: MeasurementPlan,
+    *,
+    batch_size: int = 32,
+    share_prefix: bool = True,
+    timed_requests: int = 3,
+    progress: bool = True,
+) -> ArmRecords:
+    """Answer all requests of a plan as one arm would.
+
+    In a process group every rank must call it. Ranks share the requests out, unless the model is sharded: its ranks
+    have to run in step, so each answers them all. The records are the same on every rank.
+
+    Args:
+        name: ``prompted``, ``tuned`` or ``untuned``.
+        model: With the arm's weights, in whatever mode.
+        tokenizer: The model's.
+        plan: What to ask.
+        batch_size: Prompts at a time.
+        share_prefix: Run the prompts' common prefix through the model once.
+        timed_requests: How many requests to time to their first token; 0 for none.
+        progress: Show a progress bar.
+
+    Raises:
+        SavingsError: If the scorer fails on an answer.
+    """
+    arm = plan.prompted if name == "prompted" else plan.bare
+    ends = end_token_ids(model, tokenizer)
+    engine = LocalEngine(
+        model,
+        end_token_ids=ends,
+        pad_token_id=pad_token_id(tokenizer),
+        batch_size=batch_size,
+        share_prefix=share_prefix,
+    )
+    rank, ranks = rank_and_ranks()
+    if is_sharded(model):
+        ranks = 1
+    mine = range(rank if ranks > 1 else 0, len(arm.prompts), ranks)
+    shows = progress and rank == 0
+    with tqdm(total=len(mine), desc=f"Token savings, {name}", unit="request", disable=not shows, leave=False) as bar:
+        completions = _gather(
+            lambda: (
+                engine.generate(
+                    [arm.prompts[i] for i in mine],
+                    max_new_tokens=plan.max_new_tokens,
+                    on_answered=bar.update,
+                    prefix=arm.shared,
+                ).completions
+            ),
+            mine,
+            ranks,
+        )
+    outputs = tokenizer.batch_decode([list(c.tokens) for c in completions], skip_special_tokens=True)
+    shape = model_shape(model)
+    n = len(plan.requests)
+    clusters = [r.cluster if r.cluster is not None else f"\0{r.id}" for r in plan.requests]
+    return ArmRecords(
+        ids=tuple(r.id for r in plan.requests),
+        input_tokens=tuple(map(len, arm.prompts)),
+        output_tokens=tuple(len(c.tokens) for c in completions),
+        scores=_scores(plan, outputs),
+        truncated=tuple(c.truncated for c in completions),
+        cached_prefix_tokens=(arm.shared,) * n,
+        clusters=tuple(clusters) if any(r.cluster is not None for r in plan.requests) else (),
+        outputs=tuple(outputs),
+        parts=arm.parts,
+        first_token_seconds=first_token_seconds(engine, arm.prompts, arm.shared, rounds=timed_requests)
+        if timed_requests
+        else {},
+        prefill_flops=None if shape is None else sum(shape.prefill_flops(len(p)) for p in arm.prompts) / n,
+        kv_cache_bytes=None
+        if shape is None
+        else sum(shape.kv_cache_bytes(len(p) + len(c.tokens)) for p, c in zip(arm.prompts, completions, strict=True))
+        / n,
+    )
+
+
+def _gather(answer: Callable[[], Sequence[Completion]], mine: Sequence[int], ranks: int) -> list[Completion]:
+    """The answers of all ranks, in the order of the requests; what one raises is told to the others."""
+    if ranks == 1:
+        return list(answer())
+    own: Any
+    try:
+        own = dict(zip(mine, answer(), strict=True))
+    except Exception as error:
+        own = f"{type(error).__name__}: {error}"
+    parts = gathered(own)
+    if failed := [f"rank {rank}: {part}" for rank, part in enumerate(parts) if isinstance(part, str)]:
+        raise SavingsError(f"Generation failed on {'; on '.join(failed)}")
+    answered = {i: completion for part in parts for i, completion in part.items()}
+    return [answered[i] for i in sorted(answered)]
+
+
+def _scores(plan: MeasurementPlan, outputs: Sequence[str]) -> tuple[float, ...]:
+    """Score on one rank and tell the others, errors too: a rank that raises alone leaves the others waiting."""
+    rank, ranks = rank_and_ranks()
+    told: list[Any] = [None]
+    if rank == 0:
+        try:
+            ids, references = [r.id for r in plan.requests], [r.reference for r in plan.requests]
+            # Where a row has its reasoning apart from its answer, answers are compared apart from theirs.
+            apart = ["reasoning_content" in (r.answer or {}) for r in plan.requests]
+            answers = [without_reasoning(o) if a else o for o, a in zip(outputs, apart, strict=True)]
+            told = [score_answers(plan.scorer_name, plan.scorer, ids, answers, references)]
+        except SavingsError as error:
+            if ranks == 1:
+                raise
+            told = [str(error)]
+    if ranks > 1:
+        dist.broadcast_object_list(told, src=0)
+    if isinstance(told[0], str):
+        raise SavingsError(told[0])
+    return tuple(told[0])

@@ -1,0 +1,56 @@
+"""A result as files: JSON for a program, Markdown for a pull request, PNG for a slide."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from lightning_ft.evaluation.savings.result import SavingsResult
+from lightning_ft.report.collect import read_result
+from lightning_ft.document.markdown import savings_markdown
+from lightning_ft.whole_files import write_json, write_text, written_aside
+
+_log = logging.getLogger(__name__)  # only the first rank writes, so only it speaks
+NAME = "token_savings"
+
+
+def save_savings(result: SavingsResult, folder: Path, *, png: bool | None = None) -> list[Path]:
+    """Write a result.
+
+    Args:
+        result: The result.
+        folder: It is made where there is none; files of an earlier result are replaced.
+        png: Write the picture; None: if matplotlib is installed.
+
+    Returns:
+        The files written.
+
+    Raises:
+        MissingDependencyError: If the picture is asked for without matplotlib.
+    """
+    if png is None:
+        png = importlib.util.find_spec("matplotlib") is not None
+        if not png:
+            _log.info("No picture of the token savings without matplotlib: pip install 'lightning-ft[report]'.")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{NAME}.json", folder / f"{NAME}.md"]
+    write_json(written[0], result.to_dict())
+    picture = folder / f"{NAME}.png"
+    if png:
+        from lightning_ft.evaluation.savings.plots import plot_savings
+
+        with written_aside(picture) as aside:
+            plot_savings(result, aside)
+        written.append(picture)
+    write_text(written[1], savings_markdown(result, picture.name if png else None))
+    return written
+
+
+def load_savings(path: str | Path) -> SavingsResult:
+    """Read a result back from its JSON file.
+
+    Raises:
+        DataError: If it isn't one.
+    """
+    return read_result(Path(path), SavingsResult.from_dict)

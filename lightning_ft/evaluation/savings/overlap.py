@@ -1,0 +1,147 @@
+"""Which requests of a measurement also appear in the rows that are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from statistics import fmean
+from lightning_ft.evaluation.savings.records import ArmRecords
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+from lightning_ft.data.overlap import TrainingIndex
+from lightning_ft.data.raw_rows import Problem
+from lightning_ft.types import Request
+from lightning_ft.data.rows import load_source
+from lightning_ft.data.sources import Sources, as_sources
+from lightning_ft.errors import DataError
+
+
+def overlap_text(count: int, n: int) -> str:
+    """How many requests appear in the training rows too, in words; empty where none does.
+
+    Args:
+        count: Those that do.
+        n: All requests.
+
+    Example:
+        >>> overlap_text(4, 8), overlap_text(0, 8)
+        ('4 of 8 requests (50%) also appear in the training rows', '')
+    """
+    if not count:
+        return ""
+    permille = 1000 * count // n  # never rounded up to all of them
+    share = f"{permille / 10:g}%" if permille else "under 0.1%"
+    return f"{count:,} of {n:,} requests ({share}) also appear{'s' if count == 1 else ''} in the training rows"
+
+
+def overlap_warnings(in_training: Collection[str], prompted: ArmRecords, tuned: ArmRecords) -> list[str]:
+    """What a reader has to know of such requests: how many there are, and quality on all others.
+
+    Args:
+        in_training: Ids of the requests that appear in the training rows.
+        prompted: Answers of the original weights with the baseline's prompt.
+        tuned: Those of the trained weights, to the same requests in the same order.
+    """
+    if not in_training:
+        return []
+    seen = frozenset(in_training)
+    new = [i for i, name in enumerate(prompted.ids) if name not in seen]
+    found = [
+        f"{overlap_text(len(seen), len(prompted.ids))}: the tuned model may have learned their answers by heart, so "
+        "its quality on new requests may be lower. Remove them from the training rows or from the requests, and "
+        "measure again."
+    ]
+    if new:
+        quality = [fmean(arm.scores[i] for i in new) for arm in (tuned, prompted)]
+        found.append(
+            f"On the {len(new):,} requests that don't appear in the training rows, quality is {quality[0]:.3f} tuned "
+            f"against {quality[1]:.3f} prompted."
+        )
+    return found
+
+
+TrainRows: TypeAlias = Sources | list[Request] | TrainingIndex
+"""Rows as a DataModule takes them, requests made of them, or what was found in them."""
+
+
+@dataclass(frozen=True)
+class RequestOverlap:
+    """What requests and training rows have in common.
+
+    Args:
+        in_training: Ids of the requests whose question appears in the training rows.
+        of_trained_clusters: Ids of the requests whose cluster the training rows have rows of.
+        n: All requests.
+    """
+
+    in_training: tuple[str, ...]
+    of_trained_clusters: tuple[str, ...]
+    n: int
+
+    @property
+    def cluster_warnings(self) -> tuple[str, ...]:
+        """What to say of clusters in both; nothing where there are none."""
+        if not self.of_trained_clusters:
+            return ()
+        return (
+            f"{len(self.of_trained_clusters):,} of {self.n:,} requests are of a cluster that training rows are of too, "
+            "so the result says little about requests of new clusters. Split the rows by cluster, as validation=0.1 "
+            "does, and measure again.",
+        )
+
+
+def request_overlap(requests: Sequence[Request], index: TrainingIndex) -> RequestOverlap:
+    """Look requests up in the training rows.
+
+    Args:
+        requests: What is asked.
+        index: Of the training rows.
+
+    Example:
+        >>> ask = lambda text: ({"role": "user", "content": text},)
+        >>> index = TrainingIndex.of([Request("t", ask("Where is it?"), "Here.", "Ann")])
+        >>> requests = [Request("a", ask("Where is it? "), "There."), Request("b", ask("Why?"), "So.")]
+        >>> found = request_overlap(requests, index)
+        >>> found.in_training, found.of_trained_clusters
+        (('a',), ())
+    """
+    return RequestOverlap(
+        tuple(request.id for request in requests if index.asks(request.messages)),
+        tuple(request.id for request in requests if request.cluster in index.clusters),
+        len(requests),
+    )
+
+
+def training_index(rows: TrainRows) -> TrainingIndex:
+    """What the training rows ask.
+
+    Args:
+        rows: A file, a list of dicts or whatever else a DataModule takes as `train`; or requests made of such rows, as
+            `PairDataModule.requests` gives them.
+
+    Raises:
+        DataError: If some rows can't be read, with the first of them.
+
+    Example:
+        >>> training_index([{"input": "Where is it?", "output": "Here."}]).asks([{"role": "user", "content": "Why?"}])
+        False
+    """
+    if isinstance(rows, TrainingIndex):
+        return rows
+    if isinstance(rows, list):
+        requests = [row for row in rows if isinstance(row, Request)]
+        if requests and len(requests) == len(rows):
+            return TrainingIndex.of(requests)
+    index = TrainingIndex()
+    problems: list[Problem] = []
+    for name, source in as_sources(rows, "train_rows").items():  # type: ignore[arg-type]  # requests are dealt with
+        good, bad = load_source(source, name, "train_rows", answered=False)
+        problems += bad
+        for row in good:
+            index.add(row)
+    if problems:
+        raise DataError(
+            f"train_rows: {len(problems):,} of its rows can't be read, so what they ask isn't known. The first: "
+            f"{problems[0]} Or pass the rows as requests, as PairDataModule.requests('train') gives them."
+        )
+    return index

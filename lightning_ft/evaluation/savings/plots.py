@@ -1,0 +1,228 @@
+"""What a volume of requests costs, and from which on training has paid for itself."""
+
+from __future__ import annotations
+
+from typing import Any
+from lightning_ft.evaluation.savings.result import SavingsResult
+from lightning_ft.document.canvas import legend_below
+from lightning_ft.document.canvas import PARTS
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.document.canvas import legend_below, logarithmic
+from lightning_ft.document.canvas import marks, spread
+from typing import Any, Literal
+from lightning_ft.document.canvas import marks
+from lightning_ft.document.numbers import rounded
+import textwrap
+from pathlib import Path
+from lightning_ft.errors import MissingDependencyError
+from lightning_ft.document.canvas import DPI, STYLE, clean, tidy
+
+
+_ORDER = ("prompted", "untuned", "tuned")
+
+
+def draw_tokens(axes: Any, result: SavingsResult) -> None:
+    """A bar for each arm, from system prompt to answer.
+
+    Args:
+        axes: Of matplotlib.
+        result: Whose arms.
+    """
+    arms = [name for name in _ORDER if name in result.arms]
+    columns: dict[str, list[float]] = {}
+    for name in arms:
+        arm = result.arms[name]
+        inputs: dict[str, float] = dict(arm.parts) or {"input": float(sum(arm.input_tokens))}
+        for part in PARTS:
+            tokens = inputs.get(part, 0) if part != "answer" else sum(arm.output_tokens)
+            columns.setdefault(part, []).append(tokens / result.n)
+    bottoms = [0.0] * len(arms)
+    for part, (label, colour) in PARTS.items():
+        if any(columns[part]):
+            axes.bar(arms, columns[part], 0.6, bottom=bottoms, label=label, color=colour, edgecolor="white")
+            bottoms = [bottom + height for bottom, height in zip(bottoms, columns[part], strict=True)]
+    for place, height in enumerate(bottoms):
+        axes.text(place, height, f"{height:,.0f}", ha="center", va="bottom", fontweight="bold")
+    axes.set_ylim(0, max(bottoms) * 1.12)
+    axes.set_ylabel("tokens per request (mean)")
+    axes.set_title("Where the tokens of a request go")
+    legend_below(axes)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm.
+
+    Args:
+        quality: Mean score.
+        per_success: Tokens of all attempts for each success; infinite where nothing succeeded.
+    """
+
+    quality: Interval
+    per_success: Interval
+
+
+def draw_quality(axes: Any, arms: Mapping[str, Arm], confidence: float = 0.95) -> None:
+    """A point for each arm: further left costs less, further up is right more often.
+
+    Args:
+        axes: Of matplotlib.
+        arms: By name; at least one of them succeeded.
+        confidence: Of the intervals.
+    """
+    across = [end for arm in arms.values() for end in (arm.per_success.value, arm.per_success.lo, arm.per_success.hi)]
+    finite = [end for end in across if math.isfinite(end)]
+    low, high = min(finite), max(finite)
+    wide = high > 20 * low
+    edge = high * (3 if wide else 1.25)  # where an arm without a success is drawn
+    look = marks(list(arms))
+    for name, arm in arms.items():
+        x, y, mark = arm.per_success, arm.quality, look[name]
+        succeeded = math.isfinite(x.value)
+        axes.errorbar(
+            [x.value if succeeded else edge],
+            [y.value],
+            xerr=spread(x.value, x.lo, min(x.hi, edge * 2)) if succeeded else None,
+            yerr=spread(y.value, y.lo, y.hi),
+            fmt=mark.marker,
+            color=mark.colour,
+            markersize=9,
+            capsize=4,
+            label=name if succeeded else f"{name} (no success)",
+            markeredgecolor="black",
+        )
+    if not all(map(math.isfinite, across)):
+        high = edge
+    if wide:
+        logarithmic(axes.xaxis, "{:,.0f}".format)
+        axes.set_xlim(low / 2, high * 2)
+    else:
+        axes.set_xlim(0, high * 1.1)
+    axes.set_ylim(-0.04, 1.08)
+    axes.set_xlabel("tokens per success" + (" (log scale)" if wide else "") + ", fewer is better")
+    axes.set_ylabel(f"quality (mean score, {confidence:.0%} interval)")
+    axes.set_title("Quality against tokens per success")
+    legend_below(axes)
+
+
+Kind = Literal["cached", "uncached"]
+_POINTS = 60
+_TITLES = {"cached": "Cost with the prompt's prefix cached", "uncached": "Cost without a prefix cache"}
+
+
+def draw_cost(axes: Any, result: SavingsResult, kind: Kind, break_even: Interval) -> None:
+    """Cost of both arms over the number of requests, with the break-even point and its interval as a band.
+
+    Args:
+        axes: Of matplotlib.
+        result: With prices.
+        kind: Whether the prefix that all requests have in common is paid at the price of cached tokens.
+        break_even: Requests after which training is earned back; infinite where it never is.
+    """
+    assert result.costs is not None
+    prices = result.costs.prices
+    prompted, tuned = getattr(result.costs, f"prompted_{kind}"), getattr(result.costs, f"tuned_{kind}")
+    first, last = _range(break_even, prices.invested, max(prompted, tuned))
+    volumes = [first * (last / first) ** (k / (_POINTS - 1)) for k in range(_POINTS)]
+    look = marks(["prompted", "tuned"])
+    axes.plot(volumes, [prompted * x for x in volumes], color=look["prompted"].colour, linewidth=2.2, label="prompted")
+    axes.plot(
+        volumes,
+        [prices.invested + tuned * x for x in volumes],
+        color=look["tuned"].colour,
+        linewidth=2.2,
+        linestyle="--",
+        label=f"tuned, with {prices.invested:,.2f} {prices.currency} invested" if prices.invested else "tuned",
+    )
+    level = f"{result.confidence:.0%}"
+    if prices.invested and break_even.lo < last:
+        axes.axvspan(
+            break_even.lo,
+            min(break_even.hi, last),
+            color="#009E73",
+            alpha=0.22,
+            linewidth=0,
+            label=f"break-even, {level} interval",
+        )
+        if math.isfinite(break_even.value):
+            axes.axvline(break_even.value, color="#00664B", linewidth=1.4, label="break-even")
+    logarithmic(axes.xaxis, _thousands)
+    logarithmic(axes.yaxis, lambda money: f"{money:,.0f}" if money >= 1 else f"{money:g}")
+    axes.set_xlim(first, last)
+    axes.set_xlabel("requests (log scale)")
+    axes.set_ylabel(f"cost in {prices.currency} (log scale)")
+    axes.set_title(f"{_TITLES[kind]}\n{_verdict(break_even, prices.invested)}")
+    legend_below(axes)
+
+
+def _verdict(break_even: Interval, invested: float) -> str:
+    if math.isinf(break_even.value):
+        return "never earned back: a tuned request isn't cheaper"
+    if not invested:
+        return "nothing was invested: cheaper from the first request"
+    return f"earned back after {rounded(break_even.value)} requests"
+
+
+def _range(break_even: Interval, invested: float, per_request: float) -> tuple[float, float]:
+    """Requests to draw: some decades around break-even, or around where the investment is spent on requests."""
+    middle = break_even.value
+    if not (math.isfinite(middle) and middle > 0):
+        middle = invested / per_request if invested and per_request else 1e4
+    finite = [end for end in (break_even.lo, break_even.hi) if math.isfinite(end) and end > 0]
+    low, high = min([middle, *finite]), max([middle, *finite])
+    return 10.0 ** math.floor(math.log10(low) - 1), 10.0 ** math.ceil(math.log10(high) + 1)
+
+
+def _thousands(value: float) -> str:
+    """Long numbers of an axis as people say them.
+
+    Example:
+        >>> _thousands(2e6), _thousands(1e4), _thousands(5.0)
+        ('2M', '10k', '5')
+    """
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+_ORDER_plot = ("prompted", "untuned", "tuned")
+
+
+def plot_savings(result: SavingsResult, path: Path) -> None:
+    """Draw a result into a PNG file.
+
+    Args:
+        result: The result.
+        path: Of the file.
+
+    Raises:
+        MissingDependencyError: Without matplotlib.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("Pictures need matplotlib: pip install 'lightning-ft[report]'.") from error
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 5.4), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)  # no window, whatever matplotlib is set to
+        headline = "\n".join(textwrap.wrap(result.headline, 100))
+        figure.suptitle(headline, fontsize=12, fontweight="bold", color="#00664B" if result.gate.passed else "#A33B00")
+        parts: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+        left, right = (part.subplots() for part in parts)
+        draw_tokens(left, result)
+        draw_quality(right, {name: _arm(result, name) for name in _ORDER_plot if name in result.arms}, result.confidence)
+        for axes in (left, right):
+            tidy(axes)
+        clean(figure)
+        figure.savefig(path, format="png", metadata={"Software": None})  # the same result, the same file
+
+
+def _arm(result: SavingsResult, name: str) -> Arm:
+    tokens = result.arms[name].tokens_per_success
+    return Arm(result.quality[name], Interval(tokens, tokens, tokens))

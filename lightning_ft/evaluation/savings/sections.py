@@ -1,0 +1,196 @@
+"""Sections of one token-savings result: what was saved, what it is worth, and which answers became worse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.savings.result import SavingsResult
+from lightning_ft.document.blocks import Block, Fact, Headline, Picture, SideBySide, Table, between, valued
+from lightning_ft.evaluation.savings.plots import Kind, draw_cost
+from lightning_ft.evaluation.savings.plots import Arm, draw_quality
+from lightning_ft.evaluation.savings.plots import draw_tokens
+from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_open, per_success_intervals
+from lightning_ft.document.markdown import PARTS
+from lightning_ft.document.numbers import rounded
+from lightning_ft.evaluation.savings.regressions import regressions_of, worst_regressions
+from lightning_ft.evaluation.savings.table import SAVINGS, arm_rows, cost_rows, cost_title, percent
+
+_KINDS: tuple[tuple[Kind, str], ...] = (
+    ("cached", "with the prompt's prefix cached"),
+    ("uncached", "without a prefix cache"),
+)
+
+
+def savings_headline(result: SavingsResult, of: str = "") -> Headline:
+    """The result's own sentence, its verdict apart."""
+    return Headline(result.gate.passed, result.headline.split(": ", 1)[1], of)
+
+
+def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
+    """Tokens, quality and break-even."""
+    level = f"{result.confidence:.0%} interval"
+    total, per_success = result.savings["total"], result.savings["per_success"]
+    quality = result.quality
+    facts = [
+        Fact("tokens saved per request", percent(total.value), f"{level} {between(total, percent)}"),
+        Fact("tokens saved per success", percent(per_success.value), f"{level} {between(per_success, percent)}"),
+        Fact(
+            "quality, tuned",
+            f"{quality['tuned'].value:.3f}",
+            f"{quality['prompted'].value:.3f} prompted; difference {valued(result.difference, '{:+.3f}'.format)}",
+        ),
+    ]
+    if result.in_training:
+        seen = len(result.in_training)
+        note = f"{percent(seen / result.n)} of all; the tuned model may have learned their answers by heart"
+        facts.append(Fact("requests that also appear in the training rows", f"{seen:,} of {result.n:,}", note))
+    if result.costs is not None:
+        spans = break_even_intervals(result)
+        facts.append(
+            Fact(
+                "requests until training is earned back",
+                rounded(spans["uncached"].value),
+                f"{rounded(spans['cached'].value)} with the prompt's prefix cached",
+            )
+        )
+    return tuple(facts)
+
+
+def quality_picture(results: Mapping[str, SavingsResult], name: str = "quality") -> Picture:
+    """Every arm as a point; the tuned arms of several results beside the original weights, which they share.
+
+    Args:
+        results: By name, at least one.
+        name: Of the picture.
+    """
+    arms: dict[str, Arm] = {}
+    for of, result in results.items():
+        per_success = per_success_intervals(result)
+        for arm in ("prompted", "untuned", "tuned"):
+            label = of if arm == "tuned" and len(results) > 1 else arm
+            if arm in result.arms and label not in arms:
+                arms[label] = Arm(result.quality[arm], per_success[arm])
+    level = next(iter(results.values())).confidence
+    seen = "; ".join(
+        f"{label}: quality {arm.quality.value:.3f} at {_tokens(arm.per_success)} tokens per success"
+        for label, arm in arms.items()
+    )
+    return Picture(
+        name,
+        f"Quality against tokens per success. {seen}.",
+        f"Further left is cheaper, further up is right more often. Bars are {level:.0%} intervals over requests.",
+        partial(draw_quality, arms=arms, confidence=level),
+    )
+
+
+def tokens_picture(result: SavingsResult, name: str = "tokens") -> Picture:
+    """Where the tokens of a request go.
+
+    Args:
+        result: The result.
+        name: Of the picture.
+    """
+    return Picture(
+        name,
+        "Mean tokens of a request by arm. "
+        + "; ".join(f"{arm}: {records.tokens / result.n:,.0f} tokens" for arm, records in result.arms.items())
+        + ".",
+        "Prompted: original weights with system prompt and examples. Untuned: original weights, the request alone. "
+        "Tuned: trained weights, the request alone.",
+        partial(draw_tokens, result=result),
+    )
+
+
+def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
+    """Tables of tokens and quality, and the verdict.
+
+    Args:
+        result: The result.
+    """
+    level = f"{result.confidence:.0%}"
+    savings = tuple(
+        (SAVINGS[name], percent(interval.value), between(interval, percent))
+        for name, interval in result.savings.items()
+    )
+    blocks: list[Block] = [
+        Table(("saving of", "saved", f"{level} interval"), savings, "Tuned against prompted, a ratio of sums"),
+        Table(("", *result.arms), tuple(map(tuple, arm_rows(result))), "Mean of a request, by arm"),
+    ]
+    if any(arm.parts for arm in result.arms.values()):
+        rows = [
+            (label, *(f"{arm.parts.get(part, 0) / result.n:,.1f}" for arm in result.arms.values()))
+            for part, label in PARTS.items()
+        ]
+        rows.append(("answer", *(f"{sum(arm.output_tokens) / result.n:,.1f}" for arm in result.arms.values())))
+        blocks.append(Table(("", *result.arms), tuple(rows), "Where the tokens of a request go, mean", brief=False))
+    return (*blocks, gate_text(result))
+
+
+def gate_text(result: SavingsResult) -> str:
+    """The verdict on quality, and what it was judged by."""
+    gate = result.gate
+    pooled = "" if gate.n == result.n else f" ({result.n:,} answers, those of a request or cluster counted as one)"
+    return (
+        f"Gate {'passed' if gate.passed else 'failed'}: the one-sided 97.5% lower bound of tuned minus prompted "
+        f"quality is {gate.bound:+.4f}, and must be above {-gate.margin:+.4f}. Requests: {gate.n:,}{pooled}; "
+        f"needed with {gate.discordant:.1%} discordant answers: {gate.required_n:,}. At least half of the tokens "
+        f"saved: {'yes' if result.saves_half else 'not shown'}."
+    )
+
+
+def cost_blocks(result: SavingsResult, prefix: str = "") -> tuple[Block, ...]:
+    """Pictures and table of money.
+
+    Args:
+        result: With prices.
+        prefix: Before the names of pictures.
+    """
+    assert result.costs is not None
+    spans, level = break_even_intervals(result), f"{result.confidence:.0%}"
+    pictures = tuple(
+        Picture(
+            f"{prefix}cost_{kind}",
+            f"Cost over the number of requests {words}, prompted and tuned. Break-even: {_span(spans[kind])}.",
+            f"What so many requests cost {words}. Break-even: {_span(spans[kind])}.",
+            partial(draw_cost, result=result, kind=kind, break_even=spans[kind]),
+        )
+        for kind, words in _KINDS
+    )
+    interval = (f"{level} interval of break-even", *(_ends(spans[kind]) for kind, _ in _KINDS))
+    rows = (*map(tuple, cost_rows(result)), interval)
+    return (*pictures, Table(("", "cached prefix", "no cache"), rows, cost_title(result)))
+
+
+def regression_blocks(result: SavingsResult) -> tuple[Block, ...]:
+    """The answers that became worse."""
+    worse, found = regressions_of(result), worst_regressions(result)
+    if not worse:
+        return ("No request was answered worse by the tuned model than by the prompted one.",)
+    share = f"{worse:,} of {result.n:,} answers ({worse / result.n:.1%}) scored lower tuned than prompted."
+    if not found:
+        return (f"{share} The answers themselves weren't kept.",)
+    shown = "All of them" if worse == len(found) else f"{len(found)} of them"
+    return (SideBySide(found, f"{share} {shown}, the largest loss first:"),)
+
+
+def _span(interval: Interval) -> str:
+    if math.isinf(interval.value):
+        return "never, a tuned request isn't cheaper" + ("" if math.isinf(interval.lo) else f" ({_ends(interval)})")
+    return f"{rounded(interval.value)} requests ({'never' if math.isinf(interval.lo) else between(interval, rounded)})"
+
+
+def _ends(interval: Interval) -> str:
+    return "never" if math.isinf(interval.lo) else between(interval, _requests)
+
+
+def _requests(number: float) -> str:
+    return "never" if math.isinf(number) else f"{number:,.0f}"
+
+
+def _tokens(interval: Interval) -> str:
+    if math.isinf(interval.value):
+        return "infinitely many"
+    return f"{interval.value:,.0f}" if is_open(interval) else valued(interval, "{:,.0f}".format)

@@ -1,0 +1,228 @@
+"""Operations of code as it runs, by operator; and by formula for code whose operators can't be seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from lightning_ft.errors import ConfigError
+from lightning_ft.models.unwrap import model_of, unwrapped
+from lightning_ft.models.head import base_of
+
+_HEAVY = re.compile(r"attention|attn|sdpa|gemm|gemv|matmul|grouped_mm|int_mm|_moe|moe_", re.IGNORECASE)
+"""Names of operators that a count must not miss: attention, and matrix products of libraries and quantizations."""
+
+
+_APART: ContextVar[int] = ContextVar("apart", default=0)
+"""How many times what runs now is counted by others than the counters around it."""
+
+
+@contextmanager
+def counted_apart() -> Iterator[None]:
+    """In this context no counter counts that was made before it: what runs is accounted for elsewhere.
+
+    Example:
+        >>> a = torch.ones(2, 3)
+        >>> with OperationCounter() as outer, counted_apart(), OperationCounter() as inner:
+        ...     product = a @ torch.ones(3, 5)
+        >>> outer.flops, inner.flops
+        (0, 60)
+    """
+    token = _APART.set(_APART.get() + 1)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
+
+
+def _sdpa(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _sdpa_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+def _added(total: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * a[0] * a[1] * b[1])
+
+
+def _grouped(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    groups = a[0] if len(a) == len(b) == 3 else 1  # otherwise the groups share out one of the dimensions
+    return int(2 * groups * a[-2] * a[-1] * b[-1])
+
+
+def _formulas() -> dict[Any, Any]:
+    """Operators that PyTorch's own table leaves out (2.13 still does), counted as it counts their like."""
+    aten = torch.ops.aten
+    known: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
+        aten.addmm_: _added,  # gradients of the output head are added up in place
+    }
+    return known | ({aten._grouped_mm: _grouped} if hasattr(aten, "_grouped_mm") else {})  # mixtures of experts
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations of what runs inside it, in this thread and in the backward passes that it starts.
+
+    Matrix products, convolutions and attention are counted by the formulas of `torch.utils.flop_counter`; two for a
+    multiplication with its addition. Attention of PyTorch's fused kernels counts all pairs of queries and keys, as
+    ``attn_implementation="eager"`` computes them, though kernels may skip masked ones; its backward pass counts the
+    scores that these kernels compute again, a fifth product that eager attention doesn't have.
+
+    What runs is the same as outside, to the bit. That is why it isn't run under `FlopCounterMode` itself, which takes
+    apart every operator that could be written with others, even where the device has a kernel for it that rounds
+    differently (the gradient of SiLU is one). Code that `torch.compile` made can't be counted: see :func:`is_compiled`.
+
+    Example:
+        >>> a = torch.ones(2, 3)
+        >>> with OperationCounter() as counter:
+        ...     product = a @ torch.ones(3, 5)
+        >>> counter.flops, counter.uncounted
+        (60, ())
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        """Operations counted so far."""
+        self._formulas: dict[Any, Any] = FlopCounterMode(display=False, custom_mapping=_formulas()).flop_registry
+        self._seen: set[Any] = set()
+        self._level = _APART.get()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and count it."""
+        kwargs = kwargs or {}
+        if _only_composite(func):  # comes here whole in inference mode only
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if _APART.get() > self._level:
+            return out
+        self._seen.add(func)
+        packet = getattr(func, "_overloadpacket", None)  # operators of higher order have none, and no formula here
+        if packet in self._formulas:
+            self.flops += int(self._formulas[packet](*args, **kwargs, out_val=out))
+        return out
+
+    @property
+    def saw_attention(self) -> bool:
+        """Whether any attention operator ran, counted or not."""
+        return any("attention" in name or "attn" in name for name in map(_name, self._seen))
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Operators of attention and of matrix products that ran and that no formula counts."""
+        missed = (op for op in self._seen if getattr(op, "_overloadpacket", None) not in self._formulas)
+        return tuple(sorted({name for op in missed if _HEAVY.search(name := _name(op))}))
+
+
+@cache
+def _only_composite(operator: Any) -> bool:
+    """Whether an operator is made of others on every device, so that taking it apart changes nothing."""
+    if not isinstance(operator, torch._ops.OpOverload):
+        return False
+    keys = torch._C.DispatchKey
+    own = (keys.CPU, keys.CUDA, keys.CompositeExplicitAutograd)
+    composite = operator.has_kernel_for_dispatch_key(keys.CompositeImplicitAutograd)
+    return composite and not any(operator.has_kernel_for_dispatch_key(key) for key in own)
+
+
+def _name(operator: Any) -> str:
+    """As ``library::operator``, without the overload."""
+    name: str = operator.name() if callable(getattr(operator, "name", None)) else str(operator)
+    return name.split(".")[0].lower()
+
+
+def attention_kernel(module: nn.Module) -> str | None:
+    """Name of the attention that a module's transformers model was loaded with; None where it has no such model."""
+    model = model_of(module)
+    return None if model is None else getattr(base_of(model).config, "_attn_implementation", None)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs code of `torch.compile`, whose operators can't be seen.
+
+    Counting would make it run uncompiled in the counted steps. FlexAttention is compiled by transformers.
+
+    Example:
+        >>> is_compiled(nn.Linear(2, 2)), is_compiled(torch.compile(nn.Linear(2, 2)))
+        (False, True)
+    """
+    if attention_kernel(module) == "flex_attention":
+        return True
+    inner = unwrapped(module)
+    backbone = getattr(getattr(inner, "_scorer", None), "backbone", None)  # of this package's modules
+    if backbone is not None or getattr(inner, "_compiler_ctx", None) is not None:  # Lightning's mark of a compiled one
+        return True
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
+
+
+def formula_flops_per_token(module: nn.Module, length: float) -> float:
+    """Operations of training for each token place, from the model's shape.
+
+    TRL's table (`trl.trainer.utils.compute_flops_per_token`): the backward pass takes twice the forward pass, every
+    token attends to its whole row, and the output head runs at every place, which is more than is done here. With an
+    adapter, gradients of frozen matrices aren't computed, so their products count 4 instead of 6 a weight, and the
+    adapter's own 6.
+
+    Args:
+        module: A transformers or PEFT model, or a module that holds one as `model`.
+        length: Places of a row.
+
+    Raises:
+        ConfigError: If it holds no model, or one of a shape that the table doesn't know.
+    """
+    from trl.trainer.utils import compute_flops_per_token
+
+    model = model_of(module)
+    if model is None:
+        raise ConfigError(
+            f"The operations of {type(module).__name__} can't be counted, since it is compiled, and there is no "
+            "formula without a transformers model in it: switch torch.compile off, or leave ComputeMeter out."
+        )
+    config: Any = base_of(model).config.get_text_config(decoder=True)
+    try:
+        products = float(compute_flops_per_token(config, 0))
+        attention = float(compute_flops_per_token(config, 1)) - products  # it grows with the length of the row
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"The operations of {type(base_of(model)).__name__} can't be counted, since it is compiled, and TRL's "
+            f"formula doesn't know its shape ({error}): switch torch.compile off, or leave ComputeMeter out."
+        ) from error
+    if isinstance(model, PeftModel):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return products * 2 / 3 + attention * length + 6 * trained
+    return products + attention * length
+
+
+def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that a device could do in a dtype; None where no table has it, as for every CPU.
+
+    TRL's table of dense peaks is asked first; Lightning's has more devices and float32, and sparse peaks for a few.
+
+    Example:
+        >>> known_peak(torch.device("cpu"), torch.float32) is None
+        True
+    """
+    if device.type != "cuda":
+        return None
+    from trl.trainer.utils import get_peak_flops
+
+    from lightning_ft._lightning import available_flops
+
+    found = get_peak_flops(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."))
+    return found if found is not None else available_flops(device, dtype)

@@ -1,0 +1,256 @@
+"""Log-probabilities by the fastest path that is exact for a model, and the plain path where none is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_ft.data.layout import Example, TokenBatch, in_one_row, unpack
+from lightning_ft.data.shared_prompts import lay_out_completions
+from lightning_ft.errors import LightningFTError
+from lightning_ft.losses.logprobs import SelectedLogProbs
+from lightning_ft.models.exactness import Exactness, forward_fails, own_logits, probe
+from lightning_ft.models.head import (
+    CausalLM,
+    Reduction,
+    as_forward,
+    base_of,
+    completion_logprobs,
+    input_device,
+    refuse_several_passes,
+)
+from lightning_ft.models.lengths import LengthSwitch, length_switch
+from lightning_ft.models.passes import Part, padding_within, parts_of, sequence_lengths
+from lightning_ft.distributed import warn
+
+_ANY_ROWS = ("sdpa", "eager", "flex_attention")
+"""Attention whose mask transformers makes from the positions of each row."""
+
+
+def for_attention(base: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
+    """Several packed rows as one where sequences are kept apart in a single row only, as for FlashAttention."""
+    one = not batch.packed or len(batch.input_ids) == 1 or batch.has_shared_prefixes
+    return batch if one or base.config._attn_implementation in _ANY_ROWS else in_one_row(batch)
+
+
+def _masked_once(base: PreTrainedModel, batch: TokenBatch, exactness: Exactness) -> TokenBatch:
+    """A packed batch with a mask of ours, where the model takes one, its windows allow it and it is cheaper.
+
+    Of the mask that transformers makes for SDPA from positions every layer makes another, and keeps it for the backward
+    pass; of ours it doesn't.
+    """
+    ours = batch.packed and exactness.sharing is None and base.config._attn_implementation == "sdpa"
+    if ours and (exactness.window is None or int(batch.position_ids.max()) < exactness.window):
+        return replace(batch, explicit_mask=True)
+    return batch
+
+
+def full_logits_logprobs(
+    model: CausalLM,
+    batch: TokenBatch,
+    reduction: Reduction,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    states: bool = False,
+    positions: bool = True,
+) -> SelectedLogProbs:
+    """:func:`completion_logprobs` by the model's own forward pass, for models whose states can't be projected here.
+
+    Raises:
+        ModelError: If that forward pass fails.
+    """
+    out = own_logits(model, batch, positions=positions, **({"output_hidden_states": True} if states else {}))
+    logits = out.logits.flatten(0, 1).index_select(0, batch.predictors).float() / temperature  # [n, v]
+    every = logits.log_softmax(-1)
+    logprobs = every.gather(-1, batch.targets[:, None])[:, 0]
+    return SelectedLogProbs(
+        logprobs.sum() if reduction == "sum" else logprobs,
+        logits.argmax(-1) == batch.targets,
+        -(every.exp() * every).sum(-1).detach() if entropy else None,
+        out.hidden_states[-1].flatten(0, 1).index_select(0, batch.predictors) if states else None,
+    )
+
+
+class Scorer:
+    """:func:`completion_logprobs` that probes the model once and takes the plain path where a fast one isn't exact.
+
+    Args:
+        pad_token_id: Stands behind rows that had to be unpacked.
+        backbone: A compiled backbone to use while training.
+    """
+
+    def __init__(self, pad_token_id: int = 0, backbone: Callable[..., Any] | None = None) -> None:
+        self.pad_token_id = pad_token_id
+        self.backbone = backbone
+        self._exactness: Exactness | None = None
+        self._told: set[str] = set()
+
+    def exactness(self, model: PreTrainedModel | PeftModel) -> Exactness:
+        """What the model can do, found out once.
+
+        Raises:
+            ModelError: If the model's own forward pass fails.
+        """
+        if self._exactness is None:
+            self._exactness = probe(model)
+        return self._exactness
+
+    def __call__(
+        self, model: CausalLM, batch: TokenBatch, reduction: Reduction = "none", **options: Any
+    ) -> SelectedLogProbs:
+        """Score a batch; see :func:`completion_logprobs`."""
+        exactness = self.exactness(model)
+        if exactness.head is not None:
+            self._warn_once(
+                model,
+                f"{exactness.head}: its own forward pass is used, which holds the logits of the whole batch and takes "
+                "more memory and time.",
+            )
+        batch = self.arranged(model, batch)
+        parts = self._parts(model, batch)
+        if parts is None:
+            return self._scored(model, batch, reduction, options)
+        return _merged([self._scored(model, part.batch, reduction, options) for part in parts], parts)
+
+    def _scored(
+        self, model: CausalLM, batch: TokenBatch, reduction: Reduction, options: dict[str, Any]
+    ) -> SelectedLogProbs:
+        exactness, base = self.exactness(model), base_of(model)
+        if exactness.head is not None:
+            if (switch := self._switch(model)) is not None:
+                switch.forget()
+                batch = padding_within(batch, switch)
+            return full_logits_logprobs(model, batch, reduction, positions=exactness.positions, **options)
+        backbone = exactness.backbone
+        if getattr(self.backbone, "_orig_mod", None) is base.base_model and backbone is None:  # a reference has its own
+            backbone = self.backbone
+        try:
+            return completion_logprobs(model, batch, reduction=reduction, backbone=backbone, **options)
+        except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            if isinstance(error, LightningFTError):
+                raise
+            raise forward_fails(base, error) from error  # in train mode some ask for more than token ids
+
+    # ------------------------------------------------------------ which rows share a pass
+
+    def arranged(self, model: PreTrainedModel | PeftModel, batch: TokenBatch) -> TokenBatch:
+        """A batch as the model's attention can take it: packed rows that it would mix are taken apart or put in one.
+
+        The model is tried out here, if it hasn't been.
+
+        Args:
+            model: Whose forward pass it is for.
+            batch: The batch.
+        """
+        exactness = self.exactness(model)
+        if exactness.packing is not None and batch.packed:
+            reason = exactness.packing.removeprefix("it ")
+            self._warn_once(model, f"{reason}, so batches are unpacked and padded. Set packing=False to silence this.")
+            return unpack(batch, pad_token_id=self.pad_token_id)
+        base = base_of(model)
+        return _masked_once(base, for_attention(base, batch), exactness)
+
+    def takes_one_pass(self, model: CausalLM, batch: TokenBatch) -> bool:
+        """Whether the sequences of an arranged batch can go through the model together."""
+        return self._parts(model, batch) is None
+
+    def _switch(self, model: CausalLM) -> LengthSwitch | None:
+        found: LengthSwitch | None = as_forward(base_of(model), length_switch)
+        return found
+
+    def _parts(self, model: CausalLM, batch: TokenBatch) -> list[Part] | None:
+        """The passes that a batch takes; None for one."""
+        rows, switch = self.exactness(model).rows, self._switch(model)
+        if rows == "any" and switch is None:
+            return None
+        lengths = sequence_lengths(batch)
+        if rows == "any":
+            assert switch is not None
+            groups, why = switch.groups(lengths), switch.why
+        else:
+            why = "lets the rows of a pass change each other"
+            groups = [[i] for i in range(len(lengths))]
+            if rows == "equal":
+                why = "isn't exact for a row next to a longer one"
+                groups = [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))]
+        if len(groups) <= 1:
+            return None
+        refuse_several_passes(base_of(model), why)
+        self._warn_once(model, f"{why}, so such a batch takes several passes. Its loss is right, it is only slower.")
+        return parts_of(batch, groups)
+
+    def lay_out(
+        self,
+        model: PreTrainedModel | PeftModel,
+        prompts: Sequence[Tensor],
+        completions: Sequence[Sequence[Example]],
+        *,
+        share_prompts: bool = True,
+    ) -> TokenBatch:
+        """Prompts and completions as one batch on the model's device, each prompt computed once where that is exact.
+
+        Args:
+            model: Whose batch it is.
+            prompts: Token ids, ``int64 [t]`` each.
+            completions: For each prompt what follows it.
+            share_prompts: False repeats prompts whatever the model can do.
+        """
+        exactness = self.exactness(model)
+        shared = share_prompts and any(len(behind) > 1 for behind in completions)
+        if shared:
+            lengths = [
+                len(prompt) + len(completion)
+                for prompt, behind in zip(prompts, completions, strict=True)
+                for completion in behind
+            ]
+            reason = self._why_no_sharing(model, lengths)
+            if reason is not None:
+                self._warn_once(model, f"computes each prompt once for each completion, because {reason}.")
+            shared = reason is None
+        batch = lay_out_completions(
+            prompts, completions, shared=shared, packing=exactness.packing is None, pad_token_id=self.pad_token_id
+        )
+        return batch.to(input_device(model))
+
+    def _why_no_sharing(self, model: CausalLM, lengths: Sequence[int]) -> str | None:
+        exactness, switch, longest = self.exactness(model), self._switch(model), max(lengths)
+        if exactness.sharing is not None:
+            return exactness.sharing
+        if exactness.window is not None and longest > exactness.window:
+            return f"{longest:,} tokens are more than its attention window of {exactness.window:,}"
+        if switch is not None and len(switch.groups(lengths)) > 1:
+            return f"it {switch.why}"
+        return None
+
+    def _warn_once(self, model: PreTrainedModel | PeftModel, what: str) -> None:
+        kind = what[:40]  # the number of tokens in it changes from batch to batch
+        if kind not in self._told:
+            self._told.add(kind)
+            warn(f"{type(base_of(model)).__name__} {what}", stacklevel=3)
+
+
+def _merged(scored: Sequence[SelectedLogProbs], parts: Sequence[Part]) -> SelectedLogProbs:
+    """Results of parts as those of the whole batch, its targets in their order."""
+    order = torch.cat([part.targets for part in parts]).argsort()
+
+    def whole(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(found)[order] if found else None
+
+    summed = scored[0].logprobs.ndim == 0
+    logprobs = [result.logprobs for result in scored]
+    correct = whole([result.correct for result in scored])
+    assert correct is not None
+    return SelectedLogProbs(
+        torch.stack(logprobs).sum() if summed else torch.cat(logprobs)[order],
+        correct,
+        whole([result.entropy for result in scored]),
+        whole([result.states for result in scored]),
+    )

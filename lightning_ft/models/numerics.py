@@ -1,0 +1,83 @@
+"""Whether weights are finite: one that isn't makes every output NaN, and an export of it is worth nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from lightning_ft.models.head import input_device
+from collections.abc import Iterable
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from lightning_ft.errors import ModelError
+
+
+def tolerance_of(base: PreTrainedModel) -> float:
+    """Of what a model gives, to its largest value: more where it rounds to fewer bits than fp32 has."""
+    exact = base.dtype == torch.float32 and not torch.is_autocast_enabled(input_device(base).type)
+    return 1e-4 if exact and not getattr(base, "is_quantized", False) else 5e-2
+
+
+def are_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether no value is further from the expected one than a share of the largest, or of 1.
+
+    Example:
+        >>> expected = torch.tensor([0.0, 200.0])
+        >>> are_close(expected + 0.01, expected, 1e-4), are_close(expected + 0.03, expected, 1e-4)
+        (True, False)
+    """
+    return bool((actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
+
+
+def refuse_nonfinite(model: nn.Module) -> None:
+    """Refuse a loaded model that has a weight which isn't finite.
+
+    Args:
+        model: Adapted or not.
+
+    Raises:
+        ModelError: With the first such weight.
+    """
+    if (name := first_nonfinite(model.named_parameters())) is not None:
+        raise ModelError(
+            f"The model's weight {name} holds numbers that aren't finite (NaN or infinite), so its answers would be "
+            "NaN. Get its files again; if they are whole, load it with dtype='float32' or 'bfloat16', since float16 "
+            "can't hold large weights."
+        )
+
+
+@torch.no_grad()
+def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity, None if all are finite.
+
+    Each is read once and the host waits once. Quantized and integer tensors hold neither. Of sharded tensors each rank
+    reads its own part: all ranks have to ask, with the same names, and all get the same answer.
+
+    Args:
+        tensors: Names and tensors, on any devices.
+
+    Example:
+        >>> first_nonfinite([("a", torch.zeros(2)), ("b", torch.tensor([1.0, torch.inf])), ("c", torch.tensor([7]))])
+        'b'
+    """
+    names: list[str] = []
+    largest: list[Tensor] = []
+    sharded = False
+    for name, value in tensors:
+        if value.device.type == "meta" or not value.is_floating_point() or value.element_size() < 2:
+            continue
+        if isinstance(value, DTensor):
+            sharded, value = True, value.to_local()
+        names.append(name)
+        # The largest magnitude is NaN where any value is, and takes no copy of the tensor as `isfinite` does.
+        largest.append(torch.linalg.vector_norm(value, torch.inf).float() if value.numel() else value.new_zeros(()))
+    if not names:
+        return None
+    device = largest[0].device
+    wrong = ~torch.stack([value.to(device, torch.float32) for value in largest]).isfinite()
+    if sharded and dist.is_initialized():
+        counts = wrong.int()
+        dist.all_reduce(counts)
+        wrong = counts > 0
+    return next((name for name, bad in zip(names, wrong.tolist(), strict=True) if bad), None)

@@ -1,0 +1,141 @@
+"""Sums over the micro-batches of an optimizer step, or of an evaluation, on all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.distributed import summed_over_ranks
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a window held, over all ranks.
+
+    Args:
+        loss: Mean negative log-likelihood of a supervised token, nats.
+        accuracy: Share of supervised tokens that were the most probable.
+        targets: Supervised tokens.
+        tokens: All tokens, padding excluded.
+        places: All places, padding included.
+        seconds: Since the last window ended.
+        tokens_seen: Tokens of this and all earlier windows.
+    """
+
+    loss: float
+    accuracy: float
+    targets: int
+    tokens: int
+    places: int
+    seconds: float
+    tokens_seen: int
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of places that hold no token."""
+        return 1.0 - self.tokens / max(1, self.places)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens, padding excluded, per second over all ranks."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+class TokenWindow:
+    """Adds up micro-batches until it is reduced.
+
+    The loss stays on its device until then, so that nothing waits for a GPU within a window.
+    """
+
+    def __init__(self) -> None:
+        self.tokens_seen = 0
+        self._started: float | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._losses: list[Tensor] = []
+        self._correct: list[Tensor] = []
+        self._targets = self._tokens = self._places = 0
+
+    def start(self) -> None:
+        """Begin anew: drop an unfinished window and start the clock."""
+        self._clear()
+        self._started = time.perf_counter()
+
+    def add(self, loss: Tensor, correct: Tensor, batch: TokenBatch) -> None:
+        """Add a micro-batch.
+
+        Args:
+            loss: Its summed loss, ``[]``.
+            correct: Whether each target was the most probable token, ``bool [n]``.
+            batch: The batch.
+        """
+        self._losses.append(loss.detach().double() if loss.device.type != "mps" else loss.detach())
+        self._correct.append(correct.sum())
+        self._targets += batch.num_targets
+        self._tokens += batch.num_tokens
+        self._places += batch.input_ids.numel()
+
+    def reduce(self, device: torch.device) -> Totals:
+        """Sum over all ranks, and start the next window."""
+        zero = torch.zeros((), dtype=torch.float64)
+        loss = sum((value.cpu() for value in self._losses), zero)
+        correct = sum((value.cpu() for value in self._correct), zero)
+        sums = torch.stack([loss, correct.double(), *(zero + n for n in (self._targets, self._tokens, self._places))])
+        total, hits, targets, tokens, places = summed_over_ranks(sums, device).tolist()
+        now = time.perf_counter()
+        seconds = 0.0 if self._started is None else now - self._started
+        self._started = now
+        self.tokens_seen += int(tokens)
+        self._clear()
+        count = max(1.0, targets)
+        return Totals(total / count, hits / count, int(targets), int(tokens), int(places), seconds, self.tokens_seen)
+
+
+class MeanWindow:
+    """Adds up values by name until their means over all ranks are asked for.
+
+    Every rank must add the same names in the same order, empty values where it has none.
+
+    Example:
+        >>> window = MeanWindow()
+        >>> window.add({"reward": torch.tensor([1.0, 2.0])})
+        >>> window.add({"reward": torch.tensor([6.0])})
+        >>> window.reduce(torch.device("cpu")), window.reduce(torch.device("cpu"))
+        ({'reward': 3.0}, {})
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Tensor], counts: Mapping[str, float] | None = None) -> None:
+        """Add values.
+
+        Args:
+            values: ``[k]`` each, or with a count their sum, ``[]``.
+            counts: How many values a sum is of, by its name.
+        """
+        for name, value in values.items():
+            total = value.detach().sum()
+            self._sums.setdefault(name, []).append(total if total.device.type == "mps" else total.double())
+            count = value.numel() if counts is None or name not in counts else counts[name]
+            self._counts[name] = self._counts.get(name, 0.0) + float(count)
+
+    def reduce(self, device: torch.device) -> dict[str, float]:
+        """The mean of each name over all ranks, without those that no rank added a value to; and forget them."""
+        zero = torch.zeros((), dtype=torch.float64)
+        sums = [sum((value.cpu() for value in values), zero) for values in self._sums.values()]
+        counts = [zero + count for count in self._counts.values()]
+        names = list(self._sums)
+        self._sums, self._counts = {}, {}
+        if not names:
+            return {}
+        totals, numbers = summed_over_ranks(torch.stack([*sums, *counts]), device).chunk(2)
+        found = zip(names, totals.tolist(), numbers.tolist(), strict=True)
+        return {name: total / number for name, total, number in found if number}

@@ -1,0 +1,205 @@
+"""From results to a document: what is said, and in which order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from lightning_ft.evaluation.savings.result import SavingsResult
+from lightning_ft.document.blocks import Block, Document, Fact, Headline, Section, Table, between
+from lightning_ft.report.collect import RunReport, beside, run_names
+from lightning_ft.evaluation.retention.sections import Tradeoff
+from lightning_ft.evaluation.savings.intervals import gain_interval
+from lightning_ft.evaluation.comparison.sections import comparison_sections, final_runs, tradeoffs
+from lightning_ft.evaluation.compute.sections import compute_table
+from lightning_ft.report.sections import provenance_table, savings_provenance
+from lightning_ft.evaluation.retention.sections import forgetting_blocks, retention_facts, retention_table
+from lightning_ft.evaluation.savings.sections import (
+    arms_tables,
+    cost_blocks,
+    quality_picture,
+    regression_blocks,
+    savings_facts,
+    savings_headline,
+    tokens_picture,
+)
+from lightning_ft.evaluation.savings.table import percent
+
+if TYPE_CHECKING:
+    from lightning_ft.evaluation.compute.arithmetic import ComputeResult
+
+_Result = TypeVar("_Result")
+
+
+def document(report: RunReport) -> Document:
+    """Everything that was collected, in the order in which it is read.
+
+    A comparison's savings, by method, stand for those of its single runs, which follow as a table.
+
+    Args:
+        report: May hold any of its parts.
+    """
+    comparison = report.comparison
+    told: Mapping[str, SavingsResult] = report.savings if comparison is None else comparison.savings
+    named = run_names(told) if comparison is None else {name: name for name in told}
+    names = {name: called if len(told) > 1 else "" for name, called in named.items()}
+    prefixes = _prefixes(names)
+    compute = _compute(report)
+    sections = [
+        *(comparison_sections(comparison) if comparison is not None else ()),
+        *(_arms(result, names[name], prefixes[name], compared=comparison is not None) for name, result in told.items()),
+        *(
+            Section(_title("Money", names[name]), cost_blocks(result, prefixes[name]))
+            for name, result in told.items()
+            if result.costs is not None
+        ),
+        *_retention(report),
+        *([Section("What training took", compute_table(compute))] if compute else []),
+        *(
+            [Section("Single runs", (_single_runs(report.savings),), brief=False)]
+            if comparison is not None and report.savings
+            else []
+        ),
+        *(
+            Section(_title("Answers that became worse", names[name]), regression_blocks(result))
+            for name, result in told.items()
+        ),
+        *_provenance(report, told, names),
+    ]
+    return Document(
+        headlines=_headlines(report, told, names),
+        warnings=_warnings(report, told, names),
+        facts=_facts(report, told),
+        sections=tuple(sections),
+    )
+
+
+def _arms(result: SavingsResult, of: str, prefix: str, *, compared: bool) -> Section:
+    """Tokens and quality of one result; a comparison has shown the quality of all before."""
+    pictures = [tokens_picture(result, f"{prefix}tokens")]
+    if not compared:
+        pictures.insert(0, quality_picture({of: result}, f"{prefix}quality"))
+    title = "Tokens of a request" if compared else "Tokens and quality"
+    return Section(_title(title, of), (*pictures, *arms_tables(result)))
+
+
+def _title(title: str, of: str) -> str:
+    return f"{title}: {of}" if of else title
+
+
+def _prefixes(names: Mapping[str, str]) -> dict[str, str]:
+    """What the names of each result's pictures start with: letters that every file system takes, no two the same."""
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        prefix = f"{slug}-" if slug else ""
+        found[key] = f"{prefix}{len(found) + 1}-" if prefix in found.values() or (name and not slug) else prefix
+    return found
+
+
+def _headlines(report: RunReport, told: Mapping[str, SavingsResult], names: Mapping[str, str]) -> tuple[Headline, ...]:
+    """The verdicts; what could not be measured hasn't passed."""
+    called = run_names(report.undefined) if len(report.undefined) > 1 else dict.fromkeys(report.undefined, "")
+    found = [savings_headline(result, names[name]) for name, result in told.items()]
+    found += [
+        Headline(False, f"{failed.measurement} is undefined: {failed.reason}", called[name])
+        for name, failed in report.undefined.items()
+    ]
+    return tuple(found) or (Headline(None, "Token savings were not measured, so there is no verdict."),)
+
+
+def _facts(report: RunReport, told: Mapping[str, SavingsResult]) -> tuple[Fact, ...]:
+    """Of the one result there is; of several the tables tell."""
+    facts: list[Fact] = []
+    if len(told) == 1:
+        facts += savings_facts(next(iter(told.values())))
+    if len(report.retention) == 1 and report.comparison is None:
+        facts += retention_facts(next(iter(report.retention.values())))
+    return tuple(facts)
+
+
+def _retention(report: RunReport) -> list[Section]:
+    found = _named(report.retention)
+    runs: tuple[Tradeoff, ...]
+    if report.comparison is not None:
+        finals = final_runs(report.comparison)
+        found = {name: run.retention for name, run in finals.items() if run.retention is not None} or found
+        runs = tradeoffs(report.comparison)
+    else:
+        names = run_names(report.savings)
+        pairs = [(names[key], result, beside(key, report.retention)) for key, result in report.savings.items()]
+        runs = tuple(
+            Tradeoff(
+                "tuned" if len(pairs) == 1 else name,
+                kept.kl_general,
+                gain_interval([result.arms["tuned"]], result.arms["untuned"]),
+                lower_bound=kept.lower_bound,
+            )
+            for name, result, kept in pairs
+            if kept is not None and "untuned" in result.arms
+        )
+    blocks: tuple[Block, ...] = forgetting_blocks(runs)
+    if found:
+        blocks = (*blocks, *retention_table(found))
+    return [Section("What was forgotten", blocks)] if blocks else []
+
+
+def _compute(report: RunReport) -> dict[str, ComputeResult]:
+    if report.comparison is None:
+        return _named(report.compute)
+    finals = final_runs(report.comparison)
+    return {name: run.compute for name, run in finals.items() if run.compute is not None} or _named(report.compute)
+
+
+def _named(results: Mapping[str, _Result]) -> dict[str, _Result]:
+    names = run_names(results)
+    return {names[key]: result for key, result in results.items()}
+
+
+def _single_runs(savings: Mapping[str, SavingsResult]) -> Table:
+    rows = tuple(
+        (
+            name,
+            "PASS" if result.gate.passed else "FAIL",
+            f"{percent(result.savings['total'].value)} ({between(result.savings['total'], percent)})",
+            f"{result.quality['tuned'].value:.3f}",
+            f"{result.quality['prompted'].value:.3f}",
+            f"{result.n:,}",
+        )
+        for name, result in _named(savings).items()
+    )
+    head = ("run", "gate", "tokens saved", "quality, tuned", "quality, prompted", "requests")
+    return Table(head, rows, "Each run's own measurement", texts=frozenset({0, 1}))
+
+
+def _provenance(report: RunReport, told: Mapping[str, SavingsResult], names: Mapping[str, str]) -> list[Section]:
+    tables = [
+        provenance_table(_title("Token savings", names[name]), savings_provenance(result))
+        for name, result in told.items()
+    ]
+    if report.comparison is not None and report.comparison.provenance:
+        tables.insert(0, provenance_table("Comparison", report.comparison.provenance))
+    for name, kept in _named(report.retention).items() if report.comparison is None else ():
+        values = {"hash of the texts": kept.texts_hash, "step": kept.step, **kept.provenance}
+        tables.append(provenance_table(_title("Forgetting", name if len(report.retention) > 1 else ""), values))
+    return [Section("Where the figures come from", tuple(tables), brief=False)] if tables else []
+
+
+def _warnings(report: RunReport, told: Mapping[str, SavingsResult], names: Mapping[str, str]) -> tuple[str, ...]:
+    found: list[str] = []
+    if report.comparison is not None:
+        found += report.comparison.warnings
+        # The same requests were asked of all: what is true of each is said once.
+        first = next((result.warnings for result in told.values()), ())
+        found += [warning for warning in first if all(warning in result.warnings for result in told.values())]
+    for name, result in told.items():
+        own = [warning for warning in result.warnings if warning not in found]
+        found += [f"{names[name]}: {warning}" if names[name] else warning for warning in own]
+    for compute in _compute(report).values():
+        if compute.uncounted:
+            found.append(
+                f"Operations of attention weren't counted ({', '.join(compute.uncounted)}), so training FLOPs are too "
+                "low."
+            )
+    return tuple(dict.fromkeys(found))
