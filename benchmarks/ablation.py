@@ -24,11 +24,11 @@ from models import Size, model, one_row
 from torch import Tensor, nn
 
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
+from lightning_ft.document.markdown import markdown_table
 from lightning_ft.losses.logprobs import linear_logprob_sum, module_logprobs
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.head import base_of, hidden_states
 from lightning_ft.models.optim import parameter_groups
-from lightning_ft.document.markdown import markdown_table
 
 EXACT = 1e-4
 

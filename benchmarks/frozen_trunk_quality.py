@@ -22,9 +22,9 @@ from harness import quiet, write_json
 from training import silent_trainer
 
 from lightning_ft import ComputeMeter, FullFineTuning, LoRAFineTuning, PairDataModule
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import measurement_plan
+from lightning_ft.evaluation.savings.prompt import PromptBaseline
 
 MODEL, DATA = "examples/tiny_base", Path("examples/support/data")
 LAYERS = 4
@@ -147,8 +147,7 @@ class Summary:
 def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
     """Quality against compute, both as shares of full fine-tuning's."""
     from lightning_ft.document.blocks import Picture
-    from lightning_ft.document.canvas import drawn, legend_below
-    from lightning_ft.document.canvas import marks
+    from lightning_ft.document.canvas import drawn, legend_below, marks
 
     names = {None: "full", LAYERS: "lora"}
     tops = {summary.first.top for summary in summaries}

@@ -26,8 +26,8 @@ from training import InitialWeights, fit, reward
 
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.models.adapt import add_lora, lora_config
-from lightning_ft.modules.rollout_batch import PolicyBatch
 from lightning_ft.modules.grpo import GRPO
+from lightning_ft.modules.rollout_batch import PolicyBatch
 from lightning_ft.rollout.protocol import Completion, Rollouts
 
 SIZE = Size()

@@ -280,8 +280,8 @@ def _serve(connection: Connection, build: Build, case: Any, threads: int) -> Non
     try:
         quiet()
         torch.set_num_threads(threads)
-        from lightning_ft.models.flops import OperationCounter
         from lightning_ft.evaluation.compute.memory import PeakMemory
+        from lightning_ft.models.flops import OperationCounter
 
         repeat = build(case)
         _warm_up()

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
+from lightning_ft.document.markdown import markdown_table
+from lightning_ft.document.numbers import bytes_of, duration, rounded, scaled, times
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.comparison.result import Comparison
 from lightning_ft.evaluation.savings.gate import Gate
-from lightning_ft.document.markdown import markdown_table
-from lightning_ft.document.numbers import bytes_of, duration, rounded, scaled, times
 
 RATIOS = {
     "quality_ratio": "quality",

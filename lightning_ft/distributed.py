@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-import torch.distributed as dist
-from lightning_ft.errors import LightningFTError, RolloutError
-import torch
-from torch import Tensor
 import os
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
 from lightning_utilities.core import rank_zero as lightning
 from lightning_utilities.core.rank_zero import rank_zero_only
-from lightning_ft.printable import printable
+from torch import Tensor
 
+from lightning_ft.errors import LightningFTError, RolloutError
+from lightning_ft.printable import printable
 
 Own = TypeVar("Own")
 Part = TypeVar("Part")

@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from results import comparison, comparison_folder, make, run_folder  # noqa: F401 fixtures
 from tiny import make_model, make_rows, make_tokenizer
 
 

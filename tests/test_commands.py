@@ -3,8 +3,8 @@
 import pytest
 
 from lightning_ft.__main__ import main
-from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.arithmetic import token_savings
+from lightning_ft.evaluation.savings.records import ArmRecords
 
 
 @pytest.fixture

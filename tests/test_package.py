@@ -49,7 +49,7 @@ print("done")
 
 
 def python(code, *args, **environment):
-    tests = os.path.dirname(__file__)
+    tests = os.path.join(os.path.dirname(__file__), "helpers")
     env = {name: value for name, value in os.environ.items() if name != "LIGHTNING_FT_NAMESPACE"}
     return subprocess.run(
         [sys.executable, "-c", SCRIPT.replace("TESTS", repr(tests)) + code if code else SCRIPT, *map(str, args)],

@@ -11,17 +11,17 @@ import pytest
 from rich.console import Console
 
 from lightning_ft.__main__ import _print_traceback
+from lightning_ft.callbacks.samples import samples_markdown, samples_table
 from lightning_ft.data.raw_rows import Problem, raise_problems
 from lightning_ft.data.rows import load_source
-from lightning_ft.errors import DataError, DataNotFoundError, SavingsError
-from lightning_ft.printable import json_text, printable
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn, warn
 from lightning_ft.document.blocks import Answers, Document, Headline, Picture, Section, SideBySide, Table
-from lightning_ft.document.canvas import clean, drawn
-from lightning_ft.document.markdown import markdown_table, markdown_text
-from lightning_ft.document.html import html_page
 from lightning_ft.document.brief import pull_request
-from lightning_ft.callbacks.samples import samples_markdown, samples_table
+from lightning_ft.document.canvas import clean, drawn
+from lightning_ft.document.html import html_page
+from lightning_ft.document.markdown import markdown_table, markdown_text
+from lightning_ft.errors import DataError, DataNotFoundError, SavingsError
+from lightning_ft.printable import json_text, printable
 
 NASTY = "a\x1b[2J\x1b]0;title\x07\r\x08\x9b31m\u202egpj\u2066\u2028\x00"
 RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u202a-\u202e\u2060-\u2069\u2028\U000e0041]")

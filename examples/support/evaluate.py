@@ -28,7 +28,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import Example
-from lightning_ft.types import Message
 from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.evaluation.bootstrap import Interval, bootstrap_intervals
 from lightning_ft.models.generate import end_token_ids, evaluating
@@ -37,6 +36,7 @@ from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_i
 from lightning_ft.rewards.model import RewardModel
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Completion, Sampling
+from lightning_ft.types import Message
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tiny_base")]

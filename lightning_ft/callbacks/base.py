@@ -8,19 +8,17 @@ doesn't stop what follows: by then the weights hold all of the training, perhaps
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
-from lightning_ft.errors import ConfigError
-import logging
-from collections.abc import Callable
 from typing import Any, ClassVar
+
 from lightning_ft._lightning import Callback
-from lightning_ft.errors import LightningFTError
+from lightning_ft.distributed import gathered, rank_zero_warn
+from lightning_ft.errors import ConfigError, LightningFTError
 from lightning_ft.printable import printable
-from lightning_ft.distributed import rank_zero_warn
-from lightning_ft.distributed import gathered
 
 
 def is_trainer(host: Any) -> bool:

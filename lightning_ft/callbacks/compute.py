@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from lightning_ft.callbacks.measuring import MeasuringCallback
+from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError
 from lightning_ft.evaluation.compute.arithmetic import ComputeResult
 from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
 from lightning_ft.models.unwrap import unwrapped
-from lightning_ft.distributed import rank_zero_info
 from lightning_ft.report.collect import COMPUTE
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -30,8 +30,8 @@ class ComputeMeter(MeasuringCallback):
     checkpoints aren't in it. Of other callbacks, what those behind this one do in `on_train_batch_start` and those
     before it in `on_train_batch_end` is, so put it first where some of them work long at the end of a batch. GRPO and
     PPO roll out inside their training step, so rollouts, rewards and the reference are in time and operations. See
-    `lightning_ft.evaluation.compute.arithmetic.ComputeResult` for what each figure is. While training goes on, they are the first
-    rank's; `tokens_per_second` is that since it was last logged, the others since the start.
+    `lightning_ft.evaluation.compute.arithmetic.ComputeResult` for what each figure is. While training goes on, they are
+    the first rank's; `tokens_per_second` is that since it was last logged, the others since the start.
 
     With Fabric, call ``fabric.call("on_train_start", fabric, model)``, around each micro-batch
     ``fabric.call("on_train_batch_start", fabric, model, batch, index)`` and

@@ -8,12 +8,12 @@ from typing import Any
 
 from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks
-from lightning_ft.errors import ConfigError, ExportError
 from lightning_ft.checkpoint_file import read_checkpoint
+from lightning_ft.distributed import rank_zero_info
+from lightning_ft.errors import ConfigError, ExportError
 from lightning_ft.models.export import check_folder
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.modules.base import FineTuning
-from lightning_ft.distributed import rank_zero_info
 
 
 class ExportModel(EndOfTraining):

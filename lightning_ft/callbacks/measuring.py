@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+
 import torch
-from lightning_ft.callbacks.base import EndOfTraining
-from lightning_ft.callbacks.base import check_results_folder, is_trainer, results_folder
+
+from lightning_ft.callbacks.base import EndOfTraining, check_results_folder, is_trainer, results_folder
 from lightning_ft.distributed import rank_zero_info
-from lightning_ft.report.collect import UNDEFINED
-from lightning_ft.whole_files import write_json
-from typing import Any
-from lightning_ft.report.collect import collect
+from lightning_ft.report.collect import UNDEFINED, collect
 from lightning_ft.report.write import FOLDER, write_files
+from lightning_ft.whole_files import write_json
 
 
 class MeasuringCallback(EndOfTraining):

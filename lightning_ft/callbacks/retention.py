@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.callbacks.base import is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
-from lightning_ft.types import Request
+from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, RetentionError
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
 from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint
-from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.report.collect import RETENTION
+from lightning_ft.types import Request
 
 
 class Retention(MeasuringCallback):

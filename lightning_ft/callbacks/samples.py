@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
-from rich.table import Table
-from rich.text import Text
-from lightning_ft.types import Message
-from lightning_ft.printable import printable
-from lightning_ft.document.markdown import markdown_table
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from lightning_ft._lightning import Callback
 from lightning_ft.callbacks.base import described
-from lightning_ft.errors import ConfigError
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
-from lightning_ft.modules.samples import RolloutRecord
-from lightning_ft.modules.samples import append_samples, drop_samples, set_aside
-
+from lightning_ft.document.markdown import markdown_table
+from lightning_ft.errors import ConfigError
+from lightning_ft.modules.samples import RolloutRecord, append_samples, drop_samples, set_aside
+from lightning_ft.printable import printable
+from lightning_ft.types import Message
 
 CELL = 600
 """Characters of a text that Markdown and the screen show; files and tables of loggers hold all of it."""

@@ -9,20 +9,20 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.callbacks.base import is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
-from lightning_ft.types import Request
 from lightning_ft.data.sources import Sources
 from lightning_ft.data.splits import Splits
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.gate import check_margin
+from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
+from lightning_ft.evaluation.savings.overlap import TrainRows
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer
-from lightning_ft.evaluation.savings.overlap import TrainRows
-from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
 from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint
-from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.report.collect import SAVINGS
+from lightning_ft.types import Request
 
 
 class TokenSavings(MeasuringCallback):

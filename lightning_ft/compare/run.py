@@ -34,13 +34,12 @@ from lightning_ft.compare.plan import (
 from lightning_ft.compare.run_files import CONFIG, PLAN, read_plan, read_results, write_plan
 from lightning_ft.compare.worker import savings_plans
 from lightning_ft.errors import ComparisonError
+from lightning_ft.evaluation.comparison.methods import Asked, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings.cost import Prices
-from lightning_ft.evaluation.comparison.methods import Asked, choose_learning_rates, compare_methods
+from lightning_ft.evaluation.savings.overlap import overlap_text, request_overlap
 from lightning_ft.evaluation.savings.prompt import content_hash
-from lightning_ft.evaluation.savings.overlap import overlap_text
 from lightning_ft.importing import from_place
-from lightning_ft.evaluation.savings.overlap import request_overlap
 from lightning_ft.printable import json_text
 from lightning_ft.report.write import write_report
 from lightning_ft.whole_files import write_text

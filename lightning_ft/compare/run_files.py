@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.errors import CheckpointError
 from lightning_ft.evaluation.comparison.result import RunResult
-from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.models.load_report import first_line
 from lightning_ft.whole_files import write_text
 

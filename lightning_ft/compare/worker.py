@@ -24,10 +24,10 @@ from lightning_ft.compare.recorder import RunRecorder
 from lightning_ft.compare.run_files import CHECKPOINT, CONFIG, PLAN, RESULT, checkpoint_of, read_plan, write_results
 from lightning_ft.errors import ComparisonError, LightningFTError
 from lightning_ft.evaluation.comparison.result import RunResult
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
-from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import MeasurementPlan, measurement_plan
+from lightning_ft.evaluation.savings.prompt import PromptBaseline
+from lightning_ft.evaluation.savings.records import ArmRecords
 
 _OF_THE_PLAN = ("scorer", "max_new_tokens", "max_requests", "seed")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_ft.data.layout import Example
-from lightning_ft.types import Message
 from lightning_ft.errors import ConfigError
+from lightning_ft.types import Message
 
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """Names that no column of prompts may have, since they are a reward function's own arguments."""

@@ -25,9 +25,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.layout import Example
-from lightning_ft.types import Message
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.errors import TokenizerError
+from lightning_ft.types import Message
 from lightning_ft.whole_files import flush_to_disk, new_aside, remove, remove_leftovers
 
 _VERSION = 3  # of the encoding: raise it when the same rows give other tokens

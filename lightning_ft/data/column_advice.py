@@ -7,12 +7,10 @@ full in the rows that were looked at, so that `columns=` with it works.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
 
 _ASKS = ("question", "query", "instruction", "prompt", "input", "problem", "request", "task", "user", "human")
 _ANSWERS = ("answer", "response", "output", "completion", "target", "reply", "solution", "label", "assistant", "gpt")

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_ft.data.column_advice import OF_TEXT, Proposal, does, named_for, propose
+from lightning_ft.data.column_advice import OF_TEXT, Column, Proposal, does, look_at, named_for, propose
 from lightning_ft.data.keys import FOREIGN_COLUMNS
-from lightning_ft.data.column_advice import Column, look_at
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import ConfigError
 

@@ -12,16 +12,16 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+
 from lightning_ft.data.dates import DATED, date_remedy
-from lightning_ft.types import Message
 from lightning_ft.data.spans import REMEDIES as REMEDIES_OF_SPANS
 from lightning_ft.data.template_layout import template_tokens
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.data.turns import RowError
-from collections.abc import Iterator
-from tokenizers import pre_tokenizers
-from transformers import PreTrainedTokenizerBase
-
+from lightning_ft.types import Message
 
 CHANGED_PROMPT = "row whose prompt the tokenizer changes characters of"
 BOS_TWICE = "row that begins with BOS twice"

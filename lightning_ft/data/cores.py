@@ -10,12 +10,12 @@ same in both is the template's, and what differs is the answer's, its core::
 from __future__ import annotations
 
 import re
-from lightning_ft.types import Message
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
 from lightning_ft.data.template_layout import mark, shared_end, shared_start
 from lightning_ft.errors import TokenizerError
-
+from lightning_ft.types import Message
 
 _OPENED = re.compile(r"<(\w+)>\s*$")
 """A tag that a generation prompt ends with: reasoning that the model is to continue."""

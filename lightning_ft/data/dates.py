@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_ft.types import Message
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.errors import TokenizerError
+from lightning_ft.types import Message
 
 DATED = "row whose prompt has the day on which it is rendered"
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.cores import AnswerLostError
 from lightning_ft.data.layout import Example
-from lightning_ft.types import Message
 from lightning_ft.data.spans import AnswerSpan, render_answers
 from lightning_ft.data.templates import ChatTemplate, chat_template
+from lightning_ft.types import Message
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.keys import REFUSED_COLUMNS, Refusal, says_something
-from lightning_ft.types import Message
 from lightning_ft.data.tool_calls import NotACallError, parsed, read_tools
 from lightning_ft.data.turns import FILL, RowError, check_text, read_turns
+from lightning_ft.types import Message
 
 CONVERSATIONS = ("messages", "conversations")
 """Fields that hold a list of messages, and never a string."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from lightning_ft.data.raw_rows import RawRow, bad_row
-from lightning_ft.errors import DataError
-import json
-import re
 from typing import Any
-from lightning_ft.data.raw_rows import RawRow, bad_row, numbered
-from lightning_ft.data.values import Refused, too_many_digits
+
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from lightning_ft.data.raw_rows import RawRow, bad_row, numbered
+from lightning_ft.data.values import Refused, too_many_digits
+from lightning_ft.errors import DataError
 
 
 def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iterator[RawRow]:

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from os import stat_result
 from pathlib import Path
 
-from lightning_ft.data.file_readers import read_csv
-from lightning_ft.data.file_readers import BOM, read_json, read_jsonl
-from lightning_ft.data.file_readers import read_parquet
+from lightning_ft.data.file_readers import BOM, read_csv, read_json, read_jsonl, read_parquet
 from lightning_ft.data.raw_rows import RawRow, check_values, numbered
 from lightning_ft.errors import DataError
 

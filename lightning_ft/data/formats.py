@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.keys import REFUSED_OF_PAIRS, Refusal, says_something
-from lightning_ft.types import Message
 from lightning_ft.data.turns import RowError, check_order, check_text
+from lightning_ft.types import Message
 
 FORMATS = Formats(
     needed={

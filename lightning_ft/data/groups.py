@@ -5,13 +5,11 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from lightning_ft.data.row_types import Row
-from lightning_ft.data.overlap import row_questions
-from collections.abc import Sequence
-from lightning_ft.data.row_types import RowT
-from lightning_ft.errors import DataError
-from lightning_ft.distributed import rank_zero_warn
 
+from lightning_ft.data.overlap import row_questions
+from lightning_ft.data.row_types import Row, RowT
+from lightning_ft.distributed import rank_zero_warn
+from lightning_ft.errors import DataError
 
 _EXACT = 8_192
 """The last so many rows of a held-out share are chosen exactly, those before them as they are drawn."""

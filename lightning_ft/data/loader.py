@@ -6,14 +6,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, TypeAlias, cast
+
 import torch
 from torch.utils.data import DataLoader
+
 from lightning_ft.data.cache import EncodedRows
 from lightning_ft.data.layout import Example
 from lightning_ft.data.sampler import BatchPlan
-from typing import Any
 from lightning_ft.data.splits import SplitName, Splits
-
 
 EncodedRow: TypeAlias = tuple[int, tuple[Example, ...]]
 """The number of a row in its split, counted over all sources, and the examples that it is."""

@@ -10,20 +10,20 @@ from typing import IO, Any, cast, get_args
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningDataModule, check_same_namespace, restricted_classmethod
+from lightning_ft.checkpoint_file import checked_file
 from lightning_ft.data import cache
-from lightning_ft.data.row_types import RowKind
 from lightning_ft.data.loader import Collate, TokenLoader, token_loader
 from lightning_ft.data.overlong import OnOverlong
-from lightning_ft.data.split_report import SplitReport
+from lightning_ft.data.row_types import RowKind
 from lightning_ft.data.rows import OnBadRow
 from lightning_ft.data.sampler import BatchPlan
 from lightning_ft.data.sources import Sources, source_as_json
+from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import RowRules, SplitName, Splits
 from lightning_ft.data.templates import set_chat_template
-from lightning_ft.errors import ConfigError, TokenizerError
-from lightning_ft.checkpoint_file import checked_file
-from lightning_ft.models.load import load_tokenizer
 from lightning_ft.distributed import rank_zero_warn
+from lightning_ft.errors import ConfigError, TokenizerError
+from lightning_ft.models.load import load_tokenizer
 
 _NEEDS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation", "test"),  # test too: its rows are checked before hours of training, not after

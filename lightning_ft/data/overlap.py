@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+
 from lightning_ft.data.row_types import Row
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.types import Request
-
 
 if TYPE_CHECKING:
     from lightning_ft.data.row_types import Row

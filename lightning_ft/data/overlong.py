@@ -13,12 +13,12 @@ from lightning_ft.data.content import ContentCheck
 from lightning_ft.data.dates import DATED, has_the_day
 from lightning_ft.data.encode import AnswerLostError, Encoded
 from lightning_ft.data.keys import says_something
-from lightning_ft.data.row_types import PAIRS, RowKind, RowT
 from lightning_ft.data.raw_rows import Problem
-from lightning_ft.types import Message
+from lightning_ft.data.row_types import PAIRS, RowKind, RowT
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import TokenizerError
+from lightning_ft.types import Message
 
 OnOverlong = Literal["error", "drop", "truncate_prompt"]
 

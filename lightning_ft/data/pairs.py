@@ -9,17 +9,17 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.data.row_types import Pairs, Supervise
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.loader import Collate, EncodedRow
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.overlong import OnOverlong
-from lightning_ft.types import Message, Request
+from lightning_ft.data.row_types import Pairs, Supervise
 from lightning_ft.data.rows import OnBadRow
 from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.splits import SplitName
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.load import pad_token_id
+from lightning_ft.types import Message, Request
 
 
 class PairDataModule(RowDataModule):

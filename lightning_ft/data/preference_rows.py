@@ -6,27 +6,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
-from lightning_ft.data.columns import Formats
-from lightning_ft.data.fields import CONVERSATIONS, FieldReader
-from lightning_ft.data.formats import kwargs_key, turns_key
-from lightning_ft.data.keys import REFUSED_OF_CONVERSATIONS, Refusal, says_something
-from lightning_ft.types import Message
-from lightning_ft.data.shared_prompts import shared_text, shared_turns
-from lightning_ft.data.turns import RowError, check_order, check_text
-from dataclasses import replace
-from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.data.columns import Formats
 from lightning_ft.data.encode import Encoded, encode
-from lightning_ft.data.fields import FieldReader
-from lightning_ft.data.row_types import RowKind
+from lightning_ft.data.fields import CONVERSATIONS, FieldReader
+from lightning_ft.data.formats import kwargs_key, turns_key
+from lightning_ft.data.keys import REFUSED_OF_CONVERSATIONS, Refusal, says_something
 from lightning_ft.data.layout import Example
+from lightning_ft.data.row_types import RowKind
+from lightning_ft.data.shared_prompts import shared_text, shared_turns
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.templates import ChatTemplate
-from lightning_ft.data.turns import RowError
+from lightning_ft.data.turns import RowError, check_order, check_text
 from lightning_ft.errors import DataError
-
+from lightning_ft.types import Message
 
 _ASKED = ("messages", "conversations", "instruction", "input")  # next to chosen and rejected, as others write them
 FORMATS = Formats(

@@ -25,8 +25,8 @@ from lightning_ft.data.layout import Example
 from lightning_ft.data.loader import SplitRows
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.preference_rows import Preference, split_shared
-from lightning_ft.data.raw_rows import SHOWN, Problem
 from lightning_ft.data.prompts import Prompt
+from lightning_ft.data.raw_rows import SHOWN, Problem
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import Splits
 from lightning_ft.data.templates import chat_template

@@ -6,26 +6,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
 import torch
 from transformers import PreTrainedTokenizerBase
-from lightning_ft.data.batches import RESERVED
+
+from lightning_ft.data.batches import RESERVED, PromptBatch
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.encode import Encoded, encode_prompt
 from lightning_ft.data.fields import CONVERSATIONS, FieldReader
 from lightning_ft.data.formats import kwargs_key, turns_key
-from lightning_ft.data.row_types import RowKind
 from lightning_ft.data.layout import Example
+from lightning_ft.data.loader import Collate, EncodedRow
+from lightning_ft.data.module import RowDataModule
+from lightning_ft.data.row_types import RowKind
 from lightning_ft.data.split_report import SplitReport
-from lightning_ft.types import Message
+from lightning_ft.data.splits import SplitName
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.data.turns import RowError, check_order
 from lightning_ft.errors import DataError
-from collections.abc import Sequence
-from lightning_ft.data.batches import PromptBatch
-from lightning_ft.data.loader import Collate, EncodedRow
-from lightning_ft.data.module import RowDataModule
-from lightning_ft.data.splits import SplitName
-
+from lightning_ft.types import Message
 
 FORMATS = Formats(
     needed={name: (name,) for name in ("prompt", "messages", "conversations", "instruction", "input")},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
 from lightning_ft.data.turns import RowError
 from lightning_ft.data.values import plain
-from collections import Counter
-from collections.abc import Sequence
 from lightning_ft.errors import DataError
 from lightning_ft.printable import printable
 

@@ -12,9 +12,9 @@ from lightning_ft.data.encode import Encoded, encode, encode_text
 from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.formats import Conversation, RowFormat, detect_format
 from lightning_ft.data.split_report import SplitReport
-from lightning_ft.types import Message
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.data.turns import RowError
+from lightning_ft.types import Message
 
 Self = TypeVar("Self")
 Supervise = Literal["all", "last"]

@@ -10,14 +10,14 @@ from typing import Any, Literal
 from rich.progress import track
 
 from lightning_ft.data.files import RawRow
-from lightning_ft.data.row_types import PAIRS, Row, RowKind
 from lightning_ft.data.raw_rows import Problem
-from lightning_ft.data.split_report import SplitReport
+from lightning_ft.data.row_types import PAIRS, Row, RowKind
 from lightning_ft.data.sources import Source, read_rows
+from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.turns import RowError
+from lightning_ft.distributed import rank_zero_info, rank_zero_only
 from lightning_ft.errors import DataError
 from lightning_ft.printable import printable
-from lightning_ft.distributed import rank_zero_info, rank_zero_only
 
 OnBadRow = Literal["error", "skip"]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
 from lightning_ft.data.layout import Example, Segment, TokenBatch, lay_out
 from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message

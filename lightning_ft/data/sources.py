@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any, Protocol
-from lightning_ft.errors import DataError
 import difflib
 import errno
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
+
 import datasets
+
 from lightning_ft.data.files import PACKED, SUFFIXES, read_file
 from lightning_ft.data.raw_rows import RawRow, check_values, numbered
 from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
-
 
 _LIBRARIES = ("pandas", "polars")
 

@@ -13,9 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ft.data.cores import AnswerLostError, Core, Render, core_by_difference, find_cores, without_reasoning
-from lightning_ft.data.cores import reopened
-from lightning_ft.types import Message
+from lightning_ft.data.cores import (
+    AnswerLostError,
+    Core,
+    Render,
+    core_by_difference,
+    find_cores,
+    reopened,
+    without_reasoning,
+)
 from lightning_ft.data.template_layout import (
     TemplateLayout,
     added_tokens,
@@ -32,6 +38,7 @@ from lightning_ft.data.template_layout import (
 )
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.errors import TokenizerError
+from lightning_ft.types import Message
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,18 @@ from lightning_ft.data.cache import EncodedRows
 from lightning_ft.data.content import remedy_for
 from lightning_ft.data.formats import Conversation
 from lightning_ft.data.groups import hold_out
-from lightning_ft.data.row_types import PAIRS, RowKind, RowT
 from lightning_ft.data.overlap import TrainingIndex
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.raw_rows import Problem, raise_problems
-from lightning_ft.data.split_report import SplitReport
-from lightning_ft.types import Request
+from lightning_ft.data.row_types import PAIRS, RowKind, RowT
 from lightning_ft.data.rows import OnBadRow, count_duplicates, load_source
 from lightning_ft.data.sources import as_sources
+from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.templates import chat_template
 from lightning_ft.data.tokenize import tokenize
-from lightning_ft.errors import ConfigError, DataError
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
+from lightning_ft.errors import ConfigError, DataError
+from lightning_ft.types import Request
 
 SplitName = Literal["train", "validation", "test", "predict"]
 

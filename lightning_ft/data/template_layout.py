@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lightning_ft.types import Message
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.errors import TokenizerError
+from lightning_ft.types import Message
 
 _MOST_CACHED = 1000  # rows may each bring tools of their own
 

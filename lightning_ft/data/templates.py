@@ -19,9 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lightning_ft.types import Message
 from lightning_ft.data.time_limit import MemoryLimitError, TimeLimitError, within
 from lightning_ft.errors import ConfigError, TokenizerError
+from lightning_ft.types import Message
 
 PLAIN_TEMPLATE = (
     "{{- bos_token if bos_token else '' -}}"

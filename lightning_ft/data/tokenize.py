@@ -12,12 +12,12 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data import cache
-from lightning_ft.data.row_types import PAIRS, RowKind, RowT
 from lightning_ft.data.overlong import OnOverlong, RowEncoder
 from lightning_ft.data.raw_rows import Problem
+from lightning_ft.data.row_types import PAIRS, RowKind, RowT
 from lightning_ft.data.rows import is_rank_zero
-from lightning_ft.errors import LightningFTError
 from lightning_ft.distributed import rank_zero_warn
+from lightning_ft.errors import LightningFTError
 from lightning_ft.whole_files import why_not_written
 
 _SHOW_FROM = 2000  # rows from which a progress bar is worth its line

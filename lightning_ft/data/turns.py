@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 from lightning_ft.data.keys import CALL_ROLES, READ_KEYS, REASONING, REFUSED_KEYS, ROLES, TRAINED, says_something
-from lightning_ft.types import Message
 from lightning_ft.data.tool_calls import NotACallError, read_calls
+from lightning_ft.types import Message
 
 FILL = "Fill it in or remove the row."
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from lightning_ft.document.blocks import Block, Document, Picture, SideBySide, Table
-from lightning_ft.document.markdown import markdown_table, markdown_text
 from lightning_ft.document.html import NO_PICTURES
+from lightning_ft.document.markdown import markdown_table, markdown_text
 
 
 def pull_request(document: Document, pictures: Iterable[str]) -> str:

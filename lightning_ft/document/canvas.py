@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from lightning_ft.document.blocks import Picture
 from lightning_ft.errors import MissingDependencyError
 from lightning_ft.printable import printable
-from lightning_ft.document.blocks import Picture
-from collections.abc import Sequence
-from typing import NamedTuple
-
 
 STYLE: Any = {
     "svg.hashsalt": "lightning-ft",  # names inside an SVG are random without it

@@ -6,10 +6,10 @@ import base64
 import html
 from collections.abc import Iterator, Mapping
 
-from lightning_ft.printable import printable
 from lightning_ft.document.blocks import Answers, Block, Document, Headline, Picture, SideBySide, Table
 from lightning_ft.document.canvas import Drawn
 from lightning_ft.document.style import CSS
+from lightning_ft.printable import printable
 
 NO_PICTURES = "Without pictures: matplotlib isn't installed. pip install 'lightning-ft[report]', and write it again."
 _MANY = 4  # columns, beyond which figures go over two lines

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.printable import printable
 from lightning_ft.evaluation.savings.table import SAVINGS, arm_rows, cost_rows, cost_title, percent
+from lightning_ft.printable import printable
 
 _MARKUP = re.compile(r"[\\`*_\[\]|~]")
 PARTS = {"system": "system prompt", "few_shot": "examples", "template": "chat template", "request": "request"}

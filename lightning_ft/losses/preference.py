@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.losses.kto import kto_kl, kto_loss
 from lightning_ft.losses.pairwise import (
     bradley_terry_loss,
     hinge_loss,
@@ -22,7 +23,6 @@ from lightning_ft.losses.pairwise import (
     sigmoid_loss,
     simpo_loss,
 )
-from lightning_ft.losses.kto import kto_kl, kto_loss
 
 __all__ = [
     "PREFERENCE_LOSSES",

@@ -8,6 +8,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
+from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.adapt import InitialAdapter, add_lora, as_json, load_adapter, lora_config, splits_base
 from lightning_ft.models.head import base_of
@@ -16,7 +17,6 @@ from lightning_ft.models.load import adapter_base
 from lightning_ft.models.parts import base_name, count_parts, expert_tensors, part_kinds, parts_table
 from lightning_ft.models.reach import Reach, find_reach
 from lightning_ft.models.targets import fitted, unreached_groups
-from lightning_ft.distributed import warn
 
 
 class Adaptation:

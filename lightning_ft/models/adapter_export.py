@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ExportError, ModelError
 from lightning_ft.models.adapt import InitialAdapter, rounds_base
 from lightning_ft.models.base_folder import KEY, base_fingerprint
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_config
 from lightning_ft.models.model_card import hub_name
-from lightning_ft.distributed import rank_zero_warn
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
-import torch
-from torch import Tensor, nn
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
 from lightning_ft.errors import ModelError
 
 

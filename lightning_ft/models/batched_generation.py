@@ -6,20 +6,21 @@ and rotary scalings may follow the longest prompt. Nobody lists which models do,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-import torch
-from torch import Tensor
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
 from lightning_ft.errors import LightningFTError, ModelError
-from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.models.exactness import Rows, first_line, some_tokens
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import length_switch
+from lightning_ft.models.numerics import are_close, tolerance_of
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.errors import LightningFTError, ModelError
 from lightning_ft.models.backbone import head_of, takes_positions, up_to_head, without_positions
-from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.models.head import (
     CausalLM,
     as_forward,
@@ -30,6 +29,7 @@ from lightning_ft.models.head import (
     project,
     takes_explicit_masks,
 )
+from lightning_ft.models.numerics import are_close, tolerance_of
 
 Rows = Literal["any", "equal", "one"]
 Backbone = Callable[..., Any]

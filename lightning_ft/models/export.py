@@ -13,17 +13,17 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ExportError, TokenizerError
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adapter_export import check_adapter_export, save_adapter
-from lightning_ft.models.numerics import first_nonfinite
 from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.lora_checks import check_merge
 from lightning_ft.models.merge import merged
 from lightning_ft.models.model_card import model_card
+from lightning_ft.models.numerics import first_nonfinite
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.whole_files import flush_to_disk, new_aside, remove, remove_leftovers, why_not_written
 
 _FIRST_READ = ("config.json", "adapter_config.json")

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.unwrap import model_of, unwrapped
 from lightning_ft.models.head import base_of
+from lightning_ft.models.unwrap import model_of, unwrapped
 
 _HEAVY = re.compile(r"attention|attn|sdpa|gemm|gemv|matmul|grouped_mm|int_mm|_moe|moe_", re.IGNORECASE)
 """Names of operators that a count must not miss: attention, and matrix products of libraries and quantizations."""

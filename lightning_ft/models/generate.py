@@ -11,13 +11,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import answer_end_token
+from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError
+from lightning_ft.models.batched_generation import left_padded, prompts_together
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import length_switch
 from lightning_ft.models.load import context_length
-from lightning_ft.models.batched_generation import left_padded
-from lightning_ft.models.batched_generation import prompts_together
-from lightning_ft.distributed import warn
 
 
 @contextmanager

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_ft.models.backbone import head_of
-from lightning_ft.models.backbone import accepts, first_tensor
+from lightning_ft.models.backbone import accepts, first_tensor, head_of
 
 _TOKENS = 4
 _NEAR, _WIDE = 3, 255  # last positions of the two rows that are watched

@@ -18,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError, TokenizerError
 from lightning_ft.models.base_folder import find_base
 from lightning_ft.models.load_report import UNREADABLE, check_loaded, first_line, why_unreadable
-from lightning_ft.distributed import warn
 
 _MULTIMODAL = getattr(transformers, "AutoModelForMultimodalLM", None)  # not in the oldest version that is supported
 ADAPTER_CONFIG = "adapter_config.json"

@@ -14,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Stri
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from lightning_ft.errors import ModelError
 from lightning_ft.distributed import rank_zero_only, warn
+from lightning_ft.errors import ModelError
 
 UNREADABLE = (
     OSError,

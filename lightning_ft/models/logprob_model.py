@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import Example, TokenBatch, in_one_row, unpack
 from lightning_ft.data.shared_prompts import lay_out_completions
+from lightning_ft.distributed import warn
 from lightning_ft.errors import LightningFTError
 from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.models.exactness import Exactness, forward_fails, own_logits, probe
@@ -27,7 +28,6 @@ from lightning_ft.models.head import (
 )
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.passes import Part, padding_within, parts_of, sequence_lengths
-from lightning_ft.distributed import warn
 
 _ANY_ROWS = ("sdpa", "eager", "flex_attention")
 """Attention whose mask transformers makes from the positions of each row."""

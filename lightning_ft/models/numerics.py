@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from lightning_ft.models.head import input_device
 from collections.abc import Iterable
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
 from lightning_ft.errors import ModelError
+from lightning_ft.models.head import input_device
 
 
 def tolerance_of(base: PreTrainedModel) -> float:

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from lightning_ft.models.backbone import backbone_of
-from lightning_ft.models.backbone import accepts
+from lightning_ft.models.backbone import accepts, backbone_of
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import as_forward, input_device
 

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.errors import ModelError
 from lightning_ft.models.backbone import head_of
-from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.models.head import CausalLM, as_forward, base_of
+from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.models.reach import model_output, probe_ids, probing
 
 

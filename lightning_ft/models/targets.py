@@ -9,27 +9,26 @@ would be adapted is read from that.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
+
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
-from lightning_ft.errors import ModelError
-from lightning_ft.models.parts import base_name
-import re
-from collections.abc import Iterable
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from transformers.pytorch_utils import Conv1D
+
+from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.layers import in_top_layers, layers_of
 from lightning_ft.models.parts import base_name, expert_tensors, numel, short_count
 from lightning_ft.models.reach import Reach
 from lightning_ft.models.reward_head import HEADS
-from lightning_ft.distributed import warn
 
 
 def adapted_names(base: PreTrainedModel, config: LoraConfig) -> set[str]:

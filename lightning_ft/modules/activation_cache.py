@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lightning_ft.data import cache
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.models.activation_store import StateStore, sequence_digest
 from lightning_ft.models.flops import OperationCounter, counted_apart
+from lightning_ft.models.frozen_layers import FrozenTrunk
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states
 from lightning_ft.models.logprob_model import Scorer
-from lightning_ft.models.activation_store import StateStore, sequence_digest
-from lightning_ft.models.frozen_layers import FrozenTrunk
-from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 
 GIB = 2**30
 

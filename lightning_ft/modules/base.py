@@ -10,22 +10,22 @@ from typing import Any, ClassVar, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.types import Message, Request
+from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.adapter_export import check_base
-from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.models.export import check_export, export
-from lightning_ft.models.numerics import refuse_nonfinite
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id, quantization_options, resolve_dtype
+from lightning_ft.models.logprob_model import Scorer
+from lightning_ft.models.numerics import refuse_nonfinite
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor, set_first_rate
 from lightning_ft.models.router import OwnLoss, find_own_loss
-from lightning_ft.models.logprob_model import Scorer
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.averaging import AveragedWeights
 from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_other_shapes
@@ -35,8 +35,8 @@ from lightning_ft.modules.precision import tell_lost_steps
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.strategies import check_strategy
 from lightning_ft.modules.tokenizer import ModuleTokenizer
-from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.rewards.function import OnNonFinite
+from lightning_ft.types import Message, Request
 
 
 class FineTuning(AveragedWeights, FiniteSteps, CheckpointedModule):

@@ -11,7 +11,6 @@ from typing import IO, Any
 from torch import nn
 
 from lightning_ft._lightning import LightningModule, TorchCheckpointIO, restricted_classmethod
-from lightning_ft.errors import CheckpointError
 from lightning_ft.checkpoint_file import (
     checked_file,
     local_file,
@@ -21,6 +20,7 @@ from lightning_ft.checkpoint_file import (
     write_checkpoint,
 )
 from lightning_ft.distributed import rank_zero_warn
+from lightning_ft.errors import CheckpointError
 from lightning_ft.whole_files import is_aside
 
 

@@ -7,34 +7,32 @@ each would end a run when its batch comes, after hours, and on a GPU with an ass
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
+
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from lightning_ft._lightning import LightningModule
 from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.extremes import Extreme, largest_token, longest_row, rows_with
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.splits import Splits
-from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.errors import ConfigError, ModelError, TokenizerError
 from lightning_ft.models.head import CausalLM, base_of
-from lightning_ft.models.load import context_length
+from lightning_ft.models.load import context_length, load_tokenizer
 from lightning_ft.models.load_report import tell
 from lightning_ft.models.positions import reads_position
 from lightning_ft.models.vocabulary import (
     beyond_embeddings,
+    check_special_tokens,
     ends_at_ordinary_tokens,
     frozen_tokens,
     token_name,
     trainable_tokens,
     untrained_rows,
 )
-from typing import Any, cast
-from lightning_ft._lightning import LightningModule
-from lightning_ft.data.module import RowDataModule
-from lightning_ft.errors import TokenizerError
-from lightning_ft.models.load import load_tokenizer
-from lightning_ft.models.vocabulary import check_special_tokens
-
 
 _SHOWN = 5
 

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
+from lightning_ft.distributed import rank_zero_warn, summed_over_ranks
 from lightning_ft.errors import ConfigError
+from lightning_ft.losses.kto import kto_kl, kto_loss
 from lightning_ft.losses.preference import (
     PREFERENCE_LOSSES,
     SequenceLogProbs,
@@ -20,12 +22,9 @@ from lightning_ft.losses.preference import (
     implicit_rewards,
     weighted_preference_loss,
 )
-from lightning_ft.losses.kto import kto_kl, kto_loss
 from lightning_ft.modules.adapted import per_completion
 from lightning_ft.modules.preferences import Judged, PreferenceLearning
-from lightning_ft.distributed import summed_over_ranks
 from lightning_ft.modules.ref_logprobs import ReferenceLogProbs
-from lightning_ft.distributed import rank_zero_warn
 
 KTO = "kto"
 

@@ -17,11 +17,11 @@ from lightning_ft.losses.advantages import (
     leave_one_out_differences,
 )
 from lightning_ft.losses.kl import k1
-from lightning_ft.losses.statistics import power_sums
 from lightning_ft.losses.policy import LossType, PolicyLoss, check_policy_loss, policy_loss
+from lightning_ft.losses.statistics import power_sums
 from lightning_ft.losses.surrogate import Level
-from lightning_ft.modules.rollout_batch import Experience, PolicyBatch
 from lightning_ft.modules.policy import PolicyOptimization
+from lightning_ft.modules.rollout_batch import Experience, PolicyBatch
 
 Advantage = Literal["group", "leave_one_out"]
 

@@ -12,15 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_ft.data.loader import name_rows
-from lightning_ft.data.loader import TokenLoader
+from lightning_ft.data.loader import TokenLoader, name_rows
+from lightning_ft.distributed import gathered, rank_zero_warn, several_ranks, summed_over_ranks
 from lightning_ft.errors import ConfigError, ModelError, NonFiniteError
 from lightning_ft.models.numerics import first_nonfinite
-from lightning_ft.distributed import several_ranks, summed_over_ranks
 from lightning_ft.modules.resume import STATE, ResumableModule
-from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.rewards.function import OnNonFinite
-from lightning_ft.distributed import gathered
 
 _SKIPPED = "skipped_steps"
 

@@ -16,17 +16,17 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.distributed import largest_over_ranks, summed_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.kl import k1, k3
 from lightning_ft.losses.logprobs import SelectedLogProbs
-from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.losses.policy import LossType, PolicyLoss, token_weights
+from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
-from lightning_ft.modules.rollout_batch import Experience, PolicyBatch, picked
 from lightning_ft.modules.nonfinite import whole_norm
-from lightning_ft.distributed import largest_over_ranks, summed_over_ranks
+from lightning_ft.modules.rollout_batch import Experience, PolicyBatch, picked
 from lightning_ft.modules.sampled import SampledCompletions
 from lightning_ft.modules.step_metrics import MeanWindow
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.distributed import summed_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.gae import (
     clipped_value_loss,
@@ -26,10 +27,9 @@ from lightning_ft.losses.policy import PolicyLoss, check_policy_loss, policy_los
 from lightning_ft.models.critic import Critic
 from lightning_ft.models.optim import parameter_groups
 from lightning_ft.modules.adapted import without_dropout
-from lightning_ft.modules.rollout_batch import Experience, PolicyBatch
 from lightning_ft.modules.policy import PolicyOptimization
-from lightning_ft.distributed import summed_over_ranks
 from lightning_ft.modules.resume import STATE
+from lightning_ft.modules.rollout_batch import Experience, PolicyBatch
 
 
 class PPO(PolicyOptimization):

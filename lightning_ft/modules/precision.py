@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lightning_ft.models.head import CausalLM
 from lightning_ft.distributed import rank_zero_warn
+from lightning_ft.models.head import CausalLM
 
 _LOOKED_AT = 4096  # weights of each tensor
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_ft.data.batches import PreferenceBatch
+from lightning_ft.distributed import summed_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.modules.adapted import AdaptedFineTuning
-from lightning_ft.distributed import summed_over_ranks
 from lightning_ft.modules.step_metrics import MeanWindow
 
 

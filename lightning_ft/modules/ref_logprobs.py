@@ -13,12 +13,11 @@ from torch import Tensor
 
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.cache import default_folder
+from lightning_ft.distributed import gathered, on_first_rank, rank_and_ranks, rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, FileWriteError
 from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.models.tensors import read_tensors, write_tensors
-from lightning_ft.distributed import rank_zero_info, rank_zero_warn
-from lightning_ft.distributed import gathered, on_first_rank, rank_and_ranks
 
 SPLITS = ("train", "validation", "test")
 _AT_A_TIME = 8

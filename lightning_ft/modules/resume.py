@@ -13,13 +13,13 @@ lead the loop through its first batch.
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
+
 import numpy as np
 import torch
-from lightning_ft.distributed import gathered
-from typing import Any, cast
+
+from lightning_ft.distributed import gathered, rank_zero_warn
 from lightning_ft.modules.checks import CheckedRows
-from lightning_ft.distributed import rank_zero_warn
 
 
 def own_rng_state() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.encode import encode_conversation
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.types import Message
 from lightning_ft.data.shared_prompts import last_places
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.losses.pairwise import bradley_terry_loss
 from lightning_ft.models.generate import evaluating
@@ -24,7 +24,7 @@ from lightning_ft.models.load import load_reward_model, pad_token_id
 from lightning_ft.models.reward_head import last_token_scores, score_head
 from lightning_ft.modules.checks import check_batch
 from lightning_ft.modules.preferences import Judged, PreferenceLearning
-from lightning_ft.distributed import rank_zero_warn
+from lightning_ft.types import Message
 
 
 class RewardModeling(PreferenceLearning):

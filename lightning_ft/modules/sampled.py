@@ -12,23 +12,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
-from lightning_ft.types import Message, Request
+from lightning_ft.distributed import rank_zero_warn, summed_over_ranks
 from lightning_ft.errors import ConfigError, NonFiniteError
 from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids
 from lightning_ft.models.load import pad_token_id
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.rollout_batch import Experience
-from lightning_ft.distributed import summed_over_ranks
+from lightning_ft.modules.samples import RolloutRecord
 from lightning_ft.modules.waiting import PatientRanks
-from lightning_ft.distributed import rank_zero_warn
-from lightning_ft.rewards.batch import TrainerState
+from lightning_ft.rewards.batch import Rewards, TrainerState
 from lightning_ft.rewards.functions import RewardFunctions
-from lightning_ft.rewards.batch import Rewards
 from lightning_ft.rewards.model import check_room
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import RolloutEngine, Sampling
-from lightning_ft.modules.samples import RolloutRecord
+from lightning_ft.types import Message, Request
 
 _VALIDATION_SEED = 0
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any
-from lightning_ft.types import Message
-from lightning_ft.errors import ConfigError
-from lightning_ft.rewards.batch import Rewards
 import json
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from lightning_ft.errors import ConfigError
 from lightning_ft.printable import json_text
+from lightning_ft.rewards.batch import Rewards
+from lightning_ft.types import Message
 
 
 @dataclass(frozen=True, eq=False)

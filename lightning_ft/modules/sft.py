@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, cast
-from torch import Tensor
-from lightning_ft.data.layout import TokenBatch
-from lightning_ft.losses.logprobs import SelectedLogProbs
-from lightning_ft.models.router import RouterLoss
-from lightning_ft.modules.evaluation import EvaluatedFineTuning
-from lightning_ft.modules.resume import STATE
-from lightning_ft.modules.step_metrics import MeanWindow, TokenWindow
-from typing import Any
-import torch
-from lightning_ft.data.module import RowDataModule
-from lightning_ft.errors import ConfigError
-from lightning_ft.models.head import input_device
-from lightning_ft.modules.activation_cache import TrunkCache, TrunkReader
-from lightning_ft.distributed import rank_zero_info
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
+
+import torch
 from peft import LoraConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.module import RowDataModule
+from lightning_ft.distributed import rank_zero_info
+from lightning_ft.errors import ConfigError
+from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.models.adapt import (
     as_json,
     lora_config,
     needs_data,
 )
 from lightning_ft.models.adaptation import Adaptation
-from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import adapter_base
-from lightning_ft.models.optim import Schedule
 from lightning_ft.models.logprob_model import for_attention
-from lightning_ft.modules.activation_cache import TrunkCache
+from lightning_ft.models.optim import Schedule
+from lightning_ft.models.router import RouterLoss
+from lightning_ft.modules.activation_cache import TrunkCache, TrunkReader
+from lightning_ft.modules.evaluation import EvaluatedFineTuning
+from lightning_ft.modules.resume import STATE
+from lightning_ft.modules.step_metrics import MeanWindow, TokenWindow
 from lightning_ft.rewards.function import OnNonFinite
 
 

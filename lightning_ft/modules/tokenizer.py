@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.tokenizer_state import differences, tokenizer_from_state, tokenizer_state
-from lightning_ft.distributed import rank_zero_warn
 
 
 class ModuleTokenizer:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from lightning_ft.errors import RewardError
 from lightning_ft.distributed import several_ranks
+from lightning_ft.errors import RewardError
 
 T = TypeVar("T")
 _DONE, _WORKING, _FAILED = 0, 1, 2

@@ -6,15 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.document.blocks import Block, Document, Fact, Headline, Section, Table, between
-from lightning_ft.report.collect import RunReport, beside, run_names
-from lightning_ft.evaluation.retention.sections import Tradeoff
-from lightning_ft.evaluation.savings.intervals import gain_interval
 from lightning_ft.evaluation.comparison.sections import comparison_sections, final_runs, tradeoffs
 from lightning_ft.evaluation.compute.sections import compute_table
-from lightning_ft.report.sections import provenance_table, savings_provenance
-from lightning_ft.evaluation.retention.sections import forgetting_blocks, retention_facts, retention_table
+from lightning_ft.evaluation.retention.sections import Tradeoff, forgetting_blocks, retention_facts, retention_table
+from lightning_ft.evaluation.savings.intervals import gain_interval
+from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.sections import (
     arms_tables,
     cost_blocks,
@@ -25,6 +22,8 @@ from lightning_ft.evaluation.savings.sections import (
     tokens_picture,
 )
 from lightning_ft.evaluation.savings.table import percent
+from lightning_ft.report.collect import RunReport, beside, run_names
+from lightning_ft.report.sections import provenance_table, savings_provenance
 
 if TYPE_CHECKING:
     from lightning_ft.evaluation.compute.arithmetic import ComputeResult

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.document.blocks import Table
-from lightning_ft.evaluation.savings.table import percent
-from collections.abc import Sequence
-from lightning_ft.document.blocks import Block, Table
 
+from lightning_ft.document.blocks import Block, Table
+from lightning_ft.evaluation.savings.result import SavingsResult
+from lightning_ft.evaluation.savings.table import percent
 
 _PLAIN = {
     "model": "model",

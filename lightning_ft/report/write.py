@@ -9,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_ft.errors import DataError
-from lightning_ft.printable import json_text
 from lightning_ft.document.blocks import Document
-from lightning_ft.report.collect import COMPARISON, COMPUTE, RETENTION, SAVINGS, RunReport, collect
-from lightning_ft.report.compose import document
+from lightning_ft.document.brief import pull_request
 from lightning_ft.document.canvas import Drawn, can_draw, drawn
 from lightning_ft.document.html import NO_PICTURES, html_page
-from lightning_ft.document.brief import pull_request
+from lightning_ft.errors import DataError
+from lightning_ft.printable import json_text
+from lightning_ft.report.collect import COMPARISON, COMPUTE, RETENTION, SAVINGS, RunReport, collect
+from lightning_ft.report.compose import document
 from lightning_ft.whole_files import written_aside
 
 SCHEMA_VERSION = 1

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
-from lightning_ft.data.batches import RESERVED
-from lightning_ft.types import Message
-from lightning_ft.errors import RewardError
-from torch import Tensor
-from lightning_ft.losses.statistics import power_sums
 
+from torch import Tensor
+
+from lightning_ft.data.batches import RESERVED
+from lightning_ft.errors import RewardError
+from lightning_ft.losses.statistics import power_sums
+from lightning_ft.types import Message
 
 Prompt = str | list[Message]
 """A prompt as it stood in its row."""

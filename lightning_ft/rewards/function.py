@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-from lightning_ft.data.batches import RESERVED
-from lightning_ft.errors import RewardError
 import asyncio
+import inspect
+import math
 import threading
 import weakref
-from collections.abc import Awaitable, Sequence
-import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from numbers import Real
 from typing import Any, Literal
-import torch
-from torch import Tensor
-from collections.abc import Callable
-from copy import deepcopy
-from torch import nn
-from lightning_ft.rewards.batch import RewardBatch
 
+import torch
+from torch import Tensor, nn
+
+from lightning_ft.data.batches import RESERVED
+from lightning_ft.errors import RewardError
+from lightning_ft.rewards.batch import RewardBatch
 
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

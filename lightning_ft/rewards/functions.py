@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
-from lightning_ft.errors import RewardError
-import inspect
+
 import torch
 from torch import Tensor
-from lightning_ft.types import Message
-from lightning_ft.losses.advantages import combine_rewards
+
 from lightning_ft.distributed import warn
-from lightning_ft.rewards.function import BackgroundLoop
-from lightning_ft.rewards.batch import RewardBatch, TrainerState, check_columns
-from lightning_ft.rewards.function import FunctionReward
+from lightning_ft.errors import RewardError
+from lightning_ft.losses.advantages import combine_rewards
+from lightning_ft.rewards.batch import RewardBatch, Rewards, TrainerState, check_columns
+from lightning_ft.rewards.function import BackgroundLoop, FunctionReward, OnNonFinite, as_rewards, quoted
 from lightning_ft.rewards.model import ModelReward
 from lightning_ft.rewards.resolve import NamedReward, RewardLike, resolve_rewards
-from lightning_ft.rewards.batch import Rewards
-from lightning_ft.rewards.function import OnNonFinite, as_rewards, quoted
+from lightning_ft.types import Message
 
 
 class RewardLog:

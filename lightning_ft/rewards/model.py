@@ -4,39 +4,40 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
+
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
-from lightning_ft.errors import RewardError
-from lightning_ft.models.load import ADAPTER_CONFIG, adapter_base, load_config, load_model
-from lightning_ft.models.reward_head import HEADS
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, Protocol, cast
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
 from lightning_ft.data.encode import AnswerLostError, encode_conversation
-from lightning_ft.types import Message
-from lightning_ft.data.templates import chat_template
-from lightning_ft.models.generate import evaluating
-from lightning_ft.models.head import base_of, input_device
-from lightning_ft.models.load import context_length, load_tokenizer, pad_token_id
-from lightning_ft.models.reward_head import check_last_token, last_token_scores
-from lightning_ft.distributed import warn
-from lightning_ft.rewards.batch import RewardBatch
-from collections.abc import Iterable
 from lightning_ft.data.extremes import Extreme
 from lightning_ft.data.splits import Splits
-from lightning_ft.errors import ConfigError
-from lightning_ft.models.head import base_of
-from lightning_ft.models.load import context_length
+from lightning_ft.data.templates import chat_template
+from lightning_ft.distributed import warn
+from lightning_ft.errors import ConfigError, RewardError
+from lightning_ft.models.generate import evaluating
+from lightning_ft.models.head import base_of, input_device
+from lightning_ft.models.load import (
+    ADAPTER_CONFIG,
+    adapter_base,
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pad_token_id,
+)
 from lightning_ft.models.positions import reads_position
-
+from lightning_ft.models.reward_head import HEADS, check_last_token, last_token_scores
+from lightning_ft.rewards.batch import RewardBatch
+from lightning_ft.types import Message
 
 _HEAD = re.compile(rf"(base_model\.model\.)?({'|'.join(HEADS)})\.")
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

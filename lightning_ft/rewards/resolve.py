@@ -16,14 +16,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.errors import ConfigError, ModelError, RewardError
 from lightning_ft.importing import from_file, from_import_path, from_place, is_file
-from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.models.load import load_tokenizer
 from lightning_ft.rewards.batch import RewardBatch
-from lightning_ft.rewards.model import local_folder
 from lightning_ft.rewards.function import FunctionReward
-from lightning_ft.rewards.model import ConversationScorer, ModelReward, RewardModel
+from lightning_ft.rewards.model import ConversationScorer, ModelReward, RewardModel, local_folder
 
 RewardLike = str | dict[str, Any] | Callable[..., Any] | nn.Module | ConversationScorer
 """What a single reward may be given as; see `RewardFunctions`."""

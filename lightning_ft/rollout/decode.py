@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_ft.errors import ConfigError
 from lightning_ft.models.exactness import first_line
 from lightning_ft.models.head import CausalLM, attention_bias, base_of, input_device
 from lightning_ft.rollout.cache import GrowingCache, cache_layers
-from collections.abc import Iterable, Sequence
-from transformers import PreTrainedTokenizerBase
-from lightning_ft.errors import ConfigError
-from collections.abc import Callable, Sequence
-from lightning_ft.rollout.shared_rows import Bundles, Forward, ReadPrompts
 from lightning_ft.rollout.protocol import Completion
 from lightning_ft.rollout.sampling import TokenSampler
+from lightning_ft.rollout.shared_rows import Bundles, Forward, ReadPrompts
 
 
 def next_logits(

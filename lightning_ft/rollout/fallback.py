@@ -15,12 +15,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from lightning_ft.models.batched_generation import left_padded, own_generation_config
 from lightning_ft.models.head import CausalLM, input_device
-from lightning_ft.models.batched_generation import left_padded
-from lightning_ft.models.batched_generation import own_generation_config
+from lightning_ft.rollout.decode import Ending
 from lightning_ft.rollout.protocol import Completion, Sampling
 from lightning_ft.rollout.sampling import TokenSampler, token_logprobs, warpers
-from lightning_ft.rollout.decode import Ending
 
 
 def generate_plainly(

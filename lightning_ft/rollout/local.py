@@ -8,30 +8,29 @@ completions, sequences that share much share a row of the cache, and rows leave 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from lightning_ft.models.batched_generation import Together
 from dataclasses import dataclass, replace
 from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, NonFiniteError
+from lightning_ft.models.batched_generation import Together, prompts_together
 from lightning_ft.models.exactness import first_line
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.load import context_length
-from lightning_ft.models.batched_generation import prompts_together
-from lightning_ft.distributed import warn
-from lightning_ft.rollout.shared_rows import read_prompts
 from lightning_ft.rollout.cache import GrowingCache
-from lightning_ft.rollout.decode import decode, decode_parts
+from lightning_ft.rollout.decode import Ending, cached_layers, decode, decode_parts, idle_pass, next_logits, read_tokens
 from lightning_ft.rollout.fallback import generate_plainly
-from lightning_ft.rollout.decode import cached_layers, idle_pass, next_logits, read_tokens
-from lightning_ft.rollout.rank_sync import Lockstep
 from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request, common_prefix
+from lightning_ft.rollout.rank_sync import Lockstep
 from lightning_ft.rollout.sampling import TokenSampler
-from lightning_ft.rollout.decode import Ending
+from lightning_ft.rollout.shared_rows import read_prompts
 
 
 def batches_of(

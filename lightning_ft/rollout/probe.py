@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_ft.errors import NonFiniteError
-from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.models.head import CausalLM, base_of, input_device, takes_explicit_masks
-from lightning_ft.rollout.shared_rows import Bundles, read_prompts
+from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.rollout.decode import next_logits, read_tokens
+from lightning_ft.rollout.shared_rows import Bundles, read_prompts
 
 _TOKENS = 12
 _SHORT = _TOKENS - 3  # the second prompt is shorter, so that its row has a hole behind the prefix

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_ft.distributed import rank_and_ranks
 from lightning_ft.errors import ConfigError, RolloutError
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.distributed import rank_and_ranks
 
 
 class Lockstep:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.distributed import on_first_rank, rank_and_ranks
 from lightning_ft.errors import ConfigError, LightningFTError, MissingDependencyError, RolloutError
 from lightning_ft.models.head import CausalLM, input_device
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request
-from lightning_ft.distributed import on_first_rank, rank_and_ranks
-from lightning_ft.rollout.vllm_weights import ServedWeights
 from lightning_ft.rollout.decode import Ending
+from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request
+from lightning_ft.rollout.vllm_weights import ServedWeights
 
 _START = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '

@@ -12,10 +12,10 @@ from tiny import TEXT, make_model, make_rows
 from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PairDataModule, PreferenceDataModule
 from lightning_ft._lightning import NAMESPACE, Trainer, _pl
 from lightning_ft.callbacks.retention import Retention
-from lightning_ft.types import Message, Request
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
+from lightning_ft.types import Message, Request
 
 TEXTS = [f"{line} {n}" for n, line in enumerate(TEXT * 2)]
 TASK = [Request(word, (Message(role="user", content=f"where is the {word}"),), "here") for word in WORDS]

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from lightning_ft._lightning import LightningModule, Trainer, _pl
-from lightning_ft.callbacks.samples import SampleCompletions, log_samples
+from lightning_ft.callbacks.samples import CELL, SampleCompletions, log_samples, samples_columns, samples_markdown
 from lightning_ft.errors import ConfigError
-from lightning_ft.callbacks.samples import CELL, samples_columns, samples_markdown
+from lightning_ft.modules.samples import RolloutRecord, drop_samples, read_samples, set_aside, write_samples
 from lightning_ft.rewards.batch import Rewards
-from lightning_ft.modules.samples import RolloutRecord
-from lightning_ft.modules.samples import drop_samples, read_samples, set_aside, write_samples
 
 PER_STEP, STEPS = 4, 6
 

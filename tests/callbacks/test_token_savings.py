@@ -12,11 +12,11 @@ from tiny import make_model, make_tokenizer
 from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule, Prices, PromptBaseline, TokenSavings
 from lightning_ft._lightning import NAMESPACE, Trainer, _pl
 from lightning_ft.data.encode import encode_prompt
-from lightning_ft.types import Message, Request
 from lightning_ft.errors import SavingsError
+from lightning_ft.evaluation.savings.files import load_savings
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, measure_token_savings
 from lightning_ft.models.generate import evaluating
-from lightning_ft.evaluation.savings.files import load_savings
+from lightning_ft.types import Message, Request
 
 BASELINE = PromptBaseline("Say where the thing is, in one word.", [{"input": "where is the moon", "output": "up"}] * 3)
 QUICK = {"max_new_tokens": 6, "batch_size": 4, "resamples": 199, "timed_requests": 1, "margin": 0.05}

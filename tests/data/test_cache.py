@@ -13,8 +13,8 @@ from lightning_ft.data import cache
 from lightning_ft.data import tokenize as tokenize_module
 from lightning_ft.data.encode import encode
 from lightning_ft.data.formats import Conversation
-from lightning_ft.data.row_types import Pairs
 from lightning_ft.data.layout import Example
+from lightning_ft.data.row_types import Pairs
 from lightning_ft.data.tokenize import tokenize
 
 

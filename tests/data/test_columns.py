@@ -6,9 +6,9 @@ import re
 import pytest
 
 from lightning_ft.data.columns import Formats
-from lightning_ft.data.row_types import PAIRS
 from lightning_ft.data.preference_rows import PREFERENCES
 from lightning_ft.data.prompts import PROMPTS
+from lightning_ft.data.row_types import PAIRS
 from lightning_ft.data.rows import load_source
 from lightning_ft.errors import DataError
 

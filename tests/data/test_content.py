@@ -4,13 +4,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lightning_ft.data.content import BOS_TWICE, CHANGED_PROMPT, EOS_TWICE, ContentCheck, remedy_for
+from lightning_ft.data.content import BOS_TWICE, CHANGED_PROMPT, EOS_TWICE, ContentCheck, keeps_every_text, remedy_for
 from lightning_ft.data.formats import Conversation
-from lightning_ft.data.row_types import PAIRS
-from lightning_ft.data.content import keeps_every_text
 from lightning_ft.data.overlong import RowEncoder
 from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.data.raw_rows import Problem
+from lightning_ft.data.row_types import PAIRS
 from lightning_ft.data.templates import TEXT_TEMPLATE, chat_template
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import DataError

@@ -4,8 +4,8 @@ import pytest
 
 from lightning_ft.data.formats import detect_format
 from lightning_ft.data.raw_rows import raise_problems
-from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.rows import load_source
+from lightning_ft.data.split_report import SplitReport
 from lightning_ft.errors import ConfigError, DataError, LightningFTError
 
 

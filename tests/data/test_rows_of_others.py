@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from lightning_ft.data.row_types import Pairs
 from lightning_ft.data.preference_rows import PREFERENCES
 from lightning_ft.data.prompts import PROMPTS
-from lightning_ft.data.split_report import SplitReport
+from lightning_ft.data.row_types import Pairs
 from lightning_ft.data.rows import load_source
+from lightning_ft.data.split_report import SplitReport
 from lightning_ft.errors import DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from lightning_ft import PairDataModule, PromptDataModule
-from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.rows import load_source
 from lightning_ft.data.sources import as_sources, source_as_json
+from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.values import DEEPEST, plain
 from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
 

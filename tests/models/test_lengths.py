@@ -12,8 +12,8 @@ from lightning_ft.data.layout import Example, Segment, collate_examples, lay_out
 from lightning_ft.errors import ModelError
 from lightning_ft.models.head import as_forward, hidden_states, register_sharded
 from lightning_ft.models.lengths import length_switch
-from lightning_ft.models.passes import parts_of, put_back, sequence_lengths
 from lightning_ft.models.logprob_model import Scorer
+from lightning_ft.models.passes import parts_of, put_back, sequence_lengths
 from lightning_ft.models.reward_head import last_token_scores
 
 

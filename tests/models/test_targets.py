@@ -14,8 +14,7 @@ from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.parts import adapted_parameters, expert_tensors
 from lightning_ft.models.reach import Reach, find_reach
-from lightning_ft.models.targets import adapted_names, skeleton
-from lightning_ft.models.targets import fitted
+from lightning_ft.models.targets import adapted_names, fitted, skeleton
 
 MOE = ["gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "phimoe", "olmoe", "jamba", "llama4_text"]
 DENSE_TOO = ["deepseek_v3", "glm4_moe", "ernie4_5_moe"]  # of which PEFT takes linear layers for experts

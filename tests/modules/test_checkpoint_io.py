@@ -12,8 +12,8 @@ from tiny import make_rows
 
 from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import Trainer, _pl
-from lightning_ft.errors import CheckpointError, ConfigError, FileWriteError, RewardError
 from lightning_ft.checkpoint_file import read_checkpoint
+from lightning_ft.errors import CheckpointError, ConfigError, FileWriteError, RewardError
 from lightning_ft.modules.checkpoint_io import WholeCheckpointIO
 from lightning_ft.rewards.resolve import _load_checkpoint
 

@@ -18,8 +18,8 @@ from tiny import make_rows
 from lightning_ft import GRPO, PPO, PromptDataModule
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.errors import ConfigError, RewardError
-from lightning_ft.rollout.protocol import Completion, Rollouts
 from lightning_ft.modules.samples import RolloutRecord
+from lightning_ft.rollout.protocol import Completion, Rollouts
 
 # ---------------------------------------------------------------- steps
 

@@ -25,8 +25,7 @@ from lightning_ft._lightning import Callback, Trainer
 from lightning_ft.errors import ConfigError, NonFiniteError, RewardError
 from lightning_ft.modules.precision import lost_steps
 from lightning_ft.rewards.functions import RewardFunctions
-from lightning_ft.rewards.model import RewardModel
-from lightning_ft.rewards.model import check_room
+from lightning_ft.rewards.model import RewardModel, check_room
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 

@@ -10,12 +10,12 @@ from tiny import make_model
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import takes_explicit_masks
-from lightning_ft.rollout.shared_rows import Bundles, read_prompts
 from lightning_ft.rollout.cache import GrowingCache
 from lightning_ft.rollout.decode import next_logits, read_tokens
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Sampling
+from lightning_ft.rollout.shared_rows import Bundles, read_prompts
 
 NEVER = [1000]  # no such token
 

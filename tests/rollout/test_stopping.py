@@ -7,9 +7,9 @@ from tiny import make_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.rollout.decode import Ending
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
-from lightning_ft.rollout.decode import Ending
 
 END = 2
 

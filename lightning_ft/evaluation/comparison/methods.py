@@ -12,9 +12,9 @@ from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.bootstrap import Interval, bootstrap_intervals
 from lightning_ft.evaluation.comparison.claims import judge_claims
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
+from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.records import ArmRecords
-from lightning_ft.evaluation.savings.arithmetic import token_savings
 
 Metrics = Callable[[Sequence[str], Sequence[str]], Mapping[str, float]]
 """Answers and right answers to figures of the domain."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-from lightning_ft.evaluation.bootstrap import Interval
-from lightning_ft.document.canvas import legend_below, logarithmic
-from lightning_ft.document.canvas import marks
-from collections.abc import Mapping, Sequence
-from lightning_ft.document.canvas import legend_below
-from lightning_ft.document.canvas import marks, spread
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from lightning_ft.document.canvas import legend_below, logarithmic, marks, spread
 from lightning_ft.document.numbers import scaled
+from lightning_ft.evaluation.bootstrap import Interval
 
 
 def draw_learning_curve(axes: Any, curves: Mapping[str, Mapping[int, Interval]], lines: Mapping[str, Interval]) -> None:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.compute.arithmetic import ComputeResult
+from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 
 Verdict = Literal["held", "not held", "held if", "undecided"]
 

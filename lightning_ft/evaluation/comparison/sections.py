@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.document.blocks import Block, Picture, Section, Table, valued
-from lightning_ft.evaluation.retention.sections import Tradeoff
-from lightning_ft.evaluation.comparison.plots import draw_learning_curve
-from lightning_ft.evaluation.comparison.plots import draw_methods
-from lightning_ft.evaluation.comparison.plots import RESOURCES, draw_resources
-from lightning_ft.evaluation.comparison.plots import Curve, draw_training
-from lightning_ft.evaluation.savings.intervals import gain_interval
 from lightning_ft.document.numbers import digits, duration, scaled, times
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.comparison.plots import (
+    RESOURCES,
+    Curve,
+    draw_learning_curve,
+    draw_methods,
+    draw_resources,
+    draw_training,
+)
+from lightning_ft.evaluation.retention.sections import Tradeoff
+from lightning_ft.evaluation.savings.intervals import gain_interval
 from lightning_ft.evaluation.savings.sections import quality_picture
 
 if TYPE_CHECKING:

@@ -13,9 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lightning_ft.distributed import gathered, warn
 from lightning_ft.errors import ConfigError
-from lightning_ft.evaluation.compute.arithmetic import ComputeResult, StepSums, estimated_flops, estimated_seconds, over_ranks
+from lightning_ft.evaluation.compute.arithmetic import (
+    ComputeResult,
+    StepSums,
+    estimated_flops,
+    estimated_seconds,
+    over_ranks,
+)
 from lightning_ft.evaluation.compute.batch_size import rows_of, tokens_of
+from lightning_ft.evaluation.compute.memory import PeakMemory
 from lightning_ft.models.flops import (
     OperationCounter,
     attention_kernel,
@@ -23,10 +31,7 @@ from lightning_ft.models.flops import (
     is_compiled,
     known_peak,
 )
-from lightning_ft.evaluation.compute.memory import PeakMemory
 from lightning_ft.models.unwrap import unwrapped
-from lightning_ft.distributed import warn
-from lightning_ft.distributed import gathered
 
 _SEEN_KERNELS = (None, "eager", "sdpa")  # whose operators PyTorch dispatches
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.errors import RetentionError
-from lightning_ft.losses.logprobs import CHUNK
 from lightning_ft.evaluation.retention.arithmetic import TopK, kl_divergence, kl_lower_bound
+from lightning_ft.losses.logprobs import CHUNK
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states, input_device, logit_transform
 from lightning_ft.models.reference import active_adapter
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
-from lightning_ft.evaluation.bootstrap import Interval
-from lightning_ft.document.blocks import Block, Fact, Picture, between, valued
-from lightning_ft.report.sections import runs_table
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-from lightning_ft.document.canvas import legend_below
-from lightning_ft.document.canvas import marks, spread
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from lightning_ft.document.blocks import Block, Fact, Picture, between, valued
+from lightning_ft.document.canvas import legend_below, marks, spread
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.report.sections import runs_table
 
 if TYPE_CHECKING:
     from lightning_ft.evaluation.retention.arithmetic import RetentionResult

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import encode
 from lightning_ft.data.layout import Example
-from lightning_ft.types import Message, Request
 from lightning_ft.data.templates import chat_template
 from lightning_ft.errors import RetentionError, TokenizerError
+from lightning_ft.types import Message, Request
 
 TaskRow = Request | tuple[Sequence[int], Sequence[int]]
 """A request with its right answer, or the token ids of a prompt and of an answer."""

@@ -6,9 +6,9 @@ import importlib.util
 import logging
 from pathlib import Path
 
+from lightning_ft.document.markdown import savings_markdown
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.report.collect import read_result
-from lightning_ft.document.markdown import savings_markdown
 from lightning_ft.whole_files import write_json, write_text, written_aside
 
 _log = logging.getLogger(__name__)  # only the first rank writes, so only it speaks

@@ -11,20 +11,20 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.types import Request
 from lightning_ft.errors import SavingsError
+from lightning_ft.evaluation.savings.arithmetic import token_savings
+from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.gate import check_margin
+from lightning_ft.evaluation.savings.overlap import TrainRows, request_overlap, training_index
+from lightning_ft.evaluation.savings.plan import measurement_plan
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.scorers import Scorer
-from lightning_ft.evaluation.savings.arms import run_arm
-from lightning_ft.evaluation.savings.overlap import TrainRows, request_overlap, training_index
-from lightning_ft.evaluation.savings.plan import measurement_plan
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
+from lightning_ft.types import Request
 
 
 class SavingsMeasurement:

@@ -12,11 +12,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_ft.errors import SavingsError
+from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.gate import check_margin
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.evaluation.savings.arithmetic import token_savings
 
 _ARMS = ("prompted", "tuned", "untuned")
 _COUNTS = 6  # id, input, output, cached, truncated, cluster

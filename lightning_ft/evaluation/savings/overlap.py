@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from statistics import fmean
-from lightning_ft.evaluation.savings.records import ArmRecords
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TypeAlias
+
 from lightning_ft.data.overlap import TrainingIndex
 from lightning_ft.data.raw_rows import Problem
-from lightning_ft.types import Request
 from lightning_ft.data.rows import load_source
 from lightning_ft.data.sources import Sources, as_sources
 from lightning_ft.errors import DataError
+from lightning_ft.evaluation.savings.records import ArmRecords
+from lightning_ft.types import Request
 
 
 def overlap_text(count: int, n: int) -> str:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import encode_prompt
-from lightning_ft.types import Request
 from lightning_ft.data.templates import chat_template
 from lightning_ft.errors import SavingsError, TokenizerError
 from lightning_ft.evaluation.savings.prompt import PromptBaseline, check_no_overlap, content_hash
 from lightning_ft.evaluation.scorers import Scorer, resolve_scorer
 from lightning_ft.rollout.protocol import common_prefix
+from lightning_ft.types import Request
 
 
 @dataclass(frozen=True)

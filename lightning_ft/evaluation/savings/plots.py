@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.document.canvas import legend_below
-from lightning_ft.document.canvas import PARTS
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from lightning_ft.evaluation.bootstrap import Interval
-from lightning_ft.document.canvas import legend_below, logarithmic
-from lightning_ft.document.canvas import marks, spread
-from typing import Any, Literal
-from lightning_ft.document.canvas import marks
-from lightning_ft.document.numbers import rounded
-import textwrap
 from pathlib import Path
-from lightning_ft.errors import MissingDependencyError
-from lightning_ft.document.canvas import DPI, STYLE, clean, tidy
+from typing import Any, Literal
 
+from lightning_ft.document.canvas import DPI, PARTS, STYLE, clean, legend_below, logarithmic, marks, spread, tidy
+from lightning_ft.document.numbers import rounded
+from lightning_ft.errors import MissingDependencyError
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.savings.result import SavingsResult
 
 _ORDER = ("prompted", "untuned", "tuned")
 
@@ -189,7 +183,7 @@ def _thousands(value: float) -> str:
     return f"{value:g}"
 
 
-_ORDER_plot = ("prompted", "untuned", "tuned")
+_ORDER = ("prompted", "untuned", "tuned")
 
 
 def plot_savings(result: SavingsResult, path: Path) -> None:
@@ -216,7 +210,7 @@ def plot_savings(result: SavingsResult, path: Path) -> None:
         parts: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
         left, right = (part.subplots() for part in parts)
         draw_tokens(left, result)
-        draw_quality(right, {name: _arm(result, name) for name in _ORDER_plot if name in result.arms}, result.confidence)
+        draw_quality(right, {name: _arm(result, name) for name in _ORDER if name in result.arms}, result.confidence)
         for axes in (left, right):
             tidy(axes)
         clean(figure)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_ft.types import Message, Request
 from lightning_ft.errors import SavingsError
+from lightning_ft.types import Message, Request
 
 _ROLES = ("system", "user", "assistant")
 

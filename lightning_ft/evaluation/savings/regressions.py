@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.document.blocks import Answers
+from lightning_ft.evaluation.savings.result import SavingsResult
 
 MOST = 10
 

@@ -11,8 +11,8 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval, json_number
 from lightning_ft.evaluation.savings.cost import Costs, Prices
 from lightning_ft.evaluation.savings.gate import Gate
-from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.overlap import overlap_text
+from lightning_ft.evaluation.savings.records import ArmRecords
 
 if TYPE_CHECKING:
     from rich.console import Console, Group

@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-from lightning_ft.evaluation.bootstrap import Interval
-from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.document.blocks import Block, Fact, Headline, Picture, SideBySide, Table, between, valued
-from lightning_ft.evaluation.savings.plots import Kind, draw_cost
-from lightning_ft.evaluation.savings.plots import Arm, draw_quality
-from lightning_ft.evaluation.savings.plots import draw_tokens
-from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_open, per_success_intervals
 from lightning_ft.document.markdown import PARTS
 from lightning_ft.document.numbers import rounded
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_open, per_success_intervals
+from lightning_ft.evaluation.savings.plots import Arm, Kind, draw_cost, draw_quality, draw_tokens
 from lightning_ft.evaluation.savings.regressions import regressions_of, worst_regressions
+from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.table import SAVINGS, arm_rows, cost_rows, cost_title, percent
 
 _KINDS: tuple[tuple[Kind, str], ...] = (

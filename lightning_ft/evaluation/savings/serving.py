@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-from lightning_ft.models.head import CausalLM, base_of
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
+from typing import Any
+
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from lightning_ft.models.generate import evaluating
+from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.rollout.cache import GrowingCache
 from lightning_ft.rollout.local import LocalEngine
 

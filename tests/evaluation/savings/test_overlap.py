@@ -6,10 +6,10 @@ import pytest
 from tiny import make_model, make_tokenizer
 
 from lightning_ft import PairDataModule, PromptBaseline
-from lightning_ft.types import Message, Request
 from lightning_ft.errors import DataError
-from lightning_ft.evaluation.savings.overlap import request_overlap, training_index
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, measure_token_savings
+from lightning_ft.evaluation.savings.overlap import request_overlap, training_index
+from lightning_ft.types import Message, Request
 
 BASELINE = PromptBaseline("Answer in one word.")
 QUICK = {"max_new_tokens": 2, "resamples": 99, "timed_requests": 0, "progress": False, "margin": 0.05}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from full_disk import full_disk
 
-from lightning_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError, FileWriteError
 from lightning_ft.checkpoint_file import checked_file, read_checkpoint, write_checkpoint
+from lightning_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError, FileWriteError
 
 WHOLE = {"state_dict": {"weight": torch.arange(600.0)}, "pytorch-lightning_version": "2.6.0"}
 

@@ -6,10 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
+from lightning_ft.document.markdown import savings_markdown
 from lightning_ft.errors import MissingDependencyError
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, Prices, token_savings
 from lightning_ft.evaluation.savings.files import load_savings
-from lightning_ft.document.markdown import savings_markdown
 
 
 def make_result(n=200, tuned_score=1.0, **options):

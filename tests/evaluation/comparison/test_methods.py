@@ -7,11 +7,11 @@ import pytest
 
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.comparison.methods import Asked, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, CurvePoint, RunResult
 from lightning_ft.evaluation.compute.arithmetic import ComputeResult
-from lightning_ft.evaluation.comparison.methods import Asked, choose_learning_rates, compare_methods
-from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
+from lightning_ft.evaluation.savings.records import ArmRecords
 
 N = 100
 ASKED = Asked(tuple(f"q{i}" for i in range(N)), ("a",) * N, margin=0.05)

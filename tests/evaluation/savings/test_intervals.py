@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.arithmetic import token_savings
+from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.intervals import break_even_intervals, gain_interval, per_success_intervals
 
 

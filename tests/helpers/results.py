@@ -152,8 +152,8 @@ def make_trained(method, rate, seed, rows, reached, *, answers=True):
 
 def make_comparison(*, resamples=299):
     """Three methods with three seeds each, a grid of learning rates, and fewer rows."""
-    from lightning_ft.evaluation.comparison.result import RunResult
     from lightning_ft.evaluation.comparison.methods import Asked, compare_methods
+    from lightning_ft.evaluation.comparison.result import RunResult
 
     runs = [
         RunResult(name, 0, None, None, quality, make_arm(name, quality))

@@ -24,12 +24,11 @@ from lightning_ft import (
 from lightning_ft.__main__ import GATE_FAILED, main
 from lightning_ft._lightning import NAMESPACE, Trainer, _pl
 from lightning_ft.errors import ConfigError, ExportError, LightningFTError
-from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
+from lightning_ft.evaluation.savings.result import SavingsResult
+from lightning_ft.modules.samples import RolloutRecord, read_samples
 from lightning_ft.report.collect import collect
 from lightning_ft.rewards.batch import Rewards
-from lightning_ft.modules.samples import RolloutRecord
-from lightning_ft.modules.samples import read_samples
 
 ROWS = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
 TESTS = [{"input": f"what is a {word}", "output": "here"} for word in WORDS[:4]]

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lightning_ft.models import state_store, tensors
+from lightning_ft.models import activation_store, tensors
 from lightning_ft.models.activation_store import StateStore, sequence_digest
 
 ROOM = 2**20
@@ -88,7 +88,7 @@ def test_nothing_is_written_until_it_is_flushed(tmp_path):
 
 
 def test_enough_for_a_file_is_written_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(state_store, "_SHARD", 2 * ROW)
+    monkeypatch.setattr(activation_store, "_SHARD", 2 * ROW)
     store = StateStore(tmp_path, "a", limit=ROOM)
     for number in range(5):
         store.put(name_of(number), states(number))
@@ -290,7 +290,7 @@ def test_room_is_reserved_in_advance(tmp_path, monkeypatch):
     class Nearly:
         free = 2 * ROW
 
-    monkeypatch.setattr(state_store.shutil, "disk_usage", lambda path: Nearly)
+    monkeypatch.setattr(activation_store.shutil, "disk_usage", lambda path: Nearly)
     store.reserve(2 * ROW)
     with pytest.raises(OSError, match="more than the 640 free on the disk"):
         store.reserve(2 * ROW + 1)

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.errors import ConfigError
-from lightning_ft.evaluation.compute.arithmetic import ComputeResult
 from lightning_ft.evaluation.compute import measurement as compute
+from lightning_ft.evaluation.compute.arithmetic import ComputeResult
 from lightning_ft.evaluation.compute.batch_size import tokens_of
 from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
-from lightning_ft.models.flops import OperationCounter, formula_flops_per_token, is_compiled
 from lightning_ft.evaluation.compute.memory import PeakMemory
+from lightning_ft.models.flops import OperationCounter, formula_flops_per_token, is_compiled
 from lightning_ft.models.head import completion_logprobs
 
 ROWS, LENGTH, HEADS, HEAD_DIM, LAYERS, VOCABULARY = 3, 24, 4, 8, 2, 400

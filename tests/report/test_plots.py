@@ -9,21 +9,20 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.document.blocks import Picture
+from lightning_ft.document.canvas import DPI, STYLE, drawn, marks
+from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.comparison.plots import (
+    Curve,
+    draw_learning_curve,
+    draw_methods,
+    draw_resources,
+    draw_training,
+)
+from lightning_ft.evaluation.retention.sections import Tradeoff, draw_forgetting, forgetting_blocks
+from lightning_ft.evaluation.savings.plots import Arm, draw_cost, draw_quality, draw_tokens
 from lightning_ft.report.collect import RunReport
 from lightning_ft.report.compose import document
-from lightning_ft.document.canvas import DPI, STYLE, drawn
-from lightning_ft.evaluation.savings.plots import draw_cost
-from lightning_ft.evaluation.retention.sections import Tradeoff, draw_forgetting
-from lightning_ft.evaluation.comparison.plots import draw_learning_curve
-from lightning_ft.document.canvas import marks
-from lightning_ft.evaluation.comparison.plots import draw_methods
-from lightning_ft.evaluation.savings.plots import Arm, draw_quality
-from lightning_ft.evaluation.comparison.plots import draw_resources
-from lightning_ft.evaluation.savings.plots import draw_tokens
-from lightning_ft.evaluation.comparison.plots import Curve, draw_training
-from lightning_ft.evaluation.retention.sections import forgetting_blocks
 
 
 def axes_of(draw, **arguments):

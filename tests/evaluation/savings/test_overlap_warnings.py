@@ -5,16 +5,16 @@ import json
 import pytest
 from rich.console import Console
 
+from lightning_ft.document.brief import pull_request
+from lightning_ft.document.html import html_page
+from lightning_ft.document.markdown import savings_markdown
 from lightning_ft.errors import SavingsError
-from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.comparison.methods import Asked, compare_methods
+from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, SavingsResult, token_savings
 from lightning_ft.evaluation.savings.overlap import overlap_text
 from lightning_ft.report.collect import RunReport
 from lightning_ft.report.compose import document
-from lightning_ft.document.markdown import savings_markdown
-from lightning_ft.document.html import html_page
-from lightning_ft.document.brief import pull_request
 
 N = 200
 SEEN = tuple(f"r{n}" for n in range(50))

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Rwk
 
 from lightning_ft.data.layout import Example
 from lightning_ft.errors import ModelError
+from lightning_ft.models.batched_generation import left_padding, prompts_together
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.logprob_model import Scorer
-from lightning_ft.models.batched_generation import left_padding, prompts_together
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 

@@ -6,12 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_ft.types import Message, Request
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval, bootstrap_intervals
-from lightning_ft.evaluation.savings.cost import break_even_requests
-from lightning_ft.evaluation.savings.gate import quality_gate
-from lightning_ft.evaluation.savings.prompt import check_no_overlap
 from lightning_ft.evaluation.savings.arithmetic import (
     ArmRecords,
     Prices,
@@ -20,6 +16,10 @@ from lightning_ft.evaluation.savings.arithmetic import (
     required_requests,
     token_savings,
 )
+from lightning_ft.evaluation.savings.cost import break_even_requests
+from lightning_ft.evaluation.savings.gate import quality_gate
+from lightning_ft.evaluation.savings.prompt import check_no_overlap
+from lightning_ft.types import Message, Request
 
 
 def make_arm(n=200, tokens=500, out=20, quality=0.8, seed=0, **changes):

@@ -9,8 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_ft.errors import ModelError
 from lightning_ft.models.adapt import add_lora, lora_config
-from lightning_ft.models.head import base_of, hidden_states
 from lightning_ft.models.frozen_layers import FrozenTrunk
+from lightning_ft.models.head import base_of, hidden_states
 
 
 def states_of(trunk, batch):
