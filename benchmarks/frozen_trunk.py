@@ -61,7 +61,7 @@ def full(case: Case) -> Any:
 
 def frozen_module(case: Case, folder: str | None) -> LoRAFineTuning:
     module = LoRAFineTuning(
-        model(case.size), tokenizer=tokenizer(), lora={"r": case.rank}, top_layers=case.top, trunk_cache=folder
+        model(case.size), tokenizer=tokenizer(), lora={"r": case.rank}, top_layers=case.top, activation_cache=folder
     )
     module.configure_model()
     return module
@@ -94,7 +94,7 @@ def frozen(case: Case) -> Any:
 def first_epoch(case: Case) -> tuple[int, float]:
     """Operations and seconds of computing a batch's states."""
     module, batch = frozen_module(case, tempfile.mkdtemp()), batch_of(case)
-    reader = module._trunk_reader(module._trunk_cache)
+    reader = module._trunk_reader(module._activation_cache)
     reader.trunk.states(torch.arange(3))
     with OperationCounter() as outside:
         started = time.perf_counter()

@@ -42,7 +42,7 @@ class Point:
         validation: Share of validation requests answered right.
         test: Share of test requests.
         flops: Operations of the training.
-        trunk_flops: Of them, those of the first pass through frozen layers.
+        frozen_flops: Of them, those of the first pass through frozen layers.
         seconds: Of the training.
     """
 
@@ -53,7 +53,7 @@ class Point:
     validation: float = 0.0
     test: float = 0.0
     flops: float = 0.0
-    trunk_flops: float = 0.0
+    frozen_flops: float = 0.0
     seconds: float = 0.0
 
     @property
@@ -73,7 +73,7 @@ class Point:
 def module_of(point: Point, folder: str) -> Any:
     if point.top is None:
         return FullFineTuning(MODEL, learning_rate=point.learning_rate)
-    frozen = {} if point.top == LAYERS else {"top_layers": point.top, "trunk_cache": folder}
+    frozen = {} if point.top == LAYERS else {"top_layers": point.top, "activation_cache": folder}
     lora = {"r": point.rank, "lora_alpha": 2 * (point.rank or 1)}
     return LoRAFineTuning(MODEL, dtype="float32", lora=lora, learning_rate=point.learning_rate, **frozen)
 
@@ -112,7 +112,7 @@ def measured(point: Point, epochs: int) -> Point:
             validation=quality["validation"],
             test=quality["test"],
             flops=compute.flops,
-            trunk_flops=float(getattr(module, "trunk_flops", 0)),
+            frozen_flops=float(getattr(module, "frozen_flops", 0)),
             seconds=compute.train_seconds,
         )
 

@@ -40,7 +40,7 @@ def parts() -> list[tuple[Any, str, str]]:
         (torch.nn.utils, "get_total_norm", f"{UPDATES}: norm"),
         (FineTuning, "log", "log"),
         (FineTuning, "log_dict", "log_dict"),
-        (scorer.Scorer, "lay_out", "layout of a micro-batch"),
+        (scorer.LogProbModel, "lay_out", "layout of a micro-batch"),
         (local.LocalEngine, "generate", "rollout"),
         (local, "read_prompts", "rollout: prompts read"),
         (local, "next_logits", "rollout: forward passes"),
@@ -49,7 +49,7 @@ def parts() -> list[tuple[Any, str, str]]:
         (PolicyOptimization, "measure", "reference (and old policy)"),
         (PolicyOptimization, "learn", "update"),
         (PolicyOptimization, "_count", "figures of a micro-batch"),
-        (PolicyOptimization, "rollout_figures", "figures of the rollout"),
+        (PolicyOptimization, "rollout_metrics", "figures of the rollout"),
         (PolicyOptimization, "record", "record of the rollout"),
         (grpo, "policy_loss", "loss of the policy"),
     ]

@@ -108,7 +108,7 @@ def from_file(path: str, *, argument: str, error: type[LightningFTError]) -> Any
         raise error(f"{argument}={path!r}: {place} has no {name!r}.") from cause
 
 
-def from_place(place: str, *, argument: str, error: type[LightningFTError]) -> Any:
+def import_object(place: str, *, argument: str, error: type[LightningFTError]) -> Any:
     """Take what stands at ``path/to/file.py:name``, ``package.module.name`` or ``package.module:name``.
 
     Args:
@@ -121,7 +121,7 @@ def from_place(place: str, *, argument: str, error: type[LightningFTError]) -> A
 
     Example:
         >>> from lightning_ft.errors import ConfigError
-        >>> from_place("operator:add", argument="scorer", error=ConfigError)(1, 2)
+        >>> import_object("operator:add", argument="scorer", error=ConfigError)(1, 2)
         3
     """
     if is_file(place):

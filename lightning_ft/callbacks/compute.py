@@ -124,7 +124,7 @@ class ComputeMeter(MeasuringCallback):
         if every and measurement.steps // every > self._logged_at // every:
             self._logged_at = measurement.steps
             measurement.read_memory()
-            figures = measurement.result().figures()
+            figures = measurement.result().metrics()
             if (recent := measurement.recent_tokens_per_second()) is not None:
                 figures["tokens_per_second"] = recent
             logged = self.named({name: figures[name] for name in _LOGGED if name in figures})
@@ -153,7 +153,7 @@ class ComputeMeter(MeasuringCallback):
             ConfigError: If there was no training step.
         """
         self.result = self._started().stop(read_memory=not self._memory_read)
-        return self.named(self.result.figures())
+        return self.named(self.result.metrics())
 
     def show(self, folder: Path | None) -> None:
         """Print the headline and write the file."""

@@ -67,7 +67,7 @@ class MeasuringCallback(EndOfTraining):
         """
         raise NotImplementedError
 
-    def undefined_figures(self) -> dict[str, float]:
+    def undefined_metrics(self) -> dict[str, float]:
         """What is logged where the result is undefined."""
         return {}
 
@@ -84,7 +84,7 @@ class MeasuringCallback(EndOfTraining):
             f"{self.title} is undefined", lambda: figures.update(self.measure(trainer, pl_module))
         )
         if self.undefined is not None:
-            self.result, figures = None, self.named(self.undefined_figures())
+            self.result, figures = None, self.named(self.undefined_metrics())
         self.attempt(
             f"{self.title} was not logged",
             lambda: self.publish(trainer, figures, getattr(trainer, "global_step", None)),

@@ -217,7 +217,7 @@ class Retention(MeasuringCallback):
         with precision_of(trainer):
             self.result = self._measurement.after(model, step=step)
         self._measured, self.breached = weights, self._broken(self.result)
-        return self.named(self.result.figures())
+        return self.named(self.result.metrics())
 
     def show(self, folder: Path | None) -> None:
         """Say what was found and write the file."""

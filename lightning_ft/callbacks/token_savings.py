@@ -204,7 +204,7 @@ class TokenSavings(MeasuringCallback):
             with precision_of(trainer):
                 self.result = self._measurement.after(model, provenance)
             self._measured = weights
-        return self.named(self.result.figures())
+        return self.named(self.result.metrics())
 
     def show(self, folder: Path | None) -> None:
         """Print the table and write the files."""
@@ -215,7 +215,7 @@ class TokenSavings(MeasuringCallback):
         if folder is not None:
             self.wrote(*self.result.save(folder))
 
-    def undefined_figures(self) -> dict[str, float]:
+    def undefined_metrics(self) -> dict[str, float]:
         """The gate isn't passed."""
         return {"gate_passed": 0.0}
 

@@ -39,7 +39,7 @@ from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.overlap import overlap_text, request_overlap
 from lightning_ft.evaluation.savings.prompt import content_hash
-from lightning_ft.importing import from_place
+from lightning_ft.importing import import_object
 from lightning_ft.printable import json_text
 from lightning_ft.report.write import write_report
 from lightning_ft.whole_files import write_text
@@ -172,7 +172,7 @@ class _Comparer:
         self.workers, self.threads = workers, threads
         self.settings: Settings = read_settings(self.config, config, evaluations, validation_requests)
         self.methods = {m.name: m for m in planned_methods(self.config, config, names, grids)}
-        self.metrics = None if metrics is None else from_place(metrics, argument="metrics", error=ComparisonError)
+        self.metrics = None if metrics is None else import_object(metrics, argument="metrics", error=ComparisonError)
         self.complete = True
         self.results: dict[PlannedRun, list[RunResult]] = {}
         self._weights: dict[Any, str] = {}

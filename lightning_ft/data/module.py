@@ -14,7 +14,7 @@ from lightning_ft.checkpoint_file import checked_file
 from lightning_ft.data import cache
 from lightning_ft.data.loader import Collate, TokenLoader, token_loader
 from lightning_ft.data.overlong import OnOverlong
-from lightning_ft.data.row_types import RowKind
+from lightning_ft.data.row_types import RowType
 from lightning_ft.data.rows import OnBadRow
 from lightning_ft.data.sampler import BatchPlan
 from lightning_ft.data.sources import Sources, source_as_json
@@ -70,7 +70,7 @@ class RowDataModule(LightningDataModule, ABC):
         ConfigError: For arguments that contradict each other.
     """
 
-    kind: RowKind[Any]
+    kind: RowType[Any]
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from lightning_ft.data.dates import DATED, has_the_day
 from lightning_ft.data.encode import AnswerLostError, Encoded
 from lightning_ft.data.keys import says_something
 from lightning_ft.data.raw_rows import Problem
-from lightning_ft.data.row_types import PAIRS, RowKind, RowT
+from lightning_ft.data.row_types import PAIRS, RowT, RowType
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.data.turns import RowError
 from lightning_ft.errors import TokenizerError
@@ -38,7 +38,7 @@ class RowEncoder(Generic[RowT]):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         on_overlong: OnOverlong,
-        kind: RowKind[Any] = PAIRS,
+        kind: RowType[Any] = PAIRS,
     ) -> None:
         self.tokenizer, self.max_length, self.on_overlong, self.kind = tokenizer, max_length, on_overlong, kind
         self.template: ChatTemplate = chat_template(tokenizer)

@@ -17,7 +17,7 @@ from lightning_ft.data.fields import CONVERSATIONS, FieldReader
 from lightning_ft.data.formats import kwargs_key, turns_key
 from lightning_ft.data.keys import REFUSED_OF_CONVERSATIONS, Refusal, says_something
 from lightning_ft.data.layout import Example
-from lightning_ft.data.row_types import RowKind
+from lightning_ft.data.row_types import RowType
 from lightning_ft.data.shared_prompts import shared_text, shared_turns
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.templates import ChatTemplate
@@ -253,7 +253,7 @@ def _without_repeated_prompt(
     return prompt, sides
 
 
-class Preferences(RowKind[Preference]):
+class Preferences(RowType[Preference]):
     """Completions that were judged, of which only the last turn is learnt from."""
 
     name = "preferences"
@@ -261,11 +261,11 @@ class Preferences(RowKind[Preference]):
     def reader(
         self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
     ) -> FieldReader[Preference]:
-        """See `RowKind`."""
+        """See `RowType`."""
         return PreferenceFormat(FORMATS.detect(rows, columns), columns)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: Preference, template: ChatTemplate) -> Encoded:
-        """See `RowKind`."""
+        """See `RowType`."""
         sides = [
             encode(tokenizer, [*row.prompt, *completion], template, row.template_kwargs, last_only=True)
             for completion in row.completions
@@ -275,11 +275,11 @@ class Preferences(RowKind[Preference]):
         return Encoded(tuple(side.example for side in sides), different is None, notes, different)
 
     def texts(self, row: Preference) -> list[Sequence[Message]]:
-        """See `RowKind`."""
+        """See `RowType`."""
         return [[*row.prompt, *completion] for completion in row.completions]
 
     def check_encoded(self, encoded: Encoded) -> None:
-        """See `RowKind`."""
+        """See `RowType`."""
         first, *others = (example.input_ids.tolist() for example in encoded.examples)
         if first in others:
             fix = "The chat template leaves nothing that tells the two apart: remove the row, or pass chat_template=."

@@ -18,7 +18,7 @@ from lightning_ft.data.formats import kwargs_key, turns_key
 from lightning_ft.data.layout import Example
 from lightning_ft.data.loader import Collate, EncodedRow
 from lightning_ft.data.module import RowDataModule
-from lightning_ft.data.row_types import RowKind
+from lightning_ft.data.row_types import RowType
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import SplitName
 from lightning_ft.data.templates import ChatTemplate
@@ -122,7 +122,7 @@ class PromptFormat(FieldReader[Prompt]):
         )
 
 
-class Prompts(RowKind[Prompt]):
+class Prompts(RowType[Prompt]):
     """Prompts that are answered by the model that learns."""
 
     name = "prompts"
@@ -130,16 +130,16 @@ class Prompts(RowKind[Prompt]):
     def reader(
         self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
     ) -> FieldReader[Prompt]:
-        """See `RowKind`."""
+        """See `RowType`."""
         return PromptFormat(FORMATS.detect(rows, columns), columns)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: Prompt, template: ChatTemplate) -> Encoded:
-        """See `RowKind`."""
+        """See `RowType`."""
         ids = torch.tensor(encode_prompt(tokenizer, row.messages, template, row.template_kwargs), dtype=torch.int64)
         return Encoded((Example(ids, torch.zeros(len(ids), dtype=torch.bool)),), prompt_matches=True)
 
     def check_encoded(self, encoded: Encoded) -> None:
-        """See `RowKind`."""
+        """See `RowType`."""
         if not len(encoded.example):
             raise RowError(None, "no token in the prompt", "", "Pass another chat_template=.")
 

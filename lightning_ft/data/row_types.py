@@ -54,7 +54,7 @@ class Row(Protocol):
 RowT = TypeVar("RowT", bound=Row)
 
 
-class RowKind(ABC, Generic[RowT]):
+class RowType(ABC, Generic[RowT]):
     """What the rows of a DataModule are.
 
     Args:
@@ -119,7 +119,7 @@ class RowKind(ABC, Generic[RowT]):
         return parts
 
 
-class Pairs(RowKind[Conversation]):
+class Pairs(RowType[Conversation]):
     """Conversations whose answers are learned from, and texts all of which is learned.
 
     Args:
@@ -131,32 +131,32 @@ class Pairs(RowKind[Conversation]):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """See `RowKind`."""
+        """See `RowType`."""
         return f"pairs, {self.supervise}"
 
     def reader(
         self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
     ) -> FieldReader[Conversation]:
-        """See `RowKind`."""
+        """See `RowType`."""
         return RowFormat(detect_format(rows, columns, answered=answered), columns, answered=answered)
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: Conversation, template: ChatTemplate) -> Encoded:
-        """See `RowKind`."""
+        """See `RowType`."""
         if row.is_text:
             return encode_text(tokenizer, row.messages[0]["content"])
         last_only = self.supervise == "last"
         return encode(tokenizer, row.messages, template, row.template_kwargs, last_only=last_only)
 
     def texts(self, row: Conversation) -> list[Sequence[Message]]:
-        """See `RowKind`."""
+        """See `RowType`."""
         return [row.messages]
 
     def is_markup(self, row: Conversation) -> bool:
-        """See `RowKind`."""
+        """See `RowType`."""
         return row.is_text
 
     def check_encoded(self, encoded: Encoded) -> None:
-        """See `RowKind`."""
+        """See `RowType`."""
         if not bool(encoded.example.supervised.any()):
             fix = "The last answer has weight 0, and supervise='last' takes no other: leave the row out."
             raise RowError(None, "nothing is trained on", f"{len(encoded.example):,} tokens", fix)

@@ -11,7 +11,7 @@ from rich.progress import track
 
 from lightning_ft.data.files import RawRow
 from lightning_ft.data.raw_rows import Problem
-from lightning_ft.data.row_types import PAIRS, Row, RowKind
+from lightning_ft.data.row_types import PAIRS, Row, RowType
 from lightning_ft.data.sources import Source, read_rows
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.turns import RowError
@@ -36,7 +36,7 @@ def load_source(
     on_bad_row: OnBadRow = "error",
     answered: bool = True,
     report: SplitReport | None = None,
-    kind: RowKind[Any] = PAIRS,
+    kind: RowType[Any] = PAIRS,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[Any], list[Problem]]:
     """Read and check one source.

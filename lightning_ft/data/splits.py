@@ -18,7 +18,7 @@ from lightning_ft.data.groups import hold_out
 from lightning_ft.data.overlap import TrainingIndex
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.raw_rows import Problem, raise_problems
-from lightning_ft.data.row_types import PAIRS, RowKind, RowT
+from lightning_ft.data.row_types import PAIRS, RowT, RowType
 from lightning_ft.data.rows import OnBadRow, count_duplicates, load_source
 from lightning_ft.data.sources import as_sources
 from lightning_ft.data.split_report import SplitReport
@@ -75,7 +75,7 @@ class Splits(Generic[RowT]):
         self,
         given: Mapping[str, Any],
         rules: RowRules,
-        kind: RowKind[Any] = PAIRS,
+        kind: RowType[Any] = PAIRS,
     ) -> None:
         self.given = {name: value for name, value in given.items() if value is not None}
         self.rules, self.kind = rules, kind

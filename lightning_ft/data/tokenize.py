@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.data import cache
 from lightning_ft.data.overlong import OnOverlong, RowEncoder
 from lightning_ft.data.raw_rows import Problem
-from lightning_ft.data.row_types import PAIRS, RowKind, RowT
+from lightning_ft.data.row_types import PAIRS, RowT, RowType
 from lightning_ft.data.rows import is_rank_zero
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import LightningFTError
@@ -31,7 +31,7 @@ def tokenize(
     on_overlong: OnOverlong,
     folder: Path | None,
     label: str,
-    kind: RowKind[Any] = PAIRS,
+    kind: RowType[Any] = PAIRS,
 ) -> tuple[cache.EncodedRows, list[Problem]]:
     """Encode rows.
 

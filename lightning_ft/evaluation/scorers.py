@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from lightning_ft.errors import SavingsError
-from lightning_ft.importing import from_place
+from lightning_ft.importing import import_object
 
 Scorer = Callable[[str, str], float]
 """Answer and reference to a score from 0 (wrong) to 1 (right)."""
@@ -149,15 +149,15 @@ def resolve_scorer(scorer: str | Scorer, references: Sequence[str]) -> tuple[str
         return scorer, LabelMatch(references)
     if scorer in NAMED:
         return scorer, NAMED[scorer]
-    is_place = "." in scorer or ":" in scorer
-    found: Any = from_place(scorer, argument="scorer", error=SavingsError) if is_place else None
+    is_import_path = "." in scorer or ":" in scorer
+    found: Any = import_object(scorer, argument="scorer", error=SavingsError) if is_import_path else None
     if not callable(found):
         names = ", ".join(map(repr, [*NAMED, "label"]))
         raise SavingsError(f"scorer={scorer!r}: expected {names}, a function, or where to import one from.")
     return scorer, cast(Scorer, found)
 
 
-def score_answers(
+def grade_answers(
     name: str, scorer: Scorer, ids: Sequence[str], outputs: Sequence[str], references: Sequence[str]
 ) -> tuple[float, ...]:
     """Score every answer.
@@ -166,7 +166,7 @@ def score_answers(
         SavingsError: If the scorer raises or gives anything but a number from 0 to 1; names scorer and request.
 
     Example:
-        >>> score_answers("exact", exact_match, ["1", "2"], ["a", "b"], ["a", "c"])
+        >>> grade_answers("exact", exact_match, ["1", "2"], ["a", "b"], ["a", "c"])
         (1.0, 0.0)
     """
     scores = []

@@ -53,7 +53,7 @@ class _Position(NamedTuple):
     file: Path
 
 
-class StateStore:
+class ActivationStore:
     """States of sequences in a folder.
 
     Args:
@@ -64,11 +64,11 @@ class StateStore:
     Example:
         >>> import tempfile
         >>> root = tempfile.TemporaryDirectory()
-        >>> store = StateStore(Path(root.name), "some-model", limit=2**20)
+        >>> store = ActivationStore(Path(root.name), "some-model", limit=2**20)
         >>> store.put(b"0" * 16, torch.ones(3, 4)), store.get(b"0" * 16).shape, store.get(b"1" * 16) is None
         (True, torch.Size([3, 4]), True)
         >>> store.flush()
-        >>> StateStore(Path(root.name), "some-model", limit=2**20).get(b"0" * 16).sum().item()
+        >>> ActivationStore(Path(root.name), "some-model", limit=2**20).get(b"0" * 16).sum().item()
         12.0
     """
 

@@ -165,7 +165,7 @@ def is_compiled(module: nn.Module) -> bool:
     if attention_kernel(module) == "flex_attention":
         return True
     inner = unwrapped(module)
-    backbone = getattr(getattr(inner, "_scorer", None), "backbone", None)  # of this package's modules
+    backbone = getattr(getattr(inner, "_logprob_model", None), "backbone", None)  # of this package's modules
     if backbone is not None or getattr(inner, "_compiler_ctx", None) is not None:  # Lightning's mark of a compiled one
         return True
     return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())

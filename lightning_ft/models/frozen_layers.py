@@ -20,7 +20,7 @@ from lightning_ft.models.tensors import tensor_bytes
 _RANDOM = ("dropout", "layerdrop", "jitter")  # in the names of numbers that make an output random where they aren't 0
 
 
-class FrozenTrunk:
+class FrozenLayers:
     """Runs the frozen layers of a model alone, and lets the trained ones go on from what they gave.
 
     Layers are passed over by giving them another `forward` for the time of a call, so everything else about the model
@@ -41,7 +41,7 @@ class FrozenTrunk:
         >>> config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=3,
         ...                      num_attention_heads=2)
         >>> lora = LoraConfig(target_modules=["q_proj"], layers_to_transform=[2])
-        >>> trunk = FrozenTrunk(get_peft_model(LlamaForCausalLM(config), lora))
+        >>> trunk = FrozenLayers(get_peft_model(LlamaForCausalLM(config), lora))
         >>> trunk.depth, trunk.states(torch.tensor([3, 4, 5])).shape
         (2, torch.Size([3, 8]))
     """
@@ -170,7 +170,7 @@ def _refuse_random(backbone: nn.Module, layers: list[nn.Module], depth: int) -> 
             if value > 0:
                 raise ModelError(
                     f"{type(part).__name__}.{name} is {value} below the trained layers, so what these get is another "
-                    "every time: set it to 0 in the model's configuration, or train without trunk_cache."
+                    "every time: set it to 0 in the model's configuration, or train without activation_cache."
                 )
 
 

@@ -78,7 +78,7 @@ def full_logits_logprobs(
     )
 
 
-class Scorer:
+class LogProbModel:
     """:func:`completion_logprobs` that probes the model once and takes the plain path where a fast one isn't exact.
 
     Args:

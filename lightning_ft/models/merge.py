@@ -14,7 +14,7 @@ from lightning_ft.errors import ExportError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.lora_checks import shared_adapted_layers
-from lightning_ft.models.reward_head import last_token_scores
+from lightning_ft.models.reward_head import last_token_rewards
 
 CHECK_TOKENS = 16
 
@@ -88,7 +88,7 @@ def _output(model: CausalLM, prompt: list[int]) -> Tensor:
     if base_of(model).can_generate():
         return greedy(model, prompt)
     with evaluating(model):
-        return last_token_scores(model, [torch.tensor(prompt)], 0).cpu()
+        return last_token_rewards(model, [torch.tensor(prompt)], 0).cpu()
 
 
 def greedy(model: CausalLM, prompt: list[int], tokens: int = CHECK_TOKENS) -> Tensor:

@@ -37,7 +37,7 @@ def score_head(model: CausalLM) -> nn.Module:
     return heads[0]
 
 
-def last_token_scores(
+def last_token_rewards(
     model: CausalLM, input_ids: Sequence[Tensor], pad_token_id: int, *, batch_size: int = 16
 ) -> Tensor:
     """Score each sequence at its last token.
@@ -62,7 +62,7 @@ def last_token_scores(
         >>> from transformers import LlamaConfig, LlamaForSequenceClassification
         >>> sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
         >>> model = LlamaForSequenceClassification(LlamaConfig(**sizes, num_hidden_layers=1, num_labels=1))
-        >>> last_token_scores(model, [torch.tensor([5, 6, 2]), torch.tensor([7])], pad_token_id=2).shape
+        >>> last_token_rewards(model, [torch.tensor([5, 6, 2]), torch.tensor([7])], pad_token_id=2).shape
         torch.Size([2])
     """
     base = base_of(model)
@@ -125,7 +125,7 @@ def check_last_token(model: CausalLM) -> None:
     with evaluating(model):
         own: Tensor = base(input_ids=row[None].to(input_device(base))).logits
         try:
-            wanted = last_token_scores(base, [row], 0)
+            wanted = last_token_rewards(base, [row], 0)
         except (RuntimeError, IndexError, TypeError, AttributeError):  # a head that takes the states of all tokens
             reads = False
         else:

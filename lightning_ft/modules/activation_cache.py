@@ -16,17 +16,17 @@ from lightning_ft.data import cache
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, ModelError
-from lightning_ft.models.activation_store import StateStore, sequence_digest
+from lightning_ft.models.activation_store import ActivationStore, sequence_digest
 from lightning_ft.models.flops import OperationCounter, counted_apart
-from lightning_ft.models.frozen_layers import FrozenTrunk
+from lightning_ft.models.frozen_layers import FrozenLayers
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states
-from lightning_ft.models.logprob_model import Scorer
+from lightning_ft.models.logprob_model import LogProbModel
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class TrunkCache:
+class ActivationCache:
     """Where states of frozen layers are kept.
 
     Args:
@@ -42,17 +42,17 @@ class TrunkCache:
 
     def __post_init__(self) -> None:
         if not self.max_gib > 0:
-            raise ConfigError(f"trunk_cache: max_gib={self.max_gib} must be more than 0.")
+            raise ConfigError(f"activation_cache: max_gib={self.max_gib} must be more than 0.")
 
     @classmethod
-    def of(cls, given: bool | str | Path | Mapping[str, Any] | None) -> TrunkCache | None:
+    def of(cls, given: bool | str | Path | Mapping[str, Any] | None) -> ActivationCache | None:
         """What a user may pass: a folder, True for one in the cache of the `datasets` library, or both settings.
 
         Raises:
             ConfigError: For anything else.
 
         Example:
-            >>> TrunkCache.of({"folder": "states", "max_gib": 2}).max_gib, TrunkCache.of(None) is None
+            >>> ActivationCache.of({"folder": "states", "max_gib": 2}).max_gib, ActivationCache.of(None) is None
             (2.0, True)
         """
         if given is None or given is False:
@@ -62,12 +62,14 @@ class TrunkCache:
         if isinstance(given, (str, Path)):
             return cls(Path(given))
         if not isinstance(given, Mapping) or set(given) - {"folder", "max_gib"}:
-            raise ConfigError(f"trunk_cache={given!r}: expected a folder, True, or a dict of 'folder' and 'max_gib'.")
+            raise ConfigError(
+                f"activation_cache={given!r}: expected a folder, True, or a dict of 'folder' and 'max_gib'."
+            )
         folder = Path(given["folder"]) if "folder" in given else default_folder()
         try:
             limit = float(given.get("max_gib", cls.max_gib))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"trunk_cache: max_gib={given['max_gib']!r} is no number of GiB.") from error
+            raise ConfigError(f"activation_cache: max_gib={given['max_gib']!r} is no number of GiB.") from error
         return cls(folder, limit)
 
 
@@ -76,7 +78,7 @@ def default_folder() -> Path:
     return cache.default_folder().with_name("lightning_ft_trunk")
 
 
-class TrunkReader:
+class ActivationReader:
     """Lets training steps begin at the lowest trained layer.
 
     Args:
@@ -89,11 +91,13 @@ class TrunkReader:
         ModelError: Where the frozen layers' output isn't the same every time; the message says why.
     """
 
-    def __init__(self, model: CausalLM, cache: TrunkCache, scorer: Scorer, *, autocast: torch.dtype | None = None):
-        self.trunk = FrozenTrunk(model)
-        self._model, self._scorer, self._cache = model, scorer, cache
+    def __init__(
+        self, model: CausalLM, cache: ActivationCache, scorer: LogProbModel, *, autocast: torch.dtype | None = None
+    ):
+        self.trunk = FrozenLayers(model)
+        self._model, self._logprob_model, self._cache = model, scorer, cache
         key = self.trunk.content_key(str(autocast))
-        self.store = StateStore(cache.folder, key, limit=int(cache.max_gib * GIB))
+        self.store = ActivationStore(cache.folder, key, limit=int(cache.max_gib * GIB))
         self.read = self.computed = 0
         """Sequences whose states were on disk, and those whose states had to be computed."""
         self.flops = 0
@@ -120,7 +124,7 @@ class TrunkReader:
                 self.store.reserve(tokens * each)
             except OSError as error:
                 raise ConfigError(
-                    f"trunk_cache: {error} Give another folder, a larger max_gib, or train without it."
+                    f"activation_cache: {error} Give another folder, a larger max_gib, or train without it."
                 ) from error
         rank_zero_info(f"{what}{size} in {self.store.folder}; {len(self.store):,} rows are there already.")
 
@@ -132,12 +136,14 @@ class TrunkReader:
             ModelError: If that gives anything else than all layers do; found out with the first batch.
         """
         if batch.has_shared_prefixes:
-            raise ModelError("trunk_cache: a batch shares prefixes between its segments; their states aren't kept.")
-        batch = self._scorer.arranged(self._model, batch)  # which tries the model out, while all layers run
-        if not self._scorer.takes_one_pass(self._model, batch):
             raise ModelError(
-                f"trunk_cache: {type(base_of(self._model)).__name__} lets rows of this batch change each other, so it "
-                "takes several passes, and kept states belong to one. Use batch_size=1, or train without trunk_cache."
+                "activation_cache: a batch shares prefixes between its segments; their states aren't kept."
+            )
+        batch = self._logprob_model.arranged(self._model, batch)  # which tries the model out, while all layers run
+        if not self._logprob_model.takes_one_pass(self._model, batch):
+            raise ModelError(
+                f"activation_cache: {type(base_of(self._model)).__name__} lets rows of this batch change each other, so it "
+                "takes several passes, and kept states belong to one. Use batch_size=1, or train without activation_cache."
             )
         states = self._states(batch)
         if not self._verified:
@@ -181,11 +187,11 @@ class TrunkReader:
             return
         self._told = True
         if self.store.failure:
-            rank_zero_warn(f"trunk_cache: {self.store.failure} Further rows are computed in every epoch.")
+            rank_zero_warn(f"activation_cache: {self.store.failure} Further rows are computed in every epoch.")
             return
         rank_zero_warn(
             f"The frozen trunk's cache is full ({self._cache.max_gib:g} GiB in {self._cache.folder}): further rows "
-            "are computed in every epoch. Raise max_gib of trunk_cache."
+            "are computed in every epoch. Raise max_gib of activation_cache."
         )
 
     def _compute(self, input_ids: Tensor) -> Tensor:
@@ -212,7 +218,7 @@ class TrunkReader:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # something isn't there
             raise ModelError(
-                f"{type(base).__name__}: its upper layers don't run without the lower ones ({error!r}), so trunk_cache "
+                f"{type(base).__name__}: its upper layers don't run without the lower ones ({error!r}), so activation_cache "
                 "can't be used: they depend on more than what the one before gives."
             ) from error
         with counted_apart(), alike():
@@ -225,7 +231,7 @@ class TrunkReader:
         if not apart <= limit:
             raise ModelError(
                 f"{type(base).__name__}: with kept states of its lower layers the model gives something else than "
-                f"with all of them (by {apart:.2g} of the largest value, more than {limit:g}), so trunk_cache can't be "
+                f"with all of them (by {apart:.2g} of the largest value, more than {limit:g}), so activation_cache can't be "
                 "used: its layers depend on more than what the one before gives, or are random."
             )
         rank_zero_info(f"Frozen trunk: checked with the first batch, {apart:.1e} apart from a pass through all layers.")
@@ -240,7 +246,7 @@ class TrunkReader:
         if epoch == 1 and not self.read:
             rank_zero_warn(
                 "No row of the second epoch was seen in the first: rows that change from epoch to epoch can't gain "
-                "from trunk_cache, which only fills the disk."
+                "from activation_cache, which only fills the disk."
             )
 
 

@@ -120,9 +120,9 @@ class AdaptedFineTuning(EvaluatedFineTuning):
             completions: For each prompt what follows it.
         """
         if not prompts:
-            pad = torch.tensor([self._required_scorer().pad_token_id])
+            pad = torch.tensor([self._required_logprob_model().pad_token_id])
             prompts, completions = [pad], [[Example(pad, torch.zeros(1, dtype=torch.bool))]]
-        return self._required_scorer().lay_out(
+        return self._required_logprob_model().lay_out(
             self.model, prompts, completions, share_prompts=self._hyper["share_prompts"]
         )
 

@@ -22,7 +22,7 @@ from lightning_ft.models.export import check_export, export
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id, quantization_options, resolve_dtype
-from lightning_ft.models.logprob_model import Scorer
+from lightning_ft.models.logprob_model import LogProbModel
 from lightning_ft.models.numerics import refuse_nonfinite
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor, set_first_rate
 from lightning_ft.models.router import OwnLoss, find_own_loss
@@ -124,7 +124,7 @@ class FineTuning(AveragedWeights, FiniteSteps, CheckpointedModule):
         self._check_settings()
         self._factor = schedule_factor(lr_schedule, warmup_ratio=warmup_ratio, total_steps=self._total_steps)
         self.strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks those
-        self._scorer: Scorer | None = None
+        self._logprob_model: LogProbModel | None = None
         self._initial: InitialAdapter | None = None
         self._adaptation = Adaptation(model, None, None)
         self._own_loss = OwnLoss()
@@ -182,7 +182,7 @@ class FineTuning(AveragedWeights, FiniteSteps, CheckpointedModule):
 
     def _follow_tokenizer(self) -> None:
         """Bring what was made of an earlier tokenizer up to date."""
-        self._required_scorer().pad_token_id = pad_token_id(self.tokenizer)
+        self._required_logprob_model().pad_token_id = pad_token_id(self.tokenizer)
 
     @property
     def model_name(self) -> str | None:
@@ -208,7 +208,7 @@ class FineTuning(AveragedWeights, FiniteSteps, CheckpointedModule):
         if mesh is not None:
             self._tell_misfits()
             shard(base_of(self.model), mesh)
-        self._scorer = Scorer(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
+        self._logprob_model = LogProbModel(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
 
     def _load_base(self) -> PreTrainedModel:
         given = self._given[0]
@@ -302,11 +302,11 @@ class FineTuning(AveragedWeights, FiniteSteps, CheckpointedModule):
                 f"{type(self).__name__} trains on tokens that are supervised, and got {type(batch).__name__}: give the "
                 "Trainer a PairDataModule, or a loader of `lightning_ft.data.layout.TokenBatch`es."
             )
-        return self._required_scorer()(self.model, batch, reduction, **options)
+        return self._required_logprob_model()(self.model, batch, reduction, **options)
 
-    def _required_scorer(self) -> Scorer:
+    def _required_logprob_model(self) -> LogProbModel:
         self.configure_model()
-        return cast(Scorer, self._scorer)
+        return cast(LogProbModel, self._logprob_model)
 
     def configure_optimizers(self) -> Any:
         """AdamW that doesn't decay norms and biases, linear warm-up and the schedule asked for."""

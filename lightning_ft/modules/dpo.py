@@ -220,7 +220,7 @@ class DPO(PreferenceLearning):
         completions = with_mismatched(batch.completions) if KTO in self.losses else batch.completions
         tokens = self.lay_out(batch.prompts, completions)
         with self._ref.reference.to(self.device).use() as model:
-            scored = self._required_scorer()(model, tokens)
+            scored = self._required_logprob_model()(model, tokens)
         return per_completion(scored.logprobs, tokens, sum(map(len, completions)))
 
 

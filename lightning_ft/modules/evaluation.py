@@ -30,7 +30,7 @@ class EvaluatedFineTuning(FineTuning):
         """
         raise NotImplementedError
 
-    def evaluation_figures(self, sums: Any) -> dict[str, float]:
+    def evaluation_metrics(self, sums: Any) -> dict[str, float]:
         """What to log of the sums of a dataloader, over all ranks, each of which calls it."""
         raise NotImplementedError
 
@@ -62,5 +62,5 @@ class EvaluatedFineTuning(FineTuning):
     def _log_evaluation(self, split: str) -> None:
         for index, sums in sorted(self._sums.items()):
             suffix = "" if len(self._sums) == 1 else f"/dataloader_{index}"
-            for name, value in self.evaluation_figures(sums).items():
+            for name, value in self.evaluation_metrics(sums).items():
                 self.log(f"{split}/{name}{suffix}", value, prog_bar=name in _SHOWN)

@@ -21,7 +21,7 @@ from lightning_ft.losses.policy import LossType, PolicyLoss, check_policy_loss, 
 from lightning_ft.losses.statistics import power_sums
 from lightning_ft.losses.surrogate import Level
 from lightning_ft.modules.policy import PolicyOptimization
-from lightning_ft.modules.rollout_batch import Experience, PolicyBatch
+from lightning_ft.modules.rollout_batch import PolicyBatch, RolloutBatch
 
 Advantage = Literal["group", "leave_one_out"]
 
@@ -118,11 +118,11 @@ class GRPO(PolicyOptimization):
         }
         self.save_hyperparameters(dict(self._hyper))
 
-    def estimate_advantages(self, experience: Experience) -> None:
+    def estimate_advantages(self, rollout_batch: RolloutBatch) -> None:
         """Compare each completion with the others to its prompt."""
-        rewards, count = experience.rewards, experience.num_completions
+        rewards, count = rollout_batch.rewards, rollout_batch.num_completions
         if self.needs_old_logprobs:
-            pairs = zip(experience.old_logprobs or (), experience.ref_logprobs or (), strict=True)
+            pairs = zip(rollout_batch.old_logprobs or (), rollout_batch.ref_logprobs or (), strict=True)
             kl = [float(k1(old, ref).sum()) for old, ref in pairs]
             rewards = rewards - self.kl_coef * torch.tensor(kl)
         by_batch = self._hyper["scale_rewards"] == "batch"
@@ -133,14 +133,14 @@ class GRPO(PolicyOptimization):
         else:
             std = self._moments(rewards)[1] if by_batch else None
             advantages = group_advantages(rewards, count, scale=self._hyper["scale_rewards"], batch_std=std)
-        experience.advantages = list(advantages[:, None].float())
+        rollout_batch.advantages = list(advantages[:, None].float())
 
-    def rollout_figures(self, experience: Experience) -> dict[str, float]:
+    def rollout_metrics(self, rollout_batch: RolloutBatch) -> dict[str, float]:
         """As in `SampledCompletions`, with the share of prompts whose completions teach nothing."""
-        advantages = torch.cat(experience.advantages) if experience.advantages else torch.zeros(0)
-        without = groups_without_signal(advantages, experience.num_completions).float()
+        advantages = torch.cat(rollout_batch.advantages) if rollout_batch.advantages else torch.zeros(0)
+        without = groups_without_signal(advantages, rollout_batch.num_completions).float()
         share = self._means({"no_signal_fraction": power_sums(without)})
-        return {**super().rollout_figures(experience), **{f"train/{name}": value for name, value in share.items()}}
+        return {**super().rollout_metrics(rollout_batch), **{f"train/{name}": value for name, value in share.items()}}
 
     def loss(self, batch: PolicyBatch) -> PolicyLoss | Tensor:
         """The clipped surrogate, or CISPO's, and the KL where it counts in the loss."""

@@ -72,10 +72,10 @@ class FiniteSteps(ResumableModule):
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
         if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
             self.log("train/grad_norm", norm, batch_size=1)
-        for name, count in self.skipped_figures().items():
+        for name, count in self.skipped_metrics().items():
             self.log(f"train/{name}", count, batch_size=1)
 
-    def skipped_figures(self) -> dict[str, float]:
+    def skipped_metrics(self) -> dict[str, float]:
         """How many steps were skipped, by the name that it is logged under; nothing where none can be and none was."""
         wanted = self._on_nonfinite == "skip" or self.skipped_steps
         return {_SKIPPED: float(self.skipped_steps)} if wanted else {}

@@ -26,9 +26,9 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
 from lightning_ft.modules.nonfinite import whole_norm
-from lightning_ft.modules.rollout_batch import Experience, PolicyBatch, picked
+from lightning_ft.modules.rollout_batch import PolicyBatch, RolloutBatch, picked
 from lightning_ft.modules.sampled import SampledCompletions
-from lightning_ft.modules.step_metrics import MeanWindow
+from lightning_ft.modules.step_metrics import MeanMetrics
 
 Score = Callable[[TokenBatch], "tuple[SelectedLogProbs, Tensor | None]"]
 
@@ -90,7 +90,7 @@ class PolicyOptimization(SampledCompletions):
         }
         self.needs_reference = bool(self.kl_coef)
         self._reference: Reference | None = None
-        self._window = MeanWindow()
+        self._window = MeanMetrics()
         self._batch_idx = 0
         self._step_loss = torch.zeros(())
         self._left_out: str | None = None
@@ -100,8 +100,8 @@ class PolicyOptimization(SampledCompletions):
     needs_old_logprobs: bool = False
     """Whether advantages are made of log-probabilities or values, so that there must be some beforehand."""
 
-    def estimate_advantages(self, experience: Experience) -> None:
-        """Set `experience.advantages` from its rewards, before any step is taken."""
+    def estimate_advantages(self, rollout_batch: RolloutBatch) -> None:
+        """Set `rollout_batch.advantages` from its rewards, before any step is taken."""
         raise NotImplementedError
 
     def loss(self, batch: PolicyBatch) -> PolicyLoss | Tensor:
@@ -160,17 +160,17 @@ class PolicyOptimization(SampledCompletions):
         """Roll out, and learn from it."""
         started = time.perf_counter()
         self._batch_idx = batch_idx
-        experience = self.roll_out(batch)
-        self.measure(experience)
-        self.estimate_advantages(experience)
-        self.last_rollout = self.record(experience)
+        rollout_batch = self.roll_out(batch)
+        self.measure(rollout_batch)
+        self.estimate_advantages(rollout_batch)
+        self.last_rollout = self.record(rollout_batch)
         rolled_out = time.perf_counter()
         rate = cast(Any, self.optimizers()).param_groups[0]["lr"]
-        self.learn(experience)
+        self.learn(rollout_batch)
         self.close_window()
         figures = {f"train/{name}": mean for name, mean in self._window.reduce(self.device).items()}
-        figures |= self.rollout_figures(experience)
-        figures |= {f"train/{name}": count for name, count in self.skipped_figures().items()}
+        figures |= self.rollout_metrics(rollout_batch)
+        figures |= {f"train/{name}": count for name, count in self.skipped_metrics().items()}
         figures["train/learning_rate"] = rate  # of the first step
         figures["train/rollout_seconds"] = rolled_out - started
         figures["train/train_seconds"] = time.perf_counter() - rolled_out
@@ -179,78 +179,78 @@ class PolicyOptimization(SampledCompletions):
                 self.log(name, figures.pop(name), prog_bar=True, batch_size=1)
         self.log_dict(figures, batch_size=1)
 
-    def measure(self, experience: Experience) -> None:
+    def measure(self, rollout_batch: RolloutBatch) -> None:
         """Score the completions under the policy, where it moves before they are used up, and under the reference.
 
         The reference only where the divergence from it counts: it takes a forward pass.
         """
         if self._steps_of_batch > 1 or self.needs_old_logprobs:
             with evaluating(self.model):
-                experience.old_logprobs, experience.values = self._scored(experience, self.score_tokens)
+                rollout_batch.old_logprobs, rollout_batch.values = self._scored(rollout_batch, self.score_tokens)
         if self._reference is not None and self.kl_coef:
             with self._reference.use() as reference:
-                experience.ref_logprobs = self._scored(experience, self._scored_by(reference))[0]
+                rollout_batch.ref_logprobs = self._scored(rollout_batch, self._scored_by(reference))[0]
 
     def _scored_by(self, model: CausalLM) -> Score:
         def score(tokens: TokenBatch) -> tuple[SelectedLogProbs, None]:
-            return self._required_scorer()(model, tokens, temperature=self.sampling.temperature), None
+            return self._required_logprob_model()(model, tokens, temperature=self.sampling.temperature), None
 
         return score
 
     @torch.no_grad()
-    def _scored(self, experience: Experience, score: Score) -> tuple[list[Tensor], list[Tensor] | None]:
+    def _scored(self, rollout_batch: RolloutBatch, score: Score) -> tuple[list[Tensor], list[Tensor] | None]:
         """Log-probabilities of every token, ``[t]`` for each completion, and where there is a critic its values."""
         logprobs: dict[int, Tensor] = {}
         values: dict[int, Tensor] | None = None
-        for piece in self._pieces(experience.groups()):
-            scored, critic = score(self.lay_out(*experience.rows(piece)))
-            logprobs.update(zip(piece, experience.split(scored.logprobs, piece), strict=True))
+        for piece in self._pieces(rollout_batch.groups()):
+            scored, critic = score(self.lay_out(*rollout_batch.rows(piece)))
+            logprobs.update(zip(piece, rollout_batch.split(scored.logprobs, piece), strict=True))
             if critic is not None:  # there is one also on a rank that has no completions
                 values = values or {}
-                values.update(zip(piece, experience.split(critic, piece), strict=True))
-        order = range(len(experience.completions))
+                values.update(zip(piece, rollout_batch.split(critic, piece), strict=True))
+        order = range(len(rollout_batch.completions))
         return [logprobs[c] for c in order], None if values is None else [values[c] for c in order]
 
     def _moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over the completions, or tokens, of all ranks."""
         return mean_and_std(summed_over_ranks(power_sums(values, mask), self.device))
 
-    def _further_sums(self, experience: Experience) -> dict[str, Tensor]:
+    def _further_sums(self, rollout_batch: RolloutBatch) -> dict[str, Tensor]:
         if self._reference is None:
             return {}
         with evaluating(self.model):
-            logprobs = self._scored(experience, self.score_tokens)[0]
+            logprobs = self._scored(rollout_batch, self.score_tokens)[0]
         with self._reference.use() as reference:
-            ref_logprobs = self._scored(experience, self._scored_by(reference))[0]
+            ref_logprobs = self._scored(rollout_batch, self._scored_by(reference))[0]
         kl = [k1(ours, theirs).sum() for ours, theirs in zip(logprobs, ref_logprobs, strict=True)]
         return {"kl_completion": power_sums(torch.stack(kl) if kl else torch.zeros(0))}
 
     def _pieces(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
         """What one pass takes each; as many on every rank, so that ranks run in step, some of them empty."""
-        pieces = Experience.pieces(groups, self._hyper["micro_batch_size"])
+        pieces = RolloutBatch.pieces(groups, self._hyper["micro_batch_size"])
         return pieces + [[]] * (largest_over_ranks(len(pieces), self.device) - len(pieces))
 
-    def learn(self, experience: Experience) -> None:
+    def learn(self, rollout_batch: RolloutBatch) -> None:
         """Take the optimizer steps of a rollout, until `max_steps` is reached."""
         steps = self._hyper["steps_per_rollout"]
         for _ in range(self._hyper["epochs_per_rollout"]):
-            groups = experience.groups(steps)
+            groups = rollout_batch.groups(steps)
             count = len(groups)
             order = torch.randperm(count).tolist() if steps > 1 else list(range(count))
             for step in range(steps):
                 if 0 <= self.trainer.max_steps <= self.trainer.global_step:
                     return
                 part = order[step * count // steps : (step + 1) * count // steps]
-                if count > len(experience.prompts):
+                if count > len(rollout_batch.prompts):
                     part = sorted(part)  # completions of a prompt next to each other, so that they share it
-                self._take_step(experience, [groups[i] for i in part])
+                self._take_step(rollout_batch, [groups[i] for i in part])
 
-    def _take_step(self, experience: Experience, groups: Sequence[Sequence[int]]) -> None:
+    def _take_step(self, rollout_batch: RolloutBatch, groups: Sequence[Sequence[int]]) -> None:
         """Take an optimizer step on groups of completions; none where no rank has any, in a short last batch."""
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
         pieces = self._pieces(groups)
-        kept = ~experience.truncated if self._hyper["mask_truncated"] else torch.ones_like(experience.truncated)
-        lengths = experience.lengths * kept
+        kept = ~rollout_batch.truncated if self._hyper["mask_truncated"] else torch.ones_like(rollout_batch.truncated)
+        lengths = rollout_batch.lengths * kept
         chosen = [c for piece in pieces for c in piece]
         totals = summed_over_ranks(torch.stack([torch.tensor(len(chosen)), lengths[chosen].sum()]), self.device)
         if not totals[0]:
@@ -267,7 +267,7 @@ class PolicyOptimization(SampledCompletions):
                 max_new_tokens=self._hyper["max_new_tokens"],
             )
             with nullcontext() if number == len(pieces) - 1 else block():
-                batch = self._policy_batch(experience, piece, kept, weights)
+                batch = self._policy_batch(rollout_batch, piece, kept, weights)
                 result = self.loss(batch)
                 loss = result.loss if isinstance(result, PolicyLoss) else result
                 self.manual_backward(loss * self.trainer.world_size)  # strategies average over ranks; weights span them
@@ -275,34 +275,36 @@ class PolicyOptimization(SampledCompletions):
             self._count(piece, batch, result)
         self._window.add({"loss": whole}, {"loss": 1 / self.trainer.world_size})
         self.note_loss(self._batch_idx, whole)
-        self._step_loss, self._left_out = whole, experience.nonfinite
+        self._step_loss, self._left_out = whole, rollout_batch.nonfinite
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
 
-    def _policy_batch(self, experience: Experience, piece: Sequence[int], kept: Tensor, weights: Tensor) -> PolicyBatch:
-        scored, values = self.score_tokens(self.lay_out(*experience.rows(piece)))
+    def _policy_batch(
+        self, rollout_batch: RolloutBatch, piece: Sequence[int], kept: Tensor, weights: Tensor
+    ) -> PolicyBatch:
+        scored, values = self.score_tokens(self.lay_out(*rollout_batch.rows(piece)))
         like = scored.logprobs
-        lengths = experience.lengths[list(piece)].to(like.device)
+        lengths = rollout_batch.lengths[list(piece)].to(like.device)
         sequences = torch.arange(len(piece), device=like.device).repeat_interleave(lengths)  # [n]
-        advantages = {c: experience.advantages[c].expand(len(experience.completions[c])) for c in piece}
-        old = like.detach() if experience.old_logprobs is None else picked(experience.old_logprobs, piece, like)
-        known = all(len(experience.sampling_logprobs[c]) for c in piece)  # not every engine says
-        sampled = cast(Tensor, picked(experience.sampling_logprobs, piece if known else [], like))
+        advantages = {c: rollout_batch.advantages[c].expand(len(rollout_batch.completions[c])) for c in piece}
+        old = like.detach() if rollout_batch.old_logprobs is None else picked(rollout_batch.old_logprobs, piece, like)
+        known = all(len(rollout_batch.sampling_logprobs[c]) for c in piece)  # not every engine says
+        sampled = cast(Tensor, picked(rollout_batch.sampling_logprobs, piece if known else [], like))
         gap = cast(Tensor, old) - sampled if known else sampled
         self._window.add({"sampling_gap": gap.abs()})
         return PolicyBatch(
             logprobs=like,
             old_logprobs=cast(Tensor, old),
-            ref_logprobs=picked(experience.ref_logprobs, piece, like),
+            ref_logprobs=picked(rollout_batch.ref_logprobs, piece, like),
             advantages=cast(Tensor, picked(advantages, piece, like)),
             sequences=sequences,
             mask=kept[list(piece)].to(like.device)[sequences],
             weights=weights.to(like),
             entropy=cast(Tensor, scored.entropy),
             values=values,
-            old_values=picked(experience.values, piece, like),
-            returns=picked(experience.returns, piece, like),
+            old_values=picked(rollout_batch.values, piece, like),
+            returns=picked(rollout_batch.returns, piece, like),
         )
 
     def score_tokens(self, tokens: TokenBatch) -> tuple[SelectedLogProbs, Tensor | None]:

@@ -29,7 +29,7 @@ from lightning_ft.models.optim import parameter_groups
 from lightning_ft.modules.adapted import without_dropout
 from lightning_ft.modules.policy import PolicyOptimization
 from lightning_ft.modules.resume import STATE
-from lightning_ft.modules.rollout_batch import Experience, PolicyBatch
+from lightning_ft.modules.rollout_batch import PolicyBatch, RolloutBatch
 
 
 class PPO(PolicyOptimization):
@@ -178,13 +178,17 @@ class PPO(PolicyOptimization):
 
     # ---------------------------------------------------------------- advantages
 
-    def estimate_advantages(self, experience: Experience) -> None:
+    def estimate_advantages(self, rollout_batch: RolloutBatch) -> None:
         """Token rewards, generalized advantage estimation and whitening, over the rollout of all ranks."""
-        lengths = experience.lengths
-        old, values = _flat(experience.old_logprobs), _flat(experience.values)
+        lengths = rollout_batch.lengths
+        old, values = _flat(rollout_batch.old_logprobs), _flat(rollout_batch.values)
         sequences = torch.arange(len(lengths)).repeat_interleave(lengths)  # [n]
-        kl = k1(old, _flat(experience.ref_logprobs)) if experience.ref_logprobs is not None else torch.zeros_like(old)
-        scores = experience.rewards - (self._hyper["missing_eos_penalty"] or 0.0) * experience.truncated
+        kl = (
+            k1(old, _flat(rollout_batch.ref_logprobs))
+            if rollout_batch.ref_logprobs is not None
+            else torch.zeros_like(old)
+        )
+        scores = rollout_batch.rewards - (self._hyper["missing_eos_penalty"] or 0.0) * rollout_batch.truncated
         judged = ~scores.isnan()[sequences]  # a completion that no reward applied to teaches nothing
         rewards = token_rewards(scores.nan_to_num(0.0), self.kl_coef * kl, sequences)
         if self._hyper["whiten_rewards"]:
@@ -194,8 +198,8 @@ class PPO(PolicyOptimization):
             advantages = whiten(advantages, judged, moments=self._moments(advantages, judged))
         advantages = advantages.masked_fill(~judged, 0.0)
         returns = torch.where(judged, returns, values)
-        experience.advantages = list(advantages.split(lengths.tolist()))
-        experience.returns = list(returns.split(lengths.tolist()))
+        rollout_batch.advantages = list(advantages.split(lengths.tolist()))
+        rollout_batch.returns = list(returns.split(lengths.tolist()))
         fit = explained_variance(summed_over_ranks(value_sums(returns, values, judged), self.device))
         figures = {"explained_variance": float(fit.nan_to_num(0.0)), "kl_coef": self.kl_coef}
         self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=1)

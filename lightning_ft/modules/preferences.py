@@ -12,7 +12,7 @@ from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.distributed import summed_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.modules.adapted import AdaptedFineTuning
-from lightning_ft.modules.step_metrics import MeanWindow
+from lightning_ft.modules.step_metrics import MeanMetrics
 
 
 class Judged(NamedTuple):
@@ -36,7 +36,7 @@ class PreferenceLearning(AdaptedFineTuning):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._window = MeanWindow()
+        self._window = MeanMetrics()
         self._examples = 0
 
     def judge(self, batch: PreferenceBatch) -> Judged:
@@ -49,7 +49,7 @@ class PreferenceLearning(AdaptedFineTuning):
     def on_train_start(self) -> None:
         """As in `FineTuning`, and start counting."""
         super().on_train_start()
-        self._window, self._examples = MeanWindow(), 0
+        self._window, self._examples = MeanMetrics(), 0
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Sum of the losses; `on_before_optimizer_step` divides by the examples of the whole step."""
@@ -80,13 +80,13 @@ class PreferenceLearning(AdaptedFineTuning):
         self.log_dict({f"train/{name}": mean for name, mean in means.items()}, batch_size=1)
         self.log_optimizer(optimizer, gradients, loss)
 
-    def add_evaluation(self, sums: MeanWindow | None, batch: PreferenceBatch, batch_idx: int) -> MeanWindow:
+    def add_evaluation(self, sums: MeanMetrics | None, batch: PreferenceBatch, batch_idx: int) -> MeanMetrics:
         """Add up the figures of a batch."""
         judged = self._judge(batch)
-        window = sums if sums is not None else MeanWindow()
+        window = sums if sums is not None else MeanMetrics()
         window.add({"loss": judged.losses, **judged.figures})
         return window
 
-    def evaluation_figures(self, sums: MeanWindow) -> dict[str, float]:
+    def evaluation_metrics(self, sums: MeanMetrics) -> dict[str, float]:
         """The mean of each figure over all examples of all batches and ranks."""
         return sums.reduce(self.device)

@@ -21,7 +21,7 @@ from lightning_ft.losses.pairwise import bradley_terry_loss
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states
 from lightning_ft.models.load import load_reward_model, pad_token_id
-from lightning_ft.models.reward_head import last_token_scores, score_head
+from lightning_ft.models.reward_head import last_token_rewards, score_head
 from lightning_ft.modules.checks import check_batch
 from lightning_ft.modules.preferences import Judged, PreferenceLearning
 from lightning_ft.types import Message
@@ -134,7 +134,7 @@ class RewardModeling(PreferenceLearning):
         batch = PromptBatch([""] * len(rows), rows, {})
         check_batch(self.model, self.tokenizer, batch, name="A conversation")
         with evaluating(self.model):
-            return last_token_scores(self.model, rows, pad_token_id(self.tokenizer), batch_size=batch_size)
+            return last_token_rewards(self.model, rows, pad_token_id(self.tokenizer), batch_size=batch_size)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[float]:  # type: ignore[override]
         """Scores of a batch of conversations."""

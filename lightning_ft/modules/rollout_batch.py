@@ -16,7 +16,7 @@ from lightning_ft.rollout.protocol import Rollouts
 
 
 @dataclass
-class Experience:
+class RolloutBatch:
     """Completions of one rollout, `g` to each of `p` prompts, with all that was measured of them before any step.
 
     Lists over completions are prompt by prompt.
@@ -54,7 +54,7 @@ class Experience:
     nonfinite: str | None = None
 
     @classmethod
-    def of(cls, batch: PromptBatch, rollouts: Rollouts, texts: list[str], num_completions: int) -> Experience:
+    def of(cls, batch: PromptBatch, rollouts: Rollouts, texts: list[str], num_completions: int) -> RolloutBatch:
         """The completions of a batch of prompts."""
         every = rollouts.completions
         return cls(
@@ -101,8 +101,8 @@ class Experience:
 
         Example:
             >>> nothing = torch.zeros(0)
-            >>> experience = Experience(PromptBatch([], [], {}), [], [nothing] * 2, [], 2, nothing, [])
-            >>> experience.groups(2), experience.groups(3)
+            >>> rollout_batch = RolloutBatch(PromptBatch([], [], {}), [], [nothing] * 2, [], 2, nothing, [])
+            >>> rollout_batch.groups(2), rollout_batch.groups(3)
             ([[0, 1], [2, 3]], [[0], [1], [2], [3]])
         """
         g = self.num_completions if steps <= len(self.prompts) else 1
@@ -117,7 +117,7 @@ class Experience:
             size: Most completions of a piece; None for all at once.
 
         Example:
-            >>> Experience.pieces([[4, 5], [0, 1]], 3)
+            >>> RolloutBatch.pieces([[4, 5], [0, 1]], 3)
             [[4, 5], [0, 1]]
         """
         if size is None or not groups:

@@ -18,7 +18,7 @@ from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids
 from lightning_ft.models.load import pad_token_id
 from lightning_ft.modules.adapted import AdaptedFineTuning
-from lightning_ft.modules.rollout_batch import Experience
+from lightning_ft.modules.rollout_batch import RolloutBatch
 from lightning_ft.modules.samples import RolloutRecord
 from lightning_ft.modules.waiting import PatientRanks
 from lightning_ft.rewards.batch import Rewards, TrainerState
@@ -153,19 +153,19 @@ class SampledCompletions(AdaptedFineTuning):
                 if (data := self._row_data()) is not None:
                     check_room(rewards.models(), data.splits, self._new_tokens)
 
-    def roll_out(self, batch: PromptBatch) -> Experience:
+    def roll_out(self, batch: PromptBatch) -> RolloutBatch:
         """Sample completions to each prompt, and have them judged.
 
         Args:
             batch: The prompts; none at all on a rank that has none left.
         """
-        experience = self._sample(batch, self._hyper["num_completions"])
-        experience.judged = self._judge(self.rewards, experience)
-        if experience.judged.nonfinite:
-            experience.nonfinite = f"{experience.judged.nonfinite} rewards aren't finite"
-        return experience
+        rollout_batch = self._sample(batch, self._hyper["num_completions"])
+        rollout_batch.judged = self._judge(self.rewards, rollout_batch)
+        if rollout_batch.judged.nonfinite:
+            rollout_batch.nonfinite = f"{rollout_batch.judged.nonfinite} rewards aren't finite"
+        return rollout_batch
 
-    def _sample(self, batch: PromptBatch, count: int) -> Experience:
+    def _sample(self, batch: PromptBatch, count: int) -> RolloutBatch:
         if not isinstance(batch, PromptBatch):
             raise ConfigError(
                 f"{type(self).__name__} samples answers to prompts, and got {type(batch).__name__}: give the Trainer a "
@@ -182,21 +182,23 @@ class SampledCompletions(AdaptedFineTuning):
         )
         ids = [list(completion.tokens) for completion in rollouts.completions]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
-        experience = Experience.of(batch, rollouts, list(texts), count)
-        experience.nonfinite = self._nonfinite_logits(experience)
-        return experience
+        rollout_batch = RolloutBatch.of(batch, rollouts, list(texts), count)
+        rollout_batch.nonfinite = self._nonfinite_logits(rollout_batch)
+        return rollout_batch
 
-    def _nonfinite_logits(self, experience: Experience) -> str | None:
+    def _nonfinite_logits(self, rollout_batch: RolloutBatch) -> str | None:
         """What to say of completions that were sampled from logits that aren't finite; all ranks ask together.
 
         Raises:
             NonFiniteError: If there are any, on whichever rank, and steps on them aren't to be skipped.
         """
-        wrong = experience.unscored
+        wrong = rollout_batch.unscored
         everywhere = int(summed_over_ranks(torch.tensor(float(len(wrong))), self.device))
         if not everywhere:
             return None
-        first = f", the first to {str(experience.repeated_prompts[wrong[0]])[:200]!r}" if wrong else " on another rank"
+        first = (
+            f", the first to {str(rollout_batch.repeated_prompts[wrong[0]])[:200]!r}" if wrong else " on another rank"
+        )
         said = f"{everywhere} completions were sampled from logits that aren't finite{first}"
         if self._on_nonfinite == "error":
             raise NonFiniteError(
@@ -206,18 +208,18 @@ class SampledCompletions(AdaptedFineTuning):
             )
         return said
 
-    def _judge(self, rewards: RewardFunctions, experience: Experience) -> Rewards:
-        repeats = range(experience.num_completions)
-        columns = {name: [v for v in values for _ in repeats] for name, values in experience.source.columns.items()}
-        ids = [completion.input_ids.tolist() for completion in experience.completions]
+    def _judge(self, rewards: RewardFunctions, rollout_batch: RolloutBatch) -> Rewards:
+        repeats = range(rollout_batch.num_completions)
+        columns = {name: [v for v in values for _ in repeats] for name, values in rollout_batch.source.columns.items()}
+        ids = [completion.input_ids.tolist() for completion in rollout_batch.completions]
         trainer = self._trainer
         state = None
         if trainer is not None:
             state = TrainerState(trainer.global_step, trainer.current_epoch, trainer.max_steps)
         judged = self._ranks.run(
-            lambda: rewards.score(experience.repeated_prompts, experience.texts, ids, columns, state)
+            lambda: rewards.score(rollout_batch.repeated_prompts, rollout_batch.texts, ids, columns, state)
         )
-        for c in experience.unscored:  # any token was as good as another there
+        for c in rollout_batch.unscored:  # any token was as good as another there
             judged.per_function[c] = judged.total[c] = torch.nan
         return judged
 
@@ -246,26 +248,26 @@ class SampledCompletions(AdaptedFineTuning):
 
     # ---------------------------------------------------------------- figures
 
-    def record(self, experience: Experience) -> RolloutRecord:
+    def record(self, rollout_batch: RolloutBatch) -> RolloutRecord:
         """The last rollout, to be looked at."""
-        assert experience.judged is not None
+        assert rollout_batch.judged is not None
         return RolloutRecord(
             step=self.trainer.global_step,
-            prompts=experience.repeated_prompts,
-            completions=experience.texts,
-            rewards=experience.judged,
-            advantages=[float(a.mean()) for a in experience.advantages],
-            truncated=experience.truncated.tolist(),
-            lengths=experience.lengths.tolist(),
+            prompts=rollout_batch.repeated_prompts,
+            completions=rollout_batch.texts,
+            rewards=rollout_batch.judged,
+            advantages=[float(a.mean()) for a in rollout_batch.advantages],
+            truncated=rollout_batch.truncated.tolist(),
+            lengths=rollout_batch.lengths.tolist(),
         )
 
-    def rollout_figures(self, experience: Experience) -> dict[str, float]:
+    def rollout_metrics(self, rollout_batch: RolloutBatch) -> dict[str, float]:
         """Means and standard deviations of a rollout over all ranks, by the names that they are logged under."""
-        assert experience.judged is not None
-        sums = _rollout_sums(experience, experience.judged)
-        every = [a.mean() for a in experience.advantages]
+        assert rollout_batch.judged is not None
+        sums = _rollout_sums(rollout_batch, rollout_batch.judged)
+        every = [a.mean() for a in rollout_batch.advantages]
         sums["advantage"] = power_sums(torch.stack(every) if every else torch.zeros(0))
-        figures = {**self._means(sums), **experience.judged.metrics}
+        figures = {**self._means(sums), **rollout_batch.judged.metrics}
         figures.pop("advantage")
         return {f"train/{name}": value for name, value in figures.items()}
 
@@ -286,19 +288,19 @@ class SampledCompletions(AdaptedFineTuning):
     def add_evaluation(self, sums: dict[str, Tensor] | None, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
         """Sample one completion to each prompt, and have it judged by the training and the validation rewards."""
         with _draws_of_its_own(_VALIDATION_SEED + batch_idx * self.trainer.world_size + self.global_rank, self.device):
-            experience = self._sample(batch, 1)
-            added = _rollout_sums(experience, self._judge(self.rewards, experience))
+            rollout_batch = self._sample(batch, 1)
+            added = _rollout_sums(rollout_batch, self._judge(self.rewards, rollout_batch))
             if self.validation_rewards is not None:
-                others = self._judge(self.validation_rewards, experience).figures()
+                others = self._judge(self.validation_rewards, rollout_batch).metrics()
                 added |= {name: value for name, value in others.items() if name != "reward"}
-        added |= self._further_sums(experience)
+        added |= self._further_sums(rollout_batch)
         return {name: value.cpu() + (0 if sums is None else sums[name]) for name, value in added.items()}
 
-    def _further_sums(self, experience: Experience) -> dict[str, Tensor]:
+    def _further_sums(self, rollout_batch: RolloutBatch) -> dict[str, Tensor]:
         """What else to log of validation completions, as `power_sums` by name."""
         return {}
 
-    def evaluation_figures(self, sums: dict[str, Tensor]) -> dict[str, float]:
+    def evaluation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Mean rewards and lengths over all completions of all ranks."""
         return self._means(sums)
 
@@ -316,11 +318,11 @@ def _draws_of_its_own(seed: int, device: torch.device) -> Iterator[None]:
             random.setstate(before)
 
 
-def _rollout_sums(experience: Experience, rewards: Rewards) -> dict[str, Tensor]:
+def _rollout_sums(rollout_batch: RolloutBatch, rewards: Rewards) -> dict[str, Tensor]:
     return {
-        **rewards.figures(),
-        "completion_length": power_sums(experience.lengths.float()),
-        "truncated_fraction": power_sums(experience.truncated.float()),
+        **rewards.metrics(),
+        "completion_length": power_sums(rollout_batch.lengths.float()),
+        "truncated_fraction": power_sums(rollout_batch.truncated.float()),
     }
 
 

@@ -28,10 +28,10 @@ from lightning_ft.models.load import adapter_base
 from lightning_ft.models.logprob_model import for_attention
 from lightning_ft.models.optim import Schedule
 from lightning_ft.models.router import RouterLoss
-from lightning_ft.modules.activation_cache import TrunkCache, TrunkReader
+from lightning_ft.modules.activation_cache import ActivationCache, ActivationReader
 from lightning_ft.modules.evaluation import EvaluatedFineTuning
 from lightning_ft.modules.resume import STATE
-from lightning_ft.modules.step_metrics import MeanWindow, TokenWindow
+from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics
 from lightning_ft.rewards.function import OnNonFinite
 
 
@@ -47,14 +47,14 @@ class SupervisedFineTuning(EvaluatedFineTuning):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._window = TokenWindow()
-        self._router_window = MeanWindow()
+        self._window = TokenMetrics()
+        self._router_window = MeanMetrics()
 
     def on_train_start(self) -> None:
         """As in `FineTuning`, and start counting."""
         super().on_train_start()
         self._window.start()
-        self._router_window = MeanWindow()
+        self._router_window = MeanMetrics()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Summed negative log-likelihood; `on_before_optimizer_step` divides by the tokens of the whole step."""
@@ -75,7 +75,7 @@ class SupervisedFineTuning(EvaluatedFineTuning):
 
     def _score_with_router(self, batch: TokenBatch) -> tuple[SelectedLogProbs, Tensor]:
         """Log-probabilities as `score` gives them, and the router's loss over the same forward pass."""
-        scorer = self._required_scorer()
+        scorer = self._required_logprob_model()
         batch = scorer.arranged(self.model, batch)
         with RouterLoss(self.model).recorded() as recorded:
             scored = self.score(batch, "sum")
@@ -104,14 +104,14 @@ class SupervisedFineTuning(EvaluatedFineTuning):
             self.log(f"train/{name}", mean, batch_size=1)
         self.log_optimizer(optimizer, gradients, totals.loss)
 
-    def add_evaluation(self, sums: TokenWindow | None, batch: TokenBatch, batch_idx: int) -> TokenWindow:
+    def add_evaluation(self, sums: TokenMetrics | None, batch: TokenBatch, batch_idx: int) -> TokenMetrics:
         """Sum the log-likelihood of a batch."""
         scored = self.score(batch, "sum")
-        window = sums if sums is not None else TokenWindow()
+        window = sums if sums is not None else TokenMetrics()
         window.add(-scored.logprobs, scored.correct, batch)
         return window
 
-    def evaluation_figures(self, sums: TokenWindow) -> dict[str, float]:
+    def evaluation_metrics(self, sums: TokenMetrics) -> dict[str, float]:
         """Loss, perplexity and token accuracy, each weighted by token over all batches and ranks."""
         totals = sums.reduce(self.device)
         return {
@@ -131,18 +131,18 @@ class SupervisedFineTuning(EvaluatedFineTuning):
         self._window.tokens_seen = int(checkpoint.get(STATE, {}).get("tokens_seen", 0))
 
 
-class FrozenTrunkFineTuning(SupervisedFineTuning):
+class CachedFineTuning(SupervisedFineTuning):
     """Keeps what the frozen layers give for each row, where a subclass is asked to.
 
     In a loop of one's own `training_step` does the same as under a Trainer; call `on_train_epoch_end` at the end of an
     epoch to write what is still in memory.
     """
 
-    _trunk_cache: TrunkCache | None = None
-    _reader: TrunkReader | None = None
+    _activation_cache: ActivationCache | None = None
+    _reader: ActivationReader | None = None
 
     @property
-    def trunk_flops(self) -> int:
+    def frozen_flops(self) -> int:
         """Operations that computing the frozen layers' output took so far, beside those of the training steps."""
         return 0 if self._reader is None else self._reader.flops
 
@@ -154,33 +154,33 @@ class FrozenTrunkFineTuning(SupervisedFineTuning):
             ConfigError: Where it takes more room than there is.
         """
         super().on_train_start()
-        if self._trunk_cache is None:
+        if self._activation_cache is None:
             return
         if getattr(self, "_device_mesh", None) is not None:
-            raise ConfigError("trunk_cache: a sharded model can't pass over layers; use DDP, or train without it.")
+            raise ConfigError("activation_cache: a sharded model can't pass over layers; use DDP, or train without it.")
         with self.trainer.precision_plugin.forward_context():
-            reader = self._trunk_reader(self._trunk_cache)
+            reader = self._trunk_reader(self._activation_cache)
         data = getattr(self.trainer, "datamodule", None)
         report = data.report.get("train") if isinstance(data, RowDataModule) else None
         reader.announce(None if report is None else sum(report.lengths))
 
-    def _trunk_reader(self, cache: TrunkCache) -> TrunkReader:
+    def _trunk_reader(self, cache: ActivationCache) -> ActivationReader:
         if self._reader is None:
             if self._own_loss.router:
                 raise ConfigError(
-                    "trunk_cache passes over layers whose routers are part of the router's loss that the model asks "
-                    "for: set output_router_logits=False in its configuration, or train without trunk_cache."
+                    "activation_cache passes over layers whose routers are part of the router's loss that the model asks "
+                    "for: set output_router_logits=False in its configuration, or train without activation_cache."
                 )
-            scorer, kind = self._required_scorer(), input_device(self.model).type
+            scorer, kind = self._required_logprob_model(), input_device(self.model).type
             autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            self._reader = TrunkReader(self.model, cache, scorer, autocast=autocast)
+            self._reader = ActivationReader(self.model, cache, scorer, autocast=autocast)
         return self._reader
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """As in `SupervisedFineTuning`, from the lowest trained layer on where the others' output is kept."""
-        if self._trunk_cache is None:
+        if self._activation_cache is None:
             return super().training_step(batch, batch_idx)
-        with self._trunk_reader(self._trunk_cache).around(batch):
+        with self._trunk_reader(self._activation_cache).around(batch):
             return super().training_step(batch, batch_idx)
 
     def on_train_epoch_end(self) -> None:
@@ -289,7 +289,7 @@ class FullFineTuning(SupervisedFineTuning):
         self.save_hyperparameters({name: value for name, value in self._hyper.items() if name != "quantization"})
 
 
-class LoRAFineTuning(FrozenTrunkFineTuning):
+class LoRAFineTuning(CachedFineTuning):
     """Fine-tune a LoRA adapter on supervised tokens (https://arxiv.org/abs/2106.09685).
 
     Args:
@@ -299,7 +299,7 @@ class LoRAFineTuning(FrozenTrunkFineTuning):
             loftq``, ``modules_to_save``, ``rank_pattern``, ...).
         adapter: A saved adapter to continue from, instead of a new one.
         top_layers: Adapt so many of the topmost layers only; None for all.
-        trunk_cache: Compute what the layers below the lowest adapted one give once for each row, keep it on disk, and
+        activation_cache: Compute what the layers below the lowest adapted one give once for each row, keep it on disk, and
             read it in all later epochs: a folder; True for one in the cache of the `datasets` library; or a dict of
             ``folder`` and ``max_gib`` (50 by default; the longest unused make room). Refused where it would not be
             exact: adapters or dropout below, layers that depend on more than the one before.
@@ -344,7 +344,7 @@ class LoRAFineTuning(FrozenTrunkFineTuning):
         lora: dict[str, Any] | LoraConfig | bool | None = None,
         adapter: str | None = None,
         top_layers: int | None = None,
-        trunk_cache: bool | str | Path | dict[str, Any] | None = None,
+        activation_cache: bool | str | Path | dict[str, Any] | None = None,
         optimizer: LoRAOptimizer = "adamw",
         loraplus_lr_ratio: float = 16.0,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
@@ -385,15 +385,17 @@ class LoRAFineTuning(FrozenTrunkFineTuning):
         )
         if optimizer not in ("adamw", "loraplus", "lorafa"):
             raise ConfigError(f"optimizer={optimizer!r}: expected 'adamw', 'loraplus' or 'lorafa'.")
-        self._trunk_cache = TrunkCache.of(trunk_cache)
-        if self._trunk_cache is not None and torch_compile:
-            raise ConfigError("trunk_cache passes over layers, which compiled code can't: leave out torch_compile.")
+        self._activation_cache = ActivationCache.of(activation_cache)
+        if self._activation_cache is not None and torch_compile:
+            raise ConfigError(
+                "activation_cache passes over layers, which compiled code can't: leave out torch_compile."
+            )
         self._adaptation = Adaptation(model, True if lora is None else lora, adapter, top_layers)
         self._hyper |= {
             "lora": self._adaptation.as_json(),
             "adapter": adapter,
             "top_layers": top_layers,
-            "trunk_cache": _without_paths(trunk_cache),
+            "activation_cache": _without_paths(activation_cache),
             "optimizer": optimizer,
             "loraplus_lr_ratio": float(loraplus_lr_ratio),
         }

@@ -46,7 +46,7 @@ class Totals:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
-class TokenWindow:
+class TokenMetrics:
     """Adds up micro-batches until it is reduced.
 
     The loss stays on its device until then, so that nothing waits for a GPU within a window.
@@ -97,13 +97,13 @@ class TokenWindow:
         return Totals(total / count, hits / count, int(targets), int(tokens), int(places), seconds, self.tokens_seen)
 
 
-class MeanWindow:
+class MeanMetrics:
     """Adds up values by name until their means over all ranks are asked for.
 
     Every rank must add the same names in the same order, empty values where it has none.
 
     Example:
-        >>> window = MeanWindow()
+        >>> window = MeanMetrics()
         >>> window.add({"reward": torch.tensor([1.0, 2.0])})
         >>> window.add({"reward": torch.tensor([6.0])})
         >>> window.reduce(torch.device("cpu")), window.reduce(torch.device("cpu"))

@@ -35,7 +35,7 @@ from lightning_ft.models.load import (
     pad_token_id,
 )
 from lightning_ft.models.positions import reads_position
-from lightning_ft.models.reward_head import HEADS, check_last_token, last_token_scores
+from lightning_ft.models.reward_head import HEADS, check_last_token, last_token_rewards
 from lightning_ft.rewards.batch import RewardBatch
 from lightning_ft.types import Message
 
@@ -216,7 +216,7 @@ class RewardModel:
                     "shorten prompts or completions."
                 )
         with evaluating(self.model):
-            return last_token_scores(self.model, rows, pad_token_id(self.tokenizer), batch_size=self.batch_size)
+            return last_token_rewards(self.model, rows, pad_token_id(self.tokenizer), batch_size=self.batch_size)
 
     def _encode(self, messages: Sequence[Message]) -> Tensor:
         try:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.errors import ConfigError, ModelError, RewardError
-from lightning_ft.importing import from_file, from_import_path, from_place, is_file
+from lightning_ft.importing import from_file, from_import_path, import_object, is_file
 from lightning_ft.models.load import load_tokenizer
 from lightning_ft.rewards.batch import RewardBatch
 from lightning_ft.rewards.function import FunctionReward
@@ -222,7 +222,7 @@ def _from_string(reward: str) -> _Found:
 def _imported(place: str) -> Any:
     if not is_file(place) and not _is_import_path(place):
         raise RewardError(f"rewards={place!r}: expected package.module.function or path/to/file.py:function.")
-    return from_place(place, argument="rewards", error=RewardError)
+    return import_object(place, argument="rewards", error=RewardError)
 
 
 def _is_import_path(place: str) -> bool:

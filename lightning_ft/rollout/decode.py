@@ -16,7 +16,7 @@ from lightning_ft.models.head import CausalLM, attention_bias, base_of, input_de
 from lightning_ft.rollout.cache import GrowingCache, cache_layers
 from lightning_ft.rollout.protocol import Completion
 from lightning_ft.rollout.sampling import TokenSampler
-from lightning_ft.rollout.shared_rows import Bundles, Forward, ReadPrompts
+from lightning_ft.rollout.shared_rows import Forward, ReadPrompts, SharedRows
 
 
 def next_logits(
@@ -137,7 +137,7 @@ class Ending:
 def decode_parts(
     read: ReadPrompts,
     parts: Sequence[int],
-    write: Callable[[Bundles], list[Completion]],
+    write: Callable[[SharedRows], list[Completion]],
     *,
     max_new_tokens: int,
     width: int | None,
@@ -149,14 +149,14 @@ def decode_parts(
         parts: How many completions of each prompt are written together, part by part.
         write: :func:`decode`, for the sequences that it is given.
         max_new_tokens: At most so many for each.
-        width: Sequences of a row of the cache, see :class:`Bundles`.
+        width: Sequences of a row of the cache, see :class:`SharedRows`.
 
     Returns:
         For each part its ``b * part`` completions, those of one prompt side by side.
     """
     done = []
     for left, size in zip(reversed(range(len(parts))), parts, strict=True):
-        bundles = Bundles(read, times=size, last=not left, ahead=max_new_tokens, width=width)
+        bundles = SharedRows(read, times=size, last=not left, ahead=max_new_tokens, width=width)
         if not left:
             del read  # while the last part is written its memory is free
         done.append(write(bundles))
@@ -165,7 +165,7 @@ def decode_parts(
 
 
 def decode(
-    forward: Forward, bundles: Bundles, sampler: TokenSampler, ending: Ending, max_new_tokens: int
+    forward: Forward, bundles: SharedRows, sampler: TokenSampler, ending: Ending, max_new_tokens: int
 ) -> list[Completion]:
     """Write one completion for each sequence.
 

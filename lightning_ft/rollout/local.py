@@ -28,7 +28,7 @@ from lightning_ft.rollout.decode import Ending, cached_layers, decode, decode_pa
 from lightning_ft.rollout.fallback import generate_plainly
 from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request, common_prefix
-from lightning_ft.rollout.rank_sync import Lockstep
+from lightning_ft.rollout.rank_sync import RankSync
 from lightning_ft.rollout.sampling import TokenSampler
 from lightning_ft.rollout.shared_rows import read_prompts
 
@@ -79,7 +79,7 @@ def slower(name: str, why_not: str | None, shared: int, group: int, together: To
 class _Request:
     """What one call of `generate` asks for; `layers` is None where transformers' own loop has to answer."""
 
-    lockstep: Lockstep
+    lockstep: RankSync
     sampling: Sampling | None
     ending: Ending
     max_new_tokens: int
@@ -98,7 +98,7 @@ class LocalEngine:
     same tokens.
 
     The ranks of a sharded model all have to call `generate`, each with its own prompts (or none); see
-    :class:`~lightning_ft.rollout.rank_sync.Lockstep`.
+    :class:`~lightning_ft.rollout.rank_sync.RankSync`.
 
     Args:
         model: In whatever mode; it is put back.
@@ -177,7 +177,7 @@ class LocalEngine:
                 model's context, or stop strings without a tokenizer.
             RolloutError: If another rank of a sharded model was asked for something that isn't possible.
         """
-        lockstep, problem = Lockstep(self.model), None
+        lockstep, problem = RankSync(self.model), None
         try:
             check_request(prompts, max_new_tokens, num_completions, context_length(base_of(self.model)))
             ending = Ending(self.end_token_ids, () if sampling is None else sampling.stop, self.tokenizer)
@@ -242,7 +242,7 @@ class LocalEngine:
         with evaluating(self.model):
             layers, why_not = self._layers(len(prompt) + 1)
             if why_not is not None:
-                request = _Request(Lockstep(self.model), None, Ending(self.end_token_ids), 1, None)
+                request = _Request(RankSync(self.model), None, Ending(self.end_token_ids), 1, None)
                 return self._plainly([list(prompt)], 1, request)[0].tokens[0]
             cache = GrowingCache(layers, prefix)
             start = cache.get_seq_length()
@@ -280,7 +280,7 @@ class LocalEngine:
         ]
 
     def _forward(
-        self, lockstep: Lockstep, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None, last: int
+        self, lockstep: RankSync, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None, last: int
     ) -> Tensor:
         lockstep.announce()
         return next_logits(self.model, ids, cache, positions, mask, last)

@@ -16,7 +16,7 @@ from lightning_ft.errors import NonFiniteError
 from lightning_ft.models.head import CausalLM, base_of, input_device, takes_explicit_masks
 from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.rollout.decode import next_logits, read_tokens
-from lightning_ft.rollout.shared_rows import Bundles, read_prompts
+from lightning_ft.rollout.shared_rows import SharedRows, read_prompts
 
 _TOKENS = 12
 _SHORT = _TOKENS - 3  # the second prompt is shorter, so that its row has a hole behind the prefix
@@ -57,7 +57,7 @@ def probe_cache(model: CausalLM, layers: int, pad_token_id: int) -> CacheProbe:
     exact = _as_alone(model, read.logits, prompts)
     if not exact or not takes_explicit_masks(base_of(model)):
         return CacheProbe(exact, together=False)
-    bundles = Bundles(read, times=2, last=True, ahead=2, width=4)
+    bundles = SharedRows(read, times=2, last=True, ahead=2, width=4)
     tokens = torch.stack([ids[0, :4], ids[0, 4:8]])  # two steps of four sequences, two of each prompt
     for step in tokens:
         logits = bundles.write(forward, step.to(device))

@@ -15,7 +15,7 @@ from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.shard import is_sharded
 
 
-class Lockstep:
+class RankSync:
     """Gives every rank of a sharded model the same number of forward passes.
 
     A pass of a sharded model gathers weights from all ranks, so it hangs unless all of them run one. Ranks have

@@ -89,7 +89,7 @@ class _Run:
 _NOWHERE = _Run(0, ())
 
 
-class Bundles:
+class SharedRows:
     """`r` sequences that are written at once, in the `n` rows of a cache, up to `g` in each.
 
     Args:

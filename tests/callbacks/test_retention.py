@@ -73,7 +73,7 @@ def test_trainer_fabric_and_hand_loop_give_the_same(trainer_options, tokenizer, 
     fit(trainer_options, tokenizer, of_trainer, model=make(kind))
     of_fabric = Retention(TEXTS, task=TASK, tokenizer=tokenizer, progress=False, **QUICK)
     fabric_loop(tokenizer, make(kind), of_fabric)
-    assert by_hand.figures() == of_trainer.result.figures() == of_fabric.result.figures()
+    assert by_hand.metrics() == of_trainer.result.metrics() == of_fabric.result.metrics()
     assert by_hand == of_fabric.result
     assert of_trainer.result.base == base
     assert of_trainer.result.step == 16
@@ -144,7 +144,7 @@ def test_a_trainer_that_goes_on_and_a_callback_that_starts_anew(trainer_options,
     fit(trainer_options, tokenizer, callback, max_epochs=1)  # another model with the same callback
     assert callback.result == first
     anew = Retention(TEXTS, tokenizer=tokenizer, progress=False, **QUICK)
-    figures = [fabric_loop(tokenizer, make("full"), anew).result.figures() for _ in range(2)]
+    figures = [fabric_loop(tokenizer, make("full"), anew).result.metrics() for _ in range(2)]
     assert figures[0] == figures[1]
 
 
@@ -163,7 +163,7 @@ def test_what_is_logged_and_written(trainer_options, tmp_path, tokenizer):
     callback = Retention(TEXTS, task=TASK, every_n_steps=3, every_n_epochs=2, **QUICK)
     trainer, _ = fit({**trainer_options, "logger": logger}, tokenizer, callback, accumulate_grad_batches=2)
     assert [step for step, _ in logger.logged] == [3, 6, 8]  # the end of epoch 2 is also that of training
-    assert all(set(figures) == {f"retention/{n}" for n in callback.result.figures()} for _, figures in logger.logged)
+    assert all(set(figures) == {f"retention/{n}" for n in callback.result.metrics()} for _, figures in logger.logged)
     assert float(trainer.callback_metrics["retention/kl_general"]) == pytest.approx(callback.result.kl_general.value)
     written = json.loads((tmp_path / "retention" / "retention.json").read_text())
     assert RetentionResult.from_dict(written) == callback.result

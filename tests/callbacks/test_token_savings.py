@@ -156,7 +156,7 @@ def test_what_is_logged_and_written(trainer_options, tmp_path, tokenizer, capsys
     trainer, _ = fit({**trainer_options, "logger": Recorder()}, tmp_path, tokenizer, callback)
     step, figures = logged[-1]
     assert step == trainer.global_step == 16
-    assert set(figures) == {f"token_savings/{name}" for name in callback.result.figures()}
+    assert set(figures) == {f"token_savings/{name}" for name in callback.result.metrics()}
     assert {"token_savings/total_lo", "token_savings/cost_cached", "token_savings/break_even_requests"} <= set(figures)
     assert float(trainer.callback_metrics["token_savings/n"]) == 8
     folder = tmp_path / "token_savings"

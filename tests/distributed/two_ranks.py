@@ -56,7 +56,7 @@ def main(how, kind, model, out):
         figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
         torch.save(
             {
-                "savings": savings.result.figures(),
+                "savings": savings.result.metrics(),
                 "steps": module.steps,
                 "losses": module.losses,
                 "answers": answers,

@@ -28,7 +28,7 @@ class SlowToWrite(LoRAFineTuning):
 def main(model, out):
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    module = SlowToWrite(model, lora={"r": 4}, top_layers=1, trunk_cache=f"{out}/states", learning_rate=1e-2)
+    module = SlowToWrite(model, lora={"r": 4}, top_layers=1, activation_cache=f"{out}/states", learning_rate=1e-2)
     trainer = Trainer(**{**trainer_options("ddp", out), "max_epochs": 3})
     trainer.fit(module, PairDataModule(make_rows(24), batch_size=2, cache_dir=False))
     counts = (module._reader.computed, module._reader.read)

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from lightning_ft.errors import SavingsError
-from lightning_ft.evaluation.scorers import LabelMatch, resolve_scorer, score_answers
+from lightning_ft.evaluation.scorers import LabelMatch, grade_answers, resolve_scorer
 
 
 def half(output, reference):
@@ -59,13 +59,13 @@ def test_a_scorer_that_is_not_there(path):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.5, None, "1", [1, 2]])
 def test_a_score_that_is_no_number_from_0_to_1_names_scorer_and_request(bad):
     with pytest.raises(SavingsError, match=r"Scorer 'mine' gave .* for request 'r2'"):
-        score_answers("mine", lambda o, r: bad if o == "b" else 1, ["r1", "r2"], ["a", "b"], ["a", "b"])
+        grade_answers("mine", lambda o, r: bad if o == "b" else 1, ["r1", "r2"], ["a", "b"], ["a", "b"])
 
 
 def test_a_scorer_that_raises_names_scorer_and_request():
     with pytest.raises(SavingsError, match="Scorer 'json' failed on request 'r2': JSONDecodeError"):
-        score_answers("json", resolve_scorer("json", [])[1], ["r1", "r2"], ["1", "1"], ["1", "{oops"])
+        grade_answers("json", resolve_scorer("json", [])[1], ["r1", "r2"], ["1", "1"], ["1", "{oops"])
 
 
 def test_booleans_are_scores():
-    assert score_answers("eq", lambda o, r: o == r, ["1", "2"], ["a", "b"], ["a", "c"]) == (1.0, 0.0)
+    assert grade_answers("eq", lambda o, r: o == r, ["1", "2"], ["a", "b"], ["a", "c"]) == (1.0, 0.0)

@@ -94,14 +94,14 @@ class Records:
         self.advantages, self.results, self.gradients, self.samples = [], [], [], []
 
     def roll_out(self, batch):
-        experience = super().roll_out(batch)
-        self.samples.append([tuple(c.input_ids.tolist()) for c in experience.completions])
-        return experience
+        rollout_batch = super().roll_out(batch)
+        self.samples.append([tuple(c.input_ids.tolist()) for c in rollout_batch.completions])
+        return rollout_batch
 
-    def estimate_advantages(self, experience):
-        super().estimate_advantages(experience)
-        self.advantages.append(torch.tensor([float(a.mean()) for a in experience.advantages]))
-        self.experience = experience
+    def estimate_advantages(self, rollout_batch):
+        super().estimate_advantages(rollout_batch)
+        self.advantages.append(torch.tensor([float(a.mean()) for a in rollout_batch.advantages]))
+        self.rollout_batch = rollout_batch
 
     def loss(self, batch):
         result = super().loss(batch)

@@ -46,7 +46,7 @@ ROLLOUT = {
 METHODS = {
     "full": (FullFineTuning, {}),
     "lora": (LoRAFineTuning, {"lora": DROPOUT}),
-    "cached activations": (LoRAFineTuning, {"lora": DROPOUT, "top_layers": 1, "trunk_cache": "states"}),
+    "cached activations": (LoRAFineTuning, {"lora": DROPOUT, "top_layers": 1, "activation_cache": "states"}),
     "reward": (RewardModeling, {"lora": DROPOUT}),
     "dpo": (DPO, {}),
     "dpo precomputed": (DPO, {"lora": DROPOUT, "precompute_reference": True, "cache_dir": "reference"}),
@@ -61,7 +61,7 @@ def make(method, model, folder, **options):
     """Module and data; five batches an epoch, three where completions are sampled."""
     kind, settings = METHODS[method]
     settings = dict(settings)
-    for name in ("trunk_cache", "cache_dir"):
+    for name in ("activation_cache", "cache_dir"):
         if name in settings:
             settings[name] = str(folder / settings[name])
     options = {"batch_size": 4, "cache_dir": False, **options}

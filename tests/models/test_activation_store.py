@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lightning_ft.models import activation_store, tensors
-from lightning_ft.models.activation_store import StateStore, sequence_digest
+from lightning_ft.models.activation_store import ActivationStore, sequence_digest
 
 ROOM = 2**20
 SAID = "Error while serializing: I/O error: No space left on device (os error 28)"
@@ -25,7 +25,7 @@ def name_of(number):
 
 def filled(root, key, numbers, *, limit=ROOM):
     """A store with rows, written."""
-    store = StateStore(root, key, limit=limit)
+    store = ActivationStore(root, key, limit=limit)
     for number in numbers:
         assert store.put(name_of(number), states(number))
     store.flush()
@@ -42,25 +42,25 @@ def size_of(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_states_come_back_bit_for_bit(tmp_path, dtype):
-    store = StateStore(tmp_path, "a", limit=ROOM)
+    store = ActivationStore(tmp_path, "a", limit=ROOM)
     kept = {name_of(length): states(length, length, dtype) for length in (1, 7, 30)}
     for digest, value in kept.items():
         assert store.get(digest) is None
         assert store.put(digest, value)
         assert torch.equal(store.get(digest), value)  # from memory
     store.flush()
-    for reader in (store, StateStore(tmp_path, "a", limit=ROOM)):
+    for reader in (store, ActivationStore(tmp_path, "a", limit=ROOM)):
         assert len(reader) == 3
         for digest, value in kept.items():
             found = reader.get(digest)
             assert found.dtype == dtype
             assert torch.equal(found, value)
         assert reader.get(name_of(99)) is None
-    assert StateStore(tmp_path, "b", limit=ROOM).get(name_of(1)) is None
+    assert ActivationStore(tmp_path, "b", limit=ROOM).get(name_of(1)) is None
 
 
 def test_gradients_are_not_kept(tmp_path):
-    store = StateStore(tmp_path, "a", limit=ROOM)
+    store = ActivationStore(tmp_path, "a", limit=ROOM)
     store.put(name_of(0), states().requires_grad_())
     assert not store.get(name_of(0)).requires_grad
 
@@ -75,21 +75,21 @@ def test_a_digest_is_of_all_tokens_and_their_order():
 
 
 def test_nothing_is_written_until_it_is_flushed(tmp_path):
-    store = StateStore(tmp_path, "a", limit=ROOM)
+    store = ActivationStore(tmp_path, "a", limit=ROOM)
     store.flush()
     store.put(name_of(0), states())
     assert shards(store.folder) == []
-    assert len(StateStore(tmp_path, "a", limit=ROOM)) == 0
+    assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 0
     store.flush()
     store.flush()
     assert len(shards(store.folder)) == 1
-    assert len(StateStore(tmp_path, "a", limit=ROOM)) == 1
+    assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 1
     assert oct(shards(store.folder)[0].stat().st_mode & 0o777) == "0o644"  # for all who share the folder
 
 
 def test_enough_for_a_file_is_written_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(activation_store, "_SHARD", 2 * ROW)
-    store = StateStore(tmp_path, "a", limit=ROOM)
+    store = ActivationStore(tmp_path, "a", limit=ROOM)
     for number in range(5):
         store.put(name_of(number), states(number))
         assert len(shards(store.folder)) == (number + 1) // 2
@@ -100,7 +100,7 @@ def test_enough_for_a_file_is_written_at_once(tmp_path, monkeypatch):
 
 
 def test_two_instances_see_each_others_rows_after_a_refresh(tmp_path):
-    one, two = (StateStore(tmp_path, "a", limit=ROOM) for _ in range(2))
+    one, two = (ActivationStore(tmp_path, "a", limit=ROOM) for _ in range(2))
     for store, numbers in ((one, (0, 1)), (two, (1, 2))):  # one row is both's
         for number in numbers:
             store.put(name_of(number), states(number))
@@ -126,17 +126,17 @@ def test_a_file_that_can_not_be_read_is_removed_and_its_rows_are_unknown(tmp_pat
         save_file({"weight": torch.ones(2)}, bad)
     else:
         bad.write_bytes({"half": content[: len(content) // 2], "no header": content[40:], "nothing": b""}[broken])
-    again = StateStore(tmp_path, "a", limit=ROOM)
+    again = ActivationStore(tmp_path, "a", limit=ROOM)
     assert not bad.exists()
     assert torch.equal(again.get(name_of(1)), states(1))  # of the other file
     good.write_bytes(content[:-1])
-    last = StateStore(tmp_path, "a", limit=ROOM)
+    last = ActivationStore(tmp_path, "a", limit=ROOM)
     assert last.get(name_of(0)) is None
     assert len(last) == 0
     assert shards(last.folder) == []
     last.put(name_of(0), states(0))
     last.flush()
-    assert torch.equal(StateStore(tmp_path, "a", limit=ROOM).get(name_of(0)), states(0))
+    assert torch.equal(ActivationStore(tmp_path, "a", limit=ROOM).get(name_of(0)), states(0))
 
 
 def test_what_a_killed_process_was_writing_is_ignored(tmp_path):
@@ -144,7 +144,7 @@ def test_what_a_killed_process_was_writing_is_ignored(tmp_path):
     (good,) = shards(store.folder)
     leftover = store.folder / ".writing-abc"
     leftover.write_bytes(good.read_bytes()[:-5])
-    again = StateStore(tmp_path, "a", limit=ROOM)
+    again = ActivationStore(tmp_path, "a", limit=ROOM)
     assert len(again) == 1
     assert leftover.exists()  # another process may be at it
     again.put(name_of(1), states(1))
@@ -169,7 +169,7 @@ def test_store_whose_disk_is_full_says_so_and_keeps_nothing_from_then_on(tmp_pat
     assert torch.equal(store.get(name_of(0)), states(0))  # what was kept is still read
     assert store.get(name_of(1)) is None
     assert not store.put(name_of(1), states(1))
-    assert len(StateStore(tmp_path, "a", limit=ROOM)) == 1
+    assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 1
 
 
 @pytest.mark.parametrize("harm", ["zeros", "one bit", "starts", "of another model"])
@@ -189,30 +189,30 @@ def test_states_that_are_not_what_was_written_are_unknown_and_their_file_goes(tm
         file.write_bytes(of_b.read_bytes())
     else:
         save_file(held, file)
-    again = StateStore(tmp_path, "a", limit=ROOM)
+    again = ActivationStore(tmp_path, "a", limit=ROOM)
     assert again.get(name_of(2 if harm == "of another model" else 1)) is None
     assert shards(again.folder) == []
     assert len(again) == 0
-    assert len(StateStore(tmp_path, "b", limit=ROOM)) == 1
+    assert len(ActivationStore(tmp_path, "b", limit=ROOM)) == 1
 
 
 # -------------------------------------------------------------------- room
 
 
 def test_what_finds_no_room_is_refused_and_the_rest_stays(tmp_path):
-    store = StateStore(tmp_path, "a", limit=2 * ROW + 10)
+    store = ActivationStore(tmp_path, "a", limit=2 * ROW + 10)
     assert [store.put(name_of(n), states(n)) for n in range(3)] == [True, True, False]
     assert store.full
     assert store.get(name_of(2)) is None
     assert torch.equal(store.get(name_of(0)), states(0))
     store.flush()
     assert not store.put(name_of(3), states(3))  # what is on disk counts as well
-    assert not StateStore(tmp_path, "a", limit=2 * ROW + 10).put(name_of(3), states(3))
-    assert len(StateStore(tmp_path, "a", limit=ROOM)) == 2
+    assert not ActivationStore(tmp_path, "a", limit=2 * ROW + 10).put(name_of(3), states(3))
+    assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 2
 
 
 def test_what_others_wrote_for_the_same_key_counts(tmp_path):
-    one = StateStore(tmp_path, "a", limit=3 * ROW)
+    one = ActivationStore(tmp_path, "a", limit=3 * ROW)
     filled(tmp_path, "a", [0, 1])
     assert not one.full
     one.refresh()
@@ -227,20 +227,20 @@ def used(store, when):
 def test_other_keys_make_room_the_longest_unused_first(tmp_path):
     old, new = (used(filled(tmp_path, key, range(4)), when) for key, when in (("z", 1), ("b", 2)))
     each = size_of(old.folder)
-    store = StateStore(tmp_path, "m", limit=2 * each + ROW)
+    store = ActivationStore(tmp_path, "m", limit=2 * each + ROW)
     store.put(name_of(0), states(0))
     assert old.folder.exists()
     store.put(name_of(1), states(1))
     assert not old.folder.exists()
     assert new.folder.exists()
     assert not store.full
-    assert torch.equal(StateStore(tmp_path, "b", limit=ROOM).get(name_of(3)), states(3))
+    assert torch.equal(ActivationStore(tmp_path, "b", limit=ROOM).get(name_of(3)), states(3))
 
 
 def test_using_a_key_makes_another_the_longest_unused(tmp_path):
     first, second = (used(filled(tmp_path, key, range(4)), when) for key, when in (("a", 1), ("b", 2)))
-    StateStore(tmp_path, "a", limit=ROOM)
-    StateStore(tmp_path, "m", limit=size_of(first.folder) + ROW).put(name_of(0), states(0))
+    ActivationStore(tmp_path, "a", limit=ROOM)
+    ActivationStore(tmp_path, "m", limit=size_of(first.folder) + ROW).put(name_of(0), states(0))
     assert first.folder.exists()
     assert not second.folder.exists()
 
@@ -248,17 +248,17 @@ def test_using_a_key_makes_another_the_longest_unused(tmp_path):
 def test_its_own_key_is_never_removed(tmp_path):
     store = used(filled(tmp_path, "a", range(4)), 1)
     other = filled(tmp_path, "b", range(4))
-    again = used(StateStore(tmp_path, "a", limit=size_of(store.folder) + 2 * ROW), 1)
+    again = used(ActivationStore(tmp_path, "a", limit=size_of(store.folder) + 2 * ROW), 1)
     assert again.put(name_of(8), states(8))
     assert not other.folder.exists()
     assert not again.put(name_of(9), torch.cat([states(9)] * 4))
     again.flush()
-    assert len(StateStore(tmp_path, "a", limit=ROOM)) == 5
+    assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 5
 
 
 def test_nothing_is_removed_for_what_can_not_fit_anyway(tmp_path):
     other = filled(tmp_path, "b", range(4))
-    store = StateStore(tmp_path, "a", limit=ROW)
+    store = ActivationStore(tmp_path, "a", limit=ROW)
     assert not store.put(name_of(0), torch.cat([states()] * 2))
     with pytest.raises(OSError, match="more than the 320 that may be kept"):
         store.reserve(ROW + 1)
@@ -272,7 +272,7 @@ def test_folders_of_others_are_no_states(tmp_path):
     models = tmp_path / "some-model"
     models.mkdir()
     save_file({"weight": torch.ones(100, ROW)}, models / "model.safetensors")
-    store = StateStore(tmp_path, "a", limit=4 * ROW)
+    store = ActivationStore(tmp_path, "a", limit=4 * ROW)
     store.reserve(4 * ROW)
     assert store.put(name_of(0), states(0))
     assert (models / "model.safetensors").exists()
@@ -280,7 +280,7 @@ def test_folders_of_others_are_no_states(tmp_path):
 
 def test_room_is_reserved_in_advance(tmp_path, monkeypatch):
     other = filled(tmp_path, "b", range(4))
-    store = StateStore(tmp_path, "a", limit=5 * ROW)
+    store = ActivationStore(tmp_path, "a", limit=5 * ROW)
     store.reserve(ROW)
     assert not other.folder.exists()
     store.reserve(5 * ROW)
@@ -302,8 +302,8 @@ def test_a_folder_that_another_process_removed(tmp_path):
     store = filled(tmp_path, "a", range(4))
     store.put(name_of(4), states(4))
     used(store, 1)
-    StateStore(tmp_path, "b", limit=2 * ROW).put(name_of(0), states(0))
+    ActivationStore(tmp_path, "b", limit=2 * ROW).put(name_of(0), states(0))
     assert not store.folder.exists()
     assert torch.equal(store.get(name_of(0)), states(0))  # its file is open still
     store.flush()
-    assert [n for n in range(5) if StateStore(tmp_path, "a", limit=ROOM).get(name_of(n)) is not None] == [4]
+    assert [n for n in range(5) if ActivationStore(tmp_path, "a", limit=ROOM).get(name_of(n)) is not None] == [4]

@@ -12,7 +12,7 @@ from lightning_ft.data.layout import Example
 from lightning_ft.errors import ModelError
 from lightning_ft.models.batched_generation import left_padding, prompts_together
 from lightning_ft.models.generate import generate_text
-from lightning_ft.models.logprob_model import Scorer
+from lightning_ft.models.logprob_model import LogProbModel
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 
@@ -141,7 +141,7 @@ def test_sampled_logprobs_are_those_that_are_scored_on_each_side_of_the_switch(s
             prompts, max_new_tokens=10, sampling=Sampling(), num_completions=3
         )
     completions = [Example(torch.tensor(c.tokens), torch.ones(10, dtype=torch.bool)) for c in rollouts.completions]
-    scorer = Scorer()
+    scorer = LogProbModel()
     batch = scorer.lay_out(model, [torch.tensor(p) for p in prompts], [completions[:3], completions[3:]])
     sampled = torch.tensor([value for c in rollouts.completions for value in c.logprobs])
     torch.testing.assert_close(scorer(model, batch).logprobs.detach(), sampled, rtol=0, atol=1e-4)

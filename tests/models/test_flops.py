@@ -52,12 +52,12 @@ class Counts(torch.nn.Module):
     def __init__(self, already=0):
         super().__init__()
         self.layer = torch.nn.Linear(3, 5)
-        self.trunk_flops = already
+        self.frozen_flops = already
 
     def forward(self, batch):
         with counted_apart():
             self.layer(batch)
-        self.trunk_flops += 1000
+        self.frozen_flops += 1000
         return self.layer(batch)
 
 

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_ft.errors import ModelError
 from lightning_ft.models.adapt import add_lora, lora_config
-from lightning_ft.models.frozen_layers import FrozenTrunk
+from lightning_ft.models.frozen_layers import FrozenLayers
 from lightning_ft.models.head import base_of, hidden_states
 
 
@@ -24,7 +24,7 @@ def states_of(trunk, batch):
 
 def both_ways(model, batch):
     """Last hidden states of all layers, and with the trunk's states given; where there is a token."""
-    trunk = FrozenTrunk(model)
+    trunk = FrozenLayers(model)
     states = states_of(trunk, batch)
     real = batch.segment_ids >= 0
     every = hidden_states(base_of(model), batch)[real]
@@ -47,7 +47,7 @@ def test_the_trained_layers_go_on_from_what_all_layers_give(name, packing):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
 def test_wherever_the_cut_is(name, top):
     model = adapted(build(name, attention="sdpa"), top).double()
-    assert FrozenTrunk(model).depth == LAYERS - top
+    assert FrozenLayers(model).depth == LAYERS - top
     every, given = both_ways(model, batch_of(packing=False))
     torch.testing.assert_close(given, every, rtol=0, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_all_layers(name):
 @torch.no_grad()
 def test_layers_below_do_not_run_and_layers_above_do_not_for_the_states():
     model = adapted(build("llama"), 1)
-    trunk = FrozenTrunk(model)
+    trunk = FrozenLayers(model)
     ran = []
     for number, layer in enumerate(trunk.layers):
         layer.self_attn.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -84,7 +84,7 @@ def test_layers_below_do_not_run_and_layers_above_do_not_for_the_states():
 @torch.no_grad()
 def test_states_given_are_the_ones_taken():
     model = adapted(build("llama"), 1).eval()
-    trunk = FrozenTrunk(model)
+    trunk = FrozenLayers(model)
     ids = torch.arange(3, 8)[None]
     with trunk.replaced_by(trunk.states(torch.arange(20, 25))[None]):
         other = model(ids).logits
@@ -114,7 +114,7 @@ def test_layers_that_give_tuples(top):
         layer.__class__ = GivesTuples
     model.model.norm.register_forward_pre_hook(of_tuple)
     model = adapted(model, top).double()
-    trunk = FrozenTrunk(model)
+    trunk = FrozenLayers(model)
     assert trunk._tuples
     every, given = both_ways(model, batch_of())
     torch.testing.assert_close(given, every, rtol=0, atol=1e-5)
@@ -135,7 +135,7 @@ def test_layers_that_hand_on_more_than_a_state_are_refused(name):
         },
     }
     with pytest.raises(ModelError, match="more than"):
-        FrozenTrunk(adapted(build(name, **options[name]), 3))
+        FrozenLayers(adapted(build(name, **options[name]), 3))
 
 
 # -------------------------------------------------------------------- forward
@@ -143,7 +143,7 @@ def test_layers_that_hand_on_more_than_a_state_are_refused(name):
 
 def test_forward_is_restored_where_the_model_raises():
     model = adapted(build("llama"))
-    trunk = FrozenTrunk(model)
+    trunk = FrozenLayers(model)
     assert not any("forward" in vars(layer) for layer in trunk.layers)
     with pytest.raises(ZeroDivisionError), trunk.replaced_by(torch.zeros(1, 3, 32)):
         assert [1 / ("forward" in vars(layer)) for layer in trunk.layers] == [1.0, 1.0]
@@ -167,7 +167,7 @@ def test_a_forward_of_somebody_else_stays(index):
         return original(*args, **kwargs)
 
     layer.forward = watched
-    trunk = FrozenTrunk(model)
+    trunk = FrozenLayers(model)
     assert vars(layer)["forward"] is watched
     with trunk.replaced_by(trunk.states(torch.arange(3))[None]):
         model(torch.arange(3)[None])
@@ -200,7 +200,7 @@ REFUSED = {
 def test_what_changes_from_step_to_step_is_refused(case):
     make, reason = REFUSED[case]
     with pytest.raises(ModelError, match=reason):
-        FrozenTrunk(make())
+        FrozenLayers(make())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_what_changes_from_step_to_step_is_refused(case):
     ],
 )
 def test_what_stands_above_may_be_trained(lora, depth):
-    assert FrozenTrunk(with_lora(**{**TOP, **lora})).depth == depth
+    assert FrozenLayers(with_lora(**{**TOP, **lora})).depth == depth
 
 
 @pytest.mark.parametrize(
@@ -229,13 +229,13 @@ def test_what_stands_above_may_be_trained(lora, depth):
 )
 def test_dropout_below_is_refused(name, options, reason):
     with pytest.raises(ModelError, match=reason):
-        FrozenTrunk(adapted(build(name, **options)))
+        FrozenLayers(adapted(build(name, **options)))
 
 
 def test_dropout_above_is_not():
     model = adapted(build("llama"), 1, lora_dropout=0.5)
     base_of(model).model.layers[-1].self_attn.attention_dropout = 0.3
-    assert FrozenTrunk(model).depth == LAYERS - 1
+    assert FrozenLayers(model).depth == LAYERS - 1
 
 
 # -------------------------------------------------------------------- the key
@@ -265,16 +265,16 @@ LLAMA = "model.layers.{}.input_layernorm.weight"
 )
 def test_the_key_is_that_of_what_is_computed(name, weight, changes):
     model = adapted(build(name, **(GPT2 if name == "gpt2" else {})))
-    trunk = FrozenTrunk(model)
+    trunk = FrozenLayers(model)
     before = trunk.content_key()
-    assert before == FrozenTrunk(adapted(build(name))).content_key()
+    assert before == FrozenLayers(adapted(build(name))).content_key()
     change(model, weight)
     assert (trunk.content_key() != before) == changes
 
 
 def test_the_key_of_other_settings():
     def key(model=None, *details, attention="eager", top=2, **options):
-        return FrozenTrunk(model or adapted(build("llama", attention, **options), top)).content_key(*details)
+        return FrozenLayers(model or adapted(build("llama", attention, **options), top)).content_key(*details)
 
     every = [key(), key(attention="sdpa"), key(top=1), key(rms_norm_eps=1e-4), key(None, "bfloat16")]
     every.append(key(adapted(build("llama").to(torch.bfloat16))))

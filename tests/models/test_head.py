@@ -12,7 +12,7 @@ from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.errors import ModelError
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.head import attention_bias, completion_logprobs
-from lightning_ft.models.logprob_model import Scorer
+from lightning_ft.models.logprob_model import LogProbModel
 
 SMALL = {
     "vocab_size": 100,
@@ -99,7 +99,7 @@ def test_scores_and_gradients_equal_those_of_each_example_alone(name, attention)
     want.sum().backward()
     expected = gradients(model)
     for packing in (True, False):
-        scorer = Scorer()
+        scorer = LogProbModel()
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # no fallback
             scored = scorer(model, collate_examples(examples(), packing=packing), "none")
@@ -124,7 +124,7 @@ def test_layers_of_a_packed_batch_share_one_mask_that_none_has_to_convert(window
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    scorer = Scorer()
+    scorer = LogProbModel()
     scorer.exactness(model)
     masks.clear()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -154,7 +154,7 @@ def test_a_mask_has_the_dtype_of_the_queries():
 @pytest.mark.parametrize("name", UNPACKED)
 def test_a_model_that_mixes_packed_rows_is_unpacked_with_a_warning(name):
     model = build(name, UNPACKED[name], None)
-    scorer = Scorer()
+    scorer = LogProbModel()
     with pytest.warns(UserWarning, match="doesn't keep packed sequences apart"):
         scored = scorer(model, collate_examples(examples()), "none")
     torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
@@ -168,7 +168,7 @@ def test_a_head_that_does_something_unknown_takes_the_models_own_forward_pass():
             return out
 
     model = Shifted(make_model(100).config)
-    scorer = Scorer()
+    scorer = LogProbModel()
     with pytest.warns(UserWarning, match="in a way that isn't known here"):
         scored = scorer(model, collate_examples(examples()), "none")
     torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
@@ -176,7 +176,7 @@ def test_a_head_that_does_something_unknown_takes_the_models_own_forward_pass():
 
 def is_plain(model, match):
     """Scores by the model's own pass, with one warning that says why; they are those of each example alone."""
-    scorer = Scorer()
+    scorer = LogProbModel()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for packing in (True, False):
@@ -214,7 +214,7 @@ def test_a_head_that_is_used_twice_takes_the_plain_path():
 def test_a_model_whose_values_are_not_finite_is_told_from_one_that_is_not_exact():
     model = make_model(100)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
-    known = Scorer().exactness(model)
+    known = LogProbModel().exactness(model)
     assert "not finite" in known.head
     assert known.packing == known.sharing == known.head
 
@@ -226,7 +226,7 @@ def test_a_model_whose_own_pass_fails_is_refused_by_name(error):
             raise error
 
     with pytest.raises(ModelError, match=f"Broken: its own forward pass .* fails.*{type(error).__name__}"):
-        Scorer()(Broken(make_model(100).config), collate_examples(examples()))
+        LogProbModel()(Broken(make_model(100).config), collate_examples(examples()))
 
 
 def test_a_model_that_asks_for_more_in_train_mode_is_refused_by_name():
@@ -239,13 +239,13 @@ def test_a_model_that_asks_for_more_in_train_mode_is_refused_by_name():
     model = Asking(make_model(100).config)
     model.base_model_prefix = ""  # so that the whole model runs
     with pytest.raises(ModelError, match=r"Asking: its own forward pass .*token_type_ids"):
-        Scorer()(model.train(), collate_examples(examples()))
+        LogProbModel()(model.train(), collate_examples(examples()))
 
 
 def test_a_model_that_sees_what_follows_is_refused():
     model = build("bert", {"is_decoder": False})
     with pytest.raises(ModelError, match="depends on the tokens after it, so it isn't a causal"):
-        Scorer()(model, collate_examples(examples()))
+        LogProbModel()(model, collate_examples(examples()))
 
 
 @pytest.mark.parametrize("lora", [{}, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])

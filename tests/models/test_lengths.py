@@ -12,9 +12,9 @@ from lightning_ft.data.layout import Example, Segment, collate_examples, lay_out
 from lightning_ft.errors import ModelError
 from lightning_ft.models.head import as_forward, hidden_states, register_sharded
 from lightning_ft.models.lengths import length_switch
-from lightning_ft.models.logprob_model import Scorer
+from lightning_ft.models.logprob_model import LogProbModel
 from lightning_ft.models.passes import parts_of, put_back, sequence_lengths
-from lightning_ft.models.reward_head import last_token_scores
+from lightning_ft.models.reward_head import last_token_rewards
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_scorer_gives_what_each_row_gets_alone_across_the_switch(name, plain, mo
     model = build_scaled(name)
     examples = make_examples((7, SWITCH + 9, SWITCH, 2 * SWITCH, SWITCH + 9, 3))
     want = torch.cat([alone(model, e) for e in examples])
-    scorer = Scorer()
+    scorer = LogProbModel()
     if plain:
         known = scorer.exactness(model)
         object.__setattr__(known, "head", "is treated as unknown")
@@ -76,7 +76,7 @@ def test_scorer_gives_what_each_row_gets_alone_across_the_switch(name, plain, mo
 
 
 def test_scorer_warns_once_of_several_passes_and_not_within_the_switch():
-    model, scorer = build_scaled("phi3"), Scorer()
+    model, scorer = build_scaled("phi3"), LogProbModel()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         scorer(model, collate_examples(make_examples((5, SWITCH))))
@@ -95,12 +95,12 @@ def test_padding_of_packed_rows_does_not_cross_the_switch():
     first, second, third = (Segment(example, group=i) for i, example in enumerate(examples))
     batch = lay_out([[first, second], [third]])
     assert int(batch.position_ids.max()) >= SWITCH
-    scored = Scorer()(model, batch)
+    scored = LogProbModel()(model, batch)
     torch.testing.assert_close(scored.logprobs, torch.cat([alone(model, e) for e in examples]), rtol=0, atol=1e-5)
 
 
 def test_prompts_are_shared_on_one_side_of_the_switch_only():
-    model, scorer = build_scaled("phi3"), Scorer()
+    model, scorer = build_scaled("phi3"), LogProbModel()
     prompt = torch.arange(10, 10 + SWITCH - 8)
     for lengths, shared in (((3, 8), True), ((20, 30), True), ((3, 20), False)):
         completions = [Example(torch.arange(20, 20 + n), torch.ones(n, dtype=torch.bool)) for n in lengths]
@@ -129,7 +129,7 @@ def test_scores_of_sequences_and_hidden_states_are_those_of_each_alone():
     rows = [e.input_ids for e in make_examples((9, SWITCH + 20, SWITCH + 3))]
     with torch.no_grad():
         want = torch.cat([copy.deepcopy(fresh)(input_ids=row[None]).logits[:, 0] for row in rows])
-        torch.testing.assert_close(last_token_scores(model, rows, 0), want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(last_token_rewards(model, rows, 0), want, rtol=0, atol=1e-5)
         examples = make_examples((9, SWITCH + 20, SWITCH + 3))
         hidden = hidden_states(model, collate_examples(examples, packing=False))
         for row, ids in zip(hidden, rows, strict=True):

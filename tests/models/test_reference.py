@@ -14,7 +14,7 @@ from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import base_of
-from lightning_ft.models.logprob_model import Scorer
+from lightning_ft.models.logprob_model import LogProbModel
 from lightning_ft.models.reference import INITIAL, Reference, active_adapter
 
 LORA = {"r": 4, "lora_dropout": 0.2}
@@ -28,7 +28,7 @@ def batch():
 
 def logprobs(model):
     with evaluating(model):
-        return Scorer()(model, batch()).logprobs
+        return LogProbModel()(model, batch()).logprobs
 
 
 @pytest.fixture(scope="module")

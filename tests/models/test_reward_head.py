@@ -8,7 +8,7 @@ from tiny_scorer import make_scorer
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from lightning_ft.errors import ModelError
-from lightning_ft.models.reward_head import check_last_token, last_token_scores, score_head
+from lightning_ft.models.reward_head import check_last_token, last_token_rewards, score_head
 
 EOS, PAD = 2, 0
 LENGTHS = (5, 1, 9, 3, 9, 2, 7)
@@ -40,7 +40,7 @@ def test_scores_are_the_models_own(rows, wrap, batch_size):
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     with torch.no_grad():
         padded = model(input_ids=ids, attention_mask=(ids != PAD).long()).logits[:, 0]
-        scores = last_token_scores(model, rows, PAD, batch_size=batch_size)
+        scores = last_token_rewards(model, rows, PAD, batch_size=batch_size)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, padded, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores, alone(model, rows), atol=1e-5, rtol=1e-5)
@@ -51,7 +51,7 @@ def test_padding_with_eos_does_not_hide_the_last_token(rows):
     """Trap 9: transformers takes the token before the end for the last one."""
     model = make_scorer(pad_token_id=EOS)
     with torch.no_grad():
-        scores = last_token_scores(model, rows, EOS)
+        scores = last_token_rewards(model, rows, EOS)
         at_each = [model.score(model.model(input_ids=row[None]).last_hidden_state)[0, :, 0] for row in rows]
         own = alone(model, rows)
     torch.testing.assert_close(scores, torch.stack([at[-1] for at in at_each]), atol=1e-5, rtol=1e-5)
@@ -63,7 +63,7 @@ def test_no_pad_token_is_needed_and_any_stands_in(rows):
     with pytest.raises(ValueError, match="padding token"), torch.no_grad():
         model(input_ids=torch.ones(2, 2, dtype=torch.int64))
     with torch.no_grad():
-        scores = [last_token_scores(model, rows, pad) for pad in (0, 2, 77)]
+        scores = [last_token_rewards(model, rows, pad) for pad in (0, 2, 77)]
     for score in scores:
         torch.testing.assert_close(score, alone(model, rows), atol=1e-5, rtol=1e-5)
 
@@ -71,7 +71,7 @@ def test_no_pad_token_is_needed_and_any_stands_in(rows):
 def test_gradients_are_those_of_the_own_forward_pass(rows):
     model = adapted(make_scorer())
     weights = torch.linspace(-1, 1, len(rows))
-    (last_token_scores(model, rows, PAD, batch_size=3) * weights).sum().backward()
+    (last_token_rewards(model, rows, PAD, batch_size=3) * weights).sum().backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     sum(model(input_ids=row[None]).logits[0, 0] * w for row, w in zip(rows, weights, strict=True)).backward()
@@ -84,33 +84,33 @@ def test_gradients_are_those_of_the_own_forward_pass(rows):
 
 def test_without_gradients_none_are_kept(rows):
     with torch.no_grad():
-        assert not last_token_scores(adapted(make_scorer()), rows, PAD).requires_grad
+        assert not last_token_rewards(adapted(make_scorer()), rows, PAD).requires_grad
 
 
 def test_the_adapters_head_counts_and_not_the_original(rows):
     model = adapted(make_scorer())
     with torch.no_grad():
-        before = last_token_scores(model, rows, PAD)
+        before = last_token_rewards(model, rows, PAD)
         score_head(model).modules_to_save["default"].weight.mul_(2)
-        after = last_token_scores(model, rows, PAD)
+        after = last_token_rewards(model, rows, PAD)
         with model.disable_adapter():
-            off = last_token_scores(model, rows, PAD)
+            off = last_token_rewards(model, rows, PAD)
     torch.testing.assert_close(after, 2 * before)
     torch.testing.assert_close(off, alone(make_scorer(), rows), atol=1e-5, rtol=1e-5)
 
 
 def test_no_rows_and_empty_rows():
-    assert last_token_scores(make_scorer(), [], PAD).shape == (0,)
+    assert last_token_rewards(make_scorer(), [], PAD).shape == (0,)
     with pytest.raises(ModelError, match="Sequence 1 of 2 has no token"):
-        last_token_scores(make_scorer(), [torch.tensor([1]), torch.zeros(0, dtype=torch.int64)], PAD)
+        last_token_rewards(make_scorer(), [torch.tensor([1]), torch.zeros(0, dtype=torch.int64)], PAD)
 
 
 def test_a_causal_model_and_several_labels_are_refused(rows):
     with pytest.raises(ModelError, match=r"LlamaForCausalLM has no head .* AutoModelForSequenceClassification"):
-        last_token_scores(make_model(), rows, PAD)
+        last_token_rewards(make_model(), rows, PAD)
     model = make_scorer()
     model.score = torch.nn.Linear(32, 3)
-    for refused in (lambda: last_token_scores(model, rows, PAD), lambda: check_last_token(model)):
+    for refused in (lambda: last_token_rewards(model, rows, PAD), lambda: check_last_token(model)):
         with pytest.raises(ModelError, match="num_labels=1"):
             refused()
 

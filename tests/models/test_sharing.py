@@ -11,8 +11,8 @@ from lightning_ft.data.layout import Example
 from lightning_ft.data.shared_prompts import last_places, lay_out_completions
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.head import hidden_states
-from lightning_ft.models.logprob_model import Scorer, probe
-from lightning_ft.models.reward_head import last_token_scores, score_head
+from lightning_ft.models.logprob_model import LogProbModel, probe
+from lightning_ft.models.reward_head import last_token_rewards, score_head
 
 SMALL = {
     "vocab_size": 100,
@@ -94,7 +94,7 @@ def test_log_probabilities_and_gradients_are_those_of_each_completion_alone(name
     want = one_by_one(model, prompts, completions)
     expected = gradients(model, want)
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 0.1
-    scorer = Scorer()
+    scorer = LogProbModel()
     for share_prompts in (True, False):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # no fallback
@@ -112,7 +112,7 @@ def test_log_probabilities_and_gradients_are_those_of_each_completion_alone(name
 def test_nothing_leaks_between_completions(name, attention):
     model = build(name, SHARING[name], attention).eval()
     prompts, completions = make()
-    scorer = Scorer()
+    scorer = LogProbModel()
     first = scorer(model, scorer.lay_out(model, prompts, completions))
     batch = scorer.lay_out(model, prompts, completions)
     changed, group = completions[1][2], 4  # of two before it and one behind it
@@ -129,7 +129,7 @@ def test_nothing_leaks_between_completions(name, attention):
 def falls_back(model, match):
     """Lay out twice; what the warnings say, and the batch."""
     prompts, completions = make()
-    scorer = Scorer()
+    scorer = LogProbModel()
     with pytest.warns(UserWarning, match=match) as told:
         batch = scorer.lay_out(model, prompts, completions)
     assert len([w for w in told if "computes each prompt once for each completion" in str(w.message)]) == 1
@@ -170,7 +170,7 @@ def test_an_unknown_head_falls_back_with_a_warning():
 
 def test_single_completions_have_nothing_to_share():
     model = build("mistral", {"sliding_window": 4})
-    scorer = Scorer()
+    scorer = LogProbModel()
     prompts, completions = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -186,7 +186,7 @@ def test_scores_at_last_tokens_are_those_of_each_conversation_alone(attention, w
     model = MistralForSequenceClassification(config).eval()
     prompts, completions = make()
     wholes = [torch.cat([p, c.input_ids]) for p, behind in zip(prompts, completions, strict=True) for c in behind]
-    want = torch.cat([last_token_scores(model, [whole], 0) for whole in wholes])
+    want = torch.cat([last_token_rewards(model, [whole], 0) for whole in wholes])
     own = torch.cat([model(input_ids=whole[None]).logits[:, 0] for whole in wholes])
     torch.testing.assert_close(want, own, rtol=0, atol=1e-5)
     layouts = [{"shared": False}, {"shared": False, "packing": False}]

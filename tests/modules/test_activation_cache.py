@@ -15,7 +15,7 @@ ROWS = make_rows(24)
 
 def module_for(model, folder=None, *, lora=None, **options):
     cache = str(folder) if folder is not None and not isinstance(folder, dict) else folder
-    settings = {"learning_rate": 1e-2, "top_layers": 1, "trunk_cache": cache, **options}
+    settings = {"learning_rate": 1e-2, "top_layers": 1, "activation_cache": cache, **options}
     return LoRAFineTuning(model, lora={"r": 4, **(lora or {})}, **settings)
 
 
@@ -137,7 +137,7 @@ def test_an_adapter_is_continued_in_its_own_layers(train, model_folder, tmp_path
     folder = train().export(tmp_path / "adapter")
 
     def continued(cache):
-        return LoRAFineTuning(model_folder, adapter=str(folder), trunk_cache=cache, learning_rate=1e-2)
+        return LoRAFineTuning(model_folder, adapter=str(folder), activation_cache=cache, learning_rate=1e-2)
 
     ends = [train(module=continued(cache)) for cache in (None, str(tmp_path / "states"))]
     close(*ends)

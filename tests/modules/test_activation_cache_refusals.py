@@ -17,15 +17,15 @@ from lightning_ft.callbacks.compute import ComputeMeter
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.data.layout import Example, Segment, collate_examples, lay_out
 from lightning_ft.errors import ConfigError, ModelError
-from lightning_ft.models.logprob_model import Scorer
-from lightning_ft.modules.activation_cache import GIB, TrunkCache, TrunkReader
+from lightning_ft.models.logprob_model import LogProbModel
+from lightning_ft.modules.activation_cache import GIB, ActivationCache, ActivationReader
 
 ROWS = make_rows(24)
 
 
 def module_for(model, cache=None, **options):
     settings = {"lora": {"r": 4}, "learning_rate": 1e-2, "top_layers": 1, **options}
-    return LoRAFineTuning(model, trunk_cache=cache, **settings)
+    return LoRAFineTuning(model, activation_cache=cache, **settings)
 
 
 def weights(module):
@@ -45,7 +45,7 @@ def counts(module):
 
 
 def reader_of(model, folder):
-    return TrunkReader(model, TrunkCache(folder), Scorer())
+    return ActivationReader(model, ActivationCache(folder), LogProbModel())
 
 
 def of_first_layer(model, needed):
@@ -135,13 +135,13 @@ def test_adapters_in_all_layers_are_refused(fit, model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"trunk_cache": 3}, "trunk_cache=3: expected a folder"),
-        ({"trunk_cache": {"foldr": "x"}}, "expected a folder, True, or a dict of 'folder' and 'max_gib'"),
-        ({"trunk_cache": {"max_gib": 0}}, "must be more than 0"),
-        ({"trunk_cache": {"max_gib": -2}}, "must be more than 0"),
-        ({"trunk_cache": {"max_gib": float("nan")}}, "must be more than 0"),
-        ({"trunk_cache": {"max_gib": "much"}}, "max_gib='much' is no number of GiB"),
-        ({"trunk_cache": True, "torch_compile": True}, "leave out torch_compile"),
+        ({"activation_cache": 3}, "activation_cache=3: expected a folder"),
+        ({"activation_cache": {"foldr": "x"}}, "expected a folder, True, or a dict of 'folder' and 'max_gib'"),
+        ({"activation_cache": {"max_gib": 0}}, "must be more than 0"),
+        ({"activation_cache": {"max_gib": -2}}, "must be more than 0"),
+        ({"activation_cache": {"max_gib": float("nan")}}, "must be more than 0"),
+        ({"activation_cache": {"max_gib": "much"}}, "max_gib='much' is no number of GiB"),
+        ({"activation_cache": True, "torch_compile": True}, "leave out torch_compile"),
         ({"adapter": "some/adapter", "top_layers": 1}, "leave out top_layers"),
     ],
 )
@@ -151,13 +151,13 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(arguments, message
 
 
 def test_what_may_be_given(tmp_path):
-    assert [TrunkCache.of(given) for given in (None, False)] == [None, None]
-    default = TrunkCache.of(True)
+    assert [ActivationCache.of(given) for given in (None, False)] == [None, None]
+    default = ActivationCache.of(True)
     assert default.folder.name == "lightning_ft_trunk"
     assert default.max_gib == 50
-    assert TrunkCache.of(str(tmp_path)) == TrunkCache.of(tmp_path) == TrunkCache(tmp_path)
-    assert TrunkCache.of({"max_gib": 2}) == TrunkCache(default.folder, 2.0)
-    assert TrunkCache.of({"folder": str(tmp_path)}) == TrunkCache(tmp_path, 50.0)
+    assert ActivationCache.of(str(tmp_path)) == ActivationCache.of(tmp_path) == ActivationCache(tmp_path)
+    assert ActivationCache.of({"max_gib": 2}) == ActivationCache(default.folder, 2.0)
+    assert ActivationCache.of({"folder": str(tmp_path)}) == ActivationCache(tmp_path, 50.0)
 
 
 def test_more_than_may_be_kept_is_refused_before_training(fit, model_folder, tmp_path):
@@ -228,19 +228,22 @@ def test_settings_are_json_and_come_back_from_a_checkpoint(fit, model_folder, tm
     cache = {"folder": str(tmp_path / "states"), "max_gib": 1}
     module = module_for(model_folder, cache)
     trainer = fit(module, ROWS)
-    assert json.loads(json.dumps(dict(module.hparams)))["trunk_cache"] == cache
+    assert json.loads(json.dumps(dict(module.hparams)))["activation_cache"] == cache
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert all("layers.1." in name and "lora_" in name for name in saved["state_dict"])
     again = LoRAFineTuning.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    assert (again.hparams["top_layers"], again._trunk_cache) == (1, TrunkCache.of(cache))
+    assert (again.hparams["top_layers"], again._activation_cache) == (1, ActivationCache.of(cache))
     assert same(module, again)
 
 
 @pytest.mark.parametrize("given", [lambda path: path, lambda path: {"folder": path}])
 def test_paths_are_text_in_hyperparameters(model_folder, tmp_path, given):
     module = module_for(model_folder, given(tmp_path))
-    assert json.loads(json.dumps(dict(module.hparams)))["trunk_cache"] in (str(tmp_path), {"folder": str(tmp_path)})
+    assert json.loads(json.dumps(dict(module.hparams)))["activation_cache"] in (
+        str(tmp_path),
+        {"folder": str(tmp_path)},
+    )
 
 
 def test_the_command_line_takes_them(monkeypatch, tmp_path, model_folder):
@@ -252,11 +255,11 @@ def test_the_command_line_takes_them(monkeypatch, tmp_path, model_folder):
         "data": {"class_path": "lightning_ft.PairDataModule", "init_args": {"train": str(tmp_path / "rows.jsonl")}},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    told = ["--model.trunk_cache", str(tmp_path / "states"), "--model.top_layers", "1"]
+    told = ["--model.activation_cache", str(tmp_path / "states"), "--model.top_layers", "1"]
     monkeypatch.setattr(sys, "argv", ["lightning-ft", "fit", "--config", str(tmp_path / "run.yaml"), *told])
     cli = FineTuningCLI()
     assert counts(cli.model) == (24, 24)
-    assert cli.model._trunk_cache == TrunkCache(Path(tmp_path / "states"))
+    assert cli.model._activation_cache == ActivationCache(Path(tmp_path / "states"))
 
 
 # -------------------------------------------------------------------- what it costs
@@ -268,7 +271,7 @@ def test_operations_are_those_of_the_trained_layers_and_each_row_once(trainer_op
         meter, module = ComputeMeter(every_n_steps=1), module_for(model_folder, cache)
         data = PairDataModule(ROWS, batch_size=4, shuffle=False, cache_dir=False)
         Trainer(**trainer_options, max_epochs=3, callbacks=[meter]).fit(module, data)
-        spent.append((meter.result.flops, module.trunk_flops))
+        spent.append((meter.result.flops, module.frozen_flops))
     (cold, once), (warm, nothing), (every, none) = spent
     assert nothing == none == 0
     assert once > 0

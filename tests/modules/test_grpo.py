@@ -119,7 +119,7 @@ def test_a_reward_model_in_every_form(model_folder, tmp_path, trainer_options):
         for reward in (str(path), f"{path}.ckpt", judge):
             module = make(rewards=reward, scale_rewards="none")
             run(module, [BATCH], trainer_options, rollouts=[GIVEN])
-            found.append(module.experience.rewards)
+            found.append(module.rollout_batch.rewards)
             assert not any("score" in name or "reward" in name for name in dict(module.named_parameters()))
         assert found[0].std() > 0.01
         assert torch.equal(found[0], found[2])
@@ -131,8 +131,8 @@ def test_a_reward_model_beside_a_function(trainer_options):
     judge = {"model": scorer, "tokenizer": make_tokenizer(), "weight": 0.5, "name": "judge"}
     module = make(rewards=[by_tokens, judge])
     trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
-    given = module.experience.judged.per_function
-    torch.testing.assert_close(module.experience.rewards, given[:, 0] + 0.5 * given[:, 1])
+    given = module.rollout_batch.judged.per_function
+    torch.testing.assert_close(module.rollout_batch.rewards, given[:, 0] + 0.5 * given[:, 1])
     assert "train/rewards/judge" in trainer.callback_metrics
     trainer.save_checkpoint(f"{trainer_options['default_root_dir']}/a.ckpt")
     torch.load(f"{trainer_options['default_root_dir']}/a.ckpt", weights_only=True)  # its settings are plain values

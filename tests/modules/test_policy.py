@@ -158,7 +158,7 @@ def test_figures_by_hand(kind, mask_truncated, trainer_options):
     assert figures["train/seen"] == len(completions)
     assert figures["train/completion_length"] == pytest.approx(spread([len(c.tokens) for c in completions])[0])
     assert figures["train/truncated_fraction"] == sum(c.truncated for c in completions) / 12
-    advantages = [float(a.mean()) for a in module.experience.advantages]
+    advantages = [float(a.mean()) for a in module.rollout_batch.advantages]
     assert figures["train/advantage_std"] == pytest.approx(spread(advantages)[1], abs=1e-5)
 
     tokens, lost, sums = 0, 0, dict.fromkeys(("entropy", "kl", "low", "high", "policy_kl", "gap", "completion"), 0.0)

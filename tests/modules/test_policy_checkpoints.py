@@ -116,10 +116,10 @@ def test_a_checkpoint_holds_what_is_trained(how, model_folder, adapter_folder, t
     kl = []
     measure = module.measure
 
-    def measured(experience):
-        measure(experience)
-        before = experience.old_logprobs or experience.sampling_logprobs
-        pairs = zip(before, experience.ref_logprobs, strict=True)
+    def measured(rollout_batch):
+        measure(rollout_batch)
+        before = rollout_batch.old_logprobs or rollout_batch.sampling_logprobs
+        pairs = zip(before, rollout_batch.ref_logprobs, strict=True)
         kl.append(max(float((a - b).abs().max()) for a, b in pairs))
 
     module.measure = measured

@@ -118,7 +118,7 @@ def test_by_the_letter(case, how, trainer_options):
         [c.truncated for c in GIVEN.completions],
     )
     measured, losses, gradients = literal(module, rollout, settings, epochs, rate)
-    ours = module.experience
+    ours = module.rollout_batch
     found = {}
     for name, have in {
         "old": ours.old_logprobs,
@@ -242,8 +242,8 @@ def test_figures_by_hand(trainer_options):
     module = make(InDouble, kl_coef=0.3, epochs_per_rollout=2, micro_batch_size=2, learning_rate=0.1)
     trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    returns = [float(x) for row in module.experience.returns for x in row]
-    left = [r - float(v) for r, v in zip(returns, (x for row in module.experience.values for x in row), strict=True)]
+    returns = [float(x) for row in module.rollout_batch.returns for x in row]
+    left = [r - float(v) for r, v in zip(returns, (x for row in module.rollout_batch.values for x in row), strict=True)]
     _, total = ppo_reference.mean_and_variance(returns)
     _, unexplained = ppo_reference.mean_and_variance(left)
     assert figures["train/explained_variance"] == pytest.approx(1 - unexplained / total, abs=1e-5)
@@ -261,11 +261,11 @@ def test_the_kl_coefficient_moves_as_ziegler_s(trainer_options, tmp_path):
     used, measured = [], []
 
     class Watched(Records, PPO):
-        def estimate_advantages(self, experience):
+        def estimate_advantages(self, rollout_batch):
             used.append(self.kl_coef)
-            pairs = zip(experience.old_logprobs, experience.ref_logprobs, strict=True)
+            pairs = zip(rollout_batch.old_logprobs, rollout_batch.ref_logprobs, strict=True)
             measured.append(sum(float((old - ref).sum()) for old, ref in pairs) / 6)
-            super().estimate_advantages(experience)
+            super().estimate_advantages(rollout_batch)
 
     module = make(Watched, kl_coef=0.2, kl_target=0.7, kl_horizon=20, learning_rate=0.01, warmup_ratio=0.0)
     trainer = run(module, [BATCH] * 5, trainer_options)

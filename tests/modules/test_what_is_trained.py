@@ -134,7 +134,7 @@ def test_evaluation_leaves_the_router_loss_out(fit, tokenizer):
 
 
 def test_trunk_cache_refuses_a_router_loss(fit, tokenizer, tmp_path):
-    lora = LoRAFineTuning(make("mixtral", **ASKED), tokenizer=tokenizer, top_layers=1, trunk_cache=str(tmp_path))
+    lora = LoRAFineTuning(make("mixtral", **ASKED), tokenizer=tokenizer, top_layers=1, activation_cache=str(tmp_path))
     with pytest.raises(ConfigError, match="output_router_logits=False"):
         fit(lora, ROWS, max_steps=1)
 

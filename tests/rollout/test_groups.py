@@ -15,7 +15,7 @@ from lightning_ft.rollout.decode import next_logits, read_tokens
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Sampling
-from lightning_ft.rollout.shared_rows import Bundles, read_prompts
+from lightning_ft.rollout.shared_rows import SharedRows, read_prompts
 
 NEVER = [1000]  # no such token
 
@@ -163,7 +163,7 @@ def test_sequences_of_a_row_see_their_own_prompt_and_tokens_only(width):
     with torch.no_grad():
         start = read_tokens(model, prefix, 3)
         read = read_prompts(forward, prompts, start, layers=3, pad_token_id=0, device=torch.device("cpu"))
-        bundles = Bundles(read, times=3, last=False, ahead=5, width=width)
+        bundles = SharedRows(read, times=3, last=False, ahead=5, width=width)
         staying = list(range(6))
         for step, tokens in enumerate(forced):
             if step in (2, 4):

@@ -214,7 +214,7 @@ class ComputeResult:
             f"{self.trainable_parameters:,} of {self.parameters:,} parameters trained."
         )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What is logged, name to number; without those that aren't known."""
         names = (
             "flops",

@@ -125,7 +125,7 @@ class ComputeMeasurement:
         if self._compiled:
             formula_flops_per_token(module, 1)  # fail now and not at the end
         self._memory = None
-        self._beside_at_start = _trunk_flops(module)
+        self._beside_at_start = _frozen_flops(module)
 
     @contextmanager
     def step(
@@ -343,7 +343,7 @@ class ComputeMeasurement:
 
     def _beside(self) -> float:
         """Operations within steps that don't grow with their tokens, so that no sample stands for them."""
-        now = 0.0 if self._module is None else _trunk_flops(self._module)
+        now = 0.0 if self._module is None else _frozen_flops(self._module)
         return self._beside_before + now - self._beside_at_start
 
     def _missed(self) -> tuple[str, ...]:
@@ -387,9 +387,9 @@ class _OpenStep:
         return self._counter
 
 
-def _trunk_flops(module: nn.Module) -> float:
-    """What a module of this package computed once for each row, see `FrozenTrunkFineTuning`."""
-    return float(getattr(unwrapped(module), "trunk_flops", 0))
+def _frozen_flops(module: nn.Module) -> float:
+    """What a module of this package computed once for each row, see `CachedFineTuning`."""
+    return float(getattr(unwrapped(module), "frozen_flops", 0))
 
 
 def _warn(message: str) -> None:

@@ -116,7 +116,7 @@ def kl_lower_bound(base: TopK, tuned_logprobs: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PlaceSums:
+class PositionSums:
     """What was measured on each of `n` texts, summed over its places.
 
     Args:
@@ -200,7 +200,7 @@ class RetentionResult:
             f"{ratio.hi:.4g}), same most probable token at {same.value:.1%} of places{task}."
         )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What is logged, name to number; ``kl_lower_bound`` is 1 where the divergences are lower bounds."""
         figures: dict[str, float] = {}
         for name in INTERVALS:
@@ -233,8 +233,8 @@ class RetentionResult:
 
 
 def retention(
-    general: PlaceSums,
-    task: PlaceSums | None = None,
+    general: PositionSums,
+    task: PositionSums | None = None,
     *,
     base: BaseKind,
     top_k: int | None,
@@ -261,7 +261,7 @@ def retention(
         provenance: What was measured with what.
 
     Example:
-        >>> sums = PlaceSums((10, 30), (1.0, 2.0), (20.0, 60.0), (24.0, 64.0), (9, 30))
+        >>> sums = PositionSums((10, 30), (1.0, 2.0), (20.0, 60.0), (24.0, 64.0), (9, 30))
         >>> result = retention(sums, base="adapter_off", top_k=None, texts_hash="", resamples=99)
         >>> result.kl_general.value, round(result.ppl_ratio.value, 4), result.top1_agreement.value
         (0.075, 1.2214, 0.975)

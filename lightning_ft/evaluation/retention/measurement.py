@@ -22,7 +22,7 @@ from lightning_ft.distributed import rank_and_ranks
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.retention.arithmetic import (
     BaseKind,
-    PlaceSums,
+    PositionSums,
     RetentionResult,
     retention,
     top_k_and_tail,
@@ -279,13 +279,13 @@ class RetentionMeasurement:
         provenance: Mapping[str, Any] | None,
         step: int | None,
     ) -> RetentionResult:
-        sums: list[PlaceSums | None] = []
+        sums: list[PositionSums | None] = []
         with evaluating(model):
             for name, examples in (("general texts", self.general), ("task rows", self.task)):
                 base = live if live is not None else self._kept[len(sums)] if examples else None
                 sums.append(self._sums(f"Retention, {name}", model, base, examples) if base and examples else None)
         return retention(
-            cast(PlaceSums, sums[0]),
+            cast(PositionSums, sums[0]),
             sums[1],
             base=kind,
             top_k=None if live is not None else self._kept[0].ids.shape[1],
@@ -295,7 +295,7 @@ class RetentionMeasurement:
             **self._bootstrap,
         )
 
-    def _sums(self, title: str, model: CausalLM, base: Base, examples: Sequence[Example]) -> PlaceSums:
+    def _sums(self, title: str, model: CausalLM, base: Base, examples: Sequence[Example]) -> PositionSums:
         tuned = LiveBase(model)
         rows: list[Tensor] = []
         for batch, first in self._batches(title, model, examples):
@@ -311,7 +311,7 @@ class RetentionMeasurement:
             sums = torch.zeros(batch.num_groups, 5, dtype=torch.float64)
             rows.append(sums.index_add_(0, batch.groups.cpu(), torch.cat(found)))
         tokens, kls, base_nlls, tuned_nlls, agrees = torch.cat(rows).T.tolist()
-        return PlaceSums(
+        return PositionSums(
             tuple(map(int, tokens)), tuple(kls), tuple(base_nlls), tuple(tuned_nlls), tuple(map(int, agrees))
         )
 

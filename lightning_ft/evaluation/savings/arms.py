@@ -15,7 +15,7 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.plan import MeasurementPlan
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.serving import first_token_seconds, model_shape
-from lightning_ft.evaluation.scorers import score_answers
+from lightning_ft.evaluation.scorers import grade_answers
 from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.load import pad_token_id
@@ -131,7 +131,7 @@ def _scores(plan: MeasurementPlan, outputs: Sequence[str]) -> tuple[float, ...]:
             # Where a row has its reasoning apart from its answer, answers are compared apart from theirs.
             apart = ["reasoning_content" in (r.answer or {}) for r in plan.requests]
             answers = [without_reasoning(o) if a else o for o, a in zip(outputs, apart, strict=True)]
-            told = [score_answers(plan.scorer_name, plan.scorer, ids, answers, references)]
+            told = [grade_answers(plan.scorer_name, plan.scorer, ids, answers, references)]
         except SavingsError as error:
             if ranks == 1:
                 raise

@@ -112,7 +112,7 @@ class TokenSavingsMetric(Metric):
         Raises:
             SavingsError: As `lightning_ft.evaluation.savings.arithmetic.token_savings`.
         """
-        figures = self._result().figures()
+        figures = self._result().metrics()
         return {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in figures.items()}
 
     def result(self) -> SavingsResult:

@@ -113,7 +113,7 @@ class SavingsResult:
     def _undecided(self) -> bool:
         return self.gate.underpowered and self.difference.value > -self.gate.margin
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What is logged, name to number.
 
         Costs are those of one request of the tuned model; `break_even_requests` is the one with a cached prefix.

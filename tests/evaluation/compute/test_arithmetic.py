@@ -66,13 +66,13 @@ def test_result_goes_through_json_and_back(tmp_path):
         assert ComputeResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
         path = result.save(tmp_path / "new")
         assert ComputeResult.from_dict(json.loads(path.read_text(encoding="utf-8"))) == result
-        assert all(isinstance(value, float) and math.isfinite(value) for value in result.figures().values())
+        assert all(isinstance(value, float) and math.isfinite(value) for value in result.metrics().values())
 
 
 def test_what_is_not_known_is_left_out():
     result = make_result(tokens=0, available_flops=None)
     assert (result.flops_per_token, result.tokens_per_second, result.mfu) == (None, None, None)
-    assert not {"flops_per_token", "tokens_per_second", "mfu"} & set(result.figures())
+    assert not {"flops_per_token", "tokens_per_second", "mfu"} & set(result.metrics())
     assert "tokens a second" not in result.headline
     assert "of the peak" not in result.headline
 

@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.retention.arithmetic import (
-    PlaceSums,
+    PositionSums,
     RetentionResult,
     kl_divergence,
     kl_lower_bound,
@@ -68,8 +68,8 @@ def test_a_small_tail_is_not_rounded_away():
 
 
 def test_figures_are_ratios_of_sums():
-    sums = PlaceSums((1, 3), (0.4, 0.4), (1.0, 6.0), (2.0, 9.0), (1, 1))
-    result = retention(sums, PlaceSums((2,), (3.0,), (1.0,), (1.0,), (2,)), base="step_0", top_k=8, texts_hash="x")
+    sums = PositionSums((1, 3), (0.4, 0.4), (1.0, 6.0), (2.0, 9.0), (1, 1))
+    result = retention(sums, PositionSums((2,), (3.0,), (1.0,), (1.0,), (2,)), base="step_0", top_k=8, texts_hash="x")
     assert result.kl_general.value == pytest.approx(0.2)
     assert result.ppl_ratio.value == pytest.approx(math.exp(11 / 4) / math.exp(7 / 4))
     assert result.top1_agreement.value == 0.5
@@ -86,7 +86,7 @@ def test_intervals_hold_the_figure_and_narrow_with_texts():
         kl = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
         ones = (10,) * count
         return retention(
-            PlaceSums(ones, tuple(kl), ones, ones, ones), base="model", top_k=None, texts_hash=""
+            PositionSums(ones, tuple(kl), ones, ones, ones), base="model", top_k=None, texts_hash=""
         ).kl_general
 
     few, many = of(8), of(200)
@@ -95,9 +95,9 @@ def test_intervals_hold_the_figure_and_narrow_with_texts():
     assert many.hi - many.lo < few.hi - few.lo
 
 
-@pytest.mark.parametrize("task", [None, PlaceSums((2, 2), (3.0, 1.0), (1.0, 1.0), (1.0, 1.0), (2, 2))])
+@pytest.mark.parametrize("task", [None, PositionSums((2, 2), (3.0, 1.0), (1.0, 1.0), (1.0, 1.0), (2, 2))])
 def test_json_and_back(tmp_path, task):
-    general = PlaceSums((1, 3), (math.inf, 0.4), (1.0, 6.0), (2.0, 9000.0), (1, 1))
+    general = PositionSums((1, 3), (math.inf, 0.4), (1.0, 6.0), (2.0, 9000.0), (1, 1))
     result = retention(general, task, base="adapter_off", top_k=None, texts_hash="x", step=7, provenance={"seed": 0})
     assert result.kl_general.value == result.ppl_ratio.value == math.inf
     path = result.save(tmp_path / "retention")
@@ -107,7 +107,7 @@ def test_json_and_back(tmp_path, task):
     assert RetentionResult.from_dict(values) == result
     names = {"kl_general", "ppl_ratio", "top1_agreement"} | (set() if task is None else {"kl_task"})
     ends = {f"{name}{end}" for name in names for end in ("", "_lo", "_hi")}
-    assert set(result.figures()) == ends | {"kl_lower_bound", "tokens"}
+    assert set(result.metrics()) == ends | {"kl_lower_bound", "tokens"}
 
 
 @pytest.mark.parametrize(
@@ -121,4 +121,4 @@ def test_json_and_back(tmp_path, task):
 )
 def test_what_is_no_measurement(values, message):
     with pytest.raises(RetentionError, match=message):
-        PlaceSums(*values)
+        PositionSums(*values)

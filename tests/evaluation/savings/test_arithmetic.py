@@ -232,7 +232,7 @@ def test_a_margin_that_is_no_share(margin):
 
 def test_many_truncated_answers_are_told():
     result = token_savings(make_arm(truncated=(True,) * 50 + (False,) * 150), make_arm(tokens=50), resamples=99)
-    assert result.figures()["truncated_rate"] == pytest.approx(50 / 400)
+    assert result.metrics()["truncated_rate"] == pytest.approx(50 / 400)
     assert any("25.0% of the prompted arm's answers hit max_new_tokens" in w for w in result.warnings)
 
 
@@ -243,8 +243,8 @@ def test_figures_have_the_names_of_the_specification():
     names = {f"{name}{end}" for name in ("input", "output", "total", "per_success") for end in ("", "_lo", "_hi")}
     names |= {f"quality_{name}" for name in ("prompted", "tuned", "untuned", "diff", "diff_lo")}
     names |= {"gate_passed", "truncated_rate", "n", "cost_cached", "cost_uncached", "break_even_requests"}
-    assert names <= set(result.figures())
-    assert result.figures()["n"] == 200
+    assert names <= set(result.metrics())
+    assert result.metrics()["n"] == 200
 
 
 def test_a_result_survives_json():

@@ -51,7 +51,7 @@ def feed(metric, which, size=7):
 
 
 def expected():
-    return token_savings(ARMS["prompted"], ARMS["tuned"], ARMS["untuned"], **OPTIONS).figures()
+    return token_savings(ARMS["prompted"], ARMS["tuned"], ARMS["untuned"], **OPTIONS).metrics()
 
 
 def check(metric):
@@ -63,7 +63,7 @@ def test_batches_in_any_order_give_what_the_function_gives():
     metric = TokenSavingsMetric(**OPTIONS)
     feed(metric, random.Random(3).sample(range(60), 60))
     check(metric)
-    assert metric.result().figures() == pytest.approx(expected(), rel=1e-12)
+    assert metric.result().metrics() == pytest.approx(expected(), rel=1e-12)
     metric.reset()
     with pytest.raises(SavingsError, match="Nothing was recorded of the prompted and the tuned arm"):
         metric.compute()

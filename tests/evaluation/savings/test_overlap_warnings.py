@@ -47,7 +47,7 @@ def test_the_verdict_counts_requests_that_appear_in_training():
     assert found.warnings[1] == (
         "On the 150 requests that don't appear in the training rows, quality is 0.900 tuned against 0.800 prompted."
     )
-    assert found.figures()["requests_in_training"] == 50
+    assert found.metrics()["requests_in_training"] == 50
 
 
 def test_all_requests_appear_in_training():
@@ -61,9 +61,9 @@ def test_no_request_appears_in_training_or_nobody_knows():
     for found in (none, unknown):
         assert found.headline.endswith("margin 0.050).")
         assert found.warnings == ()
-    assert (none.in_training, none.figures()["requests_in_training"]) == ((), 0)
+    assert (none.in_training, none.metrics()["requests_in_training"]) == ((), 0)
     assert unknown.in_training is None
-    assert "requests_in_training" not in unknown.figures()
+    assert "requests_in_training" not in unknown.metrics()
     assert none != unknown
 
 
