@@ -291,7 +291,7 @@ class SampledCompletions(AdaptedFineTuning):
             rollout_batch = self._sample(batch, 1)
             added = _rollout_sums(rollout_batch, self._judge(self.rewards, rollout_batch))
             if self.validation_rewards is not None:
-                others = self._judge(self.validation_rewards, rollout_batch).metrics()
+                others = self._judge(self.validation_rewards, rollout_batch).statistics()
                 added |= {name: value for name, value in others.items() if name != "reward"}
         added |= self._further_sums(rollout_batch)
         return {name: value.cpu() + (0 if sums is None else sums[name]) for name, value in added.items()}
@@ -320,7 +320,7 @@ def _draws_of_its_own(seed: int, device: torch.device) -> Iterator[None]:
 
 def _rollout_sums(rollout_batch: RolloutBatch, rewards: Rewards) -> dict[str, Tensor]:
     return {
-        **rewards.metrics(),
+        **rewards.statistics(),
         "completion_length": power_sums(rollout_batch.lengths.float()),
         "truncated_fraction": power_sums(rollout_batch.truncated.float()),
     }

@@ -134,7 +134,7 @@ class Rewards:
         >>> import torch
         >>> given = torch.tensor([[1.0], [0.0], [float("nan")]])
         >>> rewards = Rewards(("correct",), given, given[:, 0])
-        >>> rewards.unscored, rewards.metrics()["rewards/correct"].tolist()
+        >>> rewards.unscored, rewards.statistics()["rewards/correct"].tolist()
         (1, [2.0, 1.0, 1.0])
     """
 
@@ -153,7 +153,7 @@ class Rewards:
         """How many completions no function had a reward for."""
         return int(self.total.isnan().sum())
 
-    def metrics(self) -> dict[str, Tensor]:
+    def statistics(self) -> dict[str, Tensor]:
         """Count, sum and sum of squares of each function's rewards and of the totals, NaN left out.
 
         Add them over micro-batches and ranks, then `lightning_ft.losses.statistics.mean_and_std`.

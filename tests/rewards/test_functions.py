@@ -95,7 +95,7 @@ def test_no_completions_ask_nobody():
     rewards = RewardFunctions([correct, slowly]).score([], [], [], {"answer": []})
     assert rewards.per_function.shape == (0, 2)
     assert rewards.total.shape == (0,)
-    assert rewards.metrics()["reward"].tolist() == [0.0, 0.0, 0.0]
+    assert rewards.statistics()["reward"].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_without_gradients_and_in_fp32_whatever_the_default():
@@ -370,7 +370,7 @@ def test_figures_add_up_over_ranks():
     def figures(part):
         texts = [""] * 10
         sliced = {name: values[part] for name, values in columns.items()}
-        return functions.score(texts[part], texts[part], [[]] * len(texts[part]), sliced).metrics()
+        return functions.score(texts[part], texts[part], [[]] * len(texts[part]), sliced).statistics()
 
     whole, ranks = figures(slice(0, 10)), [figures(slice(0, 4)), figures(slice(4, 10))]
     assert list(whole) == ["rewards/reward", "rewards/reward_2", "reward"]
