@@ -51,6 +51,10 @@ class ConfigError(LightningFTError, ValueError):
     """Arguments that contradict each other or aren't allowed."""
 
 
+class UnknownArgumentError(ConfigError, TypeError):
+    """An argument that a class does not take."""
+
+
 class ExportError(LightningFTError, RuntimeError):
     """An export that would not give the same output as the live model, or can't be written."""
 
