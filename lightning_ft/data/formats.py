@@ -63,13 +63,13 @@ class Conversation:
         return len(self.messages) == 1 and self.messages[0]["role"] == "assistant"
 
     @property
-    def asked(self) -> tuple[Message, ...]:
+    def prompt_messages(self) -> tuple[Message, ...]:
         """The conversation up to the turn that is to be answered."""
         return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
 
-    def asking(self, messages: Sequence[Message]) -> Conversation:
+    def with_prompt(self, messages: Sequence[Message]) -> Conversation:
         """The same row with other turns before the answer."""
-        return replace(self, messages=(*messages, *self.messages[len(self.asked) :]))
+        return replace(self, messages=(*messages, *self.messages[len(self.prompt_messages) :]))
 
 
 def turns_key(messages: Sequence[Message]) -> tuple[tuple[str, ...], ...]:

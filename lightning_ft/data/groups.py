@@ -162,7 +162,7 @@ def describe_group(rows: Sequence[Row]) -> str:
 
 
 def _users(row: Row) -> list[str]:
-    return [str(message["content"]) for message in row.asked if message["role"] == "user"]
+    return [str(message["content"]) for message in row.prompt_messages if message["role"] == "user"]
 
 
 def _question(row: Row) -> str:

@@ -70,7 +70,7 @@ class RowDataModule(LightningDataModule, ABC):
         ConfigError: For arguments that contradict each other.
     """
 
-    kind: RowType[Any]
+    row_type: RowType[Any]
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class RowDataModule(LightningDataModule, ABC):
             template_kwargs=dict(chat_template_kwargs or {}),
         )
         given = {"train": train, "validation": validation, "test": test}
-        self.splits: Splits[Any] = Splits(given, self.rules, self.kind)
+        self.splits: Splits[Any] = Splits(given, self.rules, self.row_type)
         self._loaders: list[TokenLoader] = []
         self._save(
             **{name: source_as_json(source) for name, source in given.items()},
@@ -270,7 +270,7 @@ class RowDataModule(LightningDataModule, ABC):
         Raises:
             DataError: With every bad row.
         """
-        self.splits.load(list(self.splits.given))
+        self.splits.load(list(self.splits.sources))
 
     def reorder(self, seed: int) -> None:
         """Draw the order of each epoch from another seed; the rows of each split stay what they are.
@@ -286,14 +286,14 @@ class RowDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> TokenLoader | list[Any]:
         """Batches of the validation rows; none where there are no such rows."""
-        return self._loader("validation") if "validation" in self.splits.given else []
+        return self._loader("validation") if "validation" in self.splits.sources else []
 
     def test_dataloader(self) -> TokenLoader:
         """Batches of the test rows."""
         return self._loader("test")
 
     def _require(self, name: str) -> None:
-        if name not in self.splits.given:
+        if name not in self.splits.sources:
             raise ConfigError(f"{type(self).__name__} was given no {name} rows: pass {name}=.")
 
     def _encode(self, name: SplitName) -> None:

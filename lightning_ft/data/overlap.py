@@ -59,7 +59,7 @@ def row_questions(row: Row) -> list[Hashable]:
     Args:
         row: A checked row.
     """
-    asked = question_keys(row.asked)
+    asked = question_keys(row.prompt_messages)
     return [*asked] if asked else [("asks nothing", row.key)]
 
 

@@ -30,7 +30,7 @@ class RowEncoder(Generic[RowT]):
         tokenizer: The tokenizer.
         max_length: Most tokens a row may have; of several completions, the longest with its prompt.
         on_overlong: ``"truncate_prompt"`` cuts prompts; otherwise an overlong row is a problem.
-        kind: What the rows are.
+        row_type: Type of the rows.
     """
 
     def __init__(
@@ -38,25 +38,25 @@ class RowEncoder(Generic[RowT]):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         on_overlong: OnOverlong,
-        kind: RowType[Any] = PAIRS,
+        row_type: RowType[Any] = PAIRS,
     ) -> None:
-        self.tokenizer, self.max_length, self.on_overlong, self.kind = tokenizer, max_length, on_overlong, kind
+        self.tokenizer, self.max_length, self.on_overlong, self.row_type = tokenizer, max_length, on_overlong, row_type
         self.template: ChatTemplate = chat_template(tokenizer)
         self._check = ContentCheck(self.template)
 
     def __call__(self, row: RowT) -> tuple[Encoded, RowT] | Problem:
         """The encoded row and the row it is of (another if the prompt was cut), or what is wrong."""
         try:
-            check_kwargs(row.template_kwargs, row.asked, self.template)
-            markup, kwargs = self.kind.is_markup(row), row.template_kwargs
-            notes = [note for turns in self.kind.texts(row) for note in self._check(turns, kwargs, markup=markup)]
-            if has_the_day(self.template, row.asked, kwargs):
+            check_kwargs(row.template_kwargs, row.prompt_messages, self.template)
+            markup, kwargs = self.row_type.is_markup(row), row.template_kwargs
+            notes = [note for turns in self.row_type.texts(row) for note in self._check(turns, kwargs, markup=markup)]
+            if has_the_day(self.template, row.prompt_messages, kwargs):
                 notes.append(DATED)
             fitted = self._fit(row)
             if isinstance(fitted, Problem):
                 return fitted
             encoded, used = fitted
-            self.kind.check_encoded(encoded)
+            self.row_type.check_encoded(encoded)
             if not markup:
                 notes += [note for e in encoded.examples for note in self._check.doubled(e.input_ids.tolist())]
             return replace(encoded, notes=tuple(dict.fromkeys([*encoded.notes, *notes]))), used
@@ -84,11 +84,11 @@ class RowEncoder(Generic[RowT]):
         return Problem(row.source, row.row, None, "overlong prompt", detail, fix)
 
     def _encode(self, row: RowT) -> Encoded:
-        return self.kind.encode(self.tokenizer, row, self.template)
+        return self.row_type.encode(self.tokenizer, row, self.template)
 
     def _without_room_for_a_prompt(self, row: RowT) -> Problem | None:
         """The problem of a row that would be too long without any word of the user."""
-        if not row.asked:
+        if not row.prompt_messages:
             detail = f"{len(self._encode(row).longest):,} tokens, max_length={self.max_length:,}"
             fix = "Split it into shorter texts, raise max_length, or pass on_overlong='drop'."
             return Problem(row.source, row.row, None, "overlong text", detail, fix)
@@ -100,7 +100,7 @@ class RowEncoder(Generic[RowT]):
         detail += f"max_length={self.max_length:,}"
         fix = "Raise max_length: answers, system turns and the template's own tokens are never cut."
         reason = "overlong answer" if answer else "overlong turns before the question"
-        if row.asked[0]["role"] == "system" and answer < self.max_length:
+        if row.prompt_messages[0]["role"] == "system" and answer < self.max_length:
             reason = "overlong system turn"
         return Problem(row.source, row.row, None, reason, detail, fix)
 
@@ -109,8 +109,8 @@ class RowEncoder(Generic[RowT]):
 
         The last user turn before the answer keeps at least one character; None if that doesn't fit.
         """
-        users = [i for i, message in enumerate(row.asked) if message["role"] == "user"]
-        texts = {i: row.asked[i]["content"] for i in users}
+        users = [i for i, message in enumerate(row.prompt_messages) if message["role"] == "user"]
+        texts = {i: row.prompt_messages[i]["content"] for i in users}
         for i in users:
             whole, best = texts[i], None
             low, high = (1 if i == users[-1] else 0), len(whole)  # fewest and most characters to keep
@@ -124,7 +124,7 @@ class RowEncoder(Generic[RowT]):
                 else:
                     high = keep - 1
             if best is not None:
-                return best if best[1].asked[users[-1]]["content"].strip() else None
+                return best if best[1].prompt_messages[users[-1]]["content"].strip() else None
             texts[i] = ""
         return None
 
@@ -154,9 +154,9 @@ def check_kwargs(kwargs: Mapping[str, Any], asked: Sequence[Message], template: 
 
 def _with_user_text(row: RowT, texts: dict[int, str]) -> RowT:
     """The row with other user turns before the answer, those not in `texts` empty."""
-    return row.asking(
+    return row.with_prompt(
         [
             {**message, "content": texts.get(i, "")} if message["role"] == "user" else message
-            for i, message in enumerate(row.asked)
+            for i, message in enumerate(row.prompt_messages)
         ]
     )

@@ -102,7 +102,7 @@ class PairDataModule(RowDataModule):
     ) -> None:
         if supervise not in get_args(Supervise):
             raise ConfigError(f"supervise={supervise!r}: expected 'all' or 'last'.")
-        self.kind = Pairs(supervise)
+        self.row_type = Pairs(supervise)
         super().__init__(
             train,
             validation,
@@ -124,7 +124,7 @@ class PairDataModule(RowDataModule):
         )
         self._packing = packing
         if predict is not None:
-            self.splits.given["predict"] = predict
+            self.splits.sources["predict"] = predict
         self._save(predict=source_as_json(predict), packing=packing, supervise=supervise)
 
     def collate(self, split: SplitName) -> Collate:
@@ -139,7 +139,9 @@ class PairDataModule(RowDataModule):
         self._require("predict")
         self.splits.load(["predict"])
         prompts = [
-            Request(row.id, row.asked, "", row.cluster, row.template_kwargs) if row.template_kwargs else list(row.asked)
+            Request(row.id, row.prompt_messages, "", row.cluster, row.template_kwargs)
+            if row.template_kwargs
+            else list(row.prompt_messages)
             for part in self.splits.rows["predict"]
             for row in part
         ]

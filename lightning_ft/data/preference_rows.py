@@ -86,11 +86,11 @@ class Preference:
         return (turns_key(self.prompt), completions, self.labels, *kwargs_key(self.template_kwargs))
 
     @property
-    def asked(self) -> tuple[Message, ...]:
+    def prompt_messages(self) -> tuple[Message, ...]:
         """The prompt."""
         return self.prompt
 
-    def asking(self, messages: Sequence[Message]) -> Preference:
+    def with_prompt(self, messages: Sequence[Message]) -> Preference:
         """The same row with another prompt."""
         return replace(self, prompt=tuple(messages))
 

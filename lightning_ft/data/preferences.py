@@ -44,7 +44,7 @@ class PreferenceDataModule(RowDataModule):
         (8, '7')
     """
 
-    kind = PREFERENCES
+    row_type = PREFERENCES
 
     def collate(self, split: SplitName) -> Collate:
         """Makes a `PreferenceBatch` of rows, also of none."""

@@ -68,9 +68,9 @@ def preview(
     lenient = replace(
         rules, on_bad_row="skip", on_overlong="drop" if rules.on_overlong == "error" else rules.on_overlong
     )
-    splits: Splits[Any] = Splits(datamodule.splits.given, lenient, datamodule.kind)
-    splits.notes_told |= set(NOTES_WITH_REMEDY)  # they are printed below
-    names = [name for name in ("train", "validation", "test") if name in splits.given]
+    splits: Splits[Any] = Splits(datamodule.splits.sources, lenient, datamodule.row_type)
+    splits.notes_reported |= set(NOTES_WITH_REMEDY)  # they are printed below
+    names = [name for name in ("train", "validation", "test") if name in splits.sources]
     splits.load(names)
     for name in names:
         splits.encode(name, tokenizer)
@@ -161,7 +161,7 @@ def _row_text(row: Any, encoded: tuple[Example, ...], tokenizer: PreTrainedToken
         text = supervised_text(tokenizer, encoded[0], fancy=fancy)
         for name, value in (row.columns if isinstance(row, Prompt) else row.template_kwargs).items():
             _append(text, name, repr(value))
-        if unsupervised := sum(not message.get("train", True) for message in row.asked):
+        if unsupervised := sum(not message.get("train", True) for message in row.prompt_messages):
             _append(text, "answers not trained on", f"{unsupervised:,}")
         return text
     names = ("chosen", "rejected") if len(row.labels) > 1 else ("good" if row.labels[0] else "bad",)

@@ -65,7 +65,7 @@ class Prompt:
         return (*turns_key(self.messages), *kwargs_key(self.template_kwargs))
 
     @property
-    def asked(self) -> tuple[Message, ...]:
+    def prompt_messages(self) -> tuple[Message, ...]:
         """The prompt."""
         return self.messages
 
@@ -74,7 +74,7 @@ class Prompt:
         """The prompt as rewards get it."""
         return self.messages[-1]["content"] if self.text else list(self.messages)
 
-    def asking(self, messages: Sequence[Message]) -> Prompt:
+    def with_prompt(self, messages: Sequence[Message]) -> Prompt:
         """The same row with another prompt."""
         return replace(self, messages=tuple(messages))
 
@@ -190,7 +190,7 @@ class PromptDataModule(RowDataModule):
         ('6 + 1?', {'output': 7})
     """
 
-    kind = PROMPTS
+    row_type = PROMPTS
 
     def collate(self, split: SplitName) -> Collate:
         """Makes a `PromptBatch` of rows, also of none."""

@@ -40,14 +40,14 @@ class Row(Protocol):
         """What makes two rows duplicates of each other, and all that their tokens depend on; strings and tuples."""
 
     @property
-    def asked(self) -> tuple[Message, ...]:
+    def prompt_messages(self) -> tuple[Message, ...]:
         """The turns before the answer; those of the user among them may be cut."""
 
     @property
     def template_kwargs(self) -> Mapping[str, Any]:
         """What the chat template is given besides the messages."""
 
-    def asking(self: Self, messages: Sequence[Message]) -> Self:
+    def with_prompt(self: Self, messages: Sequence[Message]) -> Self:
         """The same row with other turns before the answer."""
 
 
@@ -89,7 +89,7 @@ class RowType(ABC, Generic[RowT]):
 
     def texts(self, row: RowT) -> list[Sequence[Message]]:
         """The conversations that a row holds, each with its answer."""
-        return [row.asked]
+        return [row.prompt_messages]
 
     def is_markup(self, row: RowT) -> bool:
         """Whether control tokens in the row's text are meant as such."""

@@ -36,7 +36,7 @@ def load_source(
     on_bad_row: OnBadRow = "error",
     answered: bool = True,
     report: SplitReport | None = None,
-    kind: RowType[Any] = PAIRS,
+    row_type: RowType[Any] = PAIRS,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[Any], list[Problem]]:
     """Read and check one source.
@@ -49,7 +49,7 @@ def load_source(
         on_bad_row: ``"error"`` returns the problems, ``"skip"`` counts them in `report`.
         answered: Whether rows must have an answer.
         report: Counts what is found.
-        kind: What the rows are.
+        row_type: Type of the rows.
         template_kwargs: What the chat template is given for every row, where the row itself says nothing else.
 
     Returns:
@@ -71,7 +71,7 @@ def load_source(
         raise DataError(f"{name}: there are no rows in it.")
     found = [raw.value for raw in first if isinstance(raw.value, Mapping)]
     try:
-        reader = kind.reader(found, columns, answered=answered)
+        reader = row_type.reader(found, columns, answered=answered)
     except RowError as error:  # of all rows: their columns are those of no format
         raise DataError(str(Problem(name, None, error.field, error.reason, error.detail, error.fix))) from None
     reader.defaults = dict(template_kwargs or {})

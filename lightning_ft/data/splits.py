@@ -60,7 +60,7 @@ class Splits(Generic[RowT]):
     Args:
         given: What was passed as each split; None for none, and for validation also the share of train to hold out.
         rules: How rows are read and encoded.
-        kind: What the rows are.
+        row_type: Type of the rows.
 
     Example:
         >>> rules = RowRules(None, "error", 64, "error", seed=0, cache=None)
@@ -75,22 +75,22 @@ class Splits(Generic[RowT]):
         self,
         given: Mapping[str, Any],
         rules: RowRules,
-        kind: RowType[Any] = PAIRS,
+        row_type: RowType[Any] = PAIRS,
     ) -> None:
-        self.given = {name: value for name, value in given.items() if value is not None}
-        self.rules, self.kind = rules, kind
+        self.sources = {name: value for name, value in given.items() if value is not None}
+        self.rules, self.row_type = rules, row_type
         self.report: dict[str, SplitReport] = {}
         self.rows: dict[str, list[list[RowT]]] = {}
         self.encoded: dict[str, list[EncodedRows]] = {}
         self._index: TrainingIndex | None = None
         self._overlap_told: set[str] = set()
-        self.notes_told: set[str] = set()
+        self.notes_reported: set[str] = set()
         """Notes of the reports that were warned of."""
 
     @property
     def held_out(self) -> float | None:
         """The share of the training rows that validation is."""
-        share = self.given.get("validation")
+        share = self.sources.get("validation")
         return float(share) if isinstance(share, (int, float)) else None
 
     def load(self, names: Sequence[str]) -> None:
@@ -99,10 +99,10 @@ class Splits(Generic[RowT]):
         Raises:
             DataError: With every bad row, unless they are to be skipped.
         """
-        wanted = {name for name in names if name in self.given}
+        wanted = {name for name in names if name in self.sources}
         if "validation" in wanted and self.held_out is not None:
             wanted.add("train")
-        new = [name for name in self.given if name in wanted and name not in self.rows]
+        new = [name for name in self.sources if name in wanted and name not in self.rows]
         if self.held_out is not None:
             new = [name for name in new if name != "validation"]
         rows: dict[str, list[list[RowT]]] = {}
@@ -111,7 +111,7 @@ class Splits(Generic[RowT]):
         for name in new:
             reports[name] = SplitReport()
             rows[name] = []
-            for source_name, source in as_sources(self.given[name], name).items():
+            for source_name, source in as_sources(self.sources[name], name).items():
                 good, bad = load_source(
                     source,
                     source_name,
@@ -120,14 +120,14 @@ class Splits(Generic[RowT]):
                     on_bad_row=self.rules.on_bad_row,
                     answered=name != "predict",
                     report=reports[name],
-                    kind=self.kind,
+                    row_type=self.row_type,
                     template_kwargs=self.rules.template_kwargs,
                 )
                 rows[name].append(good)
                 problems += bad
         raise_problems(problems)
         for name in new:
-            rows[name] = self.kind.complete(name, rows[name], reports[name])
+            rows[name] = self.row_type.complete(name, rows[name], reports[name])
             formats = reports[name].formats.items()
             rank_zero_info(f"{name}: row format " + ", ".join(f"{found} ({source})" for source, found in formats))
         self.rows |= rows
@@ -225,7 +225,7 @@ class Splits(Generic[RowT]):
                 on_overlong=self.rules.on_overlong,
                 folder=self.rules.cache,
                 label=name,
-                kind=self.kind,
+                row_type=self.row_type,
             )
             encoded.append(rows)
             for problem in problems:
@@ -268,8 +268,8 @@ class Splits(Generic[RowT]):
         rank_zero_info(report.summary(name))
         template = chat_template(tokenizer)
         for note, count in report.notes.items():
-            remedy = None if note in self.notes_told else remedy_for(note, template)
-            self.notes_told.add(note)  # each once, not for every split
+            remedy = None if note in self.notes_reported else remedy_for(note, template)
+            self.notes_reported.add(note)  # each once, not for every split
             if remedy is not None:
                 rank_zero_warn(f"{name}: {count:,} x {note}. {remedy}")
         if report.other_prompt and report.mismatch is not None:
@@ -298,14 +298,14 @@ class Splits(Generic[RowT]):
             ConfigError: If there is no such split, it wasn't loaded, or a row has no question or no answer.
         """
         if name not in self.rows:
-            reason = "setup() hasn't run for it" if name in self.given else f"pass {name}="
+            reason = "setup() hasn't run for it" if name in self.sources else f"pass {name}="
             raise ConfigError(f"There are no {name} rows: {reason}.")
         rows = [row for part in self.rows[name] for row in part]
         ids = _unique([row.id if row.id.strip() else f"{row.source}:{row.row}" for row in rows])
         requests = []
         for unique, row in zip(ids, rows, strict=True):
-            if not row.asked or row.messages[-1]["role"] != "assistant":
-                missing = "no answer to compare with" if row.asked else "no question, since it is a plain text"
+            if not row.prompt_messages or row.messages[-1]["role"] != "assistant":
+                missing = "no answer to compare with" if row.prompt_messages else "no question, as a plain text"
                 raise ConfigError(
                     f"{name} rows can't be requests: {row.source}, row {row.row}, has {missing}. Give questions with "
                     "their answers as requests= where they are asked."
@@ -313,7 +313,7 @@ class Splits(Generic[RowT]):
             answer = row.messages[-1]
             more = answer if {"tool_calls", "reasoning_content"} & answer.keys() else None
             reference, cluster = answer["content"], row.cluster or None
-            requests.append(Request(unique, row.asked, reference, cluster, row.template_kwargs, more))
+            requests.append(Request(unique, row.prompt_messages, reference, cluster, row.template_kwargs, more))
         return requests
 
 

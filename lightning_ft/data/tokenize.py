@@ -31,7 +31,7 @@ def tokenize(
     on_overlong: OnOverlong,
     folder: Path | None,
     label: str,
-    kind: RowType[Any] = PAIRS,
+    row_type: RowType[Any] = PAIRS,
 ) -> tuple[cache.EncodedRows, list[Problem]]:
     """Encode rows.
 
@@ -42,17 +42,17 @@ def tokenize(
         on_overlong: See `PairDataModule`.
         folder: The cache, None for none.
         label: What the progress bar says.
-        kind: What the rows are.
+        row_type: Type of the rows.
 
     Returns:
         The encoded rows, and the problems of those that aren't among them. Of the encoded rows
         ``about["other_prompt"]`` counts those whose prompt isn't what generation starts from, ``about["mismatch"]``
         shows the first of them, and ``about["notes"]`` counts what the chat template changed.
     """
-    key = cache.content_key(rows, tokenizer, kind=kind.name, max_length=max_length, on_overlong=on_overlong)
+    key = cache.content_key(rows, tokenizer, row_type=row_type.name, max_length=max_length, on_overlong=on_overlong)
     encoded = cache.load(folder, key) if folder is not None else None
     if encoded is None:
-        encoder = RowEncoder[RowT](tokenizer, max_length, on_overlong, kind)
+        encoder = RowEncoder[RowT](tokenizer, max_length, on_overlong, row_type)
         try:
             encoded = _encode_all(rows, encoder, folder, key, label)
         except OSError as error:

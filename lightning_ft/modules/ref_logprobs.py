@@ -71,7 +71,7 @@ class ReferenceLogProbs:
         rank, ranks = rank_and_ranks()
         weights = self.reference.to(device).fingerprint()
         for split in SPLITS:
-            if split not in data.splits.given:
+            if split not in data.splits.sources:
                 continue
             key = hashlib.sha256(f"{weights} {precision} {data.encoded_key(split)}".encode()).hexdigest()
             path = self._folder / f"{key}.safetensors"

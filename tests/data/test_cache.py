@@ -180,7 +180,7 @@ def test_rows_of_another_kind_are_other_entries(tmp_path, tokenizer, pairs, enco
     user, assistant = conversations(pairs[:1])[0].messages
     rows = [Conversation((user, assistant, user, assistant), "a.jsonl", 1, "1")]
     every, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
-    last, _ = tokenize(rows, tokenizer, folder=tmp_path, kind=Lasts(), **OPTIONS)
+    last, _ = tokenize(rows, tokenizer, folder=tmp_path, row_type=Lasts(), **OPTIONS)
     assert len(encoded_times) == 2
     assert every.supervised == [2 * n for n in last.supervised]
 

@@ -16,7 +16,7 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
 def load(rows, kind=PAIRS, **options):
-    return load_source(rows, "train", "train", kind=kind, **options)
+    return load_source(rows, "train", "train", row_type=kind, **options)
 
 
 def refused(rows, kind=PAIRS, **options):

@@ -42,7 +42,7 @@ def test_group_rows(talks, groups):
 def test_group_rows_is_what_comparing_all_pairs_finds():
     def belong(one, other):
         def asked(row):
-            return [(m["role"], m["content"]) for m in row.asked]
+            return [(m["role"], m["content"]) for m in row.prompt_messages]
 
         def starts(short, long):
             return asked(long)[: len(asked(short))] == asked(short)

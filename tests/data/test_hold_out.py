@@ -112,8 +112,8 @@ def test_hold_out_over_several_sources():
     made = loaded(sources, 0.5)
     assert [len(part) for part in made.rows["validation"]] == [4]
     assert sum(map(len, made.rows["train"])) == 5
-    kept = [[row.asked[0]["content"] for row in part] for part in made.rows["train"]]
-    held = {row.asked[0]["content"] for row in made.rows["validation"][0]}
+    kept = [[row.prompt_messages[0]["content"] for row in part] for part in made.rows["train"]]
+    held = {row.prompt_messages[0]["content"] for row in made.rows["validation"][0]}
     assert [[q for q in part if q not in held] for part in ("abc", "cd", "aefg")] == kept
 
 

@@ -233,14 +233,14 @@ def cli(*arguments):
 def test_from_the_command_line_and_yaml(write, pairs, tmp_path):
     a, b = write("a.jsonl", pairs), write("b.jsonl", pairs)
     data = cli(f"--data.train={a}", "--data.validation=0.25", "--data.cache_dir=false", "--data.columns.input=question")
-    assert data.splits.given == {"train": a, "validation": 0.25}
+    assert data.splits.sources == {"train": a, "validation": 0.25}
     assert data.rules.cache is None
     assert data.rules.columns == {"input": "question"}
     config = {"data": {"train": [a, b], "mixing": [1, 0.5], "validation": b, "on_overlong": "drop", "tokenizer": None}}
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
     data = cli(f"--config={path}")
-    assert data.splits.given == {"train": [a, b], "validation": b}
+    assert data.splits.sources == {"train": [a, b], "validation": b}
     assert data.rules.on_overlong == "drop"
     with pytest.raises(SystemExit):
         cli(f"--data.train={a}", "--data.on_overlong=cut")

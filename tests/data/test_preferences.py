@@ -217,7 +217,7 @@ def test_from_the_command_line(write, preferences, capsys):
 
     path = write("a.jsonl", preferences)
     data = cli(f"--data.train={path}", "--data.validation=0.25", "--data.columns.margin=by", "--data.batch_size=3")
-    assert data.splits.given == {"train": path, "validation": 0.25}
+    assert data.splits.sources == {"train": path, "validation": 0.25}
     assert data.rules.columns == {"margin": "by"}
     assert data.hparams["batch_size"] == 3
     with pytest.raises(SystemExit):

@@ -11,7 +11,7 @@ from lightning_ft.errors import ConfigError
 
 
 def load(rows, **options):
-    return load_source(rows, "train", "train", kind=PROMPTS, **options)
+    return load_source(rows, "train", "train", row_type=PROMPTS, **options)
 
 
 def read(row, **options):

@@ -211,7 +211,7 @@ def test_from_the_command_line(write, rows):
     cli = cli_module().LightningCLI(
         BatchRecorder, PromptDataModule, run=False, save_config_callback=None, args=arguments
     )
-    assert cli.datamodule.splits.given == {"train": path, "validation": 0.25}
+    assert cli.datamodule.splits.sources == {"train": path, "validation": 0.25}
     assert cli.datamodule.rules.max_length == 64
 
 

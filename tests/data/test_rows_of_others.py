@@ -30,7 +30,7 @@ def answer(content="a", **more):
 def load(row, kind="pairs", **options):
     report = SplitReport()
     try:
-        rows, problems = load_source([row], "train", "train", kind=KINDS[kind], report=report, **options)
+        rows, problems = load_source([row], "train", "train", row_type=KINDS[kind], report=report, **options)
     except DataError as error:  # of the columns of all rows
         return None, str(error), report
     return (rows[0] if rows else None), (str(problems[0]) if problems else None), report

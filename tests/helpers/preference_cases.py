@@ -7,7 +7,7 @@ U, A, S = "user", "assistant", "system"
 
 
 def load(rows, **options):
-    return load_source(rows, "train", "train", kind=PREFERENCES, **options)
+    return load_source(rows, "train", "train", row_type=PREFERENCES, **options)
 
 
 def read(row, **options):
