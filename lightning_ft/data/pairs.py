@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft._lightning import restricted_classmethod
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.loader import Collate, EncodedRow
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.overlong import OnOverlong
+from lightning_ft.data.row_mapping import RowFunction, check_row_function
 from lightning_ft.data.row_types import Pairs, Supervise
 from lightning_ft.data.rows import OnBadRow
 from lightning_ft.data.sources import Sources, source_as_json
@@ -41,6 +44,10 @@ class PairDataModule(RowDataModule):
         predict: Rows to answer; they need no output.
         columns: Field names of the format to those of your data, such as ``{"input": "question", "cluster":
             "customer"}``.
+        format: Function that maps each source row (a dict) to a list of messages, or to a dict in one of the formats
+            above; or its import path, ``package.module.function`` or ``path/to/file.py:function``. It is called before
+            the checks, for the rows of every split, `predict` included. A row for which it raises, or returns anything
+            else, is a bad row. A row of messages keeps the `id` and `cluster` of its source row.
         mixing: For several training sources, how often the rows of each stand in an epoch; a fraction is drawn anew for
             every epoch.
         tokenizer: Hub name, folder or tokenizer; by default the module's. It needs no pad token: its EOS stands at the
@@ -84,6 +91,7 @@ class PairDataModule(RowDataModule):
         *,
         predict: Sources | None = None,
         columns: dict[str, str] | None = None,
+        format: str | RowFunction | None = None,
         mixing: list[float] | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         chat_template: str | None = None,
@@ -102,6 +110,7 @@ class PairDataModule(RowDataModule):
     ) -> None:
         if supervise not in get_args(Supervise):
             raise ConfigError(f"supervise={supervise!r}: expected 'all' or 'last'.")
+        check_row_function(format)
         self.row_type = Pairs(supervise)
         super().__init__(
             train,
@@ -122,10 +131,31 @@ class PairDataModule(RowDataModule):
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
         )
+        self.rules = self.splits.rules = replace(self.rules, format=format)
         self._packing = packing
         if predict is not None:
             self.splits.sources["predict"] = predict
-        self._save(predict=source_as_json(predict), packing=packing, supervise=supervise)
+        self._save(
+            predict=source_as_json(predict),
+            format=format if isinstance(format, str) else None,
+            packing=packing,
+            supervise=supervise,
+        )
+
+    @restricted_classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `RowDataModule.load_from_checkpoint`; `format` is never taken from the checkpoint.
+
+        Raises:
+            ConfigError: If the checkpoint names a `format` and none is passed.
+        """
+        data = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        if data.rules.format is not None and "format" not in kwargs:
+            raise ConfigError(
+                f"The checkpoint names format={data.rules.format!r}, but a checkpoint doesn't decide which code runs. "
+                "Pass it to load_from_checkpoint if you trust it, or pass format=None."
+            )
+        return data
 
     def collate(self, split: SplitName) -> Collate:
         """Lays batches out for a model."""

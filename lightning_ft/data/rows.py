@@ -1,4 +1,4 @@
-"""Sources to checked rows, every bad row told together."""
+"""Read a source into checked rows, and collect the problems of all bad rows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from rich.progress import track
 
-from lightning_ft.data.files import RawRow
-from lightning_ft.data.raw_rows import Problem
+from lightning_ft.data.raw_rows import Problem, RawRow
+from lightning_ft.data.row_mapping import RowFunction, load_row_function, map_rows
 from lightning_ft.data.row_types import PAIRS, Row, RowType
 from lightning_ft.data.sources import Source, read_rows
 from lightning_ft.data.split_report import SplitReport
@@ -22,9 +22,9 @@ from lightning_ft.printable import printable
 OnBadRow = Literal["error", "skip"]
 
 SHOW_FROM = 20_000
-"""Rows from which a progress bar is worth its line."""
+"""Number of rows from which a progress bar is shown."""
 
-_LOOKED_AT = 100  # first rows that the format is detected from
+_DETECTED_FROM = 100  # first rows of a source, from which its row format is detected
 
 
 def load_source(
@@ -33,6 +33,7 @@ def load_source(
     argument: str,
     *,
     columns: Mapping[str, str] | None = None,
+    format: str | RowFunction | None = None,
     on_bad_row: OnBadRow = "error",
     answered: bool = True,
     report: SplitReport | None = None,
@@ -43,44 +44,48 @@ def load_source(
 
     Args:
         source: A path, a hub name, a dataset or a list of dicts.
-        name: What errors call it.
+        name: Name of the source in errors.
         argument: Name of the argument it was passed as.
-        columns: The format's field names to those in the data.
+        columns: Field names of the format to those in the data.
+        format: Function, or its import path, that maps each source row to messages or to a row of a known format.
         on_bad_row: ``"error"`` returns the problems, ``"skip"`` counts them in `report`.
         answered: Whether rows must have an answer.
-        report: Counts what is found.
+        report: Report of the split, to which the counts are added.
         row_type: Type of the rows.
-        template_kwargs: What the chat template is given for every row, where the row itself says nothing else.
+        template_kwargs: Variables of the chat template for rows that don't set them.
 
     Returns:
         The good rows, and the problems (none with ``"skip"``).
 
     Raises:
+        ConfigError: If `format` can't be imported.
         DataError: If the source as a whole can't be used, or ``"skip"`` leaves no row.
 
     Example:
-        >>> given = [{"input": "2+2?", "output": "4"}, {"input": "", "output": "5"}]
-        >>> rows, problems = load_source(given, "train", "train")
+        >>> source = [{"input": "2+2?", "output": "4"}, {"input": "", "output": "5"}]
+        >>> rows, problems = load_source(source, "train", "train")
         >>> len(rows), str(problems[0])
         (1, "train, row 2, 'input': empty input. Fill it in or remove the row.")
     """
     report = report if report is not None else SplitReport()
     raw_rows = read_rows(source, name, argument, report.notes)
-    first = list(islice(raw_rows, _LOOKED_AT))
+    if format is not None:
+        raw_rows = map_rows(raw_rows, load_row_function(format), columns)
+    first = list(islice(raw_rows, _DETECTED_FROM))
     if not first:
         raise DataError(f"{name}: there are no rows in it.")
-    found = [raw.value for raw in first if isinstance(raw.value, Mapping)]
+    readable = [raw.value for raw in first if isinstance(raw.value, Mapping)]
     try:
-        reader = row_type.reader(found, columns, answered=answered)
-    except RowError as error:  # of all rows: their columns are those of no format
+        reader = row_type.reader(readable, columns, answered=answered)
+    except RowError as error:  # of all rows: no row format has their columns
         raise DataError(str(Problem(name, None, error.field, error.reason, error.detail, error.fix))) from None
     reader.defaults = dict(template_kwargs or {})
-    report.formats[name] = reader.name if found else "none"
+    report.formats[name] = reader.name if readable else "none"
 
     rows: list[Any] = []
     problems: list[Problem] = []
     read = 0
-    for raw in _shown(chain(first, raw_rows), f"Reading {name}"):
+    for raw in _with_progress(chain(first, raw_rows), f"Reading {name}"):
         read += 1
         if raw.problem is not None:
             problems.append(raw.problem)
@@ -103,23 +108,23 @@ def load_source(
     return rows, problems
 
 
-def _shown(rows: Iterable[RawRow], description: str) -> Iterator[RawRow]:
+def _with_progress(rows: Iterable[RawRow], description: str) -> Iterator[RawRow]:
     """The same rows, with a progress bar once there are many."""
     iterator = iter(rows)
     yield from islice(iterator, SHOW_FROM)
-    first: list[Any] = list(islice(iterator, 1))
+    first: list[RawRow] = list(islice(iterator, 1))
     if first:
         more = chain(first, iterator)
         yield from track(more, description=f"{description} ({SHOW_FROM:,}+)", disable=not is_rank_zero())
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that talks."""
+    """Whether this process is rank 0, the one that logs and shows progress."""
     return getattr(rank_zero_only, "rank", 0) in (0, None)
 
 
 def count_duplicates(rows: Iterable[Row]) -> int:
-    """How many rows stand there again, the first occurrence of each not counted."""
+    """Number of rows that repeat an earlier row."""
     return sum(count - 1 for count in Counter(row.key for row in rows).values())
 
 

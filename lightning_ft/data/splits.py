@@ -18,6 +18,7 @@ from lightning_ft.data.groups import hold_out
 from lightning_ft.data.overlap import TrainingIndex
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.raw_rows import Problem, raise_problems
+from lightning_ft.data.row_mapping import RowFunction
 from lightning_ft.data.row_types import PAIRS, RowT, RowType
 from lightning_ft.data.rows import OnBadRow, count_duplicates, load_source
 from lightning_ft.data.sources import as_sources
@@ -42,7 +43,8 @@ class RowRules:
         on_overlong: What becomes of longer rows.
         seed: Decides which rows are held out.
         cache: Folder of encoded rows, None for none.
-        template_kwargs: What the chat template is given for every row, where the row itself says nothing else.
+        template_kwargs: Variables of the chat template for rows that don't set them.
+        format: Function, or its import path, that maps each source row to messages or to a row of a known format.
     """
 
     columns: Mapping[str, str] | None
@@ -52,6 +54,7 @@ class RowRules:
     seed: int
     cache: Path | None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    format: str | RowFunction | None = None
 
 
 class Splits(Generic[RowT]):
@@ -117,6 +120,7 @@ class Splits(Generic[RowT]):
                     source_name,
                     name,
                     columns=self.rules.columns,
+                    format=self.rules.format,
                     on_bad_row=self.rules.on_bad_row,
                     answered=name != "predict",
                     report=reports[name],
