@@ -91,7 +91,7 @@ class FieldReader(ABC, Generic[Row_co]):
 
     def asked(self, row: Mapping[str, Any]) -> list[Message]:
         """What the format's first field asks, after the ``history``, Alpaca's ``input`` appended."""
-        first = self.formats.needed[self.name][0]
+        first = self.formats.required[self.name][0]
         if not self.passes_on:
             self._check_all_asked(row, first)
         messages = self.side(row, first, None if first in CONVERSATIONS else "user")
@@ -119,7 +119,7 @@ class FieldReader(ABC, Generic[Row_co]):
             if field == "instruction" and says_something(row.get(self.column("input"))):
                 fix = "Join the two, or remove the column."
             else:
-                others = zip(("output",), self.formats.needed[self.name][1:2], strict=True)
+                others = zip(("output",), self.formats.required[self.name][1:2], strict=True)
                 named = {"instruction": first, "input": second}
                 named |= {to: self.column(of) for to, of in others if of == "completion" or self.column(of) != of}
                 fix = f"Pass columns={named!r} to ask with both, or remove the column."

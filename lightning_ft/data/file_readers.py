@@ -1,4 +1,4 @@
-"""Rows of JSONL and JSON files."""
+"""Readers of CSV, JSONL, JSON and Parquet files."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from lightning_ft.errors import DataError
 
 
 def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iterator[RawRow]:
-    """Rows after a header; each has the number of the line it starts on.
+    """Rows of a CSV file with a header; each is numbered by the line on which it starts.
 
     Args:
         path: The file.
-        name: What errors call it.
-        delimiter: What separates its cells.
-        notes: Counts blank lines.
+        name: Name of the file in errors.
+        delimiter: Character between cells.
+        notes: Counter of blank lines.
 
     Raises:
-        DataError: If the header is of no use, or cells can't be told apart.
+        DataError: If the header can't be used, or cells can't be told apart.
     """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses cells over 128 KiB
-    # What isn't UTF-8 comes through as surrogates, so that one bad byte spoils its own row only.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default limit is 128 KiB per cell
+    # Bytes that aren't UTF-8 are decoded as surrogates, so that they make only their own row bad.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] = []
         start = 1
         try:
             for cells in reader:
-                number, start = start, reader.line_num + 1  # line_num is where a row ends; it may span several lines
+                number, start = start, reader.line_num + 1  # line_num is the last line of a row, which may span several
                 text = "".join(cells)
-                if not text.strip() and (len(cells) < 2 or not header):  # Excel writes ",,," above a header
+                if not text.strip() and (len(cells) < 2 or not header):  # Excel may write ",,," above a header
                     notes["blank line"] += 1
                 elif not header:
                     header = cells
@@ -50,25 +50,25 @@ def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iter
                     yield undecodable(name, number, *bad)
                 elif len(cells) != len(header):
                     detail = f"{len(cells)} cells, the header has {len(header)}"
-                    fix = f"Quote cells that hold {delimiter!r} or line breaks."
+                    fix = f"Quote cells that contain {delimiter!r} or line breaks."
                     yield bad_row(name, number, "wrong number of cells", detail, fix)
                 elif "\0" in text:
                     field = next(column for column, cell in zip(header, cells, strict=True) if "\0" in cell)
-                    fix = "Remove it, or write the file again: it is damaged."
+                    fix = "The file is damaged: remove the byte, or write the file again."
                     yield bad_row(name, number, "NUL byte", "", fix, field)
                 else:
                     yield RawRow(name, number, dict(zip(header, cells, strict=True)))
         except csv.Error as error:
             where = f"line {start}" if start >= reader.line_num else f"lines {start} to {reader.line_num}"
-            opened = " A quote is opened and never closed." if "unexpected end" in str(error) else ""
-            raise DataError(f"{name}, {where}: malformed CSV, {error}.{opened}") from error
+            hint = " A quote is opened and never closed." if "unexpected end" in str(error) else ""
+            raise DataError(f"{name}, {where}: malformed CSV, {error}.{hint}") from error
 
 
 def _check_header(header: list[str], name: str, number: int, delimiter: str) -> None:
     text = "".join(header)
     if (bad := _surrogate(text)) is not None or "\0" in text:
-        found = "a NUL byte" if bad is None else f"byte 0x{bad[0]:02x}, which isn't UTF-8"
-        raise DataError(f"{name}, line {number}: the header contains {found}. Save the file as UTF-8.")
+        content = "a NUL byte" if bad is None else f"byte 0x{bad[0]:02x}, which isn't UTF-8"
+        raise DataError(f"{name}, line {number}: the header contains {content}. Save the file as UTF-8.")
     if header[0].lstrip().startswith(("{", "[")):
         raise DataError(f"{name}: the file looks like JSON, not CSV. Rename it to .jsonl (or .json for one array).")
     if len(header) == 1:
@@ -84,7 +84,7 @@ def _check_header(header: list[str], name: str, number: int, delimiter: str) -> 
 
 
 def _surrogate(text: str) -> tuple[int, int] | None:
-    """The first byte that isn't UTF-8 and its column, from 1."""
+    """The first byte that isn't UTF-8, and its column, counted from 1."""
     if text.isascii():
         return None
     return next(((ord(c) - 0xDC00, i) for i, c in enumerate(text, 1) if 0xDC80 <= ord(c) <= 0xDCFF), None)
@@ -93,43 +93,43 @@ def _surrogate(text: str) -> tuple[int, int] | None:
 BOM = b"\xef\xbb\xbf"
 """The byte order mark of UTF-8."""
 
-_MOST_DIGITS = 4000
-_NO_ROW = re.compile(rb"[\[{]\s*")  # an array, or an object over several lines
+_MAX_DIGITS = 4000
+_OPENING = re.compile(rb"[\[{]\s*")  # first line of an array, or of an object over several lines
 
 
 def _integer(digits: str) -> Any:
-    return int(digits) if len(digits) <= _MOST_DIGITS else too_many_digits(f"{len(digits):,}")
+    return int(digits) if len(digits) <= _MAX_DIGITS else too_many_digits(f"{len(digits):,}")
 
 
 def _constant(name: str) -> Refused:
-    return Refused("malformed JSON", f"{name}, which JSON doesn't have", "Write null or a number.")
+    return Refused("malformed JSON", f"{name}, which isn't JSON", "Write null or a number.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
-        found[name] = Refused("key given more than once", f"{count} times in one object", "Keep one of them.")
-    return found
+        value[name] = Refused("key given more than once", f"{count} times in one object", "Keep one of them.")
+    return value
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant)
 
 
 def read_jsonl(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
-    """One JSON value a line; a line ends by LF, CR LF or CR.
+    """Rows of a JSONL file: one JSON value per line, where lines end in LF, CR LF or CR.
 
     Args:
         path: The file.
-        name: What errors call it.
-        notes: Counts blank lines and byte order marks.
+        name: Name of the file in errors.
+        notes: Counter of blank lines and byte order marks.
 
     Raises:
-        DataError: If it isn't one value a line.
+        DataError: If the file is an array, or its objects extend over several lines.
     """
     first = True
     for number, line in enumerate(_lines(path), start=1):
-        if line.startswith(BOM):  # also within: files were put together
+        if line.startswith(BOM):  # also in the middle, where files were concatenated
             line = line.removeprefix(BOM)
             notes["byte order mark removed"] += 1
         if not line.strip():
@@ -143,8 +143,8 @@ def read_jsonl(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
             yield bad_row(name, number, "malformed JSON", "nested too deep", "Each line must be one JSON object.")
         except json.JSONDecodeError as error:
             if first and line.lstrip().startswith(b"["):
-                raise DataError(f"{name}: one JSON array, not one JSON object a line. Rename it to .json.") from error
-            if first and _NO_ROW.fullmatch(line):
+                raise DataError(f"{name}: one JSON array, not one JSON object per line. Rename it to .json.") from error
+            if first and _OPENING.fullmatch(line):
                 raise DataError(
                     f"{name}, line {number}: the objects extend over several lines. Write each on a line of its own, "
                     "or rename the file to .json if it is one JSON array."
@@ -161,19 +161,19 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def undecodable(name: str, number: int, byte: int, column: int) -> RawRow:
-    """A row with a byte that isn't UTF-8, and the column of that byte, from 1."""
+    """A bad row with a byte that isn't UTF-8, in a column counted from 1."""
     return bad_row(name, number, "invalid UTF-8", f"byte 0x{byte:02x} at column {column}", "Save the file as UTF-8.")
 
 
 def read_json(path: Path, name: str) -> Iterator[RawRow]:
-    """An array of rows, or an object that has one.
+    """Rows of a JSON file: an array, or an object with one array in it.
 
     Args:
         path: The file.
-        name: What errors call it.
+        name: Name of the file in errors.
 
     Raises:
-        DataError: If the file is anything else.
+        DataError: If the file contains anything else.
     """
     try:
         value = _DECODER.decode(path.read_bytes().removeprefix(BOM).decode("utf-8"))
@@ -190,17 +190,17 @@ def read_json(path: Path, name: str) -> Iterator[RawRow]:
     if isinstance(value, dict):
         lists = [key for key, item in value.items() if isinstance(item, list)]
         if len(lists) != 1:
-            found = ", ".join(map(repr, list(value)[:5])) or "an empty object"
-            raise DataError(f"{name}: expected a JSON array of rows, or an object with one list in it; found {found}.")
+            keys = ", ".join(map(repr, list(value)[:5])) or "an empty object"
+            raise DataError(f"{name}: expected a JSON array of rows, or an object with one list in it; found {keys}.")
         value = value[lists[0]]
     if not isinstance(value, list):
-        found = value.detail if isinstance(value, Refused) else type(value).__name__
-        raise DataError(f"{name}: expected a JSON array of rows, found {found}.")
+        content = value.detail if isinstance(value, Refused) else type(value).__name__
+        raise DataError(f"{name}: expected a JSON array of rows, found {content}.")
     yield from numbered(value, name)
 
 
-_READ_TOGETHER = 1000
-_DAMAGED = "The file is damaged, or of a kind that this pyarrow doesn't read: write it again."
+_BATCH_SIZE = 1000  # rows that are read at once
+_DAMAGED = "The file is damaged, or uses a feature that this pyarrow can't read. Write it again."
 
 
 def read_parquet(path: Path, name: str) -> Iterator[RawRow]:
@@ -208,11 +208,11 @@ def read_parquet(path: Path, name: str) -> Iterator[RawRow]:
 
     Args:
         path: The file.
-        name: What errors call it.
+        name: Name of the file in errors.
 
     Raises:
-        DataError: If the file is damaged, encrypted or compressed by a codec that isn't there, or two columns have one
-            name; where rows were read before, it says how many.
+        DataError: If the file is damaged, encrypted or compressed with a codec that isn't installed, or two columns
+            have the same name. It says how many rows were read before.
     """
     read = 0
     try:
@@ -221,7 +221,7 @@ def read_parquet(path: Path, name: str) -> Iterator[RawRow]:
             repeated = [column for column, count in Counter(columns).items() if count > 1]
             if repeated:
                 raise DataError(f"{name}: two columns are named {repeated[0]!r}. Rename one of them.")
-            for batch in file.iter_batches(_READ_TOGETHER):
+            for batch in file.iter_batches(_BATCH_SIZE):
                 for row in _rows(batch, name, read):
                     read += 1
                     yield row
@@ -231,16 +231,16 @@ def read_parquet(path: Path, name: str) -> Iterator[RawRow]:
         if isinstance(error, DataError):
             raise
         after = f", after row {read:,}" if read else ""
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(f"{name}{after}: Parquet that can't be read ({said}). {_DAMAGED}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(f"{name}{after}: Parquet that can't be read ({reason}). {_DAMAGED}") from error
 
 
 def _rows(batch: pa.RecordBatch, name: str, before: int) -> Iterator[RawRow]:
-    """Rows of a batch; where values can't be read, each by itself, so that only its own row is bad."""
+    """Rows of a batch. Where it can't be converted as a whole, rows are read one by one: only some of them are bad."""
     batch.validate()
     try:
         values = batch.to_pylist()
-    except Exception:  # bytes that aren't UTF-8, dates out of range, time zones that aren't there, ...
+    except Exception:  # bytes that aren't UTF-8, dates out of range, unknown time zones, ...
         for i in range(batch.num_rows):
             yield _row(batch, i, name, before + i + 1)
         return
@@ -257,6 +257,6 @@ def _row(batch: pa.RecordBatch, index: int, name: str, number: int) -> RawRow:
             detail = f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
             return bad_row(name, number, "invalid UTF-8", detail, "Write the text again as UTF-8.", field)
         except Exception as error:
-            fix = "Remove the column, or store it as a text."
+            fix = "Remove the column, or store it as text."
             return bad_row(name, number, "value that can't be read", type(error).__name__, fix, field)
     return RawRow(name, number, row)

@@ -1,4 +1,4 @@
-"""Rows of files: which reader a file needs, and what to say of files that none can read."""
+"""Read the rows of a file with the reader that its format needs, and explain why a file can't be read."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from os import stat_result
 from pathlib import Path
 
 from lightning_ft.data.file_readers import BOM, read_csv, read_json, read_jsonl, read_parquet
-from lightning_ft.data.raw_rows import RawRow, check_values, numbered
+from lightning_ft.data.raw_rows import RawRow, check_values
 from lightning_ft.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""Endings of the files that are read."""
+"""Suffixes of files that can be read."""
 
-PACKED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
-"""Endings of packed files, and what unpacks them."""
+COMPRESSED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
+"""Suffixes of compressed files, and the commands that unpack them."""
 
-_HEAD = 64  # bytes of a file that are looked at for its format
+_HEAD = 64  # bytes at the start of a file that tell its format
 _OTHER_FORMATS = {
     b"PAR1": "Parquet",
     b"PARE": "Parquet with an encrypted footer",
@@ -41,16 +41,16 @@ _OTHER_FORMATS = {
 
 
 def read_file(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
-    """Read a file row by row; the ending of its name says what it is.
+    """Read a file row by row, in the format that its suffix names.
 
     Args:
         path: The file.
-        name: What errors call it.
-        notes: Counts things worth knowing that are no problem.
+        name: Name of the file in errors.
+        notes: Counter of harmless findings, such as blank lines.
 
     Raises:
-        DataError: If the file as a whole can't be read: it is empty, of another format, broken beyond telling rows
-            apart, or changed while it was read.
+        DataError: If the file as a whole can't be read: it is empty, in another format, too damaged to tell rows apart,
+            or it changed while it was read.
     """
     try:
         before = path.stat()
@@ -61,10 +61,10 @@ def read_file(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
             raise
         reason = error.strerror or str(error) or type(error).__name__
         raise DataError(
-            f"{name}: the file can't be read: {reason}. Check that it is there and yours to read."
+            f"{name}: the file can't be read: {reason}. Check that it exists and that you may read it."
         ) from error
     if _state(before) != _state(after):
-        raise DataError(f"{name}: the file changed while it was read. Wait until it is written, or pass a copy.")
+        raise DataError(f"{name}: the file changed while it was read. Wait until it is complete, or pass a copy.")
 
 
 def _state(file: stat_result) -> tuple[int, int, int]:
@@ -74,22 +74,22 @@ def _state(file: stat_result) -> tuple[int, int, int]:
 def _read(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{name}: {_what_to_do(path, suffix)}")
+        raise DataError(f"{name}: {_unknown_suffix(path, suffix)}")
     with path.open("rb") as file:
         head = file.read(_HEAD)
         text = head.removeprefix(BOM).lstrip()
-        while not text and (more := file.read(1 << 16)):  # a file may begin with any number of blank lines
+        while not text and (more := file.read(1 << 16)):  # a file may start with any number of blank lines
             text = more.lstrip()
     if not text:
         raise DataError(f"{name}: the file is empty.")
-    other = next((what for magic, what in _OTHER_FORMATS.items() if head.lower().startswith(magic.lower())), None)
+    other = next((format for magic, format in _OTHER_FORMATS.items() if head.lower().startswith(magic.lower())), None)
     if suffix == ".parquet":
         if other != "Parquet":
             fix = "Decrypt it." if head.startswith(b"PARE") else "Rename or convert it."
             raise DataError(f"{name}: the file is {other or 'not Parquet'}. {fix}")
         yield from read_parquet(path, name)
         return
-    if other is None and head.count(0) > len(head) // 8:  # a few spoil their own rows only
+    if other is None and head.count(0) > len(head) // 8:  # fewer NUL bytes make only their own rows bad
         other = "UTF-16 text" if 0 in (head[::2].count(0), head[1::2].count(0)) else "binary, or damaged"
     if other is not None:
         fix = "Save it as UTF-8." if other.startswith("UTF") else "Rename or convert it."
@@ -105,18 +105,18 @@ def _read(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
         yield from read_csv(path, name, "\t" if suffix == ".tsv" else ",", notes)
 
 
-def _what_to_do(path: Path, suffix: str) -> str:
-    """What to say of a file whose ending isn't one of :data:`SUFFIXES`."""
-    if suffix in PACKED:
-        return f"packed files aren't read. Unpack it first: {PACKED[suffix]} {path}"
+def _unknown_suffix(path: Path, suffix: str) -> str:
+    """What a file with an unknown suffix is, and how to make it readable."""
+    if suffix in COMPRESSED:
+        return f"compressed files can't be read. Unpack it first: {COMPRESSED[suffix]} {path}"
     if suffix in (".arrow", ".feather"):
         load = f"datasets.Dataset.from_file({str(path)!r})"
         if suffix == ".feather":
             load = f"pandas.read_feather({str(path)!r})"
-        return f"Arrow files aren't read. Pass {load}, or save that as Parquet by its to_parquet()."
+        return f"Arrow files can't be read. Pass {load}, or save it as Parquet with its to_parquet()."
     if suffix in (".xlsx", ".xls", ".ods"):
-        return "spreadsheets aren't read. Save it as CSV, or pass pandas.read_excel(...)."
-    return f"files ending in {suffix!r} aren't read; expected one of {', '.join(SUFFIXES)}."
+        return "spreadsheets can't be read. Save it as CSV, or pass pandas.read_excel(...)."
+    return f"files with the suffix {suffix!r} can't be read; expected one of {', '.join(SUFFIXES)}."
 
 
-__all__ = ["PACKED", "SUFFIXES", "RawRow", "numbered", "read_file"]
+__all__ = ["COMPRESSED", "SUFFIXES", "read_file"]

@@ -14,7 +14,7 @@ from lightning_ft.data.turns import RowError, check_order, check_text
 from lightning_ft.types import Message
 
 FORMATS = Formats(
-    needed={
+    required={
         "messages": ("messages",),
         "conversations": ("conversations",),
         "instruction": ("instruction", "output"),
@@ -113,7 +113,7 @@ class RowFormat(FieldReader[Conversation]):
         self.answered = answered
 
     def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Conversation:
-        fields = self.formats.needed[self.name]
+        fields = self.formats.required[self.name]
         if self.name == "text":
             return Conversation((Message(role="assistant", content=self._whole(row)),), **place)
         messages = self.asked(row)

@@ -27,7 +27,7 @@ from lightning_ft.types import Message
 
 _ASKED = ("messages", "conversations", "instruction", "input")  # next to chosen and rejected, as others write them
 FORMATS = Formats(
-    needed={
+    required={
         "prompt_chosen_rejected": ("prompt", "chosen", "rejected"),
         **{f"{name}_chosen_rejected": (name, "chosen", "rejected") for name in _ASKED},
         "input_preferred_output": ("input", "preferred_output", "non_preferred_output"),
@@ -112,7 +112,7 @@ class PreferenceFormat(FieldReader[Preference]):
 
     def __init__(self, name: str, columns: Mapping[str, str] | None = None) -> None:
         super().__init__(FORMATS, name, columns)
-        fields = FORMATS.needed[name]
+        fields = FORMATS.required[name]
         self.paired = "label" not in fields
         self.answers = tuple(field for field in fields if field != "label")[-2 if self.paired else -1 :]
         """The fields of the completions; of a conversation with a label, the conversation's."""
@@ -143,7 +143,7 @@ class PreferenceFormat(FieldReader[Preference]):
 
     def _without_nesting(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """A row whose ``input`` is ``{messages, tools}``, as in OpenAI's files, without that level."""
-        asks = self.column(self.formats.needed[self.name][0])
+        asks = self.column(self.formats.required[self.name][0])
         nested = row.get(asks)
         if not isinstance(nested, Mapping) or not isinstance(nested.get("messages"), list):
             return row
@@ -199,11 +199,11 @@ class PreferenceFormat(FieldReader[Preference]):
     def _check_turns(self, prompt: list[Message], sides: list[list[Message]]) -> None:
         if not any(message["role"] == "user" for message in prompt):
             roles = f"roles: {', '.join(message['role'] for message in prompt) or 'none'}"
-            field = None if self.name == "chosen_rejected" else self.column(self.formats.needed[self.name][0])
+            field = None if self.name == "chosen_rejected" else self.column(self.formats.required[self.name][0])
             raise RowError(field, "no question in the prompt", roles, "The prompt needs a turn of the user.")
         if prompt[-1]["role"] == "assistant" and any(side[:1] and side[0]["role"] == "assistant" for side in sides):
             fix = "End it with the turn that is to be answered; where chosen and rejected are whole, remove the column."
-            raise RowError(self.column(self.formats.needed[self.name][0]), "prompt ends with an answer", "", fix)
+            raise RowError(self.column(self.formats.required[self.name][0]), "prompt ends with an answer", "", fix)
         for name, side in zip(self.answers, sides, strict=True):
             try:
                 if not side:

@@ -27,7 +27,7 @@ from lightning_ft.errors import DataError
 from lightning_ft.types import Message
 
 FORMATS = Formats(
-    needed={name: (name,) for name in ("prompt", "messages", "conversations", "instruction", "input")},
+    required={name: (name,) for name in ("prompt", "messages", "conversations", "instruction", "input")},
     extra={"instruction": ("input", "history"), "prompt": ("history",), "input": ("history",)},
 )
 """Formats of prompts, by the field that asks."""
@@ -96,7 +96,7 @@ class PromptFormat(FieldReader[Prompt]):
 
     def __init__(self, name: str, columns: Mapping[str, str] | None = None) -> None:
         super().__init__(FORMATS, name, columns)
-        used = {*FORMATS.needed[name], *FORMATS.extra.get(name, ()), "system"}
+        used = {*FORMATS.required[name], *FORMATS.extra.get(name, ()), "system"}
         self._used = {self.column(field) for field in used}
 
     def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Prompt:

@@ -1,4 +1,4 @@
-"""Rows as they were found, before anyone asks what their fields mean."""
+"""Rows as they were read, before their fields are interpreted, and the problems of bad rows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_ft.printable import printable
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as it was found.
+    """A row as it was read.
 
     Args:
-        source: Where it comes from.
-        number: The line it starts on in a JSONL or CSV file, else its number, from 1.
-        value: What the row is; a mapping if all is well.
-        problem: Why it couldn't be read.
+        source: File, hub name, or the name of an argument.
+        number: Line on which the row starts in a JSONL or CSV file, else the number of the row, from 1.
+        value: The row; a mapping, unless it is a bad row.
+        problem: Why the row couldn't be read.
     """
 
     source: str
@@ -42,7 +42,7 @@ def numbered(rows: Iterable[Any], source: str) -> Iterator[RawRow]:
 
 
 def check_values(rows: Iterable[RawRow], *, filled: bool) -> Iterator[RawRow]:
-    """The same rows with plain values; a row that holds a value nobody could use gets a problem that names its field.
+    """The same rows with plain values; a row with a value that can't be used gets a problem that names its field.
 
     Args:
         rows: The rows.
@@ -65,19 +65,19 @@ def check_values(rows: Iterable[RawRow], *, filled: bool) -> Iterator[RawRow]:
 
 
 SHOWN = 20
-"""How many bad rows an error lists."""
+"""Number of bad rows that an error lists."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with one row.
+    """A problem of one row.
 
     Args:
         source: File, hub name, or the name of an argument.
-        row: Line of the file where rows are lines, else number of the row, from 1; None for the whole source.
-        field: The field that is wrong, or None for the whole row.
-        reason: What is wrong, in words that are the same for all rows with this problem.
-        detail: What was found there.
+        row: Line of a JSONL or CSV file, else the number of the row, from 1; None for the whole source.
+        field: Field with the problem; None for the whole row.
+        reason: What is wrong, in the same words for all rows with this problem.
+        detail: What was found.
         fix: What to do about it.
 
     Example:
@@ -93,10 +93,10 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        where = self.source
-        where += "" if self.row is None else f", row {self.row}"
-        where += "" if self.field is None else f", {self.field!r}"
-        text = f"{where}: {self.reason}" + (f" ({self.detail})" if self.detail else "") + f". {self.fix}"
+        origin = self.source
+        origin += "" if self.row is None else f", row {self.row}"
+        origin += "" if self.field is None else f", {self.field!r}"
+        text = f"{origin}: {self.reason}" + (f" ({self.detail})" if self.detail else "") + f". {self.fix}"
         return printable(text, one_line=True)
 
 
@@ -104,7 +104,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     """Raise one error that lists the first :data:`SHOWN` problems and counts all.
 
     Raises:
-        DataError: If there are any.
+        DataError: If there is any.
     """
     if not problems:
         return
@@ -115,5 +115,5 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     counts = printable(", ".join(f"{count:,} x {reason}" for reason, count in reasons), one_line=True)
     raise DataError(
         f"{len(problems):,} bad row{'s' if len(problems) > 1 else ''} ({counts}):\n" + "\n".join(lines) + "\n"
-        "Mend them, or pass on_bad_row='skip' to leave them out (they are counted)."
+        "Fix them, or pass on_bad_row='skip' to leave them out and count them."
     )

@@ -1,4 +1,4 @@
-"""Columns under other names: what is proposed works when it is followed."""
+"""Columns with other names: the proposed `columns=` work as proposed."""
 
 import ast
 import re
@@ -15,20 +15,20 @@ from lightning_ft.errors import DataError
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-def load(rows, kind=PAIRS, **options):
-    return load_source(rows, "train", "train", row_type=kind, **options)
+def load(rows, row_type=PAIRS, **options):
+    return load_source(rows, "train", "train", row_type=row_type, **options)
 
 
-def refused(rows, kind=PAIRS, **options):
+def error_of(rows, row_type=PAIRS, **options):
     with pytest.raises(DataError) as error:
-        load(rows, kind, **options)
+        load(rows, row_type, **options)
     return str(error.value)
 
 
-def proposed(said):
+def proposed(message):
     """The complete mapping that an error proposes."""
-    (found,) = re.findall(r"columns=(\{.*?\})", said)
-    return ast.literal_eval(found)
+    (columns,) = re.findall(r"columns=(\{.*?\})", message)
+    return ast.literal_eval(columns)
 
 
 def rows_of(*names, count=4, **fixed):
@@ -77,13 +77,13 @@ PAIR_COLUMNS = {
 
 
 @pytest.mark.parametrize("name", PAIR_COLUMNS)
-def test_columns_proposed_for_pairs_work(name):
+def test_proposed_columns_work_for_pairs(name):
     rows, expected = PAIR_COLUMNS[name]
-    said = refused(rows)
-    assert proposed(said) == expected
-    assert said.count("train") == 1  # one error for the source, not one per row
-    found, problems = load(rows, columns=proposed(said))
-    assert (len(found), problems) == (len(rows), [])
+    message = error_of(rows)
+    assert proposed(message) == expected
+    assert message.count("train") == 1  # one error for the source, not one per row
+    loaded, problems = load(rows, columns=proposed(message))
+    assert (len(loaded), problems) == (len(rows), [])
 
 
 PREFERENCE_COLUMNS = {
@@ -105,11 +105,11 @@ PREFERENCE_COLUMNS = {
 
 
 @pytest.mark.parametrize("name", PREFERENCE_COLUMNS)
-def test_columns_proposed_for_preferences_work(name):
+def test_proposed_columns_work_for_preferences(name):
     rows, expected = PREFERENCE_COLUMNS[name]
-    said = refused(rows, PREFERENCES)
-    assert proposed(said) == expected
-    assert load(rows, PREFERENCES, columns=proposed(said))[1] == []
+    message = error_of(rows, PREFERENCES)
+    assert proposed(message) == expected
+    assert load(rows, PREFERENCES, columns=proposed(message))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -122,31 +122,31 @@ def test_columns_proposed_for_preferences_work(name):
     ],
     ids=["problem", "context", "free name", "turns"],
 )
-def test_columns_proposed_for_prompts_work(rows, expected):
-    said = refused(rows, PROMPTS)
-    assert proposed(said) == expected
-    assert load(rows, PROMPTS, columns=proposed(said))[1] == []
+def test_proposed_columns_work_for_prompts(rows, expected):
+    message = error_of(rows, PROMPTS)
+    assert proposed(message) == expected
+    assert load(rows, PROMPTS, columns=proposed(message))[1] == []
 
 
-def test_columns_for_rows_to_answer_need_no_answer():
+def test_proposed_columns_of_predict_rows_need_no_answer():
     rows = rows_of("question")
-    said = refused(rows, answered=False)
-    assert proposed(said) == {"input": "question"}
-    assert load(rows, columns=proposed(said), answered=False)[1] == []
+    message = error_of(rows, answered=False)
+    assert proposed(message) == {"input": "question"}
+    assert load(rows, columns=proposed(message), answered=False)[1] == []
 
 
-def test_columns_already_given_are_part_of_the_proposal():
+def test_proposal_includes_passed_columns():
     rows = [{"question": "q", "answer": "a", "customer": "c"}]
     expected = {"cluster": "customer", "input": "question", "output": "answer"}
-    assert proposed(refused(rows, columns={"cluster": "customer", "input": "question"})) == expected
+    assert proposed(error_of(rows, columns={"cluster": "customer", "input": "question"})) == expected
 
 
-def test_columns_chosen_by_contents_say_so():
-    said = refused(TICKETS)
-    assert said.endswith("if 'customer_message' asks and 'routing' answers.")
+def test_proposal_by_contents_says_so():
+    message = error_of(TICKETS)
+    assert message.endswith("if 'customer_message' holds the prompt and 'routing' holds the answer.")
     listed = "'ticket' (text), 'customer_message' (text), 'routing' (text)"
-    assert said.startswith(f"train: no row format has these columns (columns: {listed}).")
-    assert "It leaves out 'premise'" in refused(
+    assert message.startswith(f"train: no row format has these columns (columns: {listed}).")
+    assert "It leaves out 'premise'" in error_of(
         [{"premise": f"it is {n}", "hypothesis": f"it is rather {n}", "label": "yes"} for n in range(4)]
     )
 
@@ -154,13 +154,13 @@ def test_columns_chosen_by_contents_say_so():
 UNCLEAR = {
     "three texts": (
         rows_of("left", "middle", "right"),
-        ["{'input': '<the column that asks>', 'output': '<the column that answers>'}", "'middle' (text)"],
+        ["{'input': '<column with the prompt>', 'output': '<column with the answer>'}", "'middle' (text)"],
     ),
-    "no text": ([{"a": 1, "b": {"c": "d"}}], ["<the column that asks>", "'a' (int), 'b' (dict)", "input + output"]),
+    "no text": ([{"a": 1, "b": {"c": "d"}}], ["<column with the prompt>", "'a' (int), 'b' (dict)", "input + output"]),
     "nothing": ([{}], ["columns: none"]),
-    "no answer": (rows_of("input"), ["columns={'output': '<the column that answers>'}"]),
-    "numbers": ([{"question": "q", "answer": 4}], ["'answer' is named for it, but holds int: write it as text"]),
-    "empty": ([{"question": "q", "answer": ""}] * 3, ["'answer' is named for it, but is empty in many rows"]),
+    "no answer": (rows_of("input"), ["columns={'output': '<column with the answer>'}"]),
+    "numbers": ([{"question": "q", "answer": 4}], ["'answer' has a fitting name, but contains int: write it as text"]),
+    "empty": ([{"question": "q", "answer": ""}] * 3, ["'answer' has a fitting name, but is empty in many rows"]),
     "preferences": (rows_of("prompt", "chosen", "rejected"), ["Preferences are for a PreferenceDataModule"]),
     "text or label": (rows_of("text", "label"), ["to learn answers, or remove 'label' to learn all of 'text'"]),
     "text or number": (rows_of("text", label=1), ["Write 'label' as text, or remove 'label' to learn all of 'text'"]),
@@ -168,38 +168,38 @@ UNCLEAR = {
 
 
 @pytest.mark.parametrize("name", UNCLEAR)
-def test_columns_that_cannot_be_guessed_are_listed(name):
+def test_proposal_lists_columns_that_cannot_be_guessed(name):
     rows, expected = UNCLEAR[name]
-    said = refused(rows)
-    assert [part for part in expected if part not in said] == []
-    assert "'messages':" not in said  # none of these holds a conversation
+    message = error_of(rows)
+    assert [part for part in expected if part not in message] == []
+    assert "'messages':" not in message  # none of these contains a conversation
 
 
-def test_a_misspelt_column_is_named():
-    said = refused(rows_of("question", "answer"), columns={"input": "questoin", "output": "answer"})
-    assert said.startswith("train: columns= names 'questoin', which no row has (columns: question, answer)")
-    assert proposed(said) == {"input": "question", "output": "answer"}
-    said = refused(rows_of("input", "output", "customer"), columns={"cluster": "custommer"})
-    assert proposed(said) == {"cluster": "customer"}
+def test_misspelt_column_gets_the_nearest_name():
+    message = error_of(rows_of("question", "answer"), columns={"input": "questoin", "output": "answer"})
+    assert message.startswith("train: columns= names 'questoin', which no row has (columns: question, answer)")
+    assert proposed(message) == {"input": "question", "output": "answer"}
+    message = error_of(rows_of("input", "output", "customer"), columns={"cluster": "custommer"})
+    assert proposed(message) == {"cluster": "customer"}
 
 
-def test_a_row_of_another_format_is_told_apart():
+def test_row_of_another_format_is_a_bad_row():
     rows = [*rows_of("input", "output"), {"prompt": "q", "completion": "a"}]
     _, (problem,) = load(rows)
     assert problem.row == 5
-    assert problem.fix.startswith("It is a row of the format prompt_completion, most are input_output")
+    assert problem.fix.startswith("The row has the format prompt_completion, most have input_output")
 
 
-def test_a_text_of_which_nothing_answers_is_a_text():
-    (found, problems) = load(rows_of("text", "source", "url"))
-    assert (len(found), problems) == (4, [])
+def test_text_without_an_answer_column_is_a_text():
+    loaded, problems = load(rows_of("text", "source", "url"))
+    assert (len(loaded), problems) == (4, [])
 
 
 def test_two_whole_conversations_need_no_prompt_column():
     whole = [{"question": "Is 2 even?", "chosen": "Is 2 even? Yes", "rejected": "Is 2 even? No"}]
-    (found,), _ = load(whole, PREFERENCES)
-    assert found.prompt[0]["content"].strip() == "Is 2 even?"
+    (row,), _ = load(whole, PREFERENCES)
+    assert row.prompt[0]["content"].strip() == "Is 2 even?"
 
 
-def test_detect_of_no_rows_is_some_format():
+def test_detect_without_rows_returns_a_format():
     assert Formats({"pair": ("input", "output")}).detect([], None) == "pair"

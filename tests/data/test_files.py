@@ -1,4 +1,4 @@
-"""Files: what is read, and what is said of those that can't be."""
+"""Reading files, and the errors for those that can't be read."""
 
 import datetime
 import decimal
@@ -13,14 +13,13 @@ import pytest
 from lightning_ft.data.files import read_file
 from lightning_ft.data.rows import load_source
 from lightning_ft.data.sources import as_sources
+from lightning_ft.data.split_report import SplitReport
 from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
 
 ROWS = [{"input": "2+2?", "output": "4"}, {"input": "3+3?", "output": "6"}]
 
 
 def load(source, **options):
-    from lightning_ft.data.split_report import SplitReport
-
     report = SplitReport()
     ((name, source),) = as_sources(source, "train").items()
     rows, problems = load_source(source, name, "train", report=report, **options)
@@ -43,13 +42,13 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_every_format_gives_the_same_rows(write, name):
+def test_read_file_gives_the_same_rows_for_every_format(write, name):
     rows, problems, report = load(write(name, SAME[name]))
     assert contents(rows) == [("2+2?", "4"), ("3+3?", "6")]
     assert (problems, report.read, report.kept) == ([], 2, 2)
 
 
-def test_parquet(tmp_path):
+def test_parquet_rows_are_read(tmp_path):
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list(ROWS).to_parquet(str(path))
     assert contents(load(str(path))[0]) == [("2+2?", "4"), ("3+3?", "6")]
@@ -60,20 +59,20 @@ def test_parquet(tmp_path):
     [ROWS, datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS).to_iterable_dataset()],
     ids=["list", "Dataset", "IterableDataset"],
 )
-def test_objects(source):
+def test_sources_in_memory_are_read(source):
     rows, _, _ = load(source)
     assert contents(rows) == [("2+2?", "4"), ("3+3?", "6")]
     assert [row.id for row in rows] == ["train:1", "train:2"]
 
 
-def test_nested_parquet_messages(tmp_path):
+def test_parquet_reads_nested_messages(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list([{"messages": turns}]).to_parquet(str(path))
     assert contents(load(str(path))[0]) == [("a", "b")]
 
 
-def test_malformed_json_names_the_line(write):
+def test_jsonl_error_names_the_malformed_line(write):
     path = write(
         "a.jsonl", '{"input": "a", "output": "b"}\n\n{"input": "c", "output": \n{"input": "d", "output": "e"}\n'
     )
@@ -84,18 +83,18 @@ def test_malformed_json_names_the_line(write):
     assert report.notes == Counter({"blank line": 1})
 
 
-def test_deep_nesting_is_a_bad_row(write):
+def test_jsonl_deep_nesting_is_a_bad_row(write):
     _, (problem,), _ = load(write("a.jsonl", b'{"input": "a", "output": "b"}\n' + b"[" * 200_000 + b"\n"))
     assert (problem.row, problem.reason) == (2, "malformed JSON")
 
 
-def test_a_row_that_is_no_object(write):
+def test_jsonl_row_that_is_not_an_object(write):
     _, (problem,), _ = load(write("a.jsonl", '{"input": "a", "output": "b"}\n[1, 2]\n'))
     assert (problem.row, problem.reason, problem.detail) == (2, "not an object", "found list")
 
 
 @pytest.mark.parametrize(("name", "bad"), [("a.jsonl", b'{"input": "\xff", "output": "b"}\n'), ("a.csv", b"x\xff,b\n")])
-def test_invalid_utf8_spoils_its_own_row_only(write, name, bad):
+def test_invalid_utf8_makes_only_its_own_row_bad(write, name, bad):
     good = b'{"input": "a", "output": "b"}\n' if name == "a.jsonl" else b"a,b\n"
     head = b"" if name == "a.jsonl" else b"input,output\n"
     rows, (problem,), _ = load(write(name, head + good + bad + good))
@@ -106,13 +105,13 @@ def test_invalid_utf8_spoils_its_own_row_only(write, name, bad):
     assert len(rows) == 2
 
 
-def test_invalid_utf8_in_json(write):
+def test_json_invalid_utf8_names_the_line(write):
     with pytest.raises(DataError, match=r"line 2: invalid UTF-8"):
         load(write("a.json", b'[{"input": "a", "output": "b"},\n{"input": "\xff"}]'))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_byte_order_mark(write, name):
+def test_byte_order_mark_is_removed(write, name):
     content = SAME[name] if isinstance(SAME[name], str) else '{"input": "2+2?", "output": "4"}\n'
     rows, problems, report = load(write(name, b"\xef\xbb\xbf" + content.encode()))
     assert contents(rows)[0] == ("2+2?", "4")
@@ -126,7 +125,7 @@ def test_csv_rows_are_numbered_by_the_line_they_start_on(write):
     assert (problem.row, problem.reason, problem.detail) == (5, "wrong number of cells", "3 cells, the header has 2")
 
 
-def test_csv_long_cells(write):
+def test_csv_reads_long_cells(write):
     rows, _, _ = load(write("a.csv", "input,output\n" + "a" * 200_000 + ",b\n"))
     assert len(rows[0].messages[0]["content"]) == 200_000
 
@@ -145,7 +144,7 @@ WHOLE = {
     "not.parquet": (b"input,output\n", "the file is not Parquet"),
     "array.jsonl": (
         b'[{"input": "a"},\n{"input": "b"}]',
-        "one JSON array, not one JSON object a line. Rename it to .json",
+        "one JSON array, not one JSON object per line. Rename it to .json",
     ),
     "lines.json": (b'{"input": "a"}\n{"input": "b"}\n', "line 2, column 1: malformed JSON, Extra data. If each line"),
     "broken.json": (b'[{"input": "a",\n"output"}]', "line 2, column 9: malformed JSON"),
@@ -155,21 +154,21 @@ WHOLE = {
     "semicolon.csv": (b"input;output\na;b\n", "seems to be separated by ';', expected ','"),
     "twice.csv": (b"input,input\na,b\n", "the header names 'input' twice"),
     "quote.csv": (b'input,output\n"a"b,c\n', "line 2: malformed CSV"),
-    "a.docx": (b"whatever", "files ending in '.docx' aren't read; expected one of .jsonl"),
+    "a.docx": (b"whatever", "files with the suffix '.docx' can't be read; expected one of .jsonl"),
 }
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_files_that_cannot_be_read_at_all(write, name):
-    content, said = WHOLE[name]
+def test_read_file_rejects_unreadable_files(write, name):
+    content, message = WHOLE[name]
     path = write(name, content)
     with pytest.raises(DataError) as error:
         load(path)
     assert path in str(error.value)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_missing_file_names_the_nearest(write, tmp_path):
+def test_missing_file_suggests_the_nearest_name(write, tmp_path):
     write("support.jsonl", ROWS)
     with pytest.raises(
         DataNotFoundError, match=r"train='.*suport\.jsonl': there is no such file. Did you mean '.*support\.jsonl'\?"
@@ -177,37 +176,37 @@ def test_missing_file_names_the_nearest(write, tmp_path):
         load(str(tmp_path / "suport.jsonl"))
     with pytest.raises(FileNotFoundError, match=r"The folder '.*nowhere' doesn't exist"):
         load(str(tmp_path / "nowhere" / "a.jsonl"))
-    with pytest.raises(DataNotFoundError, match=r"The folder holds support\.jsonl"):
+    with pytest.raises(DataNotFoundError, match=r"The folder contains support\.jsonl"):
         load(str(tmp_path / "zzz.csv"))
     with pytest.raises(DataNotFoundError, match="It is a folder: name a file in it"):
         load(str(tmp_path))
 
 
-def test_hub_name(monkeypatch):
-    asked = []
+def test_hub_name_loads_the_named_split(monkeypatch):
+    requested = []
 
     def load_dataset(name, split):
-        asked.append((name, split))
+        requested.append((name, split))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert load("someone/pairs")[0][0].id == "someone/pairs:1"
     assert load("someone/pairs:test")[2].read == 2
-    assert asked == [("someone/pairs", "train"), ("someone/pairs", "test")]
+    assert requested == [("someone/pairs", "train"), ("someone/pairs", "test")]
 
 
-def test_hub_name_that_is_not_there(monkeypatch):
+def test_hub_name_that_does_not_exist(monkeypatch):
     def load_dataset(name, split):
         raise ConnectionError("no such thing\nmore")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(
-        DataNotFoundError, match=r"is no file, and the Hub dataset 'someone/pairs' \(split 'train'\) couldn't be"
+        DataNotFoundError, match=r"isn't a file, and Hub dataset 'someone/pairs' \(split 'train'\) couldn't be"
     ):
         load("someone/pairs")
 
 
-def test_what_is_no_source():
+def test_as_sources_rejects_other_types():
     with pytest.raises(
         ConfigError,
         match="expected a path, a hub name, a dataset, a pandas or polars DataFrame or a list of dicts, or a list",
@@ -218,7 +217,7 @@ def test_what_is_no_source():
         as_sources(both, "train")
 
 
-# ---- damaged and strange files
+# ---- damaged and unusual files
 
 
 def parquet(rows, **options):
@@ -228,7 +227,7 @@ def parquet(rows, **options):
 
 
 def damaged(content, *, at, count=200):
-    """A file in which bytes were overwritten."""
+    """File contents with some bytes overwritten."""
     start = int(len(content) * at)
     return content[:start] + b"\xff" * count + content[start + count :]
 
@@ -237,26 +236,26 @@ MANY = [{"input": f"what is {n} plus {n}?", "output": str(2 * n)} for n in range
 
 
 @pytest.mark.parametrize("at", [0.05, 0.3, 0.6, 0.9, 0.999])
-def test_parquet_damaged_anywhere_names_the_file(write, at):
+def test_damaged_parquet_error_names_the_file(write, at):
     path = write("bad.parquet", damaged(parquet(MANY, write_page_checksum=True), at=at))
     with pytest.raises(DataError, match=r"bad\.parquet.*Parquet that can't be read"):
         load(path)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
-def test_parquet_cut_short_names_the_file(write, share):
+def test_truncated_parquet_error_names_the_file(write, share):
     content = parquet(MANY)
     with pytest.raises(DataError, match=r"cut\.parquet.*can't be read"):
         load(write("cut.parquet", content[: int(len(content) * share)]))
 
 
-def test_parquet_damaged_in_a_later_row_group_says_after_which_row(write):
+def test_damaged_parquet_row_group_error_names_the_last_row_read(write):
     content = parquet(MANY, row_group_size=1000, write_page_checksum=True)
     with pytest.raises(DataError, match=r"bad\.parquet, after row \d,000: Parquet that can't be read"):
         load(write("bad.parquet", damaged(content, at=0.6)))
 
 
-def test_parquet_that_cannot_be_read_for_other_reasons(write):
+def test_parquet_rejects_empty_ambiguous_and_encrypted_files(write):
     with pytest.raises(DataError, match=r"none\.parquet: there are no rows in it"):
         load(write("none.parquet", parquet([])))
     twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["input", "input"])
@@ -268,7 +267,7 @@ def test_parquet_that_cannot_be_read_for_other_reasons(write):
         load(write("locked.parquet", b"PARE" + b"x" * 40))
 
 
-def test_parquet_values_that_cannot_be_read_are_bad_rows(write):
+def test_parquet_unreadable_values_are_bad_rows(write):
     texts = pa.Array.from_buffers(
         pa.string(), 3, [None, pa.array([0, 1, 2, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xffc")]
     )
@@ -280,13 +279,13 @@ def test_parquet_values_that_cannot_be_read_are_bad_rows(write):
     assert (report.read, report.kept) == (3, 2)
 
 
-def test_parquet_columns_without_a_json_form_do_no_harm(write):
+def test_parquet_allows_unused_columns_without_a_json_form(write):
     more = {"day": datetime.datetime(2020, 1, 1), "raw": b"x", "price": decimal.Decimal("1.5")}
     rows, problems, _ = load(write("a.parquet", parquet([{**ROWS[0], **more}])))
     assert (len(rows), problems) == (1, [])
 
 
-def test_parquet_nested_none_is_no_key(write):
+def test_parquet_drops_nested_keys_that_are_none(write):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 1}]
     assert contents(load(write("a.parquet", parquet([{"messages": turns}])))[0]) == [("a", "b")]
 
@@ -308,7 +307,7 @@ GOOD = '{"input": "a", "output": "b"}'
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 @pytest.mark.parametrize("name", BAD_VALUES)
-def test_json_values_no_row_may_have(write, name, suffix):
+def test_json_forbidden_values_are_bad_rows(write, name, suffix):
     bad, field, reason = BAD_VALUES[name]
     lines = [GOOD, bad, GOOD]
     path = write(f"a.{suffix}", "\n".join(lines) if suffix == "jsonl" else f"[{','.join(lines)}]")
@@ -319,12 +318,12 @@ def test_json_values_no_row_may_have(write, name, suffix):
     assert (problems, report.read, report.kept, dict(report.skipped)) == ([], 3, 2, {reason: 1})
 
 
-def test_whole_surrogate_pairs_are_characters(write):
+def test_json_surrogate_pairs_are_characters(write):
     rows, problems, _ = load(write("a.jsonl", '{"input": "\\ud83d\\ude00", "output": "b"}\n'))
     assert (rows[0].messages[0]["content"], problems) == ("\U0001f600", [])
 
 
-def test_deep_json_names_the_file(write):
+def test_json_deep_nesting_names_the_file(write):
     with pytest.raises(DataError, match=r"deep\.json: malformed JSON, nested too deep"):
         load(write("deep.json", "[" * 200_000))
 
@@ -343,7 +342,7 @@ BLANK = {
 
 
 @pytest.mark.parametrize("name", BLANK)
-def test_files_that_begin_blank_are_read(write, name):
+def test_read_file_skips_leading_blank_lines(write, name):
     rows, problems, report = load(write(name, BLANK[name]))
     assert (contents(rows), problems) == ([("a", "b")], [])
     assert report.notes["byte order mark removed"] == name.startswith("bom")
@@ -351,30 +350,30 @@ def test_files_that_begin_blank_are_read(write, name):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
-def test_line_ends_of_any_system(write, name, end):
+def test_read_file_accepts_all_line_endings(write, name, end):
     lines = [GOOD, "", GOOD, "{"] if name == "a.jsonl" else ["input,output", "", "a,b", "a,b", "c"]
     rows, (problem,), report = load(write(name, end.join(lines) + end))
     assert [row.row for row in rows] == ([1, 3] if name == "a.jsonl" else [3, 4])
     assert (problem.row, report.notes["blank line"]) == (4 if name == "a.jsonl" else 5, 1)
 
 
-def test_files_put_together_have_marks_within(write):
+def test_concatenated_files_may_contain_byte_order_marks(write):
     rows, problems, report = load(write("a.jsonl", f"\ufeff{GOOD}\n\ufeff{GOOD}\n"))
     assert (len(rows), problems, report.notes["byte order mark removed"]) == (2, [], 2)
 
 
-def test_csv_damage_spoils_its_own_row_only(write):
+def test_csv_nul_byte_makes_only_its_own_row_bad(write):
     rows, (problem,), _ = load(write("a.csv", "input,output\na,b\nc,d\0\ne,f\n"))
     assert [row.row for row in rows] == [2, 4]
     assert (problem.row, problem.field, problem.reason) == (3, "output", "NUL byte")
 
 
-def test_csv_quote_never_closed_names_the_line_it_is_on(write):
+def test_csv_unclosed_quote_names_its_lines(write):
     with pytest.raises(DataError, match=r"a\.csv, lines 3 to 5: malformed CSV.*A quote is opened and never closed"):
         load(write("a.csv", 'input,output\na,b\n"c,d\ne,f\ng,h\n'))
 
 
-STRANGE = {
+UNUSUAL = {
     "utf16.jsonl": (GOOD.encode("utf-16-le"), "the file is UTF-16 text, not jsonl. Save it as UTF-8."),
     "utf16.csv": ("input,output\na,b\n".encode("utf-16-be"), "the file is UTF-16 text, not csv. Save it as UTF-8."),
     "utf32.json": (f"[{GOOD}]".encode("utf-32"), "the file is UTF-16 text"),
@@ -383,29 +382,29 @@ STRANGE = {
     "page.json": (b"<!doctype html><html>", "the file is a web page"),
     "header.csv": (b"inp\xfft,output\na,b\n", "line 1: the header contains byte 0xff, which isn't UTF-8"),
     "nul.csv": (b"input,output" + b" " * 100 + b"\0\na,b\n", "line 1: the header contains a NUL byte"),
-    "a.jsonl.gz": (b"\x1f\x8b", "packed files aren't read. Unpack it first: gunzip "),
-    "a.csv.zip": (b"PK", "packed files aren't read. Unpack it first: unzip "),
-    "a.arrow": (b"ARROW1", "Arrow files aren't read. Pass datasets.Dataset.from_file("),
-    "a.feather": (b"ARROW1", "Arrow files aren't read. Pass pandas.read_feather("),
-    "a.xlsx": (b"PK", "spreadsheets aren't read. Save it as CSV, or pass pandas.read_excel(...)."),
+    "a.jsonl.gz": (b"\x1f\x8b", "compressed files can't be read. Unpack it first: gunzip "),
+    "a.csv.zip": (b"PK", "compressed files can't be read. Unpack it first: unzip "),
+    "a.arrow": (b"ARROW1", "Arrow files can't be read. Pass datasets.Dataset.from_file("),
+    "a.feather": (b"ARROW1", "Arrow files can't be read. Pass pandas.read_feather("),
+    "a.xlsx": (b"PK", "spreadsheets can't be read. Save it as CSV, or pass pandas.read_excel(...)."),
     "pretty.jsonl": (b'{\n  "input": "a",\n  "output": "b"\n}\n', "line 1: the objects extend over several lines"),
-    "list.jsonl": (b'\n[\n{"input": "a"}\n]', "one JSON array, not one JSON object a line"),
+    "list.jsonl": (b'\n[\n{"input": "a"}\n]', "one JSON array, not one JSON object per line"),
     "empty.json": (b"{}", "found an empty object"),
-    "nan.json": (b"NaN", "found NaN, which JSON doesn't have"),
+    "nan.json": (b"NaN", "found NaN, which isn't JSON"),
 }
 
 
-@pytest.mark.parametrize("name", STRANGE)
-def test_strange_files_are_named_with_what_to_do(write, name):
-    content, said = STRANGE[name]
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_read_file_error_says_what_to_do(write, name):
+    content, message = UNUSUAL[name]
     path = write(name, content)
     with pytest.raises(DataError) as error:
         load(path)
     assert path in str(error.value)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_file_that_may_not_be_read(write, monkeypatch):
+def test_read_file_without_permission(write, monkeypatch):
     path = write("a.jsonl", ROWS)
 
     def refuse(*_, **__):
@@ -417,7 +416,7 @@ def test_file_that_may_not_be_read(write, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_file_that_changes_while_it_is_read(write, suffix):
+def test_read_file_rejects_a_file_that_changes(write, suffix):
     content = GOOD + "\n" if suffix == "jsonl" else "input,output\na,b\n"
     path = write(f"a.{suffix}", content)
     rows = read_file(Path(path), path, Counter())
@@ -427,7 +426,7 @@ def test_file_that_changes_while_it_is_read(write, suffix):
         list(rows)
 
 
-def test_file_that_vanishes_while_it_is_read(write):
+def test_read_file_rejects_a_file_that_vanishes(write):
     path = write("a.jsonl", ROWS)
     rows = read_file(Path(path), path, Counter())
     next(rows)
@@ -436,7 +435,7 @@ def test_file_that_vanishes_while_it_is_read(write):
         list(rows)
 
 
-def test_folder_named_like_a_file(tmp_path):
+def test_folder_with_the_name_of_a_file(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
     with pytest.raises(DataNotFoundError, match="It is a folder: name a file in it"):
         load(str(tmp_path / "a.jsonl"))

@@ -44,7 +44,7 @@ def test_columns_id_and_cluster():
     assert read({"prompt": "q", "chosen": "a", "rejected": "b"}).id == "train:1"
     with pytest.raises(ConfigError, match=r"no format has a field 'choosen'\. Did you mean 'chosen'"):
         load([row], columns={"choosen": "good"})
-    with pytest.raises(ConfigError, match="no one format has the fields label, margin"):
+    with pytest.raises(ConfigError, match="no format has all of the fields label, margin"):
         load([row], columns={"label": "x", "margin": "y"})
 
 

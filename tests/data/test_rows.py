@@ -1,4 +1,4 @@
-"""Row formats, and what is said of rows that can't be used."""
+"""Row formats, and the problems of rows that can't be used."""
 
 import pytest
 
@@ -14,9 +14,9 @@ def load(rows, **options):
 
 
 def turns(row, **options):
-    (found,), problems = load([row], **options)
+    (loaded,), problems = load([row], **options)
     assert not problems
-    return [(m["role"], m["content"]) for m in found.messages]
+    return [(m["role"], m["content"]) for m in loaded.messages]
 
 
 def bad(row, **options):
@@ -56,18 +56,18 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_formats(name):
+def test_row_format_becomes_turns(name):
     row, expected = GOOD[name]
     assert turns(row) == expected
 
 
-def test_columns_rename_and_choose_the_format():
+def test_columns_rename_fields_and_choose_the_format():
     assert turns({"q": "x", "a": "y"}, columns={"input": "q", "output": "a"}) == [(U, "x"), (A, "y")]
     row = {"messages": "not these", "q": "x", "completion": "y"}
     assert turns(row, columns={"prompt": "q"}) == [(U, "x"), (A, "y")]
 
 
-def test_id_and_cluster():
+def test_id_and_cluster_are_read_from_columns():
     rows, _ = load(
         [{"input": "a", "output": "b", "nr": 7, "customer": 12}, {"input": "c", "output": "d"}],
         columns={"id": "nr", "cluster": "customer"},
@@ -75,17 +75,17 @@ def test_id_and_cluster():
     assert [(row.id, row.cluster) for row in rows] == [("7", "12"), ("train:2", None)]
 
 
-def test_the_format_is_what_most_rows_have():
+def test_detect_format_takes_that_of_most_rows():
     rows = [{"inptu": "a", "output": "b"}, *({"input": str(n), "output": "b"} for n in range(3))]
-    found, (problem,) = load(rows)
-    assert len(found) == 3
+    loaded, (problem,) = load(rows)
+    assert len(loaded) == 3
     assert (problem.row, problem.field, problem.reason) == (1, "input", "missing field")
 
 
-def test_unknown_columns():
+def test_columns_rejects_unknown_fields():
     with pytest.raises(ConfigError, match=r"no format has a field 'ouput'\. Did you mean 'output'"):
         load([{"input": "a"}], columns={"ouput": "b"})
-    with pytest.raises(ConfigError, match="no one format has the fields completion, messages"):
+    with pytest.raises(ConfigError, match="no format has all of the fields completion, messages"):
         load([{"input": "a"}], columns={"messages": "b", "completion": "c"})
 
 
@@ -94,7 +94,7 @@ def test_detect_format_of_prompts():
     assert detect_format([{"input": "a"}], None, answered=False) == "input_output"
 
 
-def test_prompts_need_no_answer():
+def test_predict_rows_need_no_answer():
     assert turns({"prompt": "q"}, answered=False) == [(U, "q")]
     assert turns({"prompt": "q", "completion": None}, answered=False) == [(U, "q")]
     assert turns({"messages": [{"role": U, "content": "q"}]}, answered=False) == [(U, "q")]
@@ -116,7 +116,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_rows(name):
+def test_bad_row_has_field_reason_and_fix(name):
     row, field, reason, fix = BAD[name]
     problem = bad(row)
     assert (problem.field, problem.reason, problem.fix) == (field, reason, fix)
@@ -149,7 +149,7 @@ BAD_TURNS = {
 
 
 @pytest.mark.parametrize("name", BAD_TURNS)
-def test_bad_turns(name):
+def test_bad_turn_has_field_and_reason(name):
     value, field, reason = BAD_TURNS[name]
     problem = bad({"messages": value})
     assert (problem.field, problem.reason) == (field, reason)
@@ -159,17 +159,17 @@ def test_bad_turns(name):
         assert problem.fix == "Rename 'contents' to 'content'."
 
 
-def test_all_bad_rows_are_told_together():
+def test_raise_problems_lists_all_bad_rows():
     rows = [{"input": "a", "output": "" if n % 2 else None} for n in range(50)]
     _, problems = load(rows)
     with pytest.raises(DataError) as error:
         raise_problems(problems)
-    said = str(error.value)
-    assert said.startswith("50 bad rows (25 x None, 25 x empty output):\n  train, row 1, 'output': None. Fill it in")
-    assert "train, row 20, 'output': empty output" in said
-    assert "row 21" not in said
-    assert "... and 30 more" in said
-    assert "on_bad_row='skip'" in said
+    message = str(error.value)
+    assert message.startswith("50 bad rows (25 x None, 25 x empty output):\n  train, row 1, 'output': None. Fill it in")
+    assert "train, row 20, 'output': empty output" in message
+    assert "row 21" not in message
+    assert "... and 30 more" in message
+    assert "on_bad_row='skip'" in message
     assert isinstance(error.value, (LightningFTError, ValueError))
 
 
@@ -192,6 +192,6 @@ def test_skipping_every_row_is_an_error():
         load([{"input": "a", "output": ""}, {"input": "b", "output": None}], on_bad_row="skip")
 
 
-def test_no_rows():
+def test_source_without_rows_is_an_error():
     with pytest.raises(DataError, match="train: there are no rows in it"):
         load([])

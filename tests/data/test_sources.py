@@ -1,4 +1,4 @@
-"""Sources in memory: frames, datasets and lists, and what is said of those that can't be read."""
+"""Sources in memory (data frames, datasets, lists), and the errors for those that can't be read."""
 
 import datetime
 import decimal
@@ -40,7 +40,7 @@ def test_frame_gives_the_rows_of_a_list(frame):
 
 
 @pytest.mark.parametrize("frame", [pd.DataFrame, polars_frame])
-def test_frame_without_a_value_has_none_in_its_place(frame):
+def test_frame_missing_values_are_none(frame):
     _, (problem,) = load(frame([{"input": "q", "output": "a"}, {"input": "q", "output": None}]))
     assert (problem.row, problem.field, problem.reason) == (2, "output", "None")
     data = PromptDataModule(frame([{"prompt": "q", "x": 1.0}, {"prompt": "r", "x": float("nan")}]))
@@ -71,14 +71,14 @@ def test_frame_of_conversations(frame):
     assert ([message["role"] for message in row.messages], problems) == (["user", "assistant"], [])
 
 
-def test_pandas_frame_read_from_parquet_has_arrays_of_turns(tmp_path):
+def test_pandas_arrays_of_turns_are_read(tmp_path):
     datasets.Dataset.from_list([{"messages": TURNS}]).to_parquet(str(tmp_path / "a.parquet"))
     frame = pd.read_parquet(tmp_path / "a.parquet")
     assert isinstance(frame["messages"][0], np.ndarray)
     assert contents(load(frame)[0]) == [("q", "a")]
 
 
-def test_pandas_frame_of_unusual_columns():
+def test_pandas_frame_with_unusual_columns():
     with pytest.raises(DataError, match=r"train: two columns are named 'input'"):
         load(pd.DataFrame([["q", "a", "b"]], columns=["input", "output", "input"]))
     levels = pd.MultiIndex.from_tuples([("input", "x"), ("output", "x")])
@@ -89,7 +89,7 @@ def test_pandas_frame_of_unusual_columns():
         load(pd.DataFrame())
 
 
-def test_frames_are_sources_of_every_split():
+def test_every_split_may_be_a_frame():
     frame = pd.DataFrame([{"input": f"{n}+1?", "output": str(n + 1)} for n in range(10)])
     data = PairDataModule(frame[:6], validation=frame[6:8], test=[frame[8:9], frame[9:]])
     data.load_rows()
@@ -97,7 +97,7 @@ def test_frames_are_sources_of_every_split():
     assert source_as_json(frame) is None
 
 
-def test_lazy_frame_is_to_be_collected():
+def test_lazy_frame_must_be_collected():
     polars = pytest.importorskip("polars")
     with pytest.raises(ConfigError, match=r"got LazyFrame: pass its \.collect\(\)\."):
         as_sources(polars.LazyFrame(ROWS), "train")
@@ -108,7 +108,7 @@ def iterable_dataset(rows):
 
 
 @pytest.mark.parametrize("source", [datasets.Dataset.from_list, iterable_dataset])
-def test_arrow_fills_nested_objects_and_it_is_undone(source):
+def test_keys_that_arrow_adds_are_removed(source):
     calls = [{"name": "f", "arguments": {"city": "Paris"}}, {"name": "g", "arguments": {"day": 3}}]
     rows = [{"prompt": "q", "calls": calls, "none": None}, {"prompt": "r", "calls": [], "none": 1}]
     data = PromptDataModule(source(rows))
@@ -117,7 +117,7 @@ def test_arrow_fills_nested_objects_and_it_is_undone(source):
     assert first.columns == {"calls": calls, "none": None}
 
 
-def test_dataset_that_fails_while_it_is_read_is_named():
+def test_failing_dataset_error_names_it():
     def rows():
         yield ROWS[0]
         raise OSError("connection lost")
@@ -135,15 +135,15 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_plain_values(name):
+def test_plain_converts_numpy_and_tuples(name):
     row, expected = VALUES[name]
     expected = expected or {"a": 3, "b": 0.5, "c": True, "d": "x"}
-    found = plain(row)
-    assert found == expected
-    assert not any(isinstance(value, np.generic) for value in (found.values() if isinstance(found, dict) else found))
+    result = plain(row)
+    assert result == expected
+    assert not any(isinstance(v, np.generic) for v in (result.values() if isinstance(result, dict) else result))
 
 
-def test_plain_leaves_what_has_no_plain_form():
+def test_plain_keeps_values_without_a_plain_form():
     row = {"day": datetime.date(2020, 1, 1), "price": decimal.Decimal("1.5"), "raw": b"x", "set": {1}}
     assert plain(row) == row
     rows, problems = load([{"input": "q", "output": "a", **row}])
@@ -177,7 +177,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_values_no_row_may_have(name):
+def test_forbidden_values_are_bad_rows(name):
     row, field, reason = BAD[name]
     good = {"input": "q", "output": "a"}
     rows, (problem,) = load([good, {**good, **row}, good])
@@ -190,28 +190,28 @@ def test_values_no_row_may_have(name):
     assert (report.read, report.kept, dict(report.skipped)) == (2, 1, {reason: 1})
 
 
-def test_nesting_within_reason_is_read():
+def test_nesting_below_the_limit_is_read():
     assert len(load([{"input": "q", "output": "a", "deep": nested(DEEPEST - 2)}])[0]) == 1
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/a.jsonl", "a\0b.jsonl"])
-def test_names_that_are_no_path(name):
+def test_strings_that_cannot_be_paths(name):
     with pytest.raises(DataNotFoundError, match=r"^train='.{1,200}there is no such file"):
         load(name)
 
 
-def test_folder_saved_by_datasets_names_what_to_do(tmp_path):
+def test_folder_saved_by_datasets_error_says_what_to_do(tmp_path):
     dataset = datasets.Dataset.from_list(ROWS)
     dataset.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "more"))
-    with pytest.raises(DataNotFoundError, match=r"pass datasets\.load_from_disk\('.*one'\), or save that as Parquet"):
+    with pytest.raises(DataNotFoundError, match=r"pass datasets\.load_from_disk\('.*one'\), or save it as Parquet"):
         load(str(tmp_path / "one"))
     with pytest.raises(DataNotFoundError, match=r"pass datasets\.load_from_disk\('.*more'\)\[SPLIT\]"):
         load(str(tmp_path / "more"))
     assert len(load(datasets.load_from_disk(str(tmp_path / "one")))[0]) == 2
 
 
-def test_numbers_do_not_name_template_arguments():
+def test_template_kwargs_must_have_string_names():
     row = {"input": "q", "output": "a", "chat_template_kwargs": {1: 2}}
     _, (problem,) = load([ROWS[0], row])
     assert (problem.field, problem.detail) == ("chat_template_kwargs", "found names that are no strings")
