@@ -178,7 +178,7 @@ class Row:
 
     Args:
         recipe: What was run.
-        found: Its figures.
+        found: Its metrics.
         plain: Those of the plain loop.
         before: Those of the row that it builds on; None for the plain loop.
     """
@@ -228,7 +228,7 @@ def turns(recipes: list[Recipe], most: int = 5) -> list[tuple[list[Recipe], list
 
 
 def table(rows: list[Row], steps: int) -> str:
-    """The figures as a Markdown table."""
+    """The metrics as a Markdown table."""
     head = ["", "technique", "on top of", "s a step", "times as fast as plain", "as that row", "excess memory, MiB"]
     head += ["GFLOP a step", "last loss", "apart from that row"]
     numbers = {recipe.name: number for number, recipe in enumerate(RECIPES)}

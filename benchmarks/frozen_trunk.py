@@ -94,8 +94,8 @@ def frozen(case: Case) -> Any:
 def first_epoch(case: Case) -> tuple[int, float]:
     """Operations and seconds of computing a batch's states."""
     module, batch = frozen_module(case, tempfile.mkdtemp()), batch_of(case)
-    reader = module._trunk_reader(module._activation_cache)
-    reader.trunk.states(torch.arange(3))
+    reader = module._activations._open(module)
+    reader.frozen.states(torch.arange(3))
     with OperationCounter() as outside:
         started = time.perf_counter()
         reader._states(batch)

@@ -137,7 +137,7 @@ class Summary:
         return self.runs[0]
 
     def row(self, full: Summary) -> str:
-        """Of the table, with shares of full fine-tuning's figures."""
+        """Of the table, with shares of full fine-tuning's metrics."""
         tests = [run.test for run in self.runs]
         right = f"{self.mean('test'):.1%}" + (f" ({min(tests):.1%} to {max(tests):.1%})" if len(tests) > 1 else "")
         shares = [f"{self.mean(figure) / full.mean(figure):.3f}" for figure in ("test", "flops", "seconds")]

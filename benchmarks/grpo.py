@@ -94,7 +94,7 @@ def rollouts(case: Case) -> list[Given]:
     ]
 
 
-def figures(steps: Sequence[dict[str, float]], logprobs: Sequence[torch.Tensor]) -> dict[str, Any]:
+def metrics(steps: Sequence[dict[str, float]], logprobs: Sequence[torch.Tensor]) -> dict[str, Any]:
     """What both sides must agree on.
 
     Norms of gradients are compared by their logarithms, so that the difference is a relative one. Losses of the first
@@ -134,10 +134,10 @@ class GivenGRPO(Logged, GRPO):
         super().__init__(*args, **options)
         self.logprobs: list[torch.Tensor] = []
 
-    def loss(self, batch: PolicyBatch) -> Any:
+    def compute_loss(self, batch: PolicyBatch) -> Any:
         """As ever."""
         self.logprobs.append(batch.logprobs.detach().view(len(batch.weights), -1))
-        return super().loss(batch)
+        return super().compute_loss(batch)
 
 
 def ours(case: Case) -> Repeat:
@@ -162,7 +162,7 @@ def ours(case: Case) -> Repeat:
         module.logprobs.clear()
         module._engine = GivenEngine(given)
         fit(module, batches)
-        return figures(module.steps, module.logprobs)
+        return metrics(module.steps, module.logprobs)
 
     return repeat
 
@@ -248,7 +248,7 @@ def trl(case: Case) -> Repeat:
     def repeat() -> dict[str, Any]:
         initial.restore()
         steps = trainer.train_anew()
-        return figures(steps, trainer.logprobs)
+        return metrics(steps, trainer.logprobs)
 
     return repeat
 

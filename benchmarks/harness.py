@@ -224,7 +224,7 @@ def in_turns(contenders: Mapping[str, tuple[Build, Any]], *, pairs: int = 5, thr
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the metrics depend on."""
     import peft
     import transformers
     import trl
@@ -333,7 +333,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=5, help="repetitions that are timed, in turns")
     parser.add_argument("--threads", type=int, default=2, help="threads of each contender")
     parser.add_argument("--only", default="", help="only cases whose description has this in it")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="write the metrics here too")
     return parser
 
 

@@ -38,7 +38,7 @@ LEARNING_RATES = {True: 3e-3, False: 1e-3}
 """With an adapter and without: high enough that a step shows in the losses of the next."""
 FIGURES = {"dpo": ("logps/chosen", "logps/rejected"), "reward": ("margin", "accuracy")}
 """What both log of a step, by the same names."""
-AGREE = {"dpo": {"losses": 1e-4, "figures": 1e-5}, "reward": {"losses": 1e-4, "figures": 3e-4}}
+AGREE = {"dpo": {"losses": 1e-4, "metrics": 1e-5}, "reward": {"losses": 1e-4, "metrics": 3e-4}}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def base(case: Case) -> PreTrainedModel:
 
 
 class Logged:
-    """Mixed into a module: the figures of each training step, unrounded, in `steps`."""
+    """Mixed into a module: the metrics of each training step, unrounded, in `steps`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -123,9 +123,9 @@ class Logged:
         """Keep a figure."""
         self.steps[-1][name.removeprefix("train/")] = float(value)
 
-    def log_dict(self, figures: dict[str, Any], **options: Any) -> None:
+    def log_dict(self, metrics: dict[str, Any], **options: Any) -> None:
         """Keep several."""
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self.log(name, value)
 
 
@@ -178,19 +178,19 @@ def ours(case: Case) -> Repeat:
         initial.restore()
         module.steps.clear()
         fit(module, batches)
-        return figures(case, [step["loss"] for step in module.steps], module.steps)
+        return metrics(case, [step["loss"] for step in module.steps], module.steps)
 
     return repeat
 
 
-def figures(case: Case, losses: list[float], steps: Sequence[dict[str, float]]) -> dict[str, Any]:
+def metrics(case: Case, losses: list[float], steps: Sequence[dict[str, float]]) -> dict[str, Any]:
     """What both sides must agree on: the loss of each step, and what else is logged of it.
 
     Log-probabilities of whole answers are given by token: the loss of DPO's first step is ``log 2`` whatever they are.
     """
     scale = case.answer if case.kind == "dpo" else 1
     logged = [[step[name] / scale for name in FIGURES[case.kind]] for step in steps]
-    return {"losses": losses, "figures": logged}
+    return {"losses": losses, "metrics": logged}
 
 
 # ---------------------------------------------------------------- TRL
@@ -215,7 +215,7 @@ def trl_settings(lora: bool, **more: Any) -> dict[str, Any]:
 
 
 class Recorded:
-    """Mixed into a trainer of TRL's: each step's loss and figures, unrounded, in `steps`."""
+    """Mixed into a trainer of TRL's: each step's loss and metrics, unrounded, in `steps`."""
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
         """Keep the loss, and what has been logged with it."""
@@ -231,7 +231,7 @@ class Recorded:
         super().log(logs, *more, **options)  # type: ignore[misc]
 
     def train_anew(self) -> list[dict[str, float]]:
-        """Train from the weights as they are, with a new optimizer; the figures of each step."""
+        """Train from the weights as they are, with a new optimizer; the metrics of each step."""
         self.remove_callback(PrinterCallback)
         self.optimizer = self.lr_scheduler = None
         self.steps: list[dict[str, float]] = []
@@ -300,7 +300,7 @@ def trl(case: Case) -> Repeat:
     def repeat() -> dict[str, Any]:
         initial.restore()
         steps = trainer.train_anew()
-        return figures(case, [step["loss"] for step in steps], steps)
+        return metrics(case, [step["loss"] for step in steps], steps)
 
     return repeat
 

@@ -48,8 +48,8 @@ def parts() -> list[tuple[Any, str, str]]:
         (SampledCompletions, "_judge", "rewards"),
         (PolicyOptimization, "measure", "reference (and old policy)"),
         (PolicyOptimization, "learn", "update"),
-        (PolicyOptimization, "_count", "figures of a micro-batch"),
-        (PolicyOptimization, "rollout_metrics", "figures of the rollout"),
+        (PolicyOptimization, "_count", "metrics of a micro-batch"),
+        (PolicyOptimization, "rollout_metrics", "metrics of the rollout"),
         (PolicyOptimization, "record", "record of the rollout"),
         (grpo, "policy_loss", "loss of the policy"),
     ]

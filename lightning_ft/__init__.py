@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_ft.evaluation.savings.arithmetic import Prices, PromptBaseline
     from lightning_ft.modules.dpo import DPO
     from lightning_ft.modules.grpo import GRPO
+    from lightning_ft.modules.kto import KTO
     from lightning_ft.modules.ppo import PPO
     from lightning_ft.modules.reward import RewardModeling
     from lightning_ft.modules.sft import FullFineTuning, LoRAFineTuning
@@ -32,6 +33,7 @@ _HOME = {
     "LoRAFineTuning": "lightning_ft.modules.sft",
     "RewardModeling": "lightning_ft.modules.reward",
     "DPO": "lightning_ft.modules.dpo",
+    "KTO": "lightning_ft.modules.kto",
     "GRPO": "lightning_ft.modules.grpo",
     "PPO": "lightning_ft.modules.ppo",
     "PairDataModule": "lightning_ft.data.pairs",
@@ -51,6 +53,7 @@ __all__ = [
     "LoRAFineTuning",
     "RewardModeling",
     "DPO",
+    "KTO",
     "GRPO",
     "PPO",
     "PairDataModule",

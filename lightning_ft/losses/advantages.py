@@ -123,7 +123,7 @@ def leave_one_out_advantages(
     num_completions: int,
     *,
     normalize: bool = False,
-    moments: tuple[Tensor, Tensor] | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """RLOO's advantages: each reward minus the mean of its siblings' (https://arxiv.org/abs/2402.14740).
 
@@ -131,24 +131,24 @@ def leave_one_out_advantages(
         rewards: Prompt-major, the KL penalty already in them, NaN where there is none, ``[p * g]``.
         num_completions: `g`, completions of a prompt.
         normalize: Whether to subtract the mean over the batch and divide by its standard deviation plus 1e-4.
-        moments: That mean and standard deviation over all ranks, ``[]`` each, where `rewards` are those of one:
+        statistics: That mean and standard deviation over all ranks, ``[]`` each, where `rewards` are those of one:
             ``mean_and_std`` of the summed ``power_sums(leave_one_out_differences(...))``. By default of `rewards`.
 
     Returns:
         ``[p * g]``, never NaN.
 
     Raises:
-        ConfigError: If rewards aren't whole groups, or for `moments` without `normalize`.
+        ConfigError: If rewards aren't whole groups, or for `statistics` without `normalize`.
 
     Example:
         >>> leave_one_out_advantages(torch.tensor([1.0, 3.0, 5.0, 2.0, float("nan"), float("nan")]), 3)
         tensor([-3.,  0.,  3.,  0.,  0.,  0.])
     """
-    if moments is not None and not normalize:
-        raise ConfigError("moments without normalize=True: they are only used to normalize.")
+    if statistics is not None and not normalize:
+        raise ConfigError("statistics without normalize=True: they are only used to normalize.")
     differences = leave_one_out_differences(rewards, num_completions)
     if normalize:
-        mean, std = (differences.nanmean(), nanstd(differences)) if moments is None else moments
+        mean, std = (differences.nanmean(), nanstd(differences)) if statistics is None else statistics
         # The mean is 0 but for rounding, which would move the weights by groups that teach nothing.
         differences = torch.where(differences == 0, 0.0, (differences - mean) / (std + EPSILON))
     return _zero_for_nan(differences)

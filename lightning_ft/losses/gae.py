@@ -91,7 +91,7 @@ def whiten(
     x: Tensor,
     mask: Tensor | None = None,
     shift_mean: bool = True,
-    moments: tuple[Tensor, Tensor] | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Scale to a variance of 1, and shift to a mean of 0: ``(x - mean) / sqrt(std ** 2 + 1e-8)``.
 
@@ -99,7 +99,7 @@ def whiten(
         x: Such as advantages, ``[n]``.
         mask: Which of them count, ``bool [n]``; None: all.
         shift_mean: Whether the mean becomes 0; if not it stays.
-        moments: Mean and standard deviation over all ranks, ``[]`` each, where `x` is of one: ``mean_and_std`` of the
+        statistics: Mean and standard deviation over all ranks, ``[]`` each, where `x` is of one: ``mean_and_std`` of the
             summed ``power_sums(x, mask)``. By default those of `x`.
 
     Returns:
@@ -109,7 +109,7 @@ def whiten(
         >>> whiten(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False]))
         tensor([-0.7071,  0.7071,  0.0000])
     """
-    mean, std = mean_and_std(power_sums(x, mask)) if moments is None else moments
+    mean, std = mean_and_std(power_sums(x, mask)) if statistics is None else statistics
     std = std.nan_to_num(0.0)  # of a single number
     whitened = (x - mean) * (std**2 + 1e-8).rsqrt()
     if not shift_mean:

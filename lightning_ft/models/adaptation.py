@@ -33,7 +33,7 @@ class Adaptation:
 
     Example:
         >>> full, adapted = Adaptation("some/model", None, None), Adaptation("some/model", {"r": 4}, None)
-        >>> full.kind, adapted.kind, adapted.as_json()["r"]
+        >>> full.mode, adapted.mode, adapted.as_json()["r"]
         ('full', 'lora', 4)
     """
 
@@ -62,7 +62,7 @@ class Adaptation:
         """The kind of each parameter and module of the base, see `lightning_ft.models.parts.part_kinds`."""
 
     @property
-    def kind(self) -> str:
+    def mode(self) -> str:
         """``"full"``, ``"lora"`` for a new adapter, ``"adapter"`` for a saved one."""
         return "adapter" if self.adapter is not None else ("full" if self.lora is None else "lora")
 

@@ -1,9 +1,10 @@
-"""Modules that train every weight, or with `lora` an adapter: reward modelling, preferences and policies."""
+"""The base class of reward modeling, preference and policy learning: full weights, or an adapter by one argument."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,27 +19,31 @@ from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import shard
-from lightning_ft.modules.evaluation import EvaluatedFineTuning
+from lightning_ft.modules.base import FineTuning
+from lightning_ft.modules.options import FineTuningOptions, Unpack
 
 
-class AdaptedFineTuning(EvaluatedFineTuning):
-    """Base of the RLHF modules: full weights or LoRA by one argument, without dropout, completions behind prompts.
+class AdaptedFineTuning(FineTuning):
+    """Base of the RLHF modules: full weights or LoRA, no dropout, and batches in which completions share prompts.
 
     Args:
         model: Hub name, local folder, or a loaded model. A folder that holds an adapter is continued on its own base.
-        lora: True for the default adapter (every linear layer, rank 16, alpha 32), or `peft.LoraConfig` or a dict of
-            its arguments over that; None trains every weight.
-        learning_rate: Peak of the schedule; with an adapter the default is ten times that of full fine-tuning.
-        dtype: Of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. By default
-            ``float32`` for full fine-tuning and ``auto`` under an adapter, which is fp32 itself.
+        lora: Configuration of a new adapter: True for the default (every linear layer, rank 16, alpha 32), or a
+            `peft.LoraConfig` or a dict of its arguments that override the default; None trains every weight.
+        learning_rate: Learning rate at the peak of the schedule; with an adapter the default is ten times that of full
+            fine-tuning.
+        dtype: Dtype of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. The default
+            is ``float32`` for full fine-tuning and ``auto`` for the base of an adapter, which is fp32 itself.
+        quantization: Quantization of a frozen base under an adapter: ``4bit`` (QLoRA), ``8bit``, or a dict of arguments
+            for `BitsAndBytesConfig`.
         disable_dropout: Set every dropout to 0. Likelihood ratios compare two passes over the same tokens, and dropout
             would make them differ without any training.
-        share_prompts: Compute a prompt once for all of its completions, where the model's attention can take it.
-        options: Further arguments of `FineTuning`.
+        share_prompts: Compute each prompt once for all of its completions, where the model's attention allows it.
+        options: Arguments of `FineTuning`.
     """
 
     needs_reference: bool = False
-    """Whether training compares with the model as it was before."""
+    """Whether training compares the model with what it was before."""
 
     def __init__(
         self,
@@ -47,38 +52,44 @@ class AdaptedFineTuning(EvaluatedFineTuning):
         lora: dict[str, Any] | LoraConfig | bool | None = None,
         learning_rate: float | None = None,
         dtype: str | None = None,
+        quantization: str | dict[str, Any] | None = None,
         disable_dropout: bool = True,
         share_prompts: bool = True,
-        **options: Any,
+        **options: Unpack[FineTuningOptions],
     ) -> None:
         adaptation = Adaptation(model, lora, None)
-        full = adaptation.kind == "full"
+        full = adaptation.mode == "full"
         if learning_rate is None:
             learning_rate = round(self.default_learning_rate * (1 if full else 10), 12)  # 1e-5, not 9.99...e-06
-        super().__init__(model, learning_rate=learning_rate, dtype=dtype or ("float32" if full else "auto"), **options)
+        dtype = dtype or ("float32" if full else "auto")
+        super().__init__(model, learning_rate=learning_rate, dtype=dtype, **options)
+        self.model_options = replace(self.model_options, quantization=quantization)
+        self.disable_dropout, self.share_prompts = disable_dropout, share_prompts
         self._adaptation = adaptation
         self._starting_adapter: InitialAdapter | None = None
         self._unsharded: list[PreTrainedModel] = []  # not a submodule
-        self._hyper |= {
-            "lora": adaptation.as_json(),
-            "disable_dropout": disable_dropout,
-            "share_prompts": share_prompts,
-        }
         if adaptation.lora is not None and needs_data(adaptation.lora):
             raise ConfigError(
                 "init_lora_weights='eva' is computed from input-output pairs: train such an adapter with "
-                "LoRAFineTuning first, and give its folder as model=."
+                "LoRAFineTuning first, and pass its folder as `model`."
             )
-        if full and self._hyper["quantization"] is not None:
+        if full and quantization is not None:
             raise ConfigError("Quantized weights can't be trained: pass lora=True to train an adapter over them.")
+        self.record_arguments(
+            {
+                "lora": adaptation.as_json(),
+                "quantization": quantization,
+                "disable_dropout": disable_dropout,
+                "share_prompts": share_prompts,
+            }
+        )
 
     def _adapt(self, base: PreTrainedModel) -> CausalLM:
-        copies = self.needs_reference and self._adaptation.kind == "full"
-        sharded = getattr(self, "_device_mesh", None) is not None
-        if copies and sharded and isinstance(self._given[0], PreTrainedModel):
-            self._unsharded.append(copy.deepcopy(base))  # now: it can't be copied once it is sharded, or loaded again
+        copies = self.needs_reference and self._adaptation.mode == "full"
+        if copies and self.sharded and isinstance(self._model_argument[0], PreTrainedModel):
+            self._unsharded.append(copy.deepcopy(base))  # now: once sharded it can't be copied, nor loaded again
         model = super()._adapt(base)
-        if self._hyper["disable_dropout"]:
+        if self.disable_dropout:
             without_dropout(model)
         lora = self._adaptation.lora
         self._starting_adapter = self._initial
@@ -87,23 +98,23 @@ class AdaptedFineTuning(EvaluatedFineTuning):
         return model
 
     def new_reference(self) -> Reference:
-        """The model as it is now, to compare with; call it before the first step.
+        """The model as it is now, as a reference; call it before the first step.
 
         Raises:
-            ConfigError: If the adapter trains biases of the base, which no reference without a copy of it could undo.
+            ConfigError: If the adapter trains biases of the base, which only a copy of the base could undo.
         """
         if isinstance(self.model, PeftModel):
             bias = getattr(self.model.active_peft_config, "bias", "none")
             if bias != "none":
                 raise ConfigError(
-                    f"lora's bias={bias!r} trains biases of the base, so the model without its adapter would no longer "
-                    "be the reference that training started from. Leave bias out (lora_bias=True trains biases of the "
-                    "adapter), or train every weight with lora=None."
+                    f"bias={bias!r} in `lora` trains biases of the base, so the model without its adapter would no "
+                    "longer be the reference that training started from. Leave bias out (lora_bias=True trains biases "
+                    "of the adapter), or train every weight with lora=None."
                 )
-        mesh = getattr(self, "_device_mesh", None)
         load: Callable[[], PreTrainedModel] | None = self._load_base
-        if isinstance(self._given[0], PreTrainedModel):
+        if isinstance(self._model_argument[0], PreTrainedModel):
             load = self._unsharded.pop if self._unsharded else None
+        mesh = self._device_mesh if self.sharded else None
         return Reference(
             self.model,
             initial=self._starting_adapter,
@@ -115,35 +126,34 @@ class AdaptedFineTuning(EvaluatedFineTuning):
         """Prompts and their completions as one batch on the model's device.
 
         Args:
-            prompts: Token ids, ``int64 [t]`` each; none at all gives a batch without targets, with which a rank takes
-                part in a step that it has no rows for.
-            completions: For each prompt what follows it.
+            prompts: Token ids, ``int64 [t]`` each. Without any, the batch has no supervised token; a rank without rows
+                takes part in a step with it.
+            completions: The completions of each prompt.
         """
         if not prompts:
             pad = torch.tensor([self._required_logprob_model().pad_token_id])
             prompts, completions = [pad], [[Example(pad, torch.zeros(1, dtype=torch.bool))]]
-        return self._required_logprob_model().lay_out(
-            self.model, prompts, completions, share_prompts=self._hyper["share_prompts"]
-        )
+        logprob_model = self._required_logprob_model()
+        return logprob_model.lay_out(self.model, prompts, completions, share_prompts=self.share_prompts)
 
 
 def per_completion(values: Tensor, batch: TokenBatch, count: int) -> Tensor:
-    """Sum of the targets' values of each completion.
+    """Sum of the values of each completion's tokens.
 
     Args:
-        values: One for each target, ``[n]``.
-        batch: Theirs.
-        count: `c`, how many completions there are; 0 for a batch that only takes part.
+        values: One value per supervised token, ``[n]``.
+        batch: The batch of these tokens.
+        count: `c`, the number of completions; 0 for a batch that only takes part.
 
     Returns:
-        ``[c]``, attached to `values` also where there is none.
+        ``[c]``, attached to the graph of `values` also where it is empty.
     """
     sums = values.new_zeros(max(count, batch.num_groups)).index_add(0, batch.groups, values)
     return sums[:count]
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a model to 0, those that attention layers keep as numbers too."""
+    """Set every dropout probability of a model to 0, including those that attention layers keep as numbers."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0

@@ -1,10 +1,10 @@
-"""Lightning's weight averaging over modules that load their weights late and train few of them.
+"""Weight averaging by Lightning's callbacks, for modules that load their weights late and train few of them.
 
 `WeightAveraging` (its EMA too) and `StochasticWeightAveraging` copy a whole module, frozen base and all, average every
-weight of the copy, and keep it in checkpoints. Three things go wrong with that here. Averaging a frozen weight with
-itself rounds, ``0.999 w + 0.001 w``, step after step, so that the base drifts from the one that an adapter fits.
-Checkpoints of these modules hold trained weights only. And `StochasticWeightAveraging` makes its copy before
-`configure_model`, when there is nothing to average.
+weight of the copy, and keep it in checkpoints. That goes wrong here in three ways. Averaging a frozen weight with
+itself, ``0.999 w + 0.001 w``, rounds at every step, so the base drifts from the one that an adapter fits. Checkpoints
+of these modules hold trained weights only. And `StochasticWeightAveraging` copies the module before `configure_model`,
+when there is nothing to average.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_ft._lightning import LightningModule
 
 
 class AveragedWeights(LightningModule):
-    """A module whose frozen weights aren't averaged, and aren't kept in checkpoints of averages either."""
+    """Base of `FineTuning`: its frozen weights are neither averaged nor kept in checkpoints of averages."""
 
     def setup(self, stage: str) -> None:
         """Let a callback that copied this module while it was empty copy it again."""
@@ -29,17 +29,17 @@ class AveragedWeights(LightningModule):
                 callback.setup(self.trainer, self, stage)
 
     def on_train_start(self) -> None:
-        """See to it that frozen weights aren't averaged."""
+        """Exclude frozen weights from averaging."""
         super().on_train_start()
         self._share_frozen()
 
     def on_train_epoch_start(self) -> None:
-        """Again: `StochasticWeightAveraging` has moved its copy to another device."""
+        """Repeat it: `StochasticWeightAveraging` has moved its copy to another device."""
         super().on_train_epoch_start()
         self._share_frozen()
 
     def _share_frozen(self) -> None:
-        """Let averages hold this module's own frozen weights, in the same memory where they are on one device."""
+        """Let averages hold this module's own frozen weights, in shared memory where they are on one device."""
         for callback, copied in self._averages():
             frozen = set()
             for theirs, ours in zip(copied.parameters(), self.parameters(), strict=True):
@@ -50,7 +50,7 @@ class AveragedWeights(LightningModule):
             _leave_out(callback, frozen)
 
     def _averages(self) -> Iterator[tuple[Any, Any]]:
-        """Callbacks that average weights, and the copies of this module in which they do."""
+        """Callbacks that average weights, with their copies of this module."""
         for callback in cast(Any, self.trainer).callbacks:
             average = getattr(callback, "_average_model", None)
             copied = getattr(average, "module", average)
@@ -58,20 +58,20 @@ class AveragedWeights(LightningModule):
                 yield callback, copied
 
     def drop_frozen_averages(self, checkpoint: dict[str, Any], kept: set[str]) -> None:
-        """Keep trained weights only of what averaging callbacks put into a checkpoint.
+        """Keep only trained weights of what averaging callbacks put into a checkpoint.
 
         Args:
-            checkpoint: In which the callbacks have written; changed.
+            checkpoint: Checkpoint that the callbacks have written to; changed in place.
             kept: Names of the trained weights.
         """
         for state, key in _averaged_states(checkpoint):
             state[key] = {name: value for name, value in state[key].items() if name in kept}
 
     def fill_frozen_averages(self, checkpoint: dict[str, Any]) -> None:
-        """Put this module's own frozen weights where averaging callbacks expect whole modules.
+        """Add this module's own frozen weights where averaging callbacks expect whole modules.
 
         Args:
-            checkpoint: From which the callbacks will load; changed.
+            checkpoint: Checkpoint that the callbacks will load from; changed in place.
         """
         own = None
         for state, key in _averaged_states(checkpoint):
@@ -82,7 +82,7 @@ class AveragedWeights(LightningModule):
 
 
 def _averaged_states(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a checkpoint holds weights of whole modules besides ``state_dict``."""
+    """Parts of a checkpoint that hold weights of whole modules, other than ``state_dict``."""
     if "current_model_state" in checkpoint:  # of WeightAveraging: ``state_dict`` is the average then
         yield checkpoint, "current_model_state"
     for state in checkpoint.get("callbacks", {}).values():
@@ -91,7 +91,7 @@ def _averaged_states(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any
 
 
 def _leave_out(callback: Any, frozen: set[int]) -> None:
-    """Let a callback's function of two weights give the first one back where it is frozen."""
+    """Let a callback's averaging function return frozen weights unchanged."""
     for holder, name in ((callback._average_model, "avg_fn"), (callback, "_avg_fn")):
         average = getattr(holder, name, None)
         if average is None or isinstance(holder, LightningModule):

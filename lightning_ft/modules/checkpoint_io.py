@@ -1,4 +1,4 @@
-"""How a Trainer reads and writes the checkpoints of these modules: whole files, and never code from one."""
+"""Reading and writing checkpoints in a Trainer: files are whole or absent, and never run code."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from lightning_ft.whole_files import is_aside
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Takes the place of Lightning's `TorchCheckpointIO`.
+    """Replaces Lightning's `TorchCheckpointIO`.
 
-    That one writes through a temporary folder, from which a file isn't moved in one step where it is on another file
-    system; it doesn't compare checksums; and it unpickles what it gets from a URL.
+    That one writes through a temporary folder, which is not one atomic step where it is on another file system; it
+    doesn't compare checksums; and it unpickles what it gets from a URL.
 
     Args:
-        trainer: Whose callbacks tell where else checkpoints of a run are.
-        inner: A plugin that the user gave the Trainer: it reads and writes, and is told to read data only.
+        trainer: Trainer, whose callbacks know where the other checkpoints of a run are.
+        inner: Plugin that the user passed to the Trainer; it reads and writes, and is asked to read data only.
     """
 
     def __init__(self, trainer: Any, inner: Any = None) -> None:
@@ -61,7 +61,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             self._inner.remove_checkpoint(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; instead of a damaged last one of the run its newest one that is whole.
+        """Read a checkpoint; in place of a damaged last one of the run, its newest whole one.
 
         Raises:
             CheckpointError: If it can't be read.
@@ -69,12 +69,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         refuse_pickle(weights_only)
         if self._inner is not None:
-            found: dict[str, Any] = self._inner.load_checkpoint(path, **_data_only(self._inner))
-            return found
+            checkpoint: dict[str, Any] = self._inner.load_checkpoint(path, **_data_only(self._inner))
+            return checkpoint
         return self.whole(path, map_location)[1]
 
     def whole(self, path: Any, map_location: Any = "cpu") -> tuple[Any, dict[str, Any]]:
-        """The path of a checkpoint, or of another in its place, and what is in it.
+        """The path of a checkpoint, or of another in its place, and its content.
 
         Raises:
             CheckpointError: If neither it nor another can be read.
@@ -84,28 +84,28 @@ class WholeCheckpointIO(TorchCheckpointIO):
         except CheckpointError as error:
             for other in self._others(path):
                 try:
-                    found = self._read(other, map_location)
+                    checkpoint = self._read(other, map_location)
                 except CheckpointError:
                     continue
-                rank_zero_warn(f"{error} The newest one of the run that is whole is taken instead: {str(other)!r}.")
-                return other, found
+                rank_zero_warn(f"{error} The newest whole checkpoint of the run is used instead: {str(other)!r}.")
+                return other, checkpoint
             raise
 
     def _read(self, path: Any, map_location: Any) -> dict[str, Any]:
-        found = read_checkpoint(path, map_location, of_trainer=True)
-        if self._trainer.state.fn == "fit" and not _is_resumable(found):
+        checkpoint = read_checkpoint(path, map_location, of_trainer=True)
+        if self._trainer.state.fn == "fit" and not _is_resumable(checkpoint):
             raise CheckpointError(
-                f"The checkpoint {str(path)!r} contains weights only (save_weights_only=True), or no whole state of a "
-                "run, so none can go on from it: load it with load_checkpoint() of the module, and fit without "
-                "ckpt_path."
+                f"The checkpoint {str(path)!r} contains weights only (save_weights_only=True), or an incomplete state "
+                "of a run, so training can't resume from it: load it with load_checkpoint() of the module, and fit "
+                "without ckpt_path."
             )
-        return found
+        return checkpoint
 
     def _others(self, path: Any) -> Iterator[Path]:
         """Checkpoints next to the last one of a run, the newest first.
 
-        ``ckpt_path="last"`` is a path by the time that it gets here. So it is one of the last checkpoints if a callback
-        of the Trainer writes such files into its folder.
+        ``ckpt_path="last"`` is already a path here. So it counts as a last checkpoint if a callback of the Trainer
+        writes such files into its folder.
         """
         broken = local_path(path)
         if broken is None or not broken.is_file():
@@ -123,7 +123,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def _is_resumable(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has the state of an optimizer and of the loop."""
+    """Whether a checkpoint has the state of the optimizer and of the loop."""
     optimizers, schedulers = (checkpoint.get(name) for name in ("optimizer_states", "lr_schedulers"))
     return (
         isinstance(optimizers, Sequence)
@@ -135,14 +135,14 @@ def _is_resumable(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def refuse_other_shapes(module: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Refuse weights that have another shape than the parameters of their names.
+    """Refuse weights whose shape differs from that of the parameter of the same name.
 
     Args:
-        module: What they are loaded into.
-        weights: By name.
+        module: Module that the weights are loaded into.
+        weights: Weights by name.
 
     Raises:
-        CheckpointError: With the first of them.
+        CheckpointError: With the first such weight.
     """
     for name, parameter in module.named_parameters():
         if name in weights and weights[name].shape != parameter.shape:
@@ -153,7 +153,7 @@ def refuse_other_shapes(module: nn.Module, weights: Mapping[str, Any]) -> None:
 
 
 def _data_only(plugin: Any) -> dict[str, Any]:
-    """The argument that tells a plugin to read data only, where it has one: Lightning had none before 2.6."""
+    """The argument that makes a plugin read data only, where it has one: Lightning had none before 2.6."""
     parameters = inspect.signature(plugin.load_checkpoint).parameters
     takes = "weights_only" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {"weights_only": True} if takes else {}
@@ -163,7 +163,7 @@ def use_whole_files(trainer: Any) -> None:
     """Let a Trainer read and write checkpoints with :class:`WholeCheckpointIO`.
 
     Args:
-        trainer: A plugin of the user's for checkpoints stays, inside or outside of it.
+        trainer: The Trainer; a checkpoint plugin of the user stays in use, inside or outside of ours.
     """
     strategy = trainer.strategy
     outer, io = None, strategy.checkpoint_io
@@ -175,19 +175,19 @@ def use_whole_files(trainer: Any) -> None:
     if outer is None:
         strategy.checkpoint_io = ours
     else:
-        outer._checkpoint_io = ours  # its setter passes over one that it has already
+        outer._checkpoint_io = ours  # its setter ignores a second plugin
     if strategy.restore_checkpoint_after_setup and type(io) is TorchCheckpointIO:
         _check_before_loading(strategy, ours)
 
 
 def _check_before_loading(strategy: Any, io: WholeCheckpointIO) -> None:
-    """Let a strategy that loads sharded weights, which it does without its plugin, load a file that was checked."""
+    """Let a strategy that loads sharded weights, bypassing its plugin, load only a checked file."""
     load = strategy.load_checkpoint
 
     def checked(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         refuse_pickle(weights_only)
-        path, found = io.whole(checkpoint_path)
-        refuse_other_shapes(strategy.lightning_module, found["state_dict"])
+        path, checkpoint = io.whole(checkpoint_path)
+        refuse_other_shapes(strategy.lightning_module, checkpoint["state_dict"])
         with local_file(path) as file:
             return load(file)
 
@@ -198,7 +198,7 @@ class CheckpointedModule(LightningModule):
     """A module whose checkpoints are written whole and read without running anything."""
 
     def setup(self, stage: str) -> None:
-        """Take the reading and writing of checkpoints over, before the first is read."""
+        """Take over the reading and writing of checkpoints, before the first is read."""
         super().setup(stage)
         use_whole_files(self.trainer)
 
@@ -212,16 +212,16 @@ class CheckpointedModule(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A module with the arguments and weights of a checkpoint.
+        """Build a module from the arguments and weights of a checkpoint.
 
         Args:
-            checkpoint_path: The checkpoint: a path, a URL or an open file.
-            map_location: As of `torch.load`.
-            hparams_file: YAML or CSV file with arguments of the module, which replace the checkpoint's.
-            strict: Not used: a checkpoint must have the module's trainable weights and no others.
+            checkpoint_path: Path, URL or open file of the checkpoint.
+            map_location: Device of the weights, as in `torch.load`.
+            hparams_file: YAML or CSV file with arguments of the module, which override the checkpoint's.
+            strict: Not used: a checkpoint must have exactly the module's trainable weights.
             weights_only: Only None and True are allowed: a checkpoint is never unpickled.
-            kwargs: Arguments of the module that replace those of the checkpoint. ``trust_remote_code`` is taken from
-                here only: a file doesn't decide whether code of a repository is run.
+            kwargs: Arguments of the module that override those of the checkpoint. ``trust_remote_code`` is taken from
+                here only: a file doesn't decide whether code of a repository runs.
 
         Raises:
             CheckpointError: If it can't be read.
@@ -232,6 +232,3 @@ class CheckpointedModule(LightningModule):
             checkpoint_path, weights_only, kept="hyper_parameters", required=required, arguments=kwargs
         ) as file:
             return super().load_from_checkpoint(file, map_location, hparams_file, strict, **kwargs)
-
-
-__all__ = ["CheckpointedModule", "WholeCheckpointIO", "refuse_other_shapes", "use_whole_files"]

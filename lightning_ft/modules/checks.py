@@ -1,7 +1,7 @@
-"""Whether rows, tokenizer and model fit each other: asked before the first step, since what doesn't fit fails late.
+"""Checks that rows, tokenizer and model fit each other, made before the first step.
 
 A token without an embedding, a row longer than the model's positions, a prompt that leaves no room for its completion:
-each would end a run when its batch comes, after hours, and on a GPU with an assertion of the device.
+each would end the run when its batch comes, perhaps after hours, and on a GPU with a device-side assertion.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from lightning_ft.models.vocabulary import (
     trainable_tokens,
     untrained_rows,
 )
+from lightning_ft.modules.options import ModelOptions
 
-_SHOWN = 5
+_MOST_NAMED = 5
 
 
 def check_rows(
@@ -43,10 +44,10 @@ def check_rows(
     """Refuse encoded rows that a model can't read.
 
     Args:
-        model: On any device, adapted or not; where it is sharded, all ranks ask.
-        tokenizer: What the rows were encoded with.
-        splits: Every split that is encoded is looked at.
-        new_tokens: Most tokens that are sampled after each row; 0 for rows that are trained on as they are.
+        model: The model, on any device, adapted or not; all ranks of a sharded model must call this.
+        tokenizer: Tokenizer that the rows were encoded with.
+        splits: The splits; every encoded one is checked.
+        new_tokens: Largest number of tokens sampled after each row; 0 for rows that are trained on as they are.
 
     Raises:
         ModelError: For a token without an embedding, or a row longer than the model's table of positions.
@@ -61,39 +62,39 @@ def check_rows(
 
 def _check_length(model: CausalLM, tokens: int, where: str, new_tokens: int) -> None:
     base = base_of(model)
-    limit, kind = context_length(base), type(base).__name__
+    limit, architecture = context_length(base), type(base).__name__
     if limit is None or tokens + new_tokens <= limit:
         return
-    fix = "and choose with on_overlong= whether longer rows are dropped or their prompts cut."
+    remedy = "and choose with on_overlong whether longer rows are dropped or their prompts truncated."
     if new_tokens:
-        room = f"set max_length={limit - new_tokens:,} in the DataModule {fix}" if new_tokens < limit else ""
+        room = f"set max_length={limit - new_tokens:,} in the DataModule {remedy}" if new_tokens < limit else ""
         raise ConfigError(
-            f"{where} has a prompt of {tokens:,} tokens: with max_new_tokens={new_tokens:,} that is "
-            f"more than the {limit:,} positions of {kind}. Lower max_new_tokens{', or ' + room if room else '.'}"
+            f"{where} has a prompt of {tokens:,} tokens: with max_new_tokens={new_tokens:,} that "
+            f"exceeds the {limit:,} positions of {architecture}. Lower max_new_tokens{', or ' + room if room else '.'}"
         )
     if not reads_position(base, tokens - 1):
         raise ModelError(
-            f"{where} has {tokens:,} tokens, and {kind} has {limit:,} positions. Set max_length={limit} "
-            f"in the DataModule {fix}"
+            f"{where} has {tokens:,} tokens, and {architecture} has {limit:,} positions. Set max_length={limit} "
+            f"in the DataModule {remedy}"
         )
     tell(
-        f"{where} has {tokens:,} tokens, more than the {limit:,} positions that {kind} was made for: it "
-        f"reads them, but hasn't learnt to. Set max_length={limit} in the DataModule {fix} Or widen the model's rotary "
-        "positions (rope_parameters in its configuration)."
+        f"{where} has {tokens:,} tokens, more than the {limit:,} positions that {architecture} was trained on: it can "
+        f"read them, but never learned to. Set max_length={limit} in the DataModule {remedy} Or extend the model's "
+        "rotary positions (rope_parameters in its configuration)."
     )
 
 
 def check_prompts(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, splits: Splits[Any], split: str, *, new_tokens: int
 ) -> None:
-    """Refuse rows that a model can't answer; they aren't encoded yet.
+    """Refuse prompts that a model can't answer; the rows aren't encoded yet.
 
     Args:
-        model: On any device, adapted or not.
-        tokenizer: Encodes the prompts.
-        splits: Rows that were loaded.
-        split: Which of them.
-        new_tokens: Most tokens of an answer.
+        model: The model, on any device, adapted or not.
+        tokenizer: Tokenizer that encodes the prompts.
+        splits: The splits, loaded.
+        split: Name of the split to check.
+        new_tokens: Largest number of tokens of an answer.
 
     Raises:
         ModelError: For a token without an embedding.
@@ -101,7 +102,7 @@ def check_prompts(
     """
     limit = context_length(base_of(model))
     for row in (row for part in splits.rows.get(split, []) for row in part):
-        ids = encode_prompt(tokenizer, list(row.asked), kwargs=getattr(row, "template_kwargs", None))
+        ids = encode_prompt(tokenizer, list(row.prompt_messages), kwargs=getattr(row, "template_kwargs", None))
         where = Extreme(len(ids), split, row.source, row.row).where
         error = beyond_embeddings(model, tokenizer, max(ids, default=0), where)
         if error is not None:
@@ -114,9 +115,9 @@ def check_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: S
     """Refuse prompts that have a token without an embedding.
 
     Args:
-        model: On any device, adapted or not.
-        tokenizer: To name tokens.
-        prompts: Token ids.
+        model: The model, on any device, adapted or not.
+        tokenizer: Tokenizer that names the tokens in messages.
+        prompts: Token ids of each prompt.
 
     Raises:
         ModelError: With the token.
@@ -135,14 +136,14 @@ def check_batch(
     new_tokens: int = 0,
     name: str = "A row of this batch",
 ) -> None:
-    """Refuse a batch of a loader of one's own that a model can't read, before the model is given it.
+    """Refuse a batch of a user's own loader that the model can't read, before the model gets it.
 
     Args:
-        model: On any device, adapted or not.
-        tokenizer: To name tokens.
-        batch: Anything; batches of other types than this package's aren't looked at.
-        new_tokens: Most tokens that are sampled after each prompt.
-        name: What a row of it is, for messages.
+        model: The model, on any device, adapted or not.
+        tokenizer: Tokenizer that names the tokens in messages.
+        batch: The batch; only types of this package are checked.
+        new_tokens: Largest number of tokens sampled after each prompt.
+        name: Name of a row of the batch in messages.
 
     Raises:
         ModelError: For a token without an embedding, or a row longer than the model's table of positions.
@@ -161,7 +162,7 @@ def check_batch(
 
 
 def _sequences(batch: Any) -> Iterator[tuple[Tensor, int]]:
-    """Token ids of a batch, and how long the sequence is that they end."""
+    """Pairs of token ids and the length of the sequence that ends with them."""
     if isinstance(batch, TokenBatch) and batch.input_ids.numel():
         real = batch.segment_ids >= 0
         yield batch.input_ids, 1 + int((batch.position_ids * real).max())
@@ -175,102 +176,90 @@ def _sequences(batch: Any) -> Iterator[tuple[Tensor, int]]:
                     yield one.input_ids, len(prompt) + len(one)
 
 
-def tell_untrained(
+def warn_untrained_tokens(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits[Any],
     *,
     own: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Warn of tokens in the training rows whose embedding nothing has trained, and nothing is about to.
+    """Warn of tokens in the training rows whose embedding was never trained and stays frozen.
 
     Args:
-        model: As it will be trained.
-        tokenizer: What the rows were encoded with.
-        splits: Encoded rows.
-        own: The tokenizer of the checkpoint that the model is of, if that is known: what it lacks is new.
+        model: The model as it will be trained.
+        tokenizer: Tokenizer that the rows were encoded with.
+        splits: The splits, encoded.
+        own: Tokenizer of the model's checkpoint, if known; tokens that it lacks are new.
     """
     added: Sequence[int] = frozen_tokens(model, tokenizer.get_added_vocab().values())
     counts = rows_with(splits.encoded.get("train", []), added) if added else {}
     if not counts:
         return
-    known = set() if own is None else set(own.get_vocab())
-    new = {token for token in counts if own is not None and tokenizer.convert_ids_to_tokens(token) not in known}
-    found = sorted(new | set(untrained_rows(model, counts)))
-    if not found:
+    vocabulary = set() if own is None else set(own.get_vocab())
+    new = {token for token in counts if own is not None and tokenizer.convert_ids_to_tokens(token) not in vocabulary}
+    untrained = sorted(new | set(untrained_rows(model, counts)))
+    if not untrained:
         return
-    names = ", ".join(f"{token_name(tokenizer, token)} in {counts[token]:,} rows" for token in found[:_SHOWN])
-    more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+    names = ", ".join(f"{token_name(tokenizer, token)} in {counts[token]:,} rows" for token in untrained[:_MOST_NAMED])
+    more = f" and {len(untrained) - _MOST_NAMED:,} more" if len(untrained) > _MOST_NAMED else ""
     tell(
-        f"train holds tokens whose embedding was never trained, and the adapter leaves embeddings as they are: {names}"
-        f"{more}. To train them with it, pass lora={{'trainable_token_indices': {trainable_tokens(model, found)}}}."
+        f"The training rows hold tokens whose embedding was never trained, and the adapter leaves embeddings frozen: "
+        f"{names}{more}. To train these embeddings too, pass "
+        f"lora={{'trainable_token_indices': {trainable_tokens(model, untrained)}}}."
     )
 
 
-def tell_other_vocabulary(
+def warn_other_vocabulary(
     model: CausalLM, tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase | None
 ) -> None:
     """Warn of a tokenizer that isn't the model's.
 
     Args:
         model: The model.
-        tokenizer: What it is trained and asked with.
-        own: The tokenizer of the checkpoint that the model is of, if that is known.
+        tokenizer: Tokenizer that the model is trained with.
+        own: Tokenizer of the model's checkpoint, if known.
     """
     if own is not None:
         ours, theirs = tokenizer.get_vocab(), own.get_vocab()
         other = sum(ours.get(text) != token for text, token in theirs.items())
         if other > len(theirs) // 100:
             tell(
-                f"The tokenizer isn't the model's: {other:,} of the {len(theirs):,} tokens that the checkpoint's own "
-                "tokenizer has are missing from it or have other ids. What the model knows of them would be lost: "
-                "leave out tokenizer=, or give the model's."
+                f"The tokenizer isn't the model's: of the {len(theirs):,} tokens of the checkpoint's own tokenizer it "
+                f"lacks {other:,} or gives them other ids. What the model has learned about them would be lost: leave "
+                "out `tokenizer`, or pass the model's."
             )
             return
     for token in ends_at_ordinary_tokens(model, tokenizer)[:1]:
         tell(
             f"The model's generation_config ends answers at {token_name(tokenizer, token)}, which is ordinary text in "
-            "this tokenizer, so answers would stop there. Set model.generation_config.eos_token_id, or use the model's "
+            "this tokenizer, so answers would stop early. Set model.generation_config.eos_token_id, or use the model's "
             "own tokenizer."
         )
 
 
-__all__ = [
-    "check_batch",
-    "check_prompts",
-    "check_rows",
-    "check_tokens",
-    "tell_other_vocabulary",
-    "tell_untrained",
-]
-
-
 class CheckedRows(LightningModule):
-    """Base of `FineTuning`: refuses rows that its model can't read, see `lightning_ft.modules.checks`.
+    """Base of `FineTuning`: refuses rows that its model can't read.
 
-    The rows of a DataModule of this package are all looked at when a run starts; of another loader each batch is.
+    All rows of a DataModule of this package are checked when a run starts; those of another loader batch by batch.
     """
 
     model: Any
-    _hyper: dict[str, Any]
+    model_options: ModelOptions
+    generation_options: dict[str, Any]
+    """Arguments of `generate` for `predict_step`."""
     _checked: Any = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What rows are encoded with."""
+        """The tokenizer of the rows."""
         raise NotImplementedError
 
     def _base_name(self) -> str:
         raise NotImplementedError
 
     @property
-    def _generation(self) -> dict[str, Any]:
-        """How `predict` answers."""
-        return {"max_new_tokens": 64, "do_sample": False, **(self._hyper["generation"] or {})}
-
-    @property
     def _new_tokens(self) -> int:
-        """Most tokens that training samples after each row."""
+        """Largest number of tokens that training samples after each row."""
         return 0
 
     def _row_data(self) -> RowDataModule | None:
@@ -281,21 +270,22 @@ class CheckedRows(LightningModule):
         """Refuse a tokenizer and rows that the model can't read, before anything is computed from them."""
         check_special_tokens(model, self.tokenizer)
         data = self._row_data()
-        seen = None if data is None else (data, frozenset(data.splits.encoded))
-        if data is not None and seen != self._checked:
+        state = None if data is None else (data, frozenset(data.splits.encoded))
+        if data is not None and state != self._checked:
             check_rows(model, data.tokenizer, data.splits, new_tokens=self._new_tokens)
-            self._checked = seen
+            self._checked = state
 
-    def _tell_misfits(self) -> None:
+    def _warn_misfits(self) -> None:
         """Warn of a tokenizer that isn't the model's, and of tokens that nothing trains."""
         name = self._base_name() or getattr(base_of(self.model).config, "_name_or_path", None)
+        trust = self.model_options.trust_remote_code
         try:
-            own = load_tokenizer(name, trust_remote_code=self._hyper["trust_remote_code"]) if name else None
-        except TokenizerError:  # a checkpoint without one
+            own = load_tokenizer(name, trust_remote_code=trust) if name else None
+        except TokenizerError:  # the checkpoint has none
             own = None
-        tell_other_vocabulary(self.model, self.tokenizer, own)
+        warn_other_vocabulary(self.model, self.tokenizer, own)
         if (data := self._row_data()) is not None:
-            tell_untrained(self.model, data.tokenizer, data.splits, own=own)
+            warn_untrained_tokens(self.model, data.tokenizer, data.splits, own=own)
 
     def _check_batch(self, batch: Any) -> None:
         if self._row_data() is None:
@@ -310,19 +300,19 @@ class CheckedRows(LightningModule):
         self._check_rows(self.model)
 
     def on_predict_start(self) -> None:
-        """Refuse rows that leave no room for their answers, all before the first one is answered."""
+        """Refuse prompts that leave no room for their answers, all before the first one is answered."""
         if (data := self._row_data()) is not None:
-            new_tokens = int(self._generation.get("max_new_tokens") or 0)
+            new_tokens = int(self.generation_options.get("max_new_tokens") or 0)
             check_prompts(self.model, self.tokenizer, data.splits, "predict", new_tokens=new_tokens)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuse what the model can't read, in a batch of another loader than a DataModule's."""
+        """Refuse what the model can't read in a batch of a user's own loader."""
         self._check_batch(batch)
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Refuse what the model can't read, in a batch of another loader than a DataModule's."""
+        """Refuse what the model can't read in a batch of a user's own loader."""
         self._check_batch(batch)
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Refuse what the model can't read, in a batch of another loader than a DataModule's."""
+        """Refuse what the model can't read in a batch of a user's own loader."""
         self._check_batch(batch)

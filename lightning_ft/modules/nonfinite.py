@@ -1,7 +1,7 @@
-"""No optimizer step is taken on numbers that aren't finite: one NaN in a gradient would be in every weight after it.
+"""Optimizer steps are taken only if they are finite: one NaN in a gradient would spread to every weight.
 
-Whether a step is taken is decided once, just before the weights would move, from its loss and the norm of its
-gradients, and on all ranks together. Nothing is read from a device before that.
+The decision is made once per step, just before the weights would move, from the loss and the norm of the gradients, on
+all ranks together. Nothing is read from a device before that.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lightning_ft.data.loader import TokenLoader, name_rows
 from lightning_ft.distributed import gathered, rank_zero_warn, several_ranks, summed_over_ranks
-from lightning_ft.errors import ConfigError, ModelError, NonFiniteError
+from lightning_ft.errors import ModelError, NonFiniteError
 from lightning_ft.models.numerics import first_nonfinite
+from lightning_ft.modules.options import OptimizerOptions
 from lightning_ft.modules.resume import STATE, ResumableModule
 from lightning_ft.rewards.function import OnNonFinite
 
@@ -23,41 +24,42 @@ _SKIPPED = "skipped_steps"
 
 
 class FiniteSteps(ResumableModule):
-    """Base of `FineTuning`: refuses or skips optimizer steps whose loss or gradients aren't finite.
+    """Base of `FineTuning`: refuses or skips optimizer steps whose loss or gradients are not finite.
 
-    A subclass notes the loss of each micro-batch with :meth:`note_loss`, and calls :meth:`check_step` in
+    A subclass records the loss of each micro-batch with :meth:`note_loss`, and calls :meth:`check_step` in
     `on_before_optimizer_step`.
     """
 
+    optimizer_options: OptimizerOptions
     skipped_steps: int = 0
-    """Optimizer steps that were left out because their loss or gradients weren't finite."""
+    """Number of optimizer steps that were skipped because their loss or gradients were not finite."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._noted: list[tuple[int, Tensor]] = []
+        self._recorded: list[tuple[int, Tensor]] = []
 
     @property
     def _on_nonfinite(self) -> OnNonFinite:
-        return cast(OnNonFinite, self._hyper["on_nonfinite"])
+        return self.optimizer_options.on_nonfinite
 
     def note_loss(self, batch_idx: int, loss: Tensor) -> None:
-        """Remember the loss of a micro-batch until its optimizer step is decided on, to say which rows it came from.
+        """Record the loss of a micro-batch until its optimizer step, so that an error can name its rows.
 
         Args:
             batch_idx: Number of the batch in its epoch.
-            loss: Its loss, ``[]``; it stays on its device.
+            loss: Loss of the batch, ``[]``; it stays on its device.
         """
-        self._noted.append((batch_idx, loss.detach()))
+        self._recorded.append((batch_idx, loss.detach()))
 
     def scale_gradients(self, factor: float) -> list[Tensor]:
-        """Multiply the gradients of all parameters in place, and give them back."""
+        """Multiply the gradients of all parameters in place, and return them."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         for gradient in gradients:
             gradient.mul_(factor)
         return gradients
 
     def log_optimizer(self, optimizer: Any, gradients: list[Tensor], loss: float) -> None:
-        """Check the step, and log the learning rate and the norm of the gradients before they are clipped.
+        """Check the step, and log the learning rate and the norm of the gradients before clipping.
 
         Args:
             optimizer: The optimizer whose step is next.
@@ -76,72 +78,74 @@ class FiniteSteps(ResumableModule):
             self.log(f"train/{name}", count, batch_size=1)
 
     def skipped_metrics(self) -> dict[str, float]:
-        """How many steps were skipped, by the name that it is logged under; nothing where none can be and none was."""
-        wanted = self._on_nonfinite == "skip" or self.skipped_steps
-        return {_SKIPPED: float(self.skipped_steps)} if wanted else {}
+        """Number of skipped steps by logged name; empty where none can be skipped and none was."""
+        logged = self._on_nonfinite == "skip" or self.skipped_steps
+        return {_SKIPPED: float(self.skipped_steps)} if logged else {}
 
     # ---------------------------------------------------------------- the decision
 
-    def check_step(self, optimizer: Any, norm: Tensor, loss: Tensor, *, left_out: str | None = None) -> None:
-        """Refuse or skip the optimizer step that is next, if its loss or gradients aren't finite on any rank.
+    def check_step(self, optimizer: Any, norm: Tensor, loss: Tensor, *, unusable: str | None = None) -> None:
+        """Refuse or skip the next optimizer step if its loss or gradients are not finite on any rank.
 
-        To skip it the gradients are dropped, so that no weight and no moment moves and nothing decays. Gradients that
-        overflow under a gradient scaler are no error: it lowers its scale, from 65,536 to where they don't. At a scale
-        of 1 they aren't the scaling's.
+        To skip a step its gradients are dropped, so that no weight and no optimizer state changes and nothing decays.
+        Gradients that overflow under a gradient scaler are no error: it lowers its scale, which starts at 65,536. At a
+        scale of 1 the overflow has another cause.
 
         Args:
             optimizer: The optimizer whose step is next.
             norm: Norm of all gradients, ``[]``.
             loss: Loss of the step on this rank, or on all, ``[]``.
-            left_out: Why the step can't be learnt from whatever its loss is; None if it can.
+            unusable: Why nothing can be learned from the step, whatever its loss; None if it is usable.
 
         Raises:
             NonFiniteError: With ``on_nonfinite="error"``; names step, rows, loss and gradient norm.
         """
-        noted, self._noted = self._noted, []
-        flags = torch.stack([~loss.to(norm.device).isfinite(), ~norm.isfinite(), norm.new_tensor(left_out is not None)])
-        bad_loss, bad_norm, unusable = summed_over_ranks(flags.float(), self.device).tolist()
-        if not (bad_loss or bad_norm or unusable):
+        recorded, self._recorded = self._recorded, []
+        flags = torch.stack([~loss.to(norm.device).isfinite(), ~norm.isfinite(), norm.new_tensor(unusable is not None)])
+        bad_loss, bad_norm, bad_data = summed_over_ranks(flags.float(), self.device).tolist()
+        if not (bad_loss or bad_norm or bad_data):
             return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and not bad_loss and not unusable and scaler.get_scale() > 1:
+        if scaler is not None and not bad_loss and not bad_data and scaler.get_scale() > 1:
             self._drop_gradients(optimizer, scaler)
             return
-        found = f"loss {float(loss):.4g}, gradient norm {float(norm):.4g}"
+        values = f"loss {float(loss):.4g}, gradient norm {float(norm):.4g}"
         step = self.trainer.global_step
-        problem = f"Optimizer step {step + 1} isn't finite ({found}). {self._where(noted, left_out)} "
+        problem = f"Optimizer step {step + 1} is not finite ({values}). {self._where(recorded, unusable)} "
         if (name := self._first_nonfinite_weight()) is not None:
             raise NonFiniteError(
-                f"{problem}The weights weren't before it, the first being {name}: take an earlier checkpoint."
+                f"{problem}The weights were not finite before it, the first of them {name}: use an earlier checkpoint."
             )
         if self._on_nonfinite == "error":
             raise NonFiniteError(
-                f"{problem}Nothing of it is in the weights, which are those after step {step}. Look at "
-                f"these rows, lower learning_rate ({optimizer.param_groups[0]['lr']:.3g} in this step), clip "
-                "gradients, or leave such steps out with on_nonfinite='skip'."
+                f"{problem}The weights are unchanged since step {step}. Look at these rows, lower learning_rate "
+                f"({optimizer.param_groups[0]['lr']:.3g} in this step), clip gradients, or skip such steps with "
+                "on_nonfinite='skip'."
             )
         self._drop_gradients(optimizer, scaler)
         if self.skipped_steps & (self.skipped_steps - 1) == 0:  # the first, second, fourth, eighth, ...
-            rank_zero_warn(f"{problem}It is skipped (on_nonfinite='skip'), {self.skipped_steps} in all so far.")
+            rank_zero_warn(f"{problem}It is skipped (on_nonfinite='skip'), {self.skipped_steps} so far.")
 
     def _drop_gradients(self, optimizer: Any, scaler: Any) -> None:
-        """Leave out the step that is next; a gradient scaler knows by now whether it has to lower its scale."""
+        """Skip the next step; a gradient scaler already knows whether to lower its scale."""
         self.skipped_steps += 1
         if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.zero_grad(set_to_none=True)  # such an optimizer's gradients the scaler looks at in its step only
+            optimizer.zero_grad(set_to_none=True)  # (the scaler checks other optimizers' gradients in their step)
 
-    def _where(self, noted: list[tuple[int, Tensor]], left_out: str | None) -> str:
-        """Which batches and rows of all ranks the step is of; those whose loss isn't finite, if that is known."""
-        wrong = [batch for batch, loss in noted if not math.isfinite(loss)]
-        mine = (wrong, list(dict.fromkeys(batch for batch, _ in noted)), left_out)
+    def _where(self, recorded: list[tuple[int, Tensor]], unusable: str | None) -> str:
+        """Batches and rows of the step on all ranks; only those with a non-finite loss, if that is known."""
+        wrong = [batch for batch, loss in recorded if not math.isfinite(loss)]
+        mine = (wrong, list(dict.fromkeys(batch for batch, _ in recorded)), unusable)
         ranks = gathered(mine)
         any_wrong = any(wrong for wrong, _, _ in ranks)
         chosen = list(dict.fromkeys(wrong if any_wrong else mine[1]))
-        said = [f"{batch_name}{': ' + rows if rows else ''}" for batch_name, rows in map(self._named, chosen)]
+        names = [f"{batch}{': ' + rows if rows else ''}" for batch, rows in map(self._named, chosen)]
         if several_ranks():
-            said = [f"rank {rank}, {text}" for rank, texts in enumerate(gathered(said)) for text in texts]
+            names = [f"rank {rank}, {name}" for rank, of_rank in enumerate(gathered(names)) for name in of_rank]
         reasons = dict.fromkeys(reason for _, _, reason in ranks if reason is not None)
-        return " ".join([*(f"{reason}." for reason in reasons), f"It is of {'; '.join(said)}."] if said else reasons)
+        return " ".join(
+            [*(f"{reason}." for reason in reasons), f"It is made of {'; '.join(names)}."] if names else reasons
+        )
 
     def _named(self, batch: int) -> tuple[str, str]:
         loader, data = self.trainer.train_dataloader, self._row_data()
@@ -156,15 +160,15 @@ class FiniteSteps(ResumableModule):
         return first_nonfinite((n, p) for n, p in self.named_parameters() if p.requires_grad)
 
     def refuse_nonfinite_weights(self) -> None:
-        """Refuse to write weights that aren't finite; on all ranks.
+        """Refuse to write weights that are not finite; call it on all ranks.
 
         Raises:
             NonFiniteError: With the first such weight.
         """
         if (name := self._first_nonfinite_weight()) is not None:
             raise NonFiniteError(
-                f"No checkpoint is written: {name} holds numbers that aren't finite. Go on from the last checkpoint "
-                "that was written, with a lower learning_rate."
+                f"No checkpoint is written: {name} holds values that are not finite. Continue from the last checkpoint "
+                "with a lower learning_rate."
             )
 
     # ---------------------------------------------------------------- resuming
@@ -177,11 +181,11 @@ class FiniteSteps(ResumableModule):
         """As in `ResumableModule`, with the count of skipped steps.
 
         Raises:
-            ModelError: If weights of the checkpoint aren't finite.
+            ModelError: If weights of the checkpoint are not finite.
         """
         if (name := first_nonfinite(checkpoint.get("state_dict", {}).items())) is not None:
             raise ModelError(
-                f"The checkpoint's weight {name} holds numbers that aren't finite, so every answer would be NaN: take "
+                f"The checkpoint's weight {name} holds values that are not finite, so every output would be NaN: use "
                 "an earlier checkpoint."
             )
         super().load_resume_state(checkpoint)
@@ -191,13 +195,3 @@ class FiniteSteps(ResumableModule):
 def whole_norm(norm: Tensor) -> Tensor:
     """A norm over all shards, ``[]``."""
     return cast(Any, norm).full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
-
-
-def check_on_nonfinite(on_nonfinite: str) -> None:
-    """Refuse another choice than ``error`` and ``skip``.
-
-    Raises:
-        ConfigError: With the choices.
-    """
-    if on_nonfinite not in ("error", "skip"):
-        raise ConfigError(f"on_nonfinite={on_nonfinite!r}: expected 'error' or 'skip'.")

@@ -1,6 +1,6 @@
-"""Learning from completions that the policy itself wrote: roll out, judge, measure, and step, inside one training step.
+"""Learning from the policy's own completions: roll out, reward, measure, and take steps, all in one training step.
 
-Rollouts never outlive the training step that they were made in, so a checkpoint between two steps resumes exactly.
+A rollout never outlives its training step, so a checkpoint between two steps resumes exactly.
 """
 
 from __future__ import annotations
@@ -26,35 +26,37 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
 from lightning_ft.modules.nonfinite import whole_norm
-from lightning_ft.modules.rollout_batch import PolicyBatch, RolloutBatch, picked
+from lightning_ft.modules.options import SamplingOptions, Unpack
+from lightning_ft.modules.rollout_batch import PolicyBatch, RolloutBatch, concatenated
 from lightning_ft.modules.sampled import SampledCompletions
 from lightning_ft.modules.step_metrics import MeanMetrics
 
-Score = Callable[[TokenBatch], "tuple[SelectedLogProbs, Tensor | None]"]
+LogProbsAndValues = Callable[[TokenBatch], "tuple[SelectedLogProbs, Tensor | None]"]
+"""Log-probabilities of a batch's tokens and, with a critic, their values."""
 
 
 class PolicyOptimization(SampledCompletions):
-    """Base of the policy-gradient modules; a subclass gives advantages, and a loss.
+    """Base of the policy-gradient modules; a subclass computes advantages and a loss.
 
-    A training step takes a batch of prompts, samples `num_completions` to each, has them judged, and takes
+    A training step takes a batch of prompts, samples `num_completions` of each, computes their rewards, and takes
     ``epochs_per_rollout * steps_per_rollout`` optimizer steps on them.
 
     Args:
-        model: Hub name, local folder, or a loaded model; mostly one that was fine-tuned on pairs before.
-        epochs_per_rollout: How often the completions of a rollout are gone through.
-        steps_per_rollout: Into how many optimizer steps each time: prompts with all of their completions are dealt out
+        model: Hub name, local folder, or a loaded model; usually one that was fine-tuned on pairs before.
+        epochs_per_rollout: Number of passes over the completions of a rollout.
+        steps_per_rollout: Number of optimizer steps per pass. Prompts with all of their completions are distributed
             over them, or single completions where there are fewer prompts than steps.
-        micro_batch_size: Completions of one forward and backward pass on a rank; None for all of a step at once.
+        micro_batch_size: Number of completions per forward and backward pass on a rank; None for all of a step at once.
             Smaller ones take less memory and give the same step.
-        max_grad_norm: Gradients are clipped to this norm; None for not at all. (The Trainer's ``gradient_clip_val`` and
-            ``accumulate_grad_batches`` don't work with modules that take their own steps.)
-        mask_truncated: Learn nothing from completions that were stopped by `max_new_tokens`.
+        max_grad_norm: Norm that gradients are clipped to; None for no clipping. (The Trainer's ``gradient_clip_val``
+            and ``accumulate_grad_batches`` don't work with modules that take their own steps.)
+        mask_truncated: Leave completions that `max_new_tokens` stopped out of the loss.
         kl_coef: Weight of the KL divergence from the reference.
-        options: Of `SampledCompletions`, `AdaptedFineTuning` and `FineTuning`.
+        options: Arguments of `SampledCompletions`, `AdaptedFineTuning` and `FineTuning`.
     """
 
     loss_type: LossType = "dapo"
-    """How the tokens of a step are weighted, see `lightning_ft.losses.policy.token_weights`."""
+    """Weighting of the tokens of a step, see `lightning_ft.losses.policy.token_weights`."""
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class PolicyOptimization(SampledCompletions):
         max_grad_norm: float | None = 1.0,
         mask_truncated: bool = False,
         kl_coef: float = 0.0,
-        **options: Any,
+        **options: Unpack[SamplingOptions],
     ) -> None:
         super().__init__(model, **options)
         self.automatic_optimization = False
@@ -79,36 +81,42 @@ class PolicyOptimization(SampledCompletions):
             raise ConfigError(f"max_grad_norm={max_grad_norm}: expected more than 0, or None.")
         if self.sampling.greedy:
             raise ConfigError(
-                "temperature=0: greedy completions of a prompt are all the same; there is nothing to learn."
+                "temperature=0: greedy completions of a prompt are all the same, so there is nothing to learn. Set a "
+                "temperature above 0."
             )
-        self._hyper |= {
-            **counts,
-            "micro_batch_size": micro_batch_size,
-            "max_grad_norm": max_grad_norm,
-            "mask_truncated": mask_truncated,
-            "kl_coef": self.kl_coef,
-        }
+        self.epochs_per_rollout, self.steps_per_rollout = epochs_per_rollout, steps_per_rollout
+        self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
+        self.mask_truncated = mask_truncated
+        self.record_arguments(
+            {
+                **counts,
+                "micro_batch_size": micro_batch_size,
+                "max_grad_norm": max_grad_norm,
+                "mask_truncated": mask_truncated,
+                "kl_coef": self.kl_coef,
+            }
+        )
         self.needs_reference = bool(self.kl_coef)
         self._reference: Reference | None = None
-        self._window = MeanMetrics()
+        self._step_metrics = MeanMetrics()
         self._batch_idx = 0
         self._step_loss = torch.zeros(())
-        self._left_out: str | None = None
+        self._unusable: str | None = None
 
     # ---------------------------------------------------------------- for subclasses
 
     needs_old_logprobs: bool = False
-    """Whether advantages are made of log-probabilities or values, so that there must be some beforehand."""
+    """Whether advantages need log-probabilities or values, which must be computed before them."""
 
     def estimate_advantages(self, rollout_batch: RolloutBatch) -> None:
-        """Set `rollout_batch.advantages` from its rewards, before any step is taken."""
+        """Set `rollout_batch.advantages` from its rewards, before the first step."""
         raise NotImplementedError
 
-    def loss(self, batch: PolicyBatch) -> PolicyLoss | Tensor:
-        """The share of a micro-batch in the loss of its optimizer step; a loss of your own goes here.
+    def compute_loss(self, batch: PolicyBatch) -> PolicyLoss | Tensor:
+        """A micro-batch's share of the loss of its optimizer step; a loss of one's own goes here.
 
         Returns:
-            A scalar with gradient, or the same with figures to log.
+            A scalar with gradient, alone or with metrics to log.
         """
         raise NotImplementedError
 
@@ -117,16 +125,16 @@ class PolicyOptimization(SampledCompletions):
     def configure_model(self) -> None:
         """As in `FineTuning`, and keep the reference while the weights are the original ones.
 
-        With an adapter it takes no memory, so that validation can always measure the KL; a copy of all weights is made
-        only where the KL counts.
+        With an adapter it takes no memory, so validation always measures the KL divergence; all weights are copied
+        only where the KL divergence is part of the training.
         """
         if self.model is None:
             super().configure_model()
-            if self.needs_reference or self._adaptation.kind != "full":
+            if self.needs_reference or self._adaptation.mode != "full":
                 self._reference = self.new_reference()
 
     def on_fit_start(self) -> None:
-        """As in `FineTuning`; let ranks sample from streams of their own."""
+        """As in `FineTuning`; give each rank a random stream of its own."""
         super().on_fit_start()
         self._check_steps_per_rollout()
         if self._reference is not None:
@@ -135,21 +143,21 @@ class PolicyOptimization(SampledCompletions):
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def _check_steps_per_rollout(self) -> None:
-        """Refuse more optimizer steps than there are completions to deal out over them: the others would be empty."""
-        steps, data = self._hyper["steps_per_rollout"], self._row_data()
+        """Refuse more optimizer steps than a rollout has completions: the others would be empty."""
+        steps, data = self.steps_per_rollout, self._row_data()
         if data is None:
             return
-        completions = data.hparams["batch_size"] * self._hyper["num_completions"] * self.trainer.world_size
+        completions = data.hparams["batch_size"] * self.num_completions * self.trainer.world_size
         if steps > completions:
             raise ConfigError(
-                f"steps_per_rollout={steps}: a rollout has {completions} completions (batch_size times "
-                "num_completions over all ranks), so some of its steps would have nothing to learn from. Lower it to "
+                f"steps_per_rollout={steps} exceeds the {completions} completions of a rollout (batch_size times "
+                "num_completions over all ranks), so some steps would have nothing to learn from. Lower it to "
                 f"{completions} at most, or raise num_completions or the DataModule's batch_size."
             )
 
     @property
     def _steps_of_batch(self) -> int:
-        return int(self._hyper["epochs_per_rollout"] * self._hyper["steps_per_rollout"])
+        return self.epochs_per_rollout * self.steps_per_rollout
 
     def _steps_of_epoch(self, batches: int, epoch: int) -> int:
         return batches * self._steps_of_batch
@@ -157,7 +165,7 @@ class PolicyOptimization(SampledCompletions):
     # ---------------------------------------------------------------- one training step
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Roll out, and learn from it."""
+        """Roll out, and learn from the completions."""
         started = time.perf_counter()
         self._batch_idx = batch_idx
         rollout_batch = self.roll_out(batch)
@@ -168,50 +176,57 @@ class PolicyOptimization(SampledCompletions):
         rate = cast(Any, self.optimizers()).param_groups[0]["lr"]
         self.learn(rollout_batch)
         self.close_window()
-        figures = {f"train/{name}": mean for name, mean in self._window.reduce(self.device).items()}
-        figures |= self.rollout_metrics(rollout_batch)
-        figures |= {f"train/{name}": count for name, count in self.skipped_metrics().items()}
-        figures["train/learning_rate"] = rate  # of the first step
-        figures["train/rollout_seconds"] = rolled_out - started
-        figures["train/train_seconds"] = time.perf_counter() - rolled_out
+        metrics = {f"train/{name}": mean for name, mean in self._step_metrics.reduce(self.device).items()}
+        metrics |= self.rollout_metrics(rollout_batch)
+        metrics |= {f"train/{name}": count for name, count in self.skipped_metrics().items()}
+        metrics["train/learning_rate"] = rate  # of the first step
+        metrics["train/rollout_seconds"] = rolled_out - started
+        metrics["train/train_seconds"] = time.perf_counter() - rolled_out
         for name in ("train/loss", "train/reward"):
-            if name in figures:  # there is none where no reward applied to any completion
-                self.log(name, figures.pop(name), prog_bar=True, batch_size=1)
-        self.log_dict(figures, batch_size=1)
+            if name in metrics:  # without a reward that applies to any completion there is none
+                self.log(name, metrics.pop(name), prog_bar=True, batch_size=1)
+        self.log_dict(metrics, batch_size=1)
 
     def measure(self, rollout_batch: RolloutBatch) -> None:
-        """Score the completions under the policy, where it moves before they are used up, and under the reference.
+        """Compute log-probabilities of the completions under the policy and the reference, where they are needed.
 
-        The reference only where the divergence from it counts: it takes a forward pass.
+        Under the policy: where it moves before all completions are used. Under the reference: where the KL divergence
+        from it is part of the training, since it takes a forward pass.
         """
         if self._steps_of_batch > 1 or self.needs_old_logprobs:
             with evaluating(self.model):
-                rollout_batch.old_logprobs, rollout_batch.values = self._scored(rollout_batch, self.score_tokens)
+                rollout_batch.old_logprobs, rollout_batch.values = self._measured(rollout_batch, self.policy_logprobs)
         if self._reference is not None and self.kl_coef:
             with self._reference.use() as reference:
-                rollout_batch.ref_logprobs = self._scored(rollout_batch, self._scored_by(reference))[0]
+                rollout_batch.ref_logprobs = self._measured(rollout_batch, self._logprobs_under(reference))[0]
 
-    def _scored_by(self, model: CausalLM) -> Score:
-        def score(tokens: TokenBatch) -> tuple[SelectedLogProbs, None]:
+    def policy_logprobs(self, tokens: TokenBatch) -> tuple[SelectedLogProbs, Tensor | None]:
+        """Log-probabilities of a micro-batch under the policy and, with a critic, its values, ``[n]`` each."""
+        return self.compute_logprobs(tokens, entropy=True, temperature=self.sampling.temperature), None
+
+    def _logprobs_under(self, model: CausalLM) -> LogProbsAndValues:
+        def compute(tokens: TokenBatch) -> tuple[SelectedLogProbs, None]:
             return self._required_logprob_model()(model, tokens, temperature=self.sampling.temperature), None
 
-        return score
+        return compute
 
     @torch.no_grad()
-    def _scored(self, rollout_batch: RolloutBatch, score: Score) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Log-probabilities of every token, ``[t]`` for each completion, and where there is a critic its values."""
+    def _measured(
+        self, rollout_batch: RolloutBatch, compute: LogProbsAndValues
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Log-probability of every token, ``[t]`` per completion, and with a critic its value."""
         logprobs: dict[int, Tensor] = {}
         values: dict[int, Tensor] | None = None
-        for piece in self._pieces(rollout_batch.groups()):
-            scored, critic = score(self.lay_out(*rollout_batch.rows(piece)))
-            logprobs.update(zip(piece, rollout_batch.split(scored.logprobs, piece), strict=True))
-            if critic is not None:  # there is one also on a rank that has no completions
+        for micro_batch in self._micro_batches(rollout_batch.groups()):
+            computed, critic = compute(self.lay_out(*rollout_batch.rows(micro_batch)))
+            logprobs.update(zip(micro_batch, rollout_batch.split(computed.logprobs, micro_batch), strict=True))
+            if critic is not None:  # also on a rank that has no completions
                 values = values or {}
-                values.update(zip(piece, rollout_batch.split(critic, piece), strict=True))
+                values.update(zip(micro_batch, rollout_batch.split(critic, micro_batch), strict=True))
         order = range(len(rollout_batch.completions))
         return [logprobs[c] for c in order], None if values is None else [values[c] for c in order]
 
-    def _moments(self, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _statistics(self, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over the completions, or tokens, of all ranks."""
         return mean_and_std(summed_over_ranks(power_sums(values, mask), self.device))
 
@@ -219,21 +234,21 @@ class PolicyOptimization(SampledCompletions):
         if self._reference is None:
             return {}
         with evaluating(self.model):
-            logprobs = self._scored(rollout_batch, self.score_tokens)[0]
+            logprobs = self._measured(rollout_batch, self.policy_logprobs)[0]
         with self._reference.use() as reference:
-            ref_logprobs = self._scored(rollout_batch, self._scored_by(reference))[0]
-        kl = [k1(ours, theirs).sum() for ours, theirs in zip(logprobs, ref_logprobs, strict=True)]
+            ref_logprobs = self._measured(rollout_batch, self._logprobs_under(reference))[0]
+        kl = [k1(policy, reference).sum() for policy, reference in zip(logprobs, ref_logprobs, strict=True)]
         return {"kl_completion": power_sums(torch.stack(kl) if kl else torch.zeros(0))}
 
-    def _pieces(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
-        """What one pass takes each; as many on every rank, so that ranks run in step, some of them empty."""
-        pieces = RolloutBatch.pieces(groups, self._hyper["micro_batch_size"])
-        return pieces + [[]] * (largest_over_ranks(len(pieces), self.device) - len(pieces))
+    def _micro_batches(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Micro-batches of the groups, the same number on every rank so that ranks run in step; some may be empty."""
+        micro_batches = RolloutBatch.micro_batches(groups, self.micro_batch_size)
+        return micro_batches + [[]] * (largest_over_ranks(len(micro_batches), self.device) - len(micro_batches))
 
     def learn(self, rollout_batch: RolloutBatch) -> None:
         """Take the optimizer steps of a rollout, until `max_steps` is reached."""
-        steps = self._hyper["steps_per_rollout"]
-        for _ in range(self._hyper["epochs_per_rollout"]):
+        steps = self.steps_per_rollout
+        for _ in range(self.epochs_per_rollout):
             groups = rollout_batch.groups(steps)
             count = len(groups)
             order = torch.randperm(count).tolist() if steps > 1 else list(range(count))
@@ -246,81 +261,79 @@ class PolicyOptimization(SampledCompletions):
                 self._take_step(rollout_batch, [groups[i] for i in part])
 
     def _take_step(self, rollout_batch: RolloutBatch, groups: Sequence[Sequence[int]]) -> None:
-        """Take an optimizer step on groups of completions; none where no rank has any, in a short last batch."""
+        """Take an optimizer step on groups of completions, unless no rank has any (in a short last batch)."""
         optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
-        pieces = self._pieces(groups)
-        kept = ~rollout_batch.truncated if self._hyper["mask_truncated"] else torch.ones_like(rollout_batch.truncated)
+        micro_batches = self._micro_batches(groups)
+        kept = ~rollout_batch.truncated if self.mask_truncated else torch.ones_like(rollout_batch.truncated)
         lengths = rollout_batch.lengths * kept
-        chosen = [c for piece in pieces for c in piece]
+        chosen = [c for micro_batch in micro_batches for c in micro_batch]
         totals = summed_over_ranks(torch.stack([torch.tensor(len(chosen)), lengths[chosen].sum()]), self.device)
         if not totals[0]:
             return
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         optimizer.zero_grad()
         whole = torch.zeros((), device=self.device)
-        for number, piece in enumerate(pieces):
+        for number, micro_batch in enumerate(micro_batches):
             weights = token_weights(
                 self.loss_type,
-                lengths[piece],
+                lengths[micro_batch],
                 total_sequences=totals[0],
                 total_tokens=totals[1],
-                max_new_tokens=self._hyper["max_new_tokens"],
+                max_new_tokens=self.max_new_tokens,
             )
-            with nullcontext() if number == len(pieces) - 1 else block():
-                batch = self._policy_batch(rollout_batch, piece, kept, weights)
-                result = self.loss(batch)
+            with nullcontext() if number == len(micro_batches) - 1 else block():
+                batch = self._policy_batch(rollout_batch, micro_batch, kept, weights)
+                result = self.compute_loss(batch)
                 loss = result.loss if isinstance(result, PolicyLoss) else result
                 self.manual_backward(loss * self.trainer.world_size)  # strategies average over ranks; weights span them
             whole += loss.detach()
-            self._count(piece, batch, result)
-        self._window.add({"loss": whole}, {"loss": 1 / self.trainer.world_size})
+            self._count(batch, result)
+        self._step_metrics.add({"loss": whole}, {"loss": 1 / self.trainer.world_size})
         self.note_loss(self._batch_idx, whole)
-        self._step_loss, self._left_out = whole, rollout_batch.nonfinite
+        self._step_loss, self._unusable = whole, rollout_batch.nonfinite
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
 
     def _policy_batch(
-        self, rollout_batch: RolloutBatch, piece: Sequence[int], kept: Tensor, weights: Tensor
+        self, rollout_batch: RolloutBatch, micro_batch: Sequence[int], kept: Tensor, weights: Tensor
     ) -> PolicyBatch:
-        scored, values = self.score_tokens(self.lay_out(*rollout_batch.rows(piece)))
-        like = scored.logprobs
-        lengths = rollout_batch.lengths[list(piece)].to(like.device)
-        sequences = torch.arange(len(piece), device=like.device).repeat_interleave(lengths)  # [n]
-        advantages = {c: rollout_batch.advantages[c].expand(len(rollout_batch.completions[c])) for c in piece}
-        old = like.detach() if rollout_batch.old_logprobs is None else picked(rollout_batch.old_logprobs, piece, like)
-        known = all(len(rollout_batch.sampling_logprobs[c]) for c in piece)  # not every engine says
-        sampled = cast(Tensor, picked(rollout_batch.sampling_logprobs, piece if known else [], like))
-        gap = cast(Tensor, old) - sampled if known else sampled
-        self._window.add({"sampling_gap": gap.abs()})
+        computed, values = self.policy_logprobs(self.lay_out(*rollout_batch.rows(micro_batch)))
+        logprobs = computed.logprobs
+        lengths = rollout_batch.lengths[list(micro_batch)].to(logprobs.device)
+        sequences = torch.arange(len(micro_batch), device=logprobs.device).repeat_interleave(lengths)  # [n]
+        advantages = {c: rollout_batch.advantages[c].expand(len(rollout_batch.completions[c])) for c in micro_batch}
+        old = logprobs.detach()
+        if rollout_batch.old_logprobs is not None:
+            old = cast(Tensor, concatenated(rollout_batch.old_logprobs, micro_batch, logprobs))
+        reported = all(len(rollout_batch.sampling_logprobs[c]) for c in micro_batch)  # not by every engine
+        sampled = concatenated(rollout_batch.sampling_logprobs, micro_batch if reported else [], logprobs)
+        gap = old - cast(Tensor, sampled) if reported else cast(Tensor, sampled)
+        self._step_metrics.add({"sampling_gap": gap.abs()})
         return PolicyBatch(
-            logprobs=like,
-            old_logprobs=cast(Tensor, old),
-            ref_logprobs=picked(rollout_batch.ref_logprobs, piece, like),
-            advantages=cast(Tensor, picked(advantages, piece, like)),
+            logprobs=logprobs,
+            old_logprobs=old,
+            ref_logprobs=concatenated(rollout_batch.ref_logprobs, micro_batch, logprobs),
+            advantages=cast(Tensor, concatenated(advantages, micro_batch, logprobs)),
             sequences=sequences,
-            mask=kept[list(piece)].to(like.device)[sequences],
-            weights=weights.to(like),
-            entropy=cast(Tensor, scored.entropy),
+            mask=kept[list(micro_batch)].to(logprobs.device)[sequences],
+            weights=weights.to(logprobs),
+            entropy=cast(Tensor, computed.entropy),
             values=values,
-            old_values=picked(rollout_batch.values, piece, like),
-            returns=picked(rollout_batch.returns, piece, like),
+            old_values=concatenated(rollout_batch.values, micro_batch, logprobs),
+            returns=concatenated(rollout_batch.returns, micro_batch, logprobs),
         )
 
-    def score_tokens(self, tokens: TokenBatch) -> tuple[SelectedLogProbs, Tensor | None]:
-        """Log-probabilities of a micro-batch under the policy, and where there is a critic its values, ``[n]`` each."""
-        return self.score(tokens, entropy=True, temperature=self.sampling.temperature), None
-
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Clip the gradients, which are unscaled and summed over ranks by now."""
+        """Clip the gradients, which are already unscaled and summed over ranks."""
         gradients = [p for p in self.parameters() if p.grad is not None]
-        limit = self._hyper["max_grad_norm"]
+        limit = self.max_grad_norm
         norm = whole_norm(torch.nn.utils.clip_grad_norm_(gradients, float("inf") if limit is None else limit)).detach()
-        self._window.add({"grad_norm": norm[None]})
-        self.check_step(optimizer, norm, self._step_loss, left_out=self._left_out)
+        self._step_metrics.add({"grad_norm": norm[None]})
+        self.check_step(optimizer, norm, self._step_loss, unusable=self._unusable)
 
-    def _count(self, piece: Sequence[int], batch: PolicyBatch, result: PolicyLoss | Tensor) -> None:
-        """Add what a micro-batch showed to the figures of the training step."""
+    def _count(self, batch: PolicyBatch, result: PolicyLoss | Tensor) -> None:
+        """Add a micro-batch to the metrics of the training step."""
         tokens = float(batch.mask.sum())
         sums = {"entropy": (batch.entropy * batch.mask).sum()}
         counts = {"entropy": tokens}
@@ -333,4 +346,4 @@ class PolicyOptimization(SampledCompletions):
             sums |= {"clip_fraction/low": result.clipped_low, "clip_fraction/high": result.clipped_high}
             sums["policy_kl"] = result.approx_kl
             counts |= dict.fromkeys(("clip_fraction/low", "clip_fraction/high", "policy_kl"), tokens)
-        self._window.add(sums, counts)
+        self._step_metrics.add(sums, counts)

@@ -1,13 +1,13 @@
-"""Resuming a run exactly: where it stood, its random streams, and Lightning's counters, which are put right.
+"""Exact resume: the position of a run, its random streams, and a repair of Lightning's counters.
 
 A checkpoint is the state after its last optimizer step. Micro-batches of an accumulation window that was open when it
 was written are trained on again, with the random numbers that they had.
 
-Lightning 2.6 resumes by counters of its loops that are ambiguous where they matter: it can't tell a checkpoint of the
-last batch of an epoch from one of the epoch's end, counts an epoch that it resumed at its end twice, takes an epoch
-that `max_steps` cut short for a whole one, skips a validation that was due, and makes the loader's iterator before it
-names the epoch. So these modules keep the position themselves, write it into the counters before they are loaded, and
-lead the loop through its first batch.
+Lightning 2.6 resumes by counters of its loops that are ambiguous where it matters: they don't distinguish a checkpoint
+of the last batch of an epoch from one of the epoch's end, count an epoch twice that was resumed at its end, count an
+epoch that `max_steps` cut short as complete, and skip a validation that was due; and the loader's iterator is created
+before the epoch is set. So these modules keep the position themselves, write it into the counters before Lightning
+loads them, and lead the loop through its first batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_ft.modules.checks import CheckedRows
 
 
 def own_rng_state() -> dict[str, Any]:
-    """The state of this process: torch's streams, Python's and NumPy's."""
+    """State of the random streams of this process: PyTorch, Python and NumPy."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     return {
@@ -35,18 +35,18 @@ def own_rng_state() -> dict[str, Any]:
 
 
 def rng_state(world_size: int = 1, own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The state of every rank, in order; all ranks must call it.
+    """State of the random streams of every rank, in order; all ranks must call it.
 
     Args:
         world_size: Number of ranks.
-        own: State to keep for this rank, by default the present one.
+        own: State of this rank; the current one by default.
     """
     own = own_rng_state() if own is None else own
     return [own] if world_size == 1 else gathered(own)
 
 
 def set_rng_state(states: Any, rank: int) -> None:
-    """Put back what :func:`rng_state` returned; ranks beyond those saved keep the stream they have."""
+    """Restore what :func:`rng_state` returned; ranks beyond those saved keep their streams."""
     if rank >= len(states):
         return
     state = states[rank]
@@ -60,26 +60,26 @@ def set_rng_state(states: Any, rank: int) -> None:
 
 
 STATE = "lightning_ft"
-"""Key of what these modules keep in a checkpoint."""
+"""Key of these modules' own state in a checkpoint."""
 
 
 class ResumableModule(CheckedRows):
-    """Base of `FineTuning`: knows which batches are in the weights, and resumes after them.
+    """Base of `FineTuning`: tracks which batches are in the weights, and resumes after them.
 
-    A subclass calls :meth:`close_window` when the weights have moved by all batches that were begun; with automatic
-    optimization it is called for it.
+    A subclass calls :meth:`close_window` once the weights include all batches that were started; with automatic
+    optimization this happens by itself.
     """
 
-    _opened: dict[str, Any] | None = None  # the open window: its first batch, and what was so before it
-    _begun = 0  # batches of this epoch that were begun
-    _validated = False  # whether the validation that runs has seen all of its batches
+    _opened: dict[str, Any] | None = None  # the open accumulation window: its first batch, and the state before it
+    _begun = 0  # batches of this epoch that were started
+    _validated = False  # whether the running validation has seen all of its batches
     _resumed_at: dict[str, Any] | None = None
     _resumed = False
 
     # ---------------------------------------------------------------- what is in the weights
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Open a window, where none is open."""
+        """Open an accumulation window, where none is open."""
         super().on_train_batch_start(batch, batch_idx)
         if self._resumed_at is not None and self._resumed_at["opened"]:
             self._restore_rng()
@@ -88,20 +88,20 @@ class ResumableModule(CheckedRows):
         self._begun, self._validated = batch_idx + 1, False
 
     def close_window(self) -> None:
-        """Say that all batches begun so far are in the weights."""
+        """Close the accumulation window: all batches started so far are in the weights."""
         self._opened = None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's; then the window is over."""
+        """As in Lightning; then the accumulation window is closed."""
         super().optimizer_step(*args, **kwargs)
         self.close_window()
 
     def on_train_epoch_start(self) -> None:
-        """Count from the epoch's first batch."""
+        """Count batches from the first one of the epoch."""
         self._begun = 0
 
     def on_validation_epoch_end(self) -> None:
-        """Say that validation has seen all of its batches."""
+        """Mark the validation as complete."""
         self._validated = True
 
     # ---------------------------------------------------------------- saving
@@ -116,7 +116,7 @@ class ResumableModule(CheckedRows):
         return {"rng": rng_state(trainer.world_size, own=opened), "position": position}
 
     def _position(self) -> dict[str, Any]:
-        """Epoch and number of its batches that are in the weights, and what of the loop is still to be done.
+        """Epoch, number of its batches that are in the weights, and what the loop has still to do.
 
         ``then`` is ``batch_end`` where the validation after the last batch is due, ``validation_end`` where that was
         made, and ``start`` where the next batch is due.
@@ -154,19 +154,19 @@ class ResumableModule(CheckedRows):
         _set_counters(loop, position)
         if position["half"]:
             rank_zero_warn(
-                f"The checkpoint was written in the middle of the optimizer steps of batch {position['batch'] - 1} of "
-                f"epoch {position['epoch']}: training goes on with the next batch, which the uninterrupted run would "
-                "have reached with other weights. An earlier checkpoint resumes exactly."
+                f"The checkpoint was written between the optimizer steps of batch {position['batch'] - 1} of epoch "
+                f"{position['epoch']}: training continues with the next batch, which the uninterrupted run would have "
+                "reached with other weights. An earlier checkpoint resumes exactly."
             )
 
     def on_train_start(self) -> None:
-        """Lead the loop of a resumed run to where the run stood."""
+        """Lead the loop of a resumed run to the position of the checkpoint."""
         super().on_train_start()
         position = self._resumed_at
         if position is None or "epoch" not in position:
             return
         trainer = cast(Any, self.trainer)
-        # Lightning asks callbacks at the start of an epoch only.
+        # Lightning calls such callbacks only at the start of an epoch.
         trainer.accumulate_grad_batches = self._accumulation(position["epoch"])
         trainer._logger_connector._callback_metrics.update(
             {name: torch.tensor(value) for name, value in position["metrics"].items()}
@@ -177,7 +177,7 @@ class ResumableModule(CheckedRows):
         loop = loops[1]
 
         def first(fetcher: Any) -> None:
-            del loop.advance  # from now on the loop's own
+            del loop.advance  # the loop's own method from now on
             for each in loops:
                 each._restarting = False
             if not position["opened"]:
@@ -197,14 +197,14 @@ class ResumableModule(CheckedRows):
         self._resumed_at = None
 
     def _accumulation(self, epoch: int) -> int:
-        """Micro-batches of an optimizer step in an epoch; a GradientAccumulationScheduler changes it between epochs."""
+        """Micro-batches per optimizer step in an epoch; a GradientAccumulationScheduler changes it between epochs."""
         for callback in cast(Any, self.trainer).callbacks:
             if isinstance(getattr(callback, "scheduling", None), dict):
                 return int(callback.get_accumulate_grad_batches(epoch))
         return int(self.trainer.accumulate_grad_batches)
 
     def _step_plateau_schedulers(self, epoch: int) -> None:
-        """The step at the end of the epoch before, which comes after checkpoints are written."""
+        """Take the schedulers' step at the end of the previous epoch, which comes after checkpoints are written."""
         trainer = cast(Any, self.trainer)
         for config in trainer.lr_scheduler_configs if self.automatic_optimization else ():
             metric = trainer.callback_metrics.get(config.monitor)
@@ -214,7 +214,7 @@ class ResumableModule(CheckedRows):
 
 
 def _set_counters(loop: dict[str, Any], position: dict[str, Any]) -> None:
-    """Write a position into the saved state of a fit loop, as of a loop that was stopped between two batches."""
+    """Write a position into the saved state of a fit loop, as if it had stopped between two batches."""
     epoch, batch = position["epoch"], position["batch"]
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
     fresh = batch == 0 and position["then"] == "start" and not position["opened"]
@@ -231,6 +231,6 @@ def _set_counters(loop: dict[str, Any], position: dict[str, Any]) -> None:
         elif position["opened"]:
             rank_zero_warn(
                 "The checkpoint was written inside an accumulation window, whose first micro-batches are not in the "
-                "weights, and the training DataLoader can't go back to them: they are left out. Use a DataModule of "
-                "lightning_ft, or save every multiple of accumulate_grad_batches."
+                "weights, and the training DataLoader can't return to them: they are skipped. Use a DataModule of "
+                "lightning_ft, or save at multiples of accumulate_grad_batches."
             )

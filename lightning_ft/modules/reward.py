@@ -1,4 +1,4 @@
-"""Reward modelling: a score that preferred completions get more of."""
+"""Reward modeling: learning a number that is larger for preferred completions."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_state
 from lightning_ft.models.load import load_reward_model, pad_token_id
 from lightning_ft.models.reward_head import last_token_rewards, score_head
 from lightning_ft.modules.checks import check_batch
-from lightning_ft.modules.preferences import Judged, PreferenceLearning
+from lightning_ft.modules.options import AdaptedOptions, Unpack
+from lightning_ft.modules.preferences import BatchLosses, PreferenceLearning
 from lightning_ft.types import Message
 
 
 class RewardModeling(PreferenceLearning):
     """Train a reward model on preferences with the Bradley-Terry loss (https://arxiv.org/abs/2203.02155).
 
-    The score is read at the last token of a rendered conversation. The head that reads it is new and always trained,
+    The reward is read at the last token of a rendered conversation. The head that reads it is new and always trained,
     under LoRA too.
 
     Args:
         model: Hub name, local folder, or a loaded sequence-classification model with one label; of a causal language
             model the backbone is taken.
-        centering: Weight of the squared sum of a pair's scores, which keeps them around 0
+        centering: Weight of the squared sum of a pair's rewards, which keeps them around 0
             (https://arxiv.org/abs/2312.09244); TRL's `center_rewards_coefficient`.
-        options: Of `AdaptedFineTuning` (`lora`, `learning_rate`, `dtype`, ...) and `FineTuning`.
 
     Raises:
         ConfigError: For settings that contradict each other.
@@ -52,33 +52,35 @@ class RewardModeling(PreferenceLearning):
     default_learning_rate: ClassVar[float] = 1e-5
     default_dtype: ClassVar[str] = "float32"
 
-    def __init__(self, model: str | PreTrainedModel, *, centering: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self, model: str | PreTrainedModel, *, centering: float = 0.0, **options: Unpack[AdaptedOptions]
+    ) -> None:
         super().__init__(model, **options)
         if centering < 0:
             raise ConfigError(f"centering={centering}: expected 0 or more.")
-        if self._adaptation.kind == "adapter" and self._adaptation.base is not None and not _scores(model):
+        if self._adaptation.mode == "adapter" and self._adaptation.base is not None and not _is_reward_adapter(model):
             raise ConfigError(
-                f"{model!r} is an adapter of a language model, which has no score head: export it with merge=True, and "
-                "give that folder."
+                f"{model!r} is an adapter of a language model, which has no reward head: export it with merge=True, "
+                "and pass that folder."
             )
         if self._adaptation.lora is not None:  # without it PEFT leaves the new head frozen
             self._adaptation.lora = replace(self._adaptation.lora, task_type="SEQ_CLS")
-        self._hyper |= {"lora": self._adaptation.as_json(), "centering": float(centering)}
-        self.save_hyperparameters(dict(self._hyper))
+        self.centering = float(centering)
+        self.record_arguments({"lora": self._adaptation.as_json(), "centering": self.centering})
 
     def _load_base(self) -> PreTrainedModel:
-        given = self._given[0]
-        if isinstance(given, PreTrainedModel):
-            base = given.train()
+        model = self._model_argument[0]
+        if isinstance(model, PreTrainedModel):
+            base = model.train()
         else:
             with torch.random.fork_rng(devices=[]):  # the new head must be the same on every rank, and when resumed
-                torch.manual_seed(self._hyper["seed"])
+                torch.manual_seed(self.model_options.seed)
                 base = load_reward_model(self._base_name(), **self._load_options())
         score_head(base)
         if base.config.num_labels != 1:
             raise ModelError(
-                f"The model is a classifier of {base.config.num_labels} labels, and a reward model has one: load it "
-                "with num_labels=1."
+                f"The model classifies into {base.config.num_labels} labels, and a reward model has one: load it with "
+                "num_labels=1."
             )
         _set_pad_token(base, self.tokenizer)
         return cast(PreTrainedModel, base)
@@ -94,31 +96,31 @@ class RewardModeling(PreferenceLearning):
 
     # ---------------------------------------------------------------- training
 
-    def judge(self, batch: PreferenceBatch) -> Judged:
-        """Bradley-Terry losses of pairs, and how often the chosen completion scores higher."""
+    def compute_loss(self, batch: PreferenceBatch) -> BatchLosses:
+        """Bradley-Terry losses of pairs, and how often the chosen completion has the larger reward."""
         if not batch.paired:
             raise ConfigError("A reward model learns from pairs: rows need prompt, chosen and rejected.")
         tokens = self.lay_out(batch.prompts, batch.completions)
-        scores = as_forward(base_of(self.model), _last_scores, tokens)[: 2 * len(batch)]  # [2 p]
-        chosen, rejected = scores.view(-1, 2).unbind(1)
-        losses = bradley_terry_loss(chosen, rejected, batch.margins, self._hyper["centering"])
+        rewards = as_forward(base_of(self.model), _last_rewards, tokens)[: 2 * len(batch)]  # [2 p]
+        chosen, rejected = rewards.view(-1, 2).unbind(1)
+        losses = bradley_terry_loss(chosen, rejected, batch.margins, self.centering)
         with torch.no_grad():
-            figures = {
+            metrics = {
                 "accuracy": (chosen > rejected).float(),
                 "margin": chosen - rejected,
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
             }
-        return Judged(losses, figures)
+        return BatchLosses(losses, metrics)
 
-    # ---------------------------------------------------------------- scores
+    # ---------------------------------------------------------------- rewards
 
     def score_conversations(self, conversations: Sequence[Sequence[Message]], *, batch_size: int = 32) -> Tensor:
-        """Score whole conversations, the answer last, in eval mode and without gradients.
+        """Compute the rewards of whole conversations, the answer last, in eval mode and without gradients.
 
         Args:
             conversations: The conversations.
-            batch_size: At a time.
+            batch_size: Number of conversations per forward pass.
 
         Returns:
             ``float32 [n]``.
@@ -127,7 +129,7 @@ class RewardModeling(PreferenceLearning):
         for number, turns in enumerate(conversations):
             if not turns or turns[-1]["role"] != "assistant":
                 raise ConfigError(
-                    f"Conversation {number} doesn't end with an answer: a reward model scores whole conversations, the "
+                    f"Conversation {number} doesn't end with an answer: a reward model reads whole conversations, the "
                     "assistant's turn last."
                 )
         rows = [encode_conversation(self.tokenizer, list(messages)).input_ids for messages in conversations]
@@ -137,11 +139,11 @@ class RewardModeling(PreferenceLearning):
             return last_token_rewards(self.model, rows, pad_token_id(self.tokenizer), batch_size=batch_size)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[float]:  # type: ignore[override]
-        """Scores of a batch of conversations."""
-        return [float(score) for score in self.score_conversations(batch)]
+        """Rewards of a batch of conversations."""
+        return [float(reward) for reward in self.score_conversations(batch)]
 
     def generate(self, inputs: Any, **options: Any) -> list[str]:
-        """Refused: a reward model scores.
+        """Refused: a reward model generates nothing.
 
         Raises:
             ConfigError: Always.
@@ -149,14 +151,14 @@ class RewardModeling(PreferenceLearning):
         raise ConfigError("A reward model doesn't generate: use score_conversations().")
 
 
-def _last_scores(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
+def _last_rewards(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
     hidden = hidden_states(base, batch)  # [b, s, d]
     last = hidden.flatten(0, 1).index_select(0, last_places(batch))  # [c, d]
     return score_head(base)(last)[:, 0].float()  # type: ignore[no-any-return]
 
 
 def _train_head_in_fp32(head: nn.Module) -> None:
-    """Over a frozen base in bf16 keep the trained head in fp32, as PEFT does adapters: bf16 would lose small steps."""
+    """Keep the trained head over a frozen bf16 base in fp32, as PEFT keeps adapters: bf16 would lose small steps."""
     if isinstance(head, ModulesToSaveWrapper):
         trained = head.modules_to_save[head.active_adapters[0]].float()
         trained.register_forward_pre_hook(_to_own_dtype)
@@ -166,21 +168,21 @@ def _to_own_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor
     return (inputs[0].to(next(module.parameters()).dtype),)
 
 
-def _scores(model: Any) -> bool:
-    """Whether an adapter folder is of a reward model."""
+def _is_reward_adapter(model: Any) -> bool:
+    """Whether an adapter folder holds a reward model."""
     from peft import PeftConfig
 
     return str(getattr(PeftConfig.from_pretrained(model), "task_type", "")) in ("SEQ_CLS", "TaskType.SEQ_CLS")
 
 
 def _set_pad_token(base: PreTrainedModel, tokenizer: Any) -> None:
-    """Name a pad token in the model's configuration that is no end token.
+    """Set a pad token in the model's configuration that is not an end token.
 
-    Whoever loads the export scores with transformers' own forward pass, which takes the last token that isn't the pad
-    token for the last one: padding with EOS it would read the score one token early.
+    An export is used with transformers' own forward pass, which reads the reward at the last token that isn't the pad
+    token: if padding were the EOS token, it would read one token early.
 
     Raises:
-        ModelError: If the tokenizer has no token to spare.
+        ModelError: If the tokenizer has no special token to spare.
     """
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or pad == end:
@@ -191,13 +193,13 @@ def _set_pad_token(base: PreTrainedModel, tokenizer: Any) -> None:
         if not spare:
             raise ModelError(
                 "The tokenizer pads with its EOS token and has no other special token to pad with, so an exported "
-                "reward model would read its scores one token early. Set tokenizer.pad_token to a token that stands in "
-                "no conversation."
+                "reward model would read its rewards one token early. Set tokenizer.pad_token to a token that appears "
+                "in no conversation."
             )
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
         pad = tokenizer.pad_token_id
         rank_zero_warn(
-            f"The tokenizer padded with its EOS token; it now pads with {tokenizer.pad_token!r}, so that an exported "
+            f"The tokenizer padded with its EOS token and now pads with {tokenizer.pad_token!r}, so that an exported "
             "reward model finds the last token of a conversation."
         )
     base.config.pad_token_id = pad

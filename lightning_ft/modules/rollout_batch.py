@@ -1,4 +1,4 @@
-"""What a rollout gives a policy to learn from, and the pieces of it that one pass takes."""
+"""Rollout batches: completions with their rewards and log-probabilities, to learn from, and their micro-batches."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from lightning_ft.rollout.protocol import Rollouts
 
 @dataclass
 class RolloutBatch:
-    """Completions of one rollout, `g` to each of `p` prompts, with all that was measured of them before any step.
+    """Completions of one rollout, `g` per prompt of `p` prompts, with all that was measured before any step.
 
-    Lists over completions are prompt by prompt.
+    Lists over completions are ordered by prompt.
 
     Args:
-        source: What was answered.
-        texts: What was answered to it, `p * g`.
-        prompts: Token ids, ``int64 [t]`` each.
+        source: The prompts as the DataModule gave them.
+        texts: Text of each completion, `p * g`.
+        prompts: Token ids of each prompt, ``int64 [t]``.
         completions: Tokens of each completion, all of them supervised.
-        num_completions: `g`.
-        truncated: Whether each was stopped by the limit of tokens, ``bool [p * g]``.
-        sampling_logprobs: What the engine sampled each token with, nats, ``float32 [t]`` each; empty if it didn't say.
-        judged: What each completion is worth; None until it was judged.
-        old_logprobs: Under the policy that sampled, ``float32 [t]`` each; None where it won't have moved.
-        ref_logprobs: Under the reference, likewise; none without a reference.
-        advantages: Of each token, ``float32 [t]`` each, or of each completion, ``[1]`` each.
-        values: The critic's at each token, ``float32 [t]`` each; none without a critic.
-        returns: Their targets, likewise.
-        nonfinite: What wasn't finite on this rank, so that nothing can be learnt from the rollout; None if all was.
+        num_completions: `g`, the number of completions per prompt.
+        truncated: Whether the token limit stopped each completion, ``bool [p * g]``.
+        sampling_logprobs: Log-probability of each token under the engine that sampled it, nats, ``float32 [t]`` per
+            completion; empty if the engine reports none.
+        rewards: Rewards of the completions; None until they are computed.
+        old_logprobs: Log-probabilities under the policy that sampled, ``float32 [t]`` per completion; None where it
+            can't have moved.
+        ref_logprobs: Log-probabilities under the reference, likewise; None without a reference.
+        advantages: Advantage of each token, ``float32 [t]``, or of each completion, ``[1]``.
+        values: The critic's value of each token, ``float32 [t]`` per completion; None without a critic.
+        returns: The critic's target of each token, likewise.
+        nonfinite: Why nothing can be learned from the rollout: what is not finite on this rank; None if all is.
     """
 
     source: PromptBatch
@@ -45,7 +47,7 @@ class RolloutBatch:
     num_completions: int
     truncated: Tensor
     sampling_logprobs: list[Tensor]
-    judged: Rewards | None = None
+    rewards: Rewards | None = None
     old_logprobs: list[Tensor] | None = None
     ref_logprobs: list[Tensor] | None = None
     advantages: list[Tensor] = field(default_factory=list)
@@ -56,48 +58,48 @@ class RolloutBatch:
     @classmethod
     def of(cls, batch: PromptBatch, rollouts: Rollouts, texts: list[str], num_completions: int) -> RolloutBatch:
         """The completions of a batch of prompts."""
-        every = rollouts.completions
+        sampled = rollouts.completions
         return cls(
             source=batch,
             texts=texts,
             prompts=batch.input_ids,
             completions=[
                 Example(torch.tensor(c.tokens, dtype=torch.int64), torch.ones(len(c.tokens), dtype=torch.bool))
-                for c in every
+                for c in sampled
             ],
             num_completions=num_completions,
-            truncated=torch.tensor([c.truncated for c in every], dtype=torch.bool),
-            sampling_logprobs=[torch.tensor(c.logprobs, dtype=torch.float32) for c in every],
+            truncated=torch.tensor([c.truncated for c in sampled], dtype=torch.bool),
+            sampling_logprobs=[torch.tensor(c.logprobs, dtype=torch.float32) for c in sampled],
         )
 
     @property
-    def rewards(self) -> Tensor:
+    def total_rewards(self) -> Tensor:
         """Total reward of each completion, NaN where no reward applied, ``float32 [p * g]``."""
-        assert self.judged is not None, "roll_out() has them judged"
-        return self.judged.total
+        assert self.rewards is not None, "roll_out() computes them"
+        return self.rewards.total
 
     @property
     def repeated_prompts(self) -> list[Any]:
-        """The prompt of each completion as it stood in its row, `p * g`."""
+        """The prompt of each completion as in its row, `p * g`."""
         return [prompt for prompt in self.source.prompts for _ in range(self.num_completions)]
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each completion, ``int64 [p * g]``."""
+        """Number of tokens of each completion, ``int64 [p * g]``."""
         return torch.tensor([len(completion) for completion in self.completions], dtype=torch.int64)
 
     @property
-    def unscored(self) -> list[int]:
-        """Completions that were sampled from logits that aren't finite, as their log-probabilities tell."""
+    def without_logprobs(self) -> list[int]:
+        """Indices of completions that were sampled from non-finite logits, which their log-probabilities show."""
         return [c for c, logprobs in enumerate(self.sampling_logprobs) if not bool(logprobs.isfinite().all())]
 
     def groups(self, steps: int = 1) -> list[list[int]]:
-        """What is dealt out over the optimizer steps of a pass: groups of completions, those of a prompt together.
+        """Groups of completions that are distributed over the optimizer steps of a pass: one group per prompt.
 
-        Where there are more steps than prompts, completions are dealt out one by one.
+        With more steps than prompts, each completion is a group of its own.
 
         Args:
-            steps: How many optimizer steps.
+            steps: Number of optimizer steps.
 
         Example:
             >>> nothing = torch.zeros(0)
@@ -109,15 +111,15 @@ class RolloutBatch:
         return [list(range(start, start + g)) for start in range(0, len(self.prompts) * self.num_completions, g)]
 
     @staticmethod
-    def pieces(groups: Sequence[Sequence[int]], size: int | None) -> list[list[int]]:
-        """Groups of completions, cut into pieces that one pass takes, those of a group together where they fit.
+    def micro_batches(groups: Sequence[Sequence[int]], size: int | None) -> list[list[int]]:
+        """Split groups of completions into micro-batches, keeping each group together where it fits.
 
         Args:
-            groups: All of one size.
-            size: Most completions of a piece; None for all at once.
+            groups: Indices of completions, all groups of one size.
+            size: Largest number of completions per micro-batch; None for all at once.
 
         Example:
-            >>> RolloutBatch.pieces([[4, 5], [0, 1]], 3)
+            >>> RolloutBatch.micro_batches([[4, 5], [0, 1]], 3)
             [[4, 5], [0, 1]]
         """
         if size is None or not groups:
@@ -129,39 +131,39 @@ class RolloutBatch:
         parts = (groups[start : start + together] for start in range(0, len(groups), together))
         return [[c for group in part for c in group] for part in parts]
 
-    def split(self, values: Tensor, piece: Sequence[int]) -> tuple[Tensor, ...]:
-        """Values of a piece's tokens, ``[n]``, by its completions."""
-        return values.split([len(self.completions[c]) for c in piece]) if piece else ()
+    def split(self, values: Tensor, micro_batch: Sequence[int]) -> tuple[Tensor, ...]:
+        """Split values of a micro-batch's tokens, ``[n]``, by completion."""
+        return values.split([len(self.completions[c]) for c in micro_batch]) if micro_batch else ()
 
-    def rows(self, piece: Sequence[int]) -> tuple[list[Tensor], list[list[Example]]]:
-        """Prompts and their completions of a piece, ready to be laid out."""
+    def rows(self, micro_batch: Sequence[int]) -> tuple[list[Tensor], list[list[Example]]]:
+        """Prompts of a micro-batch and their completions, ready to be laid out."""
         prompts: list[Tensor] = []
         completions: list[list[Example]] = []
-        before = None
-        for c in piece:
-            if (prompt := c // self.num_completions) != before:
+        previous = None
+        for c in micro_batch:
+            if (prompt := c // self.num_completions) != previous:
                 prompts.append(self.prompts[prompt])
                 completions.append([])
-                before = prompt
+                previous = prompt
             completions[-1].append(self.completions[c])
         return prompts, completions
 
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """What a policy loss is made of: `n` tokens of `s` completions, flat.
+    """A micro-batch of a policy loss: `n` tokens of `s` completions, flat.
 
     Args:
-        logprobs: Under the policy, with gradient, nats, ``[n]``.
-        old_logprobs: Under the policy that sampled, ``[n]``.
-        ref_logprobs: Under the reference, ``[n]``, or None without one.
-        advantages: ``[n]``.
-        sequences: Which completion each token belongs to, ``int64 [n]``, never decreasing.
-        mask: Which tokens count, ``bool [n]``.
+        logprobs: Log-probability of each token under the policy, with gradient, nats, ``[n]``.
+        old_logprobs: Log-probabilities under the policy that sampled, ``[n]``.
+        ref_logprobs: Log-probabilities under the reference, ``[n]``; None without one.
+        advantages: Advantage of each token, ``[n]``.
+        sequences: Index of the completion of each token, ``int64 [n]``, never decreasing.
+        mask: Whether each token counts, ``bool [n]``.
         weights: Weight of the tokens of each completion in the loss of the whole step, ``[s]``.
-        entropy: Of the distribution that each token was drawn from, without gradient, nats, ``[n]``.
-        values: The critic's, with gradient, ``[n]``; None without a critic.
-        old_values: At the time of the rollout, ``[n]``.
+        entropy: Entropy of the distribution that each token was drawn from, without gradient, nats, ``[n]``.
+        values: The critic's value of each token, with gradient, ``[n]``; None without a critic.
+        old_values: The critic's values at the time of the rollout, ``[n]``.
         returns: The critic's targets, ``[n]``.
     """
 
@@ -178,8 +180,10 @@ class PolicyBatch:
     returns: Tensor | None = None
 
 
-def picked(values: Mapping[int, Tensor] | list[Tensor] | None, piece: Sequence[int], like: Tensor) -> Tensor | None:
-    """The values of a piece's completions one behind the other, where there are any."""
+def concatenated(
+    values: Mapping[int, Tensor] | list[Tensor] | None, micro_batch: Sequence[int], like: Tensor
+) -> Tensor | None:
+    """Values of a micro-batch's completions, concatenated; None without values."""
     if values is None:
         return None
-    return torch.cat([values[c] for c in piece]).to(like) if piece else like.detach()[:0]
+    return torch.cat([values[c] for c in micro_batch]).to(like) if micro_batch else like.detach()[:0]

@@ -1,4 +1,4 @@
-"""Completions sampled from a module's own model, and what they are worth."""
+"""Completions sampled from a module's own model, and their rewards."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids
 from lightning_ft.models.load import pad_token_id
 from lightning_ft.modules.adapted import AdaptedFineTuning
+from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.rollout_batch import RolloutBatch
 from lightning_ft.modules.samples import RolloutRecord
 from lightning_ft.modules.waiting import PatientRanks
@@ -32,25 +33,25 @@ _VALIDATION_SEED = 0
 
 
 class SampledCompletions(AdaptedFineTuning):
-    """Samples completions to prompts and has them judged; also on validation prompts.
+    """Samples completions of prompts and computes their rewards, in training and in validation.
 
     Args:
-        model: Hub name, local folder, or a loaded model.
-        rewards: What judges completions: functions with TRL's signature, reward models, import paths, or a list of
-            them; see `lightning_ft.rewards.functions.RewardFunctions`.
-        reward_weights: One for each; 1 by default.
-        validation_rewards: Further judges, asked on validation prompts only and never trained on. A true reward that
-            falls while the trained one rises is how reward hacking shows.
-        num_completions: Completions to each prompt.
-        max_new_tokens: Most tokens of one.
-        temperature: Of the distribution that is sampled from, and trained.
+        model: Hub name, local folder, or a loaded model; usually one that was fine-tuned on pairs before.
+        rewards: Reward functions: a function with TRL's signature, a reward model, an import path, or a list of them;
+            see `lightning_ft.rewards.functions.RewardFunctions`.
+        reward_weights: Weight of each reward function in the total; 1 by default.
+        validation_rewards: Further reward functions for validation prompts only, never trained on. A true reward that
+            falls while the trained one rises reveals reward hacking.
+        num_completions: Number of completions per prompt.
+        max_new_tokens: Largest number of tokens of a completion.
+        temperature: Temperature of the distribution that is sampled from, and trained.
         top_p: Sample only from the likeliest tokens that together have this probability.
-        top_k: Sample only from so many of the likeliest tokens; 0 for all.
-        min_p: Sample only from tokens at least so probable, as a share of the likeliest one's probability.
+        top_k: Sample only from this many of the likeliest tokens; 0 for all.
+        min_p: Sample only from tokens at least this probable, as a share of the likeliest token's probability.
         stop: Strings that end a completion.
-        rollout_batch_size: Completions sampled at a time on a rank.
+        rollout_batch_size: Number of completions sampled at a time per rank.
         vllm: Sample on a vLLM server: True, or arguments of `lightning_ft.rollout.vllm.VLLMEngine`.
-        options: Of `AdaptedFineTuning` and `FineTuning`.
+        options: Arguments of `AdaptedFineTuning` and `FineTuning`.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class SampledCompletions(AdaptedFineTuning):
         stop: str | list[str] | None = None,
         rollout_batch_size: int = 64,
         vllm: bool | dict[str, Any] = False,
-        **options: Any,
+        **options: Unpack[AdaptedOptions],
     ) -> None:
         super().__init__(model, **options)
         for name, number in (
@@ -81,62 +82,65 @@ class SampledCompletions(AdaptedFineTuning):
                 raise ConfigError(f"{name}={number}: expected at least 1.")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.sampling = Sampling(float(temperature), float(top_p), int(top_k), float(min_p), stops)
-        skip = self._on_nonfinite
-        self.rewards = RewardFunctions(rewards, reward_weights, on_nonfinite=skip)
+        on_nonfinite = self.optimizer_options.on_nonfinite
+        self.rewards = RewardFunctions(rewards, reward_weights, on_nonfinite=on_nonfinite)
         self.validation_rewards = (
             None
             if validation_rewards is None
-            else RewardFunctions(validation_rewards, taken=self.rewards.names, on_nonfinite=skip)
+            else RewardFunctions(validation_rewards, taken=self.rewards.names, on_nonfinite=on_nonfinite)
         )
-        self._hyper |= {
-            "rewards": _as_json(rewards),
-            "reward_weights": reward_weights,
-            "validation_rewards": _as_json(validation_rewards),
-            "num_completions": num_completions,
-            "max_new_tokens": max_new_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "top_k": self.sampling.top_k,
-            "min_p": self.sampling.min_p,
-            "stop": list(stops),
-            "rollout_batch_size": rollout_batch_size,
-            "vllm": vllm,
-        }
+        self.num_completions, self.max_new_tokens = num_completions, max_new_tokens
+        self.rollout_batch_size, self._vllm = rollout_batch_size, vllm
+        self.record_arguments(
+            {
+                "rewards": _as_json(rewards),
+                "reward_weights": reward_weights,
+                "validation_rewards": _as_json(validation_rewards),
+                "num_completions": num_completions,
+                "max_new_tokens": max_new_tokens,
+                "temperature": self.sampling.temperature,
+                "top_p": self.sampling.top_p,
+                "top_k": self.sampling.top_k,
+                "min_p": self.sampling.min_p,
+                "stop": list(stops),
+                "rollout_batch_size": rollout_batch_size,
+                "vllm": vllm,
+            }
+        )
         self.last_rollout: RolloutRecord | None = None
-        """What the last training step sampled, to be looked at."""
+        """Samples of the last training step, for inspection."""
         self._engine: RolloutEngine | None = None
         self._ranks = PatientRanks()
-        self._told_settings = False
+        self._warned_settings = False
 
     # ---------------------------------------------------------------- sampling
 
     @property
     def engine(self) -> RolloutEngine:
-        """What samples, always with the weights as they are."""
+        """The engine that samples, always with the current weights."""
         if self._engine is None:
             self.configure_model()
-            if self._hyper["vllm"]:
+            if self._vllm:
                 from lightning_ft.rollout.vllm import VLLMEngine
 
-                given = self._hyper["vllm"]
                 self._engine = VLLMEngine(
                     end_token_ids=end_token_ids(self.model, self.tokenizer),
                     tokenizer=self.tokenizer,
-                    **({} if given is True else given),
+                    **({} if self._vllm is True else self._vllm),
                 )
             else:
                 self._engine = LocalEngine(
                     self.model,
                     end_token_ids=end_token_ids(self.model, self.tokenizer),
                     pad_token_id=pad_token_id(self.tokenizer),
-                    batch_size=self._hyper["rollout_batch_size"],
+                    batch_size=self.rollout_batch_size,
                     tokenizer=self.tokenizer,
                 )
         return self._engine
 
     @property
     def _new_tokens(self) -> int:
-        return int(self._hyper["max_new_tokens"])
+        return self.max_new_tokens
 
     def _follow_tokenizer(self) -> None:
         super()._follow_tokenizer()
@@ -145,7 +149,7 @@ class SampledCompletions(AdaptedFineTuning):
             self._engine = None
 
     def on_fit_start(self) -> None:
-        """As in `FineTuning`; load the reward models, so that what is wrong with them shows now."""
+        """As in `FineTuning`; load the reward models, so that a faulty one fails now."""
         super().on_fit_start()
         for rewards in (self.rewards, self.validation_rewards):
             if rewards is not None:
@@ -154,29 +158,29 @@ class SampledCompletions(AdaptedFineTuning):
                     check_room(rewards.models(), data.splits, self._new_tokens)
 
     def roll_out(self, batch: PromptBatch) -> RolloutBatch:
-        """Sample completions to each prompt, and have them judged.
+        """Sample completions of each prompt, and compute their rewards.
 
         Args:
-            batch: The prompts; none at all on a rank that has none left.
+            batch: The prompts; none on a rank that has none left.
         """
-        rollout_batch = self._sample(batch, self._hyper["num_completions"])
-        rollout_batch.judged = self._judge(self.rewards, rollout_batch)
-        if rollout_batch.judged.nonfinite:
-            rollout_batch.nonfinite = f"{rollout_batch.judged.nonfinite} rewards aren't finite"
+        rollout_batch = self._sample(batch, self.num_completions)
+        rollout_batch.rewards = self._compute_rewards(self.rewards, rollout_batch)
+        if rollout_batch.rewards.nonfinite:
+            rollout_batch.nonfinite = f"{rollout_batch.rewards.nonfinite} rewards are not finite"
         return rollout_batch
 
     def _sample(self, batch: PromptBatch, count: int) -> RolloutBatch:
         if not isinstance(batch, PromptBatch):
             raise ConfigError(
-                f"{type(self).__name__} samples answers to prompts, and got {type(batch).__name__}: give the Trainer a "
-                "PromptDataModule."
+                f"{type(self).__name__} samples completions of prompts and got a {type(batch).__name__}: pass a "
+                "PromptDataModule to the Trainer."
             )
         engine = self.engine
         if hasattr(engine, "sync_weights"):
             engine.sync_weights(self.model)
         rollouts = engine.generate(
             [ids.tolist() for ids in batch.input_ids],
-            max_new_tokens=self._hyper["max_new_tokens"],
+            max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
             num_completions=count,
         )
@@ -187,28 +191,30 @@ class SampledCompletions(AdaptedFineTuning):
         return rollout_batch
 
     def _nonfinite_logits(self, rollout_batch: RolloutBatch) -> str | None:
-        """What to say of completions that were sampled from logits that aren't finite; all ranks ask together.
+        """A message about completions that were sampled from non-finite logits, or None; call it on all ranks.
 
         Raises:
-            NonFiniteError: If there are any, on whichever rank, and steps on them aren't to be skipped.
+            NonFiniteError: If there are any on any rank, and ``on_nonfinite="error"``.
         """
-        wrong = rollout_batch.unscored
-        everywhere = int(summed_over_ranks(torch.tensor(float(len(wrong))), self.device))
-        if not everywhere:
+        affected = rollout_batch.without_logprobs
+        count = int(summed_over_ranks(torch.tensor(float(len(affected))), self.device))
+        if not count:
             return None
         first = (
-            f", the first to {str(rollout_batch.repeated_prompts[wrong[0]])[:200]!r}" if wrong else " on another rank"
+            f", the first of {str(rollout_batch.repeated_prompts[affected[0]])[:200]!r}"
+            if affected
+            else " on another rank"
         )
-        said = f"{everywhere} completions were sampled from logits that aren't finite{first}"
-        if self._on_nonfinite == "error":
+        problem = f"{count} completions were sampled from logits that are not finite{first}"
+        if self.optimizer_options.on_nonfinite == "error":
             raise NonFiniteError(
-                f"At optimizer step {self.trainer.global_step + 1} {said}. The weights are those after step "
-                f"{self.trainer.global_step}. Load the model in float32 or bfloat16, or leave such steps out with "
+                f"At optimizer step {self.trainer.global_step + 1} {problem}. The weights are those after step "
+                f"{self.trainer.global_step}. Load the model in float32 or bfloat16, or skip such steps with "
                 "on_nonfinite='skip'."
             )
-        return said
+        return problem
 
-    def _judge(self, rewards: RewardFunctions, rollout_batch: RolloutBatch) -> Rewards:
+    def _compute_rewards(self, functions: RewardFunctions, rollout_batch: RolloutBatch) -> Rewards:
         repeats = range(rollout_batch.num_completions)
         columns = {name: [v for v in values for _ in repeats] for name, values in rollout_batch.source.columns.items()}
         ids = [completion.input_ids.tolist() for completion in rollout_batch.completions]
@@ -216,88 +222,88 @@ class SampledCompletions(AdaptedFineTuning):
         state = None
         if trainer is not None:
             state = TrainerState(trainer.global_step, trainer.current_epoch, trainer.max_steps)
-        judged = self._ranks.run(
-            lambda: rewards.score(rollout_batch.repeated_prompts, rollout_batch.texts, ids, columns, state)
+        rewards = self._ranks.run(
+            lambda: functions.score(rollout_batch.repeated_prompts, rollout_batch.texts, ids, columns, state)
         )
-        for c in rollout_batch.unscored:  # any token was as good as another there
-            judged.per_function[c] = judged.total[c] = torch.nan
-        return judged
+        for c in rollout_batch.without_logprobs:  # its tokens were arbitrary
+            rewards.per_function[c] = rewards.total[c] = torch.nan
+        return rewards
 
     def generate(self, inputs: Sequence[str | list[Message] | Request], **options: Any) -> list[str]:
-        """As in `FineTuning`; with ``do_sample=True`` by the rule that completions are sampled by.
+        """As in `FineTuning`; ``do_sample=True`` samples as rollouts do.
 
-        What makes greedy answers differ from those that validation would judge is told once: penalties of the model's
-        generation config, which rollouts don't apply.
+        Penalties of the model's generation config, which rollouts don't apply, make answers differ from those of
+        validation; a warning lists them once.
         """
-        settings = {**self._generation, **options}
+        settings = {**self.generation_options, **options}
         if settings.get("do_sample"):
-            rule = {name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-            options = {**{name: value for name, value in rule.items() if name not in settings}, **options}
+            sampling = {name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+            options = {**{name: value for name, value in sampling.items() if name not in settings}, **options}
         self.configure_model()
         altering = altering_settings(self.model, settings)
-        if altering and not self._told_settings:
-            self._told_settings = True
+        if altering and not self._warned_settings:
+            self._warned_settings = True
             names = ", ".join(f"{name}={value!r}" for name, value in altering.items())
             neutral = {name: NEUTRAL_SETTINGS[name] for name in altering}
             rank_zero_warn(
-                f"Answers are generated with {names} (the model's generation_config, or generation=), which "
-                "rollouts and validation don't apply: they are other answers than those that were judged. To get "
+                f"Answers are generated with {names} (from the model's generation_config, or `generation`), which "
+                "rollouts and validation don't apply, so they differ from the completions that were rewarded. To get "
                 f"those, pass generation={neutral!r}; a server of the export applies its generation_config too."
             )
         return super().generate(inputs, **options)
 
-    # ---------------------------------------------------------------- figures
+    # ---------------------------------------------------------------- metrics
 
     def record(self, rollout_batch: RolloutBatch) -> RolloutRecord:
-        """The last rollout, to be looked at."""
-        assert rollout_batch.judged is not None
+        """The samples of a rollout."""
+        assert rollout_batch.rewards is not None
         return RolloutRecord(
             step=self.trainer.global_step,
             prompts=rollout_batch.repeated_prompts,
             completions=rollout_batch.texts,
-            rewards=rollout_batch.judged,
+            rewards=rollout_batch.rewards,
             advantages=[float(a.mean()) for a in rollout_batch.advantages],
             truncated=rollout_batch.truncated.tolist(),
             lengths=rollout_batch.lengths.tolist(),
         )
 
     def rollout_metrics(self, rollout_batch: RolloutBatch) -> dict[str, float]:
-        """Means and standard deviations of a rollout over all ranks, by the names that they are logged under."""
-        assert rollout_batch.judged is not None
-        sums = _rollout_sums(rollout_batch, rollout_batch.judged)
-        every = [a.mean() for a in rollout_batch.advantages]
-        sums["advantage"] = power_sums(torch.stack(every) if every else torch.zeros(0))
-        figures = {**self._means(sums), **rollout_batch.judged.metrics}
-        figures.pop("advantage")
-        return {f"train/{name}": value for name, value in figures.items()}
+        """Means and standard deviations of a rollout over all ranks, by logged name."""
+        assert rollout_batch.rewards is not None
+        sums = _rollout_sums(rollout_batch, rollout_batch.rewards)
+        means = [advantages.mean() for advantages in rollout_batch.advantages]
+        sums["advantage"] = power_sums(torch.stack(means) if means else torch.zeros(0))
+        metrics = {**self._means(sums), **rollout_batch.rewards.metrics}
+        metrics.pop("advantage")
+        return {f"train/{name}": value for name, value in metrics.items()}
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        together = summed_over_ranks(torch.stack([value.cpu() for value in sums.values()]), self.device)
-        figures: dict[str, float] = {}
-        for name, one in zip(sums, together, strict=True):
-            if not one[0]:
+        totals = summed_over_ranks(torch.stack([value.cpu() for value in sums.values()]), self.device)
+        metrics: dict[str, float] = {}
+        for name, total in zip(sums, totals, strict=True):
+            if not total[0]:
                 continue  # no reward applied anywhere
-            mean, std = mean_and_std(one)
-            figures[name] = float(mean)
+            mean, std = mean_and_std(total)
+            metrics[name] = float(mean)
             if name.startswith(("reward", "advantage")):
-                figures[f"{name}_std"] = float(std.nan_to_num(0.0))
-        return figures
+                metrics[f"{name}_std"] = float(std.nan_to_num(0.0))
+        return metrics
 
     # ---------------------------------------------------------------- validation
 
     def add_evaluation(self, sums: dict[str, Tensor] | None, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Sample one completion to each prompt, and have it judged by the training and the validation rewards."""
-        with _draws_of_its_own(_VALIDATION_SEED + batch_idx * self.trainer.world_size + self.global_rank, self.device):
+        """Sample one completion of each prompt, and compute its training and validation rewards."""
+        with _own_random_stream(_VALIDATION_SEED + batch_idx * self.trainer.world_size + self.global_rank, self.device):
             rollout_batch = self._sample(batch, 1)
-            added = _rollout_sums(rollout_batch, self._judge(self.rewards, rollout_batch))
+            added = _rollout_sums(rollout_batch, self._compute_rewards(self.rewards, rollout_batch))
             if self.validation_rewards is not None:
-                others = self._judge(self.validation_rewards, rollout_batch).statistics()
+                others = self._compute_rewards(self.validation_rewards, rollout_batch).statistics()
                 added |= {name: value for name, value in others.items() if name != "reward"}
         added |= self._further_sums(rollout_batch)
         return {name: value.cpu() + (0 if sums is None else sums[name]) for name, value in added.items()}
 
     def _further_sums(self, rollout_batch: RolloutBatch) -> dict[str, Tensor]:
-        """What else to log of validation completions, as `power_sums` by name."""
+        """Further metrics of validation completions, as `power_sums` by name."""
         return {}
 
     def evaluation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -306,8 +312,8 @@ class SampledCompletions(AdaptedFineTuning):
 
 
 @contextmanager
-def _draws_of_its_own(seed: int, device: torch.device) -> Iterator[None]:
-    """The same draws every time, and none from the training streams."""
+def _own_random_stream(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a stream of this seed, and leave the training streams as they are."""
     before = random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -327,7 +333,7 @@ def _rollout_sums(rollout_batch: RolloutBatch, rewards: Rewards) -> dict[str, Te
 
 
 def _as_json(rewards: Any) -> Any:
-    """What a checkpoint can say of rewards: where a function can be imported from, not the function."""
+    """Reward functions as JSON values: the import path of a function, not the function."""
     if isinstance(rewards, (list, tuple)):
         return [_as_json(reward) for reward in rewards]
     if isinstance(rewards, dict):

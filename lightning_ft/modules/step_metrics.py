@@ -1,4 +1,4 @@
-"""Sums over the micro-batches of an optimizer step, or of an evaluation, on all ranks."""
+"""Metrics of an optimizer step, or of an evaluation: sums over its micro-batches on all ranks."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from lightning_ft.distributed import summed_over_ranks
 
 @dataclass(frozen=True)
 class Totals:
-    """What a window held, over all ranks.
+    """Token metrics of a step over all ranks.
 
     Args:
-        loss: Mean negative log-likelihood of a supervised token, nats.
-        accuracy: Share of supervised tokens that were the most probable.
-        targets: Supervised tokens.
-        tokens: All tokens, padding excluded.
-        places: All places, padding included.
-        seconds: Since the last window ended.
-        tokens_seen: Tokens of this and all earlier windows.
+        loss: Mean negative log-likelihood per supervised token, nats.
+        accuracy: Share of supervised tokens that were the most probable ones.
+        targets: Number of supervised tokens.
+        tokens: Number of tokens, padding excluded.
+        positions: Number of token positions, padding included.
+        seconds: Time since the previous step.
+        tokens_seen: Number of tokens of this and all earlier steps.
     """
 
     loss: float
     accuracy: float
     targets: int
     tokens: int
-    places: int
+    positions: int
     seconds: float
     tokens_seen: int
 
     @property
     def padding_fraction(self) -> float:
-        """Share of places that hold no token."""
-        return 1.0 - self.tokens / max(1, self.places)
+        """Share of positions that hold padding."""
+        return 1.0 - self.tokens / max(1, self.positions)
 
     @property
     def tokens_per_second(self) -> float:
@@ -47,9 +47,9 @@ class Totals:
 
 
 class TokenMetrics:
-    """Adds up micro-batches until it is reduced.
+    """Sums token metrics over the micro-batches of a step.
 
-    The loss stays on its device until then, so that nothing waits for a GPU within a window.
+    The loss stays on its device until `reduce`, so that nothing waits for a GPU within an accumulation window.
     """
 
     def __init__(self) -> None:
@@ -60,10 +60,10 @@ class TokenMetrics:
     def _clear(self) -> None:
         self._losses: list[Tensor] = []
         self._correct: list[Tensor] = []
-        self._targets = self._tokens = self._places = 0
+        self._targets = self._tokens = self._positions = 0
 
     def start(self) -> None:
-        """Begin anew: drop an unfinished window and start the clock."""
+        """Start from zero: drop an unfinished step and start the clock."""
         self._clear()
         self._started = time.perf_counter()
 
@@ -71,42 +71,44 @@ class TokenMetrics:
         """Add a micro-batch.
 
         Args:
-            loss: Its summed loss, ``[]``.
-            correct: Whether each target was the most probable token, ``bool [n]``.
+            loss: Summed loss of the micro-batch, ``[]``.
+            correct: Whether each supervised token was the most probable one, ``bool [n]``.
             batch: The batch.
         """
         self._losses.append(loss.detach().double() if loss.device.type != "mps" else loss.detach())
         self._correct.append(correct.sum())
         self._targets += batch.num_targets
         self._tokens += batch.num_tokens
-        self._places += batch.input_ids.numel()
+        self._positions += batch.input_ids.numel()
 
     def reduce(self, device: torch.device) -> Totals:
-        """Sum over all ranks, and start the next window."""
+        """Sum over all ranks, and start the next step."""
         zero = torch.zeros((), dtype=torch.float64)
         loss = sum((value.cpu() for value in self._losses), zero)
         correct = sum((value.cpu() for value in self._correct), zero)
-        sums = torch.stack([loss, correct.double(), *(zero + n for n in (self._targets, self._tokens, self._places))])
-        total, hits, targets, tokens, places = summed_over_ranks(sums, device).tolist()
+        sums = torch.stack(
+            [loss, correct.double(), *(zero + n for n in (self._targets, self._tokens, self._positions))]
+        )
+        total, hits, targets, tokens, positions = summed_over_ranks(sums, device).tolist()
         now = time.perf_counter()
         seconds = 0.0 if self._started is None else now - self._started
         self._started = now
         self.tokens_seen += int(tokens)
         self._clear()
         count = max(1.0, targets)
-        return Totals(total / count, hits / count, int(targets), int(tokens), int(places), seconds, self.tokens_seen)
+        return Totals(total / count, hits / count, int(targets), int(tokens), int(positions), seconds, self.tokens_seen)
 
 
 class MeanMetrics:
-    """Adds up values by name until their means over all ranks are asked for.
+    """Means of values by name, over the micro-batches of a step on all ranks.
 
-    Every rank must add the same names in the same order, empty values where it has none.
+    Every rank must add the same names in the same order, with empty values where it has none.
 
     Example:
-        >>> window = MeanMetrics()
-        >>> window.add({"reward": torch.tensor([1.0, 2.0])})
-        >>> window.add({"reward": torch.tensor([6.0])})
-        >>> window.reduce(torch.device("cpu")), window.reduce(torch.device("cpu"))
+        >>> metrics = MeanMetrics()
+        >>> metrics.add({"reward": torch.tensor([1.0, 2.0])})
+        >>> metrics.add({"reward": torch.tensor([6.0])})
+        >>> metrics.reduce(torch.device("cpu")), metrics.reduce(torch.device("cpu"))
         ({'reward': 3.0}, {})
     """
 
@@ -118,8 +120,8 @@ class MeanMetrics:
         """Add values.
 
         Args:
-            values: ``[k]`` each, or with a count their sum, ``[]``.
-            counts: How many values a sum is of, by its name.
+            values: Values by name, ``[k]`` each, or with a count their sum, ``[]``.
+            counts: Number of values of a sum, by name.
         """
         for name, value in values.items():
             total = value.detach().sum()
@@ -128,7 +130,7 @@ class MeanMetrics:
             self._counts[name] = self._counts.get(name, 0.0) + float(count)
 
     def reduce(self, device: torch.device) -> dict[str, float]:
-        """The mean of each name over all ranks, without those that no rank added a value to; and forget them."""
+        """Mean per name over all ranks, without names that no rank added a value to; then start the next step."""
         zero = torch.zeros((), dtype=torch.float64)
         sums = [sum((value.cpu() for value in values), zero) for values in self._sums.values()]
         counts = [zero + count for count in self._counts.values()]
@@ -137,5 +139,5 @@ class MeanMetrics:
         if not names:
             return {}
         totals, numbers = summed_over_ranks(torch.stack([*sums, *counts]), device).chunk(2)
-        found = zip(names, totals.tolist(), numbers.tolist(), strict=True)
-        return {name: total / number for name, total, number in found if number}
+        sums_and_counts = zip(names, totals.tolist(), numbers.tolist(), strict=True)
+        return {name: total / number for name, total, number in sums_and_counts if number}

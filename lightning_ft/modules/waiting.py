@@ -1,7 +1,7 @@
-"""Work that may take longer on one rank than a collective waits for it, as a reward function that asks a server.
+"""Work that may take longer on one rank than a collective waits, such as a reward function that calls a server.
 
-A process group gives up on a collective after its timeout (30 minutes by default), and ranks that have done their work
-early would wait in one for those that haven't.
+A process group gives up on a collective after its timeout (30 minutes by default), and ranks that finish early would
+wait in one for the others.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lightning_ft.errors import RewardError
 T = TypeVar("T")
 _DONE, _WORKING, _FAILED = 0, 1, 2
 _LONGEST_WAIT = 5.0
-"""Seconds between two questions whether all ranks are done."""
+"""Seconds between two checks whether all ranks are done."""
 
 
 class PatientRanks:
-    """Runs work on every rank and waits until all have done theirs, however long it takes.
+    """Runs work on every rank and waits until all are done, however long it takes.
 
-    Another thread asks in short collectives of a group of its own, so that none of them waits for long and
-    the work may use the default group itself. A rank that dies ends them as it ends every collective.
+    Another thread polls in short collectives of a group of its own, so that none of them waits for long and the work
+    may use the default group itself. A rank that dies ends them as it ends every collective.
 
     Example:
         >>> PatientRanks().run(lambda: 42)
@@ -37,16 +37,16 @@ class PatientRanks:
         self._group: Any = None
 
     def run(self, work: Callable[[], T]) -> T:
-        """Do it; all ranks must call this.
+        """Run the work; all ranks must call this.
 
         Args:
-            work: What is done in this thread.
+            work: Function that is called in this thread.
 
         Returns:
-            What the work returned.
+            The result of the work.
 
         Raises:
-            RewardError: If it failed on another rank, whose own error says why.
+            RewardError: If the work failed on another rank; the error of that rank has the reason.
         """
         if not several_ranks():
             return work()
@@ -54,8 +54,8 @@ class PatientRanks:
             self._group = torch.distributed.new_group(backend="gloo")
         state, ended = _WORKING, threading.Event()
 
-        def ask() -> int:
-            """The worst state of all ranks, as soon as none is at work or one has failed."""
+        def poll() -> int:
+            """The worst state of all ranks, once none is working or one has failed."""
             wait, worst = 0.01, _WORKING
             while worst == _WORKING:
                 ended.wait(wait)
@@ -66,15 +66,15 @@ class PatientRanks:
             return worst
 
         with ThreadPoolExecutor(1, thread_name_prefix="lightning_ft-ranks") as pool:
-            asking = pool.submit(ask)
+            polling = pool.submit(poll)
             try:
-                found = work()
+                result = work()
                 state = _DONE
             except BaseException:
                 state = _FAILED
                 raise
             finally:
                 ended.set()
-        if asking.result() == _FAILED:
-            raise RewardError("A reward failed on another rank: the error of that rank says why.")
-        return found
+        if polling.result() == _FAILED:
+            raise RewardError("A reward function failed on another rank: see the error of that rank.")
+        return result

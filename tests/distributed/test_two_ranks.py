@@ -40,7 +40,7 @@ def test_gradients_weights_and_figures(model_folder, tmp_path, kind, how):
         for name in want:
             torch.testing.assert_close(have[name], want[name], rtol=0, atol=1e-5)
     for name in ("val/loss", "val/token_accuracy"):
-        assert two["figures"][name] == pytest.approx(one["figures"][name], abs=1e-5)
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-5)
     assert two["answers"] == one["answers"]
     assert two["savings"] == pytest.approx(one["savings"], abs=1e-9)
 

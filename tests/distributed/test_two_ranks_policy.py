@@ -51,7 +51,7 @@ def with_given_completions(kind, how, model, out, more):
         "weights": weights(module),
         "advantages": module.advantages,
         "kl_coef": module.kl_coef,
-        "figures": {n: float(v) for n, v in trainer.callback_metrics.items() if not n.endswith("seconds")},
+        "metrics": {n: float(v) for n, v in trainer.callback_metrics.items() if not n.endswith("seconds")},
         "steps": trainer.global_step,
     }
 
@@ -133,11 +133,11 @@ def test_gradients_weights_and_figures(ranks, how):
         assert len(other["advantages"][1]) == 0 < len(have["advantages"][1])
         assert have["kl_coef"] == pytest.approx(want["kl_coef"], abs=1e-7)
         assert want["kl_coef"] != 0.05  # PPO's has moved
-        assert have["figures"].keys() == want["figures"].keys()
-        assert {"train/kl", "train/reward_std", "val/reward", "val/completion_length"} <= want["figures"].keys()
-        for figure, value in want["figures"].items():
-            assert have["figures"][figure] == pytest.approx(value, abs=TOLERANCE), (name, figure)
-            assert other["figures"][figure] == pytest.approx(value, abs=TOLERANCE), (name, figure)
+        assert have["metrics"].keys() == want["metrics"].keys()
+        assert {"train/kl", "train/reward_std", "val/reward", "val/completion_length"} <= want["metrics"].keys()
+        for figure, value in want["metrics"].items():
+            assert have["metrics"][figure] == pytest.approx(value, abs=TOLERANCE), (name, figure)
+            assert other["metrics"][figure] == pytest.approx(value, abs=TOLERANCE), (name, figure)
 
 
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])

@@ -67,11 +67,11 @@ def test_steps_weights_figures_and_exports(run, one, how):
         assert len(want["steps"]) == len(have["steps"]) == 3
         assert 0 in other["sizes"], name  # a rank without rows took part in the last step
         assert 0 not in have["sizes"]
-        figures = have["figures"].keys()
-        assert figures == want["figures"].keys() == other["figures"].keys()
+        metrics = have["metrics"].keys()
+        assert metrics == want["metrics"].keys() == other["metrics"].keys()
         if name == "kto":  # whose mismatched completions are other ones where batches are: two ranks agree on their KL
-            assert have["figures"] == other["figures"]
-            assert all(math.isfinite(value) for value in have["figures"].values())
+            assert have["metrics"] == other["metrics"]
+            assert all(math.isfinite(value) for value in have["metrics"].values())
             assert have["losses"] == other["losses"]
             continue
         assert have["losses"] == pytest.approx(want["losses"], abs=1e-5), name
@@ -79,8 +79,8 @@ def test_steps_weights_figures_and_exports(run, one, how):
             assert ours.keys() == theirs.keys()
             for key in ours:
                 torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
-        for figure in figures:
-            assert have["figures"][figure] == pytest.approx(want["figures"][figure], abs=1e-4), f"{name}: {figure}"
+        for figure in metrics:
+            assert have["metrics"][figure] == pytest.approx(want["metrics"][figure], abs=1e-4), f"{name}: {figure}"
         assert_same_weights(weights(folder / name / "end.ckpt"), weights(one / name / "end.ckpt"))
         file = next((one / name / "export/last").glob("*.safetensors"))
         assert_same_weights(load_file(folder / name / "export/last" / file.name), load_file(file))

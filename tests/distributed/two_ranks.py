@@ -53,14 +53,14 @@ def main(how, kind, model, out):
     trainer.save_checkpoint(f"{out}/end.ckpt")
     answers = module.generate([row["input"] for row in make_rows(4)], max_new_tokens=8)
     if trainer.is_global_zero:
-        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         torch.save(
             {
                 "savings": savings.result.metrics(),
                 "steps": module.steps,
                 "losses": module.losses,
                 "answers": answers,
-                "figures": figures,
+                "metrics": metrics,
             },
             f"{out}/r.pt",
         )

@@ -31,7 +31,7 @@ def main(model, out):
     module = SlowToWrite(model, lora={"r": 4}, top_layers=1, activation_cache=f"{out}/states", learning_rate=1e-2)
     trainer = Trainer(**{**trainer_options("ddp", out), "max_epochs": 3})
     trainer.fit(module, PairDataModule(make_rows(24), batch_size=2, cache_dir=False))
-    counts = (module._reader.computed, module._reader.read)
+    counts = (module._activations.reader.computed, module._activations.reader.read)
     weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     torch.save({"counts": counts, "weights": weights}, f"{out}/rank{trainer.global_rank}.pt")
 

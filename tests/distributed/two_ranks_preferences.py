@@ -8,24 +8,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
-from judged import Records, make_labelled, make_pairs
+from preference_runs import Records, make_labelled, make_pairs
 from ranks import trainer_options
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from lightning_ft import DPO, ExportModel, PreferenceDataModule, RewardModeling
+from lightning_ft import DPO, KTO, ExportModel, PreferenceDataModule, RewardModeling
 from lightning_ft._lightning import Trainer
 
 LORA = {"r": 4, "lora_alpha": 8}
 
 
 class RecordsSizes(Records):
-    def judge(self, batch):
+    def compute_loss(self, batch):
         self.sizes = [*getattr(self, "sizes", []), len(batch)]
-        return super().judge(batch)
+        return super().compute_loss(batch)
 
 
 class RecordingDPO(RecordsSizes, DPO):
+    pass
+
+
+class RecordingKTO(RecordsSizes, KTO):
     pass
 
 
@@ -42,14 +46,14 @@ CASES = {
     "dpo continued": lambda model, adapter: RecordingDPO(adapter, learning_rate=3e-3, dtype="float32"),
     "reward full": lambda model, adapter: RecordingReward(model, learning_rate=1e-3, centering=0.01),
     "reward lora": lambda model, adapter: RecordingReward(model, lora=LORA, learning_rate=3e-3, dtype="float32"),
-    "kto": lambda model, adapter: RecordingDPO(model, loss="kto", learning_rate=1e-3),
+    "kto": lambda model, adapter: RecordingKTO(model, learning_rate=1e-3),
     "precomputed": lambda model, adapter: RecordingDPO(model, learning_rate=1e-3, precompute_reference=True),
 }
 
 
 def run(how, name, model, adapter, out):
     module = CASES[name](model, adapter)
-    module._hyper["cache_dir"] = f"{out}/reference"
+    module._cache_dir = f"{out}/reference"
     rows = make_labelled(28) if name == "kto" else make_pairs(28)
     data = PreferenceDataModule(
         rows[:21],  # steps of 8, 8 and 5: in the last micro-batch one rank has a row, the other none
@@ -68,7 +72,7 @@ def run(how, name, model, adapter, out):
     return {
         "steps": module.steps,
         "losses": module.step_losses,
-        "figures": {key: float(value) for key, value in trainer.callback_metrics.items()},
+        "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
         "sizes": module.sizes,
     }
 

@@ -1,18 +1,22 @@
-"""Rows, modules and hand-made figures that the tests of DPO share."""
+"""Rows, modules and hand-made metrics that the tests of DPO share."""
 
 import torch
-from judged import Records, make_labelled, make_pairs
+from preference_runs import Records, make_labelled, make_pairs
 from tiny import make_tokenizer
 
-from lightning_ft import DPO, PreferenceDataModule
+from lightning_ft import DPO, KTO, PreferenceDataModule
 from lightning_ft.data.batches import PreferenceBatch
 
 LORA = {"r": 4, "lora_dropout": 0.3}
-PAIRS = make_pairs(20)  # at eight rows a step the last window is short: 8, 8, 4
+PAIRS = make_pairs(20)  # at eight rows a step the last step is short: 8, 8, 4
 LABELLED = make_labelled(20)
 
 
 class RecordingDPO(Records, DPO):
+    pass
+
+
+class RecordingKTO(Records, KTO):
     pass
 
 
@@ -33,8 +37,8 @@ def batches(rows, batch_size=8):
 def spelt_out(model, batch):
     """Summed log-probability, mean entropy and length of each completion, one by one by transformers."""
     sums, entropies, lengths = [], [], []
-    for prompt, behind in zip(batch.prompts, batch.completions, strict=True):
-        for completion in behind:
+    for prompt, completions in zip(batch.prompts, batch.completions, strict=True):
+        for completion in completions:
             ids = torch.cat([prompt, completion.input_ids])
             every = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)[len(prompt) - 1 :]
             kept = every[completion.supervised]
@@ -46,11 +50,11 @@ def spelt_out(model, batch):
 
 def mismatched(batch):
     """Each prompt with the completions of the one before it."""
-    behind = [batch.completions[i - 1] for i in range(len(batch))]
-    return PreferenceBatch(batch.prompts, behind, batch.labels, None, batch.rows)
+    completions = [batch.completions[i - 1] for i in range(len(batch))]
+    return PreferenceBatch(batch.prompts, completions, batch.labels, None, batch.rows)
 
 
-def assert_figures(judged, want):
-    assert judged.figures.keys() == want.keys()
+def assert_metrics(result, want):
+    assert result.metrics.keys() == want.keys()
     for name, value in want.items():
-        torch.testing.assert_close(judged.figures[name], value, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(result.metrics[name], value, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -103,8 +103,8 @@ class Records:
         self.advantages.append(torch.tensor([float(a.mean()) for a in rollout_batch.advantages]))
         self.rollout_batch = rollout_batch
 
-    def loss(self, batch):
-        result = super().loss(batch)
+    def compute_loss(self, batch):
+        result = super().compute_loss(batch)
         self.results.append((batch, result))
         return result
 

@@ -32,10 +32,10 @@ class Watch(TrainerCallback):
 
 
 class Given:
-    """Mixed into a trainer of TRL: completions that were drawn beforehand; keeps losses, advantages and figures."""
+    """Mixed into a trainer of TRL: completions that were drawn beforehand; keeps losses, advantages and metrics."""
 
     def _prepare(self):
-        self.losses, self.advantages, self.figures, self.calls = [], [], [], 0
+        self.losses, self.advantages, self.metrics, self.calls = [], [], [], 0
 
     def _tokenize_prompts(self, prompts):
         ids = [ids.tolist() for ids in BATCHES[self.calls % ROLLOUTS].input_ids for _ in range(GROUP)]
@@ -55,7 +55,7 @@ class Given:
     def compute_loss(self, *args, **options):
         loss = super().compute_loss(*args, **options)
         self.losses.append(float(loss.detach()))
-        self.figures.append({name: values[-1] for name, values in self._metrics["train"].items() if values})
+        self.metrics.append({name: values[-1] for name, values in self._metrics["train"].items() if values})
         return loss
 
 
@@ -115,7 +115,7 @@ def by_trl(
     return SimpleNamespace(
         losses=trainer.losses,
         advantages=trainer.advantages,
-        figures=trainer.figures,
+        metrics=trainer.metrics,
         gradients=watch.gradients,
         weights=trained,
     )

@@ -67,9 +67,9 @@ def mean_and_variance(numbers):
     return mean, sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1)
 
 
-def whitened(rows, judged, shift):
-    """Numbers of each completion scaled to variance 1, over the completions that were judged."""
-    mean, variance = mean_and_variance([x for row, counts in zip(rows, judged, strict=True) if counts for x in row])
+def whitened(rows, result, shift):
+    """Numbers of each completion scaled to variance 1, over the completions that were result."""
+    mean, variance = mean_and_variance([x for row, counts in zip(rows, result, strict=True) if counts for x in row])
     scale = math.sqrt(variance + 1e-8)
     return [[(x - mean) / scale + (0.0 if shift else mean) for x in row] for row in rows]
 
@@ -81,7 +81,7 @@ def prepare(rollout, settings, policy, reference, trunk, head):
         old = [[float(x) for x in token_logprobs(policy, p, c, settings.temperature)] for p, c in pairs]
         ref = [[float(x) for x in token_logprobs(reference, p, c, settings.temperature)] for p, c in pairs]
         values = [[float(x) for x in token_values(trunk, head, p, c)] for p, c in pairs]
-    judged = [score is not None for score in rollout.scores]
+    result = [score is not None for score in rollout.scores]
     rewards = []
     for number, score in enumerate(rollout.scores):
         row = [-settings.kl_coef * (a - b) for a, b in zip(old[number], ref[number], strict=True)]
@@ -89,15 +89,15 @@ def prepare(rollout, settings, policy, reference, trunk, head):
         row[-1] += score - (settings.missing_eos_penalty if rollout.truncated[number] else 0.0)
         rewards.append(row)
     if settings.whiten_rewards:
-        rewards = whitened(rewards, judged, shift=False)
+        rewards = whitened(rewards, result, shift=False)
     advantages, returns = [], []
     for row, value in zip(rewards, values, strict=True):
         found = [advantage(t, row, value, settings.gamma, settings.lam) for t in range(len(row))]
         advantages.append(found)
         returns.append([a + v for a, v in zip(found, value, strict=True)])
     if settings.whiten_advantages:
-        advantages = whitened(advantages, judged, shift=True)
-    for number, counts in enumerate(judged):
+        advantages = whitened(advantages, result, shift=True)
+    for number, counts in enumerate(result):
         if not counts:  # teaches nothing
             advantages[number] = [0.0] * len(advantages[number])
             returns[number] = values[number]

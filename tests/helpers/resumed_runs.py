@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from lightning_ft import (
     DPO,
     GRPO,
+    KTO,
     PPO,
     FullFineTuning,
     LoRAFineTuning,
@@ -50,7 +51,7 @@ METHODS = {
     "reward": (RewardModeling, {"lora": DROPOUT}),
     "dpo": (DPO, {}),
     "dpo precomputed": (DPO, {"lora": DROPOUT, "precompute_reference": True, "cache_dir": "reference"}),
-    "kto": (DPO, {"loss": "kto", "lora": DROPOUT}),
+    "kto": (KTO, {"lora": DROPOUT}),
     "grpo": (GRPO, {**ROLLOUT, "kl_coef": 0.05}),
     "ppo": (PPO, {**ROLLOUT, "kl_target": 0.5, "kl_horizon": 50}),
 }

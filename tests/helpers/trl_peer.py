@@ -117,12 +117,12 @@ def assert_same(ours, theirs, *, learnt):
         )
 
 
-def assert_same_figures(module, trainer, names):
+def assert_same_metrics(module, trainer, names):
     """What both log of a step under the same name agrees, at every step without accumulation."""
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(history) == len(module.step_figures) == STEPS
+    assert len(history) == len(module.step_metrics) == STEPS
     for name in names:
-        ours = torch.tensor([figures[f"train/{name}"] for figures in module.step_figures])
+        ours = torch.tensor([figures[f"train/{name}"] for figures in module.step_metrics])
         theirs = torch.tensor([entry[name] for entry in history])
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
         assert ours.std() > 0, name

@@ -87,8 +87,8 @@ def test_ranks_that_share_their_moments_agree_with_one():
     torch.testing.assert_close(together, group_advantages(rewards, G, scale="batch"), atol=1e-12, rtol=0)
     assert std.item() == pytest.approx(nanstd(rewards).item(), abs=1e-14)
 
-    moments = mean_and_std(sum(power_sums(leave_one_out_differences(r, G)) for r in ranks))
-    together = torch.cat([leave_one_out_advantages(r, G, normalize=True, moments=moments) for r in ranks])
+    statistics = mean_and_std(sum(power_sums(leave_one_out_differences(r, G)) for r in ranks))
+    together = torch.cat([leave_one_out_advantages(r, G, normalize=True, statistics=statistics) for r in ranks])
     torch.testing.assert_close(together, leave_one_out_advantages(rewards, G, normalize=True), atol=1e-12, rtol=0)
 
 
@@ -147,6 +147,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="only used with scale='batch'"):
         group_advantages(torch.zeros(8), 4, batch_std=torch.tensor(1.0))
     with pytest.raises(ConfigError, match="normalize=True"):
-        leave_one_out_advantages(torch.zeros(8), 4, moments=(torch.tensor(0.0), torch.tensor(1.0)))
+        leave_one_out_advantages(torch.zeros(8), 4, statistics=(torch.tensor(0.0), torch.tensor(1.0)))
     with pytest.raises(ConfigError, match="one weight for each function"):
         combine_rewards(torch.zeros(3, 2), torch.ones(3))

@@ -103,8 +103,8 @@ def test_whitening(shift_mean):
     assert ours[mask].tolist() == pytest.approx(expected, abs=1e-12)
     assert not ours[~mask].any()
 
-    moments = mean_and_std(power_sums(x[:8], mask[:8]) + power_sums(x[8:], mask[8:]))
-    parts = [whiten(x[:8], mask[:8], shift_mean, moments), whiten(x[8:], mask[8:], shift_mean, moments)]
+    statistics = mean_and_std(power_sums(x[:8], mask[:8]) + power_sums(x[8:], mask[8:]))
+    parts = [whiten(x[:8], mask[:8], shift_mean, statistics), whiten(x[8:], mask[8:], shift_mean, statistics)]
     torch.testing.assert_close(torch.cat(parts), ours, atol=1e-12, rtol=0)
 
 

@@ -46,7 +46,7 @@ def train(fit, model_folder):
 
 
 def counts(module):
-    return module._reader.computed, module._reader.read
+    return module._activations.reader.computed, module._activations.reader.read
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -100,7 +100,7 @@ def test_accumulated_gradients_and_more_layers(train, tmp_path, tokenizer):
     ends = [train(module=deep(folder), accumulate_grad_batches=3) for folder in (None, tmp_path, tmp_path)]
     assert same(*ends[1:])
     close(*ends[:2])
-    assert ends[1]._reader.trunk.depth == 2
+    assert ends[1]._activations.reader.frozen.depth == 2
 
 
 @pytest.mark.parametrize(

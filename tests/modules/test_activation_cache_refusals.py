@@ -38,7 +38,7 @@ def same(one, other):
 
 
 def counts(module):
-    return module._reader.computed, module._reader.read
+    return module._activations.reader.computed, module._activations.reader.read
 
 
 # -------------------------------------------------------------------- models
@@ -80,9 +80,9 @@ SHARES_KEYS = {
     "vocab_size_per_layer_input": 100,
 }
 UNFIT = {
-    "reads what the first layer left": (lambda: of_first_layer(build("llama"), needed=False), "gives something else"),
+    "reads what the first layer left": (lambda: of_first_layer(build("llama"), needed=False), "the output differs"),
     "needs what the first layer left": (lambda: of_first_layer(build("llama"), needed=True), "don't run without"),
-    "random": (lambda: noisy(build("llama")), "gives something else"),
+    "random": (lambda: noisy(build("llama")), "the output differs"),
     "keys of lower layers": (lambda: build("gemma4_text", **SHARES_KEYS), "don't run without the lower ones"),
 }
 
@@ -93,7 +93,7 @@ def test_layers_that_depend_on_more_are_found_out_with_the_first_batch(tmp_path,
     reader = reader_of(with_adapters(make(), 1), tmp_path)
     with pytest.raises(ModelError, match=reason), reader.around(batch_of()):
         pass
-    assert not any("forward" in vars(layer) for layer in reader.trunk.layers[1:-1])
+    assert not any("forward" in vars(layer) for layer in reader.frozen.layers[1:-1])
 
 
 def test_dropout_above_is_no_randomness_below(tmp_path):
@@ -111,7 +111,7 @@ def test_prefixes_that_are_shared_are_refused(tmp_path):
     prompt = Example(torch.arange(5, 9), torch.zeros(4, dtype=torch.bool))
     answer = Example(torch.arange(20, 23), torch.ones(3, dtype=torch.bool))
     shared = lay_out([[Segment(prompt), Segment(answer, 0, 0), Segment(answer, 0, 1)]])
-    with pytest.raises(ModelError, match="shares prefixes"), reader.around(shared):
+    with pytest.raises(ModelError, match="share prefixes"), reader.around(shared):
         pass
 
 
@@ -137,10 +137,10 @@ def test_adapters_in_all_layers_are_refused(fit, model_folder, tmp_path):
     [
         ({"activation_cache": 3}, "activation_cache=3: expected a folder"),
         ({"activation_cache": {"foldr": "x"}}, "expected a folder, True, or a dict of 'folder' and 'max_gib'"),
-        ({"activation_cache": {"max_gib": 0}}, "must be more than 0"),
-        ({"activation_cache": {"max_gib": -2}}, "must be more than 0"),
-        ({"activation_cache": {"max_gib": float("nan")}}, "must be more than 0"),
-        ({"activation_cache": {"max_gib": "much"}}, "max_gib='much' is no number of GiB"),
+        ({"activation_cache": {"max_gib": 0}}, "must be above 0"),
+        ({"activation_cache": {"max_gib": -2}}, "must be above 0"),
+        ({"activation_cache": {"max_gib": float("nan")}}, "must be above 0"),
+        ({"activation_cache": {"max_gib": "much"}}, "max_gib='much' is not a number of GiB"),
         ({"activation_cache": True, "torch_compile": True}, "leave out torch_compile"),
         ({"adapter": "some/adapter", "top_layers": 1}, "leave out top_layers"),
     ],
@@ -153,7 +153,7 @@ def test_wrong_settings_are_refused_before_anything_is_loaded(arguments, message
 def test_what_may_be_given(tmp_path):
     assert [ActivationCache.of(given) for given in (None, False)] == [None, None]
     default = ActivationCache.of(True)
-    assert default.folder.name == "lightning_ft_trunk"
+    assert default.folder.name == "lightning_ft_activations"
     assert default.max_gib == 50
     assert ActivationCache.of(str(tmp_path)) == ActivationCache.of(tmp_path) == ActivationCache(tmp_path)
     assert ActivationCache.of({"max_gib": 2}) == ActivationCache(default.folder, 2.0)
@@ -174,7 +174,7 @@ def test_what_will_be_written_is_announced(fit, model_folder, tmp_path, caplog):
         with caplog.at_level("INFO"):
             fit(module_for(model_folder, str(tmp_path)), ROWS)
         assert "layers 0 to 0 of 2 are computed once a row" in caplog.text
-        assert f"{there} rows are there already" in caplog.text
+        assert f"{there} rows are already there" in caplog.text
     assert "tokens of 128 bytes take" in caplog.text
     assert "24 rows were read, 0 had to be computed" in caplog.text
 
@@ -220,7 +220,7 @@ def test_rows_that_change_every_epoch_are_warned_of(trainer_options, model_folde
         module = module_for(model_folder, str(tmp_path), lr_schedule="constant")
         Trainer(**trainer_options, max_epochs=2).fit(module, torch.utils.data.DataLoader(data, batch_size=None))
 
-    with pytest.warns(UserWarning, match="No row of the second epoch was seen in the first"):
+    with pytest.warns(UserWarning, match="No row of the second epoch appeared in the first"):
         train(Anew())
 
 
@@ -233,7 +233,7 @@ def test_settings_are_json_and_come_back_from_a_checkpoint(fit, model_folder, tm
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert all("layers.1." in name and "lora_" in name for name in saved["state_dict"])
     again = LoRAFineTuning.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
-    assert (again.hparams["top_layers"], again._activation_cache) == (1, ActivationCache.of(cache))
+    assert (again.hparams["top_layers"], again._activations) == (1, ActivationCache.of(cache))
     assert same(module, again)
 
 
@@ -259,7 +259,7 @@ def test_the_command_line_takes_them(monkeypatch, tmp_path, model_folder):
     monkeypatch.setattr(sys, "argv", ["lightning-ft", "fit", "--config", str(tmp_path / "run.yaml"), *told])
     cli = FineTuningCLI()
     assert counts(cli.model) == (24, 24)
-    assert cli.model._activation_cache == ActivationCache(Path(tmp_path / "states"))
+    assert cli.model._activations == ActivationCache(Path(tmp_path / "states"))
 
 
 # -------------------------------------------------------------------- what it costs

@@ -51,7 +51,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fit, model_folder, tmp_path,
     assert trainer.global_step == 9
     for name, value in weights(whole).items():
         assert torch.equal(weights(resumed)[name], value), name
-    assert resumed._window.tokens_seen == whole._window.tokens_seen
+    assert resumed._step_metrics.tokens_seen == whole._step_metrics.tokens_seen
 
 
 def test_another_adapter_is_refused(fit, model_folder, tmp_path):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lightning_ft import (
     DPO,
     GRPO,
+    KTO,
     PPO,
     FullFineTuning,
     LoRAFineTuning,
@@ -71,7 +72,7 @@ MODULES = {
     "lora": (LoRAFineTuning, PairDataModule, pair_rows),
     "reward": (RewardModeling, PreferenceDataModule, preference_rows),
     "dpo": (DPO, PreferenceDataModule, preference_rows),
-    "kto": (lambda model, **options: DPO(model, loss="kto", **options), PreferenceDataModule, labelled_rows),
+    "kto": (KTO, PreferenceDataModule, labelled_rows),
     "grpo": (policy(GRPO), PromptDataModule, prompt_rows),
     "ppo": (policy(PPO), PromptDataModule, prompt_rows),
 }

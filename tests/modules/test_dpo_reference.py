@@ -1,11 +1,12 @@
 """DPO's reference computed beforehand, and checkpoints: exact resumes, and what is in them."""
 
+import functools
 import math
 
 import pytest
 import torch
-from dpo_cases import LABELLED, LORA, PAIRS, RecordingDPO, batches
-from judged import Records, make_pairs, train, trainable
+from dpo_cases import LABELLED, LORA, PAIRS, RecordingDPO, RecordingKTO, batches
+from preference_runs import Records, make_pairs, train, trainable
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from tiny import make_model, make_tokenizer
@@ -116,7 +117,7 @@ def test_what_was_computed_for_one_data_module_is_not_used_for_another(model_fol
     found = trainer.test(module, other, verbose=False)[0]["test/loss"]
     assert module.runs == 1
     with torch.no_grad():
-        want = float(module.judge(batches(make_pairs(30)[26:])[0]).losses.mean())
+        want = float(module.compute_loss(batches(make_pairs(30)[26:])[0]).losses.mean())
     assert found == pytest.approx(want, abs=1e-6)
     assert found != own[0]["test/loss"]
 
@@ -140,14 +141,17 @@ def test_it_needs_the_rows_beforehand(model_folder, trainer_options):
         {"lora": LORA, "disable_dropout": False},
         {"lora": {"r": 4, "init_lora_weights": "pissa"}},
         {"lora": LORA, "disable_dropout": False, "precompute_reference": True},
-        {"loss": "kto", "lora": {"r": 4}},
+        {"kto": True, "lora": {"r": 4}},
     ],
     ids=["full", "lora with dropout", "pissa", "precomputed", "kto"],
 )
 @pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_options, tmp_path, options, stop_at):
     """Three steps an epoch: in the middle of one, and of the next."""
-    rows = LABELLED if options.get("loss") == "kto" else PAIRS
+    options, rows = dict(options), PAIRS
+    kind = functools.partial(RecordingDPO, cache_dir=str(tmp_path / "cache"))
+    if options.pop("kto", False):
+        kind, rows = RecordingKTO, LABELLED
     common = {
         "max_epochs": 2,
         "accumulate_grad_batches": 2,
@@ -155,7 +159,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_option
     }
 
     def make():
-        return RecordingDPO(model_folder, learning_rate=1e-2, cache_dir=str(tmp_path / "cache"), **options)
+        return kind(model_folder, learning_rate=1e-2, **options)
 
     torch.manual_seed(1)
     whole = make()
@@ -166,7 +170,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_option
     trainer = train(resumed, rows, trainer_options, ckpt_path=tmp_path / f"step={stop_at}.ckpt", **common)
     assert trainer.global_step == 6
     assert resumed.step_losses == whole.step_losses[stop_at:]
-    assert resumed.step_figures == whole.step_figures[stop_at:]
+    assert resumed.step_metrics == whole.step_metrics[stop_at:]
     for name, value in trainable(whole).items():
         assert torch.equal(trainable(resumed)[name], value), name
 
@@ -182,7 +186,9 @@ def test_a_checkpoint_holds_the_trainable_weights_only(model_folder, trainer_opt
     again = DPO.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     batch = batches(PAIRS)[1]
     with torch.no_grad():
-        torch.testing.assert_close(again.judge(batch).losses, module.judge(batch).losses, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            again.compute_loss(batch).losses, module.compute_loss(batch).losses, rtol=0, atol=1e-6
+        )
     with pytest.raises(ModelError, match="doesn't fit"):
         DPO(model_folder, lora={"r": 4, "target_modules": ["q_proj"]}).load_checkpoint(tmp_path / "a.ckpt")
 
@@ -200,4 +206,6 @@ def test_a_continued_adapter_learns_further_and_resumes(model_folder, trainer_op
     third = DPO.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     batch = batches(PAIRS)[1]
     with torch.no_grad():
-        torch.testing.assert_close(third.judge(batch).losses, second.judge(batch).losses, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            third.compute_loss(batch).losses, second.compute_loss(batch).losses, rtol=0, atol=1e-6
+        )

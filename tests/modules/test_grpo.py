@@ -35,7 +35,7 @@ def make(kind=Policy, **options):
 class Reinforce(GRPO):
     """https://link.springer.com/article/10.1007/BF00992696, a mean over tokens."""
 
-    def loss(self, batch):
+    def compute_loss(self, batch):
         per_token = -batch.advantages * batch.logprobs * batch.mask
         return (batch.weights[batch.sequences] * per_token).sum()
 
@@ -109,17 +109,17 @@ def test_a_reward_model_in_every_form(model_folder, tmp_path, trainer_options):
     ones = [Example(torch.arange(4, 4 + n), torch.ones(n, dtype=torch.bool)) for n in (3, 5)]
     pairs = PreferenceBatch([torch.tensor([5, 6])], [tuple(ones)], torch.tensor([True, False]), None, torch.arange(1))
     for lora in (None, {"r": 4}):
-        judge = RewardModeling(model_folder, lora=lora, learning_rate=1e-2)
+        reward_model = RewardModeling(model_folder, lora=lora, learning_rate=1e-2)
         trainer = Trainer(**trainer_options, max_epochs=2)
-        trainer.fit(judge, torch.utils.data.DataLoader([pairs], batch_size=None))
+        trainer.fit(reward_model, torch.utils.data.DataLoader([pairs], batch_size=None))
         path = tmp_path / ("whole" if lora is None else "adapter")
         trainer.save_checkpoint(f"{path}.ckpt")
-        judge.export(path)
+        reward_model.export(path)
         found = []
-        for reward in (str(path), f"{path}.ckpt", judge):
+        for reward in (str(path), f"{path}.ckpt", reward_model):
             module = make(rewards=reward, scale_rewards="none")
             run(module, [BATCH], trainer_options, rollouts=[GIVEN])
-            found.append(module.rollout_batch.rewards)
+            found.append(module.rollout_batch.total_rewards)
             assert not any("score" in name or "reward" in name for name in dict(module.named_parameters()))
         assert found[0].std() > 0.01
         assert torch.equal(found[0], found[2])
@@ -128,12 +128,12 @@ def test_a_reward_model_in_every_form(model_folder, tmp_path, trainer_options):
 
 def test_a_reward_model_beside_a_function(trainer_options):
     scorer = make_scorer()
-    judge = {"model": scorer, "tokenizer": make_tokenizer(), "weight": 0.5, "name": "judge"}
-    module = make(rewards=[by_tokens, judge])
+    reward_model = {"model": scorer, "tokenizer": make_tokenizer(), "weight": 0.5, "name": "reward_model"}
+    module = make(rewards=[by_tokens, reward_model])
     trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
-    given = module.rollout_batch.judged.per_function
-    torch.testing.assert_close(module.rollout_batch.rewards, given[:, 0] + 0.5 * given[:, 1])
-    assert "train/rewards/judge" in trainer.callback_metrics
+    given = module.rollout_batch.rewards.per_function
+    torch.testing.assert_close(module.rollout_batch.total_rewards, given[:, 0] + 0.5 * given[:, 1])
+    assert "train/rewards/reward_model" in trainer.callback_metrics
     trainer.save_checkpoint(f"{trainer_options['default_root_dir']}/a.ckpt")
     torch.load(f"{trainer_options['default_root_dir']}/a.ckpt", weights_only=True)  # its settings are plain values
 

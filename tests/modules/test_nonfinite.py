@@ -12,6 +12,7 @@ from tiny_scorer import make_scorer
 from lightning_ft import (
     DPO,
     GRPO,
+    KTO,
     PPO,
     FullFineTuning,
     LoRAFineTuning,
@@ -25,14 +26,14 @@ from lightning_ft.errors import ConfigError, ExportError, ModelError, NonFiniteE
 
 PAIRS = make_rows(16)
 PREFERENCES = [{"prompt": r["input"], "chosen": r["output"], "rejected": r["output"] + " no"} for r in PAIRS]
-JUDGED = [{"prompt": r["input"], "completion": r["output"], "label": bool(n % 2)} for n, r in enumerate(PAIRS)]
+LABELED = [{"prompt": r["input"], "completion": r["output"], "label": bool(n % 2)} for n, r in enumerate(PAIRS)]
 SAMPLING = {"rewards": by_tokens, "num_completions": 2, "max_new_tokens": 3}
 KINDS = {
     "full": (FullFineTuning, {}, PairDataModule, PAIRS),
     "lora": (LoRAFineTuning, {"lora": {"r": 2}}, PairDataModule, PAIRS),
     "reward": (RewardModeling, {}, PreferenceDataModule, PREFERENCES),
     "dpo": (DPO, {"lora": {"r": 2}}, PreferenceDataModule, PREFERENCES),
-    "kto": (DPO, {"loss": "kto"}, PreferenceDataModule, JUDGED),
+    "kto": (KTO, {}, PreferenceDataModule, LABELED),
     "grpo": (GRPO, SAMPLING, PromptDataModule, PREFERENCES),
     "ppo": (PPO, {**SAMPLING, "epochs_per_rollout": 2}, PromptDataModule, PREFERENCES),
 }
@@ -58,17 +59,14 @@ class Broken:
     def _broken(self, loss):
         return loss * self.value if self.trainer.training and self.trainer.global_step + 1 in self.steps else loss
 
-    def judge(self, batch):
-        judged = super().judge(batch)
-        return judged._replace(losses=self._broken(judged.losses))
+    def compute_loss(self, batch):
+        result = super().compute_loss(batch)
+        name = "losses" if hasattr(result, "losses") else "loss"
+        return result._replace(**{name: self._broken(getattr(result, name))})
 
-    def loss(self, batch):
-        result = super().loss(batch)
-        return result._replace(loss=self._broken(result.loss))
-
-    def score(self, batch, reduction="none", **options):
-        scored = super().score(batch, reduction, **options)
-        return scored._replace(logprobs=self._broken(scored.logprobs)) if reduction == "sum" else scored
+    def compute_logprobs(self, batch, reduction="none", **options):
+        result = super().compute_logprobs(batch, reduction, **options)
+        return result._replace(logprobs=self._broken(result.logprobs)) if reduction == "sum" else result
 
 
 def make(kind, options, **more):

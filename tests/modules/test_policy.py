@@ -1,4 +1,4 @@
-"""What every policy-gradient module does: steps, figures, validation, and what it makes of rewards."""
+"""What every policy-gradient module does: steps, metrics, validation, and what it makes of rewards."""
 
 import math
 import random
@@ -111,7 +111,7 @@ def test_the_trainer_s_own_accumulation_and_clipping_are_refused(option, trainer
         run(make(Policy), BATCHES, trainer_options, rollouts=GIVEN, **option)
 
 
-# ---------------------------------------------------------------- figures
+# ---------------------------------------------------------------- metrics
 
 
 def with_logprobs(rollout):
@@ -140,7 +140,7 @@ def test_figures_by_hand(kind, mask_truncated, trainer_options):
         kind, rewards=[by_tokens, other], reward_weights=[1.0, 0.5], mask_truncated=mask_truncated, lora=LORA, **options
     )
     trainer = run(module, BATCHES[:1], trainer_options, rollouts=[with_logprobs(GIVEN[0])])
-    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     completions = GIVEN[0].completions
 
     first = by_tokens([c.tokens for c in completions])
@@ -153,13 +153,13 @@ def test_figures_by_hand(kind, mask_truncated, trainer_options):
         "reward": totals,
     }.items():
         mean, std = spread(numbers)
-        assert figures[f"train/{name}"] == pytest.approx(mean, abs=1e-5), name
-        assert figures[f"train/{name}_std"] == pytest.approx(std, abs=1e-5), name
-    assert figures["train/seen"] == len(completions)
-    assert figures["train/completion_length"] == pytest.approx(spread([len(c.tokens) for c in completions])[0])
-    assert figures["train/truncated_fraction"] == sum(c.truncated for c in completions) / 12
+        assert metrics[f"train/{name}"] == pytest.approx(mean, abs=1e-5), name
+        assert metrics[f"train/{name}_std"] == pytest.approx(std, abs=1e-5), name
+    assert metrics["train/seen"] == len(completions)
+    assert metrics["train/completion_length"] == pytest.approx(spread([len(c.tokens) for c in completions])[0])
+    assert metrics["train/truncated_fraction"] == sum(c.truncated for c in completions) / 12
     advantages = [float(a.mean()) for a in module.rollout_batch.advantages]
-    assert figures["train/advantage_std"] == pytest.approx(spread(advantages)[1], abs=1e-5)
+    assert metrics["train/advantage_std"] == pytest.approx(spread(advantages)[1], abs=1e-5)
 
     tokens, lost, sums = 0, 0, dict.fromkeys(("entropy", "kl", "low", "high", "policy_kl", "gap", "completion"), 0.0)
     seen = 0
@@ -194,12 +194,12 @@ def test_figures_by_hand(kind, mask_truncated, trainer_options):
         "grad_norm": sum(math.sqrt(sum(float((g**2).sum()) for g in s.values())) for s in module.gradients) / 2,
     }
     for name, value in expected.items():
-        assert figures[f"train/{name}"] == pytest.approx(value, abs=1e-5), name
+        assert metrics[f"train/{name}"] == pytest.approx(value, abs=1e-5), name
         assert value, name
-    assert figures["train/rollout_seconds"] > 0
-    assert figures["train/train_seconds"] > 0
-    assert figures["train/learning_rate"] == pytest.approx(0.05)
-    assert "val/reward" not in figures
+    assert metrics["train/rollout_seconds"] > 0
+    assert metrics["train/train_seconds"] > 0
+    assert metrics["train/learning_rate"] == pytest.approx(0.05)
+    assert "val/reward" not in metrics
 
 
 def test_an_engine_that_gives_no_logprobs(trainer_options):
@@ -244,10 +244,10 @@ def drawn(completions, **columns):
 
 class KeepsValidation(_pl.Callback):
     def __init__(self):
-        self.figures = []
+        self.metrics = []
 
     def on_validation_end(self, trainer, module):
-        self.figures.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")})
+        self.metrics.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")})
 
 
 @pytest.mark.parametrize("kind", [Policy, Actor])
@@ -273,9 +273,9 @@ def test_validation_draws_the_same_each_time(trainer_options):
     run(module, BATCHES * 2, trainer_options, validation=validation, val_check_interval=1, callbacks=[kept])
     names = {"rewards/by_tokens", "rewards/other", "reward"}
     names |= {f"{name}_std" for name in names} | {"completion_length", "truncated_fraction"}
-    assert kept.figures[1].keys() == {f"val/{name}" for name in names}
+    assert kept.metrics[1].keys() == {f"val/{name}" for name in names}
     # It hasn't learnt anything to speak of, so what it samples is the same.
-    assert kept.figures[1:] == [kept.figures[1]] * 4
+    assert kept.metrics[1:] == [kept.metrics[1]] * 4
 
 
 def test_validation_rewards_are_never_trained_on(trainer_options):
@@ -302,10 +302,10 @@ def test_validation_rewards_are_never_trained_on(trainer_options):
 def test_validation_by_itself(trainer_options):
     module = make(Policy)
     loader = torch.utils.data.DataLoader(BATCHES, batch_size=None)
-    figures = Trainer(**trainer_options).validate(module, loader)[0]
+    metrics = Trainer(**trainer_options).validate(module, loader)[0]
     again = Trainer(**trainer_options).test(module, loader)[0]
-    assert figures["val/reward"] == again["test/reward"]
-    assert figures["val/completion_length"] > 1
+    assert metrics["val/reward"] == again["test/reward"]
+    assert metrics["val/completion_length"] > 1
 
 
 # ---------------------------------------------------------------- rewards

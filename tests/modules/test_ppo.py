@@ -85,11 +85,11 @@ CASES = {
 @pytest.mark.parametrize("how", ["full", "lora", "critic-adapter"])
 @pytest.mark.parametrize("case", CASES)
 def test_by_the_letter(case, how, trainer_options):
-    unscored = case in ("discounted", "one-step", "truncated")
+    unrewarded = case in ("discounted", "one-step", "truncated")
     epochs, rate = 3, 0.1
     settings = Settings(**CASES[case])
     given = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    scores = [None if unscored and i in (1, 4) else score for i, score in enumerate(SCORES)]
+    scores = [None if unrewarded and i in (1, 4) else score for i, score in enumerate(SCORES)]
     options = {} if how == "full" else {"lora": LORA}
     model = make_model()
     with torch.no_grad():
@@ -215,9 +215,9 @@ def test_it_learns(kind, trainer_options):
     explained, rewards = [], []
 
     class Watched(PPO):
-        def log_dict(self, figures, **options):
-            explained.extend([figures[n] for n in ("train/explained_variance",) if n in figures])
-            super().log_dict(figures, **options)
+        def log_dict(self, metrics, **options):
+            explained.extend([metrics[n] for n in ("train/explained_variance",) if n in metrics])
+            super().log_dict(metrics, **options)
 
         def log(self, name, value, **options):
             rewards.extend([value] if name == "train/reward" else [])
@@ -235,25 +235,25 @@ def test_it_learns(kind, trainer_options):
     assert min(explained) > -5.0
 
 
-# ---------------------------------------------------------------- figures and the KL coefficient
+# ---------------------------------------------------------------- metrics and the KL coefficient
 
 
 def test_figures_by_hand(trainer_options):
     module = make(InDouble, kl_coef=0.3, epochs_per_rollout=2, micro_batch_size=2, learning_rate=0.1)
     trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
-    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     returns = [float(x) for row in module.rollout_batch.returns for x in row]
     left = [r - float(v) for r, v in zip(returns, (x for row in module.rollout_batch.values for x in row), strict=True)]
     _, total = ppo_reference.mean_and_variance(returns)
     _, unexplained = ppo_reference.mean_and_variance(left)
-    assert figures["train/explained_variance"] == pytest.approx(1 - unexplained / total, abs=1e-5)
-    assert figures["train/kl_coef"] == pytest.approx(0.3)
+    assert metrics["train/explained_variance"] == pytest.approx(1 - unexplained / total, abs=1e-5)
+    assert metrics["train/kl_coef"] == pytest.approx(0.3)
     losses = []
     for batch, _ in module.results:
         for value, old, target in zip(batch.values, batch.old_values, batch.returns, strict=True):
             near = min(max(float(value), float(old) - 0.2), float(old) + 0.2)
             losses.append(0.5 * max((float(value) - float(target)) ** 2, (near - float(target)) ** 2))
-    assert figures["train/value_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert metrics["train/value_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 def test_the_kl_coefficient_moves_as_ziegler_s(trainer_options, tmp_path):

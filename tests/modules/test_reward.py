@@ -1,12 +1,12 @@
-"""Reward modelling: losses and figures by hand, the head that is trained, and exports that plain transformers load."""
+"""Reward modelling: losses and metrics by hand, the head that is trained, and exports that plain transformers load."""
 
 import re
 import runpy
 
 import pytest
 import torch
-from judged import Records, make_labelled, make_pairs, train, trainable
 from peft import PeftModel
+from preference_runs import Records, make_labelled, make_pairs, train, trainable
 from safetensors.torch import load_file
 from tiny import CHATML, make_model, make_rows, make_tokenizer
 from torch.nn.functional import logsigmoid
@@ -73,7 +73,7 @@ def shake(module, std=0.05):
                 parameter += std * torch.randn(parameter.shape, generator=draw)
 
 
-# ---------------------------------------------------------------- losses and figures
+# ---------------------------------------------------------------- losses and metrics
 
 
 @pytest.mark.parametrize("margin", [False, True])
@@ -84,7 +84,7 @@ def test_loss_and_figures_by_hand(model_folder, lora, margin):
     module.configure_model()
     shake(module)
     batch = batches(rows)[0]
-    judged = module.judge(batch)
+    result = module.compute_loss(batch)
     scores = []
     for turns in conversations(PAIRS[:8]):  # one by one, by transformers
         ids = make_tokenizer().apply_chat_template(turns, return_tensors="pt", return_dict=False)
@@ -92,18 +92,18 @@ def test_loss_and_figures_by_hand(model_folder, lora, margin):
     chosen, rejected = torch.stack(scores).view(-1, 2).unbind(1)
     asked = torch.tensor([n % 4 / 2 for n in range(8)]) if margin else 0.0
     losses = -logsigmoid(chosen - rejected - asked) + 0.1 * (chosen + rejected) ** 2
-    torch.testing.assert_close(judged.losses, losses, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.losses, losses, rtol=0, atol=1e-5)
     want = {
         "accuracy": (chosen > rejected).float(),
         "margin": chosen - rejected,
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
     }
-    assert judged.figures.keys() == want.keys()
+    assert result.metrics.keys() == want.keys()
     for name, value in want.items():
-        torch.testing.assert_close(judged.figures[name], value.detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(result.metrics[name], value.detach(), rtol=0, atol=1e-5)
     assert 0 < want["accuracy"].mean() < 1
-    judged.losses.mean().backward()
+    result.losses.mean().backward()
     got = {name: p.grad.clone() for name, p in module.model.named_parameters() if p.grad is not None}
     module.zero_grad()
     losses.mean().backward()
@@ -118,10 +118,10 @@ def test_scores_of_conversations_are_those_that_are_judged(model_folder):
     module.configure_model()
     shake(module)
     with torch.no_grad():
-        figures = module.judge(batches(PAIRS)[0]).figures
+        metrics = module.compute_loss(batches(PAIRS)[0]).metrics
     scores = module.score_conversations(conversations(PAIRS[:8]), batch_size=3)
-    torch.testing.assert_close(scores[0::2], figures["rewards/chosen"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(scores[1::2], figures["rewards/rejected"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores[0::2], metrics["rewards/chosen"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores[1::2], metrics["rewards/rejected"], rtol=0, atol=1e-5)
     assert module.predict_step(conversations(PAIRS[:2]), 0) == pytest.approx(scores[:4].tolist(), abs=1e-5)
     assert all(part.training for part in module.model.modules())
 
@@ -133,16 +133,16 @@ def test_what_is_logged_are_means_over_pairs_of_whole_steps_and_splits(model_fol
     assert len(module.step_losses) == 3
     fresh = RewardModeling(model_folder)
     fresh.configure_model()
-    first = fresh.judge(batches(PAIRS)[0])
+    first = fresh.compute_loss(batches(PAIRS)[0])
     assert module.step_losses[0] == pytest.approx(float(first.losses.mean()), abs=1e-6)
-    for name, values in first.figures.items():
-        assert module.step_figures[0][f"train/{name}"] == pytest.approx(float(values.mean()), abs=1e-5)
+    for name, values in first.metrics.items():
+        assert module.step_metrics[0][f"train/{name}"] == pytest.approx(float(values.mean()), abs=1e-5)
     logged = trainer.callback_metrics
     with torch.no_grad():
-        judged = module.judge(batches(make_pairs(25)[20:])[0])
-    assert {name for name in logged if name.startswith("val/")} == {f"val/{n}" for n in [*judged.figures, "loss"]}
-    assert logged["val/loss"] == pytest.approx(float(judged.losses.mean()), abs=1e-5)
-    for name, values in judged.figures.items():
+        result = module.compute_loss(batches(make_pairs(25)[20:])[0])
+    assert {name for name in logged if name.startswith("val/")} == {f"val/{n}" for n in [*result.metrics, "loss"]}
+    assert logged["val/loss"] == pytest.approx(float(result.losses.mean()), abs=1e-5)
+    for name, values in result.metrics.items():
         assert logged[f"val/{name}"] == pytest.approx(float(values.mean()), abs=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_every_way_to_make_a_step_of_eight_pairs_gives_the_same_gradients(model_
     expected = []
     for batch in batches(PAIRS):
         plain.zero_grad()
-        plain.judge(batch).losses.mean().backward()
+        plain.compute_loss(batch).losses.mean().backward()
         expected.append({name: p.grad.clone() for name, p in plain.named_parameters() if p.grad is not None})
     for got in (gradients(8), gradients(1, 8), gradients(2, 4), gradients(4, 2, share_prompts=False)):
         assert len(got) == len(expected) == 3
@@ -174,9 +174,9 @@ def test_an_empty_batch_takes_part_and_adds_nothing(model_folder):
     module = RewardModeling(model_folder)
     module.configure_model()
     none = PreferenceBatch([], [], torch.zeros(0, dtype=torch.bool), None, torch.zeros(0, dtype=torch.int64))
-    judged = module.judge(none)
-    assert judged.losses.shape == (0,)
-    judged.losses.sum().backward()
+    result = module.compute_loss(none)
+    assert result.losses.shape == (0,)
+    result.losses.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in module.model.parameters())
 
 
@@ -304,8 +304,8 @@ def test_an_export_scores_alike_in_plain_transformers(model_folder, trainer_opti
         assert model.config.num_labels == 1
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.testing.assert_close(plain_scores(model, tokenizer, PAIRS), own, rtol=0, atol=1e-5)
-    judge = RewardModel.from_pretrained(folder)
-    torch.testing.assert_close(judge.score_conversations(conversations(PAIRS)), own, rtol=0, atol=1e-5)
+    reward_model = RewardModel.from_pretrained(folder)
+    torch.testing.assert_close(reward_model.score_conversations(conversations(PAIRS)), own, rtol=0, atol=1e-5)
     assert own.std() > 0.1
     shown = runpy.run_path(str(card_code(folder)))["model"]
     torch.testing.assert_close(plain_scores(shown, tokenizer, PAIRS), own, rtol=0, atol=1e-5)

@@ -23,7 +23,7 @@ from lightning_ft import (
 )
 from lightning_ft._lightning import Callback, Trainer
 from lightning_ft.errors import ConfigError, NonFiniteError, RewardError
-from lightning_ft.modules.precision import lost_steps
+from lightning_ft.modules.trainer_checks import lost_steps
 from lightning_ft.rewards.functions import RewardFunctions
 from lightning_ft.rewards.model import RewardModel, check_room
 from lightning_ft.rollout.local import LocalEngine
@@ -297,10 +297,10 @@ def test_a_reference_computed_beforehand_is_in_the_precision_of_the_run(precisio
     pairs = [{"prompt": r["input"], "chosen": r["output"], "rejected": r["output"] + " no"} for r in make_rows(8)]
 
     class Watched(DPO):
-        def judge(self, batch):
-            judged = super().judge(batch)
-            rewards.append(float(judged.figures["rewards/chosen"].abs().max()))
-            return judged
+        def compute_loss(self, batch):
+            result = super().compute_loss(batch)
+            rewards.append(float(result.metrics["rewards/chosen"].abs().max()))
+            return result
 
     for given in ("32-true", precision):
         rewards = []

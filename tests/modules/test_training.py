@@ -1,4 +1,4 @@
-"""What a user sees while training: modes, figures, evaluation, refusals."""
+"""What a user sees while training: modes, metrics, evaluation, refusals."""
 
 import math
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(fit, model_folder
         count = [0]
         layer = next(m for m in module.modules() if type(m).__name__ == "LlamaAttention")
         layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        module.score(next(iter(_loader(module))), "sum")  # the probe of the first call is not counted against training
+        module.compute_logprobs(next(iter(_loader(module))), "sum")  # the probe of the first call is not counted against training
         before = count[0]
         fit(module, ROWS, max_steps=2)
         calls[on] = count[0] - before
@@ -120,16 +120,16 @@ def test_validation_loss_is_weighted_by_token(trainer_options, model_folder):
     losses = set()
     for batch_size in (1, 3, 24):
         data = PairDataModule(ROWS, validation=ROWS, batch_size=batch_size, cache_dir=False)
-        figures = Trainer(**trainer_options).validate(FullFineTuning(model_folder), data)[0]
-        losses.add(round(figures["val/loss"], 5))
+        metrics = Trainer(**trainer_options).validate(FullFineTuning(model_folder), data)[0]
+        losses.add(round(metrics["val/loss"], 5))
     assert len(losses) == 1
 
 
 def test_two_validation_loaders_are_told_apart(trainer_options, model_folder):
     module = FullFineTuning(model_folder)
     loaders = [_loader(module), _loader(module)]
-    figures = Trainer(**trainer_options).validate(module, loaders)
-    assert figures[0]["val/loss/dataloader_0"] == pytest.approx(figures[1]["val/loss/dataloader_1"])
+    metrics = Trainer(**trainer_options).validate(module, loaders)
+    assert metrics[0]["val/loss/dataloader_0"] == pytest.approx(metrics[1]["val/loss/dataloader_1"])
 
 
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])

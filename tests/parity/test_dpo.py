@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from judged import RecordsJudgements, make_pairs
+from preference_runs import RecordsMetrics, make_pairs
 from tiny import make_model, make_tokenizer
 from trl import DPOConfig, DPOTrainer
 from trl_peer import (
@@ -12,7 +12,7 @@ from trl_peer import (
     InOrder,
     as_messages,
     assert_same,
-    assert_same_figures,
+    assert_same_metrics,
     by_trl,
     by_us,
     settings,
@@ -33,7 +33,7 @@ class TrlDPO(InOrder, DPOTrainer):
     pass
 
 
-class RecordingDPO(RecordsJudgements, DPO):
+class RecordingDPO(RecordsMetrics, DPO):
     pass
 
 
@@ -111,4 +111,4 @@ def test_losses_and_weights(loss, kind, accumulation, tmp_path, trainer_options)
     assert_same(ours, theirs, learnt=0.1)
     if accumulation == 1:
         names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "entropy")
-        assert_same_figures(module, trainer, (*names, "logps/chosen", "logps/rejected"))
+        assert_same_metrics(module, trainer, (*names, "logps/chosen", "logps/rejected"))

@@ -72,10 +72,10 @@ def test_each_loss(case, model_folder, tmp_path, trainer_options):
         }
         names |= cispo if "cispo" in case else clip
     seen = dict.fromkeys(names, 0.0)
-    for (batch, result), figures in zip(ours.results, theirs.figures, strict=True):
+    for (batch, result), metrics in zip(ours.results, theirs.metrics, strict=True):
         for name, total in names.items():
             value = float(total(batch, result) / result.tokens)
-            assert value == pytest.approx(figures[name], abs=TOLERANCE), name
+            assert value == pytest.approx(metrics[name], abs=TOLERANCE), name
             seen[name] = max(seen[name], value)
     if case not in ("no-kl", "gradients-clipped"):  # which hardly move the policy between the steps
         assert all(value > 0 for value in seen.values()), seen

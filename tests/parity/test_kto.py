@@ -1,7 +1,7 @@
 """The same run by TRL's KTOTrainer: same weights, rows, order and settings; losses and final weights must agree."""
 
 import pytest
-from judged import RecordsJudgements, make_labelled
+from preference_runs import RecordsMetrics, make_labelled
 from tiny import make_model, make_tokenizer
 from trl import KTOConfig, KTOTrainer
 from trl_peer import (
@@ -11,13 +11,13 @@ from trl_peer import (
     InOrder,
     as_messages,
     assert_same,
-    assert_same_figures,
+    assert_same_metrics,
     by_trl,
     by_us,
     settings,
 )
 
-from lightning_ft import DPO
+from lightning_ft import KTO
 from lightning_ft.models.adapt import add_lora, lora_config
 
 
@@ -25,7 +25,7 @@ class TrlKTO(InOrder, KTOTrainer):
     pass
 
 
-class RecordingDPO(RecordsJudgements, DPO):
+class RecordingKTO(RecordsMetrics, KTO):
     pass
 
 
@@ -54,9 +54,8 @@ def test_losses_and_weights(kind, accumulation, weights, tmp_path, trainer_optio
         ),
     )
     theirs = by_trl(trainer, accumulation)
-    module = RecordingDPO(
+    module = RecordingKTO(
         make_model(),
-        loss="kto",
         beta=0.3,
         lora=None if full else LORA,
         **weights,
@@ -69,4 +68,4 @@ def test_losses_and_weights(kind, accumulation, weights, tmp_path, trainer_optio
     assert_same(ours, theirs, learnt=0.05)
     if accumulation == 1:
         names = ("kl", "entropy", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-        assert_same_figures(module, trainer, names)
+        assert_same_metrics(module, trainer, names)

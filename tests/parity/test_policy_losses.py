@@ -1,4 +1,4 @@
-"""TRL's own GRPO and RLOO code on the same numbers: losses, gradients, advantages and figures must agree."""
+"""TRL's own GRPO and RLOO code on the same numbers: losses, gradients, advantages and metrics must agree."""
 
 from collections import defaultdict
 from types import SimpleNamespace

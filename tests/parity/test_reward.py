@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from judged import RecordsJudgements, make_pairs
+from preference_runs import RecordsMetrics, make_pairs
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from trl import RewardConfig, RewardTrainer
-from trl_peer import LORA, STEPS, InOrder, as_messages, assert_same, assert_same_figures, by_trl, by_us, settings
+from trl_peer import LORA, STEPS, InOrder, as_messages, assert_same, assert_same_metrics, by_trl, by_us, settings
 
 from lightning_ft import RewardModeling
 from lightning_ft.models.adapt import add_lora, lora_config
@@ -16,7 +16,7 @@ class TrlReward(InOrder, RewardTrainer):
     pass
 
 
-class RecordingReward(RecordsJudgements, RewardModeling):
+class RecordingReward(RecordsMetrics, RewardModeling):
     pass
 
 
@@ -69,4 +69,4 @@ def test_losses_and_weights(kind, accumulation, margins, centering, scorer_folde
     ours = by_us(module, rows, trainer_options, batch_size=batch_size, accumulation=accumulation)
     assert_same(ours, theirs, learnt=0.1)
     if accumulation == 1:
-        assert_same_figures(module, trainer, ("accuracy", "margin"))
+        assert_same_metrics(module, trainer, ("accuracy", "margin"))

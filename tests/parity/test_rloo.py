@@ -25,7 +25,7 @@ def test_advantages_losses_and_gradients(case, model_folder, tmp_path, trainer_o
     found = distances(ours, theirs)
     assert max(found.values()) < TOLERANCE, found
     assert all(largest(step) > 0.1 for step in theirs.gradients[::2])
-    clipped = [figures["clip_ratio/region_mean"] for figures in theirs.figures]
+    clipped = [metrics["clip_ratio/region_mean"] for metrics in theirs.metrics]
     assert max(clipped[1::2]) > 0.2  # the second pass over a rollout finds a policy that has moved
 
 

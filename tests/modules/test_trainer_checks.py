@@ -5,7 +5,7 @@ import torch
 
 from lightning_ft._lightning import _pl
 from lightning_ft.errors import ConfigError
-from lightning_ft.modules.strategies import check_strategy
+from lightning_ft.modules.trainer_checks import check_strategy
 
 
 def sharded(**options):

@@ -7,8 +7,8 @@ from lightning_ft import PreferenceDataModule
 from lightning_ft._lightning import Trainer
 
 
-class RecordsJudgements:
-    """Every figure of each step, unrounded, in `step_figures`, and the losses alone in `step_losses`."""
+class RecordsMetrics:
+    """Every figure of each step, unrounded, in `step_metrics`, and the losses alone in `step_losses`."""
 
     def log(self, name, value, **kwargs):
         if name == "train/loss":
@@ -17,11 +17,11 @@ class RecordsJudgements:
 
     def log_dict(self, figures, **kwargs):
         if any(name.startswith("train/") for name in figures):
-            self.step_figures = [*getattr(self, "step_figures", []), dict(figures)]
+            self.step_metrics = [*getattr(self, "step_metrics", []), dict(figures)]
         super().log_dict(figures, **kwargs)
 
 
-class Records(RecordsGradients, RecordsJudgements):
+class Records(RecordsGradients, RecordsMetrics):
     """Losses, figures and gradients."""
 
 

@@ -1,0 +1,246 @@
+"""Arguments that every module takes: typed once, checked, and complete in each signature and docstring.
+
+A public module names its own arguments and passes the others on as ``**options: Unpack[FineTuningOptions]`` (PEP 692),
+so a type checker knows all of them. `complete` adds them to the signature and the docstring of the class, which `help`
+and `inspect.signature` show; ``--help`` of the command line follows ``**options`` to the constructors themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import Required
+
+from lightning_ft.errors import ConfigError, UnknownArgumentError
+from lightning_ft.models.load import quantization_options, resolve_dtype
+from lightning_ft.models.optim import Schedule
+from lightning_ft.rewards.function import OnNonFinite
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:
+
+    class Unpack:
+        """For type checkers only: jsonargparse would stop at the TypedDict, which has neither defaults nor texts."""
+
+        def __class_getitem__(cls, options: type) -> Any:
+            return Any
+
+
+RENAMED = {"trunk_cache": "activation_cache"}
+"""Earlier names of arguments, which constructors still take."""
+
+
+class FineTuningOptions(TypedDict, total=False):
+    """Arguments of `lightning_ft.modules.base.FineTuning`, which documents them and has their defaults."""
+
+    tokenizer: str | PreTrainedTokenizerBase | None
+    learning_rate: float | None
+    weight_decay: float
+    betas: tuple[float, float]
+    lr_schedule: Schedule
+    warmup_ratio: float
+    dtype: str | None
+    attn_implementation: str | None
+    gradient_checkpointing: bool
+    torch_compile: bool | dict[str, Any]
+    generation: dict[str, Any] | None
+    on_nonfinite: OnNonFinite
+    revision: str | None
+    trust_remote_code: bool
+    seed: int
+
+
+class AdaptedOptions(FineTuningOptions, total=False):
+    """Arguments of `lightning_ft.modules.adapted.AdaptedFineTuning`."""
+
+    lora: dict[str, Any] | LoraConfig | bool | None
+    quantization: str | dict[str, Any] | None
+    disable_dropout: bool
+    share_prompts: bool
+
+
+class SamplingOptions(AdaptedOptions, total=False):
+    """Arguments of `lightning_ft.modules.sampled.SampledCompletions`."""
+
+    rewards: Required[Any]
+    reward_weights: list[float] | None
+    validation_rewards: Any
+    num_completions: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    stop: str | list[str] | None
+    rollout_batch_size: int
+    vllm: bool | dict[str, Any]
+
+
+class PolicyOptions(SamplingOptions, total=False):
+    """Arguments of `lightning_ft.modules.policy.PolicyOptimization` beside `kl_coef`, whose default differs."""
+
+    epochs_per_rollout: int
+    steps_per_rollout: int
+    micro_batch_size: int | None
+    max_grad_norm: float | None
+    mask_truncated: bool
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded.
+
+    Args:
+        dtype: Dtype of the weights, or ``"auto"`` for the checkpoint's; None for the default of the module.
+        attn_implementation: Name of the attention implementation in transformers; None for its default.
+        quantization: Quantization of a frozen base: ``"4bit"``, ``"8bit"`` or arguments of `BitsAndBytesConfig`.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        torch_compile: Whether the backbone is compiled, or arguments of `torch.compile`.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code of the model's repository may run.
+        seed: Seed of weights that are initialized at random.
+
+    Raises:
+        ConfigError: For a dtype or quantization that doesn't exist.
+    """
+
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    quantization: str | dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
+    torch_compile: bool | dict[str, Any] = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            resolve_dtype(self.dtype)
+        if self.quantization is not None:
+            quantization_options(self.quantization)
+
+    def card_options(self) -> dict[str, Any]:
+        """Arguments with which the code of a model card loads the base."""
+        options: dict[str, Any] = {}
+        if self.revision:
+            options["revision"] = self.revision
+        if self.trust_remote_code:
+            options["trust_remote_code"] = True
+        if self.dtype not in (None, "auto"):
+            options["dtype"] = str(self.dtype).removeprefix("torch.")
+        if self.quantization is not None:
+            options["quantization"] = quantization_options(self.quantization)
+        return options
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The default optimizer and its schedule.
+
+    Args:
+        learning_rate: Learning rate at the peak of the schedule.
+        weight_decay: Weight decay of matrices.
+        betas: Decay rates of AdamW's running averages.
+        lr_schedule: Shape of the schedule after the warm-up.
+        warmup_ratio: Share of all optimizer steps that warm up.
+        on_nonfinite: What happens to a step whose loss or gradients are not finite.
+
+    Raises:
+        ConfigError: For a number out of its range.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    lr_schedule: Schedule = "cosine"
+    warmup_ratio: float = 0.03
+    on_nonfinite: OnNonFinite = "error"
+
+    def __post_init__(self) -> None:
+        if self.on_nonfinite not in ("error", "skip"):
+            raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}: expected 'error' or 'skip'.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate={self.learning_rate}: expected a finite number above 0.")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay={self.weight_decay}: expected 0 or more.")
+
+
+# ---------------------------------------------------------------- signatures and docstrings
+
+
+def complete(cls: type) -> None:
+    """Replace ``**options`` in the signature and docstring of a class by the arguments that it stands for.
+
+    They are those of the constructors of its base classes, without the ones that the class names itself.
+
+    Args:
+        cls: The class.
+    """
+    parameters = _parameters(cls)
+    cls.__signature__ = inspect.Signature(parameters[1:])  # type: ignore[attr-defined]
+    if "__doc__" in cls.__dict__ and cls.__doc__:
+        before, own, after = _split_args(inspect.cleandoc(cls.__doc__))
+        texts: dict[str, str] = {}
+        for base in reversed(cls.__mro__[1:]):
+            texts |= _split_args(inspect.cleandoc(base.__dict__.get("__doc__") or ""))[1]
+        texts |= own
+        entries = [texts[p.name] for p in parameters[1:] if p.name in texts]
+        if entries:
+            cls.__doc__ = "\n".join([before.rstrip(), "", "Args:", *entries, "", after.lstrip()]).rstrip() + "\n"
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    """Parameters of the constructor, `self` first, with those that ``**options`` stands for."""
+    owner = next(base for base in cls.__mro__ if "__init__" in base.__dict__)
+    own = list(inspect.signature(owner.__dict__["__init__"]).parameters.values())
+    if own[-1].kind is not inspect.Parameter.VAR_KEYWORD or not owner.__module__.startswith("lightning_ft."):
+        return own  # the constructor of a user's class may do anything with its **kwargs
+    inherited = _parameters(owner.__mro__[1])
+    names = {p.name for p in own}
+    return [*own[:-1], *(p for p in inherited if p.name not in names)]
+
+
+_ENTRY = re.compile(r"    (\w+): ")
+
+
+def _split_args(doc: str) -> tuple[str, dict[str, str], str]:
+    """Text before ``Args:``, the entry of each argument, and the text after them."""
+    before, found, rest = doc.partition("\nArgs:\n")
+    entries: dict[str, str] = {}
+    lines = rest.split("\n") if found else []
+    name = ""
+    while lines and lines[0].startswith("    "):
+        line = lines.pop(0)
+        match = _ENTRY.match(line)
+        name = match[1] if match else name
+        entries[name] = f"{entries[name]}\n{line}" if name in entries else line
+    return before, entries, "\n".join(lines)
+
+
+def check_arguments(cls: type, options: dict[str, Any]) -> None:
+    """Refuse arguments that a class does not take.
+
+    Args:
+        cls: The class; one whose constructor has a ``**kwargs`` of its own takes anything.
+        options: Keyword arguments by name.
+
+    Raises:
+        UnknownArgumentError: With the nearest name.
+    """
+    parameters = inspect.signature(cls).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in options:
+        if name in parameters or RENAMED.get(name) in parameters:
+            continue
+        near = difflib.get_close_matches(name, list(parameters), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" It takes {', '.join(parameters)}."
+        raise UnknownArgumentError(f"{cls.__name__} has no argument {name!r}.{hint}")

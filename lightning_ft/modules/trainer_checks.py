@@ -1,0 +1,92 @@
+"""Checks of the Trainer's strategy and precision, made before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lightning_ft.distributed import rank_zero_warn
+from lightning_ft.errors import ConfigError
+from lightning_ft.models.head import CausalLM
+
+_SAMPLED_WEIGHTS = 4096  # of each tensor
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse a strategy that these modules can't train with, before any weight is loaded.
+
+    Args:
+        strategy: The Trainer's strategy.
+
+    Raises:
+        ConfigError: For DeepSpeed, tensor parallelism and checkpoints that are spread over files; one error lists all
+            arguments to change.
+    """
+    if "DeepSpeed" in type(strategy).__name__:
+        raise ConfigError(
+            "DeepSpeed keeps its gradients to itself, so the token-weighted mean can't be formed: use DDP or "
+            "ModelParallelStrategy (FSDP2)."
+        )
+    problems = []
+    if getattr(strategy, "_tensor_parallel_size", 1) != 1:
+        problems.append("tensor parallelism isn't supported")
+    if getattr(strategy, "_save_distributed_checkpoint", False):
+        problems.append("checkpoints hold trainable weights only, which checkpoints spread over files can't")
+    if problems:
+        raise ConfigError(
+            f"{type(strategy).__name__}: {', and '.join(problems)}. Pass "
+            f"ModelParallelStrategy(data_parallel_size={strategy.num_nodes * strategy.num_processes}, "
+            "tensor_parallel_size=1, save_distributed_checkpoint=False)."
+        )
+
+
+def warn_lost_steps(model: CausalLM, learning_rate: float, precision: str) -> None:
+    """Warn of weights that are trained in 16 bits, where rounding loses optimizer steps.
+
+    Args:
+        model: The model in the dtypes that it is trained in.
+        learning_rate: Learning rate at the peak of the schedule.
+        precision: The Trainer's precision.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if not trained:
+        return
+    dtype = str(trained[0].dtype).removeprefix("torch.")
+    mixed = "bf16-mixed" if trained[0].dtype == torch.bfloat16 else "16-mixed"
+    if isinstance(model, PeftModel) and precision.endswith("-true"):
+        rank_zero_warn(
+            f"precision={precision!r} has turned the adapter and AdamW's running averages into {dtype}, which loses "
+            f"small steps. With precision={mixed!r} the adapter stays in float32, over a base in the dtype it was "
+            "loaded in."
+        )
+    elif (lost := lost_steps(trained, learning_rate)) > 0.5:
+        rank_zero_warn(
+            f"For {lost:.0%} of the trained weights a step of learning_rate={learning_rate:.3g} is below the "
+            f"resolution of {dtype}: they would hardly move. Train with dtype='float32' and precision={mixed!r}, "
+            "which computes as fast, or raise learning_rate."
+        )
+
+
+@torch.no_grad()
+def lost_steps(weights: Sequence[Tensor], step: float) -> float:
+    """Share of weights that a step leaves unchanged, since it is rounded away in their dtype.
+
+    Args:
+        weights: Floating-point tensors; only the first few thousand weights of each are looked at.
+        step: Amount added to each weight; AdamW adds about the learning rate.
+
+    Example:
+        >>> lost_steps([torch.tensor([0.0, 0.25, 1.0, 2.0], dtype=torch.bfloat16)], 1e-3)
+        0.5
+    """
+    lost = total = 0.0
+    for weight in weights:
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        sample = local.detach().flatten()[:_SAMPLED_WEIGHTS]
+        share = float(((sample + step) == sample).float().mean()) if len(sample) else 0.0
+        lost, total = lost + share * weight.numel(), total + weight.numel()
+    return lost / max(total, 1.0)

@@ -1,0 +1,66 @@
+"""KTO in a Trainer: its loss by hand, mismatched completions, and what is refused."""
+
+import pytest
+import torch
+from dpo_cases import LABELLED, PAIRS, assert_metrics, batches, mismatched, shake, spelt_out
+from preference_runs import train
+from tiny import make_model
+
+from lightning_ft import KTO
+from lightning_ft.errors import ConfigError, UnknownArgumentError
+
+
+@pytest.mark.parametrize("rows", [LABELLED, PAIRS], ids=["labelled", "pairs"])
+def test_loss_and_metrics_equal_those_by_hand(model_folder, rows):
+    module = KTO(model_folder, beta=0.2, desirable_weight=1.2, undesirable_weight=0.7)
+    module.configure_model()
+    shake(module)
+    batch = batches(rows)[0]
+    result = module.compute_loss(batch)
+    logps, entropies, _ = spelt_out(module.model, batch)
+    reference, *_ = spelt_out(make_model(), batch)
+    kl = (spelt_out(module.model, mismatched(batch))[0] - spelt_out(make_model(), mismatched(batch))[0]).mean()
+    ratios, kl, good = (logps - reference).detach(), kl.detach().clamp(min=0), batch.labels
+    losses = torch.where(
+        good, 1.2 * (1 - torch.sigmoid(0.2 * (ratios - kl))), 0.7 * (1 - torch.sigmoid(0.2 * (kl - ratios)))
+    )
+    margins = 0.2 * (ratios[0::2] - ratios[1::2]) if batch.paired else ratios[:0]
+    torch.testing.assert_close(result.losses, losses.view(len(batch), -1).mean(1), rtol=0, atol=1e-5)
+    want = {
+        "kl": kl.expand(len(batch)),
+        "rewards/chosen": 0.2 * ratios[good],
+        "rewards/rejected": 0.2 * ratios[~good],
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).float(),
+        "logps/chosen": logps.detach()[good],
+        "logps/rejected": logps.detach()[~good],
+        "entropy": entropies,
+    }
+    assert_metrics(result, want)
+    assert good.any()
+    assert not good.all()
+
+
+def test_kl_of_single_prompt_is_zero_with_warning(model_folder):
+    module = KTO(model_folder)
+    module.configure_model()
+    shake(module)
+    one = batches(LABELLED, 1)[0]
+    with pytest.warns(UserWarning, match="batch_size of 2 or more"):
+        result = module.compute_loss(one)
+    assert result.metrics["kl"].tolist() == [0.0]
+    logratio = result.metrics["rewards/chosen"] / 0.1
+    torch.testing.assert_close(result.losses, torch.sigmoid(-0.1 * logratio))
+
+
+def test_pairs_count_as_two_labeled_completions(model_folder, trainer_options):
+    train(KTO(model_folder), PAIRS, trainer_options, max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [({"beta": 0.0}, ConfigError, "beta"), ({"label_smoothing": 0.1}, UnknownArgumentError, "label_smoothing")],
+)
+def test_settings_out_of_range_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        KTO("some/model", **options)
