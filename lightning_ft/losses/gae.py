@@ -99,8 +99,8 @@ def whiten(
         x: Such as advantages, ``[n]``.
         mask: Which of them count, ``bool [n]``; None: all.
         shift_mean: Whether the mean becomes 0; if not it stays.
-        statistics: Mean and standard deviation over all ranks, ``[]`` each, where `x` is of one: ``mean_and_std`` of the
-            summed ``power_sums(x, mask)``. By default those of `x`.
+        statistics: Mean and standard deviation over all ranks, ``[]`` each, where `x` is of one rank: ``mean_and_std``
+            of the summed ``power_sums(x, mask)``. By default those of `x`.
 
     Returns:
         ``[n]``; 0 where masked, and where it is the only number.

@@ -1,20 +1,22 @@
-"""Preference losses by name, from summed log-probabilities of whole completions.
+"""The registry of preference losses: each takes summed log-probabilities of chosen and rejected completions.
 
-The losses themselves stand in `pairwise` and `unpaired`; here a name becomes one of them, or a weighted sum of several.
+The formulas are in `pairwise`. A loss of one's own is a function of the same form, passed as `DPO(loss=...)`.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.losses.kto import kto_kl, kto_loss
+from lightning_ft.importing import import_object
 from lightning_ft.losses.pairwise import (
-    bradley_terry_loss,
     hinge_loss,
     ipo_loss,
     orpo_loss,
@@ -23,31 +25,6 @@ from lightning_ft.losses.pairwise import (
     sigmoid_loss,
     simpo_loss,
 )
-
-__all__ = [
-    "PREFERENCE_LOSSES",
-    "SequenceLogProbs",
-    "bradley_terry_loss",
-    "check_preference_losses",
-    "implicit_rewards",
-    "kto_kl",
-    "kto_loss",
-    "preference_loss",
-    "weighted_preference_loss",
-]
-
-PREFERENCE_LOSSES: Mapping[str, bool] = {
-    "sigmoid": True,
-    "ipo": True,
-    "hinge": True,
-    "robust": True,
-    "simpo": False,
-    "orpo": False,
-    "sft": False,
-}
-"""Names of the losses of pairs, and whether each needs log-probabilities under the reference."""
-
-_SMOOTHED = ("sigmoid", "robust", "simpo")  # losses that label_smoothing means something to
 
 
 class SequenceLogProbs(NamedTuple):
@@ -77,14 +54,173 @@ class SequenceLogProbs(NamedTuple):
         """
         if self.ref_logprobs is None:
             raise ConfigError(
-                "A log-ratio needs ref_logprobs, got None. Score the completions with the reference, or use a loss "
-                f"without one: {', '.join(name for name, needed in PREFERENCE_LOSSES.items() if not needed)}."
+                "A log-ratio needs ref_logprobs, got None. Compute them with the reference, or use a loss without one: "
+                f"{', '.join(name for name, loss in PREFERENCE_LOSSES.items() if not loss.needs_reference)}."
             )
         return self.logprobs - self.ref_logprobs
 
 
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss of pairs.
+
+    Args:
+        compute: Function of ``(chosen, rejected)``, `SequenceLogProbs` of `p` pairs, that returns their losses, ``[p]``.
+            It also gets those of the keywords `beta`, `label_smoothing` and `gamma` that its signature names.
+        needs_reference: Whether it reads log-probabilities under the reference.
+        takes_label_smoothing: Whether `label_smoothing` has a meaning for it.
+        name: Name in messages and in `hparams`: that of the registry, or an import path.
+
+    Example:
+        >>> def margin(chosen, rejected, *, beta):
+        ...     return (1 - beta * (chosen.average - rejected.average)).relu()
+        >>> PreferenceLoss(margin, needs_reference=False, name="margin").needs_reference
+        False
+    """
+
+    compute: Callable[..., Tensor]
+    needs_reference: bool = True
+    takes_label_smoothing: bool = False
+    name: str = ""
+
+    def __call__(self, chosen: SequenceLogProbs, rejected: SequenceLogProbs, **settings: float) -> Tensor:
+        """Loss of each pair, ``[p]``.
+
+        Raises:
+            ConfigError: If the function returns anything but one number per pair.
+        """
+        parameters = inspect.signature(self.compute).parameters.values()
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        names = {p.name for p in parameters}
+        losses = self.compute(chosen, rejected, **{n: v for n, v in settings.items() if takes_all or n in names})
+        expected = chosen.logprobs.shape
+        if not isinstance(losses, Tensor) or losses.shape != expected or not losses.is_floating_point():
+            shape = f"{losses.dtype} {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ConfigError(f"Loss {self.name!r} returned {shape}: expected one float per pair, {tuple(expected)}.")
+        return losses
+
+
+def _sigmoid(chosen: SequenceLogProbs, rejected: SequenceLogProbs, *, beta: float, label_smoothing: float) -> Tensor:
+    return sigmoid_loss(chosen.logratios - rejected.logratios, beta=beta, label_smoothing=label_smoothing)
+
+
+def _robust(chosen: SequenceLogProbs, rejected: SequenceLogProbs, *, beta: float, label_smoothing: float) -> Tensor:
+    return robust_loss(chosen.logratios - rejected.logratios, beta=beta, label_smoothing=label_smoothing)
+
+
+def _hinge(chosen: SequenceLogProbs, rejected: SequenceLogProbs, *, beta: float) -> Tensor:
+    return hinge_loss(chosen.logratios - rejected.logratios, beta=beta)
+
+
+def _ipo(chosen: SequenceLogProbs, rejected: SequenceLogProbs, *, beta: float) -> Tensor:
+    averages = [side.logratios / side.lengths.clamp(min=1) for side in (chosen, rejected)]
+    return ipo_loss(averages[0] - averages[1], beta=beta)
+
+
+def _simpo(
+    chosen: SequenceLogProbs, rejected: SequenceLogProbs, *, beta: float, gamma: float, label_smoothing: float
+) -> Tensor:
+    return simpo_loss(chosen.average, rejected.average, beta=beta, gamma=gamma, label_smoothing=label_smoothing)
+
+
+def _orpo(chosen: SequenceLogProbs, rejected: SequenceLogProbs, *, beta: float) -> Tensor:
+    return orpo_loss(chosen.average, rejected.average, beta=beta)
+
+
+def _sft(chosen: SequenceLogProbs, rejected: SequenceLogProbs) -> Tensor:
+    return sft_loss(chosen.average)
+
+
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
+    loss.name: loss
+    for loss in (
+        PreferenceLoss(_sigmoid, takes_label_smoothing=True, name="sigmoid"),
+        PreferenceLoss(_ipo, name="ipo"),
+        PreferenceLoss(_hinge, name="hinge"),
+        PreferenceLoss(_robust, takes_label_smoothing=True, name="robust"),
+        PreferenceLoss(_simpo, needs_reference=False, takes_label_smoothing=True, name="simpo"),
+        PreferenceLoss(_orpo, needs_reference=False, name="orpo"),
+        PreferenceLoss(_sft, needs_reference=False, name="sft"),
+    )
+}
+"""The losses of pairs by name; an entry that is added is known by its name everywhere."""
+
+LossLike = str | PreferenceLoss | Callable[..., Tensor]
+"""A loss of pairs: its name, its import path, a function, or an entry of the registry."""
+
+WeightedLosses = Sequence[tuple[PreferenceLoss, float]]
+
+
+def resolve_preference_losses(loss: LossLike | Mapping[LossLike, float]) -> list[tuple[PreferenceLoss, float]]:
+    """The losses that an argument `loss` names, with their weights.
+
+    Args:
+        loss: A name in `PREFERENCE_LOSSES`; the import path of a function; a function, which counts as one that needs
+            the reference, and takes smoothing if its signature names `label_smoothing`; a `PreferenceLoss`; or a
+            mapping of several of these to weights.
+
+    Raises:
+        ConfigError: For an unknown name, anything else, no loss at all, or a weight that is not a number of at least 0.
+
+    Example:
+        >>> [(loss.name, weight) for loss, weight in resolve_preference_losses({"sigmoid": 0.8, "sft": 0.2})]
+        [('sigmoid', 0.8), ('sft', 0.2)]
+    """
+    weights: Mapping[LossLike, float] = loss if isinstance(loss, Mapping) else {_hashable(loss): 1.0}
+    if not weights:
+        raise ConfigError(f"`loss` is empty: name at least one of {', '.join(PREFERENCE_LOSSES)}.")
+    return [(_resolve(one), _weight(one, weight)) for one, weight in weights.items()]
+
+
+def _weighted(losses: WeightedLosses | LossLike | Mapping[LossLike, float]) -> WeightedLosses:
+    return losses if isinstance(losses, (list, tuple)) else resolve_preference_losses(losses)  # type: ignore[arg-type]
+
+
+def _hashable(loss: object) -> LossLike:
+    if isinstance(loss, (str, PreferenceLoss)) or callable(loss):
+        return loss  # type: ignore[return-value]
+    raise ConfigError(f"loss={loss!r}: expected a name, a function, or a dict of names with their weights.")
+
+
+def _resolve(loss: LossLike) -> PreferenceLoss:
+    if isinstance(loss, str) and loss in PREFERENCE_LOSSES:
+        return PREFERENCE_LOSSES[loss]
+    if isinstance(loss, str):
+        if "." not in loss:  # not an import path
+            near = difflib.get_close_matches(loss, PREFERENCE_LOSSES, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"loss={loss!r}: expected one of {', '.join(PREFERENCE_LOSSES)}, or an import path.{hint}"
+            )
+        path, loss = loss, import_object(loss, argument="loss", error=ConfigError)
+        if not isinstance(loss, PreferenceLoss):
+            return _of_function(loss, path)
+    if isinstance(loss, PreferenceLoss):
+        return loss if loss.name else _of_function(loss.compute, _import_path(loss.compute), loss)
+    return _of_function(loss, _import_path(loss))
+
+
+def _of_function(compute: object, name: str, known: PreferenceLoss | None = None) -> PreferenceLoss:
+    if not callable(compute):
+        raise ConfigError(f"loss={name!r} is a {type(compute).__name__}: expected a function of (chosen, rejected).")
+    if known is not None:
+        return PreferenceLoss(compute, known.needs_reference, known.takes_label_smoothing, name)
+    smooths = "label_smoothing" in inspect.signature(compute).parameters
+    return PreferenceLoss(compute, takes_label_smoothing=smooths, name=name)
+
+
+def _import_path(function: object) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def _weight(loss: object, weight: object) -> float:
+    if isinstance(weight, (int, float)) and 0 <= weight < math.inf:
+        return float(weight)
+    raise ConfigError(f"Weight {weight!r} of loss {loss!r}: expected a number of at least 0.")
+
+
 def preference_loss(
-    kind: str,
+    loss: LossLike,
     chosen: SequenceLogProbs,
     rejected: SequenceLogProbs,
     *,
@@ -95,23 +231,23 @@ def preference_loss(
     """Loss of each pair.
 
     With the same arguments each is TRL's, with two exceptions. TRL's ``sigmoid`` ignores `label_smoothing`. The NLL of
-    its ``sft`` and ORPO is a mean over all tokens of a micro-batch (ORPO's over the prompts' too), which depends on how
-    a step is cut into them; here it is one over the tokens of each pair's chosen completion.
+    its ``sft`` and ORPO is a mean over all tokens of a micro-batch (for ORPO including the prompts), which depends on
+    how a step is cut into micro-batches; here it is a mean over the tokens of each pair's chosen completion.
 
     Args:
-        kind: One of `PREFERENCE_LOSSES`.
-        chosen: Of the chosen completions, ``[p]``.
-        rejected: Of the rejected ones, ``[p]``.
-        beta: Strength of the KL constraint; SimPO's scale of the reward (2 to 10 in its paper), ORPO's lambda.
+        loss: A name in `PREFERENCE_LOSSES`, or what `resolve_preference_losses` takes.
+        chosen: Log-probabilities of the chosen completions, ``[p]``.
+        rejected: Log-probabilities of the rejected completions, ``[p]``.
+        beta: Strength of the KL constraint; scale of the reward in SimPO (2 to 10 in its paper), lambda in ORPO.
         label_smoothing: Share of pairs whose label is wrong (``sigmoid``, ``robust``, ``simpo``).
-        gamma: SimPO's margin.
+        gamma: Margin of SimPO.
 
     Returns:
         ``[p]``.
 
     Raises:
-        ConfigError: For an unknown kind, log-probabilities under the reference that are missing, a `beta` that isn't
-            above 0, a `label_smoothing` outside ``[0, 0.5)`` or one that the loss has no use for.
+        ConfigError: For an unknown loss, missing log-probabilities under the reference, a `beta` that is not above 0, a
+            `label_smoothing` outside ``[0, 0.5)`` or one that the loss has no use for.
 
     Example:
         >>> import torch
@@ -123,13 +259,11 @@ def preference_loss(
         >>> preference_loss("simpo", chosen, rejected, beta=2.0)
         tensor([0.1269])
     """
-    return weighted_preference_loss(
-        {kind: 1.0}, chosen, rejected, beta=beta, label_smoothing=label_smoothing, gamma=gamma
-    )
+    return weighted_preference_loss(loss, chosen, rejected, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
 
 
 def weighted_preference_loss(
-    kinds: Mapping[str, float],
+    losses: WeightedLosses | LossLike | Mapping[LossLike, float],
     chosen: SequenceLogProbs,
     rejected: SequenceLogProbs,
     *,
@@ -137,21 +271,21 @@ def weighted_preference_loss(
     label_smoothing: float = 0.0,
     gamma: float = 0.5,
 ) -> Tensor:
-    """Weighted sum of several losses, such as MPO's ``{"sigmoid": 0.8, "sft": 0.2}`` (https://arxiv.org/abs/2411.10442).
+    """Weighted sum of several losses, such as MPO's sigmoid and SFT (https://arxiv.org/abs/2411.10442).
 
     Args:
-        kinds: Weight of each loss, by its name in `PREFERENCE_LOSSES`.
-        chosen: Of the chosen completions, ``[p]``.
-        rejected: Of the rejected ones, ``[p]``.
-        beta: As in :func:`preference_loss`, of all losses.
-        label_smoothing: As in :func:`preference_loss`, of the losses that have it.
-        gamma: SimPO's margin.
+        losses: Losses with their weights, from `resolve_preference_losses` or as it takes them.
+        chosen: Log-probabilities of the chosen completions, ``[p]``.
+        rejected: Log-probabilities of the rejected completions, ``[p]``.
+        beta: As in :func:`preference_loss`, for all losses.
+        label_smoothing: As in :func:`preference_loss`, for the losses that take it.
+        gamma: Margin of SimPO.
 
     Returns:
         ``[p]``.
 
     Raises:
-        ConfigError: As :func:`preference_loss`, and for no kinds or a weight that isn't a number of at least 0.
+        ConfigError: As in :func:`preference_loss`.
 
     Example:
         >>> import torch
@@ -159,39 +293,21 @@ def weighted_preference_loss(
         >>> weighted_preference_loss({"hinge": 1.0, "sft": 0.5}, one, one)
         tensor([1.5000])
     """
-    check_preference_losses(kinds, beta=beta, label_smoothing=label_smoothing)
-    losses = []
-    for kind, weight in kinds.items():
-        match kind:
-            case "sigmoid":
-                loss = sigmoid_loss(chosen.logratios - rejected.logratios, beta=beta, label_smoothing=label_smoothing)
-            case "robust":
-                loss = robust_loss(chosen.logratios - rejected.logratios, beta=beta, label_smoothing=label_smoothing)
-            case "hinge":
-                loss = hinge_loss(chosen.logratios - rejected.logratios, beta=beta)
-            case "ipo":
-                averages = [side.logratios / side.lengths.clamp(min=1) for side in (chosen, rejected)]
-                loss = ipo_loss(averages[0] - averages[1], beta=beta)
-            case "simpo":
-                loss = simpo_loss(
-                    chosen.average, rejected.average, beta=beta, gamma=gamma, label_smoothing=label_smoothing
-                )
-            case "orpo":
-                loss = orpo_loss(chosen.average, rejected.average, beta=beta)
-            case "sft":
-                loss = sft_loss(chosen.average)
-            case _:
-                raise _unknown(kind)
-        losses.append(weight * loss)
-    return sum(losses[1:], start=losses[0])
+    weighted = _weighted(losses)
+    check_preference_losses(weighted, beta=beta, label_smoothing=label_smoothing)
+    terms = [
+        weight * loss(chosen, rejected, beta=beta, label_smoothing=label_smoothing, gamma=gamma)
+        for loss, weight in weighted
+    ]
+    return sum(terms[1:], start=terms[0])
 
 
 def implicit_rewards(logprobs: SequenceLogProbs, *, beta: float = 0.1) -> Tensor:
-    """The reward that a policy stands for: ``beta * log (p / p_ref)``, equation 5 of https://arxiv.org/abs/2305.18290.
+    """The reward that a policy implies: ``beta * log (p / p_ref)``, equation 5 of https://arxiv.org/abs/2305.18290.
 
     Args:
-        logprobs: Of the completions, ``[p]``. Without a reference the reward is SimPO's, `beta` times the average
-            log-probability.
+        logprobs: Log-probabilities of the completions, ``[p]``. Without a reference the reward is that of SimPO, `beta`
+            times the average log-probability.
         beta: Strength of the KL constraint.
 
     Returns:
@@ -205,36 +321,27 @@ def implicit_rewards(logprobs: SequenceLogProbs, *, beta: float = 0.1) -> Tensor
     return beta * (logprobs.average if logprobs.ref_logprobs is None else logprobs.logratios)
 
 
-def check_preference_losses(kinds: Mapping[str, float], *, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
-    """Refuse what :func:`weighted_preference_loss` would refuse, before there are any log-probabilities.
+def check_preference_losses(
+    losses: WeightedLosses | LossLike | Mapping[LossLike, float], *, beta: float = 0.1, label_smoothing: float = 0.0
+) -> None:
+    """Refuse settings that :func:`weighted_preference_loss` would refuse, before there are any log-probabilities.
 
     Args:
-        kinds: Weight of each loss, by its name in `PREFERENCE_LOSSES`.
+        losses: Losses with their weights, from `resolve_preference_losses` or as it takes them.
         beta: Strength of the KL constraint.
         label_smoothing: Share of pairs whose label is wrong.
 
     Raises:
-        ConfigError: For no kinds, an unknown one, or a number out of its range.
+        ConfigError: For a number out of its range, or smoothing that no loss takes.
     """
-    if not kinds:
-        raise ConfigError(f"No preference loss: name at least one of {', '.join(PREFERENCE_LOSSES)}.")
-    for kind, weight in kinds.items():
-        if kind not in PREFERENCE_LOSSES:
-            raise _unknown(kind)
-        if not 0 <= weight < math.inf:
-            raise ConfigError(f"Preference loss {kind!r}: weight {weight!r}, expected a number of at least 0.")
+    weighted = _weighted(losses)
     if not 0 < beta < math.inf:
         raise ConfigError(f"beta={beta!r}: expected a number above 0.")
     if not 0 <= label_smoothing < 0.5:
+        raise ConfigError(f"label_smoothing={label_smoothing!r}: expected a number from 0 to below 0.5.")
+    if label_smoothing and not any(loss.takes_label_smoothing for loss, _ in weighted):
+        smoothed = ", ".join(name for name, loss in PREFERENCE_LOSSES.items() if loss.takes_label_smoothing)
         raise ConfigError(
-            f"label_smoothing={label_smoothing!r}: expected a share of wrong labels of at least 0 and below 0.5."
+            f"label_smoothing={label_smoothing!r} has no meaning for {', '.join(loss.name for loss, _ in weighted)}; "
+            f"the losses that take it are {smoothed}."
         )
-    if label_smoothing and not any(kind in _SMOOTHED for kind in kinds):
-        raise ConfigError(
-            f"label_smoothing={label_smoothing!r} means nothing to {', '.join(kinds)}; it belongs to "
-            f"{', '.join(_SMOOTHED)}."
-        )
-
-
-def _unknown(kind: str) -> ConfigError:
-    return ConfigError(f"Preference loss {kind!r}: expected one of {', '.join(PREFERENCE_LOSSES)}.")

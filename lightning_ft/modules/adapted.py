@@ -20,7 +20,7 @@ from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.base import FineTuning
-from lightning_ft.modules.options import FineTuningOptions, Unpack
+from lightning_ft.modules.options import CommonOptions, Unpack
 
 
 class AdaptedFineTuning(FineTuning):
@@ -55,7 +55,7 @@ class AdaptedFineTuning(FineTuning):
         quantization: str | dict[str, Any] | None = None,
         disable_dropout: bool = True,
         share_prompts: bool = True,
-        **options: Unpack[FineTuningOptions],
+        **options: Unpack[CommonOptions],
     ) -> None:
         adaptation = Adaptation(model, lora, None)
         full = adaptation.mode == "full"

@@ -38,16 +38,14 @@ RENAMED = {"trunk_cache": "activation_cache"}
 """Earlier names of arguments, which constructors still take."""
 
 
-class FineTuningOptions(TypedDict, total=False):
+class CommonOptions(TypedDict, total=False):
     """Arguments of `lightning_ft.modules.base.FineTuning`, which documents them and has their defaults."""
 
     tokenizer: str | PreTrainedTokenizerBase | None
-    learning_rate: float | None
     weight_decay: float
     betas: tuple[float, float]
     lr_schedule: Schedule
     warmup_ratio: float
-    dtype: str | None
     attn_implementation: str | None
     gradient_checkpointing: bool
     torch_compile: bool | dict[str, Any]
@@ -56,6 +54,13 @@ class FineTuningOptions(TypedDict, total=False):
     revision: str | None
     trust_remote_code: bool
     seed: int
+
+
+class FineTuningOptions(CommonOptions, total=False):
+    """The same, with those whose default depends on the kind of training."""
+
+    learning_rate: float | None
+    dtype: str | None
 
 
 class AdaptedOptions(FineTuningOptions, total=False):
@@ -67,13 +72,12 @@ class AdaptedOptions(FineTuningOptions, total=False):
     share_prompts: bool
 
 
-class SamplingOptions(AdaptedOptions, total=False):
-    """Arguments of `lightning_ft.modules.sampled.SampledCompletions`."""
+class SampledOptions(AdaptedOptions, total=False):
+    """Arguments of `lightning_ft.modules.sampled.SampledCompletions`, without `num_completions`."""
 
     rewards: Required[Any]
     reward_weights: list[float] | None
     validation_rewards: Any
-    num_completions: int
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -84,14 +88,26 @@ class SamplingOptions(AdaptedOptions, total=False):
     vllm: bool | dict[str, Any]
 
 
-class PolicyOptions(SamplingOptions, total=False):
-    """Arguments of `lightning_ft.modules.policy.PolicyOptimization` beside `kl_coef`, whose default differs."""
+class SamplingOptions(SampledOptions, total=False):
+    """The same, with the number of completions, for which PPO has a default of its own."""
 
-    epochs_per_rollout: int
+    num_completions: int
+
+
+class CriticOptions(SampledOptions, total=False):
+    """Arguments of `lightning_ft.modules.policy.PolicyOptimization` that `PPO` has no default of its own for."""
+
     steps_per_rollout: int
     micro_batch_size: int | None
     max_grad_norm: float | None
     mask_truncated: bool
+
+
+class PolicyOptions(CriticOptions, total=False):
+    """Arguments of `lightning_ft.modules.policy.PolicyOptimization`, without `kl_coef`."""
+
+    num_completions: int
+    epochs_per_rollout: int
 
 
 @dataclass(frozen=True)

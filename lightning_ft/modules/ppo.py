@@ -27,7 +27,7 @@ from lightning_ft.losses.policy import PolicyLoss, check_policy_loss, policy_los
 from lightning_ft.models.critic import Critic
 from lightning_ft.models.optim import parameter_groups
 from lightning_ft.modules.adapted import without_dropout
-from lightning_ft.modules.options import PolicyOptions, Unpack
+from lightning_ft.modules.options import CriticOptions, Unpack
 from lightning_ft.modules.policy import PolicyOptimization
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.rollout_batch import PolicyBatch, RolloutBatch
@@ -96,7 +96,7 @@ class PPO(PolicyOptimization):
         missing_eos_penalty: float | None = None,
         num_completions: int = 1,
         epochs_per_rollout: int = 4,
-        **options: Unpack[PolicyOptions],
+        **options: Unpack[CriticOptions],
     ) -> None:
         super().__init__(
             model,

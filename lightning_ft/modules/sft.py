@@ -203,7 +203,7 @@ class LoRAFineTuning(SupervisedFineTuning):
         self,
         model: str | PreTrainedModel,
         *,
-        lora: dict[str, Any] | LoraConfig | Literal[True] | None = None,
+        lora: dict[str, Any] | LoraConfig | bool | None = None,
         adapter: str | None = None,
         top_layers: int | None = None,
         activation_cache: bool | str | Path | dict[str, Any] | None = None,
