@@ -1,4 +1,4 @@
-"""Conversations: input-output pairs of any row format, as turns; and plain texts."""
+"""Read input-output pairs, conversations and plain texts of any row format as messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.fields import FieldReader
-from lightning_ft.data.keys import REFUSED_OF_PAIRS, Refusal, says_something
+from lightning_ft.data.keys import REFUSED_IN_PAIRS, Refusal, is_nonempty
 from lightning_ft.data.turns import RowError, check_order, check_text
 from lightning_ft.types import Message
 
@@ -28,21 +28,21 @@ FORMATS = Formats(
         "prompt_completion": ("history",),
     },
 )
-"""Formats of pairs, conversations and plain texts."""
+"""Row formats of pairs, conversations and plain texts."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A checked row.
+    """A checked conversation or plain text.
 
     Args:
-        messages: System turn (if any), then user and assistant in turn; where rows must have an answer, it is the last.
-            A plain text is one turn of the assistant's.
-        source: Where the row stands.
-        row: Its line or number there.
-        id: Names it; the row's `id` field, or ``source:row``.
+        messages: System turn (if any), then user and assistant in turn, the answer last where rows must have one. A
+            plain text is a single assistant turn.
+        source: File, hub name, or the name of an argument.
+        row: Line or number of the row in the source.
+        id: The row's `id` field, or ``source:row``.
         cluster: The row's `cluster` field, if any.
-        template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
+        template_kwargs: Variables of the chat template besides the messages: `tools`, `enable_thinking`, ...
     """
 
     messages: tuple[Message, ...]
@@ -54,26 +54,26 @@ class Conversation:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes two rows duplicates of each other."""
+        """Equal for duplicate rows."""
         return (*turns_key(self.messages), *kwargs_key(self.template_kwargs))
 
     @property
     def is_text(self) -> bool:
-        """Whether it is a plain text, all of which is learned."""
+        """Whether it is a plain text, all of which is supervised."""
         return len(self.messages) == 1 and self.messages[0]["role"] == "assistant"
 
     @property
     def prompt_messages(self) -> tuple[Message, ...]:
-        """The conversation up to the turn that is to be answered."""
+        """The messages before the answer."""
         return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
 
     def with_prompt(self, messages: Sequence[Message]) -> Conversation:
-        """The same row with other turns before the answer."""
+        """The same row with another prompt."""
         return replace(self, messages=(*messages, *self.messages[len(self.prompt_messages) :]))
 
 
 def turns_key(messages: Sequence[Message]) -> tuple[tuple[str, ...], ...]:
-    """Turns as something that can be looked up: role and content of each, and whatever else it holds as JSON."""
+    """A hashable key of turns: role and content of each, and anything else in it as JSON."""
     return tuple(
         (message["role"], message["content"])
         if len(message) == 2
@@ -83,7 +83,7 @@ def turns_key(messages: Sequence[Message]) -> tuple[tuple[str, ...], ...]:
 
 
 def kwargs_key(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a chat template is given besides messages, as something that can be looked up; nothing for nothing."""
+    """A hashable key of template variables; empty if there are none."""
     return (_as_json(kwargs),) if kwargs else ()
 
 
@@ -92,12 +92,12 @@ def _as_json(value: Mapping[str, Any]) -> str:
 
 
 class RowFormat(FieldReader[Conversation]):
-    """Turns rows of one format into conversations.
+    """Reads rows of one format as conversations.
 
     Args:
         name: One of :data:`FORMATS`.
-        columns: The format's field names to those in the data, where they differ.
-        answered: Whether rows must have an answer; prompts alone needn't.
+        columns: Field names of the format to those in the data, where they differ.
+        answered: Whether rows must have an answer.
 
     Example:
         >>> pairs = RowFormat("input_output", {"input": "question"})
@@ -106,33 +106,33 @@ class RowFormat(FieldReader[Conversation]):
         ('train:1', ['2+2?', '4'])
     """
 
-    refused: ClassVar[Mapping[str, Refusal]] = REFUSED_OF_PAIRS
+    refused: ClassVar[Mapping[str, Refusal]] = REFUSED_IN_PAIRS
 
     def __init__(self, name: str, columns: Mapping[str, str] | None = None, *, answered: bool = True) -> None:
         super().__init__(FORMATS, name, columns)
         self.answered = answered
 
-    def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Conversation:
+    def _read(self, row: Mapping[str, Any], origin: dict[str, Any]) -> Conversation:
         fields = self.formats.required[self.name]
         if self.name == "text":
-            return Conversation((Message(role="assistant", content=self._whole(row)),), **place)
-        messages = self.asked(row)
+            return Conversation((Message(role="assistant", content=self._whole(row)),), **origin)
+        messages = self.read_prompt(row)
         if len(fields) > 1 and (self.answered or row.get(self.column(fields[1])) is not None):
             messages += self.side(row, fields[1], "assistant")
         messages = self.with_system(row, messages)
         check_order(messages, answered=self.answered)
         if self.answered and not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
-            raise RowError(None, "no answer is trained on", "all are marked so", "Leave the row out.")
-        return Conversation(tuple(messages), template_kwargs=self.template_kwargs(row), **place)
+            raise RowError(None, "no answer is trained on", "all of them are excluded", "Leave the row out.")
+        return Conversation(tuple(messages), template_kwargs=self.template_kwargs(row), **origin)
 
     def _whole(self, row: Mapping[str, Any]) -> str:
         value, column = self.value(row, "text"), self.column("text")
         for name in ("system", "tools", "chat_template_kwargs"):
-            if says_something(row.get(self.column(name))):
-                fix = "A text is learned as it is, without chat template: write it into the text, or remove the column."
-                raise RowError(self.column(name), f"{name!r} of a text can't be honored", "", fix)
+            if is_nonempty(row.get(self.column(name))):
+                fix = "A text is trained on without a chat template: write it into the text, or remove the column."
+                raise RowError(self.column(name), f"{name!r} of a text isn't supported", "", fix)
         if not self.answered:
-            raise RowError(column, "a text asks nothing", "", "Give rows to answer as 'input', or as 'messages'.")
+            raise RowError(column, "a text has no prompt", "", "Write rows to answer as 'input', or as 'messages'.")
         if not isinstance(value, str):
             raise RowError(column, "wrong type", f"found {type(value).__name__}", "Expected a string.")
         return check_text(value, column, "assistant")
@@ -141,10 +141,10 @@ class RowFormat(FieldReader[Conversation]):
 def detect_format(
     rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool = True
 ) -> str:
-    """The format of pairs that rows have; see `Formats.detect`.
+    """The row format of pairs; see `Formats.detect`.
 
     Raises:
-        ConfigError: For a field that no format has, or fields of no one format.
+        ConfigError: If no format has all fields of `columns`.
 
     Example:
         >>> detect_format([{"question": "2+2?", "output": "4"}], {"input": "question"})

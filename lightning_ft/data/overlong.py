@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.data.content import ContentCheck
 from lightning_ft.data.dates import DATED, has_the_day
 from lightning_ft.data.encode import AnswerLostError, Encoded
-from lightning_ft.data.keys import says_something
+from lightning_ft.data.keys import is_nonempty
 from lightning_ft.data.raw_rows import Problem
 from lightning_ft.data.row_types import PAIRS, RowT, RowType
 from lightning_ft.data.templates import ChatTemplate, chat_template
@@ -141,7 +141,7 @@ def check_kwargs(kwargs: Mapping[str, Any], asked: Sequence[Message], template: 
         RowError: With the name of what isn't read.
     """
     for name, value in kwargs.items():
-        if name not in template.reads and (says_something(value) or value is False):
+        if name not in template.reads and (is_nonempty(value) or value is False):
             near = difflib.get_close_matches(name, template.reads, n=1)
             fix = f"Did you mean {near[0]!r}?" if near else "Remove it, or pass a chat_template= that reads it."
             raise RowError(name, f"the chat template reads no {name!r}", repr(value)[:40], fix)

@@ -15,7 +15,7 @@ from lightning_ft.data.columns import Formats
 from lightning_ft.data.encode import Encoded, encode
 from lightning_ft.data.fields import CONVERSATIONS, FieldReader
 from lightning_ft.data.formats import kwargs_key, turns_key
-from lightning_ft.data.keys import REFUSED_OF_CONVERSATIONS, Refusal, says_something
+from lightning_ft.data.keys import REFUSED_IN_CONVERSATIONS, Refusal, is_nonempty
 from lightning_ft.data.layout import Example
 from lightning_ft.data.row_types import RowType
 from lightning_ft.data.shared_prompts import shared_text, shared_turns
@@ -108,7 +108,7 @@ class PreferenceFormat(FieldReader[Preference]):
         ('2+2?', [' 4', ' 5'])
     """
 
-    refused: ClassVar[Mapping[str, Refusal]] = REFUSED_OF_CONVERSATIONS
+    refused: ClassVar[Mapping[str, Refusal]] = REFUSED_IN_CONVERSATIONS
 
     def __init__(self, name: str, columns: Mapping[str, str] | None = None) -> None:
         super().__init__(FORMATS, name, columns)
@@ -125,7 +125,7 @@ class PreferenceFormat(FieldReader[Preference]):
         elif not self.paired and self.answers[0] in CONVERSATIONS:
             prompt, sides = self._judged(row)
         else:
-            prompt = self.asked(row)
+            prompt = self.read_prompt(row)
             sides = [self.side(row, name, "assistant") for name in self.answers]
             if prompt == sides[0] and isinstance(row[self.column(self.answers[0])], list):
                 prompt, sides = self._implicit(row)  # the chosen conversation again, as a column of its own
@@ -148,8 +148,8 @@ class PreferenceFormat(FieldReader[Preference]):
         if not isinstance(nested, Mapping) or not isinstance(nested.get("messages"), list):
             return row
         others = {key: value for key, value in nested.items() if key not in ("messages", "tools")}
-        self.ignored.update(f"{asks}.{key}" for key, value in others.items() if says_something(value))
-        tools = {self.column("tools"): nested["tools"]} if says_something(nested.get("tools")) else {}
+        self.ignored.update(f"{asks}.{key}" for key, value in others.items() if is_nonempty(value))
+        tools = {self.column("tools"): nested["tools"]} if is_nonempty(nested.get("tools")) else {}
         return {**row, **tools, asks: nested["messages"]}
 
     def _judged(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:

@@ -92,7 +92,7 @@ class PromptFormat(FieldReader[Prompt]):
         ('2+2?', {'output': '4'})
     """
 
-    passes_on = True
+    keeps_columns = True
 
     def __init__(self, name: str, columns: Mapping[str, str] | None = None) -> None:
         super().__init__(FORMATS, name, columns)
@@ -101,7 +101,7 @@ class PromptFormat(FieldReader[Prompt]):
 
     def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Prompt:
         column = self.column(self.name)
-        messages = self.with_system(row, self.asked(row))
+        messages = self.with_system(row, self.read_prompt(row))
         answered = messages[-1:] != [] and messages[-1]["role"] == "assistant"
         if answered:
             if self.name not in CONVERSATIONS:

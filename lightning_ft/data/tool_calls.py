@@ -1,4 +1,4 @@
-"""Tools that a model may call, and its calls, in the forms that data has them, as chat templates want them."""
+"""Read tools and tool calls, in the forms found in data, into the form that chat templates expect."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class NotACallError(ValueError):
-    """A value is no tool call, or no tool.
+class ToolCallError(ValueError):
+    """A value isn't a tool call, or isn't a tool.
 
     Args:
-        index: Which of the list.
-        found: What is there.
+        index: Index of the value in its list.
+        value: The value.
     """
 
-    def __init__(self, index: int, found: Any) -> None:
+    def __init__(self, index: int, value: Any) -> None:
         super().__init__(f"[{index}]")
-        self.index, self.found = index, found
+        self.index, self.value = index, value
 
 
 def parsed(value: Any) -> Any:
-    """JSON text as what it says; anything else as it is.
+    """The value of JSON text; anything else unchanged.
 
     Example:
         >>> parsed('[{"name": "weather"}]'), parsed("weather")
@@ -36,14 +36,14 @@ def parsed(value: Any) -> Any:
 
 
 def read_calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls, their arguments as an object.
+    """Tool calls with their arguments as an object.
 
     Args:
         value: A list of calls or one call, or JSON text of either. A call is ``{"function": {"name", "arguments"}}``
-            or the inner part alone; its arguments may be JSON text, and be called `parameters`.
+            or the inner part alone; its arguments may be JSON text, and may be named `parameters`.
 
     Raises:
-        NotACallError: If one of them isn't a call.
+        ToolCallError: If one of them isn't a call.
 
     Example:
         >>> read_calls('{"name": "weather", "arguments": {"city": "Oslo"}}')
@@ -52,29 +52,29 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
     value = parsed(value)
     if value is None or value in ("", []):
         return []
-    found = []
+    calls = []
     for i, call in enumerate(value if isinstance(value, list) else [value]):
         outer = parsed(call)
         inner = outer.get("function", outer) if isinstance(outer, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
-            raise NotACallError(i, call)
+            raise ToolCallError(i, call)
         arguments = parsed(inner.get("arguments", inner.get("parameters")))
         arguments = {} if arguments is None or arguments == "" else arguments
         if not isinstance(arguments, Mapping):
-            raise NotACallError(i, call)
+            raise ToolCallError(i, call)
         kept = {key: outer[key] for key in ("id", "type") if isinstance(outer.get(key), str)}
-        found.append({"type": "function", **kept, "function": {"name": inner["name"], "arguments": dict(arguments)}})
-    return found
+        calls.append({"type": "function", **kept, "function": {"name": inner["name"], "arguments": dict(arguments)}})
+    return calls
 
 
 def read_tools(value: Any) -> list[dict[str, Any]]:
     """Tools as JSON schemas, each in the form ``{"type": "function", "function": {...}}``.
 
     Args:
-        value: A list of schemas or one schema, or JSON text of either; a function without its wrapping is wrapped.
+        value: A list of schemas or one schema, or JSON text of either; a bare function is wrapped.
 
     Raises:
-        NotACallError: If one of them isn't a schema.
+        ToolCallError: If one of them isn't a schema.
 
     Example:
         >>> read_tools([{"name": "weather", "parameters": {}}])
@@ -84,12 +84,12 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
     if value is None or value in ("", [], {}):
         return []
     tools = []
-    for i, given in enumerate(value if isinstance(value, list) else [value]):
-        tool = parsed(given)
+    for i, item in enumerate(value if isinstance(value, list) else [value]):
+        tool = parsed(item)
         if not isinstance(tool, Mapping) or not tool:
-            raise NotACallError(i, given)
+            raise ToolCallError(i, item)
         if "name" in tool and "function" not in tool:
-            function = {key: item for key, item in tool.items() if key != "type" or item != "function"}
+            function = {key: part for key, part in tool.items() if key != "type" or part != "function"}
             tool = {"type": "function", "function": function}
         tools.append(dict(tool))
     return tools

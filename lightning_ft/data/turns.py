@@ -1,8 +1,8 @@
-"""The turns of a conversation: what a list of messages must look like, and what each key of a message means.
+"""Read the messages of a conversation, and check their order.
 
-Read are OpenAI's messages (``role``, ``content``, ``tool_calls``), ShareGPT's (``from``, ``value``, with
+It reads OpenAI's messages (``role``, ``content``, ``tool_calls``), ShareGPT's (``from``, ``value``, with
 ``function_call`` and ``observation``), and the keys that TRL, axolotl, LLaMA-Factory and ms-swift add. A key that would
-change what is trained is honored or refused by name (`lightning_ft.data.keys`); any other is reported once as ignored.
+change what is trained is read, or refused by name (`lightning_ft.data.keys`); any other is reported once as ignored.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from lightning_ft.data.keys import CALL_ROLES, READ_KEYS, REASONING, REFUSED_KEYS, ROLES, TRAINED, says_something
-from lightning_ft.data.tool_calls import NotACallError, read_calls
+from lightning_ft.data.keys import CALL_ROLES, READ_KEYS, REASONING, REFUSED_KEYS, ROLES, TRAINED, is_nonempty
+from lightning_ft.data.tool_calls import ToolCallError, read_calls
 from lightning_ft.types import Message
 
 FILL = "Fill it in or remove the row."
 
 _PARTS = {
-    "thinking": "Give the reasoning as text, as the message's 'reasoning_content'.",
+    "thinking": "Write the reasoning as text, in the message's 'reasoning_content'.",
     "tool_use": "Write it as the message's tool_calls.",
-    "tool_result": "Write it as a turn of its own, of role 'tool'.",
+    "tool_result": "Write it as a turn of its own, with the role 'tool'.",
 }
 _PARTS |= {"reasoning": _PARTS["thinking"], "tool_call": _PARTS["tool_use"], "refusal": "Write it as text."}
-"""What to do about a part of a content, by its type."""
+"""What to do about a content part, by its type."""
 
-_CALL = "Expected {'type': 'function', 'function': {'name': ..., 'arguments': {...}}}, the arguments an object."
+_CALL = "Expected {'type': 'function', 'function': {'name': ..., 'arguments': {...}}}, with the arguments as an object."
 
 
 class RowError(Exception):
-    """A row isn't what it should be; carries what a `Problem` needs besides its origin."""
+    """A bad row; has all parts of a `Problem` but the origin of the row."""
 
     def __init__(self, field: str | None, reason: str, detail: str, fix: str) -> None:
         super().__init__(reason)
@@ -38,7 +38,7 @@ class RowError(Exception):
 
 
 def check_text(value: str, field: str, role: str) -> str:
-    """Refuse a turn that says nothing; a system turn and a tool's may.
+    """Refuse empty text, except in system and tool turns.
 
     Raises:
         RowError: If the text is empty or only whitespace.
@@ -52,17 +52,17 @@ def check_text(value: str, field: str, role: str) -> str:
 
 
 def read_turns(value: Sequence[Any], field: str, ignored: set[str] | None = None) -> list[Message]:
-    """Messages of a list of ``{role, content}`` or ShareGPT's ``{from, value}``.
+    """Messages from a list of ``{role, content}`` or ShareGPT's ``{from, value}``.
 
-    Calls that are turns of their own (``function_call``) become part of the assistant's turn before them, if any.
+    Tool calls in turns of their own (``function_call``) are added to the assistant turn before them, if any.
 
     Args:
         value: The list.
-        field: Its name, for errors.
-        ignored: Collects keys that mean nothing here.
+        field: Name of the field in errors.
+        ignored: Set to which keys that aren't read are added.
 
     Raises:
-        RowError: If one of them isn't a message, or says something that can't be honored.
+        RowError: If one of them isn't a message, or has a key that is refused.
 
     Example:
         >>> read_turns([{"from": "human", "value": "2+2?"}, {"role": "assistant", "content": "4"}], "conversations")
@@ -76,7 +76,7 @@ def read_turns(value: Sequence[Any], field: str, ignored: set[str] | None = None
         before = turns[-1] if turns else None
         if calls and before is not None and before["role"] == "assistant":
             if before.get("train", True) != message.get("train", True):
-                fix = "Give the calls and the answer before them the same weight: they are one turn."
+                fix = "Give the calls and the answer before them the same weight: they become one turn."
                 raise RowError(f"{field}[{i}]", "contradicting marks", "in one turn", fix)
             before["tool_calls"] = [*before.get("tool_calls", []), *message["tool_calls"]]
         else:
@@ -84,42 +84,42 @@ def read_turns(value: Sequence[Any], field: str, ignored: set[str] | None = None
     return turns
 
 
-def _read_turn(turn: Any, place: str, ignored: set[str]) -> Message:
+def _read_turn(turn: Any, field: str, ignored: set[str]) -> Message:
     if not isinstance(turn, Mapping):
-        raise RowError(place, "wrong type", f"found {type(turn).__name__}", "Each message needs a role and a content.")
+        raise RowError(field, "wrong type", f"found {type(turn).__name__}", "Each message needs a role and a content.")
     for key in REFUSED_KEYS.keys() & turn.keys():
         if REFUSED_KEYS[key].when(turn[key]):
             detail = repr(turn[key])[:40]
-            raise RowError(f"{place}.{key}", f"{key!r} can't be honored", detail, REFUSED_KEYS[key].fix)
-    written = _either(turn, "role", "from", place)
-    role = ROLES.get(written) if isinstance(written, str) else None
+            raise RowError(f"{field}.{key}", f"{key!r} isn't supported", detail, REFUSED_KEYS[key].fix)
+    role_name = _either(turn, "role", "from", field)
+    role = ROLES.get(role_name) if isinstance(role_name, str) else None
     if role is None:
-        near = difflib.get_close_matches(str(written).lower(), ROLES, n=1)
+        near = difflib.get_close_matches(str(role_name).lower(), ROLES, n=1)
         fix = (
             f"Did you mean {near[0]!r}?" if near else "Expected system, user, assistant or tool (ShareGPT: human, gpt)."
         )
-        raise RowError(f"{place}.role", "unknown role", repr(written)[:40], fix)
+        raise RowError(f"{field}.role", "unknown role", repr(role_name)[:40], fix)
     key = "tool_calls"
     try:
         calls = read_calls(turn.get("tool_calls"))
-        if written in CALL_ROLES:
+        if role_name in CALL_ROLES:
             key = "content" if turn.get("content") is not None else "value"
-            calls, content = [*calls, *read_calls(_either(turn, "content", "value", place))], ""
+            calls, content = [*calls, *read_calls(_either(turn, "content", "value", field))], ""
         elif calls and turn.get("content") is None and turn.get("value") is None:
             content = ""
         else:
-            content = _text(_either(turn, "content", "value", place), f"{place}.content", ignored)
-    except NotACallError as error:
-        detail = repr(error.found)[:60]
-        raise RowError(f"{place}.{key}[{error.index}]", "not a tool call", detail, _CALL) from None
+            content = _text(_either(turn, "content", "value", field), f"{field}.content", ignored)
+    except ToolCallError as error:
+        detail = repr(error.value)[:60]
+        raise RowError(f"{field}.{key}[{error.index}]", "not a tool call", detail, _CALL) from None
     if calls and role != "assistant":
         fix = "Only the assistant calls tools: give the turn that role, or remove the calls."
-        raise RowError(f"{place}.tool_calls", "tool calls of a turn that isn't the assistant's", f"role {role!r}", fix)
-    message = Message(role=role, content=content if calls else check_text(content, f"{place}.content", role))
+        raise RowError(f"{field}.tool_calls", "tool calls of a turn that isn't the assistant's", f"role {role!r}", fix)
+    message = Message(role=role, content=content if calls else check_text(content, f"{field}.content", role))
     if calls:
         message["tool_calls"] = calls
-    _read_reasoning(turn, place, message)
-    _read_trained(turn, place, message)
+    _read_reasoning(turn, field, message)
+    _read_trained(turn, field, message)
     for key in ("name", "tool_call_id"):
         if turn.get(key) and role == "tool":
             message[key] = str(turn[key])  # type: ignore[literal-required]
@@ -128,31 +128,31 @@ def _read_turn(turn: Any, place: str, ignored: set[str]) -> Message:
     ignored.update(
         str(key)
         for key, value in turn.items()
-        if key not in READ_KEYS and key not in REFUSED_KEYS and says_something(value)
+        if key not in READ_KEYS and key not in REFUSED_KEYS and is_nonempty(value)
     )
     return message
 
 
-def _read_reasoning(turn: Mapping[str, Any], place: str, message: Message) -> None:
-    found = [key for key in REASONING if says_something(turn.get(key))]
-    if not found:
+def _read_reasoning(turn: Mapping[str, Any], field: str, message: Message) -> None:
+    keys = [key for key in REASONING if is_nonempty(turn.get(key))]
+    if not keys:
         return
-    key, value = found[0], turn[found[0]]
+    key, value = keys[0], turn[keys[0]]
     if not isinstance(value, str):
-        raise RowError(f"{place}.{key}", "wrong type", f"found {type(value).__name__}", "Expected a string.")
+        raise RowError(f"{field}.{key}", "wrong type", f"found {type(value).__name__}", "Expected a string.")
     if message["role"] != "assistant":
         fix = "Only the assistant's turns have reasoning: remove the key."
-        raise RowError(f"{place}.{key}", "reasoning of a turn that isn't the assistant's", f"{value[:20]!r}", fix)
-    if any(turn[other] != value for other in found):
-        raise RowError(f"{place}.{key}", "two reasonings", ", ".join(found), "Keep one of them.")
+        raise RowError(f"{field}.{key}", "reasoning of a turn that isn't the assistant's", f"{value[:20]!r}", fix)
+    if any(turn[other] != value for other in keys):
+        raise RowError(f"{field}.{key}", "two reasonings", ", ".join(keys), "Keep one of them.")
     message["reasoning_content"] = value
 
 
-def _read_trained(turn: Mapping[str, Any], place: str, message: Message) -> None:
+def _read_trained(turn: Mapping[str, Any], origin: str, message: Message) -> None:
     marked = [key for key in TRAINED if turn.get(key) is not None]
     if not marked:
         return
-    field = f"{place}.{marked[0]}"
+    field = f"{origin}.{marked[0]}"
     if any(isinstance(turn[key], str) or turn[key] not in (0, 1) for key in marked):
         detail = ", ".join(f"{key}: {turn[key]!r}"[:40] for key in marked)
         fix = "Expected 0 or 1, false or true: a turn is trained on or it isn't."
@@ -167,79 +167,82 @@ def _read_trained(turn: Mapping[str, Any], place: str, message: Message) -> None
         message["train"] = False
 
 
-def _text(content: Any, place: str, ignored: set[str]) -> str:
-    """The text of a content: a string, or a list of parts that are all text."""
+def _text(content: Any, field: str, ignored: set[str]) -> str:
+    """The text of a message's content: a string, or a list of text parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         fix = "Expected a string; write an object as JSON text."
-        raise RowError(place, "wrong type", f"found {type(content).__name__}", fix)
+        raise RowError(field, "wrong type", f"found {type(content).__name__}", fix)
     texts = []
     for i, part in enumerate(content):
-        at, given = f"{place}[{i}]", part if isinstance(part, Mapping) else {"text": part}
-        kind = given.get("type") or next((name for name in ("image", "video", "audio") if given.get(name)), "text")
-        if kind not in ("text", "input_text", "output_text"):
-            fix = _PARTS.get(str(kind), "Only text can be trained on: remove the part, or the row.")
-            raise RowError(at, f"content part of type {kind!r}"[:80], ", ".join(map(str, given))[:60], fix)
-        if not isinstance(given.get("text"), str):
+        part_field, fields = f"{field}[{i}]", part if isinstance(part, Mapping) else {"text": part}
+        part_type = fields.get("type") or next(
+            (name for name in ("image", "video", "audio") if fields.get(name)), "text"
+        )
+        if part_type not in ("text", "input_text", "output_text"):
+            fix = _PARTS.get(str(part_type), "Only text can be trained on: remove the part, or the row.")
+            detail = ", ".join(map(str, fields))[:60]
+            raise RowError(part_field, f"content part of type {part_type!r}"[:80], detail, fix)
+        if not isinstance(fields.get("text"), str):
             fix = "Expected {'type': 'text', 'text': ...}; write an object as JSON text."
-            raise RowError(at, "content part without a text", f"found {type(part).__name__}", fix)
+            raise RowError(part_field, "content part without a text", f"found {type(part).__name__}", fix)
         for key in TRAINED:
-            if given.get(key) is not None:
+            if fields.get(key) is not None:
                 fix = "Parts of a turn can't be masked: remove it, and mark whole turns with 'train'."
-                raise RowError(f"{at}.{key}", f"{key!r} of a part can't be honored", repr(given[key])[:40], fix)
-        ignored.update(f"content.{k}" for k, v in given.items() if k not in ("type", "text") and says_something(v))
-        texts.append(given["text"])
+                raise RowError(f"{part_field}.{key}", f"{key!r} of a part isn't supported", repr(fields[key])[:40], fix)
+        ignored.update(f"content.{k}" for k, v in fields.items() if k not in ("type", "text") and is_nonempty(v))
+        texts.append(fields["text"])
     return "".join(texts)
 
 
-def _either(turn: Mapping[str, Any], name: str, other: str, place: str) -> Any:
-    """The value of a key that has two names.
+def _either(turn: Mapping[str, Any], name: str, other: str, field: str) -> Any:
+    """The value of a key with two names.
 
     Raises:
-        RowError: If there is none, or two that differ.
+        RowError: If there is no value, or two that differ.
     """
-    found = [turn[key] for key in (name, other) if turn.get(key) is not None]
-    if len(found) == 2 and found[0] != found[1]:
-        same_role = name == "role" and ROLES.get(str(found[0])) == ROLES.get(str(found[1]))
+    values = [turn[key] for key in (name, other) if turn.get(key) is not None]
+    if len(values) == 2 and values[0] != values[1]:
+        same_role = name == "role" and ROLES.get(str(values[0])) == ROLES.get(str(values[1]))
         if not same_role:
-            detail = f"{found[0]!r} and {found[1]!r}"[:60]
-            raise RowError(f"{place}.{name}", f"{name!r} and {other!r} differ", detail, "Keep one of them.")
-    if found:
-        return found[0]
+            detail = f"{values[0]!r} and {values[1]!r}"[:60]
+            raise RowError(f"{field}.{name}", f"{name!r} and {other!r} differ", detail, "Keep one of them.")
+    if values:
+        return values[0]
     if name in turn or other in turn:
-        raise RowError(f"{place}.{name}", "None", "", FILL)
+        raise RowError(f"{field}.{name}", "None", "", FILL)
     near = difflib.get_close_matches(name, [str(key) for key in turn], n=1, cutoff=0.5)
     fix = f"Rename {near[0]!r} to {name!r}." if near else f"Each message needs a {name}."
-    raise RowError(f"{place}.{name}", "missing field", f"fields: {', '.join(map(str, turn))}", fix)
+    raise RowError(f"{field}.{name}", "missing field", f"fields: {', '.join(map(str, turn))}", fix)
 
 
 def check_order(messages: Sequence[Message], *, answered: bool) -> None:
-    """Require a system turn at most at the start, then user and assistant in turn, tools after an assistant's.
+    """Require an optional system turn, then user and assistant in turn, with tool turns after an assistant turn.
 
     Args:
         messages: The conversation.
         answered: Whether the last turn must be the assistant's.
 
     Raises:
-        RowError: If it is otherwise.
+        RowError: If the order is another.
     """
     roles = [message["role"] for message in messages]
-    found = f"roles: {', '.join(roles) or 'none'}"
+    detail = f"roles: {', '.join(roles) or 'none'}"
     if answered and "assistant" not in roles:
-        raise RowError(None, "no assistant turn", found, "There is nothing to learn from it: add an answer.")
+        raise RowError(None, "no assistant turn", detail, "There is nothing to learn from it: add an answer.")
     fix = _order_fix(roles[1:] if roles[:1] == ["system"] else roles)
     if fix is not None:
-        raise RowError(None, "wrong role order", found, fix)
+        raise RowError(None, "wrong role order", detail, fix)
     if answered and roles[-1] != "assistant":
-        raise RowError(None, "no answer to the last turn", found, "Add the answer or remove the last turn.")
+        raise RowError(None, "no answer to the last turn", detail, "Add the answer or remove the last turn.")
 
 
-_AFTER = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
+_NEXT_ROLES = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 
 
 def _order_fix(roles: Sequence[str]) -> str | None:
-    """What to do about the order of roles after the system turn; None if it is right."""
+    """How to fix the order of roles after the system turn; None if it is right."""
     if not roles:
         return "Add a turn of the user."
     if roles[0] == "assistant":
@@ -247,7 +250,7 @@ def _order_fix(roles: Sequence[str]) -> str | None:
     if roles[0] != "user":
         return "Expected a system turn at most at the start, then a turn of the user."
     for before, role in pairwise(roles):
-        if role in _AFTER.get(before, ()):
+        if role in _NEXT_ROLES.get(before, ()):
             continue
         if role == before:
             return f"Join the turns of the {role} that follow each other."

@@ -1,4 +1,4 @@
-"""Rows as other trainers and APIs have them: each means what it means there, or is refused with a remedy that works."""
+"""Rows in the formats of other trainers and APIs keep their meaning, or are refused with a remedy that works."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 CALL_TEXT = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 U, A, S, T = "user", "assistant", "system", "tool"
-KINDS = {"pairs": Pairs(), "preferences": PREFERENCES, "prompts": PROMPTS}
+ROW_TYPES = {"pairs": Pairs(), "preferences": PREFERENCES, "prompts": PROMPTS}
 
 
 def user(content="q", **more):
@@ -27,11 +27,11 @@ def answer(content="a", **more):
     return {"role": "assistant", "content": content, **more}
 
 
-def load(row, kind="pairs", **options):
+def load(row, row_type="pairs", **options):
     report = SplitReport()
     try:
-        rows, problems = load_source([row], "train", "train", row_type=KINDS[kind], report=report, **options)
-    except DataError as error:  # of the columns of all rows
+        rows, problems = load_source([row], "train", "train", row_type=ROW_TYPES[row_type], report=report, **options)
+    except DataError as error:  # for the columns of all rows
         return None, str(error), report
     return (rows[0] if rows else None), (str(problems[0]) if problems else None), report
 
@@ -40,9 +40,9 @@ def short(messages):
     return [(m["role"], m["content"] or m.get("tool_calls")) for m in messages]
 
 
-# ---------------------------------------------------------------- pairs that are taken
+# ---------------------------------------------------------------- pairs that are read
 
-TAKEN = {
+ACCEPTED = {
     "TRL, tools": (
         {
             "messages": [
@@ -149,16 +149,16 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_pairs_of_others_are_taken(name):
-    given, messages, kwargs = TAKEN[name]
-    row, problem, _ = load(given)
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_pairs_of_other_formats_are_read(name):
+    source_row, messages, kwargs = ACCEPTED[name]
+    row, problem, _ = load(source_row)
     assert problem is None
     assert short(row.messages) == messages
     assert row.template_kwargs == kwargs
 
 
-def test_ignored_columns_are_listed_once_and_kept(caplog):
+def test_ignored_columns_are_logged_once_and_reported(caplog):
     rows = [{"messages": [user(name="Bob", ts=3), answer()], "score": 0.5, "tags": None}] * 3
     report = SplitReport()
     with caplog.at_level("INFO"):
@@ -167,7 +167,7 @@ def test_ignored_columns_are_listed_once_and_kept(caplog):
     assert caplog.text.count("a.jsonl: ignored columns: messages.name, messages.ts, score, tags") == 1
 
 
-def test_rows_of_the_data_module_get_its_template_kwargs():
+def test_template_kwargs_are_defaults_of_rows():
     rows, _ = load_source(
         [
             {"input": "q", "output": "a"},
@@ -188,8 +188,8 @@ def test_rows_of_the_data_module_get_its_template_kwargs():
 PAIR = {"input": "q", "output": "a"}
 TALK = {"messages": [user(), answer()]}
 REFUSED = {
-    "images": ({**TALK, "images": ["x.png"]}, "column 'images' can't be honored", "Only text"),
-    "video": ({**TALK, "video": {"path": "x"}}, "column 'video' can't be honored", "Only text"),
+    "images": ({**TALK, "images": ["x.png"]}, "column 'images' isn't supported", "Only text"),
+    "video": ({**TALK, "video": {"path": "x"}}, "column 'video' isn't supported", "Only text"),
     "functions": ({**TALK, "functions": [TOOL["function"]]}, "column 'functions'", "columns={'tools': 'functions'}"),
     "label": ({**PAIR, "label": True}, "column 'label'", "PreferenceDataModule"),
     "KTO tag": ({"instruction": "q", "output": "a", "kto_tag": False}, "column 'kto_tag'", "PreferenceDataModule"),
@@ -202,8 +202,8 @@ REFUSED = {
     "documents": ({**TALK, "documents": [{"title": "t"}]}, "column 'documents'", "chat_template_kwargs"),
     "enable_thinking": ({**TALK, "enable_thinking": True}, "column 'enable_thinking'", "chat_template_kwargs"),
     "reasoning": ({**PAIR, "reasoning": "two and two"}, "column 'reasoning'", "'reasoning_content': ..."),
-    "tokens": ({**TALK, "input_ids": [1, 2], "labels": [-100, 2]}, "column 'input_ids'", "tokenized here"),
-    "labels": ({**TALK, "labels": [-100, 2]}, "column 'labels'", "tokenized here"),
+    "tokens": ({**TALK, "input_ids": [1, 2], "labels": [-100, 2]}, "column 'input_ids'", "tokenized from their text"),
+    "labels": ({**TALK, "labels": [-100, 2]}, "column 'labels'", "tokenized from their text"),
     "suffix": ({"prompt": "q", "completion": "a", "suffix": "b"}, "column 'suffix'", "into the question"),
     "two systems": (
         {"system": "x", "messages": [{"role": S, "content": "y"}, user(), answer()]},
@@ -226,7 +226,7 @@ REFUSED = {
     "nothing trained": ({"messages": [user(), answer(weight=0)]}, "no answer is trained on", "Leave the row out"),
     "context": (
         {**PAIR, "context": "c"},
-        "column 'context' asks too",
+        "column 'context' may be part of the prompt",
         "columns={'instruction': 'input', 'input': 'context'",
     ),
     "text with system": ({"text": "t", "system": "s"}, "'system' of a text", "into the text"),
@@ -235,9 +235,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_pairs_of_others_are_refused_by_name(name):
-    given, reason, fix = REFUSED[name]
-    row, problem, _ = load(given)
+def test_unsupported_columns_of_pairs_are_refused_by_name(name):
+    source_row, reason, fix = REFUSED[name]
+    row, problem, _ = load(source_row)
     assert row is None
     assert problem.startswith("train, row 1")
     assert reason in problem
@@ -249,7 +249,7 @@ def proposed(problem):
 
 
 @pytest.mark.parametrize(
-    ("given", "messages"),
+    ("source_row", "messages"),
     [
         ({**PAIR, "context": "c"}, [(U, "q\n\nc"), (A, "a")]),
         ({**PAIR, "prompt": "do it"}, [(U, "do it\n\nq"), (A, "a")]),
@@ -258,21 +258,21 @@ def proposed(problem):
         ({**PAIR, "system_prompt": "s"}, [(S, "s"), (U, "q"), (A, "a")]),
     ],
 )
-def test_the_columns_that_a_refusal_proposes_work(given, messages):
-    _, problem, _ = load(given)
-    row, still, _ = load(given, columns=proposed(problem))
-    assert still is None
+def test_proposed_columns_of_a_refusal_work(source_row, messages):
+    _, problem, _ = load(source_row)
+    row, remaining, _ = load(source_row, columns=proposed(problem))
+    assert remaining is None
     assert short(row.messages) == messages
 
 
-def test_renamed_functions_are_tools():
-    given = {**TALK, "functions": [TOOL["function"]]}
-    row, problem, _ = load(given, columns=proposed(load(given)[1]))
+def test_functions_renamed_to_tools_are_read():
+    source_row = {**TALK, "functions": [TOOL["function"]]}
+    row, problem, _ = load(source_row, columns=proposed(load(source_row)[1]))
     assert problem is None
     assert row.template_kwargs == {"tools": [TOOL]}
 
 
-def test_a_column_chosen_by_name_needs_no_other():
+def test_columns_that_name_the_prompt_ignore_others():
     row, problem, report = load({**PAIR, "context": "c"}, columns={"input": "input"})
     assert problem is None
     assert short(row.messages) == [(U, "q"), (A, "a")]
@@ -312,7 +312,7 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_preferences_of_others_are_taken(name):
+def test_preferences_of_other_formats_are_read(name):
     row, problem, _ = load(CHOSEN[name], "preferences")
     assert problem is None
     assert short(row.prompt) == [(U, "q")]
@@ -321,7 +321,7 @@ def test_preferences_of_others_are_taken(name):
 
 
 @pytest.mark.parametrize(
-    "given",
+    "source_row",
     [
         {"prompt": [user()], "completion": [answer()], "label": False},
         {"messages": [user(), answer()], "label": False},
@@ -329,15 +329,15 @@ def test_preferences_of_others_are_taken(name):
         {"instruction": "q", "input": "", "output": "a", "label": False},
     ],
 )
-def test_judged_completions_of_others_are_taken(given):
-    row, problem, _ = load(given, "preferences")
+def test_labelled_completions_of_other_formats_are_read(source_row):
+    row, problem, _ = load(source_row, "preferences")
     assert problem is None
     assert short(row.prompt) == [(U, "q")]
     assert short(row.completions[0]) == [(A, "a")]
     assert row.labels == (False,)
 
 
-def test_preferences_have_tools_reasoning_and_calls():
+def test_preferences_may_have_tools_reasoning_and_calls():
     tools = {"tools": '[{"name": "weather", "parameters": {}}]', "chat_template_kwargs": {"enable_thinking": True}}
     sides = {"chosen": [answer("", tool_calls=[CALL])], "rejected": [answer("no", thinking="hm")]}
     row, problem, _ = load({"prompt": "q", "system": "s", **sides, **tools}, "preferences")
@@ -358,28 +358,32 @@ PREFERENCE = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 
 
 @pytest.mark.parametrize(
-    ("given", "reason", "fix"),
+    ("source_row", "reason", "fix"),
     [
         ({**PREFERENCE, "images": ["x"]}, "column 'images'", "Only text"),
         ({**PREFERENCE, "weight": 2}, "column 'weight'", "repeat or remove"),
         ({**PREFERENCE, "system_prompt": "s"}, "column 'system_prompt'", "{'system': 'system_prompt'}"),
-        ({**PREFERENCE, "context": "c"}, "column 'context' asks too", "{'instruction': 'prompt', 'input': 'context'}"),
+        (
+            {**PREFERENCE, "context": "c"},
+            "column 'context' may be part of the prompt",
+            "{'instruction': 'prompt', 'input': 'context'}",
+        ),
         ({"prompt": [user()], "chosen": [answer(weight=0)], "rejected": "b"}, "isn't to be trained on", "the mark"),
         ({"messages": [user(), answer()], "chosen": "b", "rejected": "c"}, "prompt ends with an answer", "remove the"),
         ({"messages": [user()], "label": True}, "no answer to the last turn", "add it"),
         ({"prompt": [user([{"type": "image"}])], "chosen": "a", "rejected": "b"}, "part of type 'image'", "Only text"),
     ],
 )
-def test_preferences_of_others_are_refused_by_name(given, reason, fix):
-    row, problem, _ = load(given, "preferences")
+def test_unsupported_preferences_are_refused_by_name(source_row, reason, fix):
+    row, problem, _ = load(source_row, "preferences")
     assert row is None
     assert reason in problem
     assert fix in problem
 
 
-def test_the_columns_that_a_preference_is_told_to_pass_work():
-    given = {**PREFERENCE, "context": "c"}
-    row, problem, _ = load(given, "preferences", columns=proposed(load(given, "preferences")[1]))
+def test_proposed_columns_of_a_refused_preference_work():
+    source_row = {**PREFERENCE, "context": "c"}
+    row, problem, _ = load(source_row, "preferences", columns=proposed(load(source_row, "preferences")[1]))
     assert problem is None
     assert short(row.prompt) == [(U, "q\n\nc")]
 
@@ -387,18 +391,24 @@ def test_the_columns_that_a_preference_is_told_to_pass_work():
 # ---------------------------------------------------------------- prompts
 
 
-def test_prompts_have_tools_for_the_template_and_for_the_rewards():
-    given = {"prompt": [user()], "tools": [TOOL["function"]], "chat_template_kwargs": {"x": 1}, "label": 1, "weight": 2}
-    row, problem, report = load(given, "prompts")
+def test_prompts_pass_tools_to_the_template_and_the_rewards():
+    source_row = {
+        "prompt": [user()],
+        "tools": [TOOL["function"]],
+        "chat_template_kwargs": {"x": 1},
+        "label": 1,
+        "weight": 2,
+    }
+    row, problem, report = load(source_row, "prompts")
     assert problem is None
     assert row.template_kwargs == {"tools": [TOOL], "x": 1}
-    assert row.columns == {name: value for name, value in given.items() if name != "prompt"}
+    assert row.columns == {name: value for name, value in source_row.items() if name != "prompt"}
     assert report.ignored == []
 
 
-def test_prompts_that_end_with_a_tool():
-    given = {"messages": [user(), answer("", tool_calls=[CALL]), {"role": T, "content": "3"}]}
-    row, problem, _ = load(given, "prompts")
+def test_prompts_may_end_with_a_tool_turn():
+    source_row = {"messages": [user(), answer("", tool_calls=[CALL]), {"role": T, "content": "3"}]}
+    row, problem, _ = load(source_row, "prompts")
     assert problem is None
     assert short(row.messages) == [(U, "q"), (A, [CALL]), (T, "3")]
 
@@ -407,14 +417,14 @@ def test_prompts_that_end_with_a_tool():
 def test_prompts_with_media_are_refused(column):
     row, problem, _ = load({"prompt": "q", column: ["x"]}, "prompts")
     assert row is None
-    assert f"column {column!r} can't be honored" in problem
+    assert f"column {column!r} isn't supported" in problem
 
 
 # ---------------------------------------------------------------- formats that aren't read
 
 
 @pytest.mark.parametrize(
-    ("given", "kind", "fix"),
+    ("source_row", "row_type", "fix"),
     [
         ({"segments": [{"label": True, "text": "a"}]}, "pairs", "write each row as messages"),
         ({"contents": [{"role": "user", "parts": [{"text": "q"}]}]}, "pairs", "Write them as messages"),
@@ -425,33 +435,33 @@ def test_prompts_with_media_are_refused(column):
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "pairs", "PreferenceDataModule"),
     ],
 )
-def test_formats_that_are_not_read_are_named(given, kind, fix):
-    row, problem, _ = load(given, kind)
+def test_unsupported_formats_are_named(source_row, row_type, fix):
+    row, problem, _ = load(source_row, row_type)
     assert row is None
     assert "no row format has these columns" in problem
     assert fix in problem
 
 
 @pytest.mark.parametrize(
-    "given",
+    "source_row",
     [
         {"instruction": "q", "input": "", "output": "a", "kto_tag": False},
         {"system": "s", "instruction": "q", "chosen_response": "good", "rejected_response": "bad"},
         {"query": "q", "chosen": "good", "rejected": "bad"},
     ],
 )
-def test_the_columns_that_preferences_of_others_are_told_to_pass_work(given):
-    row, problem, _ = load(given, "preferences")
+def test_proposed_columns_of_foreign_preferences_work(source_row):
+    row, problem, _ = load(source_row, "preferences")
     assert row is None
     assert "leaves out" not in problem
-    row, problem, _ = load(given, "preferences", columns=proposed(problem))
+    row, problem, _ = load(source_row, "preferences", columns=proposed(problem))
     assert problem is None
     assert row.prompt[-1] == user()
     assert row.completions[0][0]["content"] in ("a", "good")
 
 
 def test_rewritten_rows_of_ms_swift_work():
-    given = {"prompt": [user()], "chosen": [answer("good")], "rejected_response": "bad"}
-    row, problem, _ = load(given, "preferences", columns={"rejected": "rejected_response"})
+    source_row = {"prompt": [user()], "chosen": [answer("good")], "rejected_response": "bad"}
+    row, problem, _ = load(source_row, "preferences", columns={"rejected": "rejected_response"})
     assert problem is None
     assert [short(completion) for completion in row.completions] == [[(A, "good")], [(A, "bad")]]

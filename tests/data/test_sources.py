@@ -12,7 +12,7 @@ from lightning_ft import PairDataModule, PromptDataModule
 from lightning_ft.data.rows import load_source
 from lightning_ft.data.sources import as_sources, source_as_json
 from lightning_ft.data.split_report import SplitReport
-from lightning_ft.data.values import DEEPEST, plain
+from lightning_ft.data.values import MAX_DEPTH, plain
 from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
 
 ROWS = [{"input": "2+2?", "output": "4", "score": 1.5}, {"input": "3+3?", "output": "6", "score": None}]
@@ -168,11 +168,11 @@ BAD = {
     "surrogate in a key": ({"m": [{HALF: 1}]}, "m[0]", "half of a surrogate pair"),
     "surrogate in a name": ({HALF: 1}, None, "half of a surrogate pair"),
     "digits": ({"id": 10**5000}, "id", "an integer of too many digits"),
-    "depth": ({"a": nested(DEEPEST + 2)}, "a" + "[0]" * (DEEPEST + 1), "nested too deep"),
-    "cycle": ({"a": CYCLE}, "a" + ".again" * DEEPEST, "nested too deep"),
-    "name": ({1: "x"}, None, "a field's name is no string"),
-    "keys of several types": ({"a": [{1: "x", "b": "y"}]}, "a[0]", "a key is no string"),
-    "keys that JSON has not": ({"a": {(1, 2): "x"}}, "a", "a key is no string"),
+    "depth": ({"a": nested(MAX_DEPTH + 2)}, "a" + "[0]" * (MAX_DEPTH + 1), "nested too deep"),
+    "cycle": ({"a": CYCLE}, "a" + ".again" * MAX_DEPTH, "nested too deep"),
+    "name": ({1: "x"}, None, "a field's name isn't a string"),
+    "keys of several types": ({"a": [{1: "x", "b": "y"}]}, "a[0]", "a key isn't a string"),
+    "keys that JSON has not": ({"a": {(1, 2): "x"}}, "a", "a key isn't a string"),
 }
 
 
@@ -191,7 +191,7 @@ def test_forbidden_values_are_bad_rows(name):
 
 
 def test_nesting_below_the_limit_is_read():
-    assert len(load([{"input": "q", "output": "a", "deep": nested(DEEPEST - 2)}])[0]) == 1
+    assert len(load([{"input": "q", "output": "a", "deep": nested(MAX_DEPTH - 2)}])[0]) == 1
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/a.jsonl", "a\0b.jsonl"])
@@ -214,4 +214,4 @@ def test_folder_saved_by_datasets_error_says_what_to_do(tmp_path):
 def test_template_kwargs_must_have_string_names():
     row = {"input": "q", "output": "a", "chat_template_kwargs": {1: 2}}
     _, (problem,) = load([ROWS[0], row])
-    assert (problem.field, problem.detail) == ("chat_template_kwargs", "found names that are no strings")
+    assert (problem.field, problem.detail) == ("chat_template_kwargs", "found names that aren't strings")

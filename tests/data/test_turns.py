@@ -1,9 +1,9 @@
-"""Messages: what each key means, and what is refused by name."""
+"""Reading messages: what each key means, and which are refused by name."""
 
 import pytest
 
-from lightning_ft.data.keys import says_something
-from lightning_ft.data.tool_calls import NotACallError, read_calls, read_tools
+from lightning_ft.data.keys import is_nonempty
+from lightning_ft.data.tool_calls import ToolCallError, read_calls, read_tools
 from lightning_ft.data.turns import RowError, check_order, read_turns
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -23,9 +23,9 @@ def one(turn):
     return message
 
 
-def refused(*given):
+def error_of(*turns):
     with pytest.raises(RowError) as error:
-        read_turns(list(given), "messages")
+        read_turns(list(turns), "messages")
     assert error.value.fix
     return error.value
 
@@ -44,13 +44,13 @@ def refused(*given):
         ['{"name": "weather", "arguments": {"city": "Oslo"}}'],
     ],
 )
-def test_read_calls_takes_every_form(value):
+def test_read_calls_accepts_every_form(value):
     assert read_calls(value) == [CALL]
 
 
 def test_read_calls_keeps_ids_and_empty_arguments():
-    given = [{"id": "7", "type": "function", "function": {"name": "now", "arguments": ""}}]
-    assert read_calls(given) == [{"id": "7", "type": "function", "function": {"name": "now", "arguments": {}}}]
+    calls = [{"id": "7", "type": "function", "function": {"name": "now", "arguments": ""}}]
+    assert read_calls(calls) == [{"id": "7", "type": "function", "function": {"name": "now", "arguments": {}}}]
     assert read_calls(None) == read_calls("") == read_calls([]) == read_calls("[]") == []
 
 
@@ -58,8 +58,8 @@ def test_read_calls_keeps_ids_and_empty_arguments():
     "value",
     ["weather(Oslo)", [CALL, {"name": ""}], [CALL, {"function": {"name": "f", "arguments": "{"}}], [CALL, 3]],
 )
-def test_read_calls_refuses_what_is_no_call(value):
-    with pytest.raises(NotACallError) as error:
+def test_read_calls_rejects_other_values(value):
+    with pytest.raises(ToolCallError) as error:
         read_calls(value)
     assert error.value.index == (1 if isinstance(value, list) else 0)
 
@@ -75,25 +75,25 @@ def test_read_calls_refuses_what_is_no_call(value):
         [{"type": "function", "name": "weather", "parameters": {"type": "object"}}],
     ],
 )
-def test_read_tools_takes_every_form(value):
+def test_read_tools_accepts_every_form(value):
     assert read_tools(value) == [TOOL]
 
 
-def test_read_tools_refuses_what_is_no_tool():
+def test_read_tools_rejects_other_values():
     assert read_tools(None) == read_tools("") == read_tools([]) == []
     for value in ("weather", [TOOL, "weather"], [TOOL, {}], [len]):
-        with pytest.raises(NotACallError):
+        with pytest.raises(ToolCallError):
             read_tools(value)
 
 
-def test_tool_calls_need_no_content():
+def test_read_turns_tool_calls_need_no_content():
     for content in ({}, {"content": None}, {"content": ""}):
         message = one({"role": "assistant", "tool_calls": [CALL], **content})
         assert message == {"role": "assistant", "content": "", "tool_calls": [CALL]}
     assert one(answer("I look.", tool_calls=[CALL]))["content"] == "I look."
 
 
-def test_tool_turns():
+def test_read_turns_reads_tool_turns():
     assert one({"role": "tool", "name": "weather", "tool_call_id": "7", "content": "3"}) == {
         "role": "tool",
         "content": "3",
@@ -105,21 +105,21 @@ def test_tool_turns():
 
 
 @pytest.mark.parametrize("role", ["function_call", "tool_call"])
-def test_calls_as_turns_of_their_own_are_one_turn(role):
+def test_read_turns_joins_call_turns(role):
     text = '{"name": "weather", "arguments": {"city": "Oslo"}}'
     assert one({"from": role, "value": text}) == {"role": "assistant", "content": "", "tool_calls": [CALL]}
     turns = read_turns([user(), answer("I look."), *[{"role": role, "content": text}] * 2], "messages")
     assert turns[1:] == [{"role": "assistant", "content": "I look.", "tool_calls": [CALL, CALL]}]
-    assert refused({"from": role, "value": "weather(Oslo)"}).reason == "not a tool call"
-    error = refused(answer("I look.", weight=0), {"role": role, "content": text})
+    assert error_of({"from": role, "value": "weather(Oslo)"}).reason == "not a tool call"
+    error = error_of(answer("I look.", weight=0), {"role": role, "content": text})
     assert error.reason == "contradicting marks"
 
 
-def test_tool_calls_of_others_and_legacy_forms_are_refused():
-    assert refused(user(tool_calls=[CALL])).reason == "tool calls of a turn that isn't the assistant's"
-    assert refused(answer(tool_calls=["weather"])).field == "messages[0].tool_calls[0]"
-    error = refused(answer(None, function_call={"name": "weather", "arguments": "{}"}))
-    assert (error.field, error.reason) == ("messages[0].function_call", "'function_call' can't be honored")
+def test_read_turns_rejects_misplaced_and_legacy_tool_calls():
+    assert error_of(user(tool_calls=[CALL])).reason == "tool calls of a turn that isn't the assistant's"
+    assert error_of(answer(tool_calls=["weather"])).field == "messages[0].tool_calls[0]"
+    error = error_of(answer(None, function_call={"name": "weather", "arguments": "{}"}))
+    assert (error.field, error.reason) == ("messages[0].function_call", "'function_call' isn't supported")
     assert "tool_calls" in error.fix
 
 
@@ -127,23 +127,23 @@ def test_tool_calls_of_others_and_legacy_forms_are_refused():
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
-def test_reasoning(key):
+def test_read_turns_reads_reasoning(key):
     assert one(answer(**{key: "hm\n"})) == {"role": "assistant", "content": "a", "reasoning_content": "hm\n"}
     assert one(answer(**{key: " "})) == {"role": "assistant", "content": "a"}
-    assert "isn't the assistant's" in refused(user(**{key: "hm"})).reason
-    assert refused(answer(**{key: ["hm"]})).reason == "wrong type"
+    assert "isn't the assistant's" in error_of(user(**{key: "hm"})).reason
+    assert error_of(answer(**{key: ["hm"]})).reason == "wrong type"
 
 
-def test_two_reasonings():
+def test_read_turns_rejects_two_reasonings():
     assert one(answer(reasoning="hm", reasoning_content="hm"))["reasoning_content"] == "hm"
-    assert refused(answer(reasoning="hm", reasoning_content="ah")).reason == "two reasonings"
+    assert error_of(answer(reasoning="hm", reasoning_content="ah")).reason == "two reasonings"
 
 
 # ---------------------------------------------------------------- what is trained on
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
-def test_marks_of_what_is_trained(key):
+def test_read_turns_reads_training_marks(key):
     assert [one(answer(**{key: mark})).get("train", True) for mark in (0, 1, False, True, 0.0, 1.0, None)] == [
         False,
         True,
@@ -154,21 +154,21 @@ def test_marks_of_what_is_trained(key):
         True,
     ]
     for mark in (0.5, 2, -1, "0", "1", [1], float("nan")):
-        error = refused(answer(**{key: mark}))
+        error = error_of(answer(**{key: mark}))
         assert (error.field, error.reason) == (f"messages[0].{key}", "weight that is neither 0 nor 1")
     assert one(user(**{key: 0})) == user()
-    assert refused(user(**{key: 1})).reason == "a turn marked as trained that isn't the assistant's"
+    assert error_of(user(**{key: 1})).reason == "a turn marked as trained that isn't the assistant's"
 
 
-def test_contradicting_marks():
+def test_read_turns_rejects_contradicting_marks():
     assert one(answer(weight=0, train=False))["train"] is False
-    assert refused(answer(weight=0, train=True)).reason == "contradicting marks"
+    assert error_of(answer(weight=0, train=True)).reason == "contradicting marks"
 
 
 # ---------------------------------------------------------------- contents
 
 
-def test_content_of_text_parts():
+def test_read_turns_joins_text_parts():
     parts = [{"type": "text", "text": "a"}, {"type": "output_text", "text": "b"}, {"text": "c"}, "d"]
     assert one(answer(parts))["content"] == "abcd"
     ignored = set()
@@ -187,19 +187,19 @@ def test_content_of_text_parts():
         ({"type": "tool_result", "content": "3"}, "content part of type 'tool_result'", "role 'tool'"),
         ({"type": "text"}, "content part without a text", "JSON text"),
         ({"name": "f", "result": 3}, "content part without a text", "JSON text"),
-        ({"type": "text", "text": "a", "train": False}, "'train' of a part can't be honored", "whole turns"),
-        ({"type": "text", "text": "a", "weight": 0}, "'weight' of a part can't be honored", "whole turns"),
+        ({"type": "text", "text": "a", "train": False}, "'train' of a part isn't supported", "whole turns"),
+        ({"type": "text", "text": "a", "weight": 0}, "'weight' of a part isn't supported", "whole turns"),
     ],
 )
-def test_content_parts_that_are_refused(part, reason, remedy):
-    error = refused(answer([{"type": "text", "text": "a"}, part]))
+def test_read_turns_rejects_other_content_parts(part, reason, remedy):
+    error = error_of(answer([{"type": "text", "text": "a"}, part]))
     assert error.field.startswith("messages[0].content[1]")
     assert error.reason == reason
     assert remedy in error.fix
 
 
-def test_content_that_is_an_object_is_refused():
-    error = refused({"role": "tool", "content": {"degrees": 3}})
+def test_read_turns_rejects_object_content():
+    error = error_of({"role": "tool", "content": {"degrees": 3}})
     assert (error.reason, error.fix) == ("wrong type", "Expected a string; write an object as JSON text.")
 
 
@@ -210,7 +210,7 @@ def test_content_that_is_an_object_is_refused():
     ("role", "meaning"),
     [("developer", "system"), ("human", "user"), ("prompter", "user"), ("gpt", "assistant"), ("model", "assistant")],
 )
-def test_roles_of_others(role, meaning):
+def test_read_turns_maps_foreign_roles(role, meaning):
     assert one({"role": role, "content": "x"}) == {"role": meaning, "content": "x"}
 
 
@@ -218,8 +218,8 @@ def test_roles_of_others(role, meaning):
     ("role", "fix"),
     [("User", "'user'"), ("Chatbot", "'bot'"), ("narrator", "Expected"), (3, "Expected"), (["user"], "Did you mean")],
 )
-def test_unknown_roles_are_refused(role, fix):
-    error = refused({"role": role, "content": "x"})
+def test_read_turns_rejects_unknown_roles(role, fix):
+    error = error_of({"role": role, "content": "x"})
     assert error.reason == "unknown role"
     assert fix in error.fix
 
@@ -232,37 +232,37 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("key", REFUSED.split())
-def test_keys_that_would_change_what_is_trained_are_refused(key):
-    error = refused(answer(**{key: "x"}))
-    assert (error.field, error.reason) == (f"messages[0].{key}", f"{key!r} can't be honored")
+def test_read_turns_rejects_keys_that_would_change_training(key):
+    error = error_of(answer(**{key: "x"}))
+    assert (error.field, error.reason) == (f"messages[0].{key}", f"{key!r} isn't supported")
     assert one(answer(**{key: None})) == answer()
     assert one(answer(**{key: []})) == answer()
     assert one(answer(**{key: False})) == answer()
 
 
 @pytest.mark.parametrize("key", ["loss_mask", "mask", "masked", "loss_scale"])
-def test_masks_are_refused_whatever_they_are(key):
+def test_read_turns_rejects_masks_of_any_value(key):
     for value in (0, 1, False, True):
-        assert refused(answer(**{key: value})).reason == f"{key!r} can't be honored"
+        assert error_of(answer(**{key: value})).reason == f"{key!r} isn't supported"
     assert one(answer(**{key: None})) == answer()
 
 
-def test_other_keys_are_ignored_and_listed():
+def test_read_turns_lists_ignored_keys():
     ignored = set()
     turns = read_turns([user(id=7, name="Bob", note=None, tags=[]), answer(model="m", name="Eve")], "messages", ignored)
     assert turns == [user(), answer()]
     assert ignored == {"id", "name", "model"}
 
 
-def test_names_that_differ():
+def test_read_turns_rejects_differing_names():
     assert one({"role": "user", "from": "human", "content": "a", "value": "a"}) == user("a")
-    assert refused({"role": "user", "from": "gpt", "content": "a"}).reason == "'role' and 'from' differ"
-    assert refused({"role": "user", "content": "a", "value": "b"}).reason == "'content' and 'value' differ"
+    assert error_of({"role": "user", "from": "gpt", "content": "a"}).reason == "'role' and 'from' differ"
+    assert error_of({"role": "user", "content": "a", "value": "b"}).reason == "'content' and 'value' differ"
 
 
 @pytest.mark.parametrize("value", [1, "a", [0], {"a": [0]}, True])
-def test_says_something(value):
-    assert says_something(value)
+def test_is_nonempty_is_true_for_values(value):
+    assert is_nonempty(value)
 
 
 # ---------------------------------------------------------------- order
@@ -277,11 +277,11 @@ def order(*roles, answered=True):
 @pytest.mark.parametrize(
     "roles", [(U, A), (S, U, A), (U, A, U, A), (U, A, T, A), (U, A, T, T, A, U, A), (S, U, A, T, A, T, A)]
 )
-def test_check_order_takes(roles):
+def test_check_order_accepts(roles):
     order(*roles)
 
 
-def test_check_order_takes_prompts_that_end_with_a_tool():
+def test_check_order_accepts_prompts_that_end_with_a_tool():
     order(U, A, T, answered=False)
     order(S, U, answered=False)
 
@@ -307,7 +307,7 @@ def test_check_order_says_what_to_do(roles, fix):
     assert fix in error.value.fix
 
 
-def test_check_order_wants_the_answer_last():
+def test_check_order_requires_the_answer_last():
     for roles, reason in (((U,), "no assistant turn"), ((U, A, U), "no answer to the last turn"), ((U, A, T), None)):
         with pytest.raises(RowError) as error:
             order(*roles)
