@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lightning_ft.data.layout import Example, Segment, TokenBatch, lay_out
-from lightning_ft.models.load import load_tokenizer
+from lightning_ft.data.tokenizers import load_tokenizer
 
 TOKENIZER = "examples/tiny_base"
 

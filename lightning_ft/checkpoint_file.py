@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from lightning_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from lightning_ft.models.load_report import first_line
+from lightning_ft.unreadable import first_line
 from lightning_ft.whole_files import written_aside
 
 Source: TypeAlias = "str | Path | IO[bytes]"

@@ -29,10 +29,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import Example
 from lightning_ft.data.shared_prompts import lay_out_completions
+from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
 from lightning_ft.evaluation.bootstrap import Interval, bootstrap_intervals
 from lightning_ft.models.generate import end_token_ids, evaluating
 from lightning_ft.models.head import completion_logprobs
-from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id
+from lightning_ft.models.load import load_causal_lm
 from lightning_ft.rewards.model import RewardModel
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Completion, Sampling

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.errors import CheckpointError
 from lightning_ft.evaluation.comparison.result import RunResult
-from lightning_ft.models.load_report import first_line
+from lightning_ft.unreadable import first_line
 from lightning_ft.whole_files import write_text
 
 PLAN, CONFIG, RESULT, CHECKPOINT = "plan.json", "config.yaml", "result.json", "last.ckpt"

@@ -21,9 +21,9 @@ from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import RowRules, SplitName, Splits
 from lightning_ft.data.templates import set_chat_template
+from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, TokenizerError
-from lightning_ft.models.load import load_tokenizer
 
 _NEEDS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation", "test"),  # test too: its rows are checked before hours of training, not after

@@ -20,8 +20,8 @@ from lightning_ft.data.row_types import Pairs, Supervise
 from lightning_ft.data.rows import OnBadRow
 from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.splits import SplitName
+from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.load import pad_token_id
 from lightning_ft.types import Message, Request
 
 

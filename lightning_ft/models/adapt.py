@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.load import adapter_config
-from lightning_ft.models.load_report import UNREADABLE, shortened, tell, why_unreadable
+from lightning_ft.models.load_report import shortened, tell, why_unreadable
 from lightning_ft.models.lora_checks import check_adapter
+from lightning_ft.unreadable import UNREADABLE
 
 DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 """Rank 16 on every linear layer but the head: adapting all layers, not attention alone, is what reaches full

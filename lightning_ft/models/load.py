@@ -1,4 +1,4 @@
-"""Models and tokenizers from a hub name or a local folder, with errors that say what to do."""
+"""Models from a hub name or a local folder, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -13,45 +13,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from lightning_ft.distributed import warn
-from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError, TokenizerError
+from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError
 from lightning_ft.models.base_folder import find_base
-from lightning_ft.models.load_report import UNREADABLE, check_loaded, first_line, why_unreadable
+from lightning_ft.models.load_report import check_loaded, why_unreadable
+from lightning_ft.unreadable import UNREADABLE, first_line
 
 _MULTIMODAL = getattr(transformers, "AutoModelForMultimodalLM", None)  # not in the oldest version that is supported
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
-
-    Args:
-        name: Hub name or local folder.
-        revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run code that the repository ships.
-
-    Raises:
-        TokenizerError: If there is none to load.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
-        raise TokenizerError(
-            f"No tokenizer could be loaded from {name!r}: {first_line(error)} "
-            "Pass tokenizer= if it stands elsewhere than the model."
-        ) from error
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands at places that no token attends to: the tokenizer's pad token, or its EOS where it has none."""
-    return int(tokenizer.eos_token_id or 0) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:

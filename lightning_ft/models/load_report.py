@@ -10,26 +10,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from lightning_ft.distributed import rank_zero_only, warn
 from lightning_ft.errors import ModelError
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    RuntimeError,
-    EOFError,
-    ImportError,
-    UnpicklingError,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What transformers, PEFT and the readers of weight files raise for a folder that doesn't hold what it should."""
+from lightning_ft.unreadable import first_line
 
 _LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 3
@@ -152,14 +139,3 @@ def _why_damaged(file: Path, error: BaseException) -> str | None:
             return None
     except (SafetensorError, OSError) as damage:
         return f"is damaged or only a part of it is there ({first_line(damage)}). Download or copy it again."
-
-
-def first_line(error: BaseException) -> str:
-    r"""The first line of what an error says (two where it only announces the next), and its type if it says nothing.
-
-    Example:
-        >>> first_line(ValueError("field 'r':\n  expected int\n  ...")), first_line(EOFError())
-        ("field 'r': expected int", 'EOFError')
-    """
-    lines = [line.strip() for line in str(error).strip().split("\n")]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) or type(error).__name__

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.templates import PLAIN_TEMPLATE
+from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import TokenizerError
-from lightning_ft.models.load import load_tokenizer
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,10 +10,10 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.errors import ModelError
 from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.head import CausalLM, base_of
-from lightning_ft.models.load import pad_token_id
 
 _AS_GOOD_AS_MEAN = 0.05
 """A row nearer to the mean of all than this share of their usual distance was never trained: rows that transformers

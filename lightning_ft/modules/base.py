@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.adapt import InitialAdapter
@@ -22,7 +23,7 @@ from lightning_ft.models.adapter_export import check_base
 from lightning_ft.models.export import check_export, export
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, base_of
-from lightning_ft.models.load import load_causal_lm, load_tokenizer, pad_token_id
+from lightning_ft.models.load import load_causal_lm
 from lightning_ft.models.logprob_model import LogProbModel
 from lightning_ft.models.numerics import refuse_nonfinite
 from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor, set_first_rate

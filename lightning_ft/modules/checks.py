@@ -19,9 +19,10 @@ from lightning_ft.data.extremes import Extreme, largest_token, longest_row, rows
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.splits import Splits
+from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import ConfigError, ModelError, TokenizerError
 from lightning_ft.models.head import CausalLM, base_of
-from lightning_ft.models.load import context_length, load_tokenizer
+from lightning_ft.models.load import context_length
 from lightning_ft.models.load_report import tell
 from lightning_ft.models.positions import reads_position
 from lightning_ft.models.vocabulary import (

@@ -15,12 +15,13 @@ from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.encode import encode_conversation
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.shared_prompts import last_places
+from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.losses.pairwise import bradley_terry_loss
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states
-from lightning_ft.models.load import load_reward_model, pad_token_id
+from lightning_ft.models.load import load_reward_model
 from lightning_ft.models.reward_head import last_token_rewards, score_head
 from lightning_ft.modules.checks import check_batch
 from lightning_ft.modules.options import AdaptedOptions, Unpack

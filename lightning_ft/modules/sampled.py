@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
+from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn, summed_over_ranks
 from lightning_ft.errors import ConfigError, NonFiniteError
 from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids
-from lightning_ft.models.load import pad_token_id
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.rollout_batch import RolloutBatch

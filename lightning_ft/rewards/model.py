@@ -21,6 +21,7 @@ from lightning_ft.data.encode import AnswerLostError, encode_conversation
 from lightning_ft.data.extremes import Extreme
 from lightning_ft.data.splits import Splits
 from lightning_ft.data.templates import chat_template
+from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, RewardError
 from lightning_ft.models.generate import evaluating
@@ -31,8 +32,6 @@ from lightning_ft.models.load import (
     context_length,
     load_config,
     load_model,
-    load_tokenizer,
-    pad_token_id,
 )
 from lightning_ft.models.positions import reads_position
 from lightning_ft.models.reward_head import HEADS, check_last_token, last_token_rewards

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_ft.checkpoint_file import read_checkpoint
+from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import ConfigError, ModelError, RewardError
 from lightning_ft.importing import from_file, from_import_path, import_object, is_file
-from lightning_ft.models.load import load_tokenizer
 from lightning_ft.rewards.batch import RewardBatch
 from lightning_ft.rewards.function import FunctionReward
 from lightning_ft.rewards.model import ConversationScorer, ModelReward, RewardModel, local_folder

@@ -14,7 +14,8 @@ def rows(support):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_base):
-    from lightning_ft.models.load import load_causal_lm, load_tokenizer
+    from lightning_ft.data.tokenizers import load_tokenizer
+    from lightning_ft.models.load import load_causal_lm
 
     return load_causal_lm(str(tiny_base), dtype="float32"), load_tokenizer(str(tiny_base))
 

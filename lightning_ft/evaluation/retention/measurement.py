@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
+from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_and_ranks
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.retention.arithmetic import (
@@ -40,7 +41,7 @@ from lightning_ft.evaluation.retention.texts import TaskRow, encode_task, encode
 from lightning_ft.evaluation.savings.prompt import content_hash
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
-from lightning_ft.models.load import context_length, pad_token_id
+from lightning_ft.models.load import context_length
 
 
 class RetentionMeasurement:

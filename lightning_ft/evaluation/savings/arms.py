@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.cores import without_reasoning
+from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import gathered, rank_and_ranks
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.plan import MeasurementPlan
@@ -18,7 +19,6 @@ from lightning_ft.evaluation.savings.serving import first_token_seconds, model_s
 from lightning_ft.evaluation.scorers import grade_answers
 from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.head import CausalLM
-from lightning_ft.models.load import pad_token_id
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Completion

@@ -1,0 +1,35 @@
+"""Tokenizers from a hub name or a local folder."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_ft.errors import TokenizerError
+from lightning_ft.unreadable import UNREADABLE, first_line
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        name: Hub name or local folder.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code from the repository may run.
+
+    Raises:
+        TokenizerError: If there is none, or it can't be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except UNREADABLE as error:
+        raise TokenizerError(
+            f"No tokenizer could be loaded from {name!r}: {first_line(error)} "
+            "Pass tokenizer= if the tokenizer is stored apart from the model."
+        ) from error
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token id for padding, which no token attends to: the tokenizer's pad token, or its EOS where it has none."""
+    return int(tokenizer.eos_token_id or 0) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
