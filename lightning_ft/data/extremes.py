@@ -1,11 +1,11 @@
-"""The rows that a model may have no room for: the one with the largest token id, the longest one, and where they are.
+"""Find the rows with the largest token id and with the most tokens, which a model may not support.
 
-Read from the memory-mapped columns of encoded rows: a hundred million tokens took a fifth of a second on one core.
+They are found in the memory-mapped columns of encoded rows: 100 million tokens take 0.2 seconds on one core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,13 @@ from lightning_ft.data.splits import Splits
 
 @dataclass(frozen=True)
 class Extreme:
-    """A number and the row that has it.
+    """An extreme value and the row that has it.
 
     Args:
-        value: A token id, or a number of tokens.
+        value: Token id, or number of tokens.
         split: Name of the split.
-        source: The row's source.
-        row: Its line or number there.
+        source: Source of the row.
+        row: Line or number of the row in the source.
     """
 
     value: int
@@ -34,11 +34,11 @@ class Extreme:
     row: int
 
     @property
-    def where(self) -> str:
-        """The row, for messages.
+    def origin(self) -> str:
+        """The origin of the row, for messages.
 
         Example:
-            >>> Extreme(3072, "train", "calls.jsonl", 41).where
+            >>> Extreme(3072, "train", "calls.jsonl", 41).origin
             'train (calls.jsonl, row 41)'
         """
         return f"{self.split} ({self.source}, row {self.row:,})"
@@ -62,60 +62,61 @@ def longest_row(splits: Splits[Any]) -> Extreme | None:
 
 
 def rows_with(parts: Sequence[EncodedRows], tokens: Iterable[int]) -> dict[int, int]:
-    """How many rows hold each of some tokens.
+    """Number of rows that contain each of some tokens.
 
     Args:
         parts: The encoded sources of a split.
         tokens: Token ids.
 
     Returns:
-        The count of each token that any row holds.
+        The count of each token that is in any row.
     """
     counts = dict.fromkeys(sorted(set(tokens)), 0)
-    is_wanted = np.zeros(max(counts, default=0) + 2, dtype=bool)  # by id; the last stands for all larger ones
-    is_wanted[list(counts)] = True
+    is_counted = np.zeros(max(counts, default=0) + 2, dtype=bool)  # by id; the last one is for all larger ids
+    is_counted[list(counts)] = True
     for part in parts:
         rows, first = part.column("row").to_numpy(), 0
         for chunk in part.column("input_ids").chunks:
             ids = chunk.flatten().to_numpy(zero_copy_only=False)
-            hits = is_wanted[np.minimum(ids, len(is_wanted) - 1)].nonzero()[0]
+            hits = is_counted[np.minimum(ids, len(is_counted) - 1)].nonzero()[0]
             owners = rows[first + np.searchsorted(_ends(chunk), hits, side="right")]
-            pairs = np.unique(np.stack([owners, ids[hits]]), axis=1)  # a token once for each row
+            pairs = np.unique(np.stack([owners, ids[hits]]), axis=1)  # each token once per row
             for token, count in zip(*np.unique(pairs[1], return_counts=True), strict=True):
                 counts[int(token)] += int(count)
             first += len(chunk)
     return {token: count for token, count in counts.items() if count}
 
 
-def _largest(splits: Splits[Any], of: Any) -> Extreme | None:
+def _largest(splits: Splits[Any], find: Callable[[EncodedRows], tuple[int, int] | None]) -> Extreme | None:
     best: Extreme | None = None
     for name, parts in splits.encoded.items():
         for number, part in enumerate(parts):
-            found = of(part)
-            if found is not None and (best is None or found[0] > best.value):
-                row = splits.rows[name][number][found[1] // part.per_row]
-                best = Extreme(found[0], name, row.source, row.row)
+            largest = find(part)
+            if largest is not None and (best is None or largest[0] > best.value):
+                row = splits.rows[name][number][largest[1] // part.per_row]
+                best = Extreme(largest[0], name, row.source, row.row)
     return best
 
 
 def _largest_token_of(part: EncodedRows) -> tuple[int, int] | None:
-    """The largest token and the number of the example that holds it first."""
+    """The largest token id, and the index of the first example that contains it."""
     best, first = None, 0
     for chunk in part.column("input_ids").chunks:
         values = chunk.flatten()
         highest = pc.max(values).as_py()
         if highest is not None and (best is None or highest > best[0]):
-            at = pc.index(values, pa.scalar(highest, values.type)).as_py()
-            best = (int(highest), first + int(np.searchsorted(_ends(chunk), at, side="right")))
+            position = pc.index(values, pa.scalar(highest, values.type)).as_py()
+            best = (int(highest), first + int(np.searchsorted(_ends(chunk), position, side="right")))
         first += len(chunk)
     return best
 
 
 def _longest_of(part: EncodedRows) -> tuple[int, int] | None:
+    """The largest number of tokens, and the index of the first example that has it."""
     lengths = part.lengths
     return None if not lengths else (max(lengths), int(np.argmax(lengths)))
 
 
 def _ends(chunk: pa.Array) -> np.ndarray:
-    """Where each list of a column ends in the values of all."""
+    """End of each list of a column in the concatenated values."""
     return np.cumsum(pc.list_value_length(chunk).to_numpy(zero_copy_only=False))

@@ -1,4 +1,4 @@
-"""What the training rows ask, to find rows and requests of other splits among them."""
+"""Index of the training rows and their questions, to find overlap with other splits and requests."""
 
 from __future__ import annotations
 
@@ -6,33 +6,30 @@ import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_ft.data.row_types import Row
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.types import Request
 
-if TYPE_CHECKING:
-    from lightning_ft.data.row_types import Row
-
 _INSTRUCTIONS = ("system", "developer")
 
 
 def question_keys(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """A key of the conversation up to each turn of the user; the last one is the key of its question.
+    """Keys of a conversation, one for its prefix up to each user turn; the last one is the key of its question.
 
-    Two questions are the same if the turns up to the last of the user have the same roles, texts and tool calls. White
-    space at the ends of a text, and how much of it there is between words, makes no difference; nor do system turns,
-    reasoning, ids of tool calls, and whether a turn is trained on. Letter case does.
+    Two questions are the same if the turns up to the last user turn have the same roles, texts and tool calls. Leading
+    and trailing white space and its amount between words make no difference, nor do system turns, reasoning, ids of
+    tool calls, and whether a turn is trained on. Letter case does.
 
-    The key of a prefix is among the keys of every conversation that starts with it: a conversation that was exported
-    turn by turn is found again.
+    The key of a prefix is among the keys of every conversation that starts with it, so that a conversation exported
+    turn by turn is recognized.
 
     Args:
-        messages: The turns; those after the last of the user play no part.
+        messages: The turns; those after the last user turn are ignored.
 
     Returns:
-        16 bytes for each turn of the user, in their order.
+        16 bytes per user turn, in their order.
 
     Example:
         >>> def user(text):
@@ -54,20 +51,20 @@ def question_keys(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
 
 
 def row_questions(row: Row) -> list[Hashable]:
-    """The keys of a row's conversation; of a row that asks nothing, such as a plain text, the row's own key.
+    """The keys of a row's conversation; for a row without a question, such as a plain text, the row's own key.
 
     Args:
         row: A checked row.
     """
-    asked = question_keys(row.prompt_messages)
-    return [*asked] if asked else [("asks nothing", row.key)]
+    keys = question_keys(row.prompt_messages)
+    return [*keys] if keys else [("no question", row.key)]
 
 
 def _turn(message: Mapping[str, Any]) -> str:
-    """Role, text and tool calls of a turn, a line each: neither of the two texts has a line break of its own."""
+    """Role, text and tool calls of a turn, one per line: the texts have no line breaks."""
     content, calls = message.get("content"), message.get("tool_calls")
     text = " ".join(content.split()) if isinstance(content, str) else _json(content)
-    called = _json([call.get("function", call) for call in calls]) if calls else ""  # their ids differ by chance
+    called = _json([call.get("function", call) for call in calls]) if calls else ""  # without their random ids
     return f"{message['role']}\n{text}\n{called}"
 
 
@@ -81,15 +78,15 @@ class TrainingIndex:
 
     Args:
         rows: Keys of whole rows.
-        questions: Keys of every question in them, those of earlier turns too.
-        last_questions: Keys of the questions whose answer is the last turn of a row.
-        clusters: What rows belong to.
+        questions: Keys of all questions, those of earlier turns included.
+        last_questions: Keys of the questions that the last turn of a row answers.
+        clusters: Clusters of the rows.
 
     Example:
         >>> index = TrainingIndex()
         >>> ask = lambda text: ({"role": "user", "content": text},)
         >>> index.add(Request("a", ask("Where is my parcel?"), "Here."))
-        >>> [index.asks(ask(text)) for text in ("Where is  my parcel? ", "Where is my lamp?")]
+        >>> [index.has_question(ask(text)) for text in ("Where is  my parcel? ", "Where is my lamp?")]
         [True, False]
     """
 
@@ -100,14 +97,14 @@ class TrainingIndex:
 
     @classmethod
     def of(cls, rows: Iterable[Row | Request]) -> TrainingIndex:
-        """The index of rows that are trained on, or of requests made of them."""
+        """The index of training rows, or of requests made from them."""
         index = cls()
         for row in rows:
             index.add(row)
         return index
 
     def add(self, row: Row | Request) -> None:
-        """Add one row that is trained on."""
+        """Add a training row."""
         if isinstance(row, Request):
             keys: Sequence[Any] = question_keys(row.messages)
         else:
@@ -118,8 +115,8 @@ class TrainingIndex:
         if row.cluster:
             self.clusters.add(row.cluster)
 
-    def asks(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the question of a conversation is trained on.
+    def has_question(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the question of a conversation is in the training rows.
 
         Args:
             messages: The conversation up to its answer.
@@ -130,8 +127,8 @@ class TrainingIndex:
         """Count the rows of another split that overlap with the training rows.
 
         Args:
-            rows: Of the other split.
-            report: Its counters ``also_in_train``, ``question_in_train``, ``conversation_in_train`` and
+            rows: Rows of the other split.
+            report: Its report, whose counters ``also_in_train``, ``question_in_train``, ``conversation_in_train`` and
                 ``cluster_in_train`` are set.
         """
         report.also_in_train = report.question_in_train = 0

@@ -1,4 +1,4 @@
-"""What became of the rows of a split."""
+"""Counts of the rows in a split: read, kept, dropped, truncated, duplicated, and why."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from lightning_ft.data.raw_rows import Problem
 
 @dataclass
 class SplitReport:
-    """What became of the rows of one split.
+    """Counts of the rows in one split, and the problems of those left out.
 
     Args:
-        read: Rows found. Rows held out for validation count there, not in train.
-        kept: Rows that are used.
-        skipped: Rows left out, by reason.
-        problems: What was wrong with them.
-        truncated: Rows whose prompt was cut.
-        duplicates: Kept rows that appear more than once, first occurrences not counted.
-        also_in_train: Kept rows that appear in the training split too.
-        question_in_train: Kept rows whose question appears in the training split, with any answer, as the last
-            question of a row or an earlier one; those of `also_in_train` are among them.
-        conversation_in_train: Kept rows, none of those, that go on with a conversation of the training split.
-        cluster_in_train: Kept rows of clusters that the training split has rows of.
-        other_prompt: Rows whose tokens before the last answer aren't those that generation starts from.
-        mismatch: Of the first of them, what the row has and what generation starts from, around the first difference.
-        ignored: Columns, and keys of messages (``messages.id``), that were found and mean nothing here.
-        notes: Other things found (byte order marks, blank lines), with their counts.
+        read: Number of rows read. Rows held out for validation count there, not in train.
+        kept: Number of rows that are used.
+        skipped: Numbers of rows left out, by reason.
+        problems: Problems of the rows left out.
+        truncated: Number of rows whose prompt was truncated.
+        duplicates: Number of kept rows that repeat an earlier row.
+        also_in_train: Number of kept rows that also appear in the training split.
+        question_in_train: Number of kept rows whose question appears in the training split, with any answer, in the
+            last or an earlier turn. Rows of `also_in_train` are included.
+        conversation_in_train: Number of kept rows, other than those, that continue a conversation of the training
+            split.
+        cluster_in_train: Number of kept rows whose cluster has rows in the training split.
+        other_prompt: Number of rows whose tokens before the last answer differ from those that generation starts from.
+        mismatch: The first such row's text and the text that generation starts from, around the first difference.
+        ignored: Columns, and keys of messages (``messages.id``), that were found and aren't read.
+        notes: Other findings (byte order marks, blank lines), with their counts.
         formats: Row format of each source.
-        lengths: Tokens of each kept row; of a pair of completions those of each, its prompt included.
-        supervised: Supervised tokens of the same.
+        lengths: Number of tokens of each kept row; for a pair, of each completion with its prompt.
+        supervised: Number of supervised tokens of each kept row; for a pair, of each completion.
     """
 
     read: int = 0
@@ -60,20 +61,20 @@ class SplitReport:
 
     @property
     def overlap(self) -> list[tuple[int, str]]:
-        """What the split has in common with the training split: counts of rows above 0, and of which rows.
+        """Overlap with the training split: nonzero counts, each with a description of its rows.
 
         Example:
             >>> SplitReport(kept=8, also_in_train=3, question_in_train=5).overlap
             [(3, 'rows that also appear in train'), (5, 'rows whose question appears in train')]
         """
-        other_answer = self.question_in_train > self.also_in_train  # else it would say the same again
-        found = [
+        other_answer = self.question_in_train > self.also_in_train  # else it would repeat the first count
+        counts = [
             (self.also_in_train, "rows that also appear in train"),
             (self.question_in_train if other_answer else 0, "rows whose question appears in train"),
-            (self.conversation_in_train, "rows that go on with a conversation of train"),
-            (self.cluster_in_train, "rows of a cluster that train has rows of"),
+            (self.conversation_in_train, "rows that continue a conversation of train"),
+            (self.cluster_in_train, "rows of a cluster that also has rows in train"),
         ]
-        return [(count, what) for count, what in found if count]
+        return [(count, what) for count, what in counts if count]
 
     def summary(self, name: str) -> str:
         """One line for the log.

@@ -1,4 +1,4 @@
-"""The rows of each split, read, checked, held out and encoded; knows nothing of Lightning."""
+"""Read, check, hold out and encode the rows of each split, independently of Lightning."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ SplitName = Literal["train", "validation", "test", "predict"]
 
 @dataclass(frozen=True)
 class RowRules:
-    """How rows are read and encoded.
+    """Options for reading and encoding rows.
 
     Args:
-        columns: The format's field names to those in the data.
-        on_bad_row: What becomes of bad rows.
-        max_length: Most tokens of a row.
-        on_overlong: What becomes of longer rows.
-        seed: Decides which rows are held out.
-        cache: Folder of encoded rows, None for none.
+        columns: Field names of the format to those in the data.
+        on_bad_row: Treatment of bad rows.
+        max_length: Maximum number of tokens per row.
+        on_overlong: Treatment of longer rows.
+        seed: Seed that decides which rows are held out.
+        cache: Folder of the cache of encoded rows; None for no cache.
         template_kwargs: Variables of the chat template for rows that don't set them.
         format: Function, or its import path, that maps each source row to messages or to a row of a known format.
     """
@@ -61,8 +61,8 @@ class Splits(Generic[RowT]):
     """Rows of each split: `load` reads and checks them, `encode` tokenizes them, each once.
 
     Args:
-        given: What was passed as each split; None for none, and for validation also the share of train to hold out.
-        rules: How rows are read and encoded.
+        sources: Sources of each split; None for no split, and for validation also the share of train to hold out.
+        rules: Options for reading and encoding rows.
         row_type: Type of the rows.
 
     Example:
@@ -76,36 +76,36 @@ class Splits(Generic[RowT]):
 
     def __init__(
         self,
-        given: Mapping[str, Any],
+        sources: Mapping[str, Any],
         rules: RowRules,
         row_type: RowType[Any] = PAIRS,
     ) -> None:
-        self.sources = {name: value for name, value in given.items() if value is not None}
+        self.sources = {name: value for name, value in sources.items() if value is not None}
         self.rules, self.row_type = rules, row_type
         self.report: dict[str, SplitReport] = {}
         self.rows: dict[str, list[list[RowT]]] = {}
         self.encoded: dict[str, list[EncodedRows]] = {}
         self._index: TrainingIndex | None = None
-        self._overlap_told: set[str] = set()
+        self._overlap_reported: set[str] = set()
         self.notes_reported: set[str] = set()
-        """Notes of the reports that were warned of."""
+        """Notes for which a warning was issued."""
 
     @property
     def held_out(self) -> float | None:
-        """The share of the training rows that validation is."""
+        """Share of the training rows that is held out for validation; None if validation has its own rows."""
         share = self.sources.get("validation")
         return float(share) if isinstance(share, (int, float)) else None
 
     def load(self, names: Sequence[str]) -> None:
-        """Read and check splits that weren't yet; the bad rows of all of them are reported together.
+        """Read and check splits that weren't loaded yet; the bad rows of all of them are reported together.
 
         Raises:
-            DataError: With every bad row, unless they are to be skipped.
+            DataError: With all bad rows, unless they are skipped.
         """
-        wanted = {name for name in names if name in self.sources}
-        if "validation" in wanted and self.held_out is not None:
-            wanted.add("train")
-        new = [name for name in self.sources if name in wanted and name not in self.rows]
+        required = {name for name in names if name in self.sources}
+        if "validation" in required and self.held_out is not None:
+            required.add("train")
+        new = [name for name in self.sources if name in required and name not in self.rows]
         if self.held_out is not None:
             new = [name for name in new if name != "validation"]
         rows: dict[str, list[list[RowT]]] = {}
@@ -133,7 +133,7 @@ class Splits(Generic[RowT]):
         for name in new:
             rows[name] = self.row_type.complete(name, rows[name], reports[name])
             formats = reports[name].formats.items()
-            rank_zero_info(f"{name}: row format " + ", ".join(f"{found} ({source})" for source, found in formats))
+            rank_zero_info(f"{name}: row format " + ", ".join(f"{format} ({source})" for source, format in formats))
         self.rows |= rows
         self.report |= reports
         if "train" in new:
@@ -146,7 +146,7 @@ class Splits(Generic[RowT]):
             self._count_overlap()
 
     def _hold_out(self, share: float) -> None:
-        """Move a share of the training rows to validation, all that belong together at once."""
+        """Move a share of the training rows to validation, keeping rows that belong together in one split."""
         self.rows["train"], held = hold_out(self.rows["train"], share, self.rules.seed)
         self.rows["validation"] = [held]
         self.report["validation"] = SplitReport(read=len(held), kept=len(held))
@@ -154,12 +154,12 @@ class Splits(Generic[RowT]):
         self.report["train"].kept -= len(held)
 
     def sample(self, name: str, count: int) -> None:
-        """Keep so many rows of a split that was loaded and not yet encoded, drawn by the seed of the rules.
+        """Keep a random sample of a split that was loaded and not yet encoded, drawn with the seed of the rules.
 
-        Fewer are always among more: a learning curve adds rows and exchanges none.
+        A smaller sample is a subset of a larger one: a learning curve only adds rows.
 
         Raises:
-            ConfigError: If the split has fewer, or it is too late.
+            ConfigError: If the split has fewer rows, or is already encoded.
 
         Example:
             >>> rules = RowRules(None, "error", 64, "error", seed=0, cache=None)
@@ -169,27 +169,27 @@ class Splits(Generic[RowT]):
             >>> len(splits.rows["train"][0]), splits.report["train"].kept
             (4, 4)
         """
-        places = [(k, i) for k, part in enumerate(self.rows[name]) for i in range(len(part))]
-        if name in self.encoded or not 1 <= count <= len(places):
-            raise ConfigError(f"{name}: {count:,} of {len(places):,} rows can't be drawn before they are encoded.")
-        kept = set(random.Random(self.rules.seed).sample(places, len(places))[:count])
+        positions = [(k, i) for k, part in enumerate(self.rows[name]) for i in range(len(part))]
+        if name in self.encoded or not 1 <= count <= len(positions):
+            raise ConfigError(f"{name}: {count:,} of {len(positions):,} rows can't be drawn before they are encoded.")
+        kept = set(random.Random(self.rules.seed).sample(positions, len(positions))[:count])
         self.rows[name] = [
             [row for i, row in enumerate(part) if (k, i) in kept] for k, part in enumerate(self.rows[name])
         ]
         self.report[name].kept = count
-        self.report[name].notes["row not drawn"] += len(places) - count
-        self._rows_left_out(name)
+        self.report[name].notes["row not drawn"] += len(positions) - count
+        self._recount(name)
 
     def training_index(self) -> TrainingIndex | None:
-        """What the training rows ask, of those that are used; None where they weren't loaded."""
+        """Index of the training rows that are used; None if they weren't loaded."""
         if "train" not in self.rows:
             return None
         if self._index is None:
             self._index = TrainingIndex.of(row for part in self.rows["train"] for row in part)
         return self._index
 
-    def _rows_left_out(self, name: str) -> None:
-        """Count again what depends on the rows of a split that became fewer."""
+    def _recount(self, name: str) -> None:
+        """Update the counts that depend on the rows of a split, after some were left out."""
         if name == "train":
             self._index = None
         if name in ("train", "validation", "test"):
@@ -199,22 +199,22 @@ class Splits(Generic[RowT]):
         index = self.training_index() if {"validation", "test"} & self.rows.keys() else None
         for name in ("validation", "test"):
             if index is None or name not in self.rows or (name == "validation" and self.held_out is not None):
-                continue  # what is held out has nothing in common with train
+                continue  # held-out rows never overlap with train
             report = self.report[name]
             index.count((row for part in self.rows[name] for row in part), report)
-            if report.overlap and name not in self._overlap_told:
-                self._overlap_told.add(name)
-                found = ", ".join(f"{count:,} {what}" for count, what in report.overlap)
+            if report.overlap and name not in self._overlap_reported:
+                self._overlap_reported.add(name)
+                counts = ", ".join(f"{count:,} {what}" for count, what in report.overlap)
                 rank_zero_warn(
-                    f"{name} has {found}, of {report.kept:,} in all, so its metrics will look better than they are. "
-                    "Remove such rows from one of the two; a share of train, as validation=0.1, keeps them together."
+                    f"{name} has {counts}, of {report.kept:,} in all, so its metrics will look better than they are. "
+                    "Remove such rows from one of the two; a share of train (validation=0.1) keeps them together."
                 )
 
     def encode(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tokenize a split that was loaded and wasn't yet encoded.
+        """Tokenize a split that was loaded and not yet encoded.
 
         Raises:
-            DataError: With every row that can't be encoded within `max_length`, or if none is left.
+            DataError: With all rows that can't be encoded within `max_length`, or if no row is left.
         """
         if name in self.encoded or name not in self.rows:
             return
@@ -258,45 +258,45 @@ class Splits(Generic[RowT]):
             [part[i] for i in e.rows[:: e.per_row]] for part, e in zip(self.rows[name], encoded, strict=True)
         ]
         if kept < before:
-            self._rows_left_out(name)
-        self._tell(name, tokenizer)
+            self._recount(name)
+        self._log_report(name, tokenizer)
 
     def may_drop(self, problem: Problem) -> bool:
-        """Whether a row with this problem is left out; if not, it is an error."""
+        """Whether a row with this problem is left out rather than an error."""
         if problem.reason.startswith("overlong") and self.rules.on_overlong != "truncate_prompt":
             return self.rules.on_overlong == "drop"
         return self.rules.on_bad_row == "skip"
 
-    def _tell(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _log_report(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Log the summary of an encoded split, and warn of notes that have a remedy."""
         report = self.report[name]
         rank_zero_info(report.summary(name))
         template = chat_template(tokenizer)
         for note, count in report.notes.items():
             remedy = None if note in self.notes_reported else remedy_for(note, template)
-            self.notes_reported.add(note)  # each once, not for every split
+            self.notes_reported.add(note)  # once, not for every split
             if remedy is not None:
                 rank_zero_warn(f"{name}: {count:,} x {note}. {remedy}")
         if report.other_prompt and report.mismatch is not None:
             row, prompt = report.mismatch
             rank_zero_warn(
                 f"{name}: in {report.other_prompt:,} of {report.kept:,} rows the tokens before the last answer aren't "
-                f"those that generation starts from: the first row has {row!r} where generation is given {prompt!r}. "
-                "The model would be trained on other prompts than it is asked with. Where the prompt opens reasoning, "
-                "give the rows their reasoning (reasoning_content) or switch it off (chat_template_kwargs="
-                "{'enable_thinking': False}, if the template reads that); else pass a chat_template= that writes both "
-                "alike."
+                f"those that generation starts from: the first row has {row!r} where generation has {prompt!r}. The "
+                "model would be trained on other prompts than it gets in use. Where the prompt opens reasoning, add it "
+                "to the rows (reasoning_content) or switch it off (chat_template_kwargs={'enable_thinking': False}, if "
+                "the template reads that); otherwise pass a chat_template= that writes both alike."
             )
         if max(report.lengths) > tokenizer.model_max_length:
             rank_zero_warn(
-                f"{name}: the longest row has {max(report.lengths):,} tokens, the tokenizer's model_max_length is "
-                f"{tokenizer.model_max_length:,}. Lower max_length if the model takes no more."
+                f"{name}: the longest row has {max(report.lengths):,} tokens, but the tokenizer's model_max_length is "
+                f"{tokenizer.model_max_length:,}. Lower max_length if that is the model's limit."
             )
 
     def requests(self: Splits[Conversation], name: str) -> list[Request]:
-        """Pairs of a split as requests with their right answers.
+        """Pairs of a split as requests with their reference answers.
 
-        Ids are unique: a row without an id is called after its source and number, and where several rows have one id,
-        ``#2``, ``#3``, ... is appended to those after the first, whichever of these no other row has.
+        Ids are unique: a row without an id gets its source and number, and where several rows have the same id, a free
+        one of ``#2``, ``#3``, ... is appended to those after the first.
 
         Raises:
             ConfigError: If there is no such split, it wasn't loaded, or a row has no question or no answer.
@@ -311,18 +311,18 @@ class Splits(Generic[RowT]):
             if not row.prompt_messages or row.messages[-1]["role"] != "assistant":
                 missing = "no answer to compare with" if row.prompt_messages else "no question, as a plain text"
                 raise ConfigError(
-                    f"{name} rows can't be requests: {row.source}, row {row.row}, has {missing}. Give questions with "
-                    "their answers as requests= where they are asked."
+                    f"{name} rows can't be requests: {row.source}, row {row.row}, has {missing}. Pass questions with "
+                    "their answers as requests=."
                 )
             answer = row.messages[-1]
-            more = answer if {"tool_calls", "reasoning_content"} & answer.keys() else None
+            whole_answer = answer if {"tool_calls", "reasoning_content"} & answer.keys() else None
             reference, cluster = answer["content"], row.cluster or None
-            requests.append(Request(unique, row.prompt_messages, reference, cluster, row.template_kwargs, more))
+            requests.append(Request(unique, row.prompt_messages, reference, cluster, row.template_kwargs, whole_answer))
         return requests
 
 
 def _unique(ids: Sequence[str]) -> list[str]:
-    """The same ids, those that appear again with a number that makes them unique.
+    """The same ids, with a number appended to repeated ones.
 
     Example:
         >>> _unique(["a", "a", "a#2", "a"])
@@ -332,10 +332,10 @@ def _unique(ids: Sequence[str]) -> list[str]:
     unique: list[str] = []
     for name in ids:
         numbers[name] += 1
-        found = name
+        new = name
         if numbers[name] > 1:
-            while (found := f"{name}#{numbers[name]}") in taken:
+            while (new := f"{name}#{numbers[name]}") in taken:
                 numbers[name] += 1
-            taken.add(found)
-        unique.append(found)
+            taken.add(new)
+        unique.append(new)
     return unique

@@ -1,4 +1,4 @@
-"""A share of the training rows as validation: no question of it is trained on, whatever form the rows have."""
+"""Holding out a share of the training rows: none of its questions is trained on, in any row format."""
 
 import warnings
 
@@ -22,13 +22,13 @@ def answer(text):
 TALK = [message for n in range(4) for message in (user(f"turn {n}?"), answer(f"reply {n}"))]
 
 
-def said_of(talk, n):
-    """The same conversation about another thing."""
+def about(talk, n):
+    """The same conversation about another subject."""
     return [{**message, "content": f"{message['content']} {n}"} for message in talk]
 
 
 def turn_by_turn(n):
-    return [{"messages": said_of(TALK, n)[:end]} for end in (2, 4, 6, 8)]
+    return [{"messages": about(TALK, n)[:end]} for end in (2, 4, 6, 8)]
 
 
 def with_system(n):
@@ -41,7 +41,7 @@ def preference(n, k):
 
 
 def whole_preference(n, k):
-    talk = [*said_of(TALK, n)[:2], user(f"and? {n}")]
+    talk = [*about(TALK, n)[:2], user(f"and? {n}")]
     return {"chosen": [*talk, answer(f"good {k}")], "rejected": [*talk, answer(f"bad {k}")]}
 
 
@@ -75,31 +75,33 @@ PROMPTS = {
         {"prompt": f"question {n}" if k % 2 else [user(f"question {n}")]} for k in range(4)
     ],
 }
-KINDS = [
+CASES = [
     *((PairDataModule, name, make) for name, make in PAIRS.items()),
     *((PreferenceDataModule, name, make) for name, make in PREFERENCES.items()),
     *((PromptDataModule, name, make) for name, make in PROMPTS.items()),
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "make"), KINDS, ids=[f"{m.__name__} {name}" for m, name, _ in KINDS])
+@pytest.mark.parametrize(("module", "name", "make"), CASES, ids=[f"{m.__name__} {name}" for m, name, _ in CASES])
 def test_hold_out_keeps_rows_that_belong_together(module, name, make):
-    given = [row for k in range(4) for n in range(30) for row in make(n)[k : k + 1]]  # those of one n far apart
-    data = module(given, validation=0.1, seed=1)
+    source = [row for k in range(4) for n in range(30) for row in make(n)[k : k + 1]]  # those of one n far apart
+    data = module(source, validation=0.1, seed=1)
     data.load_rows()
     names = ("train", "validation")
     held = {split: [row for part in data.splits.rows[split] for row in part] for split in names}
     assert (len(held["train"]), len(held["validation"])) == (108, 12)
-    asked = {split: {key for row in rows for key in row_questions(row)} for split, rows in held.items()}
+    questions = {split: {key for row in rows for key in row_questions(row)} for split, rows in held.items()}
     clusters = {split: {row.cluster for row in rows} - {None} for split, rows in held.items()}
-    assert not asked["train"] & asked["validation"]
+    assert not questions["train"] & questions["validation"]
     assert not clusters["train"] & clusters["validation"]
     assert data.report["validation"].overlap == []
 
 
-def loaded(train, validation, seed=0, **given):
-    made = Splits({"train": train, "validation": validation, **given}, RowRules(None, "error", 64, "error", seed, None))
-    made.load(["train", "validation", *given])
+def loaded(train, validation, seed=0, **splits):
+    made = Splits(
+        {"train": train, "validation": validation, **splits}, RowRules(None, "error", 64, "error", seed, None)
+    )
+    made.load(["train", "validation", *splits])
     return made
 
 
@@ -126,7 +128,7 @@ def test_hold_out_of_a_whole_source(tokenizer):
     assert len(list(data.val_dataloader())) == 2
 
 
-def test_hold_out_is_of_the_seed_and_keeps_the_order_of_rows():
+def test_hold_out_depends_on_the_seed_and_keeps_the_order_of_rows():
     rows = pairs(*(f"question {n // 2}" for n in range(60)))
     one, again, other = (loaded(rows, 0.2, seed) for seed in (0, 0, 1))
     assert one.rows == again.rows != other.rows
@@ -138,15 +140,15 @@ def test_hold_out_is_of_the_seed_and_keeps_the_order_of_rows():
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (
             pairs("a", "b", "c", cluster="x"),
-            "all 3 rows belong to the cluster 'x'.*or let columns= name another cluster",
+            "all 3 rows belong to the cluster 'x'.*or name another cluster in columns=",
         ),
         (
             pairs("a", " a", "a "),
-            r"all 3 rows belong to the question 'a', so none .* Pass validation= rows of their own\.",
+            r"all 3 rows belong to the question 'a', so every .* Pass separate rows as validation=\.",
         ),
         (
             [{"messages": TALK[:end]} for end in (2, 4)],
@@ -156,33 +158,31 @@ def test_hold_out_is_of_the_seed_and_keeps_the_order_of_rows():
         (pairs("a"), "there are fewer than two different rows"),
     ],
 )
-def test_hold_out_of_rows_that_all_belong_together(rows, said):
-    with pytest.raises(DataError, match=r"validation=0\.5 of train: " + said):
+def test_hold_out_of_rows_that_all_belong_together(rows, message):
+    with pytest.raises(DataError, match=r"validation=0\.5 of train: " + message):
         loaded(rows, 0.5)
 
 
-def test_hold_out_warns_of_a_group_that_is_too_large():
+def test_hold_out_warns_of_a_large_group():
     rows = [*pairs(*(f"big {n}" for n in range(30)), cluster="big"), *pairs(*(f"small {n}" for n in range(30)))]
-    said = (
+    message = (
         r"^validation=0\.2 of train: 12 of 60 rows are held out\. Rows of one question, conversation or cluster are "
         r"kept together, and 30 belong to the cluster 'big'\. To hold out others, change the share, or pass"
     )
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match=message):
         made = loaded(rows, 0.2)
     assert len(made.rows["validation"][0]) == 12
 
 
 def test_hold_out_warns_of_a_share_that_cannot_be_met():
     rows = [row for n in range(4) for row in pairs(*[f"question {n}"] * 10)]
-    with pytest.warns(
-        UserWarning, match=r"10 of 40 rows are held out, 4 were asked for\. .* 10 belong to the question"
-    ):
+    with pytest.warns(UserWarning, match=r"10 of 40 rows are held out instead of 4\. .* 10 belong to the question"):
         loaded(rows, 0.1)
 
 
 def test_hold_out_says_nothing_where_the_share_is_met(recwarn):
     loaded(pairs(*(f"question {n // 2}" for n in range(40))), 0.25)
-    loaded(pairs(*(f"question {n}" for n in range(10)), "question 0"), 0.1)  # two of one where one was asked for
+    loaded(pairs(*(f"question {n}" for n in range(10)), "question 0"), 0.1)  # the target is one row
     assert not recwarn.list
 
 

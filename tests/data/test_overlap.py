@@ -63,8 +63,8 @@ def test_overlap_is_told_once_for_each_split(recwarn):
     made.sample("train", 3)
     told = [str(warning.message).split(", so its")[0] for warning in recwarn.list]
     assert told == [
-        "validation has 1 rows whose question appears in train, 1 rows of a cluster that train has rows of, of 2 in "
-        "all",
+        "validation has 1 rows whose question appears in train, 1 rows of a cluster that also has rows in train, of "
+        "2 in all",
         "test has 1 rows that also appear in train, 2 rows whose question appears in train, of 2 in all",
     ]
 
@@ -95,7 +95,7 @@ def test_overlap_of_a_learning_curve_is_with_the_rows_drawn():
     made = loaded(train=rows, test=rows)
     made.sample("train", 5)
     assert counts(made.report["test"]) == (5, 5, 0, 0)
-    assert sum(made.training_index().asks(talk(str(n))) for n in range(20)) == 5
+    assert sum(made.training_index().has_question(talk(str(n))) for n in range(20)) == 5
 
 
 def test_overlap_of_a_held_out_share_is_with_test_only():

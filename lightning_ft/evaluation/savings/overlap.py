@@ -106,7 +106,7 @@ def request_overlap(requests: Sequence[Request], index: TrainingIndex) -> Reques
         (('a',), ())
     """
     return RequestOverlap(
-        tuple(request.id for request in requests if index.asks(request.messages)),
+        tuple(request.id for request in requests if index.has_question(request.messages)),
         tuple(request.id for request in requests if request.cluster in index.clusters),
         len(requests),
     )
@@ -123,7 +123,8 @@ def training_index(rows: TrainRows) -> TrainingIndex:
         DataError: If some rows can't be read, with the first of them.
 
     Example:
-        >>> training_index([{"input": "Where is it?", "output": "Here."}]).asks([{"role": "user", "content": "Why?"}])
+        >>> index = training_index([{"input": "Where is it?", "output": "Here."}])
+        >>> index.has_question([{"role": "user", "content": "Why?"}])
         False
     """
     if isinstance(rows, TrainingIndex):
