@@ -65,8 +65,8 @@ class PreferenceLoss:
     """A loss of pairs.
 
     Args:
-        compute: Function of ``(chosen, rejected)``, `SequenceLogProbs` of `p` pairs, that returns their losses, ``[p]``.
-            It also gets those of the keywords `beta`, `label_smoothing` and `gamma` that its signature names.
+        compute: Function of ``(chosen, rejected)``, `SequenceLogProbs` of `p` pairs, that returns their losses,
+            ``[p]``. It also gets those of the keywords `beta`, `label_smoothing` and `gamma` that its signature names.
         needs_reference: Whether it reads log-probabilities under the reference.
         takes_label_smoothing: Whether `label_smoothing` has a meaning for it.
         name: Name in messages and in `hparams`: that of the registry, or an import path.
@@ -173,7 +173,8 @@ def resolve_preference_losses(loss: LossLike | Mapping[LossLike, float]) -> list
 
 
 def _weighted(losses: WeightedLosses | LossLike | Mapping[LossLike, float]) -> WeightedLosses:
-    return losses if isinstance(losses, (list, tuple)) else resolve_preference_losses(losses)  # type: ignore[arg-type]
+    resolved = isinstance(losses, (list, tuple)) and all(isinstance(item, tuple) for item in losses)
+    return losses if resolved else resolve_preference_losses(losses)  # type: ignore[arg-type, return-value]
 
 
 def _hashable(loss: object) -> LossLike:

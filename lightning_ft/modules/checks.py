@@ -55,10 +55,13 @@ def check_rows(
         ConfigError: For a prompt that leaves no room for `new_tokens`.
     """
     largest, longest = largest_token(splits), longest_row(splits)
-    if largest is not None and (error := beyond_embeddings(model, tokenizer, largest.value, largest.where)) is not None:
+    if (
+        largest is not None
+        and (error := beyond_embeddings(model, tokenizer, largest.value, largest.origin)) is not None
+    ):
         raise error
     if longest is not None:
-        _check_length(model, longest.value, longest.where, new_tokens)
+        _check_length(model, longest.value, longest.origin, new_tokens)
 
 
 def _check_length(model: CausalLM, tokens: int, where: str, new_tokens: int) -> None:
@@ -104,7 +107,7 @@ def check_prompts(
     limit = context_length(base_of(model))
     for row in (row for part in splits.rows.get(split, []) for row in part):
         ids = encode_prompt(tokenizer, list(row.prompt_messages), kwargs=getattr(row, "template_kwargs", None))
-        where = Extreme(len(ids), split, row.source, row.row).where
+        where = Extreme(len(ids), split, row.source, row.row).origin
         error = beyond_embeddings(model, tokenizer, max(ids, default=0), where)
         if error is not None:
             raise error

@@ -103,8 +103,8 @@ def test_whitening(shift_mean):
     assert ours[mask].tolist() == pytest.approx(expected, abs=1e-12)
     assert not ours[~mask].any()
 
-    statistics = mean_and_std(power_sums(x[:8], mask[:8]) + power_sums(x[8:], mask[8:]))
-    parts = [whiten(x[:8], mask[:8], shift_mean, statistics), whiten(x[8:], mask[8:], shift_mean, statistics)]
+    all_ranks = mean_and_std(power_sums(x[:8], mask[:8]) + power_sums(x[8:], mask[8:]))
+    parts = [whiten(x[:8], mask[:8], shift_mean, all_ranks), whiten(x[8:], mask[8:], shift_mean, all_ranks)]
     torch.testing.assert_close(torch.cat(parts), ours, atol=1e-12, rtol=0)
 
 

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.losses.kto import kto_kl, kto_loss
+from lightning_ft.losses.pairwise import bradley_terry_loss
 from lightning_ft.losses.preference import (
     PREFERENCE_LOSSES,
+    PreferenceLoss,
     SequenceLogProbs,
-    bradley_terry_loss,
     check_preference_losses,
     implicit_rewards,
-    kto_kl,
-    kto_loss,
     preference_loss,
+    resolve_preference_losses,
     weighted_preference_loss,
 )
 
@@ -34,66 +35,66 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def literal(kind, chosen, rejected, beta, label_smoothing, gamma):
+def literal(loss, chosen, rejected, beta, label_smoothing, gamma):
     (c, c_ref, c_len), (r, r_ref, r_len) = chosen, rejected
     gap = (c - c_ref) - (r - r_ref)
     wrong = label_smoothing
-    if kind == "sigmoid":
+    if loss == "sigmoid":
         return -(1 - wrong) * math.log(sigmoid(beta * gap)) - wrong * math.log(sigmoid(-beta * gap))
-    if kind == "robust":
+    if loss == "robust":
         loss = -(1 - wrong) * math.log(sigmoid(beta * gap)) + wrong * math.log(sigmoid(-beta * gap))
         return loss / (1 - 2 * wrong)
-    if kind == "hinge":
+    if loss == "hinge":
         return max(0.0, 1 - beta * gap)
-    if kind == "ipo":
+    if loss == "ipo":
         return ((c - c_ref) / c_len - (r - r_ref) / r_len - 1 / (2 * beta)) ** 2
-    if kind == "simpo":
+    if loss == "simpo":
         reward = beta * (c / c_len - r / r_len) - gamma
         return -(1 - wrong) * math.log(sigmoid(reward)) - wrong * math.log(sigmoid(-reward))
     p, q = math.exp(c / c_len), math.exp(r / r_len)
-    if kind == "orpo":
+    if loss == "orpo":
         return -c / c_len - beta * math.log(sigmoid(math.log((p / (1 - p)) / (q / (1 - q)))))
-    assert kind == "sft"
+    assert loss == "sft"
     return -c / c_len
 
 
-def options_of(kind):
-    return OPTIONS if kind in ("sigmoid", "robust", "simpo") else {**OPTIONS, "label_smoothing": 0.0}
+def options_of(loss):
+    return OPTIONS if loss in ("sigmoid", "robust", "simpo") else {**OPTIONS, "label_smoothing": 0.0}
 
 
-@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
-def test_each_loss_is_that_of_its_paper(kind):
-    options = options_of(kind)
-    ours = preference_loss(kind, side(CHOSEN), side(REJECTED), **options)
-    expected = [literal(kind, c, r, **options) for c, r in zip(CHOSEN, REJECTED, strict=True)]
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_each_loss_is_that_of_its_paper(loss):
+    options = options_of(loss)
+    ours = preference_loss(loss, side(CHOSEN), side(REJECTED), **options)
+    expected = [literal(loss, c, r, **options) for c, r in zip(CHOSEN, REJECTED, strict=True)]
     assert ours.tolist() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
-def test_gradients(kind):
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_gradients(loss):
     lengths = torch.tensor([5, 2])
     reference = torch.tensor([-4.0, -2.0], dtype=torch.float64)
     chosen = torch.tensor([-3.0, -1.0], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([-6.0, -0.5], dtype=torch.float64, requires_grad=True)
 
-    def loss(c, r):
+    def computed(c, r):
         sides = SequenceLogProbs(c, reference, lengths), SequenceLogProbs(r, reference - 1, lengths)
-        return preference_loss(kind, *sides, **options_of(kind))
+        return preference_loss(loss, *sides, **options_of(loss))
 
-    assert torch.autograd.gradcheck(loss, (chosen, rejected))
+    assert torch.autograd.gradcheck(computed, (chosen, rejected))
 
 
-@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 @pytest.mark.parametrize("far", [1e4, -1e4])
-def test_huge_log_ratios_are_finite(kind, far):
+def test_huge_log_ratios_are_finite(loss, far):
     logprobs = torch.tensor([-2e4 + far, -1e-9, 0.0], requires_grad=True)
     lengths = torch.tensor([1, 1, 3])
     chosen = SequenceLogProbs(logprobs, torch.full((3,), -2e4), lengths)
     rejected = SequenceLogProbs(logprobs.flip(0), torch.full((3,), -10.0), lengths)
     for first, second in ((chosen, rejected), (rejected, chosen)):
-        loss = preference_loss(kind, first, second, **options_of(kind))
-        assert loss.isfinite().all()
-        (grad,) = torch.autograd.grad(loss.sum(), logprobs)
+        losses = preference_loss(loss, first, second, **options_of(loss))
+        assert losses.isfinite().all()
+        (grad,) = torch.autograd.grad(losses.sum(), logprobs)
         assert grad.isfinite().all()
 
 
@@ -108,15 +109,15 @@ def test_orpo_keeps_its_digits_at_both_ends():
             assert preference_loss("orpo", chosen, rejected, beta=1.0).item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", PREFERENCE_LOSSES)
-def test_reference_free_losses_are_those_that_say_so(kind):
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_reference_free_losses_are_those_that_say_so(loss):
     sides = [side(rows)._replace(ref_logprobs=None) for rows in (CHOSEN, REJECTED)]
-    if PREFERENCE_LOSSES[kind]:
+    if PREFERENCE_LOSSES[loss].needs_reference:
         with pytest.raises(ConfigError, match="needs ref_logprobs, got None"):
-            preference_loss(kind, *sides)
+            preference_loss(loss, *sides)
     else:
-        with_reference = preference_loss(kind, side(CHOSEN), side(REJECTED))
-        torch.testing.assert_close(preference_loss(kind, *sides), with_reference)
+        with_reference = preference_loss(loss, side(CHOSEN), side(REJECTED))
+        torch.testing.assert_close(preference_loss(loss, *sides), with_reference)
 
 
 def test_a_weighted_sum():
@@ -143,28 +144,28 @@ def test_dpo_is_bradley_terry_on_implicit_rewards():
 def test_no_pairs_and_no_tokens():
     empty = SequenceLogProbs(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     nothing = SequenceLogProbs(torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-    for kind in PREFERENCE_LOSSES:
-        assert preference_loss(kind, empty, empty).shape == (0,)
-        assert preference_loss(kind, nothing, nothing).isfinite().all()
+    for loss in PREFERENCE_LOSSES:
+        assert preference_loss(loss, empty, empty).shape == (0,)
+        assert preference_loss(loss, nothing, nothing).isfinite().all()
 
 
 @pytest.mark.parametrize(
-    ("kinds", "options", "message"),
+    ("losses", "options", "message"),
     [
         ({"dpo": 1.0}, {}, "'dpo': expected one of sigmoid, ipo"),
-        ({}, {}, "No preference loss"),
-        ({"sigmoid": -1.0}, {}, "weight -1.0"),
+        ({}, {}, "`loss` is empty"),
+        ({"sigmoid": -1.0}, {}, "Weight -1.0 of loss 'sigmoid'"),
         ({"sigmoid": 1.0}, {"beta": 0.0}, "beta=0.0"),
         ({"sigmoid": 1.0}, {"label_smoothing": 0.5}, "label_smoothing=0.5"),
         ({"robust": 1.0}, {"label_smoothing": -0.1}, "label_smoothing=-0.1"),
-        ({"hinge": 1.0, "sft": 1.0}, {"label_smoothing": 0.1}, "means nothing to hinge, sft"),
+        ({"hinge": 1.0, "sft": 1.0}, {"label_smoothing": 0.1}, "has no meaning for hinge, sft"),
     ],
 )
-def test_what_makes_no_sense_is_refused(kinds, options, message):
+def test_settings_out_of_range_are_refused(losses, options, message):
     with pytest.raises(ConfigError, match=message):
-        check_preference_losses(kinds, **options)
+        check_preference_losses(losses, **options)
     with pytest.raises(ConfigError, match=message):
-        weighted_preference_loss(kinds, side(CHOSEN), side(REJECTED), **options)
+        weighted_preference_loss(losses, side(CHOSEN), side(REJECTED), **options)
 
 
 def test_kto_is_that_of_its_paper():
@@ -205,3 +206,52 @@ def test_bradley_terry(margins, centering):
     assert bradley_terry_loss(x, y, m, centering).tolist() == pytest.approx(expected, rel=1e-12)
     assert torch.autograd.gradcheck(lambda x, y: bradley_terry_loss(x, y, m, centering), (x, y))
     assert bradley_terry_loss(torch.tensor([-1e5]), torch.tensor([1e5])).isfinite()
+
+
+def margin_loss(chosen, rejected, *, beta):
+    return (1 - beta * (chosen.average - rejected.average)).relu()
+
+
+def test_preference_loss_takes_a_function_of_ones_own(tmp_path):
+    sides = side(CHOSEN), side(REJECTED)
+    expected = (1 - 0.3 * (sides[0].average - sides[1].average)).relu()
+    torch.testing.assert_close(weighted_preference_loss(margin_loss, *sides, beta=0.3), expected)
+    mixed = weighted_preference_loss({margin_loss: 2.0, "sft": 0.5}, *sides, beta=0.3)
+    torch.testing.assert_close(mixed, 2.0 * expected - 0.5 * sides[0].average)
+    file = tmp_path / "losses.py"
+    file.write_text(
+        "def margin_loss(chosen, rejected, *, beta):\n    return beta * (rejected.average - chosen.average)\n"
+    )
+    ((by_path, weight),) = resolve_preference_losses(f"{file}:margin_loss")
+    assert (by_path.name, by_path.needs_reference, weight) == (f"{file}:margin_loss", True, 1.0)
+    torch.testing.assert_close(by_path(*sides, beta=0.3, gamma=1.0), 0.3 * (sides[1].average - sides[0].average))
+
+
+def test_preference_loss_states_reference_and_smoothing():
+    def smoothed(chosen, rejected, label_smoothing):
+        return chosen.logprobs * label_smoothing
+
+    ((loss, _),) = resolve_preference_losses(smoothed)
+    assert (loss.needs_reference, loss.takes_label_smoothing) == (True, True)
+    ((loss, _),) = resolve_preference_losses(PreferenceLoss(smoothed, needs_reference=False))
+    assert (loss.needs_reference, loss.takes_label_smoothing) == (False, False)
+    assert loss.name.endswith("smoothed")
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("sigmoyd", "Did you mean 'sigmoid'"),
+        (3, "expected a name, a function, or a dict"),
+        (["sigmoid"], "expected a name, a function, or a dict"),
+        (
+            lambda chosen, rejected: chosen.logprobs.sum(),
+            r"torch.float64 \(\): expected one float per pair",
+        ),
+        (lambda chosen, rejected: None, "returned NoneType"),
+        ("math.pi", "is a float: expected a function"),
+    ],
+)
+def test_preference_loss_of_ones_own_is_checked(loss, message):
+    with pytest.raises(ConfigError, match=message):
+        preference_loss(loss, side(CHOSEN), side(REJECTED))

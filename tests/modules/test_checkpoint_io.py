@@ -71,7 +71,7 @@ def test_last_checkpoint_that_is_damaged_is_replaced_by_the_newest_whole_one(run
     (tmp_path / "k" / "step=3.ckpt").write_bytes(b"")  # the newest of the others is damaged too
     for number in (1, 2):
         os.utime(tmp_path / "k" / f"step={number}.ckpt", (number, number))
-    with pytest.warns(UserWarning, match=r"last\.ckpt' .*newest one of the run that is whole.*step=2\.ckpt"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt' .*newest whole checkpoint of the run.*step=2\.ckpt"):
         found = run(4)
     assert same(found, whole)
     assert not (tmp_path / "ran").exists()
@@ -139,7 +139,7 @@ def test_checkpoints_of_others_are_refused(fit, module, model_folder, trainer_op
     found = torch.load(tmp_path / "a.ckpt")
     for change in ({"loops": {}}, {"optimizer_states": []}, {"optimizer_states": [{}]}, {"lr_schedulers": 1}):
         torch.save({**found, **change}, tmp_path / "c.ckpt")
-        with pytest.raises(CheckpointError, match=r"c\.ckpt' contains .*no whole state of a run"):
+        with pytest.raises(CheckpointError, match=r"c\.ckpt' contains .*an incomplete state of a run"):
             fit(module(), ROWS, ckpt_path=tmp_path / "c.ckpt")
 
 

@@ -231,8 +231,8 @@ def test_bfloat16_base_trains_float32_adapter(model_folder, trainer_options):
     ("options", "message"),
     [
         ({"loss": "dpo"}, "expected one of"),
-        ({"loss": {}}, "No preference loss"),
-        ({"loss": {"sigmoid": -1.0}}, "weight"),
+        ({"loss": {}}, "`loss` is empty"),
+        ({"loss": {"sigmoid": -1.0}}, "Weight -1"),
         ({"beta": 0.0}, "beta"),
         ({"loss": "kto"}, "use lightning_ft.KTO"),
         ({"loss": {"kto": 1.0, "sft": 0.2}}, "use lightning_ft.KTO"),

@@ -329,7 +329,7 @@ def test_an_adapter_of_a_language_model_has_no_head(model_folder, trainer_option
     policy = DPO(model_folder, lora={"r": 4})
     train(policy, PAIRS, trainer_options, max_steps=1)
     folder = policy.export(tmp_path / "out")
-    with pytest.raises(ConfigError, match="has no score head: export it with merge=True"):
+    with pytest.raises(ConfigError, match="has no reward head: export it with merge=True"):
         RewardModeling(str(folder))
     merged = policy.export(tmp_path / "merged", merge=True)
     RewardModeling(str(merged)).configure_model()
@@ -417,7 +417,7 @@ def test_what_is_refused(model_folder, trainer_options):
     module = RewardModeling(model_folder)
     with pytest.raises(ConfigError, match="learns from pairs"):
         train(module, make_labelled(8), trainer_options, max_steps=1)
-    with pytest.raises(ConfigError, match="RewardModeling trains on preferences, and got TokenBatch"):
+    with pytest.raises(ConfigError, match="RewardModeling trains on preferences and got a TokenBatch"):
         Trainer(**trainer_options, max_steps=1).fit(module, PairDataModule(make_rows(8), cache_dir=False))
     with pytest.raises(ConfigError, match="doesn't generate"):
         module.generate(["where is my parcel"])

@@ -9,11 +9,10 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
+from lightning_ft.losses.kto import kto_kl, kto_loss
+from lightning_ft.losses.pairwise import bradley_terry_loss
 from lightning_ft.losses.preference import (
     SequenceLogProbs,
-    bradley_terry_loss,
-    kto_kl,
-    kto_loss,
     preference_loss,
     weighted_preference_loss,
 )
