@@ -46,7 +46,7 @@ def test_kl_of_single_prompt_is_zero_with_warning(model_folder):
     module.configure_model()
     shake(module)
     one = batches(LABELLED, 1)[0]
-    with pytest.warns(UserWarning, match="batch_size of 2 or more"):
+    with pytest.warns(UserWarning, match="Set batch_size to 2 or more"):
         result = module.compute_loss(one)
     assert result.metrics["kl"].tolist() == [0.0]
     logratio = result.metrics["rewards/chosen"] / 0.1
