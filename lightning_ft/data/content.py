@@ -1,7 +1,7 @@
-"""What the texts of a row may not hold: control tokens, and what the tokenizer can't keep.
+"""Check the texts of a row for control tokens, and for characters that the tokenizer doesn't know or changes.
 
-A control token in a message is no text: it would end a turn in its middle, or begin another. What a tokenizer doesn't
-know or changes can't be learned: the model would be taught to answer ``<unk>``.
+A control token within a message would end the turn, or start another one. Text that the tokenizer doesn't know or
+changes can't be learned: the model would be trained to answer ``<unk>``.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.dates import DATED, date_remedy
-from lightning_ft.data.spans import REMEDIES as REMEDIES_OF_SPANS
+from lightning_ft.data.spans import REMEDIES as SPAN_REMEDIES
 from lightning_ft.data.template_layout import template_tokens
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.data.turns import RowError
 from lightning_ft.types import Message
 
-CHANGED_PROMPT = "row whose prompt the tokenizer changes characters of"
+CHANGED_PROMPT = "row with a prompt in which the tokenizer changes characters"
 BOS_TWICE = "row that begins with BOS twice"
 EOS_TWICE = "row with an answer that ends with EOS twice"
 
 REMEDIES = {
-    **REMEDIES_OF_SPANS,
-    CHANGED_PROMPT: "It drops case, accents or rare characters: make sure that nothing in them matters for the answer, "
-    "or use a model whose tokenizer keeps them.",
+    **SPAN_REMEDIES,
+    CHANGED_PROMPT: "It drops case, accents or rare characters: make sure that they don't matter for the answer, or "
+    "use a model whose tokenizer keeps them.",
     BOS_TWICE: "The chat template writes it twice: pass a chat_template= that writes it once.",
     EOS_TWICE: "The chat template writes it twice: pass a chat_template= that writes it once.",
 }
-"""What to do about a note, whatever the chat template."""
+"""Remedies of notes that don't depend on the chat template."""
 
 NOTES_WITH_REMEDY = (*REMEDIES, DATED)
-"""Notes that something can be done about; see `remedy_for`."""
+"""Notes that have a remedy; see `remedy_for`."""
 
 _NAMES = {"system": "system turn", "user": "question", "assistant": "answer", "tool": "tool's answer"}
 
 
 def remedy_for(note: str, template: ChatTemplate) -> str | None:
-    """What to do about a note of a `SplitReport`; None where there is nothing to do.
+    """Remedy of a note in a `SplitReport`; None if it needs none.
 
     Args:
         note: The note.
-        template: The chat template of the rows.
+        template: Chat template of the rows.
     """
     return date_remedy(template) if note == DATED else REMEDIES.get(note)
 
 
 class ContentCheck:
-    """Refuses what a tokenizer and its chat template would make something else of than the text it is.
+    """Refuses texts that the tokenizer and its chat template would turn into something else.
 
     Args:
-        template: The chat template of the tokenizer.
+        template: Chat template of the tokenizer.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -65,36 +65,36 @@ class ContentCheck:
     def __call__(
         self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None, *, markup: bool = False
     ) -> tuple[str, ...]:
-        """Look at the texts of a row.
+        """Check the texts of a row.
 
         Args:
-            messages: Its turns.
-            kwargs: What the template is given besides: the texts in its `tools` are looked at too.
-            markup: Whether control tokens are what the user means, as in a plain text that holds its own markup.
+            messages: Turns of the row.
+            kwargs: Variables of the chat template; the texts in its `tools` are checked too.
+            markup: Whether control tokens are intended, as in a plain text with its own markup.
 
         Returns:
-            Notes of what does no harm.
+            Notes of harmless findings.
 
         Raises:
             RowError: For a control token, for text that the tokenizer doesn't know, and for an answer that it changes.
         """
         notes: list[str] = []
         for number, message in enumerate(messages):
-            where, is_answer = _NAMES.get(message["role"], message["role"]), message["role"] == "assistant"
+            name, is_answer = _NAMES.get(message["role"], message["role"]), message["role"] == "assistant"
             for text in _texts(message):
                 if not markup:
-                    self._check_control(text, where, first=number == 0, is_answer=is_answer)
-                if not self._keeps(text) and self._changed(text, where, is_answer=is_answer):
+                    self._check_control(text, name, first=number == 0, is_answer=is_answer)
+                if not self._keeps(text) and self._changed(text, name, is_answer=is_answer):
                     notes.append(CHANGED_PROMPT)
         for text in _strings((kwargs or {}).get("tools")):
             self._check_control(text, "tools", first=False, is_answer=False)
         return tuple(dict.fromkeys(notes))
 
     def doubled(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """Notes of a conversation's tokens: of BOS or EOS that the chat template writes twice.
+        """Notes of BOS or EOS tokens that the chat template writes twice.
 
         Args:
-            ids: The tokens.
+            ids: Tokens of a conversation.
         """
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         notes = [BOS_TWICE] if bos is not None and list(ids[:2]) == [bos, bos] else []
@@ -106,23 +106,25 @@ class ContentCheck:
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        """Finds the tokens that mean something to the chat template or to generation."""
+        """Pattern of the tokens with a meaning for the chat template or for generation."""
         tokenizer = self.tokenizer
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-        found = template_tokens(self.template)
-        # A pair of tags that an answer may well hold, such as <think> and </think>, controls nothing.
-        tags = {t for t in found if t.startswith("<") and ({f"</{t[1:]}", f"<{t[2:]}"} & added.keys()) and t[1] != "|"}
-        own = {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+        written = template_tokens(self.template)
+        # Paired tags that an answer may contain, such as <think> and </think>, aren't control tokens.
+        tags = {
+            t for t in written if t.startswith("<") and ({f"</{t[1:]}", f"<{t[2:]}"} & added.keys()) and t[1] != "|"
+        }
+        special = {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
         if tokenizer.pad_token and added.get(str(tokenizer.pad_token)) and len(str(tokenizer.pad_token)) > 1:
-            own.add(str(tokenizer.pad_token))
-        names = sorted(filter(str.strip, (found - tags) | own), key=len, reverse=True)
+            special.add(str(tokenizer.pad_token))
+        names = sorted(filter(str.strip, (written - tags) | special), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    def _check_control(self, text: str, where: str, *, first: bool, is_answer: bool) -> None:
+    def _check_control(self, text: str, name: str, *, first: bool, is_answer: bool) -> None:
         for match in self._control.finditer(text):
             token = match.group()
             fix = (
-                "Remove it: the chat template writes it where it belongs. For rows that hold markup of their own pass "
+                "Remove it: the chat template writes it where it belongs. For rows with markup of their own, pass "
                 "chat_template='text'."
             )
             if self.template.is_markup_free:
@@ -133,7 +135,7 @@ class ContentCheck:
                 written = "BOS is written before each row" if begins else "EOS is written after each answer"
                 fix = f"Remove it: {written}."
             detail = f"{token!r} at character {match.start() + 1:,}"
-            raise RowError(None, f"control token in the {where}", detail, fix)
+            raise RowError(None, f"control token in the {name}", detail, fix)
 
     # ------------------------------------------------------------ what the tokenizer keeps
 
@@ -142,15 +144,15 @@ class ContentCheck:
         return keeps_every_text(self.tokenizer)
 
     def _keeps(self, text: str) -> bool:
-        """Whether it is known without looking that a text comes back from its tokens."""
+        """Whether a text is known to be decoded unchanged, without trying."""
         unknown = self.tokenizer.unk_token
         return self._keeps_every_text and not (unknown and str(unknown) in text) and "▁" not in text
 
-    def _changed(self, text: str, where: str, *, is_answer: bool) -> bool:
+    def _changed(self, text: str, name: str, *, is_answer: bool) -> bool:
         """Whether the tokenizer changes a text that isn't an answer.
 
         Raises:
-            RowError: For unknown text, and for an answer that is changed.
+            RowError: For text that it doesn't know, and for an answer that it changes.
         """
         tokenizer = self.tokenizer
         ids = [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
@@ -158,9 +160,9 @@ class ContentCheck:
         if unknown is not None and unknown in ids and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
             detail = f"{ids.count(unknown):,} x {tokenizer.unk_token}, such as {self._unknown(text)!r}"
             fix = "Write it in characters that the tokenizer knows, or use a model whose tokenizer knows them."
-            raise RowError(None, f"text that the tokenizer doesn't know in the {where}", detail, fix)
-        back = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        before, after = _bare(text), _bare(back)
+            raise RowError(None, f"text that the tokenizer doesn't know in the {name}", detail, fix)
+        decoded = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        before, after = _bare(text), _bare(decoded)
         if before == after:
             return False
         if not is_answer:
@@ -168,8 +170,8 @@ class ContentCheck:
         pairs = enumerate(zip(before, after, strict=False))
         first = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
         detail = f"{before[first : first + 10]!r} becomes {after[first : first + 10]!r}"
-        fix = "The model could never answer so: write what the tokenizer makes of it, or use another model."
-        raise RowError(None, f"characters that the tokenizer changes in the {where}", detail, fix)
+        fix = "The model can't generate it: write what the tokenizer makes of it, or use another model."
+        raise RowError(None, f"characters that the tokenizer changes in the {name}", detail, fix)
 
     def _unknown(self, text: str) -> str:
         """The first part of a text that the tokenizer doesn't know."""
@@ -184,7 +186,7 @@ class ContentCheck:
 
 
 def _texts(message: Message) -> Iterable[str]:
-    """The texts of a message: what it says, its reasoning, and what its tool calls pass."""
+    """The texts of a message: its content, its reasoning, and its tool calls."""
     yield message["content"]
     yield message.get("reasoning_content", "")
     for call in message.get("tool_calls", ()):
@@ -204,9 +206,9 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _bare(text: str) -> str:
-    """Without white space, composed: no tokenizer is blamed for what looks the same.
+    """The text without white space and in composed form, since such changes are allowed.
 
-    Decoders of WordPiece write "do not" as "don't", and join other short forms.
+    WordPiece decoders write "do not" as "don't", and join other short forms.
     """
     return "".join(unicodedata.normalize("NFC", text).split()).replace("donot", "don't")
 
@@ -215,12 +217,12 @@ _SPLITTERS = ("Split", "Digits", "Punctuation", "Metaspace", "ByteLevel")
 
 
 def keeps_every_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer is known to keep every text but for white space, Unicode composition and literal ``▁``.
+    """Whether a tokenizer is known to keep every text, apart from white space, Unicode composition and literal ``▁``.
 
-    So are byte-level BPE that has all bytes, and BPE or Unigram that falls back to bytes. False says nothing.
+    Byte-level BPE with all bytes does, and so do BPE and Unigram with byte fallback. False means unknown.
 
     Args:
-        tokenizer: Any tokenizer.
+        tokenizer: The tokenizer.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -239,22 +241,22 @@ def keeps_every_text(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     vocabulary = backend.get_vocab(with_added_tokens=False)
     if "ByteLevel" in decoders:
-        is_bpe, of_bytes = model["type"] == "BPE", any(part["type"] == "ByteLevel" for part in splitters)
-        return is_bpe and of_bytes and all(byte in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
+        is_bpe, splits_bytes = model["type"] == "BPE", any(part["type"] == "ByteLevel" for part in splitters)
+        return is_bpe and splits_bytes and all(byte in vocabulary for byte in pre_tokenizers.ByteLevel.alphabet())
     falls_back = bool(model.get("byte_fallback")) and "ByteFallback" in decoders
     return falls_back and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
 
 
 def _parts(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A part of a tokenizer, or the parts of a sequence of them."""
+    """A component of a tokenizer, or the components of a sequence."""
     if part is None:
         return
     inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders")
     if part["type"] != "Sequence":
         yield part
     else:
-        for one in inner or []:
-            yield from _parts(one)
+        for component in inner or []:
+            yield from _parts(component)
 
 
 def _only_composes(normalizer: dict[str, Any]) -> bool:

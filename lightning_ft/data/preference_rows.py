@@ -1,4 +1,4 @@
-"""Rows of preferences, as tokens."""
+"""Read and encode rows of preferences: pairs of completions, or completions with a label."""
 
 from __future__ import annotations
 
@@ -25,11 +25,18 @@ from lightning_ft.data.turns import RowError, check_order, check_text
 from lightning_ft.errors import DataError
 from lightning_ft.types import Message
 
-_ASKED = ("messages", "conversations", "instruction", "input")  # next to chosen and rejected, as others write them
+_PROMPTS = (
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+)
+"""Fields for the prompt next to `chosen` and `rejected`, in the formats of other trainers."""
+
 FORMATS = Formats(
     required={
         "prompt_chosen_rejected": ("prompt", "chosen", "rejected"),
-        **{f"{name}_chosen_rejected": (name, "chosen", "rejected") for name in _ASKED},
+        **{f"{name}_chosen_rejected": (name, "chosen", "rejected") for name in _PROMPTS},
         "input_preferred_output": ("input", "preferred_output", "non_preferred_output"),
         "chosen_rejected": ("chosen", "rejected"),
         "prompt_completion_label": ("prompt", "completion", "label"),
@@ -48,25 +55,25 @@ FORMATS = Formats(
         "instruction_output_label": ("input", "history"),
     },
 )
-"""Formats of preferences: those of TRL, LLaMA-Factory, axolotl and OpenAI's files."""
+"""Row formats of preferences in TRL, LLaMA-Factory, axolotl and OpenAI's files."""
 
-_SAME = "Nothing tells the two apart: remove the row."
+_SAME = "There is no preference to learn: remove the row."
 
 
 @dataclass(frozen=True)
 class Preference:
-    """A checked row.
+    """A checked preference.
 
     Args:
-        prompt: The turns that all completions continue, system turn (if any) first.
-        completions: What follows them, the assistant's turn last: (chosen, rejected), or one.
-        labels: Whether each of them is the desirable one.
-        source: Where the row stands.
-        row: Its line or number there.
-        id: Names it; the row's `id` field, or ``source:row``.
+        prompt: Turns before all completions, system turn (if any) first.
+        completions: Turns after the prompt, each with an assistant turn last: (chosen, rejected), or one completion.
+        labels: Whether each completion is desirable.
+        source: File, hub name, or the name of an argument.
+        row: Line or number of the row in the source.
+        id: The row's `id` field, or ``source:row``.
         cluster: The row's `cluster` field, if any.
-        margin: By how much the chosen completion is better, if the row says so.
-        template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
+        margin: By how much the chosen completion is better; None if the row doesn't say.
+        template_kwargs: Variables of the chat template besides the messages: `tools`, `enable_thinking`, ...
     """
 
     prompt: tuple[Message, ...]
@@ -81,7 +88,7 @@ class Preference:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes two rows duplicates of each other."""
+        """Equal for duplicate rows."""
         completions = tuple(turns_key(completion) for completion in self.completions)
         return (turns_key(self.prompt), completions, self.labels, *kwargs_key(self.template_kwargs))
 
@@ -96,11 +103,11 @@ class Preference:
 
 
 class PreferenceFormat(FieldReader[Preference]):
-    """Turns rows of one format into preferences.
+    """Reads rows of one format as preferences.
 
     Args:
         name: One of :data:`FORMATS`.
-        columns: The format's field names to those in the data, where they differ.
+        columns: Field names of the format to those in the data, where they differ.
 
     Example:
         >>> row = PreferenceFormat("chosen_rejected").read({"chosen": "2+2? 4", "rejected": "2+2? 5"}, "train", 1)
@@ -115,15 +122,15 @@ class PreferenceFormat(FieldReader[Preference]):
         fields = FORMATS.required[name]
         self.paired = "label" not in fields
         self.answers = tuple(field for field in fields if field != "label")[-2 if self.paired else -1 :]
-        """The fields of the completions; of a conversation with a label, the conversation's."""
+        """Fields of the completions; for a conversation with a label, the conversation."""
 
-    def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Preference:
-        self._check_same_kind(row)
+    def _read(self, row: Mapping[str, Any], origin: dict[str, Any]) -> Preference:
+        self._check_not_mixed(row)
         row = self._without_nesting(row)
         if self.name == "chosen_rejected":
             prompt, sides = self._implicit(row)
         elif not self.paired and self.answers[0] in CONVERSATIONS:
-            prompt, sides = self._judged(row)
+            prompt, sides = self._labelled_conversation(row)
         else:
             prompt = self.read_prompt(row)
             sides = [self.side(row, name, "assistant") for name in self.answers]
@@ -138,71 +145,71 @@ class PreferenceFormat(FieldReader[Preference]):
             labels=(True, False) if self.paired else (self._label(row),),
             margin=self._margin(row) if self.paired else None,
             template_kwargs=self.template_kwargs(row),
-            **place,
+            **origin,
         )
 
     def _without_nesting(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A row whose ``input`` is ``{messages, tools}``, as in OpenAI's files, without that level."""
-        asks = self.column(self.formats.required[self.name][0])
-        nested = row.get(asks)
+        """The row with a nested ``input`` of ``{messages, tools}`` (OpenAI's files) unpacked."""
+        column = self.column(self.formats.required[self.name][0])
+        nested = row.get(column)
         if not isinstance(nested, Mapping) or not isinstance(nested.get("messages"), list):
             return row
         others = {key: value for key, value in nested.items() if key not in ("messages", "tools")}
-        self.ignored.update(f"{asks}.{key}" for key, value in others.items() if is_nonempty(value))
+        self.ignored.update(f"{column}.{key}" for key, value in others.items() if is_nonempty(value))
         tools = {self.column("tools"): nested["tools"]} if is_nonempty(nested.get("tools")) else {}
-        return {**row, **tools, asks: nested["messages"]}
+        return {**row, **tools, column: nested["messages"]}
 
-    def _judged(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
-        """A conversation whose last turn was judged, taken apart."""
+    def _labelled_conversation(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+        """The prompt and the labeled last turn of a conversation."""
         turns = self.side(row, self.answers[0], None)
         if not turns or turns[-1]["role"] != "assistant":
             roles = f"roles: {', '.join(turn['role'] for turn in turns) or 'none'}"
-            fix = "The conversation ends with the answer that has the label: add it, or remove the row."
+            fix = "The label is for the last answer of the conversation: add the answer, or remove the row."
             raise RowError(self.column(self.answers[0]), "no answer to the last turn", roles, fix)
         return turns[:-1], [turns[-1:]]
 
-    def _check_same_kind(self, row: Mapping[str, Any]) -> None:
+    def _check_not_mixed(self, row: Mapping[str, Any]) -> None:
         own, other = (self.answers[0], "label") if self.paired else ("label", "chosen")
         if self.column(own) not in row and self.column(other) in row:
             detail = f"fields: {', '.join(map(str, row))}"
-            fix = "Pairs and completions with a label can't be mixed: put them into DataModules of their own."
+            fix = "Pairs and completions with a label can't be mixed: put them into separate DataModules."
             raise RowError(None, f"not {'a pair' if self.paired else 'a completion with a label'}", detail, fix)
 
     def _implicit(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
-        """The prompt that two whole conversations, or two whole texts, start with, and what is left of them."""
+        """The prompt that two whole conversations or texts share at the start, and the rest of each."""
         columns = self.column("chosen"), self.column("rejected")
         values = self.value(row, "chosen"), self.value(row, "rejected")
         if all(isinstance(value, str) for value in values):
             prompt, left, right = shared_text(
                 *(check_text(v, c, "assistant") for v, c in zip(values, columns, strict=True))
             )
-            asked = [Message(role="user", content=prompt)] if prompt.strip() else []
+            turns = [Message(role="user", content=prompt)] if prompt.strip() else []
             sides = [[Message(role="assistant", content=t)] if t.strip() else [] for t in (left, right)]
         elif all(isinstance(value, list) for value in values):
-            asked, *sides = shared_turns(*(self.side(row, name, None) for name in ("chosen", "rejected")))
+            turns, *sides = shared_turns(*(self.side(row, name, None) for name in ("chosen", "rejected")))
         else:
-            found = " and ".join(type(value).__name__ for value in values)
+            types = " and ".join(type(value).__name__ for value in values)
             fix = "Expected two strings or two lists of messages."
-            raise RowError(columns[1], "wrong type", f"found {found}", fix)
+            raise RowError(columns[1], "wrong type", f"found {types}", fix)
         if values[0] == values[1]:
             raise RowError(columns[1], "chosen and rejected are the same", "", _SAME)
-        if not asked:
+        if not turns:
             fix = "Without a prompt column both must start with the same prompt."
             raise RowError(None, "no shared prompt", f"fields: {', '.join(map(str, row))}", fix)
         for column, side in zip(columns, sides, strict=True):
             if not side:
                 detail = "the other one starts with all of it"
-                fix = "Give the prompt as a column of its own, or remove the row."
-                raise RowError(column, "nothing left behind the shared prompt", detail, fix)
-        return asked, sides
+                fix = "Write the prompt into a column of its own, or remove the row."
+                raise RowError(column, "nothing left after the shared prompt", detail, fix)
+        return turns, sides
 
     def _check_turns(self, prompt: list[Message], sides: list[list[Message]]) -> None:
         if not any(message["role"] == "user" for message in prompt):
             roles = f"roles: {', '.join(message['role'] for message in prompt) or 'none'}"
             field = None if self.name == "chosen_rejected" else self.column(self.formats.required[self.name][0])
-            raise RowError(field, "no question in the prompt", roles, "The prompt needs a turn of the user.")
+            raise RowError(field, "no question in the prompt", roles, "Add a user turn to the prompt.")
         if prompt[-1]["role"] == "assistant" and any(side[:1] and side[0]["role"] == "assistant" for side in sides):
-            fix = "End it with the turn that is to be answered; where chosen and rejected are whole, remove the column."
+            fix = "End it with the turn to answer; if chosen and rejected are whole conversations, remove the column."
             raise RowError(self.column(self.formats.required[self.name][0]), "prompt ends with an answer", "", fix)
         for name, side in zip(self.answers, sides, strict=True):
             try:
@@ -210,7 +217,7 @@ class PreferenceFormat(FieldReader[Preference]):
                     raise RowError(None, "empty output", "", "Fill it in or remove the row.")
                 check_order([*prompt, *side], answered=True)
                 if not side[-1].get("train", True):
-                    fix = "Only the last turn is learned from: remove the row, or the mark."
+                    fix = "Only the last turn is trained on: remove the row, or the mark."
                     raise RowError(None, "completion that isn't to be trained on", "", fix)
             except RowError as error:
                 raise RowError(error.field or self.column(name), error.reason, error.detail, error.fix) from None
@@ -219,10 +226,12 @@ class PreferenceFormat(FieldReader[Preference]):
 
     def _label(self, row: Mapping[str, Any]) -> bool:
         value = self.value(row, "label")
-        if isinstance(value, str):  # a CSV file can't say otherwise
+        if isinstance(value, str):  # from a CSV file
             value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower(), value)
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise RowError(self.column("label"), "label is no bool", repr(value)[:40], "Expected true, false, 1 or 0.")
+            raise RowError(
+                self.column("label"), "label isn't a boolean", repr(value)[:40], "Expected true, false, 1 or 0."
+            )
         return bool(value)
 
     def _margin(self, row: Mapping[str, Any]) -> float | None:
@@ -237,15 +246,15 @@ class PreferenceFormat(FieldReader[Preference]):
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            fix = "Expected a finite number: by how much the chosen one is better."
-            raise RowError(column, "margin is no finite number", repr(value)[:40], fix)
+            fix = "Expected a finite number: by how much the chosen completion is better."
+            raise RowError(column, "margin isn't a finite number", repr(value)[:40], fix)
         return number
 
 
 def _without_repeated_prompt(
     prompt: list[Message], sides: list[list[Message]]
 ) -> tuple[list[Message], list[list[Message]]]:
-    """Where all sides are whole conversations, the prompt with them: some data sets hold both."""
+    """Remove the prompt from sides that all start with it: some datasets have both it and whole conversations."""
     system = sides[0][:1] if sides[0][:1] and sides[0][0]["role"] == "system" and prompt[:1] != sides[0][:1] else []
     whole = [*system, *prompt]
     if prompt and all(side[: len(whole)] == whole for side in sides):
@@ -254,7 +263,7 @@ def _without_repeated_prompt(
 
 
 class Preferences(RowType[Preference]):
-    """Completions that were judged, of which only the last turn is learnt from."""
+    """Pairs of completions or labeled completions, of which only the last turn is supervised."""
 
     name = "preferences"
 
@@ -282,39 +291,39 @@ class Preferences(RowType[Preference]):
         """See `RowType`."""
         first, *others = (example.input_ids.tolist() for example in encoded.examples)
         if first in others:
-            fix = "The chat template leaves nothing that tells the two apart: remove the row, or pass chat_template=."
+            fix = "The chat template removes their difference: remove the row, or pass another chat_template=."
             raise RowError(None, "chosen and rejected become the same tokens", f"{len(first):,} tokens", fix)
         if not len(split_shared(encoded.examples)[0]):
-            fix = "The chat template starts them differently: pass chat_template=."
+            fix = "The chat template starts them differently: pass another chat_template=."
             raise RowError(None, "no token is shared before the answers", "", fix)
 
     def complete(self, name: str, parts: list[list[Preference]], report: SplitReport) -> list[list[Preference]]:
-        """Refuse pairs mixed with single completions; where some rows have a margin, the others get 0, and a note."""
-        kinds = {len(row.completions): row for part in reversed(parts) for row in reversed(part)}
-        if len(kinds) > 1:
-            pair, single = (f"{kinds[n].source}, row {kinds[n].row}" for n in (2, 1))
+        """Refuse a mix of pairs and single completions. Where only some have a margin, others get 0 and a note."""
+        first_rows = {len(row.completions): row for part in reversed(parts) for row in reversed(part)}
+        if len(first_rows) > 1:
+            pair, single = (f"{first_rows[n].source}, row {first_rows[n].row}" for n in (2, 1))
             raise DataError(
                 f"{name} mixes pairs ({pair}) with completions that have a label ({single}): they have different "
-                "losses. Put them into DataModules of their own."
+                "losses. Put them into separate DataModules."
             )
         without = sum(row.margin is None for part in parts for row in part)
         if not without or without == sum(map(len, parts)):
             return parts
-        report.notes["no margin, taken for 0"] += without
+        report.notes["no margin, treated as 0"] += without
         return [[row if row.margin is not None else replace(row, margin=0.0) for row in part] for part in parts]
 
 
 PREFERENCES = Preferences()
-"""The kind of `PreferenceDataModule`."""
+"""Row type of `PreferenceDataModule`."""
 
 
 def split_shared(examples: Sequence[Example]) -> tuple[Tensor, tuple[Example, ...]]:
-    """Encoded conversations as the tokens that all start with, and what is left of each.
+    """Split encoded conversations into the tokens that all of them start with, and the rest of each.
 
-    All supervised tokens are in what is left.
+    All supervised tokens are in the rest.
 
     Args:
-        examples: One for each completion, prompt included, supervised from some token on.
+        examples: One example per completion, prompt included.
 
     Returns:
         The shared tokens, ``int64 [t]``, and the completions.

@@ -1,4 +1,4 @@
-"""Prompts for a Trainer, with whatever else the rewards want to know."""
+"""Prompts for a Trainer, with the other columns of their rows for reward functions."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ FORMATS = Formats(
     required={name: (name,) for name in ("prompt", "messages", "conversations", "instruction", "input")},
     extra={"instruction": ("input", "history"), "prompt": ("history",), "input": ("history",)},
 )
-"""Formats of prompts, by the field that asks."""
+"""Row formats of prompts, by the field of the prompt."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A checked row.
+    """A checked prompt.
 
     Args:
-        messages: The turns up to the one that is to be answered, system turn (if any) first.
-        text: Whether the row's prompt was a string, and there is no system turn.
-        columns: What else stood in the row, by column.
-        source: Where the row stands.
-        row: Its line or number there.
-        id: Names it; the row's `id` field, or ``source:row``.
+        messages: Turns up to the one to answer, system turn (if any) first.
+        text: Whether the row's prompt was a string, without a system turn.
+        columns: Other columns of the row.
+        source: File, hub name, or the name of an argument.
+        row: Line or number of the row in the source.
+        id: The row's `id` field, or ``source:row``.
         cluster: The row's `cluster` field, if any.
-        answered: Whether an answer stood behind the prompt, which is left out.
-        template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
+        answered: Whether an answer followed the prompt; it is left out.
+        template_kwargs: Variables of the chat template besides the messages: `tools`, `enable_thinking`, ...
     """
 
     messages: tuple[Message, ...]
@@ -61,7 +61,7 @@ class Prompt:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes two rows duplicates of each other."""
+        """Equal for duplicate rows."""
         return (*turns_key(self.messages), *kwargs_key(self.template_kwargs))
 
     @property
@@ -71,7 +71,7 @@ class Prompt:
 
     @property
     def prompt(self) -> str | list[Message]:
-        """The prompt as rewards get it."""
+        """The prompt as reward functions get it."""
         return self.messages[-1]["content"] if self.text else list(self.messages)
 
     def with_prompt(self, messages: Sequence[Message]) -> Prompt:
@@ -80,11 +80,11 @@ class Prompt:
 
 
 class PromptFormat(FieldReader[Prompt]):
-    """Turns rows of one format into prompts.
+    """Reads rows of one format as prompts.
 
     Args:
         name: One of :data:`FORMATS`.
-        columns: The format's field names to those in the data, where they differ.
+        columns: Field names of the format to those in the data, where they differ.
 
     Example:
         >>> row = PromptFormat("input").read({"input": "2+2?", "output": "4"}, "train", 1)
@@ -99,13 +99,13 @@ class PromptFormat(FieldReader[Prompt]):
         used = {*FORMATS.required[name], *FORMATS.extra.get(name, ()), "system"}
         self._used = {self.column(field) for field in used}
 
-    def _read(self, row: Mapping[str, Any], place: dict[str, Any]) -> Prompt:
+    def _read(self, row: Mapping[str, Any], origin: dict[str, Any]) -> Prompt:
         column = self.column(self.name)
         messages = self.with_system(row, self.read_prompt(row))
         answered = messages[-1:] != [] and messages[-1]["role"] == "assistant"
         if answered:
             if self.name not in CONVERSATIONS:
-                fix = "A prompt ends with the turn of the user that is to be answered."
+                fix = "A prompt ends with the user turn to answer."
                 raise RowError(column, "prompt ends with an answer", "", fix)
             messages = messages[:-1]
         try:
@@ -118,12 +118,12 @@ class PromptFormat(FieldReader[Prompt]):
             columns={str(name): value for name, value in row.items() if name not in self._used},
             answered=answered,
             template_kwargs=self.template_kwargs(row),
-            **place,
+            **origin,
         )
 
 
 class Prompts(RowType[Prompt]):
-    """Prompts that are answered by the model that learns."""
+    """Prompts that the trained model answers."""
 
     name = "prompts"
 
@@ -144,7 +144,7 @@ class Prompts(RowType[Prompt]):
             raise RowError(None, "no token in the prompt", "", "Pass another chat_template=.")
 
     def complete(self, name: str, parts: list[list[Prompt]], report: SplitReport) -> list[list[Prompt]]:
-        """Give all rows the same columns, and prompts of one type."""
+        """Give all rows the same columns, and all prompts the same type."""
         rows = [row for part in parts for row in part]
         counts = Counter(column for row in rows for column in row.columns)
         if taken := [column for column in RESERVED if column in counts]:
@@ -154,30 +154,58 @@ class Prompts(RowType[Prompt]):
             )
         for column, count in counts.items():
             if count < len(rows):
-                report.notes[f"no {column!r} column, taken for None"] += len(rows) - count
+                report.notes[f"no {column!r} column, treated as None"] += len(rows) - count
         if answered := sum(row.answered for row in rows):
-            report.notes["answer behind the last question, left out"] += answered
-        nothing = dict.fromkeys(counts)
+            report.notes["answer after the last question, left out"] += answered
+        empty = dict.fromkeys(counts)
         text = all(row.text for row in rows)
-        return [[replace(row, text=text, columns={**nothing, **row.columns}) for row in part] for part in parts]
+        return [[replace(row, text=text, columns={**empty, **row.columns}) for row in part] for part in parts]
 
 
 PROMPTS = Prompts()
-"""The kind of `PromptDataModule`."""
+"""Row type of `PromptDataModule`."""
 
 
 class PromptDataModule(RowDataModule):
     """Prompts from files, the Hub or memory, checked and tokenized once, as `PromptBatch`es.
 
-    What is asked stands in one field: `prompt`, `messages`, `conversations` (both asked up to the last turn of the
-    user), `instruction` (with Alpaca's `input`) or `input`; the first of these that rows have. Each row may have a
-    `system`. Every other column goes to the rewards as it is: `output` of rows ``{input, output}``, `id`, `cluster`,
-    `answer`, `tests`, ... A row without a column that others have gives None there, which is counted.
+    The prompt is one field: `prompt`, `messages`, `conversations` (both up to the last user turn), `instruction` (with
+    Alpaca's `input`) or `input`; the first of these that the rows have. Each row may have a `system`. Every other
+    column is passed to the reward functions unchanged: `output` of rows ``{input, output}``, `id`, `cluster`, `answer`,
+    `tests`, ... A row without a column that others have gets None for it, which is counted.
 
-    Rewards get prompts as they stood in the rows: strings, or lists of messages where any row of the split has messages
-    or a system turn. Where the prompt is cut to `max_length`, they get the whole one.
+    Reward functions get the prompts of the rows: strings, or lists of messages where any row of the split has messages
+    or a system turn. Where the prompt is truncated to `max_length`, they get the whole prompt.
 
-    It takes the arguments of `RowDataModule`, `max_length` and `batch_size` being of prompts.
+    Args:
+        train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
+            `datasets.Dataset` or `IterableDataset` (finite; it is read to its end once), a list of dicts, or a list of
+            several of these.
+        validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same prompt
+            (whatever its system turn), from one conversation or from one `cluster` stay together.
+        test: Test rows, in the same forms as `train`.
+        columns: Mapping from field names of the format to columns of your data, such as ``{"prompt": "question",
+            "cluster": "customer"}``.
+        mixing: For several training sources, how often the rows of each appear per epoch. For a fraction, rows are
+            drawn again in every epoch.
+        tokenizer: Hub name, local folder or tokenizer; by default the module's. The module generates and exports with
+            it, too. It needs no pad token.
+        chat_template: Chat template that replaces the tokenizer's own, in generation and export too: ``plain``
+            (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
+        chat_template_kwargs: Variables that the chat template gets for every row in addition to the messages, such as
+            ``{"enable_thinking": False}``. A row's own ``chat_template_kwargs`` take precedence.
+        max_length: Maximum number of tokens per prompt.
+        batch_size: Number of prompts per batch on each rank.
+        on_overlong: What happens to rows longer than `max_length`: ``error`` lists them, ``drop`` counts them,
+            ``truncate_prompt`` cuts user turns of the prompt from their left, the earliest first. Answers, system turns
+            and the template's own tokens are never cut; a row that is too long without any user text is a bad row.
+        on_bad_row: What happens to bad rows: ``error`` lists them all, ``skip`` leaves them out and counts them by
+            reason.
+        shuffle: Whether each epoch has an order of its own, drawn from `seed` and the epoch.
+        seed: Seed of the epochs' orders, the held-out rows and the mixing.
+        num_workers: Number of processes that make batches.
+        cache_dir: Folder for tokenized rows; by default one in the `datasets` library's cache, False for no cache.
+        trust_remote_code: Whether code from the tokenizer's repository may run.
 
     Raises:
         ConfigError: For arguments that contradict each other.
@@ -193,22 +221,22 @@ class PromptDataModule(RowDataModule):
     row_type = PROMPTS
 
     def collate(self, split: SplitName) -> Collate:
-        """Makes a `PromptBatch` of rows, also of none."""
+        """A collate function that makes a `PromptBatch` of rows, of which there may be none."""
         return _Batch([row for part in self.splits.rows[split] for row in part])
 
 
 class _Batch:
-    """Makes a batch of encoded prompts and the columns of their rows."""
+    """Makes a batch from encoded prompts and the columns of their rows."""
 
     def __init__(self, rows: Sequence[Prompt]) -> None:
         self._rows = rows
-        self._columns = tuple(rows[0].columns)  # those of every row
+        self._columns = tuple(rows[0].columns)  # the same for every row
 
     def __call__(self, rows: Sequence[EncodedRow]) -> PromptBatch:
-        found = [self._rows[number] for number, _ in rows]
-        prompts: list[Any] = [row.prompt for row in found]
+        sources = [self._rows[number] for number, _ in rows]
+        prompts: list[Any] = [row.prompt for row in sources]
         return PromptBatch(
             prompts=prompts,
             input_ids=[example.input_ids for _, (example,) in rows],
-            columns={name: [row.columns[name] for row in found] for name in self._columns},
+            columns={name: [row.columns[name] for row in sources] for name in self._columns},
         )

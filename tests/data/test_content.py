@@ -1,4 +1,4 @@
-"""What the texts of a row may not hold: control tokens, and what tokenizers of each kind can't keep."""
+"""Checks of a row's texts: control tokens, and characters that tokenizers of each type change."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -38,7 +38,7 @@ WORDS = [
 ]
 
 
-def of(core, trainer, *, bos="<s>", template=TEMPLATE, **named):
+def train(core, trainer, *, bos="<s>", template=TEMPLATE, **named):
     core.train_from_iterator(WORDS * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<pad>", bos_token=bos, **named
@@ -56,7 +56,7 @@ def byte_level(normalizer=None, **options):
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    return of(core, trainer, **options)
+    return train(core, trainer, **options)
 
 
 def sentence_pieces(*, fallback, normalizer=None):
@@ -67,7 +67,9 @@ def sentence_pieces(*, fallback, normalizer=None):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = [*SPECIAL, *([f"<0x{byte:02X}>" for byte in range(256)] if fallback else []), "\n"]
-    return of(core, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False), unk_token="<unk>")
+    return train(
+        core, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False), unk_token="<unk>"
+    )
 
 
 def unigram(normalizer=None):
@@ -77,7 +79,7 @@ def unigram(normalizer=None):
     trainer = trainers.UnigramTrainer(
         vocab_size=200, special_tokens=[*SPECIAL, "\n"], unk_token="<unk>", show_progress=False
     )
-    return of(core, trainer, unk_token="<unk>")
+    return train(core, trainer, unk_token="<unk>")
 
 
 def word_piece(lowercase):
@@ -85,7 +87,7 @@ def word_piece(lowercase):
     core.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     core.pre_tokenizer, core.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
-    return of(core, trainer, unk_token="<unk>")
+    return train(core, trainer, unk_token="<unk>")
 
 
 def word_level(normalizer=None):
@@ -93,7 +95,7 @@ def word_level(normalizer=None):
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if normalizer is not None:
         core.normalizer = normalizer
-    return of(core, trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False), unk_token="<unk>")
+    return train(core, trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False), unk_token="<unk>")
 
 
 def turns(question="hello", answer="there", **more):
@@ -121,16 +123,16 @@ KEEP = {
 
 
 @pytest.mark.parametrize("name", KEEP)
-def test_content_check_is_quiet_about_ordinary_text(name):
+def test_content_check_accepts_ordinary_text(name):
     tokenizer = KEEP[name]()
     assert keeps_every_text(tokenizer)
     for text in ORDINARY:
-        back = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
-        assert check(tokenizer, text, text, reasoning_content=text) == (), back
+        decoded = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert check(tokenizer, text, text, reasoning_content=text) == (), decoded
 
 
 @pytest.mark.parametrize("name", KEEP)
-def test_content_check_finds_the_same_by_decoding(name, monkeypatch):
+def test_content_check_agrees_with_decoding(name, monkeypatch):
     monkeypatch.setattr("lightning_ft.data.content.keeps_every_text", lambda tokenizer: False)
     tokenizer = KEEP[name]()
     for text in ORDINARY:
@@ -152,7 +154,7 @@ def without_bytes():
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
-    return of(core, trainer, unk_token="<unk>")
+    return train(core, trainer, unk_token="<unk>")
 
 
 @pytest.mark.parametrize("name", LOSE)
@@ -161,7 +163,7 @@ def test_keeps_every_text_is_false_for_others(name):
 
 
 @pytest.mark.parametrize("name", LOSE)
-def test_content_check_is_quiet_about_what_others_keep(name):
+def test_content_check_accepts_what_other_tokenizers_keep(name):
     assert check(LOSE[name](), "the quick  brown fox", "do not the\nlazy dog", reasoning_content="hello\n") == ()
 
 
@@ -179,7 +181,7 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_content_check_refuses_an_answer_that_is_changed(name):
+def test_content_check_rejects_a_changed_answer(name):
     make, text, detail = CHANGED[name]
     tokenizer = make()
     for more in ({"answer": text}, {"reasoning_content": text}):
@@ -190,7 +192,7 @@ def test_content_check_refuses_an_answer_that_is_changed(name):
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_content_check_notes_a_prompt_that_is_changed(name):
+def test_content_check_notes_a_changed_prompt(name):
     make, text, _ = CHANGED[name]
     tokenizer = make()
     assert check(tokenizer, text, "there") == (CHANGED_PROMPT,)
@@ -198,11 +200,11 @@ def test_content_check_notes_a_prompt_that_is_changed(name):
 
 
 @pytest.mark.parametrize("name", ["pieces", "unigram", "words", "word pieces", "byte-level of few bytes"])
-@pytest.mark.parametrize("where", ["question", "answer"])
-def test_content_check_refuses_unknown_text(name, where):
+@pytest.mark.parametrize("turn", ["question", "answer"])
+def test_content_check_rejects_unknown_text(name, turn):
     with pytest.raises(RowError) as error:
-        check(LOSE[name](), **{where: "hello \u4f60"})
-    assert error.value.reason == f"text that the tokenizer doesn't know in the {where}"
+        check(LOSE[name](), **{turn: "hello \u4f60"})
+    assert error.value.reason == f"text that the tokenizer doesn't know in the {turn}"
     assert "x <unk>, such as" in error.value.detail
     if name != "byte-level of few bytes":
         assert error.value.detail.endswith("'\u4f60'")
@@ -218,7 +220,7 @@ def test_unknown_text_is_a_bad_row_and_is_counted():
     assert dict(data.report["train"].skipped) == {"text that the tokenizer doesn't know in the answer": 1}
 
 
-def test_arguments_of_tool_calls_are_looked_at():
+def test_content_check_reads_tool_calls_and_tools():
     call = {"type": "function", "function": {"name": "f", "arguments": {"city": "a<|im_start|>b"}}}
     with pytest.raises(RowError) as error:
         check(byte_level(), answer="", tool_calls=[call])
@@ -233,26 +235,26 @@ def test_arguments_of_tool_calls_are_looked_at():
 
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<s>", "<pad>"])
-@pytest.mark.parametrize("where", ["question", "answer"])
-def test_content_check_refuses_control_tokens(token, where):
+@pytest.mark.parametrize("turn", ["question", "answer"])
+def test_content_check_rejects_control_tokens(token, turn):
     with pytest.raises(RowError) as error:
-        check(byte_level(), **{where: f"ab{token}c"})
-    assert (error.value.reason, error.value.detail) == (f"control token in the {where}", f"{token!r} at character 3")
+        check(byte_level(), **{turn: f"ab{token}c"})
+    assert (error.value.reason, error.value.detail) == (f"control token in the {turn}", f"{token!r} at character 3")
     assert "chat_template='text'" in error.value.fix
 
 
 @pytest.mark.parametrize("token", ["<think>", "</think>", "<call>", "</s>", "<|im_stop|>", "<|im_end", "<unk>"])
-def test_content_check_lets_other_tokens_be(token):
+def test_content_check_accepts_other_tokens(token):
     assert check(byte_level(), answer=f"ab{token}c") == ()  # </s> is neither written by the template nor EOS here
 
 
-def test_a_pad_token_that_is_ordinary_text_controls_nothing():
+def test_content_check_accepts_a_pad_token_of_ordinary_text():
     tokenizer = byte_level()
     tokenizer.pad_token = "!"
     assert check(tokenizer, "hello!", "there!") == ()
 
 
-def test_chat_template_text_takes_rows_with_markup_of_their_own():
+def test_chat_template_text_accepts_rows_with_markup():
     tokenizer = byte_level(template=TEXT_TEMPLATE)
     question, answer = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "there"
     assert check(tokenizer, question, answer) == ()
@@ -266,7 +268,7 @@ def test_chat_template_text_takes_rows_with_markup_of_their_own():
         assert error.value.fix == fix
 
 
-def test_following_the_advice_on_control_tokens_works():
+def test_remedy_for_control_tokens_works():
     tokenizer = byte_level()
     rows = [{"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "completion": "b"}]
     with pytest.raises(DataError, match="chat_template='text'"):
@@ -280,7 +282,7 @@ def test_following_the_advice_on_control_tokens_works():
 
 @pytest.mark.parametrize("eos", ["", "<|im_end|>", "<|im_end|><|im_end|>"])
 @pytest.mark.parametrize("bos", ["", "<s>"])
-def test_a_plain_text_has_its_eos_once_and_its_bos_at_most_once(bos, eos):
+def test_plain_text_has_one_eos_and_at_most_one_bos(bos, eos):
     data = PairDataModule([{"text": f"{bos}a<|im_start|>b{eos}"}], tokenizer=byte_level(), cache_dir=False)
     data.setup("fit")
     example = data.splits.encoded["train"][0][0]
@@ -296,14 +298,14 @@ def test_a_plain_text_has_its_eos_once_and_its_bos_at_most_once(bos, eos):
         (TEMPLATE, None),
     ],
 )
-def test_a_template_that_writes_bos_or_eos_twice_is_told_of(template, note):
+def test_template_that_writes_bos_or_eos_twice_is_noted(template, note):
     tokenizer = byte_level(template=template)
     encoded, _ = RowEncoder(tokenizer, 64, "error", PAIRS)(row())
     assert [n for n in encoded.notes if n in (BOS_TWICE, EOS_TWICE)] == ([] if note is None else [note])
     assert note is None or "writes it once" in remedy_for(note, chat_template(tokenizer))
 
 
-def test_a_tokenizer_that_adds_bos_itself_adds_none_to_a_template_that_writes_it():
+def test_tokenizer_adds_no_second_bos():
     from tokenizers import processors
 
     tokenizer = byte_level()
@@ -317,7 +319,7 @@ def test_a_tokenizer_that_adds_bos_itself_adds_none_to_a_template_that_writes_it
     assert not {BOS_TWICE, EOS_TWICE} & set(encoded.notes)
 
 
-def test_the_same_token_as_bos_and_eos_is_not_told_of_between_turns():
+def test_shared_bos_and_eos_token_between_turns_is_not_noted():
     template = "{%- for m in messages -%}{{- bos_token + m.role + m.content + eos_token -}}{%- endfor -%}"
     template += "{%- if add_generation_prompt -%}{{- bos_token + 'assistant' -}}{%- endif -%}"
     tokenizer = byte_level(template=template, bos="<|im_end|>")

@@ -1,3 +1,5 @@
+"""The rows with the largest token id and with the most tokens."""
+
 import torch
 from tiny import make_rows, make_tokenizer
 
@@ -17,7 +19,7 @@ def pairs(rows, **options):
 
 
 def every_row(splits):
-    """The slow way: split, source, row, ids."""
+    """The slow reference: split, source, row and ids of each row."""
     for name, parts in splits.encoded.items():
         for rows, part in zip(splits.rows[name], parts, strict=True):
             for i, row in enumerate(rows):
@@ -25,19 +27,19 @@ def every_row(splits):
                 yield name, row.source, row.row, ids
 
 
-def test_largest_token_and_longest_row_agree_with_the_slow_way():
+def test_largest_token_and_longest_row_agree_with_the_slow_reference():
     rows = make_rows(30)
     test = [{"input": "where is the lamp " * 9, "output": "fox"}, {"input": "zzz", "output": "ÿ"}]
     splits = pairs([rows[:20], rows[20:]], validation=0.2, test=test)
     slow = list(every_row(splits))
     most, longest = max(int(ids.max()) for *_, ids in slow), max(len(ids) for *_, ids in slow)
-    found = largest_token(splits), longest_row(splits)
-    assert (found[0].value, found[1].value) == (most, longest)
-    assert (found[0].split, found[0].source, found[0].row) in [tuple(r) for *r, ids in slow if int(ids.max()) == most]
-    assert found[1] == Extreme(longest, "test", "test", 1)
+    largest, longest_found = largest_token(splits), longest_row(splits)
+    assert (largest.value, longest_found.value) == (most, longest)
+    assert (largest.split, largest.source, largest.row) in [tuple(r) for *r, ids in slow if int(ids.max()) == most]
+    assert longest_found == Extreme(longest, "test", "test", 1)
 
 
-def test_largest_token_names_a_row_of_a_later_batch_of_the_table():
+def test_largest_token_finds_rows_of_later_record_batches():
     new = make_tokenizer()
     new.add_tokens(["<call>"])
     rows = [{"input": f"where {n}", "output": "fox"} for n in range(2100)]
@@ -47,11 +49,11 @@ def test_largest_token_names_a_row_of_a_later_batch_of_the_table():
     assert largest_token(data.splits) == Extreme(len(new) - 1, "train", "train", 2006)
 
 
-def test_largest_token_skips_rows_that_are_left_out():
+def test_longest_row_skips_dropped_rows():
     rows = [{"input": "where", "output": "fox"}, {"input": "where " * 200, "output": "lamp"}]
     splits = pairs([*rows, {"input": "the lazy dog is where", "output": "lamp"}], max_length=64, on_overlong="drop")
-    found = longest_row(splits)
-    assert (found.row, found.value) == (3, max(len(ids) for *_, ids in every_row(splits)))
+    longest = longest_row(splits)
+    assert (longest.row, longest.value) == (3, max(len(ids) for *_, ids in every_row(splits)))
 
 
 def test_longest_row_of_a_preference_is_its_longer_side():
@@ -63,7 +65,7 @@ def test_longest_row_of_a_preference_is_its_longer_side():
     assert longest_row(splits) == Extreme(len(part[2]), "train", "train", 2)
 
 
-def test_extremes_of_nothing_are_none():
+def test_extremes_without_encoded_rows_are_none():
     splits = PairDataModule(make_rows(2)).splits
     assert largest_token(splits) is None
     assert longest_row(splits) is None

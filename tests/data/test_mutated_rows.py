@@ -1,6 +1,6 @@
-"""Rows and files that were changed at random: each is used, or refused by an error that names it, and none is lost.
+"""Randomly mutated rows and files: each is used, or refused by an error that names it, and none is lost.
 
-`make test` tries 10,000, the same ones every time. More, and others: ``MUTATIONS=100000 pytest <this file>``.
+`make test` tries the same 10,000 every time. To try more, random ones: ``MUTATIONS=100000 pytest <this file>``.
 """
 
 import datetime
@@ -26,18 +26,18 @@ from lightning_ft.errors import LightningFTError
 MUTATIONS = int(os.environ.get("MUTATIONS", "10000"))
 ROWS_TOGETHER, FILES_TOGETHER = 60, 50
 
-pytestmark = pytest.mark.skipif("LIGHTNING_FT_NAMESPACE" in os.environ, reason="rows know nothing of Lightning")
+pytestmark = pytest.mark.skipif("LIGHTNING_FT_NAMESPACE" in os.environ, reason="rows don't depend on Lightning")
 
 
 def trials(count):
-    """The same trials every time; others where more are asked for than `make test` does."""
+    """The same trials every time; random ones if more are requested than in `make test`."""
     return settings(
         max_examples=math.ceil(count),
         derandomize=MUTATIONS == 10_000,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],  # to make a failing trial smaller takes minutes, and the test shows the row itself
+        phases=[Phase.generate],  # shrinking a failing trial takes minutes, and the test shows the row itself
     )
 
 
@@ -76,7 +76,7 @@ PROMPTS = [
     {"instruction": "add", "input": "2 2", "tools": [TOOL]},
     {"conversations": [{"from": "human", "value": "where"}]},
 ]
-KINDS = {PairDataModule: PAIRS, PreferenceDataModule: PREFERENCES, PromptDataModule: PROMPTS}
+ROWS = {PairDataModule: PAIRS, PreferenceDataModule: PREFERENCES, PromptDataModule: PROMPTS}
 
 TEXTS = [
     "",
@@ -167,22 +167,22 @@ def mutate(row, draw):
 
 @st.composite
 def mutated_rows(draw):
-    """Rows of one kind, mostly of one format, nearly all of them changed."""
-    kind = draw(st.sampled_from(list(KINDS)))
-    main = draw(st.sampled_from(KINDS[kind]))
+    """Rows for one DataModule, mostly of one format, nearly all of them changed."""
+    datamodule = draw(st.sampled_from(list(ROWS)))
+    main = draw(st.sampled_from(ROWS[datamodule]))
     rows = []
     for _ in range(ROWS_TOGETHER):
-        row = deepcopy(draw(st.sampled_from([main] * 25 + KINDS[kind])))
+        row = deepcopy(draw(st.sampled_from([main] * 25 + ROWS[datamodule])))
         for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 3]))):
             if isinstance(row, dict) and row:
                 row = mutate(row, draw)
         rows.append(row)
-    return kind, rows
+    return datamodule, rows
 
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    """One whose template refuses what it doesn't know, one whose template writes all that there is."""
+    """One whose template refuses unknown input, and one whose template writes everything."""
     return [AutoTokenizer.from_pretrained("examples/tiny_base"), make_tokenizer(TALKATIVE)]
 
 
@@ -194,7 +194,7 @@ def _quiet():
 
 
 def refusal(do):
-    """What the package says of a source, None if nothing; any other exception is a fault of it."""
+    """Message of the package's error, None without one; any other exception is a bug."""
     try:
         do()
     except LightningFTError as error:
@@ -203,17 +203,17 @@ def refusal(do):
     return None
 
 
-def use(kind, source, name, tokenizer, **options):
-    """Read and encode a source; what is said of it if it can't be used."""
-    data = kind(source, tokenizer=tokenizer, cache_dir=False, max_length=256, **options)
-    said = refusal(data.load_rows)
-    if said is None:
+def use(datamodule, source, name, tokenizer, **options):
+    """Read and encode a source; returns the error message if it can't be used."""
+    data = datamodule(source, tokenizer=tokenizer, cache_dir=False, max_length=256, **options)
+    message = refusal(data.load_rows)
+    if message is None:
         counted(data)
-        said = refusal(lambda: data.setup("fit"))
-    if said is None:
+        message = refusal(lambda: data.setup("fit"))
+    if message is None:
         counted(data)
-    assert said is None or name in said
-    return said
+    assert message is None or name in message
+    return message
 
 
 def counted(data):
@@ -224,13 +224,13 @@ def counted(data):
 
 @trials(MUTATIONS * 0.6 / ROWS_TOGETHER)
 @given(mutated_rows(), st.integers(0, 1), st.sampled_from(["drop", "truncate_prompt", "error"]))
-def test_mutated_rows_are_used_or_refused(tokenizers, kind_and_rows, which, overlong):
-    (kind, rows), tokenizer = kind_and_rows, tokenizers[which]
+def test_mutated_rows_are_used_or_refused(tokenizers, datamodule_and_rows, which, overlong):
+    (datamodule, rows), tokenizer = datamodule_and_rows, tokenizers[which]
     try:
-        use(kind, rows, "train", tokenizer, on_bad_row="skip", on_overlong=overlong)
+        use(datamodule, rows, "train", tokenizer, on_bad_row="skip", on_overlong=overlong)
     except Exception:
-        for row in rows:  # whichever does it alone is what is shown
-            use(kind, [rows[0], row], "train", tokenizer, on_bad_row="skip", on_overlong=overlong)
+        for row in rows:  # to show the row that fails alone
+            use(datamodule, [rows[0], row], "train", tokenizer, on_bad_row="skip", on_overlong=overlong)
         raise
 
 
@@ -293,21 +293,21 @@ def test_mutated_files_are_used_or_refused(tokenizers, tmp_path_factory, files):
         path = folder / f"{number}-{name}"
         path.write_bytes(content)
         source = PairDataModule(str(path), on_bad_row="skip")
-        said = refusal(source.load_rows)
-        assert said is None or path.name in said
-        if said is None:
+        message = refusal(source.load_rows)
+        assert message is None or path.name in message
+        if message is None:
             counted(source)
             kept |= {repr(row.messages): {"messages": list(row.messages)} for row in source.splits.rows["train"][0]}
-    new = [kept[messages] for messages in kept.keys() - ENCODED]  # most rows of a file are as they were
+    new = [kept[messages] for messages in kept.keys() - ENCODED]  # most rows of a file are unchanged
     if new:
         use(PairDataModule, new, "train", tokenizers[0], on_bad_row="skip", on_overlong="drop")
     ENCODED.update(kept)
 
 
-def test_what_is_mutated_can_be_used(tokenizers, tmp_path):
-    for kind, examples in KINDS.items():
+def test_rows_and_files_can_be_used_before_mutation(tokenizers, tmp_path):
+    for datamodule, examples in ROWS.items():
         for row in examples:
-            assert [use(kind, [row] * 3, "train", tokenizer) for tokenizer in tokenizers].count(None) > 0
+            assert [use(datamodule, [row] * 3, "train", tokenizer) for tokenizer in tokenizers].count(None) > 0
     for name, content in FILES.items():
         path = tmp_path / name
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Preferences and prompts go on with the batch they would have had, as pairs do."""
+"""Preferences and prompts resume with the batch that comes next, as pairs do."""
 
 import pytest
 import torch
@@ -11,25 +11,25 @@ from lightning_ft.data.prompts import PromptDataModule
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [4, 6, 9], ids=["first epoch", "its end", "second epoch"])
-@pytest.mark.parametrize("home", [PreferenceDataModule, PromptDataModule])
-def test_resume_in_the_middle_of_an_epoch(trainer_options, tokenizer, pairs, tmp_path, home, num_workers, stop):
-    """24 rows in batches of 4 are 6 steps an epoch."""
+@pytest.mark.parametrize("datamodule", [PreferenceDataModule, PromptDataModule])
+def test_resume_in_the_middle_of_an_epoch(trainer_options, tokenizer, pairs, tmp_path, datamodule, num_workers, stop):
+    """24 rows in batches of 4 are 6 steps per epoch."""
     rows = [{"prompt": p["input"], "chosen": p["output"], "rejected": f"no {n}"} for n, p in enumerate(pairs)]
 
     def run(steps, checkpoint=None):
         module = BatchRecorder(tokenizer)
-        data = home([rows[:10], rows[10:]], mixing=[1.0, 1.0], batch_size=4, num_workers=num_workers, seed=3)
+        data = datamodule([rows[:10], rows[10:]], mixing=[1.0, 1.0], batch_size=4, num_workers=num_workers, seed=3)
         trainer = _pl.Trainer(**trainer_options, max_steps=steps, max_epochs=-1)
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         return trainer, [
-            batch.rows.tolist() if home is PreferenceDataModule else batch.columns["rejected"]
+            batch.rows.tolist() if datamodule is PreferenceDataModule else batch.columns["rejected"]
             for _, batch in module.seen
         ]
 
     _, whole = run(14)
     first, before = run(stop)
     first.save_checkpoint(tmp_path / "a.ckpt")
-    torch.manual_seed(99)  # the global generator has no say in it
+    torch.manual_seed(99)  # the global generator has no effect
     _, after = run(14, tmp_path / "a.ckpt")
     assert len(whole) == 14
     assert before + after == whole

@@ -1,46 +1,47 @@
-"""Formats of preferences, and what is said of rows that can't be used."""
+"""Row formats of preferences, and the problems of rows that can't be used."""
 
 import math
 
 import pytest
-from preference_cases import PAIRS, S, answer, implicit, labelled, load, pair, read, talk
+from preference_cases import PAIRS, S, answer, implicit, labeled, load, pair, read, talk
 
 from lightning_ft.data.raw_rows import raise_problems
 from lightning_ft.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs(name):
+def test_pair_becomes_prompt_and_completions(name):
     row, prompt, completions = PAIRS[name]
-    found = read(row)
-    assert [(m["role"], m["content"]) for m in found.prompt] == prompt
-    assert [[(m["role"], m["content"]) for m in side] for side in found.completions] == completions
-    assert found.labels == (True, False)
-    assert found.margin is None
+    preference = read(row)
+    assert [(m["role"], m["content"]) for m in preference.prompt] == prompt
+    assert [[(m["role"], m["content"]) for m in side] for side in preference.completions] == completions
+    assert preference.labels == (True, False)
+    assert preference.margin is None
 
 
 @pytest.mark.parametrize(
     ("label", "expected"),
     [(True, True), (False, False), (1, True), (0, False), (1.0, True), ("true", True), ("False", False), ("0", False)],
 )
-def test_labelled_completions(label, expected):
-    found = read({"prompt": "q", "completion": "a", "label": label, "margin": "not for them"})
-    assert (found.labels, found.margin) == ((expected,), None)
-    assert [m["content"] for m in (*found.prompt, *found.completions[0])] == ["q", "a"]
+def test_labelled_completion_has_one_label(label, expected):
+    preference = read({"prompt": "q", "completion": "a", "label": label, "margin": "not for them"})
+    assert (preference.labels, preference.margin) == ((expected,), None)
+    assert [m["content"] for m in (*preference.prompt, *preference.completions[0])] == ["q", "a"]
 
 
 @pytest.mark.parametrize(
     ("margin", "expected"), [(0.5, 0.5), (-1, -1.0), (0, 0.0), ("2.5", 2.5), (None, None), ("", None)]
 )
-def test_margins(margin, expected):
+def test_margin_is_a_number_or_none(margin, expected):
     assert read({"prompt": "q", "chosen": "a", "rejected": "b", "margin": margin}).margin == expected
 
 
-def test_columns_id_and_cluster():
+def test_columns_rename_fields_id_and_cluster():
     row = {"q": "x", "good": "a", "bad": "b", "by": 2, "nr": 7, "customer": 12}
     names = {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": "by", "id": "nr", "cluster": "customer"}
-    found = read(row, columns=names)
-    assert (found.prompt[0]["content"], found.margin, found.id, found.cluster) == ("x", 2.0, "7", "12")
+    preference = read(row, columns=names)
+    values = preference.prompt[0]["content"], preference.margin, preference.id, preference.cluster
+    assert values == ("x", 2.0, "7", "12")
     assert read({"prompt": "q", "chosen": "a", "rejected": "b"}).id == "train:1"
     with pytest.raises(ConfigError, match=r"no format has a field 'choosen'\. Did you mean 'chosen'"):
         load([row], columns={"choosen": "good"})
@@ -51,7 +52,7 @@ def test_columns_id_and_cluster():
 IMPLICIT = implicit(talk("q", "a"), talk("q", "b"))
 FILL = "Fill it in or remove the row."
 SAME = "chosen and rejected are the same"
-NOTHING = "nothing left behind the shared prompt"
+NOTHING = "nothing left after the shared prompt"
 BAD = {  # a good row of the source, the bad one, the field, and the reason
     "missing": (pair(), pair(rejected="absent"), "rejected", "missing field"),
     "misspelt": (pair(), pair(rejected="absent", reject="b"), "rejected", "missing field"),
@@ -72,14 +73,14 @@ BAD = {  # a good row of the source, the bad one, the field, and the reason
     ),
     "starts with the user": (pair(), pair(chosen=talk("x", "a")), "chosen", "wrong role order"),
     "answer in the prompt": (pair(), pair(prompt=talk("q", "r")), "prompt", "prompt ends with an answer"),
-    "margin is text": (pair(), pair(margin="much"), "margin", "margin is no finite number"),
-    "margin is true": (pair(), pair(margin=True), "margin", "margin is no finite number"),
-    "margin is NaN": (pair(), pair(margin=math.nan), "margin", "margin is no finite number"),
-    "margin is infinite": (pair(), pair(margin="inf"), "margin", "margin is no finite number"),
-    "margin is a list": (pair(), pair(margin=[1]), "margin", "margin is no finite number"),
-    "margin is huge": (pair(), pair(margin=10**400), "margin", "margin is no finite number"),
-    "labelled among pairs": (pair(), labelled(), None, "not a pair"),
-    "pair among labelled": (labelled(), pair(), None, "not a completion with a label"),
+    "margin is text": (pair(), pair(margin="much"), "margin", "margin isn't a finite number"),
+    "margin is true": (pair(), pair(margin=True), "margin", "margin isn't a finite number"),
+    "margin is NaN": (pair(), pair(margin=math.nan), "margin", "margin isn't a finite number"),
+    "margin is infinite": (pair(), pair(margin="inf"), "margin", "margin isn't a finite number"),
+    "margin is a list": (pair(), pair(margin=[1]), "margin", "margin isn't a finite number"),
+    "margin is huge": (pair(), pair(margin=10**400), "margin", "margin isn't a finite number"),
+    "labeled among pairs": (pair(), labeled(), None, "not a pair"),
+    "pair among labeled": (labeled(), pair(), None, "not a completion with a label"),
     "implicit, same": (IMPLICIT, implicit(talk("q", "a"), talk("q", "a")), "rejected", SAME),
     "implicit, same text": (IMPLICIT, implicit("q a", "q a"), "rejected", SAME),
     "implicit, other questions": (IMPLICIT, implicit(talk("q", "a"), talk("r", "b")), None, "no shared prompt"),
@@ -96,18 +97,18 @@ BAD = {  # a good row of the source, the bad one, the field, and the reason
         IMPLICIT, implicit(talk("q", "a", "x"), talk("q", "b")), "chosen", "no answer to the last turn",
     ),
     "implicit, empty": (IMPLICIT, implicit("", "q b"), "chosen", "empty output"),
-    "label is text": (labelled(), labelled(label="good"), "label", "label is no bool"),
-    "label is 2": (labelled(), labelled(label=2), "label", "label is no bool"),
-    "label is a share": (labelled(), labelled(label=0.5), "label", "label is no bool"),
-    "label is a list": (labelled(), labelled(label=[True]), "label", "label is no bool"),
-    "label is None": (labelled(), labelled(label=None), "label", "None"),
-    "empty completion": (labelled(), labelled(completion=""), "completion", "empty output"),
-    "completion of the user": (labelled(), labelled(completion=talk("x")), "completion", "no assistant turn"),
+    "label is text": (labeled(), labeled(label="good"), "label", "label isn't a boolean"),
+    "label is 2": (labeled(), labeled(label=2), "label", "label isn't a boolean"),
+    "label is a share": (labeled(), labeled(label=0.5), "label", "label isn't a boolean"),
+    "label is a list": (labeled(), labeled(label=[True]), "label", "label isn't a boolean"),
+    "label is None": (labeled(), labeled(label=None), "label", "None"),
+    "empty completion": (labeled(), labeled(completion=""), "completion", "empty output"),
+    "completion of the user": (labeled(), labeled(completion=talk("x")), "completion", "no assistant turn"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_rows(name):
+def test_bad_row_has_field_and_reason(name):
     good, row, field, reason = BAD[name]
     rows, (problem,) = load([good, row, good])
     assert len(rows) == 2
@@ -115,13 +116,13 @@ def test_bad_rows(name):
     assert problem.fix
 
 
-def test_a_named_margin_must_be_there():
+def test_margin_named_in_columns_is_required():
     _, (problem,) = load([pair(by=1), pair(buy=1)], columns={"margin": "by"})
     assert problem.reason == "missing field"
     assert problem.fix == "Rename 'buy' to 'by', as in other rows."
 
 
-def test_all_bad_rows_are_told_together():
+def test_raise_problems_lists_all_bad_rows():
     _, problems = load([pair(), *(row for good, row, *_ in BAD.values() if good == pair())])
     with pytest.raises(DataError) as error:
         raise_problems(problems)

@@ -1,8 +1,8 @@
-"""Which tokens two completions share, which of them are supervised, and what is cut of them."""
+"""Tokens of preferences: the shared prompt, the supervised tokens, and truncation."""
 
 import pytest
 import torch
-from preference_cases import PAIRS, S, answer, labelled, pair, read, talk
+from preference_cases import PAIRS, S, answer, labeled, pair, read, talk
 
 from lightning_ft.data.encode import Encoded, encode_conversation, encode_prompt
 from lightning_ft.data.layout import Example
@@ -26,33 +26,33 @@ TEMPLATES = ["chatml", "chatml_without_markers", "llama", "headers_only", "none"
     ("template", "name"),
     [(t, n) for t in TEMPLATES for n in PAIRS if t != "llama" or PAIRS[n][1][0][0] != S],  # it refuses system turns
 )
-def test_the_last_turn_is_supervised_and_all_before_is_shared(make_tokenizer, template, name):
-    """Against the two conversations encoded one by one."""
+def test_last_turn_is_supervised_and_prompt_is_shared(make_tokenizer, template, name):
+    """Compared with the two conversations encoded separately."""
     tokenizer = make_tokenizer(template)
     if template == "text":
         set_chat_template(tokenizer, "text")
     row = PAIRS[name][0]
-    found = read(row)
+    preference = read(row)
     result, _ = encoded(tokenizer, row)
     prompt, completions = split_shared(result.examples)
     assert len(prompt)
     assert completions[0].input_ids[0] != completions[1].input_ids[0] or any(c.supervised[0] for c in completions)
-    for completion, side in zip(completions, found.completions, strict=True):
-        whole = encode_conversation(tokenizer, [*found.prompt, *side])
+    for completion, side in zip(completions, preference.completions, strict=True):
+        whole = encode_conversation(tokenizer, [*preference.prompt, *side])
         assert [*prompt.tolist(), *completion.input_ids.tolist()] == whole.input_ids.tolist()
-        start = len(encode_prompt(tokenizer, [*found.prompt, *side[:-1]])) - len(prompt)
+        start = len(encode_prompt(tokenizer, [*preference.prompt, *side[:-1]])) - len(prompt)
         assert start >= 0
-        expected = whole.supervised[len(prompt) :].clone()  # what is supervised of the last turn, and no other
+        expected = whole.supervised[len(prompt) :].clone()  # supervised in the last turn only
         expected[:start] = False
         assert completion.supervised.tolist() == expected.tolist()
         text = tokenizer.decode(completion.input_ids[completion.supervised])
         assert text.strip() == side[-1]["content"].strip() + "<|im_end|>"
-    if all(len(side) == 1 for side in found.completions):
-        assert prompt.tolist() == encode_prompt(tokenizer, found.prompt)
+    if all(len(side) == 1 for side in preference.completions):
+        assert prompt.tolist() == encode_prompt(tokenizer, preference.prompt)
 
 
-def test_words_that_answers_start_with_stay_theirs(tokenizer):
-    """`parcel` is in both answers: not a part of the prompt, but learnt in both."""
+def test_shared_first_words_stay_in_the_completions(tokenizer):
+    """`parcel` starts both answers: it isn't part of the prompt, but supervised in both."""
     result, _ = encoded(tokenizer, pair(chosen="parcel lamp", rejected="parcel kettle"))
     prompt, (chosen, rejected) = split_shared(result.examples)
     assert tokenizer.decode(prompt).endswith("assistant\n")
@@ -61,20 +61,20 @@ def test_words_that_answers_start_with_stay_theirs(tokenizer):
     assert chosen.supervised.tolist() == [True] * (len(chosen) - 1) + [False]  # the line break is the template's
 
 
-def test_an_answer_that_the_other_one_starts_with(tokenizer):
+def test_answer_that_is_a_prefix_of_the_other(tokenizer):
     result, _ = encoded(tokenizer, pair(chosen="lamp", rejected="lamp lamp"))
     _, (chosen, rejected) = split_shared(result.examples)
     assert [int(c.supervised.sum()) for c in (chosen, rejected)] == [len(chosen) - 1, len(rejected) - 1]
 
 
-def test_a_labelled_completion(tokenizer):
-    result, _ = encoded(tokenizer, labelled(prompt=talk("q", "r", "s")))
+def test_labelled_completion_is_split_after_its_prompt(tokenizer):
+    result, _ = encoded(tokenizer, labeled(prompt=talk("q", "r", "s")))
     prompt, (completion,) = split_shared(result.examples)
     assert prompt.tolist() == encode_prompt(tokenizer, talk("q", "r", "s"))
     assert tokenizer.decode(completion.input_ids) == "a<|im_end|>\n"
 
 
-def test_the_same_tokens(make_tokenizer):
+def test_completions_with_the_same_tokens_are_rejected(make_tokenizer):
     row = pair(chosen="lamp", rejected=" lamp ")
     encoded(make_tokenizer("chatml"), row)
     problem = RowEncoder(make_tokenizer("llama"), 64, "error", PREFERENCES)(read(row))
@@ -82,7 +82,7 @@ def test_the_same_tokens(make_tokenizer):
     assert problem.row == 1
 
 
-def test_no_shared_token():
+def test_check_encoded_requires_a_shared_token():
     sides = [Example(torch.tensor([first, 8]), torch.tensor([False, True])) for first in (5, 6)]
     with pytest.raises(RowError) as error:
         PREFERENCES.check_encoded(Encoded(tuple(sides), prompt_matches=True))
@@ -94,7 +94,7 @@ LONG = " ".join(f"parcel {n}" for n in range(60))
 
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])
 @pytest.mark.parametrize("max_length", [48, 64, 100])
-def test_both_prompts_are_cut_alike_for_the_longer_answer(tokenizer, longer, max_length):
+def test_prompt_is_truncated_for_the_longer_answer(tokenizer, longer, max_length):
     row = pair(prompt=LONG, **{longer: "lamp kettle invoice refund dog"})
     result, cut = encoded(tokenizer, row, max_length, "truncate_prompt")
     lengths = dict(zip(("chosen", "rejected"), map(len, result.examples), strict=True))
@@ -108,7 +108,7 @@ def test_both_prompts_are_cut_alike_for_the_longer_answer(tokenizer, longer, max
         assert tokenizer.decode(completion.input_ids) == side[0]["content"] + "<|im_end|>\n"
 
 
-def test_the_longer_one_decides(tokenizer):
+def test_longer_completion_decides_whether_a_row_is_overlong(tokenizer):
     row = pair(prompt=LONG, rejected="lamp kettle invoice")
     shorter, longer = sorted(len(e) for e in encoded(tokenizer, row, 999)[0].examples)
     assert shorter < longer
@@ -119,13 +119,13 @@ def test_the_longer_one_decides(tokenizer):
 
 
 @pytest.mark.parametrize("on_overlong", ["error", "drop", "truncate_prompt"])
-def test_answers_are_never_cut(tokenizer, on_overlong):
+def test_answers_are_never_truncated(tokenizer, on_overlong):
     for side in ("chosen", "rejected"):
         problem = RowEncoder(tokenizer, 64, on_overlong, PREFERENCES)(read(pair(**{side: LONG})))
         assert problem.reason == "overlong answer"
 
 
-def test_turns_of_the_completions_are_never_cut(tokenizer):
+def test_completion_turns_are_never_truncated(tokenizer):
     row = pair(prompt="q " * 40, chosen=[*answer("a"), *talk("parcel " * 20, "b")])
     result, cut = encoded(tokenizer, row, 64, "truncate_prompt")
     assert len(cut.prompt[0]["content"]) < 80

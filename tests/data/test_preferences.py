@@ -99,7 +99,7 @@ def test_a_row_without_a_margin(tokenizer, preferences):
     data.setup("fit")
     (batch,) = data.train_dataloader()
     assert batch.margins.tolist() == [0.0 if n in (3, 5) else n / 4 for n in range(24)]
-    assert "2 x no margin, taken for 0" in data.report["train"].summary("train")
+    assert "2 x no margin, treated as 0" in data.report["train"].summary("train")
     for row in preferences:
         row.pop("margin", None)
     data = PreferenceDataModule(preferences, tokenizer=tokenizer, cache_dir=False, batch_size=24)

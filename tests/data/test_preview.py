@@ -16,10 +16,10 @@ from lightning_ft.data.templates import chat_template
 from lightning_ft.errors import ConfigError
 
 
-def printed(data, tokenizer=None, *, encoding="utf-8", colour=False, **options):
+def printed(data, tokenizer=None, *, encoding="utf-8", color=False, **options):
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    console = Console(file=file, width=100, force_terminal=colour, color_system="truecolor" if colour else None)
+    console = Console(file=file, width=100, force_terminal=color, color_system="truecolor" if color else None)
     report = preview(data, tokenizer, console=console, **options)
     file.flush()
     return raw.getvalue().decode(encoding), report
@@ -40,7 +40,7 @@ def test_supervised_text_is_marked_without_colour(tokenizer, pairs):
 
 
 def test_supervised_text_is_coloured(tokenizer, pairs):
-    text, _ = printed(PairDataModule(pairs), tokenizer, colour=True)
+    text, _ = printed(PairDataModule(pairs), tokenizer, color=True)
     assert "\x1b[1;32m«parcel 0" in text
 
 
@@ -103,7 +103,7 @@ def test_labelled_completions_and_problems_are_shown(tokenizer):
     flat = " ".join(text.replace("│", " ").split())
     assert "good: «lamp<|im_end|>»" in flat
     assert "bad: «lamp<|im_end|>»" in flat
-    assert "left out: train, row 3, 'label': label is no bool ('maybe')" in flat
+    assert "left out: train, row 3, 'label': label isn't a boolean ('maybe')" in flat
     assert "fit would stop at 1 of these rows" in flat
     assert "tokens per row" in text
 
@@ -114,7 +114,7 @@ def test_prompts_are_shown_with_their_columns(tokenizer):
     flat = " ".join(text.replace("│", " ").split())
     assert "where is it<|im_end|> <|im_start|>assistant answer: ['[on]', 4]" in flat
     assert "answer: None" in flat
-    assert "1 no 'answer' column, taken for None" in flat
+    assert "1 no 'answer' column, treated as None" in flat
 
 
 # ---------------------------------------------------------------- what rows may say

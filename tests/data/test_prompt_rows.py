@@ -1,4 +1,4 @@
-"""Formats of prompts, their columns, and what is said of rows that can't be used."""
+"""Row formats of prompts, their columns, and the problems of rows that can't be used."""
 
 import pytest
 from preference_cases import talk
@@ -15,9 +15,9 @@ def load(rows, **options):
 
 
 def read(row, **options):
-    (found,), problems = load([row], **options)
+    (prompt,), problems = load([row], **options)
     assert not problems
-    return found
+    return prompt
 
 
 GOOD = {  # a row, its prompt as rewards get it, and its columns
@@ -38,26 +38,26 @@ GOOD = {  # a row, its prompt as rewards get it, and its columns
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_formats(name):
+def test_row_format_becomes_prompt_and_columns(name):
     row, prompt, columns = GOOD[name]
-    found = read(row)
-    assert found.prompt == prompt
-    assert found.columns == columns
-    assert list(found.messages) == (talk(prompt) if isinstance(prompt, str) else prompt)
+    read_row = read(row)
+    assert read_row.prompt == prompt
+    assert read_row.columns == columns
+    assert list(read_row.messages) == (talk(prompt) if isinstance(prompt, str) else prompt)
 
 
-def test_columns_that_are_renamed():
+def test_columns_rename_fields():
     row = {"question": "q", "sys": "s", "nr": 7, "customer": 12, "output": "a"}
-    found = read(row, columns={"input": "question", "system": "sys", "id": "nr", "cluster": "customer"})
-    assert found.prompt == talk("q", system="s")
-    assert found.columns == {"nr": 7, "customer": 12, "output": "a"}
-    assert (found.id, found.cluster) == ("7", "12")
+    prompt = read(row, columns={"input": "question", "system": "sys", "id": "nr", "cluster": "customer"})
+    assert prompt.prompt == talk("q", system="s")
+    assert prompt.columns == {"nr": 7, "customer": 12, "output": "a"}
+    assert (prompt.id, prompt.cluster) == ("7", "12")
     assert read({"prompts": "q"}, columns={"prompt": "prompts"}).columns == {}
     with pytest.raises(ConfigError, match="no format has a field 'output'"):
         load([row], columns={"output": "answer"})
 
 
-def test_values_are_handed_on_as_they_are():
+def test_column_values_are_passed_unchanged():
     value = object()
     assert read({"prompt": "q", "tests": value}).columns["tests"] is value
 
@@ -80,7 +80,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_rows(name):
+def test_bad_row_has_field_and_reason(name):
     row, field, reason = BAD[name]
     rows, (problem,) = load([{"prompt": "q"}, row])
     assert len(rows) == 1
@@ -89,13 +89,13 @@ def test_bad_rows(name):
 
 
 @pytest.mark.parametrize("row", [{"messages": talk("", "a")[1:]}, {"messages": []}])
-def test_messages_that_ask_nothing(row):
+def test_messages_without_a_question_are_bad_rows(row):
     _, (problem,) = load([row])
     assert (problem.field, problem.reason) == ("messages", "wrong role order")
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama", "none"])
-def test_tokens_are_what_generation_starts_from(make_tokenizer, template):
+def test_tokens_are_those_of_the_generation_prompt(make_tokenizer, template):
     tokenizer = make_tokenizer(template)
     row = read({"prompt": talk("where is my parcel", "refund", "and now")})
     encoded, same = RowEncoder(tokenizer, 64, "error", PROMPTS)(row)
@@ -107,7 +107,7 @@ def test_tokens_are_what_generation_starts_from(make_tokenizer, template):
 LONG = " ".join(f"parcel {n}" for n in range(60))
 
 
-def test_overlong_prompts(tokenizer):
+def test_overlong_prompt_is_truncated_or_rejected(tokenizer):
     row = read({"prompt": LONG})
     length = len(encode_prompt(tokenizer, row.messages))
     RowEncoder(tokenizer, length, "error", PROMPTS)(row)
@@ -125,6 +125,6 @@ def test_overlong_prompts(tokenizer):
     assert problem.reason == "overlong turns before the question"
 
 
-def test_a_template_that_says_nothing(make_tokenizer):
+def test_template_without_output_is_rejected(make_tokenizer):
     problem = RowEncoder(make_tokenizer("{{ '' }}"), 64, "error", PROMPTS)(read({"prompt": "q"}))
     assert problem.reason == "no token in the prompt"

@@ -85,8 +85,8 @@ def test_a_row_without_a_column(tokenizer, rows):
     assert sorted(n for n, row in seen.items() if row["answer"] is None) == [3, 4]
     assert [row["tests"] for n, row in seen.items() if row["tests"] is not None] == [["a"]]
     summary = data.report["train"].summary("train")
-    assert "1 x no 'answer' column, taken for None" in summary
-    assert "23 x no 'tests' column, taken for None" in summary
+    assert "1 x no 'answer' column, treated as None" in summary
+    assert "23 x no 'tests' column, treated as None" in summary
 
 
 def test_held_out_rows_have_the_same_columns(tokenizer, rows):
@@ -120,7 +120,7 @@ def test_answers_behind_the_last_question_are_counted(tokenizer):
     turns = [{"role": role, "content": role[0]} for role in ("user", "assistant")]
     data = PromptDataModule([{"messages": turns}, {"messages": turns[:1]}], tokenizer=tokenizer, cache_dir=False)
     data.setup("fit")
-    assert data.report["train"].notes == {"answer behind the last question, left out": 1}
+    assert data.report["train"].notes == {"answer after the last question, left out": 1}
 
 
 def test_cut_prompts_are_told_whole(tokenizer, rows):
@@ -216,7 +216,7 @@ def test_from_the_command_line(write, rows):
 
 
 def test_what_was_not_given_is_said(trainer, tokenizer, rows):
-    with pytest.raises(ConfigError, match="PromptDataModule was given no test rows: pass test="):
+    with pytest.raises(ConfigError, match="PromptDataModule has no test rows: pass test="):
         trainer().test(BatchRecorder(tokenizer), PromptDataModule(rows))
     with pytest.raises(ConfigError, match="PromptDataModule has no tokenizer"):
         trainer().fit(BatchRecorder(), PromptDataModule(rows))

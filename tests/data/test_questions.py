@@ -1,4 +1,4 @@
-"""Which conversations ask the same."""
+"""Keys of questions: which conversations have the same question."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def key(*messages):
     return question_keys(messages)[-1]
 
 
-ASKED = key(user("Where is it?"))
+QUESTION = key(user("Where is it?"))
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ ASKED = key(user("Where is it?"))
         [user("Where is it?"), answer("", tool_calls=[call("Rome")]), {"role": "tool", "content": "12 degrees"}],
     ],
 )
-def test_question_keys_same_question(messages):
-    assert key(*messages) == ASKED
+def test_question_keys_are_equal_for_the_same_question(messages):
+    assert key(*messages) == QUESTION
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_question_keys_same_question(messages):
         [user("Where is"), user("it?")],
     ],
 )
-def test_question_keys_other_question(messages):
-    assert key(*messages) != ASKED
+def test_question_keys_differ_for_another_question(messages):
+    assert key(*messages) != QUESTION
 
 
-def test_question_keys_of_earlier_turns_are_those_of_the_conversation_up_to_them():
+def test_question_keys_of_earlier_turns_are_those_of_prefixes():
     talk = [user("a"), answer("b"), user("c"), answer("d"), user("e")]
     keys = question_keys(talk)
     assert keys == [key(*talk[:1]), key(*talk[:3]), key(*talk)]
@@ -67,23 +67,25 @@ def test_question_keys_of_earlier_turns_are_those_of_the_conversation_up_to_them
     assert question_keys([answer("a plain text")]) == question_keys([]) == []
 
 
-def test_question_keys_earlier_answers_count_but_not_how_they_were_reached():
-    def of(reply):
+def test_question_keys_depend_on_earlier_answers_but_not_on_reasoning():
+    def key_with(reply):
         return key(user("a"), reply, user("c"))
 
-    assert of(answer("b", reasoning_content="hm", train=False)) == of(answer(" b "))
-    assert of(answer("b")) != of(answer("z"))
-    assert of(answer("", tool_calls=[call("Rome", number="x")])) == of(answer("", tool_calls=[call("Rome")]))
-    assert of(answer("", tool_calls=[call("Rome")])) != of(answer("", tool_calls=[call("Oslo")]))
-    assert of(answer("", tool_calls=[call("Rome")])) != of(answer(""))
+    assert key_with(answer("b", reasoning_content="hm", train=False)) == key_with(answer(" b "))
+    assert key_with(answer("b")) != key_with(answer("z"))
+    assert key_with(answer("", tool_calls=[call("Rome", number="x")])) == key_with(
+        answer("", tool_calls=[call("Rome")])
+    )
+    assert key_with(answer("", tool_calls=[call("Rome")])) != key_with(answer("", tool_calls=[call("Oslo")]))
+    assert key_with(answer("", tool_calls=[call("Rome")])) != key_with(answer(""))
 
 
-def test_question_keys_turns_do_not_run_into_each_other():
+def test_question_keys_separate_turns():
     assert key(user("a\nassistant\nb")) != key(user("a"), answer("b"), user(""))
     assert question_keys([user("a lone \ud800 surrogate")])
 
 
-def test_row_questions_a_plain_text_is_its_own():
+def test_row_questions_of_a_plain_text_is_its_own_key():
     texts = [Conversation((answer(text),), "train", n, str(n)) for n, text in enumerate("aab")]
     keys = [row_questions(row) for row in texts]
     assert keys[0] == keys[1] != keys[2]

@@ -370,7 +370,7 @@ PREFERENCE = {"prompt": "q", "chosen": "good", "rejected": "bad"}
         ),
         ({"prompt": [user()], "chosen": [answer(weight=0)], "rejected": "b"}, "isn't to be trained on", "the mark"),
         ({"messages": [user(), answer()], "chosen": "b", "rejected": "c"}, "prompt ends with an answer", "remove the"),
-        ({"messages": [user()], "label": True}, "no answer to the last turn", "add it"),
+        ({"messages": [user()], "label": True}, "no answer to the last turn", "add the answer"),
         ({"prompt": [user([{"type": "image"}])], "chosen": "a", "rejected": "b"}, "part of type 'image'", "Only text"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Splits: held out, counted, encoded, with nothing of Lightning."""
+"""Splits: holding out, counting and encoding rows, without Lightning."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from lightning_ft.data.splits import RowRules, Splits
 from lightning_ft.errors import ConfigError, DataError
 
 
-def splits(given, **rules):
+def splits(sources, **rules):
     defaults = {
         "columns": None,
         "on_bad_row": "error",
@@ -15,7 +15,7 @@ def splits(given, **rules):
         "seed": 0,
         "cache": None,
     }
-    return Splits(given, RowRules(**{**defaults, **rules}))
+    return Splits(sources, RowRules(**{**defaults, **rules}))
 
 
 IN_TRAIN = "rows that also appear in train"
@@ -25,7 +25,7 @@ def keys(made, name):
     return [row.key for part in made.rows[name] for row in part]
 
 
-def test_held_out_rows_are_of_the_seed_and_in_no_split_twice(pairs):
+def test_held_out_rows_depend_on_the_seed_and_are_in_one_split(pairs):
     def held(seed):
         made = splits({"train": pairs, "validation": 0.25}, seed=seed)
         made.load(["train", "validation"])
@@ -48,12 +48,12 @@ def test_copies_of_a_row_are_held_out_together(pairs):
     assert made.report["validation"].also_in_train == 0
 
 
-def test_holding_out_of_one_row():
+def test_hold_out_needs_two_different_rows():
     with pytest.raises(DataError, match="fewer than two different rows"):
         splits({"train": [{"input": "a", "output": "b"}] * 3, "validation": 0.5}).load(["train"])
 
 
-def test_rows_of_validation_and_test_that_also_appear_in_train(pairs):
+def test_rows_that_also_appear_in_train_are_counted(pairs):
     other = {"input": "a", "output": "b"}
     made = splits({"train": pairs, "validation": [*pairs[:3], other], "test": [other]})
     with pytest.warns(
@@ -73,16 +73,16 @@ def test_duplicates_are_counted(pairs):
     assert made.report["train"].kept == 26
 
 
-def test_bad_rows_of_all_sources_and_splits_are_told_together(write, pairs):
+def test_bad_rows_of_all_sources_and_splits_are_reported_together(write, pairs):
     a, b = write("a.jsonl", [*pairs, {"input": "a"}]), write("b.jsonl", [{"input": "", "output": "b"}, *pairs])
     made = splits({"train": [a, b], "test": [{"input": "c", "output": None}]})
     with pytest.raises(DataError) as error:
         made.load(["train", "test"])
-    said = str(error.value)
-    assert said.startswith("3 bad rows (")
-    assert f"{a}, row 25, 'output': missing field" in said
-    assert f"{b}, row 1, 'input': empty input" in said
-    assert "test, row 1, 'output': None" in said
+    message = str(error.value)
+    assert message.startswith("3 bad rows (")
+    assert f"{a}, row 25, 'output': missing field" in message
+    assert f"{b}, row 1, 'input': empty input" in message
+    assert "test, row 1, 'output': None" in message
     assert made.rows == {}
 
 
@@ -101,7 +101,7 @@ ANSWER = {"input": "lamp", "output": "parcel " * 100}
 
 
 def test_overlong_rows_are_listed(tokenizer, pairs):
-    made = splits({"train": [*pairs, LONG, ANSWER]}, on_bad_row="skip")  # that is of other rows
+    made = splits({"train": [*pairs, LONG, ANSWER]}, on_bad_row="skip")  # which concerns other rows
     made.load(["train"])
     with pytest.raises(DataError) as error:
         made.encode("train", tokenizer)
@@ -119,7 +119,7 @@ def test_overlong_rows_are_dropped_and_counted(tokenizer, pairs):
     assert [request.id for request in made.requests("train")] == [f"train:{n}" for n in range(2, 26)]
 
 
-def test_overlong_prompts_are_cut_and_answers_are_not(tokenizer, pairs):
+def test_overlong_prompts_are_truncated_and_answers_are_not(tokenizer, pairs):
     made = splits({"train": [*pairs, LONG]}, on_overlong="truncate_prompt")
     made.load(["train"])
     made.encode("train", tokenizer)
@@ -135,7 +135,7 @@ def test_overlong_prompts_are_cut_and_answers_are_not(tokenizer, pairs):
     assert dict(made.report["train"].skipped) == {"overlong answer": 1}
 
 
-def test_all_rows_overlong(tokenizer):
+def test_encode_fails_if_all_rows_are_overlong(tokenizer):
     made = splits({"train": [LONG, ANSWER]}, on_overlong="drop")
     made.load(["train"])
     with pytest.raises(
@@ -144,14 +144,14 @@ def test_all_rows_overlong(tokenizer):
         made.encode("train", tokenizer)
 
 
-def test_a_template_that_drops_the_answer_is_told_once_with_rows(make_tokenizer, pairs):
+def test_template_that_drops_answers_is_reported_with_its_rows(make_tokenizer, pairs):
     made = splits({"train": pairs})
     made.load(["train"])
     with pytest.raises(DataError, match=r"24 bad rows \(24 x answer lost in the chat template\)"):
         made.encode("train", make_tokenizer("drops_answers"))
 
 
-def test_another_prompt_than_generation_is_warned_of(make_tokenizer, pairs):
+def test_encode_warns_of_a_prompt_mismatch(make_tokenizer, pairs):
     made = splits({"train": pairs})
     made.load(["train"])
     with pytest.warns(
@@ -161,7 +161,7 @@ def test_another_prompt_than_generation_is_warned_of(make_tokenizer, pairs):
     assert made.report["train"].other_prompt == 24
 
 
-def test_rows_over_the_tokenizers_limit_are_warned_of(tokenizer, pairs):
+def test_encode_warns_of_rows_over_the_tokenizer_limit(tokenizer, pairs):
     tokenizer.model_max_length = 8
     made = splits({"train": pairs})
     made.load(["train"])
@@ -169,7 +169,7 @@ def test_rows_over_the_tokenizers_limit_are_warned_of(tokenizer, pairs):
         made.encode("train", tokenizer)
 
 
-def test_lengths_are_those_of_the_rows(tokenizer, pairs):
+def test_report_has_lengths_of_rows(tokenizer, pairs):
     made = splits({"train": pairs})
     made.load(["train"])
     made.encode("train", tokenizer)
@@ -179,7 +179,7 @@ def test_lengths_are_those_of_the_rows(tokenizer, pairs):
     assert report.supervised == [int(rows[i].supervised.sum()) for i in range(24)]
 
 
-def test_requests():
+def test_requests_have_references_and_clusters():
     def talk(*texts):
         return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
@@ -194,23 +194,23 @@ def test_requests():
     with pytest.raises(ConfigError, match="no train rows: pass train="):
         made.requests("train")
     made.load(["test"])
-    found = made.requests("test")
-    assert [(r.id, r.reference, r.cluster) for r in found] == [
+    requests = made.requests("test")
+    assert [(r.id, r.reference, r.cluster) for r in requests] == [
         ("x", "d", "3"),
         ("x#2", "f", None),
         ("test:3", "h", None),
     ]
-    assert [m["content"] for m in found[0].messages] == ["a", "b", "c"]
+    assert [m["content"] for m in requests[0].messages] == ["a", "b", "c"]
 
 
-def test_requests_have_ids_of_their_own():
+def test_requests_have_unique_ids():
     names = ["x", "x", "x#2", " ", None, "x", "y"]
     made = splits({"test": [{"input": str(n), "output": "a", "id": name} for n, name in enumerate(names)]})
     made.load(["test"])
     assert [request.id for request in made.requests("test")] == ["x", "x#3", "x#2", "test:4", "test:5", "x#4", "y"]
 
 
-def test_requests_of_rows_without_question_or_answer(pairs):
+def test_requests_rejects_rows_without_question_or_answer(pairs):
     made = splits({"predict": [{"input": "a"}], "test": [{"text": "a text"}]})
     made.load(["predict", "test"])
     with pytest.raises(ConfigError, match="predict rows can't be requests: predict, row 1, has no answer to compare"):
@@ -219,7 +219,7 @@ def test_requests_of_rows_without_question_or_answer(pairs):
         made.requests("test")
 
 
-def test_requests_hand_on_what_the_template_is_given():
+def test_requests_pass_template_kwargs():
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
     made = splits({"test": [{"input": "a", "output": "b", "tools": tools}]})
     made.load(["test"])

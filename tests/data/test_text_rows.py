@@ -1,4 +1,4 @@
-"""Plain texts, all of which is learned; which answers of a conversation are; and what requests have of rows."""
+"""Plain texts, supervised answers of conversations, and what requests take from rows."""
 
 import pytest
 import pytorch_lightning as L
@@ -30,7 +30,7 @@ def supervised(data, split="train"):
     return [data.tokenizer.decode(part[i].input_ids[part[i].supervised]) for i in range(len(part))]
 
 
-def test_a_text_is_supervised_but_for_its_first_token(tokenizer):
+def test_text_is_supervised_except_for_its_first_token(tokenizer):
     data = PairDataModule(TEXTS, tokenizer=tokenizer, cache_dir=False)
     data.setup("fit")
     for row, example in zip(TEXTS, data.splits.encoded["train"][0], strict=False):
@@ -39,7 +39,7 @@ def test_a_text_is_supervised_but_for_its_first_token(tokenizer):
     assert data.report["train"].formats == {"train": "text"}
 
 
-def test_perplexity_of_texts_is_logged(tokenizer, tmp_path):
+def test_fit_logs_perplexity_of_texts(tokenizer, tmp_path):
     torch.manual_seed(0)
     data = PairDataModule(TEXTS * 4, TEXTS, tokenizer=tokenizer, cache_dir=False, batch_size=2)
     module = FullFineTuning(make_model(len(tokenizer)), tokenizer=tokenizer)
@@ -51,14 +51,14 @@ def test_perplexity_of_texts_is_logged(tokenizer, tmp_path):
     assert trainer.callback_metrics["val/perplexity"] > 1
 
 
-def test_texts_are_no_requests(tokenizer):
+def test_requests_rejects_texts(tokenizer):
     data = PairDataModule(TEXTS, TEXTS, tokenizer=tokenizer, cache_dir=False)
     data.load_rows()
     with pytest.raises(ConfigError, match=r"validation rows can't be requests: validation, row 1, has no question"):
         data.requests("validation")
 
 
-def test_token_savings_says_that_texts_are_no_requests(tokenizer, tmp_path):
+def test_token_savings_rejects_texts(tokenizer, tmp_path):
     data = PairDataModule(TEXTS, TEXTS, tokenizer=tokenizer, cache_dir=False)
     module = FullFineTuning(make_model(len(tokenizer)), tokenizer=tokenizer)
     savings = TokenSavings(PromptBaseline("Be brief."))
@@ -70,7 +70,7 @@ def test_token_savings_says_that_texts_are_no_requests(tokenizer, tmp_path):
         trainer.fit(module, data)
 
 
-def test_an_overlong_text_says_what_to_do(tokenizer):
+def test_overlong_text_error_says_what_to_do(tokenizer):
     data = PairDataModule(TEXTS, tokenizer=tokenizer, cache_dir=False, max_length=4, on_overlong="drop")
     with pytest.raises(ValueError, match=r"overlong text .* Split it into shorter texts"):
         data.setup("fit")
@@ -80,12 +80,12 @@ def test_an_overlong_text_says_what_to_do(tokenizer):
     ("supervise", "expected"),
     [("all", "parcel<|im_end|>kettle<|im_end|>"), ("last", "kettle<|im_end|>")],
 )
-def test_supervise_and_weights(tokenizer, supervise, expected):
+def test_supervise_and_weight_select_answers(tokenizer, supervise, expected):
     data = PairDataModule([{"messages": TALK}], tokenizer=tokenizer, cache_dir=False, supervise=supervise)
     assert supervised(data) == [expected]
 
 
-def test_a_last_answer_of_weight_0_is_refused_where_only_it_would_be_learned(tokenizer):
+def test_supervise_last_rejects_a_last_answer_of_weight_0(tokenizer):
     turns = [*TALK[2:4], TALK[0], TALK[1]]
     options = {"tokenizer": tokenizer, "cache_dir": False}
     assert supervised(PairDataModule([{"messages": turns}], **options)) == ["parcel<|im_end|>"]
@@ -98,7 +98,7 @@ def test_a_last_answer_of_weight_0_is_refused_where_only_it_would_be_learned(tok
 # ---------------------------------------------------------------- requests
 
 
-def test_requests_have_what_the_template_is_given_and_the_whole_answer(tokenizer):
+def test_requests_have_template_kwargs_and_the_whole_answer(tokenizer):
     plain = {"messages": [TALK[0], TALK[3]], "chat_template_kwargs": {"enable_thinking": False}}
     thought = {"messages": [TALK[0], {**TALK[3], "reasoning_content": "hm"}]}
     called = {"messages": [TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
@@ -112,7 +112,7 @@ def test_requests_have_what_the_template_is_given_and_the_whole_answer(tokenizer
         measurement_plan(tokenizer, [third], PromptBaseline("Be brief."))
 
 
-def test_retention_reads_the_whole_answer(make_tokenizer):
+def test_encode_task_reads_the_whole_answer(make_tokenizer):
     template = (
         "{%- if mode -%}{{- '<|im_start|>' + mode -}}{%- endif -%}"
         "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' -}}"
@@ -132,14 +132,14 @@ def test_retention_reads_the_whole_answer(make_tokenizer):
         encode_task(make_tokenizer("drops_answers"), [Request("1", turns, "parcel")])
 
 
-def test_a_baseline_before_turns_with_tools():
-    asked = [
+def test_prompt_baseline_precedes_turns_with_tools():
+    messages = [
         Message(role="system", content=""),
         Message(role="user", content="where is it"),
         Message(role="assistant", content="", tool_calls=[CALL]),
         Message(role="tool", content="3"),
     ]
     baseline = PromptBaseline("Be brief.", [{"input": "a", "output": "b"}])
-    roles = [message["role"] for message in baseline.messages(asked)]
+    roles = [message["role"] for message in baseline.messages(messages)]
     assert roles == ["system", "user", "assistant", "user", "assistant", "tool"]
-    assert baseline.messages(asked)[0]["content"] == "Be brief."
+    assert baseline.messages(messages)[0]["content"] == "Be brief."
