@@ -64,7 +64,7 @@ _ROLES = {
 TEXT_FIELDS = tuple(field for field in _ROLES if field != "label")
 """Fields that hold text, or messages."""
 
-_MISSPELT = 0.8  # similarity from which a name is taken for a misspelt field
+_MISSPELLED = 0.8  # similarity from which a name is taken for a misspelled field
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _rank(column: Column, field: str, names: set[str]) -> float | None:
     role, words = _ROLES.get(field, ""), tokens(column.name)
     known = _NAMES.get(role, ())
     whole = "".join(words)
-    if difflib.SequenceMatcher(None, field, whole).ratio() >= _MISSPELT:
+    if difflib.SequenceMatcher(None, field, whole).ratio() >= _MISSPELLED:
         return 0
     singular = whole.removesuffix("s")
     for name in (whole, singular):

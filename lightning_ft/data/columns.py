@@ -86,7 +86,7 @@ class Formats:
         return name
 
     def _check_named(self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-        """Refuse a misspelt column. One that no row has may be in another split.
+        """Refuse a misspelled column. One that no row has may be in another split.
 
         Raises:
             RowError: If no row has it, and rows have one with a similar name.

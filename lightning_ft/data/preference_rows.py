@@ -130,7 +130,7 @@ class PreferenceFormat(FieldReader[Preference]):
         if self.name == "chosen_rejected":
             prompt, sides = self._implicit(row)
         elif not self.paired and self.answers[0] in CONVERSATIONS:
-            prompt, sides = self._labelled_conversation(row)
+            prompt, sides = self._labeled_conversation(row)
         else:
             prompt = self.read_prompt(row)
             sides = [self.side(row, name, "assistant") for name in self.answers]
@@ -159,7 +159,7 @@ class PreferenceFormat(FieldReader[Preference]):
         tools = {self.column("tools"): nested["tools"]} if is_nonempty(nested.get("tools")) else {}
         return {**row, **tools, column: nested["messages"]}
 
-    def _labelled_conversation(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+    def _labeled_conversation(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
         """The prompt and the labeled last turn of a conversation."""
         turns = self.side(row, self.answers[0], None)
         if not turns or turns[-1]["role"] != "assistant":

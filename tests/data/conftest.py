@@ -121,5 +121,5 @@ def preferences(pairs):
 
 
 @pytest.fixture
-def labelled_completions(pairs):
+def labeled_completions(pairs):
     return [{"prompt": row["input"], "completion": row["output"], "label": n % 3 == 0} for n, row in enumerate(pairs)]

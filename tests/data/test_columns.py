@@ -175,7 +175,7 @@ def test_proposal_lists_columns_that_cannot_be_guessed(name):
     assert "'messages':" not in message  # none of these contains a conversation
 
 
-def test_misspelt_column_gets_the_nearest_name():
+def test_misspelled_column_gets_the_nearest_name():
     message = error_of(rows_of("question", "answer"), columns={"input": "questoin", "output": "answer"})
     assert message.startswith("train: columns= names 'questoin', which no row has (columns: question, answer)")
     assert proposed(message) == {"input": "question", "output": "answer"}

@@ -23,7 +23,7 @@ def test_pair_becomes_prompt_and_completions(name):
     ("label", "expected"),
     [(True, True), (False, False), (1, True), (0, False), (1.0, True), ("true", True), ("False", False), ("0", False)],
 )
-def test_labelled_completion_has_one_label(label, expected):
+def test_labeled_completion_has_one_label(label, expected):
     preference = read({"prompt": "q", "completion": "a", "label": label, "margin": "not for them"})
     assert (preference.labels, preference.margin) == ((expected,), None)
     assert [m["content"] for m in (*preference.prompt, *preference.completions[0])] == ["q", "a"]
@@ -55,7 +55,7 @@ SAME = "chosen and rejected are the same"
 NOTHING = "nothing left after the shared prompt"
 BAD = {  # a good row of the source, the bad one, the field, and the reason
     "missing": (pair(), pair(rejected="absent"), "rejected", "missing field"),
-    "misspelt": (pair(), pair(rejected="absent", reject="b"), "rejected", "missing field"),
+    "misspelled": (pair(), pair(rejected="absent", reject="b"), "rejected", "missing field"),
     "None": (pair(), pair(chosen=None), "chosen", "None"),
     "number": (pair(), pair(chosen=4), "chosen", "wrong type"),
     "no object": (pair(), "q", None, "not an object"),

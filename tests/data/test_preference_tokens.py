@@ -67,7 +67,7 @@ def test_answer_that_is_a_prefix_of_the_other(tokenizer):
     assert [int(c.supervised.sum()) for c in (chosen, rejected)] == [len(chosen) - 1, len(rejected) - 1]
 
 
-def test_labelled_completion_is_split_after_its_prompt(tokenizer):
+def test_labeled_completion_is_split_after_its_prompt(tokenizer):
     result, _ = encoded(tokenizer, labeled(prompt=talk("q", "r", "s")))
     prompt, (completion,) = split_shared(result.examples)
     assert prompt.tolist() == encode_prompt(tokenizer, talk("q", "r", "s"))

@@ -20,8 +20,8 @@ def trainer(trainer_options):
     return lambda **options: _pl.Trainer(**{"max_epochs": 1, **trainer_options, **options})
 
 
-def test_every_row_once_with_what_belongs_to_it(tokenizer, preferences, labelled_completions):
-    for given in (preferences, labelled_completions):
+def test_every_row_once_with_what_belongs_to_it(tokenizer, preferences, labeled_completions):
+    for given in (preferences, labeled_completions):
         data = PreferenceDataModule(given, tokenizer=tokenizer, batch_size=5, cache_dir=False)
         data.setup("fit")
         batches = list(data.train_dataloader())
@@ -81,15 +81,15 @@ def test_the_same_tokens_are_refused_or_skipped(make_tokenizer, preferences):
     assert dict(data.report["train"].skipped) == {"chosen and rejected become the same tokens": 1}
 
 
-def test_pairs_and_labels_are_not_mixed(tokenizer, preferences, labelled_completions, write):
-    a, b = write("a.jsonl", preferences), write("b.jsonl", labelled_completions)
+def test_pairs_and_labels_are_not_mixed(tokenizer, preferences, labeled_completions, write):
+    a, b = write("a.jsonl", preferences), write("b.jsonl", labeled_completions)
     with pytest.raises(
         DataError, match=rf"train mixes pairs \({a}, row 1\) with completions that have a label \({b}, row"
     ):
         PreferenceDataModule([a, b]).load_rows()
     PreferenceDataModule(a, b).load_rows()  # splits are on their own
     with pytest.raises(DataError, match="24 x not a pair"):
-        PreferenceDataModule([*preferences, *labelled_completions]).load_rows()
+        PreferenceDataModule([*preferences, *labeled_completions]).load_rows()
 
 
 def test_a_row_without_a_margin(tokenizer, preferences):

@@ -104,7 +104,7 @@ RENAME = "Rename 'inputs' to 'input', as in other rows."
 FILL = "Fill it in or remove the row."
 BAD = {
     "missing": ({"input": "a"}, "output", "missing field", "Add it, or remove the row."),
-    "misspelt": ({"inputs": "a", "output": "b"}, "input", "missing field", RENAME),
+    "misspelled": ({"inputs": "a", "output": "b"}, "input", "missing field", RENAME),
     "None": ({"input": "a", "output": None}, "output", "None", FILL),
     "number": ({"input": "a", "output": 4}, "output", "wrong type", "Expected a string or a list of messages."),
     "empty input": ({"input": "", "output": "b"}, "input", "empty input", FILL),

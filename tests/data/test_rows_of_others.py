@@ -329,7 +329,7 @@ def test_preferences_of_other_formats_are_read(name):
         {"instruction": "q", "input": "", "output": "a", "label": False},
     ],
 )
-def test_labelled_completions_of_other_formats_are_read(source_row):
+def test_labeled_completions_of_other_formats_are_read(source_row):
     row, problem, _ = load(source_row, "preferences")
     assert problem is None
     assert short(row.prompt) == [(U, "q")]

@@ -1,4 +1,4 @@
-"""Rows of preferences: read, built, and those of every format with what they mean."""
+"""Rows of preferences: helpers that read and build them, and a row of each format with its meaning."""
 
 from lightning_ft.data.preference_rows import PREFERENCES
 from lightning_ft.data.rows import load_source
@@ -11,9 +11,9 @@ def load(rows, **options):
 
 
 def read(row, **options):
-    (found,), problems = load([row], **options)
+    (preference,), problems = load([row], **options)
     assert not problems
-    return found
+    return preference
 
 
 def talk(*texts, system=None):
@@ -83,7 +83,7 @@ def implicit(chosen, rejected):
     return {"chosen": chosen, "rejected": rejected}
 
 
-def labelled(**changed):
+def labeled(**changed):
     return {"prompt": "q", "completion": "a", "label": True, **changed}
 
 
@@ -105,13 +105,13 @@ def texts(tokenizer, batch):
 
 
 def expected(rows):
-    """The same of rows, written down."""
+    """What `texts` returns for a batch of these rows."""
     head, tail, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
-    found = []
+    result = []
     for n, row in enumerate(rows):
         if "chosen" in row:
             sides = [(row["chosen"] + end, True), (row["rejected"] + end, False)]
         else:
             sides = [(row["completion"] + end, row["label"])]
-        found.append((head + row["prompt"] + tail, sides, row.get("margin"), n))
-    return found
+        result.append((head + row["prompt"] + tail, sides, row.get("margin"), n))
+    return result

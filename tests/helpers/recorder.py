@@ -1,4 +1,4 @@
-"""A module that trains nothing of interest and remembers the batches it got."""
+"""A module with one parameter that records its batches."""
 
 import torch
 
@@ -34,7 +34,7 @@ class Recorder(LightningModule):
 
 
 class BatchRecorder(Recorder):
-    """Remembers whole batches, and of which split they were."""
+    """Records whole batches and their splits."""
 
     def training_step(self, batch, batch_idx):
         self.seen.append(("train", batch))
