@@ -1,0 +1,89 @@
+"""Arguments of the modules: complete signatures and docstrings, one type for each, and misspelled names."""
+
+import inspect
+import typing
+
+import pytest
+
+from lightning_ft import DPO, GRPO, KTO, PPO, FullFineTuning, LoRAFineTuning, RewardModeling
+from lightning_ft.errors import ConfigError, UnknownArgumentError
+from lightning_ft.modules import options
+
+MODULES = (FullFineTuning, LoRAFineTuning, RewardModeling, DPO, KTO, GRPO, PPO)
+TYPED = {
+    FullFineTuning: options.FineTuningOptions,
+    LoRAFineTuning: options.FineTuningOptions,
+    RewardModeling: options.AdaptedOptions,
+    DPO: options.AdaptedOptions,
+    KTO: options.AdaptedOptions,
+    GRPO: options.PolicyOptions,
+    PPO: options.CriticOptions,
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_signature_and_docstring_name_every_argument(kind):
+    parameters = inspect.signature(kind).parameters
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    assert {"model", "tokenizer", "learning_rate", "on_nonfinite", "seed"} <= set(parameters)
+    documented = [name for name in parameters if f"\n    {name}: " in kind.__doc__]
+    assert documented == list(parameters)
+    assert kind.__doc__.count("\nArgs:\n") == 1
+    assert kind.__doc__.index("\nRaises:\n") < kind.__doc__.index("\nExample:\n")
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_typed_options_are_the_arguments_passed_on(kind):
+    own = set(inspect.signature(kind.__init__).parameters) - {"self", "options"}
+    passed_on = set(inspect.signature(kind).parameters) - own
+    assert set(typing.get_type_hints(TYPED[kind])) == passed_on
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_types_of_options_are_those_of_the_constructors(kind):
+    hints = typing.get_type_hints(TYPED[kind], include_extras=False)
+    for base in kind.__mro__:
+        if "__init__" in vars(base) and base.__module__.startswith("lightning_ft.modules"):
+            for name, hint in typing.get_type_hints(base.__init__).items():
+                if name in hints and base is not kind:
+                    assert hints[name] == hint, f"{base.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (GRPO, {"rewards": len, "num_completion": 4}, "no argument 'num_completion'. Did you mean 'num_completions'?"),
+        (PPO, {"rewards": len, "clip_hi": 0.2}, "Did you mean 'clip_high'?"),
+        (DPO, {"lern_rate": 1.0}, "Did you mean 'learning_rate'?"),
+        (KTO, {"precompute_reference": True}, "KTO has no argument 'precompute_reference'"),
+        (FullFineTuning, {"quantization": "4bit"}, "FullFineTuning has no argument 'quantization'"),
+    ],
+)
+def test_misspelled_argument_gets_the_nearest_name(kind, arguments, message):
+    with pytest.raises(UnknownArgumentError) as error:
+        kind("some/model", **arguments)
+    assert message in str(error.value)
+    assert isinstance(error.value, TypeError)
+
+
+def test_subclass_of_a_user_may_take_arguments_of_its_own():
+    class Mine(DPO):
+        def __init__(self, *args, extra=1, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.extra = extra
+            self.save_hyperparameters()
+
+    assert Mine("some/model", extra=3, beta=0.2).hparams["extra"] == 3
+    with pytest.raises(TypeError, match="betta"):
+        Mine("some/model", betta=0.2)
+
+
+def test_lora_false_is_refused():
+    with pytest.raises(ConfigError, match="use FullFineTuning"):
+        LoRAFineTuning("some/model", lora=False)
+
+
+def test_earlier_name_of_activation_cache_still_works(tmp_path):
+    with pytest.warns(UserWarning, match="`trunk_cache` is now called `activation_cache`"):
+        module = LoRAFineTuning("some/model", trunk_cache=str(tmp_path))
+    assert module.hparams["activation_cache"] == str(tmp_path)
