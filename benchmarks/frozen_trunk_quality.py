@@ -168,7 +168,7 @@ def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
                 [max(end) - y for y, end in zip(ys, ends, strict=True)],
             ]
             look = looks[kind]
-            style = {"marker": look.marker, "color": look.colour, "markersize": 7, "capsize": 3}
+            style = {"marker": look.marker, "color": look.color, "markersize": 7, "capsize": 3}
             axes.errorbar(xs, ys, yerr=reach, label=labels.get(kind, kind), **style)
             for summary, x, y in zip(mine, xs, ys, strict=True):
                 if summary.first.rank is not None:

@@ -7,7 +7,7 @@ Nothing is generated: both sides are handed the same completions where they woul
 training step with their real trainers: rewards and advantages, log-probabilities under the reference (where the KL
 counts) and under the policy, loss, backward pass, clipping, and optimizer step.
 A group of completions stands behind one prompt: here the prompt is computed once, in TRL once for each. Completions of
-one length are the case that favours TRL, which pads. Weights are the initial ones again before each repetition.
+one length are the case that favors TRL, which pads. Weights are the initial ones again before each repetition.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy, linear
 from lightning_ft.losses.logprobs import linear_logprob_sum, linear_logprobs
 
 AGREE = {"loss": 1e-5, "gradient": 1e-5, "elsewhere": 0.0, "head_gradient": 1e-5}
-STD = 0.02  # of the head's weights, as transformers initialises them
+STD = 0.02  # of the head's weights, as transformers initializes them
 TRL_CHUNK = 32_768  # tokens of the vocabulary at a time: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 

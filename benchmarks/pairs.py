@@ -134,7 +134,7 @@ class LoggedDPO(Logged, DPO):
 
 
 class LoggedReward(Logged, RewardModeling):
-    """Reward modelling."""
+    """Reward modeling."""
 
 
 def optimization(lora: bool) -> dict[str, Any]:

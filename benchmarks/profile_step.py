@@ -134,7 +134,7 @@ class Profile:
         )
 
 
-def analysed(case: Case, watch: Watch, tokens: int, peak: float, threads: int, longest: int) -> Profile:
+def analyzed(case: Case, watch: Watch, tokens: int, peak: float, threads: int, longest: int) -> Profile:
     """What a run showed.
 
     Raises:
@@ -195,7 +195,7 @@ def main() -> None:
         if options.only not in str(case):
             continue
         watch, tokens = watched(case, timed=options.pairs, profiled=options.profiled)
-        result = analysed(case, watch, tokens, max(peak, peak_rate()), options.threads, options.longest)
+        result = analyzed(case, watch, tokens, max(peak, peak_rate()), options.threads, options.longest)
         print(result.markdown(), flush=True)
         results.append(result)
         write_json([asdict(result) for result in results], options.json)

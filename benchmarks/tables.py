@@ -32,7 +32,15 @@ def row(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    heads = ["work", "against", "times as fast", "seconds", "operations", "memory beyond the model's", "apart at most"]
+    heads = [
+        "work",
+        "compared with",
+        "times as fast",
+        "seconds",
+        "FLOPs",
+        "memory beyond the model's",
+        "largest difference",
+    ]
     for path in map(Path, sys.argv[1:]):
         print("\n".join(markdown_table(heads, [row(result) for result in json.loads(path.read_text())])), end="\n\n")
 

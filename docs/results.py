@@ -1,4 +1,4 @@
-"""Write the tables of `docs/results.md` from what `make results-<domain>` measured.
+"""Write the tables of `docs/results.md` from the results of `make results-<domain>`.
 
 python docs/results.py runs/results/support runs/results/medical_coding ... > tables.md
 """
@@ -43,25 +43,25 @@ def spread(interval: Interval) -> str:
 
 
 def verdict(gate: Gate) -> str:
-    """Of the quality gate, and why it failed."""
+    """Outcome of the quality gate, with the reason if it failed."""
     return "passed" if gate.passed else "too few requests" if gate.underpowered else "failed"
 
 
 def arms(found: Comparison) -> Iterator[list[str]]:
-    """What there is to say of every method's answers."""
+    """Rows of quality, tokens and costs per method."""
     methods = list(found.quality)
-    yield ["right", *(percent(found.quality[m]) for m in methods)]
+    yield ["correct", *(percent(found.quality[m]) for m in methods)]
     seeds = {m: ", ".join(f"{q:.1%}" for q in found.seed_quality.get(m, ())) for m in methods}
     yield ["each seed", *(seeds[m] for m in methods)]
     for name in next(iter(found.metrics.values()), {}):
         yield [name.replace("_", " "), *(f"{found.metrics[m][name].value:.3f}" for m in methods)]
     some = next(iter(found.savings.values()))
     records = {m: found.savings[m].arms["tuned"] if m in found.savings else some.arms[m] for m in methods}
-    for title, tokens in (("input tokens a request", "input_tokens"), ("output tokens", "output_tokens")):
+    for title, tokens in (("input tokens per request", "input_tokens"), ("output tokens", "output_tokens")):
         yield [title, *(f"{mean(getattr(records[m], tokens)):.1f}" for m in methods)]
     yield ["tokens per success", *(f"{records[m].tokens_per_success:,.1f}" for m in methods)]
     saved = {m: found.savings.get(m) for m in methods}
-    yield ["fewer tokens a request", *("" if r is None else percent(r.savings["total"]) for r in saved.values())]
+    yield ["fewer tokens per request", *("" if r is None else percent(r.savings["total"]) for r in saved.values())]
     yield [
         "fewer tokens per success",
         *("" if r is None else percent(r.savings["per_success"]) for r in saved.values()),
@@ -84,7 +84,7 @@ def arms(found: Comparison) -> Iterator[list[str]]:
 
 
 def training(found: Comparison) -> Iterator[list[str]]:
-    """What each method took, and what it forgot; means of the seeds."""
+    """Rows of compute and retention per method, means over seeds."""
     runs = {method: found.final_runs(method) for method in found.savings}
     yield ["learning rate", *(f"{found.chosen[m]:g}" for m in runs)]
     costs = {m: [run.compute for run in of if run.compute is not None] for m, of in runs.items()}
@@ -92,7 +92,7 @@ def training(found: Comparison) -> Iterator[list[str]]:
     yield ["time", *(duration(mean(c.train_seconds for c in of)) for of in costs.values())]
     yield ["peak memory", *(bytes_of(mean(c.peak_memory_bytes for c in of)) for of in costs.values())]
     over = {m: mean(c.peak_memory_bytes - c.memory_at_start_bytes for c in of) for m, of in costs.items()}
-    yield ["of it more than at the start", *(bytes_of(value) for value in over.values())]
+    yield ["of which above the start", *(bytes_of(value) for value in over.values())]
     yield ["trainable parameters", *(f"{of[0].trainable_parameters:,}" for of in costs.values())]
     yield ["checkpoint", *(bytes_of(of[0].checkpoint_bytes or 0) for of in runs.values())]
     kept = {m: [run.retention for run in of if run.retention is not None] for m, of in runs.items()}
