@@ -126,13 +126,13 @@ def legend_below(axes: Any) -> None:
 
 
 class Mark(NamedTuple):
-    """How the points of an arm or a method look: a marker of matplotlib and a colour."""
+    """How the points of an arm or a method look: a marker of matplotlib and a color."""
 
     marker: str
-    colour: str
+    color: str
 
 
-# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/).
+# Okabe and Ito's colors (https://jfly.uni-koeln.de/color/).
 PARTS = {
     "system": ("system prompt", "#0072B2"),
     "few_shot": ("examples", "#56B4E9"),
@@ -141,7 +141,7 @@ PARTS = {
     "input": ("input", "#0072B2"),
     "answer": ("answer", "#D55E00"),
 }
-"""Where tokens go: a label and a colour, from the bottom of a bar to its top."""
+"""Where tokens go: a label and a color, from the bottom of a bar to its top."""
 _KNOWN = {
     "prompted": Mark("s", "#0072B2"),
     "untuned": Mark("o", "#999999"),
@@ -164,7 +164,7 @@ def marks(names: Sequence[str]) -> dict[str, Mark]:
 
     Example:
         >>> marks(["full", "frozen trunk"])["frozen trunk"]
-        Mark(marker='v', colour='#CC79A7')
+        Mark(marker='v', color='#CC79A7')
     """
     others = [name for name in names if name not in _KNOWN]
     return {name: _KNOWN.get(name) or _OTHERS[others.index(name) % len(_OTHERS)] for name in names}

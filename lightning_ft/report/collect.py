@@ -100,7 +100,7 @@ def collect(folder: str | Path, within: Iterable[str] | None = None) -> RunRepor
 
 
 def beside(name: str, others: Mapping[str, _Result]) -> _Result | None:
-    """What another measurement of the same run found: callbacks write into neighbouring folders.
+    """What another measurement of the same run found: callbacks write into neighboring folders.
 
     Args:
         name: Key of a result.

@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
-from preference_runs import Records, make_labelled, make_pairs
+from preference_runs import Records, make_labeled, make_pairs
 from ranks import trainer_options
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -54,7 +54,7 @@ CASES = {
 def run(how, name, model, adapter, out):
     module = CASES[name](model, adapter)
     module._cache_dir = f"{out}/reference"
-    rows = make_labelled(28) if name == "kto" else make_pairs(28)
+    rows = make_labeled(28) if name == "kto" else make_pairs(28)
     data = PreferenceDataModule(
         rows[:21],  # steps of 8, 8 and 5: in the last micro-batch one rank has a row, the other none
         validation=rows[21:],

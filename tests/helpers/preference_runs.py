@@ -38,7 +38,7 @@ def make_pairs(count=24):
     ]
 
 
-def make_labelled(count=24):
+def make_labeled(count=24):
     """Prompts with one answer each, and whether it is a good one."""
     return [
         {"prompt": row["prompt"], "completion": row["chosen"] if good else row["rejected"], "label": good}

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import torch
-from judged import make_labelled, make_pairs
+from judged import make_labeled, make_pairs
 from tiny import make_rows
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -74,7 +74,7 @@ def make(method, model, folder, **options):
     elif kind in (GRPO, PPO):
         data = PromptDataModule(make_rows(9), validation=make_rows(11)[9:], **{**options, "batch_size": 3})
     else:
-        rows = (make_labelled if method == "kto" else make_pairs)(24)
+        rows = (make_labeled if method == "kto" else make_pairs)(24)
         data = PreferenceDataModule(rows[:20], validation=rows[20:], **options)
     return kind(model, learning_rate=1e-2, **settings), data
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from dpo_cases import LABELLED, LORA, PAIRS, RecordingDPO, RecordingKTO, batches
+from dpo_cases import LABELED, LORA, PAIRS, RecordingDPO, RecordingKTO, batches
 from preference_runs import Records, make_pairs, train, trainable
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -151,7 +151,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_option
     options, rows = dict(options), PAIRS
     kind = functools.partial(RecordingDPO, cache_dir=str(tmp_path / "cache"))
     if options.pop("kto", False):
-        kind, rows = RecordingKTO, LABELLED
+        kind, rows = RecordingKTO, LABELED
     common = {
         "max_epochs": 2,
         "accumulate_grad_batches": 2,

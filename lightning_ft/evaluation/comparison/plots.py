@@ -31,14 +31,14 @@ def draw_learning_curve(axes: Any, curves: Mapping[str, Mapping[int, Interval]],
             [i.value for i in ys],
             yerr=down_up,
             fmt=f"{look[name].marker}-",
-            color=look[name].colour,
+            color=look[name].color,
             markersize=8,
             capsize=4,
             markeredgecolor="black",
             label=name,
         )
     for name, interval in lines.items():
-        axes.axhline(interval.value, color=look[name].colour, linewidth=1.8, linestyle="--", label=name)
+        axes.axhline(interval.value, color=look[name].color, linewidth=1.8, linestyle="--", label=name)
     logarithmic(axes.xaxis, "{:,.0f}".format)
     axes.set_xticks(sizes)
     axes.set_ylim(-0.04, 1.05)
@@ -64,7 +64,7 @@ def draw_methods(axes: Any, quality: Mapping[str, Interval], seeds: Mapping[str,
             [row],
             xerr=spread(interval.value, interval.lo, interval.hi),
             fmt=mark.marker,
-            color=mark.colour,
+            color=mark.color,
             markersize=9,
             capsize=4,
             markeredgecolor="black",
@@ -133,7 +133,7 @@ def draw_resources(axes: Any, ratios: Mapping[str, Mapping[str, Interval]]) -> N
                 [y],
                 xerr=sideways if reached else None,
                 fmt=mark.marker,
-                color=mark.colour,
+                color=mark.color,
                 markersize=8,
                 capsize=3,
                 markeredgecolor="black",
@@ -202,7 +202,7 @@ def draw_training(axes: Any, curves: Sequence[Curve]) -> None:
             [x for x, _ in points],
             [y for _, y in points],
             f"{look[curve.name].marker}-",
-            color=look[curve.name].colour,
+            color=look[curve.name].color,
             markersize=5,
             linewidth=1.4,
             alpha=0.85,

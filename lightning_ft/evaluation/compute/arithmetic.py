@@ -194,8 +194,8 @@ class ComputeResult:
     def mfu(self) -> float | None:
         """Share of the devices' peak that training used; None where the peak isn't known.
 
-        Model FLOPs utilisation of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311), appendix B, except that
-        computing activations again counts as work: with gradient checkpointing it is their hardware utilisation.
+        Model FLOPs utilization of Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311), appendix B, except that
+        computing activations again counts as work: with gradient checkpointing it is their hardware utilization.
         """
         if not self.available_flops or not self.train_seconds:
             return None

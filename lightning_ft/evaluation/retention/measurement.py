@@ -188,7 +188,7 @@ class RetentionMeasurement:
                 raise RetentionError(
                     f"Before the first step the model is {kl:.3g} nats a token away from its base with the adapter "
                     f"switched off ({tolerance(model):g} at most for a new adapter): the adapter was trained before, "
-                    "or its initialisation changed the base weights (PiSSA, OLoRA). Pass base='step_0' to compare "
+                    "or its initialization changed the base weights (PiSSA, OLoRA). Pass base='step_0' to compare "
                     "with the model as this training starts from it."
                 )
         with evaluating(model):

@@ -137,7 +137,7 @@ def draw_forgetting(axes: Any, runs: Sequence[Tradeoff]) -> None:
             xerr=spread(x.value, x.lo, x.hi),
             yerr=spread(y.value, y.lo, y.hi),
             fmt=mark.marker,
-            color=mark.colour,
+            color=mark.color,
             markersize=9,
             capsize=4,
             markeredgecolor="black",

@@ -99,7 +99,7 @@ def encode_texts(
     if short:
         raise RetentionError(
             f"{len(short):,} general texts have fewer than 2 tokens, so that nothing can be predicted in them (first: "
-            f"text {short[0]}, {texts[short[0]]!r}). Leave them out, or join them to their neighbours."
+            f"text {short[0]}, {texts[short[0]]!r}). Leave them out, or join them to their neighbors."
         )
     examples = [_example(tokens[:max_tokens], 0) for tokens in ids]
     return examples, sum(len(tokens) > max_tokens for tokens in ids)

@@ -34,9 +34,9 @@ def draw_tokens(axes: Any, result: SavingsResult) -> None:
             tokens = inputs.get(part, 0) if part != "answer" else sum(arm.output_tokens)
             columns.setdefault(part, []).append(tokens / result.n)
     bottoms = [0.0] * len(arms)
-    for part, (label, colour) in PARTS.items():
+    for part, (label, color) in PARTS.items():
         if any(columns[part]):
-            axes.bar(arms, columns[part], 0.6, bottom=bottoms, label=label, color=colour, edgecolor="white")
+            axes.bar(arms, columns[part], 0.6, bottom=bottoms, label=label, color=color, edgecolor="white")
             bottoms = [bottom + height for bottom, height in zip(bottoms, columns[part], strict=True)]
     for place, height in enumerate(bottoms):
         axes.text(place, height, f"{height:,.0f}", ha="center", va="bottom", fontweight="bold")
@@ -82,7 +82,7 @@ def draw_quality(axes: Any, arms: Mapping[str, Arm], confidence: float = 0.95) -
             xerr=spread(x.value, x.lo, min(x.hi, edge * 2)) if succeeded else None,
             yerr=spread(y.value, y.lo, y.hi),
             fmt=mark.marker,
-            color=mark.colour,
+            color=mark.color,
             markersize=9,
             capsize=4,
             label=name if succeeded else f"{name} (no success)",
@@ -122,11 +122,11 @@ def draw_cost(axes: Any, result: SavingsResult, kind: Kind, break_even: Interval
     first, last = _range(break_even, prices.invested, max(prompted, tuned))
     volumes = [first * (last / first) ** (k / (_POINTS - 1)) for k in range(_POINTS)]
     look = marks(["prompted", "tuned"])
-    axes.plot(volumes, [prompted * x for x in volumes], color=look["prompted"].colour, linewidth=2.2, label="prompted")
+    axes.plot(volumes, [prompted * x for x in volumes], color=look["prompted"].color, linewidth=2.2, label="prompted")
     axes.plot(
         volumes,
         [prices.invested + tuned * x for x in volumes],
-        color=look["tuned"].colour,
+        color=look["tuned"].color,
         linewidth=2.2,
         linestyle="--",
         label=f"tuned, with {prices.invested:,.2f} {prices.currency} invested" if prices.invested else "tuned",
