@@ -1,4 +1,4 @@
-"""Estimates of the KL divergence from the reference, and a coefficient that keeps it near a target."""
+"""Estimators of the KL divergence from the reference, and an adaptive coefficient that keeps it near a target."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from lightning_ft.errors import ConfigError
 
 LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are cut at plus and minus this before ``exp``, so that one absurd token gives no infinity: e^20 is 5e8."""
+"""Log-ratios are clamped to plus and minus this before ``exp`` (e^20 is 5e8), so no single token gives an infinity."""
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) at each sampled token: ``log p - log p_ref``.
+    """The k1 estimate of KL(policy || reference) at each sampled token: ``log p - log p_ref``.
 
-    Unbiased where the tokens were sampled from the policy, but negative at about every other token; the usual penalty
-    inside rewards (PPO, RLOO). k1 of http://joschu.net/blog/kl-approx.html.
+    It is unbiased if the tokens were sampled from the policy, but negative at about half of them. PPO and RLOO subtract
+    it from their rewards. See http://joschu.net/blog/kl-approx.html.
 
     Args:
-        logprobs: Of the tokens under the policy, nats, ``[n]``.
-        ref_logprobs: Under the reference, ``[n]``.
+        logprobs: Log-probabilities of the tokens under the policy, in nats, ``[n]``.
+        ref_logprobs: Log-probabilities under the reference, ``[n]``.
 
     Returns:
-        Nats, ``[n]``.
+        Estimates in nats, ``[n]``.
 
     Example:
         >>> import torch
@@ -35,18 +35,18 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) at each sampled token: ``r - 1 - log r`` with ``r = p_ref / p``.
+    """The k3 estimate of KL(policy || reference) at each sampled token: ``r - 1 - log r`` with ``r = p_ref / p``.
 
-    Unbiased where the tokens were sampled from the policy, never negative, of less variance than `k1`; GRPO's term of
-    the loss. k3 of http://joschu.net/blog/kl-approx.html. ``log r`` is cut at ``±LOG_RATIO_LIMIT``, beyond which there
-    is no gradient.
+    It is unbiased if the tokens were sampled from the policy, never negative, and has a lower variance than `k1`. GRPO
+    adds it to its loss. See http://joschu.net/blog/kl-approx.html. ``log r`` is clamped to ``±LOG_RATIO_LIMIT``, beyond
+    which the gradient is 0.
 
     Args:
-        logprobs: Of the tokens under the policy, nats, ``[n]``.
-        ref_logprobs: Under the reference, ``[n]``.
+        logprobs: Log-probabilities of the tokens under the policy, in nats, ``[n]``.
+        ref_logprobs: Log-probabilities under the reference, ``[n]``.
 
     Returns:
-        Nats, ``[n]``.
+        Estimates in nats, ``[n]``.
 
     Example:
         >>> import torch
@@ -59,20 +59,20 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """A KL coefficient that rises while the divergence is above its target and falls while it is below.
+    """A KL coefficient that rises while the divergence is above its target, and falls while it is below.
 
     The proportional controller of Ziegler et al. 2019, section 2.2 (https://arxiv.org/abs/1909.08593):
     ``coef *= 1 + clip(kl / target - 1, -clip, clip) * steps / horizon``. All fields are plain numbers, so
-    ``dataclasses.asdict`` is its state.
+    ``dataclasses.asdict`` gives its state for a checkpoint.
 
     Args:
-        coef: The coefficient now.
-        target: The divergence to stay near, in the unit of what `update` gets: nats per completion in the paper.
-        horizon: Steps over which a coefficient that is `clip` off would be corrected by that share.
-        clip: Largest relative error that counts.
+        coef: Current value of the coefficient.
+        target: Divergence to stay near, in the unit of the values passed to `update`; nats per completion in the paper.
+        horizon: Number of steps over which a relative error of `clip` changes the coefficient by about that share.
+        clip: Largest relative error that is taken into account.
 
     Raises:
-        ConfigError: For a coefficient, target, horizon or clip that isn't above 0.
+        ConfigError: If the coefficient, target, horizon or clip isn't a finite number above 0.
 
     Example:
         >>> kl = AdaptiveKL(coef=0.2, target=6.0, horizon=1000)
@@ -91,14 +91,14 @@ class AdaptiveKL:
                 raise ConfigError(f"AdaptiveKL: {name}={getattr(self, name)!r}, expected a number above 0.")
 
     def update(self, kl: float, steps: int) -> AdaptiveKL:
-        """The controller after a measurement.
+        """The controller updated with a measured divergence.
 
         Args:
-            kl: Mean divergence measured, over all ranks.
-            steps: Completions it was measured on, over all ranks.
+            kl: Measured mean divergence over all ranks.
+            steps: Number of completions it was measured on, over all ranks.
 
         Raises:
-            ConfigError: If `kl` isn't a finite number, or if so many steps could turn the coefficient negative.
+            ConfigError: If `kl` isn't a finite number, or if this number of steps could turn the coefficient negative.
         """
         if not math.isfinite(kl):
             raise ConfigError(f"AdaptiveKL.update: kl={kl}, expected a finite number. The policy has diverged.")

@@ -1,9 +1,9 @@
-"""Log-probabilities of chosen tokens without the logits of a whole batch.
+"""Log-probabilities of target tokens, computed without holding the logits of a whole batch.
 
-The logits of a batch are its largest tensor: at a vocabulary of 152,000, a thousand targets are 600 MB in fp32, several
-times over in a plain loss. Here the head runs over `chunk` targets at a time, and its gradients are formed in the
-forward pass wherever they don't depend on what comes later (the idea of Liger Kernel's chunked losses,
-https://arxiv.org/abs/2410.10989), so no chunk is computed twice.
+Logits are the largest tensor of a batch: with a vocabulary of 152,000, those of a thousand targets take 600 MB in fp32,
+and a plain loss holds several copies. Here the head runs over `chunk` targets at a time. Where its gradients don't
+depend on the rest of the loss they are computed in the forward pass, so that no chunk is computed twice (the idea of
+Liger Kernel's chunked losses, https://arxiv.org/abs/2410.10989). Shapes: `n` targets, hidden size `d`, vocabulary `v`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024
-"""Targets per chunk: its logits are ``[CHUNK, vocabulary]`` in fp32."""
+"""Number of targets per chunk, whose logits are ``[CHUNK, v]`` in fp32."""
 _CPU_CHUNK = 128
-"""On a CPU, whose caches smaller chunks stay in; matrix products become slower below it (measured)."""
+"""Number of targets per chunk on a CPU: small enough for its caches; below it matrix products were measured slower."""
 
 
 class SelectedLogProbs(NamedTuple):
-    """What a head says of its targets.
+    """Log-probabilities of targets, and metrics of the distributions that predict them.
 
     Args:
-        logprobs: Log-probability of each target, ``fp32 [n]``; carries the gradient.
+        logprobs: Log-probability of each target, ``fp32 [n]``, with gradient.
         correct: Whether no token is more probable than the target, ``bool [n]``.
-        entropy: Entropy of the distribution that each target was scored under, nats, ``fp32 [n]``, without gradient;
-            None where it wasn't asked for.
-        states: Hidden states that the targets were predicted from, ``[n, d]``, with gradient; None where not asked for.
+        entropy: Entropy of the distribution at each target in nats, ``fp32 [n]``, without gradient; None if it wasn't
+            requested.
+        states: Hidden states from which the targets were predicted, ``[n, d]``, with gradient; None if they weren't
+            requested.
     """
 
     logprobs: Tensor
@@ -39,12 +40,12 @@ class SelectedLogProbs(NamedTuple):
 
 
 class LogitTransform(NamedTuple):
-    """What a model does to ``hidden @ weight.T`` before it calls it logits.
+    """The steps from a head's raw products, ``hidden @ weight.T``, to the model's logits.
 
     Args:
-        scale: Factor on the logits (Cohere, Granite).
-        softcap: ``softcap * tanh(logits / softcap)`` after scaling (Gemma 2); None for no cap.
-        temperature: Divides the logits at last: what is scored is the distribution that was sampled from.
+        scale: Factor of the logits (Cohere, Granite).
+        softcap: Bound of the logits after scaling, ``softcap * tanh(logits / softcap)`` (Gemma 2); None for no bound.
+        temperature: Divisor of the logits, applied last: log-probabilities are those of the sampling distribution.
     """
 
     scale: float = 1.0
@@ -52,7 +53,7 @@ class LogitTransform(NamedTuple):
     temperature: float = 1.0
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """Raw products to logits, in fp32."""
+        """Logits from the raw products, in fp32."""
         logits = raw.float()
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -61,7 +62,7 @@ class LogitTransform(NamedTuple):
         return logits if self.temperature == 1.0 else logits / self.temperature
 
     def backward_(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Gradient on the logits to gradient on the raw products, in place."""
+        """Gradient of the raw products from the gradient of the logits, in place."""
         if self.softcap is not None:
             grad *= 1 - (logits * self.temperature / self.softcap) ** 2
         if self.scale != self.temperature:
@@ -73,7 +74,7 @@ IDENTITY = LogitTransform()
 
 
 def chunk_size(device: torch.device, chunk: int | None = None) -> int:
-    """How many targets to take at a time: `chunk`, or what is fastest on a device.
+    """Number of targets per chunk: `chunk`, or the fastest number on the device.
 
     Example:
         >>> chunk_size(torch.device("cpu")), chunk_size(torch.device("cuda")), chunk_size(torch.device("cpu"), 7)
@@ -82,58 +83,58 @@ def chunk_size(device: torch.device, chunk: int | None = None) -> int:
     return chunk if chunk is not None else (_CPU_CHUNK if device.type == "cpu" else CHUNK)
 
 
-def _room(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
-    """Where the products of each chunk go, ``[chunk, v]``: a new tensor for each would stand beside the one before."""
+def _buffer(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    """Buffer that every chunk's products overwrite, ``[chunk, v]``: new tensors would take twice the memory."""
     return weight.new_empty(min(chunk, len(hidden)), len(weight))
 
 
-def _raw(hidden: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
-    out = room[: len(hidden)]
+def _raw_products(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    out = buffer[: len(hidden)]
     if bias is None:
         return torch.mm(hidden, weight.t(), out=out)
     return torch.addmm(bias, hidden, weight.t(), out=out)
 
 
-def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, whether none is larger, and the log normalizer, all ``[n]``."""
-    normalizer = logits.logsumexp(-1)
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    return chosen - normalizer, chosen >= logits.amax(-1), normalizer
+def _logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, whether none is larger, and the log normalizers, all ``[n]``."""
+    normalizers = logits.logsumexp(-1)
+    target_logits = logits.gather(-1, targets[:, None])[:, 0]
+    return target_logits - normalizers, target_logits >= logits.amax(-1), normalizers
 
 
-def _score_with_gradient_(
+def _logprobs_with_gradient_(
     logits: Tensor, targets: Tensor, transform: LogitTransform
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`_score` and :func:`_logprob_gradient_` at once, with one exponential for both; overwrites `logits`."""
+    """:func:`_logprobs` and :func:`_logprob_gradient_` with a single exponential for both; overwrites `logits`."""
     if transform.softcap is not None:
-        scored = _score(logits, targets)
-        return *scored, _logprob_gradient_(logits, targets, scored[2], transform)
-    chosen, largest = logits.gather(-1, targets[:, None])[:, 0], logits.amax(-1)
+        logprobs, correct, normalizers = _logprobs(logits, targets)
+        return logprobs, correct, normalizers, _logprob_gradient_(logits, targets, normalizers, transform)
+    target_logits, largest = logits.gather(-1, targets[:, None])[:, 0], logits.amax(-1)
     exponentials = logits.sub_(largest[:, None]).exp_()
     total = exponentials.sum(-1)
-    normalizer = largest + total.log()
+    normalizers = largest + total.log()
     grad = exponentials.mul_(-1 / total[:, None])
     grad[torch.arange(len(targets), device=targets.device), targets] += 1
-    return chosen - normalizer, chosen >= largest, normalizer, transform.backward_(grad, logits)
+    return target_logits - normalizers, target_logits >= largest, normalizers, transform.backward_(grad, logits)
 
 
-def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
-    """Entropy of each row's distribution, ``[n]``."""
-    return normalizer - ((logits - normalizer[:, None]).exp_() * logits).sum(-1)
+def _entropy(logits: Tensor, normalizers: Tensor) -> Tensor:
+    """Entropy of each row's distribution in nats, ``[n]``."""
+    return normalizers - ((logits - normalizers[:, None]).exp_() * logits).sum(-1)
 
 
-def _logprob_gradient_(logits: Tensor, targets: Tensor, normalizer: Tensor, transform: LogitTransform) -> Tensor:
+def _logprob_gradient_(logits: Tensor, targets: Tensor, normalizers: Tensor, transform: LogitTransform) -> Tensor:
     """D logprob / d raw = (onehot - softmax) * d logits / d raw, ``[n, v]``; may overwrite `logits`."""
     if transform.softcap is None:
-        grad = logits.sub_(normalizer[:, None]).exp_().neg_()
+        grad = logits.sub_(normalizers[:, None]).exp_().neg_()
     else:
-        grad = (logits - normalizer[:, None]).exp_().neg_()  # the cap's derivative needs the logits themselves
+        grad = (logits - normalizers[:, None]).exp_().neg_()  # the softcap's derivative needs the logits
     grad[torch.arange(len(targets), device=targets.device), targets] += 1
     return transform.backward_(grad, logits)
 
 
 class _SelectedLogProbs(torch.autograd.Function):
-    """Per-target log-probabilities; the incoming gradient may differ from target to target."""
+    """Log-probability of each target; the incoming gradients may differ."""
 
     @staticmethod
     def forward(
@@ -147,27 +148,27 @@ class _SelectedLogProbs(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        # With a frozen head d logprob / d hidden is one vector per target, known now: no second pass over the
-        # vocabulary.
-        direct = ctx.needs_input_grad[0] and not head_trains
-        jacobian = torch.empty_like(hidden) if direct else None
+        # With a frozen head d logprob / d hidden is one vector per target, ``[n, d]`` in all. It is computed here, so
+        # that the backward pass needs no second pass over the vocabulary.
+        frozen_head = ctx.needs_input_grad[0] and not head_trains
+        jacobian = torch.empty_like(hidden) if frozen_head else None
         logprobs, correct, normalizers, entropies = [], [], [], []
-        room = _room(hidden, weight, chunk)
-        for part, ids, start in zip(
+        buffer = _buffer(hidden, weight, chunk)
+        for states, ids, start in zip(
             hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
         ):
-            logits = transform(_raw(part, weight, bias, room))
+            logits = transform(_raw_products(states, weight, bias, buffer))
             if jacobian is not None and not entropy:
-                scored, hit, normalizer, grad = _score_with_gradient_(logits, ids, transform)
+                target_logprobs, is_largest, log_normalizers, grad = _logprobs_with_gradient_(logits, ids, transform)
             else:
-                scored, hit, normalizer = _score(logits, ids)
+                target_logprobs, is_largest, log_normalizers = _logprobs(logits, ids)
                 if entropy:
-                    entropies.append(_entropy(logits, normalizer))
+                    entropies.append(_entropy(logits, log_normalizers))
                 if jacobian is not None:
-                    grad = _logprob_gradient_(logits, ids, normalizer, transform)
-            logprobs.append(scored)
-            correct.append(hit)
-            normalizers.append(normalizer)
+                    grad = _logprob_gradient_(logits, ids, log_normalizers, transform)
+            logprobs.append(target_logprobs)
+            correct.append(is_largest)
+            normalizers.append(log_normalizers)
             if jacobian is not None:
                 jacobian[start : start + len(ids)] = grad.to(weight.dtype) @ weight
         ctx.transform, ctx.chunk, ctx.has_bias = transform, chunk, bias is not None
@@ -185,19 +186,20 @@ class _SelectedLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        room = _room(hidden, weight, ctx.chunk)
-        pieces = (t.split(ctx.chunk) for t in (hidden, targets, normalizers, grad_logprobs))
-        for start, (part, ids, normalizer, upstream) in zip(
-            range(0, len(targets), ctx.chunk), zip(*pieces, strict=True), strict=True
+        buffer = _buffer(hidden, weight, ctx.chunk)
+        chunks = (t.split(ctx.chunk) for t in (hidden, targets, normalizers, grad_logprobs))
+        for start, (states, ids, log_normalizers, upstream) in zip(
+            range(0, len(targets), ctx.chunk), zip(*chunks, strict=True), strict=True
         ):
-            grad = _logprob_gradient_(ctx.transform(_raw(part, weight, bias, room)), ids, normalizer, ctx.transform)
+            logits = ctx.transform(_raw_products(states, weight, bias, buffer))
+            grad = _logprob_gradient_(logits, ids, log_normalizers, ctx.transform)
             grad = grad.mul_(upstream[:, None]).to(weight.dtype)
-            _accumulate(grad, part, weight, start, grad_hidden, grad_weight, grad_bias)
+            _accumulate(grad, states, weight, start, grad_hidden, grad_weight, grad_bias)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 class _SummedLogProbs(torch.autograd.Function):
-    """Their sum: every target has the same incoming gradient, so all gradients are formed in the forward pass."""
+    """Sum of the log-probabilities: all targets share one incoming gradient, so the forward pass computes gradients."""
 
     @staticmethod
     def forward(
@@ -212,20 +214,20 @@ class _SummedLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        wanted = grad_hidden is not None or grad_weight is not None or grad_bias is not None
+        needs_gradient = grad_hidden is not None or grad_weight is not None or grad_bias is not None
         total, correct = hidden.new_zeros((), dtype=torch.float32), []
-        room = _room(hidden, weight, chunk)
-        for part, ids, start in zip(
+        buffer = _buffer(hidden, weight, chunk)
+        for states, ids, start in zip(
             hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
         ):
-            logits = transform(_raw(part, weight, bias, room))
-            if wanted:
-                scored, hit, _, grad = _score_with_gradient_(logits, ids, transform)
-                _accumulate(grad.to(weight.dtype), part, weight, start, grad_hidden, grad_weight, grad_bias)
+            logits = transform(_raw_products(states, weight, bias, buffer))
+            if needs_gradient:
+                logprobs, is_largest, _, grad = _logprobs_with_gradient_(logits, ids, transform)
+                _accumulate(grad.to(weight.dtype), states, weight, start, grad_hidden, grad_weight, grad_bias)
             else:
-                scored, hit, _ = _score(logits, ids)
-            total += scored.sum()
-            correct.append(hit)
+                logprobs, is_largest, _ = _logprobs(logits, ids)
+            total += logprobs.sum()
+            correct.append(is_largest)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         result = total, torch.cat(correct)
         ctx.mark_non_differentiable(result[1])
@@ -240,18 +242,18 @@ class _SummedLogProbs(torch.autograd.Function):
 
 def _accumulate(
     grad: Tensor,
-    part: Tensor,
+    states: Tensor,
     weight: Tensor,
     start: int,
     grad_hidden: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Add one chunk's gradient on the raw products, ``[chunk, v]``, to those of the head's inputs."""
+    """Add the gradient of a chunk's raw products, ``[chunk, v]``, to the gradients of the head's inputs."""
     if grad_hidden is not None:
-        grad_hidden[start : start + len(part)] = grad @ weight
+        grad_hidden[start : start + len(states)] = grad @ weight
     if grad_weight is not None:
-        grad_weight.addmm_(grad.T, part.to(weight.dtype))
+        grad_weight.addmm_(grad.T, states.to(weight.dtype))
     if grad_bias is not None:
         grad_bias += grad.sum(0)
 
@@ -269,13 +271,13 @@ def linear_logprobs(
     """Log-probability of each target under a linear head.
 
     Args:
-        hidden: States that predict the targets, ``[n, d]``.
-        weight: The head's weight, ``[v, d]``.
-        targets: Token ids, ``int64 [n]``.
-        bias: The head's bias, ``[v]``.
-        transform: What the model does to the products.
-        chunk: Targets at a time; peak memory is ``[chunk, v]``. By default what is fastest on the device.
-        entropy: Give the entropy of each distribution too.
+        hidden: Hidden states that predict the targets, ``[n, d]``.
+        weight: Weight of the head, ``[v, d]``.
+        targets: Token ids of the targets, ``int64 [n]``.
+        bias: Bias of the head, ``[v]``.
+        transform: Steps from the raw products to the logits.
+        chunk: Number of targets per chunk; peak memory is ``[chunk, v]``. By default the fastest on the device.
+        entropy: Whether to compute the entropy of each distribution as well.
 
     Example:
         >>> import torch
@@ -285,7 +287,7 @@ def linear_logprobs(
         True
     """
     if not len(targets):
-        return _nothing(hidden, weight, bias, summed=False)
+        return _no_targets(hidden, weight, bias, summed=False)
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs, correct, entropies = _SelectedLogProbs.apply(
             hidden.to(weight.dtype), weight, bias, targets, transform, chunk_size(hidden.device, chunk), entropy
@@ -302,12 +304,12 @@ def linear_logprob_sum(
     transform: LogitTransform = IDENTITY,
     chunk: int | None = None,
 ) -> SelectedLogProbs:
-    """Sum of the log-probabilities of the targets under a linear head; the arguments are :func:`linear_logprobs`'s.
+    """Sum of the log-probabilities of the targets under a linear head, with the arguments of :func:`linear_logprobs`.
 
-    Cheaper than summing those where the head trains, since nothing is recomputed.
+    If the head is trained this is cheaper than summing the result of that function, since nothing is recomputed.
 
     Returns:
-        `logprobs` is the sum, ``fp32 []``, `correct` one per target.
+        `logprobs` is the sum, ``fp32 []``; `correct` has one value per target.
 
     Example:
         >>> import torch
@@ -317,7 +319,7 @@ def linear_logprob_sum(
         True
     """
     if not len(targets):
-        return _nothing(hidden, weight, bias, summed=True)
+        return _no_targets(hidden, weight, bias, summed=True)
     size = chunk_size(hidden.device, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         return SelectedLogProbs(*_SummedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, size))
@@ -332,32 +334,32 @@ def module_logprobs(
     chunk: int | None = None,
     entropy: bool = False,
 ) -> SelectedLogProbs:
-    """:func:`linear_logprobs` for a head that isn't one plain matrix (LoRA on the head, quantized heads).
+    """:func:`linear_logprobs` for a head that isn't a single plain matrix, such as a quantized head or one with LoRA.
 
-    Each chunk is recomputed in the backward pass, by PyTorch's own checkpointing, so whatever the head holds gets its
+    Each chunk is recomputed in the backward pass by PyTorch's checkpointing, so every parameter of the head gets its
     gradient.
     """
     if not len(targets):
         parameter = next(head.parameters(), None)
-        return _nothing(hidden, parameter if parameter is not None else hidden, None, summed=False)
+        return _no_targets(hidden, parameter if parameter is not None else hidden, None, summed=False)
 
-    def score(part: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        logits = transform(head(part))
-        logprobs, correct, normalizer = _score(logits, ids)
+    def chunk_logprobs(states: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        logits = transform(head(states))
+        logprobs, correct, normalizers = _logprobs(logits, ids)
         if not entropy:
             return logprobs, correct
         with torch.no_grad():
-            return logprobs, correct, _entropy(logits, normalizer)
+            return logprobs, correct, _entropy(logits, normalizers)
 
     size = chunk_size(hidden.device, chunk)
-    pieces = zip(hidden.split(size), targets.split(size), strict=True)
-    scored = [checkpoint(score, part, ids, use_reentrant=False) for part, ids in pieces]
-    return SelectedLogProbs(*(torch.cat(part) for part in zip(*scored, strict=True)))
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    results = [checkpoint(chunk_logprobs, states, ids, use_reentrant=False) for states, ids in chunks]
+    return SelectedLogProbs(*(torch.cat(values) for values in zip(*results, strict=True)))
 
 
-def _nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, summed: bool) -> SelectedLogProbs:
-    """No targets: zero, still attached to every input, so that such a rank takes part in the backward pass."""
+def _no_targets(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, summed: bool) -> SelectedLogProbs:
+    """Result without targets: zeros attached to every input, so that the rank takes part in the backward pass."""
     zero = hidden.sum() * 0.0 + weight.sum() * 0.0 + (0.0 if bias is None else bias.sum() * 0.0)
     zero = zero.float()
-    none = torch.zeros(0, dtype=torch.bool, device=hidden.device)
-    return SelectedLogProbs(zero if summed else zero.expand(0), none, zero.detach().expand(0))
+    correct = torch.zeros(0, dtype=torch.bool, device=hidden.device)
+    return SelectedLogProbs(zero if summed else zero.expand(0), correct, zero.detach().expand(0))

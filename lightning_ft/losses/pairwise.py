@@ -1,8 +1,9 @@
-"""Losses of a chosen and a rejected completion, one small function each.
+"""Losses on pairs of a chosen and a rejected completion, one small function each.
 
-Those of DPO's family see `gap`, how much more than the reference the policy prefers the chosen completion:
-``log (p / p_ref)(chosen) - log (p / p_ref)(rejected)``, nats. `beta` is the strength of the KL constraint that their
-papers start from. The reference-free ones see average log-probabilities of a token.
+The losses of the DPO family take `gap`, the difference of the two log-ratios in nats:
+``log (p / p_ref)(chosen) - log (p / p_ref)(rejected)``. It says how much more strongly than the reference the policy
+prefers the chosen completion. Their `beta` is the strength of the KL constraint from which the papers derive them. The
+reference-free losses take average log-probabilities per token.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ def sigmoid_loss(gap: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
     """DPO: ``-logsigmoid(beta * gap)`` (https://arxiv.org/abs/2305.18290).
 
     Args:
-        gap: Of each pair, ``[p]``.
+        gap: Difference of the log-ratios of each pair, in nats, ``[p]``.
         beta: Strength of the KL constraint.
-        label_smoothing: Share of pairs whose label is taken to be wrong: conservative DPO
+        label_smoothing: Share of pairs whose label is assumed to be wrong, as in conservative DPO
             (https://ericmitchell.ai/cdpo.pdf).
 
     Returns:
@@ -37,15 +38,15 @@ def sigmoid_loss(gap: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
 
 
 def robust_loss(gap: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """Robust DPO: the DPO loss, unbiased although labels are wrong now and then (https://arxiv.org/abs/2403.00409).
+    """Robust DPO: an estimate of the DPO loss that noisy labels don't bias (https://arxiv.org/abs/2403.00409).
 
     Args:
-        gap: Of each pair, ``[p]``.
+        gap: Difference of the log-ratios of each pair, in nats, ``[p]``.
         beta: Strength of the KL constraint.
         label_smoothing: Share of pairs whose label is wrong, below 0.5.
 
     Returns:
-        ``[p]``; may be negative.
+        ``[p]``; individual losses may be negative.
 
     Example:
         >>> robust_loss(torch.tensor([0.0, 10.0]), label_smoothing=0.1)
@@ -59,8 +60,8 @@ def hinge_loss(gap: Tensor, *, beta: float = 0.1) -> Tensor:
     """SLiC's hinge on DPO's gap: ``max(0, 1 - beta * gap)`` (https://arxiv.org/abs/2309.06657).
 
     Args:
-        gap: Of each pair, ``[p]``.
-        beta: Inverse of the margin that is asked for.
+        gap: Difference of the log-ratios of each pair, in nats, ``[p]``.
+        beta: Inverse of the gap beyond which a pair has no loss.
 
     Returns:
         ``[p]``.
@@ -76,9 +77,9 @@ def ipo_loss(average_gap: Tensor, *, beta: float = 0.1) -> Tensor:
     """IPO: ``(average_gap - 1 / (2 * beta)) ** 2``, equation 17 of https://arxiv.org/abs/2310.12036.
 
     Args:
-        average_gap: The gap of log-ratios divided by the length of their completion, as the authors computed it and
-            TRL does, ``[p]``.
-        beta: The paper's tau.
+        average_gap: Difference of the log-ratios per token, ``[p]``: each log-ratio is divided by the length of its
+            completion, as in the authors' code and in TRL.
+        beta: Strength of the KL constraint, tau in the paper.
 
     Returns:
         ``[p]``.
@@ -96,11 +97,11 @@ def simpo_loss(
     """SimPO: ``-logsigmoid(beta * (chosen - rejected) - gamma)``, without a reference (https://arxiv.org/abs/2405.14734).
 
     Args:
-        chosen: Average log-probability of a token of each chosen completion, nats, ``[p]``.
-        rejected: Of each rejected one, ``[p]``.
+        chosen: Average log-probability per token of each chosen completion, in nats, ``[p]``.
+        rejected: Average log-probability per token of each rejected completion, in nats, ``[p]``.
         beta: Scale of the reward; the paper uses 2 to 10.
-        gamma: Margin in units of the reward, the paper's gamma (not the ratio gamma / beta).
-        label_smoothing: Share of pairs whose label is taken to be wrong.
+        gamma: Margin in units of the reward, gamma in the paper (not the ratio gamma / beta).
+        label_smoothing: Share of pairs whose label is assumed to be wrong.
 
     Returns:
         ``[p]``.
@@ -115,12 +116,13 @@ def simpo_loss(
 def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
     """ORPO: NLL of the chosen plus ``-beta * logsigmoid(log odds ratio)`` (https://arxiv.org/abs/2403.07691).
 
-    ``odds = p / (1 - p)``, `p` the geometric mean of a completion's probabilities. No reference.
+    The odds are ``p / (1 - p)``, where `p` is the geometric mean of the probabilities of a completion's tokens. ORPO
+    needs no reference.
 
     Args:
-        chosen: Average log-probability of a token of each chosen completion, nats, ``[p]``.
-        rejected: Of each rejected one, ``[p]``.
-        beta: Weight of the odds ratio, the paper's lambda.
+        chosen: Average log-probability per token of each chosen completion, in nats, ``[p]``.
+        rejected: Average log-probability per token of each rejected completion, in nats, ``[p]``.
+        beta: Weight of the odds-ratio term, lambda in the paper.
 
     Returns:
         ``[p]``.
@@ -134,10 +136,10 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
 
 
 def sft_loss(chosen: Tensor) -> Tensor:
-    """Negative log-likelihood of a token of the chosen completion: to keep it probable beside other losses.
+    """Average negative log-likelihood per token of the chosen completion, a regularizer for the other losses.
 
     Args:
-        chosen: Average log-probability of a token of each chosen completion, nats, ``[p]``.
+        chosen: Average log-probability per token of each chosen completion, in nats, ``[p]``.
 
     Returns:
         ``[p]``.
@@ -154,14 +156,14 @@ def bradley_terry_loss(
 ) -> Tensor:
     """Loss of a reward model: ``-logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2``.
 
-    Margins are Llama 2's (https://arxiv.org/abs/2307.09288); centring, which pulls rewards to a mean of 0, is that of
-    https://arxiv.org/abs/2312.09244.
+    The margin is from Llama 2 (https://arxiv.org/abs/2307.09288). The centering term, which pulls the mean of the
+    rewards towards 0, is from https://arxiv.org/abs/2312.09244.
 
     Args:
         chosen: Rewards of the chosen completions, ``[p]``.
-        rejected: Of the rejected ones, ``[p]``.
-        margins: By how much the chosen one should be better, ``[p]``; None: 0.
-        centering: Weight of the centring, 0.01 in the paper.
+        rejected: Rewards of the rejected completions, ``[p]``.
+        margins: How much larger the reward of the chosen completion should be, ``[p]``. None means 0.
+        centering: Weight of the centering term, 0.01 in the paper.
 
     Returns:
         ``[p]``.
@@ -180,9 +182,9 @@ def bradley_terry_loss(
 
 
 def _log_odds(average: Tensor) -> Tensor:
-    """``log (p / (1 - p))`` of ``log p``, finite and with finite gradients for every ``log p <= 0``."""
-    # p = 1 in this precision would have infinite odds
+    """``log (p / (1 - p))`` from ``log p``; the value and its gradient are finite for every ``log p <= 0``."""
+    # A p that rounds to 1 would have infinite odds.
     average = average.clamp(max=-torch.finfo(average.dtype).eps)
-    # log(1 - p): each form keeps its digits on its own side of p = 1/2
+    # Two forms of log(1 - p): each is accurate on its own side of p = 1/2.
     near_one, near_zero = torch.log(-torch.expm1(average)), torch.log1p(-torch.exp(average))
     return average - torch.where(average > -math.log(2), near_one, near_zero)

@@ -1,8 +1,9 @@
-"""The loss of a policy on sampled completions: GRPO and its variants, RLOO, PPO.
+"""The policy loss on sampled completions: GRPO and its variants, RLOO and PPO.
 
-All per-token tensors are flat: ``[n]`` over the tokens of `s` completions, `sequences` naming the completion of each.
-The loss of an optimizer step is ``sum(weights[sequences] * per_token * mask)`` over all its micro-batches and ranks, so
-how a step is cut doesn't matter, as long as gradients are added up over ranks, not averaged.
+Tensors with one entry per token are flat: ``[n]`` over the tokens of `s` completions, and `sequences` holds the index
+of each token's completion. The loss of an optimizer step is ``sum(weights[sequences] * per_token * mask)`` over all its
+micro-batches and ranks. How a step is divided into micro-batches therefore doesn't matter, as long as gradients are
+summed over ranks rather than averaged.
 """
 
 from __future__ import annotations
@@ -39,22 +40,22 @@ __all__ = [
 LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "rloo"]
 POLICY_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "rloo")
 CISPO_CLIP = 5.0
-"""CISPO's largest ratio where `clip_high` is None; a bound near 1, as the others have, would undo its idea."""
+"""CISPO's largest ratio if `clip_high` is None. A bound near 1, as for the other losses, would defeat its purpose."""
 
 
 class PolicyLoss(NamedTuple):
-    """The loss of a micro-batch, and sums that add up over micro-batches and ranks.
+    """The loss of a micro-batch, and metrics as sums that can be added over micro-batches and ranks.
 
     Args:
-        loss: Its share of the loss of the step, ``[]``; carries the gradient, as `per_token` does.
-        per_token: The loss of each token before weighting, KL term included, 0 where masked, ``[n]``.
+        loss: Contribution of the micro-batch to the loss of the step, ``[]``, with gradient.
+        per_token: Loss of each token before weighting, including the KL term, 0 where masked, ``[n]``, with gradient.
         ratio: Importance ratio of each token, without gradient, ``[n]``.
-        clipped_low: Tokens held back by the lower bound, ``[]``.
-        clipped_high: Tokens held back by the upper bound, ``[]``.
-        kl: Sum of the KL terms (k3 against the reference, times the ratio if corrected), nats, ``[]``; 0 without a
+        clipped_low: Number of tokens clipped by the lower bound, ``[]``.
+        clipped_high: Number of tokens clipped by the upper bound, ``[]``.
+        kl: Sum of the KL terms in nats (k3 against the reference, times the ratio if corrected), ``[]``; 0 without a
             reference.
-        approx_kl: Sum of k3 estimates of KL(old policy || policy), nats, ``[]``; what an early stop of PPO looks at.
-        tokens: Tokens that count, ``[]``: what to divide the four sums by.
+        approx_kl: Sum of the k3 estimates of KL(old policy || policy) in nats, ``[]``, used for early stopping.
+        tokens: Number of tokens that count, ``[]``, by which to divide the four sums.
     """
 
     loss: Tensor
@@ -75,17 +76,17 @@ def check_policy_loss(
     delta: float | None = None,
     kl_coef: float = 0.0,
 ) -> None:
-    """Refuse what :func:`policy_loss` would refuse, before anything is sampled.
+    """Check the settings of :func:`policy_loss` before anything is sampled.
 
     Args:
         loss_type: One of `POLICY_LOSSES`.
-        clip_low: As in :func:`policy_loss`.
-        clip_high: As in :func:`policy_loss`.
-        delta: As in :func:`policy_loss`.
-        kl_coef: As in :func:`policy_loss`.
+        clip_low: Distance of the ratio's lower bound from 1.
+        clip_high: Distance of the ratio's upper bound from 1; for ``cispo`` the bound itself.
+        delta: Largest ratio of tokens whose advantage is negative.
+        kl_coef: Weight of the KL term.
 
     Raises:
-        ConfigError: For an unknown loss, or a number out of its range.
+        ConfigError: If the loss is unknown, or a number is out of its range.
     """
     if loss_type not in POLICY_LOSSES:
         raise ConfigError(f"loss_type={loss_type!r}, expected one of {', '.join(POLICY_LOSSES)}.")
@@ -94,9 +95,11 @@ def check_policy_loss(
     if loss_type != "cispo":
         check_clip(clip_low, clip_high, delta)
     elif delta is not None:
-        raise ConfigError(f"delta={delta!r} means nothing to cispo, whose ratio has one bound, clip_high.")
+        raise ConfigError(
+            f"delta={delta!r} means nothing to cispo: its ratio has a single bound, clip_high. Leave delta out."
+        )
     elif clip_high is not None and not clip_high > 0:
-        raise ConfigError(f"clip_high={clip_high!r}: CISPO's is the largest ratio, a number above 0 such as 5.0.")
+        raise ConfigError(f"clip_high={clip_high!r}: for CISPO it is the largest ratio, a number above 0 such as 5.0.")
 
 
 def token_weights(
@@ -109,32 +112,32 @@ def token_weights(
 ) -> Tensor:
     """Weight of each token of a completion in the loss of an optimizer step.
 
-    With `S` completions and `T` unmasked tokens in the whole step:
+    For `S` completions and `T` unmasked tokens in the whole step:
 
-    - ``dapo``, ``cispo``: ``1 / T``, a mean over tokens (https://arxiv.org/abs/2503.14476).
-    - ``grpo``: ``1 / (length * S)``, a mean over completions of means over tokens (https://arxiv.org/abs/2402.03300).
-    - ``rloo``: the same; with the ratio of the whole completion at each token it is a mean over completions.
-    - ``dr_grpo``: ``1 / (max_new_tokens * S)``, without regard to length (https://arxiv.org/abs/2503.20783).
-    - ``bnpo``: a mean over the tokens of the micro-batch, weighted by its share of `S`
+    - ``dapo``, ``cispo``: ``1 / T``, the mean over tokens (https://arxiv.org/abs/2503.14476).
+    - ``grpo``: ``1 / (length * S)``, the mean over completions of means over tokens (https://arxiv.org/abs/2402.03300).
+    - ``rloo``: as ``grpo``. Since each token has the ratio of the whole completion, this is the mean over completions.
+    - ``dr_grpo``: ``1 / (max_new_tokens * S)``, independent of the length (https://arxiv.org/abs/2503.20783).
+    - ``bnpo``: the mean over the tokens of the micro-batch, weighted by its share of `S`
       (https://arxiv.org/abs/2506.02864).
 
-    These are TRL's, where all micro-batches hold equally many completions. Where they don't (a short last one), TRL
-    weights each micro-batch alike; here normalizers span the step, so none but ``bnpo``, by its definition, depends on
-    how it is cut. For ``dapo`` and ``cispo`` TRL takes the tokens of all its rollouts, divided by the number of steps
-    that they are used for; here `total_tokens` are the step's own.
+    They equal TRL's if all micro-batches hold the same number of completions. If the last one is shorter, TRL still
+    weights all micro-batches equally; here the normalizers span the step, so that only ``bnpo``, by its definition,
+    depends on how the step is divided. For ``dapo`` and ``cispo`` TRL divides the number of tokens of all its rollouts
+    by the number of steps in which they are used; here `total_tokens` is counted in the step itself.
 
     Args:
         loss_type: One of `POLICY_LOSSES`.
-        lengths: Unmasked tokens of the micro-batch's completions, ``int64 [s]``.
-        total_sequences: `S`, over all micro-batches and ranks, masked completions included.
-        total_tokens: `T`, likewise.
-        max_new_tokens: Of the rollouts; only for ``dr_grpo``.
+        lengths: Number of unmasked tokens of each completion in the micro-batch, ``int64 [s]``.
+        total_sequences: Number of completions `S` over all micro-batches and ranks, including masked ones.
+        total_tokens: Number of unmasked tokens `T` over all micro-batches and ranks.
+        max_new_tokens: Largest number of tokens per completion; only used by ``dr_grpo``.
 
     Returns:
-        ``[s]``; of no consequence for a completion without unmasked tokens, but finite.
+        ``[s]``; finite, though without effect, for a completion without unmasked tokens.
 
     Raises:
-        ConfigError: For an unknown loss, or ``dr_grpo`` without `max_new_tokens`.
+        ConfigError: If the loss is unknown, or `max_new_tokens` is missing for ``dr_grpo``.
 
     Example:
         >>> lengths = torch.tensor([2, 8])
@@ -152,7 +155,9 @@ def token_weights(
             return (1 / tokens).expand(len(lengths))
         case "dr_grpo":
             if max_new_tokens is None or max_new_tokens < 1:
-                raise ConfigError(f"dr_grpo needs max_new_tokens, the length it divides by, got {max_new_tokens!r}.")
+                raise ConfigError(
+                    f"dr_grpo needs max_new_tokens, by which it divides: expected at least 1, got {max_new_tokens!r}."
+                )
             return (1 / (max_new_tokens * sequences)).expand(len(lengths))
         case "bnpo":
             return (len(lengths) / (lengths.sum().clamp(min=1) * sequences)).expand(len(lengths))
@@ -177,35 +182,36 @@ def policy_loss(
     delta: float | None = None,
     bias_corrected_kl: bool = True,
 ) -> PolicyLoss:
-    """Loss of a micro-batch: a surrogate, plus ``kl_coef`` times k3 against the reference, weighted by token.
+    """Loss of a micro-batch: a surrogate plus ``kl_coef`` times k3 against the reference, weighted per token.
 
-    With RLOO the KL belongs into the rewards instead: leave `kl_coef` at 0, as for PPO, whose weights are ``dapo``'s.
+    For RLOO and PPO the KL penalty belongs in the rewards: leave `kl_coef` at 0. PPO uses the weights of ``dapo``.
 
     Args:
-        logprobs: Under the policy, nats, ``[n]``.
-        old_logprobs: Under the policy that sampled, ``[n]``; None: `logprobs` themselves, without gradient, where the
-            policy hasn't moved since.
-        advantages: Of each completion, ``[s]``, or of each token, ``[n]``.
-        sequences: Which completion each token belongs to, ``int64 [n]``, from 0 to s - 1, never decreasing.
-        weights: Of the tokens of each completion, from :func:`token_weights`, ``[s]``.
-        mask: Which tokens count, ``bool [n]``; None: all. Nothing of the others matters, NaN included. Leave out
-            truncated completions with it.
-        ref_logprobs: Under the reference, ``[n]``; None: no KL.
-        kl_coef: Weight of the KL term, TRL's beta. At 0 it is only measured.
-        loss_type: ``cispo`` or, with any other name, the clipped surrogate.
-        level: Of the ratio, see :func:`importance_ratio`; None: ``sequence_sum`` for ``rloo``, else ``token``.
-        clip_low: Distance of the ratio's lower bound from 1; not CISPO's.
-        clip_high: Distance of its upper bound from 1, by default `clip_low`. For ``cispo`` the bound itself, by default
-            `CISPO_CLIP` (TRL's default is 0.2 there too).
+        logprobs: Log-probabilities under the current policy, in nats, ``[n]``.
+        old_logprobs: Log-probabilities under the sampling policy, ``[n]``. None if the policy hasn't changed since:
+            `logprobs` without gradient takes their place.
+        advantages: Advantage of each completion, ``[s]``, or of each token, ``[n]``.
+        sequences: Index of the completion each token belongs to, ``int64 [n]``, from 0 to s - 1, never decreasing.
+        weights: Weight of the tokens of each completion, from :func:`token_weights`, ``[s]``.
+        mask: Which tokens count, ``bool [n]``; None means all. The values of the others, including NaN, have no effect.
+            Use it to leave out truncated completions.
+        ref_logprobs: Log-probabilities under the reference, ``[n]``; None means no KL term.
+        kl_coef: Weight of the KL term, beta in TRL. At 0 the KL is only measured.
+        loss_type: One of `POLICY_LOSSES`. All but ``cispo`` use the clipped surrogate.
+        level: Level of the ratio, see :func:`importance_ratio`; None means ``sequence_sum`` for ``rloo`` and ``token``
+            for the others.
+        clip_low: Distance of the ratio's lower bound from 1; not used by ``cispo``.
+        clip_high: Distance of the ratio's upper bound from 1, by default `clip_low`. For ``cispo`` it is the bound
+            itself, by default `CISPO_CLIP` (in TRL the default is 0.2 for ``cispo`` as well).
         delta: Largest ratio of tokens whose advantage is negative, see :func:`clipped_surrogate`.
-        bias_corrected_kl: Whether the KL term is multiplied by the importance ratio, which makes its gradient that of
-            the KL itself (DeepSeek-V3.2, https://arxiv.org/abs/2512.02556; TRL's default).
+        bias_corrected_kl: Whether to multiply the KL term by the importance ratio, which makes its gradient that of the
+            KL divergence (DeepSeek-V3.2, https://arxiv.org/abs/2512.02556). This is TRL's default.
 
     Returns:
-        The loss and figures to log.
+        The loss, and metrics to log.
 
     Raises:
-        ConfigError: As :func:`check_policy_loss`, for ``kl_coef`` without `ref_logprobs`, or shapes that don't fit.
+        ConfigError: As in :func:`check_policy_loss`; if `kl_coef` is set without `ref_logprobs`; if shapes don't match.
 
     Example:
         >>> logprobs = torch.tensor([-1.0, -2.0, -1.5], requires_grad=True)
@@ -218,17 +224,17 @@ def policy_loss(
     """
     check_policy_loss(loss_type, clip_low=clip_low, clip_high=clip_high, delta=delta, kl_coef=kl_coef)
     if kl_coef and ref_logprobs is None:
-        raise ConfigError(f"kl_coef={kl_coef} needs ref_logprobs, got None. Score the tokens with the reference.")
+        raise ConfigError(f"kl_coef={kl_coef} needs ref_logprobs, got None. Compute them with the reference model.")
     num_sequences = len(weights)
     advantages = _per_token(advantages, sequences, num_sequences)  # [n]
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     tokens = torch.ones_like(sequences).sum()
     if mask is not None:
-        # Zeros in place of masked tokens: each term below is 0 there. Multiplying by the mask at the end would make NaN
-        # of gradients that aren't finite.
+        # Masked tokens are set to 0, which makes each term below 0 there. Multiplying by the mask at the end instead
+        # would turn gradients that aren't finite into NaN.
         check_mask(mask, logprobs)
-        logprobs, old_logprobs, advantages = (_fill(x, mask) for x in (logprobs, old_logprobs, advantages))
-        ref_logprobs = None if ref_logprobs is None else _fill(ref_logprobs, mask)
+        logprobs, old_logprobs, advantages = (_zero_masked(x, mask) for x in (logprobs, old_logprobs, advantages))
+        ref_logprobs = None if ref_logprobs is None else _zero_masked(ref_logprobs, mask)
         tokens = mask.sum()
 
     level = level or ("sequence_sum" if loss_type == "rloo" else "token")
@@ -262,7 +268,7 @@ def policy_loss(
     )
 
 
-def _fill(x: Tensor, mask: Tensor) -> Tensor:
+def _zero_masked(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask, 0.0)
 
 
@@ -270,14 +276,14 @@ def _per_token(advantages: Tensor, sequences: Tensor, num_sequences: int) -> Ten
     n = sequences.numel()
     if advantages.shape not in ((n,), (num_sequences,)):
         raise ConfigError(
-            f"advantages of shape {tuple(advantages.shape)} for {num_sequences} completions of {n} tokens: expected "
-            "one for each completion, or one for each token."
+            f"advantages has shape {tuple(advantages.shape)} for {num_sequences} completions with {n} tokens in all: "
+            "expected one for each completion, or one for each token."
         )
     if n != num_sequences:
         return advantages if len(advantages) == n else advantages[sequences]
     if not torch.equal(sequences, torch.arange(n, device=sequences.device)):
         raise ConfigError(
-            f"{n} advantages for {n} completions of {n} tokens in all, some without any: they could be one for each of "
-            "either. Leave the completions without tokens out."
+            f"Got {n} advantages for {n} completions with {n} tokens in all, some of them without tokens: they "
+            "could belong to the completions or to the tokens. Leave out completions without tokens."
         )
     return advantages

@@ -1,6 +1,6 @@
-"""The registry of preference losses: each takes summed log-probabilities of chosen and rejected completions.
+"""The registry of preference losses, which compare log-probabilities of chosen and rejected completions.
 
-The formulas are in `pairwise`. A loss of one's own is a function of the same form, passed as `DPO(loss=...)`.
+The formulas are in `pairwise`. A custom loss is a function with the same signature, passed as `DPO(loss=...)`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from lightning_ft.losses.pairwise import (
     simpo_loss,
 )
 
+SETTINGS = ("beta", "label_smoothing", "gamma")
+"""Settings that a preference loss may take as keyword arguments."""
+
 
 class SequenceLogProbs(NamedTuple):
     """Log-probabilities of `p` completions.
 
     Args:
-        logprobs: Under the policy, summed over the tokens of each completion, nats, ``[p]``.
-        ref_logprobs: Under the reference, ``[p]``, or None without a reference.
-        lengths: Tokens that were summed over, ``int64 [p]``.
+        logprobs: Log-probabilities under the policy, summed over the tokens of each completion, in nats, ``[p]``.
+        ref_logprobs: Log-probabilities under the reference, ``[p]``; None without a reference.
+        lengths: Number of tokens of each completion, ``int64 [p]``.
     """
 
     logprobs: Tensor
@@ -42,19 +45,20 @@ class SequenceLogProbs(NamedTuple):
 
     @property
     def average(self) -> Tensor:
-        """Average log-probability of a token under the policy, nats, ``[p]``; 0 for a completion without tokens."""
+        """Average log-probability per token under the policy, in nats, ``[p]``; 0 for a completion without tokens."""
         return self.logprobs / self.lengths.clamp(min=1)
 
     @property
     def logratios(self) -> Tensor:
-        """``log (p / p_ref)`` of each completion, nats, ``[p]``.
+        """``log (p / p_ref)`` of each completion, in nats, ``[p]``.
 
         Raises:
-            ConfigError: Without log-probabilities under the reference.
+            ConfigError: If `ref_logprobs` is None.
         """
         if self.ref_logprobs is None:
             raise ConfigError(
-                "A log-ratio needs ref_logprobs, got None. Compute them with the reference, or use a loss without one: "
+                "A log-ratio needs ref_logprobs, got None. Compute them with the reference model, or choose a "
+                "reference-free loss: "
                 f"{', '.join(name for name, loss in PREFERENCE_LOSSES.items() if not loss.needs_reference)}."
             )
         return self.logprobs - self.ref_logprobs
@@ -62,14 +66,15 @@ class SequenceLogProbs(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss of pairs.
+    """A loss on pairs of a chosen and a rejected completion.
 
     Args:
-        compute: Function of ``(chosen, rejected)``, `SequenceLogProbs` of `p` pairs, that returns their losses,
-            ``[p]``. It also gets those of the keywords `beta`, `label_smoothing` and `gamma` that its signature names.
-        needs_reference: Whether it reads log-probabilities under the reference.
-        takes_label_smoothing: Whether `label_smoothing` has a meaning for it.
-        name: Name in messages and in `hparams`: that of the registry, or an import path.
+        compute: Function of ``(chosen, rejected)``, the `SequenceLogProbs` of `p` pairs, that returns their losses,
+            ``[p]``. The settings `beta`, `label_smoothing` and `gamma` are passed to it by keyword if its signature
+            names them.
+        needs_reference: Whether the loss uses log-probabilities under the reference.
+        takes_label_smoothing: Whether the loss uses `label_smoothing`.
+        name: Name in messages and in `hparams`: a name of the registry, or an import path.
 
     Example:
         >>> def margin(chosen, rejected, *, beta):
@@ -87,7 +92,7 @@ class PreferenceLoss:
         """Loss of each pair, ``[p]``.
 
         Raises:
-            ConfigError: If the function returns anything but one number per pair.
+            ConfigError: If the function doesn't return one float per pair.
         """
         parameters = inspect.signature(self.compute).parameters.values()
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -143,24 +148,25 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
         PreferenceLoss(_sft, needs_reference=False, name="sft"),
     )
 }
-"""The losses of pairs by name; an entry that is added is known by its name everywhere."""
+"""Preference losses by name. A loss that is added here can be used by its name everywhere."""
 
 LossLike = str | PreferenceLoss | Callable[..., Tensor]
-"""A loss of pairs: its name, its import path, a function, or an entry of the registry."""
+"""A preference loss as a name, an import path, a function or a `PreferenceLoss`."""
 
 WeightedLosses = Sequence[tuple[PreferenceLoss, float]]
 
 
 def resolve_preference_losses(loss: LossLike | Mapping[LossLike, float]) -> list[tuple[PreferenceLoss, float]]:
-    """The losses that an argument `loss` names, with their weights.
+    """Preference losses and their weights, from the value of an argument `loss`.
 
     Args:
-        loss: A name in `PREFERENCE_LOSSES`; the import path of a function; a function, which counts as one that needs
-            the reference, and takes smoothing if its signature names `label_smoothing`; a `PreferenceLoss`; or a
-            mapping of several of these to weights.
+        loss: A name in `PREFERENCE_LOSSES`, the import path of a function, a function, a `PreferenceLoss`, or a mapping
+            of any of these to weights. A function counts as one that needs the reference, and as one that takes label
+            smoothing if its signature names `label_smoothing`.
 
     Raises:
-        ConfigError: For an unknown name, anything else, no loss at all, or a weight that is not a number of at least 0.
+        ConfigError: If a name is unknown, a value has another type, a function has a parameter that can't be filled,
+            the mapping is empty, or a weight isn't a number of at least 0.
 
     Example:
         >>> [(loss.name, weight) for loss, weight in resolve_preference_losses({"sigmoid": 0.8, "sft": 0.2})]
@@ -168,7 +174,7 @@ def resolve_preference_losses(loss: LossLike | Mapping[LossLike, float]) -> list
     """
     weights: Mapping[LossLike, float] = loss if isinstance(loss, Mapping) else {_hashable(loss): 1.0}
     if not weights:
-        raise ConfigError(f"`loss` is empty: name at least one of {', '.join(PREFERENCE_LOSSES)}.")
+        raise ConfigError(f"`loss` is empty: expected at least one of {', '.join(PREFERENCE_LOSSES)}.")
     return [(_resolve(one), _weight(one, weight)) for one, weight in weights.items()]
 
 
@@ -187,7 +193,7 @@ def _resolve(loss: LossLike) -> PreferenceLoss:
     if isinstance(loss, str) and loss in PREFERENCE_LOSSES:
         return PREFERENCE_LOSSES[loss]
     if isinstance(loss, str):
-        if "." not in loss:  # not an import path
+        if "." not in loss and ":" not in loss:  # not an import path
             near = difflib.get_close_matches(loss, PREFERENCE_LOSSES, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
@@ -203,11 +209,22 @@ def _resolve(loss: LossLike) -> PreferenceLoss:
 
 def _of_function(compute: object, name: str, known: PreferenceLoss | None = None) -> PreferenceLoss:
     if not callable(compute):
-        raise ConfigError(f"loss={name!r} is a {type(compute).__name__}: expected a function of (chosen, rejected).")
+        raise ConfigError(
+            f"loss={name!r} is of type {type(compute).__name__}: expected a function of (chosen, rejected)."
+        )
+    try:
+        signature = inspect.signature(compute)
+        signature.bind(
+            "chosen", "rejected", **{setting: 0.0 for setting in SETTINGS if setting in signature.parameters}
+        )
+    except (TypeError, ValueError) as cause:
+        raise ConfigError(
+            f"loss={name!r} can't be called with (chosen, rejected) and the settings {', '.join(SETTINGS)}: {cause}. "
+            "Give its other parameters defaults."
+        ) from cause
     if known is not None:
         return PreferenceLoss(compute, known.needs_reference, known.takes_label_smoothing, name)
-    smooths = "label_smoothing" in inspect.signature(compute).parameters
-    return PreferenceLoss(compute, takes_label_smoothing=smooths, name=name)
+    return PreferenceLoss(compute, takes_label_smoothing="label_smoothing" in signature.parameters, name=name)
 
 
 def _import_path(function: object) -> str:
@@ -231,24 +248,24 @@ def preference_loss(
 ) -> Tensor:
     """Loss of each pair.
 
-    With the same arguments each is TRL's, with two exceptions. TRL's ``sigmoid`` ignores `label_smoothing`. The NLL of
-    its ``sft`` and ORPO is a mean over all tokens of a micro-batch (for ORPO including the prompts), which depends on
-    how a step is cut into micro-batches; here it is a mean over the tokens of each pair's chosen completion.
+    Each loss equals TRL's with the same arguments, with two exceptions. TRL's ``sigmoid`` ignores `label_smoothing`.
+    The NLL in TRL's ``sft`` and ORPO is a mean over all tokens of a micro-batch (for ORPO including the prompts), which
+    depends on how a step is divided into micro-batches. Here it is a mean over the tokens of each chosen completion.
 
     Args:
-        loss: A name in `PREFERENCE_LOSSES`, or what `resolve_preference_losses` takes.
+        loss: A name in `PREFERENCE_LOSSES`, or any other value that `resolve_preference_losses` takes.
         chosen: Log-probabilities of the chosen completions, ``[p]``.
         rejected: Log-probabilities of the rejected completions, ``[p]``.
         beta: Strength of the KL constraint; scale of the reward in SimPO (2 to 10 in its paper), lambda in ORPO.
         label_smoothing: Share of pairs whose label is wrong (``sigmoid``, ``robust``, ``simpo``).
-        gamma: Margin of SimPO.
+        gamma: Margin of the reward in SimPO.
 
     Returns:
         ``[p]``.
 
     Raises:
-        ConfigError: For an unknown loss, missing log-probabilities under the reference, a `beta` that is not above 0, a
-            `label_smoothing` outside ``[0, 0.5)`` or one that the loss has no use for.
+        ConfigError: If the loss is unknown, log-probabilities under the reference are missing, `beta` isn't above 0, or
+            `label_smoothing` is outside ``[0, 0.5)`` or not used by the loss.
 
     Example:
         >>> import torch
@@ -272,15 +289,15 @@ def weighted_preference_loss(
     label_smoothing: float = 0.0,
     gamma: float = 0.5,
 ) -> Tensor:
-    """Weighted sum of several losses, such as MPO's sigmoid and SFT (https://arxiv.org/abs/2411.10442).
+    """Weighted sum of several losses, such as ``sigmoid`` and ``sft`` in MPO (https://arxiv.org/abs/2411.10442).
 
     Args:
-        losses: Losses with their weights, from `resolve_preference_losses` or as it takes them.
+        losses: Losses and weights from `resolve_preference_losses`, or a value that it takes.
         chosen: Log-probabilities of the chosen completions, ``[p]``.
         rejected: Log-probabilities of the rejected completions, ``[p]``.
-        beta: As in :func:`preference_loss`, for all losses.
-        label_smoothing: As in :func:`preference_loss`, for the losses that take it.
-        gamma: Margin of SimPO.
+        beta: Strength of the KL constraint, for all losses; see :func:`preference_loss`.
+        label_smoothing: Share of pairs whose label is wrong, for the losses that use it.
+        gamma: Margin of the reward in SimPO.
 
     Returns:
         ``[p]``.
@@ -304,15 +321,15 @@ def weighted_preference_loss(
 
 
 def implicit_rewards(logprobs: SequenceLogProbs, *, beta: float = 0.1) -> Tensor:
-    """The reward that a policy implies: ``beta * log (p / p_ref)``, equation 5 of https://arxiv.org/abs/2305.18290.
+    """Implicit reward of a policy: ``beta * log (p / p_ref)``, equation 5 of https://arxiv.org/abs/2305.18290.
 
     Args:
-        logprobs: Log-probabilities of the completions, ``[p]``. Without a reference the reward is that of SimPO, `beta`
-            times the average log-probability.
+        logprobs: Log-probabilities of the completions, ``[p]``. Without a reference the result is the reward of SimPO:
+            `beta` times the average log-probability per token.
         beta: Strength of the KL constraint.
 
     Returns:
-        ``[p]``, with the gradient of the log-probabilities.
+        ``[p]``, with gradient.
 
     Example:
         >>> import torch
@@ -325,15 +342,15 @@ def implicit_rewards(logprobs: SequenceLogProbs, *, beta: float = 0.1) -> Tensor
 def check_preference_losses(
     losses: WeightedLosses | LossLike | Mapping[LossLike, float], *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> None:
-    """Refuse settings that :func:`weighted_preference_loss` would refuse, before there are any log-probabilities.
+    """Check the settings of :func:`weighted_preference_loss` before any log-probabilities are computed.
 
     Args:
-        losses: Losses with their weights, from `resolve_preference_losses` or as it takes them.
+        losses: Losses and weights from `resolve_preference_losses`, or a value that it takes.
         beta: Strength of the KL constraint.
         label_smoothing: Share of pairs whose label is wrong.
 
     Raises:
-        ConfigError: For a number out of its range, or smoothing that no loss takes.
+        ConfigError: If a number is out of its range, or no loss uses `label_smoothing`.
     """
     weighted = _weighted(losses)
     if not 0 < beta < math.inf:
@@ -343,6 +360,6 @@ def check_preference_losses(
     if label_smoothing and not any(loss.takes_label_smoothing for loss, _ in weighted):
         smoothed = ", ".join(name for name, loss in PREFERENCE_LOSSES.items() if loss.takes_label_smoothing)
         raise ConfigError(
-            f"label_smoothing={label_smoothing!r} has no meaning for {', '.join(loss.name for loss, _ in weighted)}; "
-            f"the losses that take it are {smoothed}."
+            f"label_smoothing={label_smoothing!r} has no meaning for {', '.join(loss.name for loss, _ in weighted)}. "
+            f"Set it to 0, or choose a loss that uses it: {smoothed}."
         )

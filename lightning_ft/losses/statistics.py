@@ -1,4 +1,4 @@
-"""Means and standard deviations that leave NaN out, and add up over micro-batches and ranks."""
+"""Means and standard deviations that ignore NaN, from sums that can be added over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def nanstd(x: Tensor, dim: int | None = None) -> Tensor:
-    """Standard deviation of what isn't NaN, with Bessel's correction.
+    """Standard deviation of the values that aren't NaN, with Bessel's correction.
 
     Args:
-        x: Numbers of any shape.
-        dim: Dimension that is reduced; None: all of them.
+        x: Values, of any shape.
+        dim: Dimension to reduce; None reduces all of them.
 
     Returns:
-        `x` without `dim`; NaN where fewer than two numbers are left.
+        A tensor of the shape of `x` without `dim`; NaN where fewer than two values are left.
 
     Example:
         >>> nanstd(torch.tensor([[1.0, 3.0, float("nan")], [5.0, float("nan"), float("nan")]]), dim=1)
@@ -28,11 +28,13 @@ def nanstd(x: Tensor, dim: int | None = None) -> Tensor:
 
 
 def power_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Count, sum and sum of squares of what isn't NaN: add them over micro-batches and ranks, then `mean_and_std`.
+    """Count, sum and sum of squares of the values that aren't NaN.
+
+    Add them over micro-batches and ranks, then call `mean_and_std`.
 
     Args:
-        x: Numbers of any shape.
-        mask: Which of them count, ``bool``, of the same shape; None: all.
+        x: Values, of any shape.
+        mask: Which values count, ``bool``, of the same shape; None means all.
 
     Returns:
         ``float64 [3]``, without gradient.
@@ -44,19 +46,19 @@ def power_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:
     x = x.detach()
     kept = ~x.isnan() if mask is None else mask & ~x.isnan()
     x = torch.where(kept, x, 0.0)
-    # in fp32 the variance would be the small difference of two large, rounded numbers; MPS has no float64
+    # In fp32 the variance would be the small difference of two large, rounded numbers. MPS has no float64.
     x = (x.cpu() if x.device.type == "mps" else x).double()
     return torch.stack([kept.to(x).sum(), x.sum(), (x * x).sum()])
 
 
 def mean_and_std(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (Bessel's correction) from `power_sums`.
+    """Mean and standard deviation, with Bessel's correction, from `power_sums`.
 
     Args:
         sums: Count, sum and sum of squares, ``[..., 3]``.
 
     Returns:
-        Mean, NaN where nothing was counted, and standard deviation, NaN where fewer than two numbers were, ``[...]``
+        The mean, NaN where no value was counted, and the standard deviation, NaN where fewer than two were, ``[...]``
         each.
 
     Example:
@@ -67,6 +69,7 @@ def mean_and_std(sums: Tensor) -> tuple[Tensor, Tensor]:
     """
     count, total, squares = sums.unbind(-1)
     mean = total / count
-    spread = squares - total * mean
-    spread = torch.where(spread > 64 * torch.finfo(sums.dtype).eps * squares, spread, 0.0)  # of equal numbers: rounding
-    return mean, torch.where(count > 1, (spread / (count - 1)).sqrt(), torch.nan)
+    deviations = squares - total * mean  # sum of squared deviations from the mean
+    # For equal values the difference is rounding error alone: it counts as 0.
+    deviations = torch.where(deviations > 64 * torch.finfo(sums.dtype).eps * squares, deviations, 0.0)
+    return mean, torch.where(count > 1, (deviations / (count - 1)).sqrt(), torch.nan)

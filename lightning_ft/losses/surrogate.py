@@ -1,4 +1,4 @@
-"""Surrogates of the policy gradient: how much a token's probability changed, and what that is worth."""
+"""Surrogate losses of the policy gradient: importance ratios, PPO's clipped loss and CISPO's loss."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ def importance_ratio(
     mask: Tensor | None = None,
     level: Level = "token",
 ) -> Tensor:
-    """Probability under the policy over that under the policy that sampled: ``exp(logprobs - old_logprobs)``.
+    """Ratio of the probabilities under the current policy and the sampling policy: ``exp(logprobs - old_logprobs)``.
 
-    The exponent is cut at ``±LOG_RATIO_LIMIT``, beyond which there is no gradient: a ratio of 5e8 and more is no
-    estimate of anything, and as an infinity it would turn the step's gradient into NaN.
+    The exponent is clamped to ``±LOG_RATIO_LIMIT``, beyond which the gradient is 0: a ratio above 5e8 estimates nothing
+    useful, and an infinite one would make the gradient of the step NaN.
 
     Args:
-        logprobs: Under the policy, nats, ``[n]``.
-        old_logprobs: Under the policy that sampled, ``[n]``.
-        sequences: Which completion each token belongs to, ``int64 [n]``.
-        num_sequences: `s`, completions, those without tokens included.
-        mask: Which tokens count, ``bool [n]``; None: all. The ratio of the others is 1 at token level.
-        level: ``token``: of each token (PPO, GRPO). ``sequence``: the geometric mean over the tokens of the completion,
-            the same at each of them (GSPO, https://arxiv.org/abs/2507.18071). ``sequence_sum``: the probability of the
-            whole completion (RLOO).
+        logprobs: Log-probabilities under the current policy, in nats, ``[n]``.
+        old_logprobs: Log-probabilities under the sampling policy, ``[n]``.
+        sequences: Index of the completion each token belongs to, ``int64 [n]``.
+        num_sequences: Number of completions `s`, including those without tokens.
+        mask: Which tokens count, ``bool [n]``; None means all. At token level the ratio of the others is 1.
+        level: What the ratio is taken over. ``token``: each token (PPO, GRPO). ``sequence``: the geometric mean over
+            the tokens of the completion, repeated at each of them (GSPO, https://arxiv.org/abs/2507.18071).
+            ``sequence_sum``: the whole completion, that is the product over its tokens (RLOO).
 
     Returns:
         ``[n]``.
 
     Raises:
-        ConfigError: For an unknown `level`, or a mask that isn't ``bool [n]``.
+        ConfigError: If `level` is unknown, or `mask` isn't ``bool [n]``.
 
     Example:
         >>> new, old = torch.tensor([0.5, 0.4, 0.1]).log(), torch.tensor([0.25, 0.1, 0.1]).log()
-        >>> of = torch.tensor([0, 0, 1])
-        >>> [importance_ratio(new, old, of, 2, level=level).tolist() for level in ("token", "sequence_sum")]
+        >>> sequences = torch.tensor([0, 0, 1])
+        >>> [importance_ratio(new, old, sequences, 2, level=level).tolist() for level in ("token", "sequence_sum")]
         [[2.0, 4.0, 1.0], [8.0, 8.0, 1.0]]
-        >>> importance_ratio(new, old, of, 2, level="sequence")
+        >>> importance_ratio(new, old, sequences, 2, level="sequence")
         tensor([2.8284, 2.8284, 1.0000])
     """
     if level not in LEVELS:
@@ -76,21 +76,23 @@ def clipped_surrogate(
 ) -> Tensor:
     """PPO's clipped loss: ``-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)``.
 
-    https://arxiv.org/abs/1707.06347; a higher upper bound is DAPO's (https://arxiv.org/abs/2503.14476, 0.28).
+    See https://arxiv.org/abs/1707.06347. A higher upper bound comes from DAPO (https://arxiv.org/abs/2503.14476), which
+    uses 0.28.
 
     Args:
         ratio: Importance ratio of each token, ``[n]``.
-        advantages: Of each token, ``[n]``.
-        clip_low: How far below 1 the ratio may move a token whose advantage is negative.
-        clip_high: How far above 1 one whose advantage is positive; None: as `clip_low`.
-        delta: Largest ratio of tokens whose advantage is negative, above ``1 + clip_high``; without it their loss has
-            no upper bound (INTELLECT-2, https://arxiv.org/abs/2505.07291). None: no bound.
+        advantages: Advantage of each token, ``[n]``.
+        clip_low: Distance of the ratio's lower bound from 1; limits tokens whose advantage is negative.
+        clip_high: Distance of the ratio's upper bound from 1; limits tokens whose advantage is positive. None means the
+            value of `clip_low`.
+        delta: Largest ratio of tokens whose advantage is negative, above ``1 + clip_high``. Without it the loss of such
+            tokens has no upper bound (INTELLECT-2, https://arxiv.org/abs/2505.07291). None means no bound.
 
     Returns:
         ``[n]``.
 
     Raises:
-        ConfigError: For bounds out of their range.
+        ConfigError: If a bound is out of its range.
 
     Example:
         >>> ratio, advantages = torch.tensor([1.5, 1.5, 0.5, 0.5]), torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -105,15 +107,15 @@ def clipped_surrogate(
 
 
 def cispo_loss(ratio: Tensor, advantages: Tensor, logprobs: Tensor, clip_high: float) -> Tensor:
-    """CISPO: ``-min(ratio, clip_high) * A * logprob``, the first factor without gradient (https://arxiv.org/abs/2506.13585).
+    """CISPO: ``-min(ratio, clip_high) * A * logprob``, without gradient through the ratio.
 
-    Every token keeps a gradient, weighted by its clipped ratio.
+    Every token keeps a gradient, weighted by its clipped ratio. See https://arxiv.org/abs/2506.13585.
 
     Args:
         ratio: Importance ratio of each token, ``[n]``.
-        advantages: Of each token, ``[n]``.
-        logprobs: Under the policy, nats, ``[n]``.
-        clip_high: The largest ratio itself, not its distance from 1: 5 in https://arxiv.org/abs/2510.13786.
+        advantages: Advantage of each token, ``[n]``.
+        logprobs: Log-probabilities under the current policy, in nats, ``[n]``.
+        clip_high: Largest ratio (not its distance from 1); 5 in https://arxiv.org/abs/2510.13786.
 
     Returns:
         ``[n]``.
@@ -126,23 +128,23 @@ def cispo_loss(ratio: Tensor, advantages: Tensor, logprobs: Tensor, clip_high: f
         tensor([2., 5.])
     """
     if not clip_high > 0:
-        raise ConfigError(f"clip_high={clip_high!r}: CISPO's is the largest ratio, a number above 0 such as 5.0.")
+        raise ConfigError(f"clip_high={clip_high!r}: for CISPO it is the largest ratio, a number above 0 such as 5.0.")
     return -ratio.clamp(max=clip_high).detach() * advantages * logprobs
 
 
 def check_clip(clip_low: float, clip_high: float | None = None, delta: float | None = None) -> float:
-    """Refuse bounds that :func:`clipped_surrogate` has no meaning for.
+    """Check the bounds of :func:`clipped_surrogate`.
 
     Args:
         clip_low: Distance of the lower bound from 1.
-        clip_high: Distance of the upper bound from 1; None: as `clip_low`.
+        clip_high: Distance of the upper bound from 1; None means the value of `clip_low`.
         delta: Largest ratio of tokens whose advantage is negative.
 
     Returns:
-        `clip_high`, or `clip_low` in its place.
+        `clip_high`, or `clip_low` if that is None.
 
     Raises:
-        ConfigError: For a `clip_low` outside ``[0, 1]``, a `clip_high` below 0, or a `delta` that isn't above
+        ConfigError: If `clip_low` is outside ``[0, 1]``, `clip_high` is below 0, or `delta` isn't above
             ``1 + clip_high``.
 
     Example:
@@ -160,14 +162,14 @@ def check_clip(clip_low: float, clip_high: float | None = None, delta: float | N
 
 
 def check_mask(mask: Tensor, tokens: Tensor) -> None:
-    """Refuse a mask that isn't ``bool`` and of the shape of the tokens.
+    """Check that a mask is ``bool`` and has the shape of the tokens.
 
     Args:
         mask: Which tokens count.
-        tokens: Any tensor of theirs, ``[n]``.
+        tokens: Any tensor with one entry per token, ``[n]``.
 
     Raises:
-        ConfigError: If it isn't.
+        ConfigError: If the mask has another type or shape.
     """
     if mask.dtype != torch.bool or mask.shape != tokens.shape:
         raise ConfigError(f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool {tuple(tokens.shape)}.")

@@ -1,3 +1,5 @@
+"""Token rewards, generalized advantage estimation, whitening and the critic's loss against plain Python."""
+
 import math
 import statistics
 
@@ -24,30 +26,30 @@ def draw(seed, n=N):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_the_score_stands_at_the_last_token():
-    scores, penalties = [1.0, -2.0, 0.5, 3.0, 7.0], draw(0).tolist()
-    expected, place = [], 0
-    for score, length in zip(scores, LENGTHS, strict=True):
+def test_token_rewards_put_reward_at_last_token():
+    rewards, penalties = [1.0, -2.0, 0.5, 3.0, 7.0], draw(0).tolist()
+    expected, position = [], 0
+    for reward, length in zip(rewards, LENGTHS, strict=True):
         for t in range(length):
-            expected.append(-penalties[place] + (score if t == length - 1 else 0.0))
-            place += 1
-    ours = token_rewards(torch.tensor(scores).double(), draw(0), SEQUENCES)
+            expected.append(-penalties[position] + (reward if t == length - 1 else 0.0))
+            position += 1
+    ours = token_rewards(torch.tensor(rewards).double(), draw(0), SEQUENCES)
     assert ours.tolist() == pytest.approx(expected, abs=1e-14)
 
 
-def test_a_score_without_a_token_is_refused():
-    with pytest.raises(ConfigError, match="3 scores for 2 completions"):
+def test_token_rewards_reject_completion_without_tokens():
+    with pytest.raises(ConfigError, match="3 rewards for 2 completions"):
         token_rewards(torch.ones(3), torch.zeros(2), torch.tensor([0, 2]))
 
 
-def test_a_missing_score_stays_in_its_completion():
+def test_token_rewards_keep_nan_in_its_completion():
     ours = token_rewards(torch.tensor([1.0, math.nan]), torch.zeros(3), torch.tensor([0, 1, 1]))
     assert ours.isnan().tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
-def test_gae_is_the_sum_of_discounted_errors(gamma, lam):
+def test_gae_is_sum_of_discounted_errors(gamma, lam):
     rewards, values = draw(0), draw(1)
     advantages, returns = gae(rewards, values.requires_grad_(), SEQUENCES, gamma, lam)
     expected, start = [], 0
@@ -62,30 +64,30 @@ def test_gae_is_the_sum_of_discounted_errors(gamma, lam):
     assert not returns.requires_grad
 
 
-def test_full_returns_forget_the_critic():
+def test_gae_returns_at_lam_1_do_not_depend_on_values():
     rewards, values = draw(0), draw(1)
     _, returns = gae(rewards, values, SEQUENCES, lam=1.0)
     expected = [sum(rewards[i:][SEQUENCES[i:] == SEQUENCES[i]].tolist()) for i in range(len(rewards))]
     assert returns.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_completions_do_not_see_each_other():
+def test_gae_treats_completions_separately():
     rewards, values = draw(0), draw(1)
     here = SEQUENCES == 2
     alone = gae(rewards[here], values[here], torch.zeros(9, dtype=torch.int64))
-    together = gae(rewards, values, SEQUENCES)
-    spoilt = gae(torch.where(here, rewards, math.nan), values, SEQUENCES)
-    for one, all_of_them, beside_nan in zip(alone, together, spoilt, strict=True):
-        torch.testing.assert_close(one, all_of_them[here], atol=0, rtol=0)
-        torch.testing.assert_close(one, beside_nan[here], atol=0, rtol=0)
+    joint = gae(rewards, values, SEQUENCES)
+    next_to_nan = gae(torch.where(here, rewards, math.nan), values, SEQUENCES)
+    for expected, *others in zip(alone, joint, next_to_nan, strict=True):
+        for other in others:
+            torch.testing.assert_close(expected, other[here], atol=0, rtol=0)
 
 
-def test_numbers_of_completions_may_be_left_out():
+def test_gae_accepts_gaps_in_completion_indices():
     rewards, values = draw(0), draw(1)
     torch.testing.assert_close(gae(rewards, values, 3 * SEQUENCES + 1), gae(rewards, values, SEQUENCES))
 
 
-def test_no_tokens():
+def test_gae_accepts_no_tokens():
     nothing = torch.zeros(0)
     assert [x.shape for x in gae(nothing, nothing, nothing.long())] == [(0,), (0,)]
     assert token_rewards(nothing, nothing, nothing.long()).shape == (0,)
@@ -93,7 +95,7 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitening(shift_mean):
+def test_whiten_matches_plain_python(shift_mean):
     x = draw(0) * 5 + 3
     mask = torch.arange(len(x)) % 4 > 0
     kept = x[mask].tolist()
@@ -108,14 +110,14 @@ def test_whitening(shift_mean):
     torch.testing.assert_close(torch.cat(parts), ours, atol=1e-12, rtol=0)
 
 
-def test_whitening_without_spread():
+def test_whiten_accepts_equal_and_single_values():
     assert whiten(torch.full((5,), 0.3)).abs().max() < 1e-3
     assert whiten(torch.tensor([3.0])).tolist() == [0]
     assert whiten(torch.tensor([3.0, 4.0]), torch.tensor([False, False])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("clip", [0.2, 1.5, None])
-def test_value_loss(clip):
+def test_clipped_value_loss_matches_plain_python(clip):
     values, old, returns = draw(0).requires_grad_(), draw(1), draw(2)
     expected = []
     for v, o, r in zip(values.tolist(), old.tolist(), returns.tolist(), strict=True):
@@ -127,7 +129,7 @@ def test_value_loss(clip):
         clipped_value_loss(values, old, returns, 0)
 
 
-def test_explained_variance():
+def test_explained_variance_matches_plain_python():
     returns, mask = draw(0), torch.arange(N) % 5 > 0
     values = returns + 0.5 * draw(1)
     kept = list(zip(returns[mask].tolist(), values[mask].tolist(), strict=True))

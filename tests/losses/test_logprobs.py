@@ -1,4 +1,4 @@
-"""The chunked head against the plain one: values and gradients."""
+"""Values and gradients of the chunked head against the plain one."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def plain(hidden, weight, bias, targets, transform):
 @pytest.mark.parametrize("head_trains", [True, False])
 @pytest.mark.parametrize("chunk", [1, 4, 13, 100])
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_match_the_plain_head(transform, head_trains, chunk, bias):
+def test_linear_logprobs_match_plain_head(transform, head_trains, chunk, bias):
     hidden, weight, offset, targets = inputs(bias=bias)
     weight.requires_grad_(head_trains)
     if offset is not None:
@@ -42,21 +42,21 @@ def test_values_and_gradients_match_the_plain_head(transform, head_trains, chunk
     upstream = torch.randn(len(targets), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     expected = plain(hidden, weight, offset, targets, transform)
-    scored = linear_logprobs(hidden, weight, targets, bias=offset, transform=transform, chunk=chunk)
-    torch.testing.assert_close(scored.logprobs, expected.float(), atol=1e-5, rtol=1e-5)
+    result = linear_logprobs(hidden, weight, targets, bias=offset, transform=transform, chunk=chunk)
+    torch.testing.assert_close(result.logprobs, expected.float(), atol=1e-5, rtol=1e-5)
     expected_grads = torch.autograd.grad((expected * upstream).sum(), leaves, retain_graph=True)
-    grads = torch.autograd.grad((scored.logprobs * upstream.float()).sum(), leaves)
-    for grad, want in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad, want, atol=1e-5, rtol=1e-5)
+    grads = torch.autograd.grad((result.logprobs * upstream.float()).sum(), leaves)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-5)
 
-    summed = linear_logprob_sum(hidden, weight, targets, bias=offset, transform=transform, chunk=chunk)
-    torch.testing.assert_close(summed.logprobs, expected.sum().float(), atol=1e-4, rtol=1e-5)
+    total = linear_logprob_sum(hidden, weight, targets, bias=offset, transform=transform, chunk=chunk)
+    torch.testing.assert_close(total.logprobs, expected.sum().float(), atol=1e-4, rtol=1e-5)
     expected_grads = torch.autograd.grad(expected.sum() * 3, leaves)
-    for grad, want in zip(torch.autograd.grad(summed.logprobs * 3, leaves), expected_grads, strict=True):
-        torch.testing.assert_close(grad, want, atol=1e-5, rtol=1e-5)
+    for grad, expected_grad in zip(torch.autograd.grad(total.logprobs * 3, leaves), expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-5)
 
 
-def test_correct_marks_the_most_probable_token():
+def test_correct_is_true_for_most_probable_token():
     hidden, weight, _, _ = inputs()
     best = (hidden @ weight.T).argmax(-1)
     other = (best + 1) % len(weight)
@@ -64,35 +64,35 @@ def test_correct_marks_the_most_probable_token():
     assert not linear_logprob_sum(hidden, weight, other, chunk=4).correct.any()
 
 
-def test_a_head_that_is_a_module_gets_its_gradients():
+def test_module_logprobs_match_plain_head():
     hidden, _, _, targets = inputs(bias=False)
     head = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 29, bias=False)).double()
-    scored = module_logprobs(hidden, head, targets, chunk=4)
+    result = module_logprobs(hidden, head, targets, chunk=4)
     expected = head(hidden).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    torch.testing.assert_close(scored.logprobs, expected.float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result.logprobs, expected.float(), atol=1e-5, rtol=1e-5)
     leaves = [hidden, *head.parameters()]
-    grads = torch.autograd.grad(scored.logprobs.sum(), leaves)
-    for grad, want in zip(grads, torch.autograd.grad(expected.sum(), leaves), strict=True):
-        torch.testing.assert_close(grad, want, atol=1e-5, rtol=1e-5)
+    grads = torch.autograd.grad(result.logprobs.sum(), leaves)
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected.sum(), leaves), strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("function", [linear_logprobs, linear_logprob_sum])
-def test_no_targets_still_reach_every_input(function):
+def test_logprobs_without_targets_stay_attached_to_inputs(function):
     hidden, weight, offset, _ = inputs()
-    scored = function(hidden[:0], weight, torch.zeros(0, dtype=torch.int64), bias=offset)
-    assert scored.logprobs.sum().item() == 0
-    grads = torch.autograd.grad(scored.logprobs.sum(), [weight, offset], allow_unused=True)
+    result = function(hidden[:0], weight, torch.zeros(0, dtype=torch.int64), bias=offset)
+    assert result.logprobs.sum().item() == 0
+    grads = torch.autograd.grad(result.logprobs.sum(), [weight, offset], allow_unused=True)
     if function is linear_logprob_sum:
         assert all(grad is not None and not grad.any() for grad in grads)
 
 
-def test_the_whole_logits_are_never_held():
-    """The largest tensor that the head allocates has `chunk` rows."""
+def test_linear_logprobs_never_hold_all_logits():
+    """The largest tensor that the head allocates has `chunk` rows of logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
 
-    class Watch(TorchDispatchMode):
+    class LargestTensor(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
@@ -103,6 +103,6 @@ def test_the_whole_logits_are_never_held():
     n, d, v, chunk = 256, 4, 1000, 16
     hidden = torch.randn(n, d, requires_grad=True)
     weight = torch.randn(v, d)
-    with Watch():
+    with LargestTensor():
         linear_logprobs(hidden, weight, torch.randint(0, v, (n,)), chunk=chunk).logprobs.sum().backward()
     assert largest <= chunk * v

@@ -1,4 +1,4 @@
-"""The policy loss against a literal one, token by token in Python floats."""
+"""The policy loss against a plain one, token by token in Python floats."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ NAN = math.nan
 
 
 def draw(seed=0, spread=0.4, masked=True):
-    """A step of six completions: one of them masked as a whole, some with masked tokens."""
+    """A step of six completions; one of them is fully masked, some have masked tokens."""
     generator = torch.Generator().manual_seed(seed)
     n, s = sum(LENGTHS), len(LENGTHS)
     old = -3 * torch.rand(n, generator=generator, dtype=torch.float64)
@@ -55,7 +55,7 @@ def weights_of(step, loss_type, parts=1):
 
 
 def rows(step):
-    """Per completion: its unmasked tokens as floats, and its advantage."""
+    """The unmasked tokens of each completion as floats, with its advantage."""
     for i, advantage in enumerate(step.advantages.tolist()):
         here = (step.sequences == i) & step.mask
         yield [
@@ -73,32 +73,32 @@ def ratios(tokens, level):
     return [math.exp(x) for x in logs]
 
 
-def literal_tokens(tokens, loss_type, level, low, high, delta, kl_coef, corrected):
-    losses, figures = [], {"clipped_low": 0, "clipped_high": 0, "kl": 0.0, "approx_kl": 0.0}
+def plain_tokens(tokens, loss_type, level, low, high, delta, kl_coef, corrected):
+    losses, metrics = [], {"clipped_low": 0, "clipped_high": 0, "kl": 0.0, "approx_kl": 0.0}
     for t, ratio in zip(tokens, ratios(tokens, level), strict=True):
         if loss_type == "cispo":
             loss = -min(ratio, high) * t.advantage * t.new
-            figures["clipped_high"] += t.advantage > 0 and ratio > high
+            metrics["clipped_high"] += t.advantage > 0 and ratio > high
         else:
             clipped = min(max(ratio, 1 - low), 1 + high)
             bounded = ratio if delta is None else min(ratio, delta)
             loss = -min(bounded * t.advantage, clipped * t.advantage)
-            figures["clipped_low"] += t.advantage < 0 and ratio < 1 - low
-            figures["clipped_high"] += t.advantage > 0 and ratio > 1 + high
+            metrics["clipped_low"] += t.advantage < 0 and ratio < 1 - low
+            metrics["clipped_high"] += t.advantage > 0 and ratio > 1 + high
         kl = math.exp(t.ref - t.new) - (t.ref - t.new) - 1
         kl *= ratio if corrected else 1
-        figures["kl"] += kl
-        figures["approx_kl"] += math.exp(t.new - t.old) - (t.new - t.old) - 1
+        metrics["kl"] += kl
+        metrics["approx_kl"] += math.exp(t.new - t.old) - (t.new - t.old) - 1
         losses.append(loss + kl_coef * kl)
-    return losses, figures
+    return losses, metrics
 
 
-def literal_step(step, loss_type, *options):
+def plain_step(step, loss_type, *options):
     per_row, total = [], {"clipped_low": 0, "clipped_high": 0, "kl": 0.0, "approx_kl": 0.0}
     for tokens in rows(step):
-        losses, figures = literal_tokens(tokens, loss_type, *options)
+        losses, metrics = plain_tokens(tokens, loss_type, *options)
         per_row.append(losses)
-        total = {name: total[name] + figures[name] for name in total}
+        total = {name: total[name] + metrics[name] for name in total}
     everything = list(itertools.chain(*per_row))
     if loss_type in ("grpo", "rloo"):
         loss = sum(sum(row) / len(row) for row in per_row if row) / len(per_row)
@@ -116,12 +116,12 @@ def literal_step(step, loss_type, *options):
     [(0.2, 0.28, None, 0.0, True), (0.1, 0.1, 1.3, 0.05, True), (0.3, 0.2, 1.5, 0.2, False)],
 )
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_loss_is_the_literal_one(loss_type, level, low, high, delta, kl_coef, corrected, masked):
+def test_policy_loss_matches_plain_python(loss_type, level, low, high, delta, kl_coef, corrected, masked):
     step = draw(7, spread=1.2, masked=masked)  # a draw that reaches both bounds at every level
     if loss_type == "cispo":
         high, delta = 1 + high, None
     options = (level, low, high, delta, kl_coef, corrected)
-    loss, everything, figures = literal_step(step, loss_type, *options)
+    loss, everything, metrics = plain_step(step, loss_type, *options)
     ours = policy_loss(
         step.new,
         step.old,
@@ -141,16 +141,16 @@ def test_the_loss_is_the_literal_one(loss_type, level, low, high, delta, kl_coef
     assert ours.loss.item() == pytest.approx(loss, rel=2e-7)  # weights are fp32
     assert ours.per_token[step.mask].tolist() == pytest.approx(everything, rel=1e-12)
     assert not ours.per_token[~step.mask].any()
-    assert {name: getattr(ours, name).item() for name in figures} == pytest.approx(figures, rel=1e-12)
+    assert {name: getattr(ours, name).item() for name in metrics} == pytest.approx(metrics, rel=1e-12)
     assert ours.tokens.item() == len(everything)
-    assert figures["clipped_high"]
-    assert figures["clipped_low"] or loss_type == "cispo"
+    assert metrics["clipped_high"]
+    assert metrics["clipped_low"] or loss_type == "cispo"
     assert not ours.ratio.requires_grad
     assert not ours.kl.requires_grad
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_ratios_are_the_literal_ones(level):
+def test_importance_ratio_matches_plain_python(level):
     step = draw()
     ours = importance_ratio(step.new, step.old, step.sequences, 6, step.mask, level)
     expected = list(itertools.chain(*(ratios(tokens, level) for tokens in rows(step) if tokens)))
@@ -161,7 +161,7 @@ def test_ratios_are_the_literal_ones(level):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "rloo"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_gradients(loss_type, level):
+def test_policy_loss_gradients_match_finite_differences(loss_type, level):
     step = draw(spread=0.05)  # within the bounds, where the loss is smooth
     weights = weights_of(step, loss_type)
 
@@ -172,14 +172,14 @@ def test_gradients(loss_type, level):
     assert torch.autograd.gradcheck(loss, step.new)
 
 
-def test_cispo_weights_the_plain_policy_gradient():
+def test_cispo_loss_weights_policy_gradient():
     ratio, advantages = torch.tensor([0.5, 3.0]), torch.tensor([2.0, -1.0])
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
     cispo_loss(ratio * (logprobs - logprobs.detach()).exp(), advantages, logprobs, 2.5).sum().backward()
     assert logprobs.grad.tolist() == [-0.5 * 2.0, 2.5]
 
 
-def test_a_clipped_token_has_no_gradient():
+def test_clipped_surrogate_gives_clipped_tokens_no_gradient():
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 9.0], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])
     clipped_surrogate(ratio, advantages, 0.2, 0.3, delta=4.0).sum().backward()
@@ -187,7 +187,7 @@ def test_a_clipped_token_has_no_gradient():
 
 
 @pytest.mark.parametrize("loss_type", POLICY_LOSSES)
-def test_without_old_logprobs_the_policy_is_the_one_that_sampled(loss_type):
+def test_policy_loss_without_old_logprobs_has_ratio_1(loss_type):
     step = draw()
     options = {"weights": weights_of(step, loss_type), "mask": step.mask, "loss_type": loss_type}
     ours = policy_loss(step.new, None, step.advantages, step.sequences, **options)
@@ -202,12 +202,12 @@ def test_without_old_logprobs_the_policy_is_the_one_that_sampled(loss_type):
 
 
 @pytest.mark.parametrize("loss_type", POLICY_LOSSES)
-def test_advantages_of_tokens(loss_type):
+def test_policy_loss_takes_advantages_per_token(loss_type):
     step = draw()
     options = {"weights": weights_of(step, loss_type), "mask": step.mask, "loss_type": loss_type}
-    of_completions = policy_loss(step.new, step.old, step.advantages, step.sequences, **options)
-    of_tokens = policy_loss(step.new, step.old, step.advantages[step.sequences], step.sequences, **options)
-    torch.testing.assert_close(of_tokens.loss, of_completions.loss, atol=0, rtol=0)
+    per_completion = policy_loss(step.new, step.old, step.advantages, step.sequences, **options)
+    per_token = policy_loss(step.new, step.old, step.advantages[step.sequences], step.sequences, **options)
+    torch.testing.assert_close(per_token.loss, per_completion.loss, atol=0, rtol=0)
 
 
 def cut(step, first, last):
@@ -221,7 +221,7 @@ def cut(step, first, last):
 
 @pytest.mark.parametrize("loss_type", [name for name in POLICY_LOSSES if name != "bnpo"])
 @pytest.mark.parametrize("cuts", [[0, 6], [0, 1, 6], [0, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]])
-def test_how_a_step_is_cut_does_not_matter(loss_type, cuts):
+def test_policy_loss_does_not_depend_on_micro_batches(loss_type, cuts):
     step = draw()
     total = {"total_sequences": 6, "total_tokens": step.mask.sum(), "max_new_tokens": MAX_NEW_TOKENS}
     options = {"kl_coef": 0.1, "loss_type": loss_type, "clip_high": 1.3 if loss_type == "cispo" else 0.3}
@@ -245,11 +245,11 @@ def test_how_a_step_is_cut_does_not_matter(loss_type, cuts):
     (grad,) = torch.autograd.grad(sum(part.loss for part in parts), step.new)
     torch.testing.assert_close(grad, expected, atol=1e-14, rtol=1e-12)
     for name in ("loss", "clipped_low", "clipped_high", "kl", "approx_kl", "tokens"):
-        together = sum(getattr(part, name) for part in parts)
-        torch.testing.assert_close(together, getattr(whole, name), atol=1e-14, rtol=1e-12)
+        total_over_parts = sum(getattr(part, name) for part in parts)
+        torch.testing.assert_close(total_over_parts, getattr(whole, name), atol=1e-14, rtol=1e-12)
 
 
-def test_bnpo_is_a_mean_of_micro_batch_means():
+def test_bnpo_is_mean_of_micro_batch_means():
     step = draw(masked=False)
     losses = []
     for first, last in ((0, 2), (2, 6)):
@@ -262,7 +262,7 @@ def test_bnpo_is_a_mean_of_micro_batch_means():
 
 
 @pytest.mark.parametrize("loss_type", POLICY_LOSSES)
-def test_an_empty_mask_and_no_tokens_give_zero_and_zero_gradients(loss_type):
+def test_policy_loss_without_tokens_is_zero_with_zero_gradient(loss_type):
     step = draw()
     step.mask[:] = False
     nothing = cut(step, 0, 0)
@@ -280,19 +280,19 @@ def test_an_empty_mask_and_no_tokens_give_zero_and_zero_gradients(loss_type):
 
 @pytest.mark.parametrize("loss_type", POLICY_LOSSES)
 @pytest.mark.parametrize("level", LEVELS)
-def test_what_is_masked_may_be_anything(loss_type, level):
-    step, spoilt = draw(), draw()
+def test_policy_loss_ignores_masked_values(loss_type, level):
+    step, corrupted = draw(), draw()
     for name in ("new", "old", "ref"):
-        bad = getattr(spoilt, name).detach().clone()
+        bad = getattr(corrupted, name).detach().clone()
         bad[~step.mask] = torch.tensor([NAN, math.inf, -math.inf, -1e9, NAN])[: int((~step.mask).sum())].double()
-        setattr(spoilt, name, bad.requires_grad_(name == "new"))
-    spoilt.advantages = torch.where(torch.arange(6) == 4, NAN, step.advantages)
+        setattr(corrupted, name, bad.requires_grad_(name == "new"))
+    corrupted.advantages = torch.where(torch.arange(6) == 4, NAN, step.advantages)
     results, grads = [], []
-    for draft in (step, spoilt):
-        options = {"weights": weights_of(step, loss_type), "mask": step.mask, "ref_logprobs": draft.ref}
+    for version in (step, corrupted):
+        options = {"weights": weights_of(step, loss_type), "mask": step.mask, "ref_logprobs": version.ref}
         options |= {"kl_coef": 0.1, "loss_type": loss_type, "level": level}
-        results.append(policy_loss(draft.new, draft.old, draft.advantages, step.sequences, **options))
-        grads.append(torch.autograd.grad(results[-1].loss, draft.new)[0])
+        results.append(policy_loss(version.new, version.old, version.advantages, step.sequences, **options))
+        grads.append(torch.autograd.grad(results[-1].loss, version.new)[0])
     torch.testing.assert_close(*grads, atol=0, rtol=0)
     for ours, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, expected, atol=0, rtol=0)
@@ -300,7 +300,7 @@ def test_what_is_masked_may_be_anything(loss_type, level):
 
 @pytest.mark.parametrize("loss_type", POLICY_LOSSES)
 @pytest.mark.parametrize("level", LEVELS)
-def test_huge_log_ratios_are_finite(loss_type, level):
+def test_policy_loss_is_finite_for_huge_log_ratios(loss_type, level):
     logprobs = torch.tensor([-1e4, 0.0, -200.0, 0.0], requires_grad=True)
     old, ref = torch.tensor([0.0, -1e4, 0.0, -300.0]), torch.tensor([0.0, -1e4, -1.0, -1e3])
     options = {"weights": torch.ones(3), "ref_logprobs": ref, "kl_coef": 0.1, "loss_type": loss_type, "level": level}
@@ -309,10 +309,10 @@ def test_huge_log_ratios_are_finite(loss_type, level):
         ours = policy_loss(logprobs, old, advantages, torch.tensor([0, 0, 1, 2]), **options)
         (grad,) = torch.autograd.grad(ours.loss, logprobs)
         assert grad.isfinite().all()
-        assert all(figure.isfinite().all() for figure in ours)
+        assert all(metric.isfinite().all() for metric in ours)
 
 
-def test_rloo_takes_the_ratio_of_the_whole_completion_unless_told_otherwise():
+def test_rloo_uses_sequence_ratio_by_default():
     step = draw()
     options = {"weights": weights_of(step, "rloo"), "mask": step.mask, "loss_type": "rloo"}
     default, whole, token = (
@@ -322,7 +322,7 @@ def test_rloo_takes_the_ratio_of_the_whole_completion_unless_told_otherwise():
     assert default == whole != token
 
 
-def test_cispo_has_a_bound_of_its_own():
+def test_cispo_has_its_own_default_bound():
     options = {"weights": torch.ones(1), "loss_type": "cispo"}
     logprobs, old = torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -4.0])
     ours = policy_loss(logprobs, old, torch.ones(1), torch.zeros(2, dtype=torch.int64), **options)
@@ -330,8 +330,8 @@ def test_cispo_has_a_bound_of_its_own():
     assert ours.clipped_high.item() == 1
 
 
-def test_one_token_completions():
-    """As many completions as tokens: advantages are both of them."""
+def test_policy_loss_accepts_one_token_completions():
+    """With as many completions as tokens, advantages per completion are advantages per token."""
     new, old = torch.tensor([-1.0, -2.0]), torch.tensor([-1.1, -1.9])
     weights = token_weights("grpo", torch.ones(2, dtype=torch.int64), total_sequences=2, total_tokens=2)
     token, whole = (
@@ -339,7 +339,7 @@ def test_one_token_completions():
         for level in ("token", "sequence_sum")
     )
     torch.testing.assert_close(token, whole)
-    with pytest.raises(ConfigError, match="could be one for each of either"):
+    with pytest.raises(ConfigError, match="could belong to the completions or to the tokens"):
         policy_loss(new, old, torch.tensor([1.0, -1.0]), torch.zeros(2, dtype=torch.int64), weights=weights)
 
 
@@ -355,7 +355,7 @@ def test_one_token_completions():
         ({"kl_coef": -0.1}, "kl_coef=-0.1"),
     ],
 )
-def test_what_makes_no_sense_is_refused_early_and_late(options, message):
+def test_policy_loss_rejects_invalid_settings(options, message):
     step = draw()
     with pytest.raises(ConfigError, match=message):
         check_policy_loss(**{"loss_type": "dapo", **options})
@@ -363,7 +363,7 @@ def test_what_makes_no_sense_is_refused_early_and_late(options, message):
         policy_loss(step.new, step.old, step.advantages, step.sequences, weights=torch.ones(6), **options)
 
 
-def test_what_does_not_fit_is_refused():
+def test_policy_loss_rejects_mismatched_inputs():
     step = draw()
 
     def run(advantages=step.advantages, **options):

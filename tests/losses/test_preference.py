@@ -1,4 +1,4 @@
-"""Losses of pairs and of single completions against the formulas of their papers, number by number."""
+"""Preference losses, KTO and the reward model's loss against the formulas of their papers, and custom losses."""
 
 import math
 
@@ -63,7 +63,7 @@ def options_of(loss):
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
-def test_each_loss_is_that_of_its_paper(loss):
+def test_preference_loss_matches_its_paper(loss):
     options = options_of(loss)
     ours = preference_loss(loss, side(CHOSEN), side(REJECTED), **options)
     expected = [literal(loss, c, r, **options) for c, r in zip(CHOSEN, REJECTED, strict=True)]
@@ -71,7 +71,7 @@ def test_each_loss_is_that_of_its_paper(loss):
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
-def test_gradients(loss):
+def test_preference_loss_gradients_match_finite_differences(loss):
     lengths = torch.tensor([5, 2])
     reference = torch.tensor([-4.0, -2.0], dtype=torch.float64)
     chosen = torch.tensor([-3.0, -1.0], dtype=torch.float64, requires_grad=True)
@@ -86,7 +86,7 @@ def test_gradients(loss):
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 @pytest.mark.parametrize("far", [1e4, -1e4])
-def test_huge_log_ratios_are_finite(loss, far):
+def test_preference_loss_is_finite_for_huge_log_ratios(loss, far):
     logprobs = torch.tensor([-2e4 + far, -1e-9, 0.0], requires_grad=True)
     lengths = torch.tensor([1, 1, 3])
     chosen = SequenceLogProbs(logprobs, torch.full((3,), -2e4), lengths)
@@ -98,7 +98,7 @@ def test_huge_log_ratios_are_finite(loss, far):
         assert grad.isfinite().all()
 
 
-def test_orpo_keeps_its_digits_at_both_ends():
+def test_orpo_is_accurate_for_tiny_and_large_probabilities():
     lengths = torch.tensor([1])
     even = SequenceLogProbs(torch.tensor([0.5], dtype=torch.float64).log(), None, lengths)  # log odds 0
     for average in (-1e-9, -1e-3, -math.log(2), -5.0, -40.0):
@@ -110,7 +110,7 @@ def test_orpo_keeps_its_digits_at_both_ends():
 
 
 @pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
-def test_reference_free_losses_are_those_that_say_so(loss):
+def test_preference_loss_needs_reference_as_declared(loss):
     sides = [side(rows)._replace(ref_logprobs=None) for rows in (CHOSEN, REJECTED)]
     if PREFERENCE_LOSSES[loss].needs_reference:
         with pytest.raises(ConfigError, match="needs ref_logprobs, got None"):
@@ -120,19 +120,19 @@ def test_reference_free_losses_are_those_that_say_so(loss):
         torch.testing.assert_close(preference_loss(loss, *sides), with_reference)
 
 
-def test_a_weighted_sum():
+def test_weighted_preference_loss_sums_terms():
     sides = side(CHOSEN), side(REJECTED)
     expected = 0.8 * preference_loss("sigmoid", *sides, **OPTIONS) + 0.3 * preference_loss("sft", *sides)
     ours = weighted_preference_loss({"sigmoid": 0.8, "sft": 0.3}, *sides, **OPTIONS)
     torch.testing.assert_close(ours, expected)
 
 
-def test_smoothing_of_nothing_is_plain_dpo():
+def test_robust_without_smoothing_equals_sigmoid():
     sides = side(CHOSEN), side(REJECTED)
     torch.testing.assert_close(preference_loss("robust", *sides), preference_loss("sigmoid", *sides))
 
 
-def test_dpo_is_bradley_terry_on_implicit_rewards():
+def test_sigmoid_equals_bradley_terry_on_implicit_rewards():
     sides = side(CHOSEN), side(REJECTED)
     ours = bradley_terry_loss(*(implicit_rewards(s, beta=0.3) for s in sides))
     torch.testing.assert_close(ours, preference_loss("sigmoid", *sides, beta=0.3))
@@ -141,7 +141,7 @@ def test_dpo_is_bradley_terry_on_implicit_rewards():
     assert implicit_rewards(free, beta=2.0).tolist() == pytest.approx([-1.2, -40 / 9, -1.4, -62 / 16])
 
 
-def test_no_pairs_and_no_tokens():
+def test_preference_loss_accepts_no_pairs_and_no_tokens():
     empty = SequenceLogProbs(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     nothing = SequenceLogProbs(torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     for loss in PREFERENCE_LOSSES:
@@ -161,14 +161,14 @@ def test_no_pairs_and_no_tokens():
         ({"hinge": 1.0, "sft": 1.0}, {"label_smoothing": 0.1}, "has no meaning for hinge, sft"),
     ],
 )
-def test_settings_out_of_range_are_refused(losses, options, message):
+def test_preference_loss_rejects_invalid_settings(losses, options, message):
     with pytest.raises(ConfigError, match=message):
         check_preference_losses(losses, **options)
     with pytest.raises(ConfigError, match=message):
         weighted_preference_loss(losses, side(CHOSEN), side(REJECTED), **options)
 
 
-def test_kto_is_that_of_its_paper():
+def test_kto_loss_matches_its_paper():
     logratios, labels, kl = [3.0, -1.0, 0.2, 8.0], [True, False, False, True], 0.6
     expected = []
     for logratio, good in zip(logratios, labels, strict=True):
@@ -182,7 +182,7 @@ def test_kto_is_that_of_its_paper():
     assert kto_loss(torch.tensor([1e5, -1e5]), torch.tensor([True, True]), torch.tensor(0.0)).tolist() == [0, 1]
 
 
-def test_kto_kl_is_a_clamped_mean_without_gradient():
+def test_kto_kl_is_clamped_mean_without_gradient():
     x = torch.tensor([1.0, -0.5, 2.0], requires_grad=True)
     assert kto_kl(x).item() == pytest.approx(2.5 / 3)
     assert not kto_kl(x).requires_grad
@@ -195,7 +195,7 @@ def test_kto_kl_is_a_clamped_mean_without_gradient():
 
 @pytest.mark.parametrize("margins", [None, [0.5, -1.0, 3.0]])
 @pytest.mark.parametrize("centering", [0.0, 0.01])
-def test_bradley_terry(margins, centering):
+def test_bradley_terry_loss_matches_its_formula(margins, centering):
     chosen, rejected = [2.0, -1.0, 0.0], [1.0, 3.0, 0.0]
     expected = [
         -math.log(sigmoid(c - r - (margins[i] if margins else 0))) + centering * (c + r) ** 2
@@ -212,7 +212,7 @@ def margin_loss(chosen, rejected, *, beta):
     return (1 - beta * (chosen.average - rejected.average)).relu()
 
 
-def test_preference_loss_takes_a_function_of_ones_own(tmp_path):
+def test_preference_loss_takes_custom_function(tmp_path):
     sides = side(CHOSEN), side(REJECTED)
     expected = (1 - 0.3 * (sides[0].average - sides[1].average)).relu()
     torch.testing.assert_close(weighted_preference_loss(margin_loss, *sides, beta=0.3), expected)
@@ -227,7 +227,7 @@ def test_preference_loss_takes_a_function_of_ones_own(tmp_path):
     torch.testing.assert_close(by_path(*sides, beta=0.3, gamma=1.0), 0.3 * (sides[1].average - sides[0].average))
 
 
-def test_preference_loss_states_reference_and_smoothing():
+def test_preference_loss_declares_reference_and_smoothing():
     def smoothed(chosen, rejected, label_smoothing):
         return chosen.logprobs * label_smoothing
 
@@ -249,9 +249,11 @@ def test_preference_loss_states_reference_and_smoothing():
             r"torch.float64 \(\): expected one float per pair",
         ),
         (lambda chosen, rejected: None, "returned NoneType"),
-        ("math.pi", "is a float: expected a function"),
+        ("math.pi", "is of type float: expected a function"),
+        (lambda chosen, rejected, alpha: chosen.logprobs, "missing a required argument: 'alpha'"),
+        ("losses:margin", "can't be imported"),
     ],
 )
-def test_preference_loss_of_ones_own_is_checked(loss, message):
+def test_preference_loss_rejects_invalid_loss(loss, message):
     with pytest.raises(ConfigError, match=message):
         preference_loss(loss, side(CHOSEN), side(REJECTED))

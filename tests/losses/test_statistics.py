@@ -1,3 +1,5 @@
+"""Means and standard deviations that ignore NaN, against Python's `statistics`."""
+
 import math
 import statistics
 
@@ -10,7 +12,7 @@ NAN = math.nan
 
 
 @pytest.mark.parametrize("values", [[1.0, 4.0, NAN, 9.0], [NAN, 2.0, 2.5], [3.0], [NAN, 3.0], [NAN, NAN], []])
-def test_nan_is_left_out(values):
+def test_mean_and_std_ignore_nan(values):
     numbers = [v for v in values if not math.isnan(v)]
     std = statistics.stdev(numbers) if len(numbers) > 1 else NAN
     mean = statistics.fmean(numbers) if numbers else NAN
@@ -20,14 +22,14 @@ def test_nan_is_left_out(values):
     assert [t.item() for t in ours] == pytest.approx([mean, std], abs=1e-14, nan_ok=True)
 
 
-def test_nanstd_along_a_dimension():
+def test_nanstd_reduces_a_dimension():
     x = torch.tensor([[1.0, 2.0, NAN], [5.0, NAN, NAN]], dtype=torch.float64)
     expected = torch.tensor([math.sqrt(0.5), NAN], dtype=torch.float64)
     torch.testing.assert_close(nanstd(x, 1), expected, equal_nan=True)
     torch.testing.assert_close(nanstd(x.T, 0), expected, equal_nan=True)
 
 
-def test_sums_add_up_and_a_mask_is_left_out():
+def test_power_sums_add_up_and_respect_mask():
     x = torch.randn(40, generator=torch.Generator().manual_seed(0)) + 1000
     mask = torch.arange(40) % 3 > 0
     whole = mean_and_std(power_sums(x, mask))
@@ -38,11 +40,11 @@ def test_sums_add_up_and_a_mask_is_left_out():
         assert ours[1].item() == pytest.approx(kept.std().item(), rel=1e-8)
 
 
-def test_what_is_masked_may_be_infinite():
+def test_power_sums_ignore_masked_infinities():
     x = torch.tensor([1.0, 3.0, math.inf, NAN])
     assert power_sums(x, torch.tensor([True, True, False, False])).tolist() == [2, 4, 10]
 
 
 @pytest.mark.parametrize("value", [0.1, -7.3, 1e6 + 0.1])
-def test_equal_numbers_have_no_spread(value):
+def test_std_of_equal_values_is_zero(value):
     assert mean_and_std(power_sums(torch.full((1001,), value, dtype=torch.float64)))[1].item() == 0
