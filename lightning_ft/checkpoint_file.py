@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and read without running what they may contain."""
+"""Checkpoint files: written completely or not at all, and read without running any code that they contain."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from lightning_ft.unreadable import first_line
 from lightning_ft.whole_files import written_aside
 
 Source: TypeAlias = "str | Path | IO[bytes]"
-"""A file, the URL of one (http, https, or what fsspec knows), or one that is open."""
+"""A path, a URL (http, https or any scheme that fsspec knows), or an open file."""
 VERSION = "pytorch-lightning_version"
-_OTHER = "Take another checkpoint of the run, or start again."
+_REMEDY = "Use another checkpoint of the run, or start again."
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Write a checkpoint to a file on this machine.
+    """Write a checkpoint to a local file.
 
     Args:
-        checkpoint: What `torch.save` takes.
-        path: The file; its folder is made where there is none.
+        checkpoint: Contents of the checkpoint, as `torch.save` takes them.
+        path: The file. Its folder is created if it is missing.
 
     Raises:
-        FileWriteError: If it can't be written.
+        FileWriteError: If the file can't be written.
     """
     checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)  # by which `read_checkpoint` knows that a file is whole
+    torch.serialization.set_crc32_options(True)  # `read_checkpoint` verifies them
     try:
-        # an open file, not a path: torch tells then what the system said
+        # An open file rather than a path: torch then passes on the operating system's error.
         with written_aside(path) as aside, aside.open("wb") as file:
             torch.save(checkpoint, file)
     finally:
@@ -50,34 +50,34 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 def read_checkpoint(
     source: Source, map_location: Any = "cpu", *, of_trainer: bool = False, name: str | None = None
 ) -> dict[str, Any]:
-    """Read a checkpoint after its checksums were compared, and never run code that is in it.
+    """Read a checkpoint after verifying its checksums, without running any code that it contains.
 
     Args:
         source: The checkpoint.
-        map_location: As of `torch.load`.
-        of_trainer: Whether it must have what a Trainer wrote next to the weights.
-        name: What errors call it; by default its path or URL.
+        map_location: Device for its tensors, as in `torch.load`.
+        of_trainer: Require what a Trainer saves in addition to the weights.
+        name: Name of the checkpoint in errors; its path or URL by default.
 
     Returns:
-        What was saved; ``state_dict`` is in it.
+        The contents, which include a ``state_dict``.
 
     Raises:
-        CheckpointNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, isn't a checkpoint, or contains more than tensors and plain values.
+        CheckpointNotFoundError: If the file doesn't exist.
+        CheckpointError: If the file is damaged, isn't a checkpoint, or contains more than tensors and plain values.
     """
     name = name or _name(source)
     with local_file(source) as file:
         _check_whole(file, name)
         try:
-            found = torch.load(cast(Any, file), map_location=map_location, weights_only=True)
+            checkpoint = torch.load(cast(Any, file), map_location=map_location, weights_only=True)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except pickle.UnpicklingError as error:
             raise CheckpointError(_why_refused(name, error)) from error
-        except Exception as error:  # whatever a file that only looks like one makes its reader raise
+        except Exception as error:  # a malformed file can make the unpickler raise anything
             raise _damaged(name, first_line(error)) from error
-    _check_content(found, name, of_trainer=of_trainer)
-    return cast("dict[str, Any]", found)
+    _check_content(checkpoint, name, of_trainer=of_trainer)
+    return cast("dict[str, Any]", checkpoint)
 
 
 @contextmanager
@@ -89,15 +89,15 @@ def checked_file(
     required: str | None = None,
     arguments: dict[str, Any] | None = None,
 ) -> Iterator[Path | IO[bytes]]:
-    """A checkpoint of a Trainer as a file that contains nothing but data, for Lightning to make an object from.
+    """Check that a Trainer's checkpoint contains only data, and yield it as a file for `load_from_checkpoint`.
 
     Args:
         source: The checkpoint.
-        weights_only: The user's argument.
-        kept: Key of the arguments that the checkpoint keeps for the object.
-        required: One that must be among them, unless the user passes it.
-        arguments: The user's, which come before those of the checkpoint. ``trust_remote_code`` is added to them, off,
-            where it is missing: a file doesn't decide whether code of a repository is run.
+        weights_only: The user's argument of the same name.
+        kept: Key under which the checkpoint keeps the object's arguments.
+        required: Name of an argument that must be among them, unless the user passes it.
+        arguments: The user's arguments, which override those of the checkpoint. ``trust_remote_code=False`` is added if
+            missing: a file must not decide whether a repository's code is run.
 
     Raises:
         CheckpointError: As :func:`read_checkpoint` does.
@@ -107,45 +107,45 @@ def checked_file(
     arguments = {} if arguments is None else arguments
     arguments.setdefault("trust_remote_code", False)
     with local_file(source) as file:
-        found = read_checkpoint(file, of_trainer=True, name=_name(source))
-        if required is not None and required not in arguments and required not in found.get(kept, {}):
+        checkpoint = read_checkpoint(file, of_trainer=True, name=_name(source))
+        if required is not None and required not in arguments and required not in checkpoint.get(kept, {}):
             raise CheckpointError(
-                f"The checkpoint {_name(source)!r} was written by something else: its {kept!r} hold no "
+                f"The checkpoint {_name(source)!r} was written by another class: its {kept!r} hold no "
                 f"{required!r}. Pass {required}= if its weights fit."
             )
-        del found
+        del checkpoint
         if not isinstance(file, Path):
             file.seek(0)
         yield file
 
 
 def refuse_pickle(weights_only: bool | None) -> None:
-    """Refuse to load whatever a file contains.
+    """Refuse ``weights_only=False``.
 
     Raises:
         ConfigError: For False.
     """
     if weights_only is False:
         raise ConfigError(
-            "weights_only=False would run whatever code a checkpoint contains, and those of this package need none: "
-            "leave it out."
+            "weights_only=False would run any code that the checkpoint contains. Checkpoints of this package contain "
+            "only data: leave the argument out."
         )
 
 
 @contextmanager
 def local_file(source: Source) -> Iterator[Path | IO[bytes]]:
-    """A checkpoint as a file that can be read from any position; http and https are downloaded for the time.
+    """Yield a checkpoint as a seekable file; http and https URLs are downloaded to a temporary folder.
 
     Raises:
-        CheckpointNotFoundError: If there is no such file.
-        CheckpointError: If it is a folder, or can't be read.
+        CheckpointNotFoundError: If the file doesn't exist.
+        CheckpointError: If it is a folder or can't be read.
     """
     if not isinstance(source, (str, Path)):
         source.seek(0)
         yield source
     elif re.match(r"https?://", str(source)):
         with tempfile.TemporaryDirectory(prefix="lightning_ft_") as folder:
-            # not torch's cache of downloads: it knows a file by the last part of its address only
+            # Not torch's download cache, which identifies a file by the last part of its URL only.
             yield _downloaded(str(source), Path(folder) / "downloaded.ckpt")
     elif (path := local_path(source)) is not None:
         if path.is_dir():
@@ -164,7 +164,7 @@ def local_file(source: Source) -> Iterator[Path | IO[bytes]]:
 
 
 def local_path(path: str | Path) -> Path | None:
-    """The path of a file on this machine; None for a URL of another.
+    """The path of a local file; None for a remote URL.
 
     Example:
         >>> local_path("s3://bucket/a.ckpt"), local_path("file:///runs/a.ckpt").as_posix()
@@ -181,7 +181,7 @@ def local_path(path: str | Path) -> Path | None:
 def _downloaded(url: str, path: Path) -> Path:
     try:
         torch.hub.download_url_to_file(url, str(path), progress=False)
-    except Exception as error:  # of urllib and of the server: status, name, certificate, a connection that ends
+    except Exception as error:  # HTTP status, DNS, certificate, a dropped connection
         raise CheckpointError(f"The checkpoint {url!r} can't be downloaded ({first_line(error)}).") from error
     return path
 
@@ -191,23 +191,23 @@ def _name(source: Source) -> str:
 
 
 def _damaged(name: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"The checkpoint {name!r} is damaged, or no checkpoint ({reason}). {_OTHER}")
+    return CheckpointError(f"The checkpoint {name!r} is damaged or isn't a checkpoint ({reason}). {_REMEDY}")
 
 
 def _check_whole(file: Path | IO[bytes], name: str) -> None:
-    """Compare the checksums of a file on this machine; torch doesn't."""
+    """Verify the checksums of a local file, which torch doesn't do."""
     try:
-        if not zipfile.is_zipfile(file):  # its list of contents is at the end
+        if not zipfile.is_zipfile(file):  # a zip archive's directory is at its end
             if _size(file) == 0:
-                raise CheckpointError(f"The checkpoint {name!r} is empty. {_OTHER}")
-            raise _damaged(name, "it isn't a zip archive, as torch writes, or its end is missing")
-        if isinstance(file, Path):  # what is elsewhere would be transferred twice
+                raise CheckpointError(f"The checkpoint {name!r} is empty. {_REMEDY}")
+            raise _damaged(name, "it isn't a zip archive, which torch writes, or its end is missing")
+        if isinstance(file, Path):  # a remote file would be transferred twice
             with zipfile.ZipFile(file) as archive:
-                if (part := archive.testzip()) is not None:
-                    raise _damaged(name, f"the checksum of {part!r} in it is another")
+                if (member := archive.testzip()) is not None:
+                    raise _damaged(name, f"the checksum of {member!r} doesn't match")
     except CheckpointError:
         raise
-    except Exception as error:  # of zipfile, about as many as there are ways to be broken
+    except Exception as error:  # zipfile raises many types for damaged archives
         raise _damaged(name, first_line(error)) from error
     if not isinstance(file, Path):
         file.seek(0)
@@ -218,35 +218,34 @@ def _size(file: Path | IO[bytes]) -> int:
 
 
 def _why_refused(name: str, error: pickle.UnpicklingError) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
-    if found is None:
+    match = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
+    if match is None:
         return str(_damaged(name, first_line(error)))
-    kind = found[1] or found[2]
     return (
-        f"The checkpoint {name!r} contains {kind}, which isn't a tensor or a plain value, and could run code: nothing "
-        "of it was loaded. If you know who wrote it and need that, allow it by name with "
+        f"The checkpoint {name!r} contains {match[1] or match[2]}, which is neither a tensor nor a plain value and "
+        "could run code, so nothing was loaded. If you trust its author and need that object, allow it by name with "
         "torch.serialization.add_safe_globals."
     )
 
 
-def _check_content(found: Any, name: str, *, of_trainer: bool) -> None:
-    """Refuse what isn't a checkpoint of a Trainer."""
-    says = f"{name!r} is no checkpoint of a Trainer: "
-    if not isinstance(found, dict) or "state_dict" not in found:
-        raise CheckpointError(f"{says}it holds no 'state_dict'.")
-    weights = found["state_dict"]
+def _check_content(checkpoint: Any, name: str, *, of_trainer: bool) -> None:
+    """Refuse what isn't a Trainer's checkpoint."""
+    problem = f"{name!r} isn't a Trainer's checkpoint: "
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{problem}it holds no 'state_dict'.")
+    weights = checkpoint["state_dict"]
     if not isinstance(weights, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
     ):
-        raise CheckpointError(f"{says}its 'state_dict' isn't a dict of tensors by name.")
+        raise CheckpointError(f"{problem}its 'state_dict' isn't a dict of tensors by name.")
     for key in ("hyper_parameters", "datamodule_hyper_parameters", "loops", "callbacks", "lightning_ft"):
-        if not isinstance(found.get(key, {}), Mapping):
-            raise CheckpointError(f"{says}its {key!r} isn't a dict.")
+        if not isinstance(checkpoint.get(key, {}), Mapping):
+            raise CheckpointError(f"{problem}its {key!r} isn't a dict.")
     if of_trainer:
         try:
-            Version(found[VERSION])
+            Version(checkpoint[VERSION])
         except (KeyError, TypeError, InvalidVersion) as error:
-            raise CheckpointError(f"{says}it doesn't say which version of Lightning wrote it.") from error
+            raise CheckpointError(f"{problem}it doesn't name the version of Lightning that wrote it.") from error
 
 
 __all__ = [

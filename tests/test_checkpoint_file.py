@@ -46,13 +46,13 @@ def changed_bit(content):
 
 FILES = {
     "empty": (b"", "is empty"),
-    "text": (b"step: 3\n", "is damaged, or no checkpoint"),
-    "zip of another": (foreign_zip(), "is damaged, or no checkpoint"),
-    "plain pickle": (pickle.dumps({"state_dict": {}}), "is damaged, or no checkpoint"),
-    "pickle with code": (pickle.dumps(Code()), "is damaged, or no checkpoint"),
+    "text": (b"step: 3\n", "is damaged or isn't a checkpoint"),
+    "zip of another": (foreign_zip(), "is damaged or isn't a checkpoint"),
+    "plain pickle": (pickle.dumps({"state_dict": {}}), "is damaged or isn't a checkpoint"),
+    "pickle with code": (pickle.dumps(Code()), "is damaged or isn't a checkpoint"),
     "old format with code": (b"", ""),
-    "code": (saved({"state_dict": Code()}), r"contains posix\.system, which isn't a tensor"),
-    "class": (saved({"state_dict": {}, "x": pytest.Item}), "which isn't a tensor or a plain value"),
+    "code": (saved({"state_dict": Code()}), r"contains posix\.system, which is neither a tensor"),
+    "class": (saved({"state_dict": {}, "x": pytest.Item}), "which is neither a tensor nor a plain value"),
     "one bit": (changed_bit(saved(WHOLE)), "checksum of"),
     "zeros": (saved(WHOLE)[:1500] + bytes(800) + saved(WHOLE)[2300:], "damaged"),
     "no dict": (saved([1, 2]), "holds no 'state_dict'"),
@@ -60,8 +60,8 @@ FILES = {
     "weights by number": (saved({"state_dict": {1: torch.ones(1)}}), "isn't a dict of tensors"),
     "no tensors": (saved({"state_dict": {"a": 1}}), "isn't a dict of tensors"),
     "list of hyperparameters": (saved({**WHOLE, "hyper_parameters": []}), "'hyper_parameters' isn't a dict"),
-    "no version": (saved({"state_dict": {}}), "which version of Lightning"),
-    "odd version": (saved({**WHOLE, "pytorch-lightning_version": "two"}), "which version of Lightning"),
+    "no version": (saved({"state_dict": {}}), "name the version of Lightning"),
+    "odd version": (saved({**WHOLE, "pytorch-lightning_version": "two"}), "name the version of Lightning"),
 }
 
 

@@ -1,9 +1,9 @@
-"""Hidden states of sequences on disk, by the sequences' content.
+"""Hidden states of sequences on disk, keyed by the sequences' tokens.
 
-A store is a folder of safetensors files, each with the states of some hundreds of sequences. They are written aside and
-moved in one step, never changed, and read memory-mapped, so several processes share a store, and one that is killed
-loses only what it hadn't written yet. Each sequence has a checksum, compared when its states are first read: a file in
-which one differs is removed, and its sequences are unknown again.
+A store is a folder of safetensors files, each with the states of some hundreds of sequences. A file is written under
+another name and moved into the folder in one step, never changes afterwards, and is read memory-mapped. So several
+processes can share a store, and a killed process loses only what it hadn't written yet. Each sequence has a checksum,
+verified when its states are first read: a file with a mismatch is removed, and its sequences count as missing again.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lightning_ft.models.tensors import tensor_bytes, write_tensors
 from lightning_ft.whole_files import remove_leftovers
 
 _SHARD = 64 * 2**20
-"""Bytes that are written together."""
+"""Bytes per file."""
 _MARK = ".lightning_ft_states"
-"""Stands in each folder of states: other folders beside them are somebody's own, and never removed."""
+"""Name of a file in each folder of states. Folders without it belong to someone else and are never removed."""
 
 
 def sequence_digest(input_ids: Tensor) -> bytes:
-    """Names a sequence: 16 bytes of its tokens' hash.
+    """The key of a sequence: a 16-byte hash of its tokens.
 
     Args:
-        input_ids: ``int64 [t]``, on the CPU.
+        input_ids: Token ids, ``int64 [t]``, on the CPU.
 
     Example:
         >>> sequence_digest(torch.tensor([1, 2])) == sequence_digest(torch.tensor([1, 2, 3])[:2])
@@ -44,9 +44,9 @@ def sequence_digest(input_ids: Tensor) -> bytes:
 
 
 class _Position(NamedTuple):
-    """Where the states of a sequence are."""
+    """Where the states of a sequence are stored."""
 
-    states: Any  # of an open file
+    states: Any  # a slice of an open safetensors file
     start: int
     stop: int
     checksum: int
@@ -57,9 +57,9 @@ class ActivationStore:
     """States of sequences in a folder.
 
     Args:
-        root: Holds a folder for each key.
-        key: Of what computes the states.
-        limit: Most bytes that all of `root` may take; other keys are removed to make room, the longest unused first.
+        root: Folder with one subfolder per key.
+        key: Name of what computes the states (model, weights, software).
+        limit: Maximum size of `root` in bytes. Other keys' folders are removed to make room, least recently used first.
 
     Example:
         >>> import tempfile
@@ -75,29 +75,29 @@ class ActivationStore:
     def __init__(self, root: Path, key: str, *, limit: int) -> None:
         self._root, self.folder, self._limit = root, root / key, limit
         self.failure = ""
-        """Why nothing is kept any more, such as a full disk; what was kept is still read."""
+        """Why nothing more is stored, such as a full disk; stored states are still read."""
         try:
             self._make_folder()
-            os.utime(self.folder)  # when it was last used
+            os.utime(self.folder)  # marks the folder as used
             remove_leftovers(self.folder)
         except OSError as error:
             self.failure = f"{str(self.folder)!r} can't be written ({error.strerror})."
-        self._places: dict[bytes, _Position] = {}
-        self._compared: set[bytes] = set()
+        self._positions: dict[bytes, _Position] = {}
+        self._verified: set[bytes] = set()
         self._read: set[str] = set()
         self._pending: dict[bytes, Tensor] = {}
         self._pending_bytes = 0
         self._written = 0
         self._others = sum(map(_bytes_in, self._other_folders()))
         self.full = False
-        """Whether something could not be kept any more."""
+        """Whether the limit kept any states from being stored."""
         self.refresh()
 
     def __len__(self) -> int:
-        return len(self._places) + len(self._pending)
+        return len(self._positions) + len(self._pending)
 
     def refresh(self) -> None:
-        """Take notice of what others have written; a file that can't be read is removed."""
+        """Read the index of files that other processes have written; an unreadable file is removed."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.name in self._read:
                 continue
@@ -105,48 +105,48 @@ class ActivationStore:
                 file = safe_open(str(path), framework="pt")
                 digests, starts = file.get_tensor("digests"), file.get_tensor("starts").tolist()
                 checksums, states = file.get_tensor("checksums").tolist(), file.get_slice("states")
-                found = {
+                positions = {
                     digest.numpy().tobytes(): _Position(states, start, stop, checksum, path)
                     for digest, start, stop, checksum in zip(digests, starts, starts[1:], checksums, strict=False)
                 }
-            except (OSError, SafetensorError, TypeError):  # a tensor without a length
+            except (OSError, SafetensorError, TypeError):  # TypeError: a tensor without a length
                 path.unlink(missing_ok=True)
                 continue
             self._read.add(path.name)
-            self._places |= found
+            self._positions |= positions
         self._written = _bytes_in(self.folder)
 
     def get(self, digest: bytes) -> Tensor | None:
-        """The states of a sequence, ``[t, d]`` on the CPU; None where they aren't kept."""
+        """The states of a sequence, ``[t, d]`` on the CPU; None if they aren't stored."""
         if (pending := self._pending.get(digest)) is not None:
             return pending
-        if (position := self._places.get(digest)) is None:
+        if (position := self._positions.get(digest)) is None:
             return None
-        found: Tensor | None
+        states: Tensor | None
         try:
-            found = position.states[position.start : position.stop]
+            states = position.states[position.start : position.stop]
         except (OSError, SafetensorError, LookupError, TypeError, ValueError):
-            found = None
-        if digest in self._compared and found is not None:
-            return found
-        if found is None or self._checksum(digest, found) != position.checksum:
+            states = None
+        if digest in self._verified and states is not None:
+            return states
+        if states is None or self._checksum(digest, states) != position.checksum:
             self._forget(position.file)
             return None
-        self._compared.add(digest)
-        return found
+        self._verified.add(digest)
+        return states
 
     def _checksum(self, digest: bytes, states: Tensor) -> int:
-        """Of states, of whose they are and of what computed them."""
+        """A checksum over the states, the sequence's digest and the store's key."""
         return zlib.crc32(tensor_bytes(states), zlib.crc32(self.folder.name.encode() + digest))
 
     def _forget(self, file: Path) -> None:
-        """Remove a file that holds something else than was written."""
+        """Remove a file whose contents changed after it was written."""
         file.unlink(missing_ok=True)
-        self._places = {digest: position for digest, position in self._places.items() if position.file != file}
+        self._positions = {digest: position for digest, position in self._positions.items() if position.file != file}
         self._written = _bytes_in(self.folder)
 
     def put(self, digest: bytes, states: Tensor) -> bool:
-        """Keep the states of a sequence, ``[t, d]``; False where there is no room."""
+        """Store the states of a sequence, ``[t, d]``; False if there is no room."""
         if self.failure:
             return False
         size = states.numel() * states.element_size()
@@ -160,7 +160,7 @@ class ActivationStore:
         return True
 
     def flush(self) -> None:
-        """Write what was kept in memory; where that fails, `failure` says why, and nothing is kept from then on."""
+        """Write pending states to disk. If that fails, `failure` says why, and nothing is stored from then on."""
         if not self._pending:
             return
         lengths = torch.tensor([0, *(len(states) for states in self._pending.values())])
@@ -171,7 +171,7 @@ class ActivationStore:
             "states": torch.cat(list(self._pending.values())),
         }
         try:
-            self._make_folder()  # another process may have needed the room
+            self._make_folder()  # another process may have removed it to make room
             write_tensors(self.folder / f"{uuid.uuid4().hex}.safetensors", tensors)
         except OSError as error:
             self.failure = str(error) if isinstance(error, FileWriteError) else f"{str(self.folder)!r}: {error}."
@@ -179,10 +179,10 @@ class ActivationStore:
         self.refresh()
 
     def reserve(self, size: int) -> None:
-        """Make room for states that will take `size` bytes in all, those already here included.
+        """Make room for `size` bytes of states in total, including those already stored.
 
         Raises:
-            OSError: If that is more than may be kept, or than the disk has room for.
+            OSError: If that exceeds the limit or the free space on the disk.
         """
         if not self._make_room(size):
             raise OSError(f"{size:,} bytes of states are more than the {self._limit:,} that may be kept.")
@@ -193,7 +193,7 @@ class ActivationStore:
             raise OSError(f"{size - self._written:,} bytes of states are more than the {free:,} free on the disk.")
 
     def _make_room(self, size: int) -> bool:
-        """Whether this key may take `size` bytes, after the removal of others if need be."""
+        """Whether this key may take `size` bytes, after removing other keys' folders if necessary."""
         if size > self._limit:
             return False
         if size + self._others > self._limit:

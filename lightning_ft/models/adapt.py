@@ -1,4 +1,4 @@
-"""LoRA on a model: every variant of PEFT's, from one config, and the ones that change the base weights made safe."""
+"""LoRA adapters: their configuration, new adapters, saved ones, and variants that change the base weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.load import adapter_config
-from lightning_ft.models.load_report import shortened, tell, why_unreadable
+from lightning_ft.models.load_report import shortened, warn_on_first_rank, why_unreadable
 from lightning_ft.models.lora_checks import check_adapter
 from lightning_ft.unreadable import UNREADABLE
 
@@ -28,13 +28,14 @@ _SPLITS_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
 def lora_config(lora: LoraConfig | dict[str, Any] | bool | None) -> LoraConfig:
-    """A LoRA configuration from what a user may pass.
+    """A LoRA configuration from the `lora` argument of a module.
 
     Args:
-        lora: PEFT's own, a dict of its arguments over :data:`DEFAULT_LORA`, or None or True for the default.
+        lora: A `peft.LoraConfig`, a dict of its arguments (on top of :data:`DEFAULT_LORA`), or None or True for the
+            default.
 
     Raises:
-        ConfigError: For an argument PEFT doesn't have (the nearest one is named), or refuses.
+        ConfigError: For an argument that PEFT doesn't have (the nearest name is suggested) or refuses.
 
     Example:
         >>> lora_config({"r": 4, "use_rslora": True}).r
@@ -45,19 +46,19 @@ def lora_config(lora: LoraConfig | dict[str, Any] | bool | None) -> LoraConfig:
     """
     if isinstance(lora, LoraConfig):
         return lora
-    given = {} if lora is None or lora is True else dict(lora or {})
-    given.pop("peft_type", None)  # stands in every saved adapter_config.json
+    arguments = {} if lora is None or lora is True else dict(lora or {})
+    arguments.pop("peft_type", None)  # every saved adapter_config.json contains it
     known = {field.name for field in dataclasses.fields(LoraConfig)}
-    for name in given:
+    for name in arguments:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
             raise ConfigError(f"lora has no argument {name!r}. {hint}See peft.LoraConfig for all of them.")
-    for name, kind in _nested_configs().items():
-        if isinstance(given.get(name), dict):
-            given[name] = kind(**given[name])
+    for name, nested_class in _nested_configs().items():
+        if isinstance(arguments.get(name), dict):
+            arguments[name] = nested_class(**arguments[name])
     try:
-        return LoraConfig(**{**DEFAULT_LORA, **given})
+        return LoraConfig(**{**DEFAULT_LORA, **arguments})
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise ConfigError(f"lora: {str(error).strip()}") from error
 
@@ -71,7 +72,7 @@ def _nested_configs() -> dict[str, type]:
 def as_json(config: LoraConfig) -> dict[str, Any]:
     """The configuration as JSON values: rank, alpha, and what differs from PEFT's defaults.
 
-    A checkpoint that holds it stays loadable with `weights_only=True`; :func:`lora_config` makes the same one again.
+    A checkpoint that holds it can be loaded with `weights_only=True`, and :func:`lora_config` restores it.
 
     Example:
         >>> as_json(lora_config({"r": 4}))["r"]
@@ -110,42 +111,42 @@ def _is_json(value: Any) -> bool:
 
 
 def splits_base(config: LoraConfig) -> bool:
-    """Whether initialising the adapter moves a part of the base weights into it (PiSSA, OLoRA, ...).
+    """Whether initialization moves a part of the base weights into the adapter (PiSSA, OLoRA, ...).
 
-    Such an adapter means nothing on the untouched base, but can be converted into one that does.
+    Such an adapter is meaningless on the original base, but can be converted into one that fits it.
     """
     init = config.init_lora_weights
     return isinstance(init, str) and init.lower().startswith(_SPLITS_BASE)
 
 
 def rounds_base(config: LoraConfig) -> bool:
-    """Whether initialising the adapter rounds the base weights (LoftQ), which no adapter makes up for exactly."""
+    """Whether initialization rounds the base weights (LoftQ), which no adapter can compensate exactly."""
     return config.init_lora_weights == "loftq"
 
 
 def needs_data(config: LoraConfig) -> bool:
-    """Whether the adapter is initialised from activations of the training data (EVA)."""
+    """Whether the adapter is initialized from activations of the training data (EVA)."""
     return config.init_lora_weights == "eva"
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:
     """Put a new adapter on a model.
 
-    The initialisation draws from its own generator seeded by `seed`: the adapters that split the base weights must
-    split them alike when a run is resumed.
+    Initialization uses a generator of its own, seeded by `seed`: an adapter that splits the base weights must split
+    them the same way when a run is resumed.
 
     Args:
-        model: The base; its parameters are frozen.
-        config: The adapter.
-        seed: Of the adapter's initial weights.
+        model: The base model. Its parameters are frozen.
+        config: Configuration of the adapter.
+        seed: Seed of the adapter's initial weights.
 
     Raises:
-        ModelError: If the configuration doesn't fit the model, or could not be exported exactly.
+        ModelError: If the configuration doesn't fit the model, or the adapter couldn't be exported exactly.
     """
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if _saves_tied(model, config):
-        config.ensure_weight_tying = True  # else PEFT unties the head from the embeddings without a word
+        config.ensure_weight_tying = True  # otherwise PEFT silently unties the head from the embeddings
     try:
         with torch.random.fork_rng(devices=_devices(model)):
             torch.manual_seed(seed)
@@ -157,7 +158,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> Pe
 
 
 def _saves_tied(model: PreTrainedModel, config: LoraConfig) -> bool:
-    """Whether embeddings that are also the head are trained as a whole."""
+    """Whether `modules_to_save` names embeddings that are tied to the head."""
     if not config.modules_to_save or not getattr(model.config, "tie_word_embeddings", False):
         return False
     tied = [id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())]
@@ -166,20 +167,20 @@ def _saves_tied(model: PreTrainedModel, config: LoraConfig) -> bool:
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
-    """Put a saved adapter on its base, to be trained on.
+    """Put a saved adapter on its base to continue its training.
 
     Args:
-        model: The base.
-        path: The adapter's folder, or its name on the hub.
+        model: The base model.
+        path: Folder of the adapter, or its name on the hub.
 
     Raises:
-        ModelError: If there is no adapter, it isn't LoRA, its weights can't be read, or they aren't those that its
-            configuration makes on this base: whatever is missing would be a new adapter.
+        ModelError: If the adapter doesn't exist, isn't LoRA, or its weights can't be read or don't match those that its
+            configuration creates on this base (missing ones would be initialized from scratch).
     """
     config = adapter_config(path)
     if not isinstance(config, LoraConfig):
         raise ModelError(f"The adapter in {path!r} is {config.peft_type}, not LoRA.")
-    _tell_other_base(model, config, path)
+    _warn_of_other_base(model, config, path)
     config.inference_mode = False
     wrap = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel)
     try:
@@ -189,64 +190,62 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     except UNREADABLE as error:
         raise ModelError(f"No adapter could be loaded from {path!r}: {_why_not_loaded(path, error)}") from error
     if result.missing_keys or result.unexpected_keys:
-        found = [
+        problems = [
             f"{len(names):,} of its weights are {which} ({shortened(names)})"
             for names, which in ((result.missing_keys, "missing"), (result.unexpected_keys, "unknown to the model"))
             if names
         ]
         raise ModelError(
-            f"The adapter in {path!r} doesn't fit {type(model).__name__}: {' and '.join(found)}. It was trained over "
-            f"{config.base_model_name_or_path!r}: give that as the base, or check that its files belong together."
+            f"The adapter in {path!r} doesn't fit {type(model).__name__}: {' and '.join(problems)}. It was trained on "
+            f"{config.base_model_name_or_path!r}: pass that as the base, or check that its files belong together."
         )
     return adapted
 
 
 def _why_not_loaded(path: str, error: BaseException) -> str:
-    """What to say of an error of PEFT's."""
+    """The reason for an error that PEFT raised while loading an adapter."""
     lines = [line.strip() for line in str(error).splitlines()]
     sizes = [line for line in lines if line.startswith("size mismatch")]
     if sizes:
-        fix = "Its rank or its base isn't the one that its configuration names."
-        return f"{len(sizes):,} of its weights have other sizes. The first: {sizes[0]} {fix}"
+        cause = "Its rank or its base isn't the one that its configuration names."
+        return f"{len(sizes):,} of its weights have unexpected sizes. The first: {sizes[0]} {cause}"
     if isinstance(error, KeyError):
-        return f"its weights lack {error}, which its configuration says are trained."
+        return f"its weights lack {error}, which are trained according to its configuration."
     if Path(path).is_dir() and not any(Path(path).glob("adapter_model.*")):
-        return "the folder holds no weights (adapter_model.safetensors)."
+        return "the folder contains no weights (adapter_model.safetensors)."
     return why_unreadable(path, error)
 
 
-def _tell_other_base(model: PreTrainedModel, config: LoraConfig, path: str) -> None:
-    """Warn if an adapter was trained over a model of another name; sizes can be the same all the same."""
-    trained_over, base = config.base_model_name_or_path, getattr(model.config, "_name_or_path", None)
-    if trained_over and base and Path(trained_over).name != Path(base).name:
-        tell(
-            f"The adapter in {path!r} was trained over {trained_over!r} and is continued over {base!r}. If those "
-            "aren't the same weights, it means nothing there."
+def _warn_of_other_base(model: PreTrainedModel, config: LoraConfig, path: str) -> None:
+    """Warn if an adapter was trained on a base of another name, which may have the same sizes all the same."""
+    trained_on, base = config.base_model_name_or_path, getattr(model.config, "_name_or_path", None)
+    if trained_on and base and Path(trained_on).name != Path(base).name:
+        warn_on_first_rank(
+            f"The adapter in {path!r} was trained on {trained_on!r} and is continued on {base!r}. Unless those are the "
+            "same weights, the adapter is meaningless there: pass its own base as model=."
         )
 
 
 class InitialAdapter:
-    """The adapter as it was initialised, kept where that changed the base weights.
+    """The adapter as initialized, saved if its initialization changed the base weights.
 
-    With it an export can be turned into an ordinary adapter of twice the rank that fits the untouched base
-    (https://arxiv.org/abs/2404.02948, appendix C): ``s(BA - B0 A0)`` is what was added to the base that everyone has.
+    With it an export becomes an ordinary adapter of twice the rank that fits the original base: relative to that base,
+    training added ``s(BA - B0 A0)`` (https://arxiv.org/abs/2404.02948, appendix C).
     """
 
     def __init__(self, model: PeftModel) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="lightning_ft_")
         config = model.active_peft_config
-        kept, config.init_lora_weights = (
-            config.init_lora_weights,
-            True,
-        )  # saved as plain weights, not to be initialised again
+        init = config.init_lora_weights
+        config.init_lora_weights = True  # the saved weights are plain and must not be initialized again
         try:
             model.save_pretrained(str(self.path))
         finally:
-            config.init_lora_weights = kept
+            config.init_lora_weights = init
 
     @property
     def path(self) -> Path:
-        """A PEFT folder."""
+        """The folder of the adapter, in PEFT's format."""
         return Path(self._folder.name)
 
 

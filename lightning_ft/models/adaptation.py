@@ -1,4 +1,4 @@
-"""What of a model is trained: every weight, a new adapter, or a saved one that is continued."""
+"""What is trained: all weights of a model, a new adapter, or a saved adapter."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning_ft.models.adapt import InitialAdapter, add_lora, as_json, load_ad
 from lightning_ft.models.head import base_of
 from lightning_ft.models.layers import refuse_adapters_below
 from lightning_ft.models.load import adapter_base
-from lightning_ft.models.parts import base_name, count_parts, expert_tensors, part_kinds, parts_table
+from lightning_ft.models.parts import base_name, count_parts, expert_tensors, find_parts, parts_table
 from lightning_ft.models.reach import Reach, find_reach
 from lightning_ft.models.targets import fitted, unreached_groups
 
 
 class Adaptation:
-    """Decides from the arguments of a module what is trained, and does it to the model once that is loaded.
+    """Decides from a module's arguments what is trained, and prepares the model accordingly once it is loaded.
 
     Args:
-        model: Hub name, folder or loaded model. A folder that holds an adapter is continued on its own base.
-        lora: The configuration of a new adapter; None or False for none.
-        adapter: A saved adapter to continue from.
-        top_layers: Put the new adapter into so many of the topmost layers only; None for all.
+        model: Hub name, folder or loaded model. An adapter folder is loaded on its own base and continued.
+        lora: Configuration of a new adapter; None or False for none.
+        adapter: Folder or hub name of a saved adapter to continue.
+        top_layers: Number of topmost layers that the new adapter is put on; None for all layers.
 
     Raises:
-        ConfigError: For two adapters, or a configuration for one that brings its own.
+        ConfigError: For two adapters, or a LoRA configuration for a saved adapter, which has its own.
 
     Example:
         >>> full, adapted = Adaptation("some/model", None, None), Adaptation("some/model", {"r": 4}, None)
@@ -45,25 +45,25 @@ class Adaptation:
         top_layers: int | None = None,
     ) -> None:
         self.base: str | None = None
-        """Where the model given is an adapter, its base."""
+        """The base model's name, if `model` is an adapter folder."""
         if isinstance(model, str) and (base := adapter_base(model)) is not None:
             if adapter is not None:
-                raise ConfigError(f"{model!r} is an adapter already; give its base as model= to continue {adapter!r}.")
+                raise ConfigError(f"{model!r} is an adapter itself: pass its base as model= to continue {adapter!r}.")
             adapter, self.base = model, base
         if adapter is not None and lora not in (None, True):
-            raise ConfigError("An adapter that is continued brings its own LoRA configuration: leave out lora=.")
+            raise ConfigError("A saved adapter has its own LoRA configuration: leave out lora=.")
         if adapter is not None and top_layers is not None:
-            raise ConfigError("An adapter that is continued stands in layers of its own: leave out top_layers=.")
+            raise ConfigError("A saved adapter determines which layers it is on: leave out top_layers=.")
         self.adapter, self._top_layers = adapter, top_layers
         self.lora = lora_config(lora) if lora not in (None, False) and adapter is None else None
         self.reach = Reach(frozenset())
-        """What rows of text reach of the base, once that is there."""
-        self.kinds: dict[str, str] = {}
-        """The kind of each parameter and module of the base, see `lightning_ft.models.parts.part_kinds`."""
+        """What text reaches of the base, once it is loaded."""
+        self.parts: dict[str, str] = {}
+        """The part of each parameter and module of the base, from `lightning_ft.models.parts.find_parts`."""
 
     @property
     def mode(self) -> str:
-        """``"full"``, ``"lora"`` for a new adapter, ``"adapter"`` for a saved one."""
+        """``"full"``, ``"lora"`` for a new adapter, or ``"adapter"`` for a saved one."""
         return "adapter" if self.adapter is not None else ("full" if self.lora is None else "lora")
 
     def as_json(self) -> dict[str, Any] | None:
@@ -71,21 +71,21 @@ class Adaptation:
         return None if self.lora is None else as_json(self.lora)
 
     def apply(self, base: PreTrainedModel, *, seed: int) -> tuple[PreTrainedModel | PeftModel, InitialAdapter | None]:
-        """Make the model trainable as decided; what no text reaches stays frozen and gets no adapter.
+        """Prepare the model for training; parameters that text doesn't reach stay frozen and get no adapter.
 
         Args:
             base: The loaded model.
-            seed: Of a new adapter's initial weights.
+            seed: Seed of a new adapter's initial weights.
 
         Returns:
-            The model, and its adapter as initialised where that changed the base weights.
+            The model, and its adapter as initialized if that changed the base weights.
 
         Raises:
-            ConfigError: If the adapter is meant for what no text reaches.
+            ConfigError: If the adapter targets only modules that text doesn't reach.
             ModelError: If the adapter doesn't fit the model.
         """
         _refuse_without_tokens(base)
-        self.reach, self.kinds = find_reach(base), part_kinds(base)
+        self.reach, self.parts = find_reach(base), find_parts(base)
         if self.adapter is not None:
             model = load_adapter(base, self.adapter)
             return _freeze_unreached(model, find_reach(model)), None
@@ -101,17 +101,15 @@ class Adaptation:
         return model, InitialAdapter(model) if splits_base(self.lora) else None
 
     def describe(self, model: PreTrainedModel | PeftModel) -> str:
-        """A table of what is trained by kind, and below it what no row of text reaches, by group.
+        """A table of the trained weights by part of the model, followed by the modules that text doesn't reach.
 
         Args:
-            model: The model that :meth:`apply` gave.
+            model: The model that :meth:`apply` returned.
         """
-        lines = ["What is trained, in weights:", parts_table(count_parts(model, self.kinds, self.reach.unreached))]
+        lines = ["What is trained, in weights:", parts_table(count_parts(model, self.parts, self.reach.unreached))]
         lines += unreached_groups(base_of(model), self.reach)
         if self.reach.unknown is not None:
-            lines.append(
-                f"Which parameters text reaches could not be found out ({self.reach.unknown}), so none is left out."
-            )
+            lines.append(f"Which parameters text reaches is unknown ({self.reach.unknown}), so none are left out.")
         return "\n".join(lines)
 
     def _add_lora(self, base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
@@ -120,9 +118,9 @@ class Adaptation:
         seen = find_reach(model)
         idle = {base_name(name)[0] for name in _trained(model) if name in seen.unreached}
         missed = [name for name in tensors if name.rpartition(".")[0] in idle or self._breaks(seen)]
-        if missed:  # a model that takes its experts' weights without calling the module that has them
+        if missed:  # the model uses its experts' weights without calling the module that holds them
             warn(
-                f"The experts of {type(base).__name__} get no adapter ({', '.join(missed[:4])}): the model reads those "
+                f"The experts of {type(base).__name__} get no adapter ({', '.join(missed[:4])}): the model reads their "
                 "weights where PEFT's adapters can't reach them. Set lora's target_modules yourself to silence this.",
                 stacklevel=2,
             )
@@ -131,13 +129,13 @@ class Adaptation:
             seen = find_reach(model)
         if self._breaks(seen):
             raise ModelError(
-                f"{type(base).__name__} doesn't run with this adapter ({seen.unknown}): name other layers in lora's "
+                f"{type(base).__name__} doesn't run with this adapter ({seen.unknown}). Name other layers in lora's "
                 "target_modules."
             )
         return _freeze_unreached(model, seen)
 
     def _breaks(self, seen: Reach) -> bool:
-        """Whether the model ran, and doesn't with its adapter."""
+        """Whether the model ran without its adapter but doesn't run with it."""
         return self.reach.unknown is None and seen.unknown is not None
 
 
@@ -147,7 +145,7 @@ def _refuse_without_tokens(base: PreTrainedModel) -> None:
     except (NotImplementedError, AttributeError):
         takes_tokens = False
     if not takes_tokens:
-        raise ModelError(f"{type(base).__name__} has no embeddings of tokens, so it can't be trained on text.")
+        raise ModelError(f"{type(base).__name__} has no token embeddings, so it can't be trained on text.")
 
 
 def _trained(model: PreTrainedModel | PeftModel) -> list[str]:
@@ -155,7 +153,7 @@ def _trained(model: PreTrainedModel | PeftModel) -> list[str]:
 
 
 def _freeze_unreached(model: PeftModel, seen: Reach) -> PeftModel:
-    """Freeze what an optimizer would hold for nothing, and `DistributedDataParallel` would wait for."""
+    """Freeze unreached parameters: the optimizer would waste memory on them, and DDP would wait for their gradients."""
     for name, parameter in model.named_parameters():
         if name in seen.unreached:
             parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""An adapter as a folder that fits the base everyone has."""
+"""Export an adapter as a folder that fits the original base model."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def save_adapter(
     state_dict: dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> None:
-    """Write the trained adapter alone, not those next to it for a reference or for values.
+    """Write the trained adapter, without the reference's and the critic's adapters next to it.
 
     Args:
-        model: With the adapter.
-        path: The folder.
-        initial: The adapter as initialized, where that changed the base.
-        state_dict: The gathered weights of a sharded model.
+        model: The adapted model.
+        path: Folder to write to.
+        initial: The adapter as initialized, if that changed the base weights.
+        state_dict: Gathered weights of a sharded model.
         revision: Branch, tag or commit of the base on the hub.
 
     Raises:
-        ExportError: If no plain adapter gives the same answers over the base that it names.
+        ExportError: If no plain adapter on the named base would give the same output.
     """
     check_adapter_export(model)
-    # the embeddings' own weights aren't trained: whoever loads the adapter has them
+    # The embeddings' weights aren't trained, and every copy of the base has them.
     options = {} if state_dict is None else {"state_dict": state_dict}
     cast(Any, model).save_pretrained(
         str(path), selected_adapters=[model.active_adapter], save_embedding_layers=False, **options
@@ -55,12 +55,12 @@ def save_adapter(
         trained = differences_to(load_file(initial.path / WEIGHTS), trained)
         config |= _twice_the_rank(config)
     metadata = {"format": "pt"}
-    if given := getattr(base_of(model).config, "_name_or_path", None):
-        config["base_model_name_or_path"] = hub_name(given) or Path(given).name
-        if hub_name(given) is None and (fingerprint := base_fingerprint(given)) is not None:
+    if source := getattr(base_of(model).config, "_name_or_path", None):
+        config["base_model_name_or_path"] = hub_name(source) or Path(source).name
+        if hub_name(source) is None and (fingerprint := base_fingerprint(source)) is not None:
             metadata[KEY] = fingerprint
     save_file(trained, path / WEIGHTS, metadata=metadata)
-    # The weights are trained ones: whoever loads them must not initialize (and split the base) again.
+    # The weights are trained: loading them must not initialize the adapter (and split the base) again.
     config["init_lora_weights"] = True
     for name in ("eva_config", "corda_config", "loftq_config", "lora_ga_config"):
         if name in config:
@@ -71,52 +71,52 @@ def save_adapter(
 
 
 def check_adapter_export(model: PeftModel) -> None:
-    """Refuse an adapter that could not be loaded over the base that it names.
+    """Refuse an adapter that can't be loaded on the base that it names.
 
     Args:
-        model: With the adapter.
+        model: The adapted model.
 
     Raises:
-        ExportError: With what to do instead.
+        ExportError: If LoftQ rounded the base weights, or the base's embeddings were resized.
     """
     if rounds_base(cast(LoraConfig, model.active_peft_config)):
-        raise ExportError("LoftQ rounded the base weights, so its adapter fits no other base: export with merge=True.")
+        raise ExportError("LoftQ rounded the base weights, so its adapter fits no other base. Export with merge=True.")
     if (sizes := resized(base_of(model))) is not None:
         raise ExportError(
-            f"The base has {sizes[0]:,} embeddings, {base_of(model).config._name_or_path!r} has {sizes[1]:,}: the "
-            "adapter could not be loaded over that. Export with merge=True; or save the resized model and its "
-            "tokenizer with save_pretrained before training, and give that folder as model=."
+            f"The base has {sizes[0]:,} embeddings, and {base_of(model).config._name_or_path!r} has {sizes[1]:,}: the "
+            "adapter can't be loaded on that. Export with merge=True; or save the resized model and its tokenizer with "
+            "save_pretrained before training, and pass that folder as model=."
         )
 
 
 def check_base(model: CausalLM) -> None:
-    """Tell before training of a base with other embeddings than the checkpoint that it names, under an adapter.
+    """Warn before training if an adapted model's embeddings were resized after loading.
 
     Args:
-        model: With or without adapter.
+        model: The model, adapted or not.
 
     Raises:
-        ModelError: If its weights are quantized too: such an adapter could be exported neither way.
+        ModelError: If its weights are also quantized: the adapter could be exported neither alone nor merged.
     """
     base = base_of(model)
     if not isinstance(model, PeftModel) or (sizes := resized(base)) is None:
         return
-    found = f"The model has {sizes[0]:,} embeddings, {base.config._name_or_path!r}, which it was loaded from, "
-    found += f"{sizes[1]:,}: an adapter over it can't be loaded over that. "
-    save = "save the resized model and its tokenizer with save_pretrained, and give that folder as model="
+    problem = f"The model has {sizes[0]:,} embeddings, and {base.config._name_or_path!r}, which it was loaded from, "
+    problem += f"has {sizes[1]:,}: its adapter can't be loaded on that. "
+    remedy = "save the resized model and its tokenizer with save_pretrained, and pass that folder as model="
     if getattr(base, "is_quantized", False):
-        raise ModelError(f"{found}Nor can it be merged into quantized weights: {save}.")
-    rank_zero_warn(f"{found}Export it with merge=True, or first {save}.")
+        raise ModelError(f"{problem}Nor can it be merged into quantized weights: {remedy}.")
+    rank_zero_warn(f"{problem}Export it with merge=True, or first {remedy}.")
 
 
 def resized(base: PreTrainedModel) -> tuple[int, int] | None:
-    """Sizes of the vocabulary, of a model and of the checkpoint that it names, if they differ.
+    """Vocabulary sizes of a model and of the checkpoint that it was loaded from, if they differ.
 
     Args:
         base: The model.
 
     Returns:
-        None if they are the same, or the checkpoint can't be found.
+        None if they are equal or the checkpoint can't be found.
     """
     name = getattr(base.config, "_name_or_path", None)
     if not name:
@@ -130,18 +130,18 @@ def resized(base: PreTrainedModel) -> tuple[int, int] | None:
 
 
 def differences_to(initial: dict[str, Tensor], trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of an ordinary adapter of twice the rank that does ``s(BA - B0 A0)``.
+    """Weights of an ordinary adapter of twice the rank that adds ``s(BA - B0 A0)``.
 
-    An initialization that splits the base takes ``s B0 A0`` out of it, so this is what was added to the base that
-    everyone has (https://arxiv.org/abs/2404.02948, appendix C). What isn't a pair of matrices (DoRA's magnitudes,
-    trained heads, biases and tokens) stays as it was trained.
+    An initialization that splits the base subtracts ``s B0 A0`` from it, so this is the difference from the original
+    base (https://arxiv.org/abs/2404.02948, appendix C). Weights that aren't pairs of matrices (DoRA magnitudes,
+    trained heads, biases and tokens) stay as trained.
 
     Args:
         initial: The adapter's weights as initialized, by name.
-        trained: Those at the end.
+        trained: The adapter's weights after training, by name.
 
     Returns:
-        The new weights by the same names.
+        The new weights under the same names.
 
     Example:
         >>> a, b = torch.ones(1, 3), torch.ones(2, 1)
@@ -151,17 +151,17 @@ def differences_to(initial: dict[str, Tensor], trained: dict[str, Tensor]) -> di
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    found = dict(trained)
+    doubled = dict(trained)
     for name, value in trained.items():
-        if "lora_A" in name or "lora_embedding_A" in name:  # [r, d]
-            found[name] = torch.cat([value, initial[name].to(value)], dim=0).contiguous()
-        elif name.endswith("lora_B.weight") or "lora_embedding_B" in name:  # [d, r]
-            found[name] = torch.cat([value, -initial[name].to(value)], dim=1).contiguous()
-    return found
+        if "lora_A" in name or "lora_embedding_A" in name:  # [r, d] -> [2r, d]
+            doubled[name] = torch.cat([value, initial[name].to(value)], dim=0).contiguous()
+        elif name.endswith("lora_B.weight") or "lora_embedding_B" in name:  # [d, r] -> [d, 2r]
+            doubled[name] = torch.cat([value, -initial[name].to(value)], dim=1).contiguous()
+    return doubled
 
 
 def _twice_the_rank(config: dict[str, Any]) -> dict[str, Any]:
-    """Ranks and alphas of twice the rank with the same scale, ``alpha / r`` or with rsLoRA ``alpha / sqrt(r)``."""
+    """Settings for twice the rank at the same scale, which is ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA."""
     factor = math.sqrt(2) if config.get("use_rslora") else 2
     return {
         "r": 2 * config["r"],

@@ -1,4 +1,4 @@
-"""Where a model's last hidden states come from: the backbone that its class names, or all of it but the head."""
+"""The backbone of a model, which computes its last hidden states: a module of its own, or the model up to its head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_ft.errors import ModelError
 
 
 def accepts(module: nn.Module, argument: str) -> bool:
-    """Whether a module's forward pass has an argument of this name; one that swallows any doesn't count.
+    """Whether a module's forward pass names this argument; ``**kwargs`` doesn't count.
 
     Example:
         >>> accepts(nn.Linear(1, 1), "input"), accepts(nn.Linear(1, 1), "position_ids")
@@ -26,29 +26,29 @@ def accepts(module: nn.Module, argument: str) -> bool:
 
 
 def first_tensor(out: Any) -> Tensor:
-    """The tensor that a forward pass gives first: hidden states of a backbone, logits of a whole model.
+    """The first tensor of a forward pass's output: hidden states of a backbone, logits of a whole model.
 
     Raises:
-        TypeError: If it gives none.
+        TypeError: If the first output isn't a tensor.
 
     Example:
         >>> first_tensor((torch.ones(1), None)).tolist()
         [1.0]
     """
-    found = out if isinstance(out, torch.Tensor) else out[0]
-    if not isinstance(found, torch.Tensor):
-        raise TypeError(f"expected a tensor first, got {type(found).__name__}")
-    return found
+    first = out if isinstance(out, torch.Tensor) else out[0]
+    if not isinstance(first, torch.Tensor):
+        raise TypeError(f"expected a tensor first, got {type(first).__name__}")
+    return first
 
 
 def takes_positions(module: nn.Module) -> bool:
-    """Whether position ids can be passed to a module, which may take no notice of them."""
+    """Whether position ids can be passed to a module, which may still ignore them."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def head_of(base: PreTrainedModel) -> nn.Module | None:
-    """The module that turns hidden states into logits; None for a model without one."""
+    """The module that maps hidden states to logits; None for a model without one."""
     try:
         head = base.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -57,30 +57,30 @@ def head_of(base: PreTrainedModel) -> nn.Module | None:
 
 
 def backbone_of(base: PreTrainedModel) -> Callable[..., Any]:
-    """What gives a model's last hidden states: the module that its class names, or the whole model up to its head."""
+    """The callable that computes a model's last hidden states: its base module, or the whole model up to its head."""
     return base.base_model if base.base_model is not base else partial(up_to_head, base)
 
 
 def without_positions(run: Callable[..., Any], position_ids: Tensor | None = None, **inputs: Any) -> Any:
-    """Run what counts positions in its own way (RoBERTa's begin behind its padding token's id)."""
+    """Call `run` without position ids, for models that count positions themselves (RoBERTa's start at pad id + 1)."""
     return run(**inputs)
 
 
 def up_to_head(base: PreTrainedModel, **inputs: Any) -> Any:
-    """Run a whole model but for the product with its head's matrix.
+    """Run a whole model except for the product with its head's matrix.
 
-    What goes into the head are the states that predict the tokens, whatever the model is made of (Llama 4's class names
-    no backbone). The head itself gets no rows.
+    The head's input is the hidden states that predict the tokens, however the model is built (Llama 4 has no base
+    module). A hook keeps that input and passes an empty one on to the head.
 
     Args:
         base: The transformers model.
         inputs: Arguments of its forward pass.
 
     Returns:
-        Its output, with `last_hidden_state`, ``[b, s, d]``.
+        The model's output with `last_hidden_state`, ``[b, s, d]``.
 
     Raises:
-        ModelError: If the model has no head, or uses it other than once.
+        ModelError: If the model has no head, or doesn't call it exactly once.
     """
     head, caught = head_of(base), list[Tensor]()
     if head is None:
@@ -96,5 +96,5 @@ def up_to_head(base: PreTrainedModel, **inputs: Any) -> Any:
     finally:
         handle.remove()
     if len(caught) != 1:
-        raise ModelError(f"{type(base).__name__} uses its head {len(caught)} times in a forward pass, expected once.")
+        raise ModelError(f"{type(base).__name__} calls its head {len(caught)} times per forward pass; expected once.")
     return SimpleNamespace(**{**dict(out.items()), "last_hidden_state": caught[0]})

@@ -1,7 +1,8 @@
-"""Which local folder an adapter was trained over, told without the path that it has on this machine.
+"""Find the local folder of an adapter's base model again, without storing its path.
 
-An adapter is published. So its configuration calls a local base by the last name of its folder, and the adapter's file
-keeps a fingerprint of it, by which the folder is found again and not mistaken for another of that name.
+Adapters get published, and a path says something about the author's machine. So the configuration names a local base by
+the last part of its path, and the weight file's metadata holds a fingerprint that tells it from other folders of that
+name.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from lightning_ft.errors import ModelError
 
 KEY = "base_fingerprint"
-"""In the metadata of ``adapter_model.safetensors``."""
-_PART = 2**20  # bytes at the start and end of each file: two trainings of one model differ in every part
+"""Key of the fingerprint in the metadata of ``adapter_model.safetensors``."""
+_EDGE = 2**20  # bytes hashed at the start and end of each file: two trainings of one model differ everywhere
 
 
 def base_fingerprint(folder: str | Path) -> str | None:
-    """Names the weights and the configuration in a folder; None where it isn't one of a model.
+    """A hash of a model folder's weights and configuration; None if the folder contains no model.
 
     Args:
         folder: Folder of a model.
@@ -33,33 +34,34 @@ def base_fingerprint(folder: str | Path) -> str | None:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as content:
-            digest.update(content.read(_PART))
-            content.seek(max(size - _PART, 0))
-            digest.update(content.read(_PART))
+            digest.update(content.read(_EDGE))
+            content.seek(max(size - _EDGE, 0))
+            digest.update(content.read(_EDGE))
     return digest.hexdigest()[:32]
 
 
 def find_base(adapter: str | Path, name: str) -> str:
-    """Where the base of a saved adapter is: what its configuration says, or a folder of that name.
+    """The base of a saved adapter: the name in its configuration, or the matching local folder of that name.
 
-    Looked for is the very folder, in the current one, next to the adapter's and next to each that it is in.
+    A folder with the adapter's fingerprint is searched for in the current folder, next to the adapter, and next to each
+    folder above it.
 
     Args:
         adapter: Folder of the adapter.
-        name: What its configuration calls the base.
+        name: Name of the base in the adapter's configuration.
 
     Raises:
-        ModelError: If the base was a local folder, and that isn't found.
+        ModelError: If the base is a local folder that can't be found.
     """
-    if (wanted := _kept_fingerprint(Path(adapter))) is None:
+    if (fingerprint := _saved_fingerprint(Path(adapter))) is None:
         return name
     for folder in _candidates(Path(adapter), name):
-        if base_fingerprint(folder) == wanted:
+        if base_fingerprint(folder) == fingerprint:
             return str(folder)
     if Path(name).is_absolute() and (Path(name) / "config.json").is_file():
-        return name  # written by hand: the user knows
+        return name  # an absolute path was written by the user
     raise ModelError(
-        f"The adapter in {str(adapter)!r} was trained over a local folder called {name!r}, which is neither in the "
+        f"The adapter in {str(adapter)!r} was trained on a local folder called {name!r}, which is neither in the "
         "current folder nor next to the adapter or above it. Pass that folder as model= and the adapter as adapter=, "
         "or write its path into adapter_config.json as base_model_name_or_path."
     )
@@ -71,9 +73,9 @@ def _candidates(adapter: Path, name: str) -> Iterator[Path]:
         yield parent / name
 
 
-def _kept_fingerprint(adapter: Path) -> str | None:
+def _saved_fingerprint(adapter: Path) -> str | None:
     try:
         with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
             return (file.metadata() or {}).get(KEY)
-    except (OSError, SafetensorError):  # whoever loads the weights says what is wrong with them
+    except (OSError, SafetensorError):  # loading the weights will report what is wrong with them
         return None

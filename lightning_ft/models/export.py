@@ -1,4 +1,4 @@
-"""Write what plain transformers and PEFT load, and refuse what would not give the same output."""
+"""Export a model or adapter for plain transformers and PEFT, and refuse exports whose output would differ."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_ft.models.shard import is_sharded
 from lightning_ft.whole_files import flush_to_disk, new_aside, remove, remove_leftovers, why_not_written
 
 _FIRST_READ = ("config.json", "adapter_config.json")
-"""What transformers and PEFT look for first: without them a folder isn't loaded at all."""
+"""Files that transformers and PEFT look for first: without them a folder can't be loaded."""
 
 _WRITTEN = (
     "*.safetensors",
@@ -43,7 +43,7 @@ _WRITTEN = (
     "chat_template.*",
     "README.md",
 )
-"""What an export may have written, and another one must not leave behind."""
+"""Files that an export may have written, and that a later export over it must remove."""
 
 
 def export(
@@ -58,21 +58,22 @@ def export(
     write: bool = True,
     base_options: dict[str, Any] | None = None,
 ) -> Path:
-    """Write an adapter folder, or a model folder, with the tokenizer, its chat template, end tokens and a model card.
+    """Write an adapter or model folder with the tokenizer, its chat template, end tokens and a model card.
 
-    `generation_config.json` holds every token that ends an answer here (see
-    :func:`lightning_ft.models.generate.end_token_ids`), and otherwise what the model had. All files are written aside
-    first: a folder that is overwritten holds the old export, the new one, or for a moment none that can be loaded.
+    `generation_config.json` contains every token that ends a completion (see
+    :func:`lightning_ft.models.generate.end_token_ids`) and the model's own other settings. All files are first written
+    to another folder: a folder that is overwritten contains the old export, the new one, or for a moment none that can
+    be loaded.
 
     Args:
         model: The trained model.
         tokenizer: Its tokenizer.
-        folder: Where to write; created.
+        folder: Folder to write to; created if missing.
         merge: Fold the adapter into the base weights and write a whole model.
-        initial: The adapter as initialized, where that changed the base.
-        check_prompts: Token ids of prompts whose greedy continuation a merged model must repeat; a few made-up ones by
-            default.
-        overwrite: Write into a folder that isn't empty. An earlier export in it is removed, other files stay.
+        initial: The adapter as initialized, if that changed the base weights.
+        check_prompts: Token ids of prompts whose greedy continuation a merged model must reproduce; a few random ones
+            by default.
+        overwrite: Write into a folder that isn't empty. An earlier export in it is removed; other files stay.
         write: False on ranks that only take part in gathering the weights of a sharded model.
         base_options: Arguments that the base was loaded with, for the model card's code: `revision`,
             `trust_remote_code`, `dtype`, `quantization`.
@@ -81,8 +82,8 @@ def export(
         `folder`.
 
     Raises:
-        ExportError: If a weight isn't finite, the folder isn't empty, the adapter can't be loaded over the base that
-            it names, or the merged model's greedy output differs.
+        ExportError: If a weight isn't finite, the folder isn't empty, the adapter can't be loaded on the base that it
+            names, or the merged model's greedy output differs.
     """
     path, options = Path(folder), base_options or {}
     check_export(model, merge=merge, initial=initial)
@@ -109,43 +110,43 @@ def export(
 
 
 def check_export(model: CausalLM, *, merge: bool, initial: InitialAdapter | None = None) -> None:
-    """Refuse what can't be exported, as far as that can be known without training; on several ranks, on all of them.
+    """Refuse a model that can't be exported, before training if possible. Call it on all ranks.
 
     Args:
         model: The model, before or after training.
         merge: Whether the adapter will be folded into the base weights.
-        initial: The adapter as initialized, where that changed the base.
+        initial: The adapter as initialized, if that changed the base weights.
 
     Raises:
-        ExportError: With what to do instead.
+        ExportError: With the reason and the alternative.
     """
     adapted = isinstance(model, PeftModel)
     if is_sharded(model) and adapted and (merge or initial is not None):
         raise ExportError(
-            "A sharded model is exported as it is: it can't be merged, nor can an adapter that changed the base be "
-            "converted. Use `lightning-ft export` on its checkpoint, which loads it on one device."
+            "A sharded model can't be merged, and an adapter that changed the base weights can't be converted while "
+            "sharded. Run `lightning-ft export` on its checkpoint, which loads it on one device."
         )
     if isinstance(model, PeftModel):
         check_merge(model) if merge else check_adapter_export(model)
 
 
 def _refuse_nonfinite(model: CausalLM, *, merge: bool) -> None:
-    """Refuse to write weights that aren't finite; the base under an adapter isn't written."""
+    """Refuse weights that aren't finite, among those that the export contains."""
     every = merge or not isinstance(model, PeftModel)
     written = ((name, value) for name, value in model.named_parameters() if every or value.requires_grad)
     if (name := first_nonfinite(written)) is not None:
         raise ExportError(
-            f"The weight {name} holds numbers that aren't finite (NaN or infinite), so no answer of the export "
-            "would mean anything: export an earlier checkpoint."
+            f"The weight {name} contains values that aren't finite (NaN or infinite), so the export's output would be "
+            "meaningless. Export an earlier checkpoint."
         )
 
 
 def check_folder(path: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that can't be written to, or whose files an export would mix with.
+    """Refuse a path that isn't a folder, or a folder with files in it.
 
     Args:
         path: The folder.
-        overwrite: Whether it may hold files.
+        overwrite: Whether the folder may contain files.
 
     Raises:
         ExportError: If it is a file, or isn't empty and may not be overwritten.
@@ -163,7 +164,7 @@ def _gathered(model: CausalLM) -> dict[str, Any]:
 
 
 def _save_whole(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> None:
-    """Save a model, its generation settings apart: transformers refuses to save some that it loads."""
+    """Save a model without its generation config: transformers refuses to save some configs that it loads."""
     settings = getattr(model, "generation_config", None)
     try:
         if settings is not None:
@@ -177,24 +178,24 @@ def _save_whole(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> 
 def _write_generation_config(base: PreTrainedModel, ends: list[int], path: Path) -> None:
     settings = json.loads(base.generation_config.to_json_string(use_diff=True))
     settings["eos_token_id"] = ends or settings.get("eos_token_id")
-    settings.pop("_from_model_config", None)  # with it older versions of transformers read the end token elsewhere
+    settings.pop("_from_model_config", None)  # makes older versions of transformers read the end token elsewhere
     (path / "generation_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _ends(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
         return end_token_ids(model, tokenizer)
-    except TokenizerError as error:  # the template was never needed in training, and hours of it aren't lost for this
+    except TokenizerError as error:  # training didn't need the template, so its result is still exported
         rank_zero_warn(f"The export stops at the model's own end tokens only, since its chat template fails: {error}")
         return []
 
 
 @contextmanager
 def _written_aside(path: Path) -> Iterator[Path]:
-    """A folder to write to, whose files then take the place of an earlier export's.
+    """Yield a temporary folder, whose files then replace those of an earlier export.
 
     Raises:
-        ExportError: If it can't be written; an earlier export is still there.
+        ExportError: If a file can't be written; an earlier export is then unchanged.
     """
     aside = new_aside(path)
     try:

@@ -1,4 +1,4 @@
-"""Operations of code as it runs, by operator; and by formula for code whose operators can't be seen."""
+"""FLOP counts: of code as it runs, operator by operator, or by formula for compiled code."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _HEAVY = re.compile(r"attention|attn|sdpa|gemm|gemv|matmul|grouped_mm|int_mm|_mo
 """Names of operators that a count must not miss: attention, and matrix products of libraries and quantizations."""
 
 
-_APART: ContextVar[int] = ContextVar("apart", default=0)
-"""How many times what runs now is counted by others than the counters around it."""
+_LEVEL: ContextVar[int] = ContextVar("level", default=0)
+"""Number of :func:`counted_separately` contexts around the running code."""
 
 
 @contextmanager
-def counted_apart() -> Iterator[None]:
-    """In this context no counter counts that was made before it: what runs is accounted for elsewhere.
+def counted_separately() -> Iterator[None]:
+    """Suspend all counters that were created before this context: the code in it is counted by others.
 
     Example:
         >>> a = torch.ones(2, 3)
-        >>> with OperationCounter() as outer, counted_apart(), OperationCounter() as inner:
+        >>> with OperationCounter() as outer, counted_separately(), OperationCounter() as inner:
         ...     product = a @ torch.ones(3, 5)
         >>> outer.flops, inner.flops
         (0, 60)
     """
-    token = _APART.set(_APART.get() + 1)
+    token = _LEVEL.set(_LEVEL.get() + 1)
     try:
         yield
     finally:
-        _APART.reset(token)
+        _LEVEL.reset(token)
 
 
 def _sdpa(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -58,32 +58,32 @@ def _added(total: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _grouped(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    groups = a[0] if len(a) == len(b) == 3 else 1  # otherwise the groups share out one of the dimensions
+    groups = a[0] if len(a) == len(b) == 3 else 1  # otherwise the groups divide one of the dimensions
     return int(2 * groups * a[-2] * a[-1] * b[-1])
 
 
 def _formulas() -> dict[Any, Any]:
-    """Operators that PyTorch's own table leaves out (2.13 still does), counted as it counts their like."""
+    """Formulas for operators that PyTorch's own table lacks (as of 2.13), in line with its own."""
     aten = torch.ops.aten
     known: dict[Any, Any] = {
         aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
-        aten.addmm_: _added,  # gradients of the output head are added up in place
+        aten.addmm_: _added,  # gradients of the output head are accumulated in place
     }
     return known | ({aten._grouped_mm: _grouped} if hasattr(aten, "_grouped_mm") else {})  # mixtures of experts
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts the operations of what runs inside it, in this thread and in the backward passes that it starts.
+    """Counts the FLOPs of the code inside it, in this thread and in the backward passes that it starts.
 
-    Matrix products, convolutions and attention are counted by the formulas of `torch.utils.flop_counter`; two for a
-    multiplication with its addition. Attention of PyTorch's fused kernels counts all pairs of queries and keys, as
-    ``attn_implementation="eager"`` computes them, though kernels may skip masked ones; its backward pass counts the
-    scores that these kernels compute again, a fifth product that eager attention doesn't have.
+    Matrix products, convolutions and attention are counted by the formulas of `torch.utils.flop_counter`, with two
+    operations per multiply-add. PyTorch's fused attention counts all pairs of queries and keys, as
+    ``attn_implementation="eager"`` computes them, although kernels may skip masked ones; its backward pass includes the
+    recomputed attention scores, a fifth product that eager attention doesn't have.
 
-    What runs is the same as outside, to the bit. That is why it isn't run under `FlopCounterMode` itself, which takes
-    apart every operator that could be written with others, even where the device has a kernel for it that rounds
-    differently (the gradient of SiLU is one). Code that `torch.compile` made can't be counted: see :func:`is_compiled`.
+    Results are bitwise the same as without the counter. That rules out `FlopCounterMode`, which decomposes every
+    operator that can be written with others, even if the device has a kernel for it that rounds differently (such as
+    the gradient of SiLU). Code compiled by `torch.compile` can't be counted: see :func:`is_compiled`.
 
     Example:
         >>> a = torch.ones(2, 3)
@@ -101,19 +101,19 @@ class OperationCounter(TorchDispatchMode):
         """Operations counted so far."""
         self._formulas: dict[Any, Any] = FlopCounterMode(display=False, custom_mapping=_formulas()).flop_registry
         self._seen: set[Any] = set()
-        self._level = _APART.get()
+        self._level = _LEVEL.get()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and count it."""
         kwargs = kwargs or {}
-        if _only_composite(func):  # comes here whole in inference mode only
+        if _only_composite(func):  # arrives undecomposed in inference mode only
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        if _APART.get() > self._level:
+        if _LEVEL.get() > self._level:
             return out
         self._seen.add(func)
-        packet = getattr(func, "_overloadpacket", None)  # operators of higher order have none, and no formula here
+        packet = getattr(func, "_overloadpacket", None)  # higher-order operators have none, and no formula
         if packet in self._formulas:
             self.flops += int(self._formulas[packet](*args, **kwargs, out_val=out))
         return out
@@ -125,14 +125,14 @@ class OperationCounter(TorchDispatchMode):
 
     @property
     def uncounted(self) -> tuple[str, ...]:
-        """Operators of attention and of matrix products that ran and that no formula counts."""
+        """Attention and matrix-product operators that ran and for which there is no formula."""
         missed = (op for op in self._seen if getattr(op, "_overloadpacket", None) not in self._formulas)
         return tuple(sorted({name for op in missed if _HEAVY.search(name := _name(op))}))
 
 
 @cache
 def _only_composite(operator: Any) -> bool:
-    """Whether an operator is made of others on every device, so that taking it apart changes nothing."""
+    """Whether an operator is composed of others on every device, so that decomposing it changes nothing."""
     if not isinstance(operator, torch._ops.OpOverload):
         return False
     keys = torch._C.DispatchKey
@@ -142,21 +142,21 @@ def _only_composite(operator: Any) -> bool:
 
 
 def _name(operator: Any) -> str:
-    """As ``library::operator``, without the overload."""
+    """An operator's name as ``library::operator``, without the overload."""
     name: str = operator.name() if callable(getattr(operator, "name", None)) else str(operator)
     return name.split(".")[0].lower()
 
 
 def attention_kernel(module: nn.Module) -> str | None:
-    """Name of the attention that a module's transformers model was loaded with; None where it has no such model."""
+    """The attention implementation of a module's transformers model; None if the module has no such model."""
     model = model_of(module)
     return None if model is None else getattr(base_of(model).config, "_attn_implementation", None)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module runs code of `torch.compile`, whose operators can't be seen.
+    """Whether a module runs code compiled by `torch.compile`, whose operators are invisible to a counter.
 
-    Counting would make it run uncompiled in the counted steps. FlexAttention is compiled by transformers.
+    A counter would make it run uncompiled in the counted steps. FlexAttention is compiled by transformers.
 
     Example:
         >>> is_compiled(nn.Linear(2, 2)), is_compiled(torch.compile(nn.Linear(2, 2)))
@@ -165,39 +165,39 @@ def is_compiled(module: nn.Module) -> bool:
     if attention_kernel(module) == "flex_attention":
         return True
     inner = unwrapped(module)
-    backbone = getattr(getattr(inner, "_logprob_model", None), "backbone", None)  # of this package's modules
-    if backbone is not None or getattr(inner, "_compiler_ctx", None) is not None:  # Lightning's mark of a compiled one
+    backbone = getattr(getattr(inner, "_logprob_model", None), "backbone", None)  # set by this package's modules
+    if backbone is not None or getattr(inner, "_compiler_ctx", None) is not None:  # set by Lightning
         return True
     return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in module.modules())
 
 
 def formula_flops_per_token(module: nn.Module, length: float) -> float:
-    """Operations of training for each token place, from the model's shape.
+    """Training FLOPs per token position, from the model's shape.
 
-    TRL's table (`trl.trainer.utils.compute_flops_per_token`): the backward pass takes twice the forward pass, every
-    token attends to its whole row, and the output head runs at every place, which is more than is done here. With an
-    adapter, gradients of frozen matrices aren't computed, so their products count 4 instead of 6 a weight, and the
-    adapter's own 6.
+    Uses TRL's formula (`trl.trainer.utils.compute_flops_per_token`): the backward pass costs twice the forward pass,
+    every token attends to its whole row, and the output head runs at every position, which is more than this package
+    computes. With an adapter, gradients of frozen matrices aren't computed, so these count 4 instead of 6 FLOPs per
+    weight, and the adapter's own weights 6.
 
     Args:
         module: A transformers or PEFT model, or a module that holds one as `model`.
-        length: Places of a row.
+        length: Number of positions per row.
 
     Raises:
-        ConfigError: If it holds no model, or one of a shape that the table doesn't know.
+        ConfigError: If the module holds no model, or one whose shape TRL's formula doesn't know.
     """
     from trl.trainer.utils import compute_flops_per_token
 
     model = model_of(module)
     if model is None:
         raise ConfigError(
-            f"The operations of {type(module).__name__} can't be counted, since it is compiled, and there is no "
-            "formula without a transformers model in it: switch torch.compile off, or leave ComputeMeter out."
+            f"The operations of {type(module).__name__} can't be counted, since it is compiled, and the formula needs "
+            "a transformers model, which it doesn't hold. Switch torch.compile off, or leave ComputeMeter out."
         )
     config: Any = base_of(model).config.get_text_config(decoder=True)
     try:
         products = float(compute_flops_per_token(config, 0))
-        attention = float(compute_flops_per_token(config, 1)) - products  # it grows with the length of the row
+        attention = float(compute_flops_per_token(config, 1)) - products  # proportional to the length of the row
     except (AttributeError, TypeError) as error:
         raise ConfigError(
             f"The operations of {type(base_of(model)).__name__} can't be counted, since it is compiled, and TRL's "
@@ -210,9 +210,9 @@ def formula_flops_per_token(module: nn.Module, length: float) -> float:
 
 
 def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second that a device could do in a dtype; None where no table has it, as for every CPU.
+    """Peak FLOPs per second of a device in a dtype; None if no table lists it, as for every CPU.
 
-    TRL's table of dense peaks is asked first; Lightning's has more devices and float32, and sparse peaks for a few.
+    TRL's table of dense peaks comes first. Lightning's has more devices and float32, but sparse peaks for a few.
 
     Example:
         >>> known_peak(torch.device("cpu"), torch.float32) is None
@@ -224,5 +224,5 @@ def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
     from lightning_ft._lightning import available_flops
 
-    found = get_peak_flops(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."))
-    return found if found is not None else available_flops(device, dtype)
+    peak = get_peak_flops(torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."))
+    return peak if peak is not None else available_flops(device, dtype)

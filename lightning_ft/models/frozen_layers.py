@@ -1,4 +1,4 @@
-"""The frozen trunk: layers below the lowest trained one, whose output for a sequence is the same in every epoch."""
+"""The frozen layers of a model, below the lowest trained one: their output for a sequence never changes in training."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.layers import layers_of
 from lightning_ft.models.tensors import tensor_bytes
 
-_RANDOM = ("dropout", "layerdrop", "jitter")  # in the names of numbers that make an output random where they aren't 0
+_RANDOM = ("dropout", "layerdrop", "jitter")  # attributes with these in their names make outputs random unless 0
 
 
 class FrozenLayers:
-    """Runs the frozen layers of a model alone, and lets the trained ones go on from what they gave.
+    """Runs the frozen layers of a model alone, and lets the trained layers continue from their output.
 
-    Layers are passed over by giving them another `forward` for the time of a call, so everything else about the model
-    stays: positions, masks, which kind of layer stands where, adapters, and whatever it does ahead of its layers and
-    behind them. What the trunk gives for a sequence is computed from that sequence alone, without others beside it and
-    without padding: matrix products of another shape round differently, and it must be the same whichever batch the
-    sequence stands in.
+    Layers are skipped by replacing their `forward` for one call, so everything else about the model stays the same:
+    positions, masks, the types of its layers, adapters, and what it computes before and after its layers. The output
+    of the frozen layers is computed for one sequence at a time, without padding: matrix products of other shapes round
+    differently, and the result must not depend on the batch that the sequence is in.
 
     Args:
         model: A causal language model with adapters in its top layers.
 
     Raises:
-        ModelError: Where the layers' output isn't the same every time, or no layer is frozen; the message says why.
+        ModelError: If no layer is frozen, or the frozen layers' output isn't the same every time; the message says why.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -41,8 +40,8 @@ class FrozenLayers:
         >>> config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=3,
         ...                      num_attention_heads=2)
         >>> lora = LoraConfig(target_modules=["q_proj"], layers_to_transform=[2])
-        >>> trunk = FrozenLayers(get_peft_model(LlamaForCausalLM(config), lora))
-        >>> trunk.depth, trunk.states(torch.tensor([3, 4, 5])).shape
+        >>> frozen = FrozenLayers(get_peft_model(LlamaForCausalLM(config), lora))
+        >>> frozen.depth, frozen.states(torch.tensor([3, 4, 5])).shape
         (2, torch.Size([3, 8]))
     """
 
@@ -51,76 +50,76 @@ class FrozenLayers:
         self.layers = layers_of(model)[1]
         """All layers of the model, in order."""
         self.depth = _depth(model, self.layers)
-        """How many of them are frozen, from the first on."""
+        """Number of frozen layers, counted from the first layer."""
         _refuse_random(self._base.base_model, self.layers, self.depth)
-        self._tuples = False  # whether layers give tuples: older architectures do
+        self._tuples = False  # whether layers return tuples, as in older architectures
         probe = self.states(torch.zeros(2, dtype=torch.int64))
         self.width, self.dtype = probe.shape[-1], probe.dtype
-        """Of a token's state."""
+        """Width and dtype of a hidden state."""
 
     @torch.no_grad()
     def states(self, input_ids: Tensor) -> Tensor:
-        """What the trained layers get for a sequence.
+        """The input of the trained layers for a sequence.
 
         Args:
-            input_ids: ``int64 [t]``, from its beginning on.
+            input_ids: Token ids from the beginning of the sequence, ``int64 [t]``.
 
         Returns:
-            ``[t, d]``, on the model's device.
+            Hidden states, ``[t, d]``, on the model's device.
         """
         caught: list[Any] = []
 
         def catch(module: nn.Module, args: Any, out: Any) -> None:
-            self._tuples = isinstance(out, tuple)  # known before the next layer is passed over
+            self._tuples = isinstance(out, tuple)  # must be known before the next layer is skipped
             caught.append(out)
 
         hook = self.layers[self.depth - 1].register_forward_hook(catch)
         ids = input_ids[None].to(input_device(self._base))
-        places = torch.arange(ids.shape[1], device=ids.device)[None]
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
         try:
-            with _forwards([(layer, self._passed) for layer in self.layers[self.depth :]]):
-                self._base.base_model(input_ids=ids, position_ids=places, use_cache=False, return_dict=True)
+            with replaced_forwards([(layer, self._skipped) for layer in self.layers[self.depth :]]):
+                self._base.base_model(input_ids=ids, position_ids=positions, use_cache=False, return_dict=True)
         finally:
             hook.remove()
         (out,) = caught
         if isinstance(out, tuple):
             if any(isinstance(other, Tensor) for other in out[1:]):
                 raise ModelError(
-                    f"{type(self._base).__name__}: its layers hand more than one tensor on, so they can't be cached."
+                    f"{type(self._base).__name__}: its layers pass on more than one tensor, so they can't be cached."
                 )
             out = out[0]
         if not isinstance(out, Tensor) or out.ndim != 3:
-            raise ModelError(f"{type(self._base).__name__}: its layers hand on more than a state a token.")
+            raise ModelError(f"{type(self._base).__name__}: its layers pass on more than one state per token.")
         return out[0]
 
     @contextmanager
     def replaced_by(self, states: Tensor) -> Iterator[None]:
-        """In this context the model's forward pass takes `states` for what its trunk gives.
+        """In this context the model's forward pass uses `states` as the output of the frozen layers.
 
         Args:
-            states: ``[b, s, d]`` of the batch that it is called with.
+            states: Hidden states of the batch that the model is called with, ``[b, s, d]``.
         """
 
-        def given(hidden: Tensor, *_: Any, **__: Any) -> Any:
+        def replacement(hidden: Tensor, *_: Any, **__: Any) -> Any:
             return (states,) if self._tuples else states
 
-        below = [(layer, self._passed) for layer in self.layers[: self.depth - 1]]
-        with _forwards([*below, (self.layers[self.depth - 1], given)]):
+        below = [(layer, self._skipped) for layer in self.layers[: self.depth - 1]]
+        with replaced_forwards([*below, (self.layers[self.depth - 1], replacement)]):
             yield
 
-    def _passed(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
+    def _skipped(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
         return (hidden,) if self._tuples else hidden
 
     def content_key(self, *details: Any) -> str:
-        """Names what the trunk computes: its weights, the model's configuration and the software.
+        """A hash of everything that determines the frozen layers' output: weights, configuration and software.
 
         Args:
-            details: Whatever else changes the result, JSON values.
+            details: Further values that change the result, JSON types.
         """
         config = {k: v for k, v in self._base.config.to_dict().items() if not k.startswith("_")}
-        about = [config, str(self._base.config._attn_implementation), self.depth, str(self.dtype), *details]
-        about += [str(input_device(self._base).type), torch.__version__, transformers.__version__]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+        content = [config, str(self._base.config._attn_implementation), self.depth, str(self.dtype), *details]
+        content += [str(input_device(self._base).type), torch.__version__, transformers.__version__]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
         backbone, trained = self._base.base_model, {id(layer) for layer in self.layers[self.depth :]}
         above = tuple(f"{name}." for name, part in backbone.named_modules() if id(part) in trained)
         for key, value in sorted(backbone.state_dict().items()):
@@ -131,7 +130,7 @@ class FrozenLayers:
 
 
 def _depth(model: CausalLM, layers: list[nn.Module]) -> int:
-    """How many layers stand below the first that is trained."""
+    """Number of layers below the first trained one."""
     base = base_of(model)
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
@@ -143,13 +142,13 @@ def _depth(model: CausalLM, layers: list[nn.Module]) -> int:
     for key, name in trained.items():
         if key not in above and not any(key in layer for layer in inside):
             raise ModelError(
-                f"{name} is trained and stands outside of the layers, so no layer's output stays the same: train the "
-                "top layers only (top_layers=, or lora={'layers_to_transform': [...], 'target_modules': [...]})."
+                f"{name} is trained and isn't inside a layer, so the output of every layer changes in training. Train "
+                "the top layers only (top_layers=, or lora={'layers_to_transform': [...], 'target_modules': [...]})."
             )
     first = next((i for i, layer in enumerate(inside) if layer & set(trained)), len(layers))
     if first == 0:
         raise ModelError(
-            f"The lowest of the {len(layers)} layers is trained, so none is frozen from the bottom up: train the top "
+            f"The lowest of the {len(layers)} layers is trained, so no layers below it are frozen. Train the top "
             "layers only (top_layers=, or lora={'layers_to_transform': [...], 'target_modules': [...]})."
         )
     return first
@@ -160,7 +159,7 @@ def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
 
 
 def _refuse_random(backbone: nn.Module, layers: list[nn.Module], depth: int) -> None:
-    """Dropout below the trained layers draws anew every time, so its result can't be kept."""
+    """Refuse dropout and the like below the trained layers: the output would differ in every pass."""
     above = {id(part) for layer in layers[depth:] for part in layer.modules()}
     for part in (part for part in backbone.modules() if id(part) not in above):
         drawn = {name: v for name, v in vars(part).items() if isinstance(v, float) and any(w in name for w in _RANDOM)}
@@ -169,14 +168,14 @@ def _refuse_random(backbone: nn.Module, layers: list[nn.Module], depth: int) -> 
         for name, value in drawn.items():
             if value > 0:
                 raise ModelError(
-                    f"{type(part).__name__}.{name} is {value} below the trained layers, so what these get is another "
-                    "every time: set it to 0 in the model's configuration, or train without activation_cache."
+                    f"{type(part).__name__}.{name} is {value} below the trained layers, so their input differs in "
+                    "every pass. Set it to 0 in the model's configuration, or train without activation_cache."
                 )
 
 
 @contextmanager
-def _forwards(changes: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Give modules another `forward`, as long as the context lasts."""
+def replaced_forwards(changes: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace the `forward` of modules within this context."""
     before = [(module, module.__dict__.get("forward")) for module, _ in changes]
     try:
         for module, forward in changes:

@@ -1,4 +1,4 @@
-"""Text from a model that may be in the middle of its training."""
+"""Generate text with transformers' `generate` from a model that may be in training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.data.encode import answer_end_token
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.batched_generation import left_padded, prompts_together
+from lightning_ft.models.batched_generation import left_padded, plan_batches
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import length_switch
 from lightning_ft.models.load import context_length
@@ -21,10 +21,10 @@ from lightning_ft.models.load import context_length
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, every module's own mode put back afterwards.
+    """Eval mode without gradients; every module's own mode is restored afterwards.
 
-    In train mode with gradient checkpointing transformers drops the cache and generates wrong tokens from the second
-    on.
+    In train mode with gradient checkpointing, transformers drops the cache and generates wrong tokens from the second
+    token on.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -37,11 +37,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def end_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: what the chat template puts there, the tokenizer's EOS and the model's own."""
+    """Ids of all tokens that end a completion: the chat template's, the tokenizer's EOS and the model's own."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = [] if ids is None else ([ids] if isinstance(ids, int) else list(ids))
+    own = [] if ids is None else ([ids] if isinstance(ids, int) else list(ids))
     return list(
-        dict.fromkeys(int(i) for i in (answer_end_token(tokenizer), tokenizer.eos_token_id, *found) if i is not None)
+        dict.fromkeys(int(i) for i in (answer_end_token(tokenizer), tokenizer.eos_token_id, *own) if i is not None)
     )
 
 
@@ -64,18 +64,18 @@ NEUTRAL_SETTINGS: dict[str, Any] = {
     "sequence_bias": None,
     "exponential_decay_length_penalty": None,
 }
-"""Settings of transformers' `generate` that change which token is the likeliest, with what leaves it as it is."""
+"""Settings of transformers' `generate` that can change which token is the most likely, with their neutral values."""
 
 
 def altering_settings(model: CausalLM, options: dict[str, Any]) -> dict[str, Any]:
-    """Settings that make `generate` choose other tokens than the model's logits do.
+    """Settings that make `generate` choose other tokens than the model's logits would.
 
     Args:
-        model: With its generation config.
-        options: Arguments of `generate`, which come before the config's.
+        model: The model with its generation config.
+        options: Arguments of `generate`, which override the config.
 
     Returns:
-        By name, those of both.
+        The settings by name.
 
     Example:
         >>> from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -86,8 +86,8 @@ def altering_settings(model: CausalLM, options: dict[str, Any]) -> dict[str, Any
         ({'repetition_penalty': 1.5, 'num_beams': 2}, {})
     """
     config = getattr(model, "generation_config", None)
-    found = {name: options.get(name, getattr(config, name, None)) for name in NEUTRAL_SETTINGS}
-    return {name: value for name, value in found.items() if value is not None and value != NEUTRAL_SETTINGS[name]}
+    settings = {name: options.get(name, getattr(config, name, None)) for name in NEUTRAL_SETTINGS}
+    return {name: value for name, value in settings.items() if value is not None and value != NEUTRAL_SETTINGS[name]}
 
 
 def generate_text(
@@ -100,19 +100,19 @@ def generate_text(
     batch_size: int = 32,
     **options: Any,
 ) -> list[str]:
-    """Continue each prompt by transformers' `generate`, with left padding where that changes no answer.
+    """Continue each prompt with transformers' `generate`, in left-padded batches if those change no completion.
 
     Args:
-        model: The model, in whatever mode.
+        model: The model, in any mode.
         tokenizer: Its tokenizer.
-        prompts: Token ids.
-        pad_token_id: Stands in front of shorter prompts, masked.
-        max_new_tokens: At most so many.
-        batch_size: Prompts at a time.
+        prompts: Token ids of each prompt.
+        pad_token_id: Id of the padding token, put before shorter prompts and masked.
+        max_new_tokens: Maximum number of new tokens per prompt.
+        batch_size: Number of prompts per batch.
         options: Further arguments of `generate`.
 
     Raises:
-        ConfigError: If a prompt and its answer don't fit the model's context.
+        ConfigError: If a prompt and its completion don't fit the model's context.
         ModelError: If the model can't generate.
     """
     device = input_device(model)
@@ -121,21 +121,22 @@ def generate_text(
     lengths = [len(prompt) for prompt in prompts]
     if limit is not None and max(lengths, default=0) + max_new_tokens > limit:
         raise ConfigError(
-            f"A prompt of {max(lengths)} tokens and {max_new_tokens} new ones don't fit the context of {limit}."
+            f"A prompt of {max(lengths):,} tokens and {max_new_tokens:,} new tokens exceed the model's context of "
+            f"{limit:,}. Lower max_new_tokens, or shorten the prompts."
         )
     with evaluating(model):
-        found = prompts_together(model, lengths, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id)
-        if found.why is not None:
+        plan = plan_batches(model, lengths, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id)
+        if plan.why is not None:
             warn(
-                f"{type(base_of(model)).__name__}: {found.why}. The answers are the same, it is only slower.",
+                f"{type(base_of(model)).__name__}: {plan.why}. The completions are correct; generation is only slower.",
                 stacklevel=3,
             )
-        for chosen in found.batches(batch_size):
-            part = [prompts[i] for i in chosen]
-            longest = max(len(prompt) for prompt in part)
+        for indices in plan.batches(batch_size):
+            batch = [prompts[i] for i in indices]
+            longest = max(len(prompt) for prompt in batch)
             if (switch := as_forward(base_of(model), length_switch)) is not None:
                 switch.forget()
-            ids, mask = left_padded(part, pad_token_id)
+            ids, mask = left_padded(batch, pad_token_id)
             out = cast(Any, model).generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -144,5 +145,5 @@ def generate_text(
                 eos_token_id=end_token_ids(model, tokenizer),
                 **options,
             )
-            texts |= zip(chosen, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True)
+            texts |= zip(indices, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True)
     return [texts[i] for i in range(len(prompts))]

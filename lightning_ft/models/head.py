@@ -1,6 +1,6 @@
-"""One head for every objective: the backbone once, then the head at supervised places only.
+"""Log-probs of a batch's targets for every objective: the backbone once, then the head at target positions only.
 
-Supervised fine-tuning, preferences and policy gradients all call :func:`completion_logprobs`.
+Supervised fine-tuning, preference losses and policy gradients all call :func:`completion_logprobs`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def base_of(model: CausalLM) -> PreTrainedModel:
 
 
 def input_device(model: CausalLM) -> torch.device:
-    """Where a model wants its token ids."""
+    """The device that a model expects its token ids on."""
     return cast(Tensor, base_of(model).get_input_embeddings().weight).device
 
 
 def logit_transform(config: Any, temperature: float = 1.0) -> LogitTransform:
-    """What the architecture does between its head and its logits, as its configuration says, and the temperature."""
+    """The scaling and soft-capping that a configuration applies to the head's output, and the temperature."""
     text = config.get_text_config()
     scale = 1.0
     if (factor := getattr(text, "logit_scale", None)) is not None:  # Cohere
@@ -67,38 +67,38 @@ def completion_logprobs(
     entropy: bool = False,
     states: bool = False,
 ) -> SelectedLogProbs:
-    """Log-probability of each supervised token of a batch.
+    """Log-probability of each target of a batch.
 
     Args:
         model: A causal language model, adapted or not.
-        batch: `b` rows of `s` places with `n` supervised tokens.
-        reduction: ``"none"`` for ``[n]``, ``"sum"`` for their sum (cheaper where the head trains).
-        chunk: Targets whose logits are held at a time; by default what is fastest on the device.
-        backbone: Runs instead of the model's own (a compiled one).
-        temperature: Of the distribution that is scored, the one sampled from.
-        entropy: Give the entropy of each distribution too; not with ``"sum"``.
-        states: Give the hidden states that predicted each target too, for another head over the same trunk.
+        batch: The batch, `b` rows of `s` positions with `n` targets.
+        reduction: ``"none"`` for ``[n]``, or ``"sum"`` for the sum (cheaper if the head is trained).
+        chunk: Number of targets whose logits are in memory at a time; by default the fastest for the device.
+        backbone: Callable that replaces the model's own backbone, such as a compiled one.
+        temperature: Temperature of the distribution that the completions were sampled from.
+        entropy: Also compute the entropy of each distribution; not with ``"sum"``.
+        states: Also return the hidden states that predicted the targets, for a critic's head.
 
     Returns:
-        `logprobs`, ``fp32 [n]`` or ``[]``, and `correct`, ``bool [n]``; where asked for `entropy`, ``fp32 [n]``, and
+        `logprobs`, ``fp32 [n]`` or ``[]``, and `correct`, ``bool [n]``; if requested `entropy`, ``fp32 [n]``, and
         `states`, ``[n, d]``.
     """
     options = {"temperature": temperature, "entropy": entropy, "states": states}
-    result = as_forward(base_of(model), _score, batch, reduction, chunk, backbone, **options)
+    result = as_forward(base_of(model), _target_logprobs, batch, reduction, chunk, backbone, **options)
     return SelectedLogProbs(*result)
 
 
 def as_forward(base: PreTrainedModel, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call ``function(base, ...)`` as a forward pass of `base`.
 
-    FSDP2 gathers the root's parameters only around methods that it knows.
+    FSDP2 gathers the root's parameters only around methods that are registered with it.
     """
     registered = getattr(base, _AS_FORWARD, None)
     return function(base, *args, **options) if registered is None else registered(function, *args, **options)
 
 
 def register_sharded(base: PreTrainedModel) -> None:
-    """Tell FSDP2 that what :func:`as_forward` calls are forward passes of its root module `base`."""
+    """Register :func:`as_forward`'s calls with FSDP2 as forward passes of its root module `base`."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     setattr(base, _AS_FORWARD, MethodType(_call, base))
@@ -109,7 +109,7 @@ def _call(base: PreTrainedModel, function: Callable[..., Any], *args: Any, **opt
     return function(base, *args, **options)
 
 
-def _score(
+def _target_logprobs(
     base: PreTrainedModel,
     batch: TokenBatch,
     reduction: Reduction,
@@ -122,8 +122,8 @@ def _score(
 ) -> SelectedLogProbs:
     hidden = hidden_states(base, batch, backbone)  # [b, s, d]
     selected = hidden.flatten(0, 1).index_select(0, batch.predictors)  # [n, d]
-    scored = project(base, selected, batch.targets, reduction, chunk, temperature=temperature, entropy=entropy)
-    return scored._replace(states=selected) if states else scored
+    result = project(base, selected, batch.targets, reduction, chunk, temperature=temperature, entropy=entropy)
+    return result._replace(states=selected) if states else result
 
 
 def project(
@@ -136,29 +136,29 @@ def project(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> SelectedLogProbs:
-    """Log-probabilities of targets from the hidden states that predict them; by way of :func:`as_forward`.
+    """Log-probabilities of targets from the hidden states that predict them. Call it through :func:`as_forward`.
 
     Args:
         base: The transformers model.
         selected: Hidden states, ``[n, d]``.
-        targets: ``int64 [n]``.
-        reduction: See :func:`completion_logprobs`; `chunk`, `temperature` and `entropy` too.
-        chunk: Targets whose logits are held at a time.
+        targets: Token ids, ``int64 [n]``.
+        reduction: As in :func:`completion_logprobs`.
+        chunk: Number of targets whose logits are in memory at a time.
         temperature: Temperature of the distribution.
-        entropy: Whether to give entropies.
+        entropy: Whether to compute entropies.
 
     Raises:
         ModelError: If the model has no head.
     """
     head = base.get_output_embeddings()
-    if isinstance(head, ModulesToSaveWrapper):  # a trained copy of the head: the active adapter's
+    if isinstance(head, ModulesToSaveWrapper):  # the active adapter's trained copy of the head
         head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
     transform = logit_transform(base.config, temperature)
     if not isinstance(head, nn.Module):
         raise ModelError(f"{type(base).__name__} has no output embeddings, so it isn't a causal language model.")
     if type(head) is not nn.Linear:
-        scored = module_logprobs(selected, head, targets, transform=transform, chunk=chunk, entropy=entropy)
-        return scored if reduction == "none" else scored._replace(logprobs=scored.logprobs.sum())
+        result = module_logprobs(selected, head, targets, transform=transform, chunk=chunk, entropy=entropy)
+        return result if reduction == "none" else result._replace(logprobs=result.logprobs.sum())
     if reduction == "sum":
         return linear_logprob_sum(selected, head.weight, targets, bias=head.bias, transform=transform, chunk=chunk)
     return linear_logprobs(
@@ -167,18 +167,19 @@ def project(
 
 
 def hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Callable[..., Any] | None = None) -> Tensor:
-    """Last hidden states, ``[b, s, d]``; of a model that may be sharded by way of :func:`as_forward`.
+    """Last hidden states, ``[b, s, d]``. Call it through :func:`as_forward` if the model may be sharded.
 
-    Rows without shared prefixes need no mask (though one may be cheaper, see :class:`TokenBatch`): where position ids
-    start again transformers isolates what follows, for every attention kernel and for sliding windows, if it is given
-    neither a mask nor a cache; padding stands behind all real tokens, which a causal model doesn't see.
+    Rows without shared prefixes need no mask (although one may be cheaper, see :class:`TokenBatch`). Without a mask or
+    cache, transformers isolates sequences wherever position ids restart, for every attention kernel and for sliding
+    windows. Padding comes after all real tokens, so a causal model doesn't see it.
 
-    Where the longest sequence of a pass would change the others (see :func:`length_switch`), several passes are made.
+    If the longest sequence of a pass would change the others (see :func:`length_switch`), the batch takes several
+    passes.
 
     Args:
         base: The transformers model.
         batch: The batch.
-        backbone: Runs instead of the model's own (a compiled one).
+        backbone: Callable that replaces the model's own backbone, such as a compiled one.
 
     Raises:
         ModelError: If a sharded model would need several passes.
@@ -196,19 +197,19 @@ def hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Callable[.
 
 
 def refuse_several_passes(base: PreTrainedModel, why: str) -> None:
-    """Ranks of a sharded model have to make the same number of passes.
+    """Refuse several passes of a sharded model, whose ranks must all make the same number of passes.
 
     Args:
         base: The transformers model.
-        why: Why one pass isn't enough.
+        why: Reason why one pass isn't enough.
 
     Raises:
         ModelError: If `base` is sharded.
     """
     if getattr(base, _AS_FORWARD, None) is not None:
         raise ModelError(
-            f"{type(base).__name__} {why}, so this batch takes several passes, which ranks of a sharded model would "
-            "have to make together. Use batch_size=1 (one completion per prompt), or train without sharding."
+            f"{type(base).__name__} {why}, so this batch takes several passes, which the ranks of a sharded model "
+            "can't synchronize. Use batch_size=1 (one completion per prompt), or train without sharding."
         )
 
 
@@ -226,29 +227,30 @@ def _one_pass(
 
 
 def takes_explicit_masks(base: PreTrainedModel) -> bool:
-    """Whether a model's attention can be told of each token which others it sees."""
+    """Whether a model's attention accepts a mask of which tokens see which others."""
     return base.config._attn_implementation in ("sdpa", "eager")
 
 
 def attention_bias(base: PreTrainedModel, allowed: Tensor) -> Tensor:
-    """The mask that a model's attention wants, of who sees whom: what is added to its scores.
+    """The bias that is added to attention scores to mask out tokens.
 
-    SDPA takes `allowed` itself too, but makes this of it in every layer and keeps each for the backward pass.
+    SDPA also accepts `allowed` itself, but converts it to such a bias in every layer and keeps each one for the
+    backward pass.
 
     Args:
         base: The model.
-        allowed: ``bool [b, 1, t, s]``.
+        allowed: Whether query `t` sees key `s`, ``bool [b, 1, t, s]``.
 
     Raises:
-        ModelError: If its attention takes no such mask.
+        ModelError: If the model's attention takes no such mask.
     """
     if not takes_explicit_masks(base):
         raise ModelError(
             f"Shared prefixes need attn_implementation 'sdpa' or 'eager', not {base.config._attn_implementation!r}."
         )
-    kind, embedded = allowed.device.type, cast(Tensor, base.get_input_embeddings().weight).dtype
-    # what queries have, which must be that of the mask on a GPU; adapters may have another
+    device_type, embedded = allowed.device.type, cast(Tensor, base.get_input_embeddings().weight).dtype
+    # On a GPU the bias must have the dtype of the queries; adapters may have another one.
     states = embedded if embedded.is_floating_point else base.dtype
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else states
     bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return bias.masked_fill_(~allowed, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""The layers of a model: where they are, and adapters in the topmost of them only."""
+"""Find the layers of a model, and restrict adapters to the topmost ones."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def layers_of(model: CausalLM) -> tuple[str, list[nn.Module]]:
     """
     base = base_of(model)
     count = base.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
-        (name, part)
-        for name, part in base.base_model.named_modules()
-        if isinstance(part, nn.ModuleList) and len(part) == count
+    lists = [
+        (name, module)
+        for name, module in base.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    outer = [(name, part) for name, part in found if not any(name.startswith(f"{other}.") for other, _ in found)]
+    outer = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
     if len(outer) != 1:
         raise ModelError(
-            f"{type(base).__name__}: which of its modules are its {count} layers can't be told ({len(outer)} lists "
-            "have that length)."
+            f"{type(base).__name__}: expected one list of its {count} layers among its modules, found {len(outer)} of "
+            "that length."
         )
     name, layers = outer[0]
     return name.split(".")[-1], list(layers)
@@ -39,13 +39,13 @@ def refuse_adapters_below(model: CausalLM, count: int) -> None:
     """Check that nothing is trained below the top `count` layers.
 
     Raises:
-        ModelError: If something is: PEFT puts adapters on some experts whatever `layers_to_transform` says.
+        ModelError: If something is. PEFT puts adapters on some experts regardless of `layers_to_transform`.
     """
     for number, layer in enumerate(layers_of(model)[1][:-count]):
         trained = next((name for name, p in layer.named_parameters() if p.requires_grad), None)
         if trained is not None:
             raise ModelError(
-                f"top_layers={count}, but PEFT put an adapter on {trained} of layer {number} too: leave such modules "
+                f"top_layers={count}, but PEFT put an adapter on {trained} of layer {number} too. Leave such modules "
                 "out of lora's target_modules (and target_parameters)."
             )
 
@@ -54,12 +54,12 @@ def in_top_layers(config: LoraConfig, model: CausalLM, count: int) -> LoraConfig
     """A copy of an adapter's configuration that adapts the top `count` layers only.
 
     Args:
-        config: Of the adapter.
-        model: That it will be put on.
-        count: How many layers.
+        config: Configuration of the adapter.
+        model: The model that the adapter will be put on.
+        count: Number of layers.
 
     Raises:
-        ConfigError: For a count that the model doesn't have, or a configuration that says which layers already.
+        ConfigError: If the model has fewer layers, or the configuration already selects other layers.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,11 +72,11 @@ def in_top_layers(config: LoraConfig, model: CausalLM, count: int) -> LoraConfig
     name, layers = layers_of(model)
     if not 1 <= count <= len(layers):
         raise ConfigError(f"top_layers={count}: the model has {len(layers)} layers.")
-    wanted = list(range(len(layers) - count, len(layers)))
-    if config.layers_to_transform is not None and config.layers_to_transform != wanted:
+    numbers = list(range(len(layers) - count, len(layers)))
+    if config.layers_to_transform is not None and config.layers_to_transform != numbers:
         raise ConfigError(
-            f"top_layers={count} and lora's layers_to_transform={config.layers_to_transform} contradict each other: "
-            "give one of them."
+            f"top_layers={count} and lora's layers_to_transform={config.layers_to_transform} contradict each other. "
+            "Pass only one of them."
         )
     top = copy.deepcopy(config)
     if config.target_modules == "all-linear":
@@ -86,5 +86,5 @@ def in_top_layers(config: LoraConfig, model: CausalLM, count: int) -> LoraConfig
         raise ConfigError(
             f"top_layers={count} needs lora's target_modules as a list of names, not {config.target_modules!r}."
         )
-    top.layers_to_transform, top.layers_pattern = wanted, [name]
+    top.layers_to_transform, top.layers_pattern = numbers, [name]
     return top

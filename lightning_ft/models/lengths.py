@@ -1,8 +1,8 @@
-"""Models in which a long sequence changes what the shorter ones of the same pass get.
+"""Models in which a long sequence changes the output for shorter ones in the same pass.
 
 Rotary scalings such as LongRoPE and dynamic NTK choose their frequencies by the largest position of a pass, so a short
-sequence gets other log-probabilities next to a long one than alone. Dynamic NTK also remembers the longest pass so far.
-Which models do so, and beyond which length, is asked of the model: positions can be far apart without many tokens.
+sequence gets other log-probs next to a long one than alone. Dynamic NTK also remembers the longest pass so far. Whether
+a model does so, and beyond which length, is found by probing it: four tokens suffice, at positions that are far apart.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from transformers import PreTrainedModel
 from lightning_ft.models.backbone import accepts, first_tensor, head_of
 
 _TOKENS = 4
-_NEAR, _WIDE = 3, 255  # last positions of the two rows that are watched
-_BEYOND_TABLES = 4  # times the model's positions, where rotary scalings may change only past them
+_NEAR, _WIDE = 3, 255  # last positions of the two observed rows
+_BEYOND_TABLES = 4  # multiple of the model's positions to probe up to: some rotary scalings change only beyond them
 _known: WeakKeyDictionary[PreTrainedModel, LengthSwitch | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class LengthSwitch:
-    """Where the length of the longest sequence of a pass begins to matter.
+    """The length from which the longest sequence of a pass changes the others.
 
     Args:
-        at: Sequences of at most so many tokens don't change each other.
-        mixed_beyond: Whether longer ones of different lengths don't change each other either (LongRoPE: two sets of
-            frequencies); if not, only those of one length may share a pass (dynamic NTK).
-        state: What the modules keep from one pass to the next, as it was before any long pass: module, name, value.
+        at: Length in tokens up to which sequences don't change each other.
+        mixed_beyond: Whether longer sequences of different lengths may share a pass (LongRoPE has two sets of
+            frequencies); if not, only sequences of equal length may (dynamic NTK).
+        state: State that modules carry from one pass to the next, as it was before any long pass: module, name, value.
     """
 
     at: int
@@ -41,17 +41,17 @@ class LengthSwitch:
 
     @property
     def why(self) -> str:
-        """What to tell a user whose batch takes several passes."""
-        return f"changes the positions of all sequences of a pass that holds one of more than {self.at:,} tokens"
+        """Explanation for a user whose batch takes several passes."""
+        return f"changes the positions of all sequences of a pass with one of more than {self.at:,} tokens"
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Which sequences may share a pass.
+        """Group sequences that may share a pass.
 
         Args:
-            lengths: Tokens of each.
+            lengths: Number of tokens of each sequence.
 
         Returns:
-            Their indices, group by group, each in order.
+            Indices of the sequences of each group, in order.
 
         Example:
             >>> LengthSwitch(at=64, mixed_beyond=True).groups([10, 100, 64, 80])
@@ -59,14 +59,14 @@ class LengthSwitch:
             >>> LengthSwitch(at=64, mixed_beyond=False).groups([10, 100, 64, 80, 100])
             [[0, 2], [3], [1, 4]]
         """
-        found: dict[int, list[int]] = {}
+        groups: dict[int, list[int]] = {}
         for i, length in enumerate(lengths):
-            side = 0 if length <= self.at else 1 if self.mixed_beyond else length
-            found.setdefault(side, []).append(i)
-        return [found[side] for side in sorted(found)]
+            key = 0 if length <= self.at else 1 if self.mixed_beyond else length
+            groups.setdefault(key, []).append(i)
+        return [groups[key] for key in sorted(groups)]
 
     def forget(self) -> None:
-        """Put back what modules keep of earlier passes, so that the next pass doesn't depend on them."""
+        """Reset the state that modules carry from earlier passes, so that the next pass doesn't depend on them."""
         for module, name, value in self.state:
             current = getattr(module, name, None)
             if not isinstance(value, Tensor):
@@ -76,36 +76,46 @@ class LengthSwitch:
 
 
 def length_switch(base: PreTrainedModel) -> LengthSwitch | None:
-    """Where a model's passes begin to depend on their longest sequence, found out once for each model.
+    """The length from which a model's passes depend on their longest sequence, probed once per model.
 
-    Call it where a forward pass may run, see :func:`lightning_ft.models.head.as_forward`.
+    Call it through :func:`lightning_ft.models.head.as_forward`, since it runs forward passes.
 
     Args:
         base: A transformers model.
 
     Returns:
-        None if no sequence changes another one, or if the model takes no positions by which it could be asked.
+        None if no sequence changes another one, or if the model takes no position ids to probe it with.
     """
     if base not in _known:
         modes = [(module, module.training) for module in base.modules()]
         base.eval()
         try:
             with torch.no_grad():
-                _known[base] = _Asked(base).switch()
+                _known[base] = _LengthProbe(base).switch()
         finally:
             for module, training in modes:
                 module.training = training
     return _known[base]
 
 
-class _Asked:
-    """Passes of a few rows of four tokens, far apart, whose first rows are watched while the last one moves."""
+class _LengthProbe:
+    """Finds the length switch of a model with passes of four rows of four tokens.
+
+    The first rows stay the same while the positions of the last row move, for example near=3, wide=255, last=4095:
+
+        row 0    positions 0 1 2 3                  observed: a short sequence
+        row 1    positions 0 85 170 255             observed: a longer sequence
+        row 2    positions 0 1 2 3
+        row 3    positions 4092 4093 4094 4095      the longest sequence, which moves
+
+    If a larger position in row 3 changes row 0 or row 1, bisection finds the length from which it does.
+    """
 
     def __init__(self, base: PreTrainedModel) -> None:
         self._base = base
         run = base.base_model
         self._run = run
-        self._askable = accepts(run, "position_ids") and accepts(run, "attention_mask")
+        self._can_be_probed = accepts(run, "position_ids") and accepts(run, "attention_mask")
         text = base.config.get_text_config()
         self._far = _far(base, int(getattr(text, "max_position_embeddings", None) or 0))
         vocabulary = int(getattr(text, "vocab_size", 0) or 0)
@@ -114,7 +124,7 @@ class _Asked:
         self._state: tuple[tuple[nn.Module, str, Any], ...] = ()
 
     def switch(self) -> LengthSwitch | None:
-        if not self._askable or self._far <= 2 * _TOKENS:
+        if not self._can_be_probed or self._far <= 2 * _TOKENS:
             return None
         wide = min(_WIDE, self._far // 2 - 1)
         try:
@@ -124,15 +134,15 @@ class _Asked:
             moved = [not torch.equal(near[0], far[0]), not torch.equal(middle[1], far[1])]
             if not any(moved):  # to the bit: same shapes, same kernels
                 return None
-            return self._found(wide)
+            return self._bisect(wide)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # whatever a forward pass may raise: such a model can't be asked by positions
+        except Exception:  # a forward pass may raise anything: such a model can't be probed by positions
             return None
 
-    def _found(self, wide: int) -> LengthSwitch | None:
+    def _bisect(self, wide: int) -> LengthSwitch | None:
         noise = self._noise()
-        self._pass(_NEAR, wide=_NEAR, last=_NEAR)  # resets what resets itself
+        self._pass(_NEAR, wide=_NEAR, last=_NEAR)  # a short pass resets state that resets itself
         before = _snapshot(self._base)
         self._pass(_NEAR, wide=_NEAR, last=self._far - 1)
         self._state = _changed(self._base, before)
@@ -163,13 +173,13 @@ class _Asked:
         spread = [torch.linspace(0, top, _TOKENS).long() for top in (near, wide, near)]
         rows = torch.stack([*spread, torch.arange(last - _TOKENS + 1, last + 1)])
         device = cast(Tensor, self._base.get_input_embeddings().weight).device
-        given = (self._ids if ids is None else ids).to(device)
-        # a mask, or transformers takes positions that skip some for the start of other sequences
-        options = {"attention_mask": torch.ones_like(given), "position_ids": rows.to(device)}
-        return first_tensor(self._run(input_ids=given, use_cache=False, **options)).float()
+        input_ids = (self._ids if ids is None else ids).to(device)
+        # Without a mask, transformers takes gaps between positions for the start of another sequence.
+        options = {"attention_mask": torch.ones_like(input_ids), "position_ids": rows.to(device)}
+        return first_tensor(self._run(input_ids=input_ids, use_cache=False, **options)).float()
 
     def _noise(self) -> float:
-        """How far rows differ by what isn't length: the tokens of their neighbor, which experts may be routed with."""
+        """How much rows change with the tokens (not the length) of a neighbor, as with batch-dependent routing."""
         other = self._ids.clone()
         other[3] = self._ids[0].flip(0)
         one = self._pass(_NEAR, wide=_NEAR, last=_NEAR)
@@ -182,7 +192,7 @@ def _alike(one: Tensor, other: Tensor, noise: float) -> bool:
 
 
 def _far(base: PreTrainedModel, positions: int) -> int:
-    """The largest length to ask about: more than the model's positions, unless it looks positions up in a table."""
+    """The largest length to probe: more than the model's positions, unless it looks positions up in a table."""
     embeddings = (base.get_input_embeddings(), head_of(base))
     for module in base.modules():
         if module in embeddings or isinstance(module, nn.Linear):
@@ -195,13 +205,13 @@ def _far(base: PreTrainedModel, positions: int) -> int:
 
 
 def _hints(base: PreTrainedModel) -> list[int]:
-    """Lengths that the configuration names, each of which is asked about first."""
+    """Lengths that the configuration names, which are probed first."""
     text = base.config.get_text_config()
-    found = [getattr(text, "max_position_embeddings", None), getattr(text, "original_max_position_embeddings", None)]
+    lengths = [getattr(text, "max_position_embeddings", None), getattr(text, "original_max_position_embeddings", None)]
     rope = getattr(text, "rope_parameters", None) or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        found.append(part.get("original_max_position_embeddings"))
-    return sorted({int(length) for length in found if length})
+        lengths.append(part.get("original_max_position_embeddings"))
+    return sorted({int(length) for length in lengths if length})
 
 
 def _snapshot(base: nn.Module) -> dict[tuple[int, str], Any]:
@@ -209,7 +219,7 @@ def _snapshot(base: nn.Module) -> dict[tuple[int, str], Any]:
 
 
 def _changed(base: nn.Module, before: dict[tuple[int, str], Any]) -> tuple[tuple[nn.Module, str, Any], ...]:
-    """What modules keep that has changed since, with the value that it had."""
+    """State of modules that has changed since a snapshot, with its earlier value."""
     return tuple(
         (module, name, before[id(module), name])
         for module in base.modules()

@@ -1,4 +1,4 @@
-"""Models from a hub name or a local folder, with errors that say what to do."""
+"""Load models from the hub or a local folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_ft.models.base_folder import find_base
 from lightning_ft.models.load_report import check_loaded, why_unreadable
 from lightning_ft.unreadable import UNREADABLE, first_line
 
-_MULTIMODAL = getattr(transformers, "AutoModelForMultimodalLM", None)  # not in the oldest version that is supported
+_MULTIMODAL = getattr(transformers, "AutoModelForMultimodalLM", None)  # missing in the oldest supported version
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -31,7 +31,7 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
 
     Args:
         name: Hub name or local folder.
-        options: Of :func:`load_model`.
+        options: Further arguments of :func:`load_model`.
 
     Raises:
         ModelError: If it can't be loaded, or isn't a causal language model.
@@ -41,7 +41,7 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
     try:
         config = load_config(name, **known)
     except ModelError:
-        config = None  # what is wrong with it is told by loading the model
+        config = None  # loading the model will report what is wrong with it
     first, *others = text_model_classes(config)
     model = load_model(first, name, **options)
     if others:
@@ -49,8 +49,8 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
 
         if (reason := find_reach(model).unknown) is not None:
             warn(
-                f"{type(model).__name__} doesn't run on text alone ({reason}), so the language model of {name!r} is "
-                "loaded by itself, and an export is one too.",
+                f"{type(model).__name__} doesn't run on text alone ({reason}), so only the language model of {name!r} "
+                "is loaded, and only that is exported.",
                 stacklevel=2,
             )
             model = load_model(others[0], name, **options)
@@ -58,13 +58,13 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
 
 
 def text_model_classes(config: Any) -> list[Any]:
-    """The auto classes that load a checkpoint so that it reads and writes text, the best one first.
+    """The auto classes that load a checkpoint as a language model, the best one first.
 
-    A checkpoint for images and text isn't always among transformers' causal language models; it is trained on text all
-    the same. Where several classes know it, the one that it was saved from keeps all of its weights under their names.
+    A multimodal checkpoint isn't always among transformers' causal language models, but can be trained on text all the
+    same. If several classes know it, the one that it was saved from keeps all of its weights and their names.
 
     Args:
-        config: Configuration of the checkpoint; None if it isn't known.
+        config: Configuration of the checkpoint; None if it is unknown.
 
     Example:
         >>> from transformers import LlamaConfig, Qwen2_5_VLConfig
@@ -75,14 +75,14 @@ def text_model_classes(config: Any) -> list[Any]:
         return [AutoModelForCausalLM]
     saved_from = set(getattr(config, "architectures", None) or [])
     classes: dict[tuple[Any, ...], Any] = {}
-    for auto, found in _text_classes(config):
-        classes.setdefault(found, auto)
-    ordered = sorted(classes, key=lambda found: saved_from.isdisjoint(one.__name__ for one in found))  # stable
-    return [classes[found] for found in ordered] or [AutoModelForCausalLM]
+    for auto, models in _text_classes(config):
+        classes.setdefault(models, auto)
+    ordered = sorted(classes, key=lambda models: saved_from.isdisjoint(model.__name__ for model in models))  # stable
+    return [classes[models] for models in ordered] or [AutoModelForCausalLM]
 
 
 def text_class_name(base: PreTrainedModel) -> str:
-    """The name of the auto class that loads a model for text as what it is.
+    """The name of the auto class that loads a language model as its own class.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -90,28 +90,28 @@ def text_class_name(base: PreTrainedModel) -> str:
         >>> text_class_name(LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)))
         'AutoModelForCausalLM'
     """
-    names = (auto.__name__ for auto, found in _text_classes(base.config) if type(base) in found)
+    names = (auto.__name__ for auto, models in _text_classes(base.config) if type(base) in models)
     return str(next(names, AutoModelForCausalLM.__name__))
 
 
 def _text_classes(config: Any) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The auto classes for text that know a configuration, each with the models that it may make of it."""
+    """The auto classes for text that know a configuration, each with the model classes that it maps it to."""
     classes = []
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, _MULTIMODAL):
         if auto is not None and type(config) in auto._model_mapping:
-            found = auto._model_mapping[type(config)]
-            classes.append((auto, tuple(found) if isinstance(found, (list, tuple)) else (found,)))
+            models = auto._model_mapping[type(config)]
+            classes.append((auto, tuple(models) if isinstance(models, (list, tuple)) else (models,)))
     return classes
 
 
 def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
     """Load a sequence-classification model with one label, in train mode.
 
-    Of a causal language model the backbone is taken, and the head that scores is new, drawn from the global generator.
+    From a causal language model only the backbone is loaded; the reward head is new, drawn from the global generator.
 
     Args:
         name: Hub name or local folder.
-        options: Of :func:`load_model`.
+        options: Further arguments of :func:`load_model`.
 
     Raises:
         ModelError: If it can't be loaded.
@@ -120,7 +120,7 @@ def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
 
 
 def load_model(
-    kind: Any,
+    auto_class: Any,
     name: str,
     *,
     num_labels: int | None = None,
@@ -133,23 +133,23 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a model, in train mode.
 
-    `from_pretrained` returns eval mode and a Trainer keeps the mode it finds, so dropout and gradient checkpointing
-    would silently be off.
+    `from_pretrained` returns a model in eval mode and a Trainer doesn't change that, so dropout and gradient
+    checkpointing would silently be off.
 
     Args:
-        kind: One of transformers' auto classes.
+        auto_class: One of transformers' auto classes.
         name: Hub name or local folder.
-        num_labels: Of a classification model.
-        dtype: Of the weights; ``"auto"`` is the checkpoint's own.
-        attn_implementation: As transformers names them (``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...).
-        quantization: ``"4bit"`` (NF4 with double quantization, as QLoRA does, https://arxiv.org/abs/2305.14314),
+        num_labels: Number of labels of a classification model.
+        dtype: Dtype of the weights; ``"auto"`` for the checkpoint's own.
+        attn_implementation: Attention implementation, by transformers' name (``"sdpa"``, ``"eager"``, ...).
+        quantization: ``"4bit"`` (NF4 with double quantization as in QLoRA, https://arxiv.org/abs/2305.14314),
             ``"8bit"``, or the arguments of `transformers.BitsAndBytesConfig`.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run code that the repository ships.
-        device: Where quantized weights are placed; others are moved by the Trainer.
+        trust_remote_code: Run code from the model's repository.
+        device: Device of quantized weights; other weights are moved by the Trainer.
 
     Raises:
-        ModelError: If it can't be loaded, or weights are missing from the checkpoint or have other sizes.
+        ModelError: If the model can't be loaded, or weights are missing from the checkpoint or have unexpected sizes.
         MissingDependencyError: For quantization without bitsandbytes.
     """
     options: dict[str, Any] = {
@@ -157,7 +157,7 @@ def load_model(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # transformers' own error names none of them; `check_loaded` does
+        "ignore_mismatched_sizes": True,  # transformers' error doesn't name them; `check_loaded` does
     }
     if num_labels is not None:
         options["num_labels"] = num_labels
@@ -168,7 +168,7 @@ def load_model(
         options["device_map"] = {"": device if device is not None else torch.device("cpu")}
     try:
         with torch.device("cpu"):  # a Trainer may have set another default (meta, for sharded strategies)
-            model, info = kind.from_pretrained(name, **options)
+            model, info = auto_class.from_pretrained(name, **options)
     except UNREADABLE as error:
         reason = why_unreadable(name, error, revision=revision)
         raise ModelError(f"The model {name!r} could not be loaded: {reason}") from error
@@ -181,8 +181,8 @@ def load_model(
 def _keep_trainable(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights at the first evaluation.
 
-    On CPUs with AVX512-BF16 it does so in place, for a kernel that has no gradient: a model that was evaluated once (a
-    probe, a sanity check, a prompted arm) would go on training with wrong gradients and without an error.
+    On CPUs with AVX512-BF16 it does so in place, for a kernel without gradients: after a single evaluation (a probe, a
+    sanity check, a prompted arm) training would silently continue with wrong gradients.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -190,10 +190,10 @@ def _keep_trainable(model: PreTrainedModel) -> None:
 
 
 def adapter_base(name: str) -> str | None:
-    """The base model of a local adapter folder; None if `name` is no such folder.
+    """The base model of a local adapter folder; None if `name` isn't such a folder.
 
     Raises:
-        ModelError: If the adapter doesn't say what its base is, or that was a local folder that isn't found.
+        ModelError: If the adapter doesn't name its base, or the base is a local folder that can't be found.
     """
     folder = Path(name)
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
@@ -201,7 +201,7 @@ def adapter_base(name: str) -> str | None:
     base = adapter_config(name).base_model_name_or_path
     if not base:
         raise ModelError(
-            f"{folder / ADAPTER_CONFIG} names no base model: pass the base as `model` and this as `adapter`."
+            f"{folder / ADAPTER_CONFIG} doesn't name a base model. Pass the base as `model` and this as `adapter`."
         )
     return find_base(folder, str(base))
 
@@ -221,16 +221,16 @@ def adapter_config(name: str) -> Any:
         if not file.is_file():
             raise ModelError(f"No adapter could be loaded from {name!r}: {first_line(error)}") from error
         raise ModelError(
-            f"{str(file)!r} is no configuration that PEFT knows: {type(error).__name__}: {first_line(error)}. Export "
+            f"{str(file)!r} isn't a configuration that PEFT knows: {type(error).__name__}: {first_line(error)}. Export "
             "the adapter again, or install the version of peft that wrote it."
         ) from error
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """How many positions the model is made for, or None where its configuration sets no limit.
+    """The number of positions that a model is made for; None if its configuration sets no limit.
 
-    A rotary scaling that a configuration names (YaRN, linear, dynamic) widens them by its factor; configurations differ
-    in whether `max_position_embeddings` is the width before or after.
+    Rotary scaling (YaRN, linear, dynamic) multiplies that number by its factor. Configurations differ in whether
+    `max_position_embeddings` is the number before or after scaling.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -254,7 +254,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     """The model's configuration, without its weights.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If it can't be found.
     """
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -304,7 +304,7 @@ def quantization_options(quantization: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def quantization_config(quantization: str | dict[str, Any]) -> Any:
-    """`transformers.BitsAndBytesConfig` as :func:`quantization_options` says.
+    """The `transformers.BitsAndBytesConfig` with the arguments of :func:`quantization_options`.
 
     Raises:
         ConfigError: For an unknown name.

@@ -1,4 +1,4 @@
-"""What loading weights left open: names that are missing, names without a place, files that can't be read."""
+"""Check what was loaded: weights that are missing, mismatched or unused, and files that can't be read."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _SHOWN = 3
 
 
 def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], name: str, *, new_head: bool = False) -> None:
-    """Refuse a model of which a part was drawn at random, and tell which weights of the checkpoint were left out.
+    """Refuse a model with randomly initialized weights, and warn of weights in the checkpoint that weren't loaded.
 
     Args:
         model: The model as loaded.
-        info: What `from_pretrained` gives with ``output_loading_info=True``.
+        info: The loading info that `from_pretrained` returns with ``output_loading_info=True``.
         name: Hub name or folder, for messages.
-        new_head: Whether what is over the backbone is another head than the checkpoint's: a new one may be missing
-            from the checkpoint, and the old one left out.
+        new_head: Whether the model has another head than the checkpoint. Then the checkpoint may lack the new head's
+            weights, and its own head isn't loaded.
 
     Raises:
-        ModelError: If weights are missing from the checkpoint, or have other sizes than the model.
+        ModelError: If weights are missing from the checkpoint, or their sizes don't match the model's.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,48 +48,48 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], name: str, *, 
         sorted(key for key in info.get(which, ()) if not new_head or key.startswith(backbone))
         for which in ("missing_keys", "unexpected_keys")
     )
-    kind = type(model).__name__
+    class_name = type(model).__name__
     if mismatched := sorted(info.get("mismatched_keys", ())):
-        key, found, expected = mismatched[0]
+        key, actual, expected = mismatched[0]
         if new_head and not key.startswith(backbone):
             raise ModelError(
-                f"{name!r} is a classifier of {found[0]} labels, and what gives a score has {expected[0]}. Take the "
+                f"{name!r} is a classifier of {actual[0]} labels, and a reward model has {expected[0]}. Use the "
                 "language model that it was trained from."
             )
         raise ModelError(
-            f"The checkpoint {name!r} and its config.json don't belong together: {_count(mismatched)} of {kind} "
-            f"{'has another size' if len(mismatched) == 1 else 'have other sizes'}. {key} is {tuple(found)} in the "
+            f"The checkpoint {name!r} and its config.json don't belong together: {_count(mismatched)} of {class_name} "
+            f"{'has another size' if len(mismatched) == 1 else 'have other sizes'}. {key} is {tuple(actual)} in the "
             f"checkpoint and {tuple(expected)} by the configuration. Use the config.json that was saved with these "
             "weights."
         )
     if missing:
-        instead = f" It holds {_count(left_out)} that {kind} doesn't have: {shortened(left_out)}." if left_out else ""
+        others = f" It holds {_count(left_out)} that {class_name} lacks: {shortened(left_out)}." if left_out else ""
         raise ModelError(
-            f"The checkpoint {name!r} lacks {_count(missing)} of {kind}: {shortened(missing)}.{instead} They would be "
-            "random numbers. Get the whole checkpoint again, or check that config.json was saved with these weights."
+            f"The checkpoint {name!r} lacks {_count(missing)} of {class_name}: {shortened(missing)}.{others} These "
+            "would be random. Download the whole checkpoint again, or check that config.json belongs to these weights."
         )
     if left_out:
-        tell(
-            f"The checkpoint {name!r} holds {_count(left_out)} that {kind} has no place for, and they were left out: "
-            f"{shortened(left_out)}. If they matter, config.json isn't the one that was saved with these weights."
+        warn_on_first_rank(
+            f"The checkpoint {name!r} holds {_count(left_out)} that {class_name} doesn't have, and they were left out: "
+            f"{shortened(left_out)}. If they matter, use the config.json that was saved with these weights."
         )
 
 
-def tell(message: str) -> None:
-    """Warn, on the first rank only, whether or not Lightning has been imported."""
+def warn_on_first_rank(message: str) -> None:
+    """Warn on the first rank only, whether or not Lightning has been imported."""
     if getattr(rank_zero_only, "rank", 0) in (0, None):
         warn(message, stacklevel=3)
 
 
 def shortened(names: Iterable[str]) -> str:
-    """A few names for a message, those that differ in numbers only told as one.
+    """A few names for a message; names that differ only in numbers are merged.
 
     Example:
         >>> shortened([f"layers.{n}.mlp.{name}" for n in range(9) for name in ("down", "gate", "norm", "up")])
         'layers.*.mlp.down, layers.*.mlp.gate, layers.*.mlp.norm, ...'
     """
-    kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
-    return ", ".join(kinds[:_SHOWN]) + (", ..." if len(kinds) > _SHOWN else "")
+    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    return ", ".join(patterns[:_SHOWN]) + (", ..." if len(patterns) > _SHOWN else "")
 
 
 def _count(names: list[Any]) -> str:
@@ -97,11 +97,11 @@ def _count(names: list[Any]) -> str:
 
 
 def why_unreadable(name: str, error: BaseException, *, revision: str | None = None) -> str:
-    """Why a model or adapter couldn't be loaded: the file that is damaged, or what the library said.
+    """Why a model or adapter couldn't be loaded: the damaged file, or the library's own message.
 
     Args:
         name: Hub name or folder.
-        error: What was raised.
+        error: The error that the library raised.
         revision: Branch, tag or commit on the hub.
     """
     folder = _folder(name, revision)
@@ -131,7 +131,7 @@ def _why_damaged(file: Path, error: BaseException) -> str | None:
         return "is empty. Download or copy it again."
     if start == _LFS_POINTER:
         return "is a pointer of Git LFS and holds no weights. Run `git lfs pull` in its repository."
-    if file.suffix == ".bin":  # a zip archive; before torch 1.6 a pickle, of which only its reader can tell
+    if file.suffix == ".bin":  # a zip archive; before torch 1.6 a pickle, which can only be checked by loading it
         reads = not isinstance(error, (UnpicklingError, EOFError, OSError, RuntimeError)) or zipfile.is_zipfile(file)
         return None if reads else "is damaged, or holds no weights. Download or copy it again."
     try:

@@ -1,4 +1,4 @@
-"""Log-probabilities by the fastest path that is exact for a model, and the plain path where none is."""
+"""Log-probs by the fastest path that is exact for a model, or by its own forward pass if none is."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.passes import Part, padding_within, parts_of, sequence_lengths
 
 _ANY_ROWS = ("sdpa", "eager", "flex_attention")
-"""Attention whose mask transformers makes from the positions of each row."""
+"""Attention implementations for which transformers derives a mask from the positions of each row."""
 
 
 def for_attention(base: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
-    """Several packed rows as one where sequences are kept apart in a single row only, as for FlashAttention."""
+    """Packed rows merged into one, if the attention isolates sequences within a single row only (FlashAttention)."""
     one = not batch.packed or len(batch.input_ids) == 1 or batch.has_shared_prefixes
     return batch if one or base.config._attn_implementation in _ANY_ROWS else in_one_row(batch)
 
 
 def _masked_once(base: PreTrainedModel, batch: TokenBatch, exactness: Exactness) -> TokenBatch:
-    """A packed batch with a mask of ours, where the model takes one, its windows allow it and it is cheaper.
+    """A packed batch with an explicit mask, if the model takes one, its sliding windows allow it and it is cheaper.
 
-    Of the mask that transformers makes for SDPA from positions every layer makes another, and keeps it for the backward
-    pass; of ours it doesn't.
+    SDPA converts the mask that transformers derives from positions in every layer, and keeps each result for the
+    backward pass. An explicit mask in the right dtype is shared by all layers.
     """
     ours = batch.packed and exactness.sharing is None and base.config._attn_implementation == "sdpa"
-    if ours and (exactness.window is None or int(batch.position_ids.max()) < exactness.window):
+    window = exactness.sliding_window
+    if ours and (window is None or int(batch.position_ids.max()) < window):
         return replace(batch, explicit_mask=True)
     return batch
 
@@ -61,7 +62,7 @@ def full_logits_logprobs(
     states: bool = False,
     positions: bool = True,
 ) -> SelectedLogProbs:
-    """:func:`completion_logprobs` by the model's own forward pass, for models whose states can't be projected here.
+    """:func:`completion_logprobs` by the model's own forward pass, for models whose hidden states can't be projected.
 
     Raises:
         ModelError: If that forward pass fails.
@@ -79,21 +80,23 @@ def full_logits_logprobs(
 
 
 class LogProbModel:
-    """:func:`completion_logprobs` that probes the model once and takes the plain path where a fast one isn't exact.
+    """Computes log-probs with :func:`completion_logprobs`, or by the plain path if that isn't exact for the model.
+
+    The model is probed once.
 
     Args:
-        pad_token_id: Stands behind rows that had to be unpacked.
-        backbone: A compiled backbone to use while training.
+        pad_token_id: Id of the padding token, put after the shorter rows of an unpacked batch.
+        backbone: A compiled backbone to use in training.
     """
 
     def __init__(self, pad_token_id: int = 0, backbone: Callable[..., Any] | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.backbone = backbone
         self._exactness: Exactness | None = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def exactness(self, model: PreTrainedModel | PeftModel) -> Exactness:
-        """What the model can do, found out once.
+        """Which fast paths are exact for the model, probed once.
 
         Raises:
             ModelError: If the model's own forward pass fails.
@@ -105,7 +108,7 @@ class LogProbModel:
     def __call__(
         self, model: CausalLM, batch: TokenBatch, reduction: Reduction = "none", **options: Any
     ) -> SelectedLogProbs:
-        """Score a batch; see :func:`completion_logprobs`."""
+        """Log-probs of a batch's targets; see :func:`completion_logprobs` for the options."""
         exactness = self.exactness(model)
         if exactness.head is not None:
             self._warn_once(
@@ -116,10 +119,10 @@ class LogProbModel:
         batch = self.arranged(model, batch)
         parts = self._parts(model, batch)
         if parts is None:
-            return self._scored(model, batch, reduction, options)
-        return _merged([self._scored(model, part.batch, reduction, options) for part in parts], parts)
+            return self._one_pass(model, batch, reduction, options)
+        return _merged([self._one_pass(model, part.batch, reduction, options) for part in parts], parts)
 
-    def _scored(
+    def _one_pass(
         self, model: CausalLM, batch: TokenBatch, reduction: Reduction, options: dict[str, Any]
     ) -> SelectedLogProbs:
         exactness, base = self.exactness(model), base_of(model)
@@ -136,17 +139,17 @@ class LogProbModel:
         except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
             if isinstance(error, LightningFTError):
                 raise
-            raise forward_fails(base, error) from error  # in train mode some ask for more than token ids
+            raise forward_fails(base, error) from error  # in train mode some models need more than token ids
 
     # ------------------------------------------------------------ which rows share a pass
 
     def arranged(self, model: PreTrainedModel | PeftModel, batch: TokenBatch) -> TokenBatch:
-        """A batch as the model's attention can take it: packed rows that it would mix are taken apart or put in one.
+        """A batch in the layout that the model handles exactly: unpacked, or in one row, if packed rows would mix.
 
-        The model is tried out here, if it hasn't been.
+        Probes the model if that hasn't happened yet.
 
         Args:
-            model: Whose forward pass it is for.
+            model: The model that will run the batch.
             batch: The batch.
         """
         exactness = self.exactness(model)
@@ -162,11 +165,11 @@ class LogProbModel:
         return self._parts(model, batch) is None
 
     def _switch(self, model: CausalLM) -> LengthSwitch | None:
-        found: LengthSwitch | None = as_forward(base_of(model), length_switch)
-        return found
+        switch: LengthSwitch | None = as_forward(base_of(model), length_switch)
+        return switch
 
     def _parts(self, model: CausalLM, batch: TokenBatch) -> list[Part] | None:
-        """The passes that a batch takes; None for one."""
+        """The parts of a batch that need a pass each; None if one pass is enough."""
         rows, switch = self.exactness(model).rows, self._switch(model)
         if rows == "any" and switch is None:
             return None
@@ -197,18 +200,18 @@ class LogProbModel:
         """Prompts and completions as one batch on the model's device, each prompt computed once where that is exact.
 
         Args:
-            model: Whose batch it is.
-            prompts: Token ids, ``int64 [t]`` each.
-            completions: For each prompt what follows it.
-            share_prompts: False repeats prompts whatever the model can do.
+            model: The model that will run the batch.
+            prompts: Token ids of each prompt, ``int64 [t]``.
+            completions: Completions of each prompt.
+            share_prompts: False to repeat prompts even if the model can share them.
         """
         exactness = self.exactness(model)
-        shared = share_prompts and any(len(behind) > 1 for behind in completions)
+        shared = share_prompts and any(len(group) > 1 for group in completions)
         if shared:
             lengths = [
                 len(prompt) + len(completion)
-                for prompt, behind in zip(prompts, completions, strict=True)
-                for completion in behind
+                for prompt, group in zip(prompts, completions, strict=True)
+                for completion in group
             ]
             reason = self._why_no_sharing(model, lengths)
             if reason is not None:
@@ -223,34 +226,34 @@ class LogProbModel:
         exactness, switch, longest = self.exactness(model), self._switch(model), max(lengths)
         if exactness.sharing is not None:
             return exactness.sharing
-        if exactness.window is not None and longest > exactness.window:
-            return f"{longest:,} tokens are more than its attention window of {exactness.window:,}"
+        if exactness.sliding_window is not None and longest > exactness.sliding_window:
+            return f"{longest:,} tokens are more than its attention window of {exactness.sliding_window:,}"
         if switch is not None and len(switch.groups(lengths)) > 1:
             return f"it {switch.why}"
         return None
 
     def _warn_once(self, model: PreTrainedModel | PeftModel, what: str) -> None:
-        kind = what[:40]  # the number of tokens in it changes from batch to batch
-        if kind not in self._told:
-            self._told.add(kind)
+        key = what[:40]  # the numbers later in the message change from batch to batch
+        if key not in self._warned:
+            self._warned.add(key)
             warn(f"{type(base_of(model)).__name__} {what}", stacklevel=3)
 
 
-def _merged(scored: Sequence[SelectedLogProbs], parts: Sequence[Part]) -> SelectedLogProbs:
-    """Results of parts as those of the whole batch, its targets in their order."""
+def _merged(results: Sequence[SelectedLogProbs], parts: Sequence[Part]) -> SelectedLogProbs:
+    """Merge the results of a batch's parts, in the order of the batch's targets."""
     order = torch.cat([part.targets for part in parts]).argsort()
 
     def whole(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        found = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(found)[order] if found else None
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present)[order] if present else None
 
-    summed = scored[0].logprobs.ndim == 0
-    logprobs = [result.logprobs for result in scored]
-    correct = whole([result.correct for result in scored])
+    summed = results[0].logprobs.ndim == 0
+    logprobs = [result.logprobs for result in results]
+    correct = whole([result.correct for result in results])
     assert correct is not None
     return SelectedLogProbs(
         torch.stack(logprobs).sum() if summed else torch.cat(logprobs)[order],
         correct,
-        whole([result.entropy for result in scored]),
-        whole([result.states for result in scored]),
+        whole([result.entropy for result in results]),
+        whole([result.states for result in results]),
     )

@@ -16,21 +16,21 @@ from lightning_ft.models.head import base_of
 
 
 def check_adapter(model: PeftModel, *, splits_base: bool) -> None:
-    """Refuse a new adapter that would be trained on something else than it is used with later.
+    """Refuse a new adapter that would behave differently in training than after export.
 
     Args:
-        model: With the adapter.
-        splits_base: Whether initialising the adapter changed the base weights.
+        model: The adapted model.
+        splits_base: Whether initializing the adapter changed the base weights.
 
     Raises:
-        ModelError: With the reason, and what to do.
+        ModelError: With the reason and the alternative.
     """
     config = cast(LoraConfig, model.active_peft_config)
-    kind = type(base_of(model)).__name__
+    class_name = type(base_of(model)).__name__
     if getattr(config, "alora_invocation_tokens", None):
         raise ModelError(
-            "lora's alora_invocation_tokens: such an adapter acts from these tokens on, which only PEFT's own forward "
-            "pass finds in a row. Here layers are called directly, so it would never be trained: leave it out."
+            "lora's alora_invocation_tokens: only PEFT's own forward pass finds the tokens from which such an adapter "
+            "is active. Here layers are called directly, so it would never be trained. Leave the argument out."
         )
     shared = dict(_shared_weights(model))
     if shared and getattr(config, "target_modules_to_tie", None):
@@ -43,37 +43,37 @@ def check_adapter(model: PeftModel, *, splits_base: bool) -> None:
         name, others = next(iter(shared.items()))
         raise ModelError(
             f"init_lora_weights={config.init_lora_weights!r} changes the weights under its adapters, and "
-            f"{_plain(name)} of {kind} shares its weights with {_listed(others)}, which would be changed too. Leave "
+            f"{_plain(name)} of {class_name} shares its weights with {_listed(others)}, which would change too. Leave "
             f"{_plain(name)} out of target_modules, or use the default init_lora_weights."
         )
     if config.use_dora and (found := _zero_rows(model)) is not None:
         name, rows = found
         raise ModelError(
-            f"use_dora divides by the norm of each row of a weight, and {rows:,} rows of {name} in {kind} are zero "
-            "(the padding token's embedding, mostly): its output would be NaN. Leave that module out of "
+            f"use_dora divides by the norm of each row of a weight, and {rows:,} rows of {name} in {class_name} are "
+            "zero (usually the padding token's embedding), so its output would be NaN. Leave that module out of "
             "target_modules, or use_dora."
         )
 
 
 def shared_adapted_layers(model: PeftModel) -> list[nn.Module]:
-    """Layers below an adapter whose weights another module has too: a head that is the embeddings, repeated layers.
+    """Adapted layers that share their weights with another module: a tied head, or repeated layers.
 
-    Folding the adapter into such a weight would change the other module with it.
+    Folding the adapter into such a weight would change the other module too.
 
     Args:
-        model: With the adapter.
+        model: The adapted model.
 
     Returns:
-        The layers below the adapters, not the adapters.
+        The base layers under the adapters.
     """
     return [model.get_submodule(name).get_base_layer() for name, _ in _shared_weights(model)]  # type: ignore[operator]
 
 
 def check_merge(model: PeftModel) -> None:
-    """Refuse to merge before training what PEFT could not merge after it, by merging a copy of a layer of each sort.
+    """Refuse before training an adapter that PEFT can't merge, by merging a copy of one layer of each type.
 
     Args:
-        model: With the adapter.
+        model: The adapted model.
 
     Raises:
         ExportError: With PEFT's reason.
@@ -104,7 +104,7 @@ def check_merge(model: PeftModel) -> None:
 
 
 def _shared_weights(model: PeftModel) -> Iterator[tuple[str, list[str]]]:
-    """Names of adapted modules whose base weight others have too, and of those others."""
+    """Names of adapted modules with shared base weights, each with the modules that share them."""
     owners: defaultdict[int, list[str]] = defaultdict(list)
     adapted: dict[str, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""An adapter folded into its base, refused where the whole model would answer differently."""
+"""Merge an adapter into its base model, and verify that the merged model's output is the same."""
 
 from __future__ import annotations
 
@@ -20,43 +20,44 @@ CHECK_TOKENS = 16
 
 
 def merged(model: PeftModel, check_prompts: list[list[int]] | None = None) -> PreTrainedModel:
-    """Fold the adapter into a copy of the base, and compare what both make of a few prompts.
+    """Fold the adapter into a copy of the base, and compare the output of both models for a few prompts.
 
-    A head that is the embeddings (tied) and was adapted alone gets weights of its own in the copy, whose configuration
-    says ``tie_word_embeddings=False``.
+    A tied head that was adapted without the embeddings gets weights of its own in the copy, whose configuration then
+    has ``tie_word_embeddings=False``.
 
     Args:
-        model: The trained model; not changed.
-        check_prompts: Token ids of prompts whose greedy continuation must be the same; a few made-up ones by default.
+        model: The trained model, which is not changed.
+        check_prompts: Token ids of prompts whose greedy continuation must be the same; a few random ones by default.
 
     Returns:
         The whole model.
 
     Raises:
-        ExportError: If the adapter can't be merged, or the merged model answers differently.
+        ExportError: If the adapter can't be merged, or the merged model's output differs.
     """
     base = base_of(model)
-    prompts = check_prompts or _made_up_prompts(base)
-    expected = [_output(model, prompt) for prompt in prompts]
+    prompts = check_prompts or _random_prompts(base)
+    expected_outputs = [_output(model, prompt) for prompt in prompts]
     copied = copy.deepcopy(model)
     _unshare(copied)
     try:
         whole = cast(Any, copied).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ExportError(f"PEFT can't merge this adapter: {str(error).strip()} Export it unmerged.") from error
-    for prompt, want in zip(prompts, expected, strict=True):
-        got = _output(whole, prompt)
-        same = torch.equal(got, want) if not want.is_floating_point() else torch.allclose(got, want, 1e-2, 1e-3)
+    for prompt, expected in zip(prompts, expected_outputs, strict=True):
+        output = _output(whole, prompt)
+        exact = not expected.is_floating_point()
+        same = torch.equal(output, expected) if exact else torch.allclose(output, expected, 1e-2, 1e-3)
         if not same:
             raise ExportError(
-                f"The merged model answers the prompt {prompt[:8]}... with {got.tolist()}, the live one with "
-                f"{want.tolist()}. {_why_different(base)}"
+                f"The merged model answers the prompt {prompt[:8]}... with {output.tolist()}, the unmerged one with "
+                f"{expected.tolist()}. {_why_different(base)}"
             )
     return cast(PreTrainedModel, whole)
 
 
 def _unshare(model: PeftModel) -> None:
-    """Give adapted layers whose weights other modules have too weights of their own."""
+    """Give adapted layers that share their weights with other modules weights of their own."""
     layers: list[Any] = shared_adapted_layers(model)
     for layer in layers:
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
@@ -71,20 +72,20 @@ def _unshare(model: PeftModel) -> None:
 def _why_different(base: PreTrainedModel) -> str:
     if base.dtype == torch.float32:
         return (
-            "Rounding isn't the reason, since the weights are float32: what PEFT folds in isn't what this adapter "
-            "does. Export it unmerged."
+            "Rounding isn't the reason, since the weights are float32: PEFT merges this adapter inexactly. Export it "
+            "unmerged."
         )
-    return f"Merging in {base.dtype} loses too much: export unmerged, or load the model with dtype='float32'."
+    return f"Merging in {base.dtype} loses too much precision. Export unmerged, or load the model with dtype='float32'."
 
 
-def _made_up_prompts(base: PreTrainedModel) -> list[list[int]]:
+def _random_prompts(base: PreTrainedModel) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = base.config.get_text_config().vocab_size
     return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in (4, 9, 16)]
 
 
 def _output(model: CausalLM, prompt: list[int]) -> Tensor:
-    """What a model makes of a prompt: its greedy continuation, or of a reward model its score."""
+    """A model's output for a prompt: its greedy continuation, or the reward of a reward model."""
     if base_of(model).can_generate():
         return greedy(model, prompt)
     with evaluating(model):
@@ -95,12 +96,12 @@ def greedy(model: CausalLM, prompt: list[int], tokens: int = CHECK_TOKENS) -> Te
     """Greedy continuation of token ids in eval mode.
 
     Args:
-        model: The model, in whatever mode.
+        model: The model, in any mode.
         prompt: Token ids.
-        tokens: Most tokens to write.
+        tokens: Maximum number of new tokens.
 
     Returns:
-        ``int64 [tokens]``, or fewer where it ended.
+        New token ids, ``int64 [tokens]``, or fewer if the completion ended.
     """
     ids = torch.tensor([prompt], device=input_device(model))
     with evaluating(model):

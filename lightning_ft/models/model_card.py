@@ -56,10 +56,10 @@ def model_card(
         The card.
     """
     base = base_of(model)
-    given: str = getattr(base.config, "_name_or_path", None) or ""
-    name = hub_name(given)
+    source: str = getattr(base.config, "_name_or_path", None) or ""
+    name = hub_name(source)
     adapter = isinstance(model, PeftModel) and not merge
-    shown = f"`{name or Path(given).name or type(base).__name__}`"
+    shown = f"`{name or Path(source).name or type(base).__name__}`"
     generates = base.can_generate()
     remote = ", trust_remote_code=True" if (base_options or {}).get("trust_remote_code") else ""
     lines = [
@@ -74,8 +74,8 @@ def model_card(
         f"{'LoRA adapter for' if adapter else 'Fine-tuned from'} {shown}, made with lightning_ft.",
         "",
         "```python",
-        *(_adapter_code(folder, base, given, base_options or {}) if adapter else _whole_code(folder, base, remote)),
-        *(_ask() if generates else _score()),
+        *(_adapter_code(folder, base, source, base_options or {}) if adapter else _whole_code(folder, base, remote)),
+        *(_example_call() if generates else _example_reward()),
         "```",
         "",
     ]
@@ -99,8 +99,8 @@ def _auto(base: Any) -> str:
     return text_class_name(base) if base.can_generate() else "AutoModelForSequenceClassification"
 
 
-def _adapter_code(folder: str, base: Any, given: str, options: dict[str, Any]) -> list[str]:
-    auto, name = _auto(base), hub_name(given)
+def _adapter_code(folder: str, base: Any, source: str, options: dict[str, Any]) -> list[str]:
+    auto, name = _auto(base), hub_name(source)
     imports = [auto, "AutoTokenizer", *(["GenerationConfig"] if base.can_generate() else [])]
     if not base.can_generate():
         # without the pad token that the tokenizer was exported with, scores of padded batches would be read elsewhere
@@ -117,7 +117,7 @@ def _adapter_code(folder: str, base: Any, given: str, options: dict[str, Any]) -
         "from peft import PeftModel",
         f"from transformers import {', '.join(sorted(imports))}",
         "",
-        f'base = "{name or Path(given).name or "base"}"{remark}',
+        f'base = "{name or Path(source).name or "base"}"{remark}',
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{remote})',
         f"model = {auto}.from_pretrained({', '.join(['base', *arguments])})",
         f'model = PeftModel.from_pretrained(model, "{folder}").eval()',
@@ -139,7 +139,7 @@ def _whole_code(folder: str, base: Any, remote: str) -> list[str]:
     ]
 
 
-def _ask() -> list[str]:
+def _example_call() -> list[str]:
     return [
         "",
         'chat = [{"role": "user", "content": "..."}]',
@@ -150,7 +150,7 @@ def _ask() -> list[str]:
     ]
 
 
-def _score() -> list[str]:
+def _example_reward() -> list[str]:
     return [
         "",
         'chat = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',

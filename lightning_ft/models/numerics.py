@@ -1,4 +1,4 @@
-"""Whether weights are finite: one that isn't makes every output NaN, and an export of it is worth nothing."""
+"""Numeric checks of models: whether outputs agree within a tolerance, and whether all weights are finite."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_ft.models.head import input_device
 
 
 def tolerance_of(base: PreTrainedModel) -> float:
-    """Of what a model gives, to its largest value: more where it rounds to fewer bits than fp32 has."""
+    """Tolerance for comparing a model's outputs, relative to the largest value; higher below fp32 precision."""
     exact = base.dtype == torch.float32 and not torch.is_autocast_enabled(input_device(base).type)
     return 1e-4 if exact and not getattr(base, "is_quantized", False) else 5e-2
 
 
 def are_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether no value is further from the expected one than a share of the largest, or of 1.
+    """Whether all values are within `tolerance` times the largest expected magnitude (at least 1).
 
     Example:
         >>> expected = torch.tensor([0.0, 200.0])
@@ -32,19 +32,19 @@ def are_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 def refuse_nonfinite(model: nn.Module) -> None:
-    """Refuse a loaded model that has a weight which isn't finite.
+    """Refuse a model with a weight that isn't finite, since its outputs would be NaN.
 
     Args:
-        model: Adapted or not.
+        model: The model, adapted or not.
 
     Raises:
-        ModelError: With the first such weight.
+        ModelError: With the name of the first such weight.
     """
     if (name := first_nonfinite(model.named_parameters())) is not None:
         raise ModelError(
-            f"The model's weight {name} holds numbers that aren't finite (NaN or infinite), so its answers would be "
-            "NaN. Get its files again; if they are whole, load it with dtype='float32' or 'bfloat16', since float16 "
-            "can't hold large weights."
+            f"The model's weight {name} holds numbers that aren't finite (NaN or infinite), so its output would be "
+            "NaN. Download its files again; if they are intact, load it with dtype='float32' or 'bfloat16', since "
+            "float16 can't represent large weights."
         )
 
 
@@ -52,8 +52,8 @@ def refuse_nonfinite(model: nn.Module) -> None:
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinity, None if all are finite.
 
-    Each is read once and the host waits once. Quantized and integer tensors hold neither. Of sharded tensors each rank
-    reads its own part: all ranks have to ask, with the same names, and all get the same answer.
+    Each tensor is read once, and the CPU waits for the GPU once. Quantized and integer tensors are skipped. Each rank
+    reads its own part of sharded tensors, so all ranks must call this with the same names; all get the same result.
 
     Args:
         tensors: Names and tensors, on any devices.
@@ -71,7 +71,7 @@ def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         if isinstance(value, DTensor):
             sharded, value = True, value.to_local()
         names.append(name)
-        # The largest magnitude is NaN where any value is, and takes no copy of the tensor as `isfinite` does.
+        # The largest magnitude is NaN if any value is, and unlike `isfinite` needs no copy of the tensor.
         largest.append(torch.linalg.vector_norm(value, torch.inf).float() if value.numel() else value.new_zeros(()))
     if not names:
         return None

@@ -15,7 +15,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, which decay, and norms and biases, which don't.
+    """Trainable parameters in two groups: matrices with weight decay, and norms and biases without.
 
     Example:
         >>> groups = parameter_groups(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), 0.1)
@@ -31,49 +31,49 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def schedule_factor(
-    kind: Schedule, *, warmup_ratio: float, total_steps: Callable[[], int | None]
+    schedule: Schedule, *, warmup_ratio: float, total_steps: Callable[[], int | None]
 ) -> Callable[[int], float]:
-    """Factor on the learning rate by optimizer step: linear warm-up, then `kind`.
+    """Factor on the learning rate by optimizer step: linear warm-up, then `schedule`.
 
     No step has rate 0: of `w` warm-up steps the first has ``1 / (w + 1)`` of the peak, the step after them the peak,
     and the last step of the run is the last one before the schedule's zero. That is transformers' schedule one step on.
     At least one step has the peak, also in a run of a single step.
 
     Args:
-        kind: What follows the warm-up.
+        schedule: What follows the warm-up.
         warmup_ratio: Share of all steps that warm up, rounded up.
         total_steps: Gives the number of steps, None where there is no end or it isn't known yet (see
             :func:`set_first_rate`).
 
     Raises:
-        ConfigError: For an unknown kind or a ratio outside [0, 1).
+        ConfigError: For an unknown schedule or a ratio outside [0, 1).
 
     Example:
         >>> factor = schedule_factor("linear", warmup_ratio=0.2, total_steps=lambda: 10)
         >>> [round(factor(step), 3) for step in (0, 1, 2, 6, 9)]
         [0.333, 0.667, 1.0, 0.5, 0.125]
     """
-    if kind not in ("cosine", "linear", "constant"):
-        raise ConfigError(f"lr_schedule={kind!r}: expected 'cosine', 'linear' or 'constant'.")
+    if schedule not in ("cosine", "linear", "constant"):
+        raise ConfigError(f"lr_schedule={schedule!r}: expected 'cosine', 'linear' or 'constant'.")
     if not 0 <= warmup_ratio < 1:
         raise ConfigError(f"warmup_ratio={warmup_ratio}: expected a share in [0, 1).")
 
     def factor(step: int) -> float:
         total = total_steps()
         if total is None:
-            if kind != "constant" and step > 0:
+            if schedule != "constant" and step > 0:
                 raise ConfigError(
-                    f"lr_schedule={kind!r} needs to know how long training lasts: use a Trainer with max_steps or "
+                    f"lr_schedule={schedule!r} needs to know how long training lasts: use a Trainer with max_steps or "
                     "max_epochs, or lr_schedule='constant'."
                 )
             return 1.0  # nothing to decay to, or not known before the first step
         warmup = min(math.ceil(total * warmup_ratio), max(0, total - 1))
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        if kind == "constant":
+        if schedule == "constant":
             return 1.0
         progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return 1.0 - progress if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return factor
 
@@ -81,11 +81,11 @@ def schedule_factor(
 def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
     """Give the first step the rate that the schedule means it to have.
 
-    A scheduler sets the first rate when it is made. Then the Trainer hasn't looked at its data yet and the number of
-    steps isn't known, so this is to be called once it is. Nothing happens to a scheduler that has made a step.
+    A scheduler sets the first rate when it is created, before the Trainer has loaded its data and the number of steps
+    is known. Call this once it is known. A scheduler that has already taken a step isn't changed.
 
     Args:
-        scheduler: Of the optimizer that is about to make its first step.
+        scheduler: Scheduler of the optimizer that is about to take its first step.
 
     Example:
         >>> total = None
@@ -108,14 +108,14 @@ def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
 def adamw(
     groups: Iterable[dict[str, Any]], learning_rate: float, betas: tuple[float, float], *, scaled: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW over parameter groups; in one kernel for each of them on a CPU, three to six times as fast there.
+    """AdamW over parameter groups, fused on CPUs, where that is three to six times as fast.
 
     Args:
-        groups: Of parameters.
-        learning_rate: The peak.
-        betas: Of AdamW.
-        scaled: Whether a gradient scaler may be used. Lightning clips no gradients of an optimizer that could undo the
-            scaling itself, as that kernel can.
+        groups: Parameter groups.
+        learning_rate: Learning rate at the peak of the schedule.
+        betas: Decay rates of AdamW's running averages of the gradient and its square.
+        scaled: Whether a gradient scaler may be used. Lightning doesn't clip gradients of an optimizer that unscales
+            them itself, as the fused kernel does.
     """
     groups = list(groups)
     parameters = [parameter for group in groups for parameter in group["params"]]

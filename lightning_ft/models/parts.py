@@ -1,7 +1,7 @@
-"""The parts of a model by kind (attention, experts, router, ...), and how much of each is trained.
+"""The parts of a model (attention, experts, router, ...), and how many weights of each are trained.
 
-Kinds are told from the structure: where token ids come in and logits go out, which modules repeat, what holds one
-matrix per expert, which modules know about attention heads.
+Parts are recognized by structure: where token ids go in and logits come out, which modules repeat, what holds one
+matrix per expert, and which modules have attributes of attention heads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reward_head import HEADS
 
-KINDS = ("attention", "MLP", "experts", "router", "encoders", "embeddings", "head", "norms", "other")
+PARTS = ("attention", "MLP", "experts", "router", "encoders", "embeddings", "head", "norms", "other")
 _MIXERS = re.compile(r"atten|mixer|mamba|ssm|recurrent|shortconv|deltanet", re.IGNORECASE)
 _KNOWS_HEADS = ("num_heads", "num_attention_heads", "head_dim", "num_key_value_heads", "n_head")
 _WRAPPED = re.compile(r"(\.(base_layer|original_module))+\.")
@@ -79,27 +79,27 @@ def expert_tensors(base: PreTrainedModel) -> dict[str, nn.Parameter]:
     return found
 
 
-def part_kinds(base: PreTrainedModel) -> dict[str, str]:
-    """The kind of each parameter of a model, and of each module that has some of its own.
+def find_parts(base: PreTrainedModel) -> dict[str, str]:
+    """The part that each parameter of a model belongs to, and each module with parameters of its own.
 
     Args:
         base: A model without adapters.
 
     Returns:
-        One of :data:`KINDS` by name.
+        One of :data:`PARTS` for each name.
     """
     modules = dict(base.named_modules(remove_duplicate=False))
-    kind_of = _Kinds(base, modules)
-    kinds = {}
+    part_of = _PartFinder(base, modules)
+    parts: dict[str, str] = {}
     for name, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False):
-            kinds[f"{name}.{key}" if name else key] = kind = kind_of(name, parameter)
-            kinds.setdefault(name, kind)
-    return kinds
+            parts[f"{name}.{key}" if name else key] = part = part_of(name, parameter)
+            parts.setdefault(name, part)
+    return parts
 
 
-class _Kinds:
-    """Tells the kind of a parameter by what holds it."""
+class _PartFinder:
+    """Finds the part that a parameter belongs to from the modules that contain it."""
 
     def __init__(self, base: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
         self._modules = modules
@@ -149,7 +149,7 @@ class _Kinds:
 
 
 def _mixes_tokens(module: nn.Module) -> bool:
-    """Whether a module says that it lets tokens see each other: it knows about heads, or its class's name says so."""
+    """Whether a module mixes tokens, judging by its class name or attributes of attention heads."""
     return bool(_MIXERS.search(type(module).__name__)) or any(hasattr(module, name) for name in _KNOWS_HEADS)
 
 
@@ -196,14 +196,14 @@ def adapted_parameters(model: nn.Module) -> set[int]:
 
 @dataclass
 class Amounts:
-    """Numbers of weights of one kind.
+    """Numbers of weights of one part of a model.
 
     Args:
-        total: Of the model, adapters left out.
-        trained: Weights that the optimizer changes, those of adapters included.
-        adapted: Weights of the model that an adapter is added to.
-        frozen: Weights of the model that stay as they are, adapted or not.
-        unreached: Frozen weights that no row of text reaches.
+        total: All weights without adapters.
+        trained: Weights that the optimizer changes, including those of adapters.
+        adapted: Weights that an adapter is added to.
+        frozen: Weights that stay unchanged, adapted or not.
+        unreached: Frozen weights that text doesn't reach.
     """
 
     total: int = 0
@@ -213,22 +213,22 @@ class Amounts:
     unreached: int = 0
 
 
-def count_parts(model: CausalLM, kinds: Mapping[str, str], unreached: frozenset[str]) -> dict[str, Amounts]:
-    """How much of each kind there is, and what becomes of it in training.
+def count_parts(model: CausalLM, parts: Mapping[str, str], unreached: frozenset[str]) -> dict[str, Amounts]:
+    """Count the weights of each part, and how many of them are trained, adapted and frozen.
 
     Args:
         model: The model as it is trained, adapted or not.
-        kinds: Of its base, from :func:`part_kinds`.
-        unreached: Names of the base's parameters that no row reaches.
+        parts: Parts of its base, from :func:`find_parts`.
+        unreached: Names of the base's parameters that text doesn't reach.
 
     Returns:
-        Amounts by kind, in the order of :data:`KINDS`, those that there is something of.
+        Counts by part, in the order of :data:`PARTS`, without empty parts.
     """
-    found = {kind: Amounts() for kind in KINDS}
+    counts = {part: Amounts() for part in PARTS}
     adapted = adapted_parameters(model)
     for full_name, parameter in model.named_parameters():
         name, added = base_name(full_name)
-        amounts, count = found[kinds.get(name, "other")], numel(parameter)
+        amounts, count = counts[parts.get(name, "other")], numel(parameter)
         amounts.trained += count if parameter.requires_grad else 0
         if added:
             continue
@@ -237,11 +237,11 @@ def count_parts(model: CausalLM, kinds: Mapping[str, str], unreached: frozenset[
         if not parameter.requires_grad:
             amounts.frozen += count
             amounts.unreached += count if name in unreached else 0
-    return {kind: amounts for kind, amounts in found.items() if amounts != Amounts()}
+    return {part: amounts for part, amounts in counts.items() if amounts != Amounts()}
 
 
 def parts_table(parts: Mapping[str, Amounts]) -> str:
-    """The amounts as a table of text, sums last.
+    """The counts as a text table, with sums in the last row.
 
     Example:
         >>> print(parts_table({"attention": Amounts(1_500_000, 2_000, 1_500_000, 1_500_000, 0)}))
@@ -252,8 +252,8 @@ def parts_table(parts: Mapping[str, Amounts]) -> str:
     names = [field.name for field in fields(Amounts)]
     whole = Amounts(*(sum(getattr(amounts, name) for amounts in parts.values()) for name in names))
     lines = [" " * 10 + "".join(f"{name:>11}" for name in names)]
-    for kind, amounts in {**parts, "all": whole}.items():
-        lines.append(f"{kind:<10}" + "".join(f"{short_count(getattr(amounts, name)):>11}" for name in names))
+    for part, amounts in {**parts, "all": whole}.items():
+        lines.append(f"{part:<10}" + "".join(f"{short_count(getattr(amounts, name)):>11}" for name in names))
     return "\n".join(lines)
 
 

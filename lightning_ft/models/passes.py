@@ -1,12 +1,11 @@
-"""One batch as several forward passes, for models that would let its sequences change each other.
+"""Split a batch into several forward passes, for models whose sequences would change each other in one pass.
 
-A part of a batch is a batch of its own, laid out again, that remembers where each of its tokens is in the whole one:
+A part is a batch of its own that records the position of each of its tokens in the flattened whole batch:
 
-    whole   [a a a a b b c c c]        parts   [a a a a]  places [0 1 2 3]
-    (a is longer than the others)              [b b c c c] places [4 5 6 7 8]
+    whole   [a a a a b b c c c]        parts   [a a a a]  positions [0 1 2 3]
+    (a is longer than the others)              [b b c c c] positions [4 5 6 7 8]
 
-so hidden states of parts can be put where those of the whole batch would be, and log-probabilities of its targets
-likewise.
+so the parts' hidden states and log-probs can be put back in the order of the whole batch.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ class Part:
 
     Args:
         batch: They alone, `b` rows of `s` tokens, with `m` of the targets.
-        places: Position in the flattened whole batch of each token of `batch`, -1 for padding, ``int64 [b * s]``.
+        positions: Position in the flattened whole batch of each token of `batch`, -1 for padding, ``int64 [b * s]``.
         targets: Index of each of its targets among those of the whole batch, ``int64 [m]``.
     """
 
     batch: TokenBatch
-    places: Tensor
+    positions: Tensor
     targets: Tensor
 
 
@@ -100,26 +99,26 @@ def _runs(batch: TokenBatch) -> list[range]:
 def _part(batch: TokenBatch, runs: Sequence[range]) -> Part:
     device, whole = batch.input_ids.device, batch.input_ids.numel()
     rows = balanced_rows([len(run) for run in runs]) if batch.packed else [[i] for i in range(len(runs))]
-    # the layout of the places themselves: what stands in it says where each token comes from
+    # Lay out the flat positions as if they were token ids: the result says where each token comes from.
     where = [Example(torch.tensor(run), torch.zeros(len(run), dtype=torch.bool)) for run in runs]
     layout = lay_out([[Segment(where[i]) for i in row] for row in rows], pad_token_id=whole).to(device)
-    places = layout.input_ids.flatten()
+    positions = layout.input_ids.flatten()
     padding = batch.input_ids[batch.segment_ids < 0][:1]
     tokens = torch.cat([batch.input_ids.flatten(), padding if len(padding) else batch.input_ids.new_zeros(1)])
     local = torch.full((whole + 1,), -1, dtype=torch.int64, device=device)
-    local[places] = torch.arange(len(places), device=device)
+    local[positions] = torch.arange(len(positions), device=device)
     predictors = local[batch.predictors]
     targets = (predictors >= 0).nonzero().flatten()
     part = replace(
         layout,
-        input_ids=tokens[places].view(layout.input_ids.shape),
+        input_ids=tokens[positions].view(layout.input_ids.shape),
         predictors=predictors[targets],
         targets=batch.targets[targets],
         groups=batch.groups[targets],
         num_groups=batch.num_groups,
         explicit_mask=batch.explicit_mask and layout.packed,
     )
-    return Part(part, torch.where(places == whole, -1, places), targets)
+    return Part(part, torch.where(positions == whole, -1, positions), targets)
 
 
 def put_back(parts: Sequence[Part], states: Sequence[Tensor], batch: TokenBatch) -> Tensor:
@@ -130,7 +129,7 @@ def put_back(parts: Sequence[Part], states: Sequence[Tensor], batch: TokenBatch)
         states: ``[b, s, d]`` of each.
         batch: The whole batch.
     """
-    every = torch.cat([part.places for part in parts])
+    every = torch.cat([part.positions for part in parts])
     real = every >= 0
     flat = torch.cat([hidden.flatten(0, 1) for hidden in states])[real]
     whole = flat.new_zeros(batch.input_ids.numel(), flat.shape[-1]).index_copy(0, every[real], flat)

@@ -1,4 +1,4 @@
-"""How many positions a model has: what its configuration says, and whether it can read further, asked of the model."""
+"""Find out whether a model can process a token at a given position, by running it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _aten = torch.ops.aten
 
 
 def reads_position(base: PreTrainedModel, position: int) -> bool:
-    """Whether a model can read a sequence that has a token at this position.
+    """Whether a model can process a sequence with a token at this position.
 
-    Learned tables of positions end somewhere; rotary positions go on, with whatever quality. The model is asked with
-    one token at that position, or where it takes no positions with a sequence of that length. On a GPU a table that is
-    too small would end the process, so indices are looked at before they are used.
+    Learned position tables have an end; rotary positions have none, whatever their quality. The model runs one token at
+    that position, or a sequence of that length if it takes no position ids. On a GPU an index past the end of a table
+    would kill the process, so indices are checked before they are used.
 
     Args:
-        base: A transformers model, on any device, sharded or not; then all ranks have to ask.
-        position: Counted from 0.
+        base: A transformers model on any device. If it is sharded, all ranks must make this call.
+        position: Position of the token, counted from 0.
 
     Returns:
-        False if it can't; True also where a pass at position 0 fails for another reason.
+        False if the model can't; True also if a pass at position 0 fails too, for another reason.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel

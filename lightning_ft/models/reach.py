@@ -1,9 +1,8 @@
-"""Which parameters a row of text can train, found out by asking the model before the first step.
+"""Find the parameters that text reaches, by probing the model before the first step.
 
-A checkpoint may hold more than text goes through: vision and audio towers and their projectors, keys and values that
-a layer takes from another one, heads of other tasks. A parameter there never gets a gradient. Left trainable it would
-stand in the optimizer for nothing, an adapter on it would be exported for nothing, and `DistributedDataParallel` dies
-of it.
+A checkpoint may contain modules that text doesn't go through: vision and audio towers and their projectors, keys and
+values that a layer takes from another one, heads of other tasks. Their parameters never get a gradient. If they stayed
+trainable, the optimizer and an exported adapter would hold them needlessly, and `DistributedDataParallel` would fail.
 
 One forward pass over a few tokens is enough, and no backward pass: autograd's graph of the logits names every
 parameter that they depend on, whatever the values are.
@@ -26,20 +25,20 @@ from lightning_ft.models.load import context_length
 
 PROBE_TOKENS = 8
 LONG_PROBE_TOKENS = 256
-"""Some layers have parts that only longer rows reach: such as those that compress every so many tokens into one."""
+"""Tokens of a second probe: some layers have parts that only longer rows reach, such as token compression."""
 _ANY_DEVICE = ("eager", "sdpa")
-"""Attention that runs wherever the weights are: others have kernels for a GPU only, where a model isn't yet."""
+"""Attention implementations for any device: others have GPU kernels only, and the model may still be on the CPU."""
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What a row of text reaches of a model.
+    """Which parameters of a model text reaches.
 
     Args:
         unreached: Names of the parameters that the logits don't depend on.
-        unlike_linear: Names of linear layers that give something else than the product with their matrix, as some
-            routers do, and some that work on groups of columns: an adapter that adds to a linear layer's output fails.
-        unknown: Why the model could not be asked; None if it could. Nothing is called unreached then.
+        unlike_linear: Names of linear layers whose output isn't the product with their matrix, such as some routers and
+            some grouped layers. An adapter, which adds to a linear layer's output, fails on them.
+        unknown: Why the model couldn't be probed; None if it could. If set, no parameter counts as unreached.
     """
 
     unreached: frozenset[str] = frozenset()
@@ -47,34 +46,33 @@ class Reach:
     unknown: str | None = None
 
     def modules(self, model: nn.Module) -> frozenset[str]:
-        """Names of the modules that have parameters of their own, none of which is reached.
+        """Names of the modules with parameters of their own, none of which are reached.
 
         Args:
-            model: The model that was asked.
+            model: The model that was probed.
         """
-        found = []
+        names = []
         for name, module in model.named_modules(remove_duplicate=False):
             own = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
             if own and self.unreached.issuperset(own):
-                found.append(name)
-        return frozenset(found)
+                names.append(name)
+        return frozenset(names)
 
 
 def find_reach(model: CausalLM) -> Reach:
-    """Ask a model which of its parameters a row of text reaches.
+    """Find which parameters of a model text reaches, with a forward pass over a few tokens.
 
-    Experts that the router chose for none of the probe's tokens count as reached where one of their siblings was:
-    members of a `ModuleList` that weren't called, next to members of the same class that were. A tensor that holds all
-    experts is reached as a whole.
+    Experts that the router chose for none of the tokens count as reached if a sibling is reached: members of a
+    `ModuleList` that didn't run, next to members of the same class that did. A tensor of all experts is reached as a
+    whole.
 
-    The model is left as it was: modes, buffers, random streams, `requires_grad`; there are no gradients.
+    The model is left as it was: modes, buffers, random generators, `requires_grad`; no gradients are computed.
 
     Args:
-        model: A language model or one that scores sequences, adapted or not, on any device, quantized or not. Not
-            sharded.
+        model: A language model or reward model, adapted or not, on any device, quantized or not, but not sharded.
 
     Returns:
-        Parameters under each name that they have in `model`, tied ones included.
+        Names of parameters, including every name of tied ones.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,12 +108,12 @@ def _reached(model: CausalLM, tokens: int) -> tuple[set[int], set[int]]:
 
 
 def model_output(model: CausalLM, tokens: int = PROBE_TOKENS, *, labels: bool = False) -> Any:
-    """What a model gives for a few tokens, by its own forward pass.
+    """Output of a model's own forward pass over a few tokens.
 
     Args:
         model: The model.
-        tokens: Most tokens of the row; fewer where the model has fewer positions.
-        labels: Let it compute its own loss over them.
+        tokens: Number of tokens in the row; fewer if the model has fewer positions.
+        labels: Whether the model computes its own loss over them.
     """
     base = base_of(model)
     ids = probe_ids(base, min(tokens, context_length(base) or tokens))
@@ -124,7 +122,7 @@ def model_output(model: CausalLM, tokens: int = PROBE_TOKENS, *, labels: bool = 
 
 
 def probe_ids(base: PreTrainedModel, tokens: int = PROBE_TOKENS) -> Tensor:
-    """A row of tokens that any model of text has, ``int64 [1, tokens]``: special ones of images have high ids."""
+    """A row of ordinary text tokens, ``int64 [1, tokens]``, from the lower ids: special image tokens have high ids."""
     vocabulary = int(base.config.get_text_config().vocab_size)
     generator = torch.Generator(device="cpu").manual_seed(0)
     ids = torch.randint(0, max(1, vocabulary // 2), (1, tokens), generator=generator, device="cpu")
@@ -133,9 +131,9 @@ def probe_ids(base: PreTrainedModel, tokens: int = PROBE_TOKENS) -> Tensor:
 
 @contextmanager
 def probing(model: CausalLM) -> Iterator[None]:
-    """A model in eval mode with autograd on, as it was again afterwards.
+    """Eval mode with autograd enabled; the model is restored afterwards.
 
-    Gradient checkpointing is off meanwhile: some of its kinds hide the graph.
+    Gradient checkpointing is switched off, since some implementations hide the graph.
     """
     base = base_of(model)
     modes = [(module, module.training) for module in model.modules()]
@@ -184,10 +182,10 @@ def _plain_tensors(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def _differentiable(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """Let autograd follow every parameter; quantized ones, which it can't, by a mark on what their module gives.
+    """Make autograd track every parameter; quantized ones through a zero tensor added to their module's output.
 
     Yields:
-        The mark of each quantized parameter, by the parameter's id.
+        The zero tensor of each quantized parameter, by the parameter's id.
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     marks: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The model as it was before training: what ratios and KL are taken against."""
+"""The reference model: the policy as it was before training, for log-ratios and KL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.models.tensors import tensor_bytes
 
-ReferenceKind = Literal["adapter_off", "initial_adapter", "copy"]
+ReferenceMode = Literal["adapter_off", "initial_adapter", "copy"]
 INITIAL = "initial"
 """Name of the frozen adapter that a continued one is compared with."""
 
@@ -28,7 +28,7 @@ INITIAL = "initial"
 def active_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
     """Run with another adapter, or with none.
 
-    PEFT makes whichever adapter it activates trainable and the others not; what trains is put back.
+    PEFT makes the adapter that it activates trainable and freezes the others; this is restored afterwards.
 
     Args:
         model: The adapted model.
@@ -51,17 +51,16 @@ def active_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
 
 
 class Reference:
-    """Gives the model as it was before training, without a second copy of it wherever it has an adapter.
+    """The model as it was before training, without a second copy of its weights if it has an adapter.
 
-    A new adapter is switched off. One that was continued, or whose initialisation changed the base weights (PiSSA,
-    OLoRA, LoftQ), is kept frozen beside the trained one. Only full fine-tuning needs a copy of the weights.
+    A new adapter is switched off. A continued adapter, or one whose initialization changed the base weights (PiSSA,
+    OLoRA, LoftQ), is kept as a second, frozen adapter. Only full fine-tuning needs a copy of the weights.
 
     Args:
-        model: The model, before its first step.
-        initial: The adapter as training starts from it; None for a new one over untouched weights, which is undone by
-            switching it off.
-        load: Loads the weights again; None copies those that are there.
-        place: Called with a copy of the weights: shards it as the model is.
+        model: The model before its first step.
+        initial: The adapter at the start of training; None for a new one on unchanged weights, which is switched off.
+        load: Callable that loads the weights again; None to copy the model's current weights.
+        prepare_copy: Callable that is passed the copy of the weights, to shard it like the model.
     """
 
     def __init__(
@@ -70,21 +69,21 @@ class Reference:
         *,
         initial: InitialAdapter | None = None,
         load: Callable[[], PreTrainedModel] | None = None,
-        place: Callable[[PreTrainedModel], None] = lambda copied: None,
+        prepare_copy: Callable[[PreTrainedModel], None] = lambda copied: None,
     ) -> None:
         self._model = [model]  # in lists: neither is a submodule, nor are their weights in checkpoints
         self._copy: list[PreTrainedModel] = []
-        self.kind: ReferenceKind
+        self.mode: ReferenceMode
         if not isinstance(model, PeftModel):
-            self.kind = "copy"
+            self.mode = "copy"
             copied = load() if load is not None else copy.deepcopy(model)
             copied.requires_grad_(False).eval()
-            place(copied)
+            prepare_copy(copied)
             self._copy.append(copied)
         elif initial is None:
-            self.kind = "adapter_off"
+            self.mode = "adapter_off"
         else:
-            self.kind = "initial_adapter"
+            self.mode = "initial_adapter"
             training = model.training
             with warnings.catch_warnings():  # this one was made for the base as it was changed
                 warnings.filterwarnings("ignore", message=".*changes the base weights")
@@ -103,18 +102,18 @@ class Reference:
 
     @contextmanager
     def use(self) -> Iterator[CausalLM]:
-        """The model to score with, in eval mode, without gradients."""
+        """Yield the reference model in eval mode, without gradients."""
         model = self._model[0]
         if self._copy:
             with evaluating(self._copy[0]):
                 yield self._copy[0]
             return
         adapted = cast(PeftModel, model)
-        with evaluating(adapted), active_adapter(adapted, INITIAL if self.kind == "initial_adapter" else None):
+        with evaluating(adapted), active_adapter(adapted, INITIAL if self.mode == "initial_adapter" else None):
             yield adapted
 
     def fingerprint(self) -> str:
-        """A hash of the weights that score, to name what was computed with them."""
+        """A hash of the reference's weights, which names the log-probs computed with them."""
         digest = hashlib.sha256()
         with self.use() as model:
             trained = set(model.peft_config) - {INITIAL} if isinstance(model, PeftModel) else set()

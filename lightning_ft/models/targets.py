@@ -1,9 +1,8 @@
-"""Where a new adapter goes: every linear layer that rows reach, and experts that are kept as one tensor.
+"""Choose the targets of a new adapter: every linear layer that text reaches, and experts stored as one tensor.
 
-PEFT's ``"all-linear"`` means modules. Architectures keep all experts of a layer in one parameter, which only its
-`target_parameters` reaches, and PEFT moves names that older checkpoints used from one to the other, losing linear
-layers of the same name. So PEFT is asked first: the adapter is put on a copy of the model without weights, and what
-would be adapted is read from that.
+PEFT's ``"all-linear"`` covers modules only. Many architectures store all experts of a layer in one parameter, which
+needs `target_parameters`, and PEFT converts module names of older checkpoints to parameters, losing linear layers of
+the same name. So the adapter is first put on a copy of the model without weights, to see what PEFT would adapt.
 """
 
 from __future__ import annotations
@@ -72,22 +71,22 @@ ALL_LINEAR = "all-linear"
 
 
 def fitted(config: LoraConfig, base: PreTrainedModel, reach: Reach, top_layers: int | None = None) -> LoraConfig:
-    """An adapter's configuration for a model: what text doesn't reach left out, what "all-linear" misses put in.
+    """Fit an adapter's configuration to a model: exclude what text doesn't reach, and add what "all-linear" misses.
 
     Args:
-        config: As the user gave it; not changed.
-        base: The model, without adapters.
-        reach: What a row of text reaches of it.
-        top_layers: Adapt the topmost layers only; None for all.
+        config: The user's configuration, which is not changed.
+        base: The model without adapters.
+        reach: Which parameters of the model text reaches.
+        top_layers: Number of topmost layers to adapt; None for all.
 
     Returns:
-        A configuration that PEFT puts on that model, and on the same model again wherever the adapter is loaded.
+        A configuration that PEFT can apply to the model, also when the adapter is loaded again.
 
     Raises:
-        ConfigError: If it names something that no text reaches.
-        ModelError: If PEFT can't put it on the model.
+        ConfigError: If it names only modules that text doesn't reach.
+        ModelError: If PEFT can't apply it to the model.
     """
-    config = copy.deepcopy(config)  # PEFT changes the one that it is given
+    config = copy.deepcopy(config)  # PEFT changes its argument
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     experts = {} if config.target_parameters else expert_tensors(base)
     experts = {name: tensor for name, tensor in experts.items() if name not in reach.unreached}
@@ -131,15 +130,17 @@ def without_unreached(config: LoraConfig, base: PreTrainedModel, reach: Reach) -
     return replace(config, exclude_modules=_excluding(config.exclude_modules, base, reach, modules))
 
 
-def _excluding(given: Any, base: PreTrainedModel, reach: Reach, modules: Iterable[str]) -> str:
+def _excluding(
+    excluded: str | Iterable[str] | None, base: PreTrainedModel, reach: Reach, modules: Iterable[str]
+) -> str:
     """A regular expression of the modules to leave out, as few names as can be, and of what was left out already."""
     whole = unreached_roots(base, reach)
     roots = sorted({next(root for root in whole if f"{name}.".startswith(f"{root}.")) for name in modules})
     parts = [f"({'|'.join(map(re.escape, roots))})(\\..*)?"]
-    if isinstance(given, str):
-        parts.append(f"({given})")
-    elif given:
-        parts.append(f"(.*\\.)?({'|'.join(map(re.escape, sorted(given)))})")
+    if isinstance(excluded, str):
+        parts.append(f"({excluded})")
+    elif excluded:
+        parts.append(f"(.*\\.)?({'|'.join(map(re.escape, sorted(excluded)))})")
     return "|".join(parts)
 
 
@@ -218,7 +219,7 @@ def _everything(
 def _without_tensors(
     base: PreTrainedModel, plain: LoraConfig, linear: list[str], tensors: list[str], reason: str
 ) -> LoraConfig:
-    """Linear layers alone, as modules, where a setting keeps PEFT from adapting parameters; told once."""
+    """Adapt linear layers as modules only, with a warning, if a setting keeps PEFT from adapting parameters."""
     lost = _lost(base, plain, linear)
     kept = [name for name in linear if name not in lost]
     left = _shortest(base, [*tensors, *(f"{name}.weight" for name in lost)])

@@ -1,4 +1,4 @@
-"""Tensors as bytes, and as files that are whole or not there."""
+"""Tensors as bytes for hashing, and as files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHECKSUM = "checksum"
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
-    r"""What a tensor holds, of all ranks where it is sharded; to hash it.
+    r"""The bytes of a tensor, gathered from all ranks if it is sharded.
 
     Example:
         >>> bytes(tensor_bytes(torch.tensor([1, 256], dtype=torch.int16)))

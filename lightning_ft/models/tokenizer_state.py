@@ -1,4 +1,4 @@
-"""A tokenizer as plain values: what a checkpoint keeps of it, so that whoever loads it has the one trained with."""
+"""Save a tokenizer in a checkpoint as plain values, so that a loaded model has the tokenizer it was trained with."""
 
 from __future__ import annotations
 

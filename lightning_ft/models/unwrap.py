@@ -1,4 +1,4 @@
-"""The model inside what a training loop holds."""
+"""Find the transformers or PEFT model inside a module or its wrappers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_ft.errors import LightningFTError
 
 
 def unwrapped(module: Any) -> Any:
-    """Without what Fabric or DDP put around it."""
+    """A module without the wrappers of Fabric or DDP."""
     while not isinstance(module, (PreTrainedModel, PeftModel)) and hasattr(module, "module"):
         module = module.module
     return module
@@ -32,11 +32,11 @@ def required_model(module: Any, measuring: str, error: type[LightningFTError]) -
 
     Args:
         module: The module, or with Fabric the model.
-        measuring: Who asks, for the message.
-        error: What is raised.
+        measuring: Name of the caller, for the message.
+        error: Class of the error to raise.
 
     Raises:
-        LightningFTError: The `error` given, if it has none.
+        LightningFTError: An `error`, if the module has no such model.
     """
     model = model_of(module)
     if model is None:
@@ -48,14 +48,14 @@ def required_model(module: Any, measuring: str, error: type[LightningFTError]) -
 
 
 def weights_fingerprint(model: Any) -> tuple[float, ...]:
-    """Numbers that change when trained weights do; every rank of a sharded model must ask.
+    """Numbers that change when trained weights do. All ranks of a sharded model must make this call.
 
-    Steps don't tell: weight averaging puts other weights in place after the last one.
+    The step count isn't enough: weight averaging replaces the weights after the last step.
     """
-    found: list[float] = []
+    totals: list[float] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             weights = parameter.detach()
             for total in (weights.sum(dtype=torch.float64), torch.linalg.vector_norm(weights, dtype=torch.float64)):
-                found.append(float(total.full_tensor() if hasattr(total, "full_tensor") else total))
-    return tuple(found)
+                totals.append(float(total.full_tensor() if hasattr(total, "full_tensor") else total))
+    return tuple(totals)

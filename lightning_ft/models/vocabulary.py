@@ -1,4 +1,4 @@
-"""A tokenizer's tokens against a model's embeddings: which have none, and which have one that nothing has trained."""
+"""Compare a tokenizer with a model's embeddings: tokens without an embedding, or with one that was never trained."""
 
 from __future__ import annotations
 

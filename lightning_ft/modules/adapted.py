@@ -119,7 +119,7 @@ class AdaptedFineTuning(FineTuning):
             self.model,
             initial=self._starting_adapter,
             load=load,
-            place=(lambda copied: shard(copied, mesh)) if mesh is not None else lambda copied: None,
+            prepare_copy=(lambda copied: shard(copied, mesh)) if mesh is not None else lambda copied: None,
         )
 
     def lay_out(self, prompts: Sequence[Tensor], completions: Sequence[Sequence[Example]]) -> TokenBatch:

@@ -1,4 +1,4 @@
-"""An adapter finds the local folder that it was trained over, though it doesn't hold its path."""
+"""An adapter finds the local folder that it was trained on without storing its path."""
 
 import json
 import shutil

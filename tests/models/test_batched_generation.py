@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Rwk
 
 from lightning_ft.data.layout import Example
 from lightning_ft.errors import ModelError
-from lightning_ft.models.batched_generation import left_padding, prompts_together
+from lightning_ft.models.batched_generation import left_padding, plan_batches
 from lightning_ft.models.generate import generate_text
 from lightning_ft.models.logprob_model import LogProbModel
 from lightning_ft.rollout.local import LocalEngine
@@ -82,7 +82,7 @@ def test_engine_keeps_prompts_apart_where_padding_is_read(num_completions):
         warnings.simplefilter("always")
         first = engine.generate(prompts, max_new_tokens=6, num_completions=num_completions)
         engine.generate(prompts, max_new_tokens=6)
-    assert "longer prompts of its batch, so only prompts of the same length share one" in str(told[0].message)
+    assert "longer prompts of its batch, so only prompts of equal length share one" in str(told[0].message)
     assert len([w for w in told if "same length" in str(w.message)]) == 1
     want = [answer for answer in by_generate(model, prompts, 6) for _ in range(num_completions)]
     assert [c.tokens for c in first.completions] == want
@@ -165,7 +165,7 @@ def test_generate_text_gives_each_prompt_what_it_gets_alone(make, tokenizer):
 
 
 def test_an_ordinary_model_has_its_prompts_in_one_batch():
-    found = prompts_together(make_model(100).eval(), [3, 9, 500], max_new_tokens=4, pad_token_id=0)
+    found = plan_batches(make_model(100).eval(), [3, 9, 500], max_new_tokens=4, pad_token_id=0)
     assert (found.keys, found.alone, found.why) == ((0, 0, 0), False, None)
 
 

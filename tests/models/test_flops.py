@@ -5,7 +5,7 @@ import torch
 from tiny import make_model
 
 from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
-from lightning_ft.models.flops import OperationCounter, counted_apart
+from lightning_ft.models.flops import OperationCounter, counted_separately
 
 A, B = torch.ones(2, 3), torch.ones(3, 5)
 PRODUCT = 2 * 2 * 3 * 5
@@ -14,9 +14,9 @@ PRODUCT = 2 * 2 * 3 * 5
 def test_only_counters_made_inside_count():
     with OperationCounter() as outer:
         A @ B
-        with counted_apart(), OperationCounter() as inner:
+        with counted_separately(), OperationCounter() as inner:
             A @ B
-            with counted_apart(), OperationCounter() as innermost:
+            with counted_separately(), OperationCounter() as innermost:
                 A @ B
                 A @ B
             A @ B
@@ -26,7 +26,7 @@ def test_only_counters_made_inside_count():
 
 def test_counters_count_again_after_an_error():
     with OperationCounter() as counter:
-        with pytest.raises(ZeroDivisionError), counted_apart():
+        with pytest.raises(ZeroDivisionError), counted_separately():
             1 / (A @ B)[0, 0].sub(3).item()
         A @ B
     assert counter.flops == PRODUCT
@@ -34,7 +34,7 @@ def test_counters_count_again_after_an_error():
 
 def test_operators_without_a_formula_are_not_named_either():
     query = torch.ones(1, 1, 4, 8)
-    with OperationCounter() as outer, counted_apart(), OperationCounter() as inner:
+    with OperationCounter() as outer, counted_separately(), OperationCounter() as inner:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
     assert (outer.saw_attention, inner.saw_attention) == (False, True)
 
@@ -42,7 +42,7 @@ def test_operators_without_a_formula_are_not_named_either():
 def test_what_runs_is_the_same():
     model, ids = make_model(), torch.arange(3, 12)[None]
     plain = model(ids).logits
-    with OperationCounter(), counted_apart(), OperationCounter():
+    with OperationCounter(), counted_separately(), OperationCounter():
         assert torch.equal(model(ids).logits, plain)
 
 
@@ -55,7 +55,7 @@ class Counts(torch.nn.Module):
         self.frozen_flops = already
 
     def forward(self, batch):
-        with counted_apart():
+        with counted_separately():
             self.layer(batch)
         self.frozen_flops += 1000
         return self.layer(batch)

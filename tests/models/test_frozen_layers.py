@@ -188,10 +188,10 @@ TOP = {"layers_to_transform": [2], "target_modules": ["q_proj"]}
 REFUSED = {
     "all layers": (lambda: with_lora(), "The lowest of the 3 layers is trained"),
     "the lowest": (lambda: with_lora(**{**TOP, "layers_to_transform": [0]}), "lowest of the 3 layers is trained"),
-    "embeddings": (lambda: with_lora(**TOP, modules_to_save=["embed_tokens"]), "stands outside of the layers"),
-    "tokens": (lambda: with_lora(**TOP, trainable_token_indices=[5]), "stands outside of the layers"),
-    "tied head": (lambda: with_lora(**TOP, modules_to_save=["lm_head"], tie=True), "stands outside of the layers"),
-    "everything": (lambda: make_model().requires_grad_(True), "stands outside of the layers"),
+    "embeddings": (lambda: with_lora(**TOP, modules_to_save=["embed_tokens"]), "isn't inside a layer"),
+    "tokens": (lambda: with_lora(**TOP, trainable_token_indices=[5]), "isn't inside a layer"),
+    "tied head": (lambda: with_lora(**TOP, modules_to_save=["lm_head"], tie=True), "isn't inside a layer"),
+    "everything": (lambda: make_model().requires_grad_(True), "isn't inside a layer"),
     "nothing": (lambda: make_model().requires_grad_(False), "No parameter of the model is trained"),
 }
 

@@ -169,7 +169,7 @@ def test_a_head_that_does_something_unknown_takes_the_models_own_forward_pass():
 
     model = Shifted(make_model(100).config)
     scorer = LogProbModel()
-    with pytest.warns(UserWarning, match="in a way that isn't known here"):
+    with pytest.warns(UserWarning, match="in an unknown way"):
         scored = scorer(model, collate_examples(examples()), "none")
     torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
 
@@ -203,12 +203,12 @@ def test_a_backbone_that_gives_something_else_takes_the_plain_path(monkeypatch):
     own = type(model.model).forward
     model.kept = lambda *a, **k: own(model.model, *a, **k)
     monkeypatch.setattr(type(model.model), "forward", lambda self, **k: {"states": 0})
-    known = is_plain(model, "fails where a fast path is tried (AttributeError: 'dict' object has no attribute")
+    known = is_plain(model, "fails on a fast path (AttributeError: 'dict' object has no attribute")
     assert (known.packing, known.rows, known.sharing) == (None, "any", "its own forward pass is used")
 
 
 def test_a_head_that_is_used_twice_takes_the_plain_path():
-    is_plain(Strange(make_model(100).config), "changes its logits after the head in a way that isn't known here")
+    is_plain(Strange(make_model(100).config), "changes its logits after the head in an unknown way")
 
 
 def test_a_model_whose_values_are_not_finite_is_told_from_one_that_is_not_exact():

@@ -161,5 +161,5 @@ def test_several_passes_are_refused_where_ranks_would_have_to_make_them_together
     as_forward(model, hidden_states, batch)
     monkeypatch.setattr("torch.distributed.fsdp.register_fsdp_forward_method", lambda *_: None)
     register_sharded(model)
-    with pytest.raises(ModelError, match="several passes, which ranks of a sharded model would have to make together"):
+    with pytest.raises(ModelError, match="several passes, which the ranks of a sharded model can't synchronize"):
         as_forward(model, hidden_states, batch)

@@ -91,7 +91,7 @@ def test_load_model_takes_tied_weights_that_stand_there_once(tmp_path):
 
 def test_load_model_warns_of_weights_without_a_place(folder):
     change(folder, lambda w: {**w, "model.layers.7.mtp.weight": torch.ones(3)})
-    with pytest.warns(UserWarning, match=r"holds 1 weight that LlamaForCausalLM has no place for.*layers\.\*\.mtp"):
+    with pytest.warns(UserWarning, match=r"holds 1 weight that LlamaForCausalLM doesn't have.*layers\.\*\.mtp"):
         load_causal_lm(str(folder))
 
 
@@ -199,14 +199,14 @@ def test_load_adapter_refuses_a_base_with_fewer_layers(adapter):
 
 def test_load_adapter_refuses_a_base_of_another_width(adapter):
     with pytest.raises(
-        ModelError, match=r"28 of its weights have other sizes\. The first: .*layers.0.self_attn.q_proj"
+        ModelError, match=r"28 of its weights have unexpected sizes\. The first: .*layers.0.self_attn.q_proj"
     ):
         load_adapter(make_model(hidden=64), str(adapter))
 
 
 def test_load_adapter_refuses_another_rank(adapter):
     configure(adapter, "adapter_config.json", r=8)
-    with pytest.raises(ModelError, match="28 of its weights have other sizes"):
+    with pytest.raises(ModelError, match="28 of its weights have unexpected sizes"):
         load_adapter(make_model(), str(adapter))
 
 
@@ -246,7 +246,7 @@ def test_load_adapter_refuses_what_is_not_lora(tmp_path):
 
 def test_load_adapter_warns_of_another_base(adapter, model_folder):
     configure(adapter, "adapter_config.json", base_model_name_or_path="some/other-model")
-    with pytest.warns(UserWarning, match="was trained over 'some/other-model' and is continued over"):
+    with pytest.warns(UserWarning, match="was trained on 'some/other-model' and is continued on"):
         load_adapter(load_causal_lm(model_folder), str(adapter))
     name = model_folder.rstrip("/").split("/")[-1]
     configure(adapter, "adapter_config.json", base_model_name_or_path=f"elsewhere/{name}")

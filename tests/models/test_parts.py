@@ -7,7 +7,7 @@ from tiny import make_model
 from torch import nn
 
 from lightning_ft.models.adaptation import Adaptation
-from lightning_ft.models.parts import count_parts, part_kinds, parts_table
+from lightning_ft.models.parts import count_parts, find_parts, parts_table
 
 LAYER = "model.layers.1"
 
@@ -28,7 +28,7 @@ LAYER = "model.layers.1"
     ],
 )
 def test_part_kinds_by_architecture(kind, expected):
-    kinds = part_kinds(make(kind))
+    kinds = find_parts(make(kind))
     assert {name: kinds[f"{LAYER}.{name}"] for name in expected} == expected
     assert kinds["model.embed_tokens.weight"] == "embeddings"
     norms = {kinds[name] for name in kinds if name.endswith("norm.weight")}
@@ -39,7 +39,7 @@ def test_part_kinds_by_architecture(kind, expected):
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl", "llava", "idefics3"])
 def test_part_kinds_calls_all_outside_the_language_model_encoders(kind):
     model = make_multimodal(kind)
-    kinds, text = part_kinds(model), {id(p) for p in model.get_decoder().parameters()}
+    kinds, text = find_parts(model), {id(p) for p in model.get_decoder().parameters()}
     head = {id(p) for p in model.get_output_embeddings().parameters()}
     for name, parameter in model.named_parameters():
         assert (kinds[name] == "encoders") == (id(parameter) not in text | head), name
@@ -51,7 +51,7 @@ def test_part_kinds_knows_experts_in_a_list():
     for layer in model.model.layers:
         layer.mlp = nn.Module()
         layer.mlp.gate, layer.mlp.experts = nn.Linear(32, 3), nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
-    kinds = part_kinds(model)
+    kinds = find_parts(model)
     assert kinds["model.layers.0.mlp.experts.2.weight"] == "experts"
     assert kinds["model.layers.0.mlp.gate.weight"] == "router"
 
@@ -63,7 +63,7 @@ def test_count_parts_counts_every_weight_once(kind, lora):
     total = sum(p.numel() for p in base.parameters())
     adaptation = Adaptation(base, lora, None)
     model, _ = adaptation.apply(base, seed=0)
-    parts = count_parts(model, adaptation.kinds, adaptation.reach.unreached)
+    parts = count_parts(model, adaptation.parts, adaptation.reach.unreached)
     assert sum(amounts.total for amounts in parts.values()) == total
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(amounts.trained for amounts in parts.values()) == trained
@@ -74,7 +74,7 @@ def test_count_parts_counts_every_weight_once(kind, lora):
         experts = {"experts"} if kind != "llama" else set()
         dense = {"MLP"} if kind != "gpt_oss" else set()
         assert adapted == {"attention"} | experts | dense
-        assert ("lm_head.weight" in adaptation.kinds) == (parts["head"].trained > 0 or "modules_to_save" not in lora)
+        assert ("lm_head.weight" in adaptation.parts) == (parts["head"].trained > 0 or "modules_to_save" not in lora)
 
 
 def test_count_parts_takes_four_bit_weights_for_what_they_stand_for():
@@ -89,7 +89,7 @@ def test_parts_table_has_sums():
     base = make_multimodal("gemma3")
     adaptation = Adaptation(base, {"r": 2}, None)
     model, _ = adaptation.apply(base, seed=0)
-    lines = parts_table(count_parts(model, adaptation.kinds, adaptation.reach.unreached)).splitlines()
+    lines = parts_table(count_parts(model, adaptation.parts, adaptation.reach.unreached)).splitlines()
     assert lines[0].split() == ["total", "trained", "adapted", "frozen", "unreached"]
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
     assert rows["encoders"][0] == rows["encoders"][4] == rows["all"][4]

@@ -81,7 +81,7 @@ def make(kind, folder):
 def test_it_stays_what_the_model_was(kind, adapter_folder):
     module, expected = make(kind, adapter_folder)
     reference = module._ref.reference
-    assert reference.kind == EXPECTED.get(kind, "adapter_off")
+    assert reference.mode == EXPECTED.get(kind, "adapter_off")
     with reference.use() as model:
         torch.testing.assert_close(logprobs(model), expected, rtol=0, atol=1e-5)
     shake(module.model)
@@ -116,7 +116,7 @@ def test_nothing_of_the_model_is_touched(kind, adapter_folder):
     reference = fails_in_the_middle(module._ref.reference)
     assert state() == before
     assert not any(INITIAL in name or "copy" in name for name in module._kept())
-    assert (reference is model) == (module._ref.reference.kind != "copy")
+    assert (reference is model) == (module._ref.reference.mode != "copy")
     if reference is not model:
         assert not set(module.parameters()).intersection(reference.parameters())
 
@@ -184,10 +184,10 @@ def test_another_adapter_can_be_switched_on():
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
 
 
-def test_a_copy_is_placed_before_it_is_used():
-    placed = []
+def test_a_copy_is_prepared_before_it_is_used():
+    prepared = []
     model = make_model()
-    reference = Reference(model, place=placed.append)
-    assert placed == reference._copy
-    assert not any(parameter.requires_grad for parameter in placed[0].parameters())
+    reference = Reference(model, prepare_copy=prepared.append)
+    assert prepared == reference._copy
+    assert not any(parameter.requires_grad for parameter in prepared[0].parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -8,7 +8,7 @@ from tiny_scorer import make_scorer
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from lightning_ft.errors import ModelError
-from lightning_ft.models.reward_head import check_last_token, last_token_rewards, score_head
+from lightning_ft.models.reward_head import check_last_token, last_token_rewards, reward_head
 
 EOS, PAD = 2, 0
 LENGTHS = (5, 1, 9, 3, 9, 2, 7)
@@ -91,7 +91,7 @@ def test_the_adapters_head_counts_and_not_the_original(rows):
     model = adapted(make_scorer())
     with torch.no_grad():
         before = last_token_rewards(model, rows, PAD)
-        score_head(model).modules_to_save["default"].weight.mul_(2)
+        reward_head(model).modules_to_save["default"].weight.mul_(2)
         after = last_token_rewards(model, rows, PAD)
         with model.disable_adapter():
             off = last_token_rewards(model, rows, PAD)
@@ -127,6 +127,6 @@ def test_encoders_that_pool_the_first_token_are_refused():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=1, **sizes))
     model.train()
-    with pytest.raises(ModelError, match="BertForSequenceClassification doesn't read its score at the last token"):
+    with pytest.raises(ModelError, match="BertForSequenceClassification doesn't read its output at the last token"):
         check_last_token(model)
     assert model.training  # the mode it was found in

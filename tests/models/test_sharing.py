@@ -8,11 +8,11 @@ from tiny import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForSequenceClassification
 
 from lightning_ft.data.layout import Example
-from lightning_ft.data.shared_prompts import last_places, lay_out_completions
+from lightning_ft.data.shared_prompts import last_positions, lay_out_completions
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.head import hidden_states
 from lightning_ft.models.logprob_model import LogProbModel, probe
-from lightning_ft.models.reward_head import last_token_rewards, score_head
+from lightning_ft.models.reward_head import last_token_rewards, reward_head
 
 SMALL = {
     "vocab_size": 100,
@@ -192,5 +192,5 @@ def test_scores_at_last_tokens_are_those_of_each_conversation_alone(attention, w
     layouts = [{"shared": False}, {"shared": False, "packing": False}]
     for layout in [{"shared": True}, *layouts] if window == LONGEST else layouts:
         batch = lay_out_completions(prompts, completions, **layout)
-        last = hidden_states(model, batch).flatten(0, 1)[last_places(batch)]
-        torch.testing.assert_close(score_head(model)(last)[:, 0], want, rtol=0, atol=1e-5)
+        last = hidden_states(model, batch).flatten(0, 1)[last_positions(batch)]
+        torch.testing.assert_close(reward_head(model)(last)[:, 0], want, rtol=0, atol=1e-5)

@@ -165,7 +165,7 @@ def test_a_model_without_tokens_is_refused():
 
     base = make_model()
     base.__class__ = Tower
-    with pytest.raises(ModelError, match="Tower has no embeddings of tokens"):
+    with pytest.raises(ModelError, match="Tower has no token embeddings"):
         adapted(base)
 
 
