@@ -1,31 +1,41 @@
-"""`python -m lightning_ft`, and the `lightning-ft` command."""
+"""`python -m lightning_ft`, and the `lightning-ft` command: Trainer subcommands, `compare` and `report`."""
 
 from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
-from lightning_ft.commands import COMMANDS, run_command
+from jsonargparse import ArgumentParser
+
 from lightning_ft.errors import GateError, LightningFTError
 from lightning_ft.printable import printable
 
 GATE_FAILED = 3
-"""Exit status of a run that went well, with a result that didn't; 1 is an error, 2 are arguments that can't be."""
+"""Exit status of a run that completed with results beyond a limit; 1 is an error, 2 are invalid arguments."""
+
+COMMANDS = {
+    "compare": "compare ways to train on the same rows: quality, tokens, cost, forgetting, resources",
+    "report": "write the report of a run's folder again: HTML, PNG, Markdown, JSON",
+}
+"""Subcommands that need no Trainer, with their help."""
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a subcommand; an error that says what to do is printed without its traceback."""
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_traceback
-    given = sys.argv[1:] if args is None else args
+    arguments = sys.argv[1:] if args is None else args
     try:
-        if given and given[0] in COMMANDS:
-            run_command(given[0], given[1:])
+        if arguments and arguments[0] in COMMANDS:
+            run_command(arguments[0], arguments[1:])
         else:
             from lightning_ft.cli import FineTuningCLI
 
-            FineTuningCLI(args=args)
+            also = "; ".join(f"`{name}`: {text}" for name, text in COMMANDS.items())
+            FineTuningCLI(args=args, description=f"Fine-tune language models. Also: {also}")
     except GateError as error:
         print(f"lightning-ft: {error}", file=sys.stderr)
         sys.exit(GATE_FAILED)
@@ -33,8 +43,44 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(f"lightning-ft: {type(error).__name__}: {error}")
 
 
+def report(folder: str, output: str | None = None) -> None:
+    """Write the report of all measurements below a folder.
+
+    Args:
+        folder: Folder of a run, of several runs, or of a comparison.
+        output: Folder to write to; by default ``report`` in `folder`.
+    """
+    from lightning_ft.report.write import write_report
+
+    for path in write_report(folder, output):
+        print(printable(str(path)))
+
+
+def run_command(name: str, args: Sequence[str]) -> None:
+    """Parse the arguments of a subcommand and run it.
+
+    Args:
+        name: One of :data:`COMMANDS`.
+        args: Arguments after the name.
+
+    Raises:
+        SystemExit: For arguments that it doesn't take.
+    """
+    parser = ArgumentParser(prog=f"lightning-ft {name}", description=COMMANDS[name])
+    function: Callable[..., Any]
+    if name == "report":
+        parser.add_argument("folder", type=str, help="folder of a run, of several runs, or of a comparison")
+        parser.add_argument("--output", type=str, help="folder to write to; by default `report` in that folder")
+        function = report
+    else:
+        from lightning_ft.compare.run import compare as function
+
+        parser.add_function_arguments(function, sub_configs=False)
+    function(**parser.parse_args(list(args)).as_dict())
+
+
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python does, with nothing in it that a terminal obeys: errors of other libraries quote what they read."""
+    """Print a traceback without control characters: errors of other libraries quote what they read."""
     sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
 
 
