@@ -1,4 +1,4 @@
-"""Messages of a conversation, and what one request to a model is, apart from how it is answered."""
+"""Messages of a conversation, and requests to a model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class _Optional(TypedDict, total=False):
 class Message(_Optional):
     """One turn of a conversation.
 
-    `role` is ``system``, ``user``, ``assistant`` or ``tool``. An assistant's turn may have `tool_calls`
+    `role` is ``system``, ``user``, ``assistant`` or ``tool``. An assistant turn may have `tool_calls`
     (``{"type": "function", "function": {"name": ..., "arguments": {...}}}``) and `reasoning_content`; one with ``train:
-    False`` is context only. A tool's turn may have a `name` and a `tool_call_id`.
+    False`` is context only. A tool turn may have a `name` and a `tool_call_id`.
     """
 
     role: str
@@ -29,15 +29,15 @@ class Message(_Optional):
 
 @dataclass(frozen=True)
 class Request:
-    """A request and the answer that would be right.
+    """A request with its reference answer.
 
     Args:
-        id: Names the request; unique within a set.
-        messages: The conversation up to the answer, the last turn being the user's.
-        reference: The right answer.
-        cluster: What it belongs together with (a customer, a conversation), for intervals resampled by cluster.
-        template_kwargs: What the chat template is given besides the messages: `tools`, `enable_thinking`, ...
-        answer: The right answer as a turn, where it is more than its text: with reasoning or tool calls.
+        id: Identifier of the request, unique within a set.
+        messages: Conversation up to the answer, a user turn last.
+        reference: Text of the reference answer.
+        cluster: Group that the request belongs to (a customer, a conversation), for intervals resampled by cluster.
+        template_kwargs: Variables for the chat template in addition to the messages: `tools`, `enable_thinking`, ...
+        answer: Reference answer as a turn, if it has more than text, such as reasoning or tool calls.
     """
 
     id: str

@@ -1,7 +1,7 @@
-"""What the DataModules of preferences and prompts give: token ids as they are, not yet laid out for a model.
+"""Batches of preferences and of prompts: token ids that are not yet laid out for a model.
 
-Both are plain classes. With ``precision="bf16-true"`` Lightning looks into dataclasses: it would refuse the frozen
-examples of a batch, round its margins to bf16 and rebuild the columns that rewards read.
+Both are plain classes. With ``precision="bf16-true"`` Lightning converts the contents of dataclasses: it would refuse
+the frozen examples of a batch, round its margins to bf16 and rebuild the columns that rewards read.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message
 
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-"""Names that no column of prompts may have, since they are a reward function's own arguments."""
+"""Names that no column of prompts may have, since reward functions have arguments with these names."""
 
 
 class PreferenceBatch:
-    """Prompts with the completions that were judged.
+    """Prompts with labeled completions.
 
-    `p` prompts have `c` completions. A rank may get a batch of no prompts in a short last step: it has to take part in
-    the step without adding anything to it.
+    `p` prompts have `c` completions. In a short last step, a rank may get a batch without prompts: it takes part in the
+    step without adding anything to it.
 
     Args:
-        prompts: The tokens that all completions of a row share, ``int64 [t]`` each, at least one.
-        completions: For each prompt what follows it: (chosen, rejected), or one completion that was judged by itself.
-            Only the last assistant turn and the token that ends it are supervised; template tokens behind that are
-            kept.
-        labels: Whether each completion is the desirable one, ``bool [c]``, prompt by prompt.
-        margins: By how much the chosen completion is better, ``float32 [p]``; None where no row of the split says so.
-        rows: Which row of its split each prompt is, counted over all sources of the split, ``int64 [p]``.
+        prompts: Tokens that all completions of a row share, ``int64 [t]`` each, at least one.
+        completions: Completions of each prompt: (chosen, rejected), or a single labeled one. Only the last assistant
+            turn and the token that ends it are supervised; template tokens after that are kept.
+        labels: Whether each completion is desirable, ``bool [c]``, prompt by prompt.
+        margins: Number by which the chosen completion is better, ``float32 [p]``; None if the split has no margins.
+        rows: Row number of each prompt in its split, counted over all sources, ``int64 [p]``.
 
     Raises:
         ConfigError: If these don't belong together.
@@ -70,11 +69,11 @@ class PreferenceBatch:
 
     @property
     def paired(self) -> bool:
-        """Whether every prompt has two completions, the chosen one first; so it is in a batch of no prompts."""
+        """Whether every prompt has two completions, the chosen one first; True for a batch without prompts."""
         return all(len(completions) == 2 for completions in self.completions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
-        """Copy with labels, margins and rows on `device`; token ids stay where they are until they are laid out."""
+        """Copy with labels, margins and rows on `device`; token ids are moved once they are laid out."""
         margins = None if self.margins is None else self.margins.to(device, non_blocking=non_blocking)
         return PreferenceBatch(
             self.prompts,
@@ -86,16 +85,15 @@ class PreferenceBatch:
 
 
 class PromptBatch:
-    """Prompts to answer, and what rewards may want to know about them.
+    """Prompts to answer, and the other columns of their rows for the rewards.
 
-    A rank may get a batch of no prompts in a short last step; its columns are there, and empty.
+    In a short last step, a rank may get a batch without prompts; its columns exist and are empty.
 
     Args:
-        prompts: As they stood in the rows, one kind in a split: strings, or lists of messages where any row has
-            messages or a system turn. Not shortened where `input_ids` are.
-        input_ids: The tokens that generation starts from, ``int64 [t]`` each.
-        columns: Every other column of the rows by its name, one value for each prompt; None where a row has no such
-            column.
+        prompts: Prompts in the form that the rows have, the same for a whole split: strings, or lists of messages if
+            any row has messages or a system turn. They are complete even if `input_ids` are cut.
+        input_ids: Tokens that generation starts from, ``int64 [t]`` each.
+        columns: Values of every other column by its name, one per prompt; None if a row lacks the column.
 
     Raises:
         ConfigError: If these don't have the same length.
@@ -114,8 +112,8 @@ class PromptBatch:
     ) -> None:
         wrong = [name for name, values in columns.items() if len(values) != len(prompts)]
         if len(input_ids) != len(prompts) or wrong:
-            what = f"the column {wrong[0]!r} of {len(columns[wrong[0]])}" if wrong else f"{len(input_ids)} input_ids"
-            raise ConfigError(f"A PromptBatch of {len(prompts)} prompts can't have {what}.")
+            field = f"the column {wrong[0]!r} of {len(columns[wrong[0]])}" if wrong else f"{len(input_ids)} input_ids"
+            raise ConfigError(f"A PromptBatch of {len(prompts)} prompts can't have {field}.")
         self.prompts = prompts
         self.input_ids = list(input_ids)
         self.columns = columns
@@ -124,5 +122,5 @@ class PromptBatch:
         return len(self.prompts)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
-        """This batch: token ids stay where they are until they are laid out or generated from."""
+        """This batch itself: token ids are moved once they are laid out or generated from."""
         return self

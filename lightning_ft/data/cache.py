@@ -1,7 +1,7 @@
-"""Encoded examples in Arrow, by content: the same rows, tokenizer and options are tokenized once.
+"""Cache of encoded examples in Arrow, keyed by content: the same rows, tokenizer and options are tokenized once.
 
-An entry is a folder: ``rows.arrow``, which is memory-mapped, and ``about.json``, with a checksum of both and of the
-entry's name. It is written aside and moved in one step, and one that isn't what was written is written again.
+An entry is a folder with ``rows.arrow``, which is memory-mapped, and ``about.json``, with a checksum of both and of the
+entry's name. It is written to a temporary folder and moved in one step; a damaged entry is written again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_ft.errors import TokenizerError
 from lightning_ft.types import Message
 from lightning_ft.whole_files import flush_to_disk, new_aside, remove, remove_leftovers
 
-_VERSION = 3  # of the encoding: raise it when the same rows give other tokens
+_VERSION = 3  # version of the encoding: raise it when the same rows give other tokens
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.large_list(pa.int32()),
@@ -40,21 +40,21 @@ _SCHEMA = pa.schema(
     }
 )
 _WRITTEN_TOGETHER = 1000
-_Lists: TypeAlias = tuple[np.ndarray, pa.Array]  # where each list begins and ends, and what all of them hold
+_Lists: TypeAlias = tuple[np.ndarray, pa.Array]  # offsets of the lists, and the values of all of them
 
 
 def default_folder() -> Path:
-    """Where encoded examples are kept: a folder of its own in the `datasets` library's cache."""
+    """Default folder of the cache, inside that of the `datasets` library."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "lightning_ft"
 
 
 def content_key(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    """Names what encoding `rows` would give.
+    """Key of the result of encoding rows.
 
     Args:
-        rows: Rows with a `key` each.
-        tokenizer: The tokenizer, its chat template included.
-        options: Whatever else changes the result.
+        rows: Rows, each with a `key`.
+        tokenizer: The tokenizer with its chat template.
+        options: Other settings that change the result.
     """
     digest = hashlib.sha256()
     head = [_VERSION, _tokenizer_content(tokenizer), options]
@@ -65,10 +65,10 @@ def content_key(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, **optio
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Everything about a tokenizer that changes what it makes of a conversation."""
+    """Everything in a tokenizer that affects the tokens of a conversation."""
     if tokenizer.is_fast:
         core = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-        core |= {"padding": None, "truncation": None}  # set by whoever called it last, and by each call anew
+        core |= {"padding": None, "truncation": None}  # set by each call, so they depend on the last caller
     else:
         core = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.init_kwargs]
     template = chat_template(tokenizer)
@@ -76,7 +76,7 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 
 def _dated(template: ChatTemplate) -> str:
-    """What a template that reads the date makes of a message: another day's tokens aren't today's."""
+    """Text of a template that reads the date, so that tokens from another day aren't taken for today's."""
     if not template.reads_the_date:
         return ""
     day = template.today()
@@ -87,13 +87,13 @@ def _dated(template: ChatTemplate) -> str:
 
 
 class EncodedRows:
-    """Encoded examples, read from memory-mapped Arrow or kept in memory as Arrow.
+    """Encoded examples, in memory-mapped Arrow or in memory.
 
-    A row is one example, or as many as it has completions, one behind the other; the same number for all rows.
+    A row is one example, or consecutive ones, one per completion; the number is the same for all rows.
 
     Args:
-        table: Columns ``input_ids``, ``supervised``, ``row`` (which row of those encoded it is) and ``truncated``.
-        about: What else is known of them, JSON values.
+        table: Columns ``input_ids``, ``supervised``, ``row`` (index of the row among those encoded) and ``truncated``.
+        about: Other facts about the rows, as JSON values.
     """
 
     def __init__(self, table: datasets.Dataset, about: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class EncodedRows:
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
-            raise IndexError(f"There are {len(self)} examples, and none of number {index}.")
+            raise IndexError(f"Example {index} is out of range: there are {len(self)}.")
         starts, chunks = self._chunks
         chunk = bisect_right(starts, index) - 1
         ids, marks = (_values(column, index - starts[chunk]) for column in chunks[chunk])
@@ -113,45 +113,45 @@ class EncodedRows:
 
     @cached_property
     def _chunks(self) -> tuple[list[int], list[tuple[_Lists, _Lists]]]:
-        """Where each part of the table begins, and its tokens and marks.
+        """First index of each chunk of the table, and its tokens and supervision.
 
-        Read through `datasets`, a row takes 25 times as long.
+        Reading a row through `datasets` takes 25 times as long.
         """
         ids, marks = (self.column(name).chunks for name in ("input_ids", "supervised"))
         starts = list(accumulate(map(len, ids), initial=0))
         return starts[:-1], [(_lists(one), _lists(other)) for one, other in zip(ids, marks, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_chunks"}  # it maps the file anew
+        return {name: value for name, value in vars(self).items() if name != "_chunks"}  # the copy maps the file itself
 
     @property
     def num_rows(self) -> int:
-        """How many rows the examples are of."""
+        """Number of rows."""
         return cast(int, pc.count_distinct(self.column("row")).as_py())
 
     @property
     def per_row(self) -> int:
-        """How many examples a row is."""
+        """Number of examples per row."""
         return max(1, len(self) // max(1, self.num_rows))
 
     @property
     def rows(self) -> list[int]:
-        """Which of the rows that were encoded each of these is."""
+        """Index, among the rows that were encoded, of each example's row."""
         return cast("list[int]", self.column("row").to_pylist())
 
     @property
     def truncated(self) -> list[bool]:
-        """Whether the prompt of each was cut."""
+        """Whether the prompt of each example was cut."""
         return cast("list[bool]", self.column("truncated").to_pylist())
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each."""
+        """Number of tokens of each example."""
         return cast("list[int]", pc.list_value_length(self.column("input_ids")).to_pylist())
 
     @property
     def supervised(self) -> list[int]:
-        """Supervised tokens of each."""
+        """Number of supervised tokens of each example."""
         counts: list[int] = []
         for chunk in self.column("supervised").chunks:
             marks = chunk.flatten().to_numpy(zero_copy_only=False)
@@ -161,7 +161,7 @@ class EncodedRows:
         return counts
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A column as it is stored."""
+        """A column of the table."""
         return self._table.data.column(name)
 
 
@@ -187,7 +187,7 @@ def content_hash(parts: Sequence[EncodedRows]) -> str:
 
 
 class EncodedWriter:
-    """Takes encoded rows one by one and writes them in batches, to a file or to memory."""
+    """Writes encoded rows in batches, to a file or to memory."""
 
     def __init__(self, sink: Any) -> None:
         self._stream = pa.ipc.new_stream(sink, _SCHEMA)
@@ -207,13 +207,13 @@ class EncodedWriter:
             column.clear()
 
     def close(self) -> None:
-        """Write what is left, and the end."""
+        """Write the remaining rows and the end of the stream."""
         self._flush()
         self._stream.close()
 
 
 def load(folder: Path, key: str) -> EncodedRows | None:
-    """What was stored under a key, or None if nothing whole was, or something else than was written."""
+    """The entry of a key; None if there is none or it is damaged."""
     path = folder / key
     try:
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
@@ -237,8 +237,8 @@ class Entry:
     """A cache entry that is being written.
 
     Args:
-        writer: Takes the rows.
-        about: What else to keep with them, JSON values.
+        writer: Writer of the rows.
+        about: Other facts about the rows, as JSON values.
     """
 
     def __init__(self, writer: EncodedWriter) -> None:
@@ -249,11 +249,11 @@ class Entry:
 
 @contextmanager
 def new_entry(folder: Path | None, key: str) -> Iterator[Entry]:
-    """Write an entry; when the block ends without an exception, `result` of it is what :func:`load` would give.
+    """Write an entry. If the block ends without an exception, its `result` is that of :func:`load`.
 
     Args:
-        folder: The cache; None keeps the rows in memory.
-        key: Name of the entry.
+        folder: Folder of the cache; None keeps the rows in memory.
+        key: Key of the entry.
     """
     if folder is None:
         sink = pa.BufferOutputStream()
@@ -271,26 +271,26 @@ def new_entry(folder: Path | None, key: str) -> Iterator[Entry]:
             entry = Entry(EncodedWriter(file))
             yield entry
             entry.writer.close()
-        about = json.loads(json.dumps(entry.about))  # as it will be read
+        about = json.loads(json.dumps(entry.about))  # in the form that will be read
         about["checksum"] = _checksum(key, about, aside / "rows.arrow")
         (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
         flush_to_disk(aside)
         _move(aside, folder / key)
         entry.result = load(folder, key)
         if entry.result is None:
-            raise OSError(f"{folder / key}: what was just written can't be read back.")
+            raise OSError(f"{folder / key}: the entry that was just written can't be read back.")
     finally:
         remove(aside)
 
 
 def _move(aside: Path, path: Path) -> None:
     if path.exists() and load(path.parent, path.name) is None:
-        broken = new_aside(path.parent)  # aside first: another process may write a whole one meanwhile
+        broken = new_aside(path.parent)  # moved first: another process may write a valid entry meanwhile
         os.replace(path, broken)
         remove(broken)
     try:
         os.replace(aside, path)
-    except OSError:  # another process was first: its content is the same
+    except OSError:  # another process was first, with the same content
         if load(path.parent, path.name) is None:
             raise
 

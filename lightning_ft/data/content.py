@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.data.dates import DATED, date_remedy
+from lightning_ft.data.dates import DATED, today_remedy
 from lightning_ft.data.spans import REMEDIES as SPAN_REMEDIES
 from lightning_ft.data.template_layout import template_tokens
 from lightning_ft.data.templates import ChatTemplate
@@ -49,7 +49,7 @@ def remedy_for(note: str, template: ChatTemplate) -> str | None:
         note: The note.
         template: Chat template of the rows.
     """
-    return date_remedy(template) if note == DATED else REMEDIES.get(note)
+    return today_remedy(template) if note == DATED else REMEDIES.get(note)
 
 
 class ContentCheck:
@@ -111,9 +111,8 @@ class ContentCheck:
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         written = template_tokens(self.template)
         # Paired tags that an answer may contain, such as <think> and </think>, aren't control tokens.
-        tags = {
-            t for t in written if t.startswith("<") and ({f"</{t[1:]}", f"<{t[2:]}"} & added.keys()) and t[1] != "|"
-        }
+        opening = [token for token in written if token.startswith("<") and not token.startswith("<|")]
+        tags = {t for t in opening if ({f"</{t[1:]}", f"<{t[2:]}"} - {t}) & added.keys()}
         special = {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
         if tokenizer.pad_token and added.get(str(tokenizer.pad_token)) and len(str(tokenizer.pad_token)) > 1:
             special.add(str(tokenizer.pad_token))

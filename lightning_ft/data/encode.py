@@ -1,7 +1,7 @@
-"""Conversations to token ids and which of them are supervised.
+"""Encodes conversations as token ids, and marks the supervised ones.
 
-Supervised are the assistant's turns and the token that ends each: what the model has to write after the prompt that it
-is given. `lightning_ft.data.spans` finds them in the text, here they are found among the tokens.
+Supervised are the assistant turns and the token that ends each: what the model has to write after its prompt.
+`lightning_ft.data.spans` locates them in the text; this file locates them among the tokens.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lightning_ft.types import Message
 
 @dataclass(frozen=True)
 class Encoded:
-    """An encoded row, and how it compares with generation.
+    """An encoded row, and how its prompt compares with generation's.
 
     Args:
-        examples: The tokens: one example, or one for each of its completions, prompt included.
-        prompt_matches: Whether the tokens before the last answer are those that generation starts from.
-        notes: What the chat template changed that the user should know of.
-        mismatch: Where prompts differ, what the row has and what generation starts from.
+        examples: Tokens of the row: one example, or one per completion, prompt included.
+        prompt_matches: Whether the tokens before the last answer equal those that generation starts from.
+        notes: Changes by the chat template that the user should know of.
+        mismatch: Differing parts of the row's prompt and of generation's, if the prompts differ.
     """
 
     examples: tuple[Example, ...]
@@ -39,12 +39,12 @@ class Encoded:
 
     @property
     def example(self) -> Example:
-        """The first, mostly the only one."""
+        """The first example, usually the only one."""
         return self.examples[0]
 
     @property
     def longest(self) -> Example:
-        """The one with most tokens."""
+        """The example with the most tokens."""
         return max(self.examples, key=len)
 
 
@@ -54,13 +54,13 @@ def encode_prompt(
     template: ChatTemplate | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The ids that `generate` gets to answer a conversation.
+    """Token ids that generation of an answer starts from.
 
     Args:
-        tokenizer: With a chat template, or without one for the plain one.
-        messages: The conversation, the user's turn (or a tool's) last.
-        template: The tokenizer's template, to look at it only once.
-        kwargs: What the template is given besides: `tools`, `enable_thinking`, ...
+        tokenizer: The tokenizer; one without a chat template gets the plain one.
+        messages: Conversation with a user turn (or a tool turn) last.
+        template: Chat template of the tokenizer, so that it need not be analyzed again.
+        kwargs: Variables for the template in addition to the messages: `tools`, `enable_thinking`, ...
 
     Raises:
         TokenizerError: If the template refuses the conversation, or the tokenizer has no EOS token.
@@ -74,15 +74,15 @@ def encode_conversation(
     template: ChatTemplate | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Example:
-    """Encode a conversation, every assistant turn and the token that ends it supervised.
+    """Encode a conversation with every assistant turn, and the token that ends it, supervised.
 
-    Where the template ends the last answer by no token of its own, EOS is appended.
+    If the template doesn't end the last answer with a token of its own, EOS is appended.
 
     Args:
-        tokenizer: With a chat template, or without one for the plain one. It needs no pad token.
-        messages: The conversation, the assistant's turn last.
-        template: The tokenizer's template, to look at it only once.
-        kwargs: What the template is given besides: `tools`, `enable_thinking`, ...
+        tokenizer: The tokenizer; one without a chat template gets the plain one. It needs no pad token.
+        messages: Conversation with an assistant turn last.
+        template: Chat template of the tokenizer, so that it need not be analyzed again.
+        kwargs: Variables for the template in addition to the messages: `tools`, `enable_thinking`, ...
 
     Raises:
         TokenizerError: If the template refuses the conversation, or the tokenizer has no EOS token.
@@ -99,14 +99,14 @@ def encode(
     *,
     last_only: bool = False,
 ) -> Encoded:
-    """As :func:`encode_conversation`, and says whether generation starts from the same tokens.
+    """Encode a conversation and compare its prompt with the one that generation starts from.
 
     Args:
-        tokenizer: With a chat template, or without one for the plain one.
-        messages: The conversation, the assistant's turn last. Turns with ``train: False`` aren't supervised.
-        template: The tokenizer's template.
-        kwargs: What the template is given besides: `tools`, `enable_thinking`, ...
-        last_only: Supervise the last answer only.
+        tokenizer: The tokenizer; one without a chat template gets the plain one.
+        messages: Conversation with an assistant turn last. Turns with ``train: False`` aren't supervised.
+        template: Chat template of the tokenizer.
+        kwargs: Variables for the template in addition to the messages: `tools`, `enable_thinking`, ...
+        last_only: Whether only the last answer is supervised.
 
     Raises:
         TokenizerError: If the template refuses the conversation.
@@ -118,21 +118,21 @@ def encode(
     ids, ranges = _tokenize(tokenizer, text, rendered.spans)
     starts_there = text.startswith(rendered.prompt) and last.start == len(rendered.prompt)
     if starts_there and (ids[: len(prompt)] != prompt or ranges[-1][0] != len(prompt)):
-        # The tokenizer merged the prompt's end with the answer's start. Tokenized apart they are what generation sees.
+        # The tokenizer merged the end of the prompt with the start of the answer. Tokenized apart, as in generation:
         start = len(rendered.prompt)
         rest, ((_, stop),) = _tokenize(tokenizer, text[start:], [AnswerSpan(0, last.stop - start, last.ended)])
         earlier_end = ranges[-2][1] if len(ranges) > 1 else 0
-        whole = prompt + rest
-        if ids[:earlier_end] == prompt[:earlier_end] and tokenizer.decode(whole) == tokenizer.decode(ids):
-            ids, ranges = whole, [*ranges[:-1], (len(prompt), len(prompt) + stop)]
+        joined = prompt + rest
+        if ids[:earlier_end] == prompt[:earlier_end] and tokenizer.decode(joined) == tokenizer.decode(ids):
+            ids, ranges = joined, [*ranges[:-1], (len(prompt), len(prompt) + stop)]
     matches = ids[: len(prompt)] == prompt and ranges[-1][0] == len(prompt)
     if not last.ended:
         ids = [*ids[: ranges[-1][1]], int(tokenizer.eos_token_id)]  # type: ignore[arg-type]  # checked by chat_template
         ranges[-1] = (ranges[-1][0], len(ids))
-    wanted = [m.get("train", True) for m in messages if m["role"] == "assistant"]
+    trained = [m.get("train", True) for m in messages if m["role"] == "assistant"]
     supervised = [False] * len(ids)
     for number, (start, stop) in enumerate(ranges):
-        if wanted[number] and (not last_only or number == len(ranges) - 1):
+        if trained[number] and (not last_only or number == len(ranges) - 1):
             supervised[start:stop] = [True] * (stop - start)
     example = Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
     mismatch = None if matches else _difference(text[: last.start], rendered.prompt)
@@ -140,13 +140,13 @@ def encode(
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
-    """Encode a plain text for continued pretraining: every token supervised that has one before it, EOS at the end.
+    """Encode a plain text for continued pretraining: every token but the first is supervised, and EOS ends it.
 
-    A BOS is added where the tokenizer adds one by itself; neither BOS nor EOS is written twice.
+    A BOS is added if the tokenizer adds one by itself; neither BOS nor EOS is written twice.
 
     Args:
-        tokenizer: It needs an EOS token.
-        text: The text, with whatever markup it has.
+        tokenizer: A tokenizer with an EOS token.
+        text: The text, with any markup it has.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -168,10 +168,10 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
 
 
 def answer_end_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer in training, and so in generation; mostly, but not always, the tokenizer's EOS.
+    """Token id that ends an answer in training, and so in generation; usually, but not always, the tokenizer's EOS.
 
     Raises:
-        TokenizerError: As :func:`encode_conversation`.
+        TokenizerError: If the template refuses the conversation, or the tokenizer has no EOS token.
     """
     turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
     example = encode_conversation(tokenizer, turns)
@@ -179,20 +179,20 @@ def answer_end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text that already holds whatever special tokens it is to have."""
+    """Token ids of a text that already contains its special tokens."""
     return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[AnswerSpan]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a text, and first position and position after the last of each span of its characters."""
+    """Token ids of a text, and the half-open range of tokens for each span of characters."""
     if not tokenizer.is_fast:
         return _tokenize_without_offsets(tokenizer, text, spans)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     ranges, token = [], 0
-    for span in spans:  # in order, so one walk over the tokens finds them all
+    for span in spans:  # spans are in order, so one pass over the tokens finds them all
         while token < len(ids) and offsets[token][1] <= span.start:
             token += 1
         first = token
@@ -205,24 +205,24 @@ def _tokenize(
 def _tokenize_without_offsets(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[AnswerSpan]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """As :func:`_tokenize`: a span begins where the tokens of what precedes it end."""
+    """As :func:`_tokenize`, without offsets: a span begins where the tokens of the text before it end."""
     ids = tokens_of(tokenizer, text)
     edges = [0, *(edge for span in spans for edge in (span.start, span.stop))]
-    pieces = [tokens_of(tokenizer, text[start:stop]) for start, stop in pairwise(edges)]
-    pieces.append(tokens_of(tokenizer, text[edges[-1] :]))
-    if [token for piece in pieces for token in piece] == ids:
-        at = list(accumulate(map(len, pieces)))
-        return ids, list(zip(at[0:-1:2], at[1::2], strict=True))
+    parts = [tokens_of(tokenizer, text[start:stop]) for start, stop in pairwise(edges)]
+    parts.append(tokens_of(tokenizer, text[edges[-1] :]))
+    if [token for part in parts for token in part] == ids:
+        ends = list(accumulate(map(len, parts)))
+        return ids, list(zip(ends[0:-1:2], ends[1::2], strict=True))
     ranges = []
-    for span in spans:  # tokens go across edges, so those before each edge have to be compared
+    for span in spans:  # some tokens cross an edge, so the tokens before each edge are compared
         starts, stops = (tokens_of(tokenizer, text[:edge]) for edge in (span.start, span.stop))
         start, stop = _shared(ids, starts), _shared(ids, stops)
-        ranges.append((start, stop if stop == len(stops) else stop + 1))  # one that begins before the edge is inside
+        ranges.append((start, stop if stop == len(stops) else stop + 1))  # a token that crosses the end is inside
     return ids, ranges
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences start with alike."""
+    """Number of tokens that two sequences share at their start."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 

@@ -1,9 +1,8 @@
-"""Segments to one batch of tokens: packing and shared prompts are the same thing.
+"""Lays out segments as one batch of tokens, for packed rows and shared prompts alike.
 
-A batch is a forest. A row of it holds segments, each of which continues its parent: packing is a forest of roots, a
-preference pair is one prompt with two children, a group of completions one prompt with G children. From the segments
-follow the position ids and who may attend to whom, so no token is computed twice and segments that aren't related never
-see each other.
+A batch is a forest. Each of its rows holds segments, and a segment may continue a parent: packed examples are roots, a
+preference pair is a prompt with two children, a group of completions is a prompt with G children. Position ids and the
+attention mask follow from the segments, so no token is computed twice and unrelated segments never see each other.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class Example:
 
     Args:
         input_ids: Token ids, ``int64 [t]``.
-        supervised: Which of them are targets of the loss, ``bool [t]``. The first token of a row has nothing before it
-            that could predict it, so it is never one.
+        supervised: Whether each token is a target of the loss, ``bool [t]``. The first token of a row is never one,
+            since no token before it could predict it.
     """
 
     input_ids: Tensor
@@ -47,9 +46,9 @@ class Segment:
     """A run of tokens that continues `parent`.
 
     Args:
-        example: The tokens and which of them are supervised.
-        parent: Index of an earlier segment of the same row whose tokens come before these, or None for a root.
-        group: The index, within the batch, of the example these tokens belong to; log-probabilities are summed by it.
+        example: Tokens of the segment and their supervision.
+        parent: Index of an earlier segment in the same row, whose tokens precede these; None for a root.
+        group: Index in the batch of the example that these tokens belong to; log-probabilities are summed by it.
     """
 
     example: Example
@@ -57,24 +56,24 @@ class Segment:
     group: int = 0
 
 
-@dataclass(eq=False)  # not frozen: with precision="bf16-true" Lightning refuses to look into frozen batches
+@dataclass(eq=False)  # not frozen: with precision="bf16-true" Lightning refuses frozen dataclasses in a batch
 class TokenBatch:
     """Tokens of a batch, laid out for one forward pass.
 
-    `b` rows of `s` places hold `n` supervised tokens of `g` examples.
+    `b` rows of `s` positions hold `n` supervised tokens of `g` examples.
 
     Args:
         input_ids: ``int64 [b, s]``.
         position_ids: Position of each token in its own sequence, ``int64 [b, s]``.
-        segment_ids: Which segment of its row a token belongs to, -1 for padding, ``int64 [b, s]``.
-        parents: Parent of each segment, -1 for roots and for unused places, ``int64 [b, segments]``.
-        predictors: Where the hidden state that predicts a target stands in the flattened ``[b * s]``, ``int64 [n]``.
-        targets: The token to predict there, ``int64 [n]``.
-        groups: The example a target belongs to, ``int64 [n]``.
-        num_groups: `g`, the number of examples.
-        packed: Whether rows hold several segments; if not, each row is one right-padded sequence.
-        explicit_mask: Whether to tell the model who sees whom (:func:`attention_mask`) even where it could be left to
-            find segments by their positions. Shared prefixes always need that.
+        segment_ids: Index of each token's segment in its row, -1 for padding, ``int64 [b, s]``.
+        parents: Index of each segment's parent, -1 for roots and unused entries, ``int64 [b, segments]``.
+        predictors: Index in the flattened ``[b * s]`` of the hidden state that predicts each target, ``int64 [n]``.
+        targets: Token to predict there, ``int64 [n]``.
+        groups: Index of the example that each target belongs to, ``int64 [n]``.
+        num_groups: Number of examples, `g`.
+        packed: Whether rows hold several segments; otherwise each row is one right-padded sequence.
+        explicit_mask: Whether the model gets a mask (:func:`attention_mask`) even where it could tell segments apart by
+            their position ids. Shared prefixes always need one.
     """
 
     input_ids: Tensor
@@ -90,22 +89,22 @@ class TokenBatch:
 
     @property
     def num_targets(self) -> int:
-        """How many tokens are supervised."""
+        """Number of supervised tokens."""
         return self.targets.numel()
 
     @property
     def num_tokens(self) -> int:
-        """How many places hold a token, padding excluded."""
+        """Number of tokens, padding excluded."""
         return int((self.segment_ids >= 0).sum())
 
     @property
     def padding_fraction(self) -> float:
-        """The share of places that hold no token."""
+        """Share of positions that are padding."""
         return 1.0 - self.num_tokens / self.input_ids.numel()
 
     @property
     def has_shared_prefixes(self) -> bool:
-        """Whether any segment continues another one."""
+        """Whether any segment continues another."""
         return bool((self.parents >= 0).any())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
@@ -122,18 +121,18 @@ class TokenBatch:
 
 
 def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> TokenBatch:
-    """Lay rows of segments out as one batch.
+    """Lay out rows of segments as one batch.
 
     Args:
-        rows: For each row of the batch its segments, parents before their children.
-        pad_token_id: What stands at places behind the end of shorter rows; never attended to, never supervised.
+        rows: Segments of each row, parents before their children.
+        pad_token_id: Token id that fills shorter rows; never attended to, never supervised.
 
     Returns:
-        The batch; rows shorter than the longest are padded on the right. Targets stand in the order of their groups,
-        whichever row they are in.
+        The batch, in which rows shorter than the longest are padded on the right. Targets are in the order of their
+        groups, whichever row they are in.
 
     Raises:
-        ConfigError: For no rows, or a parent that doesn't stand before its child.
+        ConfigError: For no rows, or a parent that doesn't precede its child.
 
     Example:
         Two packed sequences of 3 and 2 tokens:
@@ -164,32 +163,32 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
     predictors, targets, groups = [], [], []
     for r, row in enumerate(rows):
         start = 0
-        ends: list[tuple[int, int]] = []  # per segment: its last place in the row, and the position after it
+        ends: list[tuple[int, int]] = []  # per segment: column of its last token, and the position id after it
         for i, segment in enumerate(row):
             ids, supervised = segment.example.input_ids, segment.example.supervised
             stop = start + len(ids)
             if segment.parent is None:
-                before, offset = None, 0
+                preceding, offset = None, 0
             elif 0 <= segment.parent < i:
-                before, offset = ends[segment.parent]
+                preceding, offset = ends[segment.parent]
                 parents[r, i] = segment.parent
             else:
                 raise ConfigError(f"Row {r}, segment {i}: its parent {segment.parent} must be an earlier segment.")
             input_ids[r, start:stop] = ids
             position_ids[r, start:stop] = torch.arange(offset, offset + len(ids))
             segment_ids[r, start:stop] = i
-            places = supervised.nonzero().flatten()
-            if before is None:
-                places = places[places > 0]  # nothing stands before a root's first token to predict it
-            predictor = places + start - 1
-            if before is not None:
-                predictor = torch.where(places == 0, before, predictor)
+            indices = supervised.nonzero().flatten()
+            if preceding is None:
+                indices = indices[indices > 0]  # no token precedes a root's first one to predict it
+            predictor = indices + start - 1
+            if preceding is not None:  # a child's first token is predicted by its parent's last one
+                predictor = torch.where(indices == 0, preceding, predictor)
             predictors.append(predictor + r * length)
-            targets.append(ids[places])
-            groups.append(torch.full_like(places, segment.group))
-            ends.append((stop - 1 if len(ids) else (before or 0), offset + len(ids)))
+            targets.append(ids[indices])
+            groups.append(torch.full_like(indices, segment.group))
+            ends.append((stop - 1 if len(ids) else (preceding or 0), offset + len(ids)))
             start = stop
-        if start < length:  # continuing positions: a pad is never taken for the start of another packed sequence
+        if start < length:  # position ids go on: padding must not look like the start of another packed sequence
             position_ids[r, start:] = position_ids[r, start - 1] + 1 + torch.arange(length - start)
     order = torch.cat(groups).argsort(stable=True)
     return TokenBatch(
@@ -206,15 +205,15 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
 
 
 def collate_examples(examples: Sequence[Example], *, packing: bool = True, pad_token_id: int = 0) -> TokenBatch:
-    """Lay examples out several to a row, almost without padding, or as one right-padded row each.
+    """Lay out examples several to a row, almost without padding, or as one right-padded row each.
 
-    Both hold the same tokens and the same targets: which one is used changes speed and memory, never what is learnt.
-    Attention takes the square of a row's length: eight examples in three or four packed rows took a CPU 0.6 of the time
-    that they took in a single one.
+    Both layouts hold the same tokens and targets: the choice changes speed and memory, never what is learned. The cost
+    of attention grows with the square of a row's length: on a CPU, eight examples in three or four packed rows took 0.6
+    of the time that they took in a single row.
 
     Args:
-        examples: The examples of the batch.
-        packing: Several to a row, or one row each.
+        examples: Examples of the batch.
+        packing: Whether rows hold several examples, or one each.
         pad_token_id: See :func:`lay_out`.
 
     Example:
@@ -226,21 +225,21 @@ def collate_examples(examples: Sequence[Example], *, packing: bool = True, pad_t
         [[0, 1, 2], [0, 1, 9]]
     """
     segments = [Segment(example, group=index) for index, example in enumerate(examples)]
-    places = balanced_rows([len(example) for example in examples]) if packing else [[i] for i in range(len(segments))]
-    return lay_out([[segments[i] for i in row] for row in places], pad_token_id=pad_token_id)
+    rows = balanced_rows([len(example) for example in examples]) if packing else [[i] for i in range(len(segments))]
+    return lay_out([[segments[i] for i in row] for row in rows], pad_token_id=pad_token_id)
 
 
 def balanced_rows(lengths: Sequence[int]) -> list[list[int]]:
-    """Which sequences to lay side by side, so that rows are short and hardly padded.
+    """Distribute sequences over rows so that rows are short and hardly padded.
 
-    Each sequence, the longest first, goes into the row that is shortest so far; of several numbers of rows the one is
-    taken that costs least, padding and the square of a row's length together.
+    Each sequence, the longest first, goes into the row that is shortest so far. Several numbers of rows are tried, and
+    the cheapest is taken, where the cost counts padding and the square of the row length.
 
     Args:
-        lengths: Tokens of each sequence, at least one.
+        lengths: Number of tokens of each sequence; at least one sequence.
 
     Returns:
-        For each row its sequences, in their order.
+        Indices of the sequences in each row, in ascending order.
 
     Example:
         >>> balanced_rows([600, 150, 300, 450])
@@ -249,17 +248,18 @@ def balanced_rows(lengths: Sequence[int]) -> list[list[int]]:
     count = len(lengths)
     options = {round(count / 1.25**k) for k in range(32)} - {0}
     longest_first = sorted(range(count), key=lambda i: -lengths[i])
-    found = (_rows(lengths, longest_first, number) for number in sorted(options))
-    rows, _ = min(found, key=lambda rows_and_cost: rows_and_cost[1])
+    layouts = (_rows(lengths, longest_first, number) for number in sorted(options))
+    rows, _ = min(layouts, key=lambda rows_and_cost: rows_and_cost[1])
     return [sorted(row) for row in rows]
 
 
 _SQUARE = 1500
-"""Places of a row whose attention costs as much as the matrix products of one place: measured on a CPU at width 256."""
+"""Number of positions that cost as much in attention as one position costs in matrix products; measured on a CPU at
+width 256."""
 
 
 def _rows(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> tuple[list[list[int]], int]:
-    """So many rows, and what they cost."""
+    """Distribute sequences over `count` rows; also returns the cost."""
     rows: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, row) for row in range(count)]  # a heap
     for i in longest_first:
@@ -271,10 +271,10 @@ def _rows(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> t
 
 
 def in_one_row(batch: TokenBatch) -> TokenBatch:
-    """The rows of a batch of roots end to end, for attention kernels that keep sequences of a single row apart only.
+    """Join the rows of a batch of roots end to end, for kernels that keep sequences apart only within a single row.
 
     Args:
-        batch: Its padding stays where it is, as the end of the sequence before it.
+        batch: A batch without shared prefixes. Padding becomes the end of the sequence before it.
 
     Example:
         >>> import torch
@@ -294,11 +294,11 @@ def in_one_row(batch: TokenBatch) -> TokenBatch:
 
 
 def attention_mask(batch: TokenBatch) -> Tensor:
-    """Who may attend to whom: a token sees itself and what stands before it in its own segment and in its ancestors.
+    """Attention mask: a token sees itself and the tokens before it in its own segment and in that segment's ancestors.
 
     Returns:
-        ``bool [b, 1, s, s]``, True where the query (third dimension) may attend to the key (fourth). A padding place
-        sees itself only, since a softmax over nothing is not a number.
+        ``bool [b, 1, s, s]``, True where the query (third dimension) may attend to the key (fourth). Padding sees only
+        itself, since a softmax over nothing is not a number.
 
     Example:
         >>> import torch
@@ -313,7 +313,7 @@ def attention_mask(batch: TokenBatch) -> Tensor:
         rows, count, count, dtype=torch.bool, device=batch.parents.device
     )  # [b, descendant, ancestor]
     row_index = torch.arange(rows, device=batch.parents.device)
-    for child in range(count):  # parents stand before their children, so an ancestor's own row is complete by now
+    for child in range(count):  # parents precede their children, so a parent's row is complete by now
         parent = batch.parents[:, child]
         inherited = related[row_index, parent.clamp(min=0)]
         related[:, child] = inherited & (parent >= 0)[:, None]
@@ -321,17 +321,17 @@ def attention_mask(batch: TokenBatch) -> Tensor:
     segments = batch.segment_ids.clamp(min=0)
     allowed = related.gather(1, segments[:, :, None].expand(-1, -1, count))  # [b, s, segments]
     allowed = allowed.gather(2, segments[:, None, :].expand(-1, segments.shape[1], -1))  # [b, s, s]
-    places = torch.arange(segments.shape[1], device=segments.device)
+    columns = torch.arange(segments.shape[1], device=segments.device)
     real = batch.segment_ids >= 0
-    allowed &= (places[:, None] >= places[None, :]) & real[:, :, None] & real[:, None, :]
-    return (allowed | torch.eye(len(places), dtype=torch.bool, device=segments.device))[:, None]
+    allowed &= (columns[:, None] >= columns[None, :]) & real[:, :, None] & real[:, None, :]
+    return (allowed | torch.eye(len(columns), dtype=torch.bool, device=segments.device))[:, None]
 
 
 def unpack(batch: TokenBatch, *, pad_token_id: int = 0) -> TokenBatch:
-    """The same examples with one right-padded row each, for models that can't keep packed segments apart.
+    """Give each example a right-padded row of its own, for models that can't keep packed segments apart.
 
     Args:
-        batch: A batch of roots.
+        batch: A batch without shared prefixes.
         pad_token_id: See :func:`lay_out`.
 
     Raises:
@@ -354,9 +354,9 @@ def unpack(batch: TokenBatch, *, pad_token_id: int = 0) -> TokenBatch:
     length = batch.input_ids.shape[1]
     for r, segments in enumerate(batch.segment_ids):
         for segment in segments[segments >= 0].unique_consecutive().tolist():
-            places = (segments == segment).nonzero().flatten() + r * length
-            example = Example(batch.input_ids.flatten()[places].cpu(), supervised[places].cpu())
-            group = int(group_of[places][supervised[places]][:1].sum())  # 0 where nothing is supervised: nothing to sum
+            indices = (segments == segment).nonzero().flatten() + r * length
+            example = Example(batch.input_ids.flatten()[indices].cpu(), supervised[indices].cpu())
+            group = int(group_of[indices][supervised[indices]][:1].sum())  # 0 where no token is supervised
             rows.append([Segment(example, group=group)])
     unpacked = replace(lay_out(rows, pad_token_id=pad_token_id), num_groups=batch.num_groups)
     return unpacked.to(device)

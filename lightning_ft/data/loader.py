@@ -1,4 +1,4 @@
-"""Batches of encoded rows: exact over ranks, and resumable at any batch."""
+"""Loader of encoded rows: exact over ranks, and resumable at any batch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_ft.data.sampler import BatchPlan
 from lightning_ft.data.splits import SplitName, Splits
 
 EncodedRow: TypeAlias = tuple[int, tuple[Example, ...]]
-"""The number of a row in its split, counted over all sources, and the examples that it is."""
+"""A row's number in its split, counted over all sources, and its examples."""
 
 Collate: TypeAlias = Callable[[list[EncodedRow]], Any]
-"""Makes a batch of rows; a rank may have to make one of no rows."""
+"""Makes a batch from rows; on some ranks it may get no rows."""
 
 
 class SplitRows(torch.utils.data.Dataset[list[EncodedRow]]):
-    """Gives rows of a split by their numbers, several at a time.
+    """Encoded rows of a split by number, several at a time.
 
     Args:
         parts: Encoded rows of each source.
@@ -41,23 +41,23 @@ class SplitRows(torch.utils.data.Dataset[list[EncodedRow]]):
         return [(row, self._examples(row)) for row in rows]
 
     def _examples(self, row: int) -> tuple[Example, ...]:
-        part = bisect_right(self._starts, row) - 1  # past empty parts, which start where the next one does
+        part = bisect_right(self._starts, row) - 1  # skips empty parts, which start where the next part does
         first = (row - self._starts[part]) * self._per_row[part]
         return tuple(self._parts[part][first + i] for i in range(self._per_row[part]))
 
 
 class TokenLoader(DataLoader[Any]):
-    """A loader that knows its position, and begins there when it is loaded.
+    """A loader that knows its position and can be resumed there.
 
-    Batches are a function of their rows, so epoch and batch are all that there is to know; a checkpoint of a Trainer
-    counts the batches that were trained on, which may be fewer than those given. It has one iterator at a time: a new
-    one ends the one before.
+    Batches depend only on their rows, so the epoch and the batch are the whole state. A Trainer's checkpoint counts the
+    batches that were trained on, which may be fewer than those yielded. There is one iterator at a time: a new one ends
+    the previous one.
     """
 
     _iterator_now: Any = None
     _epoch = 0
-    _given = 0
-    _loaded: tuple[int, int] | None = None  # a position from which no batch was given yet
+    _yielded = 0
+    _loaded: tuple[int, int] | None = None  # a loaded position from which no batch was yielded yet
 
     @property
     def plan(self) -> BatchPlan:
@@ -66,9 +66,9 @@ class TokenLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         self.close()
-        if self._loaded is not None:  # a Trainer resumed at an epoch's end drops its first iterator unused
+        if self._loaded is not None:  # a Trainer that resumes at an epoch's end drops its first iterator unused
             self.plan.start_at(*self._loaded)
-        self._epoch, self._given = self.plan.next_position()
+        self._epoch, self._yielded = self.plan.next_position()
         self._iterator_now = super().__iter__()
         self.plan.started()
         return self._counted(self._iterator_now)
@@ -76,27 +76,27 @@ class TokenLoader(DataLoader[Any]):
     def _counted(self, iterator: Any) -> Iterator[Any]:
         for batch in iterator:
             if iterator is self._iterator_now:
-                self._given, self._loaded = self._given + 1, None
+                self._yielded, self._loaded = self._yielded + 1, None
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The position: the epoch, and how many of its batches were given."""
-        if self._iterator_now is None and not self._given:
+        """The position: the epoch and the number of its batches that were yielded."""
+        if self._iterator_now is None and not self._yielded:
             epoch, batch = self.plan.next_position()
         else:
-            epoch, batch = self._epoch, self._given
+            epoch, batch = self._epoch, self._yielded
         return {"epoch": epoch + 1, "batch": 0} if batch >= len(self.plan) else {"epoch": epoch, "batch": batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Begin the next iterator there."""
+        """Begin the next iterator at a position from `state_dict`."""
         self.close()
-        self._given = 0
+        self._yielded = 0
         epoch, batch = state_dict["epoch"], state_dict["batch"]
         self._loaded = (epoch, batch) if batch < len(self.plan) else None
         self.plan.start_at(epoch, batch)
 
     def close(self) -> None:
-        """Stop the workers; the position stays known."""
+        """Stop the workers; the position is kept."""
         iterator, self._iterator_now = self._iterator_now, None
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
@@ -107,9 +107,9 @@ def token_loader(parts: Sequence[EncodedRows], plan: BatchPlan, collate: Collate
 
     Args:
         parts: Encoded rows of each source.
-        plan: Which of them stand in which batch.
-        collate: Makes a batch of them.
-        num_workers: Processes that do so.
+        plan: Row numbers of each batch.
+        collate: Function that makes a batch from rows.
+        num_workers: Number of processes that make batches.
     """
     return TokenLoader(
         SplitRows(parts),
@@ -117,7 +117,7 @@ def token_loader(parts: Sequence[EncodedRows], plan: BatchPlan, collate: Collate
         sampler=plan,
         collate_fn=collate,
         num_workers=num_workers,
-        generator=torch.Generator().manual_seed(plan.seed),  # its own, to draw nothing from the global one
+        generator=torch.Generator().manual_seed(plan.seed),  # a generator of its own leaves the global one untouched
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -126,14 +126,14 @@ _SHOWN = 20
 
 
 def name_rows(loader: TokenLoader, splits: Splits[Any], split: SplitName, epoch: int, batch: int) -> str:
-    """The rows of a batch of this rank, by their sources.
+    """Names of the rows in a batch of this rank, by source, for messages.
 
     Args:
-        loader: Gave the batch.
-        splits: The rows.
-        split: Which of them the loader gives.
-        epoch: The epoch of the loader's order.
-        batch: Number of the batch in the epoch.
+        loader: Loader that yielded the batch.
+        splits: Rows of all splits.
+        split: Name of the loader's split.
+        epoch: Epoch of the loader's order.
+        batch: Index of the batch in the epoch.
 
     Example:
         >>> from lightning_ft import PairDataModule

@@ -1,4 +1,4 @@
-"""What every DataModule of rows shares: its arguments, its tokenizer, its splits, and loaders of their batches."""
+"""Base of the DataModules: arguments, tokenizer, splits, and loaders of their batches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import IO, Any, cast, get_args
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningDataModule, check_same_namespace, restricted_classmethod
+from lightning_ft.arguments import check_arguments
 from lightning_ft.checkpoint_file import checked_file
 from lightning_ft.data import cache
 from lightning_ft.data.loader import Collate, TokenLoader, token_loader
@@ -26,7 +27,7 @@ from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, TokenizerError
 
 _NEEDS: dict[str, tuple[SplitName, ...]] = {
-    "fit": ("train", "validation", "test"),  # test too: its rows are checked before hours of training, not after
+    "fit": ("train", "validation", "test"),  # test rows too are checked before hours of training, not after
     "validate": ("validation",),
     "test": ("test",),
     "predict": ("predict",),
@@ -34,43 +35,54 @@ _NEEDS: dict[str, tuple[SplitName, ...]] = {
 
 
 class RowDataModule(LightningDataModule, ABC):
-    """Base of the DataModules: a subclass says of what kind its rows are and makes batches of them.
+    """Base of the DataModules: a subclass names the type of its rows and collates them into batches.
 
     Args:
         train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
-            `datasets.Dataset` or `IterableDataset` (read to its end once, so it must have one), a list of dicts, or a
-            list of those.
-        validation: The same, or the share of the training rows to hold out, those of one prompt (whatever its system
-            turn), one conversation or one `cluster` together.
-        test: The same as `train`.
-        columns: Field names of the format to those of your data, such as ``{"prompt": "question", "cluster":
-            "customer"}``.
-        mixing: For several training sources, how often the rows of each stand in an epoch; a fraction is drawn anew for
-            every epoch.
-        tokenizer: Hub name, folder or tokenizer; by default the module's. The module generates and exports with it,
-            too. It needs no pad token.
-        chat_template: In place of the tokenizer's own, which it replaces also for generation and export: ``plain``
+            `datasets.Dataset` or `IterableDataset` (finite; it is read to its end once), a list of dicts, or a list of
+            several of these.
+        validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same prompt
+            (whatever its system turn), from one conversation or from one `cluster` stay together.
+        test: Test rows, in the same forms as `train`.
+        columns: Mapping from field names of the format to columns of your data, such as ``{"prompt": "question",
+            "cluster": "customer"}``.
+        mixing: For several training sources, how often the rows of each appear per epoch. For a fraction, rows are
+            drawn again in every epoch.
+        tokenizer: Hub name, local folder or tokenizer; by default the module's. The module generates and exports with
+            it, too. It needs no pad token.
+        chat_template: Chat template that replaces the tokenizer's own, in generation and export too: ``plain``
             (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
-        chat_template_kwargs: What the chat template is given for every row besides its messages, such as
-            ``{"enable_thinking": False}``; a row's own ``chat_template_kwargs`` come first.
-        max_length: Most tokens of a row: of a prompt, with its longest completion where it has any.
-        batch_size: Rows of a batch on one rank.
-        on_overlong: What to do with rows over `max_length`: ``error`` lists them, ``drop`` counts them,
+        chat_template_kwargs: Variables that the chat template gets for every row in addition to the messages, such as
+            ``{"enable_thinking": False}``. A row's own ``chat_template_kwargs`` take precedence.
+        max_length: Maximum number of tokens per row, the longest completion included.
+        batch_size: Number of rows per batch on each rank.
+        on_overlong: What happens to rows longer than `max_length`: ``error`` lists them, ``drop`` counts them,
             ``truncate_prompt`` cuts user turns of the prompt from their left, the earliest first. Answers, system turns
             and the template's own tokens are never cut; a row that is too long without any user text is a bad row.
-        on_bad_row: ``error`` lists all bad rows, ``skip`` leaves them out and counts them by reason.
-        shuffle: Draw an order for each epoch, from `seed` and the epoch.
-        seed: Of the orders, the held-out rows and the mixing.
-        num_workers: Processes that make batches.
-        cache_dir: Where tokenized rows are kept; by default a folder in the `datasets` library's cache, False for
-            nowhere.
-        trust_remote_code: Run code that the tokenizer's repository ships.
+        on_bad_row: What happens to bad rows: ``error`` lists them all, ``skip`` leaves them out and counts them by
+            reason.
+        shuffle: Whether each epoch has an order of its own, drawn from `seed` and the epoch.
+        seed: Seed of the epochs' orders, the held-out rows and the mixing.
+        num_workers: Number of processes that make batches.
+        cache_dir: Folder for tokenized rows; by default one in the `datasets` library's cache, False for no cache.
+        trust_remote_code: Whether code from the tokenizer's repository may run.
 
     Raises:
         ConfigError: For arguments that contradict each other.
+        UnknownArgumentError: For an argument that the DataModule does not take, with the nearest name.
     """
 
     row_type: RowType[Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # `inspect` would show __new__'s
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Check argument names before any constructor runs."""
+        check_arguments(cls, options)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -96,7 +108,7 @@ class RowDataModule(LightningDataModule, ABC):
         super().__init__()
         _check_choices(max_length, batch_size, on_overlong, on_bad_row, validation, cache_dir)
         self._mixing, self._chat_template, self._trust_remote_code = mixing, chat_template, trust_remote_code
-        self._given_tokenizer = tokenizer
+        self._tokenizer_option = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._batch_size, self._shuffle = batch_size, shuffle
         self._seed, self._num_workers = seed, num_workers
@@ -110,11 +122,11 @@ class RowDataModule(LightningDataModule, ABC):
             cache=None if cache_dir is False else folder,
             template_kwargs=dict(chat_template_kwargs or {}),
         )
-        given = {"train": train, "validation": validation, "test": test}
-        self.splits: Splits[Any] = Splits(given, self.rules, self.row_type)
+        sources = {"train": train, "validation": validation, "test": test}
+        self.splits: Splits[Any] = Splits(sources, self.rules, self.row_type)
         self._loaders: list[TokenLoader] = []
         self._save(
-            **{name: source_as_json(source) for name, source in given.items()},
+            **{name: source_as_json(source) for name, source in sources.items()},
             columns=columns,
             mixing=mixing,
             tokenizer=tokenizer if isinstance(tokenizer, str) else None,
@@ -132,27 +144,28 @@ class RowDataModule(LightningDataModule, ABC):
         )
 
     def _save(self, **hyper: Any) -> None:
-        outermost = inspect.currentframe()  # Lightning would compare each argument with `hyper`: a frame refuses that
+        # Lightning compares `hyper` with the arguments in the frame, which data frames refuse: it gets one without any.
+        outermost = inspect.currentframe()
         while outermost is not None and outermost.f_back is not None:
             outermost = outermost.f_back
-        # The module logs its own, and a Trainer refuses two of a name.
+        # Not logged: the module logs its own, and a Trainer refuses two values for one name.
         self.save_hyperparameters(hyper, logger=False, frame=outermost)
 
     @abstractmethod
     def collate(self, split: SplitName) -> Collate:
-        """What makes batches of the rows of a split that is encoded."""
+        """The function that makes batches from the rows of an encoded split."""
 
     @property
     def report(self) -> dict[str, SplitReport]:
-        """What became of the rows of each split, by its name."""
+        """Counts of the rows in each split, by its name: read, kept, dropped, truncated, and why."""
         return self.splits.report
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer given, or the module's, with `chat_template` put on it.
+        """The tokenizer of this DataModule, or else the module's, with `chat_template` set on it.
 
         Raises:
-            ConfigError: If there is neither.
+            ConfigError: If neither has one.
         """
         if self._tokenizer is None:
             self.tokenizer = self._find_tokenizer()
@@ -165,40 +178,39 @@ class RowDataModule(LightningDataModule, ABC):
         self._tokenizer = tokenizer
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        given = self._given_tokenizer
-        if given is None:
-            module = getattr(self.trainer, "lightning_module", None)
-            found: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
-            if found is None:
-                raise ConfigError(
-                    f"{type(self).__name__} has no tokenizer: pass tokenizer=, or use it with a module that has one."
-                )
-            return found
-        if isinstance(given, str):
-            given = load_tokenizer(given, trust_remote_code=self._trust_remote_code)
-        return given
+        tokenizer = self._tokenizer_option
+        if isinstance(tokenizer, str):
+            return load_tokenizer(tokenizer, trust_remote_code=self._trust_remote_code)
+        if tokenizer is None:
+            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError(
+                f"{type(self).__name__} has no tokenizer: pass tokenizer=, or use it with a module that has one."
+            )
+        return tokenizer
 
     def share_tokenizer(self, module: Any) -> PreTrainedTokenizerBase:
         """Let a module generate, measure and export with the tokenizer and the chat template of these rows.
 
-        Called at `setup` for the Trainer's module. Modules of lightning_ft take them; others are only compared with.
+        `setup` calls it for the Trainer's module. Modules of lightning_ft adopt the tokenizer; for others a tokenizer
+        that differs is only reported.
 
         Args:
-            module: What is trained on the rows. Its tokenizer is used where this DataModule was given none.
+            module: Module that is trained on the rows. Its tokenizer is used if this DataModule has none of its own.
 
         Returns:
             The tokenizer, which both have from now on.
 
         Raises:
-            ConfigError: If the module was given another tokenizer itself.
+            ConfigError: If another tokenizer was passed to the module.
         """
-        if self._tokenizer is None and self._given_tokenizer is None:
+        if self._tokenizer is None and self._tokenizer_option is None:
             self.tokenizer = module.tokenizer
         tokenizer = self.tokenizer
         if hasattr(module, "adopt_tokenizer"):
             templated = self._chat_template is not None
-            given = templated or self._given_tokenizer is not None
-            module.adopt_tokenizer(tokenizer, given=given, template_given=templated)
+            explicit = templated or self._tokenizer_option is not None
+            module.adopt_tokenizer(tokenizer, given=explicit, template_given=templated)
             return tokenizer
         try:
             other: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
@@ -210,8 +222,8 @@ class RowDataModule(LightningDataModule, ABC):
             and cache.content_key([], other) != cache.content_key([], tokenizer)
         ):
             rank_zero_warn(
-                "The DataModule's tokenizer (or its chat template) isn't the module's: the model would be trained on "
-                "other tokens than it generates with. Pass tokenizer= to the module only."
+                "The DataModule's tokenizer (or its chat template) differs from the module's: the model would be "
+                "trained on other tokens than it generates with. Pass tokenizer= to the module only."
             )
         return tokenizer
 
@@ -224,14 +236,14 @@ class RowDataModule(LightningDataModule, ABC):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A DataModule with the arguments that a checkpoint holds, of which nothing is run.
+        """A DataModule with the arguments from a checkpoint; no code from the checkpoint is run.
 
         Args:
             checkpoint_path: The checkpoint: a path, a URL or an open file.
-            map_location: As of `torch.load`.
-            hparams_file: YAML or CSV file with arguments, which replace the checkpoint's.
-            weights_only: Only None and True are allowed: a checkpoint is never unpickled.
-            kwargs: Arguments that replace those of the checkpoint. ``trust_remote_code`` is taken from here only.
+            map_location: Device mapping, as for `torch.load`.
+            hparams_file: YAML or CSV file with arguments that replace the checkpoint's.
+            weights_only: None or True: a checkpoint is never unpickled.
+            kwargs: Arguments that replace the checkpoint's. ``trust_remote_code`` is only taken from here.
 
         Raises:
             CheckpointError: If it can't be read.
@@ -244,28 +256,28 @@ class RowDataModule(LightningDataModule, ABC):
             return super().load_from_checkpoint(file, map_location, hparams_file, **kwargs)
 
     def prepare_data(self) -> None:
-        """On one process of each node: check all rows and fill the cache that the others read."""
+        """Check all rows and fill the cache, on one process per node; the others read the cache."""
         self.setup(getattr(getattr(self.trainer, "state", None), "fn", None))
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check and tokenize what a stage needs, each split once.
+        """Read, check and tokenize the splits that a stage needs, each of them once.
 
         Raises:
             DataError: With every bad row.
         """
         if self.trainer is not None:
             check_same_namespace(self.trainer, self.trainer.lightning_module)
-        wanted = _NEEDS[getattr(stage, "value", stage) or "fit"]  # a Trainer passes an enum
-        self.splits.load(wanted)
-        tokenizer = self.tokenizer  # also where nothing is encoded: it may be given another chat template
+        names = _NEEDS[getattr(stage, "value", stage) or "fit"]  # a Trainer passes an enum
+        self.splits.load(names)
+        tokenizer = self.tokenizer  # even if nothing is encoded: its chat template may be replaced
         if (module := getattr(self.trainer, "lightning_module", None)) is not None:
             self.share_tokenizer(module)
-        for name in wanted:
+        for name in names:
             if name != "predict":
                 self.splits.encode(name, tokenizer)
 
     def load_rows(self) -> None:
-        """Read and check every split without tokenizing it; needs no tokenizer.
+        """Read and check every split without tokenizing it, so no tokenizer is needed.
 
         Raises:
             DataError: With every bad row.
@@ -273,10 +285,10 @@ class RowDataModule(LightningDataModule, ABC):
         self.splits.load(list(self.splits.sources))
 
     def reorder(self, seed: int) -> None:
-        """Draw the order of each epoch from another seed; the rows of each split stay what they are.
+        """Draw the order of each epoch from another seed; each split keeps its rows.
 
         Args:
-            seed: In place of the one given, before training.
+            seed: Seed of the orders, set before training.
         """
         self._seed = seed
 
@@ -285,7 +297,7 @@ class RowDataModule(LightningDataModule, ABC):
         return self._loader("train", shuffle=self._shuffle)
 
     def val_dataloader(self) -> TokenLoader | list[Any]:
-        """Batches of the validation rows; none where there are no such rows."""
+        """Batches of the validation rows; an empty list if there are no such rows."""
         return self._loader("validation") if "validation" in self.splits.sources else []
 
     def test_dataloader(self) -> TokenLoader:
@@ -294,7 +306,7 @@ class RowDataModule(LightningDataModule, ABC):
 
     def _require(self, name: str) -> None:
         if name not in self.splits.sources:
-            raise ConfigError(f"{type(self).__name__} was given no {name} rows: pass {name}=.")
+            raise ConfigError(f"{type(self).__name__} has no {name} rows: pass {name}=.")
 
     def _encode(self, name: SplitName) -> None:
         self._require(name)
@@ -313,7 +325,7 @@ class RowDataModule(LightningDataModule, ABC):
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self.trainer.world_size if self.trainer is not None else 1,
         )
-        if name == "train" and self.trainer is not None:  # a run resumed at an epoch's end iterates before it names it
+        if name == "train" and self.trainer is not None:  # a run resumed at an epoch's end iterates before set_epoch
             plan.set_epoch(cast(Any, self.trainer).fit_loop.epoch_progress.current.processed)
         loader = token_loader(parts, plan, self.collate(name), num_workers=self._num_workers)
         self._loaders.append(loader)
@@ -329,9 +341,9 @@ class RowDataModule(LightningDataModule, ABC):
 def _check_choices(
     max_length: int, batch_size: int, on_overlong: str, on_bad_row: str, validation: Any, cache_dir: Any
 ) -> None:
-    for name, number, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
-        if number < least:
-            raise ConfigError(f"{name}={number}: expected at least {least}.")
+    for name, value, minimum in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+        if value < minimum:
+            raise ConfigError(f"{name}={value}: expected at least {minimum}.")
     for name, choice, choices in (("on_overlong", on_overlong, OnOverlong), ("on_bad_row", on_bad_row, OnBadRow)):
         if choice not in get_args(choices):
             raise ConfigError(f"{name}={choice!r}: expected one of {', '.join(map(repr, get_args(choices)))}.")

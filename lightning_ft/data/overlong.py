@@ -1,4 +1,4 @@
-"""Rows within `max_length`: encoded, refused, or their prompts cut."""
+"""Encodes rows, and refuses or cuts those longer than `max_length`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.content import ContentCheck
-from lightning_ft.data.dates import DATED, has_the_day
+from lightning_ft.data.dates import DATED, renders_today
 from lightning_ft.data.encode import AnswerLostError, Encoded
 from lightning_ft.data.keys import is_nonempty
 from lightning_ft.data.raw_rows import Problem
@@ -24,11 +24,11 @@ OnOverlong = Literal["error", "drop", "truncate_prompt"]
 
 
 class RowEncoder(Generic[RowT]):
-    """Encodes rows and says what was wrong with those it couldn't.
+    """Encodes rows, or describes the problem of a row that can't be encoded.
 
     Args:
         tokenizer: The tokenizer.
-        max_length: Most tokens a row may have; of several completions, the longest with its prompt.
+        max_length: Maximum number of tokens per row; of several completions, the longest counts, with its prompt.
         on_overlong: ``"truncate_prompt"`` cuts prompts; otherwise an overlong row is a problem.
         row_type: Type of the rows.
     """
@@ -45,12 +45,12 @@ class RowEncoder(Generic[RowT]):
         self._check = ContentCheck(self.template)
 
     def __call__(self, row: RowT) -> tuple[Encoded, RowT] | Problem:
-        """The encoded row and the row it is of (another if the prompt was cut), or what is wrong."""
+        """The encoded row with the row used (a copy if its prompt was cut), or the problem."""
         try:
             check_kwargs(row.template_kwargs, row.prompt_messages, self.template)
             markup, kwargs = self.row_type.is_markup(row), row.template_kwargs
             notes = [note for turns in self.row_type.texts(row) for note in self._check(turns, kwargs, markup=markup)]
-            if has_the_day(self.template, row.prompt_messages, kwargs):
+            if renders_today(self.template, row.prompt_messages, kwargs):
                 notes.append(DATED)
             fitted = self._fit(row)
             if isinstance(fitted, Problem):
@@ -73,21 +73,21 @@ class RowEncoder(Generic[RowT]):
         encoded = self._encode(row)
         if len(encoded.longest) <= self.max_length:
             return encoded, row
-        if (problem := self._without_room_for_a_prompt(row)) is not None:
+        if (problem := self._check_room(row)) is not None:
             return problem
         detail = f"{len(encoded.longest):,} tokens, max_length={self.max_length:,}"
         fix = "Raise max_length, or pass on_overlong='drop' or 'truncate_prompt'."
         if self.on_overlong == "truncate_prompt":
             if (cut := self._cut(row)) is not None:
                 return cut
-            fix = "Raise max_length: there is no room for even the end of the last question."
+            fix = "Raise max_length: not even the end of the last question fits."
         return Problem(row.source, row.row, None, "overlong prompt", detail, fix)
 
     def _encode(self, row: RowT) -> Encoded:
         return self.row_type.encode(self.tokenizer, row, self.template)
 
-    def _without_room_for_a_prompt(self, row: RowT) -> Problem | None:
-        """The problem of a row that would be too long without any word of the user."""
+    def _check_room(self, row: RowT) -> Problem | None:
+        """The problem of a row that would be too long even without any user text."""
         if not row.prompt_messages:
             detail = f"{len(self._encode(row).longest):,} tokens, max_length={self.max_length:,}"
             fix = "Split it into shorter texts, raise max_length, or pass on_overlong='drop'."
@@ -105,18 +105,19 @@ class RowEncoder(Generic[RowT]):
         return Problem(row.source, row.row, None, reason, detail, fix)
 
     def _cut(self, row: RowT) -> tuple[Encoded, RowT] | None:
-        """Cut user turns from their left, the earliest first, by as few characters as fit; all else stays.
+        """Cut user turns from their left, the earliest first, by as few characters as necessary.
 
-        The last user turn before the answer keeps at least one character; None if that doesn't fit.
+        Each turn is cut by bisection over the number of characters to keep. The last user turn before the answer keeps
+        at least one; None if that doesn't fit.
         """
         users = [i for i, message in enumerate(row.prompt_messages) if message["role"] == "user"]
         texts = {i: row.prompt_messages[i]["content"] for i in users}
         for i in users:
-            whole, best = texts[i], None
-            low, high = (1 if i == users[-1] else 0), len(whole)  # fewest and most characters to keep
+            text, best = texts[i], None
+            low, high = (1 if i == users[-1] else 0), len(text)  # fewest and most characters to keep
             while low <= high:
                 keep = (low + high) // 2
-                texts[i] = whole[len(whole) - keep :]
+                texts[i] = text[len(text) - keep :]
                 cut = _with_user_text(row, texts)
                 encoded = self._encode(cut)
                 if len(encoded.longest) <= self.max_length:
@@ -129,31 +130,31 @@ class RowEncoder(Generic[RowT]):
         return None
 
 
-def check_kwargs(kwargs: Mapping[str, Any], asked: Sequence[Message], template: ChatTemplate) -> None:
-    """Refuse what a row gives the chat template and the template doesn't read.
+def check_kwargs(kwargs: Mapping[str, Any], prompt: Sequence[Message], template: ChatTemplate) -> None:
+    """Refuse variables of a row that the chat template doesn't read.
 
     Args:
-        kwargs: `tools`, `enable_thinking`, ...
-        asked: The row's turns before the answer.
+        kwargs: Variables of the row: `tools`, `enable_thinking`, ...
+        prompt: Turns of the row before the answer.
         template: The chat template.
 
     Raises:
-        RowError: With the name of what isn't read.
+        RowError: With the name of the variable.
     """
     for name, value in kwargs.items():
         if name not in template.reads and (is_nonempty(value) or value is False):
-            near = difflib.get_close_matches(name, template.reads, n=1)
-            fix = f"Did you mean {near[0]!r}?" if near else "Remove it, or pass a chat_template= that reads it."
-            raise RowError(name, f"the chat template reads no {name!r}", repr(value)[:40], fix)
-    if kwargs.get("tools") and asked:
+            nearest = difflib.get_close_matches(name, template.reads, n=1)
+            fix = f"Did you mean {nearest[0]!r}?" if nearest else "Remove it, or pass a chat_template= that reads it."
+            raise RowError(name, f"the chat template doesn't read {name!r}", repr(value)[:40], fix)
+    if kwargs.get("tools") and prompt:
         without = {name: value for name, value in kwargs.items() if name != "tools"}
-        if template.render(asked, kwargs, prompt=True) == template.render(asked, without, prompt=True):
+        if template.render(prompt, kwargs, prompt=True) == template.render(prompt, without, prompt=True):
             fix = "Describe them in the system turn, or pass a chat_template= that writes tools."
             raise RowError("tools", "the chat template leaves the tools out", "", fix)
 
 
 def _with_user_text(row: RowT, texts: dict[int, str]) -> RowT:
-    """The row with other user turns before the answer, those not in `texts` empty."""
+    """A copy of the row with other texts in the user turns before the answer; turns without a text become empty."""
     return row.with_prompt(
         [
             {**message, "content": texts.get(i, "")} if message["role"] == "user" else message

@@ -1,4 +1,4 @@
-"""Input-output pairs for a Trainer."""
+"""DataModule of input-output pairs, for supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -26,51 +26,52 @@ from lightning_ft.types import Message, Request
 
 
 class PairDataModule(RowDataModule):
-    """Input-output pairs from files, the Hub or memory, checked, tokenized once and packed.
+    """Input-output pairs from files, the hub or memory, checked, tokenized once and packed.
 
     Rows may be ``{input, output}``, ``{prompt, completion}``, ``{instruction, input, output}`` (Alpaca), ``{messages}``
     or ``{conversations}`` (ShareGPT), each with an optional ``system``, ``tools``, ``chat_template_kwargs``, ``id`` and
     ``cluster``; or ``{text}`` for continued pretraining, where every token is supervised. Messages may have
-    ``tool_calls``, ``reasoning_content`` and a ``weight`` of 0. All bad rows are reported together before any weight is
-    loaded. All rows are held in memory as text; as tokens they are memory-mapped.
+    ``tool_calls``, ``reasoning_content`` and a ``weight`` of 0. All bad rows are reported together before any weights
+    are loaded. Rows are held in memory as text; their tokens are memory-mapped.
 
     Args:
         train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
-            `datasets.Dataset` or `IterableDataset` (read to its end once, so it must have one), a list of dicts, or a
-            list of those.
-        validation: The same, or the share of the training rows to hold out: rows of one question (whatever their
-            system turn and answer), of one conversation exported turn by turn, or of one `cluster` stay together.
-        test: The same as `train`.
-        predict: Rows to answer; they need no output.
-        columns: Field names of the format to those of your data, such as ``{"input": "question", "cluster":
-            "customer"}``.
+            `datasets.Dataset` or `IterableDataset` (finite; it is read to its end once), a list of dicts, or a list of
+            several of these.
+        validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same question
+            (whatever its system turn and answer), from one conversation exported turn by turn, or from one `cluster`
+            stay together.
+        test: Test rows, in the same forms as `train`.
+        predict: Rows to answer, in the same forms; they need no output.
+        columns: Mapping from field names of the format to columns of your data, such as ``{"input": "question",
+            "cluster": "customer"}``.
         format: Function that maps each source row (a dict) to a list of messages, or to a dict in one of the formats
             above; or its import path, ``package.module.function`` or ``path/to/file.py:function``. It is called before
             the checks, for the rows of every split, `predict` included. A row for which it raises, or returns anything
             else, is a bad row. A row of messages keeps the `id` and `cluster` of its source row.
-        mixing: For several training sources, how often the rows of each stand in an epoch; a fraction is drawn anew for
-            every epoch.
-        tokenizer: Hub name, folder or tokenizer; by default the module's. It needs no pad token: its EOS stands at the
-            places that no token attends to.
-        chat_template: In place of the tokenizer's own, which it replaces also for generation and export: ``plain``
+        mixing: For several training sources, how often the rows of each appear per epoch. For a fraction, rows are
+            drawn again in every epoch.
+        tokenizer: Hub name, local folder or tokenizer; by default the module's. The module generates and exports with
+            it, too. It needs no pad token: padding, which no token attends to, is EOS then.
+        chat_template: Chat template that replaces the tokenizer's own, in generation and export too: ``plain``
             (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
-        max_length: Most tokens of a row, answer included.
-        batch_size: Rows of a batch on one rank, packed or not.
-        chat_template_kwargs: What the chat template is given for every row besides its messages, such as
-            ``{"enable_thinking": False}``; a row's own ``chat_template_kwargs`` come first.
-        supervise: ``all`` answers of a conversation, or the ``last`` one only.
-        packing: Lay several rows side by side, kept apart, with hardly any padding. It changes speed, never what is
-            learnt.
-        on_overlong: What to do with rows over `max_length`: ``error`` lists them, ``drop`` counts them,
-            ``truncate_prompt`` cuts user turns from their left, the earliest first. Answers, system turns and the
-            template's own tokens are never cut; a row that is too long without any user text is a bad row.
-        on_bad_row: ``error`` lists all bad rows, ``skip`` leaves them out and counts them by reason.
-        shuffle: Draw an order for each epoch, from `seed` and the epoch.
-        seed: Of the orders, the held-out rows and the mixing.
-        num_workers: Processes that lay batches out.
-        cache_dir: Where tokenized rows are kept; by default a folder in the `datasets` library's cache, False for
-            nowhere.
-        trust_remote_code: Run code that the tokenizer's repository ships.
+        chat_template_kwargs: Variables that the chat template gets for every row in addition to the messages, such as
+            ``{"enable_thinking": False}``. A row's own ``chat_template_kwargs`` take precedence.
+        supervise: Which answers of a conversation are supervised: ``all``, or the ``last`` one only.
+        max_length: Maximum number of tokens per row, answer included.
+        batch_size: Number of rows per batch on each rank, packed or not.
+        packing: Whether several rows share one sequence, kept apart by the attention mask, with hardly any padding. It
+            changes the speed, never what is learned.
+        on_overlong: What happens to rows longer than `max_length`: ``error`` lists them, ``drop`` counts them,
+            ``truncate_prompt`` cuts user turns of the prompt from their left, the earliest first. Answers, system turns
+            and the template's own tokens are never cut; a row that is too long without any user text is a bad row.
+        on_bad_row: What happens to bad rows: ``error`` lists them all, ``skip`` leaves them out and counts them by
+            reason.
+        shuffle: Whether each epoch has an order of its own, drawn from `seed` and the epoch.
+        seed: Seed of the epochs' orders, the held-out rows and the mixing.
+        num_workers: Number of processes that make batches.
+        cache_dir: Folder for tokenized rows; by default one in the `datasets` library's cache, False for no cache.
+        trust_remote_code: Whether code from the tokenizer's repository may run.
 
     Raises:
         ConfigError: For arguments that contradict each other.
@@ -158,13 +159,13 @@ class PairDataModule(RowDataModule):
         return data
 
     def collate(self, split: SplitName) -> Collate:
-        """Lays batches out for a model."""
-        return _LayOut(self._packing, pad_token_id(self.tokenizer))
+        """The function that lays out batches for a model."""
+        return _PairCollate(self._packing, pad_token_id(self.tokenizer))
 
     def predict_dataloader(self) -> DataLoader[list[Message] | Request]:
-        """Conversations to answer, `batch_size` at a time: those of `predict`, each up to its last question.
+        """The conversations of `predict`, each up to its last question, `batch_size` at a time.
 
-        Rows with `tools` or `chat_template_kwargs` are requests, which hold those too.
+        Rows with `tools` or `chat_template_kwargs` become requests, which hold those too.
         """
         self._require("predict")
         self.splits.load(["predict"])
@@ -178,14 +179,15 @@ class PairDataModule(RowDataModule):
         return DataLoader(prompts, batch_size=self._batch_size, collate_fn=list)  # type: ignore[arg-type]
 
     def requests(self, split: SplitName) -> list[Request]:
-        """The rows of a split that are used, as requests with their right answers.
+        """The rows of a split that are kept, as requests with their reference answers.
 
         Args:
-            split: A split that `setup` or `load_rows` has read.
+            split: Name of a split that `setup` or `load_rows` has read.
 
         Returns:
-            For each row its messages up to the last answer, that answer as reference, its id (the row's ``id``, or
-            ``source:row``) and its cluster (the column that ``columns={"cluster": ...}`` names, or ``cluster``).
+            One request per row: the messages up to the last answer, that answer as the reference, the id (the row's
+            ``id``, or ``source:row``) and the cluster (the column that ``columns={"cluster": ...}`` names, or
+            ``cluster``).
 
         Raises:
             ConfigError: If there is no such split.
@@ -193,13 +195,13 @@ class PairDataModule(RowDataModule):
         return self.splits.requests(split)
 
 
-class _LayOut:
-    """Lays a batch out; a rank without rows gets one token that isn't supervised, so that it takes part in the step."""
+class _PairCollate:
+    """Lays out a batch. A rank without rows gets one unsupervised token, so that it still takes part in the step."""
 
     def __init__(self, packing: bool, pad_token_id: int) -> None:
         self._packing, self._pad_token_id = packing, pad_token_id
 
     def __call__(self, rows: Sequence[EncodedRow]) -> TokenBatch:
         examples = [example for _, (example,) in rows]
-        nothing = Example(torch.tensor([self._pad_token_id]), torch.tensor([False]))
-        return collate_examples(examples or [nothing], packing=self._packing, pad_token_id=self._pad_token_id)
+        placeholder = Example(torch.tensor([self._pad_token_id]), torch.tensor([False]))
+        return collate_examples(examples or [placeholder], packing=self._packing, pad_token_id=self._pad_token_id)

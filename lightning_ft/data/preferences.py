@@ -1,4 +1,4 @@
-"""Preferences for a Trainer: pairs of completions, or completions with a label."""
+"""DataModule of preferences: pairs of completions, or completions with a label."""
 
 from __future__ import annotations
 
@@ -15,23 +15,51 @@ from lightning_ft.data.splits import SplitName
 
 
 class PreferenceDataModule(RowDataModule):
-    """Preferences from files, the Hub or memory, checked and tokenized once, as `PreferenceBatch`es.
+    """Preferences from files, the hub or memory, checked and tokenized once, as `PreferenceBatch`es.
 
     Rows may be
 
     - ``{prompt, chosen, rejected}``, each a string or a list of messages;
-    - ``{chosen, rejected}``, two whole conversations or two whole texts: the turns, or the words, that both start with
-      are the prompt;
-    - ``{prompt, completion, label}``, where `label` says whether the completion is a good one.
+    - ``{chosen, rejected}``, two whole conversations or two whole texts: the prompt is the turns, or the words, that
+      both start with;
+    - ``{prompt, completion, label}``, where `label` says whether the completion is desirable.
 
-    Pairs may have a `margin`, a number that says by how much the chosen one is better. Each row may have a `system`, an
-    `id` and a `cluster`. A split holds pairs or labelled completions, never both. A prompt that is a string is a turn
-    of the user: for texts that hold their own markup (``Human:``, ``Assistant:``) pass ``chat_template="text"``.
+    Pairs may have a `margin`, the number by which the chosen completion is better. Each row may have a `system`, an
+    `id` and a `cluster`. A split holds pairs or labeled completions, never both. A prompt that is a string becomes a
+    user turn: for texts that hold their own markup (``Human:``, ``Assistant:``) pass ``chat_template="text"``.
 
-    Only the last turn of a completion is supervised. The prompt of a row that is too long is cut for both completions
-    alike; a completion never is.
+    Only the last turn of a completion is supervised. The prompt of a row that is too long is cut in the same way for
+    both completions; completions are never cut.
 
-    It takes the arguments of `RowDataModule`.
+    Args:
+        train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
+            `datasets.Dataset` or `IterableDataset` (finite; it is read to its end once), a list of dicts, or a list of
+            several of these.
+        validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same prompt
+            (whatever its system turn), from one conversation or from one `cluster` stay together.
+        test: Test rows, in the same forms as `train`.
+        columns: Mapping from field names of the format to columns of your data, such as ``{"prompt": "question",
+            "cluster": "customer"}``.
+        mixing: For several training sources, how often the rows of each appear per epoch. For a fraction, rows are
+            drawn again in every epoch.
+        tokenizer: Hub name, local folder or tokenizer; by default the module's. The module generates and exports with
+            it, too. It needs no pad token.
+        chat_template: Chat template that replaces the tokenizer's own, in generation and export too: ``plain``
+            (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
+        chat_template_kwargs: Variables that the chat template gets for every row in addition to the messages, such as
+            ``{"enable_thinking": False}``. A row's own ``chat_template_kwargs`` take precedence.
+        max_length: Maximum number of tokens per row: of the prompt with its longest completion.
+        batch_size: Number of rows per batch on each rank.
+        on_overlong: What happens to rows longer than `max_length`: ``error`` lists them, ``drop`` counts them,
+            ``truncate_prompt`` cuts user turns of the prompt from their left, the earliest first. Answers, system turns
+            and the template's own tokens are never cut; a row that is too long without any user text is a bad row.
+        on_bad_row: What happens to bad rows: ``error`` lists them all, ``skip`` leaves them out and counts them by
+            reason.
+        shuffle: Whether each epoch has an order of its own, drawn from `seed` and the epoch.
+        seed: Seed of the epochs' orders, the held-out rows and the mixing.
+        num_workers: Number of processes that make batches.
+        cache_dir: Folder for tokenized rows; by default one in the `datasets` library's cache, False for no cache.
+        trust_remote_code: Whether code from the tokenizer's repository may run.
 
     Raises:
         ConfigError: For arguments that contradict each other.
@@ -47,15 +75,15 @@ class PreferenceDataModule(RowDataModule):
     row_type = PREFERENCES
 
     def collate(self, split: SplitName) -> Collate:
-        """Makes a `PreferenceBatch` of rows, also of none."""
-        return _Batch([row for part in self.splits.rows[split] for row in part])
+        """The function that makes a `PreferenceBatch` from any number of rows, none included."""
+        return _PreferenceCollate([row for part in self.splits.rows[split] for row in part])
 
     def row_batches(self, split: SplitName, batch_size: int) -> Iterable[PreferenceBatch]:
-        """All rows of a split once, in their order, whatever the rank: to compute something of each beforehand.
+        """All rows of a split once, in order, on every rank: to compute something for each row before training.
 
         Args:
-            split: Which.
-            batch_size: Rows of a batch; the last one's may be fewer.
+            split: Name of the split.
+            batch_size: Number of rows per batch; the last batch may have fewer.
 
         Raises:
             ConfigError: If there is no such split.
@@ -67,7 +95,7 @@ class PreferenceDataModule(RowDataModule):
             yield collate(rows[range(start, min(start + batch_size, len(rows)))])
 
     def encoded_key(self, split: SplitName) -> str:
-        """A hash of the tokens of a split in the order of its rows: equal keys, equal :meth:`row_batches`' tokens.
+        """A hash of the tokens of a split in row order: equal keys mean equal tokens from :meth:`row_batches`.
 
         Raises:
             ConfigError: If there is no such split.
@@ -77,11 +105,11 @@ class PreferenceDataModule(RowDataModule):
         return content_hash(self.splits.encoded[split])
 
 
-class _Batch:
-    """Makes a batch of encoded rows and what else the rows say."""
+class _PreferenceCollate:
+    """Makes a batch from encoded rows and from their labels and margins."""
 
     def __init__(self, rows: Sequence[Preference]) -> None:
-        # Tensors, not rows: they are sent to every worker.
+        # Tensors rather than rows, since every worker gets a copy.
         self._labels = torch.tensor([row.labels for row in rows], dtype=torch.bool)  # [r, 1 or 2]
         margins = [row.margin for row in rows]
         self._margins = None if None in margins else torch.tensor(margins, dtype=torch.float32)  # [r]

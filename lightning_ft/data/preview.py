@@ -1,8 +1,8 @@
-"""What a model would be trained on, printed before anything is trained: `lightning-ft preview`.
+"""Prints what a model would be trained on, before training: `lightning-ft preview`.
 
-It reads, checks and tokenizes the rows as `fit` would, and loads no weights. Supervised text is between ``«`` and ``»``
-(``>>`` and ``<<`` where the terminal can't show those), so that it can be told without color too. What rows hold is
-printed with its control characters escaped.
+It reads, checks and tokenizes the rows as `fit` would, without loading weights. Supervised text is between ``«`` and
+``»`` (``>>`` and ``<<`` if the terminal can't show those), so that it is recognizable without color too. Text of rows
+is printed with its control characters escaped.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ def preview(
     examples: int = 3,
     console: Console | None = None,
 ) -> dict[str, SplitReport]:
-    """Print examples with their supervised tokens, token lengths, and what would be cut or dropped and why.
+    """Print examples with their supervised tokens, token lengths, and the rows that would be cut or dropped, and why.
 
-    Bad and overlong rows are listed instead of raised, whatever the DataModule was told to do with them.
+    Bad and overlong rows are listed instead of raised, whatever the settings of the DataModule.
 
     Args:
-        datamodule: What would be trained on.
-        tokenizer: In place of the DataModule's own, from now on; its `chat_template` is put on it.
-        examples: How many rows of each split to show.
-        console: Where to print.
+        datamodule: DataModule with the rows.
+        tokenizer: Tokenizer that replaces the DataModule's; the DataModule's `chat_template` is set on it.
+        examples: Number of rows to show per split.
+        console: Console to print on.
 
     Returns:
-        What became of the rows of each split.
+        Counts of the rows in each split: read, kept, dropped, truncated, and why.
 
     Raises:
-        DataError: If a source as a whole can't be read, or none of its rows can be used.
+        DataError: If a source can't be read at all, or none of its rows can be used.
         ConfigError: If there is no tokenizer.
     """
     console = console or Console()
@@ -77,8 +77,8 @@ def preview(
         console.rule(f"[bold]{name}")
         report = splits.report[name]
         _print_examples(splits, name, tokenizer, examples, console)
-        of = "row" if len(report.lengths) == report.kept else "completion with its prompt"
-        histogram = length_histogram(report.lengths, rules.max_length, of=of, fancy=_is_fancy(console))
+        unit = "row" if len(report.lengths) == report.kept else "completion with its prompt"
+        histogram = length_histogram(report.lengths, rules.max_length, unit=unit, fancy=_is_fancy(console))
         console.print(histogram, markup=False, highlight=False)
         console.print(_counts(report))
         _print_notes(report, tokenizer, console)
@@ -88,12 +88,12 @@ def preview(
 
 
 def supervised_text(tokenizer: PreTrainedTokenizerBase, example: Example, *, fancy: bool = True) -> Text:
-    """The text of an example, its supervised runs colored and between marks, control characters escaped.
+    """The text of an example with supervised parts colored and between marks, control characters escaped.
 
     Args:
-        tokenizer: Decodes the tokens.
+        tokenizer: Tokenizer that decodes the tokens.
         example: An encoded row.
-        fancy: Whether the marks may be other than ASCII.
+        fancy: Whether marks may be other than ASCII.
     """
     before, after = ("«", "»") if fancy else (">>", "<<")
     text = Text()
@@ -107,13 +107,13 @@ def supervised_text(tokenizer: PreTrainedTokenizerBase, example: Example, *, fan
     return text
 
 
-def length_histogram(lengths: Sequence[int], max_length: int, *, of: str = "row", fancy: bool = True) -> str:
-    """Rows by their number of tokens.
+def length_histogram(lengths: Sequence[int], max_length: int, *, unit: str = "row", fancy: bool = True) -> str:
+    """A histogram of rows by their number of tokens.
 
     Args:
-        lengths: Tokens of each row.
-        max_length: Named below, as the limit.
-        of: What the lengths are of.
+        lengths: Number of tokens of each row.
+        max_length: Limit that the title names.
+        unit: Word for what each length belongs to.
         fancy: Whether bars may be other than ASCII.
 
     Example:
@@ -128,7 +128,7 @@ def length_histogram(lengths: Sequence[int], max_length: int, *, of: str = "row"
     width = max(2, -(-max(lengths) // _BINS))
     counts = Counter((length - 1) // width for length in lengths)
     labels = [f"{i * width + 1:,}-{(i + 1) * width:,}" for i in range(max(counts) + 1)]
-    lines = [f"tokens per {of} (longest {max(lengths):,}, max_length {max_length:,})"]
+    lines = [f"tokens per {unit} (longest {max(lengths):,}, max_length {max_length:,})"]
     for i, label in enumerate(labels):
         bar = ("█" if fancy else "#") * -(-_BAR * counts[i] // max(counts.values()))
         lines.append(f"{label:>{max(map(len, labels))}} | {bar} {counts[i]:,}")
@@ -143,8 +143,8 @@ def _print_examples(
     splits: Splits[Any], name: str, tokenizer: PreTrainedTokenizerBase, examples: int, console: Console
 ) -> None:
     parts = splits.encoded[name]
-    places = [(part, i) for part, rows in enumerate(parts) for i in range(rows.num_rows)]
-    for number, (part, i) in enumerate(places[:examples]):
+    indices = [(part, i) for part, rows in enumerate(parts) for i in range(rows.num_rows)]
+    for number, (part, i) in enumerate(indices[:examples]):
         row = splits.rows[name][part][i]
         ((_, encoded),) = SplitRows(parts)[[number]]
         tokens, supervised = (sum(len(e) for e in encoded), sum(int(e.supervised.sum()) for e in encoded))
@@ -156,7 +156,7 @@ def _print_examples(
 
 
 def _row_text(row: Any, encoded: tuple[Example, ...], tokenizer: PreTrainedTokenizerBase, *, fancy: bool) -> Text:
-    """A row, and below it what else it says: completions and what they were judged to be, columns for rewards."""
+    """The text of a row, with its labeled completions, margin, columns for rewards and template variables below."""
     if not isinstance(row, Preference):
         text = supervised_text(tokenizer, encoded[0], fancy=fancy)
         for name, value in (row.columns if isinstance(row, Prompt) else row.template_kwargs).items():
@@ -167,8 +167,8 @@ def _row_text(row: Any, encoded: tuple[Example, ...], tokenizer: PreTrainedToken
     names = ("chosen", "rejected") if len(row.labels) > 1 else ("good" if row.labels[0] else "bad",)
     prompt, completions = split_shared(encoded)
     text = supervised_text(tokenizer, Example(prompt, torch.zeros_like(prompt, dtype=torch.bool)), fancy=fancy)
-    for judged, completion in zip(names, completions, strict=True):
-        _append(text, judged, supervised_text(tokenizer, completion, fancy=fancy))
+    for label, completion in zip(names, completions, strict=True):
+        _append(text, label, supervised_text(tokenizer, completion, fancy=fancy))
     if row.margin is not None:
         _append(text, "margin", f"{row.margin:g}")
     for name, value in row.template_kwargs.items():
@@ -187,26 +187,26 @@ def _counts(report: SplitReport) -> Table:
     table.add_column(justify="right")
     table.add_column()
     tokens = sum(report.lengths)
-    figures = [
+    counts = [
         (report.read, "rows read"),
         (report.kept, "rows used"),
         *((count, f"left out: {reason}") for reason, count in report.skipped.most_common()),
         (report.truncated, "prompts cut to max_length"),
         (report.duplicates, "duplicates of an earlier row"),
         *report.overlap,
-        (report.other_prompt, "rows whose prompt isn't what generation starts from"),
+        (report.other_prompt, "rows whose prompt differs from what generation starts from"),
         *((count, note) for note, count in report.notes.items()),
         (tokens, "tokens"),
         (sum(report.supervised), f"supervised tokens ({sum(report.supervised) / max(1, tokens):.0%})"),
     ]
-    for count, what in figures:
-        if count or what in ("rows read", "rows used"):
-            table.add_row(f"{count:,}", Text(printable(what, one_line=True)))
+    for count, label in counts:
+        if count or label in ("rows read", "rows used"):
+            table.add_row(f"{count:,}", Text(printable(label, one_line=True)))
     return table
 
 
 def _print_notes(report: SplitReport, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
-    """What to do about the notes, and which columns mean nothing."""
+    """Print the remedies for the notes, and the ignored columns."""
     template = chat_template(tokenizer)
     for note in report.notes:
         if (remedy := remedy_for(note, template)) is not None:
@@ -223,5 +223,5 @@ def _print_problems(problems: Sequence[Problem], stops: Sequence[Problem], conso
     if stops:
         settings = "on_bad_row or on_overlong"
         console.print(
-            Text(f"fit would stop at {len(stops):,} of these rows: mend them, or set {settings}.", style="bold red")
+            Text(f"fit would stop at {len(stops):,} of these rows: fix them, or set {settings}.", style="bold red")
         )

@@ -1,4 +1,4 @@
-"""Kinds of rows: how a DataModule's rows are read, and what tokens they become."""
+"""Row types: how the rows of a DataModule are read and encoded."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ Supervise = Literal["all", "last"]
 
 
 class Row(Protocol):
-    """A checked row of any kind."""
+    """A checked row of any type."""
 
     @property
     def source(self) -> str:
-        """Where it stands."""
+        """Source of the row."""
 
     @property
     def row(self) -> int:
-        """Its line or number there."""
+        """Line or number of the row in its source."""
 
     @property
     def cluster(self) -> str | None:
-        """What it belongs together with, if the row says so."""
+        """Group that the row belongs to, if it names one."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes two rows duplicates of each other, and all that their tokens depend on; strings and tuples."""
+        """All that the tokens depend on, so duplicates have equal keys; strings and tuples."""
 
     @property
     def prompt_messages(self) -> tuple[Message, ...]:
-        """The turns before the answer; those of the user among them may be cut."""
+        """Turns before the answer; the user turns among them may be cut."""
 
     @property
     def template_kwargs(self) -> Mapping[str, Any]:
-        """What the chat template is given besides the messages."""
+        """Variables for the chat template in addition to the messages."""
 
     def with_prompt(self: Self, messages: Sequence[Message]) -> Self:
-        """The same row with other turns before the answer."""
+        """A copy of the row with other turns before the answer."""
 
 
 RowT = TypeVar("RowT", bound=Row)
 
 
 class RowType(ABC, Generic[RowT]):
-    """What the rows of a DataModule are.
+    """Base of the row types.
 
     Args:
-        name: Stands in the names of cache entries.
+        name: Name of the type, a part of the keys of cache entries.
     """
 
     name: ClassVar[str]
@@ -67,11 +67,11 @@ class RowType(ABC, Generic[RowT]):
     def reader(
         self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
     ) -> FieldReader[RowT]:
-        """What reads the rows of a source.
+        """The reader for the rows of a source.
 
         Args:
-            rows: Its first rows, to tell their format.
-            columns: The format's field names to those in the data.
+            rows: First rows of the source, to detect their format.
+            columns: Mapping from field names of the format to columns of the data.
             answered: Whether rows must have an answer.
 
         Raises:
@@ -80,50 +80,50 @@ class RowType(ABC, Generic[RowT]):
 
     @abstractmethod
     def encode(self, tokenizer: PreTrainedTokenizerBase, row: RowT, template: ChatTemplate) -> Encoded:
-        """The tokens of a row.
+        """Encode a row.
 
         Raises:
             TokenizerError: If the chat template refuses the row.
-            AnswerLostError: If it drops or changes an answer.
+            AnswerLostError: If the template drops or changes an answer.
         """
 
     def texts(self, row: RowT) -> list[Sequence[Message]]:
-        """The conversations that a row holds, each with its answer."""
+        """Conversations in a row, each with its answer."""
         return [row.prompt_messages]
 
     def is_markup(self, row: RowT) -> bool:
-        """Whether control tokens in the row's text are meant as such."""
+        """Whether control tokens in the row's text are intended."""
         return False
 
     def check_encoded(self, encoded: Encoded) -> None:
-        """Refuse a row for the tokens it became.
+        """Refuse a row whose tokens can't be trained on.
 
         Raises:
-            RowError: If it can't be trained on.
+            RowError: With the reason.
         """
 
     def complete(self, name: str, parts: list[list[RowT]], report: SplitReport) -> list[list[RowT]]:
-        """Look at the rows of a split together.
+        """Check and complete the rows of a split together.
 
         Args:
             name: Name of the split.
-            parts: Its rows, by source.
-            report: Takes notes.
+            parts: Rows of the split, by source.
+            report: Report that notes are added to.
 
         Returns:
-            The rows, changed where one depends on the others.
+            The rows, changed where a row depends on the others.
 
         Raises:
-            DataError: If they don't go together.
+            DataError: If the rows don't fit together.
         """
         return parts
 
 
 class Pairs(RowType[Conversation]):
-    """Conversations whose answers are learned from, and texts all of which is learned.
+    """Conversations with supervised answers, and texts that are supervised as a whole.
 
     Args:
-        supervise: ``"all"`` answers, or the ``"last"`` one of each conversation only.
+        supervise: Supervised answers of each conversation: ``"all"``, or only the ``"last"``.
     """
 
     def __init__(self, supervise: Supervise = "all") -> None:
@@ -158,9 +158,9 @@ class Pairs(RowType[Conversation]):
     def check_encoded(self, encoded: Encoded) -> None:
         """See `RowType`."""
         if not bool(encoded.example.supervised.any()):
-            fix = "The last answer has weight 0, and supervise='last' takes no other: leave the row out."
-            raise RowError(None, "nothing is trained on", f"{len(encoded.example):,} tokens", fix)
+            fix = "The last answer has weight 0, and supervise='last' trains on no other: leave the row out."
+            raise RowError(None, "no supervised token", f"{len(encoded.example):,} tokens", fix)
 
 
 PAIRS = Pairs()
-"""The kind of `PairDataModule`."""
+"""The row type of `PairDataModule`."""

@@ -1,4 +1,4 @@
-"""Which rows stand in which batch of which rank, exactly and from a seed."""
+"""Assigns rows to the batches of each rank, exactly and from a seed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_ft.errors import ConfigError
 def mixed_epoch(sizes: Sequence[int], weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:
     """Row numbers of one epoch over several sources.
 
-    A source of weight w stands in an epoch w times: as often as w is whole, and for the rest a part of it that is drawn
-    anew. With weight 1 every row stands there once.
+    A source of weight w appears w times per epoch: all of its rows for each whole unit of w, and for the fraction a
+    random sample of them, drawn again in each epoch. With weight 1 every row appears once.
 
     Args:
-        sizes: Rows of each source; their numbers follow each other.
+        sizes: Number of rows of each source; row numbers run through all sources.
         weights: Weight of each source.
-        rng: Draws the fractions.
+        rng: Generator that draws the samples.
 
     Example:
         >>> mixed_epoch([2, 4], [2.0, 0.5], np.random.default_rng(0)).tolist()
@@ -37,28 +37,28 @@ def mixed_epoch(sizes: Sequence[int], weights: Sequence[float], rng: np.random.G
 
 
 def _times(size: int, weight: float) -> int:
-    """How many rows of an epoch a source gives."""
+    """Number of rows that a source contributes to an epoch."""
     return size * int(weight) + round((weight - int(weight)) * size)
 
 
 class BatchPlan(DistributedSampler[list[int]]):
-    """Yields, for this rank, the row numbers of each batch.
+    """Yields the row numbers of each batch on this rank.
 
-    Batches are cut from the epoch's order across ranks: two ranks with batches of 4 see what one rank with batches of 8
-    sees. The last step shares what is left, so nothing is dropped or repeated; a rank may get an empty batch then. It
-    is a `DistributedSampler` so that a Trainer leaves it in place.
+    Batches are slices of the epoch's order across ranks: two ranks with batches of 4 see what one rank with batches of
+    8 sees. The last step divides what is left, so no row is dropped or repeated; a rank may then get an empty batch. It
+    is a `DistributedSampler` so that a Trainer does not replace it.
 
-    The epoch of an order is the one that `set_epoch` named, also after a resume: :meth:`start_at` says where the next
-    iterator begins, and whoever counts epochs from 0 again is corrected from there on.
+    The order is that of the epoch set by `set_epoch`, after a resume too: :meth:`start_at` sets where the next iterator
+    begins, and a caller that counts epochs from 0 again is corrected from there on.
 
     Args:
-        sizes: Rows of each source.
-        weights: See :func:`mixed_epoch`.
-        batch_size: Rows of a batch on one rank.
-        shuffle: Draw an order for each epoch.
-        seed: Of the orders.
-        rank: This rank.
-        world_size: How many there are.
+        sizes: Number of rows of each source.
+        weights: Weight of each source, see :func:`mixed_epoch`.
+        batch_size: Number of rows per batch on each rank.
+        shuffle: Whether each epoch has an order of its own.
+        seed: Seed of the orders.
+        rank: Index of this rank.
+        world_size: Number of ranks.
 
     Raises:
         ConfigError: For weights that don't fit the sources.
@@ -85,20 +85,20 @@ class BatchPlan(DistributedSampler[list[int]]):
             raise ConfigError(f"mixing={list(weights)}: {expected}.")
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
-        every: Any = range(sum(sizes))  # it is only asked for its length
-        super().__init__(every, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        dataset: Any = range(sum(sizes))  # only its length is read
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         self.sizes, self.weights, self.batch_size = list(sizes), list(weights), batch_size
-        self._start: tuple[int, int] | None = None  # epoch and batch that the next iterator begins at
-        self._offset = 0  # epochs that the caller's count lacks since a resume
+        self._start: tuple[int, int] | None = None  # epoch and batch at which the next iterator begins
+        self._offset = 0  # epochs missing from the caller's count since a resume
 
     def order(self, epoch: int) -> np.ndarray:
-        """Row numbers of an epoch, over all ranks."""
+        """Row numbers of an epoch, for all ranks together."""
         rng = np.random.default_rng([self.seed, epoch])
         rows = mixed_epoch(self.sizes, self.weights, rng)
         return rng.permutation(rows) if self.shuffle else rows
 
     def __iter__(self) -> Iterator[list[int]]:
-        # At once, since workers ask for batches before the first is wanted.
+        # Not a generator itself: the position is read now, before workers fetch batches ahead.
         return self._batches(*self.next_position())
 
     def _batches(self, epoch: int, first: int) -> Iterator[list[int]]:
@@ -111,12 +111,12 @@ class BatchPlan(DistributedSampler[list[int]]):
         """Row numbers of a batch of this rank.
 
         Args:
-            order: Row numbers of the epoch, see :meth:`order`.
-            batch: Number of the batch in the epoch.
+            order: Row numbers of the epoch, from :meth:`order`.
+            batch: Index of the batch in the epoch.
         """
         step = self.batch_size * self.num_replicas
-        every = order[batch * step : (batch + 1) * step]
-        return [int(row) for row in np.array_split(every, self.num_replicas)[self.rank]]
+        rows = order[batch * step : (batch + 1) * step]
+        return [int(row) for row in np.array_split(rows, self.num_replicas)[self.rank]]
 
     def __len__(self) -> int:
         rows = sum(_times(size, weight) for size, weight in zip(self.sizes, self.weights, strict=True))
@@ -130,8 +130,8 @@ class BatchPlan(DistributedSampler[list[int]]):
         """Begin the next iterator in the middle of an epoch, or at its end, where it is empty.
 
         Args:
-            epoch: The epoch of the order.
-            batch: Number of its batches that were given before.
+            epoch: Epoch whose order is used.
+            batch: Number of batches of the epoch to skip.
         """
         self._start = (epoch, batch)
 

@@ -1,4 +1,4 @@
-"""Completions behind the prompts that they share: preference pairs, groups of samples, and their plain twin."""
+"""Lays out completions with the prompts that they share: preference pairs and groups of samples."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ def lay_out_completions(
     packing: bool = True,
     pad_token_id: int = 0,
 ) -> TokenBatch:
-    """Lay prompts and their completions out for one forward pass.
+    """Lay out prompts and their completions for one forward pass.
 
-    Either way targets stand in the order of the completions, prompt by prompt, and `groups` numbers them so.
+    Whether prompts are shared or repeated, targets are in the order of the completions, prompt by prompt, and `groups`
+    numbers the completions in that order.
 
     Args:
         prompts: Token ids, ``int64 [t]`` each, at least one.
-        completions: For each prompt what follows it. Prompt tokens are never supervised.
-        shared: Compute each prompt once, as the parent of its completions in a row of their own; otherwise repeat it in
-            front of each.
-        packing: Where prompts are repeated, lay all sequences out in one row rather than one row each.
-        pad_token_id: Stands behind shorter rows.
+        completions: Completions of each prompt. Prompt tokens are never supervised.
+        shared: Whether each prompt is computed once, as the parent of its completions in one row; otherwise it is
+            repeated before each completion.
+        packing: Whether sequences with repeated prompts share one row, or have one row each.
+        pad_token_id: Token id that fills shorter rows.
 
     Raises:
         ConfigError: For a prompt without tokens or without completions.
@@ -46,17 +47,17 @@ def lay_out_completions(
     """
     rows: list[list[Segment]] = []
     group = 0
-    for number, (prompt, behind) in enumerate(zip(prompts, completions, strict=True)):
-        if not len(prompt) or not behind:
+    for number, (prompt, children) in enumerate(zip(prompts, completions, strict=True)):
+        if not len(prompt) or not children:
             raise ConfigError(f"Prompt {number} of a batch has no {'completions' if len(prompt) else 'tokens'}.")
         unsupervised = Example(prompt, torch.zeros(len(prompt), dtype=torch.bool))
         if shared:
             rows.append([Segment(unsupervised, group=group)])
-            rows[-1] += [Segment(completion, 0, group + i) for i, completion in enumerate(behind)]
+            rows[-1] += [Segment(completion, 0, group + i) for i, completion in enumerate(children)]
         else:
-            wholes = [_joined(unsupervised, completion) for completion in behind]
-            rows += [[Segment(whole, group=group + i)] for i, whole in enumerate(wholes)]
-        group += len(behind)
+            sequences = [_joined(unsupervised, completion) for completion in children]
+            rows += [[Segment(sequence, group=group + i)] for i, sequence in enumerate(sequences)]
+        group += len(children)
     if not shared and packing:
         rows = [[segment for row in rows for segment in row]]
     return lay_out(rows, pad_token_id=pad_token_id)
@@ -68,43 +69,43 @@ def _joined(prompt: Example, completion: Example) -> Example:
     )
 
 
-def last_places(batch: TokenBatch) -> Tensor:
-    """Where the last token of each completion stands, in the order of the completions.
+def last_positions(batch: TokenBatch) -> Tensor:
+    """Position of the last token of each completion, in the order of the completions.
 
     Args:
-        batch: From :func:`lay_out_completions`: segments that nothing continues are the completions.
+        batch: Result of :func:`lay_out_completions`, where segments without children are the completions.
 
     Returns:
-        Places in the flattened ``[b * s]``, ``int64 [c]``.
+        Indices in the flattened ``[b * s]``, ``int64 [c]``.
 
     Example:
         >>> import torch
         >>> one, two = (Example(torch.ones(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)) for n in (1, 2))
         >>> prompts = [torch.tensor([5, 6]), torch.tensor([5])]
-        >>> last_places(lay_out_completions(prompts, [[one, two], [one]])).tolist()
+        >>> last_positions(lay_out_completions(prompts, [[one, two], [one]])).tolist()
         [2, 4, 6]
     """
     rows, length = batch.segment_ids.shape
     count = batch.parents.shape[1]
-    places = torch.arange(rows * length, device=batch.segment_ids.device).view(rows, length)
-    ends = places.new_full((rows, count + 1), -1)  # the last column takes the padding
+    positions = torch.arange(rows * length, device=batch.segment_ids.device).view(rows, length)
+    ends = positions.new_full((rows, count + 1), -1)  # the last column takes the padding
     segments = torch.where(batch.segment_ids < 0, count, batch.segment_ids)
-    ends = ends.scatter_reduce(1, segments, places, "amax")[:, :count]  # [b, segments]
+    ends = ends.scatter_reduce(1, segments, positions, "amax")[:, :count]  # [b, segments]
     continued = torch.zeros_like(ends, dtype=torch.bool)
-    continued = torch.cat([continued, continued[:, :1]], dim=1)  # ... and here what is nobody's parent
+    continued = torch.cat([continued, continued[:, :1]], dim=1)  # the extra column takes the parents of roots
     parents = torch.where(batch.parents < 0, count, batch.parents)
     continued = continued.scatter(1, parents, True)[:, :count]
     return ends[(ends >= 0) & ~continued]
 
 
 def shared_turns(left: list[Message], right: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """The turns two conversations start with, and what is left of each.
+    """Split two conversations into the turns that both start with and the rest of each.
 
     Example:
-        >>> asked = Message(role="user", content="2+2?")
+        >>> question = Message(role="user", content="2+2?")
         >>> answers = [Message(role="assistant", content=content) for content in ("4", "5")]
-        >>> prompt, chosen, rejected = shared_turns([asked, answers[0]], [asked, answers[1]])
-        >>> prompt == [asked], chosen == answers[:1], rejected == answers[1:]
+        >>> prompt, chosen, rejected = shared_turns([question, answers[0]], [question, answers[1]])
+        >>> prompt == [question], chosen == answers[:1], rejected == answers[1:]
         (True, True, True)
     """
     shared = _common(left, right)
@@ -112,16 +113,16 @@ def shared_turns(left: list[Message], right: list[Message]) -> tuple[list[Messag
 
 
 def shared_text(left: str, right: str) -> tuple[str, str, str]:
-    """The text two texts start with, and what is left of each, the space between included.
+    """Split two texts into the text that both start with and the rest of each, which keeps the space between them.
 
-    No word is torn apart: a model reads a word otherwise than its beginning.
+    No word is split: the tokens of a word differ from those of its beginning.
 
     Example:
         >>> shared_text("2+2? It is four.", "2+2? It is fourteen.")
         ('2+2? It is', ' four.', ' fourteen.')
     """
     shared = _common(left, right)
-    while shared and (_tears(left, shared) or _tears(right, shared)):
+    while shared and (_splits_word(left, shared) or _splits_word(right, shared)):
         shared -= 1
     if left[:shared].endswith(" "):
         shared -= 1
@@ -133,6 +134,6 @@ def _common(left: str | list[Message], right: str | list[Message]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
-def _tears(text: str, place: int) -> bool:
-    """Whether a word goes on there."""
-    return place < len(text) and text[place - 1].isalnum() and text[place].isalnum()
+def _splits_word(text: str, index: int) -> bool:
+    """Whether an index is inside a word."""
+    return index < len(text) and text[index - 1].isalnum() and text[index].isalnum()

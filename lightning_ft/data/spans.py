@@ -260,7 +260,7 @@ class _Conversation:
             for gap, asked in self.layout.gaps:
                 if before.endswith(gap):
                     return core.start - len(gap) + asked
-        tail = self.layout.asked if role == "user" else recall(self.template, ("tail", role, self.key))
+        tail = self.layout.prompt_end if role == "user" else recall(self.template, ("tail", role, self.key))
         tokens = [match.start() for match in added_tokens(self.template).finditer(tail or "")]
         # Plain words may be anybody's; and a system turn may ask for another prompt, which the last one shows.
         if not tokens or not self.prompt.endswith(tail[tokens[-1] :]):

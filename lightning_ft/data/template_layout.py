@@ -1,7 +1,7 @@
-"""What a chat template writes around the turns of a conversation, found by rendering a few short ones.
+"""Finds what a chat template writes around the turns of a conversation, by rendering a few short ones.
 
-Above all, how it ends an answer. A conversation that ends with the answer next to one that goes on shows it: the end is
-what both write, not the header of the next turn and not what closes the whole conversation::
+The main question is how it ends an answer. The end is what a conversation that stops after the answer has in common
+with one that goes on: neither the header of the next turn nor what closes the whole conversation::
 
     <user>7<end><assistant>8<end><eos>                          closing:   <end><eos>
     <user>7<end><assistant>8<end><user>9<end><assistant>...     following: <end><user>
@@ -17,16 +17,16 @@ from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.errors import TokenizerError
 from lightning_ft.types import Message
 
-_MOST_CACHED = 1000  # rows may each bring tools of their own
+_MOST_CACHED = 1000  # a limit, since each row may bring its own tools
 
 
 def mark(number: int, field: int = 0, start: str = "905316") -> str:
-    """A text to put into a turn, which no template writes in another way: digits have no case.
+    """A text to put into a turn, which templates leave unchanged, since digits have no case.
 
     Args:
-        number: Which turn it is put into.
-        field: Which field of the turn.
-        start: Six digits that the conversation hasn't.
+        number: Index of the turn.
+        field: Number of the field in the turn.
+        start: Six digits that don't appear in the conversation.
 
     Example:
         >>> mark(0), mark(12, 1)
@@ -36,42 +36,42 @@ def mark(number: int, field: int = 0, start: str = "905316") -> str:
 
 
 class TemplateLayout(NamedTuple):
-    """What a template writes around plain turns.
+    """Text that a template writes around plain turns.
 
     Args:
-        end: After the last answer of a conversation, through the token that ends it; None where there is none.
-        ends_all: Whether earlier answers end by the same.
-        gaps: What it writes between a user's turn and its answer, in a conversation of one question and of two, each
-            with how many of its characters the prompt ends with.
-        around: All that is written in a conversation of two questions, and after the question of a prompt.
-        asked: What it writes after the question of a prompt.
+        end: Text after the last answer of a conversation, through the token that ends it; None if there is none.
+        ends_all: Whether earlier answers end in the same way.
+        gaps: Texts between a user turn and its answer, in a conversation of one question and of two, each with the
+            number of its characters that are part of the prompt.
+        around: All text around the turns of a conversation of two questions, and after the question of a prompt.
+        prompt_end: Text after the question of a prompt.
     """
 
     end: str | None
     ends_all: bool
     gaps: tuple[tuple[str, int], ...]
     around: str
-    asked: str
+    prompt_end: str
 
     @classmethod
     def of(cls, template: ChatTemplate, kwargs: Mapping[str, Any]) -> TemplateLayout:
-        """Found by rendering three short conversations, once.
+        """The layout of a template, from rendering three short conversations once.
 
         Args:
             template: The chat template.
-            kwargs: What it is given besides: `tools`, `enable_thinking`, ...
+            kwargs: Variables in addition to the messages: `tools`, `enable_thinking`, ...
         """
         key = ("layout", kwargs_key(kwargs))
-        found: TemplateLayout | None = recall(template, key)
-        if found is None:
-            found = cls._found(template, kwargs)
-            keep(template, key, found)
-        return found
+        layout: TemplateLayout | None = recall(template, key)
+        if layout is None:
+            layout = cls._render(template, kwargs)
+            keep(template, key, layout)
+        return layout
 
     @classmethod
-    def _found(cls, template: ChatTemplate, kwargs: Mapping[str, Any]) -> TemplateLayout:
+    def _render(cls, template: ChatTemplate, kwargs: Mapping[str, Any]) -> TemplateLayout:
         turns = [Message(role=("user", "assistant")[i % 2], content=mark(i)) for i in range(4)]
-        for head in ([], [Message(role="system", content=mark(4))]):  # some templates want a system turn first
+        for head in ([], [Message(role="system", content=mark(4))]):  # some templates require a system turn first
             one = _parts(template, [*head, *turns[:2]], kwargs)
             two = _parts(template, [*head, *turns], kwargs)
             prompt = _parts(template, [*head, *turns[:1]], kwargs, prompt=True)
@@ -79,15 +79,15 @@ class TemplateLayout(NamedTuple):
                 break
         end, ends_all = end_of(template, None if one is None else one[-1], None if two is None else two[-3])
         between = [*([one[-2]] if one else []), *([two[-4], two[-2]] if two else [])]
-        asked = None if prompt is None else prompt[-1]
-        gaps = () if asked is None else tuple((gap, _asked_in(template, gap, asked)) for gap in dict.fromkeys(between))
-        return cls(end, ends_all, gaps, "\n".join([*(two or one or []), asked or ""]), asked or "")
+        tail = None if prompt is None else prompt[-1]
+        gaps = () if tail is None else tuple((gap, _prompt_part(template, gap, tail)) for gap in dict.fromkeys(between))
+        return cls(end, ends_all, gaps, "\n".join([*(two or one or []), tail or ""]), tail or "")
 
 
 def _parts(
     template: ChatTemplate, turns: Sequence[Message], kwargs: Mapping[str, Any], *, prompt: bool = False
 ) -> list[str] | None:
-    """What a template writes around marks; None where it refuses the conversation or writes one of them otherwise."""
+    """Texts around the marks; None if the template refuses the conversation or changes a mark."""
     marks = [turn["content"] for turn in turns]
     try:
         parts = re.split("|".join(marks), template.render(turns, kwargs, prompt=prompt))
@@ -96,18 +96,18 @@ def _parts(
     return parts if len(parts) == len(marks) + 1 else None
 
 
-def _asked_in(template: ChatTemplate, gap: str, asked: str) -> int:
-    """How many characters of what precedes an answer the prompt has too."""
-    return whole_tokens(template, gap, len(shared_start([gap, asked])))
+def _prompt_part(template: ChatTemplate, gap: str, prompt_end: str) -> int:
+    """Number of characters in the gap before an answer that are part of the prompt."""
+    return whole_tokens(template, gap, len(shared_start([gap, prompt_end])))
 
 
 def end_of(template: ChatTemplate, closing: str | None, following: str | None) -> tuple[str | None, bool]:
-    """The text that ends a turn, and whether it does so also where the conversation goes on.
+    """The text that ends a turn, and whether it also ends turns before the last.
 
     Args:
-        template: Whose tokens count.
-        closing: What is written after a turn with which the conversation ends.
-        following: What is written after it where it goes on.
+        template: The chat template, whose tokens count.
+        closing: Text after a turn at the end of a conversation.
+        following: Text after the turn in a conversation that goes on.
     """
     if closing is None:
         return None, False
@@ -129,22 +129,22 @@ def is_special(template: ChatTemplate, end: str) -> bool:
     return end.endswith((*template.tokenizer.all_special_tokens, *special))
 
 
-# ---------------------------------------------------------------- what the template leaves out
+# ---------------------------------------------------------------- dropped turns
 
 
 def dropped_turns(template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> frozenset[int]:
-    """Which turns before the answers a template leaves out of conversations of this shape; rendered once a shape.
+    """Indices of the turns that a template drops from conversations of this shape; each shape is rendered once.
 
     Args:
         template: The chat template.
         messages: The conversation.
-        kwargs: What the template is given besides.
+        kwargs: Variables for the template in addition to the messages.
     """
     shape = tuple((message["role"], "tool_calls" in message) for message in messages)
     key = ("dropped", shape, kwargs_key(kwargs))
-    known: frozenset[int] | None = recall(template, key)
-    if known is not None:
-        return known
+    cached: frozenset[int] | None = recall(template, key)
+    if cached is not None:
+        return cached
     turns = [
         message if message.get("tool_calls") else {**message, "content": mark(i)} for i, message in enumerate(messages)
     ]
@@ -152,20 +152,20 @@ def dropped_turns(template: ChatTemplate, messages: Sequence[Message], kwargs: M
         text = template.render(turns, kwargs)  # type: ignore[arg-type]
     except TokenizerError:
         return frozenset()
-    lost = frozenset(i for i, m in enumerate(messages) if m["role"] != "assistant" and mark(i) not in text)
-    keep(template, key, lost)
-    return lost
+    dropped = frozenset(i for i, m in enumerate(messages) if m["role"] != "assistant" and mark(i) not in text)
+    keep(template, key, dropped)
+    return dropped
 
 
-# ---------------------------------------------------------------- tokens by name
+# ---------------------------------------------------------------- added tokens
 
 
 def added_tokens(template: ChatTemplate, *, bos: bool = False) -> re.Pattern[str]:
-    """Finds the tokens that a tokenizer has by name, but for white space.
+    """Pattern of the tokenizer's added and special tokens, except white space.
 
     Args:
         template: The chat template of the tokenizer.
-        bos: Whether BOS is among them; it ends no turn.
+        bos: Whether BOS is included; it ends no turn.
     """
     key = ("added", bos)
     if key not in template.cached:
@@ -176,18 +176,18 @@ def added_tokens(template: ChatTemplate, *, bos: bool = False) -> re.Pattern[str
         names = {name for name in names if name.strip()}
         ordered = sorted(names, key=len, reverse=True)
         template.cached[key] = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-    found: re.Pattern[str] = template.cached[key]
-    return found
+    pattern: re.Pattern[str] = template.cached[key]
+    return pattern
 
 
 def template_tokens(template: ChatTemplate) -> frozenset[str]:
-    """The tokens by name that a template writes around plain messages."""
+    """Added tokens that a template writes around plain messages."""
     around = TemplateLayout.of(template, {}).around
     return frozenset(match.group() for match in added_tokens(template, bos=True).finditer(around))
 
 
 def whole_tokens(template: ChatTemplate, text: str, stop: int) -> int:
-    """A position in a text, or the start of the token by name that it would cut through."""
+    """An index in a text, moved to the start of the added token that it would split."""
     for match in added_tokens(template).finditer(text):
         if match.start() < stop < match.end():
             return match.start()
@@ -196,11 +196,11 @@ def whole_tokens(template: ChatTemplate, text: str, stop: int) -> int:
     return stop
 
 
-# ---------------------------------------------------------------- texts, and what was found already
+# ---------------------------------------------------------------- shared texts, and cached results
 
 
 def shared_start(texts: Sequence[str]) -> str:
-    """What all texts start with.
+    """The longest common start of texts.
 
     Example:
         >>> shared_start(["<|end|>", "<|eos|>"])
@@ -218,7 +218,7 @@ def shared_start(texts: Sequence[str]) -> str:
 
 
 def shared_end(texts: Sequence[str]) -> str:
-    """What all texts end with.
+    """The longest common end of texts.
 
     Example:
         >>> shared_end(["[/INST]", "2+2?[/INST]"])
@@ -228,17 +228,17 @@ def shared_end(texts: Sequence[str]) -> str:
 
 
 def kwargs_key(kwargs: Mapping[str, Any]) -> str:
-    """A key for what a template is given besides the messages."""
+    """Cache key of the variables that a template gets in addition to the messages."""
     return repr(sorted((name, repr(value)) for name, value in kwargs.items())) if kwargs else ""
 
 
 def recall(template: ChatTemplate, key: tuple[Any, ...]) -> Any:
-    """What was kept of a template under a key; None if nothing was."""
+    """The cached result of a key for a template; None if there is none."""
     return template.cached.get(key)
 
 
-def keep(template: ChatTemplate, key: tuple[Any, ...], found: Any) -> None:
-    """Keep what was found out about a template."""
+def keep(template: ChatTemplate, key: tuple[Any, ...], value: Any) -> None:
+    """Cache a result for a template."""
     if len(template.cached) >= _MOST_CACHED:
         template.cached.clear()
-    template.cached[key] = found
+    template.cached[key] = value

@@ -1,6 +1,6 @@
-"""Chat templates: which one a tokenizer's conversations are rendered with, and the text that it makes of them.
+"""Renders conversations with a tokenizer's chat template.
 
-A template is code of whoever published the checkpoint. It runs in transformers' sandbox, and here within bounds of time
+A template is code by the publisher of the checkpoint. It runs in transformers' sandbox, and here within limits of time
 and size; whatever it raises becomes an error of this package.
 """
 
@@ -34,10 +34,9 @@ PLAIN_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'Assistant:\n' -}}{%- endif -%}"
 )
-"""What a tokenizer without a chat template gets: ``User:`` and ``Assistant:`` on lines of their own, the answer ended
-by EOS.
+"""Template for a tokenizer without one: ``User:`` and ``Assistant:`` on lines of their own, and EOS after the answer.
 
-The answer starts on a new line because tokenizers merge a space, but not a line break, with the word after it: so the
+The answer starts on a new line because tokenizers merge a space, but not a line break, with the word after it, so the
 tokens of the prompt are the same with and without an answer."""
 
 TEXT_TEMPLATE = (
@@ -48,30 +47,29 @@ TEXT_TEMPLATE = (
     "{%- else -%}{{- message.content -}}{%- endif -%}"
     "{%- endfor -%}"
 )
-"""No markup at all: prompt, completion, EOS, for models that are used to continue a text."""
+"""Template without any markup: prompt, completion, EOS, for models that continue a text."""
 
 NAMED = {"plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
 """Templates that can be chosen by name."""
 
 MAX_SECONDS = 10.0
-"""Longest time that a template may take for one conversation."""
+"""Time limit in seconds for rendering one conversation."""
 
 MAX_CHARACTERS = 50_000_000
-"""Most characters that a template may make of one conversation."""
+"""Maximum number of characters in one rendered conversation."""
 
 MAX_MEMORY = 2_000_000_000
-"""Most bytes by which the process may grow meanwhile."""
+"""Maximum number of bytes by which the process may grow while it renders a conversation."""
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATE_KEYS = ("role", "content", "tool_calls", "reasoning_content", "name", "tool_call_id")
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, as it is now.
+    """The present chat template of a tokenizer.
 
     Args:
-        tokenizer: The tokenizer. One without a template is given :data:`PLAIN_TEMPLATE`, so that it is exported with
-            it.
+        tokenizer: The tokenizer. One without a template gets :data:`PLAIN_TEMPLATE`, and is exported with it.
 
     Raises:
         TokenizerError: If the tokenizer has no EOS token, or several templates and none of them named "default".
@@ -80,8 +78,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
             raise TokenizerError(
-                f"{type(tokenizer).__name__} has no EOS token, so an answer could never be ended. Set "
-                "tokenizer.eos_token to the token that ends a turn."
+                f"{type(tokenizer).__name__} has no EOS token, so no answer could ever end. Set tokenizer.eos_token "
+                "to the token that ends a turn."
             )
         if not tokenizer.chat_template:
             tokenizer.chat_template = PLAIN_TEMPLATE
@@ -94,21 +92,21 @@ class ChatTemplate:
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._forms: dict[str, _Form] = {}
         self.cached: dict[Any, Any] = {}
-        """What was found out about the template by rendering conversations, by whoever did."""
+        """Facts about the template that were found by rendering conversations, by key."""
 
     @property
     def sources(self) -> list[str]:
-        """The Jinja text, and that for rows with tools where it is another."""
+        """The Jinja source, and the one for rows with tools if it differs."""
         return [self.source] if self._with_tools == self.source else [self.source, self._with_tools]
 
     @property
     def is_markup_free(self) -> bool:
-        """Whether the texts of messages are all there is, so that rows may hold markup of their own."""
+        """Whether the template writes nothing but the messages, so that rows may hold markup of their own."""
         return self.source == TEXT_TEMPLATE
 
     @property
     def has_markers(self) -> bool:
-        """Whether the template says itself what is generated."""
+        """Whether the template marks generated text itself."""
         return any(_MARKERS.search(source) for source in self.sources)
 
     @cached_property
@@ -119,28 +117,28 @@ class ChatTemplate:
         for source in self.sources:
             try:
                 names |= meta.find_undeclared_variables(environment.parse(_without_markers(source)))
-            except Exception as error:  # TemplateError, or RecursionError where it is nested too deeply
+            except Exception as error:  # TemplateError, or RecursionError for deep nesting
                 raise TokenizerError(f"the chat template is not valid Jinja: {error}") from error
         return frozenset(names)
 
     @property
     def reads_the_date(self) -> bool:
-        """Whether what it renders depends on the day."""
+        """Whether its text depends on the date."""
         return "strftime_now" in self.reads
 
     def today(self) -> str:
-        """The day that a template reads."""
+        """Today's date as a template reads it."""
         return _run("{{ strftime_now('%Y-%m-%d') }}", [], {})[0]
 
     def render(
         self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None, *, prompt: bool = False
     ) -> str:
-        """The text of a conversation.
+        """Render a conversation.
 
         Args:
             messages: The conversation.
-            kwargs: What the template is given besides: `tools`, `enable_thinking`, ...
-            prompt: End it with what a model continues to answer.
+            kwargs: Variables in addition to the messages: `tools`, `enable_thinking`, ...
+            prompt: Whether the text ends with the generation prompt, which a model continues.
 
         Raises:
             TokenizerError: If the template refuses the conversation, fails, or takes too long.
@@ -148,7 +146,7 @@ class ChatTemplate:
         return self._render(messages, kwargs or {}, prompt=prompt)[0]
 
     def marked(self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None) -> list[tuple[int, int]]:
-        """Start and stop of what the template's own markers say is generated, in the text of a conversation."""
+        """Spans of characters that the template's own markers declare as generated, in the text of a conversation."""
         return self._render(messages, kwargs or {}, marked=True)[1] if self.has_markers else []
 
     def _render(
@@ -160,48 +158,48 @@ class ChatTemplate:
         if not calls and not self._wants_parts(source):
             return _run(source, [_STRINGS(message) for message in messages], options)
         key = f"{source}{prompt}"
-        known = [self._forms[key]] if key in self._forms else []
+        proven = [self._forms[key]] if key in self._forms else []
         failed: list[TokenizerError] = []
-        for form in [*known, *(_FORMS if calls else _FORMS[-1:])]:
+        for form in [*proven, *(_FORMS if calls else _FORMS[-1:])]:
             try:
-                found = _run(source, [form(message) for message in messages], options)
+                rendered = _run(source, [form(message) for message in messages], options)
             except TokenizerError as error:
                 failed.append(error)
                 continue
-            said = " ".join(message["content"] for message in messages)
-            if all(_is_written(message, found[0], said) for message in messages):
+            contents = " ".join(message["content"] for message in messages)
+            if all(_is_written(message, rendered[0], contents) for message in messages):
                 self._forms[key] = form
-                return found
+                return rendered
             leaves_out = (
-                "the chat template leaves out tool calls, or what they are called with. Pass a chat_template= that "
+                "the chat template leaves out tool calls, or their arguments. Pass a chat_template= that "
                 "writes tool_calls, or write the calls into the content as the model should"
             )
             failed.insert(0, TokenizerError(leaves_out))
         raise failed[0]
 
     def _wants_parts(self, source: str) -> bool:
-        """Whether contents have to be lists of parts, as some templates of models that also see images want them."""
+        """Whether contents have to be lists of parts, as in some templates of models that read images too."""
         key = ("parts", source)
-        if isinstance(known := self.cached.get(key), TokenizerError):
-            raise known
-        if known is None:
+        if isinstance(cached := self.cached.get(key), TokenizerError):
+            raise cached
+        if cached is None:
             mark, options = "905316", {**self._variables, "add_generation_prompt": True}
-            found = []
+            written = []
             for form in (_STRINGS, _PARTS):
                 try:
                     text = _run(source, [form(Message(role="user", content=mark))], options)[0]
                 except TokenizerError as error:
                     if isinstance(error.__cause__, (TimeLimitError, MemoryLimitError)):
-                        self.cached[key] = error  # it would be so for every row
+                        self.cached[key] = error  # every row would fail in the same way
                         raise
                     text = ""
-                found.append(mark in text)
-            self.cached[key] = found == [False, True]
+                written.append(mark in text)
+            self.cached[key] = written == [False, True]
         return bool(self.cached[key])
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The template of a tokenizer; see `ChatTemplate`.
+    """The chat template of a tokenizer, see `ChatTemplate`.
 
     Raises:
         TokenizerError: If the tokenizer has no EOS token, or several templates and none of them named "default".
@@ -210,12 +208,12 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    """Give a tokenizer another chat template, which generation and export then use too.
+    """Set the chat template of a tokenizer, which generation and export then use too.
 
     Args:
-        tokenizer: It is changed.
+        tokenizer: Tokenizer to change.
         template: ``"plain"`` (:data:`PLAIN_TEMPLATE`), ``"text"`` (:data:`TEXT_TEMPLATE`), a ``.jinja`` file, or Jinja
-            itself.
+            source.
 
     Raises:
         ConfigError: If it is none of these.
@@ -235,25 +233,25 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None
 # ---------------------------------------------------------------- forms of tool calls
 
 _Form = Callable[[Message], dict[str, Any]]
-"""Templates differ in how they want a tool call: arguments as an object or as JSON text, and no content or an empty
-one. The first form in which everything is written is taken."""
+"""Converts a message for a template. Templates expect tool calls in different forms: arguments as an
+object or as JSON text, and empty content or none. The first form whose parts all appear in the text is used."""
 
 
 def _form(*, as_text: bool = False, empty: bool = True, parts: bool = False) -> _Form:
     def form(message: Message) -> dict[str, Any]:
-        given = {key: message[key] for key in _TEMPLATE_KEYS if key in message}  # type: ignore[literal-required]
+        fields = {key: message[key] for key in _TEMPLATE_KEYS if key in message}  # type: ignore[literal-required]
         if parts:
-            given["content"] = [{"type": "text", "text": given["content"]}] if given["content"] else []
-        if not given.get("tool_calls"):
-            return given
-        if not given["content"] and not empty:
-            del given["content"]
+            fields["content"] = [{"type": "text", "text": fields["content"]}] if fields["content"] else []
+        if not fields.get("tool_calls"):
+            return fields
+        if not fields["content"] and not empty:
+            del fields["content"]
         if as_text:
-            given["tool_calls"] = [
+            fields["tool_calls"] = [
                 {**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
-                for call in given["tool_calls"]
+                for call in fields["tool_calls"]
             ]
-        return given
+        return fields
 
     return form
 
@@ -266,20 +264,20 @@ _STRINGS, _PARTS = _form(), _form(parts=True)
 _FORMS = [_form(as_text=as_text, empty=empty) for as_text in (False, True) for empty in (False, True)] + [_PARTS]
 
 
-def _is_written(message: Message, text: str, said: str) -> bool:
-    """Whether the calls of a message are in a text, and not as Python would print them.
+def _is_written(message: Message, text: str, contents: str) -> bool:
+    """Whether a text contains the tool calls of a message, and not as Python would print them.
 
     Args:
         message: A turn.
-        text: What the template makes of the conversation.
-        said: What the turns say, which may look as Python would print a call.
+        text: Rendered text of the conversation.
+        contents: Contents of the turns, which may happen to look like a printed call.
     """
     for call in message.get("tool_calls", []):
         arguments = call["function"]["arguments"]
         if call["function"]["name"] not in text:
             return False
         printed = str(arguments) if isinstance(arguments, dict) and arguments else ""
-        if printed and text.count(printed) > said.count(printed):
+        if printed and text.count(printed) > contents.count(printed):
             return False
         values = arguments.values() if isinstance(arguments, dict) else []
         if not all(_bare(str(value)) in text for value in values if isinstance(value, str) or type(value) is int):
@@ -288,7 +286,7 @@ def _is_written(message: Message, text: str, said: str) -> bool:
 
 
 def _bare(value: str) -> str:
-    """The start of a text that no way of quoting changes."""
+    """The start of a text, up to the first character that quoting could change."""
     return re.split(r"[^A-Za-z0-9 ]", value, maxsplit=1)[0].strip()
 
 
@@ -309,11 +307,11 @@ def _run(source: str, messages: list[dict[str, Any]], options: dict[str, Any]) -
         ) from error
     except TemplateError as error:
         raise TokenizerError(f"the chat template refuses a conversation of {roles}: {error}") from error
-    except Exception as error:  # it is code of somebody else, which may fail in any way
+    except Exception as error:  # a template may fail in any way
         raise TokenizerError(
             f"the chat template fails on a conversation of {roles}, with {type(error).__name__}: {error}"
         ) from error
-    texts, generated = rendered  # one conversation each
+    texts, generated = rendered  # lists of one conversation
     if len(texts[0]) > MAX_CHARACTERS:
         raise TokenizerError(
             f"the chat template makes {len(texts[0]):,} characters of a conversation of {roles}, more than "
@@ -324,5 +322,5 @@ def _run(source: str, messages: list[dict[str, Any]], options: dict[str, Any]) -
 
 
 def _without_markers(source: str) -> str:
-    """Jinja that a plain environment can parse."""
+    """Jinja source without the generation markers, which a plain environment can't parse."""
     return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)

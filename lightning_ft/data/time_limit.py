@@ -1,4 +1,4 @@
-"""A bound on the time and memory that somebody else's Python code may take, in any thread."""
+"""Limits the time and memory of untrusted Python code, in any thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-_LOOKS_EVERY = 0.05  # seconds; memory grows by up to about 5 GB/s
+_INTERVAL = 0.05  # seconds between checks; memory grows by up to about 5 GB/s
 
 
 class TimeLimitError(Exception):
@@ -26,11 +26,11 @@ class _Block:
     """A block of code that is watched.
 
     Args:
-        thread: The thread that runs it.
-        end: When its time is over, as `time.monotonic` counts.
+        thread: Thread that runs it.
+        end: Time at which its limit is reached, on the clock of `time.monotonic`.
         grows: Bytes by which the process may grow meanwhile.
-        memory: Bytes that the process had when the block was first looked at.
-        outer: The block around it in the same thread.
+        memory: Bytes that the process used when the block was first checked.
+        outer: The enclosing block in the same thread.
         interrupted: Whether an exception was raised in the thread.
     """
 
@@ -50,12 +50,12 @@ class _Block:
 
 
 class _Watch:
-    """One thread that looks at what runs; a timer for each call would cost more than what is called."""
+    """A single thread that checks all running blocks; a timer per block would cost more than most blocks."""
 
     def __init__(self) -> None:
         self._reset()
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._reset)  # threads, and whoever holds a lock, don't survive a fork
+            os.register_at_fork(after_in_child=self._reset)  # neither threads nor the holder of a lock survive a fork
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class _Watch:
         with self._lock:
             if not self._running:
                 self._running = True
-                threading.Thread(target=self._look, name="lightning_ft time limit", daemon=True).start()
+                threading.Thread(target=self._check, name="lightning_ft time limit", daemon=True).start()
             block = _Block(thread, time.monotonic() + seconds, grows, self._blocks.get(thread))
             self._blocks[thread] = block
         return block
@@ -81,28 +81,31 @@ class _Watch:
             if block.interrupted:
                 _raise_in(block.thread, None)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         while True:
-            time.sleep(_LOOKS_EVERY)
+            time.sleep(_INTERVAL)
             with self._lock:
                 if not self._blocks:
                     continue
                 now, memory = time.monotonic(), _memory()
                 for block in self._blocks.values():
                     if (error := block.exceeds(now, memory)) is not None:
-                        # Once more a second later, unless the block has ended: the code inside may have caught this.
+                        # Again a second later, unless the block has ended: the code inside may catch this one.
                         block.interrupted, block.end, block.grows = True, now + 1.0, float("inf")
                         _raise_in(block.thread, error)
 
 
 def _raise_in(thread: int, error: type[Exception] | None) -> None:
-    """Raise before a thread's next instruction, which interrupts loops, not a single long operation; None: don't."""
+    """Raise an error before a thread's next bytecode instruction, or cancel that if it is None.
+
+    This interrupts loops, but not a single long operation.
+    """
     raised = None if error is None else ctypes.py_object(error)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
 def _memory() -> int:
-    """Bytes of memory that the process has; 0 where the system doesn't say."""
+    """Resident memory of the process in bytes; 0 if the system doesn't report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -115,15 +118,15 @@ _watch = _Watch()
 
 @contextmanager
 def within(seconds: float, grows: float = float("inf")) -> Iterator[None]:
-    """Interrupt the block once it has run for some time, or the process has grown by so much meanwhile.
+    """Interrupt a block that takes too long or too much memory.
 
     Args:
-        seconds: The time; it is looked at every twentieth of a second.
-        grows: Bytes of memory, where the system says how many a process has (Linux does).
+        seconds: Time limit, checked every twentieth of a second.
+        grows: Bytes by which the process may grow meanwhile; only checked where the system reports them, as Linux does.
 
     Raises:
-        TimeLimitError: If it takes longer.
-        MemoryLimitError: If it takes more memory.
+        TimeLimitError: If the block takes longer.
+        MemoryLimitError: If the process grows by more.
 
     Example:
         >>> with within(0.1):
@@ -138,5 +141,5 @@ def within(seconds: float, grows: float = float("inf")) -> Iterator[None]:
     finally:
         try:
             _watch.stop(block)
-        except (TimeLimitError, MemoryLimitError):  # raised just as the block ended; a next one is a second away
+        except (TimeLimitError, MemoryLimitError):  # raised just as the block ended; the next is a second away
             _watch.stop(block)

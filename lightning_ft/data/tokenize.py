@@ -1,4 +1,4 @@
-"""Rows to encoded rows, from the cache where it has them, with a progress bar where it takes long."""
+"""Encodes rows, or reads them from the cache, with a progress bar for many rows."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def tokenize(
     """Encode rows.
 
     Args:
-        rows: The rows.
+        rows: Rows to encode.
         tokenizer: The tokenizer.
-        max_length: Most tokens a row may have.
-        on_overlong: See `PairDataModule`.
-        folder: The cache, None for none.
-        label: What the progress bar says.
+        max_length: Maximum number of tokens per row.
+        on_overlong: What happens to longer rows, see `PairDataModule`.
+        folder: Folder of the cache; None for no cache.
+        label: Text of the progress bar.
         row_type: Type of the rows.
 
     Returns:
-        The encoded rows, and the problems of those that aren't among them. Of the encoded rows
-        ``about["other_prompt"]`` counts those whose prompt isn't what generation starts from, ``about["mismatch"]``
-        shows the first of them, and ``about["notes"]`` counts what the chat template changed.
+        The encoded rows, and the problems of the others. ``about["other_prompt"]`` counts the encoded rows whose prompt
+        differs from what generation starts from, ``about["mismatch"]`` shows the first of them, and ``about["notes"]``
+        counts what the chat template changed.
     """
     key = cache.content_key(rows, tokenizer, row_type=row_type.name, max_length=max_length, on_overlong=on_overlong)
     encoded = cache.load(folder, key) if folder is not None else None
@@ -59,13 +59,13 @@ def tokenize(
             if folder is None or isinstance(error, LightningFTError):
                 raise
             rank_zero_warn(
-                f"Tokenized rows can't be kept in {str(folder)!r} ({why_not_written(error) or error}), so they are in "
-                "memory only, and tokenized again in the next run. Make room, or give another cache_dir."
+                f"Tokenized rows can't be written to {str(folder)!r} ({why_not_written(error) or error}), so they are "
+                "kept in memory and tokenized again in the next run. Free some space, or pass another cache_dir=."
             )
             encoded = _encode_all(rows, encoder, None, key, label)
     return encoded, [
         Problem(**{**problem, "source": rows[index].source, "row": rows[index].row})
-        for index, problem in encoded.about["problems"]  # the same rows may have another origin than when cached
+        for index, problem in encoded.about["problems"]  # the origin of a row may have changed since it was cached
     ]
 
 
@@ -75,9 +75,9 @@ def _encode_all(
     problems: list[tuple[int, Problem]] = []
     other_prompt, mismatch = 0, None
     notes: Counter[str] = Counter()
-    shown = track(rows, description=f"Tokenizing {label}", disable=len(rows) < _SHOW_FROM or not is_rank_zero())
+    progress = track(rows, description=f"Tokenizing {label}", disable=len(rows) < _SHOW_FROM or not is_rank_zero())
     with cache.new_entry(folder, key) as entry:
-        for index, row in enumerate(shown):
+        for index, row in enumerate(progress):
             result = encoder(row)
             if isinstance(result, Problem):
                 problems.append((index, result))
@@ -94,5 +94,5 @@ def _encode_all(
             "mismatch": mismatch,
             "notes": notes,
         }
-    assert entry.result is not None  # set when the block ended
+    assert entry.result is not None  # set at the end of the block
     return entry.result

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_ft.arguments import check_arguments
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
@@ -34,7 +35,7 @@ from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_other_
 from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.evaluation import EvaluatedModule
 from lightning_ft.modules.nonfinite import FiniteSteps
-from lightning_ft.modules.options import ModelOptions, OptimizerOptions, check_arguments, complete
+from lightning_ft.modules.options import RENAMED, ModelOptions, OptimizerOptions, complete
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.tokenizer import ModuleTokenizer
 from lightning_ft.modules.trainer_checks import check_strategy, warn_lost_steps
@@ -80,7 +81,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """Check argument names before any constructor runs."""
-        check_arguments(cls, options)
+        check_arguments(cls, options, RENAMED)
         return super().__new__(cls)
 
     def __init__(

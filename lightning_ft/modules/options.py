@@ -7,7 +7,6 @@ and `inspect.signature` show; ``--help`` of the command line follows ``**options
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import re
@@ -18,7 +17,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Required
 
-from lightning_ft.errors import ConfigError, UnknownArgumentError
+from lightning_ft.errors import ConfigError
 from lightning_ft.models.load import quantization_options, resolve_dtype
 from lightning_ft.models.optim import Schedule
 from lightning_ft.rewards.function import OnNonFinite
@@ -239,24 +238,3 @@ def _split_args(doc: str) -> tuple[str, dict[str, str], str]:
         name = match[1] if match else name
         entries[name] = f"{entries[name]}\n{line}" if name in entries else line
     return before, entries, "\n".join(lines)
-
-
-def check_arguments(cls: type, options: dict[str, Any]) -> None:
-    """Refuse arguments that a class does not take.
-
-    Args:
-        cls: The class; one whose constructor has a ``**kwargs`` of its own takes anything.
-        options: Keyword arguments by name.
-
-    Raises:
-        UnknownArgumentError: With the nearest name.
-    """
-    parameters = inspect.signature(cls).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for name in options:
-        if name in parameters or RENAMED.get(name) in parameters:
-            continue
-        near = difflib.get_close_matches(name, list(parameters), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" It takes {', '.join(parameters)}."
-        raise UnknownArgumentError(f"{cls.__name__} has no argument {name!r}.{hint}")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.encode import encode_conversation
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.data.shared_prompts import last_places
+from lightning_ft.data.shared_prompts import last_positions
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, ModelError
@@ -154,7 +154,7 @@ class RewardModeling(PreferenceLearning):
 
 def _last_rewards(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
     hidden = hidden_states(base, batch)  # [b, s, d]
-    last = hidden.flatten(0, 1).index_select(0, last_places(batch))  # [c, d]
+    last = hidden.flatten(0, 1).index_select(0, last_positions(batch))  # [c, d]
     return score_head(base)(last)[:, 0].float()  # type: ignore[no-any-return]
 
 

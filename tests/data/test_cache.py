@@ -135,7 +135,7 @@ def test_a_broken_entry_is_written_anew(tmp_path, tokenizer, pairs, encoded_time
 def test_rows_are_kept_in_memory_where_the_disk_is_full(tmp_path, tokenizer, pairs, encoded_times):
     rows = conversations(pairs)
     expected = contents(tokenize(rows, tokenizer, folder=None, **OPTIONS)[0])
-    with full_disk(100), pytest.warns(UserWarning, match=r"can't be kept in .*\(File too large\)"):
+    with full_disk(100), pytest.warns(UserWarning, match=r"can't be written to .*\(File too large\)"):
         found, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     assert contents(found) == expected
     assert list(tmp_path.iterdir()) == []
@@ -238,5 +238,5 @@ def test_every_row_of_a_large_entry_is_read_as_it_was_written(tmp_path):
             assert torch.equal(example.input_ids, written[number].input_ids)
             assert torch.equal(example.supervised, written[number].supervised)
             assert (example.input_ids.dtype, example.supervised.dtype) == (torch.int64, torch.bool)
-        with pytest.raises(IndexError, match="none of number 2500"):
+        with pytest.raises(IndexError, match="Example 2500 is out of range"):
             rows[2500]

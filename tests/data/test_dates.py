@@ -5,7 +5,7 @@ import datetime
 import pytest
 import transformers.utils.chat_template_utils as clock
 
-from lightning_ft.data.dates import DATED, date_remedy, has_the_day
+from lightning_ft.data.dates import DATED, renders_today, today_remedy
 from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.data.preferences import PreferenceDataModule
 from lightning_ft.data.templates import chat_template
@@ -30,13 +30,13 @@ def data(tokenizer, kind=PairDataModule, rows=ROWS, **options):
 
 def test_has_the_day_asks_the_template(make_tokenizer):
     template = chat_template(make_tokenizer(GIVEN))
-    assert has_the_day(template, Q, {})
-    assert not has_the_day(template, Q, {"date_string": "1 May 2026"})
+    assert renders_today(template, Q, {})
+    assert not renders_today(template, Q, {"date_string": "1 May 2026"})
     template = chat_template(make_tokenizer(WITHOUT_SYSTEM))
-    assert has_the_day(template, Q, {})
-    assert not has_the_day(template, S, {})
+    assert renders_today(template, Q, {})
+    assert not renders_today(template, S, {})
     template = chat_template(make_tokenizer(CHATML))
-    assert not has_the_day(template, Q, {})
+    assert not renders_today(template, Q, {})
 
 
 def test_a_template_that_writes_the_day_is_told_of_once(make_tokenizer, recwarn):
@@ -49,7 +49,7 @@ def test_a_template_that_writes_the_day_is_told_of_once(make_tokenizer, recwarn)
 
 def test_following_the_advice_silences_it(make_tokenizer, recwarn):
     tokenizer = make_tokenizer(GIVEN)
-    assert "{'date_string': '" in date_remedy(chat_template(tokenizer))
+    assert "{'date_string': '" in today_remedy(chat_template(tokenizer))
     found = data(tokenizer, chat_template_kwargs={"date_string": "1 May 2026"})
     assert DATED not in found.report["train"].notes
     rows = [{**row, "chat_template_kwargs": {"date_string": "1 May 2026"}} for row in ROWS]
@@ -61,7 +61,7 @@ def test_following_the_advice_silences_it(make_tokenizer, recwarn):
 
 def test_a_template_without_a_variable_for_it_needs_another(make_tokenizer):
     tokenizer = make_tokenizer(ALWAYS)
-    with pytest.warns(UserWarning, match="Pass a chat_template= that writes a fixed day"):
+    with pytest.warns(UserWarning, match="Pass a chat_template= that writes a fixed date"):
         data(tokenizer)
     found = data(tokenizer, chat_template=ALWAYS.replace("strftime_now('%d %b %Y')", "'1 May 2026'"))
     assert DATED not in found.report["train"].notes

@@ -82,7 +82,7 @@ def test_a_question_is_never_cut_away(tokenizer):
     empty = len(encode_conversation(tokenizer, row("", "lamp").messages))
     assert RowEncoder(tokenizer, empty, "truncate_prompt")(row(LONG, "lamp")).reason == "overlong answer"
     problem = RowEncoder(tokenizer, empty + 1, "truncate_prompt")(row(LONG + "🙂", "lamp"))  # that is four tokens
-    assert problem.fix == "Raise max_length: there is no room for even the end of the last question."
+    assert problem.fix == "Raise max_length: not even the end of the last question fits."
     _, cut = RowEncoder(tokenizer, empty + 1, "truncate_prompt")(row(LONG, "lamp"))
     assert cut.messages[0]["content"] == "9"
 

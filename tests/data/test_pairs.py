@@ -12,7 +12,9 @@ from tiny import make_rows
 from lightning_ft._lightning import NAMESPACE, _pl, cli_module
 from lightning_ft.data import splits as splits_module
 from lightning_ft.data.pairs import PairDataModule
-from lightning_ft.errors import ConfigError, DataError, NamespaceError
+from lightning_ft.data.preferences import PreferenceDataModule
+from lightning_ft.data.prompts import PromptDataModule
+from lightning_ft.errors import ConfigError, DataError, NamespaceError, UnknownArgumentError
 
 TURNS = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
@@ -140,7 +142,7 @@ def test_tokenizer_by_name(tmp_path, tokenizer, pairs):
 
 
 def test_another_tokenizer_than_the_modules(trainer, make_tokenizer, pairs):
-    with pytest.warns(UserWarning, match=r"The DataModule's tokenizer .* isn't the module's"):
+    with pytest.warns(UserWarning, match=r"The DataModule's tokenizer .* differs from the module's"):
         trainer(max_epochs=1).fit(Recorder(make_tokenizer("llama")), PairDataModule(pairs, tokenizer=make_tokenizer()))
 
 
@@ -251,7 +253,7 @@ def test_help(capsys):
         cli("--help")
     said = " ".join(capsys.readouterr().out.split())
     assert "--data.max_length" in said
-    assert "Most tokens of a row, answer included" in said
+    assert "Maximum number of tokens per row, answer included" in said
 
 
 def test_another_order_leaves_the_rows_of_each_split_as_they_are(tokenizer):
@@ -267,3 +269,22 @@ def test_another_order_leaves_the_rows_of_each_split_as_they_are(tokenizer):
     assert plain == again
     assert plain[1:] == other[1:]
     assert plain[0] != other[0]
+
+
+@pytest.mark.parametrize("data_module", [PairDataModule, PreferenceDataModule, PromptDataModule])
+def test_data_modules_name_the_nearest_argument(data_module):
+    with pytest.raises(
+        UnknownArgumentError, match=r"DataModule has no argument 'max_lenght'. Did you mean 'max_length'\?"
+    ):
+        data_module([{"input": "a", "output": "b"}], max_lenght=16)
+    with pytest.raises(TypeError, match=r"has no argument 'zzz'\. It takes train, validation, test, "):
+        data_module([{"input": "a", "output": "b"}], zzz=1)
+
+
+def test_subclass_may_take_other_arguments():
+    class Shortened(PairDataModule):
+        def __init__(self, *args, limit, **options):
+            super().__init__(*args[:1], **options)
+            self.limit = limit
+
+    assert Shortened([TURNS], limit=3).limit == 3

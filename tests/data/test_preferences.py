@@ -223,7 +223,7 @@ def test_from_the_command_line(write, preferences, capsys):
     with pytest.raises(SystemExit):
         cli("--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "Most tokens of a row: of a prompt, with its longest completion" in said
+    assert "Maximum number of tokens per row: of the prompt with its longest completion" in said
     assert "--data.on_overlong {error,drop,truncate_prompt}" in said
 
 

@@ -16,7 +16,7 @@ def test_row_batches_and_key(tokenizer, make_tokenizer, preferences, tmp_path):
     assert [len(batch) for batch in batches] == [7, 7, 7, 3]
     assert [row for batch in batches for row in texts(tokenizer, batch)] == expected(preferences)
     assert [len(batch) for batch in data.row_batches("validation", 99)] == [5]
-    with pytest.raises(ConfigError, match="PreferenceDataModule was given no test rows: pass test="):
+    with pytest.raises(ConfigError, match="PreferenceDataModule has no test rows: pass test="):
         list(data.row_batches("test", 2))
 
     key = data.encoded_key("train")

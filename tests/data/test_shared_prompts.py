@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_ft.data.layout import Example, attention_mask
-from lightning_ft.data.shared_prompts import last_places, lay_out_completions
+from lightning_ft.data.shared_prompts import last_positions, lay_out_completions
 from lightning_ft.errors import ConfigError
 
 LAYOUTS = [{"shared": True}, {"shared": False}, {"shared": False, "packing": False}]
@@ -65,7 +65,7 @@ def test_a_target_is_predicted_from_what_stands_before_it_and_nothing_else(layou
 def test_last_places(layout, shapes):
     prompts, completions = make(shapes)
     batch = lay_out_completions(prompts, completions, **layout)
-    found = batch.input_ids.flatten()[last_places(batch)].tolist()
+    found = batch.input_ids.flatten()[last_positions(batch)].tolist()
     assert found == [int(completion.input_ids[-1]) for completion in every(completions)]
 
 
@@ -89,7 +89,7 @@ def test_a_shared_prompt_stands_once():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_copy_on_a_device_is_the_same(layout):
     batch = lay_out_completions(*make(), **layout)
-    assert torch.equal(last_places(batch.to("cpu")), last_places(batch))
+    assert torch.equal(last_positions(batch.to("cpu")), last_positions(batch))
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_supervise_last_rejects_a_last_answer_of_weight_0(tokenizer):
     turns = [*TALK[2:4], TALK[0], TALK[1]]
     options = {"tokenizer": tokenizer, "cache_dir": False}
     assert supervised(PairDataModule([{"messages": turns}], **options)) == ["parcel<|im_end|>"]
-    with pytest.raises(ValueError, match="nothing is trained on"):
+    with pytest.raises(ValueError, match="no supervised token"):
         PairDataModule([{"messages": turns}], supervise="last", **options).setup("fit")
     with pytest.raises(ConfigError, match="expected 'all' or 'last'"):
         PairDataModule([{"messages": turns}], supervise="first")
