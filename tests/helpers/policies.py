@@ -1,4 +1,4 @@
-"""Small policies that the tests of policy-gradient modules share."""
+"""Small policies shared by the tests of the policy-gradient modules."""
 
 from given_rollouts import (
     Records,
@@ -12,11 +12,11 @@ from lightning_ft import GRPO, PPO
 
 LORA = {"r": 4, "lora_alpha": 16}
 BATCHES = [draw_prompts(4, seed=n) for n in range(2)]
-GIVEN = [draw_rollout(12, seed=n) for n in range(2)]
+PREDRAWN = [draw_rollout(12, seed=n) for n in range(2)]
 
 
 def by_tokens(completion_ids, **columns):
-    """Something that differs between completions."""
+    """A reward that differs between completions."""
     return [(sum(ids) % 11) / 4 for ids in completion_ids]
 
 
@@ -28,7 +28,7 @@ class Actor(Records, WithSGD, PPO):
     pass
 
 
-def make(kind, **options):
+def make(module_class, **options):
     settings = {
         "rewards": by_tokens,
         "num_completions": 3,
@@ -38,4 +38,4 @@ def make(kind, **options):
         "warmup_ratio": 0.0,
         "max_grad_norm": None,
     }
-    return kind(make_model(), tokenizer=make_tokenizer(), **{**settings, **options})
+    return module_class(make_model(), tokenizer=make_tokenizer(), **{**settings, **options})

@@ -1,4 +1,4 @@
-"""The same completions learned from by a trainer of TRL and by a module of ours: what each made of them, by step."""
+"""Runs of a TRL trainer and of our module on the same completions, and the differences between their results."""
 
 from types import SimpleNamespace
 
@@ -10,29 +10,29 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lightning_ft.models.adapt import add_lora, lora_config
 
-PROMPTS, GROUP, LONGEST, ROLLOUTS = 3, 4, 9, 2
+PROMPTS, GROUP, MAX_NEW_TOKENS, ROLLOUTS = 3, 4, 9, 2
 LORA = {"r": 4, "lora_alpha": 16}
 BATCHES = [draw_prompts(PROMPTS, seed=n) for n in range(ROLLOUTS)]
-GIVEN = [draw_rollout(PROMPTS * GROUP, seed=n, longest=LONGEST) for n in range(ROLLOUTS)]
+PREDRAWN = [draw_rollout(PROMPTS * GROUP, seed=n, longest=MAX_NEW_TOKENS) for n in range(ROLLOUTS)]
 
 
 def reward(prompts, completions, completion_ids, **columns):
-    """Something that differs between completions, and no reward for a few."""
+    """A reward that differs between completions, and is None for a few."""
     return [None if sum(ids) % 9 == 0 else (sum(ids) % 11) / 4 for ids in completion_ids]
 
 
-class Watch(TrainerCallback):
-    """Gradients at each step of a Hugging Face Trainer."""
+class RecordGradients(TrainerCallback):
+    """Records the gradients of each step of a Hugging Face Trainer."""
 
     def __init__(self):
         self.gradients = []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **more):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
-class Given:
-    """Mixed into a trainer of TRL: completions that were drawn beforehand; keeps losses, advantages and metrics."""
+class PredrawnCompletions:
+    """Mixin for a TRL trainer: uses predrawn completions, and records losses, advantages and metrics."""
 
     def _prepare(self):
         self.losses, self.advantages, self.metrics, self.calls = [], [], [], 0
@@ -42,15 +42,15 @@ class Given:
         assert len(ids) == len(prompts)
         return ids, None, {}
 
-    def _generate_single_turn(self, prompt_ids, *more, **options):
+    def _generate_single_turn(self, prompt_ids, *args, **options):
         self.calls += 1
-        tokens = [list(c.tokens) for c in GIVEN[(self.calls - 1) % ROLLOUTS].completions]
-        return (tokens, None) if self.gives_logprobs else tokens
+        tokens = [list(c.tokens) for c in PREDRAWN[(self.calls - 1) % ROLLOUTS].completions]
+        return (tokens, None) if self.returns_logprobs else tokens
 
     def _generate_and_score_completions(self, inputs):
-        made = super()._generate_and_score_completions(inputs)
-        self.advantages.append(made["advantages"].clone())
-        return made
+        outputs = super()._generate_and_score_completions(inputs)
+        self.advantages.append(outputs["advantages"].clone())
+        return outputs
 
     def compute_loss(self, *args, **options):
         loss = super().compute_loss(*args, **options)
@@ -59,7 +59,7 @@ class Given:
         return loss
 
 
-def by_trl(
+def train_with_trl(
     trainer_class,
     config_class,
     model_folder,
@@ -73,14 +73,14 @@ def by_trl(
     rate=0.05,
     **options,
 ):
-    """A run of TRL's: `parts` micro-batches a rollout, of which each step takes ``parts / steps``; `clip` a norm."""
+    """Train with TRL: `parts` micro-batches per rollout, ``parts / steps`` per step; `clip` is the gradient norm."""
 
-    class Theirs(Given, trainer_class):
-        gives_logprobs = trainer_class.__name__ == "GRPOTrainer"
+    class Theirs(PredrawnCompletions, trainer_class):
+        returns_logprobs = trainer_class.__name__ == "GRPOTrainer"
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32")
     model = add_lora(model, lora_config(LORA), seed=0) if lora else model
-    watch = Watch()
+    recorder = RecordGradients()
     trainer = Theirs(
         model=model,
         processing_class=make_tokenizer(),
@@ -96,7 +96,7 @@ def by_trl(
             steps_per_generation=parts,
             num_generations=GROUP,
             num_iterations=iterations,
-            max_completion_length=LONGEST,
+            max_completion_length=MAX_NEW_TOKENS,
             max_steps=ROLLOUTS * iterations * steps,
             shuffle_dataset=False,
             lr_scheduler_type="constant",
@@ -106,7 +106,7 @@ def by_trl(
             disable_tqdm=True,
             **options,
         ),
-        callbacks=[watch],
+        callbacks=[recorder],
         optimizers=(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate), None),
     )
     trainer._prepare()
@@ -116,17 +116,27 @@ def by_trl(
         losses=trainer.losses,
         advantages=trainer.advantages,
         metrics=trainer.metrics,
-        gradients=watch.gradients,
+        gradients=recorder.gradients,
         weights=trained,
     )
 
 
-def by_us(
-    kind, model_folder, trainer_options, *, lora=False, parts=1, steps=1, iterations=1, clip=None, rate=0.05, **options
+def train_with_ours(
+    module_class,
+    model_folder,
+    trainer_options,
+    *,
+    lora=False,
+    parts=1,
+    steps=1,
+    iterations=1,
+    clip=None,
+    rate=0.05,
+    **options,
 ):
-    """A run of ours, with the same meaning of `parts` and `steps`."""
+    """Train with our module; the arguments mean the same."""
 
-    class Ours(Records, WithSGD, kind):
+    class Ours(Records, WithSGD, module_class):
         pass
 
     module = Ours(
@@ -135,7 +145,7 @@ def by_us(
         rewards=reward,
         lora=LORA if lora else None,
         num_completions=GROUP,
-        max_new_tokens=LONGEST,
+        max_new_tokens=MAX_NEW_TOKENS,
         epochs_per_rollout=iterations,
         steps_per_rollout=steps,
         micro_batch_size=PROMPTS * GROUP // parts,
@@ -145,7 +155,7 @@ def by_us(
         learning_rate=rate,
         **options,
     )
-    run(module, BATCHES, trainer_options, rollouts=GIVEN)
+    run(module, BATCHES, trainer_options, rollouts=PREDRAWN)
     return SimpleNamespace(
         losses=[float(result.loss.detach()) for _, result in module.results],
         advantages=module.advantages,
@@ -156,13 +166,13 @@ def by_us(
 
 
 def largest(values):
-    """The largest absolute number of some tensors."""
+    """The largest absolute value in a dictionary of tensors."""
     return max(float(value.abs().max()) for value in values.values())
 
 
-def distances(ours, theirs):
+def max_differences(ours, theirs):
     """The largest differences of advantages, losses, gradients and final weights."""
-    found = {
+    differences = {
         "advantages": max(float((a - b).abs().max()) for a, b in zip(ours.advantages, theirs.advantages, strict=True)),
         "losses": max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)),
         "gradients": 0.0,
@@ -171,5 +181,5 @@ def distances(ours, theirs):
     for a, b in [*zip(ours.gradients, theirs.gradients, strict=True), (ours.weights, theirs.weights)]:
         assert a.keys() == b.keys()
         name = "weights" if a is ours.weights else "gradients"
-        found[name] = max(found[name], largest({key: a[key] - b[key] for key in b}))
-    return found
+        differences[name] = max(differences[name], largest({key: a[key] - b[key] for key in b}))
+    return differences

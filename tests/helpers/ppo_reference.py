@@ -1,7 +1,7 @@
-"""PPO for language models written out: one sequence, one token at a time, in double precision.
+"""A reference implementation of PPO for language models: one sequence and one token at a time, in double precision.
 
-Nothing of lightning_ft is used. Log-probabilities and values come from plain forward passes of whole sequences,
-advantages from their recursive definition, losses from loops, gradients from autograd.
+It uses nothing from lightning_ft. Log-probabilities and values come from plain forward passes over whole sequences,
+advantages from their recursive definition, losses from loops, and gradients from autograd.
 """
 
 import math
@@ -28,34 +28,34 @@ class Settings:
 
 @dataclass
 class Rollout:
-    """`prompts` and `completions` are lists of lists of ids; a score may be None."""
+    """Prompts and completions as lists of lists of token ids, with rewards, which may be None."""
 
     prompts: list
     completions: list
-    scores: list
+    rewards: list
     truncated: list
 
 
 def token_logprobs(model, prompt, completion, temperature):
-    """Log-probability of each token of a completion, by a forward pass over the whole sequence."""
+    """Log-probability of each token of a completion, from a forward pass over the whole sequence."""
     ids = torch.tensor([prompt + completion])
     logits = model(input_ids=ids, use_cache=False).logits[0]
-    found = []
-    for place, token in enumerate(completion):
-        every = torch.log_softmax(logits[len(prompt) + place - 1].double() / temperature, dim=0)
-        found.append(every[token])
-    return found
+    logprobs = []
+    for position, token in enumerate(completion):
+        distribution = torch.log_softmax(logits[len(prompt) + position - 1].double() / temperature, dim=0)
+        logprobs.append(distribution[token])
+    return logprobs
 
 
-def token_values(trunk, head, prompt, completion):
-    """What the critic says in the state in which each token was chosen."""
+def token_values(backbone, head, prompt, completion):
+    """The critic's value in the state from which each token was sampled."""
     ids = torch.tensor([prompt + completion])
-    states = trunk(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0]
-    return [head(states[len(prompt) + place - 1])[0] for place in range(len(completion))]
+    states = backbone(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1][0]
+    return [head(states[len(prompt) + position - 1])[0] for position in range(len(completion))]
 
 
 def advantage(t, rewards, values, gamma, lam):
-    """Of token `t`, by the recursion itself."""
+    """Advantage of token `t`, from its recursive definition."""
     last = t == len(rewards) - 1
     following = 0.0 if last else values[t + 1]
     delta = rewards[t] + gamma * following - values[t]
@@ -67,62 +67,62 @@ def mean_and_variance(numbers):
     return mean, sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1)
 
 
-def whitened(rows, result, shift):
-    """Numbers of each completion scaled to variance 1, over the completions that were result."""
-    mean, variance = mean_and_variance([x for row, counts in zip(rows, result, strict=True) if counts for x in row])
+def whitened(rows, rewarded, shift):
+    """Values of each completion scaled to variance 1, with statistics over the rewarded completions."""
+    mean, variance = mean_and_variance([x for row, counts in zip(rows, rewarded, strict=True) if counts for x in row])
     scale = math.sqrt(variance + 1e-8)
     return [[(x - mean) / scale + (0.0 if shift else mean) for x in row] for row in rows]
 
 
-def prepare(rollout, settings, policy, reference, trunk, head):
-    """What is measured before any step: a dictionary of lists, one list of numbers for each completion."""
+def prepare(rollout, settings, policy, reference, backbone, head):
+    """Everything computed before the first step: a dictionary of lists, with one list of numbers per completion."""
     pairs = list(zip(rollout.prompts, rollout.completions, strict=True))
     with torch.no_grad():
         old = [[float(x) for x in token_logprobs(policy, p, c, settings.temperature)] for p, c in pairs]
         ref = [[float(x) for x in token_logprobs(reference, p, c, settings.temperature)] for p, c in pairs]
-        values = [[float(x) for x in token_values(trunk, head, p, c)] for p, c in pairs]
-    result = [score is not None for score in rollout.scores]
+        values = [[float(x) for x in token_values(backbone, head, p, c)] for p, c in pairs]
+    rewarded = [reward is not None for reward in rollout.rewards]
     rewards = []
-    for number, score in enumerate(rollout.scores):
+    for number, reward in enumerate(rollout.rewards):
         row = [-settings.kl_coef * (a - b) for a, b in zip(old[number], ref[number], strict=True)]
-        score = 0.0 if score is None else score
-        row[-1] += score - (settings.missing_eos_penalty if rollout.truncated[number] else 0.0)
+        reward = 0.0 if reward is None else reward
+        row[-1] += reward - (settings.missing_eos_penalty if rollout.truncated[number] else 0.0)
         rewards.append(row)
     if settings.whiten_rewards:
-        rewards = whitened(rewards, result, shift=False)
+        rewards = whitened(rewards, rewarded, shift=False)
     advantages, returns = [], []
     for row, value in zip(rewards, values, strict=True):
-        found = [advantage(t, row, value, settings.gamma, settings.lam) for t in range(len(row))]
-        advantages.append(found)
-        returns.append([a + v for a, v in zip(found, value, strict=True)])
+        of_tokens = [advantage(t, row, value, settings.gamma, settings.lam) for t in range(len(row))]
+        advantages.append(of_tokens)
+        returns.append([a + v for a, v in zip(of_tokens, value, strict=True)])
     if settings.whiten_advantages:
-        advantages = whitened(advantages, result, shift=True)
-    for number, counts in enumerate(result):
-        if not counts:  # teaches nothing
+        advantages = whitened(advantages, rewarded, shift=True)
+    for number, counts in enumerate(rewarded):
+        if not counts:  # without a reward it gives no gradient
             advantages[number] = [0.0] * len(advantages[number])
             returns[number] = values[number]
     return {"old": old, "ref": ref, "values": values, "advantages": advantages, "returns": returns}
 
 
-def loss(rollout, settings, policy, trunk, head, measured):
-    """Of a whole step, with gradient: means over the tokens that count."""
+def loss(rollout, settings, policy, backbone, head, measured):
+    """Loss of a whole step, with gradient, as means over the tokens that count."""
     policy_total, value_total, tokens = 0.0, 0.0, 0
     for number, (prompt, completion) in enumerate(zip(rollout.prompts, rollout.completions, strict=True)):
         if settings.mask_truncated and rollout.truncated[number]:
             continue
         logprobs = token_logprobs(policy, prompt, completion, settings.temperature)
-        values = token_values(trunk, head, prompt, completion)
+        values = token_values(backbone, head, prompt, completion)
         for t in range(len(completion)):
             ratio = torch.exp(logprobs[t] - measured["old"][number][t])
-            gain = measured["advantages"][number][t]
+            advantage_t = measured["advantages"][number][t]
             bounded = torch.clamp(ratio, 1 - settings.clip_low, 1 + settings.clip_high)
-            policy_total = policy_total - torch.minimum(ratio * gain, bounded * gain)
-            target, before = measured["returns"][number][t], measured["values"][number][t]
+            policy_total = policy_total - torch.minimum(ratio * advantage_t, bounded * advantage_t)
+            target, old_value = measured["returns"][number][t], measured["values"][number][t]
             error = (values[t] - target) ** 2
             if settings.value_clip is not None:
-                low, high = before - settings.value_clip, before + settings.value_clip
-                near = torch.clamp(values[t], low, high)
-                error = torch.maximum(error, (near - target) ** 2)
+                low, high = old_value - settings.value_clip, old_value + settings.value_clip
+                clipped = torch.clamp(values[t], low, high)
+                error = torch.maximum(error, (clipped - target) ** 2)
             value_total = value_total + 0.5 * error
             tokens += 1
     return policy_total / tokens + settings.value_coef * value_total / tokens

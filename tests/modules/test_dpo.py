@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from dpo_cases import LABELLED, LORA, PAIRS, RecordingDPO, assert_metrics, batches, shake, spelt_out
+from dpo_cases import LABELED, LORA, PAIRS, RecordingDPO, assert_metrics, batches, plain_logprobs, shake
 from preference_runs import make_pairs, train, trainable
 from tiny import make_model, make_rows, make_tokenizer
 from torch.nn.functional import logsigmoid
@@ -26,8 +26,8 @@ def test_loss_and_metrics_equal_those_by_hand(model_folder, lora):
     shake(module)
     batch = batches(PAIRS)[0]
     result = module.compute_loss(batch)
-    logps, entropies, _ = spelt_out(module.model, batch)
-    reference, *_ = spelt_out(make_model(), batch)
+    logps, entropies, _ = plain_logprobs(module.model, batch)
+    reference, *_ = plain_logprobs(make_model(), batch)
     rewards = (0.2 * (logps - reference)).detach().view(-1, 2)
     margins = rewards[:, 0] - rewards[:, 1]
     torch.testing.assert_close(result.losses, -logsigmoid(margins), rtol=0, atol=1e-5)
@@ -57,7 +57,7 @@ def test_rewards_without_reference_are_average_logprobs(model_folder, loss):
     module.configure_model()
     batch = batches(PAIRS)[0]
     result = module.compute_loss(batch)
-    logps, _, lengths = spelt_out(module.model, batch)
+    logps, _, lengths = plain_logprobs(module.model, batch)
     average = (logps / lengths).detach()
     good, bad = average[0::2], average[1::2]
     odds = good - torch.log1p(-good.exp()) - bad + torch.log1p(-bad.exp())
@@ -156,7 +156,7 @@ def test_loss_of_empty_batch_is_empty_and_reaches_all_parameters(model_folder, k
     none = PreferenceBatch([], [], torch.zeros(0, dtype=torch.bool), None, torch.zeros(0, dtype=torch.int64))
     result = module.compute_loss(none)
     assert result.losses.shape == (0,)
-    assert result.metrics.keys() == module.compute_loss(batches(LABELLED if kind is KTO else PAIRS)[0]).metrics.keys()
+    assert result.metrics.keys() == module.compute_loss(batches(LABELED if kind is KTO else PAIRS)[0]).metrics.keys()
     assert all(value.numel() == 0 for value in result.metrics.values())
     result.losses.sum().backward()
     gradients = [parameter.grad for parameter in module.model.parameters()]
@@ -171,7 +171,7 @@ def test_loss_of_empty_batch_is_empty_and_reaches_all_parameters(model_folder, k
     [(DPO, {}), (DPO, {"lora": LORA}), (KTO, {"lora": LORA}), (DPO, {"loss": "simpo", "beta": 2.0})],
 )
 def test_training_raises_the_reward_of_chosen_completions(model_folder, trainer_options, kind, options):
-    rows = LABELLED if kind is KTO else PAIRS
+    rows = LABELED if kind is KTO else PAIRS
     module = kind(model_folder, learning_rate=1e-2 if options.get("lora") else 2e-3, **options)
     trainer = train(module, rows, trainer_options, max_epochs=10, data={"validation": rows})
     metrics = trainer.callback_metrics
@@ -248,7 +248,7 @@ def test_contradicting_settings_are_refused(options, message):
 
 def test_labeled_completions_are_refused(model_folder, trainer_options):
     with pytest.raises(ConfigError, match=r"use lightning_ft\.KTO"):
-        train(DPO(model_folder), LABELLED, trainer_options, max_steps=1)
+        train(DPO(model_folder), LABELED, trainer_options, max_steps=1)
 
 
 def test_other_data_is_refused(model_folder, trainer_options):

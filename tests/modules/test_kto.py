@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dpo_cases import LABELLED, PAIRS, assert_metrics, batches, mismatched, shake, spelt_out
+from dpo_cases import LABELED, PAIRS, assert_metrics, batches, mismatched, plain_logprobs, shake
 from preference_runs import train
 from tiny import make_model
 
@@ -10,16 +10,18 @@ from lightning_ft import KTO
 from lightning_ft.errors import ConfigError, UnknownArgumentError
 
 
-@pytest.mark.parametrize("rows", [LABELLED, PAIRS], ids=["labelled", "pairs"])
+@pytest.mark.parametrize("rows", [LABELED, PAIRS], ids=["labeled", "pairs"])
 def test_loss_and_metrics_equal_those_by_hand(model_folder, rows):
     module = KTO(model_folder, beta=0.2, desirable_weight=1.2, undesirable_weight=0.7)
     module.configure_model()
     shake(module)
     batch = batches(rows)[0]
     result = module.compute_loss(batch)
-    logps, entropies, _ = spelt_out(module.model, batch)
-    reference, *_ = spelt_out(make_model(), batch)
-    kl = (spelt_out(module.model, mismatched(batch))[0] - spelt_out(make_model(), mismatched(batch))[0]).mean()
+    logps, entropies, _ = plain_logprobs(module.model, batch)
+    reference, *_ = plain_logprobs(make_model(), batch)
+    kl = (
+        plain_logprobs(module.model, mismatched(batch))[0] - plain_logprobs(make_model(), mismatched(batch))[0]
+    ).mean()
     ratios, kl, good = (logps - reference).detach(), kl.detach().clamp(min=0), batch.labels
     losses = torch.where(
         good, 1.2 * (1 - torch.sigmoid(0.2 * (ratios - kl))), 0.7 * (1 - torch.sigmoid(0.2 * (kl - ratios)))
@@ -45,7 +47,7 @@ def test_kl_of_single_prompt_is_zero_with_warning(model_folder):
     module = KTO(model_folder)
     module.configure_model()
     shake(module)
-    one = batches(LABELLED, 1)[0]
+    one = batches(LABELED, 1)[0]
     with pytest.warns(UserWarning, match="Set batch_size to 2 or more"):
         result = module.compute_loss(one)
     assert result.metrics["kl"].tolist() == [0.0]

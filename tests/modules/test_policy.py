@@ -12,7 +12,7 @@ from given_rollouts import (
     run,
     weights,
 )
-from policies import BATCHES, GIVEN, LORA, Actor, Policy, by_tokens, make
+from policies import BATCHES, LORA, PREDRAWN, Actor, Policy, by_tokens, make
 from tiny import make_rows
 
 from lightning_ft import GRPO, PPO, PromptDataModule
@@ -40,7 +40,7 @@ def test_any_micro_batch_and_unshared_prompts_give_the_same_steps(kind, options,
     ways = [{"micro_batch_size": size} for size in (None, 1, 3, 7)] + [{"share_prompts": False}]
     for way in ways:
         module = make(kind, **{"epochs_per_rollout": 2, "learning_rate": 0.01, **options, **way})
-        run(module, BATCHES, trainer_options, rollouts=GIVEN)
+        run(module, BATCHES, trainer_options, rollouts=PREDRAWN)
         found.append(module)
     assert [len(module.results) // 4 for module in found] == [1, 12, 4, 2, 1]
     for other in found[1:]:
@@ -54,11 +54,11 @@ def test_any_micro_batch_and_unshared_prompts_give_the_same_steps(kind, options,
 def test_steps_of_a_rollout(kind, trainer_options):
     """Each pass goes through all prompts, in another order; a step takes a part of them."""
     module = make(kind, epochs_per_rollout=3, steps_per_rollout=2)
-    trainer = run(module, BATCHES, trainer_options, rollouts=GIVEN)
+    trainer = run(module, BATCHES, trainer_options, rollouts=PREDRAWN)
     assert trainer.global_step == len(module.gradients) == len(module.results) == 2 * 3 * 2
     sizes = [len(batch.weights) for batch, _ in module.results]
     assert sizes == [6] * 12
-    lengths = [len(completion.tokens) for completion in GIVEN[0].completions]
+    lengths = [len(completion.tokens) for completion in PREDRAWN[0].completions]
     whole = [len(a.logprobs) + len(b.logprobs) for (a, _), (b, _) in zip(*[iter(module.results[:6])] * 2, strict=True)]
     assert whole == [sum(lengths)] * 3
     assert len({tuple(batch.sequences.bincount().tolist()) for batch, _ in module.results[::2]}) > 2
@@ -69,7 +69,7 @@ def test_steps_of_a_rollout(kind, trainer_options):
 
 def test_max_steps_ends_within_a_rollout(trainer_options):
     module = make(Policy, epochs_per_rollout=3, steps_per_rollout=2, lr_schedule="linear", warmup_ratio=0.0)
-    trainer = run(module, BATCHES, trainer_options, rollouts=GIVEN, max_steps=4, max_epochs=5)
+    trainer = run(module, BATCHES, trainer_options, rollouts=PREDRAWN, max_steps=4, max_epochs=5)
     assert trainer.global_step == len(module.gradients) == 4
     assert len(module.samples) == 1
     assert module.lr_schedulers().get_last_lr() == [0.0]
@@ -85,7 +85,7 @@ def test_the_schedule_spans_the_steps(schedule, end, trainer_options):
             rates.append(optimizer.param_groups[0]["lr"])
 
     module = make(Watched, epochs_per_rollout=2, steps_per_rollout=2, lr_schedule=schedule, warmup_ratio=0.25)
-    run(module, BATCHES, trainer_options, rollouts=GIVEN, max_epochs=2)
+    run(module, BATCHES, trainer_options, rollouts=PREDRAWN, max_epochs=2)
     assert len(rates) == 16
     assert rates[:5] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])  # the first rollout teaches
     assert module.lr_schedulers().get_last_lr()[0] == pytest.approx(end, abs=1e-9)
@@ -96,7 +96,7 @@ def test_gradients_are_clipped(trainer_options):
     norms = []
     for limit in (None, 0.01):
         module = make(Policy, max_grad_norm=limit)
-        trainer = run(module, BATCHES[:1], trainer_options, rollouts=GIVEN)
+        trainer = run(module, BATCHES[:1], trainer_options, rollouts=PREDRAWN)
         norm = math.sqrt(sum(float((g**2).sum()) for g in module.gradients[0].values()))
         norms.append((norm, float(trainer.callback_metrics["train/grad_norm"])))
     assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-5)
@@ -108,7 +108,7 @@ def test_gradients_are_clipped(trainer_options):
 @pytest.mark.parametrize("option", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
 def test_the_trainer_s_own_accumulation_and_clipping_are_refused(option, trainer_options):
     with pytest.raises(Exception, match="not supported for manual optimization"):
-        run(make(Policy), BATCHES, trainer_options, rollouts=GIVEN, **option)
+        run(make(Policy), BATCHES, trainer_options, rollouts=PREDRAWN, **option)
 
 
 # ---------------------------------------------------------------- metrics
@@ -139,9 +139,9 @@ def test_figures_by_hand(kind, mask_truncated, trainer_options):
     module = make(
         kind, rewards=[by_tokens, other], reward_weights=[1.0, 0.5], mask_truncated=mask_truncated, lora=LORA, **options
     )
-    trainer = run(module, BATCHES[:1], trainer_options, rollouts=[with_logprobs(GIVEN[0])])
+    trainer = run(module, BATCHES[:1], trainer_options, rollouts=[with_logprobs(PREDRAWN[0])])
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    completions = GIVEN[0].completions
+    completions = PREDRAWN[0].completions
 
     first = by_tokens([c.tokens for c in completions])
     second = [float(len(c.tokens)) if len(c.tokens) > 4 else None for c in completions]
@@ -203,7 +203,7 @@ def test_figures_by_hand(kind, mask_truncated, trainer_options):
 
 
 def test_an_engine_that_gives_no_logprobs(trainer_options):
-    trainer = run(make(Policy), BATCHES[:1], trainer_options, rollouts=GIVEN)
+    trainer = run(make(Policy), BATCHES[:1], trainer_options, rollouts=PREDRAWN)
     assert "train/sampling_gap" not in trainer.callback_metrics
     assert "train/kl" not in trainer.callback_metrics  # full weights without a KL have no reference
 
@@ -221,15 +221,15 @@ def test_what_the_engine_sampled_with_is_what_is_scored(trainer_options):
 def test_the_last_rollout_can_be_looked_at(trainer_options):
     module = make(Policy, rewards=[by_tokens, other])
     assert module.last_rollout is None
-    trainer = run(module, BATCHES, trainer_options, rollouts=GIVEN)
+    trainer = run(module, BATCHES, trainer_options, rollouts=PREDRAWN)
     record = module.last_rollout
     assert isinstance(record, RolloutRecord)
     assert record.step == trainer.global_step - 1
     assert record.prompts == [prompt for prompt in BATCHES[1].prompts for _ in range(3)]
-    assert record.lengths == [len(c.tokens) for c in GIVEN[1].completions]
-    assert record.truncated == [c.truncated for c in GIVEN[1].completions]
+    assert record.lengths == [len(c.tokens) for c in PREDRAWN[1].completions]
+    assert record.truncated == [c.truncated for c in PREDRAWN[1].completions]
     assert record.advantages == pytest.approx(module.advantages[1].tolist())
-    kept = [[t for t in c.tokens if t != END] for c in GIVEN[1].completions]
+    kept = [[t for t in c.tokens if t != END] for c in PREDRAWN[1].completions]
     assert record.completions == module.tokenizer.batch_decode(kept)
     assert record.rows()[0]["rewards"].keys() == {"by_tokens", "other"}
 
@@ -318,11 +318,11 @@ def test_a_group_without_rewards_teaches_nothing(trainer_options):
     for kind in (Policy, Actor):
         module = make(kind, rewards=nothing_for_the_second)
         with pytest.warns(UserWarning, match="No reward applied to 3 of 12"):
-            trainer = run(module, BATCHES[:1], trainer_options, rollouts=GIVEN)
+            trainer = run(module, BATCHES[:1], trainer_options, rollouts=PREDRAWN)
         assert module.advantages[0][3:6].tolist() == [0.0] * 3
         assert module.advantages[0][:3].any()
         assert all(g.isfinite().all() for step in module.gradients for g in step.values())
-        lengths = [len(c.tokens) for i, c in enumerate(GIVEN[0].completions) if not 3 <= i < 6]
+        lengths = [len(c.tokens) for i, c in enumerate(PREDRAWN[0].completions) if not 3 <= i < 6]
         assert trainer.callback_metrics["train/reward"] == pytest.approx(sum(lengths) / 9)
         assert module.last_rollout.rows()[4]["reward"] is None
 
@@ -331,7 +331,7 @@ def test_a_group_without_rewards_teaches_nothing(trainer_options):
 def test_no_reward_at_all(trainer_options):
     for kind in (Policy, Actor):
         module = make(kind, rewards=lambda completions, **columns: [None] * len(completions))
-        trainer = run(module, BATCHES[:1], trainer_options, rollouts=GIVEN)
+        trainer = run(module, BATCHES[:1], trainer_options, rollouts=PREDRAWN)
         policy = [g for n, g in module.gradients[0].items() if "critic" not in n]
         assert max(float(g.abs().max()) for g in policy) == 0.0
         assert "train/reward" not in trainer.callback_metrics
@@ -342,24 +342,24 @@ def test_what_goes_wrong_in_a_reward_is_told_with_its_name(trainer_options):
         return [1 / (len(text) - len(text)) for text in completions]
 
     with pytest.raises(RewardError, match=r"'divides' failed on .*ZeroDivisionError"):
-        run(make(Policy, rewards=divides), BATCHES, trainer_options, rollouts=GIVEN)
+        run(make(Policy, rewards=divides), BATCHES, trainer_options, rollouts=PREDRAWN)
 
     def too_few(completions, **columns):
         return [1.0]
 
     with pytest.raises(RewardError, match="too_few"):
-        run(make(Policy, rewards=too_few), BATCHES, trainer_options, rollouts=GIVEN)
+        run(make(Policy, rewards=too_few), BATCHES, trainer_options, rollouts=PREDRAWN)
 
     def wants_an_answer(completions, answer):
         return [1.0] * len(completions)
 
     with pytest.raises(RewardError, match=r"wants_an_answer.*answer"):
-        run(make(Policy, rewards=wants_an_answer), BATCHES, trainer_options, rollouts=GIVEN)
+        run(make(Policy, rewards=wants_an_answer), BATCHES, trainer_options, rollouts=PREDRAWN)
 
 
 def test_batches_of_another_kind_are_refused(trainer_options):
     with pytest.raises(ConfigError, match="PromptDataModule"):
-        run(make(Policy), [torch.zeros(3)], trainer_options, rollouts=GIVEN)
+        run(make(Policy), [torch.zeros(3)], trainer_options, rollouts=PREDRAWN)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The same run by TRL's DPOTrainer: same weights, rows, order and settings; losses and final weights must agree."""
+"""DPO against TRL's DPOTrainer with the same weights, rows, order and settings: losses and final weights."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from trl_peer import (
     as_messages,
     assert_same,
     assert_same_metrics,
-    by_trl,
-    by_us,
-    settings,
+    train_with_ours,
+    train_with_trl,
+    trl_settings,
 )
 
 from lightning_ft import DPO
@@ -23,7 +23,9 @@ from lightning_ft.models.adapt import add_lora, lora_config
 
 LOSSES = {
     "sigmoid": {},
-    "ipo": {"beta": 0.5},  # whose loss starts at 1 / (2 beta) ** 2: at 25, a tolerance of 1e-5 is that of fp32 itself
+    # The loss of IPO starts at 1 / (2 beta) ** 2. With the default beta that is 25, where a tolerance of 1e-5 is no
+    # larger than the rounding of fp32.
+    "ipo": {"beta": 0.5},
     "hinge": {},
     "robust": {"label_smoothing": 0.1},
 }
@@ -38,7 +40,7 @@ class RecordingDPO(RecordsMetrics, DPO):
 
 
 def trained_adapter():
-    """An adapter that isn't new: its B is not 0, and the reference isn't the base."""
+    """An adapter whose B isn't 0, so that the reference differs from the base model."""
     torch.manual_seed(5)
     model = add_lora(make_model(), lora_config(LORA), seed=0)
     for name, parameter in model.named_parameters():
@@ -47,25 +49,25 @@ def trained_adapter():
     return model
 
 
-def their_models(kind):
-    if kind == "full":
+def their_models(mode):
+    if mode == "full":
         return make_model(), make_model()
-    # of an adapted model TRL keeps a frozen copy of the adapter, which a new one's is as good as none
-    return (trained_adapter() if kind == "continued" else add_lora(make_model(), lora_config(LORA), seed=0)), None
+    # TRL keeps a frozen copy of the adapter as the reference; the copy of a new adapter has no effect.
+    return (trained_adapter() if mode == "continued" else add_lora(make_model(), lora_config(LORA), seed=0)), None
 
 
-def our_module(kind, folder, **options):
-    if kind == "continued":
+def our_module(mode, folder, **options):
+    if mode == "continued":
         make_model().save_pretrained(folder / "base")
         adapter = trained_adapter()
         adapter.peft_config["default"].base_model_name_or_path = str(folder / "base")
         adapter.save_pretrained(folder / "adapter")
         return RecordingDPO(str(folder / "adapter"), dtype="float32", **options)
-    return RecordingDPO(make_model(), lora=LORA if kind == "lora" else None, **options)
+    return RecordingDPO(make_model(), lora=LORA if mode == "lora" else None, **options)
 
 
 @pytest.mark.parametrize(
-    ("loss", "kind", "accumulation"),
+    ("loss", "mode", "accumulation"),
     [
         pytest.param("sigmoid", "full", 1, marks=pytest.mark.slow),
         ("sigmoid", "full", 4),
@@ -80,11 +82,11 @@ def our_module(kind, folder, **options):
         ("robust", "lora", 1),
     ],
 )
-def test_losses_and_weights(loss, kind, accumulation, tmp_path, trainer_options):
+def test_dpo_matches_trl(loss, mode, accumulation, tmp_path, trainer_options):
     batch_size = 4 if accumulation == 1 else 2
-    rate = 1e-3 if kind == "full" else 3e-3
+    rate = 1e-3 if mode == "full" else 3e-3
     rows = make_pairs(batch_size * accumulation * STEPS)
-    model, reference = their_models(kind)
+    model, reference = their_models(mode)
     trainer = TrlDPO(
         model=model,
         ref_model=reference,
@@ -93,12 +95,12 @@ def test_losses_and_weights(loss, kind, accumulation, tmp_path, trainer_options)
         args=DPOConfig(
             loss_type=[loss],
             **LOSSES[loss],
-            **settings(tmp_path, batch_size=batch_size, accumulation=accumulation, learning_rate=rate),
+            **trl_settings(tmp_path, batch_size=batch_size, accumulation=accumulation, learning_rate=rate),
         ),
     )
-    theirs = by_trl(trainer, accumulation)
+    theirs = train_with_trl(trainer, accumulation)
     module = our_module(
-        kind,
+        mode,
         tmp_path,
         loss=loss,
         **LOSSES[loss],
@@ -107,8 +109,8 @@ def test_losses_and_weights(loss, kind, accumulation, tmp_path, trainer_options)
         weight_decay=0.01,
         warmup_ratio=0.2,
     )
-    ours = by_us(module, rows, trainer_options, batch_size=batch_size, accumulation=accumulation)
-    assert_same(ours, theirs, learnt=0.1)
+    ours = train_with_ours(module, rows, trainer_options, batch_size=batch_size, accumulation=accumulation)
+    assert_same(ours, theirs, learned=0.1)
     if accumulation == 1:
         names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "entropy")
         assert_same_metrics(module, trainer, (*names, "logps/chosen", "logps/rejected"))

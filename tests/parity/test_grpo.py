@@ -1,17 +1,17 @@
-"""The same completions by TRL's GRPOTrainer: advantages, losses, KL, gradients and final weights must agree."""
+"""GRPO against TRL's GRPOTrainer on the same completions: advantages, losses, KL, gradients and final weights."""
 
 import inspect
 
 import pytest
 import torch
-from policy_parity import by_trl, by_us, distances, largest, reward
+from policy_parity import largest, max_differences, reward, train_with_ours, train_with_trl
 from trl import GRPOConfig, GRPOTrainer
 
 from lightning_ft import GRPO
 from lightning_ft.losses.policy import policy_loss
 
 TOLERANCE = 1e-5
-NAMES = {  # ours to TRL's
+NAMES = {  # our names: TRL's names
     "kl_coef": "beta",
     "clip_low": "epsilon",
     "clip_high": "epsilon_high",
@@ -24,12 +24,12 @@ SEQUENCE = {"importance": "sequence", "clip_low": 0.03, "clip_high": 0.04}
 
 
 def compare(settings, model_folder, tmp_path, trainer_options):
-    theirs = by_trl(
+    theirs = train_with_trl(
         GRPOTrainer, GRPOConfig, model_folder, tmp_path, **{NAMES.get(k, k): v for k, v in settings.items()}
     )
-    ours = by_us(GRPO, model_folder, trainer_options, **settings)
-    found = distances(ours, theirs)
-    assert max(found.values()) < TOLERANCE, found
+    ours = train_with_ours(GRPO, model_folder, trainer_options, **settings)
+    differences = max_differences(ours, theirs)
+    assert max(differences.values()) < TOLERANCE, differences
     return ours, theirs
 
 
@@ -57,7 +57,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_loss(case, model_folder, tmp_path, trainer_options):
+def test_grpo_matches_trl(case, model_folder, tmp_path, trainer_options):
     settings = CASES[case]
     ours, theirs = compare(settings, model_folder, tmp_path, trainer_options)
     assert all(largest(step) > 1e-3 for step in theirs.gradients)
@@ -77,34 +77,34 @@ def test_each_loss(case, model_folder, tmp_path, trainer_options):
             value = float(total(batch, result) / result.tokens)
             assert value == pytest.approx(metrics[name], abs=TOLERANCE), name
             seen[name] = max(seen[name], value)
-    if case not in ("no-kl", "gradients-clipped"):  # which hardly move the policy between the steps
+    if case not in ("no-kl", "gradients-clipped"):  # these hardly move the policy between the steps
         assert all(value > 0 for value in seen.values()), seen
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo"])
-def test_accumulation(loss_type, model_folder, tmp_path, trainer_options, monkeypatch):
-    """Three micro-batches a step, of four completions each; both in the order of the rollout."""
+def test_grpo_accumulation_matches_trl(loss_type, model_folder, tmp_path, trainer_options, monkeypatch):
+    """Three micro-batches per step with four completions each, in the order of the rollout."""
     monkeypatch.setattr(torch, "randperm", lambda count, **options: torch.arange(count))
     settings = {**KL_AND_CLIP, "loss_type": loss_type, "parts": 3, "kl_coef": 0.0}
     ours, _ = compare(settings, model_folder, tmp_path, trainer_options)
     assert len(ours.losses) == 3 * len(ours.gradients)
 
 
-def test_several_steps_a_rollout(model_folder, tmp_path, trainer_options, monkeypatch):
+def test_grpo_several_steps_per_rollout_match_trl(model_folder, tmp_path, trainer_options, monkeypatch):
     monkeypatch.setattr(torch, "randperm", lambda count, **options: torch.arange(count))
     settings = {**KL_AND_CLIP, "loss_type": "grpo", "parts": 3, "steps": 3, "rate": 0.01}
     ours, _ = compare(settings, model_folder, tmp_path, trainer_options)
     assert len(ours.losses) == len(ours.gradients) == 12
 
 
-def test_defaults_mean_the_same():
-    """But for CISPO's bound, where TRL's 0.2 would undo its idea, and the length of completions."""
+def test_grpo_defaults_equal_trl():
+    """Exceptions are CISPO's bound, whose purpose TRL's 0.2 would defeat, and the length of completions."""
     theirs, ours = GRPOConfig(use_cpu=True, bf16=False), GRPO("no/such-model", rewards=reward).hparams
     same = {"loss_type": "loss_type", "scale_rewards": "scale_rewards", "learning_rate": "learning_rate"}
     same |= {"num_completions": "num_generations", "epochs_per_rollout": "num_iterations", "delta": "delta"}
     same |= {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_grad_norm": "max_grad_norm"}
     for name, their_name in {**same, **NAMES}.items():
-        if name != "importance":  # None stands for the loss's own
+        if name != "importance":  # None means the default of the loss
             assert ours[name] == getattr(theirs, their_name), name
     assert theirs.importance_sampling_level == "token"
     assert inspect.signature(policy_loss).parameters["level"].default is None

@@ -1,7 +1,7 @@
-"""The same run by TRL's KTOTrainer: same weights, rows, order and settings; losses and final weights must agree."""
+"""KTO against TRL's KTOTrainer with the same weights, rows, order and settings: losses and final weights."""
 
 import pytest
-from preference_runs import RecordsMetrics, make_labelled
+from preference_runs import RecordsMetrics, make_labeled
 from tiny import make_model, make_tokenizer
 from trl import KTOConfig, KTOTrainer
 from trl_peer import (
@@ -12,9 +12,9 @@ from trl_peer import (
     as_messages,
     assert_same,
     assert_same_metrics,
-    by_trl,
-    by_us,
-    settings,
+    train_with_ours,
+    train_with_trl,
+    trl_settings,
 )
 
 from lightning_ft import KTO
@@ -30,7 +30,7 @@ class RecordingKTO(RecordsMetrics, KTO):
 
 
 @pytest.mark.parametrize(
-    ("kind", "accumulation", "weights"),
+    ("mode", "accumulation", "weights"),
     [
         pytest.param("full", 1, {}, marks=pytest.mark.slow),
         ("full", 4, {"desirable_weight": 1.0, "undesirable_weight": 1.5}),
@@ -38,10 +38,10 @@ class RecordingKTO(RecordsMetrics, KTO):
         pytest.param("lora", 4, {}, marks=pytest.mark.slow),
     ],
 )
-def test_losses_and_weights(kind, accumulation, weights, tmp_path, trainer_options):
-    batch_size, rate = 4, 1e-3 if kind == "full" else 3e-3
-    rows = make_labelled(batch_size * accumulation * STEPS)
-    full = kind == "full"
+def test_kto_matches_trl(mode, accumulation, weights, tmp_path, trainer_options):
+    batch_size, rate = 4, 1e-3 if mode == "full" else 3e-3
+    rows = make_labeled(batch_size * accumulation * STEPS)
+    full = mode == "full"
     trainer = TrlKTO(
         model=make_model() if full else add_lora(make_model(), lora_config(LORA), seed=0),
         ref_model=make_model() if full else None,
@@ -50,10 +50,10 @@ def test_losses_and_weights(kind, accumulation, weights, tmp_path, trainer_optio
         args=KTOConfig(
             beta=0.3,
             **weights,
-            **settings(tmp_path, batch_size=batch_size, accumulation=accumulation, learning_rate=rate),
+            **trl_settings(tmp_path, batch_size=batch_size, accumulation=accumulation, learning_rate=rate),
         ),
     )
-    theirs = by_trl(trainer, accumulation)
+    theirs = train_with_trl(trainer, accumulation)
     module = RecordingKTO(
         make_model(),
         beta=0.3,
@@ -64,8 +64,8 @@ def test_losses_and_weights(kind, accumulation, weights, tmp_path, trainer_optio
         weight_decay=0.01,
         warmup_ratio=0.2,
     )
-    ours = by_us(module, rows, trainer_options, batch_size=batch_size, accumulation=accumulation)
-    assert_same(ours, theirs, learnt=0.05)
+    ours = train_with_ours(module, rows, trainer_options, batch_size=batch_size, accumulation=accumulation)
+    assert_same(ours, theirs, learned=0.05)
     if accumulation == 1:
         names = ("kl", "entropy", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
         assert_same_metrics(module, trainer, names)

@@ -1,4 +1,4 @@
-"""TRL's own GRPO and RLOO code on the same numbers: losses, gradients, advantages and metrics must agree."""
+"""Policy losses and advantages against TRL's GRPO and RLOO code on the same tensors."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ G = 3
 
 @pytest.fixture(autouse=True)
 def _one_process():
-    PartialState()  # accelerate's gather asks it
+    PartialState()  # accelerate's gather needs it
 
 
 def accelerator():
@@ -35,7 +35,7 @@ def accelerator():
 
 
 def draw(seed=0):
-    """Six completions as TRL has them: padded on the right, the fifth masked as a truncated one is."""
+    """Six completions in TRL's layout, padded on the right; the fifth is masked like a truncated one."""
     generator = torch.Generator().manual_seed(seed)
     old = -3 * torch.rand(6, LONGEST, generator=generator)
     mask = (torch.arange(LONGEST) < LENGTHS[:, None]).long()
@@ -54,7 +54,7 @@ def part_of(step, first, last):
 
 
 def grpo_loss(step, loss_type, micro_batches=1, on_policy=False, **options):
-    """TRL's loss of one micro-batch, and what it logs."""
+    """TRL's loss of one micro-batch, and the metrics it logs."""
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=accelerator(),
@@ -93,20 +93,20 @@ def grpo_loss(step, loss_type, micro_batches=1, on_policy=False, **options):
     return GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
 
 
-def our_loss(step, loss_type, *, of, on_policy=False, low=0.2, high=0.28, level="token", corrected=True, **options):
-    """Ours, flat: padding away, masked completions kept and masked."""
-    first = int(of.advantages.eq(step.advantages[0]).nonzero()[0])
-    lengths = LENGTHS[first : first + len(step.advantages)]
+def our_loss(part, loss_type, *, step, on_policy=False, low=0.2, high=0.28, level="token", corrected=True, **options):
+    """Our loss, on flat tensors without padding; masked completions are kept and masked."""
+    first = int(step.advantages.eq(part.advantages[0]).nonzero()[0])
+    lengths = LENGTHS[first : first + len(part.advantages)]
     here = torch.arange(LONGEST) < lengths[:, None]
-    total = {"total_sequences": len(of.advantages), "total_tokens": of.mask.sum(), "max_new_tokens": MAX_NEW_TOKENS}
+    total = {"total_sequences": len(step.advantages), "total_tokens": step.mask.sum(), "max_new_tokens": MAX_NEW_TOKENS}
     return policy_loss(
-        step.new[here],
-        None if on_policy else step.old[here],
-        step.advantages,
+        part.new[here],
+        None if on_policy else part.old[here],
+        part.advantages,
         torch.arange(len(lengths)).repeat_interleave(lengths),
-        weights=token_weights(loss_type, step.mask.sum(1), **total),
-        mask=step.mask[here].bool(),
-        ref_logprobs=step.ref[here],
+        weights=token_weights(loss_type, part.mask.sum(1), **total),
+        mask=part.mask[here].bool(),
+        ref_logprobs=part.ref[here],
         kl_coef=KL_COEF,
         loss_type=loss_type,
         level=level,
@@ -129,13 +129,13 @@ OPTIONS = [
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo", "cispo"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_grpo(loss_type, options):
+def test_grpo_loss_matches_trl(loss_type, options):
     step, options = draw(), dict(options)
     if loss_type == "cispo":
         options = {**options, "high": 1.3}
         options.pop("delta", None)
     theirs, logged = grpo_loss(step, loss_type, **options)
-    ours = our_loss(step, loss_type, of=step, **options)
+    ours = our_loss(step, loss_type, step=step, **options)
     torch.testing.assert_close(ours.loss, theirs, atol=TOLERANCE, rtol=TOLERANCE)
     (expected,) = torch.autograd.grad(theirs, step.new)
     (grad,) = torch.autograd.grad(ours.loss, step.new)
@@ -143,7 +143,7 @@ def test_grpo(loss_type, options):
     assert grad.abs().sum() > 0.1
 
     assert (ours.kl / ours.tokens).item() == pytest.approx(logged["kl"][0], abs=TOLERANCE)
-    if options.get("level") != "sequence":  # of which TRL counts completions, masked ones included, not tokens
+    if options.get("level") != "sequence":  # there TRL counts completions, masked ones included, instead of tokens
         names = (
             {"clipped_high": "cispo_clip_ratio"}
             if loss_type == "cispo"
@@ -157,19 +157,19 @@ def test_grpo(loss_type, options):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo", "cispo"])
-def test_grpo_over_micro_batches(loss_type):
+def test_grpo_loss_over_micro_batches_matches_trl(loss_type):
     step = draw()
     parts = [part_of(step, first, first + 2) for first in (0, 2, 4)]
     options = {"high": 1.3} if loss_type == "cispo" else {}
     theirs = sum(grpo_loss(part, loss_type, 3, total_tokens=step.mask.sum(), **options)[0] for part in parts)
-    ours = sum(our_loss(part, loss_type, of=step, **options).loss for part in parts)
+    ours = sum(our_loss(part, loss_type, step=step, **options).loss for part in parts)
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
     torch.testing.assert_close(
         *(torch.autograd.grad(loss, step.new)[0] for loss in (ours, theirs)), atol=TOLERANCE, rtol=TOLERANCE
     )
 
 
-def test_rloo():
+def test_rloo_loss_matches_trl():
     step = draw()
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True),
@@ -202,14 +202,14 @@ def test_rloo():
         clip_low=0.2,
         clip_high=0.3,
     )
-    # A completion without a token still adds its advantage to TRL's value; neither has a gradient for it.
+    # TRL's loss includes the advantage of a completion without tokens, which has no gradient.
     torch.testing.assert_close(ours.loss - step.advantages[4] / 6, theirs, atol=TOLERANCE, rtol=TOLERANCE)
     torch.testing.assert_close(
         *(torch.autograd.grad(loss, step.new)[0] for loss in (ours.loss, theirs)), atol=TOLERANCE, rtol=TOLERANCE
     )
 
 
-# --- advantages, from the method that scores rollouts
+# --- advantages, from the methods that compute the rewards of rollouts
 
 PER_FUNCTION = torch.tensor(
     [
@@ -223,8 +223,8 @@ PER_FUNCTION = torch.tensor(
 WEIGHTS = torch.tensor([1.0, 0.5])
 
 
-def scoring(per_function, generated, num_completions, **options):
-    """What TRL's methods read of a trainer between rollouts and advantages."""
+def fake_trainer(per_function, generated, num_completions, **options):
+    """The attributes of a trainer that TRL's methods read between rollouts and advantages."""
     n = len(per_function)
     logprobs = torch.randn(2, n, 2, generator=torch.Generator().manual_seed(0))
     calls = iter(logprobs)  # the policy's, then the reference's
@@ -267,10 +267,10 @@ def scoring(per_function, generated, num_completions, **options):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("num_completions", [G, 1])
-def test_group_advantages(scale, num_completions):
+def test_group_advantages_match_trl(scale, num_completions):
     n = len(PER_FUNCTION)
     generated = ([[1]] * n, [[2, 3]] * n, None, ["x"] * n, None, None, None, None)
-    trainer, _ = scoring(PER_FUNCTION, generated, num_completions, scale_rewards=scale)
+    trainer, _ = fake_trainer(PER_FUNCTION, generated, num_completions, scale_rewards=scale)
     rows = [{"prompt": "p"}] * n
     theirs = GRPOTrainer._generate_and_score_completions(trainer, rows)["advantages"]
     ours = group_advantages(combine_rewards(PER_FUNCTION, WEIGHTS), num_completions, scale=scale)
@@ -281,11 +281,11 @@ def test_group_advantages(scale, num_completions):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize("num_completions", [G, 1])
-def test_leave_one_out_advantages(normalize, beta, num_completions):
+def test_leave_one_out_advantages_match_trl(normalize, beta, num_completions):
     n = len(PER_FUNCTION)
     generated = ([[1]] * n, [[2, 3]] * n, ["x"] * n)
     options = {"normalize_advantages": normalize, "beta": beta}
-    trainer, (logprobs, ref_logprobs) = scoring(PER_FUNCTION, generated, num_completions, **options)
+    trainer, (logprobs, ref_logprobs) = fake_trainer(PER_FUNCTION, generated, num_completions, **options)
     theirs = RLOOTrainer._generate_and_score_completions(trainer, [{"prompt": "p"}] * n)["advantages"]
     rewards = combine_rewards(PER_FUNCTION, WEIGHTS) - beta * k1(logprobs, ref_logprobs).sum(1)
     ours = leave_one_out_advantages(rewards, num_completions, normalize=normalize)

@@ -1,4 +1,4 @@
-"""TRL's own losses of preferences and reward models on the same numbers: values and gradients must agree."""
+"""Preference and reward-model losses against TRL's on the same tensors: values and gradients."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from lightning_ft.losses.preference import (
 )
 
 TOLERANCE = 1e-6
-LENGTHS = torch.tensor([3, 1, 7, 4])  # two pairs: the chosen, then the rejected
+LENGTHS = torch.tensor([3, 1, 7, 4])  # of two pairs: the chosen completions, then the rejected
 PROMPT, LONGEST = 2, 7
 
 
@@ -27,7 +27,7 @@ def accelerator():
 
 
 def draw(seed):
-    """Per-token log-probabilities behind a prompt of two tokens, 0 outside the completion, as the fused head gives."""
+    """Log-probabilities of tokens after a prompt of two tokens, 0 outside the completion, as from TRL's fused head."""
     mask = torch.zeros(4, PROMPT + LONGEST, dtype=torch.int64)
     for row, length in zip(mask, LENGTHS, strict=True):
         row[PROMPT : PROMPT + length] = 1
@@ -35,8 +35,8 @@ def draw(seed):
     return mask, logprobs * mask[:, 1:]
 
 
-class Fake(torch.nn.Module):
-    """A model whose every call gives these log-probabilities."""
+class FakeModel(torch.nn.Module):
+    """A model that returns these log-probabilities for any input."""
 
     is_gradient_checkpointing = False
 
@@ -54,19 +54,19 @@ def sides(logprobs, ref_logprobs):
     return [SequenceLogProbs(*(x[part] for x in whole)) for part in (slice(0, 2), slice(2, 4))]
 
 
-def dpo_loss(mask, logprobs, ref_logprobs, kinds, beta, label_smoothing):
-    model = Fake(logprobs)
+def dpo_loss(mask, logprobs, ref_logprobs, losses, beta, label_smoothing):
+    model = FakeModel(logprobs)
     trainer = SimpleNamespace(
         model=model,
-        ref_model=Fake(ref_logprobs),
+        ref_model=FakeModel(ref_logprobs),
         accelerator=accelerator(),
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         aux_loss_enabled=False,
         ld_alpha=None,
         precompute_ref_logps=False,
         f_divergence_type="reverse_kl",
-        loss_types=list(kinds),
-        loss_weights=list(kinds.values()),
+        loss_types=list(losses),
+        loss_weights=list(losses.values()),
         beta=beta,
         label_smoothing=label_smoothing,
         use_weighting=False,
@@ -88,7 +88,7 @@ def agree(ours, theirs, *leaves):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "label_smoothing"),
+    ("losses", "label_smoothing"),
     [
         ({"sigmoid": 1.0}, 0.0),
         ({"hinge": 1.0}, 0.0),
@@ -98,20 +98,20 @@ def agree(ours, theirs, *leaves):
         ({"sigmoid": 0.7, "hinge": 0.2, "ipo": 0.1}, 0.0),
     ],
 )
-def test_dpo(kinds, label_smoothing):
+def test_dpo_losses_match_trl(losses, label_smoothing):
     (mask, logprobs), (_, ref_logprobs) = draw(0), draw(1)
     logprobs.requires_grad_()
-    theirs = dpo_loss(mask, logprobs, ref_logprobs, kinds, 0.3, label_smoothing)
+    theirs = dpo_loss(mask, logprobs, ref_logprobs, losses, 0.3, label_smoothing)
     options = {"beta": 0.3, "label_smoothing": label_smoothing}
-    ours = weighted_preference_loss(kinds, *sides(logprobs, ref_logprobs), **options)
+    ours = weighted_preference_loss(losses, *sides(logprobs, ref_logprobs), **options)
     agree(ours.mean(), theirs, logprobs)
-    if len(kinds) == 1:
-        one = preference_loss(next(iter(kinds)), *sides(logprobs, ref_logprobs), **options)
+    if len(losses) == 1:
+        one = preference_loss(next(iter(losses)), *sides(logprobs, ref_logprobs), **options)
         torch.testing.assert_close(one, ours, atol=0, rtol=0)
 
 
-def test_sft_of_a_single_pair():
-    """TRL's is a mean over all chosen tokens of the micro-batch: the same where it holds one pair."""
+def test_sft_loss_of_single_pair_matches_trl():
+    """TRL takes the mean over all chosen tokens of the micro-batch, which is the same for a single pair."""
     (mask, logprobs), (_, ref_logprobs) = draw(0), draw(1)
     pair = torch.tensor([0, 2])
     leaf = logprobs.clone().requires_grad_()
@@ -122,7 +122,7 @@ def test_sft_of_a_single_pair():
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_simpo(label_smoothing):
+def test_simpo_loss_matches_trl(label_smoothing):
     _, logprobs = draw(0)
     logprobs.requires_grad_()
     chosen, rejected = sides(logprobs, logprobs.detach())
@@ -139,7 +139,7 @@ def test_simpo(label_smoothing):
     agree(ours.mean(), theirs.mean(), logprobs)
 
 
-def test_orpo():
+def test_orpo_loss_matches_trl():
     _, logprobs = draw(0)
     logprobs.requires_grad_()
     chosen, rejected = sides(logprobs, logprobs.detach())
@@ -150,17 +150,17 @@ def test_orpo():
 
 
 @pytest.mark.parametrize("labels", [[True, False, False, True], [True] * 4, [False] * 4])
-@pytest.mark.parametrize("kl_logprobs", [(2, 3), (3, 2)], ids=["above", "below"])  # one of them is clamped
-def test_kto(labels, kl_logprobs):
+@pytest.mark.parametrize("kl_logprobs", [(2, 3), (3, 2)], ids=["above", "below"])  # the second is clamped at 0
+def test_kto_loss_matches_trl(labels, kl_logprobs):
     (mask, logprobs), (_, ref_logprobs) = draw(0), draw(1)
     kl, ref_kl = (draw(seed)[1] for seed in kl_logprobs)
     logprobs.requires_grad_()
     labels = torch.tensor(labels)
-    model = Fake(logprobs)
-    mismatched = iter([kl.sum(1), ref_kl.sum(1)])  # TRL scores them in a method of its own
+    model = FakeModel(logprobs)
+    mismatched = iter([kl.sum(1), ref_kl.sum(1)])  # TRL computes them in a separate method
     trainer = SimpleNamespace(
         model=model,
-        ref_model=Fake(ref_logprobs),
+        ref_model=FakeModel(ref_logprobs),
         accelerator=accelerator(),
         args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         aux_loss_enabled=False,
@@ -187,7 +187,7 @@ def test_kto(labels, kl_logprobs):
 
 @pytest.mark.parametrize("margins", [None, [0.5, -1.0, 3.0]])
 @pytest.mark.parametrize("centering", [None, 0.01])
-def test_reward_model(margins, centering):
+def test_bradley_terry_loss_matches_trl(margins, centering):
     rewards = torch.tensor([2.0, -1.0, 0.0, 1.0, 3.0, 0.5], requires_grad=True)  # chosen, then rejected
     model = lambda **_: SimpleNamespace(logits=rewards[:, None])  # noqa: E731
     trainer = SimpleNamespace(

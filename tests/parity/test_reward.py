@@ -1,4 +1,4 @@
-"""The same run by TRL's RewardTrainer: same weights and head, rows and order; losses and final weights must agree."""
+"""RewardModeling against TRL's RewardTrainer with the same weights, head, rows and order: losses and final weights."""
 
 import pytest
 import torch
@@ -6,7 +6,17 @@ from preference_runs import RecordsMetrics, make_pairs
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from trl import RewardConfig, RewardTrainer
-from trl_peer import LORA, STEPS, InOrder, as_messages, assert_same, assert_same_metrics, by_trl, by_us, settings
+from trl_peer import (
+    LORA,
+    STEPS,
+    InOrder,
+    as_messages,
+    assert_same,
+    assert_same_metrics,
+    train_with_ours,
+    train_with_trl,
+    trl_settings,
+)
 
 from lightning_ft import RewardModeling
 from lightning_ft.models.adapt import add_lora, lora_config
@@ -21,9 +31,9 @@ class RecordingReward(RecordsMetrics, RewardModeling):
 
 
 @pytest.fixture(scope="module")
-def scorer_folder(tmp_path_factory):
-    """A model with a score head: a new one would be drawn anew by each side."""
-    folder = tmp_path_factory.mktemp("scorer")
+def reward_model_folder(tmp_path_factory):
+    """A model with a reward head. Without one, each run would initialize its own."""
+    folder = tmp_path_factory.mktemp("reward_model")
     config = make_model().config
     config.num_labels = 1
     torch.manual_seed(3)
@@ -37,16 +47,18 @@ def with_margins(rows):
 
 
 @pytest.mark.parametrize(
-    ("kind", "accumulation", "margins", "centering"),
+    ("mode", "accumulation", "margins", "centering"),
     [("full", 1, False, 0.0), ("full", 4, True, 0.01), ("lora", 1, True, 0.01), ("lora", 4, False, 0.0)],
 )
-def test_losses_and_weights(kind, accumulation, margins, centering, scorer_folder, tmp_path, trainer_options):
+def test_reward_modeling_matches_trl(
+    mode, accumulation, margins, centering, reward_model_folder, tmp_path, trainer_options
+):
     batch_size = 4 if accumulation == 1 else 2
-    rate = 1e-3 if kind == "full" else 3e-3
+    rate = 1e-3 if mode == "full" else 3e-3
     rows = make_pairs(batch_size * accumulation * STEPS)
     rows = with_margins(rows) if margins else rows
-    model = AutoModelForSequenceClassification.from_pretrained(scorer_folder)
-    if kind == "lora":
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_folder)
+    if mode == "lora":
         model = add_lora(model, lora_config({**LORA, "task_type": "SEQ_CLS"}), seed=0)
     trainer = TrlReward(
         model=model,
@@ -54,19 +66,19 @@ def test_losses_and_weights(kind, accumulation, margins, centering, scorer_folde
         train_dataset=as_messages(rows),
         args=RewardConfig(
             center_rewards_coefficient=centering or None,
-            **settings(tmp_path, batch_size=batch_size, accumulation=accumulation, learning_rate=rate),
+            **trl_settings(tmp_path, batch_size=batch_size, accumulation=accumulation, learning_rate=rate),
         ),
     )
-    theirs = by_trl(trainer, accumulation)
+    theirs = train_with_trl(trainer, accumulation)
     module = RecordingReward(
-        scorer_folder,
-        lora=LORA if kind == "lora" else None,
+        reward_model_folder,
+        lora=LORA if mode == "lora" else None,
         centering=centering,
         learning_rate=rate,
         weight_decay=0.01,
         warmup_ratio=0.2,
     )
-    ours = by_us(module, rows, trainer_options, batch_size=batch_size, accumulation=accumulation)
-    assert_same(ours, theirs, learnt=0.1)
+    ours = train_with_ours(module, rows, trainer_options, batch_size=batch_size, accumulation=accumulation)
+    assert_same(ours, theirs, learned=0.1)
     if accumulation == 1:
         assert_same_metrics(module, trainer, ("accuracy", "margin"))

@@ -1,4 +1,4 @@
-"""The same run by TRL's SFTTrainer: same weights, rows, order and settings; losses and final weights must agree."""
+"""SFT against TRL's SFTTrainer with the same weights, rows, order and settings: losses and final weights."""
 
 import datasets
 import pytest
@@ -14,7 +14,7 @@ from lightning_ft.models.adapt import add_lora, lora_config
 
 STEPS = 20
 TOLERANCE = 1e-5
-# Nothing after the end token, which both then supervise last.
+# Nothing after the end token, so that it is the last supervised token in both runs.
 TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
     "{%- if message.role == 'assistant' -%}{%- generation -%}"
@@ -47,9 +47,9 @@ def as_messages(rows):
     ]
 
 
-def by_trl(rows, kind, *, batch_size, accumulation, tmp_path, learning_rate, assistant_only=False):
+def train_with_trl(rows, module_class, *, batch_size, accumulation, tmp_path, learning_rate, assistant_only=False):
     model = make_model()
-    if kind is RecordingLoRA:
+    if module_class is RecordingLoRA:
         model = add_lora(model, lora_config(LORA), seed=0)
     data = as_messages(rows)
     if assistant_only:
@@ -83,9 +83,9 @@ def by_trl(rows, kind, *, batch_size, accumulation, tmp_path, learning_rate, ass
     return sums.tolist(), {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def by_us(rows, kind, *, batch_size, accumulation, trainer_options, learning_rate, packing=True):
-    lora = {"lora": LORA} if kind is RecordingLoRA else {}
-    module = kind(
+def train_with_ours(rows, module_class, *, batch_size, accumulation, trainer_options, learning_rate, packing=True):
+    lora = {"lora": LORA} if module_class is RecordingLoRA else {}
+    module = module_class(
         make_model(),
         tokenizer=make_tokenizer(TEMPLATE),
         learning_rate=learning_rate,
@@ -100,7 +100,7 @@ def by_us(rows, kind, *, batch_size, accumulation, trainer_options, learning_rat
     return module.losses, weights
 
 
-@pytest.mark.parametrize("kind", [RecordingFull, RecordingLoRA], ids=["full", "lora"])
+@pytest.mark.parametrize("module_class", [RecordingFull, RecordingLoRA], ids=["full", "lora"])
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "assistant_only", "packing"),
     [
@@ -111,17 +111,19 @@ def by_us(rows, kind, *, batch_size, accumulation, trainer_options, learning_rat
     ],
     ids=["completion_only", "accumulation_4", "accumulation_4_unpacked", "assistant_only"],
 )
-def test_losses_and_weights(kind, batch_size, accumulation, assistant_only, packing, tmp_path, trainer_options):
+def test_sft_matches_trl(module_class, batch_size, accumulation, assistant_only, packing, tmp_path, trainer_options):
     rows = make_rows(2 * batch_size * accumulation * STEPS)[: batch_size * accumulation * STEPS]
-    rate = 1e-3 if kind is RecordingFull else 1e-2
+    rate = 1e-3 if module_class is RecordingFull else 1e-2
     common = {"batch_size": batch_size, "accumulation": accumulation, "learning_rate": rate}
-    theirs, their_weights = by_trl(rows, kind, tmp_path=tmp_path, assistant_only=assistant_only, **common)
-    ours, our_weights = by_us(rows, kind, trainer_options=trainer_options, packing=packing, **common)
+    theirs, their_weights = train_with_trl(
+        rows, module_class, tmp_path=tmp_path, assistant_only=assistant_only, **common
+    )
+    ours, our_weights = train_with_ours(rows, module_class, trainer_options=trainer_options, packing=packing, **common)
     assert len(ours) == STEPS
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=TOLERANCE)
-    assert theirs[-1] < theirs[0] - 0.3  # it learnt something, so agreement means something
+    assert theirs[-1] < theirs[0] - 0.3  # the runs trained at all
     assert our_weights.keys() == their_weights.keys()
-    for name, want in their_weights.items():
+    for name, expected in their_weights.items():
         torch.testing.assert_close(
-            our_weights[name], want, rtol=0, atol=TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
+            our_weights[name], expected, rtol=0, atol=TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
         )
