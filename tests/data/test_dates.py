@@ -28,7 +28,7 @@ def data(tokenizer, kind=PairDataModule, rows=ROWS, **options):
     return found
 
 
-def test_has_the_day_asks_the_template(make_tokenizer):
+def test_renders_today_depends_on_the_template(make_tokenizer):
     template = chat_template(make_tokenizer(GIVEN))
     assert renders_today(template, Q, {})
     assert not renders_today(template, Q, {"date_string": "1 May 2026"})

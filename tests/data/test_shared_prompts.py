@@ -62,7 +62,7 @@ def test_a_target_is_predicted_from_what_stands_before_it_and_nothing_else(layou
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shapes", [((4, (3, 1)), (1, (2,)), (6, (5, 2, 7))), ((2, (1, 1)), (2, (1, 1))), ((3, (4,)),)])
-def test_last_places(layout, shapes):
+def test_last_positions(layout, shapes):
     prompts, completions = make(shapes)
     batch = lay_out_completions(prompts, completions, **layout)
     found = batch.input_ids.flatten()[last_positions(batch)].tolist()
