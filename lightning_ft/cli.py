@@ -6,22 +6,66 @@ data takes its tokenizer from the model.
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import pydoc
+import re
+import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
-from lightning_ft.commands import COMMANDS
 from lightning_ft.errors import ConfigError, GateError, MeasurementError
 from lightning_ft.importing import without_imports
 from lightning_ft.printable import printable
 
 _cli = cli_module()
-_DESCRIPTION = "Fine-tune language models. Also: " + "; ".join(f"`{name}`: {does}" for name, does in COMMANDS.items())
+
+_UNKNOWN_OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<name>\w+)' is not accepted")
+_UNKNOWN_NAME = re.compile(r"module '(?P<path>[\w.]+)' has no attribute '(?P<name>\w+)'")
+_UNKNOWN_KEY = re.compile(r"(?:Option '|unrecognized arguments: --)(?P<name>\w+\.[\w.]+)(?:' is not accepted)?")
+
+
+class FineTuningParser(_cli.LightningArgumentParser):  # type: ignore[name-defined,misc]
+    """Lightning's parser, whose errors add the nearest name to a misspelt one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the error and exit.
+
+        Args:
+            message: Error message.
+            ex: Exception that led to it.
+        """
+        parser = getattr(ex, "subcommand_parser", None) or self
+        keys = [action.dest for action in parser._actions]
+        super().error(_with_nearest_names(message, keys), ex)
+
+
+def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
+    """Add the nearest arguments of a class, names of a module, or keys of the parser to a message."""
+
+    def arguments(path: str) -> Iterable[str]:
+        cls = pydoc.locate(path)
+        return inspect.signature(cls).parameters if isinstance(cls, type) else ()
+
+    def names(path: str) -> Iterable[str]:
+        module = sys.modules.get(path)
+        return getattr(module, "__all__", None) or dir(module)
+
+    message = _UNKNOWN_OPTION.sub(lambda match: _suggest(match, arguments(match["path"])), message)
+    message = _UNKNOWN_NAME.sub(lambda match: _suggest(match, names(match["path"])), message)
+    return _UNKNOWN_KEY.sub(lambda match: _suggest(match, keys), message)
+
+
+def _suggest(match: re.Match[str], names: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(match["name"], list(names), 1)
+    return f"{match[0]}. Did you mean {nearest[0]!r}?" if nearest else match[0]
 
 
 class FineTuningTrainer(Trainer):
-    """The Trainer of the command line: the usual one, and two subcommands that train nothing."""
+    """The Trainer of the command line: Lightning's own, with two subcommands that don't train."""
 
     def preview(
         self,
@@ -30,26 +74,28 @@ class FineTuningTrainer(Trainer):
         examples: int = 3,
         weights: bool = False,
     ) -> None:
-        """Print examples with their supervised tokens, and what would be cut or dropped.
+        """Print examples with their supervised tokens, and which rows would be truncated or dropped.
 
         Args:
-            model: Whose tokenizer is used, where the data has none of its own.
-            datamodule: What would be trained on.
-            examples: How many rows of each split to show.
-            weights: Load the model too, and print a table of what would be trained. Otherwise no weights are loaded.
+            model: Module whose tokenizer is used, where the data has none of its own.
+            datamodule: Data to show.
+            examples: Number of rows per split to show.
+            weights: Load the model too, and print a table of the trained weights. Otherwise no weights are loaded.
         """
         from lightning_ft.data.module import RowDataModule
         from lightning_ft.data.preview import preview
 
         if not isinstance(datamodule, RowDataModule):
-            raise ConfigError("preview shows the rows of a DataModule of lightning_ft: give one as data.")
+            raise ConfigError("preview shows the rows of a DataModule of lightning_ft: pass one as `data`.")
         own = datamodule.hparams["tokenizer"] is not None
         preview(datamodule, None if own else getattr(model, "tokenizer", None), examples=examples)
         if weights:
             from lightning_ft.modules.base import FineTuning
 
             if not isinstance(model, FineTuning):
-                raise ConfigError(f"weights=true: {type(model).__name__} isn't a module of lightning_ft.")
+                raise ConfigError(
+                    f"weights=true needs a module of lightning_ft, and `model` is a {type(model).__name__}."
+                )
             print(printable(model.what_is_trained()))
 
     def export(
@@ -64,9 +110,9 @@ class FineTuningTrainer(Trainer):
         """Write a checkpoint as a folder that plain transformers and PEFT load.
 
         Args:
-            model: The module of the run that wrote the checkpoint.
-            ckpt_path: The checkpoint.
-            output: The folder to write.
+            model: Module of the run that wrote the checkpoint.
+            ckpt_path: Path of the checkpoint.
+            output: Folder to write.
             datamodule: Not used.
             merge: Fold an adapter into the base weights; refused where greedy output would change.
             overwrite: Write into a folder that isn't empty.
@@ -84,16 +130,23 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
     """The command line.
 
     Args:
-        args: In place of the process's own arguments.
-        run: Run the subcommand; False to only build `trainer`, `model` and `datamodule`.
+        args: Arguments instead of those of the process.
+        run: Run the subcommand; False only builds `trainer`, `model` and `datamodule`.
         save_config: Write the configuration into the logger's folder when training starts.
+        description: First line of the help.
 
     Example:
         >>> sorted(FineTuningCLI.subcommands())
         ['export', 'fit', 'predict', 'preview', 'test', 'validate']
     """
 
-    def __init__(self, args: list[str] | None = None, run: bool = True, save_config: bool = True) -> None:
+    def __init__(
+        self,
+        args: list[str] | None = None,
+        run: bool = True,
+        save_config: bool = True,
+        description: str = "Fine-tune language models.",
+    ) -> None:
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -102,28 +155,33 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-ft", "description": _DESCRIPTION} if run else {},
+            parser_kwargs={"prog": "lightning-ft", "description": description} if run else {},
             args=args,
             run=run,
         )
 
+    def init_parser(self, **kwargs: Any) -> Any:
+        """Build a parser whose errors add the nearest name, where this version of Lightning has `parser_class`."""
+        self.parser_class = FineTuningParser
+        return super().init_parser(**kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's own, and those of `FineTuningTrainer`."""
+        """Lightning's own subcommands, and those of `FineTuningTrainer`."""
         own = {"preview": {"model", "datamodule"}, "export": {"model", "datamodule"}}
         return {**_cli.LightningCLI.subcommands(), **own}
 
     def instantiate_classes(self) -> None:
-        """Build what the configuration names; for a preview without the code of rewards and scorers."""
+        """Build the classes of the configuration; for a preview without importing reward functions and scorers."""
         with without_imports() if self.subcommand == "preview" else nullcontext():
             super().instantiate_classes()
 
     def after_fit(self) -> None:
-        """Tell by an error what didn't stop the run.
+        """Raise an error for failures that didn't stop the run.
 
         Raises:
             MeasurementError: If something could not be measured or written.
-            GateError: If quality wasn't shown to be kept, or a limit was broken at which training was to stop.
+            GateError: If quality was not shown to be kept, or a limit was exceeded.
         """
         callbacks: list[Any] = self.trainer.callbacks
         failures = [failure for callback in callbacks for failure in getattr(callback, "failures", ())]
@@ -133,13 +191,13 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             raise GateError(f"Training ran to its end. The limits of these don't hold: {', '.join(gates)}.")
 
     def _parse_ckpt_path(self) -> None:
-        """The configuration file says what the model is; the module checks that a checkpoint fits it."""
+        """Leave the arguments to the configuration file; the module checks that a checkpoint fits them."""
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
-        """Let `--optimizer` and `--lr_scheduler` take the place of the module's own.
+        """Let `--optimizer` and `--lr_scheduler` replace the module's own.
 
-        LightningCLI builds them here, from all parameters. There are none yet: weights are loaded later, and then most
-        of an adapted model's are frozen.
+        LightningCLI builds them here, from all parameters. There are none yet: weights are loaded later, and most of an
+        adapted model's are frozen.
         """
         optimizer, scheduler = (self._get(self.config_init, key) for key in ("optimizer", "lr_scheduler"))
         if not optimizer and not scheduler:

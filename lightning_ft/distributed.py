@@ -1,4 +1,4 @@
-"""What ranks tell each other, and work that one of them does for all."""
+"""Communication between ranks: gathered values, work that one rank does for all, and rank-zero messages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gathered(own: Own) -> list[Own]:
     """What every rank has, in their order; every rank must call it.
 
     Args:
-        own: What this rank has: anything that can be pickled.
+        own: Value of this rank: anything that can be pickled.
 
     Example:
         >>> gathered("a")
@@ -53,7 +53,7 @@ def on_first_rank(work: Callable[[list[Own]], list[Part]], own: Own) -> Part:
 
     Args:
         work: Takes what the ranks have, in their order, and gives a part for each of them.
-        own: What this rank has.
+        own: Value of this rank.
 
     Returns:
         This rank's part.

@@ -32,7 +32,7 @@ class TokenizerError(LightningFTError, ValueError):
 
 
 class ModelError(LightningFTError, ValueError):
-    """A model, adapter or quantization that can't be loaded as asked."""
+    """A model, adapter or quantization that can't be loaded as configured."""
 
 
 class CheckpointError(ModelError):
@@ -68,11 +68,11 @@ class SavingsError(LightningFTError, ValueError):
 
 
 class MeasurementError(LightningFTError, RuntimeError):
-    """Measurements that failed at the end of a run, which otherwise went on; the command line's exit status tells."""
+    """Measurements that failed at the end of a run that otherwise completed; the command line exits with 1."""
 
 
 class GateError(LightningFTError, RuntimeError):
-    """Results that broke a limit that was set for them, of a run that otherwise went on; likewise."""
+    """Results beyond a limit set for them, of a run that otherwise completed; the command line exits with 3."""
 
 
 class RetentionError(LightningFTError, ValueError):
@@ -80,7 +80,7 @@ class RetentionError(LightningFTError, ValueError):
 
 
 class ComparisonError(LightningFTError, ValueError):
-    """Methods that can't be compared: other data, other precision, or figures that would mean nothing."""
+    """Methods that can't be compared: other data, other precision, or metrics that would mean nothing."""
 
 
 class RolloutError(LightningFTError, RuntimeError):

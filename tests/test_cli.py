@@ -138,11 +138,38 @@ def test_wrong_keys(config, capsys, args, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.learning_rat", "1"], "'learning_rat' is not accepted. Did you mean 'learning_rate'?"),
+        (["--data.packin", "true"], "'packin' is not accepted. Did you mean 'packing'?"),
+        (["--trainer.max_epochz", "1"], "Did you mean 'trainer.max_epochs'?"),
+        (["--trainer.callbacks", "lightning_ft.TokenSaving"], "Did you mean 'TokenSavings'?"),
+        (
+            ["--trainer.callbacks", "lightning_ft.TokenSavings", "--trainer.callbacks.resample", "9"],
+            "'resample' is not accepted. Did you mean 'resamples'?",
+        ),
+        (["--model", "lightning_ft.LoRAFinetuning"], "Did you mean 'LoRAFineTuning'?"),
+    ],
+)
+def test_parser_suggests_nearest_name_on_command_line(config, capsys, args, message):
+    with pytest.raises(SystemExit):
+        main_with("fit", "--config", config(), *args)
+    assert message in capsys.readouterr().err
+
+
+def test_parser_suggests_nearest_name_in_yaml(config, capsys, model_folder):
+    model = {"class_path": "lightning_ft.LoRAFineTuning", "init_args": {"model": model_folder, "learning_rat": 1.0}}
+    with pytest.raises(SystemExit):
+        main_with("fit", "--config", config(model=model))
+    assert "'learning_rat' is not accepted. Did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
 def test_help_explains_the_arguments(capsys):
     with pytest.raises(SystemExit) as stopped:
         main_with("fit", "--model.help", "lightning_ft.LoRAFineTuning")
     assert stopped.value.code == 0
-    assert "Peak of the schedule" in " ".join(capsys.readouterr().out.split())
+    assert "Learning rate at the peak of the schedule" in " ".join(capsys.readouterr().out.split())
 
 
 def main_with(*args):

@@ -47,7 +47,7 @@ def results_folder(host: Any, output_dir: str | Path | bool | None, name: str) -
     Args:
         host: The Trainer, or Fabric.
         output_dir: The folder; None or True for `name` in the logger's folder (or `default_root_dir`), False for none.
-        name: Of the callback.
+        name: Name of the callback.
 
     Returns:
         The folder; None where nothing is to be written, as with Fabric unless it is given.

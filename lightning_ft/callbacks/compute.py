@@ -1,4 +1,4 @@
-"""What a training run cost: operations, time and memory of its steps."""
+"""Measures what a training run costs: operations, time and memory of its steps."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class ComputeMeter(MeasuringCallback):
     `lightning_ft.evaluation.compute.measurement.ComputeMeasurement`.
 
     Args:
-        every_n_steps: Count the operations of each so many-th micro-batch, besides the 1st, 8th, 64th, ...
-        peak_flops: Operations a second that one device could do. None: what is known of it; nothing is of CPUs.
+        every_n_steps: Number of micro-batches between counts of operations, besides the 1st, 8th, 64th, ...
+        peak_flops: Peak operations per second of one device. None: the known value; there is none for CPUs.
         log_every_n_steps: Log once in so many optimizer steps; by default as the Trainer does. With Fabric only the end
             is logged unless it is given.
         output_dir: Folder of the file; None for `name` in the logger's folder (or `default_root_dir`; with Fabric none
             is written), False for none.
-        name: Before the names of what is logged, and of the folder.
+        name: Prefix of the logged names, and name of the folder.
 
     Raises:
         ConfigError: For numbers that can't be; before training for a compiled model that no formula fits.

@@ -24,10 +24,10 @@ class ExportModel(EndOfTraining):
     fails is an error, once everything else has been done.
 
     Args:
-        output: Folder for both; by default ``export/`` in the logger's folder.
+        output: Folder to write exports to; by default ``export/`` in the logger's folder.
         merge: Fold an adapter into the base weights; refused where greedy output would change.
-        best: Export the best checkpoint too.
-        overwrite: Write into folders that aren't empty.
+        best: Whether to export the best checkpoint too.
+        overwrite: Whether to write into folders that aren't empty.
 
     Raises:
         ConfigError: Before training, for a module that can't be exported.

@@ -33,18 +33,19 @@ class Retention(MeasuringCallback):
     Args:
         texts: General texts, not the training data: a JSONL file whose rows have a ``text``, a ``.txt`` file with a
             blank line between texts, or a list.
-        max_texts: Read the first so many.
-        max_tokens: Of each text; what stands behind them is left out.
-        base: What to compare with: ``adapter_off`` (exact), ``step_0`` (the model as training starts from it, of which
-            `top_k` tokens a place are kept: the divergences are lower bounds), or ``auto``: the first for a new
-            adapter, the second for full fine-tuning, a continued adapter, or one that changed the base (PiSSA, OLoRA).
-        top_k: Tokens to keep at each place.
-        every_n_epochs: Measure also after every so many epochs.
-        every_n_steps: Measure also after every so many optimizer steps.
+        max_texts: Number of texts to read, from the first.
+        max_tokens: Largest number of tokens per text; the rest of a text is left out.
+        base: Weights to compare with: ``adapter_off`` (exact), ``step_0`` (the model as training starts from it, of
+            which `top_k` tokens per position are kept: the divergences are lower bounds), or ``auto``: the first for a
+            new adapter, the second for full fine-tuning, a continued adapter, or one that changed the base (PiSSA,
+            OLoRA).
+        top_k: Number of tokens to keep at each position.
+        every_n_epochs: Number of epochs between measurements during training.
+        every_n_steps: Number of optimizer steps between measurements during training.
         max_kl: Most nats a token on the general texts, of the figure itself and not its interval.
-        max_ppl_ratio: Largest ratio of perplexities.
+        max_ppl_ratio: Largest allowed ratio of perplexities.
         min_top1_agreement: Smallest share of places with the same most probable token.
-        on_breach: What to do where one of those doesn't hold: ``warn``, or ``stop`` training too. With Fabric the loop
+        on_breach: Response to a limit that doesn't hold: ``warn``, or ``stop`` training too. With Fabric the loop
             is yours: look at `breached`.
         batch_size: Texts at a time.
         output_dir: Folder of the file; None for ``retention`` in the logger's folder (or `default_root_dir`; with
@@ -55,7 +56,7 @@ class Retention(MeasuringCallback):
         task: Requests with their right answers, in place of the DataModule's validation rows.
         max_task_rows: Read the first so many of them; 0 for none.
         resamples: Draws of the bootstrap.
-        seed: Of the draws.
+        seed: Seed of the random draws.
 
     Raises:
         RetentionError: For a measurement that would compare with the wrong weights, before training wherever it can be

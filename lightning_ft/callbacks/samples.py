@@ -1,4 +1,4 @@
-"""What the policy wrote, step by step: to a file, to the loggers, and on the screen where asked for."""
+"""Writes the completions of a policy to a file, to the loggers and, on request, to the screen."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ class SampleCompletions(Callback):
     Without a Trainer use `lightning_ft.modules.samples.write_samples`.
 
     Args:
-        path: Of the file; by default ``completions.jsonl`` in the logger's folder, or in `default_root_dir`.
-        every_n_steps: Show those of one rollout in so many optimizer steps.
-        num_samples: How many of a rollout, spread evenly over its prompts; None for all.
-        print_samples: Print them, too.
-        name: Of the table in loggers, and of the file without `path`.
+        path: Path of the file; by default ``completions.jsonl`` in the logger's folder, or in `default_root_dir`.
+        every_n_steps: Number of optimizer steps between rollouts whose completions are shown.
+        num_samples: Number of completions per rollout, spread evenly over its prompts; None for all.
+        print_samples: Whether to print the completions, too.
+        name: Name of the table in loggers, and of the file without `path`.
 
     Raises:
         ConfigError: For a module that has no rollouts, before training.
@@ -205,7 +205,7 @@ def log_samples(logger: Any, name: str, rows: Sequence[dict[str, Any]]) -> bool:
 
     Args:
         logger: Any logger of Lightning's.
-        name: Of the table.
+        name: Name of the table.
         rows: See `RolloutRecord.rows`; at least one.
 
     Returns:

@@ -42,23 +42,23 @@ class TokenSavings(MeasuringCallback):
         scorer: ``"exact"``, ``"normalized"``, ``"label"``, ``"json"``, where to import one from
             (``"package.module.function"``), or a function ``f(output, reference)`` that gives a number from 0 to 1.
         margin: Loss of quality that would be accepted, chosen beforehand: 0.02 for two points.
-        prices: What tokens and training cost.
-        split: Which rows of the DataModule to ask. Without test rows it is the validation rows; training rows never.
-        requests: What to ask instead.
+        prices: Prices of tokens and of training.
+        split: Split of the DataModule to measure on. Without test rows it is the validation rows; never training rows.
+        requests: Requests to measure on, instead of those of the DataModule.
         train_rows: The rows that are trained on, as a DataModule takes them or as requests, to count in the verdict
             the requests that appear among them; by default those of the Trainer's DataModule.
-        max_requests: Ask only so many, drawn by `seed`.
-        max_new_tokens: Limit of every answer.
-        batch_size: Prompts at a time.
-        every_n_epochs: Measure the tuned arm also after every so many epochs, to be monitored.
+        max_requests: Largest number of requests, drawn at random with `seed`.
+        max_new_tokens: Largest number of tokens per answer.
+        batch_size: Number of prompts generated from at a time.
+        every_n_epochs: Number of epochs between measurements of the tuned arm during training, to be monitored.
         output_dir: Folder of the files; None for ``token_savings`` in the logger's folder (or `default_root_dir`; with
             Fabric none is written), False for none.
-        tokenizer: By default the module's.
-        timed_requests: How many requests to time to their first token; 0 for none.
-        resamples: Draws of the bootstrap.
-        seed: Of bootstrap and drawn requests.
-        progress: Show progress bars; by default as the Trainer does.
-        name: Before the names of what is logged, and of the folder.
+        tokenizer: Tokenizer of the model; by default the module's.
+        timed_requests: Number of requests whose time to the first token is measured; 0 for none.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap and of the drawn requests.
+        progress: Whether to show progress bars; by default as the Trainer does.
+        name: Prefix of the logged names, and name of the folder.
 
     Raises:
         SavingsError: For a measurement that would not be honest, before training wherever it can be known.

@@ -50,7 +50,7 @@ class PlannedRun:
     Args:
         method: Its method's name; ``original`` measures the weights as they are.
         learning_rate: Its peak; None for ``original``.
-        seed: Of everything drawn at random.
+        seed: Seed of everything drawn at random.
         size: Training rows; None for all.
     """
 
@@ -81,7 +81,7 @@ class Settings:
         savings: Arguments of `TokenSavings`.
         retention: Arguments of `Retention`.
         evaluations: Measurements on the validation rows during a run.
-        validation_requests: How many of the validation rows to ask; None for all.
+        validation_requests: Number of validation rows to measure on; None for all.
     """
 
     savings: Mapping[str, Any]
@@ -194,7 +194,7 @@ def config_hash(config: Mapping[str, Any], settings: Settings, size: int | None,
     """Names what a run's figures depend on, wherever its files are.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         settings: What is measured.
         size: Training rows, None for all.
         inputs: Names of what the configuration only points to: rows, prompts, weights.
