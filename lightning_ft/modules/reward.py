@@ -22,7 +22,7 @@ from lightning_ft.losses.pairwise import bradley_terry_loss
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states
 from lightning_ft.models.load import load_reward_model
-from lightning_ft.models.reward_head import last_token_rewards, score_head
+from lightning_ft.models.reward_head import last_token_rewards, reward_head
 from lightning_ft.modules.checks import check_batch
 from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.preferences import BatchLosses, PreferenceLearning
@@ -77,7 +77,7 @@ class RewardModeling(PreferenceLearning):
             with torch.random.fork_rng(devices=[]):  # the new head must be the same on every rank, and when resumed
                 torch.manual_seed(self.model_options.seed)
                 base = load_reward_model(self._base_name(), **self._load_options())
-        score_head(base)
+        reward_head(base)
         if base.config.num_labels != 1:
             raise ModelError(
                 f"The model classifies into {base.config.num_labels} labels, and a reward model has one: load it with "
@@ -92,7 +92,7 @@ class RewardModeling(PreferenceLearning):
 
     def _adapt(self, base: PreTrainedModel) -> CausalLM:
         model = super()._adapt(base)
-        _train_head_in_fp32(score_head(model))
+        _train_head_in_fp32(reward_head(model))
         return model
 
     # ---------------------------------------------------------------- training
@@ -155,7 +155,7 @@ class RewardModeling(PreferenceLearning):
 def _last_rewards(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
     hidden = hidden_states(base, batch)  # [b, s, d]
     last = hidden.flatten(0, 1).index_select(0, last_positions(batch))  # [c, d]
-    return score_head(base)(last)[:, 0].float()  # type: ignore[no-any-return]
+    return reward_head(base)(last)[:, 0].float()  # type: ignore[no-any-return]
 
 
 def _train_head_in_fp32(head: nn.Module) -> None:

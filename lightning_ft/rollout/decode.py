@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.exactness import first_line
+from lightning_ft.unreadable import first_line
 from lightning_ft.models.head import CausalLM, attention_bias, base_of, input_device
 from lightning_ft.rollout.cache import GrowingCache, cache_layers
 from lightning_ft.rollout.protocol import Completion

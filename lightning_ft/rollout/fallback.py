@@ -31,7 +31,7 @@ def generate_plainly(
     num_completions: int,
     ending: Ending,
     pad_token_id: int,
-    in_step: bool,
+    synced_ranks: bool,
 ) -> list[Completion]:
     """Continue a batch of prompts; each prompt is run once for each of its completions.
 
@@ -45,7 +45,7 @@ def generate_plainly(
         num_completions: Completions of each prompt.
         ending: Says which completions have ended.
         pad_token_id: Stands at masked places.
-        in_step: Go on until all ranks have finished, as a sharded model must.
+        synced_ranks: Go on until all ranks have finished, as a sharded model must.
 
     Returns:
         ``len(prompts) * num_completions`` completions, those of one prompt side by side.
@@ -72,7 +72,7 @@ def generate_plainly(
                 [recorder, *([] if sampling is None else warpers(sampling)), _Drawable(recorder)]
             ),
             stopping_criteria=StoppingCriteriaList([_Stop(recorder)]),
-            synced_gpus=in_step,
+            synced_gpus=synced_ranks,
         )
     recorder.check()
     written = out[:, ids.shape[1] :].tolist()

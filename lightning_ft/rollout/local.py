@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, NonFiniteError
-from lightning_ft.models.batched_generation import Together, prompts_together
-from lightning_ft.models.exactness import first_line
+from lightning_ft.models.batched_generation import BatchPlan, plan_batches
+from lightning_ft.unreadable import first_line
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import LengthSwitch, length_switch
@@ -34,7 +34,7 @@ from lightning_ft.rollout.shared_rows import read_prompts
 
 
 def batches_of(
-    prompts: Sequence[Sequence[int]], rows: int, group: int, together: Together | None = None
+    prompts: Sequence[Sequence[int]], rows: int, group: int, together: BatchPlan | None = None
 ) -> tuple[list[list[int]], list[int]]:
     """Which prompts are read together, and in parts of which sizes the completions of each are written.
 
@@ -47,10 +47,10 @@ def batches_of(
     Example:
         >>> batches_of([[1], [1, 2], [3]], rows=4, group=2), batches_of([[1]], rows=4, group=9)
         (([[1, 0], [2]], [2]), ([[0]], [4, 4, 1]))
-        >>> batches_of([[1], [1, 2], [3]], rows=4, group=1, together=Together((1, 2, 1)))
+        >>> batches_of([[1], [1, 2], [3]], rows=4, group=1, together=BatchPlan((1, 2, 1)))
         ([[1], [0, 2]], [1])
     """
-    together = Together((0,) * len(prompts)) if together is None else together
+    together = BatchPlan((0,) * len(prompts)) if together is None else together
     rows = 1 if together.alone else rows
     # Longest first: rows of a batch are about as long as each other, and what doesn't fit into memory shows at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -58,7 +58,7 @@ def batches_of(
     return batches, [min(rows, group - start) for start in range(0, group, rows)]
 
 
-def slower(name: str, why_not: str | None, shared: int, group: int, together: Together | None) -> str | None:
+def slower(name: str, why_not: str | None, shared: int, group: int, together: BatchPlan | None) -> str | None:
     """What to say of prompts that are run more often than they need be; None if there is nothing.
 
     Args:
@@ -195,12 +195,12 @@ class LocalEngine:
             layers, why_not = self._layers(longest + max_new_tokens)
             apart = None
             if why_not is not None:
-                apart = prompts_together(
+                apart = plan_batches(
                     self.model,
                     [len(prompt) for prompt in prompts for _ in range(group)],
                     max_new_tokens=max_new_tokens,
                     pad_token_id=self.pad_token_id,
-                    in_step=lockstep.needed,
+                    synced_ranks=lockstep.needed,
                 )
                 apart = replace(apart, keys=apart.keys[::group])
             self._warn(slower(type(base_of(self.model)).__name__, why_not, shared, group, apart))
@@ -300,7 +300,7 @@ class LocalEngine:
             num_completions=size,
             ending=request.ending,
             pad_token_id=self.pad_token_id,
-            in_step=request.lockstep.needed,
+            synced_ranks=request.lockstep.needed,
         )
 
     def _wait(self, calls: int, request: _Request) -> None:

@@ -83,7 +83,7 @@ def test_engine_keeps_prompts_apart_where_padding_is_read(num_completions):
         first = engine.generate(prompts, max_new_tokens=6, num_completions=num_completions)
         engine.generate(prompts, max_new_tokens=6)
     assert "longer prompts of its batch, so only prompts of equal length share one" in str(told[0].message)
-    assert len([w for w in told if "same length" in str(w.message)]) == 1
+    assert len([w for w in told if "equal length" in str(w.message)]) == 1
     want = [answer for answer in by_generate(model, prompts, 6) for _ in range(num_completions)]
     assert [c.tokens for c in first.completions] == want
     assert len(set(want)) > 2

@@ -63,12 +63,12 @@ def test_lists_inside_of_layers_are_not_the_layers():
 def test_layers_that_can_not_be_told_are_an_error():
     model = make_model(layers=3)
     model.model.others = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
-    with pytest.raises(ModelError, match=r"its 3 layers can't be told \(2 lists have that length\)"):
+    with pytest.raises(ModelError, match=r"one list of its 3 layers among its modules, found 2 of that length"):
         layers_of(model)
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 2}
     config = BertConfig(**sizes)
     both = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(config, copy.deepcopy(config)))
-    with pytest.raises(ModelError, match=r"can't be told"):
+    with pytest.raises(ModelError, match=r"among its modules, found"):
         layers_of(both)
 
 

@@ -74,7 +74,7 @@ def test_load_model_names_missing_weights_of_layers_that_only_the_configuration_
 
 def test_load_model_says_what_stands_in_the_place_of_missing_weights(folder):
     change(folder, lambda w: {f"module.{name}": v for name, v in w.items()})
-    with pytest.raises(ModelError, match=r"It holds 21 weights that LlamaForCausalLM doesn't have: module\.lm_head"):
+    with pytest.raises(ModelError, match=r"It holds 21 weights that LlamaForCausalLM lacks: module\.lm_head"):
         load_causal_lm(str(folder))
 
 
@@ -226,7 +226,7 @@ def test_load_adapter_names_a_damaged_file(adapter, content, says):
 
 def test_load_adapter_says_that_there_are_no_weights(adapter):
     (adapter / ADAPTER).unlink()
-    with pytest.raises(ModelError, match="the folder holds no weights"):
+    with pytest.raises(ModelError, match="the folder contains no weights"):
         load_adapter(make_model(), str(adapter))
 
 

@@ -134,7 +134,7 @@ def test_checkpoints_of_others_are_refused(fit, module, model_folder, trainer_op
     trainer.fit(boring)
     trainer.save_checkpoint(tmp_path / "b.ckpt")
     for kind, missing in ((LoRAFineTuning, "model"), (PairDataModule, "train")):
-        with pytest.raises(CheckpointError, match=rf"b\.ckpt' was written by something else.*no '{missing}'"):
+        with pytest.raises(CheckpointError, match=rf"b\.ckpt' was written by another class.*no '{missing}'"):
             kind.load_from_checkpoint(tmp_path / "b.ckpt")
     found = torch.load(tmp_path / "a.ckpt")
     for change in ({"loops": {}}, {"optimizer_states": []}, {"optimizer_states": [{}]}, {"lr_schedulers": 1}):

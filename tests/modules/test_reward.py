@@ -1,4 +1,4 @@
-"""Reward modelling: losses and metrics by hand, the head that is trained, and exports that plain transformers load."""
+"""Reward modeling: losses and metrics by hand, the head that is trained, and exports that plain transformers load."""
 
 import re
 import runpy
@@ -6,7 +6,7 @@ import runpy
 import pytest
 import torch
 from peft import PeftModel
-from preference_runs import Records, make_labelled, make_pairs, train, trainable
+from preference_runs import Records, make_labeled, make_pairs, train, trainable
 from safetensors.torch import load_file
 from tiny import CHATML, make_model, make_rows, make_tokenizer
 from torch.nn.functional import logsigmoid
@@ -22,7 +22,7 @@ from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.load import adapter_base
-from lightning_ft.models.reward_head import score_head
+from lightning_ft.models.reward_head import reward_head
 from lightning_ft.rewards.model import RewardModel
 
 LORA = {"r": 4, "lora_dropout": 0.3}
@@ -201,7 +201,7 @@ def test_it_learns_to_prefer_and_the_head_is_trained(model_folder, trainer_optio
         if name in frozen:
             assert torch.equal(value, frozen[name])
     used = module.model.base_model.model.score if lora else module.model.score
-    assert score_head(module.model) is used
+    assert reward_head(module.model) is used
     assert not any("score" in name and "lora" in name for name in after)  # trained whole, not by a small adapter
     scores = module.score_conversations(conversations(PAIRS))
     assert (scores[0::2] > scores[1::2]).all()
@@ -211,7 +211,7 @@ def test_a_new_head_is_drawn_from_the_seed(model_folder):
     def head(**options):
         module = RewardModeling(model_folder, **options)
         module.configure_model()
-        return score_head(module.model).weight.detach()
+        return reward_head(module.model).weight.detach()
 
     torch.manual_seed(11)
     first = head()
@@ -233,7 +233,7 @@ def test_a_model_that_scores_is_trained_on(tmp_path, trainer_options):
     module = RewardModeling(given, tokenizer=make_tokenizer())
     module.configure_model()
     assert module.model is given
-    assert torch.equal(score_head(module.model).weight, head)
+    assert torch.equal(reward_head(module.model).weight, head)
     with pytest.raises(ModelError, match="no head named"):
         RewardModeling(make_model(), tokenizer=make_tokenizer()).configure_model()
 
@@ -416,7 +416,7 @@ def test_what_is_refused(model_folder, trainer_options):
         RewardModeling("some/model", centering=-1.0)
     module = RewardModeling(model_folder)
     with pytest.raises(ConfigError, match="learns from pairs"):
-        train(module, make_labelled(8), trainer_options, max_steps=1)
+        train(module, make_labeled(8), trainer_options, max_steps=1)
     with pytest.raises(ConfigError, match="RewardModeling trains on preferences and got a TokenBatch"):
         Trainer(**trainer_options, max_steps=1).fit(module, PairDataModule(make_rows(8), cache_dir=False))
     with pytest.raises(ConfigError, match="doesn't generate"):
