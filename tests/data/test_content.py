@@ -243,6 +243,18 @@ def test_content_check_rejects_control_tokens(token, turn):
     assert "chat_template='text'" in error.value.fix
 
 
+def test_content_check_handles_a_control_token_of_one_character():
+    template = TEMPLATE.replace("'<|im_start|>' + m.role", "'<' + m.role").replace(
+        "'<|im_start|>assistant", "'<assistant"
+    )
+    tokenizer = byte_level(template=template)
+    tokenizer.add_tokens(["<"], special_tokens=True)
+    assert check(tokenizer) == ()
+    with pytest.raises(RowError) as error:
+        check(tokenizer, answer="1 < 2")
+    assert error.value.detail == "'<' at character 3"
+
+
 @pytest.mark.parametrize("token", ["<think>", "</think>", "<call>", "</s>", "<|im_stop|>", "<|im_end", "<unk>"])
 def test_content_check_accepts_other_tokens(token):
     assert check(byte_level(), answer=f"ab{token}c") == ()  # </s> is neither written by the template nor EOS here
