@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-# One thread a process, so that results don't depend on the machine, and a process a core.
+# One thread per process, so that results don't depend on the machine, and one process per core.
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-check check-lightning: export OMP_NUM_THREADS := 1
+check coverage check-lightning oldest: export OMP_NUM_THREADS := 1
 
-# The figures of docs/results.md: `make results-support`, `results-medical_coding`, `results-legal_citation` and
+# The numbers of docs/results.md: `make results-support`, `results-medical_coding`, `results-legal_citation` and
 # `results-api_calls`; each ends with runs/results/<domain>/report/report.html. About a quarter of an hour on two cores.
 CONFIG_support := results
 METRICS_support := support_metrics
@@ -21,12 +21,12 @@ results-%: $(INSTALLED)
 		--curve_seeds 1 --evaluations 4 --validation_requests 200 --workers 2 --threads 1 \
 		--metrics examples/$*/$(METRICS_$*).py:metrics --output runs/results/$*
 
-# The figures of docs/performance.md: `make bench-sft`, `bench-head`, `bench-pairs`, ...; each runs benchmarks/<name>.py, on a
+# The numbers of docs/performance.md: `make bench-sft`, `bench-head`, `bench-pairs`, ...; each runs benchmarks/<name>.py, on a
 # machine that does nothing else, and leaves runs/benchmarks/<name>.json for benchmarks/tables.py.
 bench-%: $(INSTALLED)
 	$(BIN)/python benchmarks/$*.py --json runs/benchmarks/$*.json $(OPTIONS)
 
-.PHONY: install demo test lint types check check-lightning clean
+.PHONY: install demo test lint types check check-lightning coverage oldest clean
 
 install: $(INSTALLED)
 
@@ -39,17 +39,20 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/lightning-ft fit --config examples/support/lora.yaml
 
-test: lint types check check-lightning
+test: lint types check coverage check-lightning
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
 
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# Everything but the losses, which `coverage` runs.
 check: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) --ignore tests/losses --ignore lightning_ft/losses
 
 # Training, data, checkpoints, callbacks and the command line under the other name of Lightning.
 check-lightning: $(INSTALLED)
@@ -57,5 +60,17 @@ check-lightning: $(INSTALLED)
 		tests/modules/test_checkpoints.py tests/modules/test_grpo.py tests/callbacks/test_token_savings.py \
 		tests/callbacks/test_export.py tests/test_cli.py
 
+# The losses are pure functions, so every line of them can be covered; tracing costs 40% more time, too much for all tests.
+coverage: $(INSTALLED)
+	$(PYTEST) tests/losses lightning_ft/losses --cov lightning_ft.losses --cov-report term --cov-fail-under 97
+
+# Tests with the oldest supported versions of what the package depends on, in a virtual environment of their own.
+OLDEST := .venv-oldest
+oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[report]' pytest pytest-xdist hypothesis
+	$(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests/losses tests/data/test_pairs.py \
+		tests/data/test_sources.py tests/modules/test_training.py tests/test_logged_names.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
