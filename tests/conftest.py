@@ -11,6 +11,11 @@ from results import comparison, comparison_folder, make, run_folder  # noqa: F40
 from tiny import make_model, make_rows, make_tokenizer
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_seed(tmp_path_factory, monkeypatch):
     torch.set_num_threads(1)
