@@ -16,10 +16,9 @@ from lightning_ft.data.raw_rows import Problem, raise_problems
 from lightning_ft.data.rows import load_source
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn, warn
 from lightning_ft.document.blocks import Answers, Document, Headline, Picture, Section, SideBySide, Table
-from lightning_ft.document.brief import pull_request
 from lightning_ft.document.canvas import clean, drawn
 from lightning_ft.document.html import html_page
-from lightning_ft.document.markdown import markdown_table, markdown_text
+from lightning_ft.document.markdown import markdown_document, markdown_table, markdown_text
 from lightning_ft.errors import DataError, DataNotFoundError, SavingsError
 from lightning_ft.printable import json_text, printable
 
@@ -130,7 +129,7 @@ def test_pages_and_markdown_are_printable():
     row = {"step": 3, "prompt": HIDDEN, "completion": f"<b>[a](b)\n{HIDDEN}", "rewards": {HIDDEN: 1.0}, "reward": 1.0}
     row |= {"advantage": 0.5, "truncated": False, "length": 2}
     table = "\n".join(markdown_table([HIDDEN, "n"], [[HIDDEN, "1"]]))
-    pages = [html_page(document, {}), pull_request(document, []), samples_markdown([row]), table]
+    pages = [html_page(document, {}), markdown_document(document, "Report", []), samples_markdown([row]), table]
     for page in pages:
         assert not RAW.search(page), RAW.search(page)
         assert "<img" not in page

@@ -37,7 +37,8 @@ from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.methods import Asked, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings.cost import Prices
-from lightning_ft.evaluation.savings.overlap import overlap_text, request_overlap
+from lightning_ft.evaluation.savings.gate import overlap_text
+from lightning_ft.evaluation.savings.overlap import request_overlap
 from lightning_ft.evaluation.savings.prompt import content_hash
 from lightning_ft.importing import import_object
 from lightning_ft.printable import json_text

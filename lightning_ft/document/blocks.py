@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ft.evaluation.bootstrap import Interval
+NO_PICTURES = "Without plots: matplotlib isn't installed. Run pip install 'lightning-ft[report]' and write it again."
+"""What a document says in place of plots."""
 
 
 @dataclass(frozen=True)
@@ -159,21 +160,55 @@ class Document:
         return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Picture))
 
 
-def between(interval: Interval, form: Callable[[float], str]) -> str:
-    """An interval in words.
+def provenance_table(title: str, provenance: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> Table:
+    """The provenance of a result, one row per entry.
+
+    Args:
+        title: Caption of the table.
+        provenance: JSON values; nested ones get names with dots.
+        labels: Labels of entries, by name.
+    """
+    return Table(("", "value"), tuple(_rows(provenance, labels or {})), title, texts=frozenset({0, 1}), brief=False)
+
+
+def _rows(values: Mapping[str, Any], labels: Mapping[str, str], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        label = f"{prefix}{labels.get(name, name)}"
+        if isinstance(value, Mapping):
+            yield from _rows(value, labels, f"{label}.")
+        elif isinstance(value, (list, tuple)):
+            yield label, ", ".join(map(str, value))
+        else:
+            yield label, "" if value is None else str(value)
+
+
+_MOST_COLUMNS = 3  # of runs, beyond which each run gets a row
+
+
+def runs_table(names: Sequence[str], rows: Sequence[tuple[str, ...]], caption: str = "") -> tuple[Block, ...]:
+    """One column per run; of more than a few runs one row per run, with a sentence for what is the same in all.
+
+    Args:
+        names: Names of the runs; that of a single run is left out.
+        rows: Rows of a label and one cell per run.
+        caption: Caption of the table.
 
     Example:
-        >>> between(Interval(0.5, 0.25, 0.75), lambda share: f"{share:.0%}")
-        '25% to 75%'
+        >>> table, same = runs_table(["a", "b", "c", "d"], [("steps", "1", "2", "3", "4"), ("device", *["cpu"] * 4)])
+        >>> table.head, table.rows[0], same
+        (('run', 'steps'), ('a', '1'), 'The same in all runs: device: cpu.')
     """
-    return f"{form(interval.lo)} to {form(interval.hi)}"
-
-
-def valued(interval: Interval, form: Callable[[float], str]) -> str:
-    """A figure with its interval.
-
-    Example:
-        >>> valued(Interval(0.5, 0.25, 0.75), lambda share: f"{share:.0%}")
-        '50% (25% to 75%)'
-    """
-    return f"{form(interval.value)} ({between(interval, form)})"
+    if len(names) == 1:
+        return (Table(("", "measured"), tuple(rows), caption),)
+    if len(names) <= _MOST_COLUMNS:
+        return (Table(("", *names), tuple(rows), caption),)
+    same = [row for row in rows if len(set(row[1:])) == 1]
+    differing = [row for row in rows if row not in same]
+    table = Table(
+        ("run", *(row[0] for row in differing)),
+        tuple((name, *(row[k] for row in differing)) for k, name in enumerate(names, start=1)),
+        caption,
+    )
+    if not same:
+        return (table,)
+    return (table, "The same in all runs: " + "; ".join(f"{row[0]}: {row[1]}" for row in same) + ".")

@@ -1,77 +1,91 @@
-"""A result as Markdown, for a pull request."""
+"""A document as Markdown."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.evaluation.savings.table import SAVINGS, arm_rows, cost_rows, cost_title, percent
+from lightning_ft.document.blocks import NO_PICTURES, Block, Document, Picture, SideBySide, Table
 from lightning_ft.printable import printable
 
 _MARKUP = re.compile(r"[\\`*_\[\]|~]")
-PARTS = {"system": "system prompt", "few_shot": "examples", "template": "chat template", "request": "request"}
-"""Where the input tokens of a request go, in words."""
 
 
-def savings_markdown(result: SavingsResult, picture: str | None = None) -> str:
-    """Headline, tables and provenance of a result.
+def markdown_document(document: Document, title: str, pictures: Iterable[str], *, brief: bool = False) -> str:
+    """The document, with plots as relative links.
 
     Args:
-        result: The result.
-        picture: File name of the picture beside it.
+        document: The document.
+        title: Title of the page.
+        pictures: Names of the plots that were drawn; none without matplotlib.
+        brief: Whether sections and tables that are not marked as brief are left out, for a pull request.
+
+    Example:
+        >>> from lightning_ft.document.blocks import Headline
+        >>> document = Document((Headline(False, "Too few requests."),), ("n = 3",), (), ())
+        >>> print(markdown_document(document, "Report", []))
+        # Report
+        <BLANKLINE>
+        **FAIL: Too few requests.**
+        <BLANKLINE>
+        > n = 3
+        <BLANKLINE>
     """
-    arms = list(result.arms)
-    lines = ["# Token savings", "", f"**{markdown_text(result.headline)}**", ""]
-    if picture is not None:
-        lines += [f"![Tokens of a request and quality of each arm]({picture})", ""]
-    lines += [f"> {markdown_text(warning)}\n" for warning in result.warnings]
-    lines += ["Mean of a request:", "", *markdown_table(["", *arms], arm_rows(result))]
-    lines += ["", "Tuned against prompted:", ""]
-    savings = [
-        [SAVINGS[name], percent(i.value), f"{percent(i.lo)} to {percent(i.hi)}"] for name, i in result.savings.items()
-    ]
-    lines += markdown_table(["saving of", "saved", f"{result.confidence:.0%} interval"], savings)
-    if any(arm.parts for arm in result.arms.values()):
-        parts = [
-            [label, *(f"{arm.parts.get(part, 0) / result.n:,.1f}" for arm in result.arms.values())]
-            for part, label in PARTS.items()
-        ]
-        answer = ["answer", *(f"{sum(arm.output_tokens) / result.n:,.1f}" for arm in result.arms.values())]
-        lines += ["", "Where the tokens of a request go:", "", *markdown_table(["", *arms], [*parts, answer])]
-    gate = result.gate
-    half = "yes" if result.saves_half else "not shown"
-    lines += [
-        "",
-        f"Gate: {'passed' if gate.passed else 'failed'}. The one-sided 97.5% lower bound of tuned minus prompted "
-        f"quality is {gate.bound:+.4f}, it must be above {-gate.margin:+.4f}. Requests: {gate.n:,}; needed with "
-        f"{gate.discordant:.1%} discordant answers: {gate.required_n:,}. At least half of the tokens saved: {half}.",
-    ]
-    if result.costs is not None:
-        lines += [
-            "",
-            f"{markdown_text(cost_title(result))}:",
-            "",
-            *markdown_table(["", "cached prefix", "no cache"], cost_rows(result)),
-        ]
-    if result.provenance:
-        lines += ["", "Measured with:", "", *(_entry(name, value) for name, value in result.provenance.items())]
-    return "\n".join(lines) + "\n"
+    drawn = frozenset(pictures)
+    lines = [f"# {markdown_text(title)}", ""]
+    for headline in document.headlines:
+        verdict = f"{headline.verdict}: " if headline.verdict else ""
+        of = f"{markdown_text(headline.of)}: " if headline.of else ""
+        lines += [f"**{of}{verdict}{markdown_text(headline.text)}**", ""]
+    for warning in document.warnings:
+        lines += [f"> {markdown_text(warning)}", ""]
+    if document.pictures and not drawn:
+        lines += [f"*{NO_PICTURES}*", ""]
+    for section in document.sections:
+        if brief and not section.brief:
+            continue
+        blocks = [line for block in section.blocks for line in _block(block, drawn, brief=brief)]
+        if blocks:
+            lines += [f"## {markdown_text(section.title)}", "", *blocks]
+    return "\n".join(lines)
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table of any texts, numbers to the right."""
+def _block(block: Block, drawn: frozenset[str], *, brief: bool) -> Iterator[str]:
+    if isinstance(block, str):
+        yield from (markdown_text(block), "")
+    elif isinstance(block, Picture):
+        if block.name in drawn:
+            yield from (f"![{markdown_text(block.alt)}]({block.name}.png)", "")
+    elif isinstance(block, SideBySide):
+        yield from (f"{markdown_text(block.caption).rstrip(':')}: see the page.", "")
+    elif isinstance(block, Table) and (block.brief or not brief):
+        if block.caption:
+            yield from (f"{markdown_text(block.caption)}:", "")
+        yield from (*markdown_table(block.head, block.rows, block.texts), "")
+
+
+def markdown_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], texts: Iterable[int] = frozenset({0})
+) -> list[str]:
+    """Lines of a Markdown table.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells of each row.
+        texts: Columns that hold words and are aligned left; numbers are aligned right.
+    """
+    left = frozenset(texts)
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    align = ["---", *["---:"] * (len(head) - 1)]
-    texts = [[markdown_text(cell, breaks=True) for cell in row] for row in (head, *rows)]
-    return [line(texts[0]), line(align), *map(line, texts[1:])]
+    align = ["---" if column in left else "---:" for column in range(len(head))]
+    cells = [[markdown_text(cell, breaks=True) for cell in row] for row in (head, *rows)]
+    return [line(cells[0]), line(align), *map(line, cells[1:])]
 
 
 def markdown_text(text: str, *, breaks: bool = False) -> str:
-    r"""A text on one line, with nothing in it that Markdown, HTML, a terminal or a reader's eye would take for more.
+    r"""Escape a text for Markdown: one line, without markup, HTML or control characters.
 
     Args:
         text: Any text.
@@ -83,7 +97,3 @@ def markdown_text(text: str, *, breaks: bool = False) -> str:
     """
     lines = [" ".join(printable(line).split()) for line in (text.split("\n") if breaks else [" ".join(text.split())])]
     return "<br>".join(_MARKUP.sub(r"\\\g<0>", line.replace("&", "&amp;").replace("<", "&lt;")) for line in lines)
-
-
-def _entry(name: str, value: object) -> str:
-    return f"- {markdown_text(name)}: {markdown_text(str(value))}"

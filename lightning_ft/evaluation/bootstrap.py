@@ -156,3 +156,23 @@ def _cluster_sums(table: Array, clusters: Sequence[Hashable] | None) -> Array:
 def _canonical(table: Array) -> Array:
     """Units in an order that follows from their numbers alone."""
     return table[:, np.lexsort(table[::-1])]
+
+
+def between(interval: Interval, form: Callable[[float], str]) -> str:
+    """Both ends of an interval as text.
+
+    Example:
+        >>> between(Interval(0.5, 0.25, 0.75), lambda share: f"{share:.0%}")
+        '25% to 75%'
+    """
+    return f"{form(interval.lo)} to {form(interval.hi)}"
+
+
+def valued(interval: Interval, form: Callable[[float], str]) -> str:
+    """A value with its interval as text.
+
+    Example:
+        >>> valued(Interval(0.5, 0.25, 0.75), lambda share: f"{share:.0%}")
+        '50% (25% to 75%)'
+    """
+    return f"{form(interval.value)} ({between(interval, form)})"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_ft.errors import DataError, DataNotFoundError
+from lightning_ft.evaluation.result_files import read_result
 from lightning_ft.evaluation.savings.result import SavingsResult
 
 if TYPE_CHECKING:
@@ -143,21 +143,6 @@ def _all(
     root: Path, roots: Sequence[Path], name: str, parse: Callable[[Mapping[str, Any]], _Result]
 ) -> dict[str, _Result]:
     return {path.parent.relative_to(root).as_posix(): read_result(path, parse) for path in _files(roots, name)}
-
-
-def read_result(path: Path, parse: Callable[[Mapping[str, Any]], _Result]) -> _Result:
-    """Read a result from its JSON file.
-
-    Raises:
-        DataError: If it isn't one.
-    """
-    try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{str(path)!r} can't be read ({type(error).__name__}: {error}): it must be the file that this package "
-            "wrote. Write it again, or move it out of the folder."
-        ) from error
 
 
 def _retention(values: Mapping[str, Any]) -> RetentionResult:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from lightning_ft.document.blocks import Block, Document, Fact, Headline, Section, Table, between
+from lightning_ft.document.blocks import Block, Document, Fact, Headline, Section, Table, provenance_table
+from lightning_ft.evaluation.bootstrap import between
 from lightning_ft.evaluation.comparison.sections import comparison_sections, final_runs, tradeoffs
 from lightning_ft.evaluation.compute.sections import compute_table
 from lightning_ft.evaluation.retention.sections import Tradeoff, forgetting_blocks, retention_facts, retention_table
@@ -19,11 +20,11 @@ from lightning_ft.evaluation.savings.sections import (
     regression_blocks,
     savings_facts,
     savings_headline,
+    savings_provenance,
     tokens_picture,
 )
 from lightning_ft.evaluation.savings.table import percent
 from lightning_ft.report.collect import RunReport, beside, run_names
-from lightning_ft.report.sections import provenance_table, savings_provenance
 
 if TYPE_CHECKING:
     from lightning_ft.evaluation.compute.arithmetic import ComputeResult

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_ft.document.blocks import Document
-from lightning_ft.document.brief import pull_request
+from lightning_ft.document.blocks import NO_PICTURES, Document
 from lightning_ft.document.canvas import Drawn, can_draw, drawn
-from lightning_ft.document.html import NO_PICTURES, html_page
+from lightning_ft.document.html import html_page
+from lightning_ft.document.markdown import markdown_document
 from lightning_ft.errors import DataError
 from lightning_ft.printable import json_text
 from lightning_ft.report.collect import COMPARISON, COMPUTE, RETENTION, SAVINGS, RunReport, collect
@@ -102,11 +102,22 @@ def report_json(report: RunReport, said: Document, pictures: Mapping[str, Drawn]
     }
 
 
+def report_markdown(document: Document, pictures: Iterable[str]) -> str:
+    """The report as Markdown, short enough for a pull request.
+
+    Args:
+        document: The document.
+        pictures: Names of the plots that were drawn.
+    """
+    text = markdown_document(document, "Fine-tuning report", pictures, brief=True)
+    return f"{text}Answers side by side and provenance: [report.html](report.html).\n"
+
+
 def _contents(report: RunReport, said: Document, pictures: Mapping[str, Drawn]) -> dict[str, bytes]:
     text = json_text(report_json(report, said, pictures), indent=1)
     return {
         "report.html": html_page(said, pictures).encode(),
-        "report.md": pull_request(said, pictures).encode(),
+        "report.md": report_markdown(said, pictures).encode(),
         "report.json": (text + "\n").encode(),
         **{f"{name}.png": picture.png for name, picture in pictures.items()},
     }

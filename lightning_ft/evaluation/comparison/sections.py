@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lightning_ft.document.blocks import Block, Picture, Section, Table, valued
+from lightning_ft.document.blocks import Block, Picture, Section, Table
 from lightning_ft.document.numbers import digits, duration, scaled, times
-from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.bootstrap import Interval, valued
 from lightning_ft.evaluation.comparison.plots import (
     RESOURCES,
     Curve,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from lightning_ft.document.blocks import Block
+from lightning_ft.document.blocks import Block, runs_table
 from lightning_ft.document.numbers import bytes_of, duration, scaled
-from lightning_ft.report.sections import runs_table
 
 if TYPE_CHECKING:
     from lightning_ft.evaluation.compute.arithmetic import ComputeResult

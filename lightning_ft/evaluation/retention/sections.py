@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning_ft.document.blocks import Block, Fact, Picture, between, valued
+from lightning_ft.document.blocks import Block, Fact, Picture, runs_table
 from lightning_ft.document.canvas import legend_below, marks, spread
-from lightning_ft.evaluation.bootstrap import Interval
-from lightning_ft.report.sections import runs_table
+from lightning_ft.evaluation.bootstrap import Interval, between, valued
 
 if TYPE_CHECKING:
     from lightning_ft.evaluation.retention.arithmetic import RetentionResult

@@ -14,8 +14,7 @@ import numpy as np
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootstrap_intervals
 from lightning_ft.evaluation.savings.cost import Costs, Prices, costs
-from lightning_ft.evaluation.savings.gate import Gate, check_margin, quality_gate, required_requests
-from lightning_ft.evaluation.savings.overlap import overlap_warnings
+from lightning_ft.evaluation.savings.gate import Gate, check_margin, overlap_warnings, quality_gate, required_requests
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult

@@ -1,4 +1,4 @@
-"""A result as files: JSON for a program, Markdown for a pull request, PNG for a slide."""
+"""A savings result as files: JSON for programs, Markdown for pull requests, PNG for slides."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from lightning_ft.document.markdown import savings_markdown
+from lightning_ft.document.blocks import Picture
+from lightning_ft.document.markdown import markdown_document
+from lightning_ft.evaluation.result_files import read_result
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.report.collect import read_result
+from lightning_ft.evaluation.savings.sections import savings_document
 from lightning_ft.whole_files import write_json, write_text, written_aside
 
 _log = logging.getLogger(__name__)  # only the first rank writes, so only it speaks
@@ -43,8 +45,19 @@ def save_savings(result: SavingsResult, folder: Path, *, png: bool | None = None
         with written_aside(picture) as aside:
             plot_savings(result, aside)
         written.append(picture)
-    write_text(written[1], savings_markdown(result, picture.name if png else None))
+    write_text(written[1], savings_markdown(result, picture=png))
     return written
+
+
+def savings_markdown(result: SavingsResult, *, picture: bool = False) -> str:
+    """A result as Markdown.
+
+    Args:
+        result: The result.
+        picture: Whether the plot is next to the file.
+    """
+    plot = Picture(NAME, "Tokens of a request and quality of each arm", "", lambda axes: None) if picture else None
+    return markdown_document(savings_document(result, plot), "Token savings", [NAME] if picture else [])
 
 
 def load_savings(path: str | Path) -> SavingsResult:

@@ -1,12 +1,15 @@
-"""Whether quality was kept: a test of non-inferiority, and whether there are enough requests for it."""
+"""The quality gate: a test of non-inferiority, the number of requests it needs, and what may weaken it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from statistics import fmean
 
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.savings.records import ArmRecords
 
 _Z = 1.96 + 0.84  # one-sided 97.5% confidence, 80% power, rounded as tables have them
 
@@ -92,3 +95,47 @@ def check_margin(margin: float) -> None:
     """
     if not 0 < margin < 1:
         raise SavingsError(f"margin={margin}: expected a share between 0 and 1, such as 0.02 for two points.")
+
+
+def overlap_text(count: int, n: int) -> str:
+    """A sentence on requests that also appear in the training rows; empty where none does.
+
+    Args:
+        count: Number of these requests.
+        n: Number of all requests.
+
+    Example:
+        >>> overlap_text(4, 8), overlap_text(0, 8)
+        ('4 of 8 requests (50%) also appear in the training rows', '')
+    """
+    if not count:
+        return ""
+    permille = 1000 * count // n  # never rounded up to all of them
+    share = f"{permille / 10:g}%" if permille else "under 0.1%"
+    return f"{count:,} of {n:,} requests ({share}) also appear{'s' if count == 1 else ''} in the training rows"
+
+
+def overlap_warnings(in_training: Collection[str], prompted: ArmRecords, tuned: ArmRecords) -> list[str]:
+    """Warnings about requests that also appear in the training rows: their number, and quality on all others.
+
+    Args:
+        in_training: Ids of the requests that appear in the training rows.
+        prompted: Records of the original weights with the baseline's prompt.
+        tuned: Records of the trained weights, for the same requests in the same order.
+    """
+    if not in_training:
+        return []
+    seen = frozenset(in_training)
+    new = [i for i, name in enumerate(prompted.ids) if name not in seen]
+    warnings = [
+        f"{overlap_text(len(seen), len(prompted.ids))}: the tuned model may have memorized their answers, so "
+        "its quality on new requests may be lower. Remove them from the training rows or from the requests, and "
+        "measure again."
+    ]
+    if new:
+        quality = [fmean(arm.scores[i] for i in new) for arm in (tuned, prompted)]
+        warnings.append(
+            f"On the {len(new):,} requests that don't appear in the training rows, quality is {quality[0]:.3f} tuned "
+            f"against {quality[1]:.3f} prompted."
+        )
+    return warnings

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval, json_number
 from lightning_ft.evaluation.savings.cost import Costs, Prices
-from lightning_ft.evaluation.savings.gate import Gate
-from lightning_ft.evaluation.savings.overlap import overlap_text
+from lightning_ft.evaluation.savings.gate import Gate, overlap_text
 from lightning_ft.evaluation.savings.records import ArmRecords
 
 if TYPE_CHECKING:
@@ -183,10 +182,10 @@ class SavingsResult:
 
     def __rich__(self) -> Group:
         """As a table."""
-        from lightning_ft.evaluation.savings.table import savings_table
+        from lightning_ft.document.terminal import terminal_document
+        from lightning_ft.evaluation.savings.sections import savings_document
 
-        table: Group = savings_table(self)
-        return table
+        return terminal_document(savings_document(self))
 
     def print(self, console: Console | None = None) -> None:
         """Print it as a table."""

@@ -1,34 +1,97 @@
-"""Sections of one token-savings result: what was saved, what it is worth, and which answers became worse."""
+"""A savings result as blocks of a document: tokens, quality, costs, and the answers that became worse.
+
+`savings_document` is the whole result as it is printed and written next to a run; a report takes the single blocks.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
-from lightning_ft.document.blocks import Block, Fact, Headline, Picture, SideBySide, Table, between, valued
-from lightning_ft.document.markdown import PARTS
+from lightning_ft.document.blocks import (
+    Block,
+    Document,
+    Fact,
+    Headline,
+    Picture,
+    Section,
+    SideBySide,
+    Table,
+    provenance_table,
+)
 from lightning_ft.document.numbers import rounded
-from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.bootstrap import Interval, between, valued
 from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_open, per_success_intervals
 from lightning_ft.evaluation.savings.plots import Arm, Kind, draw_cost, draw_quality, draw_tokens
 from lightning_ft.evaluation.savings.regressions import regressions_of, worst_regressions
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.evaluation.savings.table import SAVINGS, arm_rows, cost_rows, cost_title, percent
+from lightning_ft.evaluation.savings.table import PARTS, SAVINGS, arm_rows, cost_rows, cost_title, percent
 
-_KINDS: tuple[tuple[Kind, str], ...] = (
+_CACHING: tuple[tuple[Kind, str], ...] = (
     ("cached", "with the prompt's prefix cached"),
     ("uncached", "without a prefix cache"),
 )
 
 
+_LABELS = {
+    "model": "model",
+    "tokenizer": "tokenizer",
+    "baseline": "hash of the prompt (baseline)",
+    "measured": "hash of requests, prompts and scorer",
+    "requests": "requests measured",
+    "requests_available": "requests available",
+    "requests_in_training": "requests that appear in the training rows",
+    "max_new_tokens": "limit of new tokens",
+    "split": "split",
+}
+
+
+def savings_document(result: SavingsResult, picture: Picture | None = None) -> Document:
+    """A whole result: verdict, warnings, tables of tokens, quality and costs, and provenance.
+
+    Args:
+        result: The result.
+        picture: Plot of the result, if it is drawn.
+    """
+    sections = [Section("Tokens and quality", (*((picture,) if picture is not None else ()), *arms_tables(result)))]
+    if result.costs is not None:
+        table = Table(("", "cached prefix", "no cache"), tuple(map(tuple, cost_rows(result))), cost_title(result))
+        sections.append(Section("Costs", (table,)))
+    if result.provenance:
+        table = provenance_table("Measured with", result.provenance, _LABELS)
+        sections.append(Section("Provenance", (table,), brief=False))
+    return Document((savings_headline(result),), result.warnings, (), tuple(sections))
+
+
+def savings_provenance(result: SavingsResult) -> dict[str, Any]:
+    """Provenance of a result, with prices, exclusions and truncations, by the labels of a reader."""
+    entries: dict[str, Any] = dict(result.provenance)
+    measured, available = entries.get("requests"), entries.get("requests_available")
+    if isinstance(measured, int) and isinstance(available, int):
+        entries["requests left out"] = available - measured
+    for name, arm in result.arms.items():
+        entries[f"answers cut at the limit, {name}"] = percent(arm.truncated_rate)
+    if result.costs is not None:
+        prices = result.costs.prices
+        entries["prices"] = f"of {prices.date}, in {prices.currency} for a million tokens"
+        for label, tuned in (("prompted", False), ("tuned", True)):
+            full, cached, out = prices.rates(tuned=tuned)
+            entries[f"prices, {label}"] = f"input {full:g}, cached input {cached:g}, output {out:g}"
+        entries["invested"] = (
+            f"training {prices.training:,.2f}, data {prices.data:,.2f}, sweep {prices.sweep:,.2f} {prices.currency}"
+        )
+    return {_LABELS.get(name, name): value for name, value in entries.items()}
+
+
 def savings_headline(result: SavingsResult, of: str = "") -> Headline:
-    """The result's own sentence, its verdict apart."""
+    """The headline of the result, with its verdict apart."""
     return Headline(result.gate.passed, result.headline.split(": ", 1)[1], of)
 
 
 def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
-    """Tokens, quality and break-even."""
+    """Tokens, quality and break-even, as large metrics at the top of a page."""
     level = f"{result.confidence:.0%} interval"
     total, per_success = result.savings["total"], result.savings["per_success"]
     quality = result.quality
@@ -43,7 +106,7 @@ def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
     ]
     if result.in_training:
         seen = len(result.in_training)
-        note = f"{percent(seen / result.n)} of all; the tuned model may have learned their answers by heart"
+        note = f"{percent(seen / result.n)} of all; the tuned model may have memorized their answers"
         facts.append(Fact("requests that also appear in the training rows", f"{seen:,} of {result.n:,}", note))
     if result.costs is not None:
         spans = break_even_intervals(result)
@@ -58,11 +121,11 @@ def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
 
 
 def quality_picture(results: Mapping[str, SavingsResult], name: str = "quality") -> Picture:
-    """Every arm as a point; the tuned arms of several results beside the original weights, which they share.
+    """Each arm as a point; the tuned arms of several results next to the original weights, which they share.
 
     Args:
-        results: By name, at least one.
-        name: Of the picture.
+        results: Results by name, at least one.
+        name: Name of the plot.
     """
     arms: dict[str, Arm] = {}
     for of, result in results.items():
@@ -85,11 +148,11 @@ def quality_picture(results: Mapping[str, SavingsResult], name: str = "quality")
 
 
 def tokens_picture(result: SavingsResult, name: str = "tokens") -> Picture:
-    """Where the tokens of a request go.
+    """Mean tokens of a request by part.
 
     Args:
         result: The result.
-        name: Of the picture.
+        name: Name of the plot.
     """
     return Picture(
         name,
@@ -128,7 +191,7 @@ def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
 
 
 def gate_text(result: SavingsResult) -> str:
-    """The verdict on quality, and what it was judged by."""
+    """The verdict on quality, with the numbers that it follows from."""
     gate = result.gate
     pooled = "" if gate.n == result.n else f" ({result.n:,} answers, those of a request or cluster counted as one)"
     return (
@@ -140,24 +203,24 @@ def gate_text(result: SavingsResult) -> str:
 
 
 def cost_blocks(result: SavingsResult, prefix: str = "") -> tuple[Block, ...]:
-    """Pictures and table of money.
+    """Plots and table of costs.
 
     Args:
-        result: With prices.
-        prefix: Before the names of pictures.
+        result: A result with prices.
+        prefix: Prefix of the names of the plots.
     """
     assert result.costs is not None
     spans, level = break_even_intervals(result), f"{result.confidence:.0%}"
     pictures = tuple(
         Picture(
-            f"{prefix}cost_{kind}",
-            f"Cost over the number of requests {words}, prompted and tuned. Break-even: {_span(spans[kind])}.",
-            f"What so many requests cost {words}. Break-even: {_span(spans[kind])}.",
-            partial(draw_cost, result=result, kind=kind, break_even=spans[kind]),
+            f"{prefix}cost_{caching}",
+            f"Cost over the number of requests {words}, prompted and tuned. Break-even: {_span(spans[caching])}.",
+            f"Cost of a number of requests {words}. Break-even: {_span(spans[caching])}.",
+            partial(draw_cost, result=result, kind=caching, break_even=spans[caching]),
         )
-        for kind, words in _KINDS
+        for caching, words in _CACHING
     )
-    interval = (f"{level} interval of break-even", *(_ends(spans[kind]) for kind, _ in _KINDS))
+    interval = (f"{level} interval of break-even", *(_ends(spans[caching]) for caching, _ in _CACHING))
     rows = (*map(tuple, cost_rows(result)), interval)
     return (*pictures, Table(("", "cached prefix", "no cache"), rows, cost_title(result)))
 

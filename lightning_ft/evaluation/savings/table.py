@@ -1,16 +1,11 @@
-"""A result as a table on the screen."""
+"""Rows and labels of the tables of a savings result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.printable import printable
 
 SAVINGS = {
     "input": "input tokens",
@@ -18,38 +13,14 @@ SAVINGS = {
     "total": "all tokens",
     "per_success": "tokens per success",
 }
-"""What each saving is of."""
+"""Labels of the savings."""
 
-
-def savings_table(result: SavingsResult) -> Group:
-    """Headline, arms, savings and costs of a result."""
-    level = f"{result.confidence:.0%}"
-    arms = Table(title="Mean of a request", title_justify="left")
-    arms.add_column("")
-    for name in result.arms:
-        arms.add_column(name, justify="right")
-    for row in arm_rows(result):
-        arms.add_row(*row)
-    savings = Table(title="Tuned against prompted", title_justify="left")
-    for column in ("saving of", "saved", f"{level} interval"):
-        savings.add_column(column, justify="left" if column == "saving of" else "right")
-    for name, interval in result.savings.items():
-        savings.add_row(SAVINGS[name], percent(interval.value), f"{percent(interval.lo)} to {percent(interval.hi)}")
-    style = "bold green" if result.gate.passed else "bold red"
-    notes = [Text(printable(f"Note: {warning}"), style="yellow") for warning in result.warnings]
-    parts: list[Table | Text] = [Text(printable(result.headline), style=style), arms, savings]
-    if result.costs is not None:
-        table = Table(title=Text(printable(cost_title(result))), title_justify="left")
-        for column in ("", "cached prefix", "no cache"):
-            table.add_column(column, justify="right" if column else "left")
-        for row in cost_rows(result):
-            table.add_row(*row)
-        parts.append(table)
-    return Group(*parts, *notes)
+PARTS = {"system": "system prompt", "few_shot": "examples", "template": "chat template", "request": "request"}
+"""Labels of the parts of a request's input tokens."""
 
 
 def arm_rows(result: SavingsResult) -> list[list[str]]:
-    """What there is to say of each arm: a name and one cell for each arm."""
+    """Metrics of the arms: a label and one cell per arm."""
 
     def row(name: str, cell: Callable[[ArmRecords], str]) -> list[str]:
         return [name, *(cell(arm) for arm in result.arms.values())]
@@ -66,23 +37,23 @@ def arm_rows(result: SavingsResult) -> list[list[str]]:
         row("KV cache, MiB", lambda arm: _scaled(arm.kv_cache_bytes, 2**20)),
     ]
 
-    def first_token(kind: str) -> Callable[[ArmRecords], str]:
-        return lambda arm: _scaled(arm.first_token_seconds.get(kind), 1e-3)
+    def first_token(state: str) -> Callable[[ArmRecords], str]:
+        return lambda arm: _scaled(arm.first_token_seconds.get(state), 1e-3)
 
-    for kind, name in (("cold", "first token, ms"), ("warm", "first token, prefix cached, ms")):
-        if any(kind in arm.first_token_seconds for arm in result.arms.values()):
-            rows.append(row(name, first_token(kind)))
+    for state, name in (("cold", "first token, ms"), ("warm", "first token, prefix cached, ms")):
+        if any(state in arm.first_token_seconds for arm in result.arms.values()):
+            rows.append(row(name, first_token(state)))
     return rows
 
 
 def cost_title(result: SavingsResult) -> str:
-    """Unit and date of the prices."""
+    """Caption of the costs: currency and date of the prices."""
     assert result.costs is not None
     return f"Cost of 1,000 requests in {result.costs.prices.currency} (prices of {result.costs.prices.date})"
 
 
 def cost_rows(result: SavingsResult) -> list[list[str]]:
-    """A name, the figure with a cached prefix, the figure without."""
+    """Rows of a label, the cost with a cached prefix, and the cost without."""
     costs = result.costs
     assert costs is not None
     return [

@@ -6,10 +6,9 @@ import json
 import pytest
 from rich.console import Console
 
-from lightning_ft.document.markdown import savings_markdown
 from lightning_ft.errors import MissingDependencyError
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, Prices, token_savings
-from lightning_ft.evaluation.savings.files import load_savings
+from lightning_ft.evaluation.savings.files import load_savings, savings_markdown
 
 
 def make_result(n=200, tuned_score=1.0, **options):
@@ -62,7 +61,7 @@ def test_files(result, tmp_path):
     assert [path.name for path in written] == ["token_savings.json", "token_savings.md", "token_savings.png"]
     assert load_savings(written[0]) == result
     markdown = written[1].read_text()
-    for part in ("![", "token_savings.png", "| system prompt | 400.0 | 0.0 | 0.0 |", "- seed: 3", "in USD"):
+    for part in ("![", "token_savings.png", "| system prompt | 400.0 | 0.0 | 0.0 |", "| seed | 3 |", "in USD"):
         assert part in markdown
     assert written[2].read_bytes().startswith(b"\x89PNG")
     assert written[2].stat().st_size > 20_000

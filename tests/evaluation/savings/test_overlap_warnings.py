@@ -5,16 +5,16 @@ import json
 import pytest
 from rich.console import Console
 
-from lightning_ft.document.brief import pull_request
 from lightning_ft.document.html import html_page
-from lightning_ft.document.markdown import savings_markdown
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.comparison.methods import Asked, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, SavingsResult, token_savings
-from lightning_ft.evaluation.savings.overlap import overlap_text
+from lightning_ft.evaluation.savings.files import savings_markdown
+from lightning_ft.evaluation.savings.gate import overlap_text
 from lightning_ft.report.collect import RunReport
 from lightning_ft.report.compose import document
+from lightning_ft.report.write import report_markdown
 
 N = 200
 SEEN = tuple(f"r{n}" for n in range(50))
@@ -26,7 +26,7 @@ def arm(tokens, scores):
 
 
 def result(in_training=SEEN, new=0.9):
-    """The tuned model knows what it has seen by heart."""
+    """The tuned model memorized what it has seen."""
     tuned = (1.0,) * 50 + (new,) * 150
     return token_savings(arm(500, (0.8,) * N), arm(50, tuned), resamples=99, margin=0.05, in_training=in_training)
 
@@ -43,7 +43,7 @@ def test_the_verdict_counts_requests_that_appear_in_training():
     found = result()
     assert found.headline.startswith("PASS: 88.2% fewer tokens")
     assert found.headline.endswith(f"margin 0.050); {COUNTED}.")
-    assert found.warnings[0].startswith(f"{COUNTED}: the tuned model may have learned their answers by heart")
+    assert found.warnings[0].startswith(f"{COUNTED}: the tuned model may have memorized their answers")
     assert found.warnings[1] == (
         "On the 150 requests that don't appear in the training rows, quality is 0.900 tuned against 0.800 prompted."
     )
@@ -88,7 +88,7 @@ def test_requests_in_training_are_told_in_every_form():
     console = Console(record=True, width=400)
     found.print(console)
     page = html_page(report, {})
-    for text in (savings_markdown(found), pull_request(report, ()), page, console.export_text()):
+    for text in (savings_markdown(found), report_markdown(report, ()), page, console.export_text()):
         assert text.count(COUNTED) == 2  # in the verdict and as a warning
         assert "quality is 0.900 tuned against 0.800 prompted" in text
     before, after = page.split("Before you rely on this", 1)
