@@ -210,7 +210,7 @@ class RowDataModule(LightningDataModule, ABC):
         if hasattr(module, "adopt_tokenizer"):
             templated = self._chat_template is not None
             explicit = templated or self._tokenizer_option is not None
-            module.adopt_tokenizer(tokenizer, given=explicit, template_given=templated)
+            module.adopt_tokenizer(tokenizer, configured=explicit, template_configured=templated)
             return tokenizer
         try:
             other: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)

@@ -192,19 +192,19 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
         return load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
 
     def adopt_tokenizer(
-        self, tokenizer: PreTrainedTokenizerBase, *, given: bool = True, template_given: bool = False
+        self, tokenizer: PreTrainedTokenizerBase, *, configured: bool = True, template_configured: bool = False
     ) -> None:
         """Use the tokenizer of the rows from now on; a DataModule of lightning_ft calls it at `setup`.
 
         Args:
             tokenizer: Tokenizer that the rows are encoded with.
-            given: Whether the user passed a tokenizer or a chat template to the DataModule.
-            template_given: Whether the user passed a chat template to the DataModule.
+            configured: Whether the user passed a tokenizer or a chat template to the DataModule.
+            template_configured: Whether the user passed a chat template to the DataModule.
 
         Raises:
             ConfigError: If another tokenizer was passed to this module.
         """
-        self._tokenizer.adopt(tokenizer, given=given, template_given=template_given)
+        self._tokenizer.adopt(tokenizer, configured=configured, template_configured=template_configured)
         if self.model is not None:
             self._follow_tokenizer()
 

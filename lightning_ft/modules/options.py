@@ -21,6 +21,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.models.load import quantization_options, resolve_dtype
 from lightning_ft.models.optim import Schedule
 from lightning_ft.rewards.function import OnNonFinite
+from lightning_ft.rollout.protocol import RolloutEngine
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack
@@ -85,6 +86,7 @@ class SampledOptions(AdaptedOptions, total=False):
     stop: str | list[str] | None
     rollout_batch_size: int
     vllm: bool | dict[str, Any]
+    engine: RolloutEngine | None
 
 
 class SamplingOptions(SampledOptions, total=False):
@@ -192,7 +194,7 @@ class OptimizerOptions:
 
 
 def complete(cls: type) -> None:
-    """Replace ``**options`` in the signature and docstring of a class by the arguments that it stands for.
+    """Replace ``**options`` in the signature and docstring of a class by the arguments that it represents.
 
     They are those of the constructors of its base classes, without the ones that the class names itself.
 
@@ -213,7 +215,7 @@ def complete(cls: type) -> None:
 
 
 def _parameters(cls: type) -> list[inspect.Parameter]:
-    """Parameters of the constructor, `self` first, with those that ``**options`` stands for."""
+    """Parameters of the constructor, `self` first, with those that ``**options`` represents."""
     owner = next(base for base in cls.__mro__ if "__init__" in base.__dict__)
     own = list(inspect.signature(owner.__dict__["__init__"]).parameters.values())
     if own[-1].kind is not inspect.Parameter.VAR_KEYWORD or not owner.__module__.startswith("lightning_ft."):
@@ -228,9 +230,9 @@ _ENTRY = re.compile(r"    (\w+): ")
 
 def _split_args(doc: str) -> tuple[str, dict[str, str], str]:
     """Text before ``Args:``, the entry of each argument, and the text after them."""
-    before, found, rest = doc.partition("\nArgs:\n")
+    before, header, rest = doc.partition("\nArgs:\n")
     entries: dict[str, str] = {}
-    lines = rest.split("\n") if found else []
+    lines = rest.split("\n") if header else []
     name = ""
     while lines and lines[0].startswith("    "):
         line = lines.pop(0)

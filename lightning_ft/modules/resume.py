@@ -124,20 +124,20 @@ class ResumableModule(CheckedRows):
         trainer = cast(Any, self.trainer)
         epochs, progress = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
         batches = progress.current
-        found = {"epoch": max(epochs.started - 1, 0), "last": False, "opened": False, "half": False, "then": "start"}
-        found["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        position = {"epoch": max(epochs.started - 1, 0), "last": False, "opened": False, "half": False, "then": "start"}
+        position["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if epochs.started == epochs.processed and (progress.is_last_batch or not epochs.started):
             plateau = epochs.completed < epochs.processed  # saved at the epoch's end, before such schedulers step
-            return found | {"epoch": epochs.started, "batch": 0, "plateau": plateau}
+            return position | {"epoch": epochs.started, "batch": 0, "plateau": plateau}
         if self._opened is not None and trainer.global_step == self._opened["step"]:
-            return found | {"batch": self._opened["batch"], "opened": True}
+            return position | {"batch": self._opened["batch"], "opened": True}
         half = self._opened is not None  # of several optimizer steps of one batch, some were taken
         done = max(self._begun, batches.processed)
         due = batches.completed < done or (trainer.validating and not self._validated)
         last = progress.is_last_batch and done == batches.ready
         made = trainer.validating or (last and epochs.processed < epochs.started)
         then = "batch_end" if due else "validation_end" if made else "start"
-        return found | {"batch": done, "last": last, "half": half, "then": then}
+        return position | {"batch": done, "last": last, "half": half, "then": then}
 
     # ---------------------------------------------------------------- loading
 

@@ -43,24 +43,24 @@ class ModuleTokenizer:
             self._as_loaded = (len(self._current), dict(self._current.special_tokens_map))
         return self._current
 
-    def adopt(self, tokenizer: PreTrainedTokenizerBase, *, given: bool, template_given: bool) -> None:
+    def adopt(self, tokenizer: PreTrainedTokenizerBase, *, configured: bool, template_configured: bool) -> None:
         """Adopt the tokenizer of the rows.
 
         Args:
             tokenizer: Tokenizer of the rows.
-            given: Whether the user passed a tokenizer or a chat template to the DataModule.
-            template_given: Whether the user passed a chat template to the DataModule, which overrides that of any
+            configured: Whether the user passed a tokenizer or a chat template to the DataModule.
+            template_configured: Whether the user passed a chat template to the DataModule, which overrides that of any
                 tokenizer.
 
         Raises:
             ConfigError: If another one was passed to the module.
         """
-        self._rows = given
+        self._rows = configured
         if tokenizer is self._current:
             return
         if self._configured:
             changed = differences(tokenizer_state(self.current, whole=False), tokenizer)
-            if template_given and "chat template" in changed:
+            if template_configured and "chat template" in changed:
                 changed.remove("chat template")
             if changed:
                 raise ConfigError(
