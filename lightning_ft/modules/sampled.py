@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn, summed_over_ranks
-from lightning_ft.errors import ConfigError, NonFiniteError
+from lightning_ft.errors import ConfigError, NonFiniteError, RolloutError
 from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids
+from lightning_ft.models.vocabulary import embedding_rows
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.rollout_batch import RolloutBatch
@@ -26,7 +27,7 @@ from lightning_ft.rewards.batch import Rewards, TrainerState
 from lightning_ft.rewards.functions import RewardFunctions
 from lightning_ft.rewards.model import check_room
 from lightning_ft.rollout.local import LocalEngine
-from lightning_ft.rollout.protocol import RolloutEngine, Sampling
+from lightning_ft.rollout.protocol import RolloutEngine, Sampling, check_rollouts
 from lightning_ft.types import Message, Request
 
 _VALIDATION_SEED = 0
@@ -51,6 +52,8 @@ class SampledCompletions(AdaptedFineTuning):
         stop: Strings that end a completion.
         rollout_batch_size: Number of completions sampled at a time per rank.
         vllm: Sample on a vLLM server: True, or arguments of `lightning_ft.rollout.vllm.VLLMEngine`.
+        engine: Engine of your own that samples the completions, see `lightning_ft.rollout.protocol.RolloutEngine`; None
+            for the built-in ones. It is not saved: pass it to `load_from_checkpoint` again.
         options: Arguments of `AdaptedFineTuning` and `FineTuning`.
     """
 
@@ -70,6 +73,7 @@ class SampledCompletions(AdaptedFineTuning):
         stop: str | list[str] | None = None,
         rollout_batch_size: int = 64,
         vllm: bool | dict[str, Any] = False,
+        engine: RolloutEngine | None = None,
         **options: Unpack[AdaptedOptions],
     ) -> None:
         super().__init__(model, **options)
@@ -80,6 +84,14 @@ class SampledCompletions(AdaptedFineTuning):
         ):
             if number < 1:
                 raise ConfigError(f"{name}={number}: expected at least 1.")
+        if engine is not None and vllm:
+            raise ConfigError("Both engine= and vllm= say what samples the completions: pass only one of them.")
+        if engine is not None and not isinstance(engine, RolloutEngine):
+            missing = [name for name in ("generate", "sync_weights") if not hasattr(engine, name)]
+            raise ConfigError(
+                f"engine= got an object of type {type(engine).__name__}, which has no {' and no '.join(missing)}. Give "
+                "it the methods of lightning_ft.rollout.protocol.RolloutEngine."
+            )
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.sampling = Sampling(float(temperature), float(top_p), int(top_k), float(min_p), stops)
         on_nonfinite = self.optimizer_options.on_nonfinite
@@ -110,6 +122,7 @@ class SampledCompletions(AdaptedFineTuning):
         self.last_rollout: RolloutRecord | None = None
         """Samples of the last training step, for inspection."""
         self._engine: RolloutEngine | None = None
+        self._engine_argument = (engine,)  # in a tuple, so that an engine that is a torch module is no submodule
         self._ranks = PatientRanks()
         self._warned_settings = False
 
@@ -118,6 +131,10 @@ class SampledCompletions(AdaptedFineTuning):
     @property
     def engine(self) -> RolloutEngine:
         """The engine that samples, always with the current weights."""
+        (passed,) = self._engine_argument
+        if passed is not None:
+            self.configure_model()
+            return passed
         if self._engine is None:
             self.configure_model()
             if self._vllm:
@@ -176,7 +193,7 @@ class SampledCompletions(AdaptedFineTuning):
                 "PromptDataModule to the Trainer."
             )
         engine = self.engine
-        if hasattr(engine, "sync_weights"):
+        if hasattr(engine, "sync_weights"):  # the `engine` of a subclass may do without
             engine.sync_weights(self.model)
         rollouts = engine.generate(
             [ids.tolist() for ids in batch.input_ids],
@@ -184,11 +201,33 @@ class SampledCompletions(AdaptedFineTuning):
             sampling=self.sampling,
             num_completions=count,
         )
+        if engine is self._engine_argument[0]:
+            self._check_rollouts(rollouts, type(engine).__name__, len(batch.input_ids) * count)
         ids = [list(completion.tokens) for completion in rollouts.completions]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
         rollout_batch = RolloutBatch.of(batch, rollouts, list(texts), count)
         rollout_batch.nonfinite = self._nonfinite_logits(rollout_batch)
         return rollout_batch
+
+    def _check_rollouts(self, rollouts: object, engine: str, expected: int) -> None:
+        """Refuse what an engine of the user's own returned unless it fits; call it on all ranks."""
+        problem: RolloutError | None = None
+        try:
+            check_rollouts(
+                rollouts,
+                engine,
+                expected=expected,
+                max_new_tokens=self.max_new_tokens,
+                vocabulary=embedding_rows(self.model),
+                finite=self.optimizer_options.on_nonfinite == "error",
+            )
+        except RolloutError as error:
+            problem = error
+        refused = int(summed_over_ranks(torch.tensor(float(problem is not None)), self.device))
+        if problem is not None:
+            raise problem
+        if refused:
+            raise RolloutError(f"What the engine {engine} returned on another rank was refused: see that rank's error.")
 
     def _nonfinite_logits(self, rollout_batch: RolloutBatch) -> str | None:
         """A message about completions that were sampled from non-finite logits, or None; call it on all ranks.

@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, NonFiniteError
 from lightning_ft.models.batched_generation import BatchPlan, plan_batches
-from lightning_ft.unreadable import first_line
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import LengthSwitch, length_switch
@@ -31,6 +30,7 @@ from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Samp
 from lightning_ft.rollout.rank_sync import RankSync
 from lightning_ft.rollout.sampling import TokenSampler
 from lightning_ft.rollout.shared_rows import read_prompts
+from lightning_ft.unreadable import first_line
 
 
 def batches_of(
@@ -225,6 +225,13 @@ class LocalEngine:
             shared,
             shared + once if why_not is None else once * group,
         )
+
+    def sync_weights(self, model: CausalLM) -> None:
+        """Do nothing: completions are sampled from the live model itself.
+
+        Args:
+            model: The model of this engine.
+        """
 
     def read_prefix(self, prefix: Sequence[int], tokens: int) -> GrowingCache | None:
         """Run a prefix through the model, for rows of at most so many tokens; None where the model can't share it."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from lightning_ft.errors import ConfigError
+from lightning_ft.errors import ConfigError, RolloutError
+from lightning_ft.models.head import CausalLM
 
 OnAnswered = Callable[[int], None]
 """Called with the number of prompts answered since the last call."""
@@ -104,8 +105,31 @@ class Rollouts:
     prefilled: int
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
-    """Answers prompts."""
+    """Samples completions of prompts: the built-in engines, or one of your own as ``GRPO(engine=...)``.
+
+    Before each rollout, in training and in validation, a module calls `sync_weights` and then `generate`, on every
+    rank and in the same order. A rank without prompts left calls both too, `generate` with no prompts, so an engine
+    may use collectives.
+
+    Seeds: an engine that draws from the global generator of the model's device repeats its completions in a resumed
+    run, since a checkpoint contains the state of that generator, and validation sets its seed. An engine with a random
+    generator of its own doesn't.
+
+    Errors: what an engine raises stops the run. `lightning_ft.errors.RolloutError` is meant for it.
+
+    Example:
+        >>> class Echo:
+        ...     def generate(self, prompts, *, max_new_tokens, sampling=None, num_completions=1, on_answered=None):
+        ...         echoes = [Completion(tuple(ids[:max_new_tokens]), truncated=True) for ids in prompts]
+        ...         return Rollouts(tuple(echo for echo in echoes for _ in range(num_completions)), 0, 0)
+        ...
+        ...     def sync_weights(self, model):
+        ...         pass
+        >>> isinstance(Echo(), RolloutEngine)
+        True
+    """
 
     def generate(
         self,
@@ -119,16 +143,88 @@ class RolloutEngine(Protocol):
         """Continue each prompt until an end token, a stop string or `max_new_tokens`.
 
         Args:
-            prompts: Token ids, as they are: no token is added, none cut.
-            max_new_tokens: At most so many for each completion.
+            prompts: Token ids of each prompt, complete: the engine adds and removes none.
+            max_new_tokens: Largest number of tokens per completion.
             sampling: How tokens are chosen; None for the likeliest one every time.
-            num_completions: Completions of each prompt. Greedy ones are identical.
-            on_answered: Told of progress.
+            num_completions: Number of completions per prompt. Greedy ones are identical.
+            on_answered: Called with the number of prompts answered since its last call; modules pass None.
 
         Returns:
-            ``len(prompts) * num_completions`` completions, those of one prompt side by side.
+            ``len(prompts) * num_completions`` completions, those of a prompt next to each other, each of 1 to
+            `max_new_tokens` tokens of the model's vocabulary, with as many log-probabilities or none.
         """
         ...
+
+    def sync_weights(self, model: CausalLM) -> Any:  # not None, which jsonargparse compares as it is written
+        """Take over the weights that a model has now.
+
+        Args:
+            model: The model in training, an adapter around it included; sharded where the strategy shards it. An
+                engine that samples from the model itself keeps a reference to it, or does nothing. It may be in
+                training mode: see `lightning_ft.models.generate.evaluating`.
+        """
+        ...
+
+
+def check_rollouts(
+    rollouts: object, engine: str, *, expected: int, max_new_tokens: int, vocabulary: int, finite: bool
+) -> None:
+    """Refuse what an engine returned unless it is what the protocol promises.
+
+    Args:
+        rollouts: What the engine returned.
+        engine: Name of the engine, for errors.
+        expected: Number of completions that were requested.
+        max_new_tokens: Largest number of tokens per completion.
+        vocabulary: Number of embeddings of the model.
+        finite: Whether log-probabilities must be finite.
+
+    Raises:
+        RolloutError: For another type, count or length, or a token or log-probability that can't be one.
+
+    Example:
+        >>> rollouts = Rollouts((Completion((5, 40), truncated=False),), 0, 0)
+        >>> check_rollouts(rollouts, "Mine", expected=1, max_new_tokens=8, vocabulary=32, finite=True)
+        Traceback (most recent call last):
+        lightning_ft.errors.RolloutError: The engine Mine returned token 40 in completion 0, but the model has 32 ...
+    """
+    if not isinstance(rollouts, Rollouts):
+        raise RolloutError(
+            f"The engine {engine} returned a {type(rollouts).__name__}: `generate` returns a "
+            "lightning_ft.rollout.protocol.Rollouts."
+        )
+    if (count := len(rollouts.completions)) != expected:
+        raise RolloutError(
+            f"The engine {engine} returned {count} completions instead of {expected}: `generate` returns "
+            "num_completions for each prompt, those of a prompt next to each other."
+        )
+    for index, completion in enumerate(rollouts.completions):
+        if (problem := _problem_of(completion, max_new_tokens, vocabulary, finite)) is not None:
+            start, remedy = problem
+            raise RolloutError(f"The engine {engine} returned {start} in completion {index}{remedy}")
+
+
+def _problem_of(completion: Completion, max_new_tokens: int, vocabulary: int, finite: bool) -> tuple[str, str] | None:
+    """What is wrong with a completion and what is expected, for the two halves of a message; None if nothing is."""
+    tokens, logprobs = completion.tokens, completion.logprobs
+    if not 1 <= len(tokens) <= max_new_tokens:
+        return f"{len(tokens)} tokens", f": expected 1 to max_new_tokens={max_new_tokens}, the end token included."
+    for token in tokens:
+        if not isinstance(token, int) or isinstance(token, bool):
+            return f"{token!r:.80}, a {type(token).__name__}, as a token", ": expected ints."
+        if not 0 <= token < vocabulary:
+            return f"token {token}", f", but the model has {vocabulary:,} embeddings: does it use another tokenizer?"
+    if logprobs and len(logprobs) != len(tokens):
+        return (
+            f"{len(logprobs)} log-probabilities for {len(tokens)} tokens",
+            ": expected one for each token, or none at all.",
+        )
+    if finite and not all(math.isfinite(logprob) for logprob in logprobs):
+        return (
+            "a log-probability that is not finite",
+            ": are its weights and logits finite? With on_nonfinite='skip' such rollouts are skipped.",
+        )
+    return None
 
 
 def check_request(
