@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from types import MethodType
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
 from lightning_ft.errors import ConfigError, GateError, MeasurementError
@@ -25,13 +25,13 @@ _cli = cli_module()
 
 _UNKNOWN_OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<name>\w+)' is not accepted")
 _UNKNOWN_NAME = re.compile(r"module '(?P<path>[\w.]+)' has no attribute '(?P<name>\w+)'")
-_UNKNOWN_KEY = re.compile(r"(?:Option '|unrecognized arguments: --)(?P<name>\w+\.[\w.]+)(?:' is not accepted)?")
+_UNKNOWN_KEY = re.compile(r"(?:Option '|unrecognized arguments: --)(?P<name>\w+\.[\w.]+)(?:' is not accepted|[^\n]*)")
 
 
 class FineTuningParser(_cli.LightningArgumentParser):  # type: ignore[name-defined,misc]
     """Lightning's parser, whose errors add the nearest name to a misspelt one."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+    def error(self, message: str, ex: Exception | None = None) -> None:
         """Print the error and exit.
 
         Args:

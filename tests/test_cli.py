@@ -1,6 +1,8 @@
 """`lightning-ft`, as a user of LightningCLI would try it."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 import yaml
 from tiny import make_rows
 
+import lightning_ft
 from lightning_ft.__main__ import main
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.data.templates import PLAIN_TEMPLATE
@@ -170,6 +173,14 @@ def test_help_explains_the_arguments(capsys):
         main_with("fit", "--model.help", "lightning_ft.LoRAFineTuning")
     assert stopped.value.code == 0
     assert "Learning rate at the peak of the schedule" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["FullFineTuning", "LoRAFineTuning", "RewardModeling", "DPO", "KTO", "GRPO", "PPO"])
+def test_help_lists_every_argument_of_a_module(name, capsys):
+    with pytest.raises(SystemExit):
+        main_with("fit", "--model.help", f"lightning_ft.{name}")
+    listed = set(re.findall(r"^  --model\.(\w+)\b", capsys.readouterr().out, re.MULTILINE))
+    assert listed >= set(inspect.signature(getattr(lightning_ft, name)).parameters)
 
 
 def main_with(*args):

@@ -22,7 +22,7 @@ from lightning_ft.data.module import RowDataModule
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.activation_store import ActivationStore, sequence_digest
-from lightning_ft.models.flops import OperationCounter, counted_apart
+from lightning_ft.models.flops import OperationCounter, counted_separately
 from lightning_ft.models.frozen_layers import FrozenLayers
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states, input_device
 from lightning_ft.models.logprob_model import LogProbModel
@@ -280,9 +280,9 @@ class ActivationReader:
         """Activations of a sequence; operations are counted once per length, which determines them."""
         if (flops := self._by_length.get(len(input_ids))) is not None:
             self.flops += flops
-            with counted_apart():
+            with counted_separately():
                 return self.frozen.states(input_ids)
-        with counted_apart(), OperationCounter() as counter:
+        with counted_separately(), OperationCounter() as counter:
             states = self.frozen.states(input_ids)
         self._by_length[len(input_ids)] = counter.flops
         self.flops += counter.flops
@@ -294,7 +294,7 @@ class ActivationReader:
         base = base_of(self._model)
         alike = partial(torch.random.fork_rng, devices=_cuda(batch.input_ids.device))  # dropout above draws the same
         try:  # before the pass through all layers, which may leave state of this batch in a layer
-            with counted_apart(), alike(), self.frozen.replaced_by(states):
+            with counted_separately(), alike(), self.frozen.replaced_by(states):
                 top = as_forward(base, hidden_states, batch, None).flatten(0, 1)[batch.predictors]
         except torch.OutOfMemoryError:
             raise
@@ -303,7 +303,7 @@ class ActivationReader:
                 f"{type(base).__name__}: its upper layers don't run without the lower ones ({error!r}), so "
                 "activation_cache can't be used: they depend on more than the output of the layer before."
             ) from error
-        with counted_apart(), alike():
+        with counted_separately(), alike():
             every = as_forward(base, hidden_states, batch, None).flatten(0, 1)[batch.predictors]
         if not len(every):
             return

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_ft.arguments import check_arguments
+from lightning_ft.arguments import unknown_argument
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
@@ -35,7 +35,7 @@ from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_other_
 from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.evaluation import EvaluatedModule
 from lightning_ft.modules.nonfinite import FiniteSteps
-from lightning_ft.modules.options import RENAMED, ModelOptions, OptimizerOptions, complete
+from lightning_ft.modules.options import ModelOptions, OptimizerOptions, complete
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.tokenizer import ModuleTokenizer
 from lightning_ft.modules.trainer_checks import check_strategy, warn_lost_steps
@@ -79,11 +79,6 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
         super().__init_subclass__(**kwargs)
         complete(cls)
 
-    def __new__(cls, *args: Any, **options: Any) -> Any:
-        """Check argument names before any constructor runs."""
-        check_arguments(cls, options, RENAMED)
-        return super().__new__(cls)
-
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -103,7 +98,10 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
         revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise unknown_argument(type(self), next(iter(unknown)))
         super().__init__()
         if not isinstance(model, (str, PreTrainedModel)):
             raise ConfigError(

@@ -34,10 +34,6 @@ else:
             return Any
 
 
-RENAMED = {"trunk_cache": "activation_cache"}
-"""Earlier names of arguments, which constructors still take."""
-
-
 class CommonOptions(TypedDict, total=False):
     """Arguments of `lightning_ft.modules.base.FineTuning`, which documents them and has their defaults."""
 
