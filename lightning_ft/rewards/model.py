@@ -310,7 +310,7 @@ def check_room(models: Iterable[tuple[str, Any]], splits: Splits[Any], new_token
                 length = tokens(turns)
                 if length <= limit or (not isinstance(scorer, RewardModel) and reads_position(base, length - 1)):
                     continue
-                where = Extreme(length, split, row.source, row.row).where
+                where = Extreme(length, split, row.source, row.row).origin
                 raise ConfigError(
                     f"{where}: with max_new_tokens={new_tokens:,} the conversation that the reward {name!r} scores may "
                     f"have {length:,} tokens, and its model reads {limit:,}. Lower max_new_tokens, leave the row out, "

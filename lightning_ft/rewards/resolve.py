@@ -9,8 +9,9 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -260,8 +261,6 @@ def _model_object(model: PreTrainedModel | PeftModel, options: dict[str, Any]) -
 
 
 def _load_checkpoint(path: str) -> ConversationScorer:
-    from lightning_ft.modules.reward import RewardModeling  # only here: modules are built over rewards
-
     try:
         settings = read_checkpoint(path).get("hyper_parameters", {})
     except ModelError as error:
@@ -270,12 +269,14 @@ def _load_checkpoint(path: str) -> ConversationScorer:
         raise RewardError(
             f"rewards={path!r} is of a model that has no name to load it from: export it, and give the folder."
         )
+    # By name, since this package may not import modules, which are built on it.
+    reward_modeling = import_module("lightning_ft").RewardModeling
     try:
-        module = RewardModeling(**settings)
+        module = reward_modeling(**settings)
         module.load_checkpoint(path)
     except (TypeError, ModelError) as error:
         raise RewardError(f"rewards={path!r} isn't a checkpoint of RewardModeling: {error}") from error
-    return module
+    return cast(ConversationScorer, module)
 
 
 def _last_part(name: str) -> str:
