@@ -1,10 +1,10 @@
-"""Where the answers are in the text of a conversation.
+"""Locates the answers in the text of a conversation.
 
-Supervised is what the model has to write: from the end of the prompt that it is given through the token that ends its
-turn. `lightning_ft.data.cores` finds what of the text depends on an answer, `lightning_ft.data.template_layout` what
-the template writes around it. From its core a span grows to the left, to where the generation prompt ends (a template
-may write an empty ``<think>`` block that the prompt doesn't have), and to the right, through the token that ends its
-turn.
+Supervised is what the model has to write: from the end of its prompt through the token that ends its turn.
+`lightning_ft.data.cores` finds the part of the text that depends on an answer, `lightning_ft.data.template_layout` the
+text that the template writes around it. A span grows from its core to the left, up to the end of the generation prompt
+(a template may write an empty ``<think>`` block that the prompt lacks), and to the right, through the token that ends
+the turn.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class AnswerSpan:
     """An answer in the text of its conversation.
 
     Args:
-        start: First character that the model has to write.
-        stop: The character after the last; that of the token that ends the turn, where the template writes one.
-        ended: Whether the template writes one.
+        start: Index of the first character that the model has to write.
+        stop: Index after the last one, which belongs to the token that ends the turn if the template writes one.
+        ended: Whether the template writes a token that ends the turn.
     """
 
     start: int
@@ -58,13 +58,13 @@ class AnswerSpan:
 
 @dataclass(frozen=True)
 class RenderedAnswers:
-    """A conversation as it is trained on.
+    """The text of a conversation for training.
 
     Args:
-        text: All of it.
-        prompt: What generation of the last answer starts from.
-        spans: Each answer, in order.
-        notes: What the template changed that the user should know of.
+        text: Text of the whole conversation.
+        prompt: Text that generation of the last answer starts from.
+        spans: Spans of the answers, in order.
+        notes: Changes by the template that the user should know of.
     """
 
     text: str
@@ -73,17 +73,17 @@ class RenderedAnswers:
     notes: tuple[str, ...]
 
 
-TRIMMED = "answer whose white space at the ends the chat template trims"
+TRIMMED = "answer whose surrounding white space the chat template trims"
 REASONING_LEFT_OUT = "answer before the last whose reasoning the chat template leaves out"
-MOVED = "row whose prompt the chat template writes otherwise once it is answered; trained on as it is asked"
+MOVED = "row whose prompt the chat template changes once it is answered; trained on with the prompt of generation"
 
 REMEDIES = {
     TRIMMED: "The model learns them without it, so compare with references that are trimmed too, or pass a "
     "chat_template= that keeps it.",
     REASONING_LEFT_OUT: "Give each answer a row of its own, as its last turn, to train on its reasoning.",
-    MOVED: "Nothing to do, unless the same turns are asked otherwise where the model is served.",
+    MOVED: "Nothing to do, unless the model is served with another prompt for the same turns.",
 }
-"""What to do about a note."""
+"""Advice for each note."""
 
 
 def render_answers(
@@ -93,8 +93,8 @@ def render_answers(
 
     Args:
         template: The chat template.
-        messages: The conversation, the assistant's turn last.
-        kwargs: What the template is given besides: `tools`, `enable_thinking`, ...
+        messages: Conversation with an assistant turn last.
+        kwargs: Variables for the template in addition to the messages: `tools`, `enable_thinking`, ...
 
     Raises:
         TokenizerError: If the template refuses the conversation.
@@ -113,31 +113,31 @@ def render_answers(
 
 
 class _Conversation:
-    """A conversation and what a template makes of it.
+    """A conversation and its rendered text.
 
     Args:
         template: The chat template.
-        messages: The conversation, the assistant's turn last.
-        kwargs: What the template is given besides.
+        messages: Conversation with an assistant turn last.
+        kwargs: Variables for the template in addition to the messages.
     """
 
     def __init__(self, template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> None:
         self.template, self.messages, self.kwargs, self.key = template, messages, kwargs, kwargs_key(kwargs)
         self.answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         self.text = self.render(messages)
-        self.prompt = self.ask(messages[:-1])
+        self.prompt = self.render_prompt(messages[:-1])
         self.layout = TemplateLayout.of(template, kwargs)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text of messages."""
+        """Render messages."""
         return self.template.render(messages, self.kwargs)
 
-    def ask(self, messages: Sequence[Message]) -> str:
-        """The prompt of messages."""
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """Render messages with the generation prompt at the end."""
         return self.template.render(messages, self.kwargs, prompt=True)
 
     def rendered(self) -> RenderedAnswers:
-        """Its text, and where its answers are."""
+        """The text with the spans of the answers."""
         cores = find_cores(self.render, self.messages, self.answers, self.text)
         notes: list[str] = []
         start = self._start(self.answers[-1], cores[-1], self.prompt)
@@ -146,58 +146,58 @@ class _Conversation:
         if opened is not None:
             written = opened + self.text[cores[-1].stop :]
             last = Core(len(self.prompt), len(self.prompt) + len(opened))
-            cores, start = self._as_asked(written, last), len(self.prompt)
-        elif self._is_asked_otherwise():
-            self._refuse_dropped(self.ask, self.messages[:-1], self.prompt)
-            by = len(self.prompt) - start
-            last = cores[-1]._replace(start=cores[-1].start + by, stop=cores[-1].stop + by)
-            cores, start = self._as_asked(self.text[start:], last), len(self.prompt)
+            cores, start = self._continue_prompt(written, last), len(self.prompt)
+        elif self._prompt_differs():
+            self._refuse_dropped(self.render_prompt, self.messages[:-1], self.prompt)
+            shift = len(self.prompt) - start
+            last = cores[-1]._replace(start=cores[-1].start + shift, stop=cores[-1].stop + shift)
+            cores, start = self._continue_prompt(self.text[start:], last), len(self.prompt)
             notes.append(MOVED)
         else:
             self._refuse_dropped(self.render, self.messages, self.text)
-        as_it_is = opened is None and not notes
-        marked = self.template.marked(self.messages, self.kwargs) if as_it_is else []
+        unchanged = opened is None and not notes
+        marked = self.template.marked(self.messages, self.kwargs) if unchanged else []
         spans: list[AnswerSpan] = []
         for number, (i, core) in enumerate(zip(self.answers, cores, strict=True)):
             before = cores[number - 1].stop if number else 0
             first = start if i == self.answers[-1] else self._start(i, core, floor=before)
-            ours = [begin for begin, end in marked if begin < core.stop and end > max(core.start - 1, before)]
-            first = max(first, min(ours)) if ours and min(ours) <= core.start else first
+            own = [begin for begin, end in marked if begin < core.stop and end > max(core.start - 1, before)]
+            first = max(first, min(own)) if own and min(own) <= core.start else first
             span = self._ended(i, core, len(self.text) if i == self.answers[-1] else cores[number + 1].start)
             spans.append(AnswerSpan(max(first, before), span.stop, span.ended))
             region = self.text[min(first, core.start) : span.stop]
             notes += _check(self.messages[i], region, core.reasons, last=i == self.answers[-1])
         return RenderedAnswers(self.text, self.prompt, tuple(spans), tuple(notes))
 
-    # ------------------------------------------------------------ as generation makes it
+    # ------------------------------------------------------------ the prompt of generation
 
-    def _as_asked(self, written: str, last: Core) -> list[Core]:
-        """Make the text that of generation: the prompt, and what is written after it.
+    def _continue_prompt(self, written: str, last: Core) -> list[Core]:
+        """Replace the text by that of generation: the prompt and the text written after it.
 
         Args:
-            written: The last answer, with what ends it.
-            last: Its core in the new text.
+            written: Text of the last answer, with its end.
+            last: Core of the last answer in the new text.
 
         Returns:
-            The core of each answer.
+            Cores of all answers.
         """
 
         def render(turns: Sequence[Message]) -> str:
-            return self.ask(turns[:-1]) + written
+            return self.render_prompt(turns[:-1]) + written
 
         self.text = self.prompt + written
         return [*find_cores(render, self.messages, self.answers[:-1], self.text), last]
 
-    def _is_asked_otherwise(self) -> bool:
-        """Whether the prompt differs from the text before what follows the last turn that it has."""
+    def _prompt_differs(self) -> bool:
+        """Whether prompt and text differ before the end of the prompt's last turn."""
         if self.text.startswith(self.prompt):
             return False
         shared = len(shared_start([self.text, self.prompt]))
-        tail = self._tail(self.ask, len(self.messages) - 2, self.messages[:-1], self.prompt)
+        tail = self._tail(self.render_prompt, len(self.messages) - 2, self.messages[:-1], self.prompt)
         return shared < len(self.prompt) - len(tail)
 
     def _tail(self, render: Render, i: int, messages: Sequence[Message], text: str) -> str:
-        """What is written after a turn, whatever it says; all of the text where the turn isn't in it."""
+        """Text after a turn that doesn't depend on its content; the whole text if the turn isn't in it."""
         if i < 0:
             return text
         others = []
@@ -210,7 +210,7 @@ class _Conversation:
         return shared_end([text, *others])
 
     def _refuse_dropped(self, render: Render, messages: Sequence[Message], text: str) -> None:
-        """Refuse a conversation if a turn that isn't an answer makes no difference to a text."""
+        """Refuse a conversation if a turn that isn't an answer has no effect on a text."""
         dropped = dropped_turns(self.template, self.messages, self.kwargs)
         for i, message in enumerate(messages):
             content = message["content"].strip()
@@ -220,69 +220,71 @@ class _Conversation:
                 changed: Message = {**message, "content": mark(i) + message["content"]}
                 other = render([*messages[:i], changed, *messages[i + 1 :]])
             except TokenizerError:
-                continue  # it is looked at, so it isn't dropped
+                continue  # the template depends on the turn, so it isn't dropped
             if other == text:
                 raise AnswerLostError(f"the chat template drops the {message['role']} turn")
 
     # ------------------------------------------------------------ from cores to spans
 
     def _start(self, i: int, core: Core, prompt: str | None = None, floor: int = 0) -> int:
-        """Where the prompt of an answer ends in the text.
+        """Index in the text at which the prompt of an answer ends.
 
         Args:
-            i: Which turn is the answer.
-            core: Its core.
-            prompt: What generation starts from, if it was rendered already.
-            floor: Where the core of the answer before ends.
+            i: Index of the answer among the turns.
+            core: Core of the answer.
+            prompt: Prompt of the answer, if it was rendered already.
+            floor: Index at which the core of the previous answer ends.
         """
         text = self.text
         if prompt is None:
-            if (known := self._known_start(i, core, floor)) is not None:
-                return known
+            if (start := self._cached_start(i, core, floor)) is not None:
+                return start
             try:
-                prompt = self.ask(self.messages[:i])
+                prompt = self.render_prompt(self.messages[:i])
             except TokenizerError:
                 return core.start
             self._learn_tail(i, prompt)
         if text.startswith(prompt) and len(prompt) <= core.stop:
             return len(prompt)
-        # The prompt goes on otherwise than the text, after the header of the turn or before it.
+        # Prompt and text diverge, after the header of the turn or before it.
         after = len(text) - len(self._tail(self.render, i - 1, self.messages, text))
         if not 0 < after <= core.start:
             return core.start
-        header = shared_start([text[after : core.start], self._tail(self.ask, i - 1, self.messages[:i], prompt)])
+        header = shared_start(
+            [text[after : core.start], self._tail(self.render_prompt, i - 1, self.messages[:i], prompt)]
+        )
         return min(whole_tokens(self.template, text, after + len(header)), core.start)
 
-    def _known_start(self, i: int, core: Core, floor: int) -> int | None:
-        """As `_start`, from what the template wrote elsewhere: spares a rendering for each earlier answer."""
+    def _cached_start(self, i: int, core: Core, floor: int) -> int | None:
+        """As `_start`, from what the template wrote before: saves a rendering for each earlier answer."""
         role, before = self.messages[i - 1]["role"] if i else "", self.text[: core.start]
         if role == "user":
-            for gap, asked in self.layout.gaps:
+            for gap, prompt_part in self.layout.gaps:
                 if before.endswith(gap):
-                    return core.start - len(gap) + asked
+                    return core.start - len(gap) + prompt_part
         tail = self.layout.prompt_end if role == "user" else recall(self.template, ("tail", role, self.key))
         tokens = [match.start() for match in added_tokens(self.template).finditer(tail or "")]
-        # Plain words may be anybody's; and a system turn may ask for another prompt, which the last one shows.
+        # Plain words may come from any turn, and a system turn may change the prompt, as the last prompt shows.
         if not tokens or not self.prompt.endswith(tail[tokens[-1] :]):
             return None
-        at = before.rfind(tail, floor)
-        return at + len(tail) if at >= 0 else None
+        index = before.rfind(tail, floor)
+        return index + len(tail) if index >= 0 else None
 
     def _learn_tail(self, i: int, prompt: str) -> None:
-        """Keep how prompts end after a turn that isn't the user's."""
+        """Cache how prompts end after a turn that isn't a user turn."""
         key = ("tail", self.messages[i - 1]["role"] if i else "", self.key)
         if i and recall(self.template, key) is None:
-            tail = self._tail(self.ask, i - 1, self.messages[:i], prompt)
+            tail = self._tail(self.render_prompt, i - 1, self.messages[:i], prompt)
             keep(self.template, key, tail if len(tail) < len(prompt) else "")
 
     def _ended(self, i: int, core: Core, limit: int) -> AnswerSpan:
-        """The core through the token that ends its turn, before the next answer begins at `limit`."""
+        """The span from a core through the token that ends its turn; the next answer begins at `limit`."""
         text, end, last = self.text, self.layout.end, i == len(self.messages) - 1
         if end is not None and text.startswith(end, core.stop) and (last or self.layout.ends_all):
             return AnswerSpan(core.start, core.stop + len(end), True)
         if not self.messages[i].get("tool_calls"):
             return AnswerSpan(core.start, core.stop, False)
-        # A turn of calls may close otherwise. How, one row says for all.
+        # A turn of calls may close differently; the first such row shows how.
         key = ("closers", "" if last else self.messages[i + 1]["role"], self.key)
         closers: dict[str, bool] = recall(self.template, key) or {}
         for closer in sorted(closers, key=len, reverse=True):
@@ -294,32 +296,32 @@ class _Conversation:
         return AnswerSpan(core.start, core.stop + len(closer), ended)
 
     def _closer(self, i: int, following: str, *, last: bool) -> tuple[str, bool, bool]:
-        """What closes a turn of calls: compare the conversation that ends after it with one that goes on.
+        """Find what closes a turn of calls, by comparing a conversation that ends after it with one that goes on.
 
         Args:
-            i: Which turn.
-            following: What follows its core in the text.
-            last: Whether the text ends with it.
+            i: Index of the turn.
+            following: Text after its core.
+            last: Whether it is the last turn of the text.
 
         Returns:
-            What closes it, whether generation stops there, and whether it ends with a token by name.
+            The closing text, whether generation stops there, and whether it ends with an added token.
         """
         turns, end = self.messages[: i + 1], self.layout.end
         closing = self._after(turns, i)
         if last:
             following = self._after([*turns, *_answers_of_tools(turns[-1])], i)
         if end is not None and end in closing:
-            found: str | None = closing[: closing.index(end) + len(end)]
-            both = last or following.startswith(str(found))
+            closer: str | None = closing[: closing.index(end) + len(end)]
+            both = last or following.startswith(str(closer))
         else:
-            found, both = end_of(self.template, closing, following or None)
+            closer, both = end_of(self.template, closing, following or None)
             both = both or last
-        if found is None or not both:  # what closes the call belongs to it all the same
+        if closer is None or not both:  # the text that closes the call still belongs to it
             return (closing if last else shared_start([closing, following])).rstrip(), False, False
-        return found, not last or is_special(self.template, found), True
+        return closer, not last or is_special(self.template, closer), True
 
     def _after(self, turns: Sequence[Message], i: int) -> str:
-        """What is written after the core of one of the turns; nothing where the template refuses them."""
+        """Text after the core of one of the turns; empty if the template refuses them."""
         try:
             text = self.render(turns)
             return text[core_by_difference(self.render, turns, i, text).stop :]
@@ -328,20 +330,23 @@ class _Conversation:
 
 
 def _answers_of_tools(message: Message) -> list[Message]:
-    """What might follow a turn of calls."""
+    """Turns that could follow a turn of calls."""
     call = message["tool_calls"][0]
     tool = Message(role="tool", content=mark(0), name=call["function"]["name"], tool_call_id=str(call.get("id", "")))
     return [tool, Message(role="assistant", content=mark(1))]
 
 
 def _check(message: Message, region: str, reasons: bool, *, last: bool) -> list[str]:
-    """Refuse an answer that isn't in its span, or not as it was; what the template changed that does no harm.
+    """Refuse an answer that is missing from its span or changed in it.
 
     Args:
         message: The answer.
-        region: What the template makes of it.
+        region: Rendered text of the answer.
         reasons: Whether the template writes its `reasoning_content`.
         last: Whether it is the last turn.
+
+    Returns:
+        Notes on harmless changes.
     """
     content, notes = message["content"], []
     reasoning = message.get("reasoning_content", "")
