@@ -1,4 +1,4 @@
-"""Errors of other libraries for files that they can't read: which ones they raise, and the line that is worth showing."""
+"""Errors that other libraries raise for files they can't read, and the line of each that is worth showing."""
 
 from __future__ import annotations
 

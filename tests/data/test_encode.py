@@ -164,9 +164,7 @@ def test_set_chat_template(make_tokenizer, tmp_path):
 
 
 def test_no_eos(make_tokenizer):
-    with pytest.raises(
-        TokenizerError, match=r"has no EOS token, so no answer could ever end. Set tokenizer.eos_token"
-    ):
+    with pytest.raises(TokenizerError, match=r"has no EOS token, so no answer could ever end. Set tokenizer.eos_token"):
         encode_conversation(make_tokenizer(eos=None), talk("a", "b"))
     with pytest.raises(TokenizerError, match="no EOS"):
         encode_prompt(make_tokenizer(eos=None), talk("a"))

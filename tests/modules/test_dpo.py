@@ -253,9 +253,7 @@ def test_labeled_completions_are_refused(model_folder, trainer_options):
 
 def test_other_data_is_refused(model_folder, trainer_options):
     module = DPO(model_folder)
-    with pytest.raises(
-        ConfigError, match="preferences and got a TokenBatch: pass a PreferenceDataModule"
-    ):
+    with pytest.raises(ConfigError, match="preferences and got a TokenBatch: pass a PreferenceDataModule"):
         Trainer(**trainer_options, max_steps=1).fit(module, PairDataModule(make_rows(8), cache_dir=False))
     with pytest.raises(ConfigError, match="PreferenceDataModule"):
         Trainer(**trainer_options, max_steps=1).fit(module, DataLoader([1, 2]))

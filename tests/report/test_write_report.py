@@ -200,8 +200,7 @@ def test_it_does_not_import_matplotlib_until_it_draws():
     import sys
 
     code = (
-        "import sys, lightning_ft.report.write; "
-        "print([name for name in ('matplotlib', 'trl') if name in sys.modules])"
+        "import sys, lightning_ft.report.write; print([name for name in ('matplotlib', 'trl') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
