@@ -146,7 +146,7 @@ class Summary:
 
 def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
     """Quality against compute, both as shares of full fine-tuning's."""
-    from lightning_ft.document.blocks import Picture
+    from lightning_ft.document.blocks import Plot
     from lightning_ft.document.canvas import drawn, legend_below, marks
 
     names = {None: "full", LAYERS: "lora"}
@@ -181,7 +181,7 @@ def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
         legend_below(axes)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(drawn(Picture("frozen-trunk", "Quality for compute", "", paint)).png)
+    path.write_bytes(drawn(Plot("frozen-trunk", "Quality for compute", "", paint)).png)
 
 
 class Runs:

@@ -17,9 +17,9 @@ from fsspec.implementations.local import LocalFileSystem
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
+from lightning_ft.atomic_files import atomic_write
 from lightning_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from lightning_ft.unreadable import first_line
-from lightning_ft.whole_files import written_aside
+from lightning_ft.read_errors import first_line
 
 Source: TypeAlias = "str | Path | IO[bytes]"
 """A path, a URL (http, https or any scheme that fsspec knows), or an open file."""
@@ -41,7 +41,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     torch.serialization.set_crc32_options(True)  # `read_checkpoint` verifies them
     try:
         # An open file rather than a path: torch then passes on the operating system's error.
-        with written_aside(path) as aside, aside.open("wb") as file:
+        with atomic_write(path) as aside, aside.open("wb") as file:
             torch.save(checkpoint, file)
     finally:
         torch.serialization.set_crc32_options(checksums)

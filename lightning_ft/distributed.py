@@ -1,4 +1,4 @@
-"""Communication between ranks: gathered values, work that one rank does for all, and rank-zero messages."""
+"""Communication between ranks: all_gather_objects values, work that one rank does for all, and rank-zero messages."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Own = TypeVar("Own")
 Part = TypeVar("Part")
 
 
-def rank_and_ranks() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's number and how many there are; 0 and 1 without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def gathered(own: Own) -> list[Own]:
+def all_gather_objects(own: Own) -> list[Own]:
     """What every rank has, in their order; every rank must call it.
 
     Args:
         own: Value of this rank: anything that can be pickled.
 
     Example:
-        >>> gathered("a")
+        >>> all_gather_objects("a")
         ['a']
     """
-    _, ranks = rank_and_ranks()
+    _, ranks = rank_and_world_size()
     if ranks == 1:
         return [own]
     every: list[Any] = [None] * ranks
@@ -45,7 +45,7 @@ def gathered(own: Own) -> list[Own]:
     return every
 
 
-def on_first_rank(work: Callable[[list[Own]], list[Part]], own: Own) -> Part:
+def on_rank_zero(work: Callable[[list[Own]], list[Part]], own: Own) -> Part:
     """Have rank 0 work with what every rank has.
 
     Every rank must call it. An error of the work is raised on all of them: a rank that raises alone leaves the others
@@ -63,13 +63,13 @@ def on_first_rank(work: Callable[[list[Own]], list[Part]], own: Own) -> Part:
         RolloutError: For any other error of the work.
 
     Example:
-        >>> on_first_rank(lambda every: [sum(every)] * len(every), 3)
+        >>> on_rank_zero(lambda every: [sum(every)] * len(every), 3)
         3
     """
-    rank, ranks = rank_and_ranks()
+    rank, ranks = rank_and_world_size()
     if ranks == 1:
         return work([own])[0]
-    every = gathered(own)
+    every = all_gather_objects(own)
     told: list[Any] = [None]
     if rank == 0:
         try:
@@ -85,28 +85,28 @@ def on_first_rank(work: Callable[[list[Own]], list[Part]], own: Own) -> Part:
     return part
 
 
-def several_ranks() -> bool:
+def is_distributed() -> bool:
     """Whether there is a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def summed_over_ranks(values: Tensor, device: torch.device) -> Tensor:
+def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     """Sum of every rank's tensor, ``[...]`` on the CPU; each rank must call it.
 
     Args:
         values: On whatever device.
         device: Where the process group communicates.
     """
-    if not several_ranks():
+    if not is_distributed():
         return values.cpu()
     moved = values.clone() if values.device == device else values.to(device)
     torch.distributed.all_reduce(moved)
     return moved.cpu()
 
 
-def largest_over_ranks(number: int, device: torch.device) -> int:
+def max_over_ranks(number: int, device: torch.device) -> int:
     """The largest of every rank's numbers; each rank must call it."""
-    if not several_ranks():
+    if not is_distributed():
         return number
     value = torch.tensor(number, device=device)
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)

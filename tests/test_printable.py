@@ -15,8 +15,8 @@ from lightning_ft.callbacks.samples import samples_markdown, samples_table
 from lightning_ft.data.raw_rows import Problem, raise_problems
 from lightning_ft.data.rows import load_source
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn, warn
-from lightning_ft.document.blocks import Answers, Document, Headline, Picture, Section, SideBySide, Table
-from lightning_ft.document.canvas import clean, drawn
+from lightning_ft.document.blocks import Answers, Document, Headline, Plot, Section, SideBySide, Table
+from lightning_ft.document.canvas import escape_unprintable, render_plot
 from lightning_ft.document.html import html_page
 from lightning_ft.document.markdown import markdown_document, markdown_table, markdown_text
 from lightning_ft.errors import DataError, DataNotFoundError, SavingsError
@@ -149,12 +149,12 @@ def test_pictures_are_printable():
         axes.legend()
         seen.append(axes.get_figure())
 
-    drawn(Picture("a", "", "", draw))
+    render_plot(Plot("a", "", "", draw))
     from matplotlib.text import Text
 
     assert not any(RAW.search(text.get_text()) for text in seen[0].findobj(Text))
     assert any(r"\x1b[2J" in text.get_text() for text in seen[0].findobj(Text))
-    clean(seen[0])
+    escape_unprintable(seen[0])
 
 
 def test_all_warnings_and_logs_go_through_one_module():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_ft._lightning import Callback
-from lightning_ft.distributed import gathered, rank_zero_warn
+from lightning_ft.distributed import all_gather_objects, rank_zero_warn
 from lightning_ft.errors import ConfigError, LightningFTError
 from lightning_ft.printable import printable
 
@@ -179,7 +179,7 @@ def described(error: BaseException) -> str:
 
 def first_over_ranks(reason: str | None) -> str | None:
     """What the first rank that has something to say says; every rank must call it."""
-    return next((found for found in gathered(reason) if found is not None), None)
+    return next((found for found in all_gather_objects(reason) if found is not None), None)
 
 
 def _in_order(trainer: Any) -> list[EndOfTraining]:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from lightning_ft.atomic_files import write_json
 from lightning_ft.callbacks.base import EndOfTraining, check_results_folder, is_trainer, results_folder
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.report.collect import UNDEFINED, collect
 from lightning_ft.report.write import FOLDER, write_files
-from lightning_ft.whole_files import write_json
 
 
 class MeasuringCallback(EndOfTraining):

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from lightning_ft._lightning import NAMESPACE, VARIABLE
+from lightning_ft.atomic_files import write_text
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.compare.plan import (
     EPOCHS_CAP,
@@ -43,7 +44,6 @@ from lightning_ft.evaluation.savings.prompt import content_hash
 from lightning_ft.importing import import_object
 from lightning_ft.printable import json_text
 from lightning_ft.report.write import write_report
-from lightning_ft.whole_files import write_text
 
 EXTENSIONS = 2
 """How often a grid is extended where its best learning rate is at its edge."""

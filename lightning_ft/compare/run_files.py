@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_ft.atomic_files import write_text
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.errors import CheckpointError
 from lightning_ft.evaluation.comparison.result import RunResult
-from lightning_ft.unreadable import first_line
-from lightning_ft.whole_files import write_text
+from lightning_ft.read_errors import first_line
 
 PLAN, CONFIG, RESULT, CHECKPOINT = "plan.json", "config.yaml", "result.json", "last.ckpt"
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)

@@ -24,11 +24,11 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.atomic_files import flush_to_disk, remove, remove_leftovers, temporary_path
 from lightning_ft.data.layout import Example
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.errors import TokenizerError
 from lightning_ft.types import Message
-from lightning_ft.whole_files import flush_to_disk, new_aside, remove, remove_leftovers
 
 _VERSION = 3  # version of the encoding: raise it when the same rows give other tokens
 _SCHEMA = pa.schema(
@@ -264,7 +264,7 @@ def new_entry(folder: Path | None, key: str) -> Iterator[Entry]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    aside = new_aside(folder)
+    aside = temporary_path(folder)
     try:
         aside.mkdir()
         with pa.OSFile(str(aside / "rows.arrow"), "wb") as file:
@@ -285,7 +285,7 @@ def new_entry(folder: Path | None, key: str) -> Iterator[Entry]:
 
 def _move(aside: Path, path: Path) -> None:
     if path.exists() and load(path.parent, path.name) is None:
-        broken = new_aside(path.parent)  # moved first: another process may write a valid entry meanwhile
+        broken = temporary_path(path.parent)  # moved first: another process may write a valid entry meanwhile
         os.replace(path, broken)
         remove(broken)
     try:

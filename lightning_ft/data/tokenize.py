@@ -11,6 +11,7 @@ from typing import Any
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.atomic_files import write_failure
 from lightning_ft.data import cache
 from lightning_ft.data.overlong import OnOverlong, RowEncoder
 from lightning_ft.data.raw_rows import Problem
@@ -18,7 +19,6 @@ from lightning_ft.data.row_types import PAIRS, RowT, RowType
 from lightning_ft.data.rows import is_rank_zero
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import LightningFTError
-from lightning_ft.whole_files import why_not_written
 
 _SHOW_FROM = 2000  # rows from which a progress bar is worth its line
 
@@ -59,7 +59,7 @@ def tokenize(
             if folder is None or isinstance(error, LightningFTError):
                 raise
             rank_zero_warn(
-                f"Tokenized rows can't be written to {str(folder)!r} ({why_not_written(error) or error}), so they are "
+                f"Tokenized rows can't be written to {str(folder)!r} ({write_failure(error) or error}), so they are "
                 "kept in memory and tokenized again in the next run. Free some space, or pass another cache_dir=."
             )
             encoded = _encode_all(rows, encoder, None, key, label)

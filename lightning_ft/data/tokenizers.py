@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_ft.errors import TokenizerError
-from lightning_ft.unreadable import UNREADABLE, first_line
+from lightning_ft.read_errors import READ_ERRORS, first_line
 
 
 def load_tokenizer(
@@ -23,7 +23,7 @@ def load_tokenizer(
     """
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise TokenizerError(
             f"No tokenizer could be loaded from {name!r}: {first_line(error)} "
             "Pass tokenizer= if the tokenizer is stored apart from the model."

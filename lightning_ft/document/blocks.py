@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-NO_PICTURES = "Without plots: matplotlib isn't installed. Run pip install 'lightning-ft[report]' and write it again."
+NO_PLOTS = "Without plots: matplotlib isn't installed. Run pip install 'lightning-ft[report]' and write it again."
 """What a document says in place of plots."""
 
 
@@ -30,7 +30,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     """A picture that is drawn when the report is written, if matplotlib is installed.
 
     Args:
@@ -119,7 +119,7 @@ class SideBySide:
     caption: str
 
 
-Block = str | Table | Picture | SideBySide
+Block = str | Table | Plot | SideBySide
 """What may stand below a heading; a text is a paragraph."""
 
 
@@ -155,9 +155,9 @@ class Document:
     sections: tuple[Section, ...]
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
+    def pictures(self) -> tuple[Plot, ...]:
         """All pictures, in order."""
-        return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Picture))
+        return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Plot))
 
 
 def provenance_table(title: str, provenance: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> Table:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lightning_ft.document.blocks import Picture
+from lightning_ft.document.blocks import Plot
 from lightning_ft.errors import MissingDependencyError
 from lightning_ft.printable import printable
 
@@ -29,7 +29,7 @@ _LINE, _HANDLE = 76, 6  # letters of a legend that fit side by side, and how man
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RenderedPlot:
     """A picture in both forms.
 
     Args:
@@ -46,7 +46,7 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def drawn(picture: Picture) -> Drawn:
+def render_plot(picture: Plot) -> RenderedPlot:
     """Draw a picture.
 
     Args:
@@ -71,15 +71,15 @@ def drawn(picture: Picture) -> Drawn:
         FigureCanvasAgg(figure)  # no window, whatever matplotlib is set to
         axes = figure.subplots()
         picture.draw(axes)
-        tidy(axes)
-        clean(figure)
+        style_axes(axes)
+        escape_unprintable(figure)
         svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", metadata={"Software": None})
-    return Drawn(svg.getvalue(), png.getvalue())
+    return RenderedPlot(svg.getvalue(), png.getvalue())
 
 
-def clean(figure: Any) -> None:
+def escape_unprintable(figure: Any) -> None:
     """Write as escapes what can't be seen in the texts of a figure, or would turn their order."""
     from matplotlib.text import Text
 
@@ -88,7 +88,7 @@ def clean(figure: Any) -> None:
             text.set_text(shown)
 
 
-def tidy(axes: Any) -> None:
+def style_axes(axes: Any) -> None:
     """No frame, and lines of the grid that stay behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.7)

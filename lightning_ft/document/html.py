@@ -14,8 +14,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from lightning_ft.document.blocks import NO_PICTURES, Block, Document, Picture, SideBySide, Table
-from lightning_ft.document.canvas import Drawn
+from lightning_ft.document.blocks import NO_PLOTS, Block, Document, Plot, SideBySide, Table
+from lightning_ft.document.canvas import RenderedPlot
 from lightning_ft.document.style import CSS
 from lightning_ft.printable import printable
 
@@ -31,10 +31,10 @@ class _Group:
     text: str | None = None
     table: Table | None = None
     answers: SideBySide | None = None
-    images: tuple[Picture, ...] = ()
+    images: tuple[Plot, ...] = ()
 
 
-def html_page(document: Document, drawn: Mapping[str, Drawn], *, title: str = "Fine-tuning report") -> str:
+def html_page(document: Document, drawn: Mapping[str, RenderedPlot], *, title: str = "Fine-tuning report") -> str:
     """The page.
 
     Args:
@@ -62,7 +62,7 @@ def html_page(document: Document, drawn: Mapping[str, Drawn], *, title: str = "F
         images=images,
         css=Markup(CSS),
         policy=_POLICY,
-        no_pictures=NO_PICTURES,
+        no_pictures=NO_PLOTS,
         most_columns=_MOST_COLUMNS,
     )
 
@@ -77,7 +77,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         finalize=_finalize,
     )
-    environment.tests["picture"] = lambda block: isinstance(block, Picture)
+    environment.tests["picture"] = lambda block: isinstance(block, Plot)
     return environment
 
 
@@ -87,9 +87,9 @@ def _finalize(value: Any) -> Any:
 
 
 def _groups(blocks: Sequence[Block], images: Mapping[str, str]) -> Iterator[_Group]:
-    pictures: list[Picture] = []
+    pictures: list[Plot] = []
     for block in blocks:
-        if isinstance(block, Picture):
+        if isinstance(block, Plot):
             if block.name in images:
                 pictures.append(block)
             continue

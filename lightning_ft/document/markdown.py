@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from lightning_ft.document.blocks import NO_PICTURES, Block, Document, Picture, SideBySide, Table
+from lightning_ft.document.blocks import NO_PLOTS, Block, Document, Plot, SideBySide, Table
 from lightning_ft.printable import printable
 
 _MARKUP = re.compile(r"[\\`*_\[\]|~]")
@@ -53,7 +53,7 @@ def markdown_document(document: Document, title: str, pictures: Iterable[str], *
 def _block(block: Block, drawn: frozenset[str], *, brief: bool) -> Iterator[str]:
     if isinstance(block, str):
         yield from (markdown_text(block), "")
-    elif isinstance(block, Picture):
+    elif isinstance(block, Plot):
         if block.name in drawn:
             yield from (f"![{markdown_text(block.alt)}]({block.name}.png)", "")
     elif isinstance(block, SideBySide):

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_ft.atomic_files import remove_leftovers
 from lightning_ft.errors import FileWriteError
 from lightning_ft.models.tensors import tensor_bytes, write_tensors
-from lightning_ft.whole_files import remove_leftovers
 
 _SHARD = 64 * 2**20
 """Bytes per file."""

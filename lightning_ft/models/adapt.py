@@ -18,7 +18,7 @@ from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.load import adapter_config
 from lightning_ft.models.load_report import shortened, warn_on_first_rank, why_unreadable
 from lightning_ft.models.lora_checks import check_adapter
-from lightning_ft.unreadable import UNREADABLE
+from lightning_ft.read_errors import READ_ERRORS
 
 DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 """Rank 16 on every linear layer but the head: adapting all layers, not attention alone, is what reaches full
@@ -187,7 +187,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         adapted = wrap(model, config)
         renamed = getattr(model, "_checkpoint_conversion_mapping", {})
         result = adapted.load_adapter(path, adapted.active_adapter, is_trainable=True, key_mapping=renamed)
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise ModelError(f"No adapter could be loaded from {path!r}: {_why_not_loaded(path, error)}") from error
     if result.missing_keys or result.unexpected_keys:
         problems = [

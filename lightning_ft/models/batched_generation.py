@@ -22,7 +22,7 @@ from lightning_ft.models.exactness import Rows, some_tokens
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import length_switch
 from lightning_ft.models.numerics import are_close, tolerance_of
-from lightning_ft.unreadable import first_line
+from lightning_ft.read_errors import first_line
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from lightning_ft.models.head import (
     takes_explicit_masks,
 )
 from lightning_ft.models.numerics import are_close, tolerance_of
-from lightning_ft.unreadable import first_line
+from lightning_ft.read_errors import first_line
 
 Rows = Literal["any", "equal", "one"]
 Backbone = Callable[..., Any]

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_ft.atomic_files import flush_to_disk, remove, remove_leftovers, temporary_path, write_failure
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ExportError, TokenizerError
 from lightning_ft.models.adapt import InitialAdapter
@@ -24,7 +25,6 @@ from lightning_ft.models.merge import merged
 from lightning_ft.models.model_card import model_card
 from lightning_ft.models.numerics import first_nonfinite
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.whole_files import flush_to_disk, new_aside, remove, remove_leftovers, why_not_written
 
 _FIRST_READ = ("config.json", "adapter_config.json")
 """Files that transformers and PEFT look for first: without them a folder can't be loaded."""
@@ -197,14 +197,14 @@ def _written_aside(path: Path) -> Iterator[Path]:
     Raises:
         ExportError: If a file can't be written; an earlier export is then unchanged.
     """
-    aside = new_aside(path)
+    aside = temporary_path(path)
     try:
         aside.mkdir(parents=True)
         yield aside
         flush_to_disk(aside)
     except Exception as error:
         remove(aside)
-        if (reason := why_not_written(error)) is None:
+        if (reason := write_failure(error)) is None:
             raise
         raise ExportError(
             f"{str(path)!r} can't be written ({reason}). What was there before is unchanged: make room, or export to "

@@ -20,7 +20,7 @@ from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError
 from lightning_ft.models.base_folder import find_base
 from lightning_ft.models.load_report import check_loaded, why_unreadable
-from lightning_ft.unreadable import UNREADABLE, first_line
+from lightning_ft.read_errors import READ_ERRORS, first_line
 
 _MULTIMODAL = getattr(transformers, "AutoModelForMultimodalLM", None)  # missing in the oldest supported version
 ADAPTER_CONFIG = "adapter_config.json"
@@ -169,7 +169,7 @@ def load_model(
     try:
         with torch.device("cpu"):  # a Trainer may have set another default (meta, for sharded strategies)
             model, info = auto_class.from_pretrained(name, **options)
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         reason = why_unreadable(name, error, revision=revision)
         raise ModelError(f"The model {name!r} could not be loaded: {reason}") from error
     check_loaded(model, info, name, new_head=num_labels is not None)
@@ -216,7 +216,7 @@ def adapter_config(name: str) -> Any:
 
     try:
         return PeftConfig.from_pretrained(name)
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         file = Path(name) / ADAPTER_CONFIG
         if not file.is_file():
             raise ModelError(f"No adapter could be loaded from {name!r}: {first_line(error)}") from error
@@ -258,7 +258,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     """
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise ModelError(f"The model {name!r} could not be found: {first_line(error)}") from error
 
 

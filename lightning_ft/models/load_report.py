@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.distributed import rank_zero_only, warn
 from lightning_ft.errors import ModelError
-from lightning_ft.unreadable import first_line
+from lightning_ft.read_errors import first_line
 
 _LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 3

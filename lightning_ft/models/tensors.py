@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_ft.whole_files import written_aside
+from lightning_ft.atomic_files import atomic_write
 
 _CHECKSUM = "checksum"
 
@@ -39,7 +39,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str | None 
         FileWriteError: If it can't be written.
     """
     metadata = None if key is None else {_CHECKSUM: _checksum(tensors, key)}
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
         aside.chmod(0o644)  # safetensors' files are the owner's only; a shared cache is for all
 

@@ -11,6 +11,7 @@ from typing import IO, Any
 from torch import nn
 
 from lightning_ft._lightning import LightningModule, TorchCheckpointIO, restricted_classmethod
+from lightning_ft.atomic_files import is_temporary_path
 from lightning_ft.checkpoint_file import (
     checked_file,
     local_file,
@@ -21,7 +22,6 @@ from lightning_ft.checkpoint_file import (
 )
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import CheckpointError
-from lightning_ft.whole_files import is_aside
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -116,7 +116,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 continue
             last = re.escape(getattr(callback, "CHECKPOINT_NAME_LAST", "last"))
             if re.match(rf"{last}(-|$)", broken.stem) or broken.stem == getattr(callback, "filename", None):
-                others = [p for p in broken.parent.glob("*.ckpt") if p.is_file() and not is_aside(p)]
+                others = [p for p in broken.parent.glob("*.ckpt") if p.is_file() and not is_temporary_path(p)]
                 others = [p for p in others if not p.samefile(broken)]
                 yield from sorted(others, key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
                 return

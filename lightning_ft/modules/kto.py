@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
-from lightning_ft.distributed import rank_zero_warn, summed_over_ranks
+from lightning_ft.distributed import rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.kto import kto_kl, kto_loss
 from lightning_ft.modules.options import AdaptedOptions, Unpack
@@ -102,7 +102,7 @@ class KTO(LogRatioLearning):
 def _mean_over_ranks(values: Tensor) -> Tensor:
     """Mean of the values of all ranks, ``[1]``; 0 where there are none."""
     both = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
-    total, count = summed_over_ranks(both, values.device).to(values.device)
+    total, count = sum_over_ranks(both, values.device).to(values.device)
     mean: Tensor = total / count.clamp(min=1.0)
     return mean[None]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_ft.data.loader import TokenLoader, name_rows
-from lightning_ft.distributed import gathered, rank_zero_warn, several_ranks, summed_over_ranks
+from lightning_ft.distributed import all_gather_objects, is_distributed, rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ModelError, NonFiniteError
 from lightning_ft.models.numerics import first_nonfinite
 from lightning_ft.modules.options import OptimizerOptions
@@ -102,7 +102,7 @@ class FiniteSteps(ResumableModule):
         """
         recorded, self._recorded = self._recorded, []
         flags = torch.stack([~loss.to(norm.device).isfinite(), ~norm.isfinite(), norm.new_tensor(unusable is not None)])
-        bad_loss, bad_norm, bad_data = summed_over_ranks(flags.float(), self.device).tolist()
+        bad_loss, bad_norm, bad_data = sum_over_ranks(flags.float(), self.device).tolist()
         if not (bad_loss or bad_norm or bad_data):
             return
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -136,12 +136,13 @@ class FiniteSteps(ResumableModule):
         """Batches and rows of the step on all ranks; only those with a non-finite loss, if that is known."""
         wrong = [batch for batch, loss in recorded if not math.isfinite(loss)]
         mine = (wrong, list(dict.fromkeys(batch for batch, _ in recorded)), unusable)
-        ranks = gathered(mine)
+        ranks = all_gather_objects(mine)
         any_wrong = any(wrong for wrong, _, _ in ranks)
         chosen = list(dict.fromkeys(wrong if any_wrong else mine[1]))
         names = [f"{batch}{': ' + rows if rows else ''}" for batch, rows in map(self._named, chosen)]
-        if several_ranks():
-            names = [f"rank {rank}, {name}" for rank, of_rank in enumerate(gathered(names)) for name in of_rank]
+        if is_distributed():
+            by_rank = all_gather_objects(names)
+            names = [f"rank {rank}, {name}" for rank, names in enumerate(by_rank) for name in names]
         reasons = dict.fromkeys(reason for _, _, reason in ranks if reason is not None)
         return " ".join(
             [*(f"{reason}." for reason in reasons), f"It is made of {'; '.join(names)}."] if names else reasons

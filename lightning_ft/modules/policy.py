@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.distributed import largest_over_ranks, summed_over_ranks
+from lightning_ft.distributed import max_over_ranks, sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.kl import k1, k3
 from lightning_ft.losses.logprobs import SelectedLogProbs
@@ -228,7 +228,7 @@ class PolicyOptimization(SampledCompletions):
 
     def _statistics(self, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation over the completions, or tokens, of all ranks."""
-        return mean_and_std(summed_over_ranks(power_sums(values, mask), self.device))
+        return mean_and_std(sum_over_ranks(power_sums(values, mask), self.device))
 
     def _further_sums(self, rollout_batch: RolloutBatch) -> dict[str, Tensor]:
         if self._reference is None:
@@ -243,7 +243,7 @@ class PolicyOptimization(SampledCompletions):
     def _micro_batches(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
         """Micro-batches of the groups, the same number on every rank so that ranks run in step; some may be empty."""
         micro_batches = RolloutBatch.micro_batches(groups, self.micro_batch_size)
-        return micro_batches + [[]] * (largest_over_ranks(len(micro_batches), self.device) - len(micro_batches))
+        return micro_batches + [[]] * (max_over_ranks(len(micro_batches), self.device) - len(micro_batches))
 
     def learn(self, rollout_batch: RolloutBatch) -> None:
         """Take the optimizer steps of a rollout, until `max_steps` is reached."""
@@ -267,7 +267,7 @@ class PolicyOptimization(SampledCompletions):
         kept = ~rollout_batch.truncated if self.mask_truncated else torch.ones_like(rollout_batch.truncated)
         lengths = rollout_batch.lengths * kept
         chosen = [c for micro_batch in micro_batches for c in micro_batch]
-        totals = summed_over_ranks(torch.stack([torch.tensor(len(chosen)), lengths[chosen].sum()]), self.device)
+        totals = sum_over_ranks(torch.stack([torch.tensor(len(chosen)), lengths[chosen].sum()]), self.device)
         if not totals[0]:
             return
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.distributed import summed_over_ranks
+from lightning_ft.distributed import sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.gae import (
     clipped_value_loss,
@@ -203,14 +203,14 @@ class PPO(PolicyOptimization):
         returns = torch.where(rewarded, returns, values)
         rollout_batch.advantages = list(advantages.split(lengths.tolist()))
         rollout_batch.returns = list(returns.split(lengths.tolist()))
-        fit = explained_variance(summed_over_ranks(value_sums(returns, values, rewarded), self.device))
+        fit = explained_variance(sum_over_ranks(value_sums(returns, values, rewarded), self.device))
         metrics = {"explained_variance": float(fit.nan_to_num(0.0)), "kl_coef": self.kl_coef}
         self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=1)
         self._move_coefficient(float(kl.sum()), len(lengths))
 
     def _move_coefficient(self, kl: float, completions: int) -> None:
         if self.kl_controller is not None:
-            total, count = summed_over_ranks(torch.tensor([kl, float(completions)]), self.device).tolist()
+            total, count = sum_over_ranks(torch.tensor([kl, float(completions)]), self.device).tolist()
             if not math.isfinite(total):  # nor are the losses of these steps, which are refused or skipped
                 return
             self.kl_controller = self.kl_controller.update(total / max(1.0, count), int(count))

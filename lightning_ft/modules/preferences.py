@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
-from lightning_ft.distributed import summed_over_ranks
+from lightning_ft.distributed import sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.preference import SequenceLogProbs, implicit_rewards
 from lightning_ft.modules.adapted import AdaptedFineTuning, per_completion
@@ -71,7 +71,7 @@ class PreferenceLearning(AdaptedFineTuning):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Turn the sum of the step's gradients into their mean over examples, before they are clipped."""
-        examples = summed_over_ranks(torch.tensor(float(self._examples)), self.device)
+        examples = sum_over_ranks(torch.tensor(float(self._examples)), self.device)
         self._examples = 0
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1.0, examples.item())
         gradients = self.scale_gradients(factor)

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.cache import default_folder
-from lightning_ft.distributed import gathered, on_first_rank, rank_and_ranks, rank_zero_info, rank_zero_warn
+from lightning_ft.distributed import (
+    all_gather_objects,
+    on_rank_zero,
+    rank_and_world_size,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_ft.errors import ConfigError, FileWriteError
 from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import is_sharded
@@ -68,7 +74,7 @@ class ReferenceLogProbs:
                 "precompute_reference=True reads all rows before training: pass a PreferenceDataModule to the Trainer."
             )
         self._data, self._logprobs = data, {}
-        rank, ranks = rank_and_ranks()
+        rank, ranks = rank_and_world_size()
         weights = self.reference.to(device).fingerprint()
         for split in SPLITS:
             if split not in data.splits.sources:
@@ -76,7 +82,7 @@ class ReferenceLogProbs:
             key = hashlib.sha256(f"{weights} {precision} {data.encoded_key(split)}".encode()).hexdigest()
             path = self._folder / f"{key}.safetensors"
             kept = read_tensors(path, key=key)
-            everywhere = on_first_rank(lambda on_rank: [all(on_rank)] * len(on_rank), kept is not None)
+            everywhere = on_rank_zero(lambda on_rank: [all(on_rank)] * len(on_rank), kept is not None)
             if kept is not None and everywhere:  # all ranks compute, or none
                 self._logprobs[split] = kept["logprobs"]
                 rank_zero_info(f"{split}: log-probabilities under the reference read from {path}")
@@ -97,12 +103,12 @@ class ReferenceLogProbs:
     def _compute(
         self, data: Any, split: str, compute: Callable[[PreferenceBatch], Tensor], device: torch.device
     ) -> Tensor:
-        rank, ranks = rank_and_ranks()
+        rank, ranks = rank_and_world_size()
         with self.reference.use() as model:
             sharded = is_sharded(model)  # all ranks have to run it in step, so each computes all rows
         mine: list[tuple[int, Tensor]] = []
         for number, batch in enumerate(data.row_batches(split, _BATCH_SIZE)):
             if sharded or number % ranks == rank:
                 mine.append((number, compute(batch.to(device)).float().cpu().view(len(batch), -1)))
-        parts = [mine] if sharded else gathered(mine)
+        parts = [mine] if sharded else all_gather_objects(mine)
         return torch.cat([values for _, values in sorted((n for part in parts for n in part), key=lambda n: n[0])])

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from lightning_ft.distributed import gathered, rank_zero_warn
+from lightning_ft.distributed import all_gather_objects, rank_zero_warn
 from lightning_ft.modules.checks import CheckedRows
 
 
@@ -42,7 +42,7 @@ def rng_state(world_size: int = 1, own: dict[str, Any] | None = None) -> list[di
         own: State of this rank; the current one by default.
     """
     own = own_rng_state() if own is None else own
-    return [own] if world_size == 1 else gathered(own)
+    return [own] if world_size == 1 else all_gather_objects(own)
 
 
 def set_rng_state(states: Any, rank: int) -> None:

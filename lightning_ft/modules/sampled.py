@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.tokenizers import pad_token_id
-from lightning_ft.distributed import rank_zero_warn, summed_over_ranks
+from lightning_ft.distributed import rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ConfigError, NonFiniteError, RolloutError
 from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids
@@ -223,7 +223,7 @@ class SampledCompletions(AdaptedFineTuning):
             )
         except RolloutError as error:
             problem = error
-        refused = int(summed_over_ranks(torch.tensor(float(problem is not None)), self.device))
+        refused = int(sum_over_ranks(torch.tensor(float(problem is not None)), self.device))
         if problem is not None:
             raise problem
         if refused:
@@ -236,7 +236,7 @@ class SampledCompletions(AdaptedFineTuning):
             NonFiniteError: If there are any on any rank, and ``on_nonfinite="error"``.
         """
         affected = rollout_batch.without_logprobs
-        count = int(summed_over_ranks(torch.tensor(float(len(affected))), self.device))
+        count = int(sum_over_ranks(torch.tensor(float(len(affected))), self.device))
         if not count:
             return None
         first = (
@@ -317,7 +317,7 @@ class SampledCompletions(AdaptedFineTuning):
         return {f"train/{name}": value for name, value in metrics.items()}
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        totals = summed_over_ranks(torch.stack([value.cpu() for value in sums.values()]), self.device)
+        totals = sum_over_ranks(torch.stack([value.cpu() for value in sums.values()]), self.device)
         metrics: dict[str, float] = {}
         for name, total in zip(sums, totals, strict=True):
             if not total[0]:

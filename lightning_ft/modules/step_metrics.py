@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.distributed import summed_over_ranks
+from lightning_ft.distributed import sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TokenMetrics:
         sums = torch.stack(
             [loss, correct.double(), *(zero + n for n in (self._targets, self._tokens, self._positions))]
         )
-        total, hits, targets, tokens, positions = summed_over_ranks(sums, device).tolist()
+        total, hits, targets, tokens, positions = sum_over_ranks(sums, device).tolist()
         now = time.perf_counter()
         seconds = 0.0 if self._started is None else now - self._started
         self._started = now
@@ -138,6 +138,6 @@ class MeanMetrics:
         self._sums, self._counts = {}, {}
         if not names:
             return {}
-        totals, numbers = summed_over_ranks(torch.stack([*sums, *counts]), device).chunk(2)
+        totals, numbers = sum_over_ranks(torch.stack([*sums, *counts]), device).chunk(2)
         sums_and_counts = zip(names, totals.tolist(), numbers.tolist(), strict=True)
         return {name: total / number for name, total, number in sums_and_counts if number}

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lightning_ft.distributed import several_ranks
+from lightning_ft.distributed import is_distributed
 from lightning_ft.errors import RewardError
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class PatientRanks:
         Raises:
             RewardError: If the work failed on another rank; the error of that rank has the reason.
         """
-        if not several_ranks():
+        if not is_distributed():
             return work()
         if self._group is None:
             self._group = torch.distributed.new_group(backend="gloo")

@@ -16,12 +16,12 @@ from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.sections import (
     arms_tables,
     cost_blocks,
-    quality_picture,
+    quality_plot,
     regression_blocks,
     savings_facts,
     savings_headline,
     savings_provenance,
-    tokens_picture,
+    tokens_plot,
 )
 from lightning_ft.evaluation.savings.table import percent
 from lightning_ft.report.collect import RunReport, beside, run_names
@@ -77,9 +77,9 @@ def document(report: RunReport) -> Document:
 
 def _arms(result: SavingsResult, of: str, prefix: str, *, compared: bool) -> Section:
     """Tokens and quality of one result; a comparison has shown the quality of all before."""
-    pictures = [tokens_picture(result, f"{prefix}tokens")]
+    pictures = [tokens_plot(result, f"{prefix}tokens")]
     if not compared:
-        pictures.insert(0, quality_picture({of: result}, f"{prefix}quality"))
+        pictures.insert(0, quality_plot({of: result}, f"{prefix}quality"))
     title = "Tokens of a request" if compared else "Tokens and quality"
     return Section(_title(title, of), (*pictures, *arms_tables(result)))
 

@@ -9,15 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_ft.document.blocks import NO_PICTURES, Document
-from lightning_ft.document.canvas import Drawn, can_draw, drawn
+from lightning_ft.atomic_files import atomic_write
+from lightning_ft.document.blocks import NO_PLOTS, Document
+from lightning_ft.document.canvas import RenderedPlot, can_draw, drawn
 from lightning_ft.document.html import html_page
 from lightning_ft.document.markdown import markdown_document
 from lightning_ft.errors import DataError
 from lightning_ft.printable import json_text
 from lightning_ft.report.collect import COMPARISON, COMPUTE, RETENTION, SAVINGS, RunReport, collect
 from lightning_ft.report.compose import document
-from lightning_ft.whole_files import written_aside
 
 SCHEMA_VERSION = 1
 """Of ``report.json``; it grows when a program that reads it would have to change."""
@@ -66,21 +66,21 @@ def write_files(report: RunReport, folder: Path) -> list[Path]:
         The files written.
     """
     said = document(report)
-    pictures: dict[str, Drawn] = {}
+    pictures: dict[str, RenderedPlot] = {}
     if can_draw():
         pictures = {picture.name: drawn(picture) for picture in said.pictures}
     else:
-        _log.info(NO_PICTURES)
+        _log.info(NO_PLOTS)
     earlier, contents = _earlier_pictures(folder), _contents(report, said, pictures)
     for name, content in contents.items():
-        with written_aside(folder / name) as aside:
+        with atomic_write(folder / name) as aside:
             aside.write_bytes(content)
     for name in earlier - contents.keys():
         (folder / name).unlink(missing_ok=True)
     return [folder / name for name in contents]
 
 
-def report_json(report: RunReport, said: Document, pictures: Mapping[str, Drawn]) -> dict[str, Any]:
+def report_json(report: RunReport, said: Document, pictures: Mapping[str, RenderedPlot]) -> dict[str, Any]:
     """Everything that was collected, and what is said of it, as JSON types.
 
     Args:
@@ -113,7 +113,7 @@ def report_markdown(document: Document, pictures: Iterable[str]) -> str:
     return f"{text}Answers side by side and provenance: [report.html](report.html).\n"
 
 
-def _contents(report: RunReport, said: Document, pictures: Mapping[str, Drawn]) -> dict[str, bytes]:
+def _contents(report: RunReport, said: Document, pictures: Mapping[str, RenderedPlot]) -> dict[str, bytes]:
     text = json_text(report_json(report, said, pictures), indent=1)
     return {
         "report.html": html_page(said, pictures).encode(),

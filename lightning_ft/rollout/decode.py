@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM, attention_bias, base_of, input_device
+from lightning_ft.read_errors import first_line
 from lightning_ft.rollout.cache import GrowingCache, cache_layers
 from lightning_ft.rollout.protocol import Completion
 from lightning_ft.rollout.sampling import TokenSampler
 from lightning_ft.rollout.shared_rows import Forward, ReadPrompts, SharedRows
-from lightning_ft.unreadable import first_line
 
 
 def next_logits(

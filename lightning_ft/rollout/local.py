@@ -22,6 +22,7 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.load import context_length
+from lightning_ft.read_errors import first_line
 from lightning_ft.rollout.cache import GrowingCache
 from lightning_ft.rollout.decode import Ending, cached_layers, decode, decode_parts, idle_pass, next_logits, read_tokens
 from lightning_ft.rollout.fallback import generate_plainly
@@ -30,7 +31,6 @@ from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Samp
 from lightning_ft.rollout.rank_sync import RankSync
 from lightning_ft.rollout.sampling import TokenSampler
 from lightning_ft.rollout.shared_rows import read_prompts
-from lightning_ft.unreadable import first_line
 
 
 def batches_of(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_ft.distributed import rank_and_ranks
+from lightning_ft.distributed import rank_and_world_size
 from lightning_ft.errors import ConfigError, RolloutError
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.shard import is_sharded
@@ -31,7 +31,7 @@ class RankSync:
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
-        self.needed = rank_and_ranks()[1] > 1 and is_sharded(model)
+        self.needed = rank_and_world_size()[1] > 1 and is_sharded(model)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """The largest of all ranks, of each number."""

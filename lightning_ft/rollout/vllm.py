@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.distributed import on_first_rank, rank_and_ranks
+from lightning_ft.distributed import on_rank_zero, rank_and_world_size
 from lightning_ft.errors import ConfigError, LightningFTError, MissingDependencyError, RolloutError
 from lightning_ft.models.head import CausalLM, input_device
 from lightning_ft.models.shard import is_sharded
@@ -132,7 +132,7 @@ class VLLMEngine:
             answers = iter(self._ask(every, max_new_tokens, asked, num_completions))
             return [tuple(next(answers) for _ in range(len(theirs) * num_completions)) for theirs, _ in ranks]
 
-        completions = on_first_rank(work, ([list(prompt) for prompt in prompts], problem))
+        completions = on_rank_zero(work, ([list(prompt) for prompt in prompts], problem))
         if on_answered is not None and prompts:
             on_answered(len(prompts))
         return Rollouts(completions, 0, sum(map(len, prompts)))
@@ -153,7 +153,7 @@ class VLLMEngine:
         weights = ServedWeights(model)
         stream = iter(weights)
         problem: LightningFTError | None = None
-        if rank_and_ranks()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             try:
                 self._send(model, weights.metadata, stream)
                 if weights.problem is not None:
@@ -169,7 +169,7 @@ class VLLMEngine:
                 raise problems[0]
             return [None] * len(problems)
 
-        on_first_rank(outcome, problem)
+        on_rank_zero(outcome, problem)
 
     # ------------------------------------------------------------ rank 0
 

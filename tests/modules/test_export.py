@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PreferenceDataModule, RewardModeling
 from lightning_ft._lightning import Trainer
+from lightning_ft.atomic_files import temporary_path
 from lightning_ft.errors import ConfigError, ExportError, ModelError
 from lightning_ft.models.generate import end_token_ids
-from lightning_ft.whole_files import new_aside
 
 ROWS = make_rows(12)
 ASKED = [row["input"] for row in ROWS[:3]]
@@ -314,7 +314,7 @@ def test_a_failed_export_leaves_the_former_one(model_folder, tmp_path, monkeypat
 
 
 def test_what_a_killed_export_left_is_removed_and_no_reason_to_refuse(model_folder, tmp_path):
-    left = tmp_path / "out" / new_aside(tmp_path).name.replace(f"-{os.getpid()}-", "-4194305-")  # no such process
+    left = tmp_path / "out" / temporary_path(tmp_path).name.replace(f"-{os.getpid()}-", "-4194305-")  # no such process
     left.mkdir(parents=True)
     (left / "adapter_model.safetensors").write_bytes(b"half")
     LoRAFineTuning(model_folder, lora={"r": 4}).export(tmp_path / "out")

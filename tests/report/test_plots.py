@@ -9,8 +9,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_ft.document.blocks import Picture
-from lightning_ft.document.canvas import DPI, STYLE, drawn, marks
+from lightning_ft.document.blocks import Plot
+from lightning_ft.document.canvas import DPI, STYLE, render_plot, marks
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.comparison.plots import (
     Curve,
@@ -95,13 +95,13 @@ def test_a_dollar_sign_is_a_dollar_sign(make):
     result = make.savings(prices=replace(make.prices, currency="$ \\frac{ $"))
     break_even = Interval(668_528.0, 2e5, 3e6)
     draw = partial(draw_cost, result=result, kind="uncached", break_even=break_even)
-    assert drawn(Picture("cost", "", "", draw)).png.startswith(b"\x89PNG")
+    assert render_plot(Plot("cost", "", "", draw)).png.startswith(b"\x89PNG")
 
 
 def test_an_infinite_divergence_is_told_where_it_cannot_be_drawn():
     point, endless = Interval(0.03, 0.02, 0.04), Interval(math.inf, 1.0, math.inf)
     blocks = forgetting_blocks([Tradeoff("lora", point, point), Tradeoff("full", endless, point)])
-    assert isinstance(blocks[0], Picture)
+    assert isinstance(blocks[0], Plot)
     assert "full" not in blocks[0].alt
     assert blocks[1] == "Not drawn, since its KL is infinite: full."
     assert forgetting_blocks([Tradeoff("full", endless, point)]) == (blocks[1],)
@@ -152,8 +152,8 @@ def test_names_keep_their_looks():
 
 
 def test_a_picture_is_the_same_twice_and_holds_no_date(make):
-    picture = Picture("tokens", "", "", partial(draw_tokens, result=make.savings()))
-    one, other = drawn(picture), drawn(picture)
+    picture = Plot("tokens", "", "", partial(draw_tokens, result=make.savings()))
+    one, other = render_plot(picture), render_plot(picture)
     assert one == other
     assert b"<dc:date>" not in one.svg
     assert b"<text" not in one.svg  # letters are shapes, whatever fonts the reader has

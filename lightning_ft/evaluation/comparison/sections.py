@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lightning_ft.document.blocks import Block, Picture, Section, Table
+from lightning_ft.document.blocks import Block, Plot, Section, Table
 from lightning_ft.document.numbers import digits, duration, scaled, times
 from lightning_ft.evaluation.bootstrap import Interval, valued
 from lightning_ft.evaluation.comparison.plots import (
@@ -19,7 +19,7 @@ from lightning_ft.evaluation.comparison.plots import (
 )
 from lightning_ft.evaluation.retention.sections import Tradeoff
 from lightning_ft.evaluation.savings.intervals import gain_interval
-from lightning_ft.evaluation.savings.sections import quality_picture
+from lightning_ft.evaluation.savings.sections import quality_plot
 
 if TYPE_CHECKING:
     from lightning_ft.evaluation.comparison.result import Comparison, RunResult
@@ -91,9 +91,9 @@ def _methods(comparison: Comparison) -> Iterator[Block]:
     if not quality:
         return
     if comparison.savings:
-        yield quality_picture(comparison.savings)
+        yield quality_plot(comparison.savings)
     words = {name: valued(interval, "{:.3f}".format) for name, interval in quality.items()}
-    yield Picture(
+    yield Plot(
         "methods",
         "Quality by method. " + "; ".join(f"{name}: {text}" for name, text in words.items()) + ".",
         "Mean score on the test requests. Bars are 95% intervals over requests, all seeds of a request together.",
@@ -139,7 +139,7 @@ def _resources(comparison: Comparison) -> Iterator[Block]:
             f"{method}: " + ", ".join(f"{RESOURCES[r]} {times(found[r].value)}" for r in rows if r in found)
             for method, found in ratios.items()
         ).replace("\n", " ")
-        yield Picture(
+        yield Plot(
             "resources",
             f"Resources relative to full fine-tuning. {seen}.",
             "1x is full fine-tuning; left of it is less. Bars span the least and the largest of the seeds.",
@@ -168,7 +168,7 @@ def _learning(comparison: Comparison) -> Iterator[Block]:
             f"{name}: " + ", ".join(f"{interval.value:.3f} with {size:,}" for size, interval in curve.items())
             for name, curve in curves.items()
         )
-        yield Picture(
+        yield Plot(
             "learning",
             f"Quality over training rows. {seen}.",
             "How good a method gets with so many training rows, against the original weights with and without the "
@@ -184,7 +184,7 @@ def _training(comparison: Comparison) -> Iterator[Block]:
         if any(p.flops > 0 for p in run.curve)
     ]
     if curves:
-        yield Picture(
+        yield Plot(
             "training",
             "Quality over training operations. "
             + "; ".join(f"{c.name}: {c.quality[-1]:.3f} after {scaled(c.flops[-1], 'FLOP')}" for c in curves)

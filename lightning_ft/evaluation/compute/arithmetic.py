@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from lightning_ft.atomic_files import write_json
 from lightning_ft.errors import ConfigError
-from lightning_ft.whole_files import write_json
 
 MemoryKind = Literal["cuda", "resident", "process"]
 

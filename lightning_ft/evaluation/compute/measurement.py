@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_ft.distributed import gathered, warn
+from lightning_ft.distributed import all_gather_objects, warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.evaluation.compute.arithmetic import (
     ComputeResult,
@@ -279,7 +279,7 @@ class ComputeMeasurement:
         if read_memory or not self._peak[0]:
             self.read_memory()
         result = self.result()
-        if len(every := gathered(result)) > 1:
+        if len(every := all_gather_objects(result)) > 1:
             result = over_ranks(every)
         if result.uncounted:
             _warn(

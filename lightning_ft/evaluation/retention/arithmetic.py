@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_ft.atomic_files import write_json
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.bootstrap import Interval, Statistic, bootstrap_intervals
-from lightning_ft.whole_files import write_json
 
 BaseKind = Literal["adapter_off", "step_0", "model"]
 INTERVALS = ("kl_general", "ppl_ratio", "top1_agreement", "kl_task")

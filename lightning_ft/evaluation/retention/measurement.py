@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.tokenizers import pad_token_id
-from lightning_ft.distributed import rank_and_ranks
+from lightning_ft.distributed import rank_and_world_size
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.retention.arithmetic import (
     BaseKind,
@@ -331,7 +331,7 @@ class RetentionMeasurement:
     def _batches(self, title: str, model: CausalLM, examples: Sequence[Example]) -> Iterator[tuple[TokenBatch, int]]:
         """Batches of one row each example, and how many targets stood before; targets come in the examples' order."""
         first, device = 0, input_device(model)
-        hidden = not self._progress or rank_and_ranks()[0] != 0
+        hidden = not self._progress or rank_and_world_size()[0] != 0
         with tqdm(total=len(examples), desc=title, unit="text", disable=hidden, leave=False) as bar:
             for start in range(0, len(examples), self._batch_size):
                 part = examples[start : start + self._batch_size]

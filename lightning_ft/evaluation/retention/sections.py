@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning_ft.document.blocks import Block, Fact, Picture, runs_table
+from lightning_ft.document.blocks import Block, Fact, Plot, runs_table
 from lightning_ft.document.canvas import legend_below, marks, spread
 from lightning_ft.evaluation.bootstrap import Interval, between, valued
 
@@ -85,7 +85,7 @@ def forgetting_blocks(runs: Sequence[Tradeoff], name: str = "forgetting") -> tup
     )
     note = " Where a KL is marked as a lower bound, more may have been forgotten." if _bounded(runs) else ""
     return (
-        Picture(
+        Plot(
             name,
             f"What was forgotten against what was gained. {seen}.",
             "A point for each run. Up and to the left is best: much learnt, little forgotten. Bars are 95% intervals, "

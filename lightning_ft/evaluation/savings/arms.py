@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.cores import without_reasoning
 from lightning_ft.data.tokenizers import pad_token_id
-from lightning_ft.distributed import gathered, rank_and_ranks
+from lightning_ft.distributed import all_gather_objects, rank_and_world_size
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.plan import MeasurementPlan
 from lightning_ft.evaluation.savings.records import ArmRecords
@@ -62,7 +62,7 @@ def run_arm(
         batch_size=batch_size,
         share_prefix=share_prefix,
     )
-    rank, ranks = rank_and_ranks()
+    rank, ranks = rank_and_world_size()
     if is_sharded(model):
         ranks = 1
     mine = range(rank if ranks > 1 else 0, len(arm.prompts), ranks)
@@ -114,7 +114,7 @@ def _gather(answer: Callable[[], Sequence[Completion]], mine: Sequence[int], ran
         own = dict(zip(mine, answer(), strict=True))
     except Exception as error:
         own = f"{type(error).__name__}: {error}"
-    parts = gathered(own)
+    parts = all_gather_objects(own)
     if failed := [f"rank {rank}: {part}" for rank, part in enumerate(parts) if isinstance(part, str)]:
         raise SavingsError(f"Generation failed on {'; on '.join(failed)}")
     answered = {i: completion for part in parts for i, completion in part.items()}
@@ -123,7 +123,7 @@ def _gather(answer: Callable[[], Sequence[Completion]], mine: Sequence[int], ran
 
 def _scores(plan: MeasurementPlan, outputs: Sequence[str]) -> tuple[float, ...]:
     """Score on one rank and tell the others, errors too: a rank that raises alone leaves the others waiting."""
-    rank, ranks = rank_and_ranks()
+    rank, ranks = rank_and_world_size()
     told: list[Any] = [None]
     if rank == 0:
         try:

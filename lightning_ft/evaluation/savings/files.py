@@ -6,12 +6,12 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from lightning_ft.document.blocks import Picture
+from lightning_ft.atomic_files import atomic_write, write_json, write_text
+from lightning_ft.document.blocks import Plot
 from lightning_ft.document.markdown import markdown_document
 from lightning_ft.evaluation.result_files import read_result
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.sections import savings_document
-from lightning_ft.whole_files import write_json, write_text, written_aside
 
 _log = logging.getLogger(__name__)  # only the first rank writes, so only it speaks
 NAME = "token_savings"
@@ -42,7 +42,7 @@ def save_savings(result: SavingsResult, folder: Path, *, png: bool | None = None
     if png:
         from lightning_ft.evaluation.savings.plots import plot_savings
 
-        with written_aside(picture) as aside:
+        with atomic_write(picture) as aside:
             plot_savings(result, aside)
         written.append(picture)
     write_text(written[1], savings_markdown(result, picture=png))
@@ -56,7 +56,7 @@ def savings_markdown(result: SavingsResult, *, picture: bool = False) -> str:
         result: The result.
         picture: Whether the plot is next to the file.
     """
-    plot = Picture(NAME, "Tokens of a request and quality of each arm", "", lambda axes: None) if picture else None
+    plot = Plot(NAME, "Tokens of a request and quality of each arm", "", lambda axes: None) if picture else None
     return markdown_document(savings_document(result, plot), "Token savings", [NAME] if picture else [])
 
 

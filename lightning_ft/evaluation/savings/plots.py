@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_ft.document.canvas import DPI, PARTS, STYLE, clean, legend_below, logarithmic, marks, spread, tidy
+from lightning_ft.document.canvas import DPI, PARTS, STYLE, escape_unprintable, legend_below, logarithmic, marks, spread, style_axes
 from lightning_ft.document.numbers import rounded
 from lightning_ft.errors import MissingDependencyError
 from lightning_ft.evaluation.bootstrap import Interval
@@ -212,8 +212,8 @@ def plot_savings(result: SavingsResult, path: Path) -> None:
         draw_tokens(left, result)
         draw_quality(right, {name: _arm(result, name) for name in _ORDER if name in result.arms}, result.confidence)
         for axes in (left, right):
-            tidy(axes)
-        clean(figure)
+            style_axes(axes)
+        escape_unprintable(figure)
         figure.savefig(path, format="png", metadata={"Software": None})  # the same result, the same file
 
 

@@ -15,7 +15,7 @@ from lightning_ft.document.blocks import (
     Document,
     Fact,
     Headline,
-    Picture,
+    Plot,
     Section,
     SideBySide,
     Table,
@@ -48,7 +48,7 @@ _LABELS = {
 }
 
 
-def savings_document(result: SavingsResult, picture: Picture | None = None) -> Document:
+def savings_document(result: SavingsResult, picture: Plot | None = None) -> Document:
     """A whole result: verdict, warnings, tables of tokens, quality and costs, and provenance.
 
     Args:
@@ -120,7 +120,7 @@ def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
-def quality_picture(results: Mapping[str, SavingsResult], name: str = "quality") -> Picture:
+def quality_plot(results: Mapping[str, SavingsResult], name: str = "quality") -> Plot:
     """Each arm as a point; the tuned arms of several results next to the original weights, which they share.
 
     Args:
@@ -139,7 +139,7 @@ def quality_picture(results: Mapping[str, SavingsResult], name: str = "quality")
         f"{label}: quality {arm.quality.value:.3f} at {_tokens(arm.per_success)} tokens per success"
         for label, arm in arms.items()
     )
-    return Picture(
+    return Plot(
         name,
         f"Quality against tokens per success. {seen}.",
         f"Further left is cheaper, further up is right more often. Bars are {level:.0%} intervals over requests.",
@@ -147,14 +147,14 @@ def quality_picture(results: Mapping[str, SavingsResult], name: str = "quality")
     )
 
 
-def tokens_picture(result: SavingsResult, name: str = "tokens") -> Picture:
+def tokens_plot(result: SavingsResult, name: str = "tokens") -> Plot:
     """Mean tokens of a request by part.
 
     Args:
         result: The result.
         name: Name of the plot.
     """
-    return Picture(
+    return Plot(
         name,
         "Mean tokens of a request by arm. "
         + "; ".join(f"{arm}: {records.tokens / result.n:,.0f} tokens" for arm, records in result.arms.items())
@@ -212,7 +212,7 @@ def cost_blocks(result: SavingsResult, prefix: str = "") -> tuple[Block, ...]:
     assert result.costs is not None
     spans, level = break_even_intervals(result), f"{result.confidence:.0%}"
     pictures = tuple(
-        Picture(
+        Plot(
             f"{prefix}cost_{caching}",
             f"Cost over the number of requests {words}, prompted and tuned. Break-even: {_span(spans[caching])}.",
             f"Cost of a number of requests {words}. Break-even: {_span(spans[caching])}.",

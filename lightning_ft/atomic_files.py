@@ -24,7 +24,7 @@ _DAY = 86_400.0  # seconds after which what a process of another machine wrote a
 
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write a file or a folder to, which then takes the place of `path` in one step.
 
     Where that fails, or the process is killed, `path` is what it was before. What a killed process left in the folder
@@ -39,13 +39,13 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with written_aside(f"{folder}/a.txt") as aside:
+        ...     with atomic_write(f"{folder}/a.txt") as aside:
         ...         _ = aside.write_text("whole")
         ...     [file.name for file in Path(folder).iterdir()]
         ['a.txt']
     """
     path = Path(path)
-    aside = new_aside(path.parent)
+    aside = temporary_path(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
@@ -54,7 +54,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         os.replace(aside, path)
         flush_to_disk(path.parent, deep=False)
     except Exception as error:
-        if (reason := why_not_written(error)) is None:
+        if (reason := write_failure(error)) is None:
             raise
         raise FileWriteError(
             f"{str(path)!r} can't be written ({reason}). What was there before is unchanged: make room, or give "
@@ -74,7 +74,7 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         FileWriteError: If it can't be written.
     """
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
@@ -91,7 +91,7 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json_text(value, indent=1) + "\n")
 
 
-def new_aside(folder: Path) -> Path:
+def temporary_path(folder: Path) -> Path:
     """A new name in a folder that says which process writes there."""
     name = f".writing-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     _BEGUN.add(name)
@@ -105,8 +105,8 @@ def remove_leftovers(folder: Path) -> None:
             remove(path)
 
 
-def is_aside(path: Path) -> bool:
-    """Whether a path is one that :func:`new_aside` gave."""
+def is_temporary_path(path: Path) -> bool:
+    """Whether a path is one that :func:`temporary_path` gave."""
     return _NAME.fullmatch(path.name) is not None
 
 
@@ -122,18 +122,18 @@ def remove(path: Path) -> None:
         return
 
 
-def why_not_written(error: BaseException) -> str | None:
+def write_failure(error: BaseException) -> str | None:
     """What the system said, where an error is about writing a file; libraries wrap it in errors of their own.
 
     Example:
-        >>> why_not_written(OSError(errno.ENOSPC, "No space left on device")), why_not_written(ValueError("other"))
+        >>> write_failure(OSError(errno.ENOSPC, "No space left on device")), write_failure(ValueError("other"))
         ('No space left on device', None)
     """
     if isinstance(error, FileWriteError):
         return None  # says it already
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
         return os.strerror(error.errno)
-    if error.__context__ is not None and (reason := why_not_written(error.__context__)) is not None:
+    if error.__context__ is not None and (reason := write_failure(error.__context__)) is not None:
         return reason  # torch.save
     if (found := re.search(r"([^:]+) \(os error \d+\)$", str(error))) is not None:
         return found[1].strip()  # what is written in Rust: safetensors, tokenizers
@@ -190,12 +190,12 @@ def _runs(pid: int) -> bool:
 
 __all__ = [
     "flush_to_disk",
-    "is_aside",
-    "new_aside",
+    "is_temporary_path",
+    "temporary_path",
     "remove",
     "remove_leftovers",
-    "why_not_written",
+    "write_failure",
     "write_json",
     "write_text",
-    "written_aside",
+    "atomic_write",
 ]

@@ -7,7 +7,7 @@ from pickle import UnpicklingError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-UNREADABLE = (
+READ_ERRORS = (
     OSError,
     ValueError,
     TypeError,

@@ -7,8 +7,8 @@ import sys
 import pytest
 from full_disk import full_disk
 
+from lightning_ft.atomic_files import atomic_write, is_temporary_path, remove_leftovers, temporary_path, write_text
 from lightning_ft.errors import FileWriteError
-from lightning_ft.whole_files import is_aside, new_aside, remove_leftovers, write_text, written_aside
 
 
 def names(folder):
@@ -18,7 +18,7 @@ def names(folder):
 def test_written_aside_changes_nothing_until_all_is_written(tmp_path):
     file = tmp_path / "new" / "a.json"
     write_text(file, "first")
-    with written_aside(file) as aside:
+    with atomic_write(file) as aside:
         aside.write_text("second")
         assert file.read_text() == "first"
         assert aside.parent == file.parent  # a rename between file systems isn't one step
@@ -29,7 +29,7 @@ def test_written_aside_changes_nothing_until_all_is_written(tmp_path):
 @pytest.mark.parametrize("error", [KeyError("a"), KeyboardInterrupt()])
 def test_written_aside_leaves_the_earlier_file_where_the_writer_fails(tmp_path, error):
     write_text(tmp_path / "a", "first")
-    with pytest.raises(type(error)), written_aside(tmp_path / "a") as aside:  # noqa: PT012
+    with pytest.raises(type(error)), atomic_write(tmp_path / "a") as aside:  # noqa: PT012
         aside.write_text("half")
         raise error
     assert names(tmp_path) == ["a"]
@@ -52,15 +52,14 @@ def test_folder_that_can_not_be_made_is_named(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(tmp_path):
-    code = (
-        f"from lightning_ft.whole_files import new_aside; from pathlib import Path; new_aside(Path({str(tmp_path)!r}))"
-    )
+    imports = "from lightning_ft.atomic_files import temporary_path; from pathlib import Path"
+    code = f"{imports}; temporary_path(Path({str(tmp_path)!r}))"
     left = subprocess.run([sys.executable, "-c", f"{code}.write_text('half')"], check=False)
     assert left.returncode == 0
     (of_dead,) = tmp_path.iterdir()
     of_parent = of_dead.with_name(of_dead.name.replace(of_dead.name.split("-")[-2], str(os.getppid())))
     of_parent.write_text("another process is at it")
-    restarted = new_aside(tmp_path)  # a number that was another process's before the container was started again
+    restarted = temporary_path(tmp_path)  # a number that was another process's before the container was started again
     restarted = restarted.with_name(restarted.name[:-8] + "00000000")
     restarted.mkdir()
     elsewhere = tmp_path / ".writing-another.host-1-01234567"
@@ -70,8 +69,8 @@ def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
     os.utime(stale, (0, 0))
     theirs = tmp_path / ".writing-something"
     theirs.write_text("")
-    with written_aside(tmp_path / "a") as aside:
+    with atomic_write(tmp_path / "a") as aside:
         aside.write_text("")
         remove_leftovers(tmp_path)
-        assert is_aside(aside)
+        assert is_temporary_path(aside)
         assert set(tmp_path.iterdir()) == {of_parent, elsewhere, theirs, aside}
