@@ -42,7 +42,7 @@ def parts() -> list[tuple[Any, str, str]]:
         (FineTuning, "log_dict", "log_dict"),
         (scorer.LogProbModel, "lay_out", "layout of a micro-batch"),
         (local.LocalEngine, "generate", "rollout"),
-        (local, "read_prompts", "rollout: prompts read"),
+        (local, "prefill_prompts", "rollout: prompts read"),
         (local, "next_logits", "rollout: forward passes"),
         (TokenSampler, "__call__", "rollout: next tokens"),
         (SampledCompletions, "_judge", "rewards"),

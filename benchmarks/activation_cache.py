@@ -1,6 +1,6 @@
 """What a step costs that begins at the lowest trained layer, and ten epochs of them, against full fine-tuning.
 
-    python benchmarks/frozen_trunk.py --pairs 5
+    python benchmarks/activation_cache.py --pairs 5
 
 The same batch in turns: full fine-tuning of all layers, and an adapter in the top layers with the others' output read
 from disk. The first epoch, which computes that output, is measured by itself, and epochs are added up from both. That a

@@ -1,6 +1,6 @@
 """What quality adapters in the top layers keep, and at what compute: the support example for several depths and ranks.
 
-    OMP_NUM_THREADS=1 python benchmarks/frozen_trunk_quality.py --plot docs/images/frozen-trunk.png
+    OMP_NUM_THREADS=1 python benchmarks/activation_cache_quality.py --plot docs/images/activation-cache.png
 
 Full fine-tuning, LoRA in all layers, and adapters in the top k layers with rank r over kept states, each for the same
 number of epochs and with its best of a few learning rates, chosen on validation rows. Operations are those that
@@ -147,12 +147,12 @@ class Summary:
 def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
     """Quality against compute, both as shares of full fine-tuning's."""
     from lightning_ft.document.blocks import Plot
-    from lightning_ft.document.canvas import drawn, legend_below, marks
+    from lightning_ft.document.plotting import render_plot, add_legend_below, marker_styles
 
     names = {None: "full", LAYERS: "lora"}
     tops = {summary.first.top for summary in summaries}
     kinds = {top: names.get(top, f"adapters in the top {top}") for top in sorted(tops, key=lambda top: top or 0)}
-    looks = marks(list(kinds.values()))
+    looks = marker_styles(list(kinds.values()))
     labels = {"full": "full fine-tuning", "lora": f"LoRA in all {LAYERS} layers"}
     scale = full.mean("test")
     offsets = {LAYERS: (0, 9), LAYERS - 1: (0, -18)}  # of labels: their points stand close to each other
@@ -178,10 +178,10 @@ def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
         axes.annotate("95% of full", (0.02, 0.955), fontsize=9, color="#444444")
         axes.set(xlim=(0, 1.08 * max(s.mean("flops") for s in summaries) / full.mean("flops")), ylim=(0, 1.12))
         axes.set(xlabel="operations, to full fine-tuning's", ylabel="quality, to full fine-tuning's")
-        legend_below(axes)
+        add_legend_below(axes)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(drawn(Plot("frozen-trunk", "Quality for compute", "", paint)).png)
+    path.write_bytes(render_plot(Plot("frozen-trunk", "Quality for compute", "", paint)).png)
 
 
 class Runs:
