@@ -1,4 +1,4 @@
-"""Intervals of figures that are made of sums over requests."""
+"""Bootstrap confidence intervals of statistics that are functions of sums over requests."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lightning_ft.errors import SavingsError
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Mapping[str, Array]], Array]
-"""Sums of the columns, each of any shape, to a figure of that shape."""
+"""Function of the columns' sums, by name, that returns an array of their common shape."""
 
 _SEED = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"  # renamed in scipy 1.15
-_CELLS = 4_000_000  # numbers held at a time while resampling
+_MAX_ELEMENTS = 4_000_000  # numbers in memory at a time while resampling
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its confidence interval.
+    """A statistic with its confidence interval.
 
     Args:
-        value: The figure on the data as they are.
-        lo: Lower end; one-sided, it is a bound at half the error (97.5% for a 95% interval).
-        hi: Upper end.
+        value: Statistic of the original sample.
+        lo: Lower end of the interval. Taken alone it is a bound at half the error (97.5% for a 95% interval).
+        hi: Upper end of the interval.
     """
 
     value: float
@@ -38,7 +38,7 @@ class Interval:
     hi: float
 
     def to_dict(self) -> dict[str, float | str]:
-        """As JSON types, see :func:`json_number`.
+        """Convert to JSON types, see :func:`json_number`.
 
         Example:
             >>> Interval(2.0, 1.0, float("inf")).to_dict()
@@ -48,12 +48,12 @@ class Interval:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float | str]) -> Interval:
-        """Back from :meth:`to_dict`."""
+        """Restore an interval from :meth:`to_dict`."""
         return cls(**{name: float(value) for name, value in values.items()})
 
 
 def json_number(value: Any) -> Any:
-    """Infinite numbers as ``"Infinity"`` and ``"-Infinity"``, which JSON doesn't have; all else as it is.
+    """Convert infinite numbers, which JSON lacks, to ``"Infinity"`` and ``"-Infinity"``; return other values unchanged.
 
     Example:
         >>> json_number(float("-inf")), json_number(3)
@@ -73,19 +73,22 @@ def bootstrap_intervals(
     resamples: int = 9999,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Paired bootstrap over requests: what belongs to one request is always drawn together.
+    """Compute confidence intervals by a paired bootstrap over requests: all numbers of a request are drawn together.
 
-    BCa intervals (Efron 1987, https://doi.org/10.2307/2289144) by `scipy.stats.bootstrap`; percentiles where the data
-    are degenerate (all resamples alike, or some undefined). They depend neither on the order of the requests nor on
-    their names.
+    Intervals are BCa (Efron 1987, https://doi.org/10.2307/2289144) from `scipy.stats.bootstrap`, or percentiles where
+    the data are degenerate (all resamples equal, or some undefined). They depend neither on the order of the requests
+    nor on their names.
 
     Args:
-        columns: Numbers of each request, by name, ``n`` each.
-        statistics: Figures to make of the columns' sums.
-        clusters: What each request belongs to, ``n``; whole clusters are drawn. None: each request by itself.
-        confidence: Of the two-sided intervals.
-        resamples: How often to draw.
-        seed: Of the draws.
+        columns: Numbers of the ``n`` requests, by name; each column has length ``n``.
+        statistics: Functions of the columns' sums, by name.
+        clusters: Cluster of each request, of length ``n``; whole clusters are drawn. None draws single requests.
+        confidence: Confidence level of the two-sided intervals.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        Interval of each statistic, by name.
 
     Raises:
         SavingsError: If there are no requests.
@@ -99,32 +102,32 @@ def bootstrap_intervals(
     names = list(columns)
     table = np.array([columns[name] for name in names], dtype=np.float64)  # [columns, n]
     if table.size == 0:
-        raise SavingsError("No requests: there is nothing to measure.")
-    table = _canonical(_cluster_sums(table, clusters))  # [columns, units]
+        raise SavingsError("There are no requests to measure. Pass at least one.")
+    table = _canonical_order(_cluster_sums(table, clusters))  # [columns, units]
 
-    def figures(*drawn: Array, axis: int = -1) -> Array:
+    def evaluate(*drawn: Array, axis: int = -1) -> Array:
         sums = {name: column.sum(axis=axis) for name, column in zip(names, drawn, strict=True)}
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.stack(
                 [np.broadcast_to(statistic(sums), next(iter(sums.values())).shape) for statistic in statistics.values()]
             )
 
-    values = figures(*table)
+    values = evaluate(*table)
     units = table.shape[1]
     if units == 1:  # nothing to resample
         return {name: Interval(float(v), float(v), float(v)) for name, v in zip(statistics, values, strict=True)}
     result: Any
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # degenerate figures are dealt with below
+        warnings.simplefilter("ignore")  # degenerate statistics are handled below
         result = stats.bootstrap(
             tuple(table),
-            figures,
+            evaluate,
             paired=True,
             vectorized=True,
             n_resamples=resamples,
             confidence_level=confidence,
             method="BCa",
-            batch=max(1, _CELLS // (units * len(names))),
+            batch=max(1, _MAX_ELEMENTS // (units * len(names))),
             **{_SEED: np.random.default_rng(seed)},
         )
     lows, highs = result.confidence_interval
@@ -135,7 +138,7 @@ def bootstrap_intervals(
         drawn = result.bootstrap_distribution[k]
         if not (np.isfinite(lo) and np.isfinite(hi) and np.isfinite(drawn).all()):
             drawn = drawn[~np.isnan(drawn)]
-            # "lower" and "higher" err to the wide side, and never interpolate with an infinite draw
+            # "lower" and "higher" widen the interval, and never interpolate with an infinite value
             lo = float(np.quantile(drawn, tail, method="lower")) if drawn.size else float(values[k])
             hi = float(np.quantile(drawn, 1 - tail, method="higher")) if drawn.size else float(values[k])
         intervals[name] = Interval(float(values[k]), lo, hi)
@@ -143,36 +146,37 @@ def bootstrap_intervals(
 
 
 def _cluster_sums(table: Array, clusters: Sequence[Hashable] | None) -> Array:
+    """Sum the requests of each cluster, ``[columns, n]`` to ``[columns, clusters]``."""
     if clusters is None:
         return table
-    places: dict[Hashable, int] = {}
-    which = np.array([places.setdefault(cluster, len(places)) for cluster in clusters])
-    sums = np.zeros((table.shape[0], len(places)))
+    index_of: dict[Hashable, int] = {}
+    indices = np.array([index_of.setdefault(cluster, len(index_of)) for cluster in clusters])
+    sums = np.zeros((table.shape[0], len(index_of)))
     for row, column in zip(sums, table, strict=True):
-        np.add.at(row, which, column)
+        np.add.at(row, indices, column)
     return sums
 
 
-def _canonical(table: Array) -> Array:
-    """Units in an order that follows from their numbers alone."""
+def _canonical_order(table: Array) -> Array:
+    """Sort the units by their numbers, so that the resamples don't depend on the order of the requests."""
     return table[:, np.lexsort(table[::-1])]
 
 
-def between(interval: Interval, form: Callable[[float], str]) -> str:
-    """Both ends of an interval as text.
+def format_range(interval: Interval, form: Callable[[float], str]) -> str:
+    """Format both ends of an interval.
 
     Example:
-        >>> between(Interval(0.5, 0.25, 0.75), lambda share: f"{share:.0%}")
+        >>> format_range(Interval(0.5, 0.25, 0.75), lambda share: f"{share:.0%}")
         '25% to 75%'
     """
     return f"{form(interval.lo)} to {form(interval.hi)}"
 
 
-def valued(interval: Interval, form: Callable[[float], str]) -> str:
-    """A value with its interval as text.
+def format_interval(interval: Interval, form: Callable[[float], str]) -> str:
+    """Format a value with its interval.
 
     Example:
-        >>> valued(Interval(0.5, 0.25, 0.75), lambda share: f"{share:.0%}")
+        >>> format_interval(Interval(0.5, 0.25, 0.75), lambda share: f"{share:.0%}")
         '50% (25% to 75%)'
     """
-    return f"{form(interval.value)} ({between(interval, form)})"
+    return f"{form(interval.value)} ({format_range(interval, form)})"

@@ -1,4 +1,4 @@
-"""How right an answer is: functions of the answer and the reference that give a number from 0 to 1."""
+"""Scorers: functions of an answer and its reference that return a number from 0 (wrong) to 1 (right)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.importing import import_object
 
 Scorer = Callable[[str, str], float]
-"""Answer and reference to a score from 0 (wrong) to 1 (right)."""
+"""Function of an answer and its reference that returns a score from 0 (wrong) to 1 (right)."""
 
 _TRAILING = ".,;:!?…。！？"  # noqa: RUF001  # full-width marks end sentences too
 
 
 def exact_match(output: str, reference: str) -> float:
-    """1 where the answer is the reference, character by character.
+    """Return 1.0 if the answer equals the reference character by character, else 0.0.
 
     Example:
         >>> exact_match("B-417", "B-417"), exact_match("b-417", "B-417")
@@ -29,20 +29,20 @@ def exact_match(output: str, reference: str) -> float:
 
 
 def normalized_match(output: str, reference: str) -> float:
-    """1 where both are the same apart from case, white space, Unicode form (NFKC) and punctuation at the end.
+    """Return 1.0 if both are equal up to case, white space, Unicode form (NFKC) and final punctuation, else 0.0.
 
     Example:
         >>> normalized_match(" Yes,  please. ", "yes, please"), normalized_match("no", "yes")
         (1.0, 0.0)
     """
-    return float(normalized(output) == normalized(reference))
+    return float(normalize_text(output) == normalize_text(reference))
 
 
-def normalized(text: str) -> str:
-    """Text in NFKC, case folded, white space collapsed, without punctuation at the end.
+def normalize_text(text: str) -> str:
+    """Convert a text to NFKC, fold its case, collapse its white space and strip final punctuation.
 
     Example:
-        >>> normalized("  The  CAT sat!? ")
+        >>> normalize_text("  The  CAT sat!? ")
         'the cat sat'
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -50,45 +50,47 @@ def normalized(text: str) -> str:
 
 
 class LabelMatch:
-    """1 where the first label that stands in the answer, as words of its own, is the reference's.
+    """Scorer that compares the first label in the answer with the reference.
+
+    A label counts where it appears as whole words; of several that begin at the same character, the longest.
 
     Args:
-        labels: All there are.
+        labels: All labels of the task; they are compared after :func:`normalize_text`.
 
     Raises:
-        SavingsError: If there are none.
+        SavingsError: If there are no labels.
 
     Example:
-        >>> score = LabelMatch(["refund", "invoice", "late invoice"])
-        >>> score("I would call this a Late Invoice.", "late invoice"), score("invoice or refund?", "refund")
+        >>> scorer = LabelMatch(["refund", "invoice", "late invoice"])
+        >>> scorer("I would call this a Late Invoice.", "late invoice"), scorer("invoice or refund?", "refund")
         (1.0, 0.0)
     """
 
     def __init__(self, labels: Iterable[str]) -> None:
-        found = sorted({normalized(label) for label in labels} - {""}, key=lambda label: (-len(label), label))
+        found = sorted({normalize_text(label) for label in labels} - {""}, key=lambda label: (-len(label), label))
         if not found:
-            raise SavingsError("LabelMatch has no labels.")
+            raise SavingsError("LabelMatch has no labels. Pass at least one that isn't blank or punctuation.")
         self.labels = tuple(found)
         either = "|".join(map(re.escape, found))  # the longest first: "late invoice" before "invoice"
         self._pattern = re.compile(rf"(?<!\w)(?:{either})(?!\w)")
 
     def __call__(self, output: str, reference: str) -> float:
-        """Score an answer.
+        """Return 1.0 if the first label in the answer is the reference, else 0.0.
 
         Raises:
             SavingsError: If the reference isn't one of the labels.
         """
-        right = normalized(reference)
-        if right not in self.labels:
+        expected = normalize_text(reference)
+        if expected not in self.labels:
             raise SavingsError(f"the reference {reference!r} isn't one of the labels: {', '.join(self.labels[:10])}.")
-        found = self._pattern.search(normalized(output))
-        return float(found is not None and found.group() == right)
+        found = self._pattern.search(normalize_text(output))
+        return float(found is not None and found.group() == expected)
 
 
 def json_equal(output: str, reference: str) -> float:
-    """1 where the answer is JSON that means the same as the reference.
+    """Return 1.0 if the answer is JSON with the same value as the reference, else 0.0.
 
-    Order of keys and white space don't count, types do. A Markdown fence around the answer is taken off.
+    The order of keys and white space are ignored, types are not. A Markdown code fence around the answer is removed.
 
     Raises:
         ValueError: If the reference isn't JSON.
@@ -97,16 +99,16 @@ def json_equal(output: str, reference: str) -> float:
         >>> json_equal('{"b": 1.0, "a": [true]}', '{"a": [true], "b": 1}'), json_equal('{"a": 1}', '{"a": true}')
         (1.0, 0.0)
     """
-    right = _parse(reference)
+    expected = _parse(reference)
     try:
-        return float(_same(_parse(_unfenced(output)), right))
+        return float(_same(_parse(_unfenced(output)), expected))
     except ValueError:
         return 0.0
 
 
 def _parse(text: str) -> Any:
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} isn't JSON")
+        raise ValueError(f"{constant} isn't valid JSON")
 
     return json.loads(text, parse_constant=refuse)
 
@@ -124,20 +126,20 @@ def _same(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)  # in Python True == 1
 
 
-NAMED: dict[str, Scorer] = {"exact": exact_match, "normalized": normalized_match, "json": json_equal}
-"""Scorers that can be asked for by name; ``"label"`` is `LabelMatch` over the references."""
+SCORERS: dict[str, Scorer] = {"exact": exact_match, "normalized": normalized_match, "json": json_equal}
+"""Scorers by name. The name ``"label"`` is resolved to a `LabelMatch` over the references."""
 
 
 def resolve_scorer(scorer: str | Scorer, references: Sequence[str]) -> tuple[str, Scorer]:
-    """A scorer's name and the scorer.
+    """Return the name of a scorer and the scorer itself.
 
     Args:
-        scorer: ``"exact"``, ``"normalized"``, ``"label"``, ``"json"``, a function, or where to import one from, as
+        scorer: ``"exact"``, ``"normalized"``, ``"label"``, ``"json"``, a function, or its import path:
             ``"package.module.function"``, ``"package.module:function"`` or ``"path/to/file.py:function"``.
-        references: Whose labels ``"label"`` takes.
+        references: Reference answers, which are the labels of ``"label"``.
 
     Raises:
-        SavingsError: If there is no such scorer.
+        SavingsError: If no scorer has this name or import path.
 
     Example:
         >>> resolve_scorer("exact", [])[0], resolve_scorer("operator:eq", [])[1]("a", "a")
@@ -147,23 +149,34 @@ def resolve_scorer(scorer: str | Scorer, references: Sequence[str]) -> tuple[str
         return str(getattr(scorer, "__qualname__", type(scorer).__qualname__)), scorer
     if scorer == "label":
         return scorer, LabelMatch(references)
-    if scorer in NAMED:
-        return scorer, NAMED[scorer]
+    if scorer in SCORERS:
+        return scorer, SCORERS[scorer]
     is_import_path = "." in scorer or ":" in scorer
-    found: Any = import_object(scorer, argument="scorer", error=SavingsError) if is_import_path else None
-    if not callable(found):
-        names = ", ".join(map(repr, [*NAMED, "label"]))
-        raise SavingsError(f"scorer={scorer!r}: expected {names}, a function, or where to import one from.")
-    return scorer, cast(Scorer, found)
+    imported: Any = import_object(scorer, argument="scorer", error=SavingsError) if is_import_path else None
+    if not callable(imported):
+        names = ", ".join(map(repr, [*SCORERS, "label"]))
+        raise SavingsError(f"scorer={scorer!r}: expected {names}, a function, or the import path of one.")
+    return scorer, cast(Scorer, imported)
 
 
 def grade_answers(
     name: str, scorer: Scorer, ids: Sequence[str], outputs: Sequence[str], references: Sequence[str]
 ) -> tuple[float, ...]:
-    """Score every answer.
+    """Grade each answer against its reference.
+
+    Args:
+        name: Name of the scorer, for errors.
+        scorer: Scorer to apply.
+        ids: Id of each request, for errors.
+        outputs: Answer to each request.
+        references: Reference answer of each request.
+
+    Returns:
+        Score of each answer, from 0 to 1.
 
     Raises:
-        SavingsError: If the scorer raises or gives anything but a number from 0 to 1; names scorer and request.
+        SavingsError: If the scorer raises, or returns anything but a number from 0 to 1. The message contains the names
+            of the scorer and the request.
 
     Example:
         >>> grade_answers("exact", exact_match, ["1", "2"], ["a", "b"], ["a", "c"])
@@ -173,13 +186,13 @@ def grade_answers(
     for i, output, reference in zip(ids, outputs, references, strict=True):
         try:
             score: Any = scorer(output, reference)
-        except (Exception, SystemExit) as error:  # whatever it is, the request it failed on must be told
+        except (Exception, SystemExit) as error:  # whatever it is, the message must name the request
             raise SavingsError(f"Scorer {name!r} failed on request {i!r}: {type(error).__name__}: {error}") from error
         try:
             number = float(score) if not isinstance(score, str) else math.nan
         except (TypeError, ValueError):
             number = math.nan
         if not 0 <= number <= 1:
-            raise SavingsError(f"Scorer {name!r} gave {score!r} for request {i!r}: expected a number from 0 to 1.")
+            raise SavingsError(f"Scorer {name!r} returned {score!r} for request {i!r}: expected a number from 0 to 1.")
         scores.append(number)
     return tuple(scores)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from lightning_ft.document.blocks import Block, Document, Fact, Headline, Section, Table, provenance_table
-from lightning_ft.evaluation.bootstrap import between
+from lightning_ft.evaluation.bootstrap import format_range
 from lightning_ft.evaluation.comparison.sections import comparison_sections, final_runs, tradeoffs
 from lightning_ft.evaluation.compute.sections import compute_table
 from lightning_ft.evaluation.retention.sections import Tradeoff, forgetting_blocks, retention_facts, retention_table
@@ -162,7 +162,7 @@ def _single_runs(savings: Mapping[str, SavingsResult]) -> Table:
         (
             name,
             "PASS" if result.gate.passed else "FAIL",
-            f"{percent(result.savings['total'].value)} ({between(result.savings['total'], percent)})",
+            f"{percent(result.savings['total'].value)} ({format_range(result.savings['total'], percent)})",
             f"{result.quality['tuned'].value:.3f}",
             f"{result.quality['prompted'].value:.3f}",
             f"{result.n:,}",
@@ -170,7 +170,7 @@ def _single_runs(savings: Mapping[str, SavingsResult]) -> Table:
         for name, result in _named(savings).items()
     )
     head = ("run", "gate", "tokens saved", "quality, tuned", "quality, prompted", "requests")
-    return Table(head, rows, "Each run's own measurement", texts=frozenset({0, 1}))
+    return Table(head, rows, "Each run's own measurement", text_columns=frozenset({0, 1}))
 
 
 def _provenance(report: RunReport, told: Mapping[str, SavingsResult], names: Mapping[str, str]) -> list[Section]:

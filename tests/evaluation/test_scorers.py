@@ -6,7 +6,7 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.scorers import LabelMatch, grade_answers, resolve_scorer
 
 
-def half(output, reference):
+def constant_scorer(output, reference):
     return 0.5
 
 
@@ -28,44 +28,44 @@ def half(output, reference):
         ("json", "", '""', 0),
     ],
 )
-def test_named_scorers(name, output, reference, expected):
+def test_resolve_scorer_finds_scorers_by_name(name, output, reference, expected):
     assert resolve_scorer(name, [reference])[1](output, reference) == expected
 
 
-def test_label_match_takes_the_first_label_as_words_of_its_own():
-    name, score = resolve_scorer("label", ["Billing", "late billing", "shipping"])
+def test_label_match_takes_the_first_label_of_whole_words():
+    name, scorer = resolve_scorer("label", ["Billing", "late billing", "shipping"])
     assert name == "label"
-    assert score("It is late billing, not shipping.", "Late Billing") == 1
-    assert score("It is late billing, not shipping.", "billing") == 0
-    assert score("rebilling? shipping", "shipping") == 1
-    assert score("no idea", "shipping") == 0
+    assert scorer("It is late billing, not shipping.", "Late Billing") == 1
+    assert scorer("It is late billing, not shipping.", "billing") == 0
+    assert scorer("rebilling? shipping", "shipping") == 1
+    assert scorer("no idea", "shipping") == 0
     with pytest.raises(SavingsError, match="isn't one of the labels"):
-        score("shipping", "returns")
+        scorer("shipping", "returns")
     with pytest.raises(SavingsError, match="no labels"):
         LabelMatch([" "])
 
 
-@pytest.mark.parametrize("path", [f"{__name__}:half", f"{__name__}.half"])
-def test_a_scorer_can_be_imported(path):
+@pytest.mark.parametrize("path", [f"{__name__}:constant_scorer", f"{__name__}.constant_scorer"])
+def test_resolve_scorer_imports_a_path(path):
     assert resolve_scorer(path, [])[1]("a", "b") == 0.5
 
 
 @pytest.mark.parametrize("path", ["exactly", "no.such.module", "math:no_such", "math:pi"])
-def test_a_scorer_that_is_not_there(path):
+def test_resolve_scorer_refuses_unknown_names_and_paths(path):
     with pytest.raises(SavingsError, match="scorer="):
         resolve_scorer(path, [])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.5, None, "1", [1, 2]])
-def test_a_score_that_is_no_number_from_0_to_1_names_scorer_and_request(bad):
-    with pytest.raises(SavingsError, match=r"Scorer 'mine' gave .* for request 'r2'"):
+def test_grade_answers_refuses_values_outside_0_to_1(bad):
+    with pytest.raises(SavingsError, match=r"Scorer 'mine' returned .* for request 'r2'"):
         grade_answers("mine", lambda o, r: bad if o == "b" else 1, ["r1", "r2"], ["a", "b"], ["a", "b"])
 
 
-def test_a_scorer_that_raises_names_scorer_and_request():
+def test_grade_answers_names_scorer_and_request_of_an_exception():
     with pytest.raises(SavingsError, match="Scorer 'json' failed on request 'r2': JSONDecodeError"):
         grade_answers("json", resolve_scorer("json", [])[1], ["r1", "r2"], ["1", "1"], ["1", "{oops"])
 
 
-def test_booleans_are_scores():
+def test_grade_answers_accepts_booleans():
     assert grade_answers("eq", lambda o, r: o == r, ["1", "2"], ["a", "b"], ["a", "c"]) == (1.0, 0.0)

@@ -49,7 +49,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("text", ["not json", '{"arms": {}}', "[]"])
 def test_a_file_that_is_something_else_is_named(tmp_path, text):
     (tmp_path / "token_savings.json").write_text(text)
-    with pytest.raises(DataError, match=r"token_savings\.json.*must be the file that this package wrote"):
+    with pytest.raises(DataError, match=r"token_savings\.json.*Expected a result file that this package wrote"):
         collect(tmp_path)
 
 

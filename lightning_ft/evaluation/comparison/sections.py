@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_ft.document.blocks import Block, Plot, Section, Table
-from lightning_ft.document.numbers import digits, duration, scaled, times
-from lightning_ft.evaluation.bootstrap import Interval, valued
+from lightning_ft.document.numbers import format_duration, format_number, format_ratio, format_si
+from lightning_ft.evaluation.bootstrap import Interval, format_interval
 from lightning_ft.evaluation.comparison.plots import (
     RESOURCES,
     Curve,
@@ -82,7 +82,7 @@ def _claims(comparison: Comparison) -> Iterator[Block]:
             ("claim", "as it is made", "verdict", "what was measured"),
             rows,
             "A claim held where its whole interval is on the claim's side",
-            texts=frozenset({0, 1, 2, 3}),
+            text_columns=frozenset({0, 1, 2, 3}),
         )
 
 
@@ -92,7 +92,7 @@ def _methods(comparison: Comparison) -> Iterator[Block]:
         return
     if comparison.savings:
         yield quality_plot(comparison.savings)
-    words = {name: valued(interval, "{:.3f}".format) for name, interval in quality.items()}
+    words = {name: format_interval(interval, "{:.3f}".format) for name, interval in quality.items()}
     yield Plot(
         "methods",
         "Quality by method. " + "; ".join(f"{name}: {text}" for name, text in words.items()) + ".",
@@ -126,8 +126,8 @@ def _methods(comparison: Comparison) -> Iterator[Block]:
         )
     if comparison.sweep_seconds:
         yield (
-            f"Looking for learning rates took {duration(comparison.sweep_seconds)} of training and "
-            f"{scaled(comparison.sweep_flops, 'FLOP')} beside the runs that are shown."
+            f"Looking for learning rates took {format_duration(comparison.sweep_seconds)} of training and "
+            f"{format_si(comparison.sweep_flops, 'FLOP')} beside the runs that are shown."
         )
 
 
@@ -136,7 +136,7 @@ def _resources(comparison: Comparison) -> Iterator[Block]:
     rows = [name for name in RESOURCES if any(name in found for found in ratios.values())]
     if rows:
         seen = "; ".join(
-            f"{method}: " + ", ".join(f"{RESOURCES[r]} {times(found[r].value)}" for r in rows if r in found)
+            f"{method}: " + ", ".join(f"{RESOURCES[r]} {format_ratio(found[r].value)}" for r in rows if r in found)
             for method, found in ratios.items()
         ).replace("\n", " ")
         yield Plot(
@@ -187,7 +187,7 @@ def _training(comparison: Comparison) -> Iterator[Block]:
         yield Plot(
             "training",
             "Quality over training operations. "
-            + "; ".join(f"{c.name}: {c.quality[-1]:.3f} after {scaled(c.flops[-1], 'FLOP')}" for c in curves)
+            + "; ".join(f"{c.name}: {c.quality[-1]:.3f} after {format_si(c.flops[-1], 'FLOP')}" for c in curves)
             + ".",
             "Quality on validation rows while training went on, a line for each seed with its chosen learning rate.",
             partial(draw_training, curves=curves),
@@ -201,9 +201,9 @@ def _ratio(interval: Interval | None) -> str:
 def _alike(interval: Interval, form: Callable[[float], str]) -> str:
     """A figure with its ends, unless they read the same, as the operations of all seeds do."""
     same = len({form(end) for end in (interval.value, interval.lo, interval.hi)}) == 1
-    return form(interval.value) if same else valued(interval, form)
+    return form(interval.value) if same else format_interval(interval, form)
 
 
 def _or_never(value: float) -> str:
     """Three digits, or that a quality was never reached."""
-    return "never" if value == float("inf") else digits(value)
+    return "never" if value == float("inf") else format_number(value)

@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_ft.document.blocks import Block, Fact, Plot, runs_table
-from lightning_ft.document.canvas import legend_below, marks, spread
-from lightning_ft.evaluation.bootstrap import Interval, between, valued
+from lightning_ft.document.plotting import add_legend_below, error_bar, marker_styles
+from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
 
 if TYPE_CHECKING:
     from lightning_ft.evaluation.retention.arithmetic import RetentionResult
@@ -29,7 +29,8 @@ def retention_facts(result: RetentionResult) -> tuple[Fact, ...]:
         Fact(
             "change of perplexity on general text",
             f"{rise.value:+.1%}",
-            f"95% interval {between(rise, '{:+.1%}'.format)}; same next token at {result.top1_agreement.value:.1%}",
+            f"95% interval {format_range(rise, '{:+.1%}'.format)}; "
+            f"same next token at {result.top1_agreement.value:.1%} of positions",
         ),
     )
 
@@ -48,16 +49,16 @@ def retention_table(results: Mapping[str, RetentionResult]) -> tuple[Block, ...]
     rows = [
         row(
             "KL on general text, nats a token",
-            [("at least " if r.lower_bound else "") + valued(r.kl_general, "{:.4f}".format) for r in found],
+            [("at least " if r.lower_bound else "") + format_interval(r.kl_general, "{:.4f}".format) for r in found],
         ),
-        row("perplexity, tuned over base", [valued(r.ppl_ratio, "{:.3f}".format) for r in found]),
-        row("same most likely token", [valued(r.top1_agreement, "{:.1%}".format) for r in found]),
+        row("perplexity, tuned over base", [format_interval(r.ppl_ratio, "{:.3f}".format) for r in found]),
+        row("same most likely token", [format_interval(r.top1_agreement, "{:.1%}".format) for r in found]),
         row(
             "KL on task answers, nats a token",
             [
                 "not measured"
                 if r.kl_task is None
-                else ("at least " if r.lower_bound else "") + valued(r.kl_task, "{:.4f}".format)
+                else ("at least " if r.lower_bound else "") + format_interval(r.kl_task, "{:.4f}".format)
                 for r in found
             ],
         ),
@@ -124,7 +125,7 @@ def draw_forgetting(axes: Any, runs: Sequence[Tradeoff]) -> None:
         axes: Of matplotlib.
         runs: At least one.
     """
-    look = marks(list(dict.fromkeys(run.name for run in runs)))
+    look = marker_styles(list(dict.fromkeys(run.name for run in runs)))
     named: set[str] = set()
     for run in runs:
         x, y, mark = run.forgotten, run.gained, look[run.name]
@@ -133,8 +134,8 @@ def draw_forgetting(axes: Any, runs: Sequence[Tradeoff]) -> None:
         axes.errorbar(
             [x.value],
             [y.value],
-            xerr=spread(x.value, x.lo, x.hi),
-            yerr=spread(y.value, y.lo, y.hi),
+            xerr=error_bar(x.value, x.lo, x.hi),
+            yerr=error_bar(y.value, y.lo, y.hi),
             fmt=mark.marker,
             color=mark.color,
             markersize=9,
@@ -149,4 +150,4 @@ def draw_forgetting(axes: Any, runs: Sequence[Tradeoff]) -> None:
     axes.set_xlabel("forgotten: KL on general text (nats per token), less is better")
     axes.set_ylabel("quality gained over the untuned model")
     axes.set_title("What was forgotten against what was gained")
-    legend_below(axes)
+    add_legend_below(axes)

@@ -21,8 +21,8 @@ from lightning_ft.document.blocks import (
     Table,
     provenance_table,
 )
-from lightning_ft.document.numbers import rounded
-from lightning_ft.evaluation.bootstrap import Interval, between, valued
+from lightning_ft.document.numbers import format_count
+from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
 from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_open, per_success_intervals
 from lightning_ft.evaluation.savings.plots import Arm, Kind, draw_cost, draw_quality, draw_tokens
 from lightning_ft.evaluation.savings.regressions import regressions_of, worst_regressions
@@ -96,12 +96,13 @@ def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
     total, per_success = result.savings["total"], result.savings["per_success"]
     quality = result.quality
     facts = [
-        Fact("tokens saved per request", percent(total.value), f"{level} {between(total, percent)}"),
-        Fact("tokens saved per success", percent(per_success.value), f"{level} {between(per_success, percent)}"),
+        Fact("tokens saved per request", percent(total.value), f"{level} {format_range(total, percent)}"),
+        Fact("tokens saved per success", percent(per_success.value), f"{level} {format_range(per_success, percent)}"),
         Fact(
             "quality, tuned",
             f"{quality['tuned'].value:.3f}",
-            f"{quality['prompted'].value:.3f} prompted; difference {valued(result.difference, '{:+.3f}'.format)}",
+            f"{quality['prompted'].value:.3f} prompted; "
+            f"difference {format_interval(result.difference, '{:+.3f}'.format)}",
         ),
     ]
     if result.in_training:
@@ -113,8 +114,8 @@ def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
         facts.append(
             Fact(
                 "requests until training is earned back",
-                rounded(spans["uncached"].value),
-                f"{rounded(spans['cached'].value)} with the prompt's prefix cached",
+                format_count(spans["uncached"].value),
+                f"{format_count(spans['cached'].value)} with the prompt's prefix cached",
             )
         )
     return tuple(facts)
@@ -173,7 +174,7 @@ def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
     """
     level = f"{result.confidence:.0%}"
     savings = tuple(
-        (SAVINGS[name], percent(interval.value), between(interval, percent))
+        (SAVINGS[name], percent(interval.value), format_range(interval, percent))
         for name, interval in result.savings.items()
     )
     blocks: list[Block] = [
@@ -240,11 +241,12 @@ def regression_blocks(result: SavingsResult) -> tuple[Block, ...]:
 def _span(interval: Interval) -> str:
     if math.isinf(interval.value):
         return "never, a tuned request isn't cheaper" + ("" if math.isinf(interval.lo) else f" ({_ends(interval)})")
-    return f"{rounded(interval.value)} requests ({'never' if math.isinf(interval.lo) else between(interval, rounded)})"
+    ends = "never" if math.isinf(interval.lo) else format_range(interval, format_count)
+    return f"{format_count(interval.value)} requests ({ends})"
 
 
 def _ends(interval: Interval) -> str:
-    return "never" if math.isinf(interval.lo) else between(interval, _requests)
+    return "never" if math.isinf(interval.lo) else format_range(interval, _requests)
 
 
 def _requests(number: float) -> str:
@@ -254,4 +256,4 @@ def _requests(number: float) -> str:
 def _tokens(interval: Interval) -> str:
     if math.isinf(interval.value):
         return "infinitely many"
-    return f"{interval.value:,.0f}" if is_open(interval) else valued(interval, "{:,.0f}".format)
+    return f"{interval.value:,.0f}" if is_open(interval) else format_interval(interval, "{:,.0f}".format)
