@@ -1,10 +1,10 @@
-"""What quality adapters in the top layers keep, and at what compute: the support example for several depths and ranks.
+"""Quality against compute of adapters in the top layers only: the support example at several depths and ranks.
 
     OMP_NUM_THREADS=1 python benchmarks/activation_cache_quality.py --plot docs/images/activation-cache.png
 
-Full fine-tuning, LoRA in all layers, and adapters in the top k layers with rank r over kept states, each for the same
-number of epochs and with its best of a few learning rates, chosen on validation rows. Operations are those that
-ComputeMeter counts, the first pass through the frozen layers included. One seed.
+Full fine-tuning, LoRA in all layers, and adapters of rank r in the top k layers over cached activations, each for the
+same number of epochs and at the best of a few learning rates, chosen on validation rows with the first seed. Operations
+are those that ComputeMeter counts, including the first pass through the frozen layers.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ LAYERS = 4
 
 @dataclass(frozen=True)
 class Point:
-    """One way to train, and what came of it.
+    """A training configuration and its results.
 
     Args:
-        top: Layers with adapters, all of them for ordinary LoRA; None for full fine-tuning.
-        rank: Of the adapters.
-        learning_rate: The peak.
-        seed: Of the order of the rows, and of the adapters' first weights.
-        validation: Share of validation requests answered right.
-        test: Share of test requests.
+        top: Number of top layers with adapters, all layers for ordinary LoRA; None for full fine-tuning.
+        rank: Rank of the adapters; None for full fine-tuning.
+        learning_rate: Learning rate at the peak of the schedule.
+        seed: Seed of the row order and of the adapters' initial weights.
+        validation: Share of validation requests that are answered correctly.
+        test: Share of test requests that are answered correctly.
         flops: Operations of the training.
-        frozen_flops: Of them, those of the first pass through frozen layers.
-        seconds: Of the training.
+        frozen_flops: Operations of the first pass through the frozen layers, which `flops` includes.
+        seconds: Duration of the training, in seconds.
     """
 
     top: int | None
@@ -58,7 +58,7 @@ class Point:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What is trained, apart from what came of it."""
+        """The configuration, without the results."""
         return self.top, self.rank, self.learning_rate, self.seed
 
     @property
@@ -79,7 +79,7 @@ def module_of(point: Point, folder: str) -> Any:
 
 
 def measured(point: Point, epochs: int) -> Point:
-    """Train as a point says, and answer validation and test requests."""
+    """Train with a point's configuration, and measure quality on validation and test requests."""
     torch.manual_seed(point.seed)
     with tempfile.TemporaryDirectory() as folder:
         module = module_of(point, folder)
@@ -119,17 +119,17 @@ def measured(point: Point, epochs: int) -> Point:
 
 @dataclass(frozen=True)
 class Summary:
-    """A way to train with its best learning rate, over the seeds.
+    """A configuration at its best learning rate, over the seeds.
 
     Args:
-        runs: One for each seed.
+        runs: One run per seed.
     """
 
     runs: list[Point]
 
-    def mean(self, figure: str) -> float:
-        """Of a figure over the seeds."""
-        return fmean(getattr(run, figure) for run in self.runs)
+    def mean(self, metric: str) -> float:
+        """Mean over the seeds of a field of the runs."""
+        return fmean(getattr(run, metric) for run in self.runs)
 
     @property
     def first(self) -> Point:
@@ -137,28 +137,28 @@ class Summary:
         return self.runs[0]
 
     def row(self, full: Summary) -> str:
-        """Of the table, with shares of full fine-tuning's metrics."""
+        """The table's row, with metrics relative to full fine-tuning."""
         tests = [run.test for run in self.runs]
-        right = f"{self.mean('test'):.1%}" + (f" ({min(tests):.1%} to {max(tests):.1%})" if len(tests) > 1 else "")
-        shares = [f"{self.mean(figure) / full.mean(figure):.3f}" for figure in ("test", "flops", "seconds")]
-        return f"| {self.first.name} | {self.first.learning_rate:g} | {right} | " + " | ".join(shares) + " |"
+        correct = f"{self.mean('test'):.1%}" + (f" ({min(tests):.1%} to {max(tests):.1%})" if len(tests) > 1 else "")
+        shares = [f"{self.mean(metric) / full.mean(metric):.3f}" for metric in ("test", "flops", "seconds")]
+        return f"| {self.first.name} | {self.first.learning_rate:g} | {correct} | " + " | ".join(shares) + " |"
 
 
 def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
-    """Quality against compute, both as shares of full fine-tuning's."""
+    """Plot quality against compute, both relative to full fine-tuning."""
     from lightning_ft.document.blocks import Plot
-    from lightning_ft.document.plotting import render_plot, add_legend_below, marker_styles
+    from lightning_ft.document.plotting import add_legend_below, marker_styles, render_plot
 
     names = {None: "full", LAYERS: "lora"}
     tops = {summary.first.top for summary in summaries}
-    kinds = {top: names.get(top, f"adapters in the top {top}") for top in sorted(tops, key=lambda top: top or 0)}
-    looks = marker_styles(list(kinds.values()))
+    methods = {top: names.get(top, f"adapters in the top {top}") for top in sorted(tops, key=lambda top: top or 0)}
+    styles = marker_styles(list(methods.values()))
     labels = {"full": "full fine-tuning", "lora": f"LoRA in all {LAYERS} layers"}
     scale = full.mean("test")
-    offsets = {LAYERS: (0, 9), LAYERS - 1: (0, -18)}  # of labels: their points stand close to each other
+    offsets = {LAYERS: (0, 9), LAYERS - 1: (0, -18)}  # of labels whose points are close together
 
     def paint(axes: Any) -> None:
-        for top, kind in kinds.items():
+        for top, method in methods.items():
             mine = sorted((s for s in summaries if s.first.top == top), key=lambda s: s.first.rank or 0)
             xs = [summary.mean("flops") / full.mean("flops") for summary in mine]
             ys = [summary.mean("test") / scale for summary in mine]
@@ -167,70 +167,74 @@ def draw(summaries: list[Summary], full: Summary, path: Path) -> None:
                 [y - min(end) for y, end in zip(ys, ends, strict=True)],
                 [max(end) - y for y, end in zip(ys, ends, strict=True)],
             ]
-            look = looks[kind]
-            style = {"marker": look.marker, "color": look.color, "markersize": 7, "capsize": 3}
-            axes.errorbar(xs, ys, yerr=reach, label=labels.get(kind, kind), **style)
+            marker_style = styles[method]
+            style = {"marker": marker_style.marker, "color": marker_style.color, "markersize": 7, "capsize": 3}
+            axes.errorbar(xs, ys, yerr=reach, label=labels.get(method, method), **style)
             for summary, x, y in zip(mine, xs, ys, strict=True):
                 if summary.first.rank is not None:
-                    place = {"xytext": offsets.get(top, (9, -4)), "ha": "left" if top not in offsets else "center"}
-                    axes.annotate(f"r {summary.first.rank}", (x, y), textcoords="offset points", fontsize=8, **place)
+                    text_style = {"xytext": offsets.get(top, (9, -4)), "ha": "left" if top not in offsets else "center"}
+                    axes.annotate(
+                        f"r {summary.first.rank}", (x, y), textcoords="offset points", fontsize=8, **text_style
+                    )
         axes.axhline(0.95, color="#666666", linestyle="--", linewidth=1)
         axes.annotate("95% of full", (0.02, 0.955), fontsize=9, color="#444444")
         axes.set(xlim=(0, 1.08 * max(s.mean("flops") for s in summaries) / full.mean("flops")), ylim=(0, 1.12))
-        axes.set(xlabel="operations, to full fine-tuning's", ylabel="quality, to full fine-tuning's")
+        axes.set(xlabel="operations, relative to full fine-tuning", ylabel="quality, relative to full fine-tuning")
         add_legend_below(axes)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(render_plot(Plot("frozen-trunk", "Quality for compute", "", paint)).png)
+    path.write_bytes(render_plot(Plot("activation-cache", "Quality for compute", "", paint)).png)
 
 
 class Runs:
-    """Points that were made, kept in a file.
+    """Finished runs, kept in a file.
 
     Args:
-        epochs: Of each.
-        path: Of the file; those that stand there aren't made again.
+        epochs: Number of epochs per run.
+        path: File of finished runs, which aren't run again; None to keep them in memory only.
     """
 
     def __init__(self, epochs: int, path: Path | None) -> None:
         self._epochs, self._path = epochs, path
         found = json.loads(path.read_text()) if path is not None and path.exists() else []
-        self._made = {point.key: point for point in (Point(**values) for values in found)}
+        self._finished = {point.key: point for point in (Point(**values) for values in found)}
 
     def of(self, point: Point) -> Point:
-        """What came of a point, made now if it wasn't before."""
-        if point.key not in self._made:
-            self._made[point.key] = measured(point, self._epochs)
-            write_json([asdict(made) for made in self._made.values()], self._path)
-        print(self._made[point.key], flush=True)
-        return self._made[point.key]
+        """The finished run of a configuration, trained now unless the file has it."""
+        if point.key not in self._finished:
+            self._finished[point.key] = measured(point, self._epochs)
+            write_json([asdict(finished) for finished in self._finished.values()], self._path)
+        print(self._finished[point.key], flush=True)
+        return self._finished[point.key]
 
     def over_seeds(self, candidates: list[Point], seeds: list[int]) -> Summary:
-        """The candidate that is best on validation rows with the first seed, with all of them."""
+        """Runs with all seeds of the candidate that is best on validation rows with the first seed."""
         best = max((self.of(replace(point, seed=seeds[0])) for point in candidates), key=lambda point: point.validation)
         return Summary([best, *(self.of(Point(best.top, best.rank, best.learning_rate, seed)) for seed in seeds[1:])])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--tops", type=int, nargs="*", default=[LAYERS, 3, 2, 1])
-    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 64])
+    parser.add_argument("--epochs", type=int, default=3, help="epochs per run")
+    parser.add_argument(
+        "--tops", type=int, nargs="*", default=[LAYERS, 3, 2, 1], help="numbers of top layers with adapters"
+    )
+    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 64], help="ranks of the adapters")
     parser.add_argument("--rates", type=float, nargs="*", default=[2e-3, 6e-3], help="learning rates of adapters")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path, help="write the points here; those that stand there aren't made again")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds per configuration")
+    parser.add_argument("--json", type=Path, help="file of finished runs; runs that it contains are not repeated")
+    parser.add_argument("--plot", type=Path, help="write the plot to this PNG file")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
     runs = Runs(options.epochs, options.json)
-    full = runs.over_seeds([Point(None, None, 5e-4)], options.seeds)  # its best rate in docs/results.md
+    full = runs.over_seeds([Point(None, None, 5e-4)], options.seeds)  # the best learning rate in docs/results.md
     summaries = [full] + [
         runs.over_seeds([Point(top, rank, rate) for rate in options.rates], options.seeds)
         for rank in options.ranks
         for top in options.tops
     ]
-    print("\n| trained | learning rate | right | of full's | operations, of full's | time, of full's |")
+    print("\n| trained | learning rate | correct | relative to full | operations, relative | time, relative |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     print("\n".join(summary.row(full) for summary in summaries))
     if options.plot is not None:

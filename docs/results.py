@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 from lightning_ft.document.markdown import markdown_table
-from lightning_ft.document.numbers import bytes_of, duration, rounded, scaled, times
+from lightning_ft.document.numbers import format_bytes, format_count, format_duration, format_ratio, format_si
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.comparison.result import Comparison
 from lightning_ft.evaluation.savings.gate import Gate
@@ -38,8 +38,8 @@ def percent(interval: Interval) -> str:
 def spread(interval: Interval) -> str:
     """A ratio, with its interval where that has a width."""
     if f"{interval.lo:.3g}" == f"{interval.hi:.3g}":
-        return times(interval.value)
-    return f"{times(interval.value)} ({interval.lo:.3g} to {interval.hi:.3g})"
+        return format_ratio(interval.value)
+    return f"{format_ratio(interval.value)} ({interval.lo:.3g} to {interval.hi:.3g})"
 
 
 def verdict(gate: Gate) -> str:
@@ -80,7 +80,7 @@ def arms(found: Comparison) -> Iterator[list[str]]:
                 cells.append("" if method == "untuned" else f"{cost:.4f} {result.costs.prices.currency}")
             yield [title, *cells]
             even = [None if r is None else getattr(r.costs, f"break_even_{kind}") for r in saved.values()]
-            yield [f"break-even, {kind}", *("" if e is None else f"{rounded(e)} requests" for e in even)]
+            yield [f"break-even, {kind}", *("" if e is None else f"{format_count(e)} requests" for e in even)]
 
 
 def training(found: Comparison) -> Iterator[list[str]]:
@@ -88,13 +88,13 @@ def training(found: Comparison) -> Iterator[list[str]]:
     runs = {method: found.final_runs(method) for method in found.savings}
     yield ["learning rate", *(f"{found.chosen[m]:g}" for m in runs)]
     costs = {m: [run.compute for run in of if run.compute is not None] for m, of in runs.items()}
-    yield ["FLOPs", *(scaled(mean(c.flops for c in of), "FLOP") for of in costs.values())]
-    yield ["time", *(duration(mean(c.train_seconds for c in of)) for of in costs.values())]
-    yield ["peak memory", *(bytes_of(mean(c.peak_memory_bytes for c in of)) for of in costs.values())]
+    yield ["FLOPs", *(format_si(mean(c.flops for c in of), "FLOP") for of in costs.values())]
+    yield ["time", *(format_duration(mean(c.train_seconds for c in of)) for of in costs.values())]
+    yield ["peak memory", *(format_bytes(mean(c.peak_memory_bytes for c in of)) for of in costs.values())]
     over = {m: mean(c.peak_memory_bytes - c.memory_at_start_bytes for c in of) for m, of in costs.items()}
-    yield ["of which above the start", *(bytes_of(value) for value in over.values())]
+    yield ["of which above the start", *(format_bytes(value) for value in over.values())]
     yield ["trainable parameters", *(f"{of[0].trainable_parameters:,}" for of in costs.values())]
-    yield ["checkpoint", *(bytes_of(of[0].checkpoint_bytes or 0) for of in runs.values())]
+    yield ["checkpoint", *(format_bytes(of[0].checkpoint_bytes or 0) for of in runs.values())]
     kept = {m: [run.retention for run in of if run.retention is not None] for m, of in runs.items()}
     if all(kept.values()):
         lower = {m: "at least " if of[0].lower_bound else "" for m, of in kept.items()}

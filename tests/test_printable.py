@@ -1,4 +1,4 @@
-"""Text that reaches a terminal."""
+"""Escaping of text that reaches terminals, pages and plots."""
 
 import ast
 import functools
@@ -16,9 +16,9 @@ from lightning_ft.data.raw_rows import Problem, raise_problems
 from lightning_ft.data.rows import load_source
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn, warn
 from lightning_ft.document.blocks import Answers, Document, Headline, Plot, Section, SideBySide, Table
-from lightning_ft.document.canvas import escape_unprintable, render_plot
 from lightning_ft.document.html import html_page
 from lightning_ft.document.markdown import markdown_document, markdown_table, markdown_text
+from lightning_ft.document.plotting import escape_unprintable, render_plot
 from lightning_ft.errors import DataError, DataNotFoundError, SavingsError
 from lightning_ft.printable import json_text, printable
 
@@ -28,7 +28,7 @@ HIDDEN = f"{NASTY}b\u200bc\u2060\U000e0041\u200d"
 SAFE = r"a\x1b[2J\x1b]0;title\x07\x0d\x08\x9b31m\u202egpj\u2066\u2028\x00"
 
 
-def test_printable_escapes_what_changes_a_terminal():
+def test_printable_escapes_terminal_control_characters():
     assert printable(NASTY) == SAFE
     assert printable("a\tb\nc") == "a\tb\nc"
     assert printable("a\nb\r\n", one_line=True) == r"a\nb\x0d\n"
@@ -46,7 +46,7 @@ def test_printable_escapes_what_changes_a_terminal():
         r"\x1b",
     ],
 )
-def test_printable_leaves_text_as_it_is(text):
+def test_printable_keeps_ordinary_text(text):
     assert printable(text) == text
 
 
@@ -59,7 +59,7 @@ def test_problems_are_printable():
     assert SAFE in str(problem)
 
 
-def test_names_of_columns_are_printable(caplog):
+def test_column_names_are_printable(caplog):
     with caplog.at_level("INFO"):
         load_source([{"input": "a", "output": "b", NASTY: 1}], "train", "train")
     assert f"ignored columns: {SAFE}" in caplog.text
@@ -78,7 +78,7 @@ def test_samples_table_is_printable():
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "escaped"),
     [
         ("a\u200bb\u2060\ufeff", r"a\u200bb\u2060\ufeff"),
         ("hidden\U000e0041", r"hidden\U000e0041"),
@@ -87,29 +87,29 @@ def test_samples_table_is_printable():
         ("soft\u00adhyphen", r"soft\xadhyphen"),
     ],
 )
-def test_printable_shows_what_cannot_be_seen(text, shown):
-    assert printable(text) == shown
+def test_printable_escapes_invisible_characters(text, escaped):
+    assert printable(text) == escaped
 
 
-def test_json_text_is_json_and_harmless():
+def test_json_text_is_json_without_control_characters():
     value = {"text": HIDDEN, "half": "\ud83d", "plain": "caf\u00e9 \u4f60"}
     assert json.loads(json_text(value, indent=1)) == value
     assert not RAW.search(json_text(value))
     assert "caf\u00e9 \u4f60" in json_text(value)
 
 
-@pytest.mark.parametrize("kind", [DataError, DataNotFoundError, SavingsError])
-def test_errors_are_printable(kind, capsys):
-    error = kind(f"row 3: {NASTY}")
+@pytest.mark.parametrize("error_type", [DataError, DataNotFoundError, SavingsError])
+def test_errors_are_printable(error_type, capsys):
+    error = error_type(f"row 3: {NASTY}")
     assert str(error) == f"row 3: {SAFE}"
     _print_traceback(ValueError, ValueError(HIDDEN), None)
     assert not RAW.search(capsys.readouterr().err)
 
 
 def test_warnings_and_logs_are_printable(caplog):
-    for tell in (rank_zero_warn, functools.partial(warn, stacklevel=1)):
+    for warning_function in (rank_zero_warn, functools.partial(warn, stacklevel=1)):
         with pytest.warns(UserWarning, match="title") as warned:
-            tell(NASTY)
+            warning_function(NASTY)
         assert (str(warned[0].message), warned[0].filename) == (SAFE, __file__)
     with caplog.at_level("INFO"):
         rank_zero_info(NASTY)
@@ -134,12 +134,12 @@ def test_pages_and_markdown_are_printable():
         assert not RAW.search(page), RAW.search(page)
         assert "<img" not in page
     for page in pages[1:]:
-        assert "[a](b)" not in page  # a link, or a picture that is fetched from somewhere
+        assert "[a](b)" not in page  # links, or images that would be downloaded
     assert "&lt;b>\\[a\\](b)<br>" in pages[2]
     assert markdown_text("a\n b") == "a b"
 
 
-def test_pictures_are_printable():
+def test_plots_are_printable():
     pytest.importorskip("matplotlib")
     seen = []
 
@@ -157,7 +157,7 @@ def test_pictures_are_printable():
     escape_unprintable(seen[0])
 
 
-def test_all_warnings_and_logs_go_through_one_module():
+def test_package_warns_and_logs_only_through_distributed_module():
     package = Path(__file__).parents[1] / "lightning_ft"
     for file in package.rglob("*.py"):
         if file.name in ("distributed.py", "_lightning.py"):

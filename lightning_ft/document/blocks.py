@@ -1,4 +1,4 @@
-"""What a report is made of, before it is HTML or Markdown: sections of paragraphs, tables, pictures and answers."""
+"""Building blocks of a report, independent of its format: sections of paragraphs, tables, plots and answers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-NO_PLOTS = "Without plots: matplotlib isn't installed. Run pip install 'lightning-ft[report]' and write it again."
-"""What a document says in place of plots."""
+NO_PLOTS = (
+    "No plots, since matplotlib isn't installed. Run pip install 'lightning-ft[report]' and write the report again."
+)
+"""Text that replaces the plots if matplotlib is missing."""
 
 
 @dataclass(frozen=True)
@@ -15,29 +17,29 @@ class Table:
     """A table whose first column names its rows.
 
     Args:
-        head: Names of the columns.
-        rows: Cells, as many in each row as there are columns.
-        caption: What the figures are.
-        texts: Columns that hold words, which stand to the left; numbers stand to the right.
-        brief: Whether a pull request shows it, too.
+        columns: Names of the columns.
+        rows: Cells of each row, one per column.
+        caption: Description of the metrics in the table.
+        text_columns: Indices of the columns that hold text and are aligned left; numbers are aligned right.
+        brief: Whether the brief version of the document, for a pull request, includes the table.
     """
 
-    head: tuple[str, ...]
+    columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
-    texts: frozenset[int] = frozenset({0})
+    text_columns: frozenset[int] = frozenset({0})
     brief: bool = True
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture that is drawn when the report is written, if matplotlib is installed.
+    """A plot, drawn when the report is written if matplotlib is installed.
 
     Args:
-        name: Of its file, without suffix; unique in a report.
-        alt: What it shows, for whoever can't see it.
-        caption: What a reader has to know to read it.
-        draw: Draws it on the axes that it is given.
+        name: Name of its file, without suffix; unique in a report.
+        alt: Alternative text for readers who can't see the plot.
+        caption: Text below the plot that explains how to read it.
+        draw: Function that draws the plot on matplotlib axes.
         size: Width and height in inches.
     """
 
@@ -50,16 +52,16 @@ class Plot:
 
 @dataclass(frozen=True)
 class Answers:
-    """One request and what the arms answered.
+    """The answers of the prompted and the tuned arm to one request.
 
     Args:
-        id: Of the request.
-        request: What was asked; empty where it wasn't kept.
-        reference: The right answer; None where it wasn't kept.
-        prompted: The prompted arm's answer.
-        tuned: The tuned arm's answer.
-        prompted_score: From 0 to 1.
-        tuned_score: From 0 to 1.
+        id: Id of the request.
+        request: Last user turn of the request; empty if it wasn't recorded.
+        reference: Reference answer; None if it wasn't recorded.
+        prompted: Answer of the prompted arm.
+        tuned: Answer of the tuned arm.
+        prompted_score: Score of the prompted arm's answer, from 0 to 1.
+        tuned_score: Score of the tuned arm's answer, from 0 to 1.
     """
 
     id: str
@@ -73,12 +75,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class Fact:
-    """A figure that stands large at the top.
+    """A key metric, shown in large type at the top of the report.
 
     Args:
-        label: What it is.
-        value: The figure with its unit.
-        note: Its interval, or what else belongs to it.
+        label: Name of the metric.
+        value: Formatted value with its unit.
+        note: Interval of the value, or another remark on it.
     """
 
     label: str
@@ -88,12 +90,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Headline:
-    """The sentence that says it all.
+    """A one-sentence summary of a result.
 
     Args:
-        passed: The verdict; None for a sentence that judges nothing.
+        passed: Whether the quality gate passed; None for a sentence without a verdict.
         text: The sentence, without the verdict.
-        of: What it is about, where there are several.
+        of: Name of the result, if the report has several.
     """
 
     passed: bool | None
@@ -102,17 +104,17 @@ class Headline:
 
     @property
     def verdict(self) -> str:
-        """``PASS``, ``FAIL``, or nothing."""
+        """``PASS``, ``FAIL``, or an empty string if there is no verdict."""
         return "" if self.passed is None else "PASS" if self.passed else "FAIL"
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Answers of both arms to some requests.
+    """Answers of both arms, side by side.
 
     Args:
-        answers: The worst first.
-        caption: How they were chosen.
+        answers: Answers to each request, the largest loss of quality first.
+        caption: How the requests were selected.
     """
 
     answers: tuple[Answers, ...]
@@ -120,17 +122,17 @@ class SideBySide:
 
 
 Block = str | Table | Plot | SideBySide
-"""What may stand below a heading; a text is a paragraph."""
+"""Content of a section; a string is a paragraph."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it.
+    """A heading and its content.
 
     Args:
-        title: The heading.
-        blocks: In order.
-        brief: Whether a pull request shows it, too.
+        title: Text of the heading.
+        blocks: Paragraphs, tables, plots and answers, in reading order.
+        brief: Whether the brief version of the document, for a pull request, includes the section.
     """
 
     title: str
@@ -140,13 +142,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A whole report.
+    """A complete report.
 
     Args:
-        headlines: One for each result that has a verdict.
-        warnings: What a reader of the figures has to know.
-        facts: The figures at the top.
-        sections: In the order in which they are read.
+        headlines: One headline per result that has a verdict.
+        warnings: Caveats that a reader needs in order to interpret the metrics.
+        facts: Key metrics at the top.
+        sections: Sections in reading order.
     """
 
     headlines: tuple[Headline, ...]
@@ -155,20 +157,22 @@ class Document:
     sections: tuple[Section, ...]
 
     @property
-    def pictures(self) -> tuple[Plot, ...]:
-        """All pictures, in order."""
+    def plots(self) -> tuple[Plot, ...]:
+        """All plots, in reading order."""
         return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Plot))
 
 
 def provenance_table(title: str, provenance: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> Table:
-    """The provenance of a result, one row per entry.
+    """Table of the provenance of a result, with one row per entry.
 
     Args:
         title: Caption of the table.
-        provenance: JSON values; nested ones get names with dots.
-        labels: Labels of entries, by name.
+        provenance: Entries as JSON values; names of nested entries are joined with dots.
+        labels: Labels of entries by name; an entry without one is labeled with its name.
     """
-    return Table(("", "value"), tuple(_rows(provenance, labels or {})), title, texts=frozenset({0, 1}), brief=False)
+    return Table(
+        ("", "value"), tuple(_rows(provenance, labels or {})), title, text_columns=frozenset({0, 1}), brief=False
+    )
 
 
 def _rows(values: Mapping[str, Any], labels: Mapping[str, str], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -182,25 +186,25 @@ def _rows(values: Mapping[str, Any], labels: Mapping[str, str], prefix: str = ""
             yield label, "" if value is None else str(value)
 
 
-_MOST_COLUMNS = 3  # of runs, beyond which each run gets a row
+_MAX_RUN_COLUMNS = 3  # with more runs, the table is transposed
 
 
 def runs_table(names: Sequence[str], rows: Sequence[tuple[str, ...]], caption: str = "") -> tuple[Block, ...]:
-    """One column per run; of more than a few runs one row per run, with a sentence for what is the same in all.
+    """Table with one column per run; with more than three runs, one row per run and a sentence on the shared values.
 
     Args:
-        names: Names of the runs; that of a single run is left out.
-        rows: Rows of a label and one cell per run.
+        names: Names of the runs; the name of a single run is not shown.
+        rows: Rows, each with a label and one cell per run.
         caption: Caption of the table.
 
     Example:
         >>> table, same = runs_table(["a", "b", "c", "d"], [("steps", "1", "2", "3", "4"), ("device", *["cpu"] * 4)])
-        >>> table.head, table.rows[0], same
+        >>> table.columns, table.rows[0], same
         (('run', 'steps'), ('a', '1'), 'The same in all runs: device: cpu.')
     """
     if len(names) == 1:
         return (Table(("", "measured"), tuple(rows), caption),)
-    if len(names) <= _MOST_COLUMNS:
+    if len(names) <= _MAX_RUN_COLUMNS:
         return (Table(("", *names), tuple(rows), caption),)
     same = [row for row in rows if len(set(row[1:])) == 1]
     differing = [row for row in rows if row not in same]

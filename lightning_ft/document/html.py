@@ -1,6 +1,6 @@
-"""A document as one HTML file that needs nothing else: no script, no request, no font.
+"""A document as a single, self-contained HTML file: no scripts, no requests, no external fonts.
 
-The page is the template ``page.html.jinja``, with autoescape: no text of a result is ever markup.
+The page is rendered from the template ``page.html.jinja`` with autoescape, so text of a result never becomes markup.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import jinja2
 from markupsafe import Markup
 
 from lightning_ft.document.blocks import NO_PLOTS, Block, Document, Plot, SideBySide, Table
-from lightning_ft.document.canvas import RenderedPlot
+from lightning_ft.document.plotting import RenderedPlot
 from lightning_ft.document.style import CSS
 from lightning_ft.printable import printable
 
-_MOST_COLUMNS = 4  # of a table, beyond which numbers may wrap
-# Nothing is loaded and nothing runs, whatever an answer holds: autoescape is the first lock, this is the second.
+_MAX_UNWRAPPED_COLUMNS = 4  # in wider tables, numbers may wrap
+# Whatever an answer contains, the browser loads and runs nothing: a second safeguard in addition to autoescape.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
 class _Group:
-    """A block of a section, or plots that follow each other: they are side by side where there is room."""
+    """A block of a section, or consecutive plots, which the page shows side by side if the window is wide enough."""
 
     text: str | None = None
     table: Table | None = None
@@ -34,12 +34,12 @@ class _Group:
     images: tuple[Plot, ...] = ()
 
 
-def html_page(document: Document, drawn: Mapping[str, RenderedPlot], *, title: str = "Fine-tuning report") -> str:
-    """The page.
+def html_page(document: Document, rendered: Mapping[str, RenderedPlot], *, title: str = "Fine-tuning report") -> str:
+    """Render a document as an HTML page.
 
     Args:
         document: The document.
-        drawn: Plots by name; empty without matplotlib.
+        rendered: Rendered plots by name; empty if matplotlib isn't installed.
         title: Title of the page.
 
     Example:
@@ -48,7 +48,7 @@ def html_page(document: Document, drawn: Mapping[str, RenderedPlot], *, title: s
         >>> "1 &lt; 2." in page, "<script" in page
         (True, False)
     """
-    images = {name: base64.b64encode(plot.svg).decode("ascii") for name, plot in drawn.items()}
+    images = {name: base64.b64encode(plot.svg).decode("ascii") for name, plot in rendered.items()}
 
     def grouped(blocks: Sequence[Block]) -> list[_Group]:
         return list(_groups(blocks, images))
@@ -62,8 +62,8 @@ def html_page(document: Document, drawn: Mapping[str, RenderedPlot], *, title: s
         images=images,
         css=Markup(CSS),
         policy=_POLICY,
-        no_pictures=NO_PLOTS,
-        most_columns=_MOST_COLUMNS,
+        no_plots=NO_PLOTS,
+        max_unwrapped_columns=_MAX_UNWRAPPED_COLUMNS,
     )
 
 
@@ -77,30 +77,30 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         finalize=_finalize,
     )
-    environment.tests["picture"] = lambda block: isinstance(block, Plot)
+    environment.tests["plot"] = lambda block: isinstance(block, Plot)
     return environment
 
 
 def _finalize(value: Any) -> Any:
-    """Make every text that enters the page printable: no control characters, and nothing that reorders text."""
+    """Escape control characters, and characters that change the direction of text, in each string of the page."""
     return printable(value) if type(value) is str else value
 
 
 def _groups(blocks: Sequence[Block], images: Mapping[str, str]) -> Iterator[_Group]:
-    pictures: list[Plot] = []
+    plots: list[Plot] = []
     for block in blocks:
         if isinstance(block, Plot):
             if block.name in images:
-                pictures.append(block)
+                plots.append(block)
             continue
-        if pictures:
-            yield _Group(images=tuple(pictures))
-            pictures = []
+        if plots:
+            yield _Group(images=tuple(plots))
+            plots = []
         if isinstance(block, str):
             yield _Group(text=block)
         elif isinstance(block, Table):
             yield _Group(table=block)
         else:
             yield _Group(answers=block)
-    if pictures:
-        yield _Group(images=tuple(pictures))
+    if plots:
+        yield _Group(images=tuple(plots))

@@ -1,4 +1,4 @@
-"""A document as Markdown."""
+"""Rendering of documents and tables as Markdown."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_ft.printable import printable
 _MARKUP = re.compile(r"[\\`*_\[\]|~]")
 
 
-def markdown_document(document: Document, title: str, pictures: Iterable[str], *, brief: bool = False) -> str:
-    """The document, with plots as relative links.
+def markdown_document(document: Document, title: str, plots: Iterable[str], *, brief: bool = False) -> str:
+    """Render a document as Markdown, with relative links to its plots.
 
     Args:
         document: The document.
-        title: Title of the page.
-        pictures: Names of the plots that were drawn; none without matplotlib.
-        brief: Whether sections and tables that are not marked as brief are left out, for a pull request.
+        title: Heading of the document.
+        plots: Names of the rendered plots; empty if matplotlib isn't installed.
+        brief: Whether to leave out sections and tables that aren't marked as brief, for a pull request.
 
     Example:
         >>> from lightning_ft.document.blocks import Headline
@@ -31,7 +31,7 @@ def markdown_document(document: Document, title: str, pictures: Iterable[str], *
         > n = 3
         <BLANKLINE>
     """
-    drawn = frozenset(pictures)
+    drawn = frozenset(plots)
     lines = [f"# {markdown_text(title)}", ""]
     for headline in document.headlines:
         verdict = f"{headline.verdict}: " if headline.verdict else ""
@@ -39,8 +39,8 @@ def markdown_document(document: Document, title: str, pictures: Iterable[str], *
         lines += [f"**{of}{verdict}{markdown_text(headline.text)}**", ""]
     for warning in document.warnings:
         lines += [f"> {markdown_text(warning)}", ""]
-    if document.pictures and not drawn:
-        lines += [f"*{NO_PICTURES}*", ""]
+    if document.plots and not drawn:
+        lines += [f"*{NO_PLOTS}*", ""]
     for section in document.sections:
         if brief and not section.brief:
             continue
@@ -61,35 +61,35 @@ def _block(block: Block, drawn: frozenset[str], *, brief: bool) -> Iterator[str]
     elif isinstance(block, Table) and (block.brief or not brief):
         if block.caption:
             yield from (f"{markdown_text(block.caption)}:", "")
-        yield from (*markdown_table(block.head, block.rows, block.texts), "")
+        yield from (*markdown_table(block.columns, block.rows, block.text_columns), "")
 
 
 def markdown_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], texts: Iterable[int] = frozenset({0})
+    columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Iterable[int] = frozenset({0})
 ) -> list[str]:
-    """Lines of a Markdown table.
+    """Format a Markdown table; returns its lines.
 
     Args:
-        head: Names of the columns.
-        rows: Cells of each row.
-        texts: Columns that hold words and are aligned left; numbers are aligned right.
+        columns: Names of the columns.
+        rows: Cells of each row, one per column.
+        text_columns: Indices of the columns that hold text and are aligned left; numbers are aligned right.
     """
-    left = frozenset(texts)
+    left = frozenset(text_columns)
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    align = ["---" if column in left else "---:" for column in range(len(head))]
-    cells = [[markdown_text(cell, breaks=True) for cell in row] for row in (head, *rows)]
+    align = ["---" if column in left else "---:" for column in range(len(columns))]
+    cells = [[markdown_text(cell, breaks=True) for cell in row] for row in (columns, *rows)]
     return [line(cells[0]), line(align), *map(line, cells[1:])]
 
 
 def markdown_text(text: str, *, breaks: bool = False) -> str:
-    r"""Escape a text for Markdown: one line, without markup, HTML or control characters.
+    r"""Escape text for Markdown; returns a single line without markup, HTML or control characters.
 
     Args:
-        text: Any text.
-        breaks: Keep line breaks, as HTML.
+        text: Text to escape.
+        breaks: Whether to keep line breaks, as ``<br>``, rather than replace them by spaces.
 
     Example:
         >>> print(markdown_text("<b> [x](y) | a_b \x1b[2J"))

@@ -1,14 +1,14 @@
-"""How the page looks: on a wide screen, on a phone, in the dark, and on paper."""
+"""Style sheet of the HTML page, for wide screens, phones, dark mode and print."""
 
 CSS = """\
-:root { --text: #1b1f24; --soft: #57606a; --ground: #ffffff; --card: #f6f8fa; --line: #d0d7de;
+:root { --text: #1b1f24; --soft: #57606a; --background: #ffffff; --card: #f6f8fa; --line: #d0d7de;
   --pass: #00664b; --fail: #a33b00; --warn: #fff4d6; --warn-line: #d9a400; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e6edf3; --soft: #9aa5b1; --ground: #14181d; --card: #1e242b; --line: #3a434d;
+  :root { --text: #e6edf3; --soft: #9aa5b1; --background: #14181d; --card: #1e242b; --line: #3a434d;
     --pass: #3fcf9f; --fail: #ff9b5e; --warn: #3a2f10; --warn-line: #b38b00; }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--text);
+body { margin: 0; background: var(--background); color: var(--text);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 24px 20px 64px; }
 h1 { font-size: 1.7rem; margin: 0 0 .8rem; }
@@ -18,7 +18,7 @@ h1, h2, p, li, dd, dt, summary, figcaption, caption { overflow-wrap: anywhere; }
   border-left: 6px solid var(--line); border-radius: 4px; }
 .headline.pass { border-color: var(--pass); }
 .headline.fail { border-color: var(--fail); }
-.badge { color: var(--ground); padding: .1rem .55rem; border-radius: 4px; margin-right: .25rem; }
+.badge { color: var(--background); padding: .1rem .55rem; border-radius: 4px; margin-right: .25rem; }
 .pass .badge { background: var(--pass); }
 .fail .badge { background: var(--fail); }
 .warnings { background: var(--warn); border: 1px solid var(--warn-line); border-radius: 4px; padding: .7rem 1.1rem;
@@ -31,7 +31,7 @@ h1, h2, p, li, dd, dt, summary, figcaption, caption { overflow-wrap: anywhere; }
 .facts dd { margin: 0; }
 .facts b { display: block; font-size: 1.6rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .facts span { color: var(--soft); font-size: .88rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 20px;
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 20px;
   align-items: start; }
 figure { margin: 0; }
 figure:only-child { max-width: 720px; }
@@ -59,8 +59,8 @@ summary { cursor: pointer; }
   th[scope="row"] { min-width: 7rem; }
 }
 @media print {
-  :root { --text: #000; --soft: #444; --ground: #fff; --card: #f4f4f4; --line: #bbb; --pass: #00664b; --fail: #a33b00;
-    --warn: #fff; }
+  :root { --text: #000; --soft: #444; --background: #fff; --card: #f4f4f4; --line: #bbb; --pass: #00664b;
+    --fail: #a33b00; --warn: #fff; }
   body { font-size: 11pt; }
   main { max-width: none; padding: 0; }
   figure, details, tr, .facts > div { break-inside: avoid; }
@@ -69,7 +69,7 @@ summary { cursor: pointer; }
   .number { white-space: normal; }
   .answers pre { max-height: none; }
   .badge { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
-  details::details-content { content-visibility: visible; height: auto; } /* what is folded is printed, too */
+  details::details-content { content-visibility: visible; height: auto; } /* print collapsed answers too */
 }
 """
-"""Of the page; the pictures keep a white ground in the dark."""
+"""Style sheet of the page; in dark mode, plots keep a white background."""

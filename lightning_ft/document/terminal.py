@@ -1,4 +1,4 @@
-"""A document on the terminal."""
+"""Rendering of documents for the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STYLES = {"PASS": "bold green", "FAIL": "bold red"}
 
 
 def terminal_document(document: Document) -> Group:
-    """Headlines, brief tables and texts, and the warnings as notes; plots and answers are left to the page.
+    """Render headlines, brief tables and paragraphs, and the warnings as notes; plots and answers are left out.
 
     Args:
         document: The document.
@@ -37,8 +37,8 @@ def _headline(headline: Headline) -> Text:
 
 def _table(table: Table) -> RichTable:
     shown = RichTable(title=Text(printable(table.caption)), title_justify="left")
-    for column, name in enumerate(table.head):
-        shown.add_column(Text(printable(name)), justify="left" if column in table.texts else "right")
+    for column, name in enumerate(table.columns):
+        shown.add_column(Text(printable(name)), justify="left" if column in table.text_columns else "right")
     for row in table.rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))
     return shown

@@ -1,4 +1,4 @@
-"""Find what was measured below a folder."""
+"""Collection of the results that runs wrote below a folder."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 SAVINGS, RETENTION, COMPUTE, COMPARISON = "token_savings.json", "retention.json", "compute.json", "comparison.json"
 UNDEFINED = "undefined.json"
-"""In the place of a result, where a measurement failed."""
+"""Name of the file that a failed measurement writes instead of its result."""
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Undefined:
-    """A measurement that failed.
+class FailedMeasurement:
+    """A measurement that failed, so that its result is undefined.
 
     Args:
-        measurement: What would have been measured, in words.
-        reason: Why it wasn't.
+        measurement: Name of what was to be measured.
+        reason: Reason of the failure.
     """
 
     measurement: str
@@ -37,29 +37,31 @@ class Undefined:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that was measured of a run, or of several.
+    """Results of one or several runs.
+
+    Keys are the folders of the result files, relative to the folder that was searched.
 
     Args:
-        savings: By the folder of its file, relative to the one that was searched.
-        retention: Likewise.
-        compute: Likewise.
-        comparison: Of methods, where there is one.
-        undefined: Measurements that failed, likewise.
+        savings: Token savings by folder.
+        retention: Retention results by folder.
+        compute: Compute results by folder.
+        comparison: Comparison of methods, if there is one.
+        undefined: Failed measurements by folder.
     """
 
     savings: Mapping[str, SavingsResult] = field(default_factory=dict)
     retention: Mapping[str, RetentionResult] = field(default_factory=dict)
     compute: Mapping[str, ComputeResult] = field(default_factory=dict)
     comparison: Comparison | None = None
-    undefined: Mapping[str, Undefined] = field(default_factory=dict)
+    undefined: Mapping[str, FailedMeasurement] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to report."""
+        """Whether no result was found."""
         return not (self.savings or self.retention or self.compute or self.comparison or self.undefined)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Convert to JSON types."""
         return {
             "savings": {name: result.to_dict() for name, result in self.savings.items()},
             "retention": {name: result.to_dict() for name, result in self.retention.items()},
@@ -73,56 +75,61 @@ def collect(folder: str | Path, within: Iterable[str] | None = None) -> RunRepor
     """Read all results below a folder.
 
     Args:
-        folder: Of a run (``token_savings/``, ``retention/``, ``compute/`` are in it), of several runs, or the output
-            of a comparison.
-        within: Only look into these folders in it; by default everywhere.
+        folder: Folder of a run (with ``token_savings/``, ``retention/`` and ``compute/``), parent folder of several
+            runs, or output folder of a comparison.
+        within: Names of the subfolders to search; by default all of `folder` is searched.
 
     Raises:
-        DataNotFoundError: If there is no such folder.
-        DataError: If a file isn't what its name says, or there is more than one comparison.
+        DataNotFoundError: If `folder` doesn't exist.
+        DataError: If a file can't be read as the result that its name indicates, or there are several comparisons.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataNotFoundError(f"{str(root)!r} is no folder: give the one that a run wrote into.")
+        raise DataNotFoundError(f"{str(root)!r} is not a folder. Pass the folder that a run wrote its results to.")
     roots = [root] if within is None else [root / name for name in within]
     comparisons = _files(roots, COMPARISON)
     if len(comparisons) > 1:
         found = ", ".join(path.relative_to(root).as_posix() for path in comparisons)
-        raise DataError(f"{str(root)!r} holds {len(comparisons)} comparisons ({found}): report on one of them.")
+        raise DataError(
+            f"{str(root)!r} contains {len(comparisons)} comparisons ({found}). Pass the folder of one of them."
+        )
 
     return RunReport(
-        savings=_all(root, roots, SAVINGS, SavingsResult.from_dict),
-        retention=_all(root, roots, RETENTION, _retention),
-        compute=_all(root, roots, COMPUTE, _compute),
+        savings=_read_all(root, roots, SAVINGS, SavingsResult.from_dict),
+        retention=_read_all(root, roots, RETENTION, _retention),
+        compute=_read_all(root, roots, COMPUTE, _compute),
         comparison=read_result(comparisons[0], _comparison) if comparisons else None,
-        undefined=_all(root, roots, UNDEFINED, _undefined),
+        undefined=_read_all(root, roots, UNDEFINED, _undefined),
     )
 
 
-def beside(name: str, others: Mapping[str, _Result]) -> _Result | None:
-    """What another measurement of the same run found: callbacks write into neighboring folders.
+def same_run_result(key: str, others: Mapping[str, _Result]) -> _Result | None:
+    """Find the result of another measurement of the same run: callbacks write to sibling folders.
 
     Args:
-        name: Key of a result.
-        others: Results of another kind.
+        key: Folder of a result, as in :class:`RunReport`.
+        others: Results of the other measurement, by folder.
 
     Returns:
-        The one of the same parent folder; None where there is none, or more than one.
+        The result with the same parent folder; None if there is none, or more than one.
 
     Example:
-        >>> beside("version_0/token_savings", {"version_0/retention": 1, "version_1/retention": 2})
+        >>> same_run_result("version_0/token_savings", {"version_0/retention": 1, "version_1/retention": 2})
         1
     """
-    run = PurePosixPath(name).parent
-    found = [result for key, result in others.items() if PurePosixPath(key).parent == run]
+    run = PurePosixPath(key).parent
+    found = [result for other, result in others.items() if PurePosixPath(other).parent == run]
     return found[0] if len(found) == 1 else None
 
 
 def run_names(keys: Iterable[str]) -> dict[str, str]:
-    """What to call results of one kind: the folder of the run, where that tells them apart.
+    """Name the results of one measurement by the folders of their runs if those are distinct, or else by their own.
 
     Args:
-        keys: Of the results.
+        keys: Folders of the results, as in :class:`RunReport`.
+
+    Returns:
+        Name of each result by its key.
 
     Example:
         >>> run_names(["version_0/token_savings", "version_1/token_savings"])
@@ -131,15 +138,15 @@ def run_names(keys: Iterable[str]) -> dict[str, str]:
         {'test_rows': 'test_rows', 'validation_rows': 'validation_rows'}
     """
     runs = {key: PurePosixPath(key).parent.as_posix() for key in keys}
-    apart = len(set(runs.values())) == len(runs) and "." not in runs.values()
-    return runs if apart else {key: key for key in runs}
+    distinct = len(set(runs.values())) == len(runs) and "." not in runs.values()
+    return runs if distinct else {key: key for key in runs}
 
 
 def _files(roots: Sequence[Path], name: str) -> list[Path]:
     return sorted({path for root in roots for path in root.rglob(name) if path.is_file()})
 
 
-def _all(
+def _read_all(
     root: Path, roots: Sequence[Path], name: str, parse: Callable[[Mapping[str, Any]], _Result]
 ) -> dict[str, _Result]:
     return {path.parent.relative_to(root).as_posix(): read_result(path, parse) for path in _files(roots, name)}
@@ -163,5 +170,5 @@ def _comparison(values: Mapping[str, Any]) -> Comparison:
     return Comparison.from_dict(values)
 
 
-def _undefined(values: Mapping[str, Any]) -> Undefined:
-    return Undefined(str(values["measurement"]), str(values["reason"]))
+def _undefined(values: Mapping[str, Any]) -> FailedMeasurement:
+    return FailedMeasurement(str(values["measurement"]), str(values["reason"]))

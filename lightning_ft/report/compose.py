@@ -1,4 +1,4 @@
-"""From results to a document: what is said, and in which order."""
+"""Composition of a report from results: its sections and their order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_ft.evaluation.savings.sections import (
     tokens_plot,
 )
 from lightning_ft.evaluation.savings.table import percent
-from lightning_ft.report.collect import RunReport, beside, run_names
+from lightning_ft.report.collect import RunReport, run_names, same_run_result
 
 if TYPE_CHECKING:
     from lightning_ft.evaluation.compute.arithmetic import ComputeResult
@@ -32,56 +32,56 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 
-def document(report: RunReport) -> Document:
-    """Everything that was collected, in the order in which it is read.
+def compose_document(report: RunReport) -> Document:
+    """Compose a document from all results that were collected.
 
-    A comparison's savings, by method, stand for those of its single runs, which follow as a table.
+    If there is a comparison, its savings by method replace the savings of its single runs, which follow as a table.
 
     Args:
-        report: May hold any of its parts.
+        report: Results; any of them may be missing.
     """
     comparison = report.comparison
-    told: Mapping[str, SavingsResult] = report.savings if comparison is None else comparison.savings
-    named = run_names(told) if comparison is None else {name: name for name in told}
-    names = {name: called if len(told) > 1 else "" for name, called in named.items()}
+    savings: Mapping[str, SavingsResult] = report.savings if comparison is None else comparison.savings
+    named = run_names(savings) if comparison is None else {name: name for name in savings}
+    names = {name: called if len(savings) > 1 else "" for name, called in named.items()}
     prefixes = _prefixes(names)
     compute = _compute(report)
     sections = [
         *(comparison_sections(comparison) if comparison is not None else ()),
-        *(_arms(result, names[name], prefixes[name], compared=comparison is not None) for name, result in told.items()),
         *(
-            Section(_title("Money", names[name]), cost_blocks(result, prefixes[name]))
-            for name, result in told.items()
+            _arms(result, names[name], prefixes[name], compared=comparison is not None)
+            for name, result in savings.items()
+        ),
+        *(
+            Section(_title("Costs", names[name]), cost_blocks(result, prefixes[name]))
+            for name, result in savings.items()
             if result.costs is not None
         ),
         *_retention(report),
-        *([Section("What training took", compute_table(compute))] if compute else []),
+        *([Section("Training compute", compute_table(compute))] if compute else []),
         *(
             [Section("Single runs", (_single_runs(report.savings),), brief=False)]
             if comparison is not None and report.savings
             else []
         ),
-        *(
-            Section(_title("Answers that became worse", names[name]), regression_blocks(result))
-            for name, result in told.items()
-        ),
-        *_provenance(report, told, names),
+        *(Section(_title("Regressions", names[name]), regression_blocks(result)) for name, result in savings.items()),
+        *_provenance(report, savings, names),
     ]
     return Document(
-        headlines=_headlines(report, told, names),
-        warnings=_warnings(report, told, names),
-        facts=_facts(report, told),
+        headlines=_headlines(report, savings, names),
+        warnings=_warnings(report, savings, names),
+        facts=_facts(report, savings),
         sections=tuple(sections),
     )
 
 
 def _arms(result: SavingsResult, of: str, prefix: str, *, compared: bool) -> Section:
-    """Tokens and quality of one result; a comparison has shown the quality of all before."""
-    pictures = [tokens_plot(result, f"{prefix}tokens")]
+    """Tokens and quality of one result; a comparison plots the quality of all its methods in a section of its own."""
+    plots = [tokens_plot(result, f"{prefix}tokens")]
     if not compared:
-        pictures.insert(0, quality_plot({of: result}, f"{prefix}quality"))
-    title = "Tokens of a request" if compared else "Tokens and quality"
-    return Section(_title(title, of), (*pictures, *arms_tables(result)))
+        plots.insert(0, quality_plot({of: result}, f"{prefix}quality"))
+    title = "Tokens per request" if compared else "Tokens and quality"
+    return Section(_title(title, of), (*plots, *arms_tables(result)))
 
 
 def _title(title: str, of: str) -> str:
@@ -89,7 +89,7 @@ def _title(title: str, of: str) -> str:
 
 
 def _prefixes(names: Mapping[str, str]) -> dict[str, str]:
-    """What the names of each result's pictures start with: letters that every file system takes, no two the same."""
+    """File name prefix of each result's plots: unique, and portable across file systems."""
     found: dict[str, str] = {}
     for key, name in names.items():
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -98,10 +98,12 @@ def _prefixes(names: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _headlines(report: RunReport, told: Mapping[str, SavingsResult], names: Mapping[str, str]) -> tuple[Headline, ...]:
-    """The verdicts; what could not be measured hasn't passed."""
+def _headlines(
+    report: RunReport, savings: Mapping[str, SavingsResult], names: Mapping[str, str]
+) -> tuple[Headline, ...]:
+    """Headlines of all results; a failed measurement counts as a failed gate."""
     called = run_names(report.undefined) if len(report.undefined) > 1 else dict.fromkeys(report.undefined, "")
-    found = [savings_headline(result, names[name]) for name, result in told.items()]
+    found = [savings_headline(result, names[name]) for name, result in savings.items()]
     found += [
         Headline(False, f"{failed.measurement} is undefined: {failed.reason}", called[name])
         for name, failed in report.undefined.items()
@@ -109,11 +111,11 @@ def _headlines(report: RunReport, told: Mapping[str, SavingsResult], names: Mapp
     return tuple(found) or (Headline(None, "Token savings were not measured, so there is no verdict."),)
 
 
-def _facts(report: RunReport, told: Mapping[str, SavingsResult]) -> tuple[Fact, ...]:
-    """Of the one result there is; of several the tables tell."""
+def _facts(report: RunReport, savings: Mapping[str, SavingsResult]) -> tuple[Fact, ...]:
+    """Key metrics of a single result; several results are compared in tables."""
     facts: list[Fact] = []
-    if len(told) == 1:
-        facts += savings_facts(next(iter(told.values())))
+    if len(savings) == 1:
+        facts += savings_facts(next(iter(savings.values())))
     if len(report.retention) == 1 and report.comparison is None:
         facts += retention_facts(next(iter(report.retention.values())))
     return tuple(facts)
@@ -128,7 +130,7 @@ def _retention(report: RunReport) -> list[Section]:
         runs = tradeoffs(report.comparison)
     else:
         names = run_names(report.savings)
-        pairs = [(names[key], result, beside(key, report.retention)) for key, result in report.savings.items()]
+        pairs = [(names[key], result, same_run_result(key, report.retention)) for key, result in report.savings.items()]
         runs = tuple(
             Tradeoff(
                 "tuned" if len(pairs) == 1 else name,
@@ -142,7 +144,7 @@ def _retention(report: RunReport) -> list[Section]:
     blocks: tuple[Block, ...] = forgetting_blocks(runs)
     if found:
         blocks = (*blocks, *retention_table(found))
-    return [Section("What was forgotten", blocks)] if blocks else []
+    return [Section("Forgetting", blocks)] if blocks else []
 
 
 def _compute(report: RunReport) -> dict[str, ComputeResult]:
@@ -170,36 +172,36 @@ def _single_runs(savings: Mapping[str, SavingsResult]) -> Table:
         for name, result in _named(savings).items()
     )
     head = ("run", "gate", "tokens saved", "quality, tuned", "quality, prompted", "requests")
-    return Table(head, rows, "Each run's own measurement", text_columns=frozenset({0, 1}))
+    return Table(head, rows, "Token savings of each run", text_columns=frozenset({0, 1}))
 
 
-def _provenance(report: RunReport, told: Mapping[str, SavingsResult], names: Mapping[str, str]) -> list[Section]:
+def _provenance(report: RunReport, savings: Mapping[str, SavingsResult], names: Mapping[str, str]) -> list[Section]:
     tables = [
         provenance_table(_title("Token savings", names[name]), savings_provenance(result))
-        for name, result in told.items()
+        for name, result in savings.items()
     ]
     if report.comparison is not None and report.comparison.provenance:
         tables.insert(0, provenance_table("Comparison", report.comparison.provenance))
     for name, kept in _named(report.retention).items() if report.comparison is None else ():
         values = {"hash of the texts": kept.texts_hash, "step": kept.step, **kept.provenance}
         tables.append(provenance_table(_title("Forgetting", name if len(report.retention) > 1 else ""), values))
-    return [Section("Where the figures come from", tuple(tables), brief=False)] if tables else []
+    return [Section("Provenance", tuple(tables), brief=False)] if tables else []
 
 
-def _warnings(report: RunReport, told: Mapping[str, SavingsResult], names: Mapping[str, str]) -> tuple[str, ...]:
+def _warnings(report: RunReport, savings: Mapping[str, SavingsResult], names: Mapping[str, str]) -> tuple[str, ...]:
     found: list[str] = []
     if report.comparison is not None:
         found += report.comparison.warnings
-        # The same requests were asked of all: what is true of each is said once.
-        first = next((result.warnings for result in told.values()), ())
-        found += [warning for warning in first if all(warning in result.warnings for result in told.values())]
-    for name, result in told.items():
+        # All methods answer the same requests, so a warning that all of them share is shown once.
+        first = next((result.warnings for result in savings.values()), ())
+        found += [warning for warning in first if all(warning in result.warnings for result in savings.values())]
+    for name, result in savings.items():
         own = [warning for warning in result.warnings if warning not in found]
         found += [f"{names[name]}: {warning}" if names[name] else warning for warning in own]
     for compute in _compute(report).values():
         if compute.uncounted:
             found.append(
-                f"Operations of attention weren't counted ({', '.join(compute.uncounted)}), so training FLOPs are too "
-                "low."
+                f"Some attention operations weren't counted ({', '.join(compute.uncounted)}), so training FLOPs are "
+                "underestimated."
             )
     return tuple(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""What the pictures show: read back from the axes, not from pixels."""
+"""Content of the plots, read from the matplotlib axes."""
 
 import math
 from dataclasses import replace
@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_ft.document.blocks import Plot
-from lightning_ft.document.canvas import DPI, STYLE, render_plot, marks
+from lightning_ft.document.plotting import DPI, STYLE, marker_styles, render_plot
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.comparison.plots import (
-    Curve,
+    TrainingCurve,
     draw_learning_curve,
     draw_methods,
     draw_resources,
@@ -22,7 +22,7 @@ from lightning_ft.evaluation.comparison.plots import (
 from lightning_ft.evaluation.retention.sections import Tradeoff, draw_forgetting, forgetting_blocks
 from lightning_ft.evaluation.savings.plots import Arm, draw_cost, draw_quality, draw_tokens
 from lightning_ft.report.collect import RunReport
-from lightning_ft.report.compose import document
+from lightning_ft.report.compose import compose_document
 
 
 def axes_of(draw, **arguments):
@@ -35,7 +35,7 @@ def labels_of(axes):
     return axes.get_legend_handles_labels()[1]
 
 
-def test_bars_are_as_high_as_a_request_has_tokens(make):
+def test_draw_tokens_bar_heights_are_tokens_per_request(make):
     result = make.savings()
     axes = axes_of(draw_tokens, result=result)
     heights = dict.fromkeys(("prompted", "untuned", "tuned"), 0.0)
@@ -46,7 +46,7 @@ def test_bars_are_as_high_as_a_request_has_tokens(make):
     assert labels_of(axes) == ["system prompt", "examples", "chat template", "request", "answer"]
 
 
-def test_an_arm_without_a_success_is_drawn_and_named():
+def test_draw_quality_shows_an_arm_without_success():
     never = Interval(math.inf, math.inf, math.inf)
     arms = {
         "prompted": Arm(Interval(0.9, 0.8, 1.0), Interval(500, 480, 520)),
@@ -58,7 +58,7 @@ def test_an_arm_without_a_success_is_drawn_and_named():
     assert axes.get_xscale() == "linear"
 
 
-def test_far_apart_arms_get_a_log_scale():
+def test_draw_quality_uses_a_log_scale_for_distant_arms():
     quality = Interval(0.5, 0.4, 0.6)
     arms = {"prompted": Arm(quality, Interval(9000, 8000, math.inf)), "tuned": Arm(quality, Interval(30, 29, 31))}
     axes = axes_of(draw_quality, arms=arms)
@@ -67,61 +67,61 @@ def test_far_apart_arms_get_a_log_scale():
 
 
 @pytest.mark.parametrize(
-    ("break_even", "said", "banded"),
+    ("break_even", "verdict", "has_band"),
     [
         (Interval(668_528.0, 2e5, 3e6), "earned back after 669,000 requests", True),
         (Interval(668_528.0, 2e5, math.inf), "earned back after 669,000 requests", True),
         (Interval(math.inf, math.inf, math.inf), "never earned back", False),
     ],
 )
-def test_cost_crosses_where_it_breaks_even(make, break_even, said, banded):
+def test_draw_cost_lines_cross_at_break_even(make, break_even, verdict, has_band):
     result = make.savings()
     axes = axes_of(draw_cost, result=result, kind="uncached", break_even=break_even)
     prompted, tuned = axes.get_lines()[:2]
     more = prompted.get_ydata() > tuned.get_ydata()
     crossed = next(x for x, is_more in zip(prompted.get_xdata(), more, strict=True) if is_more)
-    assert crossed == pytest.approx(result.costs.break_even_uncached, rel=0.3)  # as fine as the points are
-    assert said in axes.get_title()
-    assert ("break-even, 95% interval" in labels_of(axes)) is banded
+    assert crossed == pytest.approx(result.costs.break_even_uncached, rel=0.3)  # resolution of the points
+    assert verdict in axes.get_title()
+    assert ("break-even, 95% interval" in labels_of(axes)) is has_band
     assert "USD" in axes.get_ylabel()
-    if banded:
+    if has_band:
         band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
         assert band.x0 == pytest.approx(break_even.lo, rel=1e-6)
         assert band.x1 == pytest.approx(min(break_even.hi, axes.get_xlim()[1]), rel=1e-6)
 
 
-def test_a_dollar_sign_is_a_dollar_sign(make):
-    """Two of them would be a formula, and a broken one an error."""
+def test_render_plot_keeps_dollar_signs(make):
+    """Matplotlib would parse text between two dollar signs as a formula, and fail if it is malformed."""
     result = make.savings(prices=replace(make.prices, currency="$ \\frac{ $"))
     break_even = Interval(668_528.0, 2e5, 3e6)
     draw = partial(draw_cost, result=result, kind="uncached", break_even=break_even)
     assert render_plot(Plot("cost", "", "", draw)).png.startswith(b"\x89PNG")
 
 
-def test_an_infinite_divergence_is_told_where_it_cannot_be_drawn():
-    point, endless = Interval(0.03, 0.02, 0.04), Interval(math.inf, 1.0, math.inf)
-    blocks = forgetting_blocks([Tradeoff("lora", point, point), Tradeoff("full", endless, point)])
+def test_forgetting_blocks_name_runs_with_infinite_kl():
+    point, infinite = Interval(0.03, 0.02, 0.04), Interval(math.inf, 1.0, math.inf)
+    blocks = forgetting_blocks([Tradeoff("lora", point, point), Tradeoff("full", infinite, point)])
     assert isinstance(blocks[0], Plot)
     assert "full" not in blocks[0].alt
     assert blocks[1] == "Not drawn, since its KL is infinite: full."
-    assert forgetting_blocks([Tradeoff("full", endless, point)]) == (blocks[1],)
+    assert forgetting_blocks([Tradeoff("full", infinite, point)]) == (blocks[1],)
     assert forgetting_blocks([]) == ()
 
 
-def test_forgetting_says_where_it_is_a_lower_bound():
+def test_draw_forgetting_labels_lower_bounds():
     point = Interval(0.03, 0.02, 0.04)
     runs = [Tradeoff("lora", point, point), Tradeoff("lora", point, point), Tradeoff("full", point, point, True)]
     assert labels_of(axes_of(draw_forgetting, runs=runs)) == ["lora", "full (KL: lower bound)"]
 
 
-def test_methods_show_each_seed():
+def test_draw_methods_shows_each_seed():
     quality = {"untuned": Interval(0.2, 0.1, 0.3), "lora": Interval(0.9, 0.8, 0.95)}
     axes = axes_of(draw_methods, quality=quality, seeds={"lora": (0.88, 0.92)})
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["untuned", "lora"]
     assert any(list(line.get_xdata()) == [0.88, 0.92] for line in axes.get_lines())
 
 
-def test_what_was_never_reached_is_called_so():
+def test_draw_resources_labels_infinite_ratios():
     ratios = {
         "lora": {"flops": Interval(0.7, 0.69, 0.71), "flops_to_95": Interval(math.inf, 0.8, math.inf)},
         "frozen": {"flops": Interval(1.3, 1.2, 1.4)},
@@ -132,48 +132,48 @@ def test_what_was_never_reached_is_called_so():
     assert labels_of(axes)[0] == "full fine-tuning"
 
 
-def test_a_method_without_the_first_figure_is_in_the_legend():
+def test_draw_resources_legend_has_methods_without_the_first_ratio():
     ratios = {"a": {"flops": Interval(0.7, 0.7, 0.7)}, "b": {"seconds": Interval(0.5, 0.5, 0.5)}}
     assert set(labels_of(axes_of(draw_resources, ratios=ratios))) == {"full fine-tuning", "a", "b"}
 
 
-def test_learning_and_training_curves():
+def test_draw_learning_curve_and_draw_training():
     curve = {100: Interval(0.4, 0.3, 0.5), 1000: Interval(0.8, 0.7, 0.9)}
-    axes = axes_of(draw_learning_curve, curves={"lora": curve}, lines={"prompted": Interval(0.85, 0.8, 0.9)})
+    axes = axes_of(draw_learning_curve, curves={"lora": curve}, baselines={"prompted": Interval(0.85, 0.8, 0.9)})
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["100", "1,000"]
     assert set(labels_of(axes)) == {"lora", "prompted"}
-    axes = axes_of(draw_training, curves=[Curve("lora", (0.0, 1e12, 2e12), (0.2, 0.7, 0.8))])
-    assert list(axes.get_lines()[0].get_xdata()) == [1e12, 2e12]  # before training there were no operations
+    axes = axes_of(draw_training, curves=[TrainingCurve("lora", (0.0, 1e12, 2e12), (0.2, 0.7, 0.8))])
+    assert list(axes.get_lines()[0].get_xdata()) == [1e12, 2e12]  # a log scale has no point for 0 operations
 
 
-def test_names_keep_their_looks():
-    assert marks(["full", "new", "lora"])["lora"] == marks(["lora"])["lora"]
-    assert len(set(marks(["full", "lora", "prompted", "untuned", *"abcdef"]).values())) == 10
+def test_marker_styles_are_stable_and_distinct():
+    assert marker_styles(["full", "new", "lora"])["lora"] == marker_styles(["lora"])["lora"]
+    assert len(set(marker_styles(["full", "lora", "prompted", "untuned", *"abcdef"]).values())) == 10
 
 
-def test_a_picture_is_the_same_twice_and_holds_no_date(make):
-    picture = Plot("tokens", "", "", partial(draw_tokens, result=make.savings()))
-    one, other = render_plot(picture), render_plot(picture)
+def test_render_plot_is_deterministic(make):
+    plot = Plot("tokens", "", "", partial(draw_tokens, result=make.savings()))
+    one, other = render_plot(plot), render_plot(plot)
     assert one == other
     assert b"<dc:date>" not in one.svg
-    assert b"<text" not in one.svg  # letters are shapes, whatever fonts the reader has
+    assert b"<text" not in one.svg  # text is drawn as paths, so that no font is needed
 
 
-def test_nothing_is_drawn_outside_a_picture(comparison):
-    """Titles, labels and legends of the widest pictures lie within the figure."""
-    for picture in document(RunReport(comparison=comparison)).pictures:
+def test_plots_stay_within_the_figure(comparison):
+    """Titles, labels and legends of the plots with the most content fit into the figure."""
+    for plot in compose_document(RunReport(comparison=comparison)).plots:
         with rc_context(STYLE):
-            figure = Figure(figsize=picture.size, dpi=DPI, layout="constrained")
+            figure = Figure(figsize=plot.size, dpi=DPI, layout="constrained")
             FigureCanvasAgg(figure)
             axes = figure.subplots()
-            picture.draw(axes)
+            plot.draw(axes)
             figure.canvas.draw()
             box = figure.get_tightbbox()
-        width, height = picture.size
+        width, height = plot.size
         labels = (*axes.get_xticklabels(which="both"), *axes.get_yticklabels(which="both"))
         ticks = [label.get_text() for label in labels]
-        assert not any("$" in tick for tick in ticks), picture.name  # a formula, which isn't read as one
-        assert box.x0 >= -0.01, picture.name
-        assert box.y0 >= -0.01, picture.name
-        assert box.x1 <= width + 0.01, picture.name
-        assert box.y1 <= height + 0.01, picture.name
+        assert not any("$" in tick for tick in ticks), plot.name  # an unparsed formula
+        assert box.x0 >= -0.01, plot.name
+        assert box.y0 >= -0.01, plot.name
+        assert box.x1 <= width + 0.01, plot.name
+        assert box.y1 <= height + 0.01, plot.name

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing runs, nothing is fetched, every picture decodes, nothing sticks out."""
+"""The report page in a real browser: no scripts, no requests, every image decodes, and nothing overflows."""
 
 import json
 import shutil
@@ -27,10 +27,10 @@ def browser_and_driver():
 
 @pytest.fixture(scope="module")
 def driver():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install -e '.[dev]'")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install -e '.[dev]'")
     browser, program = browser_and_driver()
     if browser is None or program is None:
-        pytest.skip("no browser: apt install chromium chromium-driver")
+        pytest.skip("Chromium or its driver is missing: apt install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for flag in FLAGS:
@@ -47,40 +47,40 @@ def page(request, tmp_path_factory):
     return write_report(folder, tmp_path_factory.mktemp("page"))[0]
 
 
-def shown(driver, page, width=1200):
-    driver.get_log("browser"), driver.get_log("performance")  # what earlier pages left
+def load_page(driver, page, width=1200):
+    driver.get_log("browser"), driver.get_log("performance")  # discard entries of earlier pages
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     driver.get(Path(page).as_uri())
     return driver
 
 
-def network(driver):
-    """What the page asked for: each URL with the reason why it was blocked, if it was."""
+def requested_urls(driver):
+    """URLs that the page requested, each with the reason why the browser blocked it, or None."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     failed = [e["params"] for e in events if e["method"] == "Network.loadingFailed"]
     blocked = {failure["requestId"]: failure.get("blockedReason") for failure in failed}
-    asked = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    return {request["request"]["url"]: blocked.get(request["requestId"]) for request in asked}
+    requests = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return {request["request"]["url"]: blocked.get(request["requestId"]) for request in requests}
 
 
-def test_no_errors_and_no_requests(driver, page):
-    shown(driver, page)
-    urls = network(driver)
-    assert Path(page).as_uri() in urls  # the log does tell of requests
+def test_page_has_no_errors_and_no_requests(driver, page):
+    load_page(driver, page)
+    urls = requested_urls(driver)
+    assert Path(page).as_uri() in urls  # the log records requests
     assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
     assert driver.get_log("browser") == []
 
 
-def test_every_picture_is_decoded(driver, page):
-    shown(driver, page)
+def test_page_decodes_every_image(driver, page):
+    load_page(driver, page)
     sizes = driver.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth, i.alt.length])")
     assert len(sizes) >= 5
     assert all(complete and width > 0 and alt > 0 for complete, width, alt in sizes)
 
 
-def test_the_headline_is_on_the_first_screen(driver, page):
-    shown(driver, page)
+def test_page_shows_the_headline_on_the_first_screen(driver, page):
+    load_page(driver, page)
     headline = driver.find_element("css selector", ".headline")
     assert headline.is_displayed()
     assert "fewer tokens per request" in headline.text
@@ -89,8 +89,8 @@ def test_the_headline_is_on_the_first_screen(driver, page):
 
 
 @pytest.mark.parametrize("width", [1200, 400])
-def test_nothing_sticks_out(driver, page, width):
-    shown(driver, page, width)
+def test_page_has_no_horizontal_overflow(driver, page, width):
+    load_page(driver, page, width)
     driver.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     wide, room = driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
     assert room == width
@@ -103,8 +103,8 @@ def test_nothing_sticks_out(driver, page, width):
     assert out == []
 
 
-def test_answers_are_read_and_not_run(driver, run_folder, tmp_path, make):
-    shown(driver, write_report(run_folder, tmp_path)[0])
+def test_page_shows_answers_as_text(driver, run_folder, tmp_path, make):
+    load_page(driver, write_report(run_folder, tmp_path)[0])
     assert driver.title == "Fine-tuning report"
     answers = [element.get_attribute("textContent") for element in driver.find_elements("css selector", "pre")]
     assert make.hostile in answers
@@ -114,27 +114,27 @@ def test_answers_are_read_and_not_run(driver, run_folder, tmp_path, make):
     assert details[1].find_element("css selector", "pre").is_displayed()
 
 
-def test_the_policy_stops_what_escaping_would_miss(driver, tmp_path, run_folder):
-    """The second lock by itself: a script and a picture from elsewhere, put into the page as markup."""
+def test_page_policy_blocks_injected_markup(driver, tmp_path, run_folder):
+    """The content security policy alone blocks a script and a remote image that are inserted as markup."""
     written = write_report(run_folder, tmp_path)[0]
     page = written.read_text()
     hostile = '<script>document.title="hacked"</script><img src="http://127.0.0.1:9/x.png">'
     written.write_text(page.replace("</main>", f"{hostile}</main>"))
-    shown(driver, written)
+    load_page(driver, written)
     assert driver.title == "Fine-tuning report"
-    outside = {url: blocked for url, blocked in network(driver).items() if url.startswith("http")}
-    assert outside == {"http://127.0.0.1:9/x.png": "csp"}  # it never left the browser
-    assert len(driver.get_log("browser")) == 2  # both were refused
+    remote = {url: blocked for url, blocked in requested_urls(driver).items() if url.startswith("http")}
+    assert remote == {"http://127.0.0.1:9/x.png": "csp"}  # blocked before it was sent
+    assert len(driver.get_log("browser")) == 2  # one error for each
 
 
-def test_it_can_be_read_in_the_dark(driver, page):
-    shown(driver, page)
+def test_page_supports_dark_mode(driver, page):
+    load_page(driver, page)
     features = [{"name": "prefers-color-scheme", "value": "dark"}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     try:
-        ground = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
-        behind = driver.execute_script("return getComputedStyle(document.images[0]).backgroundColor")
+        background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        plot_background = driver.execute_script("return getComputedStyle(document.images[0]).backgroundColor")
     finally:
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert sum(map(int, ground[4:-1].split(", "))) < 150
-    assert behind == "rgb(255, 255, 255)"  # pictures have black letters
+    assert sum(map(int, background[4:-1].split(", "))) < 150
+    assert plot_background == "rgb(255, 255, 255)"  # text in plots is black

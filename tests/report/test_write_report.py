@@ -1,4 +1,4 @@
-"""A folder of results to files: what is in them, that they are the same twice, and what happens without matplotlib."""
+"""Report files: their content, that they are deterministic, and reports without matplotlib."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ def compared(comparison_folder, tmp_path_factory):
     return contents(write_report(comparison_folder, tmp_path_factory.mktemp("compared")))
 
 
-def test_files_of_a_run(files):
+def test_write_report_files_of_a_run(files):
     assert list(files) == [
         "report.html",
         "report.md",
@@ -39,14 +39,14 @@ def test_files_of_a_run(files):
     assert all(data.startswith(b"\x89PNG") for name, data in files.items() if name.endswith(".png"))
 
 
-def test_by_default_it_stands_in_the_folder(make, tmp_path):
+def test_write_report_writes_into_the_folder_by_default(make, tmp_path):
     make.write(tmp_path / "retention", "retention.json", make.retention())
     assert {path.parent for path in write_report(tmp_path)} == {tmp_path / "report"}
-    again = write_report(tmp_path)  # a report in the folder isn't taken for results
+    again = write_report(tmp_path)  # an existing report isn't collected as a result
     assert [path.name for path in again] == ["report.html", "report.md", "report.json"]
 
 
-def test_the_page_says_everything(files, run_folder):
+def test_page_has_every_section(files, run_folder):
     page = files["report.html"].decode()
     result = SavingsResult.from_dict(json.loads((run_folder / "token_savings/token_savings.json").read_text()))
     for part in (
@@ -58,7 +58,7 @@ def test_the_page_says_everything(files, run_folder):
         "0.0310 (0.0267 to 0.0363)",  # KL
         "240 TFLOP",
         "counted in 9 micro-batches",
-        "Answers that became worse",
+        "Regressions",
         "9d2b1f0c44aa8e05",  # hash of the data
         "77aa10c2d3e4f506",  # hash of the texts
         "requests left out",
@@ -70,7 +70,7 @@ def test_the_page_says_everything(files, run_folder):
     assert all(len(alt) > 40 for alt in re.findall(r'alt="([^"]*)"', page))
 
 
-def test_nothing_in_an_answer_is_markup(files):
+def test_page_escapes_answers(files):
     page = files["report.html"].decode()
     assert "&lt;script&gt;document.title=&#34;hacked&#34;&lt;/script&gt;" in page
     assert "<script" not in page
@@ -79,31 +79,31 @@ def test_nothing_in_an_answer_is_markup(files):
     assert "default-src &#39;none&#39;" in page
 
 
-def test_markdown_is_for_a_pull_request(files):
+def test_markdown_is_brief(files):
     markdown = files["report.md"].decode()
     for part in ("**PASS: ", "| all tokens |", "](quality.png)", "](forgetting.png)", "[report.html](report.html)"):
         assert part in markdown, part
     assert set(re.findall(r"\]\((\w+\.png)\)", markdown)) == {name for name in files if name.endswith(".png")}
-    assert "9d2b1f0c44aa8e05" not in markdown  # provenance stands in the page
+    assert "9d2b1f0c44aa8e05" not in markdown  # provenance is only in the page
     assert len(markdown) < 9000
 
 
-def test_json_holds_what_was_collected(files, run_folder):
+def test_json_contains_all_results(files, run_folder):
     found = json.loads(files["report.json"])
     assert found["schema_version"] == SCHEMA_VERSION
     assert found["headlines"][0]["verdict"] == "PASS"
     assert found["comparison"] is None
-    for kind, key in (("savings", "token_savings"), ("retention", "retention"), ("compute", "compute")):
+    for measurement, key in (("savings", "token_savings"), ("retention", "retention"), ("compute", "compute")):
         written = json.loads((run_folder / key / f"{key}.json").read_text())
-        assert found[kind] == {key: written}
-    assert [picture["file"] for picture in found["pictures"]] == [name for name in files if name.endswith(".png")]
+        assert found[measurement] == {key: written}
+    assert [plot["file"] for plot in found["pictures"]] == [name for name in files if name.endswith(".png")]
 
 
-def test_the_same_results_give_the_same_bytes(files, run_folder, tmp_path):
+def test_write_report_is_deterministic(files, run_folder, tmp_path):
     assert contents(write_report(run_folder, tmp_path / "elsewhere")) == files
 
 
-def test_pictures_of_an_earlier_report_do_not_stay(make, tmp_path):
+def test_write_report_removes_plots_of_an_earlier_report(make, tmp_path):
     make.run(tmp_path / "run")
     write_report(tmp_path / "run", tmp_path / "out")
     (tmp_path / "out" / "mine.png").write_bytes(b"kept")
@@ -113,15 +113,15 @@ def test_pictures_of_an_earlier_report_do_not_stay(make, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in written} | {"mine.png"}
 
 
-def test_a_failure_and_its_warning_come_first(make, tmp_path):
+def test_page_starts_with_a_failed_gate_and_its_warning(make, tmp_path):
     make.write(tmp_path, "token_savings.json", make.savings(n=40, prices=None))
     page = write_report(tmp_path)[0].read_text()
     assert ">FAIL</strong>" in page
     assert page.index("Underpowered: 40 requests") < page.index("<section>")
-    assert "Money" not in page
+    assert "Costs" not in page
 
 
-def test_only_compute(make, tmp_path):
+def test_write_report_with_only_compute(make, tmp_path):
     make.write(tmp_path / "compute", "compute.json", make.compute())
     written = write_report(tmp_path)
     assert [path.suffix for path in written] == [".html", ".md", ".json"]
@@ -130,7 +130,7 @@ def test_only_compute(make, tmp_path):
     assert "badge" not in page.split("</style>")[1]
 
 
-def test_an_unfinished_comparison_says_so(make, tmp_path):
+def test_page_warns_of_an_incomplete_comparison(make, tmp_path):
     from lightning_ft.evaluation.comparison.result import Comparison
 
     unfinished = Comparison((), {}, {}, {}, {}, {}, complete=False, warnings=("Not all planned runs were made.",))
@@ -141,23 +141,23 @@ def test_an_unfinished_comparison_says_so(make, tmp_path):
     assert "<section>" not in page
 
 
-def test_nothing_to_report(tmp_path):
-    with pytest.raises(DataError, match=r"holds no results: none of token_savings\.json, retention\.json"):
+def test_write_report_refuses_a_folder_without_results(tmp_path):
+    with pytest.raises(DataError, match=r"contains no results: none of token_savings\.json, retention\.json"):
         write_report(tmp_path)
 
 
-def test_several_runs_side_by_side(make, tmp_path):
-    for name, tuned in (("narrow run", 0.93), ("narrow-run", 0.8)):  # one slug
+def test_write_report_with_several_runs(make, tmp_path):
+    for name, tuned in (("narrow run", 0.93), ("narrow-run", 0.8)):  # both have the same slug
         make.write(tmp_path / name / "token_savings", "token_savings.json", make.savings(tuned=tuned, resamples=99))
     written = write_report(tmp_path)
     names = [path.name for path in written]
     assert len(set(names)) == len(names) == 3 + 2 * 4
     page = written[0].read_text()
-    for part in ("<b>narrow run:</b>", "<b>narrow-run:</b>", "Money: narrow run", ">PASS<", ">FAIL<"):
+    for part in ("<b>narrow run:</b>", "<b>narrow-run:</b>", "Costs: narrow run", ">PASS<", ">FAIL<"):
         assert part in page, part
 
 
-def test_a_comparison(compared, comparison):
+def test_page_of_a_comparison(compared, comparison):
     page = compared["report.html"].decode()
     for name in ("methods.png", "quality.png", "resources.png", "learning.png", "training.png", "forgetting.png"):
         assert name in compared
@@ -168,19 +168,19 @@ def test_a_comparison(compared, comparison):
     for part in (
         "intent accuracy",
         "share of full&#39;s gain over untuned",
-        "never",  # the frozen trunk doesn't reach 95% of full's quality
+        "never",  # one method doesn't reach 95% of full's quality
         "lora, seed 2",
         "The same in all runs: ",
-        "Looking for learning rates took",
+        "The search for learning rates took",
         "900 answers",
         "0c44aa8e059d2b1f",
     ):
         assert part in page, part
-    assert page.index("The claims, judged") < page.index("Methods side by side") < page.index("Tokens of a request")
+    assert page.index("Claims and verdicts") < page.index("Methods side by side") < page.index("Tokens per request")
     assert json.loads(compared["report.json"])["comparison"] == json.loads(json.dumps(comparison.to_dict()))
 
 
-def test_without_matplotlib(run_folder, tmp_path, monkeypatch, caplog):
+def test_write_report_without_matplotlib(run_folder, tmp_path, monkeypatch, caplog):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     with caplog.at_level("INFO"):
@@ -195,7 +195,7 @@ def test_without_matplotlib(run_folder, tmp_path, monkeypatch, caplog):
     assert json.loads(written[2].read_text())["pictures"] == []
 
 
-def test_it_does_not_import_matplotlib_until_it_draws():
+def test_import_of_write_does_not_import_matplotlib():
     import subprocess
     import sys
 

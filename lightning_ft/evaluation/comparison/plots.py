@@ -1,4 +1,4 @@
-"""What methods take of full fine-tuning's resources."""
+"""Plots of a comparison: quality, learning curves, and resources relative to full fine-tuning."""
 
 from __future__ import annotations
 
@@ -7,64 +7,66 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ft.document.canvas import legend_below, logarithmic, marks, spread
-from lightning_ft.document.numbers import scaled
+from lightning_ft.document.numbers import format_si
+from lightning_ft.document.plotting import add_legend_below, error_bar, marker_styles, set_log_scale
 from lightning_ft.evaluation.bootstrap import Interval
 
 
-def draw_learning_curve(axes: Any, curves: Mapping[str, Mapping[int, Interval]], lines: Mapping[str, Interval]) -> None:
-    """Quality over the number of training rows.
+def draw_learning_curve(
+    axes: Any, curves: Mapping[str, Mapping[int, Interval]], baselines: Mapping[str, Interval]
+) -> None:
+    """Draw quality against the number of training rows.
 
     Args:
-        axes: Of matplotlib.
-        curves: By method and rows.
-        lines: Quality of what isn't trained, drawn as levels.
+        axes: Matplotlib axes to draw on.
+        curves: Quality by method and number of training rows.
+        baselines: Quality of the untrained arms by name, drawn as horizontal lines.
     """
-    look = marks([*curves, *lines])
+    styles = marker_styles([*curves, *baselines])
     sizes = sorted({size for curve in curves.values() for size in curve})
-    for place, (name, curve) in enumerate(curves.items()):
-        shift = 1 + 0.03 * (place - (len(curves) - 1) / 2)  # so that intervals at one size don't cover each other
+    for index, (name, curve) in enumerate(curves.items()):
+        shift = 1 + 0.03 * (index - (len(curves) - 1) / 2)  # so that intervals at one size don't cover each other
         xs, ys = [size * shift for size in curve], list(curve.values())
         down_up = [[max(0.0, i.value - i.lo) for i in ys], [max(0.0, i.hi - i.value) for i in ys]]
         axes.errorbar(
             xs,
             [i.value for i in ys],
             yerr=down_up,
-            fmt=f"{look[name].marker}-",
-            color=look[name].color,
+            fmt=f"{styles[name].marker}-",
+            color=styles[name].color,
             markersize=8,
             capsize=4,
             markeredgecolor="black",
             label=name,
         )
-    for name, interval in lines.items():
-        axes.axhline(interval.value, color=look[name].color, linewidth=1.8, linestyle="--", label=name)
-    logarithmic(axes.xaxis, "{:,.0f}".format)
+    for name, interval in baselines.items():
+        axes.axhline(interval.value, color=styles[name].color, linewidth=1.8, linestyle="--", label=name)
+    set_log_scale(axes.xaxis, "{:,.0f}".format)
     axes.set_xticks(sizes)
     axes.set_ylim(-0.04, 1.05)
     axes.set_xlabel("training rows (log scale)")
     axes.set_ylabel("quality on test requests")
-    axes.set_title("How many rows it needs")
-    legend_below(axes)
+    axes.set_title("Quality by number of training rows")
+    add_legend_below(axes)
 
 
 def draw_methods(axes: Any, quality: Mapping[str, Interval], seeds: Mapping[str, Sequence[float]]) -> None:
-    """Quality of each method with its interval, and each seed as a dot below.
+    """Draw the quality of each method with its interval, and each seed as a dot below it.
 
     Args:
-        axes: Of matplotlib.
-        quality: By method, drawn from top to bottom.
-        seeds: Each seed's quality by method; may lack methods.
+        axes: Matplotlib axes to draw on.
+        quality: Quality by method, drawn from top to bottom.
+        seeds: Quality of each seed by method; methods may be missing.
     """
-    names, look = list(quality), marks(list(quality))
+    names, styles = list(quality), marker_styles(list(quality))
     for row, name in enumerate(names):
-        interval, mark = quality[name], look[name]
+        interval, style = quality[name], styles[name]
         axes.errorbar(
             [interval.value],
             [row],
-            xerr=spread(interval.value, interval.lo, interval.hi),
-            fmt=mark.marker,
-            color=mark.color,
+            xerr=error_bar(interval.value, interval.lo, interval.hi),
+            fmt=style.marker,
+            color=style.color,
             markersize=9,
             capsize=4,
             markeredgecolor="black",
@@ -76,13 +78,13 @@ def draw_methods(axes: Any, quality: Mapping[str, Interval], seeds: Mapping[str,
         if len(own) > 1:
             axes.plot(own, [row + 0.22] * len(own), ".", color="black", markersize=6, alpha=0.7)
     if any(len(found) > 1 for found in seeds.values()):
-        axes.plot([], [], ".", color="black", alpha=0.7, label="a seed by itself")
+        axes.plot([], [], ".", color="black", alpha=0.7, label="single seed")
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.45, -0.65)
     axes.set_xlim(-0.03, 1.06)
     axes.set_xlabel("quality on test requests (mean score, with interval)")
     axes.set_title("Quality by method")
-    legend_below(axes)
+    add_legend_below(axes)
 
 
 RESOURCES = {
@@ -94,18 +96,18 @@ RESOURCES = {
     "flops_to_95": "FLOPs to 95%\nof full's quality",
     "seconds_to_95": "time to 95%\nof full's quality",
 }
-"""What each ratio is of, in the order in which they are drawn."""
+"""Label of each resource, in the order in which they are drawn."""
 
 
 def draw_resources(axes: Any, ratios: Mapping[str, Mapping[str, Interval]]) -> None:
-    """Each resource of each method as a multiple of full fine-tuning's.
+    """Draw each resource of each method as a multiple of full fine-tuning's.
 
     Args:
-        axes: Of matplotlib.
-        ratios: By method and figure; others than :data:`RESOURCES` are left out.
+        axes: Matplotlib axes to draw on.
+        ratios: Ratios to full fine-tuning by method and name; only those of :data:`RESOURCES` are drawn.
     """
     rows = [name for name in RESOURCES if any(name in found for found in ratios.values())]
-    look, methods = marks(list(ratios)), list(ratios)
+    styles, methods = marker_styles(list(ratios)), list(ratios)
     finite = [
         end
         for found in ratios.values()
@@ -115,25 +117,25 @@ def draw_resources(axes: Any, ratios: Mapping[str, Mapping[str, Interval]]) -> N
         if math.isfinite(end) and end > 0
     ]
     low, high = min([*finite, 0.9]), max([*finite, 1.1])
-    edge = high * 2.2  # where what was never reached is drawn
+    edge = high * 2.2  # position of ratios that are infinite
     step = 0.62 / max(1, len(methods))
     named: set[str] = set()
-    for place, method in enumerate(methods):
-        mark = look[method]
+    for index, method in enumerate(methods):
+        style = styles[method]
         for row, name in enumerate(rows):
             interval = ratios[method].get(name)
             if interval is None or interval.value <= 0:
                 continue
-            y = row + (place - (len(methods) - 1) / 2) * step
+            y = row + (index - (len(methods) - 1) / 2) * step
             reached = math.isfinite(interval.value)
             x = interval.value if reached else edge
-            sideways = spread(x, interval.lo, interval.hi if math.isfinite(interval.hi) else edge)
+            sideways = error_bar(x, interval.lo, interval.hi if math.isfinite(interval.hi) else edge)
             axes.errorbar(
                 [x],
                 [y],
                 xerr=sideways if reached else None,
-                fmt=mark.marker,
-                color=mark.color,
+                fmt=style.marker,
+                color=style.color,
                 markersize=8,
                 capsize=3,
                 markeredgecolor="black",
@@ -141,7 +143,7 @@ def draw_resources(axes: Any, ratios: Mapping[str, Mapping[str, Interval]]) -> N
             )
             named.add(method)
             text = _ratio(interval.value) if reached else "never"
-            less = reached and interval.value <= 1  # then the text stands on the side that the line at 1 isn't on
+            less = reached and interval.value <= 1  # then the text is on the left, away from the line at 1
             end = interval.lo if less else interval.hi if math.isfinite(interval.hi) and reached else x
             axes.annotate(
                 text,
@@ -153,17 +155,17 @@ def draw_resources(axes: Any, ratios: Mapping[str, Mapping[str, Interval]]) -> N
                 fontsize=10,
             )
     axes.axvline(1, color="#009E73", linewidth=1.6, label="full fine-tuning")
-    logarithmic(axes.xaxis, _ratio)
+    set_log_scale(axes.xaxis, _ratio)
     axes.set_xlim(low / 8, edge * 3)
     axes.set_yticks(range(len(rows)), [RESOURCES[name] for name in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel("multiple of full fine-tuning (log scale), less is better")
-    axes.set_title("What it takes, relative to full fine-tuning")
-    legend_below(axes)
+    axes.set_xlabel("multiple of full fine-tuning (log scale), lower is better")
+    axes.set_title("Resources relative to full fine-tuning")
+    add_legend_below(axes)
 
 
 def _ratio(value: float) -> str:
-    """A multiple as a label.
+    """Format a multiple as a label.
 
     Example:
         >>> _ratio(0.0123), _ratio(0.7142), _ratio(12.0)
@@ -173,13 +175,13 @@ def _ratio(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Quality on the way of one run.
+class TrainingCurve:
+    """Quality of one run during training.
 
     Args:
-        name: Of its method.
-        flops: Operations so far, at each point.
-        quality: On the validation rows, at each point.
+        name: Name of its method.
+        flops: Floating-point operations of training so far, at each point.
+        quality: Quality on the validation rows, at each point.
     """
 
     name: str
@@ -187,31 +189,31 @@ class Curve:
     quality: tuple[float, ...]
 
 
-def draw_training(axes: Any, curves: Sequence[Curve]) -> None:
-    """Quality over operations of training, a line for each run.
+def draw_training(axes: Any, curves: Sequence[TrainingCurve]) -> None:
+    """Draw quality against training FLOPs, with a line for each run.
 
     Args:
-        axes: Of matplotlib.
-        curves: At least one.
+        axes: Matplotlib axes to draw on.
+        curves: Curve of each run; at least one.
     """
-    look = marks(list(dict.fromkeys(curve.name for curve in curves)))
+    styles = marker_styles(list(dict.fromkeys(curve.name for curve in curves)))
     named: set[str] = set()
     for curve in curves:
         points = [(x, y) for x, y in zip(curve.flops, curve.quality, strict=True) if x > 0]  # 0 has no logarithm
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            f"{look[curve.name].marker}-",
-            color=look[curve.name].color,
+            f"{styles[curve.name].marker}-",
+            color=styles[curve.name].color,
             markersize=5,
             linewidth=1.4,
             alpha=0.85,
             label=None if curve.name in named else curve.name,
         )
         named.add(curve.name)
-    logarithmic(axes.xaxis, lambda flops: scaled(flops, "FLOP"))
+    set_log_scale(axes.xaxis, lambda flops: format_si(flops, "FLOP"))
     axes.set_ylim(-0.04, 1.05)
-    axes.set_xlabel("operations of training so far (log scale)")
+    axes.set_xlabel("training FLOPs so far (log scale)")
     axes.set_ylabel("quality on validation rows")
-    axes.set_title("What training bought on the way")
-    legend_below(axes)
+    axes.set_title("Quality during training")
+    add_legend_below(axes)

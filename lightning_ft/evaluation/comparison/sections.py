@@ -1,4 +1,4 @@
-"""Sections of a comparison of methods."""
+"""Report sections of a comparison of methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_ft.document.numbers import format_duration, format_number, format
 from lightning_ft.evaluation.bootstrap import Interval, format_interval
 from lightning_ft.evaluation.comparison.plots import (
     RESOURCES,
-    Curve,
+    TrainingCurve,
     draw_learning_curve,
     draw_methods,
     draw_resources,
@@ -30,18 +30,18 @@ _VERDICTS = {"held": "held", "not held": "not held", "held if": "held only if", 
 
 
 def comparison_sections(comparison: Comparison) -> tuple[Section, ...]:
-    """Claims, methods, resources, rows and operations; what wasn't measured is left out."""
+    """Build the sections on claims, methods, resources and learning curves; unmeasured ones are left out."""
     sections = (
-        Section("The claims, judged", tuple(_claims(comparison))),
+        Section("Claims and verdicts", tuple(_claims(comparison))),
         Section("Methods side by side", tuple(_methods(comparison))),
         Section("Resources relative to full fine-tuning", tuple(_resources(comparison))),
-        Section("Quality, rows and operations", (*_learning(comparison), *_training(comparison))),
+        Section("Quality by rows and FLOPs", (*_learning(comparison), *_training(comparison))),
     )
     return tuple(section for section in sections if section.blocks)
 
 
 def tradeoffs(comparison: Comparison) -> tuple[Tradeoff, ...]:
-    """Forgetting and gain of every final run that was measured for both."""
+    """Return forgetting and gain of each final run in which both were measured."""
     untuned = next((run.test for run in comparison.runs if run.method == "untuned"), None)
     if untuned is None:
         return ()
@@ -55,10 +55,10 @@ def tradeoffs(comparison: Comparison) -> tuple[Tradeoff, ...]:
 
 
 def final_runs(comparison: Comparison) -> dict[str, RunResult]:
-    """The runs that count, by a name for tables: method, and seed where there are several."""
-    found = list(_final(comparison))
-    several = {method for method, _ in found if sum(other == method for other, _ in found) > 1}
-    return {f"{method}, seed {run.seed}" if method in several else method: run for method, run in found}
+    """Return the final runs by their names in tables: the method, and the seed where there are several."""
+    finals = list(_final(comparison))
+    several = {method for method, _ in finals if sum(other == method for other, _ in finals) > 1}
+    return {f"{method}, seed {run.seed}" if method in several else method: run for method, run in finals}
 
 
 def _final(comparison: Comparison) -> Iterator[tuple[str, RunResult]]:
@@ -79,9 +79,9 @@ def _claims(comparison: Comparison) -> Iterator[Block]:
             for claim in comparison.claims
         )
         yield Table(
-            ("claim", "as it is made", "verdict", "what was measured"),
+            ("claim", "as usually made", "verdict", "evidence"),
             rows,
-            "A claim held where its whole interval is on the claim's side",
+            "A claim is held if its whole interval is on the claim's side of the threshold",
             text_columns=frozenset({0, 1, 2, 3}),
         )
 
@@ -96,7 +96,7 @@ def _methods(comparison: Comparison) -> Iterator[Block]:
     yield Plot(
         "methods",
         "Quality by method. " + "; ".join(f"{name}: {text}" for name, text in words.items()) + ".",
-        "Mean score on the test requests. Bars are 95% intervals over requests, all seeds of a request together.",
+        "Mean score on the test requests. Bars are 95% intervals over requests, with the seeds of a request together.",
         partial(draw_methods, quality=quality, seeds=comparison.seed_quality),
         size=(6.4, max(4.4, 1.9 + 0.62 * len(quality))),
     )
@@ -119,15 +119,18 @@ def _methods(comparison: Comparison) -> Iterator[Block]:
         yield Table(
             ("method", *metrics),
             tuple(
-                (name, *(_alike(found[metric], "{:.3f}".format) if metric in found else "-" for metric in metrics))
+                (
+                    name,
+                    *(_format_ends(found[metric], "{:.3f}".format) if metric in found else "-" for metric in metrics),
+                )
                 for name, found in comparison.metrics.items()
             ),
-            "The domain's own figures; in brackets the least and the largest of the seeds",
+            "Task-specific metrics; in parentheses the minimum and the maximum over seeds",
         )
     if comparison.sweep_seconds:
         yield (
-            f"Looking for learning rates took {format_duration(comparison.sweep_seconds)} of training and "
-            f"{format_si(comparison.sweep_flops, 'FLOP')} beside the runs that are shown."
+            f"The search for learning rates took {format_duration(comparison.sweep_seconds)} of training and "
+            f"{format_si(comparison.sweep_flops, 'FLOP')} in addition to the runs above."
         )
 
 
@@ -142,68 +145,68 @@ def _resources(comparison: Comparison) -> Iterator[Block]:
         yield Plot(
             "resources",
             f"Resources relative to full fine-tuning. {seen}.",
-            "1x is full fine-tuning; left of it is less. Bars span the least and the largest of the seeds.",
+            "1x is full fine-tuning; left of it is less. Bars span the minimum and the maximum over seeds.",
             partial(draw_resources, ratios=ratios),
             size=(6.4, 2.0 + 0.34 * len(rows) * (1 + 0.5 * len(ratios))),
         )
     shown = {**_QUALITY_RATIOS, **{name: RESOURCES[name].replace("\n", " ") for name in rows}}
     if ratios:
         yield Table(
-            ("to full fine-tuning", *ratios),
+            ("relative to full fine-tuning", *ratios),
             tuple(
                 (label, *(_ratio(found.get(name)) for found in ratios.values()))
                 for name, label in shown.items()
                 if any(name in found for found in ratios.values())
             ),
-            "Ratios to full fine-tuning; of quality with 95% intervals over requests, of resources with the least and "
-            "the largest of the seeds",
+            "Ratios to full fine-tuning: quality with 95% intervals over requests, resources with the minimum and the "
+            "maximum over seeds",
         )
 
 
 def _learning(comparison: Comparison) -> Iterator[Block]:
     curves = {name: curve for name, curve in comparison.learning_curve.items() if len(curve) > 1}
     if curves:
-        levels = {name: comparison.quality[name] for name in _BASELINES if name in comparison.quality}
+        baselines = {name: comparison.quality[name] for name in _BASELINES if name in comparison.quality}
         seen = "; ".join(
             f"{name}: " + ", ".join(f"{interval.value:.3f} with {size:,}" for size, interval in curve.items())
             for name, curve in curves.items()
         )
         yield Plot(
             "learning",
-            f"Quality over training rows. {seen}.",
-            "How good a method gets with so many training rows, against the original weights with and without the "
+            f"Quality by number of training rows. {seen}.",
+            "Quality of a method trained on each number of rows, next to the original weights with and without the "
             "prompt. Bars are 95% intervals over requests.",
-            partial(draw_learning_curve, curves=curves, lines=levels),
+            partial(draw_learning_curve, curves=curves, baselines=baselines),
         )
 
 
 def _training(comparison: Comparison) -> Iterator[Block]:
     curves = [
-        Curve(method, tuple(p.flops for p in run.curve), tuple(p.quality for p in run.curve))
+        TrainingCurve(method, tuple(p.flops for p in run.curve), tuple(p.quality for p in run.curve))
         for method, run in _final(comparison)
         if any(p.flops > 0 for p in run.curve)
     ]
     if curves:
         yield Plot(
             "training",
-            "Quality over training operations. "
+            "Quality by training FLOPs. "
             + "; ".join(f"{c.name}: {c.quality[-1]:.3f} after {format_si(c.flops[-1], 'FLOP')}" for c in curves)
             + ".",
-            "Quality on validation rows while training went on, a line for each seed with its chosen learning rate.",
+            "Quality on validation rows during training: a line for each seed, with the chosen learning rate.",
             partial(draw_training, curves=curves),
         )
 
 
 def _ratio(interval: Interval | None) -> str:
-    return "not measured" if interval is None else _alike(interval, _or_never)
+    return "not measured" if interval is None else _format_ends(interval, _format_ratio)
 
 
-def _alike(interval: Interval, form: Callable[[float], str]) -> str:
-    """A figure with its ends, unless they read the same, as the operations of all seeds do."""
+def _format_ends(interval: Interval, form: Callable[[float], str]) -> str:
+    """Format an interval, or its value alone if both ends read the same, as with the FLOPs of all seeds."""
     same = len({form(end) for end in (interval.value, interval.lo, interval.hi)}) == 1
     return form(interval.value) if same else format_interval(interval, form)
 
 
-def _or_never(value: float) -> str:
-    """Three digits, or that a quality was never reached."""
+def _format_ratio(value: float) -> str:
+    """Format with three digits; "never" if a quality was never reached."""
     return "never" if value == float("inf") else format_number(value)

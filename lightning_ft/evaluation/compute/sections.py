@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from lightning_ft.document.blocks import Block, runs_table
-from lightning_ft.document.numbers import bytes_of, duration, scaled
+from lightning_ft.document.numbers import format_bytes, format_duration, format_si
 
 if TYPE_CHECKING:
     from lightning_ft.evaluation.compute.arithmetic import ComputeResult
@@ -25,16 +25,18 @@ def compute_table(results: Mapping[str, ComputeResult]) -> tuple[Block, ...]:
         return (label, *(cell(result) for result in results.values()))
 
     rows = (
-        row("training operations", lambda r: scaled(r.flops, "FLOP")),
+        row("training operations", lambda r: format_si(r.flops, "FLOP")),
         row("how they are known", _source),
-        row("time in training steps", lambda r: duration(r.train_seconds)),
+        row("time in training steps", lambda r: format_duration(r.train_seconds)),
         row("optimizer steps", lambda r: f"{r.steps:,}"),
         row("tokens, padding included", lambda r: f"{r.tokens:,}"),
         row("tokens that were trained on", lambda r: f"{r.supervised_tokens:,}"),
         row("tokens per second", lambda r: _known(r.tokens_per_second, "{:,.0f}")),
         row("share of the device's peak (MFU)", lambda r: _known(r.mfu, "{:.1%}")),
-        row("peak memory", lambda r: f"{bytes_of(r.peak_memory_bytes)} {_MEMORY.get(r.memory_kind, r.memory_kind)}"),
-        row("memory as training began", lambda r: bytes_of(r.memory_at_start_bytes)),
+        row(
+            "peak memory", lambda r: f"{format_bytes(r.peak_memory_bytes)} {_MEMORY.get(r.memory_kind, r.memory_kind)}"
+        ),
+        row("memory as training began", lambda r: format_bytes(r.memory_at_start_bytes)),
         row("trained parameters", _trained),
         row("device", lambda r: f"{r.device}, {r.dtype}" + (f", {r.ranks} ranks" if r.ranks > 1 else "")),
     )
@@ -50,7 +52,7 @@ def _source(result: ComputeResult) -> str:
 
 def _trained(result: ComputeResult) -> str:
     share = f" ({result.trainable_parameters / result.parameters:.2%})" if result.parameters else ""
-    return f"{scaled(result.trainable_parameters)} of {scaled(result.parameters)}{share}"
+    return f"{format_si(result.trainable_parameters)} of {format_si(result.parameters)}{share}"
 
 
 def _known(value: float | None, form: str) -> str:

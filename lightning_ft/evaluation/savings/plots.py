@@ -9,8 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_ft.document.canvas import DPI, PARTS, STYLE, escape_unprintable, legend_below, logarithmic, marks, spread, style_axes
-from lightning_ft.document.numbers import rounded
+from lightning_ft.document.numbers import format_count
+from lightning_ft.document.plotting import (
+    DPI,
+    PARTS,
+    STYLE,
+    add_legend_below,
+    error_bar,
+    escape_unprintable,
+    marker_styles,
+    set_log_scale,
+    style_axes,
+)
 from lightning_ft.errors import MissingDependencyError
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.savings.result import SavingsResult
@@ -43,7 +53,7 @@ def draw_tokens(axes: Any, result: SavingsResult) -> None:
     axes.set_ylim(0, max(bottoms) * 1.12)
     axes.set_ylabel("tokens per request (mean)")
     axes.set_title("Where the tokens of a request go")
-    legend_below(axes)
+    add_legend_below(axes)
 
 
 @dataclass(frozen=True)
@@ -72,15 +82,15 @@ def draw_quality(axes: Any, arms: Mapping[str, Arm], confidence: float = 0.95) -
     low, high = min(finite), max(finite)
     wide = high > 20 * low
     edge = high * (3 if wide else 1.25)  # where an arm without a success is drawn
-    look = marks(list(arms))
+    look = marker_styles(list(arms))
     for name, arm in arms.items():
         x, y, mark = arm.per_success, arm.quality, look[name]
         succeeded = math.isfinite(x.value)
         axes.errorbar(
             [x.value if succeeded else edge],
             [y.value],
-            xerr=spread(x.value, x.lo, min(x.hi, edge * 2)) if succeeded else None,
-            yerr=spread(y.value, y.lo, y.hi),
+            xerr=error_bar(x.value, x.lo, min(x.hi, edge * 2)) if succeeded else None,
+            yerr=error_bar(y.value, y.lo, y.hi),
             fmt=mark.marker,
             color=mark.color,
             markersize=9,
@@ -91,7 +101,7 @@ def draw_quality(axes: Any, arms: Mapping[str, Arm], confidence: float = 0.95) -
     if not all(map(math.isfinite, across)):
         high = edge
     if wide:
-        logarithmic(axes.xaxis, "{:,.0f}".format)
+        set_log_scale(axes.xaxis, "{:,.0f}".format)
         axes.set_xlim(low / 2, high * 2)
     else:
         axes.set_xlim(0, high * 1.1)
@@ -99,7 +109,7 @@ def draw_quality(axes: Any, arms: Mapping[str, Arm], confidence: float = 0.95) -
     axes.set_xlabel("tokens per success" + (" (log scale)" if wide else "") + ", fewer is better")
     axes.set_ylabel(f"quality (mean score, {confidence:.0%} interval)")
     axes.set_title("Quality against tokens per success")
-    legend_below(axes)
+    add_legend_below(axes)
 
 
 Kind = Literal["cached", "uncached"]
@@ -121,7 +131,7 @@ def draw_cost(axes: Any, result: SavingsResult, kind: Kind, break_even: Interval
     prompted, tuned = getattr(result.costs, f"prompted_{kind}"), getattr(result.costs, f"tuned_{kind}")
     first, last = _range(break_even, prices.invested, max(prompted, tuned))
     volumes = [first * (last / first) ** (k / (_POINTS - 1)) for k in range(_POINTS)]
-    look = marks(["prompted", "tuned"])
+    look = marker_styles(["prompted", "tuned"])
     axes.plot(volumes, [prompted * x for x in volumes], color=look["prompted"].color, linewidth=2.2, label="prompted")
     axes.plot(
         volumes,
@@ -143,13 +153,13 @@ def draw_cost(axes: Any, result: SavingsResult, kind: Kind, break_even: Interval
         )
         if math.isfinite(break_even.value):
             axes.axvline(break_even.value, color="#00664B", linewidth=1.4, label="break-even")
-    logarithmic(axes.xaxis, _thousands)
-    logarithmic(axes.yaxis, lambda money: f"{money:,.0f}" if money >= 1 else f"{money:g}")
+    set_log_scale(axes.xaxis, _thousands)
+    set_log_scale(axes.yaxis, lambda money: f"{money:,.0f}" if money >= 1 else f"{money:g}")
     axes.set_xlim(first, last)
     axes.set_xlabel("requests (log scale)")
     axes.set_ylabel(f"cost in {prices.currency} (log scale)")
     axes.set_title(f"{_TITLES[kind]}\n{_verdict(break_even, prices.invested)}")
-    legend_below(axes)
+    add_legend_below(axes)
 
 
 def _verdict(break_even: Interval, invested: float) -> str:
@@ -157,7 +167,7 @@ def _verdict(break_even: Interval, invested: float) -> str:
         return "never earned back: a tuned request isn't cheaper"
     if not invested:
         return "nothing was invested: cheaper from the first request"
-    return f"earned back after {rounded(break_even.value)} requests"
+    return f"earned back after {format_count(break_even.value)} requests"
 
 
 def _range(break_even: Interval, invested: float, per_request: float) -> tuple[float, float]:

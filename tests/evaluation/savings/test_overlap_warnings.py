@@ -13,7 +13,7 @@ from lightning_ft.evaluation.savings.arithmetic import ArmRecords, SavingsResult
 from lightning_ft.evaluation.savings.files import savings_markdown
 from lightning_ft.evaluation.savings.gate import overlap_text
 from lightning_ft.report.collect import RunReport
-from lightning_ft.report.compose import document
+from lightning_ft.report.compose import compose_document
 from lightning_ft.report.write import report_markdown
 
 N = 200
@@ -84,7 +84,7 @@ def test_requests_in_training_must_be_requests():
 
 def test_requests_in_training_are_told_in_every_form():
     found = result()
-    report = document(RunReport(savings={"run/token_savings": found}))
+    report = compose_document(RunReport(savings={"run/token_savings": found}))
     console = Console(record=True, width=400)
     found.print(console)
     page = html_page(report, {})
@@ -109,7 +109,7 @@ def test_a_comparison_counts_them_for_every_method_and_tells_it_once(seeds):
     for result in found.savings.values():
         assert len(result.in_training) == 50 * seeds
         assert f"{50 * seeds} of {N * seeds} requests (25%) also appear in the training rows" in result.headline
-    report = document(RunReport(comparison=found))
+    report = compose_document(RunReport(comparison=found))
     assert sum("(25%) also appear in the training rows" in warning for warning in report.warnings) == 1
     assert report.warnings[0] == "Of the requests, this is known."
     assert Comparison.from_dict(json.loads(json.dumps(found.to_dict()))) == found
