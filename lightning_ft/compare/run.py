@@ -35,7 +35,7 @@ from lightning_ft.compare.plan import (
 from lightning_ft.compare.run_files import CONFIG, PLAN, read_plan, read_results, write_plan
 from lightning_ft.compare.worker import savings_plans
 from lightning_ft.errors import ComparisonError
-from lightning_ft.evaluation.comparison.methods import Asked, choose_learning_rates, compare_methods
+from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.gate import overlap_text
@@ -366,7 +366,7 @@ class _Comparer:
     def _finish(self) -> Comparison:
         savings = self.settings.savings
         prices = savings.get("prices")
-        asked = Asked(
+        test_set = EvaluationSet(
             requests=tuple(request.messages[-1]["content"] for request in self.plan.requests),
             references=tuple(request.reference for request in self.plan.requests),
             margin=float(savings.get("margin", 0.02)),
@@ -375,7 +375,7 @@ class _Comparer:
             in_training=self.overlap["test"].in_training,
             warnings=self._request_warnings(),
         )
-        result = compare_methods(self._found(), asked, complete=self.complete, provenance=self._provenance())
+        result = compare_methods(self._found(), test_set, complete=self.complete, provenance=self._provenance())
         text = json_text(result.to_dict())
         write_text(self.output / NAME, text + "\n")
         write_report(self.output)

@@ -152,7 +152,7 @@ def make_trained(method, rate, seed, rows, reached, *, answers=True):
 
 def make_comparison(*, resamples=299):
     """Three methods with three seeds each, a grid of learning rates, and fewer rows."""
-    from lightning_ft.evaluation.comparison.methods import Asked, compare_methods
+    from lightning_ft.evaluation.comparison.methods import EvaluationSet, compare_methods
     from lightning_ft.evaluation.comparison.result import RunResult
 
     runs = [
@@ -164,9 +164,9 @@ def make_comparison(*, resamples=299):
         runs += [make_trained(method, rate, seed, 4000, quality + 0.008 * (seed - 1)) for seed in range(3)]
         for rows, lost in ((100, 0.41), (500, 0.17), (1000, 0.07)):
             runs.append(make_trained(method, rate, 0, rows, quality - lost))
-    asked = Asked(*make_questions(300), margin=0.05, prices=PRICES, metrics=_metrics)
+    test_set = EvaluationSet(*make_questions(300), margin=0.05, prices=PRICES, metrics=_metrics)
     provenance = {"data": "0c44aa8e059d2b1f", "model": "Qwen/Qwen3-0.6B", "seeds": [0, 1, 2]}
-    return compare_methods(runs, asked, provenance=provenance, resamples=resamples)
+    return compare_methods(runs, test_set, provenance=provenance, resamples=resamples)
 
 
 def _metrics(outputs, references):

@@ -1,4 +1,4 @@
-"""Runs of several methods to one comparison: choose learning rates, pool seeds, form ratios to full fine-tuning."""
+"""Combine runs into a comparison: choose learning rates, pool seeds, compute ratios to full fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from typing import Any
 
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.bootstrap import Interval, bootstrap_intervals
-from lightning_ft.evaluation.comparison.claims import judge_claims
+from lightning_ft.evaluation.comparison.claims import evaluate_claims
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.records import ArmRecords
 
 Metrics = Callable[[Sequence[str], Sequence[str]], Mapping[str, float]]
-"""Answers and right answers to figures of the domain."""
+"""Function of answers and reference answers that returns task-specific metrics by name."""
 
 BASELINES = ("untuned", "prompted")
 """Methods that train nothing."""
 FULL = "full"
-ENOUGH = 0.95
-"""The share of full fine-tuning's quality whose first point counts as having reached it."""
+"""Name of full fine-tuning, which ratios refer to."""
+TARGET_SHARE = 0.95
+"""Share of full fine-tuning's quality that counts as having reached it."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the test requests were.
+class EvaluationSet:
+    """Test requests, and how the answers to them are evaluated.
 
     Args:
-        requests: Last user turn of each, in the order of the arms' ids.
-        references: The right answers.
-        margin: Loss of quality that would be accepted.
-        prices: What tokens cost.
-        metrics: The domain's own figures.
-        in_training: Ids of the requests that also appear in the training rows; None where these aren't known.
-        warnings: What a reader has to know of the requests.
+        requests: Last user turn of each request, in the order of the ids of the arms.
+        references: Reference answer of each request.
+        margin: Largest acceptable loss of quality relative to the prompted model.
+        prices: Prices of tokens; None leaves costs out.
+        metrics: Function that computes task-specific metrics; None for none.
+        in_training: Ids of the requests that also appear in the training rows; None if these aren't known.
+        warnings: Warnings about the requests, for readers of the comparison.
     """
 
     requests: tuple[str, ...]
@@ -50,9 +51,15 @@ class Asked:
 
 
 def choose_learning_rates(runs: Iterable[RunResult]) -> dict[str, float]:
-    """The learning rate of each method whose runs had the best validation quality; of equal ones the smallest.
+    """Choose the learning rate of each method with the best validation quality; the smaller one of equals.
 
-    Only runs of the method's smallest seed on all of its rows count: the grid.
+    Only the grid counts: runs of the method's smallest seed on all of its training rows.
+
+    Args:
+        runs: Runs of all methods.
+
+    Returns:
+        Learning rate by method.
 
     Example:
         >>> runs = [RunResult("lora", 0, rate, 100, quality, None) for rate, quality in ((1e-3, 0.7), (2e-3, 0.8))]
@@ -60,9 +67,9 @@ def choose_learning_rates(runs: Iterable[RunResult]) -> dict[str, float]:
         {'lora': 0.002}
     """
     chosen: dict[str, float] = {}
-    for method, found in _trained(runs).items():
-        size, seed = max(run.size or 0 for run in found), min(run.seed for run in found)
-        grid = [run for run in found if run.size == size and run.seed == seed]
+    for method, method_runs in _trained(runs).items():
+        size, seed = max(run.size or 0 for run in method_runs), min(run.seed for run in method_runs)
+        grid = [run for run in method_runs if run.size == size and run.seed == seed]
         best = max(grid, key=lambda run: (run.validation_quality, -(run.learning_rate or 0.0)))
         assert best.learning_rate is not None
         chosen[method] = best.learning_rate
@@ -71,22 +78,22 @@ def choose_learning_rates(runs: Iterable[RunResult]) -> dict[str, float]:
 
 def compare_methods(
     runs: Sequence[RunResult],
-    asked: Asked,
+    test_set: EvaluationSet,
     *,
     complete: bool = True,
     provenance: Mapping[str, Any] | None = None,
     resamples: int = 9999,
     seed: int = 0,
 ) -> Comparison:
-    """Form a comparison.
+    """Compare methods by their runs.
 
     Args:
-        runs: All runs, the two of the original weights (`prompted`, `untuned`) among them.
-        asked: The test requests.
-        complete: Whether all planned runs were made.
-        provenance: What was measured, with what.
-        resamples: Draws of the bootstrap.
-        seed: Of the bootstrap.
+        runs: All runs, including those of the original weights (`prompted` and `untuned`).
+        test_set: Test requests, and how answers to them are evaluated.
+        complete: Whether all planned runs have finished.
+        provenance: Model, data and settings of the comparison, as JSON values.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
 
     Raises:
         ComparisonError: If an arm of the original weights is missing, nothing was trained, runs differ in precision, or
@@ -95,53 +102,59 @@ def compare_methods(
     base = {run.method: run for run in runs if run.method in BASELINES}
     missing = [name for name in BASELINES if name not in base or base[name].test is None]
     if missing:
-        raise ComparisonError(f"There is no measurement of the original weights, {' and '.join(missing)}.")
+        raise ComparisonError(
+            f"There is no measurement of the original weights, {' and '.join(missing)}. Add these runs."
+        )
     trained = _trained(runs)
     if not trained:
-        raise ComparisonError("There is no run that trained anything: nothing to compare.")
+        raise ComparisonError(
+            "No run trained anything, so there is nothing to compare. Add runs of at least one method."
+        )
     _check_comparable(runs)
     chosen = choose_learning_rates(runs)
-    kept = tuple(run if _is_kept(run, chosen) else replace(run, test=None) for run in runs)
+    kept = tuple(run if _keeps_answers(run, chosen) else replace(run, test=None) for run in runs)
     draft = Comparison(kept, {}, {}, {}, {}, chosen)
     finals = {method: draft.final_runs(method) for method in trained}
     bootstrap = {"resamples": resamples, "seed": seed}
     prompted, untuned = _test(base["prompted"]), _test(base["untuned"])
     savings, quality, seed_quality = {}, {}, {}
-    for method, found in finals.items():
-        arms = [_test(run).ordered(prompted.ids, method) for run in found]
-        seeds = [run.seed for run in found]
+    for method, method_runs in finals.items():
+        arms = [_test(run).ordered(prompted.ids, method) for run in method_runs]
+        seeds = [run.seed for run in method_runs]
         savings[method] = replace(
             token_savings(
-                _pooled([prompted] * len(arms), seeds),
-                _pooled(arms, seeds),
-                _pooled([untuned] * len(arms), seeds),
-                margin=asked.margin,
-                prices=asked.prices,
+                _pool([prompted] * len(arms), seeds),
+                _pool(arms, seeds),
+                _pool([untuned] * len(arms), seeds),
+                margin=test_set.margin,
+                prices=test_set.prices,
                 provenance={"method": method, "learning_rate": chosen[method], "seeds": seeds},
-                in_training=None if asked.in_training is None else _pooled_ids(asked.in_training, seeds),
+                in_training=None if test_set.in_training is None else _pool_ids(test_set.in_training, seeds),
                 **bootstrap,
             ),
-            requests=asked.requests * len(arms),
-            references=asked.references * len(arms),
+            requests=test_set.requests * len(arms),
+            references=test_set.references * len(arms),
         )
         quality[method] = savings[method].quality["tuned"]
         seed_quality[method] = tuple(arm.quality for arm in arms)
-    some = next(iter(savings.values()))
-    quality = {"untuned": some.quality["untuned"], "prompted": some.quality["prompted"], **quality}
-    warnings = [*asked.warnings, *_warnings(finals, trained, chosen, quality, complete)]
+    any_method = next(iter(savings.values()))
+    quality = {"untuned": any_method.quality["untuned"], "prompted": any_method.quality["prompted"], **quality}
+    warnings = [*test_set.warnings, *_warnings(finals, trained, chosen, quality, complete)]
     ratios = {}
     if FULL in finals:
         full_beats_base = mean(seed_quality[FULL]) > untuned.quality
         if not full_beats_base:
             warnings.append(
-                "Full fine-tuning never beat the untuned model, so no ratio to it means anything: none is given. "
-                "Look at its learning rates and its data."
+                "Full fine-tuning never beat the untuned model, so ratios to it would mean nothing and are left out. "
+                "Check its learning rates and its data."
             )
         else:
             for method in finals:
                 if method != FULL:
                     ratios[method] = _ratios(finals[method], finals[FULL], untuned, **bootstrap)
-    extra = [run for method, found in trained.items() for run in found if run.learning_rate != chosen[method]]
+    sweep = [
+        run for method, method_runs in trained.items() for run in method_runs if run.learning_rate != chosen[method]
+    ]
     result = replace(
         draft,
         savings=savings,
@@ -149,33 +162,35 @@ def compare_methods(
         seed_quality=seed_quality,
         ratios=ratios,
         learning_curve={
-            method: _learning_curve(found, chosen[method], **bootstrap) for method, found in trained.items()
+            method: _learning_curve(method_runs, chosen[method], **bootstrap) for method, method_runs in trained.items()
         },
-        metrics=_metrics(asked, {"untuned": [base["untuned"]], "prompted": [base["prompted"]], **finals}),
-        sweep_seconds=sum(run.compute.train_seconds for run in extra if run.compute is not None),
-        sweep_flops=sum(run.compute.flops for run in extra if run.compute is not None),
+        metrics=_metrics(test_set, {"untuned": [base["untuned"]], "prompted": [base["prompted"]], **finals}),
+        sweep_seconds=sum(run.compute.train_seconds for run in sweep if run.compute is not None),
+        sweep_flops=sum(run.compute.flops for run in sweep if run.compute is not None),
         complete=complete,
         warnings=tuple(warnings),
         provenance=dict(provenance or {}),
     )
-    return replace(result, claims=judge_claims(result, margin=asked.margin))
+    return replace(result, claims=evaluate_claims(result, margin=test_set.margin))
 
 
 def _trained(runs: Iterable[RunResult]) -> dict[str, list[RunResult]]:
-    found: dict[str, list[RunResult]] = {}
+    by_method: dict[str, list[RunResult]] = {}
     for run in runs:
         if run.method not in BASELINES:
-            found.setdefault(run.method, []).append(run)
-    return found
+            by_method.setdefault(run.method, []).append(run)
+    return by_method
 
 
 def _test(run: RunResult) -> ArmRecords:
     if run.test is None:
-        raise ComparisonError(f"The run {run.method}, seed {run.seed}, has no answers to the test requests.")
+        raise ComparisonError(
+            f"The run {run.method}, seed {run.seed}, has no answers to the test requests. Run it again."
+        )
     return run.test
 
 
-def _is_kept(run: RunResult, chosen: Mapping[str, float]) -> bool:
+def _keeps_answers(run: RunResult, chosen: Mapping[str, float]) -> bool:
     return run.method in BASELINES or run.learning_rate == chosen[run.method]
 
 
@@ -184,19 +199,19 @@ def _check_comparable(runs: Sequence[RunResult]) -> None:
     if len(dtypes) > 1:
         named = ", ".join(f"{method} in {dtype}" for dtype, method in dtypes.items())
         raise ComparisonError(
-            f"The methods ran in different precision ({named}): set dtype and precision alike, or their time, memory "
-            "and quality can't be compared."
+            f"The methods ran in different precisions ({named}), so their time, memory and quality can't be compared. "
+            "Set the same dtype and precision for all of them."
         )
     uncounted = {name for run in runs if run.compute is not None for name in run.compute.uncounted}
     if uncounted:
         raise ComparisonError(
             f"Operations of attention weren't counted ({', '.join(sorted(uncounted))}), so ratios of FLOPs would be "
-            "wrong: run with attn_implementation sdpa or eager."
+            "wrong. Run the methods again with attn_implementation='sdpa' or 'eager'."
         )
 
 
-def _pooled(arms: Sequence[ArmRecords], seeds: Sequence[int]) -> ArmRecords:
-    """The same requests answered once by each seed, as one arm; a request's answers are resampled together."""
+def _pool(arms: Sequence[ArmRecords], seeds: Sequence[int]) -> ArmRecords:
+    """Join the answers of all seeds into one arm; the answers to a request form a cluster of the bootstrap."""
     first = arms[0]
     names = ("input_tokens", "output_tokens", "scores", "truncated", "cached_prefix_tokens")
     joined: dict[str, Any] = {name: sum((getattr(arm, name) for arm in arms), ()) for name in names}
@@ -204,7 +219,7 @@ def _pooled(arms: Sequence[ArmRecords], seeds: Sequence[int]) -> ArmRecords:
     outputs = sum((arm.outputs for arm in arms), ()) if all(arm.outputs for arm in arms) else ()
     return replace(
         first,
-        ids=_pooled_ids(first.ids, seeds),
+        ids=_pool_ids(first.ids, seeds),
         clusters=tuple(clusters) * len(arms),
         outputs=outputs,
         parts={name: sum(arm.parts.get(name, 0) for arm in arms) for name in first.parts},
@@ -212,19 +227,19 @@ def _pooled(arms: Sequence[ArmRecords], seeds: Sequence[int]) -> ArmRecords:
     )
 
 
-def _pooled_ids(ids: tuple[str, ...], seeds: Sequence[int]) -> tuple[str, ...]:
+def _pool_ids(ids: tuple[str, ...], seeds: Sequence[int]) -> tuple[str, ...]:
     return tuple(f"{i} (seed {seed})" for seed in seeds for i in ids) if len(seeds) > 1 else ids
 
 
 def _ratios(
     runs: Sequence[RunResult], full: Sequence[RunResult], untuned: ArmRecords, **bootstrap: Any
 ) -> dict[str, Interval]:
-    """Of a method's runs to those of full fine-tuning."""
+    """Compute the ratios of a method's runs to those of full fine-tuning."""
     n = len(untuned.ids)
     arms = {"own": [_test(run) for run in runs], "full": [_test(run) for run in full]}
     columns: dict[str, list[float]] = {"base": list(untuned.scores)}
-    for name, found in arms.items():
-        scores = [arm.ordered(untuned.ids, name).scores for arm in found]
+    for name, own_arms in arms.items():
+        scores = [arm.ordered(untuned.ids, name).scores for arm in own_arms]
         columns[name] = [mean(score[i] for score in scores) for i in range(n)]
     ratios = bootstrap_intervals(
         columns,
@@ -235,30 +250,30 @@ def _ratios(
         clusters=untuned.clusters or None,
         **bootstrap,
     )
-    goal = ENOUGH * mean(run.validation_quality for run in full)
-    figures: dict[str, Callable[[RunResult], float | None]] = {
+    target = TARGET_SHARE * mean(run.validation_quality for run in full)
+    resources: dict[str, Callable[[RunResult], float | None]] = {
         "flops": lambda run: None if run.compute is None else run.compute.flops,
         "seconds": lambda run: None if run.compute is None else run.compute.train_seconds,
         "peak_memory": lambda run: None if run.compute is None else float(run.compute.peak_memory_bytes),
         "trainable_parameters": lambda run: None if run.compute is None else float(run.compute.trainable_parameters),
         "checkpoint_bytes": lambda run: None if run.checkpoint_bytes is None else float(run.checkpoint_bytes),
-        "flops_to_95": lambda run: _first(run, goal, "flops"),
-        "seconds_to_95": lambda run: _first(run, goal, "seconds"),
+        "flops_to_95": lambda run: _first_reaching(run, target, "flops"),
+        "seconds_to_95": lambda run: _first_reaching(run, target, "seconds"),
     }
-    for name, figure in figures.items():
-        own, other = [figure(run) for run in runs], [figure(run) for run in full]
+    for name, resource in resources.items():
+        own, other = [resource(run) for run in runs], [resource(run) for run in full]
         if None not in own and None not in other:
-            ratios[name] = _range(own, other)  # type: ignore[arg-type]
+            ratios[name] = _ratio_range(own, other)  # type: ignore[arg-type]
     return ratios
 
 
-def _first(run: RunResult, goal: float, figure: str) -> float:
-    """A figure of the first point of a run's curve that reached a quality; infinite where none did."""
-    return next((getattr(point, figure) for point in run.curve if point.quality >= goal), math.inf)
+def _first_reaching(run: RunResult, target: float, resource: str) -> float:
+    """Return a resource at the first point of a run's curve that reached a quality; infinite if none did."""
+    return next((getattr(point, resource) for point in run.curve if point.quality >= target), math.inf)
 
 
-def _range(own: Sequence[float], full: Sequence[float]) -> Interval:
-    """Ratio of the means, with the least and the largest ratio of two seeds."""
+def _ratio_range(own: Sequence[float], full: Sequence[float]) -> Interval:
+    """Compute the ratio of the means, with the smallest and the largest ratio over pairs of seeds."""
 
     def ratio(a: float, b: float) -> float:
         return a / b if math.isfinite(b) and b else math.inf
@@ -282,17 +297,17 @@ def _learning_curve(runs: Sequence[RunResult], rate: float, **bootstrap: Any) ->
     return curve
 
 
-def _metrics(asked: Asked, runs: Mapping[str, Sequence[RunResult]]) -> dict[str, dict[str, Interval]]:
-    if asked.metrics is None:
+def _metrics(test_set: EvaluationSet, runs: Mapping[str, Sequence[RunResult]]) -> dict[str, dict[str, Interval]]:
+    if test_set.metrics is None:
         return {}
-    found: dict[str, dict[str, Interval]] = {}
-    for method, of_method in runs.items():
-        seeds = [asked.metrics(_test(run).outputs, asked.references) for run in of_method]
-        found[method] = {
+    metrics: dict[str, dict[str, Interval]] = {}
+    for method, method_runs in runs.items():
+        seeds = [test_set.metrics(_test(run).outputs, test_set.references) for run in method_runs]
+        metrics[method] = {
             name: Interval(mean(s[name] for s in seeds), min(s[name] for s in seeds), max(s[name] for s in seeds))
             for name in seeds[0]
         }
-    return found
+    return metrics
 
 
 def _warnings(
@@ -303,17 +318,17 @@ def _warnings(
     complete: bool,
 ) -> Iterable[str]:
     if not complete:
-        yield "Not all planned runs were made: the budget was spent. Run the same command with a larger one to go on."
+        yield "Planned runs are missing, since the budget was spent. Run the same command with a larger one to go on."
     for method, runs in finals.items():
         if len(runs) < 3:
-            yield f"{method}: {len(runs)} seed(s) where at least 3 are needed to tell it from another by chance."
+            yield f"{method}: {len(runs)} seed(s); at least 3 are needed to tell differences from chance."
         grid = sorted({run.learning_rate for run in trained[method] if run.learning_rate is not None})
         if len(grid) > 1 and chosen[method] in (grid[0], grid[-1]):
             yield (
                 f"{method}: the best learning rate, {chosen[method]:g}, is at the edge of its grid "
-                f"({', '.join(f'{rate:g}' for rate in grid)}), so a better one may lie beyond."
+                f"({', '.join(f'{rate:g}' for rate in grid)}). Extend the grid, since a better one may be outside it."
             )
         elif len(grid) == 1:
-            yield f"{method}: only one learning rate was tried, {grid[0]:g}."
+            yield f"{method}: only one learning rate was tried, {grid[0]:g}. Try several; the best differs by method."
         if quality[method].value <= quality["untuned"].value:
-            yield f"{method}: training didn't make it better than the untuned model."
+            yield f"{method}: training didn't improve on the untuned model. Check its data and learning rates."

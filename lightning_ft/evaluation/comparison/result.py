@@ -1,4 +1,4 @@
-"""Methods side by side: what each reached, what it cost, and what became of the usual claims about fine-tuning."""
+"""Result of a comparison of methods: quality, cost, and verdicts on the usual claims about fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class CurvePoint:
     """A measurement on the validation rows during a run.
 
     Args:
-        step: Optimizer steps taken.
-        flops: Operations of training so far.
-        seconds: Time in training steps so far.
-        quality: Mean score.
+        step: Number of optimizer steps so far.
+        flops: Floating-point operations of training so far.
+        seconds: Time in training steps so far, in seconds.
+        quality: Mean score on the validation rows.
     """
 
     step: int
@@ -34,21 +34,21 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One training run, or the measurement of the original weights.
+    """Result of one training run, or the measurement of the original weights.
 
     Args:
-        method: ``prompted``, ``untuned``, ``full``, ``lora``, or the name of another configuration.
-        seed: Of the run.
-        learning_rate: Its peak; None where nothing was trained.
-        size: Training rows; None where nothing was trained.
-        validation_quality: Mean score on the validation rows, at the end.
-        test: Answers to the test requests; they never decide anything.
-        curve: Measurements on the way.
-        compute: What training took.
-        retention: What was forgotten.
-        checkpoint_bytes: Of the weights that `export` writes.
-        wall_seconds: Of the whole run: loading, training and measuring.
-        config_hash: Names the configuration.
+        method: Name of the method: ``prompted``, ``untuned``, ``full``, ``lora``, or that of another configuration.
+        seed: Seed of the run.
+        learning_rate: Peak learning rate; None if nothing was trained.
+        size: Number of training rows; None if nothing was trained.
+        validation_quality: Mean score on the validation rows at the end of the run.
+        test: Answers to the test requests; no choice depends on them.
+        curve: Measurements on the validation rows during training.
+        compute: Operations, time and memory of training.
+        retention: How far the model moved from its base.
+        checkpoint_bytes: Size in bytes of the weights that `export` writes.
+        wall_seconds: Duration of the whole run in seconds: loading, training and measuring.
+        config_hash: Hash of the configuration.
     """
 
     method: str
@@ -65,13 +65,13 @@ class RunResult:
     config_hash: str = ""
 
     def to_dict(self, *, answers: bool = True) -> dict[str, Any]:
-        """As JSON types.
+        """Convert to JSON types.
 
         Args:
-            answers: With the answers to the test requests.
+            answers: Whether to include the answers to the test requests.
         """
         return {
-            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: getattr(self, name) for name in _JSON_FIELDS},
             "test": self.test.to_dict() if self.test is not None and answers else None,
             "curve": [asdict(point) for point in self.curve],
             "compute": None if self.compute is None else self.compute.to_dict(),
@@ -80,9 +80,9 @@ class RunResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunResult:
-        """Back from :meth:`to_dict`."""
+        """Restore a result from :meth:`to_dict`."""
         return cls(
-            **{name: values[name] for name in _PLAIN},
+            **{name: values[name] for name in _JSON_FIELDS},
             test=None if values["test"] is None else ArmRecords.from_dict(values["test"]),
             curve=tuple(CurvePoint(**point) for point in values["curve"]),
             compute=None if values["compute"] is None else ComputeResult.from_dict(values["compute"]),
@@ -90,7 +90,7 @@ class RunResult:
         )
 
 
-_PLAIN = (
+_JSON_FIELDS = (
     "method",
     "seed",
     "learning_rate",
@@ -104,15 +104,15 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim about fine-tuning, and what was measured of it.
+    """A claim about fine-tuning with its verdict.
 
     Args:
-        name: In a few words.
-        claimed: As it is usually made.
-        verdict: ``held``, ``not held``, ``held if`` (under `condition` only), or ``undecided`` where the interval
-            lies on both sides.
-        evidence: The figures.
-        condition: Under which it holds.
+        name: Short name of the claim.
+        claimed: Claim as it is usually made.
+        verdict: ``held``, ``not held``, ``held if`` (under `condition` only), or ``undecided`` if the interval includes
+            the claim's threshold.
+        evidence: Measurements that the verdict follows from.
+        condition: Condition under which a ``held if`` claim is held.
     """
 
     name: str
@@ -124,25 +124,25 @@ class Claim:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All methods of a comparison.
+    """Results of all methods of a comparison.
 
     Args:
-        runs: All runs; answers are kept of those whose learning rate was chosen.
-        savings: Of each trained method against the prompt: the answers of all its seeds together.
-        quality: Mean score on the test requests, by method, `untuned` and `prompted` among them. Intervals are over
-            requests, all seeds of a request together.
-        seed_quality: The score of each seed by itself.
-        ratios: To full fine-tuning, by method and figure. `quality_ratio` and `gain_retained` have bootstrap
-            intervals; those of resources are the least and the largest of the seeds.
-        chosen: Learning rate of each method, by validation quality.
-        learning_curve: Test quality by method and training rows.
-        metrics: The domain's own, by method; intervals are the least and the largest of the seeds.
-        claims: What became of the claims.
-        sweep_seconds: Training time of the runs that were only there to choose a learning rate.
-        sweep_flops: Their operations.
-        complete: Whether all planned runs were made.
-        warnings: What a reader has to know.
-        provenance: What was measured, with what.
+        runs: All runs. Those with the chosen learning rate include their answers.
+        savings: Token savings of each trained method relative to the prompted model, over the answers of all its seeds.
+        quality: Mean score on the test requests, by method, including `untuned` and `prompted`. Intervals are over
+            requests, with all seeds of a request resampled together.
+        seed_quality: Mean score of each seed on the test requests, by method.
+        ratios: Ratios to full fine-tuning, by method and quantity. `quality_ratio` and `gain_retained` have bootstrap
+            intervals; intervals of resources span the minimum and the maximum over seeds.
+        chosen: Learning rate with the best validation quality, by method.
+        learning_curve: Quality on the test requests, by method and number of training rows.
+        metrics: Task-specific metrics, by method; intervals span the minimum and the maximum over seeds.
+        claims: Usual claims about fine-tuning, with their verdicts.
+        sweep_seconds: Training time in seconds of the runs whose learning rate wasn't chosen.
+        sweep_flops: Floating-point operations of those runs.
+        complete: Whether all planned runs have finished.
+        warnings: Warnings that affect how the results may be read.
+        provenance: Model, data and settings of the comparison, as JSON values.
     """
 
     runs: tuple[RunResult, ...]
@@ -161,25 +161,25 @@ class Comparison:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def final_runs(self, method: str) -> list[RunResult]:
-        """Runs of a method on all rows with its chosen learning rate, by seed."""
+        """Return the runs of a method on all training rows with its chosen learning rate, sorted by seed."""
         found = [run for run in self.runs if run.method == method and run.learning_rate == self.chosen.get(method)]
         largest = max((run.size or 0 for run in found), default=0)
         return sorted((run for run in found if (run.size or 0) == largest), key=lambda run: run.seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; infinite numbers as ``"Infinity"``."""
+        """Convert to JSON types, with infinite numbers as ``"Infinity"``."""
         return {
             "runs": [run.to_dict() for run in self.runs],
             "savings": {name: result.to_dict() for name, result in self.savings.items()},
-            "quality": _intervals(self.quality),
+            "quality": _dump_intervals(self.quality),
             "seed_quality": {name: list(values) for name, values in self.seed_quality.items()},
-            "ratios": {name: _intervals(ratios) for name, ratios in self.ratios.items()},
+            "ratios": {name: _dump_intervals(ratios) for name, ratios in self.ratios.items()},
             "chosen": dict(self.chosen),
             "learning_curve": {
                 name: {str(size): i.to_dict() for size, i in curve.items()}
                 for name, curve in self.learning_curve.items()
             },
-            "metrics": {name: _intervals(metrics) for name, metrics in self.metrics.items()},
+            "metrics": {name: _dump_intervals(metrics) for name, metrics in self.metrics.items()},
             "claims": [asdict(claim) for claim in self.claims],
             "sweep_seconds": self.sweep_seconds,
             "sweep_flops": self.sweep_flops,
@@ -190,19 +190,19 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
-        """Back from :meth:`to_dict`."""
+        """Restore a comparison from :meth:`to_dict`."""
         return cls(
             runs=tuple(RunResult.from_dict(run) for run in values["runs"]),
             savings={name: SavingsResult.from_dict(result) for name, result in values["savings"].items()},
-            quality=_intervals_back(values["quality"]),
+            quality=_parse_dump_intervals(values["quality"]),
             seed_quality={name: tuple(scores) for name, scores in values["seed_quality"].items()},
-            ratios={name: _intervals_back(ratios) for name, ratios in values["ratios"].items()},
+            ratios={name: _parse_dump_intervals(ratios) for name, ratios in values["ratios"].items()},
             chosen=values["chosen"],
             learning_curve={
                 name: {int(size): Interval.from_dict(i) for size, i in curve.items()}
                 for name, curve in values["learning_curve"].items()
             },
-            metrics={name: _intervals_back(metrics) for name, metrics in values["metrics"].items()},
+            metrics={name: _parse_dump_intervals(metrics) for name, metrics in values["metrics"].items()},
             claims=tuple(Claim(**claim) for claim in values["claims"]),
             sweep_seconds=values["sweep_seconds"],
             sweep_flops=values["sweep_flops"],
@@ -212,9 +212,9 @@ class Comparison:
         )
 
 
-def _intervals(intervals: Mapping[str, Interval]) -> dict[str, Any]:
+def _dump_intervals(intervals: Mapping[str, Interval]) -> dict[str, Any]:
     return {name: interval.to_dict() for name, interval in intervals.items()}
 
 
-def _intervals_back(values: Mapping[str, Any]) -> dict[str, Interval]:
+def _parse_dump_intervals(values: Mapping[str, Any]) -> dict[str, Interval]:
     return {name: Interval.from_dict(interval) for name, interval in values.items()}

@@ -1,4 +1,4 @@
-"""Runs to a comparison: chosen rates, pooled seeds, ratios by hand, and what is refused or said."""
+"""Comparisons of runs: chosen learning rates, pooled seeds, ratios against values by hand, errors and warnings."""
 
 import math
 from dataclasses import replace
@@ -7,18 +7,18 @@ import pytest
 
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.bootstrap import Interval
-from lightning_ft.evaluation.comparison.methods import Asked, choose_learning_rates, compare_methods
+from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, CurvePoint, RunResult
 from lightning_ft.evaluation.compute.arithmetic import ComputeResult
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 from lightning_ft.evaluation.savings.records import ArmRecords
 
 N = 100
-ASKED = Asked(tuple(f"q{i}" for i in range(N)), ("a",) * N, margin=0.05)
+TEST_SET = EvaluationSet(tuple(f"q{i}" for i in range(N)), ("a",) * N, margin=0.05)
 
 
 def arm(right, *, tokens=20, n=N):
-    """Answers of which the first `right` are right."""
+    """Records of which the first `right` answers are right."""
     scores = tuple(float(i < right) for i in range(n))
     outputs = tuple("a" if score else "b" for score in scores)
     return ArmRecords(tuple(f"r{i}" for i in range(n)), (tokens,) * n, (2,) * n, scores, (False,) * n, outputs=outputs)
@@ -61,31 +61,31 @@ def retention(kl=0.01, ppl=1.01):
     )
 
 
-def run(method, seed, right, *, rate=1e-3, size=1000, scale=1.0, curve=(), forgot=None, **options):
+def run(method, seed, right, *, rate=1e-3, size=1000, scale=1.0, curve=(), retained=None, **options):
     return RunResult(
-        method, seed, rate, size, right / N, arm(right), curve, compute(scale, **options), forgot, int(1000 * scale)
+        method, seed, rate, size, right / N, arm(right), curve, compute(scale, **options), retained, int(1000 * scale)
     )
 
 
-def originals(prompted=60, untuned=10):
+def original_runs(prompted=60, untuned=10):
     return [
         RunResult("untuned", 0, None, None, untuned / N, arm(untuned)),
         RunResult("prompted", 0, None, None, prompted / N, arm(prompted, tokens=200)),
     ]
 
 
-def points(*qualities):
+def curve_points(*qualities):
     return tuple(CurvePoint(i + 1, 1e8 * (i + 1), float(i + 1), quality) for i, quality in enumerate(qualities))
 
 
-def compared(runs, asked=ASKED, **options):
-    return compare_methods(runs, asked, resamples=199, **options)
+def compared(runs, test_set=TEST_SET, **options):
+    return compare_methods(runs, test_set, resamples=199, **options)
 
 
-def test_ratios_to_full_by_hand():
-    full = [run("full", seed, 90, curve=points(0.5, 0.86, 0.9)) for seed in (0, 1)]
-    lora = [run("lora", seed, 80 + seed, scale=0.5, trainable=10, curve=points(0.8, 0.88)) for seed in (0, 1)]
-    ratios = compared([*originals(), *full, *lora]).ratios["lora"]
+def test_ratios_match_values_by_hand():
+    full = [run("full", seed, 90, curve=curve_points(0.5, 0.86, 0.9)) for seed in (0, 1)]
+    lora = [run("lora", seed, 80 + seed, scale=0.5, trainable=10, curve=curve_points(0.8, 0.88)) for seed in (0, 1)]
+    ratios = compared([*original_runs(), *full, *lora]).ratios["lora"]
     assert ratios["quality_ratio"].value == pytest.approx(0.805 / 0.9)
     assert ratios["gain_retained"].value == pytest.approx((0.805 - 0.1) / (0.9 - 0.1))
     assert ratios["quality_ratio"].lo < ratios["quality_ratio"].value < ratios["quality_ratio"].hi
@@ -95,13 +95,13 @@ def test_ratios_to_full_by_hand():
     assert ratios["flops_to_95"].value == pytest.approx(1.0)  # both reach 0.855 at their second point
 
 
-def test_a_method_that_never_gets_to_95_percent_of_full_has_no_finite_cost_of_it():
-    full, lora = run("full", 0, 90, curve=points(0.9)), run("lora", 0, 20, curve=points(0.1, 0.2))
-    assert math.isinf(compared([*originals(), full, lora]).ratios["lora"]["flops_to_95"].value)
+def test_ratios_are_infinite_if_95_percent_of_full_is_never_reached():
+    full, lora = run("full", 0, 90, curve=curve_points(0.9)), run("lora", 0, 20, curve=curve_points(0.1, 0.2))
+    assert math.isinf(compared([*original_runs(), full, lora]).ratios["lora"]["flops_to_95"].value)
 
 
-def test_seeds_are_pooled_and_a_request_is_one_unit_however_many_seeds_answered_it():
-    result = compared([*originals(), *(run("lora", seed, 70 + seed) for seed in range(3))])
+def test_compare_methods_pools_seeds_and_clusters_by_request():
+    result = compared([*original_runs(), *(run("lora", seed, 70 + seed) for seed in range(3))])
     savings = result.savings["lora"]
     assert savings.n == 3 * N
     assert savings.gate.n == N
@@ -111,7 +111,7 @@ def test_seeds_are_pooled_and_a_request_is_one_unit_however_many_seeds_answered_
     assert savings.requests[N] == "q0"
 
 
-def test_the_learning_rate_is_chosen_on_validation_rows_of_the_first_seed_alone():
+def test_choose_learning_rates_uses_validation_rows_of_the_first_seed():
     runs = [
         run("lora", 0, 70, rate=1e-3),
         replace(run("lora", 0, 60, rate=2e-3), validation_quality=0.75),  # worse on test rows, which don't count
@@ -121,31 +121,31 @@ def test_the_learning_rate_is_chosen_on_validation_rows_of_the_first_seed_alone(
     assert choose_learning_rates(runs) == {"lora": 2e-3}
 
 
-def test_answers_of_rates_that_were_not_chosen_are_dropped_and_their_cost_is_the_sweep():
+def test_compare_methods_drops_answers_of_the_sweep_and_sums_its_cost():
     runs = [run("lora", 0, 70), run("lora", 0, 60, rate=2e-3, scale=3.0)]
-    result = compared([*originals(), *runs])
+    result = compared([*original_runs(), *runs])
     assert result.runs[-1].test is None
     assert (result.sweep_seconds, result.sweep_flops) == (30.0, 3e9)
 
 
-def test_the_learning_curve_has_every_size_and_the_final_runs_are_those_on_all_rows():
+def test_learning_curve_includes_each_size_and_final_runs_the_largest():
     runs = [run("lora", seed, right, size=size) for seed in (0, 1) for right, size in ((30, 100), (70, 1000))]
-    result = compared([*originals(), *runs])
+    result = compared([*original_runs(), *runs])
     assert {size: curve.value for size, curve in result.learning_curve["lora"].items()} == {100: 0.3, 1000: 0.7}
     assert {r.size for r in result.final_runs("lora")} == {1000}
     assert result.quality["lora"].value == pytest.approx(0.7)
 
 
-def test_metrics_of_the_domain_are_of_each_method_with_the_range_of_its_seeds():
-    asked = replace(ASKED, metrics=lambda outputs, references: {"b": outputs.count("b") / len(outputs)})
-    result = compared([*originals(), *(run("lora", seed, 70 + 10 * seed) for seed in (0, 1))], asked)
+def test_metrics_span_the_range_of_seeds():
+    test_set = replace(TEST_SET, metrics=lambda outputs, references: {"b": outputs.count("b") / len(outputs)})
+    result = compared([*original_runs(), *(run("lora", seed, 70 + 10 * seed) for seed in (0, 1))], test_set)
     assert result.metrics["prompted"]["b"] == Interval(0.4, 0.4, 0.4)
     assert result.metrics["lora"]["b"].value == pytest.approx(0.25)
     assert (result.metrics["lora"]["b"].lo, result.metrics["lora"]["b"].hi) == (0.2, 0.3)
 
 
-def test_full_fine_tuning_that_never_beat_the_base_gives_no_ratios_and_a_warning():
-    result = compared([*originals(untuned=50), run("full", 0, 40), run("lora", 0, 60)])
+def test_compare_methods_warns_and_omits_ratios_if_full_never_beat_the_base():
+    result = compared([*original_runs(untuned=50), run("full", 0, 40), run("lora", 0, 60)])
     assert result.ratios == {}
     assert any("Full fine-tuning never beat the untuned model" in warning for warning in result.warnings)
 
@@ -154,23 +154,23 @@ def test_full_fine_tuning_that_never_beat_the_base_gives_no_ratios_and_a_warning
     ("options", "message"),
     [({"dtype": "bfloat16"}, "different precision"), ({"uncounted": ("my::attention",)}, "my::attention")],
 )
-def test_runs_that_cant_be_compared(options, message):
+def test_compare_methods_refuses_incomparable_runs(options, message):
     with pytest.raises(ComparisonError, match=message):
-        compared([*originals(), run("full", 0, 70), run("lora", 0, 70, **options)])
+        compared([*original_runs(), run("full", 0, 70), run("lora", 0, 70, **options)])
 
 
-def test_without_the_original_weights_or_without_training_there_is_nothing_to_compare():
+def test_compare_methods_needs_original_weights_and_a_trained_method():
     with pytest.raises(ComparisonError, match="no measurement of the original weights, prompted"):
-        compared([originals()[0], run("lora", 0, 70)])
+        compared([original_runs()[0], run("lora", 0, 70)])
     with pytest.raises(ComparisonError, match="nothing to compare"):
-        compared(originals())
+        compared(original_runs())
 
 
-def test_what_a_reader_must_know_is_said():
+def test_compare_methods_warns_of_budget_seeds_and_grid_edge():
     runs = [run("lora", 0, 70, rate=rate) for rate in (1e-3, 2e-3)]
-    warnings = compared([*originals(), runs[0], replace(runs[1], validation_quality=0.8)], complete=False).warnings
+    warnings = compared([*original_runs(), runs[0], replace(runs[1], validation_quality=0.8)], complete=False).warnings
     assert any("budget was spent" in w for w in warnings)
-    assert any("1 seed(s) where at least 3" in w for w in warnings)
+    assert any("1 seed(s); at least 3" in w for w in warnings)
     assert any("at the edge of its grid (0.001, 0.002)" in w for w in warnings)
 
 
@@ -178,11 +178,11 @@ def verdicts(result):
     return {claim.name: claim.verdict for claim in result.claims}
 
 
-def test_claims_by_what_was_measured():
-    full = [run("full", seed, 95, forgot=retention(ppl=1.2)) for seed in range(3)]
-    lora = [run("lora", seed, 94, scale=0.7, trainable=5, forgot=retention()) for seed in range(3)]
+def test_claims_follow_the_measurements():
+    full = [run("full", seed, 95, retained=retention(ppl=1.2)) for seed in range(3)]
+    lora = [run("lora", seed, 94, scale=0.7, trainable=5, retained=retention()) for seed in range(3)]
     small = [run("lora", seed, 30, size=100, scale=0.7, trainable=5) for seed in range(3)]
-    result = compared([*originals(), *full, *lora, *small])
+    result = compared([*original_runs(), *full, *lora, *small])
     assert verdicts(result) == {
         "full: fewer tokens": "held",
         "lora: fewer tokens": "held",
@@ -201,18 +201,18 @@ def test_claims_by_what_was_measured():
     )
 
 
-def test_claims_that_fail_and_claims_that_are_undecided():
-    worse = compared([*originals(prompted=90), *(run("lora", seed, 50) for seed in range(3))])
+def test_claims_can_fail_or_be_undecided():
+    worse = compared([*original_runs(prompted=90), *(run("lora", seed, 50) for seed in range(3))])
     assert verdicts(worse)["lora: better than the prompt"] == "not held"
     assert verdicts(worse)["lora: fewer tokens"] == "held if"
-    alike = compared([*originals(prompted=70), *(run("lora", seed, 70) for seed in range(3))])
+    alike = compared([*original_runs(prompted=70), *(run("lora", seed, 70) for seed in range(3))])
     assert verdicts(alike)["lora: better than the prompt"] == "held"  # the same requests: never worse
     some = [replace(r, test=replace(arm(70), scores=tuple(reversed(arm(70).scores)))) for r in [run("lora", 0, 70)]]
-    assert verdicts(compared([*originals(prompted=70), *some]))["lora: better than the prompt"] == "undecided"
+    assert verdicts(compared([*original_runs(prompted=70), *some]))["lora: better than the prompt"] == "undecided"
 
 
-def test_it_survives_a_round_through_json():
-    full = [run("full", 0, 90, curve=points(0.9), forgot=retention())]
-    lora = [run("lora", 0, 20, curve=points(0.1), forgot=retention())]
-    result = compared([*originals(), *full, *lora], provenance={"model": "m"})
+def test_comparison_survives_a_json_round_trip():
+    full = [run("full", 0, 90, curve=curve_points(0.9), retained=retention())]
+    lora = [run("lora", 0, 20, curve=curve_points(0.1), retained=retention())]
+    result = compared([*original_runs(), *full, *lora], provenance={"model": "m"})
     assert Comparison.from_dict(result.to_dict()).to_dict() == result.to_dict()
