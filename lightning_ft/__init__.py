@@ -1,7 +1,8 @@
-"""Fine-tune Hugging Face language models inside PyTorch Lightning, and measure the tokens it saves.
+"""Fine-tune Hugging Face language models with PyTorch Lightning, and measure the tokens that this saves.
 
-The names are imported when first used: `import lightning_ft` itself imports neither Lightning nor transformers, and
-which Lightning is used falls as late as possible (see `lightning_ft._lightning`).
+Public names are imported when they are first used: `import lightning_ft` alone imports neither Lightning nor
+transformers, and the choice between the two Lightning packages is made as late as possible (see
+`lightning_ft._lightning`).
 """
 
 from __future__ import annotations

@@ -14,17 +14,17 @@ from lightning_ft.errors import GateError, LightningFTError
 from lightning_ft.printable import printable
 
 GATE_FAILED = 3
-"""Exit status of a run that completed with results beyond a limit; 1 is an error, 2 are invalid arguments."""
+"""Exit status of a run that completed with results beyond a limit. 1 means an error, 2 invalid arguments."""
 
 COMMANDS = {
-    "compare": "compare ways to train on the same rows: quality, tokens, cost, forgetting, resources",
-    "report": "write the report of a run's folder again: HTML, PNG, Markdown, JSON",
+    "compare": "compare methods trained on the same rows: quality, tokens, cost, forgetting, resources",
+    "report": "rewrite the report of a run's folder: HTML, PNG, Markdown, JSON",
 }
-"""Subcommands that need no Trainer, with their help."""
+"""Help text of each subcommand that needs no Trainer."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a subcommand; an error that says what to do is printed without its traceback."""
+    """Run a subcommand. An error of this package says what to do, so it is printed without a traceback."""
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _print_traceback
     arguments = sys.argv[1:] if args is None else args
@@ -44,11 +44,11 @@ def main(args: list[str] | None = None) -> None:
 
 
 def report(folder: str, output: str | None = None) -> None:
-    """Write the report of all measurements below a folder.
+    """Write the report of all measurements in a folder and its subfolders.
 
     Args:
         folder: Folder of a run, of several runs, or of a comparison.
-        output: Folder to write to; by default ``report`` in `folder`.
+        output: Folder to write to; ``report`` in `folder` by default.
     """
     from lightning_ft.report.write import write_report
 
@@ -61,16 +61,16 @@ def run_command(name: str, args: Sequence[str]) -> None:
 
     Args:
         name: One of :data:`COMMANDS`.
-        args: Arguments after the name.
+        args: Command-line arguments after the name.
 
     Raises:
-        SystemExit: For arguments that it doesn't take.
+        SystemExit: For arguments that the subcommand doesn't accept.
     """
     parser = ArgumentParser(prog=f"lightning-ft {name}", description=COMMANDS[name])
     function: Callable[..., Any]
     if name == "report":
         parser.add_argument("folder", type=str, help="folder of a run, of several runs, or of a comparison")
-        parser.add_argument("--output", type=str, help="folder to write to; by default `report` in that folder")
+        parser.add_argument("--output", type=str, help="folder to write to; `report` in that folder by default")
         function = report
     else:
         from lightning_ft.compare.run import compare as function
@@ -79,9 +79,9 @@ def run_command(name: str, args: Sequence[str]) -> None:
     function(**parser.parse_args(list(args)).as_dict())
 
 
-def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback without control characters: errors of other libraries quote what they read."""
-    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, trace))))
+def _print_traceback(error_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback without control characters, since errors of other libraries quote the files they read."""
+    sys.stderr.write(printable("".join(traceback.format_exception(error_type, error, trace))))
 
 
 if __name__ == "__main__":

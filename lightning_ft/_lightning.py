@@ -1,13 +1,14 @@
-"""Which Lightning: the one place that imports it.
+"""Chooses between `pytorch_lightning` and `lightning.pytorch`; the only module that imports Lightning.
 
-`pytorch_lightning` and `lightning.pytorch` are the same code under two names, and a LightningModule of one is a
-TypeError in the Trainer of the other. The choice, made once, when the first name that needs Lightning is used:
+The two packages are the same code under two names, and a LightningModule of one raises a TypeError in the Trainer of
+the other. The choice is made once, when the first name that needs Lightning is used. It is, in this order:
 
 1. the environment variable ``LIGHTNING_FT_NAMESPACE`` (``pytorch_lightning`` or ``lightning``);
-2. the one that is already imported (`pytorch_lightning` where both are, with a warning);
-3. the one that is installed (`pytorch_lightning` where both are).
+2. the package that is already imported (`pytorch_lightning` if both are, with a warning);
+3. the package that is installed (`pytorch_lightning` if both are).
 
-Callbacks and DataModules inherit from both where both are imported, so they fit either Trainer; LightningModules can't.
+If both are imported, callbacks and DataModules inherit from both, so they work with either Trainer. LightningModules
+can't.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _MODULES = {"pytorch_lightning": "pytorch_lightning", "lightning": "lightning.py
 
 
 def _choose() -> str:
-    """Name of the Lightning to use, a key of `_MODULES`."""
-    if asked := os.environ.get(VARIABLE):
-        name = "lightning" if asked == "lightning.pytorch" else asked
+    """Choose the Lightning package; returns a key of `_MODULES`."""
+    if value := os.environ.get(VARIABLE):
+        name = "lightning" if value == "lightning.pytorch" else value
         if name not in _MODULES:
-            raise ConfigError(f"{VARIABLE}={asked!r}: expected 'pytorch_lightning' or 'lightning'.")
+            raise ConfigError(f"{VARIABLE}={value!r}: expected 'pytorch_lightning' or 'lightning'.")
         return name
     imported = [name for name, module in _MODULES.items() if module in sys.modules]
     if len(imported) == 2:
@@ -46,7 +47,7 @@ def _choose() -> str:
 
 
 NAMESPACE: str = _choose()
-"""``"pytorch_lightning"`` or ``"lightning"``."""
+"""Lightning package in use: ``"pytorch_lightning"`` or ``"lightning"``."""
 
 _pl: ModuleType = importlib.import_module(_MODULES[NAMESPACE])
 _both = [sys.modules[module] for module in _MODULES.values() if module in sys.modules]
@@ -71,31 +72,31 @@ else:
 
 
 def cli_module() -> ModuleType:
-    """The module that holds `LightningCLI`; apart, because it imports jsonargparse."""
+    """Import the module that defines `LightningCLI`; done on demand, since it imports jsonargparse."""
     return importlib.import_module(_MODULES[NAMESPACE] + ".cli")
 
 
 def available_flops(device: Any, dtype: Any) -> float | None:
-    """Operations a second that a device could do in a dtype, by Lightning's table; None where it isn't in it."""
+    """Peak FLOPs per second of a device for a dtype, from Lightning's table; None if the table doesn't list it."""
     fabric = "lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric"
     found = importlib.import_module(f"{fabric}.utilities.throughput").get_available_flops(device, dtype)
     return None if found is None else float(found)
 
 
 def check_same_namespace(trainer: Any, module: Any) -> None:
-    """Refuse a Trainer of one Lightning with a LightningModule of the other.
+    """Refuse to combine a Trainer of one Lightning package with a LightningModule of the other.
 
     Raises:
-        NamespaceError: Where they differ; the message names the variable that decides.
+        NamespaceError: If the packages differ. The message names the environment variable that selects one.
     """
     names = []
-    for thing, base in ((trainer, "Trainer"), (module, "LightningModule")):
-        homes = {c.__module__.split(".")[0] for c in type(thing).__mro__ if c.__name__ == base}
-        names.append(homes & set(_MODULES))
+    for instance, base in ((trainer, "Trainer"), (module, "LightningModule")):
+        packages = {c.__module__.split(".")[0] for c in type(instance).__mro__ if c.__name__ == base}
+        names.append(packages & set(_MODULES))
     if names[0] and names[1] and not names[0] & names[1]:
         raise NamespaceError(
-            f"The Trainer comes from {names[0].pop()} and the module from {names[1].pop()}. Import both from one, or "
-            f"set {VARIABLE} to the Trainer's before lightning_ft is used."
+            f"The Trainer comes from {names[0].pop()} and the module from {names[1].pop()}. Import both from the same "
+            f"package, or set {VARIABLE} to the Trainer's package before lightning_ft is used."
         )
 
 

@@ -1,4 +1,4 @@
-"""Errors for keyword arguments that a class does not take."""
+"""Errors for keyword arguments that a class does not accept."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lightning_ft.errors import UnknownArgumentError
 
 
 def unknown_argument(cls: type, name: str) -> UnknownArgumentError:
-    """The error for an argument that the constructor of a class does not take, with the nearest name.
+    """Build the error for an argument that a class's constructor does not accept, with the closest accepted name.
 
     Args:
-        cls: The class.
-        name: Name of the argument.
+        cls: Class whose constructor was called.
+        name: Name of the unknown argument.
 
     Example:
         >>> from lightning_ft import PairDataModule
@@ -27,19 +27,19 @@ def unknown_argument(cls: type, name: str) -> UnknownArgumentError:
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
     nearest = difflib.get_close_matches(name, parameters, 1)
-    hint = f"Did you mean {nearest[0]!r}?" if nearest else f"It takes {', '.join(parameters)}."
+    hint = f"Did you mean {nearest[0]!r}?" if nearest else f"It accepts {', '.join(parameters)}."
     return UnknownArgumentError(f"{cls.__name__} has no argument {name!r}. {hint}")
 
 
 def check_arguments(cls: type, names: Iterable[str]) -> None:
-    """Refuse keyword arguments that the constructor of a class does not take.
+    """Refuse keyword arguments that a class's constructor does not accept.
 
     Args:
-        cls: The class. One whose constructor has a ``**kwargs`` of its own takes anything.
+        cls: Class whose constructor was called. If the constructor has ``**kwargs``, every name is accepted.
         names: Names of the keyword arguments.
 
     Raises:
-        UnknownArgumentError: With the nearest name.
+        UnknownArgumentError: For the first unknown name; the message suggests the closest accepted one.
     """
     parameters = inspect.signature(cls).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside in the folder that they belong in, then renamed in one step."""
+"""Atomic writes: files and folders are written under a temporary name in their folder, then renamed."""
 
 from __future__ import annotations
 
@@ -18,143 +18,150 @@ from lightning_ft.errors import FileWriteError
 from lightning_ft.printable import json_text
 
 _NAME = re.compile(r"\.writing-(?P<host>[\w.-]*)-(?P<pid>\d+)-[0-9a-f]{8}")
-_BEGUN: set[str] = set()
-"""Names that this process writes to now: after a restart in a container another has its number."""
-_DAY = 86_400.0  # seconds after which what a process of another machine wrote aside is no longer waited for
+_IN_USE: set[str] = set()
+"""Temporary names that this process is writing to. The process ID alone doesn't tell, since a container that was
+restarted may use it again."""
+_DAY = 86_400.0
+"""Age in seconds at which a temporary file of another machine counts as left over."""
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A path to write a file or a folder to, which then takes the place of `path` in one step.
+    """Yield a temporary path to write a file or a folder to, and rename it to `path` at the end of the block.
 
-    Where that fails, or the process is killed, `path` is what it was before. What a killed process left in the folder
-    is removed by the next that writes there.
+    If the block fails or the process is killed, `path` is unchanged. Temporary files that a killed process left in the
+    folder are removed by the next write to that folder.
 
     Args:
-        path: What to write; its folder is made where there is none.
+        path: Path of the file or folder to write. Missing parent folders are created.
+
+    Yields:
+        The temporary path, in the same folder.
 
     Raises:
-        FileWriteError: If it can't be written, such as on a full disk; whatever else the block raises is passed on.
+        FileWriteError: If the file can't be written, such as on a full disk. Other errors in the block propagate.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic_write(f"{folder}/a.txt") as aside:
-        ...         _ = aside.write_text("whole")
+        ...     with atomic_write(f"{folder}/a.txt") as temporary:
+        ...         _ = temporary.write_text("complete")
         ...     [file.name for file in Path(folder).iterdir()]
         ['a.txt']
     """
     path = Path(path)
-    aside = temporary_path(path.parent)
+    temporary = temporary_path(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
-        yield aside
-        flush_to_disk(aside)
-        os.replace(aside, path)
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
         flush_to_disk(path.parent, deep=False)
     except Exception as error:
         if (reason := write_failure(error)) is None:
             raise
         raise FileWriteError(
-            f"{str(path)!r} can't be written ({reason}). What was there before is unchanged: make room, or give "
+            f"{str(path)!r} can't be written ({reason}). An earlier version is unchanged. Free some space, or choose "
             "another folder."
         ) from error
     finally:
-        remove(aside)
+        remove(temporary)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all.
+    """Write a UTF-8 file atomically.
 
     Args:
-        path: The file.
-        text: What it will hold.
+        path: Path of the file.
+        text: Contents of the file.
 
     Raises:
-        FileWriteError: If it can't be written.
+        FileWriteError: If the file can't be written.
     """
-    with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file, harmless on a terminal, whole or not at all.
+    """Write a JSON file atomically; its text is safe to print on a terminal.
 
     Args:
-        path: The file.
-        value: JSON types; see :func:`lightning_ft.printable.json_text`.
+        path: Path of the file.
+        value: Value of JSON types; see :func:`lightning_ft.printable.json_text`.
 
     Raises:
-        FileWriteError: If it can't be written.
+        FileWriteError: If the file can't be written.
     """
     write_text(path, json_text(value, indent=1) + "\n")
 
 
 def temporary_path(folder: Path) -> Path:
-    """A new name in a folder that says which process writes there."""
+    """Return a new path in a folder, whose name identifies the machine and process that write to it."""
     name = f".writing-{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    _BEGUN.add(name)
+    _IN_USE.add(name)
     return folder / name
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are gone had begun to write in a folder."""
+    """Remove temporary files and folders of processes that no longer run."""
     for path in folder.glob(".writing-*"):
-        if _is_left(path):
+        if _is_leftover(path):
             remove(path)
 
 
 def is_temporary_path(path: Path) -> bool:
-    """Whether a path is one that :func:`temporary_path` gave."""
+    """Whether a path was returned by :func:`temporary_path`, in this or another process."""
     return _NAME.fullmatch(path.name) is not None
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there and that is possible."""
-    _BEGUN.discard(path.name)
+    """Remove a file or a folder if possible; do nothing if it doesn't exist."""
+    _IN_USE.discard(path.name)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
     try:
         path.unlink(missing_ok=True)
-    except OSError:  # another process was first, or may and we may not
+    except OSError:  # another process removed it, or only another user may
         return
 
 
 def write_failure(error: BaseException) -> str | None:
-    """What the system said, where an error is about writing a file; libraries wrap it in errors of their own.
+    """The operating system's reason for a failed write, or None if the error has another cause.
+
+    Libraries wrap the system's error in errors of their own, so its context and message are searched too.
 
     Example:
         >>> write_failure(OSError(errno.ENOSPC, "No space left on device")), write_failure(ValueError("other"))
         ('No space left on device', None)
     """
     if isinstance(error, FileWriteError):
-        return None  # says it already
+        return None  # its message contains the reason already
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError):
         return os.strerror(error.errno)
     if error.__context__ is not None and (reason := write_failure(error.__context__)) is not None:
-        return reason  # torch.save
+        return reason  # raised by torch.save
     if (found := re.search(r"([^:]+) \(os error \d+\)$", str(error))) is not None:
-        return found[1].strip()  # what is written in Rust: safetensors, tokenizers
+        return found[1].strip()  # libraries written in Rust: safetensors, tokenizers
     return None
 
 
 def flush_to_disk(path: Path, *, deep: bool = True) -> None:
-    """Have the system write a file, or a folder with all of its files, so that a power cut after a rename loses none.
+    """Sync a file, or a folder and its contents, to disk, so that a power failure after a rename loses no data.
 
     Args:
-        path: File or folder.
-        deep: Also what a folder contains.
+        path: Path of the file or folder.
+        deep: Whether to sync the contents of a folder too.
     """
     for part in [path, *(path.rglob("*") if deep and path.is_dir() else ())]:
-        if part.is_dir() and os.name == "nt":  # folders can't be opened there
+        if part.is_dir() and os.name == "nt":  # Windows can't open folders
             continue
         handle = os.open(part, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(handle)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # some file systems have no such thing
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # some file systems don't support it
                 raise
         finally:
             os.close(handle)
@@ -164,23 +171,23 @@ def _host() -> str:
     return re.sub(r"[^\w.-]", "_", socket.gethostname())
 
 
-def _is_left(path: Path) -> bool:
+def _is_leftover(path: Path) -> bool:
     found = _NAME.fullmatch(path.name)
     if found is None:
         return False
     if found["host"] == _host() and int(found["pid"]) == os.getpid():
-        return path.name not in _BEGUN
+        return path.name not in _IN_USE
     if found["host"] == _host() and os.name != "nt":
-        return not _runs(int(found["pid"]))
+        return not _is_running(int(found["pid"]))
     try:
         return time.time() - path.stat().st_mtime > _DAY
-    except OSError:  # it is gone
+    except OSError:  # removed by another process
         return False
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # asks only
+        os.kill(pid, 0)  # signal 0 only checks whether the process exists
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):

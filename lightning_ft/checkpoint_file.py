@@ -1,4 +1,4 @@
-"""Checkpoint files: written completely or not at all, and read without running any code that they contain."""
+"""Checkpoint files, written atomically and read without running any code that they contain."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from lightning_ft.read_errors import first_line
 Source: TypeAlias = "str | Path | IO[bytes]"
 """A path, a URL (http, https or any scheme that fsspec knows), or an open file."""
 VERSION = "pytorch-lightning_version"
-_REMEDY = "Use another checkpoint of the run, or start again."
+"""Checkpoint key of the version of Lightning that wrote the file."""
+_REMEDY = "Use another checkpoint of the run, or start the run again."
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Write a checkpoint to a local file.
 
     Args:
-        checkpoint: Contents of the checkpoint, as `torch.save` takes them.
-        path: The file. Its folder is created if it is missing.
+        checkpoint: Contents of the checkpoint, as for `torch.save`.
+        path: Path of the file; missing parent folders are created.
 
     Raises:
         FileWriteError: If the file can't be written.
@@ -40,26 +41,26 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)  # `read_checkpoint` verifies them
     try:
-        # An open file rather than a path: torch then passes on the operating system's error.
-        with atomic_write(path) as aside, aside.open("wb") as file:
+        # An open file rather than a path, so that torch raises the operating system's own error.
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
     finally:
         torch.serialization.set_crc32_options(checksums)
 
 
 def read_checkpoint(
-    source: Source, map_location: Any = "cpu", *, of_trainer: bool = False, name: str | None = None
+    source: Source, map_location: Any = "cpu", *, from_trainer: bool = False, name: str | None = None
 ) -> dict[str, Any]:
     """Read a checkpoint after verifying its checksums, without running any code that it contains.
 
     Args:
-        source: The checkpoint.
-        map_location: Device for its tensors, as in `torch.load`.
-        of_trainer: Require what a Trainer saves in addition to the weights.
-        name: Name of the checkpoint in errors; its path or URL by default.
+        source: Path, URL or open file of the checkpoint.
+        map_location: Device to load the tensors to, as in `torch.load`.
+        from_trainer: Whether the checkpoint must contain what a Trainer saves in addition to the weights.
+        name: Name of the checkpoint in error messages; its path or URL by default.
 
     Returns:
-        The contents, which include a ``state_dict``.
+        Contents of the checkpoint, including its ``state_dict``.
 
     Raises:
         CheckpointNotFoundError: If the file doesn't exist.
@@ -76,7 +77,7 @@ def read_checkpoint(
             raise CheckpointError(_why_refused(name, error)) from error
         except Exception as error:  # a malformed file can make the unpickler raise anything
             raise _damaged(name, first_line(error)) from error
-    _check_content(checkpoint, name, of_trainer=of_trainer)
+    _check_content(checkpoint, name, from_trainer=from_trainer)
     return cast("dict[str, Any]", checkpoint)
 
 
@@ -89,15 +90,15 @@ def checked_file(
     required: str | None = None,
     arguments: dict[str, Any] | None = None,
 ) -> Iterator[Path | IO[bytes]]:
-    """Check that a Trainer's checkpoint contains only data, and yield it as a file for `load_from_checkpoint`.
+    """Check that a Trainer's checkpoint contains only data, and yield a file for `load_from_checkpoint`.
 
     Args:
-        source: The checkpoint.
-        weights_only: The user's argument of the same name.
-        kept: Key under which the checkpoint keeps the object's arguments.
-        required: Name of an argument that must be among them, unless the user passes it.
-        arguments: The user's arguments, which override those of the checkpoint. ``trust_remote_code=False`` is added if
-            missing: a file must not decide whether a repository's code is run.
+        source: Path, URL or open file of the checkpoint.
+        weights_only: Value that the user passed for `load_from_checkpoint`'s argument of this name.
+        kept: Checkpoint key of the saved constructor arguments.
+        required: Name of an argument that must be saved there, unless the user passes it.
+        arguments: Arguments that the user passed, which override those of the checkpoint. ``trust_remote_code=False``
+            is added if missing: a file must not decide whether a repository's code is run.
 
     Raises:
         CheckpointError: As :func:`read_checkpoint` does.
@@ -107,11 +108,11 @@ def checked_file(
     arguments = {} if arguments is None else arguments
     arguments.setdefault("trust_remote_code", False)
     with local_file(source) as file:
-        checkpoint = read_checkpoint(file, of_trainer=True, name=_name(source))
+        checkpoint = read_checkpoint(file, from_trainer=True, name=_name(source))
         if required is not None and required not in arguments and required not in checkpoint.get(kept, {}):
             raise CheckpointError(
-                f"The checkpoint {_name(source)!r} was written by another class: its {kept!r} hold no "
-                f"{required!r}. Pass {required}= if its weights fit."
+                f"The checkpoint {_name(source)!r} was written by another class: its {kept!r} contain no "
+                f"{required!r}. If its weights fit this class, pass {required}=."
             )
         del checkpoint
         if not isinstance(file, Path):
@@ -128,7 +129,7 @@ def refuse_pickle(weights_only: bool | None) -> None:
     if weights_only is False:
         raise ConfigError(
             "weights_only=False would run any code that the checkpoint contains. Checkpoints of this package contain "
-            "only data: leave the argument out."
+            "only data, so leave the argument out."
         )
 
 
@@ -145,26 +146,26 @@ def local_file(source: Source) -> Iterator[Path | IO[bytes]]:
         yield source
     elif re.match(r"https?://", str(source)):
         with tempfile.TemporaryDirectory(prefix="lightning_ft_") as folder:
-            # Not torch's download cache, which identifies a file by the last part of its URL only.
+            # torch's download cache identifies a file by the last part of its URL only, so it isn't used.
             yield _downloaded(str(source), Path(folder) / "downloaded.ckpt")
     elif (path := local_path(source)) is not None:
         if path.is_dir():
             raise CheckpointError(
-                f"The checkpoint {str(path)!r} is a folder: give a checkpoint file, such as one in it."
+                f"The checkpoint {str(path)!r} is a folder. Pass a checkpoint file, such as one in that folder."
             )
         if not path.is_file():
-            raise CheckpointNotFoundError(f"There is no checkpoint {str(path)!r}.")
+            raise CheckpointNotFoundError(f"The checkpoint {str(path)!r} doesn't exist. Check the path.")
         yield path
     else:
         files, name = url_to_fs(str(source))
         if not files.exists(name):
-            raise CheckpointNotFoundError(f"There is no checkpoint {str(source)!r}.")
+            raise CheckpointNotFoundError(f"The checkpoint {str(source)!r} doesn't exist. Check the URL.")
         with files.open(name, "rb") as opened:
             yield opened
 
 
 def local_path(path: str | Path) -> Path | None:
-    """The path of a local file; None for a remote URL.
+    """Path of a local file; None for a remote URL.
 
     Example:
         >>> local_path("s3://bucket/a.ckpt"), local_path("file:///runs/a.ckpt").as_posix()
@@ -182,7 +183,9 @@ def _downloaded(url: str, path: Path) -> Path:
     try:
         torch.hub.download_url_to_file(url, str(path), progress=False)
     except Exception as error:  # HTTP status, DNS, certificate, a dropped connection
-        raise CheckpointError(f"The checkpoint {url!r} can't be downloaded ({first_line(error)}).") from error
+        raise CheckpointError(
+            f"The checkpoint {url!r} can't be downloaded ({first_line(error)}). Download it and pass its path."
+        ) from error
     return path
 
 
@@ -195,13 +198,13 @@ def _damaged(name: str, reason: str) -> CheckpointError:
 
 
 def _check_whole(file: Path | IO[bytes], name: str) -> None:
-    """Verify the checksums of a local file, which torch doesn't do."""
+    """Verify the checksums of a local file; `torch.load` doesn't."""
     try:
-        if not zipfile.is_zipfile(file):  # a zip archive's directory is at its end
+        if not zipfile.is_zipfile(file):  # a zip archive ends with its directory
             if _size(file) == 0:
                 raise CheckpointError(f"The checkpoint {name!r} is empty. {_REMEDY}")
-            raise _damaged(name, "it isn't a zip archive, which torch writes, or its end is missing")
-        if isinstance(file, Path):  # a remote file would be transferred twice
+            raise _damaged(name, "it isn't a zip archive, the format that torch writes, or its end is missing")
+        if isinstance(file, Path):  # checking a remote file would transfer it twice
             with zipfile.ZipFile(file) as archive:
                 if (member := archive.testzip()) is not None:
                     raise _damaged(name, f"the checksum of {member!r} doesn't match")
@@ -228,11 +231,11 @@ def _why_refused(name: str, error: pickle.UnpicklingError) -> str:
     )
 
 
-def _check_content(checkpoint: Any, name: str, *, of_trainer: bool) -> None:
-    """Refuse what isn't a Trainer's checkpoint."""
-    problem = f"{name!r} isn't a Trainer's checkpoint: "
+def _check_content(checkpoint: Any, name: str, *, from_trainer: bool) -> None:
+    """Check that the contents are those of a checkpoint of Lightning."""
+    problem = f"{name!r} isn't a Lightning checkpoint: "
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{problem}it holds no 'state_dict'.")
+        raise CheckpointError(f"{problem}it contains no 'state_dict'.")
     weights = checkpoint["state_dict"]
     if not isinstance(weights, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
@@ -241,7 +244,7 @@ def _check_content(checkpoint: Any, name: str, *, of_trainer: bool) -> None:
     for key in ("hyper_parameters", "datamodule_hyper_parameters", "loops", "callbacks", "lightning_ft"):
         if not isinstance(checkpoint.get(key, {}), Mapping):
             raise CheckpointError(f"{problem}its {key!r} isn't a dict.")
-    if of_trainer:
+    if from_trainer:
         try:
             Version(checkpoint[VERSION])
         except (KeyError, TypeError, InvalidVersion) as error:

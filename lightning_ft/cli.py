@@ -1,7 +1,7 @@
 """`lightning-ft fit|validate|test|predict|preview|export`: a LightningCLI in subclass mode.
 
-One YAML file holds `trainer`, `model`, `data` and `trainer.callbacks`; the model's name stands in it once, since the
-data takes its tokenizer from the model.
+One YAML file contains `trainer`, `model`, `data` and `trainer.callbacks`. The model's name appears in it once, since
+the DataModule takes its tokenizer from the model.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _UNKNOWN_KEY = re.compile(r"(?:Option '|unrecognized arguments: --)(?P<name>\w+\
 
 
 class FineTuningParser(_cli.LightningArgumentParser):  # type: ignore[name-defined,misc]
-    """Lightning's parser, whose errors add the nearest name to a misspelt one."""
+    """Lightning's parser, with the closest valid name in errors about a misspelled one."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Print the error and exit.
 
         Args:
             message: Error message.
-            ex: Exception that led to it.
+            ex: Exception that caused the error.
         """
         parser = getattr(ex, "subcommand_parser", None) or self
         keys = [action.dest for action in parser._actions]
@@ -44,7 +44,7 @@ class FineTuningParser(_cli.LightningArgumentParser):  # type: ignore[name-defin
 
 
 def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
-    """Add the nearest arguments of a class, names of a module, or keys of the parser to a message."""
+    """Add to a message the closest argument of a class, name of a module, or key of the parser."""
 
     def arguments(path: str) -> Iterable[str]:
         cls = pydoc.locate(path)
@@ -65,7 +65,7 @@ def _suggest(match: re.Match[str], names: Iterable[str]) -> str:
 
 
 class FineTuningTrainer(Trainer):
-    """The Trainer of the command line: Lightning's own, with two subcommands that don't train."""
+    """Lightning's Trainer with the subcommands `preview` and `export`, which don't train."""
 
     def preview(
         self,
@@ -77,16 +77,16 @@ class FineTuningTrainer(Trainer):
         """Print examples with their supervised tokens, and which rows would be truncated or dropped.
 
         Args:
-            model: Module whose tokenizer is used, where the data has none of its own.
-            datamodule: Data to show.
-            examples: Number of rows per split to show.
-            weights: Load the model too, and print a table of the trained weights. Otherwise no weights are loaded.
+            model: Module whose tokenizer is used if the DataModule has none of its own.
+            datamodule: DataModule whose rows are shown.
+            examples: Number of rows to show per split.
+            weights: Whether to load the model too and print a table of its trainable weights.
         """
         from lightning_ft.data.module import RowDataModule
         from lightning_ft.data.preview import preview
 
         if not isinstance(datamodule, RowDataModule):
-            raise ConfigError("preview shows the rows of a DataModule of lightning_ft: pass one as `data`.")
+            raise ConfigError("preview shows the rows of a DataModule of lightning_ft. Pass one as `data`.")
         own = datamodule.hparams["tokenizer"] is not None
         preview(datamodule, None if own else getattr(model, "tokenizer", None), examples=examples)
         if weights:
@@ -94,7 +94,7 @@ class FineTuningTrainer(Trainer):
 
             if not isinstance(model, FineTuning):
                 raise ConfigError(
-                    f"weights=true needs a module of lightning_ft, and `model` is a {type(model).__name__}."
+                    f"weights=true needs a module of lightning_ft, but `model` is a {type(model).__name__}."
                 )
             print(printable(model.what_is_trained()))
 
@@ -107,33 +107,33 @@ class FineTuningTrainer(Trainer):
         merge: bool = False,
         overwrite: bool = False,
     ) -> None:
-        """Write a checkpoint as a folder that plain transformers and PEFT load.
+        """Write a checkpoint as a folder that transformers and PEFT can load.
 
         Args:
             model: Module of the run that wrote the checkpoint.
             ckpt_path: Path of the checkpoint.
-            output: Folder to write.
-            datamodule: Not used.
-            merge: Fold an adapter into the base weights; refused where greedy output would change.
-            overwrite: Write into a folder that isn't empty.
+            output: Folder to write to.
+            datamodule: Unused; accepted so that a configuration of `fit` can be reused.
+            merge: Whether to merge the adapter into the base weights; refused if this would change greedy output.
+            overwrite: Whether to write into a folder that isn't empty.
         """
         from lightning_ft.modules.base import FineTuning
 
         if not isinstance(model, FineTuning):
-            raise ConfigError(f"{type(model).__name__} can't be exported: it isn't a module of lightning_ft.")
+            raise ConfigError(f"{type(model).__name__} can't be exported, since it isn't a module of lightning_ft.")
         model.load_checkpoint(ckpt_path)
         folder = model.export(output, merge=merge, overwrite=overwrite)
         print(printable(f"Exported to {folder}"))
 
 
 class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
-    """The command line.
+    """Command line of this package.
 
     Args:
-        args: Arguments instead of those of the process.
-        run: Run the subcommand; False only builds `trainer`, `model` and `datamodule`.
-        save_config: Write the configuration into the logger's folder when training starts.
-        description: First line of the help.
+        args: Command-line arguments; those of the process by default.
+        run: Whether to run the subcommand. If False, only `trainer`, `model` and `datamodule` are built.
+        save_config: Whether to write the configuration into the logger's folder when training starts.
+        description: First line of the help text.
 
     Example:
         >>> sorted(FineTuningCLI.subcommands())
@@ -161,43 +161,44 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         )
 
     def init_parser(self, **kwargs: Any) -> Any:
-        """Build a parser whose errors add the nearest name, where this version of Lightning has `parser_class`."""
+        """Build a parser that suggests the closest name, if this version of Lightning supports `parser_class`."""
         self.parser_class = FineTuningParser
         return super().init_parser(**kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's own subcommands, and those of `FineTuningTrainer`."""
+        """Subcommands of Lightning and of `FineTuningTrainer`, each with the arguments that the CLI fills in."""
         own = {"preview": {"model", "datamodule"}, "export": {"model", "datamodule"}}
         return {**_cli.LightningCLI.subcommands(), **own}
 
     def instantiate_classes(self) -> None:
-        """Build the classes of the configuration; for a preview without importing reward functions and scorers."""
+        """Build the configured classes; for `preview`, reward functions and scorers are not imported."""
         with without_imports() if self.subcommand == "preview" else nullcontext():
             super().instantiate_classes()
 
     def after_fit(self) -> None:
-        """Raise an error for failures that didn't stop the run.
+        """Raise an error for failures that did not stop the run.
 
         Raises:
-            MeasurementError: If something could not be measured or written.
+            MeasurementError: If a result could not be measured or written.
             GateError: If quality was not shown to be kept, or a limit was exceeded.
         """
         callbacks: list[Any] = self.trainer.callbacks
         failures = [failure for callback in callbacks for failure in getattr(callback, "failures", ())]
         if failures:
-            raise MeasurementError(f"Training ran to its end. What failed along the way: {' '.join(failures)}")
+            raise MeasurementError(f"Training completed, but some results are missing: {' '.join(failures)}")
         if gates := [callback.name for callback in callbacks if getattr(callback, "gate_failed", False)]:
-            raise GateError(f"Training ran to its end. The limits of these don't hold: {', '.join(gates)}.")
+            raise GateError(f"Training completed, but the limits of these callbacks don't hold: {', '.join(gates)}.")
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the arguments to the configuration file; the module checks that a checkpoint fits them."""
+        """Take no arguments from the checkpoint; the module checks that it fits the configured ones."""
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Let `--optimizer` and `--lr_scheduler` replace the module's own.
 
-        LightningCLI builds them here, from all parameters. There are none yet: weights are loaded later, and most of an
-        adapted model's are frozen.
+        LightningCLI would build them here from all parameters. The module has no parameters yet, since its weights are
+        loaded later, and most parameters of a model with an adapter are frozen. So they are built in
+        `configure_optimizers` from the trainable ones.
         """
         optimizer, scheduler = (self._get(self.config_init, key) for key in ("optimizer", "lr_scheduler"))
         if not optimizer and not scheduler:

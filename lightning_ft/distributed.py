@@ -1,4 +1,4 @@
-"""Communication between ranks: all_gather_objects values, work that one rank does for all, and rank-zero messages."""
+"""Communication between ranks: gathering, reduction, work that rank 0 does for all, and rank-zero messages."""
 
 from __future__ import annotations
 
@@ -16,86 +16,92 @@ from torch import Tensor
 from lightning_ft.errors import LightningFTError, RolloutError
 from lightning_ft.printable import printable
 
-Own = TypeVar("Own")
-Part = TypeVar("Part")
+Value = TypeVar("Value")
+Share = TypeVar("Share")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number and how many there are; 0 and 1 without a process group."""
+    """Rank of this process and number of processes; 0 and 1 without a process group."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def all_gather_objects(own: Own) -> list[Own]:
-    """What every rank has, in their order; every rank must call it.
+def all_gather_objects(value: Value) -> list[Value]:
+    """Gather one object from each rank, in order of rank. Every rank must call it.
 
     Args:
-        own: Value of this rank: anything that can be pickled.
+        value: This rank's object, which must be picklable.
+
+    Returns:
+        Objects of all ranks.
 
     Example:
         >>> all_gather_objects("a")
         ['a']
     """
-    _, ranks = rank_and_world_size()
-    if ranks == 1:
-        return [own]
-    every: list[Any] = [None] * ranks
-    dist.all_gather_object(every, own)
-    return every
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
-def on_rank_zero(work: Callable[[list[Own]], list[Part]], own: Own) -> Part:
-    """Have rank 0 work with what every rank has.
+def on_rank_zero(function: Callable[[list[Value]], list[Share]], value: Value) -> Share:
+    """Run a function on rank 0 with the values of all ranks, and scatter its results.
 
-    Every rank must call it. An error of the work is raised on all of them: a rank that raises alone leaves the others
-    waiting.
+    Every rank must call it. An error in the function is raised on all ranks, since the others would wait forever for a
+    rank that raises alone.
 
     Args:
-        work: Takes what the ranks have, in their order, and gives a part for each of them.
-        own: Value of this rank.
+        function: Maps the values of all ranks, in order of rank, to a list of one result per rank.
+        value: This rank's value, which must be picklable.
 
     Returns:
-        This rank's part.
+        This rank's result.
 
     Raises:
-        LightningFTError: What the work raised.
-        RolloutError: For any other error of the work.
+        LightningFTError: The function's own error, if it is one of this package.
+        RolloutError: For any other error in the function.
 
     Example:
-        >>> on_rank_zero(lambda every: [sum(every)] * len(every), 3)
+        >>> on_rank_zero(lambda values: [sum(values)] * len(values), 3)
         3
     """
-    rank, ranks = rank_and_world_size()
-    if ranks == 1:
-        return work([own])[0]
-    every = all_gather_objects(own)
-    told: list[Any] = [None]
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return function([value])[0]
+    values = all_gather_objects(value)
+    outcome: list[Any] = [None]  # the results of all ranks, or the error
     if rank == 0:
         try:
-            told = [work(every)]
+            outcome = [function(values)]
         except LightningFTError as error:
-            told = [error]
+            outcome = [error]
         except Exception as error:
-            told = [RolloutError(f"{type(error).__name__}: {error}")]
-    dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], Exception):
-        raise told[0]
-    part: Part = told[0][rank]
-    return part
+            outcome = [RolloutError(f"{type(error).__name__}: {error}")]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    share: Share = outcome[0][rank]
+    return share
 
 
 def is_distributed() -> bool:
-    """Whether there is a process group."""
+    """Whether a process group is initialized."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """Sum of every rank's tensor, ``[...]`` on the CPU; each rank must call it.
+    """Sum a tensor over all ranks. Every rank must call it.
 
     Args:
-        values: On whatever device.
-        device: Where the process group communicates.
+        values: This rank's tensor, ``[...]``, on any device.
+        device: Device on which the process group communicates.
+
+    Returns:
+        The sum, ``[...]``, on the CPU.
     """
     if not is_distributed():
         return values.cpu()
@@ -105,7 +111,12 @@ def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:
-    """The largest of every rank's numbers; each rank must call it."""
+    """Maximum of a number over all ranks. Every rank must call it.
+
+    Args:
+        number: This rank's number.
+        device: Device on which the process group communicates.
+    """
     if not is_distributed():
         return number
     value = torch.tensor(number, device=device)
@@ -113,39 +124,39 @@ def max_over_ranks(number: int, device: torch.device) -> int:
     return int(value)
 
 
-if getattr(rank_zero_only, "rank", None) is None:  # set by Lightning as soon as that is imported, likewise
+if getattr(rank_zero_only, "rank", None) is None:  # Lightning sets it in the same way when it is imported
     _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
     rank_zero_only.rank = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0)  # type: ignore[attr-defined]
 
 
 def rank_zero_info(message: object, *, stacklevel: int = 4, **options: Any) -> None:
-    """Log on the first rank.
+    """Log a message on rank 0.
 
     Args:
-        message: What to say; characters that a terminal would obey are escaped.
-        stacklevel: As of Lightning's function, which has frames of its own.
-        options: Arguments of `logging.Logger.info`.
+        message: Message to log. Characters that a terminal would interpret are escaped.
+        stacklevel: Stack level as for Lightning's function of this name, which adds frames of its own.
+        options: Further arguments of `logging.Logger.info`.
     """
     lightning.rank_zero_info(printable(str(message)), stacklevel=stacklevel + 1, **options)
 
 
 def rank_zero_warn(message: object, *, stacklevel: int = 4, **options: Any) -> None:
-    """Warn on the first rank.
+    """Issue a warning on rank 0.
 
     Args:
-        message: What to say; characters that a terminal would obey are escaped.
-        stacklevel: As of Lightning's function, which has frames of its own.
-        options: Arguments of `warnings.warn`.
+        message: Text of the warning. Characters that a terminal would interpret are escaped.
+        stacklevel: Stack level as for Lightning's function of this name, which adds frames of its own.
+        options: Further arguments of `warnings.warn`.
     """
     lightning.rank_zero_warn(printable(str(message)), stacklevel=stacklevel + 1, **options)
 
 
 def warn(message: object, *, stacklevel: int = 2) -> None:
-    """Warn on every rank.
+    """Issue a warning on every rank that calls it.
 
     Args:
-        message: What to say; characters that a terminal would obey are escaped.
-        stacklevel: As of `warnings.warn`: 1 is the line that calls this function.
+        message: Text of the warning. Characters that a terminal would interpret are escaped.
+        stacklevel: Stack level as for `warnings.warn`, where 1 is the line that calls this function.
     """
     warnings.warn(printable(str(message)), stacklevel=stacklevel + 1)
 

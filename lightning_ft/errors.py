@@ -1,7 +1,7 @@
-"""Every exception this package raises on purpose.
+"""Exceptions that this package raises.
 
-Each derives from :class:`LightningFTError` (to catch them all) and from the builtin it refines (so that code which
-knows nothing of this package still catches it). A message says what was wrong, where, and what to do.
+Each derives from :class:`LightningFTError`, to catch them all, and from a builtin exception, so that code which doesn't
+know this package catches it too. A message says what was found, where, and what to do.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from lightning_ft.printable import printable
 
 
 class LightningFTError(Exception):
-    """Base of every error of this package.
+    """Base class of the exceptions of this package.
 
-    Names and texts of the user's, and of whoever wrote the rows, are in its message, which ends on a terminal.
+    Messages quote names from the user and text from rows, so characters that a terminal would interpret are escaped.
     """
 
     def __str__(self) -> str:
@@ -20,7 +20,7 @@ class LightningFTError(Exception):
 
 
 class DataError(LightningFTError, ValueError):
-    """Rows that can't be trained on; the message lists them with source, row, field, reason and fix."""
+    """Rows that can't be trained on. The message lists each with source, row, field, reason and remedy."""
 
 
 class DataNotFoundError(DataError, FileNotFoundError):
@@ -36,7 +36,7 @@ class ModelError(LightningFTError, ValueError):
 
 
 class CheckpointError(ModelError):
-    """A checkpoint that is damaged, isn't one, or contains more than tensors and plain values."""
+    """A file that is damaged, isn't a checkpoint, or contains more than tensors and plain values."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
@@ -44,7 +44,7 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class FileWriteError(LightningFTError, OSError):
-    """A file that can't be written, such as on a full disk; what was there before is unchanged."""
+    """A file that can't be written, such as on a full disk. An earlier file of the same name is unchanged."""
 
 
 class ConfigError(LightningFTError, ValueError):
@@ -52,48 +52,48 @@ class ConfigError(LightningFTError, ValueError):
 
 
 class UnknownArgumentError(ConfigError, TypeError):
-    """An argument that a class does not take."""
+    """An argument that a class does not accept."""
 
 
 class ExportError(LightningFTError, RuntimeError):
-    """An export that would not give the same output as the live model, or can't be written."""
+    """An export that would not produce the same output as the model in memory, or can't be written."""
 
 
 class NonFiniteError(LightningFTError, FloatingPointError):
-    """A loss, gradients, logits or weights that hold NaN or an infinity: the weights were left as they were before."""
+    """A loss, gradients, logits or weights with NaN or infinite values. The weights are those before the step."""
 
 
 class SavingsError(LightningFTError, ValueError):
-    """A token-savings measurement that would not be honest or is not defined."""
+    """A measurement of token savings that would be misleading or is undefined."""
 
 
 class MeasurementError(LightningFTError, RuntimeError):
-    """Measurements that failed at the end of a run that otherwise completed; the command line exits with 1."""
+    """Measurements that failed in a run that otherwise completed. The command line exits with status 1."""
 
 
 class GateError(LightningFTError, RuntimeError):
-    """Results beyond a limit set for them, of a run that otherwise completed; the command line exits with 3."""
+    """Results beyond a configured limit, of a run that otherwise completed. The command line exits with status 3."""
 
 
 class RetentionError(LightningFTError, ValueError):
-    """A measurement of forgetting that would compare with the wrong weights, or has nothing to read."""
+    """A measurement of forgetting that would compare with the wrong weights, or has no texts."""
 
 
 class ComparisonError(LightningFTError, ValueError):
-    """Methods that can't be compared: other data, other precision, or metrics that would mean nothing."""
+    """Methods that can't be compared: different data, different precision, or meaningless metrics."""
 
 
 class RolloutError(LightningFTError, RuntimeError):
-    """A generation that failed outside this process: a server that can't be reached, another rank, a broken answer."""
+    """Generation that failed outside this process: an unreachable server, another rank, an invalid response."""
 
 
 class RewardError(LightningFTError, ValueError):
-    """A reward that can't be found, fails, or isn't one finite number or None for each completion."""
+    """A reward function that can't be found, fails, or returns anything but a finite number or None per completion."""
 
 
 class MissingDependencyError(LightningFTError, ImportError):
-    """An optional package that isn't installed; the message says how to install it."""
+    """An optional package that isn't installed. The message says how to install it."""
 
 
 class NamespaceError(LightningFTError, TypeError):
-    """Objects of `pytorch_lightning` and of `lightning.pytorch` mixed in one run."""
+    """Objects of `pytorch_lightning` and of `lightning.pytorch` in the same run."""

@@ -1,4 +1,4 @@
-"""Functions by where they stand: ``package.module.function``, or ``path/to/file.py:function``."""
+"""Imports objects by import path: ``package.module.name``, ``package.module:name`` or ``path/to/file.py:name``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any
 
 from lightning_ft.errors import LightningFTError
 
-_FORBIDDEN = ContextVar("_FORBIDDEN", default=False)
+_DISABLED = ContextVar("_DISABLED", default=False)
 
 
 @contextmanager
 def without_imports() -> Iterator[None]:
-    """Within it nothing of the user's is imported: who looks at rows must not have to run a stranger's code.
+    """Context in which imports by path return placeholders, so that looking at rows runs no code of their author.
 
-    Functions that are asked for are placeholders, which give no value that is one.
+    A placeholder can be called with any arguments, and returns itself.
     """
-    token = _FORBIDDEN.set(True)
+    token = _DISABLED.set(True)
     try:
         yield
     finally:
-        _FORBIDDEN.reset(token)
+        _DISABLED.reset(token)
 
 
 def _placeholder(path: str) -> Any:
@@ -44,22 +44,24 @@ def from_import_path(path: str, *, argument: str, error: type[LightningFTError])
     """Import ``package.module.name`` or ``package.module:name``.
 
     Args:
-        path: Where it stands.
-        argument: What was given as such, for messages.
-        error: What is raised where the module fails.
+        path: Import path of the object.
+        argument: Name of the argument that holds the path, for error messages.
+        error: Exception class to raise if the module fails while it is imported.
+
+    Returns:
+        The object.
 
     Raises:
         ModuleNotFoundError: If there is no such module.
         AttributeError: If the module has no such name.
-        LightningFTError: The `error` given, if the module can't be imported for another reason, which must not be taken
-            for its absence.
+        LightningFTError: An `error`, if the module exists but can't be imported.
 
     Example:
         >>> from lightning_ft.errors import ConfigError
         >>> from_import_path("operator.add", argument="scorer", error=ConfigError)(1, 2)
         3
     """
-    if _FORBIDDEN.get():
+    if _DISABLED.get():
         return _placeholder(path)
     module_name, _, name = path.rpartition(":" if ":" in path else ".")
     try:
@@ -67,79 +69,85 @@ def from_import_path(path: str, *, argument: str, error: type[LightningFTError])
     except ModuleNotFoundError as cause:
         if cause.name is not None and f"{module_name}.".startswith(f"{cause.name}."):
             raise
-        raise error(_failed(argument, path, cause)) from cause
-    except Exception as cause:  # whatever the module does when it is imported
-        raise error(_failed(argument, path, cause)) from cause
+        raise error(_failure(argument, path, cause)) from cause
+    except Exception as cause:  # importing a module may raise anything
+        raise error(_failure(argument, path, cause)) from cause
     try:
         return _attribute(module, name)
     except AttributeError:
         raise
-    except Exception as cause:  # modules may import a name when it is asked for
-        raise error(_failed(argument, path, cause)) from cause
+    except Exception as cause:  # a module's `__getattr__` may import lazily
+        raise error(_failure(argument, path, cause)) from cause
 
 
 def from_file(path: str, *, argument: str, error: type[LightningFTError]) -> Any:
-    """Take a name from a Python file, as ``path/to/file.py:name``.
+    """Import ``path/to/file.py:name`` from a Python file.
 
-    The file is run once, however many names are taken from it. Its folder is put behind all others on Python's path, so
-    that it finds the modules beside it.
+    The file is run once, even if several names are imported from it. Its folder is appended to `sys.path`, so that it
+    can import the modules next to it.
 
     Args:
-        path: Where it stands.
-        argument: What was given as such, for messages.
-        error: What is raised.
+        path: Path of the file and the name in it.
+        argument: Name of the argument that holds the path, for error messages.
+        error: Exception class to raise.
+
+    Returns:
+        The object.
 
     Raises:
-        LightningFTError: The `error` given, if there is no such file or name, or the file fails.
+        LightningFTError: An `error`, if the file or the name doesn't exist, or the file fails while it is run.
     """
-    place, _, name = path.rpartition(":")
-    file = Path(place).resolve()
+    file_path, _, name = path.rpartition(":")
+    file = Path(file_path).resolve()
     if not file.is_file():
-        raise error(f"{argument}={path!r}: there is no file {place!r} (looked for {str(file)!r}).")
-    if _FORBIDDEN.get():
+        raise error(f"{argument}={path!r}: there is no file {file_path!r} (looked for {str(file)!r}).")
+    if _DISABLED.get():
         return _placeholder(path)
     try:
         module = _module(file)
-    except Exception as cause:  # whatever the file does
-        raise error(_failed(argument, path, cause)) from cause
+    except Exception as cause:  # running a file may raise anything
+        raise error(_failure(argument, path, cause)) from cause
     try:
         return _attribute(module, name)
     except AttributeError as cause:
-        raise error(f"{argument}={path!r}: {place} has no {name!r}.") from cause
+        raise error(f"{argument}={path!r}: {file_path} has no {name!r}.") from cause
 
 
-def import_object(place: str, *, argument: str, error: type[LightningFTError]) -> Any:
-    """Take what stands at ``path/to/file.py:name``, ``package.module.name`` or ``package.module:name``.
+def import_object(path: str, *, argument: str, error: type[LightningFTError]) -> Any:
+    """Import ``path/to/file.py:name``, ``package.module.name`` or ``package.module:name``.
 
     Args:
-        place: Where it stands.
-        argument: What was given as such, for messages.
-        error: What is raised.
+        path: Import path of the object.
+        argument: Name of the argument that holds the path, for error messages.
+        error: Exception class to raise.
+
+    Returns:
+        The object.
 
     Raises:
-        LightningFTError: The `error` given, if there is nothing, or the file or module fails.
+        LightningFTError: An `error`, if the object doesn't exist, or its file or module can't be imported.
 
     Example:
         >>> from lightning_ft.errors import ConfigError
         >>> import_object("operator:add", argument="scorer", error=ConfigError)(1, 2)
         3
     """
-    if is_file(place):
-        return from_file(place, argument=argument, error=error)
+    if is_file_path(path):
+        return from_file(path, argument=argument, error=error)
     try:
-        return from_import_path(place, argument=argument, error=error)
+        return from_import_path(path, argument=argument, error=error)
     except (ImportError, AttributeError) as cause:
-        raise error(f"{argument}={place!r} can't be imported: {cause}") from cause
+        raise error(f"{argument}={path!r} can't be imported: {cause}") from cause
 
 
-def is_file(place: str) -> bool:
-    """Whether a place is one in a file, as ``path/to/file.py:name``.
+def is_file_path(path: str) -> bool:
+    """Whether an import path names a file, as in ``path/to/file.py:name``.
 
     Example:
-        >>> is_file("mine/rewards.py:short"), is_file("package.module:short")
+        >>> is_file_path("mine/rewards.py:short"), is_file_path("package.module:short")
         (True, False)
     """
-    return place.rpartition(":")[0].endswith(".py")
+    return path.rpartition(":")[0].endswith(".py")
 
 
 def _module(file: Path) -> ModuleType:
@@ -152,7 +160,7 @@ def _module(file: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it is run: dataclasses look their module up
+    sys.modules[name] = module  # before the module runs, since dataclasses look it up
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -161,11 +169,12 @@ def _module(file: Path) -> ModuleType:
     return module
 
 
-def _attribute(found: Any, name: str) -> Any:
+def _attribute(module: ModuleType, name: str) -> Any:
+    value: Any = module
     for part in name.split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
-def _failed(argument: str, path: str, cause: Exception) -> str:
+def _failure(argument: str, path: str, cause: Exception) -> str:
     return f"{argument}={path!r}: importing it failed with {type(cause).__name__}: {cause}"

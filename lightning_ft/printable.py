@@ -1,8 +1,8 @@
-"""Text from rows and models as it may be put on a terminal, a page or a picture.
+"""Escapes text from rows and models, so that it can be shown safely on a terminal, a web page or a plot.
 
-It is applied where text leaves the package: by errors (`lightning_ft.errors`), warnings and logs
-(`lightning_ft.distributed`), the console, pages, Markdown and pictures of `lightning_ft.report`. Files for programs get
-:func:`json_text`, which says the same in JSON's own escapes.
+Text is escaped where it leaves the package: in errors (`lightning_ft.errors`), warnings and logs
+(`lightning_ft.distributed`), and the console output, HTML, Markdown and plots of `lightning_ft.report`. Files that
+programs read are written with :func:`json_text`, which uses the escapes of JSON.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ import re
 from typing import Any
 
 _UNSAFE = (
-    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and line feed: escape sequences begin with one
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # the direction of text
-    "\u2028\u2029\ud800-\udfff"  # other line breaks; halves of surrogate pairs, which can't be encoded
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and line feed: escape sequences begin with one
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that change the direction of text
+    "\u2028\u2029\ud800-\udfff"  # other line breaks; lone surrogates, which can't be encoded
     "\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b\u2060-\u2065\u206a-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb"
-    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"  # and the line before: what nobody sees
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff"  # this line and the one before: invisible characters
 )
-# Two that are seen by what they do to their neighbors: they join emoji, and letters of many scripts.
+# The zero-width joiner and non-joiner are visible through their neighbors: they join emoji and letters of many scripts.
+# They are escaped next to ASCII only.
 _JOINER = "(?<![^\x00-\x7f\u200b-\u200d])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\x7f\u200b-\u200d])"
 _CHARACTER, _IN_LINE = re.compile(f"[{_UNSAFE}]|{_JOINER}"), re.compile(f"[{_UNSAFE}\n]|{_JOINER}")
 
 
 def printable(text: str, *, one_line: bool = False) -> str:
-    r"""A text with whatever would change the terminal, the order of characters, or can't be seen, as an escape.
+    r"""Escape characters that control a terminal, reorder text, or are invisible.
 
     Args:
         text: Any text.
-        one_line: Escape line breaks too.
+        one_line: Whether to escape line breaks too.
 
     Example:
         >>> print(printable("a \x1b[2J b\u202e c\u200b"))
@@ -38,14 +39,15 @@ def printable(text: str, *, one_line: bool = False) -> str:
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    r"""A value as JSON that is harmless on a terminal, and readable in every script.
+    r"""Serialize a value to JSON that is safe to print on a terminal and keeps every script readable.
 
     Args:
-        value: JSON types; NaN and infinities aren't.
-        indent: As of `json.dumps`.
+        value: Value of JSON types, without NaN and infinities.
+        indent: Number of spaces per level, as in `json.dumps`; None for a single line.
 
     Raises:
-        ValueError: For what isn't JSON.
+        ValueError: If `value` contains NaN or an infinity.
+        TypeError: If `value` contains another type.
 
     Example:
         >>> print(json_text({"a": "caf\u00e9 \x9b31m\U000e0041"}))

@@ -1,4 +1,4 @@
-"""Errors that other libraries raise for files they can't read, and the line of each that is worth showing."""
+"""Errors that other libraries raise for files that they can't read, and how to quote them in one line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ READ_ERRORS = (
     SafetensorError,
     StrictDataclassError,
 )
-"""What transformers, PEFT and the readers of weight files raise for a folder that doesn't hold what it should."""
+"""Exceptions that transformers, PEFT and readers of weight files raise for a folder with missing or invalid files."""
 
 
 def first_line(error: BaseException) -> str:
-    r"""The first line of an error's text (two lines if the first only announces the next), or its type if it has none.
+    r"""First line of an error's message, joined with the second if it ends with a colon; the error's type if empty.
 
     Example:
         >>> first_line(ValueError("field 'r':\n  expected int\n  ...")), first_line(EOFError())

@@ -19,8 +19,8 @@ class Message(_Optional):
     """One turn of a conversation.
 
     `role` is ``system``, ``user``, ``assistant`` or ``tool``. An assistant turn may have `tool_calls`
-    (``{"type": "function", "function": {"name": ..., "arguments": {...}}}``) and `reasoning_content`; one with ``train:
-    False`` is context only. A tool turn may have a `name` and a `tool_call_id`.
+    (``{"type": "function", "function": {"name": ..., "arguments": {...}}}``) and `reasoning_content`; with ``train:
+    False`` its tokens are not supervised. A tool turn may have a `name` and a `tool_call_id`.
     """
 
     role: str
@@ -32,12 +32,13 @@ class Request:
     """A request with its reference answer.
 
     Args:
-        id: Identifier of the request, unique within a set.
-        messages: Conversation up to the answer, a user turn last.
+        id: Identifier of the request, unique within a data set.
+        messages: Conversation up to the answer; the last turn is a user's.
         reference: Text of the reference answer.
-        cluster: Group that the request belongs to (a customer, a conversation), for intervals resampled by cluster.
+        cluster: Group of related requests (a customer, a conversation) that this one belongs to; bootstrap intervals
+            are resampled by cluster.
         template_kwargs: Variables for the chat template in addition to the messages: `tools`, `enable_thinking`, ...
-        answer: Reference answer as a turn, if it has more than text, such as reasoning or tool calls.
+        answer: Reference answer as an assistant turn, if it has more than text, such as reasoning or tool calls.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""Whatever happens while a file is written, its name has what it had before or all of the new."""
+"""Atomic writes: after any failure, a file has either its earlier or its complete new contents."""
 
 import os
 import subprocess
@@ -15,28 +15,28 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_written_aside_changes_nothing_until_all_is_written(tmp_path):
+def test_atomic_write_replaces_file_at_end_of_block(tmp_path):
     file = tmp_path / "new" / "a.json"
     write_text(file, "first")
-    with atomic_write(file) as aside:
-        aside.write_text("second")
+    with atomic_write(file) as temporary:
+        temporary.write_text("second")
         assert file.read_text() == "first"
-        assert aside.parent == file.parent  # a rename between file systems isn't one step
+        assert temporary.parent == file.parent  # a rename between file systems isn't atomic
     assert file.read_text() == "second"
     assert names(file.parent) == ["a.json"]
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), KeyboardInterrupt()])
-def test_written_aside_leaves_the_earlier_file_where_the_writer_fails(tmp_path, error):
+def test_atomic_write_keeps_earlier_file_when_block_fails(tmp_path, error):
     write_text(tmp_path / "a", "first")
-    with pytest.raises(type(error)), atomic_write(tmp_path / "a") as aside:  # noqa: PT012
-        aside.write_text("half")
+    with pytest.raises(type(error)), atomic_write(tmp_path / "a") as temporary:  # noqa: PT012
+        temporary.write_text("half")
         raise error
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "first"
 
 
-def test_written_aside_on_a_full_disk_names_file_and_reason(tmp_path):
+def test_write_text_on_full_disk_names_file_and_reason(tmp_path):
     file = tmp_path / "a"
     write_text(file, "first")
     with full_disk(1000), pytest.raises(FileWriteError, match=r"/a' can't be written \(File too large\)"):
@@ -45,21 +45,21 @@ def test_written_aside_on_a_full_disk_names_file_and_reason(tmp_path):
     assert file.read_text() == "first"
 
 
-def test_folder_that_can_not_be_made_is_named(tmp_path):
+def test_write_text_names_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileWriteError, match=r"file/a' can't be written \((Not a directory|File exists)\)"):
         write_text(tmp_path / "file" / "a", "")
 
 
-def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+def test_remove_leftovers_keeps_files_of_running_processes(tmp_path):
     imports = "from lightning_ft.atomic_files import temporary_path; from pathlib import Path"
     code = f"{imports}; temporary_path(Path({str(tmp_path)!r}))"
     left = subprocess.run([sys.executable, "-c", f"{code}.write_text('half')"], check=False)
     assert left.returncode == 0
     (of_dead,) = tmp_path.iterdir()
     of_parent = of_dead.with_name(of_dead.name.replace(of_dead.name.split("-")[-2], str(os.getppid())))
-    of_parent.write_text("another process is at it")
-    restarted = temporary_path(tmp_path)  # a number that was another process's before the container was started again
+    of_parent.write_text("written by a running process")
+    restarted = temporary_path(tmp_path)  # same process ID as one before a restart of the container
     restarted = restarted.with_name(restarted.name[:-8] + "00000000")
     restarted.mkdir()
     elsewhere = tmp_path / ".writing-another.host-1-01234567"
@@ -69,8 +69,8 @@ def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
     os.utime(stale, (0, 0))
     theirs = tmp_path / ".writing-something"
     theirs.write_text("")
-    with atomic_write(tmp_path / "a") as aside:
-        aside.write_text("")
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("")
         remove_leftovers(tmp_path)
-        assert is_temporary_path(aside)
-        assert set(tmp_path.iterdir()) == {of_parent, elsewhere, theirs, aside}
+        assert is_temporary_path(temporary)
+        assert set(tmp_path.iterdir()) == {of_parent, elsewhere, theirs, temporary}

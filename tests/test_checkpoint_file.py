@@ -1,4 +1,4 @@
-"""What isn't a whole checkpoint is named, and nothing in it is run."""
+"""Checkpoint files: invalid ones are refused by name without running their code; writes are atomic."""
 
 import http.server
 import io
@@ -15,17 +15,17 @@ from full_disk import full_disk
 from lightning_ft.checkpoint_file import checked_file, read_checkpoint, write_checkpoint
 from lightning_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError, FileWriteError
 
-WHOLE = {"state_dict": {"weight": torch.arange(600.0)}, "pytorch-lightning_version": "2.6.0"}
+CHECKPOINT = {"state_dict": {"weight": torch.arange(600.0)}, "pytorch-lightning_version": "2.6.0"}
 
 
 class Code:
-    """Whoever unpickles it writes a file named `ran`."""
+    """Writes a file named `ran` when it is unpickled."""
 
     def __reduce__(self):
         return os.system, ("touch ran",)
 
 
-def saved(content):
+def to_bytes(content):
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
@@ -38,7 +38,7 @@ def foreign_zip():
     return file.getvalue()
 
 
-def changed_bit(content):
+def flip_bit(content):
     changed = bytearray(content)
     changed[content.index(torch.tensor(300.0).numpy().tobytes())] ^= 1
     return bytes(changed)
@@ -51,73 +51,73 @@ FILES = {
     "plain pickle": (pickle.dumps({"state_dict": {}}), "is damaged or isn't a checkpoint"),
     "pickle with code": (pickle.dumps(Code()), "is damaged or isn't a checkpoint"),
     "old format with code": (b"", ""),
-    "code": (saved({"state_dict": Code()}), r"contains posix\.system, which is neither a tensor"),
-    "class": (saved({"state_dict": {}, "x": pytest.Item}), "which is neither a tensor nor a plain value"),
-    "one bit": (changed_bit(saved(WHOLE)), "checksum of"),
-    "zeros": (saved(WHOLE)[:1500] + bytes(800) + saved(WHOLE)[2300:], "damaged"),
-    "no dict": (saved([1, 2]), "holds no 'state_dict'"),
-    "other dict": (saved({"a": 1}), "holds no 'state_dict'"),
-    "weights by number": (saved({"state_dict": {1: torch.ones(1)}}), "isn't a dict of tensors"),
-    "no tensors": (saved({"state_dict": {"a": 1}}), "isn't a dict of tensors"),
-    "list of hyperparameters": (saved({**WHOLE, "hyper_parameters": []}), "'hyper_parameters' isn't a dict"),
-    "no version": (saved({"state_dict": {}}), "name the version of Lightning"),
-    "odd version": (saved({**WHOLE, "pytorch-lightning_version": "two"}), "name the version of Lightning"),
+    "code": (to_bytes({"state_dict": Code()}), r"contains posix\.system, which is neither a tensor"),
+    "class": (to_bytes({"state_dict": {}, "x": pytest.Item}), "which is neither a tensor nor a plain value"),
+    "one bit": (flip_bit(to_bytes(CHECKPOINT)), "checksum of"),
+    "zeros": (to_bytes(CHECKPOINT)[:1500] + bytes(800) + to_bytes(CHECKPOINT)[2300:], "damaged"),
+    "no dict": (to_bytes([1, 2]), "contains no 'state_dict'"),
+    "other dict": (to_bytes({"a": 1}), "contains no 'state_dict'"),
+    "weights by number": (to_bytes({"state_dict": {1: torch.ones(1)}}), "isn't a dict of tensors"),
+    "no tensors": (to_bytes({"state_dict": {"a": 1}}), "isn't a dict of tensors"),
+    "list of hyperparameters": (to_bytes({**CHECKPOINT, "hyper_parameters": []}), "'hyper_parameters' isn't a dict"),
+    "no version": (to_bytes({"state_dict": {}}), "name the version of Lightning"),
+    "odd version": (to_bytes({**CHECKPOINT, "pytorch-lightning_version": "two"}), "name the version of Lightning"),
 }
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_read_checkpoint_names_what_is_none_and_runs_nothing(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("case", FILES)
+def test_read_checkpoint_refuses_invalid_files_without_running_code(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    content, says = FILES[kind]
-    if kind == "old format with code":
+    content, message = FILES[case]
+    if case == "old format with code":
         torch.save({"state_dict": Code()}, "some.ckpt", _use_new_zipfile_serialization=False)
     else:
         (tmp_path / "some.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"some\.ckpt' .*{says}"):
-        read_checkpoint("some.ckpt", of_trainer=True)
+    with pytest.raises(CheckpointError, match=rf"some\.ckpt' .*{message}"):
+        read_checkpoint("some.ckpt", from_trainer=True)
     assert not (tmp_path / "ran").exists()
 
 
-def test_read_checkpoint_names_one_that_is_cut_at_any_byte(tmp_path):
-    content = saved(WHOLE)
+def test_read_checkpoint_refuses_truncated_files(tmp_path):
+    content = to_bytes(CHECKPOINT)
     for end in {*range(0, len(content), 53), len(content) - 1}:
         (tmp_path / "cut.ckpt").write_bytes(content[:end])
         with pytest.raises(CheckpointError, match=r"cut\.ckpt'"):
             read_checkpoint(tmp_path / "cut.ckpt")
 
 
-def test_read_checkpoint_takes_folders_and_missing_files_for_what_they_are(tmp_path):
-    with pytest.raises(CheckpointError, match="is a folder: give a checkpoint file"):
+def test_read_checkpoint_refuses_folders_and_missing_files(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is a folder\. Pass a checkpoint file"):
         read_checkpoint(tmp_path)
     for missing in (tmp_path / "none.ckpt", "memory://none.ckpt"):
-        with pytest.raises(CheckpointNotFoundError, match=r"There is no checkpoint '.*none\.ckpt'"):
+        with pytest.raises(CheckpointNotFoundError, match=r"The checkpoint '.*none\.ckpt' doesn't exist"):
             read_checkpoint(missing)
 
 
-def test_write_checkpoint_gives_back_what_was_written_whatever_torch_was_set_to(tmp_path):
+def test_write_checkpoint_round_trips_and_restores_checksum_setting(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
-        write_checkpoint(WHOLE, tmp_path / "new" / "a.ckpt")
+        write_checkpoint(CHECKPOINT, tmp_path / "new" / "a.ckpt")
         assert not torch.serialization.get_crc32_options()
     finally:
         torch.serialization.set_crc32_options(True)
-    found = read_checkpoint(tmp_path / "new" / "a.ckpt", of_trainer=True)
-    assert torch.equal(found["state_dict"]["weight"], WHOLE["state_dict"]["weight"])
+    found = read_checkpoint(tmp_path / "new" / "a.ckpt", from_trainer=True)
+    assert torch.equal(found["state_dict"]["weight"], CHECKPOINT["state_dict"]["weight"])
     with (tmp_path / "new" / "a.ckpt").open("rb") as file:
-        assert read_checkpoint(file).keys() == WHOLE.keys()
+        assert read_checkpoint(file).keys() == CHECKPOINT.keys()
 
 
-def test_write_checkpoint_on_a_full_disk_says_so_and_leaves_the_earlier_one(tmp_path):
-    write_checkpoint(WHOLE, tmp_path / "a.ckpt")
+def test_write_checkpoint_keeps_earlier_file_on_full_disk(tmp_path):
+    write_checkpoint(CHECKPOINT, tmp_path / "a.ckpt")
     with full_disk(5000), pytest.raises(FileWriteError, match=r"a\.ckpt' can't be written \(File too large\)"):
         write_checkpoint({"state_dict": {"weight": torch.zeros(50_000)}}, tmp_path / "a.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
-    assert read_checkpoint(tmp_path / "a.ckpt").keys() == WHOLE.keys()
+    assert read_checkpoint(tmp_path / "a.ckpt").keys() == CHECKPOINT.keys()
 
 
 @pytest.fixture
-def address(tmp_path):
-    """Where files of a folder are served."""
+def url(tmp_path):
+    """URL at which an HTTP server serves the temporary folder."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -130,23 +130,27 @@ def address(tmp_path):
     server.server_close()
 
 
-def test_read_checkpoint_of_an_address(tmp_path, monkeypatch, address):
+def test_read_checkpoint_downloads_urls(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "*")
-    for number in (1, 2):  # of the same last name
+    for number in (1, 2):  # two files of the same name
         write_checkpoint({"state_dict": {"weight": torch.tensor(number)}}, f"{number}/last.ckpt")
-    assert [int(read_checkpoint(f"{address}/{n}/last.ckpt")["state_dict"]["weight"]) for n in (1, 2)] == [1, 2]
+    assert [int(read_checkpoint(f"{url}/{n}/last.ckpt")["state_dict"]["weight"]) for n in (1, 2)] == [1, 2]
     (tmp_path / "evil.ckpt").write_bytes(FILES["code"][0])
-    (tmp_path / "cut.ckpt").write_bytes(saved(WHOLE)[:-9])
-    for name, says in {"evil": "posix.system", "cut": "is damaged", "missing": r"can't be downloaded \(.*404"}.items():
+    (tmp_path / "cut.ckpt").write_bytes(to_bytes(CHECKPOINT)[:-9])
+    for name, message in {
+        "evil": "posix.system",
+        "cut": "is damaged",
+        "missing": r"can't be downloaded \(.*404",
+    }.items():
         with (
-            pytest.raises(CheckpointError, match=f"http://.*/{name}.ckpt' .*{says}"),
-            checked_file(f"{address}/{name}.ckpt"),
+            pytest.raises(CheckpointError, match=f"http://.*/{name}.ckpt' .*{message}"),
+            checked_file(f"{url}/{name}.ckpt"),
         ):
             pass
     assert not (tmp_path / "ran").exists()
 
 
-def test_checked_file_refuses_to_unpickle(tmp_path):
+def test_checked_file_refuses_weights_only_false(tmp_path):
     with pytest.raises(ConfigError, match="weights_only=False would run"), checked_file(tmp_path, weights_only=False):
         pass

@@ -1,4 +1,4 @@
-"""`lightning-ft`, as a user of LightningCLI would try it."""
+"""The command `lightning-ft`, used as users of LightningCLI would use it."""
 
 import inspect
 import json
@@ -20,7 +20,7 @@ from lightning_ft.data.templates import PLAIN_TEMPLATE
 
 @pytest.fixture
 def config(tmp_path, model_folder):
-    """Writes a configuration, changed as asked, and returns its path."""
+    """Function that writes a configuration, with sections replaced by its arguments, and returns the path."""
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in make_rows(24)))
 
     def write(**changes):
@@ -65,7 +65,7 @@ def run(monkeypatch):
     return call
 
 
-def test_fit_validate_test_predict(run, config, tmp_path):
+def test_cli_runs_fit_validate_test_and_predict(run, config, tmp_path):
     path = config()
     cli = run("fit", "--config", path)
     assert cli.trainer.global_step == 3
@@ -76,7 +76,7 @@ def test_fit_validate_test_predict(run, config, tmp_path):
     run("predict", "--config", path, "--ckpt_path", str(checkpoint))
 
 
-def test_export(run, config, tmp_path, capsys):
+def test_export_writes_adapter_and_chat_template(run, config, tmp_path, capsys):
     path = config()
     cli = run("fit", "--config", path, "--data.chat_template", "plain")
     (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
@@ -89,11 +89,13 @@ def test_export(run, config, tmp_path, capsys):
         if value.requires_grad:
             assert torch.equal(saved[name.removeprefix("model.").replace(".default", "")], value)
     text = (tmp_path / "out" / "chat_template.jinja").read_text()
-    assert text == PLAIN_TEMPLATE  # the checkpoint says what was trained with, the configuration no longer does
+    assert (
+        text == PLAIN_TEMPLATE
+    )  # the template is saved in the checkpoint only: the configuration no longer contains it
 
 
-def test_export_without_a_checkpoint(run, config, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint"):
+def test_export_refuses_missing_checkpoint(run, config, tmp_path):
+    with pytest.raises(ValueError, match="doesn't exist"):
         run("export", "--config", config(), "--ckpt_path", "no.ckpt", "--output", str(tmp_path / "out"))
 
 
@@ -103,7 +105,7 @@ def test_preview_loads_no_weights(run, config, capsys, monkeypatch):
     assert "«" in capsys.readouterr().out
 
 
-def test_preview_of_weights_prints_what_would_be_trained(run, config, capsys):
+def test_preview_prints_trainable_weights(run, config, capsys):
     run("preview", "--config", config(), "--examples", "1", "--weights", "true")
     printed = capsys.readouterr().out
     assert "What is trained" in printed
@@ -111,11 +113,11 @@ def test_preview_of_weights_prints_what_would_be_trained(run, config, capsys):
     assert rows["attention"][0] == rows["attention"][2]  # all of it is adapted
 
 
-def test_the_models_name_stands_in_the_configuration_once(run, config, model_folder):
+def test_config_contains_model_name_once(run, config, model_folder):
     assert Path(config()).read_text().count(model_folder) == 1
 
 
-def test_print_config_holds_every_default(config, capsys):
+def test_print_config_contains_defaults(config, capsys):
     with pytest.raises(SystemExit) as stopped:
         main_with("fit", "--config", config(), "--print_config")
     assert stopped.value.code == 0
@@ -134,7 +136,7 @@ def test_print_config_holds_every_default(config, capsys):
         (["--trainer.max_epochz", "1"], "max_epochz"),
     ],
 )
-def test_wrong_keys(config, capsys, args, message):
+def test_parser_rejects_unknown_keys_and_values(config, capsys, args, message):
     with pytest.raises(SystemExit) as stopped:
         main_with("fit", "--config", config(), *args)
     assert stopped.value.code == 2
@@ -155,20 +157,20 @@ def test_wrong_keys(config, capsys, args, message):
         (["--model", "lightning_ft.LoRAFinetuning"], "Did you mean 'LoRAFineTuning'?"),
     ],
 )
-def test_parser_suggests_nearest_name_on_command_line(config, capsys, args, message):
+def test_parser_suggests_closest_name_on_command_line(config, capsys, args, message):
     with pytest.raises(SystemExit):
         main_with("fit", "--config", config(), *args)
     assert message in capsys.readouterr().err
 
 
-def test_parser_suggests_nearest_name_in_yaml(config, capsys, model_folder):
+def test_parser_suggests_closest_name_in_yaml(config, capsys, model_folder):
     model = {"class_path": "lightning_ft.LoRAFineTuning", "init_args": {"model": model_folder, "learning_rat": 1.0}}
     with pytest.raises(SystemExit):
         main_with("fit", "--config", config(model=model))
     assert "'learning_rat' is not accepted. Did you mean 'learning_rate'?" in capsys.readouterr().err
 
 
-def test_help_explains_the_arguments(capsys):
+def test_help_describes_arguments(capsys):
     with pytest.raises(SystemExit) as stopped:
         main_with("fit", "--model.help", "lightning_ft.LoRAFineTuning")
     assert stopped.value.code == 0
@@ -176,7 +178,7 @@ def test_help_explains_the_arguments(capsys):
 
 
 @pytest.mark.parametrize("name", ["FullFineTuning", "LoRAFineTuning", "RewardModeling", "DPO", "KTO", "GRPO", "PPO"])
-def test_help_lists_every_argument_of_a_module(name, capsys):
+def test_help_lists_all_module_arguments(name, capsys):
     with pytest.raises(SystemExit):
         main_with("fit", "--model.help", f"lightning_ft.{name}")
     listed = set(re.findall(r"^  --model\.(\w+)\b", capsys.readouterr().out, re.MULTILINE))
@@ -187,21 +189,21 @@ def main_with(*args):
     main(list(args))
 
 
-def test_an_error_of_ours_is_told_without_a_traceback(config, tmp_path, monkeypatch):
+def test_main_prints_package_errors_without_traceback(config, tmp_path, monkeypatch):
     path = config()
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "output": ""}')
     with pytest.raises(SystemExit, match=r"lightning-ft: DataError: (?s:.*)rows\.jsonl.*empty output"):
         main_with("fit", "--config", path)
 
 
-@pytest.mark.parametrize("place", ["{folder}/strange_code.py:reward", "strange_code.reward"])
-def test_preview_runs_no_code_of_rewards(tmp_path, model_folder, monkeypatch, capsys, place):
+@pytest.mark.parametrize("path", ["{folder}/strange_code.py:reward", "strange_code.reward"])
+def test_preview_does_not_import_reward_functions(tmp_path, model_folder, monkeypatch, capsys, path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "where is the lamp"}\n' * 4)
     (tmp_path / "strange_code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n\ndef reward(**_): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     model = {
         "class_path": "lightning_ft.GRPO",
-        "init_args": {"model": model_folder, "rewards": [place.format(folder=tmp_path)]},
+        "init_args": {"model": model_folder, "rewards": [path.format(folder=tmp_path)]},
     }
     data = {"class_path": "lightning_ft.PromptDataModule", "init_args": {"train": str(tmp_path / "prompts.jsonl")}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
@@ -210,7 +212,7 @@ def test_preview_runs_no_code_of_rewards(tmp_path, model_folder, monkeypatch, ca
     assert not (tmp_path / "ran").exists()
 
 
-def test_optimizer_and_scheduler_of_the_command_line_take_over(run, config):
+def test_cli_optimizer_and_scheduler_replace_those_of_module(run, config):
     cli = run(
         *["fit", "--config", config()],
         *["--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.5"],  # bitsandbytes has an SGD too
@@ -223,20 +225,20 @@ def test_optimizer_and_scheduler_of_the_command_line_take_over(run, config):
     assert cli.trainer.lr_scheduler_configs[0].scheduler.step_size == 1
 
 
-def test_a_scheduler_alone_goes_over_the_modules_optimizer(run, config):
+def test_cli_scheduler_alone_uses_optimizer_of_module(run, config):
     cli = run("fit", "--config", config(), "--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1")
     assert type(cli.trainer.optimizers[0]) is torch.optim.AdamW
     assert type(cli.trainer.lr_scheduler_configs[0].scheduler).__name__ == "StepLR"
 
 
-def test_the_same_seed_gives_the_same_weights(run, config):
+def test_fit_with_same_seed_gives_same_weights(run, config):
     lora = {"class_path": "lightning_ft.FullFineTuning", "init_args": {}}
     lora["init_args"]["model"] = yaml.safe_load(Path(config()).read_text())["model"]["init_args"]["model"]
     weights = [dict(run("fit", "--config", config(model=lora)).model.named_parameters()) for _ in range(2)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_python_dash_m():
+def test_python_m_lists_subcommands():
     done = subprocess.run(
         [sys.executable, "-m", "lightning_ft", "--help"], capture_output=True, text=True, check=True, timeout=300
     )

@@ -1,4 +1,4 @@
-"""Every name that a module or callback logs is in docs/metrics.md, and every name there is logged."""
+"""The names in docs/metrics.md are exactly those that modules and callbacks log."""
 
 import re
 from pathlib import Path
@@ -27,12 +27,12 @@ from lightning_ft import (
 from lightning_ft._lightning import Trainer, _pl
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
-NOT_RUN = {"train/router_loss"}  # of a mixture of experts: tests/modules/test_training.py
+NOT_RUN = {"train/router_loss"}  # only for mixtures of experts, tested in tests/modules/test_training.py
 LIGHTNINGS_OWN = {"epoch"}
 
 
 class NameLogger(_pl.loggers.logger.Logger):
-    """Remembers the names of metrics."""
+    """Logger that records the names of metrics."""
 
     name = version = "names"
 
@@ -72,7 +72,7 @@ def callbacks():
 
 
 def make_run(name):
-    """A module, its data, and callbacks."""
+    """Build a module, its DataModule, and callbacks."""
     options = {"tokenizer": make_tokenizer(), "on_nonfinite": "skip"}
     sampled = {"num_completions": 2} | options
     sampled |= {"rewards": length, "validation_rewards": commas, "max_new_tokens": 4, "kl_coef": 0.1}
@@ -98,7 +98,7 @@ def make_run(name):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """Names that each module logs in a small run, by module."""
+    """Names that each module logs in a small run, keyed by module."""
     names = {}
     for run in ("sft", "reward", "dpo", "kto", "grpo", "ppo"):
         module, data, extra = make_run(run)
@@ -122,13 +122,13 @@ def logged(tmp_path_factory):
 
 
 def documented():
-    """Names in the first column of the page's tables."""
+    """Return the names in the first column of the page's tables."""
     cells = re.findall(r"^\| (`.*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
 def generalized(names):
-    """Logged names, with NAME for that of a reward function."""
+    """Replace names of reward functions by NAME."""
     return {re.sub(r"/rewards/(length|commas)(_std)?$", r"/rewards/NAME\2", name) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""The package as it is imported: lazily, without a network, and under either name of Lightning."""
+"""Imports of the package: lazy, without network access, and with either Lightning package."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from lightning_ft import __all__ as public
 SCRIPT = """
 import socket, sys
 def refuse(*args, **kwargs):
-    raise AssertionError("a network was reached for")
+    raise AssertionError("network access")
 socket.socket.connect = refuse
 socket.getaddrinfo = refuse
 sys.path.insert(0, TESTS)
@@ -61,14 +61,14 @@ def python(code, *args, **environment):
 
 
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", pytest.param("lightning.pytorch", marks=pytest.mark.slow)])
-def test_the_short_script_of_the_readme(tmp_path, namespace):
+def test_readme_script_runs_without_network(tmp_path, namespace):
     done = python(SHORT.format(namespace=namespace), tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().endswith("done")
 
 
-def test_importing_it_imports_nothing_heavy():
-    """What makes an import slow are these; beside torch itself it costs a few milliseconds."""
+def test_import_of_package_imports_no_heavy_dependency():
+    """These imports are the slow ones; without them, importing the package takes milliseconds after torch."""
     heavy = [
         "pytorch_lightning",
         "lightning",
@@ -90,7 +90,7 @@ print([name for name in {heavy} if name in set(sys.modules) - before])
     assert done.stdout.strip() == "[]"
 
 
-def test_every_public_name_is_there():
+def test_package_exports_all_public_names():
     import lightning_ft
 
     for name in public:
@@ -101,25 +101,25 @@ def test_every_public_name_is_there():
 
 
 @pytest.mark.parametrize("variable", [pytest.param("pytorch_lightning", marks=pytest.mark.slow), "lightning"])
-def test_the_variable_decides(variable):
+def test_namespace_follows_environment_variable(variable):
     code = "import lightning_ft._lightning as n; print(n.NAMESPACE)"
     done = python(code, LIGHTNING_FT_NAMESPACE=variable)
     assert done.stdout.strip() == variable.split(".")[0], done.stderr[-2000:]
 
 
-def test_an_unknown_namespace_is_refused():
+def test_namespace_refuses_unknown_value():
     done = python("import lightning_ft._lightning", LIGHTNING_FT_NAMESPACE="torch_lightning")
     assert "expected 'pytorch_lightning' or 'lightning'" in done.stderr
 
 
-def test_both_imported_is_told_and_callbacks_fit_either():
+def test_namespace_warns_if_both_imported_and_callbacks_inherit_from_both():
     code = """
 import warnings
 import lightning.pytorch, pytorch_lightning
-with warnings.catch_warnings(record=True) as told:
+with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from lightning_ft import ExportModel, PairDataModule
-assert any("LIGHTNING_FT_NAMESPACE" in str(w.message) for w in told)
+assert any("LIGHTNING_FT_NAMESPACE" in str(w.message) for w in caught)
 for base in (lightning.pytorch, pytorch_lightning):
     assert issubclass(ExportModel, base.Callback) and issubclass(PairDataModule, base.LightningDataModule)
 print("fine")
@@ -128,7 +128,7 @@ print("fine")
     assert done.stdout.strip() == "fine", done.stderr[-2000:]
 
 
-def test_a_trainer_of_the_other_lightning_is_refused_by_name():
+def test_data_module_refuses_trainer_of_other_namespace():
     code = """
 import lightning.pytorch as L
 from lightning_ft import PairDataModule

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from lightning_ft.data.raw_rows import RawRow, bad_row, check_values
 from lightning_ft.errors import ConfigError
-from lightning_ft.importing import import_object, is_file
+from lightning_ft.importing import import_object, is_file_path
 
 RowFunction: TypeAlias = Callable[[dict[str, Any]], dict[str, Any] | list[Any]]
 """Maps a source row to a list of messages, or to a row of a known format."""
@@ -25,7 +25,7 @@ def check_row_function(function: Any) -> None:
     """
     if function is None or callable(function):
         return
-    if not isinstance(function, str) or not (is_file(function) or _IMPORT_PATH.fullmatch(function)):
+    if not isinstance(function, str) or not (is_file_path(function) or _IMPORT_PATH.fullmatch(function)):
         raise ConfigError(
             f"format={function!r}: expected a function that maps a row to its messages, or the import path of one: "
             "package.module.function or path/to/file.py:function."

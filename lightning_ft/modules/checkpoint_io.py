@@ -92,7 +92,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise
 
     def _read(self, path: Any, map_location: Any) -> dict[str, Any]:
-        checkpoint = read_checkpoint(path, map_location, of_trainer=True)
+        checkpoint = read_checkpoint(path, map_location, from_trainer=True)
         if self._trainer.state.fn == "fit" and not _is_resumable(checkpoint):
             raise CheckpointError(
                 f"The checkpoint {str(path)!r} contains weights only (save_weights_only=True), or an incomplete state "

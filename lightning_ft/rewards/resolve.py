@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import ConfigError, ModelError, RewardError
-from lightning_ft.importing import from_file, from_import_path, import_object, is_file
+from lightning_ft.importing import from_file, from_import_path, import_object, is_file_path
 from lightning_ft.rewards.batch import RewardBatch
 from lightning_ft.rewards.function import FunctionReward
 from lightning_ft.rewards.model import ConversationScorer, ModelReward, RewardModel, local_folder
@@ -199,7 +199,7 @@ def _from_dict(reward: dict[str, Any]) -> _Found:
 
 def _from_string(reward: str) -> _Found:
     """In this order: a file's function, a checkpoint, a folder, an import path, a hub name."""
-    if is_file(reward):
+    if is_file_path(reward):
         return _from_object(from_file(reward, argument="rewards", error=RewardError))
     if reward.endswith(".ckpt") or (reward and Path(reward).is_dir()):
         return _model_named(reward, {})
@@ -221,7 +221,7 @@ def _from_string(reward: str) -> _Found:
 
 
 def _imported(place: str) -> Any:
-    if not is_file(place) and not _is_import_path(place):
+    if not is_file_path(place) and not _is_import_path(place):
         raise RewardError(f"rewards={place!r}: expected package.module.function or path/to/file.py:function.")
     return import_object(place, argument="rewards", error=RewardError)
 

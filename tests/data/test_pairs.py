@@ -277,7 +277,7 @@ def test_data_modules_name_the_nearest_argument(data_module):
         UnknownArgumentError, match=r"DataModule has no argument 'max_lenght'. Did you mean 'max_length'\?"
     ):
         data_module([{"input": "a", "output": "b"}], max_lenght=16)
-    with pytest.raises(TypeError, match=r"has no argument 'zzz'\. It takes train, validation, test, "):
+    with pytest.raises(TypeError, match=r"has no argument 'zzz'\. It accepts train, validation, test, "):
         data_module([{"input": "a", "output": "b"}], zzz=1)
 
 

@@ -190,7 +190,7 @@ def test_plugins_of_the_user_for_checkpoints_stay(fit, module, tmp_path, plugin)
     fit(trained, ROWS, max_steps=1, **options)
     again = module()
     fit(again, ROWS, max_steps=2, ckpt_path=tmp_path / "step=1.ckpt", **options)
-    assert read_checkpoint(tmp_path / "step=2.ckpt", of_trainer=True)["global_step"] == 2
+    assert read_checkpoint(tmp_path / "step=2.ckpt", from_trainer=True)["global_step"] == 2
     if plugin is Own:
         assert (own.saved, own.loaded) == (2, 1)
     else:

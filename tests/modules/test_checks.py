@@ -355,7 +355,7 @@ def test_adapted_model_is_refused_where_a_base_is_expected(kind):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "is empty"), (b"PK and so on", "is damaged or isn't a checkpoint"), ({"a": 1}, "holds no 'state_dict'")],
+    [(b"", "is empty"), (b"PK and so on", "is damaged or isn't a checkpoint"), ({"a": 1}, "contains no 'state_dict'")],
 )
 def test_load_checkpoint_names_a_file_that_is_none(content, says, model_folder, tmp_path):
     file = tmp_path / "some.ckpt"
