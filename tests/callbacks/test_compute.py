@@ -1,4 +1,4 @@
-"""The meter in a Trainer, the same in a Fabric loop and in a loop written by hand."""
+"""ComputeMeter with a Trainer, in a Fabric loop and in a manual loop."""
 
 import copy
 import json
@@ -86,7 +86,7 @@ def fabric_loop(meter):
     return meter.result
 
 
-def test_trainer_fabric_and_hand_loop_give_the_same(trainer_options, tmp_path):
+def test_meter_agrees_between_trainer_fabric_and_manual_loop(trainer_options, tmp_path):
     meter = ComputeMeter()
     fit(trainer_options, meter)
     by_hand = hand_loop()
@@ -99,12 +99,12 @@ def test_trainer_fabric_and_hand_loop_give_the_same(trainer_options, tmp_path):
     assert same(read[1]) == same(by_hand)
 
 
-@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
-def test_weights_are_the_same_to_the_bit(model_folder, trainer_options, kind):
+@pytest.mark.parametrize("module_type", [FullFineTuning, LoRAFineTuning])
+def test_meter_does_not_change_weights(model_folder, trainer_options, module_type):
     ends = []
     for callbacks in ([], [ComputeMeter(every_n_steps=1)]):
         torch.manual_seed(0)
-        module = kind(model_folder, learning_rate=1e-2)
+        module = module_type(model_folder, learning_rate=1e-2)
         trainer = Trainer(**trainer_options, max_epochs=2, callbacks=callbacks)
         trainer.fit(module, PairDataModule(train=make_rows(), validation=0.2, batch_size=4))
         ends.append(module.model.state_dict())
@@ -112,10 +112,10 @@ def test_weights_are_the_same_to_the_bit(model_folder, trainer_options, kind):
     result = callbacks[0].result
     assert result.uncounted == ()
     assert 0 < result.supervised_tokens < result.tokens
-    assert (result.trainable_parameters < result.parameters) == (kind is LoRAFineTuning)
+    assert (result.trainable_parameters < result.parameters) == (module_type is LoRAFineTuning)
 
 
-def test_accumulated_micro_batches_are_one_step(trainer_options):
+def test_meter_counts_accumulated_micro_batches_as_one_step(trainer_options):
     meter, whole = ComputeMeter(), ComputeMeter()
     fit(trainer_options, meter, accumulate_grad_batches=3)
     fit(trainer_options, whole)
@@ -123,7 +123,7 @@ def test_accumulated_micro_batches_are_one_step(trainer_options):
     assert meter.result.flops == whole.result.flops
 
 
-def test_a_resumed_run_adds_up(trainer_options, tmp_path):
+def test_meter_resumes_sums_from_checkpoint(trainer_options, tmp_path):
     whole = ComputeMeter()
     fit(trainer_options, whole, max_epochs=2)
     half = fit(trainer_options, ComputeMeter())
@@ -136,7 +136,7 @@ def test_a_resumed_run_adds_up(trainer_options, tmp_path):
     assert resumed.result.train_seconds > saved["total"]["seconds"] - saved["slowed"]["seconds"]
 
 
-def test_the_same_trainer_goes_on_and_a_new_one_starts_anew(trainer_options):
+def test_meter_continues_with_same_trainer_and_restarts_with_new_one(trainer_options):
     meter = ComputeMeter()
     trainer = fit(trainer_options, meter)
     first = meter.result
@@ -148,7 +148,7 @@ def test_the_same_trainer_goes_on_and_a_new_one_starts_anew(trainer_options):
 
 
 class Busy(Callback):
-    """Uses memory where it is told to."""
+    """Allocates memory in one hook."""
 
     def __init__(self, where):
         self.where = where
@@ -167,18 +167,18 @@ class Busy(Callback):
             torch.ones(512 * 2**20 // 4)
 
 
-def test_memory_is_that_of_training(trainer_options):
+def test_meter_measures_peak_memory_of_training_only(trainer_options):
     peaks = {}
     for where in ("nowhere", "start", "end"):
         meter = ComputeMeter()
         fit(trainer_options, Busy(where), meter)
-        if meter.result.memory_kind != "resident":
-            pytest.skip("this system doesn't start the peak anew")
+        if meter.result.memory_source != "resident":
+            pytest.skip("this system can't reset the peak")
         peaks[where] = meter.result.peak_memory_bytes - meter.result.memory_at_start_bytes
     assert max(peaks.values()) < 256 * 2**20
 
 
-def test_figures_are_logged_and_printed(trainer_options, tmp_path, caplog):
+def test_meter_logs_and_prints_metrics(trainer_options, tmp_path, caplog):
     logger = _pl.loggers.CSVLogger(tmp_path, name="logs", version="v")
     meter = ComputeMeter(peak_flops=1e12, log_every_n_steps=2, name="cost")
     with caplog.at_level(logging.INFO):
@@ -188,13 +188,13 @@ def test_figures_are_logged_and_printed(trainer_options, tmp_path, caplog):
     names = {name for name in lines[0].split(",") if name.startswith("cost/")}
     assert {f"cost/{n}" for n in ("flops", "flops_per_token", "tokens_per_second", "peak_memory_bytes", "mfu")} <= names
     steps = [line.split(",")[lines[0].split(",").index("step")] for line in lines[1:]]
-    assert steps == ["2", "4", "6", "6"]  # and the end's
+    assert steps == ["2", "4", "6", "6"]  # the last is that of the end of training
     assert float(trainer.callback_metrics["cost/flops"]) == pytest.approx(meter.result.flops, rel=1e-6)
     assert (tmp_path / "logs" / "v" / "cost" / "compute.json").exists()
 
 
 @pytest.mark.parametrize("skips_at", [3, 0])
-def test_the_rest_of_an_epoch_may_be_skipped(trainer_options, skips_at):
+def test_meter_supports_skipped_rest_of_epoch(trainer_options, skips_at):
     meter = ComputeMeter(every_n_steps=1)
     if skips_at == 0:
         with pytest.warns(UserWarning, match="Compute is undefined: .*no training step"):
@@ -206,13 +206,13 @@ def test_the_rest_of_an_epoch_may_be_skipped(trainer_options, skips_at):
     assert _get_current_dispatch_mode() is None
 
 
-def test_an_error_leaves_nothing_behind(trainer_options):
+def test_meter_leaves_dispatch_mode_after_error(trainer_options):
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(trainer_options, ComputeMeter(every_n_steps=1), module=Plain(fails_at=2))
     assert _get_current_dispatch_mode() is None
 
 
-def test_rollouts_are_in_it(model_folder, trainer_options):
+def test_meter_includes_rollouts(model_folder, trainer_options):
     meter = ComputeMeter(every_n_steps=1)
     torch.manual_seed(0)
     module = GRPO(
@@ -232,7 +232,7 @@ def test_rollouts_are_in_it(model_folder, trainer_options):
     assert result.tokens > result.supervised_tokens
 
 
-def test_compiled_modules_take_the_formula(model_folder, trainer_options):
+def test_meter_uses_formula_for_compiled_modules(model_folder, trainer_options):
     meter = ComputeMeter()
     module = FullFineTuning(model_folder, torch_compile={"backend": "eager"})
     Trainer(**trainer_options, max_steps=2, callbacks=[meter]).fit(
@@ -242,15 +242,15 @@ def test_compiled_modules_take_the_formula(model_folder, trainer_options):
     assert meter.result.flops > 0
 
 
-def test_wrong_use_is_refused():
+def test_meter_refuses_invalid_arguments_and_missing_start():
     for options in ({"every_n_steps": 0}, {"peak_flops": -1.0}, {"log_every_n_steps": 0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             ComputeMeter(**options)
-    with pytest.raises(ConfigError, match="on_train_start must run"):
+    with pytest.raises(ConfigError, match="Call its on_train_start before"):
         ComputeMeter().on_train_batch_start()
 
 
-def test_state_before_training_is_kept():
+def test_meter_keeps_loaded_state_before_training():
     meter = ComputeMeter()
     state = {"total": {}}
     meter.load_state_dict(copy.deepcopy(state))

@@ -102,7 +102,7 @@ def make_compute(flops=2.4e14, *, trainable=1_900_000, memory=3.1e9, seconds=512
         supervised_tokens=61_300,
         train_seconds=seconds,
         peak_memory_bytes=int(memory),
-        memory_kind="cuda",
+        memory_source="cuda",
         trainable_parameters=trainable,
         parameters=596_000_000,
         available_flops=3.12e14,

@@ -1,4 +1,4 @@
-"""Peak memory from a moment on."""
+"""Measure peak memory since a point in time."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 import torch
 
-from lightning_ft.evaluation.compute.arithmetic import MemoryKind
+from lightning_ft.evaluation.compute.arithmetic import MemorySource
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """The most memory in use since it was made.
+    """Peak memory since the object was created.
 
-    On CUDA it is what PyTorch allocated on the device. On a CPU it is the resident set of the process, whose peak Linux
-    starts anew on request ("5" to ``/proc/self/clear_refs``, see the manual page proc_pid_clear_refs(5)); where it
-    doesn't, the peak since the process started, and `kind` says so. Either way others who read that peak (
-    `torch.cuda.max_memory_allocated`, ``VmHWM``) find it started anew.
+    On CUDA it is the memory that PyTorch allocated on the device. On a CPU it is the resident set of the process, whose
+    peak Linux resets on request ("5" to ``/proc/self/clear_refs``, see the manual page proc_pid_clear_refs(5));
+    elsewhere it is the peak since the process started, and `source` says so. Resetting the peak affects other readers
+    of it, too (`torch.cuda.max_memory_allocated`, ``VmHWM``).
 
     Args:
-        device: That training runs on.
+        device: Device that training runs on.
 
     Example:
         >>> memory = PeakMemory(torch.device("cpu"))
@@ -33,38 +33,39 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.kind: MemoryKind
-        """What is measured."""
+        self.source: MemorySource
+        """Source of the readings."""
         self.at_start: int
-        """Bytes in use when it was made."""
+        """Memory in use when the object was created, in bytes."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self.kind, self.at_start = "cuda", torch.cuda.memory_allocated(device)
+            self.source, self.at_start = "cuda", torch.cuda.memory_allocated(device)
         else:
-            self.kind = "resident" if _start_anew() else "process"
-            self.at_start = _status("VmRSS") or _largest()
+            self.source = "resident" if _reset_peak() else "process"
+            self.at_start = _status_bytes("VmRSS") or _process_peak()
 
     def peak(self) -> int:
-        """Bytes; device work still under way may yet raise it."""
-        if self.kind == "cuda":
+        """Return the peak in bytes; pending work on the device may still raise it."""
+        if self.source == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return (_status("VmHWM") if self.kind == "resident" else None) or _largest()
+        return (_status_bytes("VmHWM") if self.source == "resident" else None) or _process_peak()
 
 
-def _start_anew() -> bool:
-    if _status("VmHWM") is None or _status("VmRSS") is None:
+def _reset_peak() -> bool:
+    """Reset the peak of the resident set, and return whether that worked."""
+    if _status_bytes("VmHWM") is None or _status_bytes("VmRSS") is None:
         return False
     try:
         _CLEAR.write_text("5")
-    except OSError:  # not Linux, or not allowed here
+    except OSError:  # not Linux, or not permitted
         return False
-    now, peak = _status("VmRSS"), _status("VmHWM")
-    # some containers accept the write and do nothing; pages freed meanwhile explain a little
+    now, peak = _status_bytes("VmRSS"), _status_bytes("VmHWM")
+    # some containers accept the write but ignore it; a small difference comes from pages freed in between
     return now is not None and peak is not None and peak <= now + max(now // 50, 2**22)
 
 
-def _status(name: str) -> int | None:
-    """A line of the process's status, in bytes; None where there is none."""
+def _status_bytes(name: str) -> int | None:
+    """Return a line of the process's status in bytes; None if there is no such line."""
     try:
         text = _STATUS.read_text()
     except OSError:
@@ -73,6 +74,7 @@ def _status(name: str) -> int | None:
     return int(found[0][1]) * 1024 if found else None
 
 
-def _largest() -> int:
+def _process_peak() -> int:
+    """Return the peak of the resident set since the process started, in bytes."""
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024  # kilobytes everywhere else
+    return usage if sys.platform == "darwin" else usage * 1024  # KiB on Linux, bytes on macOS

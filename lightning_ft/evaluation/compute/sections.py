@@ -1,4 +1,4 @@
-"""What training took."""
+"""Report table of the cost of training."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MEMORY = {"cuda": "on the GPU", "resident": "of the process", "process": "of th
 
 
 def compute_table(results: Mapping[str, ComputeResult]) -> tuple[Block, ...]:
-    """The figures of all runs.
+    """Build the table of all runs.
 
     Args:
-        results: By name, at least one.
+        results: Results by the name of the run; at least one.
     """
 
     def row(label: str, cell: Callable[[ComputeResult], str]) -> tuple[str, ...]:
@@ -26,18 +26,19 @@ def compute_table(results: Mapping[str, ComputeResult]) -> tuple[Block, ...]:
 
     rows = (
         row("training operations", lambda r: format_si(r.flops, "FLOP")),
-        row("how they are known", _source),
+        row("source of the count", _source),
         row("time in training steps", lambda r: format_duration(r.train_seconds)),
         row("optimizer steps", lambda r: f"{r.steps:,}"),
-        row("tokens, padding included", lambda r: f"{r.tokens:,}"),
-        row("tokens that were trained on", lambda r: f"{r.supervised_tokens:,}"),
+        row("tokens, including padding", lambda r: f"{r.tokens:,}"),
+        row("supervised tokens", lambda r: f"{r.supervised_tokens:,}"),
         row("tokens per second", lambda r: _known(r.tokens_per_second, "{:,.0f}")),
         row("share of the device's peak (MFU)", lambda r: _known(r.mfu, "{:.1%}")),
         row(
-            "peak memory", lambda r: f"{format_bytes(r.peak_memory_bytes)} {_MEMORY.get(r.memory_kind, r.memory_kind)}"
+            "peak memory",
+            lambda r: f"{format_bytes(r.peak_memory_bytes)} {_MEMORY.get(r.memory_source, r.memory_source)}",
         ),
-        row("memory as training began", lambda r: format_bytes(r.memory_at_start_bytes)),
-        row("trained parameters", _trained),
+        row("memory at the start of training", lambda r: format_bytes(r.memory_at_start_bytes)),
+        row("trainable parameters", _trained),
         row("device", lambda r: f"{r.device}, {r.dtype}" + (f", {r.ranks} ranks" if r.ranks > 1 else "")),
     )
     return runs_table(list(results), rows)
@@ -45,7 +46,7 @@ def compute_table(results: Mapping[str, ComputeResult]) -> tuple[Block, ...]:
 
 def _source(result: ComputeResult) -> str:
     if result.flops_source == "formula":
-        return "a formula, since compiled code can't be counted"
+        return "a formula, since operators of compiled code can't be counted"
     missing = f"; not counted: {', '.join(result.uncounted)}" if result.uncounted else ""
     return f"counted in {result.sampled_steps:,} micro-batches, the rest in proportion{missing}"
 

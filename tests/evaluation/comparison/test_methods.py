@@ -35,7 +35,7 @@ def compute(scale=1.0, *, trainable=100, dtype="float32", uncounted=()):
         train_seconds=10.0 * scale,
         peak_memory_bytes=int(1000 * scale),
         memory_at_start_bytes=10,
-        memory_kind="resident",
+        memory_source="resident",
         trainable_parameters=trainable,
         parameters=100,
         available_flops=None,

@@ -1,4 +1,4 @@
-"""Counted operations against formulas by hand, and what the measurement makes of them."""
+"""Counted operations against formulas by hand, and the measurement of training loops."""
 
 import copy
 from types import SimpleNamespace
@@ -14,15 +14,15 @@ from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.errors import ConfigError
 from lightning_ft.evaluation.compute import measurement as compute
 from lightning_ft.evaluation.compute.arithmetic import ComputeResult
-from lightning_ft.evaluation.compute.batch_size import tokens_of
+from lightning_ft.evaluation.compute.batch_size import count_tokens
 from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
 from lightning_ft.evaluation.compute.memory import PeakMemory
 from lightning_ft.models.flops import OperationCounter, formula_flops_per_token, is_compiled
 from lightning_ft.models.head import completion_logprobs
 
 ROWS, LENGTH, HEADS, HEAD_DIM, LAYERS, VOCABULARY = 3, 24, 4, 8, 2, 400
-PLACES = ROWS * LENGTH
-ONE_PRODUCT = 2 * ROWS * HEADS * LENGTH**2 * HEAD_DIM  # scores of one layer, or what they are multiplied with
+POSITIONS = ROWS * LENGTH
+ONE_PRODUCT = 2 * ROWS * HEADS * LENGTH**2 * HEAD_DIM  # attention scores of one layer, or their product with the values
 
 
 def ids(seed=0, length=LENGTH):
@@ -48,7 +48,7 @@ def weights(model):
 
 
 def loop(model, batches, measurement=None, rate=0.1):
-    """A training loop of one step a batch."""
+    """A training loop of one step per batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     for batch in batches:
         with measurement.step(batch) if measurement is not None else torch.enable_grad():
@@ -60,48 +60,48 @@ def loop(model, batches, measurement=None, rate=0.1):
 # -------------------------------------------------------------------- operators
 
 
-def test_full_training_is_six_a_weight_and_token_and_seven_products_of_attention():
+def test_counter_counts_six_per_weight_and_token_and_seven_attention_products():
     counter = counted(make_model())
-    assert counter.flops == 6 * weights(make_model()) * PLACES + 7 * LAYERS * ONE_PRODUCT
+    assert counter.flops == 6 * weights(make_model()) * POSITIONS + 7 * LAYERS * ONE_PRODUCT
     assert counter.uncounted == ()
     assert counter.saw_attention
 
 
-def test_frozen_weights_are_four_and_adapters_six():
+def test_counter_counts_four_per_frozen_weight_and_six_per_adapter_weight():
     model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     expected = 7 * LAYERS * ONE_PRODUCT
     for name, module in linears(model).items():
         first = ".layers.0.self_attn." in name and ".o_proj" not in name  # nothing before it is trained
-        a_weight = 2 + 2 * ("lora_" in name) + 2 * ("lora_B" in name or not first)
-        expected += a_weight * module.weight.numel() * PLACES
+        per_weight = 2 + 2 * ("lora_" in name) + 2 * ("lora_B" in name or not first)
+        expected += per_weight * module.weight.numel() * POSITIONS
     assert counted(model).flops == expected
 
 
-def test_eager_attention_agrees_but_for_the_scores_that_the_fused_kernel_computes_again():
+def test_counter_agrees_on_eager_attention_except_for_recomputed_scores():
     eager = make_model()
     eager.set_attn_implementation("eager")
     fused, plain = counted(make_model()), counted(eager)
-    assert plain.flops == 6 * weights(eager) * PLACES + 6 * LAYERS * ONE_PRODUCT
+    assert plain.flops == 6 * weights(eager) * POSITIONS + 6 * LAYERS * ONE_PRODUCT
     assert fused.flops - plain.flops == LAYERS * ONE_PRODUCT
-    with torch.no_grad(), OperationCounter() as of_fused:
+    with torch.no_grad(), OperationCounter() as fused_forward:
         make_model()(ids())
-    with torch.no_grad(), OperationCounter() as of_eager:
+    with torch.no_grad(), OperationCounter() as eager_forward:
         eager(ids())
-    assert of_fused.flops == of_eager.flops
+    assert fused_forward.flops == eager_forward.flops
 
 
-def test_recomputation_is_counted():
+def test_counter_includes_gradient_checkpointing():
     model = make_model().train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    forward = 2 * sum(m.weight.numel() for n, m in linears(model).items() if n != "lm_head") * PLACES
+    forward = 2 * sum(m.weight.numel() for n, m in linears(model).items() if n != "lm_head") * POSITIONS
     forward += 2 * LAYERS * ONE_PRODUCT
     once = counted(make_model()).flops
-    # each layer once more, except its last product, which nothing after it needs
-    last = 2 * LAYERS * model.model.layers[0].mlp.down_proj.weight.numel() * PLACES
+    # each layer once more, except its last product, which nothing later needs
+    last = 2 * LAYERS * model.model.layers[0].mlp.down_proj.weight.numel() * POSITIONS
     assert once + forward - last <= counted(model).flops <= once + forward
 
 
-def test_the_head_at_supervised_places_only():
+def test_counter_includes_the_head_at_supervised_positions_only():
     example = Example(torch.arange(20), torch.arange(20) >= 15)
     batch = collate_examples([example, example])
     model = make_model()
@@ -109,10 +109,10 @@ def test_the_head_at_supervised_places_only():
     completion_logprobs(model, batch, reduction="sum")  # the first call asks the model where its hidden states are
     with OperationCounter() as counter:
         (-completion_logprobs(model, batch, reduction="sum").logprobs).backward()
-    places = 40  # in two rows: side by side they would have no padding less, and more attention
+    positions = 40  # in two rows: in a single row there would be as much padding, and more attention
     attention = 7 * LAYERS * 2 * HEADS * 2 * 20**2 * HEAD_DIM
-    trunk = 6 * (weights(model) - head) * places
-    assert counter.flops == trunk + 6 * head * 10 + attention
+    layers = 6 * (weights(model) - head) * positions
+    assert counter.flops == layers + 6 * head * 10 + attention
 
 
 @torch.library.custom_op("lightning_ft_tests::flash_attn_varlen", mutates_args=())
@@ -120,7 +120,7 @@ def unknown_attention(q: torch.Tensor) -> torch.Tensor:
     return q * 2
 
 
-def test_attention_without_a_formula_is_named():
+def test_counter_names_attention_without_a_formula():
     with OperationCounter() as counter:
         unknown_attention(torch.ones(3))
         torch.ones(3, 2) @ torch.ones(2, 5)
@@ -128,7 +128,7 @@ def test_attention_without_a_formula_is_named():
     assert counter.flops == 60
 
 
-def test_a_library_that_pytorch_does_not_see_is_named(monkeypatch):
+def test_measurement_names_a_kernel_that_bypasses_the_dispatcher(monkeypatch):
     model = make_model()
     model.set_attn_implementation("eager")
     measurement = ComputeMeasurement()
@@ -139,7 +139,7 @@ def test_a_library_that_pytorch_does_not_see_is_named(monkeypatch):
         assert measurement.stop().uncounted == ("flash_attention_2",)
 
 
-def test_grouped_products():
+def test_grouped_counts_products_of_experts():
     from lightning_ft.models.flops import _grouped
 
     assert _grouped((10, 4), (3, 4, 5)) == 2 * 10 * 4 * 5  # tokens shared out over three experts
@@ -147,7 +147,7 @@ def test_grouped_products():
     assert _grouped((3, 10, 4), (3, 4, 5)) == 3 * 2 * 10 * 4 * 5
 
 
-def test_training_is_the_same_to_the_bit():
+def test_measurement_leaves_training_bitwise_equal():
     ends = []
     for measured in (False, True):
         torch.manual_seed(1)
@@ -161,7 +161,7 @@ def test_training_is_the_same_to_the_bit():
     assert torch.equal(ends[0][1], ends[1][1])
 
 
-def test_inference_mode_is_counted_too():
+def test_counter_works_in_inference_mode():
     model = make_model().eval()
     with torch.no_grad():
         expected = model(ids()).logits
@@ -170,7 +170,7 @@ def test_inference_mode_is_counted_too():
         with mode(), OperationCounter() as counter:
             assert torch.equal(model(ids()).logits, expected)
         flops.append(counter.flops)
-    assert flops == [2 * weights(model) * PLACES + 2 * LAYERS * ONE_PRODUCT] * 2
+    assert flops == [2 * weights(model) * POSITIONS + 2 * LAYERS * ONE_PRODUCT] * 2
 
 
 # -------------------------------------------------------------------- the measurement
@@ -184,23 +184,23 @@ def measured(batches, **options):
     return measurement
 
 
-def test_on_constant_shapes_the_estimate_is_the_exact_count():
+def test_measurement_is_exact_for_constant_shapes():
     result = measured([ids(seed) for seed in range(6)]).stop()
     assert result.flops == pytest.approx(6 * counted(make_model()).flops, rel=1e-12)
-    assert (result.sampled_steps, result.steps, result.tokens) == (1, 6, 6 * PLACES)
+    assert (result.sampled_steps, result.steps, result.tokens) == (1, 6, 6 * POSITIONS)
     assert (result.flops_source, result.dtype, result.device) == ("counted", "float32", "cpu")
     assert result.parameters == result.trainable_parameters == sum(p.numel() for p in make_model().parameters())
     assert result.mfu is None
 
 
-def test_mixed_lengths_are_estimated_closely():
+def test_measurement_estimates_mixed_lengths_closely():
     lengths = [20, 28, 22, 26, 24, 18, 30, 24]
     result = measured([ids(length=length) for length in lengths], every_n_steps=3).stop()
     exact = sum(counted(make_model(), ids(length=length)).flops for length in lengths)
     assert result.flops == pytest.approx(exact, rel=0.02)
 
 
-def test_what_a_module_does_once_does_not_count_for_all():
+def test_measurement_ignores_one_time_work_of_the_first_step():
     model = make_model()
     measurement = ComputeMeasurement()
     measurement.start(model)
@@ -212,22 +212,22 @@ def test_what_a_module_does_once_does_not_count_for_all():
     assert measurement.stop().flops == pytest.approx(8 * counted(make_model()).flops)
 
 
-def test_steps_are_those_of_the_optimizer():
+def test_measurement_counts_optimizer_steps():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     measurement = ComputeMeasurement()
     measurement.start(model)
     for n in range(6):
-        with measurement.step(batch_tokens=PLACES, supervised_tokens=7):
+        with measurement.step(batch_tokens=POSITIONS, supervised_tokens=7):
             step(model, ids())
             if n % 3 == 2:
                 optimizer.step()
     optimizer.step()  # not in training
     result = measurement.stop()
-    assert (result.steps, result.tokens, result.supervised_tokens) == (2, 6 * PLACES, 42)
+    assert (result.steps, result.tokens, result.supervised_tokens) == (2, 6 * POSITIONS, 42)
 
 
-def test_time_is_that_inside_steps_that_were_not_slowed(monkeypatch):
+def test_measurement_takes_time_of_uncounted_steps(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(compute, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     model = make_model()
@@ -239,14 +239,14 @@ def test_time_is_that_inside_steps_that_were_not_slowed(monkeypatch):
             step(model, ids())
             now[0] += 50.0 if n == 1 else 2.0
         if n == 3:
-            assert measurement.recent_tokens_per_second() == PLACES / 2.0
+            assert measurement.recent_tokens_per_second() == POSITIONS / 2.0
     result = measurement.stop()
     assert result.train_seconds == pytest.approx(12.0)
-    assert result.tokens_per_second == pytest.approx(PLACES / 2.0)
+    assert result.tokens_per_second == pytest.approx(POSITIONS / 2.0)
     assert result.mfu == pytest.approx(result.flops / 12.0 / 1e6)
 
 
-def test_resumed_runs_add_up():
+def test_measurement_adds_up_over_resumed_runs():
     whole = measured([ids(seed) for seed in range(6)]).stop()
     first = measured([ids(seed) for seed in range(3)])
     state = copy.deepcopy(first.state_dict())
@@ -262,7 +262,7 @@ def test_resumed_runs_add_up():
     assert result.peak_memory_bytes >= first.result().peak_memory_bytes
 
 
-def test_a_step_that_fails_leaves_nothing_behind():
+def test_measurement_discards_a_failed_step():
     measurement = ComputeMeasurement()
     measurement.start(make_model())
     with pytest.raises(RuntimeError, match="out of memory"), measurement.step(ids()):
@@ -272,13 +272,13 @@ def test_a_step_that_fails_leaves_nothing_behind():
         measurement.stop()
 
 
-def test_batches_of_other_kinds_are_scaled_by_number():
+def test_measurement_scales_unknown_batches_by_number():
     model = torch.nn.Linear(8, 4)
     measurement = ComputeMeasurement()
     measurement.start(model)
     measurement.begin_step()
     model(torch.ones(2, 8)).sum().backward()
-    with pytest.warns(UserWarning, match="token places of a Tensor aren't known"):
+    with pytest.warns(UserWarning, match="token positions of a Tensor aren't known"):
         measurement.end_step(torch.ones(2, 8))
     for _ in range(2):
         with measurement.step(torch.ones(2, 8)):
@@ -288,7 +288,7 @@ def test_batches_of_other_kinds_are_scaled_by_number():
     assert (result.tokens, result.flops_per_token, result.tokens_per_second) == (0, None, None)
 
 
-def test_compiled_models_take_the_formula():
+def test_measurement_uses_the_formula_for_compiled_models():
     model = make_model()
     compiled = torch.compile(model, backend="eager")
     assert (is_compiled(model), is_compiled(compiled)) == (False, True)
@@ -299,38 +299,38 @@ def test_compiled_models_take_the_formula():
             assert _get_current_dispatch_mode() is None
     result = measurement.stop()
     assert (result.flops_source, result.sampled_steps) == ("formula", 0)
-    assert result.flops == pytest.approx(2 * PLACES * formula_flops_per_token(model, LENGTH))
-    # what is counted has the fused kernel's seventh product on top
+    assert result.flops == pytest.approx(2 * POSITIONS * formula_flops_per_token(model, LENGTH))
+    # the count also includes the seventh product of the fused kernel
     assert result.flops == pytest.approx(2 * (counted(model).flops - LAYERS * ONE_PRODUCT))
-    with measurement.step(batch_tokens=PLACES, rows=ROWS):
+    with measurement.step(batch_tokens=POSITIONS, rows=ROWS):
         pass
-    with pytest.raises(ConfigError, match="formula by token place"), measurement.step(torch.ones(2)):
+    with pytest.raises(ConfigError, match="formula per token position"), measurement.step(torch.ones(2)):
         pass
 
 
-def test_formula_of_an_adapter_is_near_the_count():
+def test_formula_flops_of_an_adapter_are_near_the_count():
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(make_model(), config)
-    assert formula_flops_per_token(model, LENGTH) * PLACES == pytest.approx(counted(model).flops, rel=0.1)
+    assert formula_flops_per_token(model, LENGTH) * POSITIONS == pytest.approx(counted(model).flops, rel=0.1)
     with pytest.raises(ConfigError, match="the formula needs a transformers model"):
         ComputeMeasurement().start(torch.compile(torch.nn.Linear(2, 2)))
 
 
-def test_tokens_of_batches():
+def test_count_tokens_of_each_batch_type():
     example = Example(torch.arange(5), torch.arange(5) >= 3)
     answer = Example(torch.tensor([7, 8]), torch.tensor([True, True]))
     preferences = PreferenceBatch(
         [torch.arange(3)], [(answer, answer)], torch.tensor([True, False]), None, torch.tensor([0])
     )
     prompts = PromptBatch(["a", "b"], [torch.arange(3), torch.arange(4)], {})
-    assert tokens_of(collate_examples([example, answer], packing=False)) == (10, 3)
-    assert tokens_of(preferences) == (7, 4)
-    assert tokens_of(prompts, SimpleNamespace(lengths=[2, 5])) == (14, 7)
-    assert tokens_of([ids(), None]) == (PLACES, 0)
-    assert [tokens_of(other) for other in ("text", None, [], {"x": ids()}, torch.ones(2, 2))] == [None] * 5
+    assert count_tokens(collate_examples([example, answer], packing=False)) == (10, 3)
+    assert count_tokens(preferences) == (7, 4)
+    assert count_tokens(prompts, SimpleNamespace(lengths=[2, 5])) == (14, 7)
+    assert count_tokens([ids(), None]) == (POSITIONS, 0)
+    assert [count_tokens(other) for other in ("text", None, [], {"x": ids()}, torch.ones(2, 2))] == [None] * 5
 
 
-def test_peak_memory_sees_what_was_freed():
+def test_peak_memory_includes_freed_memory():
     memory = PeakMemory(torch.device("cpu"))
     before = memory.peak()
     size = 256 * 2**20
@@ -338,19 +338,19 @@ def test_peak_memory_sees_what_was_freed():
     del block
     peak = memory.peak()
     assert peak - before >= 0.9 * size
-    assert memory.kind in ("resident", "process")
-    if memory.kind == "resident":  # the peak is started anew
+    assert memory.source in ("resident", "process")
+    if memory.source == "resident":  # the peak is reset
         assert PeakMemory(torch.device("cpu")).peak() < peak - size // 2
 
 
-def test_without_proc_it_is_the_whole_process(monkeypatch, tmp_path):
+def test_peak_memory_falls_back_to_the_whole_process(monkeypatch, tmp_path):
     monkeypatch.setattr("lightning_ft.evaluation.compute.memory._STATUS", tmp_path / "none")
     memory = PeakMemory(torch.device("cpu"))
-    assert memory.kind == "process"
+    assert memory.source == "process"
     assert memory.peak() >= memory.at_start > 0
 
 
-def test_all_ranks_are_asked(monkeypatch):
+def test_stop_combines_all_ranks(monkeypatch):
     measurement = measured([ids()])
     own = measurement.result()
 
@@ -365,7 +365,7 @@ def test_all_ranks_are_asked(monkeypatch):
     assert (both.ranks, both.tokens, both.flops, both.steps) == (2, 2 * own.tokens, 2 * own.flops, own.steps)
 
 
-def test_wrong_use_is_refused():
+def test_measurement_refuses_wrong_use():
     for options in ({"every_n_steps": 0}, {"peak_flops": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             ComputeMeasurement(**options)
