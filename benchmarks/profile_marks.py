@@ -1,4 +1,4 @@
-"""Parts of the code whose time the profiler is to tell, marked where they are looked up."""
+"""Parts of the code that are marked for the profiler, by patching the names under which they are looked up."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ UPDATES = "gradients"
 
 
 def parts() -> list[tuple[Any, str, str]]:
-    """Functions whose time is told: where they are looked up, their name there, and what they are called here."""
+    """List the functions to mark: the object that holds each, its attribute there, and a label."""
     import transformers.models.llama.modeling_llama as llama
 
-    from lightning_ft.models import head, scorer
+    from lightning_ft.models import head, logprob_model
     from lightning_ft.modules import grpo
     from lightning_ft.modules.base import FineTuning
     from lightning_ft.modules.policy import PolicyOptimization
@@ -31,7 +31,7 @@ def parts() -> list[tuple[Any, str, str]]:
         (head, "hidden_states", "backbone, forward"),
         (head, "linear_logprob_sum", "head (summed)"),
         (head, "linear_logprobs", "head"),
-        (head, "attention_bias", "mask of ours"),
+        (head, "attention_bias", "our attention mask"),
         (llama, "create_causal_mask", "transformers' mask"),
         (llama.LlamaRotaryEmbedding, "forward", "rotary embeddings"),
         (torch.Tensor, "backward", "backward"),
@@ -40,23 +40,23 @@ def parts() -> list[tuple[Any, str, str]]:
         (torch.nn.utils, "get_total_norm", f"{UPDATES}: norm"),
         (FineTuning, "log", "log"),
         (FineTuning, "log_dict", "log_dict"),
-        (scorer.LogProbModel, "lay_out", "layout of a micro-batch"),
+        (logprob_model.LogProbModel, "lay_out", "layout of a micro-batch"),
         (local.LocalEngine, "generate", "rollout"),
-        (local, "prefill_prompts", "rollout: prompts read"),
+        (local, "prefill_prompts", "rollout: prompts prefilled"),
         (local, "next_logits", "rollout: forward passes"),
         (TokenSampler, "__call__", "rollout: next tokens"),
-        (SampledCompletions, "_judge", "rewards"),
+        (SampledCompletions, "_compute_rewards", "rewards"),
         (PolicyOptimization, "measure", "reference (and old policy)"),
         (PolicyOptimization, "learn", "update"),
         (PolicyOptimization, "_count", "metrics of a micro-batch"),
         (PolicyOptimization, "rollout_metrics", "metrics of the rollout"),
-        (PolicyOptimization, "record", "record of the rollout"),
-        (grpo, "policy_loss", "loss of the policy"),
+        (PolicyOptimization, "record", "samples of the rollout"),
+        (grpo, "policy_loss", "policy loss"),
     ]
 
 
 def marked(stack: ExitStack, trainer: Any) -> None:
-    """Let the profiler see the parts of the code until the stack is closed."""
+    """Mark the parts of the code until the stack is closed."""
     from lightning_ft.data.layout import TokenBatch
     from lightning_ft.rollout import local
 
@@ -72,7 +72,7 @@ def marked(stack: ExitStack, trainer: Any) -> None:
     for name in ("num_tokens", "has_shared_prefixes"):
         getter = getattr(TokenBatch, name).fget
         stack.enter_context(patch.object(TokenBatch, name, property(timed(getter, f"TokenBatch.{name}"))))
-    plugin = type(trainer.precision_plugin)  # what Lightning hands to the optimizer's step: the whole training step
+    plugin = type(trainer.precision_plugin)  # its closure runs the whole training step inside the optimizer's
     stack.enter_context(patch.object(plugin, "_wrap_closure", timed(plugin._wrap_closure, CLOSURE)))
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The decoding loop: sequences are written from prompts that were read once, and leave the batch as they end."""
+"""The decoding loop: prompts are prefilled once, and sequences leave the batch as they finish."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM, attention_bias, base_of, input_device
 from lightning_ft.read_errors import first_line
-from lightning_ft.rollout.cache import GrowingCache, cache_layers
+from lightning_ft.rollout.cache import GrowingCache, layer_support
 from lightning_ft.rollout.protocol import Completion
 from lightning_ft.rollout.sampling import TokenSampler
-from lightning_ft.rollout.shared_rows import Forward, ReadPrompts, SharedRows
+from lightning_ft.rollout.shared_rows import Forward, PrefilledPrompts, SharedRows
 
 
 def next_logits(
-    model: CausalLM, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None, last: int = 1
+    model: CausalLM, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None, logits_to_keep: int = 1
 ) -> Tensor:
     """Run tokens through a model and keep their keys and values.
 
     Args:
         model: The model.
         ids: New tokens, ``int64 [b, t]``.
-        cache: Holds `p` places of each row; `t` are added.
-        positions: Of the new tokens, ``int64 [b, t]``.
-        mask: Which places are tokens, ``[b, p + t]``, or what each new token sees, ``bool [b, 1, t, p + t]``; None if
-            all are, and each sees those before it.
-        last: Places at the end of each row whose logits are wanted.
+        cache: Cache with `p` positions per row; `t` are added.
+        positions: Position ids of the new tokens, ``int64 [b, t]``.
+        mask: Which positions hold tokens, ``[b, p + t]``, or what each new token attends to,
+            ``bool [b, 1, t, p + t]``. None if every position holds a token and each token attends to those before it.
+        logits_to_keep: Number of positions, `k`, at the end of each row to return logits for.
 
     Returns:
-        Logits behind them, ``fp32 [b, last, vocabulary]``.
+        Logits that follow from these positions, ``fp32 [b, k, vocabulary]``.
     """
     base = base_of(model)
     device = input_device(model)
@@ -42,70 +42,70 @@ def next_logits(
     if mask is not None:
         mask = mask.to(device)
         mask = attention_bias(base, mask) if mask.ndim == 4 else mask
-    out = base(  # the base and not the PEFT wrapper, around which FSDP2 would not gather the weights
+    out = base(  # a call of the PEFT wrapper would not make FSDP2 gather the weights
         input_ids=ids.to(device),
         attention_mask=mask,
         position_ids=positions.to(device),
         use_cache=True,
-        logits_to_keep=last,
+        logits_to_keep=logits_to_keep,
         **options,
     )
-    behind: Tensor = out.logits[:, -last:].float()
-    return behind
+    logits: Tensor = out.logits[:, -logits_to_keep:].float()
+    return logits
 
 
 def idle_pass(model: CausalLM) -> None:
-    """One token through a model, for nothing but the weights that its ranks gather."""
+    """Run one token through a model, only to take part in gathering its weights."""
     base_of(model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=input_device(model)), use_cache=False)
 
 
-def read_tokens(model: CausalLM, tokens: list[int], layers: int) -> GrowingCache:
-    """A cache of one row with these tokens."""
+def prefill_tokens(model: CausalLM, tokens: list[int], layers: int) -> GrowingCache:
+    """Run tokens through a model and return a cache of one row that contains them."""
     cache = GrowingCache(layers)
     next_logits(model, torch.tensor([tokens]), cache, torch.arange(len(tokens))[None], None)
     return cache
 
 
-def cached_layers(model: CausalLM, tokens: int) -> tuple[int, str | None]:
-    """Number of layers of the cache, and why it can't be used for rows of so many tokens (None if it can)."""
+def cache_support(model: CausalLM, tokens: int) -> tuple[int, str | None]:
+    """Return the number of layers of the cache, and why rows of `tokens` tokens can't use it (None if they can)."""
     base = base_of(model)
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return 0, "its adapter puts tokens of its own before every prompt"
+        return 0, "its adapter puts virtual tokens before every prompt"
     accepted = inspect.signature(base.forward).parameters
     for name in ("position_ids", _cache_argument(base), "logits_to_keep"):
         if name not in accepted:
-            return 0, f"its forward pass takes no {name}"
+            return 0, f"its forward pass doesn't accept {name}"
     try:
-        return cache_layers(base.config, tokens)
-    except Exception as error:  # configurations that no cache of transformers can be made from
-        return 0, f"no cache can be made from its configuration ({type(error).__name__}: {first_line(error)})"
+        return layer_support(base.config, tokens)
+    except Exception as error:  # configs from which transformers can't create a cache
+        return 0, f"no cache can be created from its config ({type(error).__name__}: {first_line(error)})"
 
 
 def _cache_argument(base: PreTrainedModel) -> str:
-    """What the model's forward pass calls its cache: transformers renamed it in 5.24."""
+    """Name of the cache argument of the model's forward pass; transformers renamed it in 5.24."""
     return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
-_MARGIN = 8  # tokens in front of the shortest tail that could hold a stop string
+_MARGIN = 8  # tokens decoded before the shortest tail that could contain a stop string
 
 
-class Ending:
-    """Whether completions have ended.
+class StopChecker:
+    """Tells which completions have ended, by an end token or a stop string.
 
-    Only the text of the last tokens is decoded, as many as can be part of a stop string that the newest one completes:
-    a token stands for a byte at least. The margin is for tokenizers that write the first tokens of a text differently
-    (a leading space left out, the rest of a character cut off).
+    Only the last tokens are decoded to text: as many as can be part of a stop string that the newest token completes,
+    since a token represents at least one byte. The margin is for tokenizers that decode the first tokens of a text
+    differently (a leading space dropped, a character cut in two).
 
     Args:
-        end_token_ids: Each of them ends a completion.
-        stop: So does any of these strings. Special tokens are part of the text.
-        tokenizer: Makes text of tokens; needed with `stop`.
+        end_token_ids: Ids of the tokens that end a completion.
+        stop: Strings that end a completion. Special tokens are part of the text that is searched.
+        tokenizer: Tokenizer that decodes completions; required with `stop`.
 
     Raises:
-        ConfigError: If there is no end token, or `stop` comes without `tokenizer`.
+        ConfigError: If there is no end token, or `stop` is passed without `tokenizer`.
 
     Example:
-        >>> Ending([2])([[5, 2], [5, 6], []])
+        >>> StopChecker([2])([[5, 2], [5, 6], []])
         [True, False, False]
     """
 
@@ -115,103 +115,110 @@ class Ending:
         self.end_token_ids = frozenset(end_token_ids)
         self.stop = tuple(stop)
         if not self.end_token_ids:
-            raise ConfigError("No end token: an answer would never end.")
+            raise ConfigError("end_token_ids is empty: completions would never end. Pass at least one end token.")
         if self.stop and tokenizer is None:
-            raise ConfigError(f"stop={self.stop!r} needs the text of what was written: pass the engine a tokenizer=.")
+            raise ConfigError(f"stop={self.stop!r} needs the text of completions: pass the engine a tokenizer=.")
         self._tokenizer = tokenizer
         self._tail = max((len(s.encode()) for s in self.stop), default=0) + _MARGIN
 
-    def __call__(self, answers: Sequence[Sequence[int]]) -> list[bool]:
+    def __call__(self, completions: Sequence[Sequence[int]]) -> list[bool]:
         """Whether the last token of each completion ended it."""
-        ended = [bool(answer) and answer[-1] in self.end_token_ids for answer in answers]
-        return [a or b for a, b in zip(ended, self.stopped(answers), strict=True)] if self.stop else ended
+        ended = [bool(tokens) and tokens[-1] in self.end_token_ids for tokens in completions]
+        stopped = self.contains_stop_string(completions) if self.stop else [False] * len(ended)
+        return [a or b for a, b in zip(ended, stopped, strict=True)]
 
-    def stopped(self, answers: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether a stop string stands at the end of each completion, in the text of its last tokens."""
+    def contains_stop_string(self, completions: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether the text of the last tokens of each completion contains a stop string."""
         if not self.stop or self._tokenizer is None:
-            return [False] * len(answers)
-        texts = self._tokenizer.batch_decode([list(answer[-self._tail :]) for answer in answers])
+            return [False] * len(completions)
+        texts = self._tokenizer.batch_decode([list(tokens[-self._tail :]) for tokens in completions])
         return [any(s in text for s in self.stop) for text in texts]
 
 
 def decode_parts(
-    read: ReadPrompts,
-    parts: Sequence[int],
-    write: Callable[[SharedRows], list[Completion]],
+    prompts: PrefilledPrompts,
+    part_sizes: Sequence[int],
+    decode_sequences: Callable[[SharedRows], list[Completion]],
     *,
     max_new_tokens: int,
-    width: int | None,
+    sequences_per_row: int | None,
 ) -> list[list[Completion]]:
-    """Write several completions of each prompt, some of them at a time, from prompts that were read once.
+    """Generate several completions per prompt, part by part, from prompts that were prefilled once.
 
     Args:
-        read: `b` prompts.
-        parts: How many completions of each prompt are written together, part by part.
-        write: :func:`decode`, for the sequences that it is given.
-        max_new_tokens: At most so many for each.
-        width: Sequences of a row of the cache, see :class:`SharedRows`.
+        prompts: `b` prefilled prompts.
+        part_sizes: Number of completions per prompt in each part.
+        decode_sequences: Function that generates a completion for each sequence of a part, such as :func:`decode`.
+        max_new_tokens: Largest number of tokens per completion.
+        sequences_per_row: Number of sequences that share a row of the cache; see :class:`SharedRows`.
 
     Returns:
-        For each part its ``b * part`` completions, those of one prompt side by side.
+        The ``b * size`` completions of each part, those of a prompt next to each other.
     """
-    done = []
-    for left, size in zip(reversed(range(len(parts))), parts, strict=True):
-        bundles = SharedRows(read, times=size, last=not left, ahead=max_new_tokens, width=width)
-        if not left:
-            del read  # while the last part is written its memory is free
-        done.append(write(bundles))
-        del bundles
-    return done
+    completions = []
+    for parts_left, size in zip(reversed(range(len(part_sizes))), part_sizes, strict=True):
+        shared_rows = SharedRows(
+            prompts,
+            num_completions=size,
+            reuse_cache=not parts_left,
+            max_new_tokens=max_new_tokens,
+            sequences_per_row=sequences_per_row,
+        )
+        if not parts_left:
+            del prompts  # frees their memory while the last part is decoded
+        completions.append(decode_sequences(shared_rows))
+        del shared_rows
+    return completions
 
 
 def decode(
-    forward: Forward, bundles: SharedRows, sampler: TokenSampler, ending: Ending, max_new_tokens: int
+    forward: Forward, shared_rows: SharedRows, sampler: TokenSampler, stop_checker: StopChecker, max_new_tokens: int
 ) -> list[Completion]:
-    """Write one completion for each sequence.
+    """Generate one completion per sequence.
 
-    The sampler is asked once a step, for the rows of the batch in their order. Rows that have ended are among them
-    until a quarter of the batch has: only then does it pay to copy the cache without them.
+    The sampler is called once per step, with the sequences of the batch in order. Sequences that have ended stay in
+    the batch until they are a quarter of it: only then does it pay to copy the cache without them.
 
     Args:
-        forward: Runs the model.
-        bundles: The sequences, each where its prompt ends; used up.
-        sampler: Takes the next tokens.
-        ending: Says which completions have ended.
-        max_new_tokens: At most so many for each.
+        forward: Function that runs the model.
+        shared_rows: Sequences to continue, each at the end of its prompt; unusable afterwards.
+        sampler: Sampler of the next tokens.
+        stop_checker: Tells which completions have ended.
+        max_new_tokens: Largest number of tokens per completion.
 
     Raises:
-        NonFiniteError: For greedy tokens of logits that aren't finite.
+        NonFiniteError: If greedy tokens were chosen from logits that aren't finite.
     """
-    logits = bundles.logits
+    logits = shared_rows.logits
     count = len(logits)
-    written: list[list[int]] = [[] for _ in range(count)]
-    scored = logits.new_zeros(count, max_new_tokens)  # fp32 [rows, max_new_tokens]
-    drawn = False
-    rows = list(range(count))  # which completion each row of the batch is
-    going = list(range(count))  # rows of the batch that have not ended
-    index = torch.arange(count, device=scored.device)  # `rows` on the device
+    completions: list[list[int]] = [[] for _ in range(count)]
+    all_logprobs = logits.new_zeros(count, max_new_tokens)  # fp32 [completions, max_new_tokens]
+    sampled = False
+    batch = list(range(count))  # index of the completion that each sequence of the batch belongs to
+    running = list(range(count))  # sequences of the batch that have not ended
+    batch_index = torch.arange(count, device=logits.device)  # `batch` on the device
     for step in range(max_new_tokens):
         tokens, logprobs = sampler(logits)  # [b]
         if logprobs is not None:
-            drawn = True
-            scored[index, step] = logprobs
+            sampled = True
+            all_logprobs[batch_index, step] = logprobs
         ids = tokens.tolist()
-        for r in going:
-            written[rows[r]].append(ids[r])
-        ended = ending([written[rows[r]] for r in going])
-        going = [r for r, done in zip(going, ended, strict=True) if not done]
-        if not going or step == max_new_tokens - 1:
+        for i in running:
+            completions[batch[i]].append(ids[i])
+        ended = stop_checker([completions[batch[i]] for i in running])
+        running = [i for i, done in zip(running, ended, strict=True) if not done]
+        if not running or step == max_new_tokens - 1:
             break
-        if len(going) <= 0.75 * len(rows):
-            kept = torch.tensor(going, device=index.device)
-            tokens, index = tokens[kept], index[kept]
-            rows, going = [rows[r] for r in going], list(range(len(going)))
-            bundles.keep(rows)
-        logits = bundles.write(forward, tokens)
+        if len(running) <= 0.75 * len(batch):
+            kept = torch.tensor(running, device=batch_index.device)
+            tokens, batch_index = tokens[kept], batch_index[kept]
+            batch, running = [batch[i] for i in running], list(range(len(running)))
+            shared_rows.keep(batch)
+        logits = shared_rows.append(forward, tokens)
     sampler.check()
-    ends = ending(written)
-    scores = scored.tolist() if drawn else [[]] * count
+    ended = stop_checker(completions)
+    logprob_rows = all_logprobs.tolist() if sampled else [[]] * count
     return [
-        Completion(tuple(answer), truncated=not end, logprobs=tuple(score[: len(answer)]))
-        for answer, end, score in zip(written, ends, scores, strict=True)
+        Completion(tuple(ids), truncated=not end, logprobs=tuple(row[: len(ids)]))
+        for ids, end, row in zip(completions, ended, logprob_rows, strict=True)
     ]

@@ -1,8 +1,8 @@
-"""Answers from a model in this process, sampled or greedy, with nothing run through it twice.
+"""Completions from a model in this process, sampled or greedy, with no token run through it twice.
 
-Prompts that start with the same system prompt and examples differ in their last few tokens. The prefix is prefilled
-with one row, its keys and values are laid into the cache of each batch, each prompt is read once for all its
-completions, sequences that share much share a row of the cache, and rows leave their batch as they finish.
+Prompts that start with the same system prompt and examples differ only in their last tokens. Their common prefix is
+prefilled once, and its keys and values are copied into the cache of each batch. Each prompt is prefilled once for all
+its completions, completions of a long prompt share a row of the cache, and sequences leave the batch as they finish.
 """
 
 from __future__ import annotations
@@ -24,90 +24,107 @@ from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.load import context_length
 from lightning_ft.read_errors import first_line
 from lightning_ft.rollout.cache import GrowingCache
-from lightning_ft.rollout.decode import Ending, cached_layers, decode, decode_parts, idle_pass, next_logits, read_tokens
-from lightning_ft.rollout.fallback import generate_plainly
+from lightning_ft.rollout.decode import (
+    StopChecker,
+    cache_support,
+    decode,
+    decode_parts,
+    idle_pass,
+    next_logits,
+    prefill_tokens,
+)
+from lightning_ft.rollout.fallback import generate_with_transformers
 from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request, common_prefix
 from lightning_ft.rollout.rank_sync import RankSync
 from lightning_ft.rollout.sampling import TokenSampler
-from lightning_ft.rollout.shared_rows import read_prompts
+from lightning_ft.rollout.shared_rows import prefill_prompts
 
 
-def batches_of(
-    prompts: Sequence[Sequence[int]], rows: int, group: int, together: BatchPlan | None = None
+def split_into_batches(
+    prompts: Sequence[Sequence[int]], batch_size: int, num_completions: int, plan: BatchPlan | None = None
 ) -> tuple[list[list[int]], list[int]]:
-    """Which prompts are read together, and in parts of which sizes the completions of each are written.
+    """Split prompts into batches, and the completions of each prompt into parts.
 
     Args:
-        prompts: Token ids.
-        rows: Completions at a time.
-        group: Completions of each prompt.
-        together: Which prompts may share a batch; None for all.
+        prompts: Token ids of each prompt.
+        batch_size: Number of completions decoded at a time.
+        num_completions: Number of completions per prompt.
+        plan: Which prompts may share a batch; None if all may.
+
+    Returns:
+        Indices of the prompts that are prefilled together, and the sizes of the parts in which the completions of
+        each prompt are decoded.
 
     Example:
-        >>> batches_of([[1], [1, 2], [3]], rows=4, group=2), batches_of([[1]], rows=4, group=9)
-        (([[1, 0], [2]], [2]), ([[0]], [4, 4, 1]))
-        >>> batches_of([[1], [1, 2], [3]], rows=4, group=1, together=BatchPlan((1, 2, 1)))
+        >>> split_into_batches([[1], [1, 2], [3]], batch_size=4, num_completions=2)
+        ([[1, 0], [2]], [2])
+        >>> split_into_batches([[1]], batch_size=4, num_completions=9)
+        ([[0]], [4, 4, 1])
+        >>> split_into_batches([[1], [1, 2], [3]], batch_size=4, num_completions=1, plan=BatchPlan((1, 2, 1)))
         ([[1], [0, 2]], [1])
     """
-    together = BatchPlan((0,) * len(prompts)) if together is None else together
-    rows = 1 if together.alone else rows
-    # Longest first: rows of a batch are about as long as each other, and what doesn't fit into memory shows at once.
+    plan = BatchPlan((0,) * len(prompts)) if plan is None else plan
+    size = 1 if plan.alone else batch_size
+    # Longest first: prompts of a batch are of about the same length, and a lack of memory shows in the first batch.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    batches = together.batches(max(1, rows // group), order)
-    return batches, [min(rows, group - start) for start in range(0, group, rows)]
+    batches = plan.batches(max(1, size // num_completions), order)
+    return batches, [min(size, num_completions - start) for start in range(0, num_completions, size)]
 
 
-def slower(name: str, why_not: str | None, shared: int, group: int, together: BatchPlan | None) -> str | None:
-    """What to say of prompts that are run more often than they need be; None if there is nothing.
+def slowdown_warning(
+    name: str, why_not: str | None, shared: int, num_completions: int, plan: BatchPlan | None
+) -> str | None:
+    """Return a warning about prompts that are run more often than necessary; None if there are none.
 
     Args:
-        name: Name of the model.
-        why_not: Why this project's own loop can't be used; None if it can.
-        shared: Tokens that all prompts begin with.
-        group: Completions of each prompt.
-        together: Which prompts may share a batch.
+        name: Name of the model's class.
+        why_not: Why the decoding loop of this package can't be used; None if it can.
+        shared: Number of tokens that all prompts start with.
+        num_completions: Number of completions per prompt.
+        plan: Which prompts may share a batch; None if all may.
     """
-    often = ["the prompts' common prefix is run once for each prompt"] if why_not and shared else []
-    often += ["each prompt is run once for each of its completions"] if why_not and group > 1 else []
-    said = [f"{' and '.join(often)}, because {why_not}"] if often else []
-    said += [together.why] if together is not None and together.why else []
-    return f"{name}: {'; '.join(said)}. The answers are the same, it is only slower." if said else None
+    repeated = ["the prompts' common prefix is run once per prompt"] if why_not and shared else []
+    repeated += ["each prompt is run once per completion"] if why_not and num_completions > 1 else []
+    reasons = [f"{' and '.join(repeated)}, because {why_not}"] if repeated else []
+    reasons += [plan.why] if plan is not None and plan.why else []
+    return f"{name}: {'; '.join(reasons)}. The completions are the same; this is only slower." if reasons else None
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What one call of `generate` asks for; `layers` is None where transformers' own loop has to answer."""
+    """Options of one call of `generate`; `layers` is None where transformers' own loop has to be used."""
 
-    lockstep: RankSync
+    rank_sync: RankSync
     sampling: Sampling | None
-    ending: Ending
+    stop_checker: StopChecker
     max_new_tokens: int
     layers: int | None
 
 
 class LocalEngine:
-    """Answers from a transformers model, adapted by PEFT or not, with the weights that it has when asked.
+    """Generates with a transformers model in this process, with or without a PEFT adapter, with its current weights.
 
-    The penalties that a generation config may hold are not applied. Greedy tokens are, in fp32, those of
+    Penalties of the model's generation config are not applied. In fp32, greedy tokens are those of
     `model.generate(do_sample=False)`.
 
-    Sampling draws from the global random generator of the model's device and from nothing else. Prompts go through in
-    batches, longest first (in their order where equally long), a prompt's completions side by side, and each decoding
-    step draws once for the rows of its batch. So the same generator state, weights, prompts and `batch_size` give the
-    same tokens.
+    Sampling draws only from the global random generator of the model's device. Prompts are processed in batches,
+    longest first (prompts of equal length in their original order), with a prompt's completions next to each other,
+    and each decoding step draws once for the sequences of its batch. So the same generator state, weights, prompts and
+    `batch_size` give the same tokens.
 
-    The ranks of a sharded model all have to call `generate`, each with its own prompts (or none); see
+    All ranks of a sharded model have to call `generate`, each with its own prompts (or none); see
     :class:`~lightning_ft.rollout.rank_sync.RankSync`.
 
     Args:
-        model: In whatever mode; it is put back.
-        end_token_ids: Each of them ends an answer.
-        pad_token_id: Stands at masked places.
-        batch_size: Completions at a time. Those of one prompt stay together where they fit; where they don't, the
-            prompt is still read only once.
-        share_prefix: Run the tokens that all prompts start with through the model once. The answers are the same.
-        tokenizer: Makes text of tokens; needed for stop strings.
+        model: Model to generate with. It may be in training mode, which is restored afterwards.
+        end_token_ids: Ids of the tokens that end a completion.
+        pad_token_id: Token id at masked positions.
+        batch_size: Number of completions decoded at a time. The completions of a prompt stay together where they fit;
+            where they don't, the prompt is still run only once.
+        share_prefix: Whether the tokens that all prompts start with are run through the model only once. The
+            completions are the same.
+        tokenizer: Tokenizer that decodes completions; required for stop strings.
 
     Raises:
         ConfigError: If there is no end token, or `batch_size` isn't positive.
@@ -135,7 +152,7 @@ class LocalEngine:
         share_prefix: bool = True,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        Ending(end_token_ids)  # refuses none at all
+        StopChecker(end_token_ids)  # refuses an empty list
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
         self.model = model
@@ -145,9 +162,9 @@ class LocalEngine:
         self.share_prefix = share_prefix
         self.tokenizer = tokenizer
         self._exact: bool | None = None
-        self._together = False
+        self._can_share_rows = False
         self._why_inexact: str | None = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def generate(
         self,
@@ -162,95 +179,104 @@ class LocalEngine:
         """Continue each prompt until an end token, a stop string or `max_new_tokens`.
 
         Args:
-            prompts: Token ids, none of them empty.
-            max_new_tokens: At most so many for each completion.
-            sampling: How tokens are chosen; None for the likeliest one every time.
-            num_completions: Completions of each prompt. Greedy ones are computed once and repeated.
-            on_answered: Told of progress.
-            prefix: Tokens to share, where fewer than the prompts have in common.
+            prompts: Token ids of each prompt, none of them empty.
+            max_new_tokens: Largest number of tokens per completion.
+            sampling: How tokens are chosen; None for greedy decoding.
+            num_completions: Number of completions per prompt. Greedy ones are computed once and repeated.
+            on_answered: Function called after each batch with the number of its prompts.
+            prefix: Largest number of common tokens to share; None shares all.
 
         Returns:
-            ``len(prompts) * num_completions`` completions, those of one prompt side by side.
+            ``len(prompts) * num_completions`` completions, those of a prompt next to each other.
 
         Raises:
             ConfigError: For an empty prompt, a number below 1, a prompt that leaves no room for its completion in the
                 model's context, or stop strings without a tokenizer.
-            RolloutError: If another rank of a sharded model was asked for something that isn't possible.
+            RolloutError: If the request of another rank of a sharded model is invalid.
         """
-        lockstep, problem = RankSync(self.model), None
+        rank_sync, problem = RankSync(self.model), None
         try:
             check_request(prompts, max_new_tokens, num_completions, context_length(base_of(self.model)))
-            ending = Ending(self.end_token_ids, () if sampling is None else sampling.stop, self.tokenizer)
+            stop_checker = StopChecker(self.end_token_ids, () if sampling is None else sampling.stop, self.tokenizer)
         except ConfigError as error:
             problem = error
-        lockstep.check(problem)
+        rank_sync.check(problem)
         group = 1 if sampling is None or sampling.greedy else num_completions
-        (longest,) = lockstep.agree([max(map(len, prompts), default=0)])
+        (longest,) = rank_sync.agree([max(map(len, prompts), default=0)])
         if not longest:
             return Rollouts((), 0, 0)
         shared = common_prefix(prompts) if self.share_prefix else 0
         shared = shared if prefix is None else min(prefix, shared)
-        answers: list[list[Completion]] = [[] for _ in prompts]
+        by_prompt: list[list[Completion]] = [[] for _ in prompts]
         with evaluating(self.model):
             layers, why_not = self._layers(longest + max_new_tokens)
-            apart = None
+            plan = None
             if why_not is not None:
-                apart = plan_batches(
+                plan = plan_batches(
                     self.model,
                     [len(prompt) for prompt in prompts for _ in range(group)],
                     max_new_tokens=max_new_tokens,
                     pad_token_id=self.pad_token_id,
-                    synced_ranks=lockstep.needed,
+                    synced_ranks=rank_sync.needed,
                 )
-                apart = replace(apart, keys=apart.keys[::group])
-            self._warn(slower(type(base_of(self.model)).__name__, why_not, shared, group, apart))
+                plan = replace(plan, keys=plan.keys[::group])
+            self._warn(slowdown_warning(type(base_of(self.model)).__name__, why_not, shared, group, plan))
             if sampling is not None and not sampling.greedy:
-                self._warn(self._parts_from_scores([len(prompt) for prompt in prompts], max_new_tokens))
+                self._warn(self._position_mismatch([len(prompt) for prompt in prompts], max_new_tokens))
             shared = shared if why_not is None else 0
-            batches, parts = batches_of(prompts, self.batch_size, group, apart)
-            calls = len(batches) * len(parts)
-            (most_calls,) = lockstep.agree([calls])
-            request = _Request(lockstep, sampling, ending, max_new_tokens, layers if why_not is None else None)
-            start = self._read(prompts[0][:shared], request) if shared else None
+            batches, part_sizes = split_into_batches(prompts, self.batch_size, group, plan)
+            calls = len(batches) * len(part_sizes)
+            (most_calls,) = rank_sync.agree([calls])
+            request = _Request(rank_sync, sampling, stop_checker, max_new_tokens, layers if why_not is None else None)
+            prefix_cache = self._prefill(prompts[0][:shared], request) if shared else None
             for batch in batches:
-                done = self._answer([list(prompts[i][shared:]) for i in batch], start, parts, request)
-                for i, completions in zip(batch, done, strict=True):
-                    answers[i] = completions * (num_completions // group)
+                suffixes = [list(prompts[i][shared:]) for i in batch]
+                groups = self._complete_batch(suffixes, prefix_cache, part_sizes, request)
+                for i, completions in zip(batch, groups, strict=True):
+                    by_prompt[i] = completions * (num_completions // group)
                 if on_answered is not None:
                     on_answered(len(batch))
-            self._wait(most_calls - calls, request)
-        once = sum(len(prompt) - shared for prompt in prompts)
+            self._wait_for_ranks(most_calls - calls, request)
+        unshared = sum(len(prompt) - shared for prompt in prompts)
         return Rollouts(
-            tuple(completion for completions in answers for completion in completions),
+            tuple(completion for completions in by_prompt for completion in completions),
             shared,
-            shared + once if why_not is None else once * group,
+            shared + unshared if why_not is None else unshared * group,
         )
 
     def sync_weights(self, model: CausalLM) -> None:
-        """Do nothing: completions are sampled from the live model itself.
+        """Do nothing: completions are sampled from the live model.
 
         Args:
-            model: The model of this engine.
+            model: Model of this engine.
         """
 
-    def read_prefix(self, prefix: Sequence[int], tokens: int) -> GrowingCache | None:
-        """Run a prefix through the model, for rows of at most so many tokens; None where the model can't share it."""
-        with evaluating(self.model):
-            layers, why_not = self._layers(tokens)
-            return None if why_not is not None else read_tokens(self.model, list(prefix), layers)
-
-    def first_token(self, prompt: Sequence[int], prefix: GrowingCache | None = None) -> int:
-        """The first new token behind a prompt, or behind what follows a prefix that was read.
+    def prefill_prefix(self, prefix: Sequence[int], tokens: int) -> GrowingCache | None:
+        """Run a prefix of prompts through the model.
 
         Args:
-            prompt: Token ids, without the prefix.
-            prefix: What `read_prefix` gave; it can be used again.
+            prefix: Token ids of the prefix.
+            tokens: Largest number of tokens in a row that will start with it.
+
+        Returns:
+            Cache of the prefix; None if the model can't share it.
+        """
+        with evaluating(self.model):
+            layers, why_not = self._layers(tokens)
+            return None if why_not is not None else prefill_tokens(self.model, list(prefix), layers)
+
+    def first_token(self, prompt: Sequence[int], prefix: GrowingCache | None = None) -> int:
+        """Return the greedy first token after a prompt.
+
+        Args:
+            prompt: Token ids of the prompt, the prefix excluded.
+            prefix: Cache that `prefill_prefix` returned; it can be used again. None if `prompt` is complete.
         """
         with evaluating(self.model):
             layers, why_not = self._layers(len(prompt) + 1)
             if why_not is not None:
-                request = _Request(RankSync(self.model), None, Ending(self.end_token_ids), 1, None)
-                return self._plainly([list(prompt)], 1, request)[0].tokens[0]
+                request = _Request(RankSync(self.model), None, StopChecker(self.end_token_ids), 1, None)
+                return self._generate_with_transformers([list(prompt)], 1, request)[0].tokens[0]
             cache = GrowingCache(layers, prefix)
             start = cache.get_seq_length()
             positions = torch.arange(start, start + len(prompt))[None]
@@ -258,113 +284,126 @@ class LocalEngine:
 
     # ------------------------------------------------------------ one batch
 
-    def _answer(
-        self, prompts: list[list[int]], start: GrowingCache | None, parts: list[int], request: _Request
+    def _complete_batch(
+        self, prompts: list[list[int]], prefix: GrowingCache | None, part_sizes: list[int], request: _Request
     ) -> list[list[Completion]]:
-        """Completions of each prompt of a batch, given behind the prefix."""
+        """Generate the completions of each prompt of a batch; the prompts' tokens are those after the prefix."""
         if request.layers is None:
-            done = [self._plainly(prompts, size, request) for size in parts]
+            parts = [self._generate_with_transformers(prompts, size, request) for size in part_sizes]
         else:
-            forward = partial(self._forward, request.lockstep)
+            forward = partial(self._forward, request.rank_sync)
             sampler = TokenSampler(request.sampling)
-            done = decode_parts(
-                read_prompts(
+            parts = decode_parts(
+                prefill_prompts(  # not in a variable, which would keep the memory that decode_parts frees
                     forward,
                     prompts,
-                    start,
+                    prefix,
                     layers=request.layers,
                     pad_token_id=self.pad_token_id,
                     device=input_device(self.model),
                 ),
-                parts,
-                lambda bundles: decode(forward, bundles, sampler, request.ending, request.max_new_tokens),
+                part_sizes,
+                lambda shared_rows: decode(forward, shared_rows, sampler, request.stop_checker, request.max_new_tokens),
                 max_new_tokens=request.max_new_tokens,
-                width=None if self._together else 1,
+                sequences_per_row=None if self._can_share_rows else 1,
             )
         return [
-            [c for size, completions in zip(parts, done, strict=True) for c in completions[row * size :][:size]]
-            for row in range(len(prompts))
+            [c for size, part in zip(part_sizes, parts, strict=True) for c in part[index * size :][:size]]
+            for index in range(len(prompts))
         ]
 
     def _forward(
-        self, lockstep: RankSync, ids: Tensor, cache: GrowingCache, positions: Tensor, mask: Tensor | None, last: int
+        self,
+        rank_sync: RankSync,
+        ids: Tensor,
+        cache: GrowingCache,
+        positions: Tensor,
+        mask: Tensor | None,
+        logits_to_keep: int,
     ) -> Tensor:
-        lockstep.announce()
-        return next_logits(self.model, ids, cache, positions, mask, last)
+        rank_sync.announce()
+        return next_logits(self.model, ids, cache, positions, mask, logits_to_keep)
 
-    def _read(self, prefix: Sequence[int], request: _Request) -> GrowingCache:
+    def _prefill(self, prefix: Sequence[int], request: _Request) -> GrowingCache:
         assert request.layers is not None
-        request.lockstep.announce()
-        return read_tokens(self.model, list(prefix), request.layers)
+        request.rank_sync.announce()
+        return prefill_tokens(self.model, list(prefix), request.layers)
 
-    def _plainly(self, prompts: list[list[int]], size: int, request: _Request) -> list[Completion]:
-        self._switch()
-        return generate_plainly(
+    def _generate_with_transformers(
+        self, prompts: list[list[int]], num_completions: int, request: _Request
+    ) -> list[Completion]:
+        self._length_switch()
+        return generate_with_transformers(
             self.model,
             prompts,
             max_new_tokens=request.max_new_tokens,
             sampling=request.sampling,
-            num_completions=size,
-            ending=request.ending,
+            num_completions=num_completions,
+            stop_checker=request.stop_checker,
             pad_token_id=self.pad_token_id,
-            synced_ranks=request.lockstep.needed,
+            synced_ranks=request.rank_sync.needed,
         )
 
-    def _wait(self, calls: int, request: _Request) -> None:
-        """Run beside the other ranks of a sharded model, of which some call `generate` so many times more."""
+    def _wait_for_ranks(self, calls: int, request: _Request) -> None:
+        """Run idle passes until the other ranks of a sharded model have finished.
+
+        Args:
+            calls: Number of calls of transformers' `generate` by which this rank is short of the busiest one.
+            request: Options of this call.
+        """
         if request.layers is not None:
-            request.lockstep.wait(lambda: idle_pass(self.model))
-        elif request.lockstep.needed:
+            request.rank_sync.wait(lambda: idle_pass(self.model))
+        elif request.rank_sync.needed:
             idle = replace(request, sampling=None, max_new_tokens=1)
             for _ in range(calls):
-                self._plainly([[self.pad_token_id]], 1, idle)
-        request.lockstep.release()
+                self._generate_with_transformers([[self.pad_token_id]], 1, idle)
+        request.rank_sync.release()
 
-    # ------------------------------------------------------------ what the model can do
+    # ------------------------------------------------------------ what the model supports
 
     def _layers(self, tokens: int) -> tuple[int, str | None]:
-        """Number of layers of the cache, and why this loop can't be used for rows of so many tokens."""
-        layers, why_not = cached_layers(self.model, tokens)
-        switch = self._switch()
+        """Return the number of layers of the cache, and why rows of `tokens` tokens can't use it (None if they can)."""
+        layers, why_not = cache_support(self.model, tokens)
+        switch = self._length_switch()
         if why_not is None and switch is not None and tokens > switch.at:
-            why_not = f"it {switch.why}, which keys and values that are kept don't follow"
+            why_not = f"it {switch.why}, while cached keys keep the positions that they were computed with"
         if why_not is None and not self._is_exact(layers):
-            why_not = self._why_inexact or "its output isn't the same with a prefix taken from a cache"
+            why_not = self._why_inexact or "its output differs when a prefix is taken from a cache"
         return layers, why_not
 
-    def _switch(self) -> LengthSwitch | None:
-        """Where the positions of a pass change with its longest row; what earlier passes left behind is forgotten."""
+    def _length_switch(self) -> LengthSwitch | None:
+        """Return the length from which positions of a pass change, and reset what earlier passes left in the model."""
         switch: LengthSwitch | None = as_forward(base_of(self.model), length_switch)
         if switch is not None:
             switch.forget()
         return switch
 
-    def _parts_from_scores(self, lengths: Sequence[int], max_new_tokens: int) -> str | None:
-        """What to say where a completion may be sampled with other positions than it is scored with."""
-        switch = self._switch()
+    def _position_mismatch(self, lengths: Sequence[int], max_new_tokens: int) -> str | None:
+        """Return a warning if completions may be sampled with other positions than their log-probabilities."""
+        switch = self._length_switch()
         if switch is None or not any(length <= switch.at < length + max_new_tokens for length in lengths):
             return None
         return (
-            f"{type(base_of(self.model)).__name__} {switch.why}: a completion that goes beyond that is scored with "
-            "other positions than its first tokens were sampled with, so their log-probabilities differ. Lower "
-            "max_new_tokens or shorten the prompts to stay within it."
+            f"{type(base_of(self.model)).__name__} {switch.why}: the log-probabilities of a longer completion are "
+            "computed with other positions than its first tokens were sampled with, so they differ. Lower "
+            "max_new_tokens or shorten the prompts to stay within that length."
         )
 
     def _is_exact(self, layers: int) -> bool:
         if self._exact is None:
             try:
-                self._exact, self._together = probe_cache(self.model, layers, self.pad_token_id)
+                self._exact, self._can_share_rows = probe_cache(self.model, layers, self.pad_token_id)
             except torch.OutOfMemoryError:
                 raise
             except NonFiniteError as error:
                 self._exact, self._why_inexact = False, str(error)
-            except Exception as error:  # whatever an architecture raises: transformers' own loop is left
+            except Exception as error:  # whatever an architecture raises, transformers' own loop remains
                 self._exact = False
-                self._why_inexact = f"it fails with a cache of ours ({type(error).__name__}: {first_line(error)})"
+                self._why_inexact = f"it fails with this package's cache ({type(error).__name__}: {first_line(error)})"
         return self._exact
 
-    def _warn(self, said: str | None) -> None:
-        """Say once what is run more often than it need be."""
-        if said is not None and said not in self._told:
-            self._told.add(said)
-            warn(said, stacklevel=3)
+    def _warn(self, message: str | None) -> None:
+        """Show each warning once."""
+        if message is not None and message not in self._warned:
+            self._warned.add(message)
+            warn(message, stacklevel=3)

@@ -1,6 +1,6 @@
-"""Whether a model gives the same with a cache: asked of the model itself, on a few tokens.
+"""Probes whether a model gives the same logits with this package's cache as without, on a few tokens.
 
-Architectures differ in more than a list of names could hold.
+Architectures differ in too many ways for a list of supported ones.
 """
 
 from __future__ import annotations
@@ -15,60 +15,60 @@ from torch import Tensor
 from lightning_ft.errors import NonFiniteError
 from lightning_ft.models.head import CausalLM, base_of, input_device, takes_explicit_masks
 from lightning_ft.models.numerics import are_close, tolerance_of
-from lightning_ft.rollout.decode import next_logits, read_tokens
-from lightning_ft.rollout.shared_rows import SharedRows, read_prompts
+from lightning_ft.rollout.decode import next_logits, prefill_tokens
+from lightning_ft.rollout.shared_rows import SharedRows, prefill_prompts
 
 _TOKENS = 12
-_SHORT = _TOKENS - 3  # the second prompt is shorter, so that its row has a hole behind the prefix
+_SHORT = _TOKENS - 3  # the second prompt is shorter, so that its row has padding after the prefix
 _PREFIX = 5
 
 
 class CacheProbe(NamedTuple):
-    """What was found out.
+    """What the probe found.
 
     Args:
-        exact: Whether logits behind a prefix taken from a cache, with holes behind it, are those of the plain pass.
-        together: Whether sequences that stand in one row of the cache, behind a mask, get the logits that they get by
-            themselves.
+        exact: Whether logits after a cached prefix, with padding after it, equal those of a pass without a cache.
+        can_share_rows: Whether sequences that share a row of the cache, under a mask, get the same logits as alone.
     """
 
     exact: bool
-    together: bool
+    can_share_rows: bool
 
 
 def probe_cache(model: CausalLM, layers: int, pad_token_id: int) -> CacheProbe:
-    """Try a model with a cache; no random number of the global generators is drawn.
+    """Run a model with a cache, without drawing from the global random generators.
 
     Args:
-        model: In eval mode.
-        layers: Of its cache.
-        pad_token_id: Stands at masked places.
+        model: Model in eval mode.
+        layers: Number of layers of its cache.
+        pad_token_id: Token id at masked positions.
 
     Raises:
-        NonFiniteError: If the model's own logits aren't finite, so that nothing can be compared with them.
+        NonFiniteError: If the model's logits without a cache aren't finite, so that nothing can be compared with them.
     """
     forward, device = partial(next_logits, model), input_device(model)
     vocabulary = base_of(model).config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (2, _TOKENS), generator=torch.Generator().manual_seed(0))
     prompts = [ids[0], torch.cat([ids[0, :_PREFIX], ids[1, _PREFIX:_SHORT]])]
-    prefix = read_tokens(model, ids[0, :_PREFIX].tolist(), layers)
-    behind = [prompt[_PREFIX:].tolist() for prompt in prompts]
-    read = read_prompts(forward, behind, prefix, layers=layers, pad_token_id=pad_token_id, device=device)
-    exact = _as_alone(model, read.logits, prompts)
+    prefix = prefill_tokens(model, ids[0, :_PREFIX].tolist(), layers)
+    suffixes = [prompt[_PREFIX:].tolist() for prompt in prompts]
+    prefilled = prefill_prompts(forward, suffixes, prefix, layers=layers, pad_token_id=pad_token_id, device=device)
+    exact = _matches_uncached(model, prefilled.logits, prompts)
     if not exact or not takes_explicit_masks(base_of(model)):
-        return CacheProbe(exact, together=False)
-    bundles = SharedRows(read, times=2, last=True, ahead=2, width=4)
-    tokens = torch.stack([ids[0, :4], ids[0, 4:8]])  # two steps of four sequences, two of each prompt
+        return CacheProbe(exact, can_share_rows=False)
+    shared_rows = SharedRows(prefilled, num_completions=2, reuse_cache=True, max_new_tokens=2, sequences_per_row=4)
+    tokens = torch.stack([ids[0, :4], ids[0, 4:8]])  # two steps of four sequences, two per prompt
     for step in tokens:
-        logits = bundles.write(forward, step.to(device))
-    together = _as_alone(model, logits, [torch.cat([prompts[s // 2], tokens[:, s]]) for s in range(4)])
-    return CacheProbe(exact, together)
+        logits = shared_rows.append(forward, step.to(device))
+    sequences = [torch.cat([prompts[s // 2], tokens[:, s]]) for s in range(4)]
+    return CacheProbe(exact, can_share_rows=_matches_uncached(model, logits, sequences))
 
 
-def _as_alone(model: CausalLM, logits: Tensor, sequences: Sequence[Tensor]) -> bool:
+def _matches_uncached(model: CausalLM, logits: Tensor, sequences: Sequence[Tensor]) -> bool:
+    """Whether logits are close to those that the model gives each sequence alone, without a cache."""
     base, device = base_of(model), input_device(model)
     alone = [base(input_ids=ids[None].to(device), use_cache=False).logits[:, -1].float() for ids in sequences]
     expected = torch.cat(alone)
     if not bool(expected.isfinite().all()):
-        raise NonFiniteError("its logits are not finite, so a cache of ours can't be compared with its own pass")
+        raise NonFiniteError("its logits are not finite, so cached and uncached passes can't be compared")
     return are_close(logits, expected, tolerance_of(base))

@@ -1,4 +1,4 @@
-"""What an engine that answers prompts takes and gives back, whichever engine it is."""
+"""The interface of engines: sampling options, completions and the `RolloutEngine` protocol."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lightning_ft.errors import ConfigError, RolloutError
 from lightning_ft.models.head import CausalLM
 
 OnAnswered = Callable[[int], None]
-"""Called with the number of prompts answered since the last call."""
+"""Function called with the number of prompts completed since its last call."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How each next token is chosen.
 
-    The filters apply in this order, each to what the one before it left, as in transformers' `generate`: temperature,
-    top-k, top-p (https://arxiv.org/abs/1904.09751), min-p (https://arxiv.org/abs/2407.01082).
+    The filters apply in this order, each to the tokens that the previous one kept, as in transformers' `generate`:
+    temperature, top-k, top-p (https://arxiv.org/abs/1904.09751), min-p (https://arxiv.org/abs/2407.01082).
 
     Args:
-        temperature: Divides the logits. 0 takes the likeliest token every time, and the filters then change nothing.
-        top_p: Only the likeliest tokens that together have this probability; 1 for all.
-        top_k: Only so many of the likeliest tokens; 0 for all.
-        min_p: Only tokens at least so probable, as a share of the likeliest one's probability; 0 for all.
-        stop: A completion ends with the token that completes any of these strings in its text. It isn't cut: the token
-            may write on beyond the string.
+        temperature: Divisor of the logits. 0 is greedy decoding, for which the filters make no difference.
+        top_p: Total probability of the most likely tokens that are kept; 1 keeps all.
+        top_k: Number of the most likely tokens that are kept; 0 keeps all.
+        min_p: Smallest probability of a kept token, relative to that of the most likely token; 0 keeps all.
+        stop: Strings that end a completion, with the token that completes one of them in its text. The completion
+            isn't cut: its last token may contain text after the string.
 
     Raises:
         ConfigError: For a value outside its range, or an empty stop string.
@@ -60,12 +60,12 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken every time."""
+        """Whether decoding is greedy: the most likely token every time."""
         return self.temperature == 0
 
     @property
     def filters(self) -> bool:
-        """Whether some tokens are never drawn, however often one samples."""
+        """Whether some tokens may be excluded from sampling."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
@@ -75,13 +75,13 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt.
+    """Tokens that a model generated after a prompt.
 
     Args:
-        tokens: Its ids, the end token (or the token that completed a stop string) included where it wrote one.
-        truncated: Whether it was stopped by the limit of new tokens, before an end token or a stop string.
-        logprobs: Log-probability of each token, nats, under ``softmax(logits / temperature)`` over the whole
-            vocabulary, whatever top-p, top-k and min-p left of it; empty where the tokens were not sampled.
+        tokens: Token ids, including the end token (or the token that completed a stop string) if there is one.
+        truncated: Whether it reached the limit of new tokens before an end token or a stop string.
+        logprobs: Log-probability of each token in nats, under ``softmax(logits / temperature)`` over the whole
+            vocabulary, regardless of top-p, top-k and min-p; empty for greedy tokens.
     """
 
     tokens: tuple[int, ...]
@@ -91,13 +91,13 @@ class Completion:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The answers to a list of prompts, in its order.
+    """Completions of a list of prompts.
 
     Args:
-        completions: For each prompt its completions, one prompt after another.
-        shared_prefix: Tokens that all prompts start with and that were run through the model only once; 0 where
-            nothing was shared.
-        prefilled: Prompt tokens that were run through the model in all, padding not counted.
+        completions: Completions of each prompt, in the order of the prompts.
+        shared_prefix: Number of tokens that all prompts start with and that were run through the model only once; 0
+            if none were shared.
+        prefilled: Number of prompt tokens that were run through the model in total, padding excluded.
     """
 
     completions: tuple[Completion, ...]
@@ -145,9 +145,9 @@ class RolloutEngine(Protocol):
         Args:
             prompts: Token ids of each prompt, complete: the engine adds and removes none.
             max_new_tokens: Largest number of tokens per completion.
-            sampling: How tokens are chosen; None for the likeliest one every time.
+            sampling: How tokens are chosen; None for greedy decoding.
             num_completions: Number of completions per prompt. Greedy ones are identical.
-            on_answered: Called with the number of prompts answered since its last call; modules pass None.
+            on_answered: Function called with the number of prompts completed since its last call; modules pass None.
 
         Returns:
             ``len(prompts) * num_completions`` completions, those of a prompt next to each other, each of 1 to
@@ -169,7 +169,7 @@ class RolloutEngine(Protocol):
 def check_rollouts(
     rollouts: object, engine: str, *, expected: int, max_new_tokens: int, vocabulary: int, finite: bool
 ) -> None:
-    """Refuse what an engine returned unless it is what the protocol promises.
+    """Check that what an engine returned is what the protocol promises.
 
     Args:
         rollouts: What the engine returned.
@@ -205,7 +205,7 @@ def check_rollouts(
 
 
 def _problem_of(completion: Completion, max_new_tokens: int, vocabulary: int, finite: bool) -> tuple[str, str] | None:
-    """What is wrong with a completion and what is expected, for the two halves of a message; None if nothing is."""
+    """Return what is wrong with a completion and what is expected, the two halves of a message; None if it is valid."""
     tokens, logprobs = completion.tokens, completion.logprobs
     if not 1 <= len(tokens) <= max_new_tokens:
         return f"{len(tokens)} tokens", f": expected 1 to max_new_tokens={max_new_tokens}, the end token included."
@@ -217,7 +217,7 @@ def _problem_of(completion: Completion, max_new_tokens: int, vocabulary: int, fi
     if logprobs and len(logprobs) != len(tokens):
         return (
             f"{len(logprobs)} log-probabilities for {len(tokens)} tokens",
-            ": expected one for each token, or none at all.",
+            ": expected one per token, or none at all.",
         )
     if finite and not all(math.isfinite(logprob) for logprob in logprobs):
         return (
@@ -230,13 +230,13 @@ def _problem_of(completion: Completion, max_new_tokens: int, vocabulary: int, fi
 def check_request(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, num_completions: int, context: int | None = None
 ) -> None:
-    """Refuse what can't be answered.
+    """Check that prompts can be completed.
 
     Args:
-        prompts: Token ids.
-        max_new_tokens: At most so many for each completion.
-        num_completions: Completions of each prompt.
-        context: Places that the model has; None if it sets no limit or isn't known.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Largest number of tokens per completion.
+        num_completions: Number of completions per prompt.
+        context: Context length of the model in tokens; None if it has no limit or isn't known.
 
     Raises:
         ConfigError: For a prompt without tokens or without room for its completions, or a number below 1.
@@ -254,15 +254,15 @@ def check_request(
             raise ConfigError(f"Prompt {number} has no tokens.")
         if context is not None and len(prompt) + max_new_tokens > context:
             raise ConfigError(
-                f"Prompt {number} has {len(prompt):,} tokens: with {max_new_tokens:,} new ones that is more than the "
+                f"Prompt {number} has {len(prompt):,} tokens; with max_new_tokens={max_new_tokens:,} that exceeds the "
                 f"model's context of {context:,}. Prompts are never cut: leave it out, or lower max_new_tokens."
             )
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts start with in common, at least one token of each prompt left over.
+    """Return the number of tokens that all prompts start with, leaving at least one token of each prompt.
 
-    The left-over token is what the first new token is predicted from.
+    The first new token is predicted from that remaining token.
 
     Example:
         >>> common_prefix([[5, 6, 7, 8], [5, 6, 9]]), common_prefix([[5, 6], [5, 6]]), common_prefix([[5, 6]])
@@ -270,10 +270,10 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """
     if not prompts:
         return 0
-    # What the first and the last in order have in common, all between them have.
+    # Whatever the first and the last in sorted order start with, all prompts between them start with, too.
     low, high = min(map(tuple, prompts)), max(map(tuple, prompts))
     limit = min(len(prompt) for prompt in prompts) - 1
-    for place, (a, b) in enumerate(zip(low, high, strict=False)):
-        if a != b or place >= limit:
-            return place
+    for position, (a, b) in enumerate(zip(low, high, strict=False)):
+        if a != b or position >= limit:
+            return position
     return max(0, limit)

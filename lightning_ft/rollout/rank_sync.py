@@ -1,4 +1,4 @@
-"""Ranks of a sharded model run it together, however much each of them has to write."""
+"""Keeps the ranks of a sharded model generating together, whatever number of passes each of them needs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_ft.models.shard import is_sharded
 
 
 class RankSync:
-    """Gives every rank of a sharded model the same number of forward passes.
+    """Makes every rank of a sharded model run the same number of forward passes.
 
     A pass of a sharded model gathers weights from all ranks, so it hangs unless all of them run one. Ranks have
-    different prompts, which end after different numbers of passes. So each pass is announced: ranks with something to
-    write run theirs, the others an idle one, until none has anything left. Batches and steps of different ranks
-    need not meet.
+    different prompts, whose completions end after different numbers of passes. So each pass is announced: ranks that
+    still generate run theirs, the others an idle one, until all ranks have finished. The ranks' batches and steps
+    don't have to coincide.
 
-    With an unsharded model, or in one process, nothing is exchanged.
+    With an unsharded model, or in a single process, the methods do nothing.
 
     Args:
-        model: The model. Every rank of the default process group holds a part of it and makes the same calls here.
+        model: Model to run. Every rank of the default process group has a shard of it and makes the same calls here.
     """
 
     def __init__(self, model: CausalLM) -> None:
@@ -34,49 +34,53 @@ class RankSync:
         self.needed = rank_and_world_size()[1] > 1 and is_sharded(model)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
-        """The largest of all ranks, of each number."""
+        """Return the maximum of each number over the ranks."""
         if not self.needed:
             return list(numbers)
-        most = torch.tensor(list(numbers), device=input_device(self._model))
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return [int(number) for number in most.tolist()]
+        maxima = torch.tensor(list(numbers), device=input_device(self._model))
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        return [int(number) for number in maxima.tolist()]
 
     def check(self, problem: ConfigError | None) -> None:
-        """Raise what is wrong with this rank's request, and on the other ranks that something is.
+        """Raise on every rank if the request of any rank is invalid.
 
-        A rank that raises alone would leave the others waiting for its part of the weights.
+        A rank that raised alone would leave the others waiting for its shard of the weights.
+
+        Args:
+            problem: Error of this rank's request; None if the request is valid.
 
         Raises:
-            ConfigError: `problem`.
-            RolloutError: If only another rank has one.
+            ConfigError: `problem`, on ranks that have one.
+            RolloutError: If only other ranks have one.
         """
         (problems,) = self.agree([int(problem is not None)])
         if problem is not None:
             raise problem
         if problems:
-            raise RolloutError("Another rank was asked for something that it can't generate: see that rank's error.")
+            raise RolloutError("Another rank's request is invalid, so no rank generates: see that rank's error.")
 
     def announce(self) -> None:
-        """Say that this rank is about to run a pass."""
+        """Announce that this rank is about to run a pass."""
         if self.needed:
-            self._busy(1)
+            self._count_running(1)
 
     def wait(self, idle: Callable[[], object]) -> None:
-        """Run idle passes beside those of other ranks, until they have finished too."""
-        while self.needed and int(self._busy(0)):
+        """Run an idle pass with each pass of other ranks, until they have finished too."""
+        while self.needed and int(self._count_running(0)):
             idle()
 
     def release(self) -> None:
-        """Give up the gathered weights of the root module.
+        """Free the gathered weights of the root module.
 
-        FSDP2 keeps them for a backward pass to come. After a generation none comes: they would take memory, and a
-        pass after the weights have changed would still use them.
+        FSDP2 keeps them for a backward pass, but none follows a generation: they would take memory, and be used by a
+        pass after the weights have changed.
         """
         base = base_of(self._model)
         if isinstance(base, FSDPModule):
             base.reshard()
 
-    def _busy(self, here: int) -> Tensor:
-        ranks = torch.tensor(here, device=input_device(self._model))
-        dist.all_reduce(ranks)
-        return ranks
+    def _count_running(self, running: int) -> Tensor:
+        """Count the ranks that are about to run a pass; `running` is 1 on those, 0 on the others."""
+        count = torch.tensor(running, device=input_device(self._model))
+        dist.all_reduce(count)
+        return count

@@ -1,4 +1,4 @@
-"""The next token from logits, and how probable it was."""
+"""Samples the next token from logits, with its log-probability."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_ft.rollout.protocol import Sampling
 
 
 def warpers(sampling: Sampling) -> LogitsProcessorList:
-    """Transformers' own logits processors for a way of sampling, in the order of `generate`; none for greedy.
+    """Return transformers' logits processors for sampling options, in the order of `generate`; none for greedy.
 
     Example:
         >>> [type(warper).__name__ for warper in warpers(Sampling(temperature=0.5, min_p=0.1, top_p=0.9))]
@@ -43,12 +43,12 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
     """Log-probabilities of tokens under ``softmax(logits / temperature)``, over the whole vocabulary.
 
     Args:
-        logits: As the model gave them, ``fp32 [b, vocabulary]``.
-        tokens: One for each row, ``int64 [b]``.
-        temperature: Above 0.
+        logits: Unprocessed logits of the model, ``fp32 [b, vocabulary]``.
+        tokens: Token of each row, ``int64 [b]``.
+        temperature: Positive divisor of the logits.
 
     Returns:
-        Nats, ``fp32 [b]``.
+        Log-probabilities in nats, ``fp32 [b]``.
 
     Example:
         >>> token_logprobs(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), temperature=0.5).exp()
@@ -58,20 +58,21 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
     return scaled.gather(-1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
 
 
-_BLOCK = 256  # tokens that are drawn from at a time
+_BLOCK = 256  # tokens per block of the two-stage draw on CPUs
 
 
 def draw(probabilities: Tensor) -> Tensor:
-    """One token of each row, from the global generator of their device.
+    """Draw one token per row, from the global generator of the device.
 
-    On a CPU a block of tokens first and then one of it, each by the inverse of the distribution function in float64:
-    `torch.multinomial` draws a number for each token of the vocabulary there, which took a tenth of a rollout's time.
+    On a CPU it draws a block of tokens and then a token of the block, each by inverting the cumulative distribution in
+    float64: `torch.multinomial` draws a random number for every token of the vocabulary there, which took a tenth of a
+    rollout's time.
 
     Args:
-        probabilities: ``fp32 [b, vocabulary]``; rows sum to 1.
+        probabilities: Probabilities of the next tokens, ``fp32 [b, vocabulary]``; rows sum to 1.
 
     Returns:
-        ``int64 [b]``, never one of probability 0.
+        Tokens, ``int64 [b]``, none of them of probability 0.
 
     Example:
         >>> draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])).tolist()
@@ -81,28 +82,28 @@ def draw(probabilities: Tensor) -> Tensor:
         return torch.multinomial(probabilities, num_samples=1)[:, 0]
     rows, tokens = probabilities.shape
     blocks = torch.nn.functional.pad(probabilities, (0, -tokens % _BLOCK)).view(rows, -1, _BLOCK)
-    block = _inverse(blocks.sum(-1, dtype=torch.float64))
-    return block * _BLOCK + _inverse(blocks[torch.arange(rows), block].double())
+    block = _draw_index(blocks.sum(-1, dtype=torch.float64))
+    return block * _BLOCK + _draw_index(blocks[torch.arange(rows), block].double())
 
 
-def _inverse(weights: Tensor) -> Tensor:
-    """One place of each row with the chance of its weight, ``int64 [b]``."""
+def _draw_index(weights: Tensor) -> Tensor:
+    """Draw one index per row with probability proportional to its weight, ``int64 [b]``."""
     sums = weights.cumsum(-1)
     total = sums[:, -1:]
     found = torch.searchsorted(sums, torch.rand_like(total) * total, right=True)
-    last = torch.searchsorted(sums, total)  # the last place of any weight, should rounding reach the total
+    last = torch.searchsorted(sums, total)  # last index with a positive weight, in case rounding reaches the total
     return torch.minimum(found, last)[:, 0]
 
 
 class TokenSampler:
-    """Takes the next token of each row.
+    """Chooses the next token of each row.
 
-    Sampling draws once a call, from the global generator of the logits' device: whoever restores that generator's state
-    and asks again gets the same tokens. From logits that aren't finite any token is drawn, with a log-probability that
-    isn't finite either; of greedy tokens :meth:`check` tells.
+    Sampling draws once per call, from the global generator of the logits' device: with the same generator state it
+    draws the same tokens. From logits that aren't finite any token may be drawn, and its log-probability isn't finite
+    either; for greedy tokens, :meth:`check` raises.
 
     Args:
-        sampling: How; None for greedy.
+        sampling: How tokens are chosen; None for greedy decoding.
 
     Example:
         >>> TokenSampler(None)(torch.tensor([[0.0, 2.0], [3.0, 1.0]]))
@@ -115,49 +116,49 @@ class TokenSampler:
         self._highest: Tensor | None = None
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Choose.
+        """Choose a token per row.
 
         Args:
-            logits: ``fp32 [b, vocabulary]``.
+            logits: Unprocessed logits of the model, ``fp32 [b, vocabulary]``.
 
         Returns:
-            Tokens, ``int64 [b]``, and their log-probabilities, ``fp32 [b]``, or None where they were not drawn.
+            Tokens, ``int64 [b]``, and their log-probabilities in nats, ``fp32 [b]``; None for greedy tokens.
         """
         if self._temperature is None or self._warpers is None:
             highest, tokens = logits.max(-1)  # NaN where any logit of a row is
             self._highest = highest.sum() if self._highest is None else self._highest + highest.sum()
             return tokens, None
-        no_ids: Any = logits.new_empty(0)  # none of these warpers looks at the tokens so far
+        no_ids: Any = logits.new_empty(0)  # none of these warpers reads the tokens so far
         warped = self._warpers(no_ids, logits)
-        tokens = draw(drawable(warped.softmax(-1), logits))  # [b]
+        tokens = draw(replace_nonfinite(warped.softmax(-1), logits))  # [b]
         return tokens, token_logprobs(logits, tokens, self._temperature)
 
     def check(self) -> None:
-        """Refuse greedy tokens that were chosen from logits that aren't finite.
+        """Check that greedy tokens were chosen from finite logits.
 
         Raises:
-            NonFiniteError: If any were.
+            NonFiniteError: If any logit was NaN or infinite.
         """
         if self._highest is not None and not bool(self._highest.isfinite()):
             raise NonFiniteError(
-                "The model's logits weren't finite (NaN or infinite), so its answers mean nothing: load it in float32 "
-                "or bfloat16, or take an earlier checkpoint."
+                "The model's logits weren't finite (NaN or infinite), so its completions are meaningless: load it in "
+                "float32 or bfloat16, or take an earlier checkpoint."
             )
 
 
-def drawable(probabilities: Tensor, logits: Tensor) -> Tensor:
-    """Probabilities with rows that can be drawn from, in place: there is no next token where a logit isn't finite.
+def replace_nonfinite(probabilities: Tensor, logits: Tensor) -> Tensor:
+    """Replace rows of probabilities, in place, where a logit isn't finite, so that every row can be drawn from.
 
-    Such a draw is an index out of bounds, and on CUDA an assertion that ends the process. Which rows they were is told
-    by their log-probabilities.
+    A draw from NaNs returns an index out of bounds, and on CUDA an assertion ends the process. The log-probabilities of
+    such rows still aren't finite, which tells them from the others.
 
     Args:
         probabilities: Probabilities of the next tokens, ``fp32 [b, vocabulary]``.
-        logits: What they were made of, ``fp32 [b, vocabulary]``.
+        logits: Logits that they were computed from, ``fp32 [b, vocabulary]``.
 
     Example:
         >>> logits = torch.tensor([[0.0, 0.0], [0.0, torch.nan]])
-        >>> drawable(logits.softmax(-1), logits)
+        >>> replace_nonfinite(logits.softmax(-1), logits)
         tensor([[0.5000, 0.5000],
                 [1.0000, 1.0000]])
     """

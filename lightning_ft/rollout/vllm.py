@@ -1,14 +1,14 @@
-"""Answers from a vLLM server, whose weights follow the model that trains.
+"""Completions from a vLLM server, which is sent the weights of the model in training.
 
-The server is started by hand, on GPUs of its own, with the model that training starts from:
+Start the server yourself, on GPUs of its own, with the model that training starts from:
 
 ```
 VLLM_SERVER_DEV_MODE=1 vllm serve Qwen/Qwen3-0.6B \
     --weight-transfer-config '{"backend": "nccl"}' --logprobs-mode processed_logprobs
 ```
 
-No run against a real vLLM server has been made: this file has been tested against a stand-in that answers the requests
-of `trl.generation.vllm_client.VLLMClient`, with the transfer by NCCL replaced by a recorder.
+It has not been run with a real vLLM server: it is tested with a mock server that answers the requests of
+`trl.generation.vllm_client.VLLMClient`, with the NCCL transfer replaced by a recorder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_ft.distributed import on_rank_zero, rank_and_world_size
 from lightning_ft.errors import ConfigError, LightningFTError, MissingDependencyError, RolloutError
 from lightning_ft.models.head import CausalLM, input_device
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.rollout.decode import Ending
+from lightning_ft.rollout.decode import StopChecker
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request
 from lightning_ft.rollout.vllm_weights import ServedWeights
 
@@ -32,33 +32,32 @@ _START = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
     "--logprobs-mode processed_logprobs"
 )
-"""How the server is started."""
+"""Command that starts the server."""
 
 
 class VLLMEngine:
-    """Answers from a vLLM server; see this module's docstring for how to start it.
+    """Generates on a vLLM server; see this module's docstring for how to start it.
 
-    It answers with the weights that it was last sent: call `sync_weights` after they have changed. The server draws
-    from random generators of its own, so a resumed run does not repeat the completions of one that went on.
+    The server uses the weights that it was sent last: call `sync_weights` after they have changed. It samples with its
+    own random generators, so a resumed run does not repeat the completions of an uninterrupted one.
 
-    Log-probabilities are the server's, computed by other kernels and in its dtype: they differ a little from those of
-    the model that trains. A policy loss takes `old_logprobs` from the training model and uses these only to correct
-    for the difference. The server's are renormalised over the tokens that top-k, top-p and min-p left, which is
-    another quantity than :class:`~lightning_ft.rollout.protocol.Completion` promises, so with such filters there are
-    none.
+    Log-probabilities are the server's, computed by other kernels and in its dtype: they differ slightly from those of
+    the model in training. A policy loss takes `old_logprobs` from the training model and uses these only to correct
+    for the difference. With top-k, top-p or min-p the server renormalizes them over the tokens that are kept, which
+    isn't what :class:`~lightning_ft.rollout.protocol.Completion` promises, so with such filters there are none.
 
-    Every rank of a run calls it, with prompts of its own; rank 0 alone talks to the server, for all of them. The
-    connection is made when it is first needed.
+    Every rank of a run calls it, with its own prompts; only rank 0 talks to the server, for all ranks. It connects on
+    first use.
 
     Args:
-        base_url: Where the server is.
-        end_token_ids: Each of them ends an answer, and no other token does.
-        tokenizer: Makes text of tokens; needed for stop strings.
-        group_port: Port of the process group over which weights are sent.
-        connection_timeout: Seconds to wait for the server to be up.
+        base_url: URL of the server.
+        end_token_ids: Ids of the tokens that end a completion; the server's own end tokens don't.
+        tokenizer: Tokenizer that decodes completions; required for stop strings.
+        group_port: Port of the process group that weights are sent over.
+        connection_timeout: Number of seconds to wait for the server to be up.
 
     Raises:
-        MissingDependencyError: Without vLLM, whose client side sends the weights.
+        MissingDependencyError: If vLLM, whose client sends the weights, is not installed.
         ConfigError: If there is no end token.
 
     Example:
@@ -78,16 +77,17 @@ class VLLMEngine:
 
         if not import_utils.is_vllm_available():
             raise MissingDependencyError(
-                "Sampling on a vLLM server needs vllm here too, to send it weights: pip install 'lightning-ft[vllm]'."
+                "Sampling on a vLLM server needs vllm on this side too, to send the weights: "
+                "pip install 'lightning-ft[vllm]'."
             )
-        Ending(end_token_ids)  # refuses none at all
+        StopChecker(end_token_ids)  # refuses an empty list
         self.base_url = base_url
         self.end_token_ids = tuple(end_token_ids)
         self.tokenizer = tokenizer
         self.group_port = group_port
         self.connection_timeout = connection_timeout
         self._client: Any = None
-        self._connected = False  # for weights too
+        self._connected = False  # whether the process group for weights exists
         self._logprobs_mode: str | None = None
 
     def generate(
@@ -102,49 +102,53 @@ class VLLMEngine:
         """Continue each prompt until an end token, a stop string or `max_new_tokens`.
 
         Args:
-            prompts: Token ids, none of them empty; no prompts at all on a rank that has none.
-            max_new_tokens: At most so many for each completion; the same on all ranks.
-            sampling: How tokens are chosen, the same on all ranks; None for the likeliest one every time.
-            num_completions: Completions of each prompt, the same on all ranks. Greedy ones are asked for once.
-            on_answered: Told when all prompts are answered.
+            prompts: Token ids of each prompt, none of them empty; an empty list on a rank without prompts.
+            max_new_tokens: Largest number of tokens per completion; the same on all ranks.
+            sampling: How tokens are chosen, the same on all ranks; None for greedy decoding.
+            num_completions: Number of completions per prompt, the same on all ranks. Greedy ones are requested once
+                and repeated.
+            on_answered: Function called once with the number of prompts, when all are completed.
 
         Returns:
-            ``len(prompts) * num_completions`` completions, those of one prompt side by side. `prefilled` counts the
-            prompt tokens sent: the server may have had some of them in its cache.
+            ``len(prompts) * num_completions`` completions, those of a prompt next to each other. `prefilled` counts the
+            prompt tokens sent, of which the server may have had some in its cache.
 
         Raises:
             ConfigError: For an empty prompt, a number below 1, or stop strings without a tokenizer.
-            RolloutError: If the server can't be reached, or answers something else than was asked for.
+            RolloutError: If the server can't be reached, or its response doesn't match the request.
         """
         problem = None
         try:
             check_request(prompts, max_new_tokens, num_completions)
-            Ending(self.end_token_ids, () if sampling is None else sampling.stop, self.tokenizer)
+            StopChecker(self.end_token_ids, () if sampling is None else sampling.stop, self.tokenizer)
         except ConfigError as error:
             problem = error
-        asked = Sampling(temperature=0.0) if sampling is None else sampling
+        options = Sampling(temperature=0.0) if sampling is None else sampling
 
-        def work(ranks: list[tuple[list[list[int]], ConfigError | None]]) -> list[tuple[Completion, ...]]:
-            for _, wrong in ranks:
-                if wrong is not None:
-                    raise wrong
-            every = [prompt for theirs, _ in ranks for prompt in theirs]
-            answers = iter(self._ask(every, max_new_tokens, asked, num_completions))
-            return [tuple(next(answers) for _ in range(len(theirs) * num_completions)) for theirs, _ in ranks]
+        def generate_for(ranks: list[tuple[list[list[int]], ConfigError | None]]) -> list[tuple[Completion, ...]]:
+            for _, error in ranks:
+                if error is not None:
+                    raise error
+            all_prompts = [prompt for rank_prompts, _ in ranks for prompt in rank_prompts]
+            completions = iter(self._request_completions(all_prompts, max_new_tokens, options, num_completions))
+            return [
+                tuple(next(completions) for _ in range(len(rank_prompts) * num_completions))
+                for rank_prompts, _ in ranks
+            ]
 
-        completions = on_rank_zero(work, ([list(prompt) for prompt in prompts], problem))
+        completions = on_rank_zero(generate_for, ([list(prompt) for prompt in prompts], problem))
         if on_answered is not None and prompts:
             on_answered(len(prompts))
         return Rollouts(completions, 0, sum(map(len, prompts)))
 
     def sync_weights(self, model: CausalLM) -> None:
-        """Send the server the weights that a model has now, and have it forget what it computed with others.
+        """Send the server the current weights of a model, and reset the server's prefix cache.
 
-        Adapters are merged on the way, into copies: the model is left as it is, bit for bit. Every rank must call it;
-        those of a sharded model gather its weights together.
+        Adapters are merged into copies of the weights: the model itself doesn't change by a bit. Every rank must call
+        it; the ranks of a sharded model gather its weights together.
 
         Args:
-            model: The live model, on a GPU.
+            model: Model in training, on a GPU.
 
         Raises:
             ModelError: If the model's weights aren't those of a plain model (see `ServedWeights`).
@@ -161,7 +165,7 @@ class VLLMEngine:
             except LightningFTError as error:
                 problem = error
         if is_sharded(model):
-            for _ in stream:  # what is left: other ranks wait for this one's part of each weight
+            for _ in stream:  # after an error, too: other ranks wait for this rank's shard of each weight
                 pass
 
         def outcome(problems: list[LightningFTError | None]) -> list[None]:
@@ -173,7 +177,7 @@ class VLLMEngine:
 
     # ------------------------------------------------------------ rank 0
 
-    def _ask(
+    def _request_completions(
         self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling, num_completions: int
     ) -> list[Completion]:
         if not prompts:
@@ -181,7 +185,7 @@ class VLLMEngine:
         n = 1 if sampling.greedy else num_completions  # vLLM refuses several greedy completions
         wants_logprobs = not sampling.greedy and not sampling.filters
         self._check_logprobs_mode(sampling, wants_logprobs)
-        with self._talking("generate"):
+        with self._server_errors("generate"):
             output = self._connection().generate(
                 prompts,
                 n=n,
@@ -194,63 +198,74 @@ class VLLMEngine:
                 generation_kwargs={
                     "stop": list(sampling.stop),
                     "stop_token_ids": list(self.end_token_ids),
-                    "ignore_eos": True,  # the server's own idea of an end token; ours are those above
+                    "ignore_eos": True,  # only `stop_token_ids` end a completion
                     "include_stop_str_in_output": True,
-                    "skip_special_tokens": False,  # stop strings may hold some
+                    "skip_special_tokens": False,  # stop strings may contain some
                 },
             )
-        ending = Ending(self.end_token_ids, sampling.stop, self.tokenizer)
-        completions = self._completions(output, prompts, n, wants_logprobs, ending)
+        stop_checker = StopChecker(self.end_token_ids, sampling.stop, self.tokenizer)
+        completions = self._completions(output, prompts, n, wants_logprobs, stop_checker)
         return [c for c in completions for _ in range(num_completions // n)]
 
     def _completions(
-        self, output: dict[str, Any], prompts: list[list[int]], n: int, wants_logprobs: bool, ending: Ending
+        self, output: dict[str, Any], prompts: list[list[int]], n: int, wants_logprobs: bool, stop_checker: StopChecker
     ) -> list[Completion]:
         tokens: list[list[int]] = output["completion_ids"]
         if len(tokens) != len(prompts) * n:
             raise RolloutError(
-                f"The vLLM server at {self.base_url} gave {len(tokens)} completions to {len(prompts)} prompts: "
-                f"expected {n} to each, {len(prompts) * n} in all."
+                f"The vLLM server at {self.base_url} returned {len(tokens)} completions of {len(prompts)} prompts: "
+                f"expected {n} per prompt, {len(prompts) * n} in total."
             )
         if output["prompt_ids"] != prompts:
-            raise RolloutError(f"The vLLM server at {self.base_url} answered other prompts than it was sent.")
-        scores: list[tuple[float, ...]] = [()] * len(tokens)
+            raise RolloutError(f"The vLLM server at {self.base_url} completed other prompts than it was sent.")
+        logprobs: list[tuple[float, ...]] = [()] * len(tokens)
         if wants_logprobs:
-            scores = [
-                self._scores(ids, *given)
-                for ids, *given in zip(
+            logprobs = [
+                self._token_logprobs(ids, *candidates)
+                for ids, *candidates in zip(
                     tokens, output["logprob_token_ids"] or [], output["logprobs"] or [], strict=False
                 )
             ]
-            if [len(s) for s in scores] != [len(ids) for ids in tokens]:
-                raise RolloutError(f"The vLLM server at {self.base_url} left log-probabilities out.")
-        ended = ending(tokens)
+            if [len(values) for values in logprobs] != [len(ids) for ids in tokens]:
+                raise RolloutError(
+                    f"The vLLM server at {self.base_url} returned no log-probabilities for some tokens, though they "
+                    "were requested."
+                )
+        ended = stop_checker(tokens)
         return [
-            Completion(tuple(ids), truncated=not end, logprobs=given)
-            for ids, end, given in zip(tokens, ended, scores, strict=True)
+            Completion(tuple(ids), truncated=not end, logprobs=values)
+            for ids, end, values in zip(tokens, ended, logprobs, strict=True)
         ]
 
-    def _scores(self, tokens: list[int], ids: list[list[int]], logprobs: list[list[float | None]]) -> tuple[float, ...]:
-        """The log-probability of each token, out of those of the tokens that stand beside it."""
-        scores = []
-        for token, names, values in zip(tokens, ids, logprobs, strict=False):
-            value = dict(zip(names, values, strict=True)).get(token)
+    def _token_logprobs(
+        self, tokens: list[int], candidates: list[list[int]], logprobs: list[list[float | None]]
+    ) -> tuple[float, ...]:
+        """Look up the log-probability of each token among those of its candidates.
+
+        Args:
+            tokens: Token ids of a completion.
+            candidates: Token ids with a log-probability at each position.
+            logprobs: Log-probabilities of the candidates at each position, nats.
+        """
+        values = []
+        for token, ids, position_logprobs in zip(tokens, candidates, logprobs, strict=False):
+            value = dict(zip(ids, position_logprobs, strict=True)).get(token)
             if value is None:
-                raise RolloutError(f"The vLLM server at {self.base_url} gave no log-probability of token {token}.")
-            scores.append(value)
-        return tuple(scores)
+                raise RolloutError(f"The vLLM server at {self.base_url} returned no log-probability of token {token}.")
+            values.append(value)
+        return tuple(values)
 
     def _check_logprobs_mode(self, sampling: Sampling, wants_logprobs: bool) -> None:
         if wants_logprobs and sampling.temperature != 1 and self._logprobs_mode not in (None, "processed_logprobs"):
             raise RolloutError(
-                f"The vLLM server at {self.base_url} gives {self._logprobs_mode}, which leave the temperature out: "
+                f"The vLLM server at {self.base_url} returns {self._logprobs_mode}, which ignore the temperature: "
                 f"start it with --logprobs-mode processed_logprobs ({_START})."
             )
 
     def _send(
         self, model: CausalLM, metadata: list[tuple[str, str, list[int]]], stream: Iterator[tuple[str, torch.Tensor]]
     ) -> None:
-        with self._talking("take weights"):
+        with self._server_errors("update its weights"):
             client = self._connection()
             if not self._connected:
                 client.init_communicator(device=input_device(model))
@@ -278,12 +293,13 @@ class VLLMEngine:
         return self._client
 
     @contextmanager
-    def _talking(self, what: str) -> Iterator[None]:
+    def _server_errors(self, action: str) -> Iterator[None]:
+        """Raise errors of the client as a `RolloutError` that says what the server failed to do."""
         try:
             yield
         except LightningFTError:
             raise
-        except Exception as error:  # the client raises whatever comes up, bare exceptions for HTTP errors among it
+        except Exception as error:  # the client raises many types, and a bare Exception for HTTP errors
             raise RolloutError(
-                f"The vLLM server at {self.base_url} failed to {what}: {type(error).__name__}: {error}"
+                f"The vLLM server at {self.base_url} failed to {action}: {type(error).__name__}: {error}"
             ) from error

@@ -1,4 +1,4 @@
-"""The weights of a live model as a server of the plain model names them, adapters folded in on the way."""
+"""The weights of a model in training under the names of the model without adapters, with the adapters merged."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lightning_ft.models.head import CausalLM, base_of
 
 
 @dataclass(frozen=True, eq=False)
-class _Holder:
-    """The parameters of one module of the plain model, and the adapter layer around it, if it changes them."""
+class _ModuleParameters:
+    """Parameters of one module of the plain model, and the active adapter layer around it, if there is one."""
 
     prefix: str
     parameters: dict[str, nn.Parameter]
@@ -29,18 +29,18 @@ class _Holder:
 
 
 class ServedWeights:
-    """Every weight that the plain model has, under its name there, one at a time.
+    """Iterates over every weight of the plain model (the model without adapters), under its name there.
 
-    Adapters are merged into copies, a layer at a time: the live model isn't touched. (Merging into it and subtracting
-    again, as is often done, would leave rounding errors behind, step after step.) Sharded weights are gathered, so
+    Adapters are merged into copies, one layer at a time, so the model in training doesn't change. (Merging in place
+    and subtracting again, as is often done, would add rounding errors at every step.) Sharded weights are gathered, so
     every rank has to iterate.
 
     Args:
-        model: The live model, adapted or not, sharded or not.
+        model: Model in training, with or without an adapter, sharded or not.
 
     Raises:
-        ModelError: If a plain model can't have these weights: a quantized base, an adapter that isn't a change of
-            weights, or one that changes only one of two tied weights.
+        ModelError: If a plain model can't have these weights: a quantized base, an adapter that can't be merged, or one
+            that changes only one of two tied weights.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -56,8 +56,8 @@ class ServedWeights:
         base = base_of(model)
         if getattr(base, "is_quantized", False):
             raise ModelError(
-                "The base weights are quantized: a server can't be given them, nor an adapter merged into them. Load "
-                "the model without quantization, or generate with the local engine."
+                "The base weights are quantized: they can't be sent to a server, nor can an adapter be merged into "
+                "them. Load the model without quantization, or generate with the local engine."
             )
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ModelError(
@@ -66,46 +66,46 @@ class ServedWeights:
             )
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in base.modules()):
             raise ModelError("FSDP1 isn't supported: shard the model with ModelParallelStrategy (FSDP2).")
-        self._holders = list(_untied(_holders(base, "")))
+        self._modules = list(_untied(_parameters_by_module(base, "")))
         self.problem: Exception | None = None
-        """What went wrong when an adapter was merged; unmerged weights were given in its place.
+        """Error raised while an adapter was merged; the unmerged weights were yielded instead.
 
-        Both sides of a transfer wait for each other, so it has to be brought to its end before this is raised.
+        Both sides of a transfer wait for each other, so the transfer has to finish before this is raised.
         """
         names = {name for name, _, _ in self.metadata}
         tied = set(getattr(base, "_tied_weights_keys", None) or ()) & names
         if tied and getattr(base.config, "tie_word_embeddings", False):
             raise ModelError(
-                f"{', '.join(sorted(tied))} has been trained apart from the embeddings, which a server of this model "
-                "takes for both: use LoraConfig(ensure_weight_tying=True)."
+                f"{', '.join(sorted(tied))} was trained apart from the embeddings, but a server of this model uses one "
+                "weight for both: use LoraConfig(ensure_weight_tying=True)."
             )
 
     @property
     def metadata(self) -> list[tuple[str, str, list[int]]]:
-        """Name, dtype and whole shape of each, in order."""
+        """Name, dtype and unsharded shape of each weight, in order."""
         return [
-            (holder.prefix + name, str(parameter.dtype).removeprefix("torch."), list(parameter.shape))
-            for holder in self._holders
-            for name, parameter in holder.parameters.items()
+            (module.prefix + name, str(parameter.dtype).removeprefix("torch."), list(parameter.shape))
+            for module in self._modules
+            for name, parameter in module.parameters.items()
         ]
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole tensor of each, in order."""
+        """Iterate over the name and the unsharded tensor of each weight, in order."""
         self.problem = None
-        for holder in self._holders:
+        for module in self._modules:
             weights = None
-            if holder.adapter is not None:
+            if module.adapter is not None:
                 try:
-                    weights = _merged(holder.adapter)
+                    weights = _merged(module.adapter)
                 except (ValueError, RuntimeError) as error:
                     self.problem = self.problem or error
-            for name, parameter in holder.parameters.items():
-                yield holder.prefix + name, _whole(parameter) if weights is None else weights[name]
+            for name, parameter in module.parameters.items():
+                yield module.prefix + name, _full_tensor(parameter) if weights is None else weights[name]
 
 
-def _holders(module: nn.Module, prefix: str) -> Iterator[_Holder]:
-    """The modules of the plain model in their order, without what PEFT has put around them."""
+def _parameters_by_module(module: nn.Module, prefix: str) -> Iterator[_ModuleParameters]:
+    """Iterate over the modules of the plain model in order, without the wrappers of PEFT."""
     if isinstance(module, TrainableTokensWrapper):
         module = module.token_adapter
     if isinstance(module, ModulesToSaveWrapper):
@@ -117,44 +117,47 @@ def _holders(module: nn.Module, prefix: str) -> Iterator[_Holder]:
         module = module.get_base_layer()
     parameters = dict(module.named_parameters(recurse=False))
     if parameters:
-        yield _Holder(prefix, parameters, adapter)
+        yield _ModuleParameters(prefix, parameters, adapter)
     for name, child in module.named_children():
-        yield from _holders(child, f"{prefix}{name}.")
+        yield from _parameters_by_module(child, f"{prefix}{name}.")
 
 
-def _untied(holders: Iterator[_Holder]) -> Iterator[_Holder]:
-    """Each parameter only where it stands first."""
-    first: dict[int, _Holder] = {}
-    for holder in holders:
+def _untied(modules: Iterator[_ModuleParameters]) -> Iterator[_ModuleParameters]:
+    """Keep only the first occurrence of tied parameters."""
+    first: dict[int, _ModuleParameters] = {}
+    for module in modules:
         parameters = {}
-        for name, parameter in holder.parameters.items():
+        for name, parameter in module.parameters.items():
             if (other := first.get(id(parameter))) is None:
-                first[id(parameter)] = holder
+                first[id(parameter)] = module
                 parameters[name] = parameter
-            elif (other.adapter or holder.adapter) is not None and not _change_alike(other.adapter, holder.adapter):
+            elif (other.adapter or module.adapter) is not None and not _are_tied(other.adapter, module.adapter):
                 raise ModelError(
-                    f"{other.prefix}{name} and {holder.prefix}{name} are one weight, which the adapter changes in one "
-                    "of its places only: a server has but one. Leave it out of target_modules."
+                    f"{other.prefix}{name} and {module.prefix}{name} are tied, but the adapter changes only one of "
+                    "them, and a server has one weight for both. Leave it out of target_modules."
                 )
         if parameters:
-            yield _Holder(holder.prefix, parameters, holder.adapter)
+            yield _ModuleParameters(module.prefix, parameters, module.adapter)
 
 
-def _change_alike(one: BaseTunerLayer | None, other: BaseTunerLayer | None) -> bool:
-    return isinstance(other, TrainableTokensLayer) and other.tied_adapter is one
+def _are_tied(first: BaseTunerLayer | None, second: BaseTunerLayer | None) -> bool:
+    """Whether the second adapter layer makes the same change as the first."""
+    return isinstance(second, TrainableTokensLayer) and second.tied_adapter is first
 
 
 def _merged(layer: BaseTunerLayer) -> dict[str, Tensor]:
-    """The weights of a layer with its adapters added, in new tensors."""
+    """Return the weights of a layer with its adapters merged, as new tensors."""
     module: nn.Module = layer  # type: ignore[assignment]  # a mix-in of modules
-    # What deepcopy finds in its memo it doesn't copy: the copy stands on the live weights, in parameters of its own.
-    memo: dict[int, nn.Parameter] = {id(p): nn.Parameter(_whole(p), requires_grad=False) for p in module.parameters()}
+    # deepcopy doesn't copy what its memo contains: the copied layer has its own parameters, but shares their storage.
+    memo: dict[int, nn.Parameter] = {
+        id(p): nn.Parameter(_full_tensor(p), requires_grad=False) for p in module.parameters()
+    }
     copied: nn.Module = copy.deepcopy(module, memo)  # type: ignore[arg-type]
-    while isinstance(copied, BaseTunerLayer):  # adapters of several parameters of a module are nested
-        copied.merge(safe_merge=True)  # into a new tensor, after a look for NaNs
+    while isinstance(copied, BaseTunerLayer):  # layers that adapt several parameters of one module are nested
+        copied.merge(safe_merge=True)  # into a new tensor, after a check for NaNs
         copied = cast(nn.Module, copied.base_layer)
     return {name: parameter.detach() for name, parameter in copied.named_parameters(recurse=False)}
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def _full_tensor(parameter: Tensor) -> Tensor:
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()

@@ -62,7 +62,7 @@ def two_ranks(rank, path, expected):
             transport.order.clear()
 
             stand_in.failing["/start_weight_update"] = 400
-            with pytest.raises(RolloutError, match="failed to take weights"):  # on both, and none waits
+            with pytest.raises(RolloutError, match="failed to update its weights"):  # on both, and none waits
                 engine.sync_weights(model)
             stand_in.failing.clear()
         stand_in.failing["/v1/completions"] = 400

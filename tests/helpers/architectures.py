@@ -40,7 +40,7 @@ NOT_SHARING = {
     "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(head_dim=16, sliding_window=8, **SIZES)), "sliding window"),
     "mamba": (
         lambda: MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
-        "takes no position_ids",
+        "doesn't accept position_ids",
     ),
 }
 

@@ -149,7 +149,7 @@ def test_sampled_logprobs_are_those_that_are_scored_on_each_side_of_the_switch(s
 
 def test_engine_says_where_sampled_and_scored_logprobs_part():
     engine = LocalEngine(build_scaled("phi3"), end_token_ids=NEVER)
-    with pytest.warns(UserWarning, match="scored with other positions than its first tokens were sampled with"):
+    with pytest.warns(UserWarning, match="computed with other positions than its first tokens were sampled with"):
         engine.generate(draw_prompts(SWITCH - 4), max_new_tokens=8, sampling=Sampling())
 
 

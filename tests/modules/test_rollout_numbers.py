@@ -66,7 +66,7 @@ def test_a_reward_that_is_not_finite(kind, wrong, trainer_options):
     assert same(before, weights(module))
 
     module = policy(kind, on_nonfinite="skip", **settings)
-    with pytest.warns(UserWarning, match="step 1 isn't finite .* 1 rewards aren't finite"):
+    with pytest.warns(UserWarning, match="step 1 is not finite .* 1 rewards are not finite"):
         trainer = run(module, [draw_prompts(2)], trainer_options)
     assert same({n: p for n, p in before.items() if n in weights(module)}, weights(module))
     assert (trainer.global_step, module.skipped_steps) == (1, 1)
@@ -174,7 +174,7 @@ def test_logits_that_are_not_finite_where_completions_are_sampled(temperature, t
         run(policy(temperature=temperature), [draw_prompts(2)], given)
     module = policy(temperature=temperature, on_nonfinite="skip")
     before = weights(module.configure_model() or module)
-    with pytest.warns(UserWarning, match="step 1 isn't finite .*8 completions were sampled from logits"):
+    with pytest.warns(UserWarning, match="step 1 is not finite .*8 completions were sampled from logits"):
         trainer = run(module, [draw_prompts(2), draw_prompts(2)], given)
     assert same(before, weights(module))
     assert (trainer.global_step, module.skipped_steps) == (2, 2)
@@ -184,7 +184,7 @@ def test_logits_that_are_not_finite_where_completions_are_sampled(temperature, t
 def test_an_engine_tells_of_logits_that_are_not_finite(layers_fail, monkeypatch):
     model = make_model().eval()
     if layers_fail:  # then transformers' own loop answers
-        monkeypatch.setattr("lightning_ft.rollout.local.cached_layers", lambda *_: (0, "has no cache"))
+        monkeypatch.setattr("lightning_ft.rollout.local.cache_support", lambda *_: (0, "has no cache"))
     engine = LocalEngine(model, end_token_ids=[2])
     assert all(
         map(math.isfinite, engine.generate([[5, 6]], max_new_tokens=3, sampling=Sampling()).completions[0].logprobs)
@@ -200,7 +200,7 @@ def test_logits_that_are_not_finite_are_told_from_a_cache_that_is_not_exact():
     model = make_model().eval()
     model.lm_head.weight.data[7, 0] = math.nan
     engine = LocalEngine(model, end_token_ids=[2])
-    with pytest.warns(UserWarning, match="its logits are not finite, so a cache of ours can't be compared"):
+    with pytest.warns(UserWarning, match="its logits are not finite, so cached and uncached passes can't be compared"):
         engine.generate([[5, 6], [5, 7]], max_new_tokens=2, sampling=Sampling(), num_completions=2)
 
 
@@ -224,7 +224,7 @@ def test_steps_of_a_short_last_batch_are_not_taken_on_nothing(trainer_options):
 
 
 def test_more_steps_than_completions_are_refused(trainer_options):
-    with pytest.raises(ConfigError, match="steps_per_rollout=9: a rollout has 8 completions"):
+    with pytest.raises(ConfigError, match="steps_per_rollout=9 exceeds the 8 completions"):
         Trainer(**trainer_options, max_epochs=1).fit(policy(steps_per_rollout=9), prompts())
 
 
@@ -272,9 +272,9 @@ def test_lost_steps():
             FullFineTuning,
             {"learning_rate": 1e-6, "dtype": "bfloat16"},
             "32-true",
-            "learning_rate=1e-06 is less than bfloat16",
+            "learning_rate=1e-06 is below the resolution of bfloat16",
         ),
-        (FullFineTuning, {"learning_rate": 1e-6}, "bf16-true", "learning_rate=1e-06 is less than bfloat16"),
+        (FullFineTuning, {"learning_rate": 1e-6}, "bf16-true", "learning_rate=1e-06 is below the resolution of bfloat16"),
         (FullFineTuning, {"learning_rate": 1e-2, "dtype": "bfloat16"}, "32-true", None),
         (FullFineTuning, {"learning_rate": 1e-6}, "bf16-mixed", None),
     ],

@@ -17,7 +17,7 @@ from lightning_ft.rollout.protocol import Completion, RolloutEngine, Rollouts
 
 
 class WrappingEngine:
-    """Samples through a `LocalEngine` of the model that it is passed."""
+    """Samples with a `LocalEngine` of the model that it is passed."""
 
     def __init__(self):
         self.local, self.synced = None, 0
@@ -31,7 +31,7 @@ class WrappingEngine:
 
 
 class FixedEngine:
-    """Returns whatever it was made with."""
+    """Returns the object that it was created with."""
 
     def __init__(self, returned):
         self.returned = returned

@@ -11,7 +11,7 @@ from lightning_ft.rollout.protocol import common_prefix
 
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("name", SHARING)
-def test_answers_are_those_of_generate(name, share_prefix):
+def test_greedy_completions_are_those_of_transformers(name, share_prefix):
     torch.manual_seed(0)
     model, prompts = SHARING[name]().eval(), make_prompts()
     expected = one_by_one(model, prompts, 12)
@@ -19,26 +19,26 @@ def test_answers_are_those_of_generate(name, share_prefix):
     rollouts = engine.generate(prompts, max_new_tokens=12)
     assert [c.tokens for c in rollouts.completions] == expected
     assert [c.truncated for c in rollouts.completions] == [answer[-1] not in ENDS for answer in expected]
-    assert len(set(expected)) > 5  # or a mistake would not show
+    assert len(set(expected)) > 5  # otherwise mistakes would not show
 
 
-def test_the_prefix_is_prefilled_once():
+def test_engine_prefills_the_common_prefix_once():
     model, prompts = SHARING["llama"]().eval(), make_prompts()
     seen = []
     model.model.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
     engine = LocalEngine(model, end_token_ids=ENDS, batch_size=4)
-    engine._layers(3)  # asks the model
+    engine._layers(3)  # probes the model before passes are recorded
     seen.clear()
     rollouts = engine.generate(prompts, max_new_tokens=3)
     assert rollouts.shared_prefix == 20
     assert rollouts.prefilled == 20 + sum(len(prompt) - 20 for prompt in prompts)
     assert [shape for shape in seen if shape[1] >= 20] == [(1, 20)]
-    apart = LocalEngine(model, end_token_ids=ENDS, share_prefix=False).generate(prompts, max_new_tokens=3)
-    assert apart.prefilled == sum(map(len, prompts))
+    unshared = LocalEngine(model, end_token_ids=ENDS, share_prefix=False).generate(prompts, max_new_tokens=3)
+    assert unshared.prefilled == sum(map(len, prompts))
 
 
 @pytest.mark.parametrize("name", NOT_SHARING)
-def test_a_cache_that_cannot_be_shared_falls_back_and_says_why(name):
+def test_engine_falls_back_without_cache_support_and_warns_why(name):
     make, reason = NOT_SHARING[name]
     torch.manual_seed(0)
     model, prompts = make().eval(), make_prompts()
@@ -49,15 +49,15 @@ def test_a_cache_that_cannot_be_shared_falls_back_and_says_why(name):
     assert [c.tokens for c in rollouts.completions] == one_by_one(model, prompts, 8)
 
 
-def test_a_model_whose_cached_output_differs_is_not_shared(monkeypatch):
+def test_engine_falls_back_when_cached_output_differs(monkeypatch):
     model, prompts = SHARING["llama"]().eval(), make_prompts()
     monkeypatch.setattr(LocalEngine, "_is_exact", lambda self, layers: False)
-    with pytest.warns(UserWarning, match="isn't the same with a prefix taken from a cache"):
+    with pytest.warns(UserWarning, match="output differs when a prefix is taken from a cache"):
         rollouts = LocalEngine(model, end_token_ids=ENDS).generate(prompts, max_new_tokens=8)
     assert [c.tokens for c in rollouts.completions] == one_by_one(model, prompts, 8)
 
 
-def test_an_adapted_model_answers_with_its_adapter():
+def test_engine_uses_the_adapter():
     model = make_model(vocab_size=64)
     adapted = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
     prompts = make_prompts()
@@ -68,7 +68,7 @@ def test_an_adapted_model_answers_with_its_adapter():
         assert tokens != one_by_one(adapted, prompts, 6)
 
 
-def test_modes_gradients_and_weights_are_left_as_they_were():
+def test_engine_restores_training_modes_and_grad_mode():
     model = SHARING["llama"]().train()
     model.model.layers[1].eval()
     before = [module.training for module in model.modules()]
@@ -77,18 +77,18 @@ def test_modes_gradients_and_weights_are_left_as_they_were():
     assert torch.is_grad_enabled()
 
 
-def test_answers_do_not_depend_on_batches_and_progress_is_told():
+def test_completions_do_not_depend_on_batch_size_and_progress_is_reported():
     model, prompts = SHARING["qwen3"]().eval(), make_prompts(6)
-    told = []
-    never = [1000]  # no such token: all answers are as long as the limit, and the cache has to grow
+    progress = []
+    never = [1000]  # no such token: all completions reach the limit, and the cache has to grow
     engines = [LocalEngine(model, end_token_ids=never, batch_size=size) for size in (1, 5, 64)]
-    results = [engine.generate(prompts, max_new_tokens=70, on_answered=told.append) for engine in engines]
+    results = [engine.generate(prompts, max_new_tokens=70, on_answered=progress.append) for engine in engines]
     assert results[0] == results[1] == results[2]
-    assert sum(told) == 3 * len(prompts)
+    assert sum(progress) == 3 * len(prompts)
     assert {(len(c.tokens), c.truncated) for c in results[0].completions} == {(70, True)}
 
 
-def test_identical_prompts_and_none_at_all():
+def test_engine_accepts_identical_prompts_and_no_prompts():
     model = SHARING["llama"]().eval()
     engine = LocalEngine(model, end_token_ids=ENDS)
     same = engine.generate([[11, 12, 13]] * 3, max_new_tokens=4)
@@ -97,24 +97,24 @@ def test_identical_prompts_and_none_at_all():
     assert engine.generate([], max_new_tokens=4).completions == ()
 
 
-def test_first_token_is_the_same_with_a_prefix_that_was_read():
+def test_first_token_is_the_same_with_a_prefilled_prefix():
     model, prompts = SHARING["llama"]().eval(), make_prompts()
     engine = LocalEngine(model, end_token_ids=ENDS)
-    prefix = engine.read_prefix(prompts[0][:20], 64)
+    prefix = engine.prefill_prefix(prompts[0][:20], 64)
     answers = one_by_one(model, prompts, 1)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert engine.first_token(prompt) == engine.first_token(prompt[20:], prefix) == answer[0]
 
 
-def test_common_prefix_is_that_of_a_brute_force_search():
+def test_common_prefix_matches_brute_force():
     prompts = make_prompts(7, prefix=5)
     brute = max(k for k in range(min(map(len, prompts))) if len({tuple(p[:k]) for p in prompts}) == 1)
     assert common_prefix(prompts) == brute
 
 
-def test_errors():
+def test_engine_refuses_invalid_arguments():
     model = SHARING["llama"]()
-    with pytest.raises(ConfigError, match="No end token"):
+    with pytest.raises(ConfigError, match="end_token_ids is empty"):
         LocalEngine(model, end_token_ids=[])
     with pytest.raises(ConfigError, match="batch_size=0"):
         LocalEngine(model, end_token_ids=ENDS, batch_size=0)

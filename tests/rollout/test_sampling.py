@@ -1,4 +1,4 @@
-"""What is sampled, with which probability, and that it can be done again."""
+"""Sampled tokens have the right probabilities and log-probabilities, and sampling is reproducible."""
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ from lightning_ft.rollout.protocol import Sampling
 from lightning_ft.rollout.sampling import TokenSampler, draw
 
 NEVER = [1000]  # no such token
-WAYS = [
+SAMPLINGS = [
     Sampling(),
     Sampling(temperature=0.7, top_k=5),
     Sampling(temperature=1.3, top_p=0.6),
     Sampling(min_p=0.2),
     Sampling(temperature=0.6, top_k=20, top_p=0.8, min_p=0.05),
 ]
-PLAIN = ["short_window", "mamba"]
+FALLBACK = ["short_window", "mamba"]
 
 
 def make(name):
@@ -40,14 +40,16 @@ def plain_logprobs(model, prompt, tokens, temperature):
     return chosen[torch.arange(len(tokens)), torch.tensor(tokens)].float()
 
 
-@pytest.mark.parametrize("sampling", WAYS, ids=range(len(WAYS)))
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=range(len(SAMPLINGS)))
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_tokens_are_those_that_generate_draws(sampling, share_prefix, monkeypatch):
-    monkeypatch.setattr("lightning_ft.rollout.sampling.draw", lambda p: torch.multinomial(p, 1)[:, 0])  # as it does
+def test_sampled_tokens_are_those_of_transformers(sampling, share_prefix, monkeypatch):
+    monkeypatch.setattr(
+        "lightning_ft.rollout.sampling.draw", lambda p: torch.multinomial(p, 1)[:, 0]
+    )  # like transformers
     model = make("qwen3")
     draw = torch.Generator().manual_seed(1)
     head = torch.randint(10, 64, (6,), generator=draw)
-    prompts = torch.cat([head.expand(4, 6), torch.randint(10, 64, (4, 5), generator=draw)], dim=1)  # equally long
+    prompts = torch.cat([head.expand(4, 6), torch.randint(10, 64, (4, 5), generator=draw)], dim=1)  # of equal length
     config = GenerationConfig(
         do_sample=True,
         max_new_tokens=9,
@@ -68,34 +70,34 @@ def test_tokens_are_those_that_generate_draws(sampling, share_prefix, monkeypatc
     assert len({c.tokens for c in rollouts.completions}) > 8
 
 
-def test_draws_have_the_probabilities_that_were_given():
+def test_draw_follows_the_probabilities():
     torch.manual_seed(0)
     probabilities = torch.tensor([0.0, 0.5, 0.3, 0.0, 0.2, 0.0])
     counts = torch.bincount(draw(probabilities.expand(200_000, 6)), minlength=6) / 200_000
     torch.testing.assert_close(counts, probabilities, atol=0.005, rtol=0)  # four standard deviations
     assert not counts[probabilities == 0].any()
-    wide = torch.zeros(2000)  # in several blocks of tokens, the last one cut short
-    places = [3, 255, 256, 700, 1999]
-    wide[places] = torch.tensor([0.4, 0.1, 0.2, 0.05, 0.25])
+    wide = torch.zeros(2000)  # several blocks of tokens, the last one shorter
+    tokens = [3, 255, 256, 700, 1999]
+    wide[tokens] = torch.tensor([0.4, 0.1, 0.2, 0.05, 0.25])
     counts = torch.bincount(draw(wide.expand(50_000, 2000)), minlength=2000) / 50_000
     torch.testing.assert_close(counts, wide, atol=0.01, rtol=0)
 
 
-def test_a_draw_at_the_very_end_has_a_probability(monkeypatch):
+def test_draw_never_returns_probability_zero_at_the_ends(monkeypatch):
     monkeypatch.setattr(torch, "rand_like", lambda total: torch.ones_like(total))
     assert draw(torch.tensor([[0.25, 0.75, 0.0, 0.0]])).tolist() == [1]
     monkeypatch.setattr(torch, "rand_like", lambda total: torch.zeros_like(total))
     assert draw(torch.tensor([[0.0, 0.0, 0.25, 0.75]])).tolist() == [2]
 
 
-@pytest.mark.parametrize("name", [*SHARING, *PLAIN])
+@pytest.mark.parametrize("name", [*SHARING, *FALLBACK])
 @pytest.mark.filterwarnings("ignore:.*only slower")
-def test_logprobs_are_those_of_a_plain_pass(name):
+def test_logprobs_match_a_plain_pass(name):
     model, prompts = make(name), make_prompts(5)
     sampling = Sampling(temperature=2.5, top_k=30, top_p=0.9)
     engine = LocalEngine(model, end_token_ids=range(3, 16), batch_size=6)
     rollouts = engine.generate(prompts, max_new_tokens=10, sampling=sampling, num_completions=2)
-    assert len({len(c.tokens) for c in rollouts.completions}) > 2  # some rows end early and leave their batch
+    assert len({len(c.tokens) for c in rollouts.completions}) > 2  # some sequences end early and leave the batch
     for number, completion in enumerate(rollouts.completions):
         assert len(completion.logprobs) == len(completion.tokens)
         expected = plain_logprobs(model, prompts[number // 2], completion.tokens, 2.5)
@@ -112,7 +114,7 @@ def test_greedy_completions_have_no_logprobs():
         assert completion.logprobs == ()
 
 
-def test_tokens_are_drawn_as_often_as_they_are_probable():
+def test_sampled_token_frequencies_match_probabilities():
     """Chi-square on one-token completions of a small vocabulary. (Over 200 seeds the p-values were uniform.)"""
     model = make_model(vocab_size=12, hidden=16).eval()
     prompt, temperature = [5, 6, 7], 1.7
@@ -125,9 +127,9 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
     )
     counts = torch.bincount(torch.tensor([c.tokens[0] for c in rollouts.completions]), minlength=12)
     expected = (logits / temperature).softmax(-1) * 4000
-    assert expected.min() > 5  # or the test would not be one
+    assert expected.min() > 5  # required by the chi-square test
     assert chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-3
-    assert chisquare(counts.numpy(), (logits.softmax(-1) * 4000).numpy()).pvalue < 1e-9  # the temperature left out
+    assert chisquare(counts.numpy(), (logits.softmax(-1) * 4000).numpy()).pvalue < 1e-9  # without the temperature
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
         ),
     ],
 )
-def test_nothing_is_drawn_that_the_filters_left_out(sampling, chain):
+def test_sampler_draws_exactly_the_tokens_that_filters_keep(sampling, chain):
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     kept = logits
     for warper in chain:
@@ -158,7 +160,7 @@ def test_nothing_is_drawn_that_the_filters_left_out(sampling, chain):
 
 @pytest.mark.parametrize("name", ["llama", "short_window"])
 @pytest.mark.filterwarnings("ignore:.*only slower")
-def test_the_generators_state_is_all_that_a_rollout_depends_on(name):
+def test_rollout_depends_only_on_the_generator_state(name):
     model, prompts = make(name), make_prompts(5)
     options = {"max_new_tokens": 8, "sampling": Sampling(temperature=0.9), "num_completions": 3}
     engine = LocalEngine(model, end_token_ids=ENDS, batch_size=7)
@@ -169,7 +171,9 @@ def test_the_generators_state_is_all_that_a_rollout_depends_on(name):
     second = engine.generate(prompts, **options)
     assert second != first
     torch.set_rng_state(state)
-    again = LocalEngine(model, end_token_ids=ENDS, batch_size=7).generate(prompts, **options)  # a new one probes anew
+    again = LocalEngine(model, end_token_ids=ENDS, batch_size=7).generate(
+        prompts, **options
+    )  # a new engine probes the model again
     assert again == first
     assert torch.equal(torch.get_rng_state(), after)
     LocalEngine(model, end_token_ids=ENDS).generate(prompts, max_new_tokens=8)
@@ -177,7 +181,7 @@ def test_the_generators_state_is_all_that_a_rollout_depends_on(name):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "options",
     [
         {"temperature": -0.1},
         {"temperature": float("nan")},
@@ -195,7 +199,7 @@ def test_the_generators_state_is_all_that_a_rollout_depends_on(name):
     ],
     ids=str,
 )
-def test_values_out_of_range_are_refused(wrong):
-    (name,) = wrong
+def test_sampling_refuses_values_out_of_range(options):
+    (name,) = options
     with pytest.raises(ConfigError, match=name + "="):
-        Sampling(**wrong)
+        Sampling(**options)

@@ -7,45 +7,45 @@ from tiny import make_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.rollout.decode import Ending
+from lightning_ft.rollout.decode import StopChecker
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 
 END = 2
 
 
-def first_place(tokenizer, tokens, stop):
-    """The slow, obvious way: how many tokens there are when the whole text first holds a stop string."""
-    for place in range(1, len(tokens) + 1):
-        if any(s in tokenizer.decode(tokens[:place]) for s in stop):
-            return place
+def stop_length(tokenizer, tokens, stop):
+    """The slow, obvious way: number of tokens after which the whole text first contains a stop string."""
+    for length in range(1, len(tokens) + 1):
+        if any(s in tokenizer.decode(tokens[:length]) for s in stop):
+            return length
     return None
 
 
 @pytest.mark.parametrize("stop", [("zo",), ("ef", "7é"), ("lamp q",), ("<|im_start|>a",), ("€",), ("\n\n",)], ids=str)
-def test_ends_are_those_of_the_whole_text(tokenizer, stop):
-    """Random token streams with the stop strings sown in, spelt a byte at a time and as the tokenizer spells them."""
+def test_stop_checker_agrees_with_the_whole_text(tokenizer, stop):
+    """Random tokens with stop strings inserted, one token per byte and as the tokenizer encodes them."""
     draw = torch.Generator().manual_seed(0)
-    ending, found, spans = Ending([END], stop, tokenizer), 0, 0
+    checker, found, spans = StopChecker([END], stop, tokenizer), 0, 0
     for number in range(120):
         tokens = torch.randint(3, len(tokenizer), (60,), generator=draw).tolist()
-        sown = stop[number % len(stop)]
+        inserted = stop[number % len(stop)]
         if number % 3 == 0:
-            tokens[30:30] = tokenizer.encode(sown, add_special_tokens=False)
+            tokens[30:30] = tokenizer.encode(inserted, add_special_tokens=False)
         elif number % 3 == 1:
-            tokens[30:30] = [i for b in sown.encode() for i in [tokenizer.convert_tokens_to_ids(byte_token(b))]]
-        place = first_place(tokenizer, tokens, stop)
-        upto = len(tokens) if place is None else place
-        flags = [ending.stopped([tokens[:length]])[0] for length in range(1, upto + 1)]
-        assert flags == [False] * (upto - 1) + [place is not None]
-        found += place is not None
-        spans += place is not None and not any(s in tokenizer.decode(tokens[place - 1]) for s in stop)
+            tokens[30:30] = [i for b in inserted.encode() for i in [tokenizer.convert_tokens_to_ids(byte_token(b))]]
+        expected = stop_length(tokenizer, tokens, stop)
+        last = len(tokens) if expected is None else expected
+        flags = [checker.contains_stop_string([tokens[:length]])[0] for length in range(1, last + 1)]
+        assert flags == [False] * (last - 1) + [expected is not None]
+        found += expected is not None
+        spans += expected is not None and not any(s in tokenizer.decode(tokens[expected - 1]) for s in stop)
     assert found > 60
-    assert spans > 20  # strings that no token holds alone
+    assert spans > 20  # strings that no single token contains
 
 
 def byte_token(value):
-    """What byte-level BPE calls a byte."""
+    """Token of a byte in byte-level BPE."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return chr(value) if value in kept else chr(256 + [b for b in range(256) if b not in kept].index(value))
 
@@ -59,7 +59,7 @@ def engines(tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore:.*only slower")
-def test_both_loops_stop_there_and_nowhere_else(tokenizer):
+def test_both_loops_stop_exactly_at_stop_strings(tokenizer):
     draw = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, len(tokenizer), (4, 9), generator=draw).tolist()
     never_stop = ("this string is never written",)
@@ -72,12 +72,14 @@ def test_both_loops_stop_there_and_nowhere_else(tokenizer):
         stop = (text[5:8], tokenizer.decode(whole[5].tokens[20:22]))
         torch.manual_seed(2)
         cut = engine.generate(prompts, sampling=Sampling(temperature=2.0, stop=stop), **options).completions
-        places = [first_place(tokenizer, c.tokens, stop) for c in cut]
-        assert all(place in (None, len(c.tokens)) for place, c in zip(places, cut, strict=True))
+        lengths = [stop_length(tokenizer, c.tokens, stop) for c in cut]
+        assert all(length in (None, len(c.tokens)) for length, c in zip(lengths, cut, strict=True))
         assert [c.truncated for c in cut] == [
-            place is None and c.tokens[-1] != END for place, c in zip(places, cut, strict=True)
+            length is None and c.tokens[-1] != END for length, c in zip(lengths, cut, strict=True)
         ]
-        assert cut[0].tokens == whole[0].tokens[: len(cut[0].tokens)]  # until rows leave, the draws are the same
+        assert (
+            cut[0].tokens == whole[0].tokens[: len(cut[0].tokens)]
+        )  # the draws are the same until sequences leave the batch
         assert cut[0].tokens != whole[0].tokens
         assert not cut[0].truncated
         assert any(c.truncated for c in cut)
@@ -85,7 +87,7 @@ def test_both_loops_stop_there_and_nowhere_else(tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore:.*only slower")
-def test_greedy_answers_stop_too(tokenizer):
+def test_greedy_completions_stop_at_stop_strings(tokenizer):
     for _, engine in engines(tokenizer):
         (whole,) = engine.generate([[5, 6, 7]], max_new_tokens=20).completions
         text = tokenizer.decode(whole.tokens[:8])
@@ -93,13 +95,13 @@ def test_greedy_answers_stop_too(tokenizer):
         stop = (text[2:5],)
         sampling = Sampling(temperature=0.0, stop=stop)
         cut = engine.generate([[5, 6, 7]], max_new_tokens=20, sampling=sampling, num_completions=2).completions
-        place = first_place(tokenizer, whole.tokens, stop)
-        assert [c.tokens for c in cut] == [whole.tokens[:place]] * 2
+        length = stop_length(tokenizer, whole.tokens, stop)
+        assert [c.tokens for c in cut] == [whole.tokens[:length]] * 2
         assert not cut[0].truncated
         assert cut[0].logprobs == ()
 
 
-def test_a_stop_string_in_the_prompt_ends_nothing(tokenizer):
+def test_stop_string_in_the_prompt_is_ignored(tokenizer):
     _, engine = next(engines(tokenizer))
     prompt = tokenizer.encode("lamp lamp lamp")
     (free,) = engine.generate([prompt], max_new_tokens=5).completions
@@ -109,7 +111,7 @@ def test_a_stop_string_in_the_prompt_ends_nothing(tokenizer):
     assert stopping == free
 
 
-def test_without_a_tokenizer_it_is_refused():
+def test_stop_strings_without_a_tokenizer_are_refused():
     engine = LocalEngine(make_model(), end_token_ids=[END])
     with pytest.raises(ConfigError, match="pass the engine a tokenizer="):
         engine.generate([[5]], max_new_tokens=2, sampling=Sampling(stop=("x",)))

@@ -1,4 +1,4 @@
-"""What a vLLM server is asked and sent, and what is made of its answers. (A stand-in answers; none is the real one.)"""
+"""Requests and weights sent to a vLLM server, and its responses. (The server is a mock; none of them is real.)"""
 
 import socket
 
@@ -31,12 +31,14 @@ def server(transport):
         yield stand_in, url
 
 
-def test_one_request_asks_for_all_groups(server, tokenizer):
+def test_generate_sends_one_request_for_all_groups(server, tokenizer):
     stand_in, url = server
-    told = []
+    progress = []
     engine = VLLMEngine(url + "/", end_token_ids=[END, 3], tokenizer=tokenizer)
     sampling = Sampling(temperature=0.7, stop=("\n\n", "User:"))
-    rollouts = engine.generate(PROMPTS, max_new_tokens=9, sampling=sampling, num_completions=3, on_answered=told.append)
+    rollouts = engine.generate(
+        PROMPTS, max_new_tokens=9, sampling=sampling, num_completions=3, on_answered=progress.append
+    )
     assert stand_in.posted("/v1/completions") == [
         {
             "model": "served-model",
@@ -62,10 +64,10 @@ def test_one_request_asks_for_all_groups(server, tokenizer):
     assert [c.truncated for c in rollouts.completions] == [False, True, False] * 2
     for completion in rollouts.completions:
         assert completion.logprobs == tuple(logprob(token) for token in completion.tokens)
-    assert (rollouts.shared_prefix, rollouts.prefilled, told) == (0, 5, [2])
+    assert (rollouts.shared_prefix, rollouts.prefilled, progress) == (0, 5, [2])
 
 
-def test_a_stop_string_is_an_end(server, tokenizer):
+def test_stop_string_ends_a_completion(server, tokenizer):
     stand_in, url = server
     lamp = tokenizer.encode(" the lamp")
     stand_in.answer = lambda prompt, n: lamp + [5] * n
@@ -79,7 +81,7 @@ def test_a_stop_string_is_an_end(server, tokenizer):
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.0, top_p=0.5, top_k=3)])
-def test_greedy_answers_are_asked_for_once(server, sampling):
+def test_greedy_completions_are_requested_once(server, sampling):
     stand_in, url = server
     rollouts = VLLMEngine(url, end_token_ids=[END]).generate(
         PROMPTS, max_new_tokens=4, sampling=sampling, num_completions=3
@@ -90,7 +92,7 @@ def test_greedy_answers_are_asked_for_once(server, sampling):
     assert {c.logprobs for c in rollouts.completions} == {()}
 
 
-def test_renormalised_logprobs_are_not_passed_off_as_others(server):
+def test_filters_leave_out_renormalized_logprobs(server):
     stand_in, url = server
     for sampling in (Sampling(top_p=0.9), Sampling(top_k=40), Sampling(min_p=0.1)):
         rollouts = VLLMEngine(url, end_token_ids=[END]).generate(PROMPTS, max_new_tokens=4, sampling=sampling)
@@ -98,7 +100,7 @@ def test_renormalised_logprobs_are_not_passed_off_as_others(server):
         assert {c.logprobs for c in rollouts.completions} == {()}
 
 
-def test_no_prompts_are_not_asked(server):
+def test_no_prompts_send_no_request(server):
     stand_in, url = server
     assert VLLMEngine(url, end_token_ids=[END]).generate([], max_new_tokens=4).completions == ()
     assert stand_in.requests == []
@@ -108,7 +110,7 @@ def test_no_prompts_are_not_asked(server):
 
 
 @pytest.mark.parametrize("stateful", [False, True])
-def test_weights_are_announced_and_sent_under_the_servers_names(monkeypatch, server, stateful):
+def test_sync_weights_sends_metadata_and_weights_under_the_servers_names(monkeypatch, server, stateful):
     transport = without_vllm(monkeypatch, stateful)
     stand_in, url = server
     model = make_model().to(torch.bfloat16)
@@ -142,7 +144,7 @@ def test_weights_are_announced_and_sent_under_the_servers_names(monkeypatch, ser
     assert stand_in.requests[0][0] == "/start_weight_update"  # the channel stays open
 
 
-def test_a_broken_adapter_ends_the_transfer_and_is_told(transport, server):
+def test_sync_weights_finishes_the_transfer_of_a_broken_adapter_and_raises(transport, server):
     lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"])
     model = get_peft_model(make_model(), lora)
     with torch.no_grad():
@@ -153,15 +155,15 @@ def test_a_broken_adapter_ends_the_transfer_and_is_told(transport, server):
     assert server[0].requests[-1][0] == "/reset_prefix_cache"
 
 
-# ------------------------------------------------------------ what goes wrong
+# ------------------------------------------------------------ errors
 
 
-def test_without_vllm_it_says_what_to_install():
+def test_engine_without_vllm_names_the_package_to_install():
     with pytest.raises(MissingDependencyError, match=r"pip install 'lightning-ft\[vllm\]'"):
         VLLMEngine(end_token_ids=[END])
 
 
-def test_a_server_that_is_not_there(transport):
+def test_missing_server_raises_with_the_start_command(transport):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -172,7 +174,7 @@ def test_a_server_that_is_not_there(transport):
             engine.sync_weights(make_model())
 
 
-def test_a_server_that_fails(server):
+def test_server_errors_raise_and_the_engine_recovers(server):
     stand_in, url = server
     engine = VLLMEngine(url, end_token_ids=[END])
     stand_in.failing["/v1/completions"] = 500
@@ -182,7 +184,7 @@ def test_a_server_that_fails(server):
     with pytest.raises(RolloutError, match=r"failed to generate: .*400.*out of order"):
         engine.generate(PROMPTS, max_new_tokens=3)
     stand_in.failing["/update_weights"] = 404
-    with pytest.raises(RolloutError, match=r"failed to take weights: .*404"):
+    with pytest.raises(RolloutError, match=r"failed to update its weights: .*404"):
         engine.sync_weights(make_model())
     stand_in.failing.clear()
     engine.generate(PROMPTS, max_new_tokens=3)
@@ -192,25 +194,28 @@ def test_a_server_that_fails(server):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        (lambda choices: choices[:-1], "gave 3 completions to 2 prompts: expected 2 to each, 4 in all"),
+        (lambda choices: choices[:-1], "returned 3 completions of 2 prompts: expected 2 per prompt, 4 in total"),
         (lambda choices: [], "failed to generate"),
-        (lambda choices: choices[::-1], "answered other prompts"),
-        (lambda choices: [c | {"logprobs": None} for c in choices], "left log-probabilities out"),
-        (lambda choices: [c | {"token_ids": [*c["token_ids"], 9]} for c in choices], "left log-probabilities out"),
+        (lambda choices: choices[::-1], "completed other prompts"),
+        (lambda choices: [c | {"logprobs": None} for c in choices], "no log-probabilities for some tokens"),
+        (
+            lambda choices: [c | {"token_ids": [*c["token_ids"], 9]} for c in choices],
+            "no log-probabilities for some tokens",
+        ),
         (
             lambda choices: [c | {"token_ids": [9, *c["token_ids"][1:]]} for c in choices],
             "no log-probability of token 9",
         ),
     ],
 )
-def test_answers_that_are_not_what_was_asked_for(server, changed, reason):
+def test_response_that_does_not_match_the_request_is_refused(server, changed, reason):
     stand_in, url = server
     stand_in.changed = changed
     with pytest.raises(RolloutError, match=reason):
         VLLMEngine(url, end_token_ids=[END]).generate(PROMPTS, max_new_tokens=3, sampling=Sampling(), num_completions=2)
 
 
-def test_a_server_that_was_started_otherwise(monkeypatch, server):
+def test_server_started_with_other_options_is_refused(monkeypatch, server):
     stand_in, url = server
     engine, model = VLLMEngine(url, end_token_ids=[END]), make_model()
     monkeypatch.setattr("lightning_ft.rollout.vllm.input_device", lambda model: torch.device("cpu"))
@@ -227,13 +232,13 @@ def test_a_server_that_was_started_otherwise(monkeypatch, server):
     stand_in.config = {"weight_transfer_config": {}, "model_config": {"logprobs_mode": "raw_logprobs"}}
     engine.sync_weights(model)
     engine.generate(PROMPTS, max_new_tokens=3, sampling=Sampling())
-    with pytest.raises(RolloutError, match="raw_logprobs, which leave the temperature out"):
+    with pytest.raises(RolloutError, match="raw_logprobs, which ignore the temperature"):
         engine.generate(PROMPTS, max_new_tokens=3, sampling=Sampling(temperature=0.5))
 
 
-def test_requests_that_make_no_sense(server):
+def test_engine_refuses_invalid_requests(server):
     engine = VLLMEngine(server[1], end_token_ids=[END])
     with pytest.raises(ConfigError, match="Prompt 1 has no tokens"):
         engine.generate([[1], []], max_new_tokens=3)
-    with pytest.raises(ConfigError, match="No end token"):
+    with pytest.raises(ConfigError, match="end_token_ids is empty"):
         VLLMEngine(server[1], end_token_ids=[])

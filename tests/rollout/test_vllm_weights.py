@@ -1,4 +1,4 @@
-"""The weights that a server is given are those of the merged model, and the live one is left alone."""
+"""The weights sent to a server are those of the merged model, and the model in training doesn't change."""
 
 import copy
 
@@ -20,9 +20,9 @@ LORAS = {
 }
 
 
-def adapted(kind, **options):
-    model = make_model(vocab_size=64, attention_bias=kind == "bias", **options)
-    adapter = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **LORAS[kind]), adapter_name="policy")
+def adapted(variant, **options):
+    model = make_model(vocab_size=64, attention_bias=variant == "bias", **options)
+    adapter = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **LORAS[variant]), adapter_name="policy")
     with torch.no_grad():
         for _, weight in adapter.named_parameters():
             if weight.requires_grad:
@@ -31,10 +31,10 @@ def adapted(kind, **options):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tie"), [*((kind, False) for kind in LORAS), *((kind, True) for kind in ("linear", "dora", "tokens"))]
+    ("variant", "tie"), [*((name, False) for name in LORAS), *((name, True) for name in ("linear", "dora", "tokens"))]
 )
-def test_adapters_are_merged_and_the_live_model_is_left_alone(kind, tie):
-    model = adapted(kind, tie=tie)
+def test_served_weights_are_merged_and_the_model_is_unchanged(variant, tie):
+    model = adapted(variant, tie=tie)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = {name: weight.requires_grad for name, weight in model.named_parameters()}
     addresses = {name: weight.data_ptr() for name, weight in model.named_parameters()}
@@ -50,7 +50,7 @@ def test_adapters_are_merged_and_the_live_model_is_left_alone(kind, tie):
     merged = dict(copy.deepcopy(model).merge_and_unload(safe_merge=True).named_parameters())
     assert set(sent) == set(merged)
     changed = 0
-    plain = make_model(vocab_size=64, attention_bias=kind == "bias", tie=tie)
+    plain = make_model(vocab_size=64, attention_bias=variant == "bias", tie=tie)
     for name, weight in merged.items():
         assert torch.equal(sent[name], weight), name
         changed += not torch.equal(weight, plain.get_parameter(name))
@@ -60,7 +60,7 @@ def test_adapters_are_merged_and_the_live_model_is_left_alone(kind, tie):
     torch.testing.assert_close(plain(ids).logits, model.eval()(ids).logits, atol=2e-4, rtol=1e-4)
 
 
-def test_an_adapter_that_is_off_is_not_merged():
+def test_disabled_adapter_is_not_merged():
     model = adapted("saved_head")
     with model.disable_adapter():
         sent = dict(ServedWeights(model))
@@ -69,10 +69,10 @@ def test_an_adapter_that_is_off_is_not_merged():
         assert torch.equal(sent[name], weight)
 
 
-def test_what_no_plain_model_has_is_refused():
-    with pytest.raises(ModelError, match="are one weight, which the adapter changes in one"):
+def test_weights_that_no_plain_model_has_are_refused():
+    with pytest.raises(ModelError, match="are tied, but the adapter changes only one"):
         ServedWeights(adapted("embedding", tie=True))
-    with pytest.raises(ModelError, match="trained apart from the embeddings"):
+    with pytest.raises(ModelError, match="was trained apart from the embeddings"):
         ServedWeights(adapted("saved_head", tie=True))
     model = get_peft_model(make_model(vocab_size=64), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ModelError, match="PROMPT_TUNING adapter can't be merged"):

@@ -1,4 +1,4 @@
-"""What answering costs a machine, by formula from a model's shape: prefill arithmetic and cache memory."""
+"""Serving cost of a request: prefill FLOPs and KV cache size from the model's shape, and time to first token."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from lightning_ft.rollout.local import LocalEngine
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the formulas need.
+    """Dimensions of a model from which prefill FLOPs and the size of the KV cache follow.
 
     Args:
-        weights: Entries of the matrices that every token is multiplied with, the output head and adapters left out.
-        head: Entries of the output head, used once for each prompt.
-        layers: Attention layers; for each its window in tokens, or None for full attention.
-        heads: Query heads.
-        key_value_heads: Key and value heads.
-        key_dim: Size of a key.
-        value_dim: Size of a value.
-        bytes_per_number: Of the weights' dtype, in which keys and values are kept too.
+        weights: Number of entries of all weight matrices that each token is multiplied with, without output head and
+            adapters.
+        head: Number of entries of the output head, which is applied once per prompt.
+        layers: Sliding window of each attention layer in tokens, or None for full attention.
+        heads: Number of query heads.
+        key_value_heads: Number of key and value heads.
+        key_dim: Dimension of a key.
+        value_dim: Dimension of a value.
+        bytes_per_number: Bytes per number in the dtype of the weights, which is also that of keys and values.
 
     Example:
         >>> shape = ModelShape(1000, 100, (None, None), 4, 2, 8, 8, 2)
@@ -48,28 +49,36 @@ class ModelShape:
     bytes_per_number: int
 
     def prefill_flops(self, tokens: int) -> int:
-        """Operations to run a prompt through the model: ``2 (W I + H) + h (d_k + d_v) sum_layers I (I + 1)``.
+        """Number of operations to process a prompt: ``2 (W I + H) + h (d_k + d_v) sum_layers I (I + 1)``.
 
-        A multiplication and an addition count as two. Token i attends to i tokens (at most its layer's window) with
-        ``h`` heads, which is ``2 h (d_k + d_v)`` for each pair. Norms, softmax and activations aren't counted, nor are
-        adapters.
+        A multiplication and an addition count as two operations. Token i attends to i tokens (at most the sliding
+        window of the layer) with ``h`` heads, at ``2 h (d_k + d_v)`` operations per pair. Norms, softmax, activations
+        and adapters aren't counted.
+
+        Args:
+            tokens: Number of tokens `I` of the prompt.
         """
         pairs = sum(_pairs(tokens, window) for window in self.layers)
         return 2 * (self.weights * tokens + self.head) + 2 * self.heads * (self.key_dim + self.value_dim) * pairs
 
     def kv_cache_bytes(self, tokens: int) -> int:
-        """Memory of so many tokens' keys and values: ``h_kv (d_k + d_v) bytes sum_layers min(tokens, window)``."""
+        """Bytes of the keys and values of a sequence: ``h_kv (d_k + d_v) bytes sum_layers min(tokens, window)``.
+
+        Args:
+            tokens: Number of tokens of the sequence.
+        """
         kept = sum(tokens if window is None else min(tokens, window) for window in self.layers)
         return self.key_value_heads * (self.key_dim + self.value_dim) * self.bytes_per_number * kept
 
 
 def _pairs(tokens: int, window: int | None) -> int:
+    """Number of pairs of a query and a key that it attends to."""
     w = tokens if window is None else min(tokens, window)
     return w * (w + 1) // 2 + (tokens - w) * w
 
 
 def model_shape(model: CausalLM) -> ModelShape | None:
-    """The shape of a model; None where a formula would not fit it (experts, state spaces, no attention)."""
+    """Shape of a model; None for architectures that the formulas don't cover (experts, state spaces, no attention)."""
     base = base_of(model)
     config: Any = base.config.get_text_config(decoder=True)
     head = base.get_output_embeddings()
@@ -77,7 +86,7 @@ def model_shape(model: CausalLM) -> ModelShape | None:
     for name, module in base.named_modules():
         if "lora_" in name or module is head:
             continue
-        if isinstance(module, nn.Linear):  # sizes and not numel: quantized weights are packed
+        if isinstance(module, nn.Linear):  # sizes rather than numel, since quantized weights are packed
             weights += module.in_features * module.out_features
         elif isinstance(module, Conv1D):
             weights += module.nx * module.nf
@@ -90,12 +99,12 @@ def model_shape(model: CausalLM) -> ModelShape | None:
     if not (isinstance(heads, int) and isinstance(hidden, int) and isinstance(layers, int)):
         return None
     head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kinds = getattr(config, "layer_types", None)
+    layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    if kinds is None:
+    if layer_types is None:
         windows: tuple[int | None, ...] = (window,) * layers
-    elif set(kinds) <= {"full_attention", "sliding_attention"}:
-        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    elif set(layer_types) <= {"full_attention", "sliding_attention"}:
+        windows = tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
     else:
         return None
     return ModelShape(
@@ -111,36 +120,39 @@ def model_shape(model: CausalLM) -> ModelShape | None:
 
 
 def first_token_seconds(
-    engine: LocalEngine, prompts: Sequence[Sequence[int]], shared: int, *, rounds: int = 3
+    engine: LocalEngine, prompts: Sequence[Sequence[int]], prefix_length: int, *, rounds: int = 3
 ) -> dict[str, float]:
     """Median time from a prompt to its first new token, one request at a time.
 
     Args:
-        engine: Holds the model.
+        engine: Engine of the model.
         prompts: Prompts of one arm.
-        shared: Tokens they all start with.
-        rounds: How many of the prompts are timed, after one that isn't.
+        prefix_length: Number of tokens in the common prefix of all prompts.
+        rounds: Number of prompts to time, after one pass for warm-up.
 
     Returns:
-        Seconds, ``cold`` with nothing cached and ``warm`` with the shared prefix in the cache. Without a prefix to
-        share, or for a model whose cache can't be shared, there is no ``warm``.
+        Seconds, ``cold`` with an empty cache and ``warm`` with the common prefix in the cache. ``warm`` is missing if
+        there is no common prefix, or the model's cache can't be shared.
     """
     chosen = [list(prompt) for prompt in prompts[:rounds]]
     with evaluating(engine.model):
-        engine.first_token(chosen[0])  # the first pass of a model allocates and compiles
+        engine.first_token(chosen[0])  # warm-up: the first pass of a model allocates and compiles
         seconds = {"cold": median([_timed(engine, prompt, None) for prompt in chosen])}
-        if shared and (cached := engine.read_prefix(chosen[0][:shared], max(map(len, chosen)) + 1)) is not None:
-            seconds["warm"] = median([_timed(engine, prompt[shared:], cached) for prompt in chosen])
+        if (
+            prefix_length
+            and (cached := engine.prefill_prefix(chosen[0][:prefix_length], max(map(len, chosen)) + 1)) is not None
+        ):
+            seconds["warm"] = median([_timed(engine, prompt[prefix_length:], cached) for prompt in chosen])
     return seconds
 
 
 def _timed(engine: LocalEngine, prompt: Sequence[int], prefix: GrowingCache | None) -> float:
-    _wait()
+    _synchronize()
     start = time.perf_counter()
-    engine.first_token(prompt, prefix)  # an int on this side, so the device has finished
+    engine.first_token(prompt, prefix)  # returns an int, so the device has finished
     return time.perf_counter() - start
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
