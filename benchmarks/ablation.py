@@ -1,13 +1,14 @@
-"""What each technique brings to supervised fine-tuning: switched on in turn, from a plain loop to our module.
+"""Ablation of supervised fine-tuning: techniques switched on one by one, from a plain training loop to our module.
 
     python benchmarks/ablation.py
     python benchmarks/ablation.py --vocabulary 152000 --hidden 576 --layers 30 --json ablation.json
 
-It begins with the loop of any tutorial (right-padded rows, ``model(input_ids, attention_mask, labels=labels).loss``,
-AdamW). Each row of the table says what it builds on; where the two compute the same, their losses must agree. Each row
-is a process of its own. A few take turns, forwards and backwards: always the plain loop, and what a row builds on.
+The first row is a tutorial's loop (right-padded rows, ``model(input_ids, attention_mask, labels=labels).loss``, AdamW).
+Each further row of the table names the row that it builds on; where the two compute the same, their losses must agree.
+Each row runs in its own process. A few processes alternate, in forward and reverse order: always the plain loop, and
+the row that the measured one builds on.
 
-Batches aren't sorted by length: nothing in this project does that, and it would train on other batches.
+Batches aren't sorted by length: nothing in this project does that, and it would train on different batches.
 """
 
 from __future__ import annotations
@@ -38,21 +39,22 @@ class Recipe:
     """A row of the table.
 
     Args:
-        name: What is new in it.
-        after: The row that it builds on, and must agree with; None for the first.
-        exact: Whether it computes the same as that row.
-        engine: ``loop`` (below), ``ours`` or ``trl`` (both of `sft.py`).
-        head: ``logits`` of every place; ``there``: of supervised places; ``recomputed``: those, in chunks that the
-            backward pass computes again; ``direct``: in chunks, with the gradient formed in the forward pass.
-        unmasked: Without an attention mask, which rows that are padded on the right don't need.
-        layout: ``padded``; ``one row`` for a batch, without padding; ``packed``: as many rows as cost least, since
-            attention over the whole of one long row costs more than a little padding.
-        one_mask: Tell the model who sees whom, rather than let each layer make a mask of transformers' one.
-        checkpointing: Compute activations again in the backward pass.
-        fused: The fused kernel of AdamW.
-        dtype: Of the base; an adapter stays fp32.
-        lora: Train an adapter, or all weights.
-        setting: Of TRL, see `sft.SETTINGS`.
+        name: Technique that the row adds.
+        after: Name of the row that it builds on and must agree with; None for the first.
+        exact: Whether it computes the same losses as that row.
+        engine: Training loop: ``loop`` (below), ``ours`` or ``trl`` (both in `sft.py`).
+        head: How the loss is computed: ``logits`` at every position; ``supervised``: logits at supervised positions
+            only; ``recomputed``: those, in chunks that the backward pass computes again; ``direct``: those, in chunks
+            whose gradient is computed in the forward pass.
+        unmasked: Whether the attention mask is left out, which right-padded rows don't need.
+        layout: ``padded``; ``one row`` per batch, without padding; ``packed``: the number of rows that costs least,
+            since attention over one long row costs more than a little padding.
+        one_mask: Whether the model gets one mask for all layers, rather than building its own from transformers'.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        fused: Whether AdamW uses its fused kernel.
+        dtype: Dtype of the base model; an adapter stays fp32.
+        lora: Whether an adapter is trained, rather than all weights.
+        setting: Name of TRL's settings, a key of `sft.SETTINGS`.
     """
 
     name: str
@@ -72,8 +74,8 @@ class Recipe:
 
 PLAIN = Recipe("plain loop")
 UNMASKED = replace(PLAIN, name="no attention mask", after=PLAIN.name, unmasked=True)
-THERE = replace(UNMASKED, name="logits of supervised places", after=UNMASKED.name, head="there")
-CHUNKED = replace(THERE, name="in chunks, recomputed", after=THERE.name, head="recomputed")
+SUPERVISED = replace(UNMASKED, name="logits of supervised positions", after=UNMASKED.name, head="supervised")
+CHUNKED = replace(SUPERVISED, name="in chunks, recomputed", after=SUPERVISED.name, head="recomputed")
 DIRECT = replace(CHUNKED, name="gradient in the forward pass", after=CHUNKED.name, head="direct")
 FUSED = replace(DIRECT, name="fused AdamW", after=DIRECT.name, fused=True)
 ONE_ROW = replace(DIRECT, name="packed into one row", after=DIRECT.name, layout="one row")
@@ -83,7 +85,7 @@ FULL = replace(PLAIN, name="plain loop, all weights", after=PLAIN.name, exact=Fa
 RECIPES = [
     PLAIN,
     UNMASKED,
-    THERE,
+    SUPERVISED,
     CHUNKED,
     DIRECT,
     FUSED,
@@ -96,13 +98,13 @@ RECIPES = [
     replace(PLAIN, name="TRL's SFTTrainer, padded", after=PLAIN.name, engine="trl", setting="padded"),
     replace(PLAIN, name="TRL's SFTTrainer, padding-free", after=PLAIN.name, engine="trl", setting="padding_free"),
     FULL,
-    replace(DIRECT, name="all of it, all weights", after=FULL.name, lora=False),
-    replace(FUSED, name="fused AdamW, all weights", after="all of it, all weights", lora=False),
+    replace(DIRECT, name="all of them, all weights", after=FULL.name, lora=False),
+    replace(FUSED, name="fused AdamW, all weights", after="all of them, all weights", lora=False),
 ]
 
 
 def build(task: tuple[sft.Case, Recipe]) -> Repeat:
-    """A contender."""
+    """Build the contender that trains by a recipe."""
     case, recipe = task
     case = replace(case, lora=recipe.lora, packing=recipe.layout == "packed", setting=recipe.setting)
     if recipe.engine != "loop":
@@ -129,7 +131,7 @@ def build(task: tuple[sft.Case, Recipe]) -> Repeat:
             losses.append(loss.item())
         return losses
 
-    return sft.from_the_start(network, run)
+    return sft.with_restored_weights(network, run)
 
 
 def _plain_loss(network: nn.Module, examples: list[Example], recipe: Recipe) -> Tensor:
@@ -153,7 +155,7 @@ def _selected_loss(network: Any, examples: list[Example], recipe: Recipe) -> Ten
     return -HEADS[recipe.head](states, base.get_output_embeddings(), batch) / batch.num_targets
 
 
-def _there(states: Tensor, head: Any, batch: TokenBatch) -> Tensor:
+def _supervised(states: Tensor, head: Any, batch: TokenBatch) -> Tensor:
     return -nn.functional.cross_entropy(head(states).float(), batch.targets, reduction="sum")
 
 
@@ -166,7 +168,7 @@ def _direct(states: Tensor, head: Any, batch: TokenBatch) -> Tensor:
 
 
 HEADS: dict[str, Callable[[Tensor, Any, TokenBatch], Tensor]] = {
-    "there": _there,
+    "supervised": _supervised,
     "recomputed": _recomputed,
     "direct": _direct,
 }
@@ -174,13 +176,13 @@ HEADS: dict[str, Callable[[Tensor, Any, TokenBatch], Tensor]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a recipe, in turns with what it is compared with.
+    """Measurements of a recipe and of those that it is compared with, taken alternately.
 
     Args:
-        recipe: What was run.
-        found: Its metrics.
-        plain: Those of the plain loop.
-        before: Those of the row that it builds on; None for the plain loop.
+        recipe: Recipe that was run.
+        found: Its measurements.
+        plain: Measurements of the plain loop.
+        before: Measurements of the row that it builds on; None for the plain loop.
     """
 
     recipe: Recipe
@@ -190,30 +192,33 @@ class Row:
 
     @property
     def apart(self) -> float | None:
-        """The largest difference of a loss from the row that it builds on."""
+        """Largest difference between a loss and the same loss of the row that it builds on."""
         if self.before is None:
             return None
         return max(abs(x - y) for x, y in zip(self.found.values["losses"], self.before.values["losses"], strict=True))
 
     def check(self) -> None:
-        """Refuse losses that should agree and don't.
+        """Stop the benchmark if losses differ that should agree.
 
         Raises:
-            SystemExit: With the two rows.
+            SystemExit: Names the two rows and the difference.
         """
         if self.recipe.exact and self.apart is not None and not self.apart <= EXACT:
             raise SystemExit(
-                f"Losses of {self.recipe.name!r} and {self.recipe.after!r} differ by {self.apart:.3g}, not by at most "
-                f"{EXACT:g}."
+                f"Losses of {self.recipe.name!r} and {self.recipe.after!r} differ by {self.apart:.3g}; at most "
+                f"{EXACT:g} is allowed."
             )
 
 
 def turns(recipes: list[Recipe], most: int = 5) -> list[tuple[list[Recipe], list[Recipe]]]:
-    """What runs in turns, and which of it are rows of the table: more processes would need too much memory.
+    """Group the recipes by the processes that run alternately; all at once would need too much memory.
 
     Args:
         recipes: Rows of the table.
-        most: Processes at a time.
+        most: Maximum number of processes at a time.
+
+    Returns:
+        For each group its processes, and those of them that become rows of the table.
     """
     by_name = {recipe.name: recipe for recipe in RECIPES}
     groups: list[tuple[list[Recipe], list[Recipe]]] = []
@@ -228,9 +233,9 @@ def turns(recipes: list[Recipe], most: int = 5) -> list[tuple[list[Recipe], list
 
 
 def table(rows: list[Row], steps: int) -> str:
-    """The metrics as a Markdown table."""
-    head = ["", "technique", "on top of", "s a step", "times as fast as plain", "as that row", "excess memory, MiB"]
-    head += ["GFLOP a step", "last loss", "apart from that row"]
+    """Write the measurements as a Markdown table."""
+    head = ["", "technique", "on top of", "s/step", "speed-up over plain", "over that row", "excess memory, MiB"]
+    head += ["GFLOP/step", "last loss", "difference from that row"]
     numbers = {recipe.name: number for number, recipe in enumerate(RECIPES)}
     cells = [
         [
@@ -243,7 +248,7 @@ def table(rows: list[Row], steps: int) -> str:
             f"{row.found.excess / MIB:,.0f}",
             f"{row.found.flops / 1e9 / steps:,.2f}",
             f"{row.found.values['losses'][-1]:.5f}",
-            ("" if row.apart is None else f"{row.apart:.0e}") + ("" if row.recipe.exact else " (not the same)"),
+            ("" if row.apart is None else f"{row.apart:.0e}") + ("" if row.recipe.exact else " (not exact)"),
         ]
         for row in rows
     ]
@@ -259,13 +264,13 @@ def _ratio(before: Measured | None, after: Measured) -> str:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=170, help="mean length of the prompts")
-    parser.add_argument("--answer", type=int, default=35, help="mean length of the answers")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a repetition")
+    parser.add_argument("--vocabulary", type=int, default=32_000, help="tokens in the model's vocabulary")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size of the model")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model")
+    parser.add_argument("--prompt", type=int, default=170, help="mean length of the prompts, in tokens")
+    parser.add_argument("--answer", type=int, default=35, help="mean length of the answers, in tokens")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per repetition")
     args = parser.parse_args()
     size = Size(args.vocabulary, args.hidden, args.layers)
     case = sft.Case(size, True, prompt=args.prompt, answer=args.answer, batch=args.batch, steps=args.steps)

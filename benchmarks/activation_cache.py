@@ -1,10 +1,11 @@
-"""What a step costs that begins at the lowest trained layer, and ten epochs of them, against full fine-tuning.
+"""Cost of a training step with cached activations, and of ten epochs, relative to full fine-tuning.
 
     python benchmarks/activation_cache.py --pairs 5
 
-The same batch in turns: full fine-tuning of all layers, and an adapter in the top layers with the others' output read
-from disk. The first epoch, which computes that output, is measured by itself, and epochs are added up from both. That a
-step with kept states equals one that computes them, bit for bit, is checked before anything is timed.
+Two contenders alternate on the same batch: full fine-tuning, and an adapter in the top layers that reads the output of
+the frozen layers from disk. The first epoch, which computes that output, is measured separately; the total over epochs
+is computed from both. Before anything is timed, a step with cached activations is checked to equal a step that computes
+them, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ EPOCHS = 10
 
 @dataclass(frozen=True)
 class Case:
-    """A model, how many of its layers have adapters, and the rows of a batch."""
+    """A model, its adapters, and the batch.
+
+    Args:
+        size: Shape of the model.
+        top: Number of top layers with adapters.
+        rank: Rank of the adapters.
+        batch_size: Rows per step.
+    """
 
     size: Size
     top: int = 2
@@ -44,7 +52,7 @@ def batch_of(case: Case) -> TokenBatch:
 
 
 def step(module: Any, optimizer: torch.optim.Optimizer, batch: TokenBatch) -> Mapping[str, Any]:
-    """Forward, backward, and the optimizer's step with a learning rate of 0, so that every repetition is the same."""
+    """Run forward, backward, and an optimizer step with a learning rate of 0, so that all repetitions are equal."""
     loss = module.training_step(batch, 0) / batch.num_targets
     loss.backward()
     optimizer.step()
@@ -72,7 +80,7 @@ def trained(module: LoRAFineTuning) -> list[torch.nn.Parameter]:
 
 
 def check(case: Case) -> None:
-    """Stop if a step with kept states isn't the step that computes them."""
+    """Stop if a step with cached activations differs from the step that computes them."""
     module, batch = frozen_module(case, tempfile.mkdtemp()), batch_of(case)
     gradients = []
     for _ in range(2):  # computed, then read
@@ -82,7 +90,7 @@ def check(case: Case) -> None:
         module.zero_grad()
         module.on_train_end()
     if not all(map(torch.equal, *gradients)):
-        raise SystemExit(f"[{case}]: a step with kept states isn't the step that computes them.")
+        raise SystemExit(f"[{case}]: a step with cached activations differs from the step that computes them.")
 
 
 def frozen(case: Case) -> Any:
@@ -92,7 +100,7 @@ def frozen(case: Case) -> Any:
 
 
 def first_epoch(case: Case) -> tuple[int, float]:
-    """Operations and seconds of computing a batch's states."""
+    """Operations and seconds that it takes to compute a batch's activations."""
     module, batch = frozen_module(case, tempfile.mkdtemp()), batch_of(case)
     reader = module._activations._open(module)
     reader.frozen.states(torch.arange(3))
@@ -119,7 +127,7 @@ def main() -> None:
     for case in (case for case in cases if options.only in str(case)):
         check(case)
         result: Result = compare(
-            "frozen trunk, cached step",
+            "step with cached activations",
             case,
             frozen,
             full,
@@ -133,7 +141,8 @@ def main() -> None:
         ours = result.flops["ours"], result.seconds["ours"]
         share = [(once + EPOCHS * a) / (EPOCHS * b) for once, a, b in zip((flops, seconds), ours, every, strict=True)]
         print(
-            f"  {EPOCHS} epochs with the first's states: operations x {share[0]:.3f}, time x {share[1]:.3f}", flush=True
+            f"  {EPOCHS} epochs, the first one filling the cache: operations x {share[0]:.3f}, time x {share[1]:.3f}",
+            flush=True,
         )
         found.append(
             {**asdict(result), "case": str(case), "epochs": EPOCHS, "flops_share": share[0], "time_share": share[1]}

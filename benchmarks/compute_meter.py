@@ -1,12 +1,12 @@
-"""What ComputeMeter costs: two trainings of the support example side by side, one with it, step by step in turns.
+"""Overhead of ComputeMeter: two trainings of the support example, one of them with it, alternate step by step.
 
     OMP_NUM_THREADS=1 python benchmarks/compute_meter.py --steps 200 --pairs 5
 
-Whole runs, one after the other, differ by some percent on most machines whatever runs in them. So both trainings of a
-pair run in one process and hand each other a baton at every step: a disturbance that lasts longer than a step falls on
-both. A training's time is the sum of its steps', the first one with what is set up in it; for those whose operations
-aren't counted, their median stands, so that what fell on single steps doesn't count. The report that is written once
-training has ended isn't part of it.
+Whole runs, one after the other, differ by a few percent on most machines even if they are the same. So both trainings
+of a pair run in one process and hand each other a baton at every step: a disturbance that lasts longer than a step
+affects both. A training's time is the sum over its steps, including the setup in the first one; steps whose operations
+aren't counted enter with their median, so that disturbances of single steps don't matter. The report that is written at
+the end of training is not included.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lightning_ft._lightning import Callback
 from lightning_ft.callbacks.compute import ComputeMeter
 from lightning_ft.evaluation.compute.measurement import is_counted
 
-EVERY = 200  # micro-batches between two whose operations are counted: the default
+EVERY = 200  # micro-batches from one whose operations are counted to the next: ComputeMeter's default
 
 
 class Baton(Callback):
-    """Stands ahead of the other callbacks, and lets a training go on only when it is its turn.
+    """Let a training continue only when it is its turn; must be the first callback.
 
     Args:
-        mine: Released by the other training.
-        theirs: What the other one waits for.
+        mine: Semaphore that this training waits for and the other one releases.
+        theirs: Semaphore that the other training waits for.
     """
 
     def __init__(self, mine: threading.Semaphore, theirs: threading.Semaphore) -> None:
@@ -53,7 +53,7 @@ class Baton(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self._pass_on()
 
-    def on_train_epoch_end(self, *_: Any) -> None:  # of the last step: what comes later is once a run
+    def on_train_epoch_end(self, *_: Any) -> None:  # end of the last step: what follows runs once per training
         if self._since is not None:
             self.seconds.append(time.perf_counter() - self._since)
         self._since = None
@@ -70,7 +70,7 @@ def fit(steps: int, batch_size: int, baton: Baton, metered: bool) -> None:
 
 
 def pair(steps: int, batch_size: int, metered_first: bool) -> float:
-    """Time with the meter to that without."""
+    """Ratio of the training time with the meter to the time without."""
     turns = threading.Semaphore(1), threading.Semaphore(0)
     batons = Baton(turns[0], turns[1]), Baton(turns[1], turns[0])
     threads = [
@@ -88,7 +88,7 @@ def pair(steps: int, batch_size: int, metered_first: bool) -> float:
 
 
 def training_time(seconds: list[float]) -> float:
-    """Of steps numbered from 1: the counted ones as they were, the others by their median."""
+    """Sum of the steps' seconds, where each step that isn't counted enters with the median of those."""
     counted = [value for step, value in enumerate(seconds, 1) if is_counted(step, EVERY)]
     others = [value for step, value in enumerate(seconds, 1) if not is_counted(step, EVERY)]
     return sum(counted) + len(others) * median(others)
@@ -96,8 +96,8 @@ def training_time(seconds: list[float]) -> float:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps per training")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
@@ -105,9 +105,9 @@ def main() -> None:
     ratios = []
     for number in range(options.pairs):
         ratios.append(pair(options.steps, options.batch_size, number % 2 == 0))
-        print(f"with to without: {ratios[-1]:.4f}", flush=True)
+        print(f"time with the meter / without: {ratios[-1]:.4f}", flush=True)
     found = Ratio.of(ratios)
-    print(f"with to without: median {found.median:.4f} ({found.least:.4f} to {found.largest:.4f}, n = {found.pairs})")
+    print(f"median: {found.median:.4f} ({found.least:.4f} to {found.largest:.4f}, n = {found.pairs})")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The update of GRPO, by this project's module and by TRL's trainer, on completions that were drawn beforehand.
+"""GRPO's update, by this project's module and by TRL's trainer, on the same precomputed completions.
 
     OMP_NUM_THREADS=2 python benchmarks/grpo.py --pairs 5
     OMP_NUM_THREADS=1 python benchmarks/grpo.py --small --pairs 1 --threads 1
 
-Nothing is generated: both sides are handed the same completions where they would sample, and do all the rest of their
-training step with their real trainers: rewards and advantages, log-probabilities under the reference (where the KL
-counts) and under the policy, loss, backward pass, clipping, and optimizer step.
-A group of completions stands behind one prompt: here the prompt is computed once, in TRL once for each. Completions of
-one length are the case that favors TRL, which pads. Weights are the initial ones again before each repetition.
+Nothing is generated: both sides get the same completions where they would sample, and do the rest of the training step
+with their real trainers: rewards and advantages, log-probabilities under the reference (if the KL divergence is part of
+the loss) and under the policy, loss, backward pass, clipping, and optimizer step.
+The completions of a group follow the same prompt: here the prompt is computed once, in TRL once per completion.
+Completions of equal length are the case that favors TRL, which pads. Weights are reset before each repetition.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ AGREE = {"logprobs": 1e-5, "losses": 1e-4, "log_gradient_norm": 1e-4, "rewards":
 
 @dataclass(frozen=True)
 class Case:
-    """What is learned from.
+    """Model, rollouts and loss of a measurement.
 
     Args:
-        lora: The default adapter, or every weight.
+        lora: Whether the default adapter is trained, rather than all weights.
         kl: Weight of the KL divergence from the reference in the loss; TRL's beta.
-        size: Of the model.
-        prompt: Tokens of a prompt.
-        completion: Tokens of a completion.
-        group: Completions of a prompt.
-        prompts: Of a step.
-        steps: Rollouts, and as many optimizer steps, of a repetition.
-        seed: Of the tokens.
+        size: Shape of the model.
+        prompt: Number of tokens per prompt.
+        completion: Number of tokens per completion.
+        group: Number of completions per prompt.
+        prompts: Number of prompts per step.
+        steps: Number of rollouts per repetition, each followed by one optimizer step.
+        seed: Seed of the random tokens.
     """
 
     lora: bool
@@ -64,42 +64,42 @@ class Case:
         weights, kl = "LoRA" if self.lora else "full", f"KL {self.kl:g}" if self.kl else "no KL"
         return (
             f"{weights}, {kl}, {self.size}, prompt {self.prompt}, completions {self.completion}, group {self.group}, "
-            f"{self.prompts} prompts a step, {self.steps} steps"
+            f"{self.prompts} prompts per step, {self.steps} steps"
         )
 
 
 @dataclass(frozen=True)
-class Given:
+class RecordedRollout:
     """The tokens of one rollout.
 
     Args:
         prompts: Ids of each prompt.
-        completions: Ids of each completion, those of a prompt side by side.
+        completions: Ids of each completion, grouped by prompt.
     """
 
     prompts: list[list[int]]
     completions: list[list[int]]
 
 
-def rollouts(case: Case) -> list[Given]:
-    """What each step learns from: random tokens."""
+def rollouts(case: Case) -> list[RecordedRollout]:
+    """Random prompts and completions for each step."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(rows: int, length: int) -> list[list[int]]:
         return torch.randint(FIRST_TOKEN, case.size.vocabulary, (rows, length), generator=generator).tolist()
 
     return [
-        Given(draw(case.prompts, case.prompt), draw(case.prompts * case.group, case.completion))
+        RecordedRollout(draw(case.prompts, case.prompt), draw(case.prompts * case.group, case.completion))
         for _ in range(case.steps)
     ]
 
 
 def metrics(steps: Sequence[dict[str, float]], logprobs: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """What both sides must agree on.
+    """Values that both sides must agree on.
 
-    Norms of gradients are compared by their logarithms, so that the difference is a relative one. Losses of the first
-    step are 0 but for rounding, since the advantages of completions of one length are; the gradients aren't, and the
-    log-probabilities of the steps after it show what was learnt.
+    Gradient norms are compared by their logarithms, so that the difference is relative. The losses of the first step
+    are 0 except for rounding, since the advantages of completions of equal length sum to 0; the gradients aren't 0, and
+    the log-probabilities of the following steps show what was learned.
     """
     return {
         "logprobs": torch.stack(list(logprobs)),  # [steps, completions, tokens]
@@ -112,40 +112,41 @@ def metrics(steps: Sequence[dict[str, float]], logprobs: Sequence[torch.Tensor])
 # ---------------------------------------------------------------- ours
 
 
-class GivenEngine:
-    """Answers its n-th call with the n-th of some rollouts."""
+class ReplayEngine:
+    """Rollout engine whose n-th call returns the n-th recorded rollout."""
 
-    def __init__(self, given: Sequence[Given]) -> None:
+    def __init__(self, recorded: Sequence[RecordedRollout]) -> None:
         self._rollouts = [
-            Rollouts(tuple(Completion(tuple(ids), truncated=True) for ids in each.completions), 0, 0) for each in given
+            Rollouts(tuple(Completion(tuple(ids), truncated=True) for ids in each.completions), 0, 0)
+            for each in recorded
         ]
         self.calls = 0
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> Rollouts:
-        """The next rollout, whatever the prompts."""
+        """Return the next rollout, whatever the prompts are."""
         self.calls += 1
         return self._rollouts[self.calls - 1]
 
 
-class GivenGRPO(Logged, GRPO):
-    """Keeps the log-probabilities that each step starts from."""
+class RecordingGRPO(Logged, GRPO):
+    """GRPO that records the log-probabilities of each step."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.logprobs: list[torch.Tensor] = []
 
     def compute_loss(self, batch: PolicyBatch) -> Any:
-        """As ever."""
+        """Compute the loss as GRPO does, and record the log-probabilities."""
         self.logprobs.append(batch.logprobs.detach().view(len(batch.weights), -1))
         return super().compute_loss(batch)
 
 
 def ours(case: Case) -> Repeat:
-    given = rollouts(case)
+    recorded = rollouts(case)
     batches = [
-        PromptBatch([""] * case.prompts, [torch.tensor(ids) for ids in each.prompts], columns={}) for each in given
+        PromptBatch([""] * case.prompts, [torch.tensor(ids) for ids in each.prompts], columns={}) for each in recorded
     ]
-    module = GivenGRPO(
+    module = RecordingGRPO(
         model(case.size),
         rewards=reward,
         num_completions=case.group,
@@ -160,7 +161,7 @@ def ours(case: Case) -> Repeat:
         initial.restore()
         module.steps.clear()
         module.logprobs.clear()
-        module._engine = GivenEngine(given)
+        module._engine = ReplayEngine(recorded)
         fit(module, batches)
         return metrics(module.steps, module.logprobs)
 
@@ -171,46 +172,46 @@ def ours(case: Case) -> Repeat:
 
 
 class ReplayedRollouts(Recorded):
-    """Mixed into a trainer of TRL's: given completions where it would sample."""
+    """Mixin for a TRL trainer: takes recorded completions instead of sampling."""
 
-    given: Sequence[Given]
+    recorded: Sequence[RecordedRollout]
     calls = 0
 
     def _tokenize_prompts(self, prompts: Sequence[Any]) -> Any:
-        each = self.given[self.calls]
+        each = self.recorded[self.calls]
         group = len(each.completions) // len(each.prompts)
         return [ids for ids in each.prompts for _ in range(group)], None, {}
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
         self.calls += 1
-        return self.given[self.calls - 1].completions, None
+        return self.recorded[self.calls - 1].completions, None
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, **options: Any
     ) -> Any:
-        scored = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
+        selected = super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
             model, input_ids, attention_mask, logits_to_keep, **options
         )
-        if scored[0].requires_grad:  # the policy: TRL has shuffled its completions
+        if selected[0].requires_grad:  # under the policy: TRL has shuffled the completions
             rows = [tuple(ids) for ids in input_ids[:, -logits_to_keep:].tolist()]
-            order = [rows.index(tuple(ids)) for ids in self.given[self.calls - 1].completions]
-            self.logprobs.append(scored[0].detach()[order])
-        return scored
+            order = [rows.index(tuple(ids)) for ids in self.recorded[self.calls - 1].completions]
+            self.logprobs.append(selected[0].detach()[order])
+        return selected
 
-    def train_anew(self) -> list[dict[str, float]]:
-        """As in `Recorded`, beginning with the first rollout."""
+    def retrain(self) -> list[dict[str, float]]:
+        """Train as in `Recorded`, starting with the first rollout."""
         self.calls, self.logprobs = 0, []
         self._step, self._buffered_inputs = 0, None
-        return super().train_anew()
+        return super().retrain()
 
 
 def grpo_trainer(case: Any, *mixed_in: type, **more: Any) -> Any:
-    """A GRPOTrainer of TRL's.
+    """Build TRL's GRPOTrainer.
 
     Args:
-        case: Has `lora`, `size`, `prompts`, `group` and `completion`.
-        mixed_in: Stand in front of its class.
-        more: Arguments of its configuration.
+        case: Object with `lora`, `size`, `prompts`, `group` and `completion`.
+        mixed_in: Mixins, which precede GRPOTrainer among the base classes.
+        more: Further arguments of GRPOConfig.
     """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -218,7 +219,7 @@ def grpo_trainer(case: Any, *mixed_in: type, **more: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         policy = model(case.size)
         policy.save_pretrained(folder)
-        policy.config._name_or_path = folder  # from where TRL loads a copy of all weights, if it needs a reference
+        policy.config._name_or_path = folder  # TRL loads the reference model from here, if it needs one
         return type("TrlGRPO", (*mixed_in, GRPOTrainer), {})(
             model=policy,
             processing_class=tokenizer(),
@@ -240,14 +241,14 @@ def grpo_trainer(case: Any, *mixed_in: type, **more: Any) -> Any:
 
 def trl(case: Case) -> Repeat:
     trainer = grpo_trainer(case, ReplayedRollouts, beta=case.kl, max_steps=case.steps, logging_steps=1)
-    trainer.given = rollouts(case)
+    trainer.recorded = rollouts(case)
     if case.lora:
         same_adapter(trainer.model, add_lora(model(case.size), lora_config(True), seed=0))
     initial = InitialWeights(trainer.model)
 
     def repeat() -> dict[str, Any]:
         initial.restore()
-        steps = trainer.train_anew()
+        steps = trainer.retrain()
         return metrics(steps, trainer.logprobs)
 
     return repeat
@@ -261,10 +262,10 @@ SMALL = {"size": Size(vocabulary=1000, hidden=64, layers=2), "prompt": 48, "comp
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--small", action="store_true", help="sizes that only show whether it works")
+    parser.add_argument("--small", action="store_true", help="small sizes, as a quick check that everything runs")
     options = parser.parse_args()
     cases = (replace(case, **SMALL) if options.small else case for case in CASES)
-    compare_each("update of GRPO", cases, ours, {"TRL": trl}, options, agree=lambda case: AGREE)
+    compare_each("GRPO update", cases, ours, {"TRL": trl}, options, agree=lambda case: AGREE)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Two programs that do the same work, measured in turns: ratios of time, operations and memory, and that they agree.
+"""Compare programs that do the same work: agreement of their results, and ratios of time, operations and memory.
 
-Each contender is a process of its own, so that neither's memory, patches or caches touch the other's. Both are built
-first; then one works while the other waits. Which of the two comes first alternates from pair to pair, and the figure
-is the median of the pairs' ratios, with the least and the largest.
+Each contender runs in its own process, so that neither affects the other's memory, patches or caches. Both are built
+first; then one works while the other waits. Which of the two goes first alternates from pair to pair. The result is the
+median of the pairs' ratios, with minimum and maximum.
 
 A contender is a function at the top level of a module, ``build(case) -> repeat``, where ``repeat()`` does the work once
-and returns what can be compared: numbers, or nested lists and tensors of numbers, by name.
+and returns values to compare: numbers, or nested lists and tensors of numbers, by name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratios of pairs: their median, the least and the largest."""
+    """Median, minimum and maximum of the ratios of all pairs."""
 
     median: float
     least: float
@@ -52,17 +52,18 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one case; ratios are the peer's figure to ours, so above 1 is ahead of the peer.
+    """Measurements of one case.
 
     Args:
-        name: The work.
-        case: Its size.
-        peer: Whom we are compared with.
-        seconds: Median time of a repetition, by contender.
-        speed: Time of the peer to ours.
-        flops: Operations of a repetition, by contender.
-        excess: Peak resident bytes beyond the built contender, by contender.
-        apart: The largest difference of each value that both return.
+        name: Name of the work.
+        case: Sizes and options of the work.
+        peer: Name of the contender that ours is compared with.
+        seconds: Median time per repetition, by contender.
+        speed: Ratio of the peer's time to ours; above 1, ours is faster.
+        flops: Operations per repetition, by contender.
+        excess: Peak resident bytes beyond those of the built contender, by contender.
+        apart: Largest absolute difference of each value that both return.
+        machine: Processor, threads and versions of packages, see :func:`machine`.
     """
 
     name: str
@@ -77,12 +78,12 @@ class Result:
 
     @property
     def flops_ratio(self) -> float:
-        """Our operations to the peer's."""
+        """Ratio of our operations to the peer's."""
         return self.flops["ours"] / self.flops[self.peer]
 
     @property
     def memory_ratio(self) -> float:
-        """Our peak excess memory to the peer's."""
+        """Ratio of our excess memory to the peer's."""
         return self.excess["ours"] / self.excess[self.peer]
 
     def __str__(self) -> str:
@@ -91,7 +92,7 @@ class Result:
             f"{self.name} [{self.case}] against {self.peer}: {self.speed} times as fast "
             f"({self.seconds['ours']:.3f} s to {self.seconds[self.peer]:.3f} s); operations x {self.flops_ratio:.3f} "
             f"({self.flops['ours'] / 1e9:.2f} GFLOP); excess memory x {self.memory_ratio:.2f} "
-            f"({self.excess['ours'] / MIB:.0f} MiB to {self.excess[self.peer] / MIB:.0f} MiB); apart: {apart}"
+            f"({self.excess['ours'] / MIB:.0f} MiB to {self.excess[self.peer] / MIB:.0f} MiB); differences: {apart}"
         )
 
 
@@ -106,20 +107,20 @@ def compare(
     threads: int = 2,
     agree: Mapping[str, float],
 ) -> Result:
-    """Run both contenders in turns.
+    """Run both contenders alternately.
 
     Args:
-        name: Of the work.
-        case: What both builds are called with; it must be picklable.
-        ours: Builds this project's side.
-        peer: Builds the other.
-        peer_name: Of the other.
-        pairs: Repetitions that are timed, after one that isn't.
-        threads: Of each contender.
-        agree: For each value that both return, by how much it may differ; every contender must return all of these.
+        name: Name of the work.
+        case: Argument of both build functions; it must be picklable.
+        ours: Function that builds this project's contender.
+        peer: Function that builds the other contender.
+        peer_name: Name of the other contender.
+        pairs: Number of timed repetitions, after an untimed one.
+        threads: Number of threads per contender.
+        agree: Largest allowed difference of each value; every contender must return all of these values.
 
     Raises:
-        SystemExit: If the two don't compute the same, or one fails.
+        SystemExit: If the values of the two differ by more, or one contender fails.
     """
     sides = {"ours": _Side("ours", ours, case, threads), peer_name: _Side(peer_name, peer, case, threads)}
     try:
@@ -127,7 +128,9 @@ def compare(
         apart = {value: _apart(first["ours"][1][value], first[peer_name][1][value]) for value in agree}
         for value, limit in agree.items():
             if not apart[value] <= limit:
-                raise SystemExit(f"{name} [{case}]: {value} differs by {apart[value]:.3g}, more than {limit:g}.")
+                raise SystemExit(
+                    f"{name} [{case}]: {value} differs by {apart[value]:.3g}; at most {limit:g} is allowed."
+                )
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for pair in range(pairs):
             for side in list(sides) if pair % 2 == 0 else list(sides)[::-1]:
@@ -161,15 +164,15 @@ def compare_each(
     *,
     agree: Callable[[Any], Mapping[str, float]],
 ) -> list[Result]:
-    """Compare with each peer in each case, and save the results after each: a later one may need too much memory.
+    """Compare with each peer in each case, and save the results after each one: a later one may run out of memory.
 
     Args:
-        name: Of the work.
-        cases: All of them; what `options.only` isn't in the description or the peer's name of is left out.
-        ours: See :func:`compare`.
-        peers: Builds of the others, by name.
-        options: Of the command line, see :func:`arguments`.
-        agree: For a case by how much values may differ.
+        name: Name of the work.
+        cases: All cases; those whose description and peer's name don't contain `options.only` are skipped.
+        ours: Function that builds this project's contender.
+        peers: Functions that build the other contenders, by name.
+        options: Command-line options, see :func:`arguments`.
+        agree: Function that returns the largest allowed differences for a case, see :func:`compare`.
     """
     results: list[Result] = []
     for case in cases:
@@ -183,13 +186,13 @@ def compare_each(
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one of several contenders.
+    """Measurements of one of several contenders.
 
     Args:
         seconds: Time of each repetition, in the order of the turns.
-        flops: Operations of a repetition.
-        excess: Peak resident bytes beyond the built contender.
-        values: What its first repetition returned.
+        flops: Operations per repetition.
+        excess: Peak resident bytes beyond those of the built contender.
+        values: Values that its first repetition returned.
     """
 
     seconds: list[float]
@@ -199,12 +202,12 @@ class Measured:
 
 
 def in_turns(contenders: Mapping[str, tuple[Build, Any]], *, pairs: int = 5, threads: int = 2) -> dict[str, Measured]:
-    """Run any number of contenders in turns, forwards and backwards.
+    """Run any number of contenders alternately, in forward and in reverse order.
 
     Args:
-        contenders: For each name how it is built, and of what.
-        pairs: Repetitions that are timed, after one that isn't.
-        threads: Of each contender.
+        contenders: Build function and its argument, by name.
+        pairs: Number of timed repetitions, after an untimed one.
+        threads: Number of threads per contender.
     """
     sides: dict[str, _Side] = {}
     try:
@@ -224,7 +227,7 @@ def in_turns(contenders: Mapping[str, tuple[Build, Any]], *, pairs: int = 5, thr
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the metrics depend on."""
+    """Describe the hardware and the versions of packages that the measurements depend on."""
     import peft
     import transformers
     import trl
@@ -247,7 +250,7 @@ def _apart(a: Any, b: Any) -> float:
 
 
 class _Side:
-    """One contender in a process of its own."""
+    """A contender in its own process."""
 
     def __init__(self, name: str, build: Build, case: Any, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -256,7 +259,7 @@ class _Side:
         self._process = context.Process(target=_serve, args=(theirs, build, case, threads), daemon=True)
         self._process.start()
         theirs.close()
-        self._receive()  # one is built after the other: neither disturbs the other's memory
+        self._receive()  # contenders are built one after the other, so that neither disturbs the other's memory
 
     def ask(self, what: str) -> Any:
         self._connection.send(what)
@@ -266,7 +269,9 @@ class _Side:
         try:
             failed, answer = self._connection.recv()
         except EOFError:
-            raise SystemExit(f"{self._name}: its process ended (was there enough memory?)") from None
+            raise SystemExit(
+                f"The process of {self._name} ended unexpectedly; it may have run out of memory."
+            ) from None
         if failed:
             raise SystemExit(f"{self._name}:\n{answer}")
         return answer
@@ -310,13 +315,13 @@ def _serve(connection: Connection, build: Build, case: Any, threads: int) -> Non
 
 
 def _warm_up() -> None:
-    """A product and a backward pass: what torch sets up once, threads and libraries, belongs to neither side."""
+    """Run a product and a backward pass, so that torch's one-time setup counts for neither side."""
     states = torch.randn(256, 256, requires_grad=True)
     (states @ states).logsumexp(-1).sum().backward()
 
 
 def quiet() -> None:
-    """No progress bars, no advice: only what the benchmark prints."""
+    """Switch off progress bars, warnings and log lines, so that only the benchmark prints."""
     os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     warnings.simplefilter("ignore")
     import transformers
@@ -328,22 +333,22 @@ def quiet() -> None:
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Create a parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5, help="repetitions that are timed, in turns")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each contender")
-    parser.add_argument("--only", default="", help="only cases whose description has this in it")
-    parser.add_argument("--json", type=Path, help="write the metrics here too")
+    parser.add_argument("--pairs", type=int, default=5, help="timed repetitions per contender")
+    parser.add_argument("--threads", type=int, default=2, help="threads per contender")
+    parser.add_argument("--only", default="", help="run only cases whose description contains this text")
+    parser.add_argument("--json", type=Path, help="write the measurements to this JSON file")
     return parser
 
 
 def write_json(value: Any, path: Path | None) -> None:
-    """Write JSON values, where a path is given."""
+    """Write a value as JSON unless the path is None."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def save(results: list[Result], path: Path | None) -> None:
-    """Write results as JSON, where a path is given."""
+    """Write results as JSON unless the path is None."""
     write_json([{**asdict(result), "case": str(result.case)} for result in results], path)

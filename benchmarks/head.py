@@ -1,15 +1,16 @@
-"""The supervised head alone, forward and backward: ours against TRL's kernel and against plain logits.
+"""Log-probabilities of the supervised tokens, forward and backward: ours, TRL's kernel, and plain logits.
 
     python benchmarks/head.py
     python benchmarks/head.py --only "frozen, vocabulary 152,000" --pairs 9 --json head.json
 
-A quarter of 2,048 places is supervised. With a frozen head (LoRA) the gradient goes to the hidden states alone, with a
-trained one (all weights) to the head too. The peers:
+A quarter of 2,048 positions are supervised. With a frozen head (LoRA) only the hidden states get a gradient, with a
+trained one (full fine-tuning) the head too. The peers:
 
-- ``TRL``: what SFTTrainer does on a CPU, its kernel at every place, with entropy and accuracy.
-- ``TRL's kernel there``: the same kernel at supervised places only, and for the log-probabilities alone, as TRL could.
-- ``logits``: logits of every place and cross-entropy with ``ignore_index``, as transformers does.
-- ``logits there``: logits of supervised places only.
+- ``TRL``: what SFTTrainer does on a CPU: its kernel at every position, with entropy and accuracy.
+- ``TRL's kernel (supervised)``: the same kernel at supervised positions only, without entropy and accuracy, as
+  TRL could do.
+- ``logits``: logits at every position and cross-entropy with ``ignore_index``, as transformers does.
+- ``logits (supervised)``: logits at supervised positions only.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from torch.nn.functional import cross_entropy, linear
 from lightning_ft.losses.logprobs import linear_logprob_sum, linear_logprobs
 
 AGREE = {"loss": 1e-5, "gradient": 1e-5, "elsewhere": 0.0, "head_gradient": 1e-5}
-STD = 0.02  # of the head's weights, as transformers initializes them
-TRL_CHUNK = 32_768  # tokens of the vocabulary at a time: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+STD = 0.02  # standard deviation of the head's weights, as transformers initializes them
+TRL_CHUNK = 32_768  # vocabulary tokens per chunk: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Case:
     """A head and its inputs.
 
     Args:
-        vocabulary: Rows of the head.
-        hidden: Its columns.
+        vocabulary: Number of tokens in the vocabulary.
+        hidden: Width of the hidden states.
         trained: Whether the head needs a gradient.
-        function: Ours: ``sum`` (`linear_logprob_sum`, what SFT runs) or ``each`` (`linear_logprobs`, for RLHF).
-        tokens: Places.
-        supervised: Share of them that are.
+        function: Our function: ``sum`` (`linear_logprob_sum`, for SFT) or ``each`` (`linear_logprobs`, for RLHF).
+        tokens: Number of positions.
+        supervised: Share of positions that are supervised.
     """
 
     vocabulary: int
@@ -53,115 +54,125 @@ class Case:
     def __str__(self) -> str:
         return (
             f"{'trained' if self.trained else 'frozen'}, vocabulary {self.vocabulary:,}, hidden {self.hidden}, "
-            f"{int(self.tokens * self.supervised)} of {self.tokens} places, {self.function}"
+            f"{int(self.tokens * self.supervised)} of {self.tokens} positions, {self.function}"
         )
 
     def inputs(self) -> Inputs:
-        """The same for the same case."""
+        """Draw the inputs, the same for equal cases."""
         generator = torch.Generator().manual_seed(0)
         count = int(self.tokens * self.supervised)
-        places = torch.randperm(self.tokens, generator=generator)[:count].sort().values
+        positions = torch.randperm(self.tokens, generator=generator)[:count].sort().values
         labels = torch.full((self.tokens,), -100)
-        labels[places] = torch.randint(self.vocabulary, (count,), generator=generator)
+        labels[positions] = torch.randint(self.vocabulary, (count,), generator=generator)
         hidden = torch.randn(self.tokens, self.hidden, generator=generator).requires_grad_()
         weight = torch.randn(self.vocabulary, self.hidden, generator=generator).mul_(STD).requires_grad_(self.trained)
-        return Inputs(hidden, weight, labels, places)
+        return Inputs(hidden, weight, labels, positions)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every contender gets.
+    """Inputs of all contenders.
 
     Args:
-        hidden: ``[t, d]``.
-        weight: ``[v, d]``.
-        labels: Target of each place, -100 where there is none, ``[t]``.
-        places: Supervised places, ``[n]``.
+        hidden: Hidden states, ``[t, d]``.
+        weight: Weight of the head, ``[v, d]``.
+        labels: Target at each position, -100 where there is none, ``[t]``.
+        positions: Supervised positions, ``[n]``.
     """
 
     hidden: Tensor
     weight: Tensor
     labels: Tensor
-    places: Tensor
+    positions: Tensor
 
 
 Loss = Callable[[Inputs], Tensor]
 
 
-def _summed(given: Inputs) -> Tensor:
-    states, targets = given.hidden.index_select(0, given.places), given.labels[given.places]
-    return -linear_logprob_sum(states, given.weight, targets).logprobs / len(targets)
+def _summed(inputs: Inputs) -> Tensor:
+    states, targets = inputs.hidden.index_select(0, inputs.positions), inputs.labels[inputs.positions]
+    return -linear_logprob_sum(states, inputs.weight, targets).logprobs / len(targets)
 
 
-def _each(given: Inputs) -> Tensor:
-    states, targets = given.hidden.index_select(0, given.places), given.labels[given.places]
-    return -linear_logprobs(states, given.weight, targets).logprobs.mean()
+def _each(inputs: Inputs) -> Tensor:
+    states, targets = inputs.hidden.index_select(0, inputs.positions), inputs.labels[inputs.positions]
+    return -linear_logprobs(states, inputs.weight, targets).logprobs.mean()
 
 
-def _trl(given: Inputs) -> Tensor:
-    from trl.kernels import ChunkedLogProbFunction  # here, so that our side's process doesn't hold TRL
+def _trl(inputs: Inputs) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction  # imported here, so that our process doesn't load TRL
 
     outputs = ("log_probs", "entropy", "is_top1")
     logprobs, *_ = ChunkedLogProbFunction.apply(
-        given.hidden, given.weight, None, given.labels.clamp(min=0), 1.0, TRL_CHUNK, None, 1.0, outputs
+        inputs.hidden, inputs.weight, None, inputs.labels.clamp(min=0), 1.0, TRL_CHUNK, None, 1.0, outputs
     )
-    return -logprobs.masked_fill(given.labels == -100, 0).sum() / len(given.places)
+    return -logprobs.masked_fill(inputs.labels == -100, 0).sum() / len(inputs.positions)
 
 
-def _trl_there(given: Inputs) -> Tensor:
+def _trl_supervised(inputs: Inputs) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
 
-    there = given.labels != -100
+    supervised = inputs.labels != -100
     logprobs, *_ = ChunkedLogProbFunction.apply(
-        given.hidden[there], given.weight, None, given.labels[there], 1.0, TRL_CHUNK, None, 1.0, ("log_probs",)
+        inputs.hidden[supervised],
+        inputs.weight,
+        None,
+        inputs.labels[supervised],
+        1.0,
+        TRL_CHUNK,
+        None,
+        1.0,
+        ("log_probs",),
     )
     return -logprobs.mean()
 
 
-def _logits(given: Inputs) -> Tensor:
-    return cross_entropy(linear(given.hidden, given.weight), given.labels, ignore_index=-100)
+def _logits(inputs: Inputs) -> Tensor:
+    return cross_entropy(linear(inputs.hidden, inputs.weight), inputs.labels, ignore_index=-100)
 
 
-def _logits_there(given: Inputs) -> Tensor:
-    return cross_entropy(linear(given.hidden[given.places], given.weight), given.labels[given.places])
+def _logits_supervised(inputs: Inputs) -> Tensor:
+    return cross_entropy(linear(inputs.hidden[inputs.positions], inputs.weight), inputs.labels[inputs.positions])
 
 
 PEERS: dict[str, Loss] = {
     "TRL": _trl,
-    "TRL's kernel there": _trl_there,
+    "TRL's kernel (supervised)": _trl_supervised,
     "logits": _logits,
-    "logits there": _logits_there,
+    "logits (supervised)": _logits_supervised,
 }
 
 
 def ours(case: Case) -> Repeat:
-    """This project's head."""
+    """Build this project's contender."""
     return _build({"sum": _summed, "each": _each}[case.function], case)
 
 
 def peer(name: str, case: Case) -> Repeat:
-    """Another head, see :data:`PEERS`."""
-    import trl.trainer.utils  # noqa: F401  (now: its backward pass imports it, and an import is no memory of a head's)
+    """Build a peer, see :data:`PEERS`."""
+    import trl.trainer.utils  # noqa: F401  (the kernel's backward pass would import it, and count its memory)
 
     return _build(PEERS[name], case)
 
 
 def _build(loss: Loss, case: Case) -> Repeat:
-    given = case.inputs()
-    # a gradient's own size is about STD / n: scaled to about 1, so that one limit fits all sizes
-    scale = len(given.places) / STD
-    elsewhere = given.labels == -100
-    rows = torch.cat([given.labels[given.places[:8]], torch.arange(0, case.vocabulary, 997)])  # enough to compare
+    inputs = case.inputs()
+    # gradients are about STD / n in size; scaled to about 1, so that one tolerance fits all sizes
+    scale = len(inputs.positions) / STD
+    elsewhere = inputs.labels == -100
+    rows = torch.cat(
+        [inputs.labels[inputs.positions[:8]], torch.arange(0, case.vocabulary, 997)]
+    )  # a sample of rows is enough to compare
 
     def repeat() -> dict[str, Tensor]:
-        given.hidden.grad = given.weight.grad = None
-        value = loss(given)
+        inputs.hidden.grad = inputs.weight.grad = None
+        value = loss(inputs)
         value.backward()
-        gradient = given.hidden.grad
-        head = given.weight.grad[rows] * len(given.places) if case.trained else torch.zeros(0)
+        gradient = inputs.hidden.grad
+        head = inputs.weight.grad[rows] * len(inputs.positions) if case.trained else torch.zeros(0)
         return {
             "loss": value.detach(),
-            "gradient": gradient[given.places] * scale,
+            "gradient": gradient[inputs.positions] * scale,
             "elsewhere": gradient[elsewhere].abs().max(),
             "head_gradient": head,
         }
@@ -170,7 +181,7 @@ def _build(loss: Loss, case: Case) -> Repeat:
 
 
 def cases() -> list[Case]:
-    """All cases."""
+    """List all cases."""
     return [
         Case(vocabulary, hidden, trained, function)
         for vocabulary in (32_000, 152_000)
@@ -182,8 +193,8 @@ def cases() -> list[Case]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--peers", default=",".join(PEERS), help="whom to compare with")
-    parser.add_argument("--tiny", action="store_true", help="two small sizes, to see that all of it runs")
+    parser.add_argument("--peers", default=",".join(PEERS), help="contenders to compare with, separated by commas")
+    parser.add_argument("--tiny", action="store_true", help="a small size, as a quick check that everything runs")
     args = parser.parse_args()
     tiny = [Case(4000, 64, trained, function, 256) for trained in (False, True) for function in ("sum", "each")]
     peers = {name: partial(peer, name) for name in args.peers.split(",")}

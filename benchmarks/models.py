@@ -1,4 +1,4 @@
-"""Models with random weights, and tokenised rows with the lengths of real ones, for every benchmark."""
+"""Models with random weights, and tokenized rows of realistic lengths, which all benchmarks share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Size:
     """The shape of a Llama-like model.
 
     Args:
-        vocabulary: Tokens that it knows.
-        hidden: Width.
-        layers: Depth.
-        tied: Whether the head is the embeddings.
+        vocabulary: Number of tokens in the vocabulary.
+        hidden: Width of the hidden states.
+        layers: Number of layers.
+        tied: Whether the head shares the weights of the embeddings.
     """
 
     vocabulary: int = 32_000
@@ -32,7 +32,7 @@ class Size:
 
     @property
     def no_token(self) -> int:
-        """An end token that is never written, because the model has no such token."""
+        """An end token that is never generated, since its id is not in the vocabulary."""
         return self.vocabulary
 
     def __str__(self) -> str:
@@ -40,11 +40,11 @@ class Size:
 
 
 UNTIED = Size(tied=False)
-"""For generation: with tied embeddings random weights would write the last token for ever, whatever went before."""
+"""Size for generation: with tied embeddings, a model with random weights would repeat the last token forever."""
 
 
 def model(size: Size, *, attention: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
-    """A Llama of a size, with the same random weights for the same seed; fp32."""
+    """Build a Llama in fp32, with the same random weights for the same seed."""
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
@@ -60,24 +60,24 @@ def model(size: Size, *, attention: str = "sdpa", seed: int = 0) -> LlamaForCaus
         attn_implementation=attention,
     )
     torch.manual_seed(seed)
-    made = LlamaForCausalLM(config)
-    made.generation_config.pad_token_id = 1
-    return made
+    built = LlamaForCausalLM(config)
+    built.generation_config.pad_token_id = 1
+    return built
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer, which trainers want to have; no row is tokenised with it."""
+    """Load a tokenizer, which trainers require; no row is tokenized with it."""
     return load_tokenizer(TOKENIZER)
 
 
 def lengths(count: int, mean: float, spread: float, generator: torch.Generator) -> list[int]:
-    """Log-normal lengths of at least 2.
+    """Draw log-normal lengths of at least 2.
 
     Args:
-        count: How many.
-        mean: Of them.
-        spread: Standard deviation of their logarithm.
-        generator: Where the chance comes from.
+        count: Number of lengths.
+        mean: Mean length.
+        spread: Standard deviation of the lengths' logarithm.
+        generator: Source of randomness.
     """
     mu = torch.log(torch.tensor(mean)) - spread**2 / 2
     drawn = torch.exp(mu + spread * torch.randn(count, generator=generator))
@@ -85,19 +85,19 @@ def lengths(count: int, mean: float, spread: float, generator: torch.Generator) 
 
 
 def one_row(examples: Sequence[Example]) -> TokenBatch:
-    """All examples side by side in a single packed row."""
+    """Lay out all examples in a single packed row."""
     return lay_out([[Segment(example, group=i) for i, example in enumerate(examples)]])
 
 
 def rows(
     count: int, vocabulary: int, *, prompt: float = 170, answer: float = 35, spread: float = 0.6, seed: int = 0
 ) -> list[Example]:
-    """Tokenised pairs of random tokens, with log-normal lengths; the answers are supervised."""
+    """Draw pairs of random tokens, with log-normal lengths; the answers are supervised."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
-    for asked, answered in zip(
+    examples = []
+    for prompt_length, answer_length in zip(
         lengths(count, prompt, spread, generator), lengths(count, answer, spread, generator), strict=True
     ):
-        ids = torch.randint(2, vocabulary, (asked + answered,), generator=generator)  # 0 and 1 are special
-        made.append(Example(ids, torch.arange(len(ids)) >= asked))
-    return made
+        ids = torch.randint(2, vocabulary, (prompt_length + answer_length,), generator=generator)  # 0 and 1 are special
+        examples.append(Example(ids, torch.arange(len(ids)) >= prompt_length))
+    return examples

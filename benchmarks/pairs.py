@@ -1,13 +1,13 @@
-"""Training steps on preference pairs, DPO's and a reward model's, by this project's modules and by TRL's trainers.
+"""Training steps on preference pairs (DPO and reward modeling), by this project's modules and by TRL's trainers.
 
     OMP_NUM_THREADS=2 python benchmarks/pairs.py --pairs 5
     OMP_NUM_THREADS=1 python benchmarks/pairs.py --small --pairs 1 --threads 1
 
-Both sides train by their real trainers: the same random Llama in fp32, the same adapter, the same tokens in the same
-order, AdamW at the same rate, and weights that are the initial ones again before each repetition. The two answers of a
-pair stand behind the same prompt: here it is computed once for both, in TRL once for each. TRL gets no gradient
-checkpointing, which is its default and costs a second forward pass (its padding-free layout is switched off in 1.16);
-no side computes the reference beforehand.
+Both sides train with their real trainers: the same random Llama in fp32, the same adapter, the same tokens in the same
+order, AdamW with the same learning rate, and weights that are reset before each repetition. The two answers of a pair
+follow the same prompt: here it is computed once for both, in TRL once for each. TRL's gradient checkpointing, which is
+on by default and costs a second forward pass, is switched off (its padding-free layout is off in 1.16); neither side
+precomputes the reference.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ from lightning_ft.modules.reward import RewardModeling
 
 SIZE = Size()
 FIRST_TOKEN = 16
-"""Tokens below it may be special ones: a reward model reads its score in front of the pad token."""
+"""Smallest id of a random token. Lower ids may be special; rewards are read at the last token before padding."""
 LEARNING_RATES = {True: 3e-3, False: 1e-3}
-"""With an adapter and without: high enough that a step shows in the losses of the next."""
-FIGURES = {"dpo": ("logps/chosen", "logps/rejected"), "reward": ("margin", "accuracy")}
-"""What both log of a step, by the same names."""
+"""Learning rates with and without an adapter, high enough for a step to show in the losses of the next."""
+METRICS = {"dpo": ("logps/chosen", "logps/rejected"), "reward": ("margin", "accuracy")}
+"""Metrics that both sides log per step, under the same names."""
 AGREE = {"dpo": {"losses": 1e-4, "metrics": 1e-5}, "reward": {"losses": 1e-4, "metrics": 3e-4}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on what.
+    """Model, pairs and loss of a measurement.
 
     Args:
-        kind: ``dpo`` or ``reward``.
-        lora: The default adapter, or every weight.
-        size: Of the model.
-        prompt: Tokens of a prompt.
-        answer: Tokens of each of its two answers, on average.
+        task: ``dpo`` or ``reward``.
+        lora: Whether the default adapter is trained, rather than all weights.
+        size: Shape of the model.
+        prompt: Number of tokens per prompt.
+        answer: Mean number of tokens per answer.
         spread: Standard deviation of the logarithm of the answers' lengths.
-        batch: Pairs of a step.
-        steps: Optimizer steps of a repetition.
-        seed: Of the tokens.
+        batch: Number of pairs per step.
+        steps: Number of optimizer steps per repetition.
+        seed: Seed of the random tokens.
     """
 
-    kind: str
+    task: str
     lora: bool
     size: Size = SIZE
     prompt: int = 512
@@ -71,16 +71,16 @@ class Case:
         weights = "LoRA" if self.lora else "full"
         answers = f"{self.answer}" if not self.spread else f"{self.answer} on average"
         return (
-            f"{self.kind} {weights}, {self.size}, prompt {self.prompt}, answers {answers}, {self.batch} pairs a step, "
-            f"{self.steps} steps"
+            f"{self.task} {weights}, {self.size}, prompt {self.prompt}, answers {answers}, "
+            f"{self.batch} pairs per step, {self.steps} steps"
         )
 
 
-# ---------------------------------------------------------------- what both sides train on
+# ---------------------------------------------------------------- data and initial weights of both sides
 
 
 def rows(case: Case) -> list[dict[str, list[int]]]:
-    """Pairs of random tokens, under the names that TRL has for them."""
+    """Pairs of random tokens, with TRL's column names."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(count: int) -> list[int]:
@@ -95,9 +95,9 @@ def rows(case: Case) -> list[dict[str, list[int]]]:
 
 
 def base(case: Case) -> PreTrainedModel:
-    """The model with its initial weights."""
+    """Build the model with its initial weights."""
     made = model(case.size)
-    if case.kind == "dpo":
+    if case.task == "dpo":
         return made
     made.config.num_labels = 1
     torch.manual_seed(0)
@@ -108,37 +108,37 @@ def base(case: Case) -> PreTrainedModel:
 
 
 class Logged:
-    """Mixed into a module: the metrics of each training step, unrounded, in `steps`."""
+    """Mixin for a module: collects the metrics of each training step, unrounded, in `steps`."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.steps: list[dict[str, float]] = []
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """A step begins."""
+        """Start to collect the metrics of a step."""
         super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
         self.steps.append({})
 
     def log(self, name: str, value: Any, **options: Any) -> None:
-        """Keep a figure."""
+        """Collect a metric."""
         self.steps[-1][name.removeprefix("train/")] = float(value)
 
     def log_dict(self, metrics: dict[str, Any], **options: Any) -> None:
-        """Keep several."""
+        """Collect several metrics."""
         for name, value in metrics.items():
             self.log(name, value)
 
 
 class LoggedDPO(Logged, DPO):
-    """DPO."""
+    """DPO that collects its metrics."""
 
 
 class LoggedReward(Logged, RewardModeling):
-    """Reward modeling."""
+    """Reward modeling that collects its metrics."""
 
 
 def optimization(lora: bool) -> dict[str, Any]:
-    """Arguments of this project's modules that make them train as :func:`trl_settings` says."""
+    """Arguments of this project's modules that match :func:`trl_settings`."""
     return {
         "lora": lora or None,
         "dtype": "float32",
@@ -168,7 +168,7 @@ def ours(case: Case) -> Repeat:
                 torch.arange(start, start + len(part)),
             )
         )
-    module: PreferenceLearning = {"dpo": LoggedDPO, "reward": LoggedReward}[case.kind](
+    module: PreferenceLearning = {"dpo": LoggedDPO, "reward": LoggedReward}[case.task](
         base(case), **optimization(case.lora)
     )
     module.configure_model()
@@ -184,12 +184,13 @@ def ours(case: Case) -> Repeat:
 
 
 def metrics(case: Case, losses: list[float], steps: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """What both sides must agree on: the loss of each step, and what else is logged of it.
+    """Values that both sides must agree on: the loss of each step, and the other metrics that are logged.
 
-    Log-probabilities of whole answers are given by token: the loss of DPO's first step is ``log 2`` whatever they are.
+    Log-probabilities of answers are divided by the answers' length, in nats per token. They are compared too, since the
+    loss of DPO's first step is ``log 2`` whatever they are.
     """
-    scale = case.answer if case.kind == "dpo" else 1
-    logged = [[step[name] / scale for name in FIGURES[case.kind]] for step in steps]
+    scale = case.answer if case.task == "dpo" else 1
+    logged = [[step[name] / scale for name in METRICS[case.task]] for step in steps]
     return {"losses": losses, "metrics": logged}
 
 
@@ -197,7 +198,7 @@ def metrics(case: Case, losses: list[float], steps: Sequence[dict[str, float]]) 
 
 
 def trl_settings(lora: bool, **more: Any) -> dict[str, Any]:
-    """Arguments of TRL's configurations: as fast as they are on a CPU, and the optimizer that ours has."""
+    """Arguments of TRL's configurations: the fastest ones on a CPU, with the optimizer that ours has."""
     return {
         "output_dir": tempfile.gettempdir(),  # nothing is written
         "use_cpu": True,
@@ -215,23 +216,23 @@ def trl_settings(lora: bool, **more: Any) -> dict[str, Any]:
 
 
 class Recorded:
-    """Mixed into a trainer of TRL's: each step's loss and metrics, unrounded, in `steps`."""
+    """Mixin for a TRL trainer: collects the loss and metrics of each step, unrounded, in `steps`."""
 
     def training_step(self, *args: Any, **options: Any) -> torch.Tensor:
-        """Keep the loss, and what has been logged with it."""
+        """Collect the loss and the metrics that are logged with it."""
         loss = super().training_step(*args, **options)  # type: ignore[misc]
         logged = {name: values[-1] for name, values in self._metrics["train"].items() if values}
         self.steps.append({**logged, "loss": loss.item()})
         return loss
 
     def log(self, logs: dict[str, float], *more: Any, **options: Any) -> None:
-        """Keep the norm of the gradients, which is known only after the step."""
+        """Collect the gradient norm, which is known only after the step."""
         if "grad_norm" in logs:
             self.steps[-1]["grad_norm"] = logs["grad_norm"]
         super().log(logs, *more, **options)  # type: ignore[misc]
 
-    def train_anew(self) -> list[dict[str, float]]:
-        """Train from the weights as they are, with a new optimizer; the metrics of each step."""
+    def retrain(self) -> list[dict[str, float]]:
+        """Train from the current weights with a new optimizer, and return the metrics of each step."""
         self.remove_callback(PrinterCallback)
         self.optimizer = self.lr_scheduler = None
         self.steps: list[dict[str, float]] = []
@@ -239,8 +240,8 @@ class Recorded:
         return self.steps
 
 
-class Tokenised(Recorded):
-    """Mixed into a trainer of TRL's on pairs: rows that are tokenised already, in their order."""
+class Pretokenized(Recorded):
+    """Mixin for a TRL trainer on pairs: keeps rows that are tokenized already, in their order."""
 
     def _prepare_dataset(self, dataset: Any, *more: Any, **options: Any) -> Any:
         return dataset
@@ -250,14 +251,15 @@ class Tokenised(Recorded):
 
 
 def same_adapter(trained: torch.nn.Module, twin: torch.nn.Module) -> None:
-    """Start an adapter from the weights of another: TRL draws its own, unless it is given an adapted model.
+    """Copy an adapter's initial weights from another; TRL initializes its own unless it gets an adapted model.
 
-    Of an adapted model TRL would keep a second adapter as the reference, and compute it: slower than switching it off.
+    With an adapted model, TRL would keep a second adapter as the reference and compute it, which is slower than
+    switching the adapter off.
     """
     weights = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     theirs = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     if weights.keys() != theirs.keys():
-        raise ValueError(f"Different weights train: {sorted(weights.keys() ^ theirs.keys())[:4]}")
+        raise ValueError(f"The two models train different parameters: {sorted(weights.keys() ^ theirs.keys())[:4]}")
     with torch.no_grad():
         for name, parameter in theirs.items():
             parameter.copy_(weights[name])
@@ -268,10 +270,10 @@ def trl(case: Case) -> Repeat:
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
     pairs = rows(case)
-    task = {"task_type": "SEQ_CLS"} if case.kind == "reward" else {}
+    adapter = {"task_type": "SEQ_CLS"} if case.task == "reward" else {}
     options: dict[str, Any] = {
         "processing_class": tokenizer(),
-        "peft_config": lora_config(task) if case.lora else None,
+        "peft_config": lora_config(adapter) if case.lora else None,
     }
     settings = trl_settings(
         case.lora,
@@ -280,8 +282,8 @@ def trl(case: Case) -> Repeat:
         max_grad_norm=0.0,
         max_length=None,
     )
-    if case.kind == "dpo":
-        trainer = type("TrlDPO", (Tokenised, DPOTrainer), {})(
+    if case.task == "dpo":
+        trainer = type("TrlDPO", (Pretokenized, DPOTrainer), {})(
             model=base(case),
             ref_model=None if case.lora else base(case),
             train_dataset=Dataset.from_list(pairs),
@@ -290,16 +292,16 @@ def trl(case: Case) -> Repeat:
         )
     else:
         whole = [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in pairs]
-        trainer = type("TrlReward", (Tokenised, RewardTrainer), {})(
+        trainer = type("TrlReward", (Pretokenized, RewardTrainer), {})(
             model=base(case), train_dataset=Dataset.from_list(whole), args=RewardConfig(**settings), **options
         )
     if case.lora:
-        same_adapter(trainer.model, add_lora(base(case), lora_config(task), seed=0))
+        same_adapter(trainer.model, add_lora(base(case), lora_config(adapter), seed=0))
     initial = InitialWeights(trainer.model)
 
     def repeat() -> dict[str, Any]:
         initial.restore()
-        steps = trainer.train_anew()
+        steps = trainer.retrain()
         return metrics(case, [step["loss"] for step in steps], steps)
 
     return repeat
@@ -319,10 +321,10 @@ SMALL = {"size": Size(vocabulary=1000, hidden=64, layers=2), "prompt": 48, "answ
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--small", action="store_true", help="sizes that only show whether it works")
+    parser.add_argument("--small", action="store_true", help="small sizes, as a quick check that everything runs")
     options = parser.parse_args()
     cases = (replace(case, **SMALL) if options.small else case for case in CASES)
-    compare_each("training steps on pairs", cases, ours, {"TRL": trl}, options, agree=lambda case: AGREE[case.kind])
+    compare_each("training steps on pairs", cases, ours, {"TRL": trl}, options, agree=lambda case: AGREE[case.task])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the profiler saw, added up by group of operators, part of the code, operator, and size of matrix product."""
+"""Sums of profiled time by operator group, part of the code, operator, and size of matrix product."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ELEMENTWISE = "norms, activations, other arithmetic"
 COPIES = "embedding, index, gather, copies"
 VIEWS = "views and allocation"
 OPTIMIZER = "optimizer, scaling and clipping of gradients"
-AUTOGRAD = "bookkeeping of autograd"
+AUTOGRAD = "autograd bookkeeping"
 PYTHON = "Python, Lightning and the rest"
 GROUPS = (PRODUCTS, ATTENTION, HEAD, ELEMENTWISE, COPIES, VIEWS, OPTIMIZER, AUTOGRAD, PYTHON)
 
@@ -37,17 +37,17 @@ NAMES = {
     ),
     AUTOGRAD: re.compile(r"^autograd::|Backward\d*$|AccumulateGrad$"),
 }
-"""Which names belong to a group, in this order; what is left of the operators is arithmetic."""
+"""Operator names of each group, tried in this order; operators that match none are elementwise."""
 
 ADAM = re.compile(r"^Optimizer\.step#")
 
 
 def group_of(event: Any, scope: str) -> str:
-    """The group of operators that an event's own time belongs to.
+    """The operator group that an event's own time counts for.
 
     Args:
-        event: The profiler's.
-        scope: The innermost part of the code that it runs in: ``optimizer``, ``head`` or none.
+        event: Event of the profiler.
+        scope: Innermost part of the code that it runs in: ``optimizer``, ``head`` or an empty string.
     """
     name = event.name
     if name.startswith(BLOCK) or not (name.startswith(("aten::", "mkl", "detach")) or NAMES[AUTOGRAD].search(name)):
@@ -73,11 +73,11 @@ SCOPES = {
     f"{BLOCK}{UPDATES}: norm": "optimizer",
     f"{BLOCK}{CLOSURE}": "",
 }
-"""What runs in which part of the code; under Lightning the whole step runs inside of the optimizer's."""
+"""Part of the code by event name. Under Lightning, the training step runs inside the optimizer's step."""
 
 
 def scopes(events: Iterable[Any]) -> Iterator[tuple[Any, str]]:
-    """Each event with the innermost part of the code that it runs in."""
+    """Yield each event with the innermost part of the code that it runs in."""
     known: dict[int, str] = {}
     for event in events:
         chain = []
@@ -94,14 +94,14 @@ def scopes(events: Iterable[Any]) -> Iterator[tuple[Any, str]]:
 
 
 def product_size(event: Any) -> tuple[str, int] | None:
-    """A matrix product's sizes and operations; None for what isn't one itself."""
-    kind = event.name.removeprefix("aten::")
-    if kind not in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mkldnn_linear"):
+    """Sizes and operations of a matrix product; None for other operators."""
+    operator = event.name.removeprefix("aten::")
+    if operator not in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mkldnn_linear"):
         return None
-    first = 1 if "add" in kind else 0  # what it is added to stands before the two, an output behind them
+    first = 1 if "add" in operator else 0  # the bias precedes the two factors, an output follows them
     a, b = event.input_shapes[first : first + 2]
     batch = a[0] if len(a) == len(b) == 3 else 1
-    if kind == "mkldnn_linear":
+    if operator == "mkldnn_linear":
         a, b = [math.prod(a[:-1]), a[-1]], b[::-1]
     m, k, n = a[-2], a[-1], b[-1]
     many = f"{batch:,} x " if batch > 1 else ""
@@ -109,7 +109,7 @@ def product_size(event: Any) -> tuple[str, int] | None:
 
 
 def inside(event: Any, name: str) -> bool:
-    """Whether an event stands inside of another one of a name: its time would be told twice."""
+    """Whether an event is nested in another one of the same name, so that its time would count twice."""
     at = event.cpu_parent
     while at is not None:
         if at.name == name:
@@ -119,14 +119,14 @@ def inside(event: Any, name: str) -> bool:
 
 
 @dataclass
-class Spent:
-    """Where the time of a step went; calls and seconds are of one step.
+class Breakdown:
+    """Breakdown of a step's time; all values are per step.
 
     Args:
-        groups: Seconds of each group of operators; Python's are what the others leave.
-        parts: Calls and seconds of each part of the code, with all that it calls.
-        operators: Calls and own seconds, by name and group.
-        products: Calls, own seconds and operations of matrix products, by their sizes.
+        groups: Seconds of each operator group; Python's are the remainder.
+        parts: Calls and seconds of each part of the code, including what it calls.
+        operators: Calls and own seconds of each operator, by name and group.
+        products: Calls, own seconds and operations of matrix products, by size.
     """
 
     groups: dict[str, float] = field(default_factory=lambda: dict.fromkeys(GROUPS, 0.0))
@@ -135,24 +135,24 @@ class Spent:
     products: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
 
 
-def spent(events: Iterable[Any], steps: int, seconds: float) -> Spent:
-    """Add up the events of so many steps, of so many seconds each."""
-    found = Spent()
+def break_down(events: Iterable[Any], steps: int, seconds: float) -> Breakdown:
+    """Break down the time of `steps` steps, which took `seconds` each on average."""
+    breakdown = Breakdown()
     for event, scope in scopes(events):
         group = group_of(event, scope)
         if event.name.startswith(BLOCK):
             whole = 0.0 if inside(event, event.name) else event.cpu_time_total / 1e6 / steps
-            _add(found.parts[event.name.removeprefix(BLOCK)], 1 / steps, whole)
+            _add(breakdown.parts[event.name.removeprefix(BLOCK)], 1 / steps, whole)
         if group == PYTHON:
             continue
         own = event.self_cpu_time_total / 1e6 / steps
-        found.groups[group] += own
-        _add(found.operators[event.name, group], 1 / steps, own)
+        breakdown.groups[group] += own
+        _add(breakdown.operators[event.name, group], 1 / steps, own)
         size = product_size(event)
         if size is not None:
-            _add(found.products[size[0]], 1 / steps, own, size[1] / steps)
-    found.groups[PYTHON] = seconds - sum(found.groups.values())
-    return found
+            _add(breakdown.products[size[0]], 1 / steps, own, size[1] / steps)
+    breakdown.groups[PYTHON] = seconds - sum(breakdown.groups.values())
+    return breakdown
 
 
 def _add(sums: list[float], *values: float) -> None:

@@ -1,4 +1,4 @@
-"""Steps of the real modules under a Lightning Trainer: some are timed, some profiled, one is counted."""
+"""Run steps of the real modules under a Lightning Trainer: time some, profile some, count the operations of one."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from lightning_ft.models.flops import OperationCounter
 from lightning_ft.modules.grpo import GRPO
 
 OPTIONS: dict[str, Any] = {"dtype": "float32", "lr_schedule": "constant", "warmup_ratio": 0.0}
-"""Of both modules."""
+"""Arguments of both modules."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step.
+    """A training step.
 
     Args:
-        kind: ``SFT`` or ``GRPO``.
-        size: Of the model.
-        count: Rows of the batch, or completions to each prompt.
-        prompt: Mean length of the prompts, tokens.
-        answer: Mean length of the answers, or length of the completions.
-        prompts: Prompts of a rollout.
-        packing: Of supervised rows; else they are padded.
+        method: ``SFT`` or ``GRPO``.
+        size: Shape of the model.
+        count: Number of rows per batch, or of completions per prompt.
+        prompt: Mean number of tokens per prompt.
+        answer: Mean number of tokens per answer, or number of tokens per completion.
+        prompts: Number of prompts per rollout.
+        packing: Whether supervised rows are packed rather than padded.
     """
 
-    kind: str
+    method: str
     size: Size
     count: int
     prompt: int
@@ -51,22 +51,22 @@ class Case:
     def __str__(self) -> str:
         what = (
             f"{self.count} rows, {'packed' if self.packing else 'padded'}"
-            if self.kind == "SFT"
+            if self.method == "SFT"
             else f"{self.prompts} prompts in groups of {self.count}"
         )
-        return f"{self.kind}, {self.size}, {what}, prompts of {self.prompt}, answers of {self.answer}"
+        return f"{self.method}, {self.size}, {what}, prompts of {self.prompt}, answers of {self.answer}"
 
 
 class SeparateCounter(OperationCounter):
-    """Counts attention apart."""
+    """Operation counter that also counts attention separately."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = 0
-        """Operations of attention among `flops`."""
+        """Operations of attention, which `flops` includes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, and count it."""
+        """Run an operator, and count its operations."""
         flops, attention = self.flops, self.attention
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if "attention" in str(func):
@@ -75,11 +75,11 @@ class SeparateCounter(OperationCounter):
 
 
 class Watch(Callback):
-    """Times some steps as they are, then profiles some, then counts one.
+    """Time some steps without the profiler, then profile some, then count the operations of one.
 
     Args:
-        timed: How many are timed, after one that isn't.
-        profiled: How many are profiled.
+        timed: Number of timed steps, after an untimed one.
+        profiled: Number of profiled steps.
     """
 
     def __init__(self, timed: int, profiled: int) -> None:
@@ -94,15 +94,15 @@ class Watch(Callback):
 
     @property
     def steps(self) -> int:
-        """Of all."""
+        """Number of all steps."""
         return 1 + self.timed + self.profiled + 1
 
     def events(self) -> Sequence[Any]:
-        """What the profiler saw."""
+        """Events of the profiled steps."""
         return self._profiler.events()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """A step begins, and the one before ends."""
+        """Finish the measurement of the previous step, and start the next one."""
         now = time.perf_counter()
         if 1 < batch_idx <= 1 + self.timed:
             self.times.append(now - self._at)
@@ -118,12 +118,12 @@ class Watch(Callback):
             self._at = time.perf_counter()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """The counted step ends."""
+        """Finish the counted step."""
         self.counter.__exit__(None, None, None)
 
 
 def supervised(case: Case, steps: int) -> tuple[Any, list[Any], int]:
-    """A module, its batches, and the tokens of one: the same in every step."""
+    """Build an SFT module, its batches, which are all the same, and the number of tokens per batch."""
     module = LoRAFineTuning(model(case.size), tokenizer=tokenizer(), **OPTIONS)
     examples = rows(case.count, case.size.vocabulary, prompt=case.prompt, answer=case.answer)
     batch = collate_examples(examples, packing=case.packing, pad_token_id=1)
@@ -131,7 +131,7 @@ def supervised(case: Case, steps: int) -> tuple[Any, list[Any], int]:
 
 
 def policy(case: Case, steps: int) -> tuple[Any, list[Any], int]:
-    """The same for GRPO; no completion ends early."""
+    """Build a GRPO module, its batches, and the number of new tokens per rollout; no completion ends early."""
     generator = torch.Generator().manual_seed(0)
     prompts = [
         torch.randint(2, case.size.vocabulary, (length,), generator=generator)
@@ -152,16 +152,16 @@ def policy(case: Case, steps: int) -> tuple[Any, list[Any], int]:
 
 
 def watched(case: Case, *, timed: int, profiled: int) -> tuple[Watch, int]:
-    """Train; what was seen of it, and the tokens of a step."""
+    """Train, and return the measurements and the number of tokens per step."""
     watch = Watch(timed, profiled)
-    module, batches, tokens = (supervised if case.kind == "SFT" else policy)(case, watch.steps)
+    module, batches, tokens = (supervised if case.method == "SFT" else policy)(case, watch.steps)
     torch.manual_seed(0)
     fit(module, batches, callbacks=[watch])
     return watch, tokens
 
 
 def peak_rate(size: int = 2048, repetitions: int = 6) -> float:
-    """Operations a second of a square product in fp32, the best of several."""
+    """Measure a square matrix product in fp32: operations per second, the best of several runs."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     out = a @ b
     best = math.inf

@@ -1,16 +1,16 @@
-"""Where the time of a training step goes: one of supervised LoRA, and one of GRPO (rollout and update).
+"""Where the time of a training step goes: supervised LoRA, and GRPO (rollout and update).
 
     OMP_NUM_THREADS=2 python benchmarks/profile_step.py --json profile.json
     OMP_NUM_THREADS=1 python benchmarks/profile_step.py --small --threads 1 --pairs 1
     python benchmarks/profile_step.py --only "GRPO, vocabulary 32,000" --profiled 1
 
 The real modules train under a Lightning Trainer. A step lasts from the start of its batch to the start of the next, so
-that logging, loops and loaders are in it. Some steps are timed as they are; then torch.profiler watches some; at last
-one is counted. Shares are of the profiled steps' wall time, which the profiler makes longer (both are told), mostly
-what Python does between operators. The time of an operator is its own, without that of the operators that it calls.
+it includes logging, loops and loaders. Some steps are timed without the profiler, then some are profiled, and the
+operations of one are counted. Shares are of the profiled steps' wall time, which is longer than that of the timed steps
+(both are printed), mainly for Python between operators. An operator's time excludes that of the operators it calls.
 
-The peak that matrix products are measured against is this machine's, of a large square product in fp32 on the same
-number of threads. Attention counts all pairs of queries and keys, so its rate is too high where its kernel skips some.
+Matrix products are compared with this machine's peak, measured on a large square product in fp32 with the same number
+of threads. Attention counts all pairs of queries and keys, so its rate is too high if its kernel skips some of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from harness import arguments, machine, quiet, write_json
 from models import Size
-from profile_groups import ATTENTION, PRODUCTS, spent
+from profile_groups import ATTENTION, PRODUCTS, break_down
 from profile_run import Case, Watch, peak_rate, watched
 
 from lightning_ft.document.markdown import markdown_table
@@ -31,21 +31,21 @@ from lightning_ft.document.markdown import markdown_table
 
 @dataclass
 class Profile:
-    """What was measured of a case; seconds and operations are of one step.
+    """Measurements of a case; seconds, calls and operations are per step.
 
     Args:
-        case: In words.
-        tokens: Of the batch, or new ones of the rollout.
-        seconds: Unwatched.
-        watched: While it was profiled.
-        groups: Seconds of each group of operators, watched.
-        parts: For each part of the code its calls, and its seconds with all that it calls, watched.
-        operators: For the longest operators their group, calls and own seconds.
-        shapes: For the longest matrix products their sizes, calls, seconds and operations.
+        case: Description of the case.
+        tokens: Number of tokens per batch, or of new tokens per rollout.
+        seconds: Seconds without the profiler.
+        watched: Seconds with the profiler.
+        groups: Profiled seconds of each operator group.
+        parts: Calls and profiled seconds of each part of the code, including what it calls.
+        operators: Name, group, calls and own seconds of the operators that take longest.
+        shapes: Sizes, calls, seconds and operations of the matrix products that take longest.
         product_flops: Operations of matrix products.
-        attention_flops: Of attention.
-        peak: Operations a second of a large product.
-        machine: What it was measured on.
+        attention_flops: Operations of attention.
+        peak: Operations per second of a large product.
+        machine: Processor, threads and versions of packages.
     """
 
     case: str
@@ -63,16 +63,16 @@ class Profile:
 
     @property
     def product_rate(self) -> float:
-        """Operations a second of the matrix products."""
+        """Operations per second of the matrix products."""
         return self.product_flops / self.groups[PRODUCTS]
 
     @property
     def step_rate(self) -> float:
-        """Operations a second of the whole step, unwatched."""
+        """Operations per second of the whole step, without the profiler."""
         return (self.product_flops + self.attention_flops) / self.seconds
 
     def markdown(self) -> str:
-        """Tables."""
+        """Write the measurements as Markdown tables."""
 
         def share(seconds: float) -> str:
             return f"{100 * seconds / self.watched:.1f}%"
@@ -107,9 +107,9 @@ class Profile:
             [
                 f"## {self.case}",
                 "",
-                f"{ms(self.seconds)} ms a step, {ms(self.watched)} ms while watched "
+                f"{ms(self.seconds)} ms per step, {ms(self.watched)} ms with the profiler "
                 f"(x {self.watched / self.seconds:.2f}); {self.tokens:,} tokens, "
-                f"{self.tokens / self.seconds:,.0f} a second.",
+                f"{self.tokens / self.seconds:,.0f} per second.",
                 f"Matrix products: {share(self.groups[PRODUCTS])} of the step, {self.product_flops / 1e9:.2f} GFLOP at "
                 f"{self.product_rate / 1e9:.1f} GFLOP/s, {100 * self.product_rate / self.peak:.0f}% of the peak of "
                 f"{self.peak / 1e9:.1f} GFLOP/s. The whole step: "
@@ -118,35 +118,37 @@ class Profile:
                 "",
                 *markdown_table(["operators", "ms", "share", "GFLOP/s"], groups),
                 "",
-                "Parts of the code, with all that they call (parts may stand inside of others):",
+                "Parts of the code, including what they call (parts may be nested):",
                 "",
                 *markdown_table(["part", "calls", "ms", "share"], parts),
                 "",
-                "Longest operators:",
+                "Operators that take longest:",
                 "",
                 *markdown_table(["operator", "group", "calls", "ms", "share"], operators),
                 "",
-                "Longest matrix products, by their sizes:",
+                "Matrix products that take longest, by size:",
                 "",
-                *markdown_table(["product", "calls", "ms", "share", "GFLOP/s", "of the peak"], shapes),
+                *markdown_table(["product", "calls", "ms", "share", "GFLOP/s", "share of peak"], shapes),
                 "",
             ]
         )
 
 
 def analyzed(case: Case, watch: Watch, tokens: int, peak: float, threads: int, longest: int) -> Profile:
-    """What a run showed.
+    """Compile the profile of a run.
 
     Raises:
-        RuntimeError: If an operator was not counted.
+        RuntimeError: If the counter has no formula for an operator.
     """
-    found = spent(watch.events(), watch.profiled, watch.watched)
+    breakdown = break_down(watch.events(), watch.profiled, watch.watched)
     products = watch.counter.flops - watch.counter.attention
     if watch.counter.uncounted:
         raise RuntimeError(f"operators without a formula: {', '.join(watch.counter.uncounted)}")
-    seen = sum(flops for _, _, flops in found.products.values())
-    if abs(seen / products - 1) > 0.05:  # completions of another step may be longer
-        logging.getLogger(__name__).warning("profiled products: %.3g operations, counted: %.3g", seen, products)
+    seen = sum(flops for _, _, flops in breakdown.products.values())
+    if abs(seen / products - 1) > 0.05:  # completions of the counted step may differ in length
+        logging.getLogger(__name__).warning(
+            "matrix products of the profiled steps have %.3g operations, those of the counted step %.3g", seen, products
+        )
 
     def by_time(sums: dict[Any, list[float]]) -> list[tuple[Any, list[float]]]:
         return sorted(sums.items(), key=lambda item: -item[1][1])[:longest]
@@ -156,10 +158,10 @@ def analyzed(case: Case, watch: Watch, tokens: int, peak: float, threads: int, l
         tokens,
         median(watch.times),
         watch.watched,
-        found.groups,
-        dict(found.parts),
-        [(name, group, calls, seconds) for (name, group), (calls, seconds) in by_time(found.operators)],
-        [(size, calls, seconds, flops) for size, (calls, seconds, flops) in by_time(found.products)],
+        breakdown.groups,
+        dict(breakdown.parts),
+        [(name, group, calls, seconds) for (name, group), (calls, seconds) in by_time(breakdown.operators)],
+        [(size, calls, seconds, flops) for size, (calls, seconds, flops) in by_time(breakdown.products)],
         products,
         watch.counter.attention,
         peak,
@@ -179,9 +181,9 @@ CASES = [
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--profiled", type=int, default=2, help="steps that are profiled")
-    parser.add_argument("--longest", type=int, default=12, help="operators and products that are told")
-    parser.add_argument("--small", action="store_true", help="sizes that only show whether it works")
+    parser.add_argument("--profiled", type=int, default=2, help="profiled steps")
+    parser.add_argument("--longest", type=int, default=12, help="operators and products listed per table")
+    parser.add_argument("--small", action="store_true", help="small sizes, as a quick check that everything runs")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(options.threads)
@@ -191,7 +193,7 @@ def main() -> None:
     for case in CASES:
         if options.small:
             size = Size(2000, 64, 2 if case.size.layers < 20 else 4, tied=case.size.tied)
-            case = Case(case.kind, size, case.count, 40, 10, packing=case.packing)
+            case = Case(case.method, size, case.count, 40, 10, packing=case.packing)
         if options.only not in str(case):
             continue
         watch, tokens = watched(case, timed=options.pairs, profiled=options.profiled)

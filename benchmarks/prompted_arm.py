@@ -1,10 +1,11 @@
-"""The prompted arm of TokenSavings: requests that start with the same system prompt and examples.
+"""TokenSavings' prompted arm: generation for requests that start with the same system prompt and examples.
 
     OMP_NUM_THREADS=2 python benchmarks/prompted_arm.py --pairs 5
     OMP_NUM_THREADS=1 python benchmarks/prompted_arm.py --small --pairs 1 --threads 1
 
-The engine that answers them reads what all prompts start with once. It is compared with itself where it may not share,
-and with transformers' `generate` in batches of the same size; the answers, greedy and without an end, must be the same.
+The engine computes the prefix that all prompts share only once. It is compared with the same engine without sharing,
+and with transformers' `generate` in batches of the same size. Answers are greedy and have no end token; all contenders
+must generate the same ones.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ PAD = 1
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked.
+    """Model and requests of a measurement.
 
     Args:
-        size: Of the model.
-        requests: How many.
-        prefix: Tokens that all prompts start with.
-        least: Fewest tokens of a request's own.
-        most: Most of them.
-        answer: Tokens of an answer.
-        batch_size: Requests at a time; TokenSavings' default.
-        seed: Of the prompts.
+        size: Shape of the model.
+        requests: Number of requests.
+        prefix: Number of tokens that all prompts start with.
+        least: Minimum number of tokens after the prefix.
+        most: Maximum number of tokens after the prefix.
+        answer: Number of tokens per answer.
+        batch_size: Number of requests per batch; TokenSavings' default.
+        seed: Seed of the random prompts.
     """
 
     size: Size = UNTIED
@@ -49,13 +50,13 @@ class Case:
 
     def __str__(self) -> str:
         return (
-            f"{self.size}, {self.requests} requests, prefix {self.prefix}, own part {self.least} to {self.most}, "
+            f"{self.size}, {self.requests} requests, prefix {self.prefix}, requests {self.least} to {self.most}, "
             f"answers {self.answer}"
         )
 
 
 def prompts(case: Case) -> list[list[int]]:
-    """Random tokens."""
+    """Draw prompts of random tokens with a common prefix."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(count: int) -> list[int]:
@@ -66,7 +67,7 @@ def prompts(case: Case) -> list[list[int]]:
     return [[*prefix, *draw(count)] for count in own]
 
 
-def by_engine(case: Case, share_prefix: bool) -> Repeat:
+def with_engine(case: Case, share_prefix: bool) -> Repeat:
     engine = LocalEngine(
         model(case.size).eval(),
         end_token_ids=[case.size.no_token],
@@ -74,29 +75,29 @@ def by_engine(case: Case, share_prefix: bool) -> Repeat:
         batch_size=case.batch_size,
         share_prefix=share_prefix,
     )
-    asked = prompts(case)
+    token_ids = prompts(case)
 
     def repeat() -> dict[str, Any]:
-        rollouts = engine.generate(asked, max_new_tokens=case.answer)
+        rollouts = engine.generate(token_ids, max_new_tokens=case.answer)
         expected = case.prefix if share_prefix else 0
         if rollouts.shared_prefix != expected:
-            raise RuntimeError(f"{rollouts.shared_prefix} tokens were shared, not {expected}.")
+            raise RuntimeError(f"The engine shared a prefix of {rollouts.shared_prefix} tokens; expected {expected}.")
         return {"answers": [list(completion.tokens) for completion in rollouts.completions]}
 
     return repeat
 
 
 def ours(case: Case) -> Repeat:
-    return by_engine(case, share_prefix=True)
+    return with_engine(case, share_prefix=True)
 
 
 def unshared(case: Case) -> Repeat:
-    return by_engine(case, share_prefix=False)
+    return with_engine(case, share_prefix=False)
 
 
 def plain_generate(case: Case) -> Repeat:
     policy = model(case.size).eval()
-    asked = prompts(case)
+    token_ids = prompts(case)
     config = GenerationConfig(
         max_new_tokens=case.answer, do_sample=False, eos_token_id=case.size.no_token, pad_token_id=PAD
     )
@@ -104,8 +105,8 @@ def plain_generate(case: Case) -> Repeat:
     @torch.no_grad()
     def repeat() -> dict[str, Any]:
         answers: list[list[int]] = []
-        for start in range(0, len(asked), case.batch_size):
-            ids, mask = left_padded(asked[start : start + case.batch_size], PAD)
+        for start in range(0, len(token_ids), case.batch_size):
+            ids, mask = left_padded(token_ids[start : start + case.batch_size], PAD)
             out = policy.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             answers += out[:, ids.shape[1] :].tolist()
         return {"answers": answers}
@@ -127,7 +128,7 @@ SMALL = {
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--small", action="store_true", help="a size that only shows whether it works")
+    parser.add_argument("--small", action="store_true", help="a small size, as a quick check that everything runs")
     options = parser.parse_args()
     case = replace(Case(), **SMALL) if options.small else Case()
     compare_each("prompted arm", [case], ours, PEERS, options, agree=lambda case: {"answers": 0})

@@ -1,13 +1,13 @@
-"""Completions of one prompt, eight at a time, by this project's engine, by transformers' `generate` and by TRL.
+"""Sampling of eight completions per prompt, by this project's engine, by transformers' `generate` and by TRL.
 
     OMP_NUM_THREADS=2 python benchmarks/rollouts.py --pairs 5
     OMP_NUM_THREADS=1 python benchmarks/rollouts.py --small --pairs 1 --threads 1
 
-All sample at temperature 1 from the same random Llama in fp32, and none knows an end token that the model could write,
-so all write equally many tokens. Here a prompt is read once and its keys and values are copied for its completions;
-the others read it once for each. A case with one new token shows what reading alone costs; its operations are the ones
-that a ratio of 1/8 is expected of. Sampled tokens can't be compared, so before it is timed each side answers greedily,
-and those tokens must be the same.
+All sample at temperature 1 from the same random Llama in fp32, with an end token that the model can't generate, so all
+generate the same number of tokens. Here a prompt is prefilled once and its completions share its keys and values; the
+others prefill it once per completion. A case with one new token shows the cost of the prefill alone, whose operations
+are expected to have a ratio of 1/8. Sampled tokens can't be compared, so before the timed part each side generates
+greedily, and those tokens must be the same.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from lightning_ft.rollout.protocol import Sampling
 
 @dataclass(frozen=True)
 class Case:
-    """What is answered.
+    """Model, prompts and completions of a measurement.
 
     Args:
-        prompt: Tokens of a prompt.
-        completion: Tokens of a completion.
-        size: Of the model.
-        group: Completions of a prompt.
-        prompts: How many prompts.
-        lora: An adapter over the model; for TRL's trainer, which asks.
-        seed: Of the prompts.
+        prompt: Number of tokens per prompt.
+        completion: Number of tokens per completion.
+        size: Shape of the model.
+        group: Number of completions per prompt.
+        prompts: Number of prompts.
+        lora: Whether the model has an adapter; `grpo_trainer` needs the field.
+        seed: Seed of the random prompts.
     """
 
     prompt: int
@@ -56,14 +56,14 @@ class Case:
 
 
 def prompts(case: Case) -> list[list[int]]:
-    """Random tokens."""
+    """Draw prompts of random tokens."""
     generator = torch.Generator().manual_seed(case.seed)
     shape = (case.prompts, case.prompt)
     return torch.randint(FIRST_TOKEN, case.size.vocabulary, shape, generator=generator).tolist()
 
 
-def written(case: Case, greedy: list[list[int]], sampled: list[list[int]]) -> dict[str, Any]:
-    """What all sides must agree on: the greedy tokens, and how many are sampled."""
+def outputs(case: Case, greedy: list[list[int]], sampled: list[list[int]]) -> dict[str, Any]:
+    """Values that all contenders must agree on: the greedy tokens, and the number of sampled ones."""
     return {"greedy": greedy, "lengths": [len(ids) for ids in sampled]}
 
 
@@ -82,7 +82,7 @@ def ours(case: Case) -> Repeat:
         return [list(completion.tokens) for completion in rollouts.completions]
 
     greedy = answer(None, 1)
-    return lambda: written(case, greedy, answer(Sampling(), case.group))
+    return lambda: outputs(case, greedy, answer(Sampling(), case.group))
 
 
 def plain_generate(case: Case) -> Repeat:
@@ -98,17 +98,17 @@ def plain_generate(case: Case) -> Repeat:
         return out[:, case.prompt :].tolist()
 
     greedy = answer(do_sample=False)
-    return lambda: written(case, greedy, answer(do_sample=True, num_return_sequences=case.group))
+    return lambda: outputs(case, greedy, answer(do_sample=True, num_return_sequences=case.group))
 
 
 def trl(case: Case) -> Repeat:
     trainer = grpo_trainer(case, max_steps=1, generation_kwargs={"eos_token_id": case.size.no_token})
-    repeated = [ids for ids in prompts(case) for _ in range(case.group)]  # as its sampler repeats the rows
+    repeated = [ids for ids in prompts(case) for _ in range(case.group)]  # TRL's sampler repeats rows in this order
     trainer.generation_config.do_sample = trainer.generation_kwargs["do_sample"] = False
     greedy = trainer._generate_single_turn(repeated[:: case.group], None, {}, 1)[0]
     trainer.generation_config.do_sample = trainer.generation_kwargs["do_sample"] = True
 
-    return lambda: written(case, greedy, trainer._generate_single_turn(repeated, None, {}, case.group)[0])
+    return lambda: outputs(case, greedy, trainer._generate_single_turn(repeated, None, {}, case.group)[0])
 
 
 PEERS: dict[str, Build] = {"transformers": plain_generate, "TRL": trl}
@@ -117,13 +117,13 @@ SMALL = {"size": Size(vocabulary=1000, hidden=64, layers=2, tied=False), "group"
 
 
 def small(case: Case) -> Case:
-    """The same where it only shows whether it works."""
+    """Shrink a case for a quick check."""
     return replace(case, prompt=case.prompt // 8, completion=-(-case.completion // 8), **SMALL)
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--small", action="store_true", help="sizes that only show whether it works")
+    parser.add_argument("--small", action="store_true", help="small sizes, as a quick check that everything runs")
     options = parser.parse_args()
     cases = (small(case) if options.small else case for case in CASES)
     compare_each("rollouts", cases, ours, PEERS, options, agree=lambda case: {"greedy": 0, "lengths": 0})

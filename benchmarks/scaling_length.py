@@ -1,4 +1,4 @@
-"""What a token costs in training by the length of its sequence (see `scaling.py`)."""
+"""Training cost per token by sequence length (see `scaling.py`)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_ft.document.markdown import markdown_table
 
 
 def by_length(options: Any, size: Size) -> list[Cost]:
-    """Cost of a token against the length of the sequences."""
+    """Measure and print the cost per token at each sequence length."""
     found: list[Cost] = []
     for length in options.lengths:
         case = Case(size, "packed", batch=max(1, options.tokens // length), steps=options.steps, length=length)
         if options.only in f"{length:,}":
-            layouts = ("packed", "row") if case.batch > 1 else ("packed",)  # one sequence: the two are the same
+            layouts = ("packed", "row") if case.batch > 1 else ("packed",)  # with one sequence the two are the same
             found += costs([replace(case, layout=name) for name in layouts], options.pairs, options.threads)
-    print(f"\n## Length of sequences\n\n{size}, LoRA, {options.tokens:,} tokens a step, {options.threads} threads\n")
+    print(f"\n## Sequence length\n\n{size}, LoRA, {options.tokens:,} tokens per step, {options.threads} threads\n")
     table = [
         [
             f"{cost.case.length:,} {cost.case.layout}",
@@ -33,6 +33,6 @@ def by_length(options: Any, size: Size) -> list[Cost]:
         ]
         for cost in found
     ]
-    head = ["length", "sequences", "us a token", "MFLOP a token", "GFLOP/s", "excess MiB", "speed against packed"]
+    head = ["length", "sequences", "us/token", "MFLOP/token", "GFLOP/s", "excess MiB", "speed relative to packed"]
     print("\n".join(markdown_table(head, table)), flush=True)
     return found

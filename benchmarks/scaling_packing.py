@@ -1,4 +1,4 @@
-"""What a token costs in training by the layout of its batch, where sequences differ in length (see `scaling.py`)."""
+"""Training cost per token by batch layout, for sequences of different lengths (see `scaling.py`)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lightning_ft.document.markdown import markdown_table
 
 LAYOUTS = ("packed", "padded", "row", "filled", "sorted")
 SUPERVISED = 35 / 205
-"""Share of a row that is supervised where all rows are equally long: that of `models.rows`."""
+"""Share of supervised tokens in rows of equal length: the mean share in `models.rows`."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained on.
+    """Model, sequences and layout of a measurement.
 
     Args:
-        size: Of the model.
-        layout: Of `LAYOUTS`, see `scaling.py`.
-        batch: Sequences of a step.
-        steps: Of a repetition.
-        length: Of every sequence; None for log-normal ones.
+        size: Shape of the model.
+        layout: One of `LAYOUTS`, see `scaling.py`.
+        batch: Number of sequences per step.
+        steps: Number of optimizer steps per repetition.
+        length: Number of tokens of each sequence; None for log-normal lengths.
         spread: Standard deviation of the logarithm of the lengths.
-        prompt: Mean length of the prompts of log-normal rows.
-        answer: Of their answers.
+        prompt: Mean number of tokens per prompt, for log-normal lengths.
+        answer: Mean number of tokens per answer, for log-normal lengths.
     """
 
     size: Size
@@ -46,7 +46,7 @@ class Case:
     answer: int = 35
 
     def examples(self) -> list[Example]:
-        """The rows of a repetition."""
+        """Draw the rows of a repetition."""
         count = self.batch * self.steps
         if self.length is None:
             return rows(count, self.size.vocabulary, prompt=self.prompt, answer=self.answer, spread=self.spread)
@@ -58,7 +58,7 @@ class Case:
         ]
 
     def batches(self) -> list[TokenBatch]:
-        """The same, laid out."""
+        """Lay out the rows of a repetition as batches."""
         examples = self.examples()
         if self.layout == "sorted":
             examples = sorted(examples, key=len)
@@ -71,24 +71,24 @@ class Case:
 
 
 def filled(examples: Sequence[Example]) -> TokenBatch:
-    """Rows as long as the longest example, filled first fit, the longest first."""
+    """Lay out examples by first fit, the longest first, in rows as long as the longest example."""
     capacity = max(map(len, examples))
-    made: list[list[Segment]] = []
+    layout: list[list[Segment]] = []
     room: list[int] = []
     for group in sorted(range(len(examples)), key=lambda i: -len(examples[i])):
         size = len(examples[group])
-        place = next((i for i, left in enumerate(room) if left >= size), None)
-        if place is None:
-            place = len(room)
-            made.append([])
+        row = next((i for i, left in enumerate(room) if left >= size), None)
+        if row is None:
+            row = len(room)
+            layout.append([])
             room.append(capacity)
-        made[place].append(Segment(examples[group], group=group))
-        room[place] -= size
-    return lay_out(made, pad_token_id=1)
+        layout[row].append(Segment(examples[group], group=group))
+        room[row] -= size
+    return lay_out(layout, pad_token_id=1)
 
 
 def training(case: Case) -> Repeat:
-    """Supervised LoRA steps under a Lightning Trainer; the learning rate is as good as 0: all repetitions are alike."""
+    """Build a contender that takes supervised LoRA steps, at a tiny learning rate so that all repetitions are equal."""
     module = _Recording(
         model(case.size), tokenizer=tokenizer(), dtype="float32", learning_rate=1e-30, lr_schedule="constant"
     )
@@ -98,20 +98,20 @@ def training(case: Case) -> Repeat:
     def repeat() -> dict[str, Any]:
         module.losses = []
         fit(module, batches)
-        places = sum(batch.input_ids.numel() for batch in batches)
+        positions = sum(batch.input_ids.numel() for batch in batches)
         tokens = sum(batch.num_tokens for batch in batches)
-        return {"loss": sum(module.losses), "tokens": tokens, "places": places}
+        return {"loss": sum(module.losses), "tokens": tokens, "positions": positions}
 
     return repeat
 
 
 class _Recording(LoRAFineTuning):
-    """Keeps each step's summed loss."""
+    """LoRAFineTuning that collects the summed loss of each step."""
 
     losses: list[float]
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> torch.Tensor:
-        """As ever."""
+        """Train as LoRAFineTuning does, and collect the loss."""
         loss = super().training_step(batch, batch_idx)
         self.losses.append(loss.item())
         return loss
@@ -119,16 +119,16 @@ class _Recording(LoRAFineTuning):
 
 @dataclass(frozen=True)
 class Cost:
-    """What training on a layout costs.
+    """Training cost of a layout.
 
     Args:
-        case: What was trained on.
-        seconds: Of a token, median.
-        against: Time of the first layout to that of this one.
-        flops: Of a token.
-        excess: Peak resident bytes beyond the built module.
-        padding: Share of places that hold no token.
-        tokens: Of a step.
+        case: Case that was measured.
+        seconds: Median seconds per token.
+        against: Ratio of the first layout's time to this one's.
+        flops: Operations per token.
+        excess: Peak resident bytes beyond those of the built module.
+        padding: Share of positions that are padding.
+        tokens: Number of tokens per step.
     """
 
     case: Case
@@ -141,10 +141,10 @@ class Cost:
 
 
 def costs(cases: Sequence[Case], pairs: int, threads: int) -> list[Cost]:
-    """Measure layouts of the same rows in turns.
+    """Measure layouts of the same rows alternately.
 
     Raises:
-        SystemExit: If they don't give the same loss.
+        SystemExit: If their losses or numbers of tokens differ.
     """
     measured = in_turns({case.layout: (training, case) for case in cases}, pairs=pairs, threads=threads)
     first = measured[cases[0].layout]
@@ -152,7 +152,9 @@ def costs(cases: Sequence[Case], pairs: int, threads: int) -> list[Cost]:
     for case in cases:
         one = measured[case.layout]
         if abs(one.values["loss"] / first.values["loss"] - 1) > 1e-5 or one.values["tokens"] != first.values["tokens"]:
-            raise SystemExit(f"{case}: {one.values}, but {cases[0].layout} gave {first.values}.")
+            raise SystemExit(
+                f"{case}: the values {one.values} differ from those of the layout {cases[0].layout}: {first.values}."
+            )
         tokens = one.values["tokens"]
         found.append(
             Cost(
@@ -161,7 +163,7 @@ def costs(cases: Sequence[Case], pairs: int, threads: int) -> list[Cost]:
                 Ratio.of([a / b for a, b in zip(first.seconds, one.seconds, strict=True)]),
                 one.flops / tokens,
                 one.excess,
-                1 - tokens / one.values["places"],
+                1 - tokens / one.values["positions"],
                 tokens / case.steps,
             )
         )
@@ -169,7 +171,7 @@ def costs(cases: Sequence[Case], pairs: int, threads: int) -> list[Cost]:
 
 
 def by_layout(options: Any, size: Size) -> list[Cost]:
-    """Speed of layouts for lengths that differ."""
+    """Measure and print the speed of each layout at each batch size and spread of lengths."""
     found: list[Cost] = []
     base = Case(size, "packed", 8, options.steps)
     if options.small:
@@ -195,6 +197,6 @@ def by_layout(options: Any, size: Size) -> list[Cost]:
         ]
         for cost in found
     ]
-    head = ["batch", "tokens a step", "padding", "tokens/s", "speed against packed", "MFLOP a token", "excess MiB"]
+    head = ["batch", "tokens/step", "padding", "tokens/s", "speed relative to packed", "MFLOP/token", "excess MiB"]
     print("\n".join(markdown_table(head, table)), flush=True)
     return found

@@ -1,4 +1,4 @@
-"""What rows cost on their way from a file to batches, by their number (see `scaling.py`)."""
+"""Time and memory from a file to batches, by the number of rows (see `scaling.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.document.markdown import markdown_table
 
 SAMPLES = 200
-"""How often memory is looked at during an epoch."""
+"""Number of memory samples per epoch."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Memory:
     """Resident bytes of this process.
 
     Args:
-        anonymous: Its own.
-        file: Pages of files: of memory-mapped caches, and of libraries.
+        anonymous: Private memory, in bytes.
+        file: Pages of memory-mapped caches and libraries, in bytes.
     """
 
     anonymous: int
@@ -39,7 +39,7 @@ class Memory:
 
     @classmethod
     def now(cls) -> Memory:
-        """As the system tells it."""
+        """Read the current values from the system."""
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         anonymous, file = (int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
         return cls(anonymous, file)
@@ -47,13 +47,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Case:
-    """A file.
+    """A file and how it is loaded.
 
     Args:
-        folder: Holds the file and the cache.
-        rows: How many.
-        batch: Rows of a batch.
-        workers: Of the loader.
+        folder: Folder of the file and the cache.
+        rows: Number of rows.
+        batch: Number of rows per batch.
+        workers: Number of worker processes of the loader.
     """
 
     folder: str
@@ -63,30 +63,30 @@ class Case:
 
     @property
     def file(self) -> Path:
-        """The rows."""
+        """Path of the file."""
         return Path(self.folder) / f"{self.rows}.jsonl"
 
 
 @dataclass(frozen=True)
-class Passage:
-    """What a file cost in a fresh process.
+class LoadingCost:
+    """Cost of loading a file in a fresh process; memory is private memory unless noted, in bytes.
 
     Args:
-        rows: How many.
-        cached: Whether they had been tokenised before.
-        bytes: Of the file.
-        stored: Of the cache's entry.
-        tokens: Of all rows.
+        rows: Number of rows.
+        cached: Whether the rows had been tokenized before.
+        bytes: Size of the file.
+        stored: Size of the cache entry.
+        tokens: Number of tokens of all rows.
         read: Seconds to read and check the rows.
-        tokenise: Seconds to tokenise them, or to find them in the cache.
-        text: Own memory that the rows took.
-        encoded: Own memory that tokenising them, or the cache, added.
+        tokenize: Seconds to tokenize the rows, or to find them in the cache.
+        text: Memory of the rows as text.
+        encoded: Memory that tokenizing, or opening the cache, added.
         first: Seconds until the first batch.
-        epoch: Seconds of an epoch of the loader.
-        batches: Of it.
-        growth: The most own memory that it added while it ran.
-        left: What of it was left at its end.
-        mapped: Pages of files that it added.
+        epoch: Seconds per epoch of the loader.
+        batches: Number of batches per epoch.
+        growth: Largest memory that the epoch added while it ran.
+        left: Memory that the epoch added and didn't release.
+        mapped: Memory-mapped pages that the epoch added.
     """
 
     rows: int
@@ -95,7 +95,7 @@ class Passage:
     stored: int
     tokens: int
     read: float
-    tokenise: float
+    tokenize: float
     text: int
     encoded: int
     first: float
@@ -110,13 +110,13 @@ class Passage:
 
 
 def write_rows(case: Case, mean: tuple[float, float] = (60, 12)) -> None:
-    """Pairs of words that the tokenizer was trained on, with log-normal lengths, no two of them the same."""
+    """Write distinct pairs of words that the tokenizer was trained on, with log-normal lengths."""
     text = Path(TOKENIZER, "general.jsonl").read_text()
     words = sorted({word for line in text.splitlines() for word in json.loads(line)["text"].split() if word.isalpha()})
     generator = torch.Generator().manual_seed(case.rows)
-    asked, answered = (lengths(case.rows, count, 0.6, generator) for count in mean)
+    prompt_lengths, answer_lengths = (lengths(case.rows, count, 0.6, generator) for count in mean)
     with case.file.open("w") as file:
-        for number, (prompt, answer) in enumerate(zip(asked, answered, strict=True)):
+        for number, (prompt, answer) in enumerate(zip(prompt_lengths, answer_lengths, strict=True)):
             drawn = torch.randint(len(words), (prompt + answer,), generator=generator).tolist()
             row = {
                 "input": f"{number} " + " ".join(words[i] for i in drawn[:prompt]),
@@ -125,15 +125,15 @@ def write_rows(case: Case, mean: tuple[float, float] = (60, 12)) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def passage(case: Case) -> Passage:
-    """Read, tokenise, and go through the loader once; in a process that did nothing before."""
+def measure_loading(case: Case) -> LoadingCost:
+    """Read, tokenize and iterate over the loader once; to be called in a fresh process."""
     quiet()
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):  # progress bars
-        return _passage(case)
+        return _measure_loading(case)
 
 
-def _passage(case: Case) -> Passage:
+def _measure_loading(case: Case) -> LoadingCost:
     cache = Path(case.folder) / f"cache {case.rows}"
     cached = cache.exists()
     data = PairDataModule(
@@ -151,7 +151,7 @@ def _passage(case: Case) -> Passage:
     loaded = _settled()
     started = time.perf_counter()
     data.setup("fit")
-    tokenise = time.perf_counter() - started
+    tokenize = time.perf_counter() - started
     encoded = _settled()
 
     loader = data.train_dataloader()
@@ -171,14 +171,14 @@ def _passage(case: Case) -> Passage:
     end = _settled()
     report = data.report["train"]
     data.teardown()
-    return Passage(
+    return LoadingCost(
         rows=case.rows,
         cached=cached,
         bytes=case.file.stat().st_size,
         stored=sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()),
         tokens=sum(report.lengths),
         read=read,
-        tokenise=tokenise,
+        tokenize=tokenize,
         text=loaded.anonymous - before.anonymous,
         encoded=encoded.anonymous - loaded.anonymous,
         first=first,
@@ -191,7 +191,7 @@ def _passage(case: Case) -> Passage:
 
 
 def warm_up(folder: Path) -> None:
-    """Load whatever libraries load at first use, so that it isn't counted as the rows'."""
+    """Use the data module once, so that what libraries load at first use doesn't count as the rows' cost."""
     few = [{"input": f"{n} + 1?", "output": str(n + 1)} for n in range(16)]
     data = PairDataModule(few, tokenizer=tokenizer(), cache_dir=str(folder / f"warm {time.time_ns()}"))
     data.setup("fit")
@@ -201,16 +201,16 @@ def warm_up(folder: Path) -> None:
 
 
 def _settled() -> Memory:
-    """Memory without what was freed already: else rows would seem to take none while they fill the gaps."""
+    """Current memory after freed blocks are returned to the system, which new rows would reuse unnoticed."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
     return Memory.now()
 
 
-def by_rows(options: Any) -> list[Passage]:
-    """The data path against the number of rows."""
-    found: list[Passage] = []
+def by_rows(options: Any) -> list[LoadingCost]:
+    """Measure and print the cost of loading for each number of rows."""
+    found: list[LoadingCost] = []
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         for count in options.rows:
@@ -218,9 +218,9 @@ def by_rows(options: Any) -> list[Passage]:
                 continue
             case = Case(folder, count, options.batches[0], options.workers)
             write_rows(case)
-            for _ in ("with an empty cache", "with a full one"):
+            for _ in ("empty cache", "full cache"):
                 with context.Pool(1) as pool:
-                    found.append(pool.apply(passage, (case,)))
+                    found.append(pool.apply(measure_loading, (case,)))
     print(f"\n## Number of rows\n\nBatches of {options.batches[0]}, {options.workers} workers\n")
 
     def mib(count: float) -> str:
@@ -232,14 +232,14 @@ def by_rows(options: Any) -> list[Passage]:
             mib(one.bytes),
             f"{one.tokens:,}",
             f"{one.read:.2f}",
-            f"{one.tokenise:.2f}",
-            f"{one.rows / (one.read + one.tokenise):,.0f}",
+            f"{one.tokenize:.2f}",
+            f"{one.rows / (one.read + one.tokenize):,.0f}",
             f"{1e3 * one.first:.1f}",
             f"{one.batches / one.epoch:,.0f}",
         ]
         for one in found
     ]
-    head = ["", "file MiB", "tokens", "read and check s", "tokenise s", "rows/s", "first batch ms", "batches/s"]
+    head = ["", "file MiB", "tokens", "read and check s", "tokenize s", "rows/s", "first batch ms", "batches/s"]
     print("\n".join(markdown_table(head, times)))
     print("\nMemory of the process, MiB:\n")
     memory = [
@@ -258,11 +258,11 @@ def by_rows(options: Any) -> list[Passage]:
     head = [
         "",
         "rows as text",
-        "of the file",
-        "tokenising added",
+        "relative to file",
+        "added by tokenizing",
         "cache on disk",
-        "most added by an epoch",
-        "left of it",
+        "peak added by an epoch",
+        "left after it",
         "mapped by it",
     ]
     print("\n".join(markdown_table(head, memory)), flush=True)

@@ -1,15 +1,15 @@
-"""Supervised fine-tuning under a Lightning Trainer against TRL's SFTTrainer: all weights, and LoRA.
+"""Supervised fine-tuning under a Lightning Trainer and by TRL's SFTTrainer: full fine-tuning and LoRA.
 
     python benchmarks/sft.py
     python benchmarks/sft.py --only "LoRA, vocabulary 152,000" --pairs 3 --json sft.json
     python benchmarks/sft.py --tiny --settings padded,padding_free,unfused
 
-Both train the same random Llama in fp32 on the same tokenised rows in the same order, with the same AdamW, the same
-constant learning rate, no clipping and the same initial adapter. A repetition starts from the same weights and takes
-the same steps, so the losses of all repetitions of both must be the same.
+Both train the same random Llama in fp32 on the same tokenized rows in the same order, with the same AdamW, the same
+constant learning rate, no clipping and the same initial adapter. Each repetition starts from the same weights and takes
+the same steps, so the losses of all repetitions on both sides must agree.
 
-Whatever is made once is left out of TRL's time (its trainer and the preparation of its data set); ours makes a
-Lightning Trainer in each repetition. Both log what they log by default, and keep it in memory.
+TRL's time excludes one-time setup (its trainer and the preparation of its data set); ours creates a Lightning Trainer
+in each repetition. Both log their default metrics, and keep them in memory.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "padding_free": {**FAST, "padding_free": True},
     "padded": FAST,
     "defaults": {},
-    "checkpointed": {"padding_free": True},  # activations are by default; here ours computes them again too
-    "ours_checkpointed": {**FAST, "padding_free": True},  # ours computes activations again, TRL as fast as it can
+    "checkpointed": {"padding_free": True},  # TRL's default; here ours recomputes activations too
+    "ours_checkpointed": {**FAST, "padding_free": True},  # ours recomputes activations, TRL runs at its fastest
     "unfused": {**FAST, "padding_free": True, "optim": "adamw_torch"},
 }
-"""Of TRL, over what the comparison itself needs.
+"""TRL's settings, in addition to those that the comparison needs.
 
-Its fastest on a CPU is one of the first two, by the size: its head there scores every place, padding too, so without
-padding it has less to do, and attention more. `packing` would train on other batches. Its other losses are slower:
-they hold all logits, and run the model twice.
+The fastest one on a CPU is one of the first two, depending on sizes: TRL's head computes logits at every position
+including padding, so without padding it has less to do, but attention has more. `packing` would train on different
+batches. TRL's other losses are slower: they hold all logits, and run the model twice.
 """
 
 
@@ -57,14 +57,14 @@ class Case:
     """A run of a few optimizer steps.
 
     Args:
-        size: Of the model.
-        lora: Train an adapter, or all weights.
-        setting: Of TRL, see :data:`SETTINGS`.
-        prompt: Mean length of the prompts, tokens.
-        answer: Mean length of the answers, which are supervised.
-        batch: Rows of a step.
-        steps: Of a repetition.
-        packing: Whether ours packs a batch, or pads it on the right.
+        size: Shape of the model.
+        lora: Whether an adapter is trained, rather than all weights.
+        setting: Name of TRL's settings, a key of :data:`SETTINGS`.
+        prompt: Mean number of tokens per prompt.
+        answer: Mean number of tokens per answer; answers are supervised.
+        batch: Number of rows per step.
+        steps: Number of optimizer steps per repetition.
+        packing: Whether ours packs a batch, rather than padding it on the right.
     """
 
     size: Size
@@ -85,28 +85,28 @@ class Case:
 
     @property
     def rate(self) -> float:
-        """Learning rate: enough for the losses of later steps to depend on the gradients of earlier ones."""
+        """Learning rate, high enough for the losses of later steps to depend on the gradients of earlier ones."""
         return 1e-3 if self.lora else 1e-4
 
     @property
     def checkpointed(self) -> bool:
-        """Whether ours computes activations again."""
+        """Whether ours recomputes activations."""
         return self.setting.endswith("checkpointed")
 
     def rows(self) -> list[Example]:
-        """What a repetition trains on."""
+        """Draw the rows of a repetition."""
         return rows(self.batch * self.steps, self.size.vocabulary, prompt=self.prompt, answer=self.answer)
 
     @property
     def tokens(self) -> int:
-        """Tokens of a repetition, padding excluded."""
+        """Number of tokens per repetition, padding excluded."""
         return sum(len(row) for row in self.rows())
 
 
 def ours(case: Case) -> Repeat:
-    """FullFineTuning or LoRAFineTuning under a Lightning Trainer."""
-    kind = _recording(LoRAFineTuning if case.lora else FullFineTuning)
-    module = kind(
+    """Build the contender that trains FullFineTuning or LoRAFineTuning under a Lightning Trainer."""
+    module_class = _recording(LoRAFineTuning if case.lora else FullFineTuning)
+    module = module_class(
         model(case.size),
         tokenizer=tokenizer(),
         learning_rate=case.rate,
@@ -125,12 +125,12 @@ def ours(case: Case) -> Repeat:
         silent_trainer(max_steps=case.steps).fit(module, batches)
         return module.losses
 
-    return from_the_start(module.model, run)
+    return with_restored_weights(module.model, run)
 
 
-def _recording(kind: type) -> Any:
-    class Recording(kind):
-        """Keeps each step's loss, a mean over its supervised tokens."""
+def _recording(module_class: type) -> Any:
+    class Recording(module_class):
+        """Collects each step's mean loss over the supervised tokens."""
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             loss = super().training_step(batch, batch_idx)
@@ -141,12 +141,12 @@ def _recording(kind: type) -> Any:
 
 
 def trl(case: Case) -> Repeat:
-    """SFTTrainer."""
+    """Build the contender that trains with SFTTrainer."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
     class Recording(SFTTrainer):
-        """Keeps each step's loss unrounded."""
+        """Collects each step's loss, unrounded."""
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             loss = super().training_step(*args, **kwargs)
@@ -157,7 +157,7 @@ def trl(case: Case) -> Repeat:
     datasets.disable_progress_bars()
     network = model(case.size)
     if case.lora:
-        network = add_lora(network.requires_grad_(False), lora_config(LORA))  # the adapter that ours starts from
+        network = add_lora(network.requires_grad_(False), lora_config(LORA))  # the same initial adapter as ours
     examples = case.rows()
     settings: dict[str, Any] = {
         "output_dir": os.path.join(tempfile.gettempdir(), "lightning_ft_benchmark_sft"),  # nothing is written there
@@ -191,11 +191,11 @@ def trl(case: Case) -> Repeat:
 
     def run() -> list[float]:
         losses.clear()
-        trainer.optimizer = trainer.lr_scheduler = None  # else it goes on with those of the last repetition
+        trainer.optimizer = trainer.lr_scheduler = None  # otherwise it continues with those of the last repetition
         trainer.train()
         return list(losses)
 
-    return from_the_start(network, run)
+    return with_restored_weights(network, run)
 
 
 def _printer() -> type:
@@ -204,12 +204,12 @@ def _printer() -> type:
     return PrinterCallback
 
 
-def from_the_start(network: nn.Module, run: Callable[[], list[float]]) -> Repeat:
-    """A repetition that starts with the weights that the network has now.
+def with_restored_weights(network: nn.Module, run: Callable[[], list[float]]) -> Repeat:
+    """Make a repetition that starts from the network's current weights each time.
 
     Args:
-        network: What `run` trains.
-        run: Trains, and gives the loss of each step.
+        network: Network that `run` trains.
+        run: Function that trains, and returns the loss of each step.
     """
     initial = InitialWeights(network)
     expected: list[float] = []
@@ -218,16 +218,16 @@ def from_the_start(network: nn.Module, run: Callable[[], list[float]]) -> Repeat
         initial.restore()
         found = run()
         expected.extend([] if expected else found)
-        # the comparison looks at the first repetition only
+        # the harness compares the first repetition only
         if max(abs(a - b) for a, b in zip(expected, found, strict=True)) > AGREE["losses"]:
-            raise RuntimeError(f"A repetition gave the losses {found}, the first one {expected}.")
+            raise RuntimeError(f"Repetitions differ: the losses are {found}, those of the first repetition {expected}.")
         return {"losses": found}
 
     return repeat
 
 
 def cases(settings: list[str], *, batch: int, steps: int, tiny: bool) -> list[Case]:
-    """All cases."""
+    """List all cases."""
     if tiny:
         sizes = {Size(vocabulary=2000, hidden=64, layers=2): ((40, 10),)}
     else:
@@ -250,12 +250,14 @@ def cases(settings: list[str], *, batch: int, steps: int, tiny: bool) -> list[Ca
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument(
-        "--settings", default="padding_free,padded,defaults,checkpointed", help=f"of TRL: {', '.join(SETTINGS)}"
+        "--settings",
+        default="padding_free,padded,defaults,checkpointed",
+        help=f"TRL's settings, separated by commas, of: {', '.join(SETTINGS)}",
     )
-    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a repetition")
-    parser.add_argument("--padded", action="store_true", help="pad our batches too, instead of packing them")
-    parser.add_argument("--tiny", action="store_true", help="one small size, to see that all of it runs")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per repetition")
+    parser.add_argument("--padded", action="store_true", help="pad our batches instead of packing them")
+    parser.add_argument("--tiny", action="store_true", help="a small size, as a quick check that everything runs")
     args = parser.parse_args()
     results: list[Result] = []
     for case in cases(args.settings.split(","), batch=args.batch, steps=args.steps, tiny=args.tiny):
@@ -269,7 +271,7 @@ def main() -> None:
                 flush=True,
             )
             results.append(result)
-            save(results, args.json)  # after each: a later one may need more memory than there is
+            save(results, args.json)  # after each case: a later one may run out of memory
 
 
 if __name__ == "__main__":

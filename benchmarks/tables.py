@@ -1,4 +1,4 @@
-"""Write the tables of `docs/performance.md` from what the benchmarks saved with `--json`.
+"""Print the tables of `docs/performance.md` from files that benchmarks wrote with `--json`.
 
 python benchmarks/tables.py runs/benchmarks/sft.json runs/benchmarks/pairs.json ...
 """
@@ -16,7 +16,7 @@ from lightning_ft.document.markdown import markdown_table
 
 
 def row(result: dict[str, Any]) -> list[str]:
-    """One case: how much faster, with how many operations, in how much memory, and how far apart."""
+    """The table's row of a case: speed, operations, memory and differences."""
     peer, ours = result["peer"], "ours"
     speed, seconds, flops, excess = (result[name] for name in ("speed", "seconds", "flops", "excess"))
     memory = excess[ours] / excess[peer] if excess[peer] else float("nan")

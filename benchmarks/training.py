@@ -1,4 +1,4 @@
-"""What benchmarks that train have in common: a silent Trainer, weights to start from again, and a reward."""
+"""Tools of benchmarks that train: a silent Trainer, restorable weights, and a reward."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_ft._lightning import Trainer
 
 
 def silent_trainer(**options: Any) -> Any:
-    """A Trainer on the CPU that writes and shows nothing.
+    """Create a Trainer on the CPU that writes and prints nothing.
 
     Args:
-        options: Of the Trainer, over that.
+        options: Arguments of the Trainer, which override these defaults.
     """
     silent: dict[str, Any] = {
         "accelerator": "cpu",
@@ -35,19 +35,19 @@ def fit(module: Any, batches: Sequence[Any], **options: Any) -> None:
     """Train once on each batch.
 
     Args:
-        module: What is trained.
-        batches: As the module takes them.
-        options: Of the Trainer.
+        module: Module to train.
+        batches: Batches in the form that the module's `training_step` takes.
+        options: Further arguments of the Trainer.
     """
     silent_trainer(max_epochs=1, **options).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
 
 
 class InitialWeights:
-    """The trainable weights of a model as they are now, to be put back."""
+    """Copy of a model's current trainable weights, to restore them later."""
 
     def __init__(self, trained: torch.nn.Module) -> None:
-        # accelerate collects garbage whenever a training starts, which takes half a second with all that is imported
-        # here: that isn't what a step costs, so what there is by now is left out of it.
+        # accelerate collects garbage at the start of each training, which takes half a second with everything that is
+        # imported here. That is no cost of a step, so existing objects are excluded from collection.
         gc.collect()
         gc.freeze()
         parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
@@ -55,12 +55,12 @@ class InitialWeights:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put them back, and forget the gradients."""
+        """Restore the weights, and clear the gradients."""
         for parameter, value in self._kept:
             parameter.copy_(value)
             parameter.grad = None
 
 
 def reward(prompts: Any, completions: Any, completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
-    """Something that differs between completions, and doesn't ask for their text."""
+    """A reward that differs between completions and doesn't depend on their text."""
     return [sum(ids) % 11 / 4 for ids in completion_ids]
