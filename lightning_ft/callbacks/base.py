@@ -1,9 +1,10 @@
-"""Work at the end of training, done so that nothing is lost by it.
+"""Base class of callbacks that measure or export the final weights, and helpers for Trainer and Fabric.
 
-Callbacks of Lightning change weights when training ends: weight averaging installs its average in `on_train_end`. A
-measurement or export before that would use other weights than the user ends with, so this work runs after the
-`on_train_end` of all callbacks, checkpoints included, in whatever order they were passed. Exports come first. A failure
-doesn't stop what follows: by then the weights hold all of the training, perhaps a night of it.
+Callbacks of Lightning may change the weights when training ends: weight averaging installs the average in
+`on_train_end`. A measurement or export before that would not use the weights that the user ends up with. Work on the
+final weights therefore runs after the `on_train_end` of all callbacks, ModelCheckpoint included, in whatever order they
+were passed; exports run first. A failure doesn't stop the work that follows, since the weights may be the result of a
+long training run.
 """
 
 from __future__ import annotations
@@ -21,89 +22,99 @@ from lightning_ft.errors import ConfigError, LightningFTError
 from lightning_ft.printable import printable
 
 
-def is_trainer(host: Any) -> bool:
-    """Whether it is a Trainer, of whichever Lightning; Fabric isn't one."""
-    return hasattr(host, "callback_metrics")
+def is_trainer(trainer: Any) -> bool:
+    """Whether the object that calls a callback is a Trainer, of either Lightning package, rather than Fabric."""
+    return hasattr(trainer, "callback_metrics")
 
 
-def precision_of(host: Any) -> AbstractContextManager[Any]:
-    """The numerics that the run validates with."""
-    if is_trainer(host):
-        context: AbstractContextManager[Any] = host.precision_plugin.forward_context()
+def precision_of(trainer: Any) -> AbstractContextManager[Any]:
+    """Return the context in which a Trainer or Fabric runs forward passes in its precision."""
+    if is_trainer(trainer):
+        context: AbstractContextManager[Any] = trainer.precision_plugin.forward_context()
         return context
-    return host.autocast() if hasattr(host, "autocast") else nullcontext()  # type: ignore[no-any-return]
+    return trainer.autocast() if hasattr(trainer, "autocast") else nullcontext()  # type: ignore[no-any-return]
 
 
-def shows_progress(host: Any, wanted: bool | None) -> bool:
-    """Whether to show progress bars: as it was asked for, else as the Trainer does; Fabric has none to go by."""
-    if wanted is not None:
-        return wanted
-    return getattr(host, "progress_bar_callback", None) is not None if is_trainer(host) else True
-
-
-def results_folder(host: Any, output_dir: str | Path | bool | None, name: str) -> Path | None:
-    """Where a callback writes its results. Every rank must ask: the first one tells the others.
+def shows_progress(trainer: Any, progress: bool | None) -> bool:
+    """Whether to show progress bars.
 
     Args:
-        host: The Trainer, or Fabric.
-        output_dir: The folder; None or True for `name` in the logger's folder (or `default_root_dir`), False for none.
+        trainer: The Trainer, or Fabric.
+        progress: User's option; None to show them if the Trainer has a progress bar, and always with Fabric.
+    """
+    if progress is not None:
+        return progress
+    return getattr(trainer, "progress_bar_callback", None) is not None if is_trainer(trainer) else True
+
+
+def results_folder(trainer: Any, output_dir: str | Path | bool | None, name: str) -> Path | None:
+    """Return the folder that a callback writes its results to. Every rank must call it, since `log_dir` is broadcast.
+
+    Args:
+        trainer: The Trainer, or Fabric.
+        output_dir: Path of the folder; None or True for `name` in the logger's folder (or `default_root_dir`), False
+            for none.
         name: Name of the callback.
 
     Returns:
-        The folder; None where nothing is to be written, as with Fabric unless it is given.
+        The folder; None if no results are written, as with Fabric and no explicit folder.
     """
     if output_dir is False:
         return None
     if output_dir is not None and output_dir is not True:
         return Path(output_dir)
-    return Path(host.log_dir or host.default_root_dir) / name if is_trainer(host) else None
+    return Path(trainer.log_dir or trainer.default_root_dir) / name if is_trainer(trainer) else None
 
 
 def check_results_folder(folder: Path | None, name: str) -> None:
-    """Refuse before training a folder that can't be written to after it.
+    """Check before training that results can be written after it.
 
     Args:
-        folder: See `results_folder`.
-        name: Name of the callback's class, for the message.
+        folder: Folder returned by :func:`results_folder`.
+        name: Name of the callback's class, for the error message.
 
     Raises:
-        ConfigError: If a file is in its way, or the user may not write there.
+        ConfigError: If the path or one of its parents is a file, or isn't writable.
     """
     if folder is None:
         return
-    there = next((parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists()), Path("/"))
-    if not there.is_dir():
-        raise ConfigError(f"{name} can't write its results into {str(folder)!r}: {str(there)!r} is a file.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{name} can't write its results into {str(folder)!r}: {str(there)!r} isn't writable.")
+    parents = (folder.absolute(), *folder.absolute().parents)
+    existing = next((parent for parent in parents if parent.exists()), Path("/"))
+    remedy = "Set output_dir to another folder."
+    if not existing.is_dir():
+        raise ConfigError(f"{name} can't write its results into {str(folder)!r}: {str(existing)!r} is a file. {remedy}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{name} can't write its results into {str(folder)!r}: {str(existing)!r} isn't writable. {remedy}"
+        )
 
 
 _log = logging.getLogger(__name__)
 
 
 class EndOfTraining(Callback):
-    """Base of callbacks that work on the final weights.
+    """Base class of callbacks that work on the final weights.
 
-    A subclass does so in :meth:`finish`. With a Trainer that is called after the `on_train_end` of every callback, with
-    Fabric in this callback's own.
+    A subclass overrides :meth:`finish`. A Trainer calls it after the `on_train_end` of all callbacks; with Fabric, this
+    callback's own `on_train_end` calls it.
     """
 
     finishes_first: ClassVar[bool] = False
-    """Whether it comes before the others, so that even a killed measurement can't take it along."""
+    """Whether :meth:`finish` runs before that of other callbacks, so that it is done even if one of them is killed."""
     failures: tuple[str, ...] = ()
-    """What failed without stopping the run, in words; the command line exits with a status other than 0 then."""
+    """Descriptions of failures that did not stop the run; with any, the command line exits with a nonzero status."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """See to it that :meth:`finish` comes last."""
+        """Make :meth:`finish` run after all other callbacks."""
         if stage == "fit":
             self.failures = ()
             earlier = [c for c in trainer.callbacks if isinstance(c, RunsLast)]
             others = [c for c in trainer.callbacks if not isinstance(c, RunsLast)]
-            # a new list: the Trainer is iterating over the old one
+            # a new list, since the Trainer is iterating over the old one
             trainer.callbacks = [*others, *(earlier or [RunsLast()])]
 
     def on_train_end(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """With Fabric, do what is done at the end.
+        """Call :meth:`finish` with Fabric; with a Trainer, :class:`RunsLast` calls it.
 
         Args:
             trainer: The Trainer, or Fabric.
@@ -113,7 +124,7 @@ class EndOfTraining(Callback):
             self.finish(trainer, pl_module)
 
     def finish(self, trainer: Any, pl_module: Any) -> None:
-        """Do what is done at the end; on all ranks. What fails in it is kept, not raised.
+        """Work on the final weights, on all ranks. Failures are recorded in `failures`, see :meth:`attempt`.
 
         Args:
             trainer: The Trainer, or Fabric.
@@ -122,7 +133,7 @@ class EndOfTraining(Callback):
         raise NotImplementedError
 
     def finish_fit(self, trainer: Any, pl_module: Any) -> None:
-        """Do what is done when all else is done and weights have left their devices; likewise.
+        """Work after the Trainer's teardown, when weights have left their devices; failures are recorded likewise.
 
         Args:
             trainer: The Trainer.
@@ -130,23 +141,23 @@ class EndOfTraining(Callback):
         """
 
     def attempt(self, what: str, work: Callable[[], Any]) -> str | None:
-        """Do something whose failure must not stop the run; every rank must call it.
+        """Call a function whose failure must not stop the run. Every rank must call it.
 
-        Ranks agree on the outcome: where one fails, all have failed.
+        Ranks agree on the outcome: if the function fails on one rank, it has failed on all of them.
 
         Args:
-            what: What it means if it fails, for the warning.
-            work: Does it.
+            what: Consequence of a failure, the beginning of the warning.
+            work: Function to call.
 
         Returns:
-            The reason for which it failed, None where it didn't.
+            Reason of the failure; None if the function succeeded.
         """
         reason = None
         try:
             work()
         except Exception as error:  # other callbacks still have work to do; KeyboardInterrupt passes through
             _log.debug("%s", what, exc_info=True)
-            reason = described(error)
+            reason = describe_error(error)
         reason = first_over_ranks(reason)
         if reason is not None:
             self.failures = (*self.failures, f"{what}: {reason}")
@@ -155,15 +166,15 @@ class EndOfTraining(Callback):
 
 
 class RunsLast(Callback):
-    """Comes after all callbacks of a Trainer, ModelCheckpoint too, and lets those of this package do their work."""
+    """Runs after all other callbacks of a Trainer, ModelCheckpoint included, and calls those of this package."""
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Exports first, then measurements, each kind in the order of the callbacks."""
+        """Finish exports, then measurements, each in the order of the callbacks."""
         for callback in _in_order(trainer):
             callback.finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """What comes after the Trainer's own clean-up; an export that failed is raised when all is done."""
+        """Finish the fit after the Trainer's teardown, then raise the error of a failed export."""
         for callback in _in_order(trainer):
             callback.finish_fit(trainer, pl_module)
         for callback in _in_order(trainer):
@@ -171,15 +182,15 @@ class RunsLast(Callback):
                 raise error
 
 
-def described(error: BaseException) -> str:
-    """An error in one line, with its type where that isn't a word of this package."""
+def describe_error(error: BaseException) -> str:
+    """Message of an error, preceded by its type unless it is an error of this package."""
     text = printable(str(error))
     return text if isinstance(error, LightningFTError) and text else f"{type(error).__name__}: {text}"
 
 
 def first_over_ranks(reason: str | None) -> str | None:
-    """What the first rank that has something to say says; every rank must call it."""
-    return next((found for found in all_gather_objects(reason) if found is not None), None)
+    """Return the reason of the first rank that has one, None if none has. Every rank must call it."""
+    return next((each for each in all_gather_objects(reason) if each is not None), None)
 
 
 def _in_order(trainer: Any) -> list[EndOfTraining]:

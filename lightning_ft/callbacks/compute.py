@@ -1,4 +1,4 @@
-"""Measures what a training run costs: operations, time and memory of its steps."""
+"""Measures the cost of a training run: FLOPs, time and memory of its steps."""
 
 from __future__ import annotations
 
@@ -20,37 +20,38 @@ _LOGGED = ("flops", "flops_per_token", "tokens_per_second", "peak_memory_bytes",
 
 
 class ComputeMeter(MeasuringCallback):
-    """Measures operations, tokens a second, peak memory and use of the device in training.
+    """Measures FLOPs, tokens per second, peak memory and model FLOPs utilization (MFU) of training.
 
-    They go to the Trainer's loggers as ``compute/...``, to a line on the screen, and as ``compute.json`` into a folder.
-    The weights that come out are the same, to the bit, as without it. Sums are kept in checkpoints, so that a resumed
-    run goes on adding; work that was done after the checkpoint and lost isn't in them.
+    Metrics are logged as ``compute/...``; the result is printed and written to ``compute.json`` in a folder. Trained
+    weights are bit-for-bit the same as without this callback. Sums are saved in checkpoints and continued in a resumed
+    run; work that was done after the checkpoint and lost is not included.
 
-    Time runs from this callback's `on_train_batch_start` to its `on_train_batch_end`: loading of data, validation and
-    checkpoints aren't in it. Of other callbacks, what those behind this one do in `on_train_batch_start` and those
-    before it in `on_train_batch_end` is, so put it first where some of them work long at the end of a batch. GRPO and
-    PPO roll out inside their training step, so rollouts, rewards and the reference are in time and operations. See
-    `lightning_ft.evaluation.compute.arithmetic.ComputeResult` for what each figure is. While training goes on, they are
-    the first rank's; `tokens_per_second` is that since it was last logged, the others since the start.
+    Time is measured from this callback's `on_train_batch_start` to its `on_train_batch_end`, so data loading,
+    validation and checkpoints are excluded. It includes the `on_train_batch_start` of callbacks after this one and the
+    `on_train_batch_end` of callbacks before it, so pass this callback first if others do long work at the end of a
+    batch. GRPO and PPO roll out inside their training step, so rollouts, rewards and the reference model are included.
+    `lightning_ft.evaluation.compute.arithmetic.ComputeResult` describes each metric. Metrics that are logged during
+    training are those of rank 0; `tokens_per_second` is measured since it was last logged, the others since the start.
 
-    With Fabric, call ``fabric.call("on_train_start", fabric, model)``, around each micro-batch
+    With Fabric, call ``fabric.call("on_train_start", fabric, model)`` before the loop,
     ``fabric.call("on_train_batch_start", fabric, model, batch, index)`` and
-    ``fabric.call("on_train_batch_end", fabric, model, None, batch, index)``, and
-    ``fabric.call("on_train_end", fabric, model)``; where a micro-batch fails and the program goes on,
-    ``fabric.call("on_exception", fabric, model, error)``. Without either, use
+    ``fabric.call("on_train_batch_end", fabric, model, None, batch, index)`` around each micro-batch, and
+    ``fabric.call("on_train_end", fabric, model)`` after the loop. If a micro-batch fails and the program continues,
+    call ``fabric.call("on_exception", fabric, model, error)``. Without Trainer or Fabric, use
     `lightning_ft.evaluation.compute.measurement.ComputeMeasurement`.
 
     Args:
-        every_n_steps: Number of micro-batches between counts of operations, besides the 1st, 8th, 64th, ...
-        peak_flops: Peak operations per second of one device. None: the known value; there is none for CPUs.
-        log_every_n_steps: Log once in so many optimizer steps; by default as the Trainer does. With Fabric only the end
-            is logged unless it is given.
-        output_dir: Folder of the file; None for `name` in the logger's folder (or `default_root_dir`; with Fabric none
-            is written), False for none.
+        every_n_steps: Number of micro-batches between measurements of FLOPs, in addition to micro-batches 1, 8, 64, ...
+        peak_flops: Peak FLOPs per second of one device. By default the known value of the device; CPUs have none.
+        log_every_n_steps: Number of optimizer steps between logged metrics; the Trainer's value by default. With Fabric
+            the default is to log at the end only.
+        output_dir: Folder of the file. None for `name` in the logger's folder or in `default_root_dir` (with Fabric, no
+            file is written), False for no file.
         name: Prefix of the logged names, and name of the folder.
 
     Raises:
-        ConfigError: For numbers that can't be; before training for a compiled model that no formula fits.
+        ConfigError: For numbers out of range; before training, for a compiled model whose FLOPs can't be computed by
+            formula.
 
     Example:
         >>> meter = ComputeMeter(every_n_steps=100)
@@ -72,10 +73,10 @@ class ComputeMeter(MeasuringCallback):
         if log_every_n_steps is not None and log_every_n_steps < 1:
             raise ConfigError(f"log_every_n_steps={log_every_n_steps}: expected at least 1.")
         self._options: dict[str, Any] = {"every_n_steps": every_n_steps, "peak_flops": peak_flops}
-        ComputeMeasurement(**self._options)  # refuse wrong numbers here
+        ComputeMeasurement(**self._options)  # raises an error for numbers out of range
         self.log_every_n_steps, self.output_dir, self.name = log_every_n_steps, output_dir, name
         self.result: ComputeResult | None = None
-        """The last result, once training has ended."""
+        """Result of the whole run, after training."""
         self._measurement: ComputeMeasurement | None = None
         self._loaded: dict[str, Any] | None = None
         self._logged_at = 0
@@ -83,20 +84,20 @@ class ComputeMeter(MeasuringCallback):
 
     @property
     def state_key(self) -> str:
-        """Names this callback's state in checkpoints, so that two with different names can stand side by side."""
+        """Key of this callback's state in checkpoints; it differs between callbacks with different names."""
         return f"ComputeMeter({self.name!r})"
 
-    # ---------------------------------------------------------------- hooks, in the order in which they are called
+    # ---------------------------------------------------------------- hooks, in call order
 
     def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Get ready, with the sums of a checkpoint where there is one.
+        """Start the measurement, from the sums of a checkpoint if one was loaded.
 
         Args:
             trainer: The Trainer, or Fabric.
             pl_module: The module, or with Fabric the model.
 
         Raises:
-            ConfigError: For a compiled model that no formula fits.
+            ConfigError: For a compiled model whose FLOPs can't be computed by formula.
         """
         self.result = None
         if self._measurement is None or self._loaded is not None or getattr(trainer, "global_step", 0) == 0:
@@ -110,60 +111,60 @@ class ComputeMeter(MeasuringCallback):
     def on_train_batch_start(
         self, trainer: Any = None, pl_module: Any = None, batch: Any = None, batch_idx: int = 0
     ) -> None:
-        """Begin a micro-batch."""
+        """Start measuring a micro-batch."""
         self._memory_read = False
         self._started().begin_step()
 
     def on_train_batch_end(
         self, trainer: Any = None, pl_module: Any = None, outputs: Any = None, batch: Any = None, batch_idx: int = 0
     ) -> None:
-        """End it, and log where it is time to."""
+        """Finish measuring the micro-batch, and log if it is due."""
         measurement = self._started()
         measurement.end_step(batch, getattr(unwrapped(pl_module), "last_rollout", None))
         every = self.log_every_n_steps or getattr(trainer, "log_every_n_steps", None)
         if every and measurement.steps // every > self._logged_at // every:
             self._logged_at = measurement.steps
             measurement.read_memory()
-            figures = measurement.result().metrics()
+            metrics = measurement.result().metrics()
             if (recent := measurement.recent_tokens_per_second()) is not None:
-                figures["tokens_per_second"] = recent
-            logged = self.named({name: figures[name] for name in _LOGGED if name in figures})
+                metrics["tokens_per_second"] = recent
+            logged = self.with_prefix({name: metrics[name] for name in _LOGGED if name in metrics})
             for logger in getattr(trainer, "loggers", []):
                 logger.log_metrics(logged, step=self._step(trainer))
 
     def on_validation_start(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Let no micro-batch be open: a module may skip the rest of an epoch within one."""
+        """Discard an unfinished micro-batch: a module may skip the rest of an epoch within one."""
         self._abandon()
 
     def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Take the peak of memory, before others evaluate at the end of training."""
+        """Read the peak memory before other callbacks evaluate the model at the end of training."""
         self._abandon()
         if self._measurement is not None:
             self._measurement.read_memory()
             self._memory_read = True
 
     def on_exception(self, trainer: Any = None, pl_module: Any = None, exception: BaseException | None = None) -> None:
-        """Stop counting."""
+        """Discard the micro-batch that failed."""
         self._abandon()
 
     def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
-        """The result of all ranks.
+        """Compute the result over all ranks.
 
         Raises:
             ConfigError: If there was no training step.
         """
         self.result = self._started().stop(read_memory=not self._memory_read)
-        return self.named(self.result.metrics())
+        return self.with_prefix(self.result.metrics())
 
     def show(self, folder: Path | None) -> None:
-        """Print the headline and write the file."""
+        """Log the headline and write the file."""
         assert self.result is not None
         rank_zero_info(self.result.headline)
         if folder is not None:
-            self.wrote(self.result.save(folder))
+            self.report_written(self.result.save(folder))
 
     def so_far(self) -> ComputeResult:
-        """What this process has measured up to now, while training goes on.
+        """Result of this process up to now, during training.
 
         Raises:
             ConfigError: Before the first step.
@@ -171,18 +172,18 @@ class ComputeMeter(MeasuringCallback):
         return self._started().result()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far, as JSON types."""
+        """Return the sums so far, as JSON types."""
         return self._loaded or {} if self._measurement is None else self._measurement.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the sums of a checkpoint until training starts."""
+        """Keep the sums of a checkpoint for the start of training."""
         self._loaded = state_dict or None
 
-    # ---------------------------------------------------------------- what they do
+    # ---------------------------------------------------------------- helpers
 
     def _started(self) -> ComputeMeasurement:
         if self._measurement is None:
-            raise ConfigError("ComputeMeter hasn't been started: on_train_start must run before the first step.")
+            raise ConfigError("ComputeMeter hasn't been started. Call its on_train_start before the first step.")
         return self._measurement
 
     def _abandon(self) -> None:

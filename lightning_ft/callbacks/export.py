@@ -1,4 +1,4 @@
-"""Folders that plain transformers and PEFT load, written when training ends."""
+"""Exports the weights at the end of training as folders that transformers and PEFT can load."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lightning_ft.modules.base import FineTuning
 class ExportModel(EndOfTraining):
     """Export the final weights to ``last/`` and those of the best checkpoint to ``best/``.
 
-    The final weights are those that the user ends with, after weight averaging, in any order of the callbacks. Which
-    checkpoint is best is what the Trainer's ModelCheckpoint monitors; without ``monitor`` there is none. An export that
-    fails is an error, once everything else has been done.
+    The final weights are those after weight averaging, whatever the order of the callbacks. The best checkpoint is that
+    of the Trainer's ModelCheckpoint; without a ``monitor`` there is none. If an export fails, the error is raised after
+    all other work at the end of training is done.
 
     Args:
-        output: Folder to write exports to; by default ``export/`` in the logger's folder.
-        merge: Fold an adapter into the base weights; refused where greedy output would change.
+        output: Folder to write exports to; ``export/`` in the logger's folder by default.
+        merge: Whether to merge the adapter into the base weights; refused if this would change greedy output.
         best: Whether to export the best checkpoint too.
         overwrite: Whether to write into folders that aren't empty.
 
     Raises:
         ConfigError: Before training, for a module that can't be exported.
-        ExportError: Before training, if a folder isn't empty or the adapter can't be exported like this; after it, if
-            an export failed.
+        ExportError: Before training, if a folder isn't empty or the adapter can't be exported with these options;
+            after training, if an export failed.
 
     Example:
         >>> ExportModel("out", merge=True).merge
@@ -48,25 +48,27 @@ class ExportModel(EndOfTraining):
         self.output, self.merge, self.best, self.overwrite = output, merge, best, overwrite
         self.exported: dict[str, Path] = {}
         self.error: ExportError | None = None
-        """The first export that failed, if one did."""
+        """Error of the first export that failed; None if none failed."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse before training what would fail after it."""
+        """Check before training that the exports are possible."""
         if not isinstance(pl_module, FineTuning):
             raise ConfigError(
-                f"ExportModel can't export {type(pl_module).__name__}: it isn't a module of lightning_ft."
+                f"ExportModel can't export {type(pl_module).__name__}, since it isn't a module of lightning_ft."
             )
         pl_module.check_export(merge=self.merge)
         self.error = None
-        folder, found = self._folder(trainer), None
+        folder, reason = self._folder(trainer), None
         if trainer.is_global_zero:
             try:
                 for part in ("last", "best"):
                     check_folder(folder / part, overwrite=self.overwrite)
             except ExportError as error:
-                found = str(error)
-        if (found := first_over_ranks(found)) is not None:  # all ranks or none: the others would wait for this one
-            raise ExportError(found)
+                reason = str(error)
+        if (
+            reason := first_over_ranks(reason)
+        ) is not None:  # raised on all ranks, since the others would wait for this one
+            raise ExportError(reason)
 
     def finish(self, trainer: Trainer, pl_module: Any) -> None:
         """Export the final weights, while they are still on their devices."""
@@ -79,7 +81,9 @@ class ExportModel(EndOfTraining):
         if not self.best or not path:
             return
         if is_sharded(pl_module):
-            rank_zero_info(f"The best checkpoint of a sharded model is exported with `lightning-ft export`: {path}")
+            rank_zero_info(
+                f"The best checkpoint of a sharded model isn't exported. Run `lightning-ft export` with {path}"
+            )
             return
         self._try(trainer, "best", lambda: self._export_best(trainer, pl_module, path))
 

@@ -1,4 +1,4 @@
-"""What callbacks that measure share: when they measure, where their figures go, and the report at the end of a fit."""
+"""Base class of the callbacks that measure: logs and writes their results, and the report at the end of a fit."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from lightning_ft.report.write import FOLDER, write_files
 
 
 class MeasuringCallback(EndOfTraining):
-    """Base of the callbacks that measure something.
+    """Base class of the callbacks that measure something.
 
-    A measurement that fails once training has begun is undefined, and says why; the run goes on.
+    If a measurement fails after training has started, its result is undefined, for a reason that is logged and
+    written; the run continues.
     """
 
     title: ClassVar[str]
-    """What is measured, in words."""
+    """Name of the measurement in messages."""
     files: ClassVar[tuple[str, ...]]
-    """Names of the files that a result is written to."""
+    """Names of the files that the result is written to."""
     reports = True
-    """Its results go into the report that is written when training ends."""
+    """Whether the results are part of the report that is written when training ends."""
     name: str
-    """Before the names of what is logged, and of the folder."""
+    """Prefix of the logged names, and name of the folder."""
     output_dir: str | Path | bool | None
     result: Any
     undefined: str | None = None
-    """Why there is no result, once training has ended."""
+    """Reason why there is no result, after training; None if there is one."""
     unwritten: str | None = None
-    """Why the files in its folder may be those of an earlier run."""
+    """Reason why the result could not be written, so that files in the folder may be of an earlier run."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse a folder that can't be written to.
+        """Check that results can be written to the folder.
 
         Raises:
-            ConfigError: If a file is in its way, or the user may not write there.
+            ConfigError: If the path or one of its parents is a file, or isn't writable.
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
@@ -48,84 +49,86 @@ class MeasuringCallback(EndOfTraining):
             check_results_folder(results_folder(trainer, self.output_dir, self.name), type(self).__name__)
 
     def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
-        """Set `result` to that of the final weights; on all ranks.
+        """Measure the current weights and set `result`, on all ranks.
 
         Args:
             trainer: The Trainer, or Fabric.
             pl_module: The module, or with Fabric the model.
 
         Returns:
-            What is logged, by the names that it is logged under.
+            Metrics to log, by their logged names.
         """
         raise NotImplementedError
 
     def show(self, folder: Path | None) -> None:
-        """Print the result and write it; on the first rank only.
+        """Print the result and write it, on rank 0 only.
 
         Args:
-            folder: Where to write; None for nowhere.
+            folder: Folder to write to; None to write no files.
         """
         raise NotImplementedError
 
     def undefined_metrics(self) -> dict[str, float]:
-        """What is logged where the result is undefined."""
+        """Metrics to log if the result is undefined."""
         return {}
 
     @property
     def gate_failed(self) -> bool:
-        """Whether the result broke a limit at which the user wants to be stopped."""
+        """Whether the result exceeds a limit that makes the command line exit with a nonzero status."""
         return False
 
     def finish(self, trainer: Any, pl_module: Any) -> None:
-        """Measure the final weights, log, print and write the result, or why there is none."""
-        folder = results_folder(trainer, self.output_dir, self.name)  # asked on all ranks, and before one may fail
-        figures: dict[str, float] = {}
+        """Measure the final weights, and log, print and write the result or the reason why there is none."""
+        folder = results_folder(trainer, self.output_dir, self.name)  # a collective call, so before a rank may fail
+        metrics: dict[str, float] = {}
         self.undefined = self.attempt(
-            f"{self.title} is undefined", lambda: figures.update(self.measure(trainer, pl_module))
+            f"{self.title} is undefined", lambda: metrics.update(self.measure(trainer, pl_module))
         )
         if self.undefined is not None:
-            self.result, figures = None, self.named(self.undefined_metrics())
+            self.result, metrics = None, self.with_prefix(self.undefined_metrics())
         self.attempt(
             f"{self.title} was not logged",
-            lambda: self.publish(trainer, figures, getattr(trainer, "global_step", None)),
+            lambda: self.log_metrics(trainer, metrics, getattr(trainer, "global_step", None)),
         )
         show: Callable[[Path | None], None] = self.show if self.undefined is None else self._write_undefined
-        first = getattr(trainer, "is_global_zero", True)
+        is_global_zero = getattr(trainer, "is_global_zero", True)
         where = "" if folder is None else f" to {folder}"
-        self.unwritten = self.attempt(f"{self.title} was not written{where}", lambda: show(folder) if first else None)
+        self.unwritten = self.attempt(
+            f"{self.title} was not written{where}", lambda: show(folder) if is_global_zero else None
+        )
 
     def finish_fit(self, trainer: Any, pl_module: Any) -> None:
-        """Write the report, if this is the last callback that measures."""
+        """Write the report if this is the last callback that measures."""
         from lightning_ft.callbacks.measuring import report_at_end
 
         self.attempt("The report was not written", lambda: report_at_end(trainer, self))
 
-    def named(self, figures: Mapping[str, float]) -> dict[str, float]:
-        """Figures as they are logged."""
-        return {f"{self.name}/{key}": value for key, value in figures.items()}
+    def with_prefix(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return metrics with their logged names, ``name/key``."""
+        return {f"{self.name}/{key}": value for key, value in metrics.items()}
 
-    def publish(self, host: Any, figures: Mapping[str, float], step: int | None) -> None:
-        """Give figures to `callback_metrics`, to be monitored, and to the loggers.
+    def log_metrics(self, trainer: Any, metrics: Mapping[str, float], step: int | None) -> None:
+        """Add metrics to `callback_metrics`, where they can be monitored, and log them.
 
-        Not by `log_dict`, which passes over steps that `log_every_n_steps` doesn't name.
+        `log_dict` isn't used, since it skips steps between those of `log_every_n_steps`.
 
         Args:
-            host: The Trainer, or Fabric.
-            figures: By the names that they are logged under.
-            step: Optimizer step.
+            trainer: The Trainer, or Fabric.
+            metrics: Metrics by their logged names.
+            step: Number of optimizer steps so far.
         """
-        if is_trainer(host):
-            host.callback_metrics.update({key: torch.tensor(value) for key, value in figures.items()})
-        for logger in getattr(host, "loggers", []) if figures else ():
-            logger.log_metrics(dict(figures), step=step)
+        if is_trainer(trainer):
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+        for logger in getattr(trainer, "loggers", []) if metrics else ():
+            logger.log_metrics(dict(metrics), step=step)
 
-    def wrote(self, *files: Path) -> None:
-        """Say where the result is; an earlier word that there is none is taken back."""
+    def report_written(self, *files: Path) -> None:
+        """Log the paths of the written files, and remove the file that says that the result is undefined."""
         (files[0].parent / UNDEFINED).unlink(missing_ok=True)
         rank_zero_info(f"{self.title} written: {', '.join(map(str, files))}")
 
     def _write_undefined(self, folder: Path | None) -> None:
-        """Write why there is no result; one of an earlier run must not be taken for this one's."""
+        """Write the reason why there is no result, and remove results of an earlier run."""
         if folder is None:
             return
         for name in self.files:
@@ -134,33 +137,35 @@ class MeasuringCallback(EndOfTraining):
 
 
 def report_at_end(trainer: Any, callback: Any) -> list[Path]:
-    """Write the report of a fit once, when the last of its measuring callbacks is through.
+    """Write the report of a fit, once, when it is called for the last of the callbacks that measure.
 
-    Call it in ``on_fit_end``, on all ranks: results are written at the end of training, so they are all there. What is
-    reported is what the callbacks wrote into the Trainer's folder, nothing else that may lie there.
+    Call it in ``on_fit_end``, on all ranks, when all results of the end of training have been written. The report
+    contains what the callbacks wrote into the Trainer's folder, and ignores other files there.
 
     Args:
         trainer: The Trainer.
-        callback: The one that calls. Like every callback that measures it has the attributes ``reports``, True,
-            ``name``, its folder in that of the Trainer, and ``output_dir``, None unless its files are somewhere else;
-            ``unwritten``, why it could not write them, is optional.
+        callback: Callback that calls this function. Like every callback that measures, it has the attributes
+            ``reports`` (True), ``name`` (its folder within the Trainer's) and ``output_dir`` (None unless its files are
+            elsewhere), and optionally ``unwritten`` (the reason why it could not write them).
 
     Returns:
-        The files written; empty on other ranks than the first, for other callbacks than the last, and where no
+        Paths of the written files. Empty on ranks other than 0, for callbacks other than the last one, and if no
         callback wrote results into the Trainer's folder.
 
     Raises:
-        DataError: If a file isn't what its name says.
+        DataError: If a result file is invalid.
     """
     measuring = [other for other in trainer.callbacks if getattr(other, "reports", False)]
     if not measuring or measuring[-1] is not callback:
         return []
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on all ranks: the first one tells the others
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: `log_dir` is broadcast
     if not trainer.is_global_zero or not folder.is_dir():
         return []
-    # What could not be written leaves an earlier run's files in its folder.
-    ours = [other for other in measuring if other.output_dir in (None, True) and not getattr(other, "unwritten", None)]
-    found = collect(folder, within=[other.name for other in ours])
+    # A callback that could not write its results may have files of an earlier run in its folder.
+    written_to = [
+        other for other in measuring if other.output_dir in (None, True) and not getattr(other, "unwritten", None)
+    ]
+    found = collect(folder, within=[other.name for other in written_to])
     if found.empty:
         return []
     written = write_files(found, folder / FOLDER)

@@ -1,4 +1,4 @@
-"""What a training run makes its model forget: the base before the first step, the tuned model after the last."""
+"""Measures forgetting in a training run, between the base weights before the first step and the tuned ones."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from lightning_ft.types import Request
 
 
 class Retention(MeasuringCallback):
-    """Measures how far training moves a model on general text: KL from the base, perplexity, and agreement with it.
+    """Measures how far training moves a model on general text: KL from the base, perplexity, and top-1 agreement.
 
-    What to compare with is settled before the first step and kept in checkpoints, so that a resumed run compares with
-    the original weights. Results go to the Trainer's loggers and `callback_metrics` as ``retention/...``, and as JSON
-    into a folder. With a PairDataModule that has validation rows, the divergence on their answers is measured too.
+    The reference distributions are computed before the first step and saved in checkpoints, so that a resumed run
+    compares with the original weights. Metrics are logged, and added to `callback_metrics`, as ``retention/...``; the
+    result is written to a folder as JSON. If a PairDataModule has validation rows, the divergence on their answers is
+    measured too.
 
-    With Fabric, call ``fabric.call("on_train_start", fabric, model)`` before the loop and
-    ``fabric.call("on_train_end", fabric, model)`` after it, with `tokenizer` given here. Without either, use
+    With Fabric, pass `tokenizer`, and call ``fabric.call("on_train_start", fabric, model)`` before the loop and
+    ``fabric.call("on_train_end", fabric, model)`` after it. Without Trainer or Fabric, use
     `lightning_ft.evaluation.retention.measurement.RetentionMeasurement`.
 
     Args:
-        texts: General texts, not the training data: a JSONL file whose rows have a ``text``, a ``.txt`` file with a
-            blank line between texts, or a list.
-        max_texts: Number of texts to read, from the first.
-        max_tokens: Largest number of tokens per text; the rest of a text is left out.
-        base: Weights to compare with: ``adapter_off`` (exact), ``step_0`` (the model as training starts from it, of
-            which `top_k` tokens per position are kept: the divergences are lower bounds), or ``auto``: the first for a
-            new adapter, the second for full fine-tuning, a continued adapter, or one that changed the base (PiSSA,
-            OLoRA).
-        top_k: Number of tokens to keep at each position.
+        texts: General texts, not the training data: path of a JSONL file whose rows have a ``text``, path of a ``.txt``
+            file with a blank line between texts, or a list of texts.
+        max_texts: Largest number of texts to use, from the first.
+        max_tokens: Largest number of tokens per text; longer texts are truncated.
+        base: Weights to compare with: ``adapter_off`` (exact), ``step_0`` (the model at the start of training, of whose
+            distributions the `top_k` most probable tokens per position are kept, so that divergences are lower bounds),
+            or ``auto``: the former for a new adapter; the latter for full fine-tuning, a continued adapter, or one that
+            changed the base (PiSSA, OLoRA).
+        top_k: Number of tokens per position whose base probabilities are kept.
         every_n_epochs: Number of epochs between measurements during training.
         every_n_steps: Number of optimizer steps between measurements during training.
-        max_kl: Most nats a token on the general texts, of the figure itself and not its interval.
-        max_ppl_ratio: Largest allowed ratio of perplexities.
-        min_top1_agreement: Smallest share of places with the same most probable token.
-        on_breach: Response to a limit that doesn't hold: ``warn``, or ``stop`` training too. With Fabric the loop
-            is yours: look at `breached`.
-        batch_size: Texts at a time.
-        output_dir: Folder of the file; None for ``retention`` in the logger's folder (or `default_root_dir`; with
-            Fabric none is written), False for none.
-        tokenizer: By default the module's.
-        name: Before the names of what is logged, and of the folder.
-        progress: Show progress bars; by default as the Trainer does.
-        task: Requests with their right answers, in place of the DataModule's validation rows.
-        max_task_rows: Read the first so many of them; 0 for none.
-        resamples: Draws of the bootstrap.
-        seed: Seed of the random draws.
+        max_kl: Largest allowed KL divergence on the general texts, in nats per token; the point estimate is compared.
+        max_ppl_ratio: Largest allowed ratio of the tuned model's perplexity to the base's.
+        min_top1_agreement: Smallest allowed share of positions with the same most probable token.
+        on_breach: Response to an exceeded limit: ``warn``, or ``stop`` training after a warning. With Fabric, stop your
+            loop if `breached` isn't empty.
+        batch_size: Number of texts per forward pass.
+        output_dir: Folder of the file. None for ``retention`` in the logger's folder or in `default_root_dir` (with
+            Fabric, no file is written), False for no file.
+        tokenizer: Tokenizer of the model; the module's by default.
+        name: Prefix of the logged names, and name of the folder.
+        progress: Whether to show progress bars; by default if the Trainer does.
+        task: Requests with reference answers that replace the DataModule's validation rows.
+        max_task_rows: Largest number of these rows to use, from the first; 0 for none.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
 
     Raises:
-        RetentionError: For a measurement that would compare with the wrong weights, before training wherever it can be
-            known.
+        RetentionError: For a measurement that would compare with the wrong weights; raised before training if possible.
 
     Example:
         >>> retention = Retention(["It was a bright cold day in April."], max_kl=0.1, on_breach="stop")
@@ -96,22 +96,24 @@ class Retention(MeasuringCallback):
         super().__init__()
         if texts is None:
             raise RetentionError(
-                "Retention needs general texts to read, which the model should not forget: Retention(texts=...) with a "
-                'JSONL file whose rows have a "text", a .txt file with a blank line between texts, or a list. About 64 '
-                "texts of 256 tokens are enough."
+                "Retention needs general texts on which to measure forgetting. Pass texts=: a JSONL file whose rows "
+                'have a "text", a .txt file with a blank line between texts, or a list. About 64 texts of 256 tokens '
+                "are enough."
             )
         for argument, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
             if value is not None and value < 1:
                 raise RetentionError(f"{argument}={value}: expected at least 1.")
         if on_breach not in ("warn", "stop"):
             raise RetentionError(f"on_breach={on_breach!r}: expected 'warn' or 'stop'.")
-        for argument, limit, most in (
+        for argument, limit, maximum in (
             ("max_kl", max_kl, math.inf),
             ("max_ppl_ratio", max_ppl_ratio, math.inf),
             ("min_top1_agreement", min_top1_agreement, 1.0),
         ):
-            if limit is not None and not 0 <= limit <= most:
-                raise RetentionError(f"{argument}={limit}: expected a number from 0{' to 1' if most == 1 else ' on'}.")
+            if limit is not None and not 0 <= limit <= maximum:
+                raise RetentionError(
+                    f"{argument}={limit}: expected a number {'from 0 to 1' if maximum == 1 else 'of at least 0'}."
+                )
         self.texts, self.tokenizer, self.task, self.max_task_rows = texts, tokenizer, task, max_task_rows
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.max_kl, self.max_ppl_ratio, self.min_top1_agreement = max_kl, max_ppl_ratio, min_top1_agreement
@@ -126,9 +128,9 @@ class Retention(MeasuringCallback):
             "seed": seed,
         }
         self.result: RetentionResult | None = None
-        """The last result."""
+        """The last result; None before the first measurement."""
         self.breached: tuple[str, ...] = ()
-        """Which limits the last result broke, in words."""
+        """Descriptions of the limits that the last result exceeds."""
         self._measurement: RetentionMeasurement | None = None
         self._loaded: dict[str, Any] | None = None
         self._measured: tuple[float, ...] = ()
@@ -136,20 +138,20 @@ class Retention(MeasuringCallback):
 
     @property
     def state_key(self) -> str:
-        """Names this callback's state in checkpoints, so that two with different names can stand side by side."""
+        """Key of this callback's state in checkpoints; it differs between callbacks with different names."""
         return f"Retention({self.name!r})"
 
-    # ---------------------------------------------------------------- hooks, in the order in which they are called
+    # ---------------------------------------------------------------- hooks, in call order
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Read texts and rows before weights are loaded.
 
         Raises:
-            RetentionError: For everything that can be known without the model.
+            RetentionError: For problems that can be found without the model.
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if self._measurement is not None and trainer.global_step > 0:  # the same Trainer goes on
+            if self._measurement is not None and trainer.global_step > 0:  # the same Trainer continues
                 self._loaded = self.state_dict()
             self._measurement = self._new_measurement(trainer, pl_module)
 
@@ -157,24 +159,26 @@ class Retention(MeasuringCallback):
         """Check that the texts fit the model.
 
         Raises:
-            RetentionError: If they don't, or it isn't a causal language model.
+            RetentionError: If a text doesn't fit the model, or it isn't a causal language model.
         """
         if self._measurement is not None and model_of(pl_module) is not None:
             self._measurement.check_model(required_model(pl_module, "Retention", RetentionError))
 
     def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Settle what to compare with, unless a checkpoint brought it.
+        """Compute the reference distributions of the base, unless they were loaded from a checkpoint.
 
         Args:
             trainer: The Trainer, or Fabric.
             pl_module: The module, or with Fabric the model.
 
         Raises:
-            RetentionError: If training has already changed the weights, or the model isn't what it is compared with.
+            RetentionError: If training has already changed the weights, or the loaded reference is of another model.
         """
         self.result, self._measured, self.breached = None, (), ()
         self._last_step = getattr(trainer, "global_step", 0)
-        measurement = self._measurement if is_trainer(trainer) else None  # of another Fabric loop it would be stale
+        measurement = (
+            self._measurement if is_trainer(trainer) else None
+        )  # that of an earlier Fabric loop would be stale
         self._measurement = measurement = measurement or self._new_measurement(trainer, pl_module)
         if self._loaded:
             measurement.load_state_dict(self._loaded)
@@ -185,71 +189,73 @@ class Retention(MeasuringCallback):
                 measurement.before(required_model(pl_module, "Retention", RetentionError), trained=trained)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure where `every_n_steps` asks for it."""
+        """Measure every `every_n_steps` optimizer steps."""
         step, every = getattr(trainer, "global_step", None), self.every_n_steps
         if step is None:  # Fabric doesn't count steps
             return
-        # a batch may take no step (accumulation) or several (policies)
+        # a batch may take no optimizer step (accumulation) or several (GRPO, PPO)
         if every is not None and step // every > self._last_step // every:
             self._report(trainer, pl_module)
         self._last_step = step
 
     def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Measure where `every_n_epochs` asks for it."""
+        """Measure every `every_n_epochs` epochs."""
         if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._report(trainer, pl_module)
 
     def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
-        """Measure the tuned model, unless these weights were measured last, and compare with the limits.
+        """Measure the tuned model, unless these weights were the last measured, and compare with the limits.
 
         Raises:
-            RetentionError: If `on_train_start` didn't run, or the weights have become NaN.
+            RetentionError: If `on_train_start` didn't run, or the weights contain NaN.
         """
         earlier = self.result, self.breached
-        self.result, self.breached = None, self._limits()
+        self.result, self.breached = None, self._breaches_if_undefined()
         if self._measurement is None:
-            raise RetentionError("Nothing to compare with: on_train_start must run before the first step.")
+            raise RetentionError(
+                "Retention has no base to compare with. Call its on_train_start before the first step."
+            )
         step = getattr(trainer, "global_step", None)
         model = required_model(pl_module, "Retention", RetentionError)
         weights = weights_fingerprint(model)
         if earlier[0] is not None and (earlier[0].step, weights) == (step, self._measured):
             self.result, self.breached = earlier
-            return {}  # they were logged then
+            return {}  # the metrics were logged then
         with precision_of(trainer):
             self.result = self._measurement.after(model, step=step)
-        self._measured, self.breached = weights, self._broken(self.result)
-        return self.named(self.result.metrics())
+        self._measured, self.breached = weights, self._breaches(self.result)
+        return self.with_prefix(self.result.metrics())
 
     def show(self, folder: Path | None) -> None:
-        """Say what was found and write the file."""
+        """Log the headline, warn about exceeded limits, and write the file."""
         assert self.result is not None
         if self.breached:
-            rank_zero_warn(self._told(self.result))
+            rank_zero_warn(self._breach_message(self.result))
         rank_zero_info(f"Retention. {self.result.headline}")
         if folder is not None:
-            self.wrote(self.result.save(folder))
+            self.report_written(self.result.save(folder))
 
     @property
     def gate_failed(self) -> bool:
-        """Whether a limit was broken at which the run was to stop."""
+        """Whether a limit is exceeded and `on_breach` is ``stop``."""
         return self.on_breach == "stop" and bool(self.breached)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is compared with, tensors among it."""
+        """Return the reference distributions of the base, which include tensors."""
         if self._measurement is not None and self._measurement.has_before:
             return self._measurement.state_dict()
         return self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a checkpoint's until training starts."""
+        """Keep the reference distributions of a checkpoint for the start of training."""
         self._loaded = state_dict or None
 
-    # ---------------------------------------------------------------- what they do
+    # ---------------------------------------------------------------- helpers
 
     def _new_measurement(self, trainer: Any, module: Any) -> RetentionMeasurement:
         tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
         if tokenizer is None:
-            raise RetentionError("Retention has no tokenizer: pass tokenizer=, or use it with a module that has one.")
+            raise RetentionError("Retention has no tokenizer. Pass tokenizer=, or use a module that has one.")
         rows = self._task_rows(trainer)
         return RetentionMeasurement(
             tokenizer, self.texts, rows, progress=shows_progress(trainer, self.progress), **self._options
@@ -261,49 +267,51 @@ class Retention(MeasuringCallback):
         if rows is None and self.max_task_rows and hasattr(data, "requests"):
             try:
                 rows = data.requests("validation")
-            except ConfigError:  # no validation rows: there is no divergence on the task then
+            except ConfigError:  # no validation rows, so the divergence on the task isn't measured
                 rows = None
         return (rows or [])[: self.max_task_rows]
 
     def _report(self, trainer: Any, module: Any) -> None:
-        """Measure in the middle of training, log, and stop where a limit asks for it."""
-        figures: dict[str, float] = {}
+        """Measure during training, log, and stop if a limit is exceeded and `on_breach` is ``stop``."""
+        metrics: dict[str, float] = {}
         step = getattr(trainer, "global_step", None)
         at = "" if step is None else f" at step {step:,}"
-        if self.attempt(f"Retention{at} is undefined", lambda: figures.update(self.measure(trainer, module))):
+        if self.attempt(f"Retention{at} is undefined", lambda: metrics.update(self.measure(trainer, module))):
             return
-        self.attempt(f"Retention{at} was not logged", lambda: self.publish(trainer, figures, step))
+        self.attempt(f"Retention{at} was not logged", lambda: self.log_metrics(trainer, metrics, step))
         assert self.result is not None
         stop = is_trainer(trainer) and self.on_breach == "stop" and bool(self.breached)
-        if is_trainer(trainer):  # all ranks or none, though they measure alike
+        if is_trainer(trainer):  # ranks must agree, even though they measure the same
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
             trainer.should_stop = trainer.should_stop or stop
         if self.breached:
-            rank_zero_warn(f"{self._told(self.result)}{' Training stops.' if stop else ''}")
+            rank_zero_warn(f"{self._breach_message(self.result)}{' Training stops.' if stop else ''}")
 
-    def _told(self, result: RetentionResult) -> str:
+    def _breach_message(self, result: RetentionResult) -> str:
         at = "" if result.step is None else f" at step {result.step:,}"
         return f"Retention{at}: {'; '.join(self.breached)}."
 
-    def _limits(self) -> tuple[str, ...]:
-        """All limits, in words: what is undefined keeps none of them."""
+    def _breaches_if_undefined(self) -> tuple[str, ...]:
+        """Describe every limit as exceeded, since an undefined result satisfies none."""
         return tuple(
-            f"{figure} is undefined, {'at most' if sign > 0 else 'at least'} {limit:g} was allowed"
-            for figure, limit, sign in self._wanted()
+            f"{metric} is undefined, {'at most' if sign > 0 else 'at least'} {limit:g} was allowed"
+            for metric, limit, sign in self._limits()
         )
 
-    def _broken(self, result: RetentionResult) -> tuple[str, ...]:
-        values = {figure: getattr(result, figure).value for figure, _, _ in self._wanted()}
+    def _breaches(self, result: RetentionResult) -> tuple[str, ...]:
+        """Describe the limits that a result exceeds."""
+        values = {metric: getattr(result, metric).value for metric, _, _ in self._limits()}
         return tuple(
-            f"{figure} is {values[figure]:.4g}, {'at most' if sign > 0 else 'at least'} {limit:g} was allowed"
-            for figure, limit, sign in self._wanted()
-            if sign * values[figure] > sign * limit
+            f"{metric} is {values[metric]:.4g}, {'at most' if sign > 0 else 'at least'} {limit:g} was allowed"
+            for metric, limit, sign in self._limits()
+            if sign * values[metric] > sign * limit
         )
 
-    def _wanted(self) -> list[tuple[str, float, int]]:
+    def _limits(self) -> list[tuple[str, float, int]]:
+        """Return each configured limit as metric, limit, and 1 for a maximum or -1 for a minimum."""
         limits = (
             ("kl_general", self.max_kl, 1),
             ("ppl_ratio", self.max_ppl_ratio, 1),
             ("top1_agreement", self.min_top1_agreement, -1),
         )
-        return [(figure, limit, sign) for figure, limit, sign in limits if limit is not None]
+        return [(metric, limit, sign) for metric, limit, sign in limits if limit is not None]

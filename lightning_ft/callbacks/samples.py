@@ -1,4 +1,4 @@
-"""Writes the completions of a policy to a file, to the loggers and, on request, to the screen."""
+"""Writes completions of a policy to a file and to loggers, and optionally prints them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ft._lightning import Callback
-from lightning_ft.callbacks.base import described
+from lightning_ft.callbacks.base import describe_error
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.document.markdown import markdown_table
 from lightning_ft.errors import ConfigError
-from lightning_ft.modules.samples import RolloutRecord, append_samples, drop_samples, set_aside
+from lightning_ft.modules.samples import RolloutSamples, append_samples, drop_samples, set_aside
 from lightning_ft.printable import printable
 from lightning_ft.types import Message
 
 CELL = 600
-"""Characters of a text that Markdown and the screen show; files and tables of loggers hold all of it."""
+"""Number of characters of a text shown in Markdown and on the console; files and tables of loggers contain all."""
 
 
 def samples_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Rows of `RolloutRecord.rows` as a flat table.
+    """Flatten rows of `RolloutSamples.rows` into a table.
 
     Args:
-        rows: Of one step, at least one.
+        rows: Rows of one step; at least one.
 
     Returns:
-        The names of the columns, and a cell of each for every row: texts, numbers or None.
+        Names of the columns, and the cells of each row: strings, numbers, booleans or None.
 
     Example:
         >>> row = {"step": 3, "prompt": "2+2?", "completion": "4", "rewards": {"correct": 1.0}, "reward": 1.0}
@@ -44,20 +44,20 @@ def samples_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[lis
 
 
 def samples_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of one step as a Markdown table."""
+    """Render the rows of one step as a Markdown table."""
     columns, data = samples_columns(rows)
     cells = [[_short(cell) for cell in row] for row in data]
     return "\n".join(markdown_table(columns, cells)) + "\n"
 
 
 def samples_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Rows of one step as a table on the screen."""
+    """Render the rows of one step as a table for the console."""
     columns, data = samples_columns(rows)
     table = Table(title=f"Completions of step {rows[0]['step']:,}", title_justify="left", show_lines=True)
     for column in columns[1:]:
         table.add_column(Text(printable(column, one_line=True)), overflow="fold")
     for row in data:
-        table.add_row(*(Text(printable(_short(cell))) for cell in row[1:]))  # Text: brackets in it are no markup
+        table.add_row(*(Text(printable(_short(cell))) for cell in row[1:]))  # Text doesn't interpret brackets as markup
     return table
 
 
@@ -75,10 +75,10 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
 def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {_said(message)}" for message in prompt)
+    return "\n".join(f"{message['role']}: {_content(message)}" for message in prompt)
 
 
-def _said(message: Message) -> str:
+def _content(message: Message) -> str:
     calls = message.get("tool_calls")
     return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
@@ -91,21 +91,21 @@ def _short(cell: Any) -> str:
 class SampleCompletions(Callback):
     """Shows completions of the policy with their prompts, rewards and advantages.
 
-    They are appended to a JSONL file, and given to loggers that show tables (Weights & Biases, MLflow) or text
-    (TensorBoard). A run that is resumed first drops the rows that it will write again; a new run puts the file of an
-    earlier one aside. On several ranks it is the first one's completions that are shown.
+    They are appended to a JSONL file, and logged as a table (Weights & Biases, MLflow) or as text (TensorBoard). A
+    resumed run first drops the rows that it will write again; a new run renames the file of an earlier run. With
+    several ranks, the completions of rank 0 are shown.
 
-    Without a Trainer use `lightning_ft.modules.samples.write_samples`.
+    Without a Trainer, use `lightning_ft.modules.samples.write_samples`.
 
     Args:
-        path: Path of the file; by default ``completions.jsonl`` in the logger's folder, or in `default_root_dir`.
+        path: Path of the JSONL file; ``completions.jsonl`` in the logger's folder or in `default_root_dir` by default.
         every_n_steps: Number of optimizer steps between rollouts whose completions are shown.
         num_samples: Number of completions per rollout, spread evenly over its prompts; None for all.
-        print_samples: Whether to print the completions, too.
-        name: Name of the table in loggers, and of the file without `path`.
+        print_samples: Whether to print the completions too.
+        name: Name of the table in loggers, and of the file if `path` is None.
 
     Raises:
-        ConfigError: For a module that has no rollouts, before training.
+        ConfigError: For numbers below 1; before training, for a module without rollouts.
 
     Example:
         >>> samples = SampleCompletions(every_n_steps=10, num_samples=4)
@@ -128,28 +128,28 @@ class SampleCompletions(Callback):
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.print_samples, self.name = print_samples, name
         self.written_to: Path | None = None
-        """The file, once training has started."""
+        """Path of the file, after training has started."""
         self.failures: tuple[str, ...] = ()
-        """What could not be written, in words."""
-        self._seen: RolloutRecord | None = None
+        """Descriptions of samples that could not be written."""
+        self._seen: RolloutSamples | None = None
         self._last_step: int | None = None
 
     @property
     def state_key(self) -> str:
-        """Names this callback's state in checkpoints, so that two with different names can stand side by side."""
+        """Key of this callback's state in checkpoints; it differs between callbacks with different names."""
         return f"SampleCompletions({self.name!r})"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a module that has no rollouts."""
+        """Check that the module has rollouts."""
         if not hasattr(pl_module, "last_rollout"):
             raise ConfigError(
-                f"SampleCompletions shows what a policy writes in training, and {type(pl_module).__name__} has no "
-                "`last_rollout`: use it with GRPO or PPO."
+                f"SampleCompletions shows the completions of a policy, but {type(pl_module).__name__} has no "
+                "`last_rollout`. Use it with GRPO or PPO."
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Get the file ready: without the rows that will be written again, or without those of another run."""
-        # asked on all ranks: the first one tells the others
+        """Drop the rows that a resumed run will write again, or rename the file of an earlier run."""
+        # on all ranks, since `log_dir` is broadcast
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         self.written_to = self.path or folder / f"{self.name}.jsonl"
         self._seen, self.failures = None, ()
@@ -159,11 +159,11 @@ class SampleCompletions(Callback):
             return
         if trainer.global_step > 0:
             drop_samples(self.written_to, trainer.global_step)
-        elif (aside := set_aside(self.written_to)) is not None:
-            rank_zero_info(f"The completions of an earlier run are now in {aside}")
+        elif (renamed := set_aside(self.written_to)) is not None:
+            rank_zero_info(f"The completions of an earlier run were moved to {renamed}")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Show a new rollout, where it is one of those to show."""
+        """Show the completions of a new rollout every `every_n_steps` optimizer steps."""
         record = pl_module.last_rollout
         if record is None or record is self._seen:
             return
@@ -181,35 +181,35 @@ class SampleCompletions(Callback):
                 Console().print(samples_table(rows))
 
     def _try(self, where: str, write: Callable[..., object], *arguments: Any) -> None:
-        """Write samples; they aren't worth a run. Only the first failure is reported, since others are like it."""
+        """Write samples without stopping the run on failure; only the first failure per destination is reported."""
         try:
             write(*arguments)
         except Exception as error:
             what = f"SampleCompletions could not write {where}"
             if not any(earlier.startswith(what) for earlier in self.failures):
-                failure = f"{what}: {described(error)}"
+                failure = f"{what}: {describe_error(error)}"
                 self.failures = (*self.failures, failure)
-                rank_zero_warn(f"{failure}. Training goes on.")
+                rank_zero_warn(f"{failure}. Training continues.")
 
     def state_dict(self) -> dict[str, Any]:
-        """The step shown last."""
+        """Return the step whose completions were shown last."""
         return {"last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the step shown last."""
+        """Restore the step whose completions were shown last."""
         self._last_step = state_dict["last_step"]
 
 
 def log_samples(logger: Any, name: str, rows: Sequence[dict[str, Any]]) -> bool:
-    """Give rows of one step to a logger that has a place for them.
+    """Log the rows of one step as a table or text, if the logger supports either.
 
     Args:
-        logger: Any logger of Lightning's.
+        logger: Logger of Lightning.
         name: Name of the table.
-        rows: See `RolloutRecord.rows`; at least one.
+        rows: Rows of `RolloutSamples.rows`; at least one.
 
     Returns:
-        Whether it had one.
+        Whether the rows were logged.
     """
     columns, data = samples_columns(rows)
     step = rows[0]["step"]
@@ -220,7 +220,7 @@ def log_samples(logger: Any, name: str, rows: Sequence[dict[str, Any]]) -> bool:
     if hasattr(experiment, "add_text"):  # TensorBoard
         experiment.add_text(name, samples_markdown(rows), step)
         return True
-    if hasattr(experiment, "log_table") and hasattr(logger, "run_id"):  # MLflow, which appends
+    if hasattr(experiment, "log_table") and hasattr(logger, "run_id"):  # MLflow, which appends to the table
         table = {column: [row[i] for row in data] for i, column in enumerate(columns)}
         experiment.log_table(logger.run_id, table, artifact_file=f"{name}.json")
         return True

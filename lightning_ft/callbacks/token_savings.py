@@ -1,4 +1,4 @@
-"""Token savings of a training run: the prompted arm before its first step, the tuned arm after its last."""
+"""Measures the token savings of a training run: the prompted arm before its first step, the tuned arm after it."""
 
 from __future__ import annotations
 
@@ -26,42 +26,44 @@ from lightning_ft.types import Request
 
 
 class TokenSavings(MeasuringCallback):
-    """Measures how many tokens a request no longer needs after training, and whether its answers stayed as good.
+    """Measures how many tokens per request training saves, and whether the quality of the answers is kept.
 
-    The original weights answer with the baseline's prompt and without it before the first step; the trained weights
-    answer without it when training ends. Results go to the Trainer's loggers as ``token_savings/...``, to a table on
-    the screen, and as JSON, Markdown and (with matplotlib) PNG into a folder. The first two arms are kept in
-    checkpoints, so that a resumed run compares with the original weights.
+    The measurement has three arms. Before the first step the original weights answer with the baseline's prompt
+    (prompted) and without it (untuned); after training the trained weights answer without it (tuned). Metrics are
+    logged as ``token_savings/...``; the result is printed as a table and written to a folder as JSON, Markdown and PNG
+    (with matplotlib). The first two arms are saved in checkpoints, so that a resumed run compares with the original
+    weights.
 
-    With Fabric, call ``fabric.call("on_train_start", fabric, model)`` before the loop and
-    ``fabric.call("on_train_end", fabric, model)`` after it, with `requests` and `tokenizer` given here. Without
-    either, use `lightning_ft.evaluation.savings.measurement.SavingsMeasurement`.
+    With Fabric, pass `requests` and `tokenizer`, and call ``fabric.call("on_train_start", fabric, model)`` before the
+    loop and ``fabric.call("on_train_end", fabric, model)`` after it. Without Trainer or Fabric, use
+    `lightning_ft.evaluation.savings.measurement.SavingsMeasurement`.
 
     Args:
-        baseline: System prompt and examples that training is to make unnecessary, or a JSON file with them.
-        scorer: ``"exact"``, ``"normalized"``, ``"label"``, ``"json"``, where to import one from
-            (``"package.module.function"``), or a function ``f(output, reference)`` that gives a number from 0 to 1.
-        margin: Loss of quality that would be accepted, chosen beforehand: 0.02 for two points.
+        baseline: System prompt and few-shot examples that training should replace, or path of a JSON file with them.
+        scorer: ``"exact"``, ``"normalized"``, ``"label"``, ``"json"``, the import path of a function
+            (``"package.module.function"``), or a function ``f(output, reference)`` that returns a number from 0 to 1.
+        margin: Largest acceptable loss of quality, chosen beforehand: 0.02 for two percentage points.
         prices: Prices of tokens and of training.
-        split: Split of the DataModule to measure on. Without test rows it is the validation rows; never training rows.
+        split: Split of the DataModule to measure on. Without test rows, validation rows are used; never training rows.
         requests: Requests to measure on, instead of those of the DataModule.
-        train_rows: The rows that are trained on, as a DataModule takes them or as requests, to count in the verdict
-            the requests that appear among them; by default those of the Trainer's DataModule.
-        max_requests: Largest number of requests, drawn at random with `seed`.
+        train_rows: Rows that the model is trained on, as data sources or as requests, for counting the requests that
+            appear among them; those of the Trainer's DataModule by default.
+        max_requests: Largest number of requests, drawn at random with `seed`; all by default.
         max_new_tokens: Largest number of tokens per answer.
-        batch_size: Number of prompts generated from at a time.
-        every_n_epochs: Number of epochs between measurements of the tuned arm during training, to be monitored.
-        output_dir: Folder of the files; None for ``token_savings`` in the logger's folder (or `default_root_dir`; with
-            Fabric none is written), False for none.
-        tokenizer: Tokenizer of the model; by default the module's.
-        timed_requests: Number of requests whose time to the first token is measured; 0 for none.
+        batch_size: Number of prompts per generated batch.
+        every_n_epochs: Number of epochs between measurements of the tuned arm during training, whose metrics can be
+            monitored; None to measure at the end only.
+        output_dir: Folder of the files. None for ``token_savings`` in the logger's folder or in `default_root_dir`
+            (with Fabric, no files are written), False for no files.
+        tokenizer: Tokenizer of the model; the module's by default.
+        timed_requests: Number of requests whose time to first token is measured; 0 for none.
         resamples: Number of bootstrap resamples.
-        seed: Seed of the bootstrap and of the drawn requests.
-        progress: Whether to show progress bars; by default as the Trainer does.
+        seed: Seed of the bootstrap and of the draw of requests.
+        progress: Whether to show progress bars; by default if the Trainer does.
         name: Prefix of the logged names, and name of the folder.
 
     Raises:
-        SavingsError: For a measurement that would not be honest, before training wherever it can be known.
+        SavingsError: For a measurement that would be misleading; raised before training if possible.
 
     Example:
         >>> baseline = PromptBaseline("Answer with the name of one department.")
@@ -96,11 +98,13 @@ class TokenSavings(MeasuringCallback):
         super().__init__()
         if baseline is None:
             raise SavingsError(
-                "TokenSavings needs the prompt that you would use without training to compare with: "
+                "TokenSavings needs the prompt that you would use without training, to compare with. Pass "
                 "TokenSavings(PromptBaseline(system=..., few_shot=[...]))."
             )
         if split not in ("test", "validation"):
-            raise SavingsError(f"split={split!r}: expected 'test' or 'validation'; training rows measure memory.")
+            raise SavingsError(
+                f"split={split!r}: expected 'test' or 'validation'; training rows would measure memorization."
+            )
         if every_n_epochs is not None and every_n_epochs < 1:
             raise SavingsError(f"every_n_epochs={every_n_epochs}: expected at least 1.")
         check_margin(margin)
@@ -119,7 +123,7 @@ class TokenSavings(MeasuringCallback):
             "seed": seed,
         }
         self.result: SavingsResult | None = None
-        """The last result."""
+        """The last result; None before the first measurement."""
         self._measurement: SavingsMeasurement | None = None
         self._loaded: dict[str, Any] | None = None
         self._measured: tuple[float, ...] = ()
@@ -127,20 +131,20 @@ class TokenSavings(MeasuringCallback):
 
     @property
     def state_key(self) -> str:
-        """Names this callback's state in checkpoints, so that two with different names can stand side by side."""
+        """Key of this callback's state in checkpoints; it differs between callbacks with different names."""
         return f"TokenSavings({self.name!r})"
 
-    # ---------------------------------------------------------------- hooks, in the order in which they are called
+    # ---------------------------------------------------------------- hooks, in call order
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check requests and prompts before weights are loaded.
 
         Raises:
-            SavingsError: For everything that can be known without the model.
+            SavingsError: For problems that can be found without the model.
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if self._measurement is not None and trainer.global_step > 0:  # the same Trainer goes on
+            if self._measurement is not None and trainer.global_step > 0:  # the same Trainer continues
                 self._loaded = self.state_dict()
             self._measurement = self._new_measurement(trainer, pl_module)
 
@@ -148,13 +152,13 @@ class TokenSavings(MeasuringCallback):
         """Check that the prompts fit the model.
 
         Raises:
-            SavingsError: With the first request whose prompt doesn't.
+            SavingsError: For the first request whose prompt doesn't fit.
         """
         if self._measurement is not None and (model := model_of(pl_module)) is not None:
             self._measurement.check_model(model)
 
     def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Measure the original weights, unless a checkpoint brought what was measured of them.
+        """Measure the original weights, unless their results were loaded from a checkpoint.
 
         Args:
             trainer: The Trainer, or Fabric.
@@ -172,30 +176,30 @@ class TokenSavings(MeasuringCallback):
             return
         if is_trainer(trainer) and trainer.global_step > 0:
             raise SavingsError(
-                f"This run resumes at step {trainer.global_step:,} from a checkpoint that holds no prompted arm, and "
-                "the original weights are gone. Start anew with TokenSavings among the callbacks, or compare the "
-                "exported models with lightning_ft.evaluation.savings.measurement.measure_token_savings."
+                f"This run resumes at step {trainer.global_step:,} from a checkpoint without a prompted arm, and "
+                "its weights are no longer the original ones. Start a new run with TokenSavings among the callbacks, "
+                "or compare the exported models with lightning_ft.evaluation.savings.measurement.measure_token_savings."
             )
         with precision_of(trainer):
             measurement.before(required_model(pl_module, "TokenSavings", SavingsError))
 
     def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Measure the tuned arm where `every_n_epochs` asks for it, and log it to be monitored."""
+        """Measure and log the tuned arm every `every_n_epochs` epochs."""
         if self.every_n_epochs is None or (trainer.current_epoch + 1) % self.every_n_epochs:
             return
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         what = f"Token savings after epoch {trainer.current_epoch} are undefined"
-        if self.attempt(what, lambda: figures.update(self.measure(trainer, pl_module))) is None:
-            pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
+        if self.attempt(what, lambda: metrics.update(self.measure(trainer, pl_module))) is None:
+            pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
 
     def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
-        """Measure the tuned arm, unless these weights were measured last.
+        """Measure the tuned arm, unless these weights were the last measured.
 
         Raises:
-            SavingsError: If the scorer fails, or no answer of either arm was right.
+            SavingsError: If the scorer fails, or no answer of an arm is correct.
         """
         if self._measurement is None:
-            raise SavingsError("The prompted arm has not been measured: on_train_start must run before the first step.")
+            raise SavingsError("The prompted arm has not been measured. Call on_train_start before the first step.")
         model = required_model(pl_module, "TokenSavings", SavingsError)
         weights = weights_fingerprint(model)
         if self.result is None or weights != self._measured:
@@ -204,7 +208,7 @@ class TokenSavings(MeasuringCallback):
             with precision_of(trainer):
                 self.result = self._measurement.after(model, provenance)
             self._measured = weights
-        return self.named(self.result.metrics())
+        return self.with_prefix(self.result.metrics())
 
     def show(self, folder: Path | None) -> None:
         """Print the table and write the files."""
@@ -213,33 +217,33 @@ class TokenSavings(MeasuringCallback):
             rank_zero_warn(f"Token savings: {warning}")
         self.result.print()
         if folder is not None:
-            self.wrote(*self.result.save(folder))
+            self.report_written(*self.result.save(folder))
 
     def undefined_metrics(self) -> dict[str, float]:
-        """The gate isn't passed."""
+        """Return a gate that isn't passed."""
         return {"gate_passed": 0.0}
 
     @property
     def gate_failed(self) -> bool:
-        """Whether quality wasn't shown to be kept."""
+        """Whether quality was not shown to be kept."""
         return self.result is not None and not self.result.gate.passed
 
     def state_dict(self) -> dict[str, Any]:
-        """The arms of the original weights, as JSON types."""
+        """Return the arms of the original weights, as JSON types."""
         if self._measurement is not None and self._measurement.has_before:
             return self._measurement.state_dict()
         return self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the arms of a checkpoint until training starts."""
+        """Keep the arms of a checkpoint for the start of training."""
         self._loaded = state_dict or None
 
-    # ---------------------------------------------------------------- what they do
+    # ---------------------------------------------------------------- helpers
 
     def _new_measurement(self, trainer: Any, module: Any) -> SavingsMeasurement:
         tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
         if tokenizer is None:
-            raise SavingsError("TokenSavings has no tokenizer: pass tokenizer=, or use it with a module that has one.")
+            raise SavingsError("TokenSavings has no tokenizer. Pass tokenizer=, or use a module that has one.")
         requests = self.requests if self.requests is not None else self._rows(trainer)
         return SavingsMeasurement(
             tokenizer,
@@ -259,7 +263,7 @@ class TokenSavings(MeasuringCallback):
     def _rows(self, trainer: Any) -> list[Request]:
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "requests"):
-            raise SavingsError("TokenSavings has nothing to ask: pass requests=, or a PairDataModule to the Trainer.")
+            raise SavingsError("TokenSavings has no requests. Pass requests=, or a PairDataModule to the Trainer.")
         reasons = []
         for split in dict.fromkeys((self.split, "validation")):
             try:
@@ -272,6 +276,6 @@ class TokenSavings(MeasuringCallback):
                 rank_zero_warn("Token savings are measured on the validation rows, since there are no test rows.")
             return found
         raise SavingsError(
-            f"TokenSavings has no rows to ask; training rows would measure memory. {' '.join(reasons)} Give the "
-            "PairDataModule test= or validation=."
+            f"TokenSavings has no rows to measure on; training rows would measure memorization. {' '.join(reasons)} "
+            "Set test= or validation= of the PairDataModule."
         )

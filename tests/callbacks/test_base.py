@@ -1,4 +1,4 @@
-"""What is done at the end of training: on the final weights, whatever the order, and so that nothing is lost by it."""
+"""Work at the end of training: on the final weights, in any order of the callbacks, and despite failures."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ from lightning_ft._lightning import NAMESPACE, Trainer, _pl
 from lightning_ft.errors import ConfigError, ExportError, LightningFTError
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.modules.samples import RolloutRecord, read_samples
+from lightning_ft.modules.samples import RolloutSamples, read_samples
 from lightning_ft.report.collect import collect
 from lightning_ft.rewards.batch import Rewards
 
@@ -36,7 +36,7 @@ LIMIT = {"max_kl": 1e9, "resamples": 50}
 
 
 class Scorer:
-    """Share of letters that are right, until it is told to fail."""
+    """Scores the share of correct letters; raises `failure` if it is set."""
 
     failure = None
 
@@ -46,17 +46,17 @@ class Scorer:
         return (1 + len(set(output) & set(reference))) / 5
 
 
-class Breaks(_pl.Callback):
-    """Lets something fail from the last epoch on."""
+class CallAtEpochEnd(_pl.Callback):
+    """Calls a function at the end of each epoch, to make a later measurement fail."""
 
-    def __init__(self, breaks):
-        self.breaks = breaks
+    def __init__(self, function):
+        self.function = function
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.breaks()
+        self.function()
 
 
-def measuring(scorer, **options):
+def measuring_callbacks(scorer, **options):
     savings = {"scorer": scorer, "max_new_tokens": 2, "timed_requests": 0, "resamples": 50, **options}
     return [
         TokenSavings(PromptBaseline("Answer."), **savings),
@@ -76,7 +76,7 @@ def fit(trainer_options, model_folder, callbacks, **options):
 
 
 def exported(tmp_path, module):
-    """Whether the export holds the weights that the module ends with."""
+    """Whether the export contains the final weights of the module."""
     saved = load_file(tmp_path / "out" / "last" / "adapter_model.safetensors")
     held = {n.removeprefix("model.").replace(".default", ""): p for n, p in module.named_parameters()}
     return all(torch.equal(value, held[name]) for name, value in saved.items())
@@ -91,9 +91,12 @@ AVERAGES = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("average", AVERAGES)
 def test_final_weights_are_measured_and_exported(trainer_options, tmp_path, model_folder, average):
-    export, (savings, retention, meter) = ExportModel(str(tmp_path / "out")), measuring(Scorer(), every_n_epochs=1)
+    export, (savings, retention, meter) = (
+        ExportModel(str(tmp_path / "out")),
+        measuring_callbacks(Scorer(), every_n_epochs=1),
+    )
     savings.output_dir = retention.output_dir = meter.output_dir = False
-    order = [savings, AVERAGES[average](), export, retention, meter]  # before it and behind it
+    order = [savings, AVERAGES[average](), export, retention, meter]  # before and after weight averaging
     _, module = fit(trainer_options, model_folder, order if average == "ema" else order[::-1], max_epochs=2)
     assert exported(tmp_path, module)
     again = savings._measurement.after(module.model)
@@ -103,8 +106,8 @@ def test_final_weights_are_measured_and_exported(trainer_options, tmp_path, mode
 
 
 def fails_to_save(monkeypatch, **failures):
-    for kind, error in failures.items():
-        owner = {"savings": SavingsResult, "retention": RetentionResult}[kind]
+    for name, error in failures.items():
+        owner = {"savings": SavingsResult, "retention": RetentionResult}[name]
 
         def save(self, *args, error=error, **kwargs):
             raise error
@@ -114,27 +117,27 @@ def fails_to_save(monkeypatch, **failures):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("position", [0, 3])
-def test_a_measurement_that_fails_is_undefined(trainer_options, tmp_path, model_folder, position):
+def test_finish_writes_reason_of_failed_measurement(trainer_options, tmp_path, model_folder, position):
     scorer = Scorer()
-    callbacks = measuring(scorer)
+    callbacks = measuring_callbacks(scorer)
     savings, retention, meter = callbacks
     callbacks.insert(position, ExportModel(str(tmp_path / "out")))
     stale = tmp_path / "token_savings" / "token_savings.json"
     stale.parent.mkdir()
     stale.write_text("of an earlier run")
-    breaks = Breaks(lambda: setattr(scorer, "failure", RuntimeError("no \x1b[2J scorer")))
-    trainer, module = fit(trainer_options, model_folder, [*callbacks, breaks])
+    make_fail = CallAtEpochEnd(lambda: setattr(scorer, "failure", RuntimeError("no \x1b[2J scorer")))
+    trainer, module = fit(trainer_options, model_folder, [*callbacks, make_fail])
     assert exported(tmp_path, module)
     assert (savings.result, retention.undefined, meter.undefined) == (None, None, None)
     assert "RuntimeError: no \\x1b[2J scorer" in savings.undefined
     assert savings.failures == (f"Token savings is undefined: {savings.undefined}",)
     assert float(trainer.callback_metrics["token_savings/gate_passed"]) == 0
     assert not stale.exists()
-    said = json.loads((tmp_path / "token_savings" / "undefined.json").read_text())
-    assert said == {"measurement": "Token savings", "reason": savings.undefined}
+    undefined = json.loads((tmp_path / "token_savings" / "undefined.json").read_text())
+    assert undefined == {"measurement": "Token savings", "reason": savings.undefined}
     assert "**FAIL: Token savings is undefined: " in (tmp_path / "report" / "report.md").read_text()
 
-    scorer.failure = None  # a run that goes well takes it back
+    scorer.failure = None  # a later success removes the reason
     if position == 0:
         fit(trainer_options, model_folder, [savings])
         assert savings.undefined is None
@@ -142,7 +145,7 @@ def test_a_measurement_that_fails_is_undefined(trainer_options, tmp_path, model_
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_full_disk_takes_nothing_along(trainer_options, tmp_path, model_folder, monkeypatch):
+def test_finish_on_full_disk_keeps_other_results(trainer_options, tmp_path, model_folder, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device")
     fails_to_save(monkeypatch, savings=full, retention=full)
 
@@ -150,7 +153,7 @@ def test_a_full_disk_takes_nothing_along(trainer_options, tmp_path, model_folder
         raise full
 
     monkeypatch.setattr("lightning_ft.callbacks.measuring.write_files", no_report)
-    callbacks = [*measuring(Scorer()), ExportModel(str(tmp_path / "out"))]
+    callbacks = [*measuring_callbacks(Scorer()), ExportModel(str(tmp_path / "out"))]
     _, module = fit(trainer_options, model_folder, callbacks)
     assert exported(tmp_path, module)
     savings, retention, meter, _ = callbacks
@@ -162,7 +165,7 @@ def test_a_full_disk_takes_nothing_along(trainer_options, tmp_path, model_folder
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_measurement_on_the_way_that_fails_is_only_told(trainer_options, model_folder):
+def test_savings_after_epoch_reports_failure_and_continues(trainer_options, model_folder):
     scorer = Scorer()
     savings = TokenSavings(
         PromptBaseline("Answer."),
@@ -173,36 +176,36 @@ def test_a_measurement_on_the_way_that_fails_is_only_told(trainer_options, model
         every_n_epochs=1,
         output_dir=False,
     )
-    breaks = Breaks(lambda: setattr(scorer, "failure", RuntimeError if scorer.failure is None else None))
-    fit(trainer_options, model_folder, [breaks, savings], max_epochs=2)
+    make_fail = CallAtEpochEnd(lambda: setattr(scorer, "failure", RuntimeError if scorer.failure is None else None))
+    fit(trainer_options, model_folder, [make_fail, savings], max_epochs=2)
     assert savings.result is not None
     assert [failure.split(":")[0] for failure in savings.failures] == ["Token savings after epoch 0 are undefined"]
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_export_that_fails_is_raised_when_all_is_done(trainer_options, tmp_path, model_folder, monkeypatch):
+def test_export_raises_after_other_work_is_done(trainer_options, tmp_path, model_folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("lightning_ft.modules.base.export", full)
-    savings, *_ = measuring(Scorer())
+    savings, *_ = measuring_callbacks(Scorer())
     with pytest.raises(ExportError, match=r"The last weights were not exported to .*No space left"):
         fit(trainer_options, model_folder, [ExportModel(str(tmp_path / "out")), savings])
     assert savings.result is not None
     assert (tmp_path / "token_savings" / "token_savings.json").is_file()
 
 
-def test_an_interrupt_is_none_of_what_may_fail(trainer_options, tmp_path, model_folder):
+def test_attempt_propagates_keyboard_interrupt(trainer_options, tmp_path, model_folder):
     scorer = Scorer()
-    savings, *_ = measuring(scorer)
-    breaks = Breaks(lambda: setattr(scorer, "failure", KeyboardInterrupt()))
+    savings, *_ = measuring_callbacks(scorer)
+    make_fail = CallAtEpochEnd(lambda: setattr(scorer, "failure", KeyboardInterrupt()))
     with pytest.raises(SystemExit):
-        fit(trainer_options, model_folder, [breaks, savings, ExportModel(str(tmp_path / "out"))])
+        fit(trainer_options, model_folder, [make_fail, savings, ExportModel(str(tmp_path / "out"))])
     assert savings.failures == ()
     assert (tmp_path / "out" / "last" / "README.md").is_file()  # exports come first
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_training(trainer_options, tmp_path, model_folder):
+def test_setup_refuses_unwritable_folder(trainer_options, tmp_path, model_folder):
     (tmp_path / "file").write_text("")
     for callback in (
         ComputeMeter(output_dir=tmp_path / "file" / "below"),
@@ -222,26 +225,26 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(trainer_opti
         *(Retention(["a b"], **{name: -1}) for name in ("batch_size", "resamples", "seed")),
     ],
 )
-def test_numbers_that_fail_at_the_end_are_refused_before_training(trainer_options, model_folder, callback):
+def test_callbacks_refuse_invalid_numbers_before_training(trainer_options, model_folder, callback):
     with pytest.raises(LightningFTError, match=r"=-1: expected at least \d"):
         fit(trainer_options, model_folder, [callback])
     assert callback.result is None
     for limit in ({"max_kl": -1}, {"min_top1_agreement": 95}):
-        with pytest.raises(LightningFTError, match=f"{next(iter(limit))}=.*expected a number from 0"):
+        with pytest.raises(LightningFTError, match=f"{next(iter(limit))}=.*expected a number (from|of at least) 0"):
             Retention(["a b"], **limit)
 
 
-def test_fabric_goes_on(tokenizer):
+def test_finish_with_fabric_warns_on_failure(tokenizer):
     fabric_type = pytest.importorskip("lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric").Fabric
     scorer = Scorer()
-    given = {"tokenizer": tokenizer, "progress": False, "output_dir": False}
+    options = {"tokenizer": tokenizer, "progress": False, "output_dir": False}
     from lightning_ft.types import Message, Request
 
     requests = [Request("a", (Message(role="user", content="where"),), "here")]
     savings = TokenSavings(
-        PromptBaseline("Answer."), scorer=scorer, requests=requests, timed_requests=0, max_new_tokens=2, **given
+        PromptBaseline("Answer."), scorer=scorer, requests=requests, timed_requests=0, max_new_tokens=2, **options
     )
-    retention = Retention(["the quick brown fox"], **given, **LIMIT)
+    retention = Retention(["the quick brown fox"], **options, **LIMIT)
     fabric = fabric_type(accelerator="cpu", devices=1, callbacks=[savings, retention])
     model, _ = fabric.setup(make_model(), torch.optim.SGD(make_model().parameters(), lr=0.1))
     fabric.call("on_train_start", fabric, model)
@@ -251,27 +254,27 @@ def test_fabric_goes_on(tokenizer):
     assert (savings.result, retention.undefined) == (None, None)
 
 
-def test_samples_that_cannot_be_written_do_not_stop_training(tmp_path, monkeypatch):
+def test_samples_write_failure_does_not_stop_training(tmp_path, monkeypatch):
     rewards = Rewards(("short",), torch.tensor([[1.0]]), torch.tensor([1.0]))
-    callback, asked = SampleCompletions(tmp_path / "samples.jsonl"), []
-    logger = SimpleNamespace(log_table=lambda **table: asked.append(table))
+    callback, tables = SampleCompletions(tmp_path / "samples.jsonl"), []
+    logger = SimpleNamespace(log_table=lambda **table: tables.append(table))
     trainer = SimpleNamespace(log_dir=str(tmp_path), global_step=0, is_global_zero=True, loggers=[logger])
     callback.on_train_start(trainer, None)
 
     def show(step):
-        record = RolloutRecord(step, ["2+2?"], ["4"], rewards, [0.0], [False], [2])
+        record = RolloutSamples(step, ["2+2?"], ["4"], rewards, [0.0], [False], [2])
         callback.on_train_batch_end(trainer, SimpleNamespace(last_rollout=record), None, None, 0)
 
     show(0)
     with monkeypatch.context() as full:
         full.setattr("lightning_ft.modules.samples._line", lambda row: 1 / 0)
-        with pytest.warns(UserWarning, match="SampleCompletions could not write .*Training goes on"):
+        with pytest.warns(UserWarning, match="SampleCompletions could not write .*Training continues"):
             show(1)
         show(2)
     show(3)
     assert len(callback.failures) == 1
     assert [row["step"] for row in read_samples(tmp_path / "samples.jsonl")] == [0, 3]
-    assert len(asked) == 4
+    assert len(tables) == 4
 
 
 SCORER = """
@@ -290,7 +293,7 @@ score = Scorer()
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("limit", "status"), [(8, 1), (99, GATE_FAILED)])
-def test_the_exit_status_tells(tmp_path, model_folder, monkeypatch, capsys, limit, status):
+def test_main_exit_status_reflects_failures_and_gates(tmp_path, model_folder, monkeypatch, capsys, limit, status):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TESTS))
     (tmp_path / "mine.py").write_text(SCORER.format(limit=limit))

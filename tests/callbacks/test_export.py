@@ -1,4 +1,4 @@
-"""ExportModel writes the final weights and the best ones, and refuses before training what would fail after it."""
+"""ExportModel: exports of the final and best weights, and checks before training."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ ROWS = make_rows(24)
 
 
 def run(module, trainer_options, tmp_path, *, monitor="val/loss", **export):
-    # mode="max" keeps the worst epoch, which isn't the last one
+    # mode="max" keeps the epoch with the largest loss, which isn't the last one
     saver = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor=monitor, mode="max")
     callback = ExportModel(str(tmp_path / "out"), **export)
     options = {**trainer_options, "enable_checkpointing": True}
@@ -22,14 +22,14 @@ def run(module, trainer_options, tmp_path, *, monitor="val/loss", **export):
     return callback, saver
 
 
-@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
-def test_last_and_best(trainer_options, tmp_path, model_folder, kind):
-    module = kind(model_folder, learning_rate=1e-2)
+@pytest.mark.parametrize("module_type", [FullFineTuning, LoRAFineTuning])
+def test_export_writes_last_and_best_weights(trainer_options, tmp_path, model_folder, module_type):
+    module = module_type(model_folder, learning_rate=1e-2)
     callback, saver = run(module, trainer_options, tmp_path)
     assert callback.exported == {part: tmp_path / "out" / part for part in ("last", "best")}
     final = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     for part, weights in (("last", final), ("best", torch.load(saver.best_model_path)["state_dict"])):
-        name = "adapter_model.safetensors" if kind is LoRAFineTuning else "model.safetensors"
+        name = "adapter_model.safetensors" if module_type is LoRAFineTuning else "model.safetensors"
         saved = load_file(tmp_path / "out" / part / name)
         for key, value in weights.items():
             stored = saved[key.removeprefix("model.").replace(".default", "")]
@@ -37,17 +37,17 @@ def test_last_and_best(trainer_options, tmp_path, model_folder, kind):
     assert any(not torch.equal(final[name], value) for name, value in weights.items())
 
 
-def test_merged(trainer_options, tmp_path, model_folder):
+def test_export_merges_adapter(trainer_options, tmp_path, model_folder):
     callback, _ = run(LoRAFineTuning(model_folder, dtype="float32"), trainer_options, tmp_path, merge=True)
     assert (callback.exported["best"] / "model.safetensors").is_file()
 
 
-def test_nothing_is_best_where_nothing_is_monitored(trainer_options, tmp_path, model_folder):
+def test_export_without_monitor_writes_last_weights_only(trainer_options, tmp_path, model_folder):
     callback, _ = run(FullFineTuning(model_folder), trainer_options, tmp_path, monitor=None)
     assert list(callback.exported) == ["last"]
 
 
-def test_a_filled_folder_is_refused_before_training(trainer_options, tmp_path, model_folder):
+def test_export_refuses_nonempty_folder_before_training(trainer_options, tmp_path, model_folder):
     (tmp_path / "out" / "best").mkdir(parents=True)
     (tmp_path / "out" / "best" / "mine.txt").write_text("keep")
     module = FullFineTuning(model_folder)
@@ -57,7 +57,7 @@ def test_a_filled_folder_is_refused_before_training(trainer_options, tmp_path, m
     run(FullFineTuning(model_folder), trainer_options, tmp_path, overwrite=True)
 
 
-def test_another_module_is_refused(trainer_options, tmp_path):
+def test_export_refuses_other_modules(trainer_options, tmp_path):
     class Other(LightningModule):
         def training_step(self, batch, batch_idx):
             raise AssertionError
@@ -70,8 +70,8 @@ def test_another_module_is_refused(trainer_options, tmp_path):
         trainer.fit(Other(), torch.utils.data.DataLoader([0]))
 
 
-def test_a_merge_that_changes_the_output_is_refused(fit_module, tmp_path, monkeypatch):
-    """What rounding may do to a merge, made certain; of float32 weights it isn't blamed."""
+def test_export_refuses_merge_that_changes_output(fit_module, tmp_path, monkeypatch):
+    """A merge with large simulated rounding errors; with float32 weights, the message doesn't blame the dtype."""
     from peft.tuners.lora import LoraModel
 
     merge = LoraModel.merge_and_unload
@@ -87,7 +87,7 @@ def test_a_merge_that_changes_the_output_is_refused(fit_module, tmp_path, monkey
     with pytest.raises(ExportError, match="weights are float32"):
         fit_module.export(tmp_path / "merged", merge=True)
     fit_module.model.to(torch.bfloat16)
-    with pytest.raises(ExportError, match=r"Merging in torch.bfloat16 loses too much: .* dtype='float32'"):
+    with pytest.raises(ExportError, match=r"Merging in torch.bfloat16 loses too much precision. .* dtype='float32'"):
         fit_module.export(tmp_path / "merged", merge=True)
 
 

@@ -1,4 +1,4 @@
-"""The report that a fit writes by itself."""
+"""The report that is written at the end of a fit."""
 
 import importlib
 from pathlib import Path
@@ -13,7 +13,7 @@ BoringModel = importlib.import_module(f"{_pl.__name__}.demos.boring_classes").Bo
 
 
 class Measures(Callback):
-    """Writes a result when training ends, as the measuring callbacks do."""
+    """Writes a result when training ends, like the callbacks that measure."""
 
     reports = True
 
@@ -47,7 +47,7 @@ def writers(make):
     }
 
 
-def test_the_last_one_writes_it_once(trainer_options, tmp_path, writers):
+def test_report_at_end_is_written_by_last_callback(trainer_options, tmp_path, writers):
     first, last = (Measures(name, write) for name, write in writers.items())
     fit(trainer_options, first, Callback(), last, Callback())
     assert first.written == []
@@ -58,7 +58,7 @@ def test_the_last_one_writes_it_once(trainer_options, tmp_path, writers):
     assert "<h2>Training compute</h2>" in page
 
 
-def test_what_else_lies_in_the_folder_is_not_reported(trainer_options, tmp_path, make, writers):
+def test_report_at_end_ignores_other_results_in_folder(trainer_options, tmp_path, make, writers):
     make.run(tmp_path / "an earlier run")
     last = Measures("retention", writers["retention"])
     fit(trainer_options, last)
@@ -67,21 +67,21 @@ def test_what_else_lies_in_the_folder_is_not_reported(trainer_options, tmp_path,
     assert "<h2>Training compute</h2>" not in page
 
 
-def test_callbacks_that_write_nothing_get_no_report(trainer_options, tmp_path, writers):
+def test_report_at_end_skips_callbacks_without_files(trainer_options, tmp_path, writers):
     silent = [Measures(name, write, output_dir=False) for name, write in writers.items()]
     fit(trainer_options, *silent)
     assert silent[-1].written == []
     assert not (tmp_path / "report").exists()
 
 
-def test_results_elsewhere_get_no_report(trainer_options, tmp_path, writers):
+def test_report_at_end_skips_results_in_other_folders(trainer_options, tmp_path, writers):
     away = Measures("retention", lambda folder: None, output_dir=tmp_path / "away")
     fit(trainer_options, away)
     assert away.written == []
     assert not (tmp_path / "report").exists()
 
 
-def test_only_the_first_rank_writes(trainer_options, tmp_path, writers):
+def test_report_at_end_writes_on_rank_zero_only(trainer_options, tmp_path, writers):
     last = Measures("retention", writers["retention"])
     fit(trainer_options, last)
 

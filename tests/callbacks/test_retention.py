@@ -1,4 +1,4 @@
-"""The callback in a Trainer, the same in a Fabric loop and in a loop written by hand."""
+"""Retention with a Trainer, in a Fabric loop and in a manual loop."""
 
 import copy
 import json
@@ -22,10 +22,10 @@ TASK = [Request(word, (Message(role="user", content=f"where is the {word}"),), "
 QUICK = {"resamples": 99, "batch_size": 3}
 
 
-def make(kind, dropout=0.0):
+def make(adapter, dropout=0.0):
     torch.manual_seed(0)
     model = make_model(dropout=dropout)
-    if kind == "lora":
+    if adapter == "lora":
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     return model.train()
 
@@ -53,7 +53,7 @@ def fabric_loop(tokenizer, model, callback):
     return callback
 
 
-def hand_loop(tokenizer, model):
+def manual_loop(tokenizer, model):
     measurement = RetentionMeasurement(tokenizer, TEXTS, TASK, progress=False, **QUICK)
     measurement.before(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -66,24 +66,24 @@ def hand_loop(tokenizer, model):
     return measurement.after(model)
 
 
-@pytest.mark.parametrize(("kind", "base"), [("full", "step_0"), ("lora", "adapter_off")])
-def test_trainer_fabric_and_hand_loop_give_the_same(trainer_options, tokenizer, kind, base):
-    by_hand = hand_loop(tokenizer, make(kind))
-    of_trainer = Retention(TEXTS, task=TASK, **QUICK)
-    fit(trainer_options, tokenizer, of_trainer, model=make(kind))
-    of_fabric = Retention(TEXTS, task=TASK, tokenizer=tokenizer, progress=False, **QUICK)
-    fabric_loop(tokenizer, make(kind), of_fabric)
-    assert by_hand.metrics() == of_trainer.result.metrics() == of_fabric.result.metrics()
-    assert by_hand == of_fabric.result
-    assert of_trainer.result.base == base
-    assert of_trainer.result.step == 16
-    assert by_hand.kl_general.value > 1e-3
-    assert by_hand.kl_task.value > by_hand.kl_general.value  # what was trained moved most
+@pytest.mark.parametrize(("adapter", "base"), [("full", "step_0"), ("lora", "adapter_off")])
+def test_retention_agrees_between_trainer_fabric_and_manual_loop(trainer_options, tokenizer, adapter, base):
+    manual = manual_loop(tokenizer, make(adapter))
+    with_trainer = Retention(TEXTS, task=TASK, **QUICK)
+    fit(trainer_options, tokenizer, with_trainer, model=make(adapter))
+    with_fabric = Retention(TEXTS, task=TASK, tokenizer=tokenizer, progress=False, **QUICK)
+    fabric_loop(tokenizer, make(adapter), with_fabric)
+    assert manual.metrics() == with_trainer.result.metrics() == with_fabric.result.metrics()
+    assert manual == with_fabric.result
+    assert with_trainer.result.base == base
+    assert with_trainer.result.step == 16
+    assert manual.kl_general.value > 1e-3
+    assert manual.kl_task.value > manual.kl_general.value  # the task that was trained on changed most
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_measuring_does_not_change_training(trainer_options, tokenizer, kind):
-    model = make(kind, dropout=0.3)
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_retention_does_not_change_training(trainer_options, tokenizer, adapter):
+    model = make(adapter, dropout=0.3)
     _, plain = fit(trainer_options, tokenizer, model=copy.deepcopy(model))
     callback = Retention(TEXTS, task=TASK, every_n_steps=3, every_n_epochs=1, **QUICK)
     _, measured = fit(trainer_options, tokenizer, callback, model=copy.deepcopy(model))
@@ -93,45 +93,45 @@ def test_measuring_does_not_change_training(trainer_options, tokenizer, kind):
         assert ours.requires_grad == theirs.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_resumed_run_gives_the_same_figures(trainer_options, tmp_path, tokenizer, kind):
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_retention_of_resumed_run_equals_uninterrupted_one(trainer_options, tmp_path, tokenizer, adapter):
     whole = Retention(TEXTS, task=TASK, **QUICK)
     checkpoint = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
     options = {**trainer_options, "enable_checkpointing": True}
-    fit(options, tokenizer, whole, checkpoint, model=make(kind))
+    fit(options, tokenizer, whole, checkpoint, model=make(adapter))
     path = tmp_path / "ckpt" / "epoch=0.ckpt"
     state = torch.load(path, weights_only=True)["callbacks"]["Retention('retention')"]
-    assert state["base"] == ("step_0" if kind == "full" else "adapter_off")
-    assert len(state["kept"]) == (2 if kind == "full" else 0)
+    assert state["base"] == ("step_0" if adapter == "full" else "adapter_off")
+    assert len(state["kept"]) == (2 if adapter == "full" else 0)
 
     resumed = Retention(TEXTS, task=TASK, **QUICK)
-    fit(trainer_options, tokenizer, resumed, model=make(kind), ckpt_path=path)
+    fit(trainer_options, tokenizer, resumed, model=make(adapter), ckpt_path=path)
     assert resumed.result == whole.result
 
     with pytest.raises(RetentionError, match="on other texts or task rows"):
-        fit(trainer_options, tokenizer, Retention(TEXTS[1:], task=TASK, **QUICK), ckpt_path=path, model=make(kind))
+        fit(trainer_options, tokenizer, Retention(TEXTS[1:], task=TASK, **QUICK), ckpt_path=path, model=make(adapter))
 
 
-def test_trained_weights_are_never_taken_for_the_base(trainer_options, tmp_path, tokenizer):
+def test_retention_refuses_trained_weights_as_base(trainer_options, tmp_path, tokenizer):
     path = tmp_path / "last.ckpt"
     fit(trainer_options, tokenizer, model=make("lora"))[0].save_checkpoint(path)
     options = {**trainer_options, "max_epochs": 3}
     with pytest.raises(RetentionError, match="These weights have been trained"):
         fit(options, tokenizer, Retention(TEXTS, **QUICK), model=make("lora"), ckpt_path=path)
-    vouched = Retention(TEXTS, base="adapter_off", **QUICK)
-    fit(options, tokenizer, vouched, model=make("lora"), ckpt_path=path)
+    explicit = Retention(TEXTS, base="adapter_off", **QUICK)
+    fit(options, tokenizer, explicit, model=make("lora"), ckpt_path=path)
     whole = Retention(TEXTS, **QUICK)
     fit(options, tokenizer, whole, model=make("lora"))
-    assert vouched.result.kl_general == whole.result.kl_general
+    assert explicit.result.kl_general == whole.result.kl_general
 
 
-def test_an_adapter_that_was_trained_before_is_named(trainer_options, tokenizer):
+def test_retention_refuses_trained_adapter_as_base(trainer_options, tokenizer):
     _, module = fit(trainer_options, tokenizer, model=make("lora"))
     with pytest.raises(RetentionError, match="base='step_0'"):
         fit(trainer_options, tokenizer, Retention(TEXTS, base="adapter_off", **QUICK), model=module.model)
 
 
-def test_a_trainer_that_goes_on_and_a_callback_that_starts_anew(trainer_options, tokenizer):
+def test_retention_keeps_base_in_continued_fit_and_replaces_it_in_new_one(trainer_options, tokenizer):
     callback = Retention(TEXTS, **QUICK)
     trainer, module = fit(trainer_options, tokenizer, callback, max_epochs=1)
     first = callback.result
@@ -143,12 +143,14 @@ def test_a_trainer_that_goes_on_and_a_callback_that_starts_anew(trainer_options,
 
     fit(trainer_options, tokenizer, callback, max_epochs=1)  # another model with the same callback
     assert callback.result == first
-    anew = Retention(TEXTS, tokenizer=tokenizer, progress=False, **QUICK)
-    figures = [fabric_loop(tokenizer, make("full"), anew).result.metrics() for _ in range(2)]
-    assert figures[0] == figures[1]
+    in_fabric = Retention(TEXTS, tokenizer=tokenizer, progress=False, **QUICK)
+    metrics = [fabric_loop(tokenizer, make("full"), in_fabric).result.metrics() for _ in range(2)]
+    assert metrics[0] == metrics[1]
 
 
 class Recorder(_pl.loggers.logger.DummyLogger):
+    """Logger that records the metrics of Retention."""
+
     def __init__(self):
         super().__init__()
         self.logged = []
@@ -158,19 +160,19 @@ class Recorder(_pl.loggers.logger.DummyLogger):
             self.logged.append((step, dict(metrics)))
 
 
-def test_what_is_logged_and_written(trainer_options, tmp_path, tokenizer):
+def test_retention_logs_and_writes_metrics(trainer_options, tmp_path, tokenizer):
     logger = Recorder()
     callback = Retention(TEXTS, task=TASK, every_n_steps=3, every_n_epochs=2, **QUICK)
     trainer, _ = fit({**trainer_options, "logger": logger}, tokenizer, callback, accumulate_grad_batches=2)
     assert [step for step, _ in logger.logged] == [3, 6, 8]  # the end of epoch 2 is also that of training
-    assert all(set(figures) == {f"retention/{n}" for n in callback.result.metrics()} for _, figures in logger.logged)
+    assert all(set(metrics) == {f"retention/{n}" for n in callback.result.metrics()} for _, metrics in logger.logged)
     assert float(trainer.callback_metrics["retention/kl_general"]) == pytest.approx(callback.result.kl_general.value)
     written = json.loads((tmp_path / "retention" / "retention.json").read_text())
     assert RetentionResult.from_dict(written) == callback.result
     assert (written["lower_bound"], written["top_k"], written["step"]) == (True, 64, 8)
 
 
-def test_every_epoch_can_be_monitored(trainer_options, tmp_path, tokenizer):
+def test_retention_metrics_can_be_monitored_every_epoch(trainer_options, tmp_path, tokenizer):
     callback = Retention(TEXTS, every_n_epochs=1, output_dir=False, **QUICK)
     checkpoint = _pl.callbacks.ModelCheckpoint(tmp_path, monitor="retention/kl_general", save_top_k=-1)
     fit({**trainer_options, "enable_checkpointing": True}, tokenizer, callback, checkpoint)
@@ -179,7 +181,7 @@ def test_every_epoch_can_be_monitored(trainer_options, tmp_path, tokenizer):
     assert not (tmp_path / "retention").exists()
 
 
-def test_a_breach_warns(trainer_options, tokenizer):
+def test_retention_warns_on_exceeded_limits(trainer_options, tokenizer):
     callback = Retention(TEXTS, max_kl=1e-6, max_ppl_ratio=1e-6, min_top1_agreement=0.9999, every_n_steps=5, **QUICK)
     expected = r"step 5: kl_general is .* at most 1e-06 was allowed; ppl_ratio is .*; top1_agreement is .* at least"
     with pytest.warns(UserWarning, match=expected):
@@ -188,7 +190,7 @@ def test_a_breach_warns(trainer_options, tokenizer):
     assert len(callback.breached) == 3
 
 
-def test_a_breach_stops(trainer_options, tokenizer):
+def test_retention_stops_training_on_exceeded_limit(trainer_options, tokenizer):
     callback = Retention(TEXTS, max_kl=1e-6, on_breach="stop", every_n_steps=5, **QUICK)
     with pytest.warns(UserWarning, match="Training stops"):
         trainer, _ = fit(trainer_options, tokenizer, callback)
@@ -196,7 +198,7 @@ def test_a_breach_stops(trainer_options, tokenizer):
     assert callback.result.step == 5
 
 
-def test_limits_that_hold_say_nothing(trainer_options, tokenizer, recwarn):
+def test_retention_is_silent_within_limits(trainer_options, tokenizer, recwarn):
     limits = {"max_kl": 1e6, "max_ppl_ratio": 1e6, "min_top1_agreement": 0.0}
     callback = Retention(TEXTS, on_breach="stop", every_n_steps=5, **limits, **QUICK)
     trainer, _ = fit(trainer_options, tokenizer, callback)
@@ -204,7 +206,7 @@ def test_limits_that_hold_say_nothing(trainer_options, tokenizer, recwarn):
     assert not [w for w in recwarn if "Retention" in str(w.message)]
 
 
-def test_a_breach_in_fabric(tokenizer):
+def test_retention_warns_on_exceeded_limit_in_fabric(tokenizer):
     callback = Retention(TEXTS, max_kl=1e-6, on_breach="stop", tokenizer=tokenizer, progress=False, **QUICK)
     with pytest.warns(UserWarning, match="Retention: kl_general is"):
         fabric_loop(tokenizer, make("full"), callback)
@@ -212,7 +214,7 @@ def test_a_breach_in_fabric(tokenizer):
 
 
 @pytest.mark.parametrize(("module_type", "base"), [(FullFineTuning, "step_0"), (LoRAFineTuning, "adapter_off")])
-def test_in_the_modules_of_this_package(trainer_options, model_folder, module_type, base):
+def test_retention_with_fine_tuning_modules(trainer_options, model_folder, module_type, base):
     callback = Retention(TEXTS, max_task_rows=5, **QUICK)
     module = module_type(model_folder, learning_rate=1e-2, lr_schedule="constant")
     trainer = Trainer(callbacks=[callback], max_epochs=2, **trainer_options)
@@ -225,7 +227,7 @@ def test_in_the_modules_of_this_package(trainer_options, model_folder, module_ty
     assert found.kl_general.value >= callback.result.kl_general.value - 1e-5
 
 
-def test_without_validation_rows_there_is_no_divergence_on_the_task(trainer_options, model_folder):
+def test_retention_without_validation_rows_has_no_task_divergence(trainer_options, model_folder):
     callback = Retention(TEXTS, **QUICK)
     trainer = Trainer(callbacks=[callback], max_epochs=1, **trainer_options)
     trainer.fit(LoRAFineTuning(model_folder), PairDataModule(make_rows(4), cache_dir=False))
@@ -236,7 +238,7 @@ def test_without_validation_rows_there_is_no_divergence_on_the_task(trainer_opti
 @pytest.mark.parametrize(
     ("lora", "base"), [(None, "step_0"), (True, "adapter_off"), ({"init_lora_weights": "pissa"}, "step_0")]
 )
-def test_with_preferences(trainer_options, model_folder, lora, base):
+def test_retention_with_dpo(trainer_options, model_folder, lora, base):
     rows = [{"prompt": f"where is the {w}", "chosen": "here", "rejected": f"the {w}"} for w in WORDS]
     callback = Retention(TEXTS, **QUICK)
     trainer = Trainer(callbacks=[callback], max_epochs=2, **trainer_options)
@@ -246,9 +248,9 @@ def test_with_preferences(trainer_options, model_folder, lora, base):
     assert callback.result.kl_general.value > 1e-5
 
 
-def test_what_is_refused_before_the_first_step(trainer_options, tokenizer):
+def test_retention_refuses_invalid_setup_before_first_step(trainer_options, tokenizer):
     for options, message in (
-        ({"texts": None}, r"needs general texts to read.*Retention\(texts=\.\.\.\)"),
+        ({"texts": None}, "needs general texts .*Pass texts="),
         ({"every_n_steps": 0}, "every_n_steps=0"),
         ({"every_n_epochs": 0}, "every_n_epochs=0"),
         ({"on_breach": "raise"}, "on_breach='raise'"),
@@ -263,17 +265,17 @@ def test_what_is_refused_before_the_first_step(trainer_options, tokenizer):
     ):
         with pytest.raises(RetentionError, match=message):
             fit(trainer_options, tokenizer, callback, model=model)
-    alone = Retention(TEXTS, **QUICK)
+    not_started = Retention(TEXTS, **QUICK)
     with pytest.raises(RetentionError, match="no tokenizer"):
-        alone.on_train_start(None, make_model())
-    alone.on_train_end(None, make_model())
-    assert "on_train_start must run" in alone.undefined
-    alone.tokenizer = tokenizer
+        not_started.on_train_start(None, make_model())
+    not_started.on_train_end(None, make_model())
+    assert "Call its on_train_start before" in not_started.undefined
+    not_started.tokenizer = tokenizer
     with pytest.raises(RetentionError, match=r"fabric\.call"):
-        alone.on_train_start()
+        not_started.on_train_start()
 
 
-def test_from_yaml():
+def test_retention_is_configured_from_yaml():
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser()

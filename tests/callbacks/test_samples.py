@@ -1,4 +1,4 @@
-"""SampleCompletions: which completions are shown, where, and what a resumed run finds."""
+"""SampleCompletions: which completions are shown and where, and files of resumed runs."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from lightning_ft._lightning import LightningModule, Trainer, _pl
 from lightning_ft.callbacks.samples import CELL, SampleCompletions, log_samples, samples_columns, samples_markdown
 from lightning_ft.errors import ConfigError
-from lightning_ft.modules.samples import RolloutRecord, drop_samples, read_samples, set_aside, write_samples
+from lightning_ft.modules.samples import RolloutSamples, drop_samples, read_samples, set_aside, write_samples
 from lightning_ft.rewards.batch import Rewards
 
 PER_STEP, STEPS = 4, 6
@@ -19,7 +19,7 @@ PER_STEP, STEPS = 4, 6
 def make_record(step, count=PER_STEP, **fields):
     values = torch.arange(float(count)) + step
     per_function = torch.stack([values, torch.full((count,), math.nan)], dim=1)
-    given = {
+    defaults = {
         "prompts": [f"prompt {i // 2} of {step}" for i in range(count)],
         "completions": [f"completion {i} of {step}" for i in range(count)],
         "rewards": Rewards(("correct", "short"), per_function, values),
@@ -27,11 +27,11 @@ def make_record(step, count=PER_STEP, **fields):
         "truncated": [i % 2 == 1 for i in range(count)],
         "lengths": [i + 1 for i in range(count)],
     }
-    return RolloutRecord(step, **{**given, **fields})
+    return RolloutSamples(step, **{**defaults, **fields})
 
 
 class Policy(LightningModule):
-    """What GRPO and PPO show to callbacks, and nothing else of them."""
+    """Minimal module with the `last_rollout` of GRPO and PPO."""
 
     def __init__(self, fails_at=None):
         super().__init__()
@@ -55,8 +55,8 @@ def fit(options, *callbacks, module=None, ckpt_path=None, **more):
     return trainer
 
 
-def shown(path):
-    """Steps in the order of the file, each once, and how many rows each has."""
+def rows_per_step(path):
+    """Return the number of rows of each step, in the order of the file."""
     steps = [row["step"] for row in read_samples(path)]
     return {step: steps.count(step) for step in steps}
 
@@ -64,7 +64,7 @@ def shown(path):
 # -------------------------------------------------------------------- rows
 
 
-def test_rows():
+def test_rollout_record_rows_are_json():
     rewards = Rewards(
         ("correct",),
         torch.tensor([[1.0], [math.nan]]),
@@ -72,7 +72,7 @@ def test_rows():
         extra={"verdict": ["yes", None], "odd": [torch.tensor(0.5), {"why": {3}}], "nan": [math.nan, (1, 2)]},
     )
     messages = [[{"role": "user", "content": "é\n2+2?"}]] * 2
-    record = RolloutRecord(3, messages, ["4", ""], rewards, [0.5, math.nan], [False, True], [1, 0])
+    record = RolloutSamples(3, messages, ["4", ""], rewards, [0.5, math.nan], [False, True], [1, 0])
     first = {
         "step": 3,
         "prompt": messages[0],
@@ -101,13 +101,13 @@ def test_rows():
 @pytest.mark.parametrize(
     ("num_samples", "chosen"), [(1, [0]), (2, [0, 4]), (3, [0, 2, 5]), (8, range(8)), (9, range(8)), (None, range(8))]
 )
-def test_samples_are_spread_over_the_prompts(num_samples, chosen):
+def test_rollout_record_rows_spreads_samples_over_prompts(num_samples, chosen):
     rows = make_record(0, 8).rows(num_samples)
     assert [row["length"] - 1 for row in rows] == list(chosen)
 
 
 @pytest.mark.parametrize("field", ["prompts", "rewards", "advantages", "truncated", "lengths"])
-def test_records_are_whole(field):
+def test_rollout_record_refuses_fields_of_different_lengths(field):
     wrong = Rewards((), torch.zeros(1, 0), torch.zeros(1)) if field == "rewards" else [0]
     with pytest.raises(ConfigError, match=f"of 4 completions has 1 {field}"):
         make_record(0, **{field: wrong})
@@ -116,20 +116,20 @@ def test_records_are_whole(field):
 # -------------------------------------------------------------------- files
 
 
-def test_files_are_appended_to(tmp_path):
+def test_write_samples_appends(tmp_path):
     path = tmp_path / "new" / "samples.jsonl"
     rows = write_samples(make_record(0), path) + write_samples(make_record(1), path, num_samples=2)
     assert read_samples(path) == rows
-    assert shown(path) == {0: 4, 1: 2}
+    assert rows_per_step(path) == {0: 4, 1: 2}
 
 
-def test_rows_from_a_step_on_are_dropped(tmp_path):
+def test_drop_samples_removes_rows_from_step_on(tmp_path):
     path = tmp_path / "samples.jsonl"
     for step in (0, 2, 3, 5):
         write_samples(make_record(step), path)
     kept = path.read_text(encoding="utf-8").splitlines()[: 2 * PER_STEP]
     with path.open("a", encoding="utf-8") as file:
-        file.write('{"step": 6, "prom')  # a run that was killed
+        file.write('{"step": 6, "prom')  # as left by a run that was killed
     assert drop_samples(path, 3) == 2 * PER_STEP
     assert path.read_text(encoding="utf-8").splitlines() == kept
     assert drop_samples(path, 3) == 0
@@ -138,7 +138,7 @@ def test_rows_from_a_step_on_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["notes", '{"prompt": 1}', "[1]"])
-def test_a_file_of_something_else_is_left_alone(tmp_path, line):
+def test_drop_samples_refuses_other_files(tmp_path, line):
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{line}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"mine.jsonl, line 1, is no completion"):
@@ -146,7 +146,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, line):
     assert path.read_text(encoding="utf-8") == f"{line}\n"
 
 
-def test_setting_a_file_aside(tmp_path):
+def test_set_aside_renames_with_number(tmp_path):
     path = tmp_path / "samples.jsonl"
     assert set_aside(path) is None
     for number in (1, 2):
@@ -159,21 +159,21 @@ def test_setting_a_file_aside(tmp_path):
 # -------------------------------------------------------------------- in a Trainer
 
 
-def test_every_rollout_by_default(trainer_options, tmp_path):
+def test_samples_show_every_rollout_by_default(trainer_options, tmp_path):
     samples = SampleCompletions()
     fit(trainer_options, samples)
     assert samples.written_to == tmp_path / "completions.jsonl"
     assert read_samples(samples.written_to) == [row for step in range(STEPS) for row in make_record(step).rows()]
 
 
-def test_some_of_some_rollouts(trainer_options, tmp_path):
+def test_samples_follow_every_n_steps_and_num_samples(trainer_options, tmp_path):
     path = tmp_path / "own" / "file.jsonl"
     fit(trainer_options, SampleCompletions(path, every_n_steps=4, num_samples=2))
-    assert shown(path) == {0: 2, 4: 2}
+    assert rows_per_step(path) == {0: 2, 4: 2}
 
 
-def test_rollouts_of_several_optimizer_steps(trainer_options, tmp_path):
-    """Steps of 3: one in 4 is shown, though none but the first is a multiple of 4."""
+def test_samples_support_rollouts_of_several_steps(trainer_options, tmp_path):
+    """With rollouts every 3 steps and `every_n_steps=4`, each first rollout after a multiple of 4 is shown."""
     samples = SampleCompletions(tmp_path / "file.jsonl", every_n_steps=4)
     trainer = SimpleNamespace(
         log_dir=None, default_root_dir=str(tmp_path), global_step=0, is_global_zero=True, loggers=[]
@@ -182,12 +182,12 @@ def test_rollouts_of_several_optimizer_steps(trainer_options, tmp_path):
     samples.on_train_start(trainer, module)
     for batch, step in enumerate((0, 3, 6, 9, 12)):
         module.last_rollout = make_record(step)
-        for _ in range(2):  # batches between rollouts show nothing twice
+        for _ in range(2):  # several batches per rollout, which is shown once
             samples.on_train_batch_end(trainer, module, None, None, batch)
-    assert shown(samples.written_to) == {0: 4, 6: 4, 9: 4, 12: 4}
+    assert rows_per_step(samples.written_to) == {0: 4, 6: 4, 9: 4, 12: 4}
 
 
-def test_a_resumed_run_writes_what_the_uninterrupted_one_does(trainer_options, tmp_path):
+def test_samples_of_resumed_run_equal_uninterrupted_one(trainer_options, tmp_path):
     whole = SampleCompletions(tmp_path / "whole.jsonl", every_n_steps=2)
     fit(trainer_options, whole)
     path = tmp_path / "resumed.jsonl"
@@ -195,37 +195,37 @@ def test_a_resumed_run_writes_what_the_uninterrupted_one_does(trainer_options, t
     options = {**trainer_options, "enable_checkpointing": True}
     with pytest.raises(RuntimeError, match="out of memory"):
         fit(options, SampleCompletions(path, every_n_steps=2), saver, module=Policy(fails_at=5))
-    assert shown(path) == {0: 4, 2: 4, 4: 4}
+    assert rows_per_step(path) == {0: 4, 2: 4, 4: 4}
     checkpoint = next((tmp_path / "ckpt").glob("*step=3.ckpt"))
     fit(options, SampleCompletions(path, every_n_steps=2), saver, ckpt_path=checkpoint)
     assert path.read_text() == whole.written_to.read_text()
 
 
-def test_a_new_run_does_not_mix_with_an_old_one(trainer_options, tmp_path):
+def test_samples_of_new_run_replace_renamed_file(trainer_options, tmp_path):
     fit(trainer_options, SampleCompletions())
     old = (tmp_path / "completions.jsonl").read_text()
     samples = SampleCompletions(num_samples=1)
     fit(trainer_options, samples)
-    assert shown(samples.written_to) == dict.fromkeys(range(STEPS), 1)
+    assert rows_per_step(samples.written_to) == dict.fromkeys(range(STEPS), 1)
     assert (tmp_path / "completions.1.jsonl").read_text() == old
 
 
-def test_the_same_trainer_goes_on(trainer_options, tmp_path):
+def test_samples_continue_with_same_trainer(trainer_options, tmp_path):
     samples = SampleCompletions(num_samples=1)
     trainer = fit(trainer_options, samples)
     trainer.fit_loop.max_epochs = 2
     trainer.fit(trainer.lightning_module, torch.utils.data.DataLoader(range(STEPS)))
-    assert shown(samples.written_to) == dict.fromkeys(range(2 * STEPS), 1)
+    assert rows_per_step(samples.written_to) == dict.fromkeys(range(2 * STEPS), 1)
 
 
-def test_two_side_by_side(trainer_options, tmp_path):
+def test_samples_with_two_names_write_two_files(trainer_options, tmp_path):
     some = SampleCompletions(num_samples=1, every_n_steps=6, name="some")
     fit(trainer_options, SampleCompletions(), some)
-    assert shown(tmp_path / "completions.jsonl") == dict.fromkeys(range(STEPS), PER_STEP)
-    assert shown(tmp_path / "some.jsonl") == {0: 1}
+    assert rows_per_step(tmp_path / "completions.jsonl") == dict.fromkeys(range(STEPS), PER_STEP)
+    assert rows_per_step(tmp_path / "some.jsonl") == {0: 1}
 
 
-def test_other_ranks_write_nothing(tmp_path):
+def test_samples_are_written_on_rank_zero_only(tmp_path):
     samples = SampleCompletions()
     trainer = SimpleNamespace(
         log_dir=str(tmp_path), default_root_dir="no", global_step=0, is_global_zero=False, loggers=[1]
@@ -237,7 +237,7 @@ def test_other_ranks_write_nothing(tmp_path):
     assert (tmp_path / "completions.jsonl").read_text() == "of rank 0"
 
 
-def test_a_rollout_of_nothing(tmp_path):
+def test_samples_ignore_empty_rollouts(tmp_path):
     samples = SampleCompletions(print_samples=True)
     trainer = SimpleNamespace(
         log_dir=str(tmp_path), default_root_dir="no", global_step=0, is_global_zero=True, loggers=[]
@@ -248,23 +248,23 @@ def test_a_rollout_of_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_module_without_rollouts_is_refused(trainer_options):
+def test_samples_refuse_module_without_rollouts(trainer_options):
     class Other(Policy):
         def __init__(self):
             super().__init__()
             del self.last_rollout
 
-    with pytest.raises(ConfigError, match=r"Other has no `last_rollout`: use it with GRPO or PPO"):
+    with pytest.raises(ConfigError, match=r"Other has no `last_rollout`\. Use it with GRPO or PPO"):
         fit(trainer_options, SampleCompletions(), module=Other())
 
 
 @pytest.mark.parametrize("argument", ["every_n_steps", "num_samples"])
-def test_settings_are_checked(argument):
+def test_samples_refuse_numbers_below_one(argument):
     with pytest.raises(ConfigError, match=f"{argument}=0: expected at least 1"):
         SampleCompletions(**{argument: 0})
 
 
-def test_printed_where_asked_for(trainer_options, capsys):
+def test_samples_are_printed_with_print_samples(trainer_options, capsys):
     fit(trainer_options, SampleCompletions(), max_steps=1)
     assert "completion" not in capsys.readouterr().out
     fit(trainer_options, SampleCompletions(print_samples=True, num_samples=1), max_steps=2)
@@ -276,14 +276,16 @@ def test_printed_where_asked_for(trainer_options, capsys):
 # -------------------------------------------------------------------- loggers
 
 
-def test_in_the_folder_of_the_csv_logger(trainer_options, tmp_path):
+def test_samples_are_written_to_csv_logger_folder(trainer_options, tmp_path):
     logger = _pl.loggers.CSVLogger(tmp_path / "logs", name="run", version=3)
     fit({**trainer_options, "logger": logger}, SampleCompletions())
-    assert shown(tmp_path / "logs" / "run" / "version_3" / "completions.jsonl") == dict.fromkeys(range(STEPS), PER_STEP)
+    assert rows_per_step(tmp_path / "logs" / "run" / "version_3" / "completions.jsonl") == dict.fromkeys(
+        range(STEPS), PER_STEP
+    )
     assert not log_samples(logger, "completions", make_record(0).rows())
 
 
-def test_tensorboard_gets_text(trainer_options, tmp_path):
+def test_log_samples_writes_text_to_tensorboard(trainer_options, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = _pl.loggers.TensorBoardLogger(tmp_path / "tb")
     fit({**trainer_options, "logger": logger}, SampleCompletions(every_n_steps=3))
@@ -296,9 +298,9 @@ def test_tensorboard_gets_text(trainer_options, tmp_path):
     assert "| completion 2 of 3 |" in text
 
 
-def test_weights_and_biases_gets_a_table(trainer_options):
+def test_log_samples_writes_table_to_wandb(trainer_options):
     class Logger(_pl.loggers.Logger):
-        """With the signature of WandbLogger's."""
+        """Logger whose `log_table` has the signature of WandbLogger's."""
 
         name, version = "run", 0
         tables = ()
@@ -320,9 +322,9 @@ def test_weights_and_biases_gets_a_table(trainer_options):
     assert {"rewards/correct", "rewards/short", "reward", "advantage", "truncated"} <= set(columns)
 
 
-def test_mlflow_gets_a_table():
+def test_log_samples_writes_table_to_mlflow():
     class Client:
-        """With the signature of MlflowClient's."""
+        """Client whose `log_table` has the signature of MlflowClient's."""
 
         def log_table(self, run_id, data, artifact_file):
             self.logged = run_id, data, artifact_file
@@ -335,8 +337,8 @@ def test_mlflow_gets_a_table():
     assert data["rewards/short"] == [None, None]
 
 
-def test_a_logger_with_another_table_is_left_alone():
-    """Comet's experiment has a log_table too, of other arguments, and no run_id."""
+def test_log_samples_skips_unsupported_loggers():
+    """Comet's experiment has a `log_table` with other arguments, and no `run_id`."""
 
     class Comet:
         def log_table(self, filename, tabular_data=None, headers=False):
@@ -349,7 +351,7 @@ def test_a_logger_with_another_table_is_left_alone():
 # -------------------------------------------------------------------- tables
 
 
-def test_markdown_holds_one_line_a_row():
+def test_samples_markdown_has_one_line_per_row():
     messages = [[{"role": "system", "content": "a|b"}, {"role": "user", "content": "c\nd"}]] * PER_STEP
     extra = {"why": ["x\ny"] * PER_STEP}
     rewards = Rewards(("f",), torch.full((PER_STEP, 1), 1 / 3), torch.zeros(PER_STEP), extra=extra)
@@ -362,7 +364,7 @@ def test_markdown_holds_one_line_a_row():
     assert f"{'z' * CELL}... (and 1,000 characters more)" in lines[2]
 
 
-def test_brackets_are_no_markup(capsys, trainer_options):
+def test_samples_table_does_not_interpret_markup(capsys, trainer_options):
     class Brackets(Policy):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)

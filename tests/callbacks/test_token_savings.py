@@ -1,4 +1,4 @@
-"""The callback in a Trainer, the same in a Fabric loop and in a loop written by hand."""
+"""TokenSavings with a Trainer, in a Fabric loop and in a manual loop."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ QUICK = {"max_new_tokens": 6, "batch_size": 4, "resamples": 199, "timed_requests
 
 
 def overlap(output, reference):
-    """Share of the reference's letters that the answer has: never quite zero for a random model."""
+    """Score the share of the reference's letters in the output, which is rarely 0 for a random model."""
     return len(set(output) & set(reference)) / len(set(reference))
 
 
@@ -48,7 +48,7 @@ def savings():
     return TokenSavings(BASELINE, scorer=overlap, requests=make_requests(), **QUICK)
 
 
-def hand_loop(tokenizer):
+def manual_loop(tokenizer):
     torch.manual_seed(0)
     model = make_model().train()
     measurement = SavingsMeasurement(tokenizer, make_requests(), BASELINE, scorer=overlap, progress=False, **QUICK)
@@ -79,18 +79,18 @@ def fabric_loop(tokenizer, callback):
     return callback.result
 
 
-def test_trainer_fabric_and_hand_loop_give_the_same(trainer_options, tmp_path, tokenizer, savings):
-    by_hand = hand_loop(tokenizer)
+def test_savings_agree_between_trainer_fabric_and_manual_loop(trainer_options, tmp_path, tokenizer, savings):
+    manual = manual_loop(tokenizer)
     fit(trainer_options, tmp_path, tokenizer, savings)
-    of_fabric = TokenSavings(
+    with_fabric = TokenSavings(
         BASELINE, scorer=overlap, requests=make_requests(), tokenizer=tokenizer, progress=False, **QUICK
     )
-    assert by_hand.arms["tuned"] != by_hand.arms["untuned"]  # training changed something
-    assert savings.result == by_hand == fabric_loop(tokenizer, of_fabric)
+    assert manual.arms["tuned"] != manual.arms["untuned"]  # training changed something
+    assert savings.result == manual == fabric_loop(tokenizer, with_fabric)
 
 
-def test_counts_are_those_of_a_brute_force_count(tokenizer):
-    result = hand_loop(tokenizer)
+def test_savings_counts_equal_brute_force(tokenizer):
+    result = manual_loop(tokenizer)
     model, requests = make_model(), make_requests()
     for name, messages in (("prompted", BASELINE.messages), ("untuned", list)):
         arm = result.arms[name]
@@ -111,7 +111,7 @@ def test_counts_are_those_of_a_brute_force_count(tokenizer):
     assert result.arms["prompted"].cached_prefix_tokens[0] >= len(tokenizer(start)["input_ids"])
 
 
-def test_a_bos_token_is_counted():
+def test_savings_plan_counts_bos_token():
     bos = "{{- bos_token -}}" + make_tokenizer().chat_template
     plain, with_bos = make_tokenizer(), make_tokenizer(template=bos, bos="<|bos|>")
     prompts = [
@@ -120,7 +120,7 @@ def test_a_bos_token_is_counted():
     assert len(prompts[1]) == len(prompts[0]) + 1 == len(encode_prompt(with_bos, make_requests()[0].messages))
 
 
-def test_sharing_the_prefix_changes_nothing(tokenizer):
+def test_savings_do_not_depend_on_share_prefix(tokenizer):
     results = []
     for share in (True, False):
         measurement = SavingsMeasurement(
@@ -131,7 +131,7 @@ def test_sharing_the_prefix_changes_nothing(tokenizer):
     assert results[0] == results[1]
 
 
-def test_two_models_and_an_adapter_switched_off(tokenizer):
+def test_measure_token_savings_with_two_models_equals_disabled_adapter(tokenizer):
     from peft import LoraConfig, get_peft_model
 
     options = {"scorer": overlap, "progress": False, **QUICK}
@@ -144,7 +144,7 @@ def test_two_models_and_an_adapter_switched_off(tokenizer):
         measure_token_savings(make_model(), tokenizer, make_requests(), BASELINE, **options)
 
 
-def test_what_is_logged_and_written(trainer_options, tmp_path, tokenizer, capsys):
+def test_savings_logs_and_writes_metrics(trainer_options, tmp_path, tokenizer, capsys):
     logged = []
 
     class Recorder(_pl.loggers.logger.DummyLogger):
@@ -154,10 +154,10 @@ def test_what_is_logged_and_written(trainer_options, tmp_path, tokenizer, capsys
     prices = Prices(0.15, 0.6, 0.015, training=5, currency="USD", date="2026-01-31")
     callback = TokenSavings(BASELINE, scorer=overlap, requests=make_requests(), prices=prices, **QUICK)
     trainer, _ = fit({**trainer_options, "logger": Recorder()}, tmp_path, tokenizer, callback)
-    step, figures = logged[-1]
+    step, metrics = logged[-1]
     assert step == trainer.global_step == 16
-    assert set(figures) == {f"token_savings/{name}" for name in callback.result.metrics()}
-    assert {"token_savings/total_lo", "token_savings/cost_cached", "token_savings/break_even_requests"} <= set(figures)
+    assert set(metrics) == {f"token_savings/{name}" for name in callback.result.metrics()}
+    assert {"token_savings/total_lo", "token_savings/cost_cached", "token_savings/break_even_requests"} <= set(metrics)
     assert float(trainer.callback_metrics["token_savings/n"]) == 8
     folder = tmp_path / "token_savings"
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".md", ".png"]
@@ -165,7 +165,7 @@ def test_what_is_logged_and_written(trainer_options, tmp_path, tokenizer, capsys
     assert "tokens per request" in capsys.readouterr().out
 
 
-def test_every_epoch_is_logged_to_be_monitored(trainer_options, tmp_path, tokenizer):
+def test_savings_metrics_can_be_monitored_every_epoch(trainer_options, tmp_path, tokenizer):
     callback = TokenSavings(
         BASELINE, scorer=overlap, requests=make_requests(), every_n_epochs=1, output_dir=False, **QUICK
     )
@@ -177,7 +177,7 @@ def test_every_epoch_is_logged_to_be_monitored(trainer_options, tmp_path, tokeni
     assert not (tmp_path / "token_savings").exists()
 
 
-def test_a_resumed_run_keeps_the_arms_of_the_original_weights(trainer_options, tmp_path, tokenizer, savings):
+def test_savings_of_resumed_run_keep_arms_of_original_weights(trainer_options, tmp_path, tokenizer, savings):
     options = {**trainer_options, "enable_checkpointing": True}
     checkpoint = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
     fit(options, tmp_path, tokenizer, savings, callbacks=[checkpoint])
@@ -194,7 +194,7 @@ def test_a_resumed_run_keeps_the_arms_of_the_original_weights(trainer_options, t
         fit(trainer_options, tmp_path, tokenizer, other, ckpt_path=path)
 
 
-def test_a_trainer_that_goes_on_keeps_the_original_arms(trainer_options, tmp_path, tokenizer, savings):
+def test_savings_of_continued_fit_keep_arms_of_original_weights(trainer_options, tmp_path, tokenizer, savings):
     trainer, module = fit(trainer_options, tmp_path, tokenizer, savings, max_epochs=1)
     first = savings.result
     trainer.fit_loop.max_epochs = 2
@@ -204,7 +204,7 @@ def test_a_trainer_that_goes_on_keeps_the_original_arms(trainer_options, tmp_pat
     assert savings.result.arms["untuned"] == first.arms["untuned"] != first.arms["tuned"]
 
 
-def test_no_success_leaves_savings_undefined(trainer_options, tmp_path, tokenizer):
+def test_savings_without_correct_answer_are_undefined(trainer_options, tmp_path, tokenizer):
     callback = TokenSavings(
         BASELINE, scorer="exact", requests=make_requests(), every_n_epochs=1, **{**QUICK, "max_new_tokens": 1}
     )
@@ -222,14 +222,14 @@ def test_no_success_leaves_savings_undefined(trainer_options, tmp_path, tokenize
     assert float(trainer.callback_metrics["token_savings/gate_passed"]) == 0
 
 
-def test_trained_weights_are_never_taken_for_the_original(trainer_options, tmp_path, tokenizer, savings):
+def test_savings_refuse_trained_weights_as_original(trainer_options, tmp_path, tokenizer, savings):
     without, _ = fit(trainer_options, tmp_path, tokenizer, _pl.Callback())
     without.save_checkpoint(tmp_path / "last.ckpt")
     with pytest.raises(SavingsError, match="resumes at step 16"):
         fit(trainer_options, tmp_path, tokenizer, savings, ckpt_path=tmp_path / "last.ckpt", max_epochs=3)
 
 
-def test_measuring_does_not_change_training(trainer_options, tmp_path, tokenizer, savings):
+def test_savings_do_not_change_training(trainer_options, tmp_path, tokenizer, savings):
     with_dropout = make_model(dropout=0.3)
     _, plain = fit(trainer_options, tmp_path, tokenizer, _pl.Callback(), model=copy.deepcopy(with_dropout).train())
     _, measured = fit(trainer_options, tmp_path, tokenizer, savings, model=copy.deepcopy(with_dropout).train())
@@ -239,14 +239,16 @@ def test_measuring_does_not_change_training(trainer_options, tmp_path, tokenizer
 
 def data_module(**splits):
     rows = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
-    given = {name: [dict(row, id=f"{name}{i}") for i, row in enumerate(rows)] for name in splits}
-    return PairDataModule([{"input": "what is the dog", "output": "here"}], **{**splits, **given}, cache_dir=False)
+    rows_by_split = {name: [dict(row, id=f"{name}{i}") for i, row in enumerate(rows)] for name in splits}
+    return PairDataModule(
+        [{"input": "what is the dog", "output": "here"}], **{**splits, **rows_by_split}, cache_dir=False
+    )
 
 
 @pytest.mark.parametrize(
     ("splits", "expected"), [({"test": 1, "validation": 1}, "test"), ({"validation": 1}, "validation")]
 )
-def test_rows_come_from_the_data_module(trainer_options, tokenizer, splits, expected):
+def test_savings_use_rows_of_data_module(trainer_options, tokenizer, splits, expected):
     callback = TokenSavings(BASELINE, scorer=overlap, max_requests=5, **QUICK)
     trainer = Trainer(callbacks=[callback], max_epochs=1, **trainer_options)
     module = Plain(make_model(), tokenizer)
@@ -258,7 +260,7 @@ def test_rows_come_from_the_data_module(trainer_options, tokenizer, splits, expe
 
 
 @pytest.mark.parametrize("module_type", [FullFineTuning, LoRAFineTuning])
-def test_in_the_modules_of_this_package(trainer_options, model_folder, module_type):
+def test_savings_with_fine_tuning_modules(trainer_options, model_folder, module_type):
     callback = TokenSavings(BASELINE, scorer=overlap, **QUICK)
     module = module_type(model_folder, learning_rate=1e-2, lr_schedule="constant")
     trainer = Trainer(callbacks=[callback], max_epochs=3, **trainer_options)
@@ -272,11 +274,11 @@ def test_in_the_modules_of_this_package(trainer_options, model_folder, module_ty
     assert again.arms["tuned"] != again.arms["untuned"]
 
 
-def test_training_rows_are_never_asked(trainer_options, tokenizer):
+def test_savings_refuse_training_rows(trainer_options, tokenizer):
     trainer = Trainer(callbacks=[TokenSavings(BASELINE)], max_epochs=1, **trainer_options)
-    with pytest.raises(SavingsError, match="training rows would measure memory"):
+    with pytest.raises(SavingsError, match="training rows would measure memorization"):
         trainer.fit(Plain(make_model(), tokenizer), data_module())
-    with pytest.raises(SavingsError, match="training rows measure memory"):
+    with pytest.raises(SavingsError, match="training rows would measure memorization"):
         TokenSavings(BASELINE, split="train")
 
 
@@ -289,7 +291,7 @@ def fit_rows(trainer_options, tokenizer, callback, data, **options):
 
 
 @pytest.mark.filterwarnings("ignore:test has")
-def test_requests_that_appear_in_the_training_rows_are_in_the_verdict(trainer_options, tmp_path, tokenizer):
+def test_savings_count_requests_in_training_rows(trainer_options, tmp_path, tokenizer):
     rows = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
     data = PairDataModule([{**rows[0], "output": "there"}, *rows[1:4]], test=rows, cache_dir=False)
     callback = TokenSavings(BASELINE, scorer=overlap, **QUICK)
@@ -305,7 +307,7 @@ def test_requests_that_appear_in_the_training_rows_are_in_the_verdict(trainer_op
     assert any(re.match(counted, text) for text in written["warnings"])
 
 
-def test_requests_given_by_hand_are_looked_up_in_the_rows_of_the_data_module(trainer_options, tokenizer):
+def test_savings_compare_own_requests_with_rows_of_data_module(trainer_options, tokenizer):
     data = PairDataModule([{"input": f"where is the {WORDS[0]}", "output": "here"}], cache_dir=False)
     options = {"scorer": overlap, "requests": make_requests(), "output_dir": False, **QUICK}
     assert fit_rows(trainer_options, tokenizer, TokenSavings(BASELINE, **options), data).in_training == ("r0",)
@@ -313,7 +315,7 @@ def test_requests_given_by_hand_are_looked_up_in_the_rows_of_the_data_module(tra
     assert fit_rows(trainer_options, tokenizer, callback, data).in_training == ("r2", "r3")
 
 
-def test_a_held_out_share_has_no_request_in_training(trainer_options, tokenizer):
+def test_savings_of_held_out_share_have_no_request_in_training(trainer_options, tokenizer):
     rows = [{"input": f"where is the {word}", "output": f"here {n}"} for word in WORDS for n in range(3)]
     data = PairDataModule(rows, validation=0.25, cache_dir=False)
     callback = TokenSavings(BASELINE, scorer=overlap, output_dir=False, **QUICK)
@@ -321,7 +323,7 @@ def test_a_held_out_share_has_no_request_in_training(trainer_options, tokenizer)
     assert (result.n, result.in_training, result.provenance["requests_in_training"]) == (6, (), 0)
 
 
-def test_a_plain_loader_says_that_nothing_was_looked_up(trainer_options, tmp_path, tokenizer, savings):
+def test_savings_with_plain_loader_report_missing_overlap_check(trainer_options, tmp_path, tokenizer, savings):
     fit(trainer_options, tmp_path, tokenizer, savings, max_epochs=1)
     assert savings.result.in_training is None
     assert savings.result.provenance["requests_in_training"] == "not checked: pass train_rows="
@@ -335,12 +337,14 @@ LONG = Request("long", (Message(role="user", content="fox " * 500),), "here")
     [
         ([], BASELINE, "No requests"),
         ([*make_requests(), make_requests()[3]], BASELINE, "more than once: r3"),
-        ([Request("", make_requests()[0].messages, "here")], BASELINE, "place 0 has no id"),
-        ([*make_requests(), LONG], BASELINE, "Request 'long': its prompted prompt has .* context is 512"),
+        ([Request("", make_requests()[0].messages, "here")], BASELINE, r"requests\[0\] has no id"),
+        ([*make_requests(), LONG], BASELINE, "Request 'long': its prompt in the prompted arm has .* context of 512"),
         (make_requests(), PromptBaseline("", [{"input": "Where is the LAMP", "output": "up"}]), "few-shot .*r1"),
     ],
 )
-def test_what_is_refused_before_the_first_step(trainer_options, tmp_path, tokenizer, requests, baseline, message):
+def test_savings_refuse_invalid_requests_before_first_step(
+    trainer_options, tmp_path, tokenizer, requests, baseline, message
+):
     model = make_model()
     weights = copy.deepcopy(model.state_dict())
     model.generate = None
@@ -351,14 +355,14 @@ def test_what_is_refused_before_the_first_step(trainer_options, tmp_path, tokeni
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_identical_prompts_are_refused():
+def test_savings_refuse_identical_prompts():
     chatml = make_tokenizer().chat_template
-    deaf = make_tokenizer(chatml.replace("in messages", "in messages if message.role != 'system'"))
+    without_system = make_tokenizer(chatml.replace("in messages", "in messages if message.role != 'system'"))
     with pytest.raises(SavingsError, match="'r0': its prompt is the same in both arms"):
-        SavingsMeasurement(deaf, make_requests(), PromptBaseline("Be brief."))
+        SavingsMeasurement(without_system, make_requests(), PromptBaseline("Be brief."))
 
 
-def test_a_measurement_without_baseline_tokenizer_model_or_order(trainer_options, tokenizer, savings):
+def test_savings_refuse_missing_baseline_tokenizer_model_or_start(trainer_options, tokenizer, savings):
     with pytest.raises(SavingsError, match="needs the prompt that you would use"):
         TokenSavings()
     with pytest.raises(SavingsError, match="need a baseline"):
@@ -368,20 +372,20 @@ def test_a_measurement_without_baseline_tokenizer_model_or_order(trainer_options
     savings.tokenizer = tokenizer
     with pytest.raises(SavingsError, match=r"fabric\.call"):
         savings.on_train_start()
-    alone = TokenSavings(BASELINE)
-    alone.on_train_end(None, make_model())
-    assert "must run before the first step" in alone.undefined
+    not_started = TokenSavings(BASELINE)
+    not_started.on_train_end(None, make_model())
+    assert "Call on_train_start before the first step" in not_started.undefined
     with pytest.raises(SavingsError, match=r"call before\(model\)"):
         SavingsMeasurement(tokenizer, make_requests(), BASELINE).after(make_model())
 
 
-def test_a_failing_scorer_is_named(trainer_options, tmp_path, tokenizer):
+def test_savings_name_failing_scorer(trainer_options, tmp_path, tokenizer):
     callback = TokenSavings(BASELINE, scorer="operator:truediv", requests=make_requests(), **QUICK)
     with pytest.raises(SavingsError, match=r"Scorer 'operator:truediv' failed on request 'r0': TypeError"):
         fit(trainer_options, tmp_path, tokenizer, callback)
 
 
-def test_from_yaml():
+def test_savings_are_configured_from_yaml():
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser()
@@ -408,8 +412,8 @@ def test_from_yaml():
     assert (second.baseline, second.state_key) == (PromptBaseline("Be brief."), "TokenSavings('other')")
 
 
-def test_times_to_the_first_token(monkeypatch, tokenizer):
+def test_savings_measure_time_to_first_token(monkeypatch, tokenizer):
     clock = iter(range(1000))
     monkeypatch.setattr("lightning_ft.evaluation.savings.serving.time.perf_counter", lambda: next(clock))
-    result = hand_loop(tokenizer)
+    result = manual_loop(tokenizer)
     assert dict(result.arms["prompted"].first_token_seconds) == {"cold": 1, "warm": 1}
