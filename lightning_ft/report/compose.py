@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from lightning_ft.document.blocks import Block, Document, Fact, Headline, Section, Table, provenance_table
-from lightning_ft.evaluation.bootstrap import format_range
+from lightning_ft.evaluation.bootstrap import format_interval
 from lightning_ft.evaluation.comparison.sections import comparison_sections, final_runs, tradeoffs
 from lightning_ft.evaluation.compute.sections import compute_table
 from lightning_ft.evaluation.retention.sections import Tradeoff, forgetting_blocks, retention_facts, retention_table
@@ -23,7 +23,7 @@ from lightning_ft.evaluation.savings.sections import (
     savings_provenance,
     tokens_plot,
 )
-from lightning_ft.evaluation.savings.table import percent
+from lightning_ft.evaluation.savings.table import format_percent
 from lightning_ft.report.collect import RunReport, run_names, same_run_result
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _single_runs(savings: Mapping[str, SavingsResult]) -> Table:
         (
             name,
             "PASS" if result.gate.passed else "FAIL",
-            f"{percent(result.savings['total'].value)} ({format_range(result.savings['total'], percent)})",
+            format_interval(result.savings["total"], format_percent),
             f"{result.quality['tuned'].value:.3f}",
             f"{result.quality['prompted'].value:.3f}",
             f"{result.n:,}",

@@ -108,7 +108,7 @@ def test_requests_have_template_kwargs_and_the_whole_answer(tokenizer):
     assert (first.template_kwargs, first.answer) == ({"enable_thinking": False}, None)
     assert (second.reference, second.answer["reasoning_content"]) == ("parcel", "hm")
     assert (third.reference, third.answer["tool_calls"]) == ("", [CALL])
-    with pytest.raises(SavingsError, match=r"Request 'train:3': its right answer calls tools.* pass requests="):
+    with pytest.raises(SavingsError, match=r"Request 'train:3': its reference answer calls tools.* pass requests="):
         measurement_plan(tokenizer, [third], PromptBaseline("Be brief."))
 
 

@@ -69,14 +69,14 @@ def test_draw_quality_uses_a_log_scale_for_distant_arms():
 @pytest.mark.parametrize(
     ("break_even", "verdict", "has_band"),
     [
-        (Interval(668_528.0, 2e5, 3e6), "earned back after 669,000 requests", True),
-        (Interval(668_528.0, 2e5, math.inf), "earned back after 669,000 requests", True),
-        (Interval(math.inf, math.inf, math.inf), "never earned back", False),
+        (Interval(668_528.0, 2e5, 3e6), "break-even after 669,000 requests", True),
+        (Interval(668_528.0, 2e5, math.inf), "break-even after 669,000 requests", True),
+        (Interval(math.inf, math.inf, math.inf), "no break-even", False),
     ],
 )
 def test_draw_cost_lines_cross_at_break_even(make, break_even, verdict, has_band):
     result = make.savings()
-    axes = axes_of(draw_cost, result=result, kind="uncached", break_even=break_even)
+    axes = axes_of(draw_cost, result=result, caching="uncached", break_even=break_even)
     prompted, tuned = axes.get_lines()[:2]
     more = prompted.get_ydata() > tuned.get_ydata()
     crossed = next(x for x, is_more in zip(prompted.get_xdata(), more, strict=True) if is_more)
@@ -94,7 +94,7 @@ def test_render_plot_keeps_dollar_signs(make):
     """Matplotlib would parse text between two dollar signs as a formula, and fail if it is malformed."""
     result = make.savings(prices=replace(make.prices, currency="$ \\frac{ $"))
     break_even = Interval(668_528.0, 2e5, 3e6)
-    draw = partial(draw_cost, result=result, kind="uncached", break_even=break_even)
+    draw = partial(draw_cost, result=result, caching="uncached", break_even=break_even)
     assert render_plot(Plot("cost", "", "", draw)).png.startswith(b"\x89PNG")
 
 

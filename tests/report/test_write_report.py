@@ -62,7 +62,7 @@ def test_page_has_every_section(files, run_folder):
         "9d2b1f0c44aa8e05",  # hash of the data
         "77aa10c2d3e4f506",  # hash of the texts
         "requests left out",
-        "answers cut at the limit, tuned",
+        "truncated answers, tuned",
         "versions.torch",
     ):
         assert part in page, part

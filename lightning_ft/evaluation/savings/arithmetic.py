@@ -1,7 +1,8 @@
-"""Token savings: how many tokens a request no longer needs once the model is trained, and at what quality.
+"""Token savings: how many tokens per request fine-tuning saves, and at what quality.
 
-Two arms answer the same requests: *prompted* (original weights, system prompt and examples) and *tuned* (trained
-weights, the request alone). A third, *untuned* (original weights, the request alone), shows what training added.
+Two arms, as in a trial, answer the same requests: *prompted* (original weights, system prompt and few-shot examples)
+and *tuned* (trained weights, the request alone). A third arm, *untuned* (original weights, the request alone), shows
+what training added.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootstrap_intervals
-from lightning_ft.evaluation.savings.cost import Costs, Prices, costs
+from lightning_ft.evaluation.savings.cost import Costs, Prices, compute_costs
 from lightning_ft.evaluation.savings.gate import Gate, check_margin, overlap_warnings, quality_gate, required_requests
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
@@ -31,11 +32,11 @@ __all__ = [
     "token_savings",
 ]
 
-MANY_TRUNCATED = 0.05
+_MAX_TRUNCATED_RATE = 0.05  # share of truncated answers above which the result has a warning
 
 
 class NoSuccessError(SavingsError):
-    """No answer of either arm was right, so tokens per success are undefined."""
+    """All scores of the prompted and the tuned arm are 0, so tokens per success are undefined."""
 
 
 def token_savings(
@@ -51,29 +52,29 @@ def token_savings(
     provenance: Mapping[str, Any] | None = None,
     in_training: Collection[str] | None = None,
 ) -> SavingsResult:
-    """Compare the arms.
+    """Compute the savings of the tuned over the prompted arm, with intervals and the quality gate.
 
-    Savings are ratios of sums over requests, never means of ratios: ``1 - sum(I_t + O_t) / sum(I_p + O_p)``, likewise
-    for input and output tokens, and for tokens per success (the tokens of all attempts divided by the sum of the
-    scores). Intervals are a paired bootstrap over requests, or over the records' clusters.
+    Savings are ratios of sums over requests, not means of ratios: ``1 - sum(I_t + O_t) / sum(I_p + O_p)`` for the input
+    tokens `I` and output tokens `O` of the tuned and the prompted arm, likewise for input and for output tokens alone,
+    and for tokens per success (the tokens of all requests divided by the sum of the scores). Intervals are from a
+    paired bootstrap over requests, or over the records' clusters.
 
     Args:
-        prompted: Original weights with system prompt and examples, ``n`` requests.
-        tuned: Trained weights with the request alone, the same requests in any order.
-        untuned: Original weights with the request alone.
-        margin: Loss of quality that would be accepted, chosen before the measurement: 0.02 for two points.
-        prices: What tokens and training cost.
-        confidence: Of the intervals; the gate always uses the one-sided 97.5% bound.
-        resamples: Draws of the bootstrap.
-        seed: Of the bootstrap.
-        provenance: What the figures come from, JSON values only, for the report.
-        in_training: Ids of the requests whose question also appears in the training rows, which the verdict counts;
-            None where the training rows aren't known.
+        prompted: Records of the original weights with system prompt and few-shot examples, for ``n`` requests.
+        tuned: Records of the trained weights with the request alone, for the same requests in any order.
+        untuned: Records of the original weights with the request alone, for the same requests in any order.
+        margin: Largest acceptable loss of quality, chosen before the measurement, between 0 and 1: 0.02 for two points.
+        prices: Prices of tokens and of training.
+        confidence: Confidence level of the intervals; the gate always uses the one-sided 97.5% bound.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+        provenance: Origin of the metrics, as JSON values, for the report.
+        in_training: Ids of the requests whose question also appears in the training rows, for warnings and the
+            headline; None if the training rows aren't known.
 
     Raises:
-        SavingsError: If the arms answered other requests, or `in_training` has ids that no request has.
-        NoSuccessError: If nothing succeeded in either (tokens per success are
-            undefined then).
+        SavingsError: If the arms answered different requests, or `in_training` has ids that no request has.
+        NoSuccessError: If all scores of both arms are 0, so that tokens per success are undefined.
 
     Example:
         >>> ids = tuple(str(i) for i in range(200))
@@ -89,8 +90,8 @@ def token_savings(
     untuned = None if untuned is None else untuned.ordered(prompted.ids, "untuned")
     if not any(prompted.scores) and not any(tuned.scores):
         raise NoSuccessError(
-            "No answer of either arm was right, so tokens per success are undefined (not zero). Look at a few "
-            "answers: is the scorer too strict, or max_new_tokens too small?"
+            "No answer of either arm was right, so tokens per success are undefined. Inspect a few answers: the scorer "
+            "may be too strict, or max_new_tokens too small."
         )
     clusters = prompted.clusters or None
     arms = {"prompted": prompted, "tuned": tuned, **({} if untuned is None else {"untuned": untuned})}
@@ -122,7 +123,7 @@ def token_savings(
         quality={name: found[f"quality_{name}"] for name in arms},
         difference=found["diff"],
         gate=gate,
-        costs=None if prices is None else costs(prompted, tuned, prices),
+        costs=None if prices is None else compute_costs(prompted, tuned, prices),
         confidence=confidence,
         provenance=dict(provenance or {}),
         warnings=(*overlap_warnings(in_training or (), prompted, tuned), *_warnings(gate, found["diff"], arms)),
@@ -131,6 +132,7 @@ def token_savings(
 
 
 def _ordered(found: Collection[str], ids: Sequence[str]) -> tuple[str, ...]:
+    """Unique ids of `found` in the order of `ids`, followed by those that `ids` lacks."""
     position = {name: k for k, name in enumerate(ids)}
     return tuple(sorted(set(found), key=lambda name: position.get(name, len(ids))))
 
@@ -144,24 +146,24 @@ def _quality(arm: str) -> Statistic:
 
 
 def _per_success_saving(sums: Mapping[str, Array]) -> Array:
-    """``1 - (T_t / S_t) / (T_p / S_p)``: -inf without a tuned success, 1 without a prompted one, NaN without either."""
+    """``1 - (T_t / S_t) / (T_p / S_p)``, tokens over successes: -inf if `S_t` is 0, 1 if `S_p` is, NaN if both are."""
     ratio = (_total(sums, "tuned") * sums["prompted_score"]) / (_total(sums, "prompted") * sums["tuned_score"])
     return np.asarray(1 - ratio)
 
 
 def _warnings(gate: Gate, difference: Interval, arms: Mapping[str, ArmRecords]) -> list[str]:
     found = []
-    if gate.underpowered and difference.hi > -gate.margin:  # what is plainly worse needs no more requests
+    if gate.underpowered and difference.hi > -gate.margin:  # more requests wouldn't help if the loss is already certain
         need = gate.required_n if gate.bound < 0 else required_requests(0.0, gate.margin)
         found.append(
-            f"Underpowered: {gate.n:,} requests can't rule out a loss of {gate.margin:.1%} in quality, {need:,} are "
-            f"needed where {gate.discordant:.1%} of the pairs are discordant. The gate fails; measure "
+            f"Underpowered: {gate.n:,} requests can't rule out a loss of {gate.margin:.1%} in quality; {need:,} are "
+            f"needed if {gate.discordant:.1%} of the pairs are discordant. The gate fails. Measure "
             "more requests."
         )
     for name, arm in arms.items():
-        if arm.truncated_rate > MANY_TRUNCATED:
+        if arm.truncated_rate > _MAX_TRUNCATED_RATE:
             found.append(
-                f"{arm.truncated_rate:.1%} of the {name} arm's answers hit max_new_tokens, so the limit decides how "
-                "many output tokens they have."
+                f"{arm.truncated_rate:.1%} of the {name} arm's answers hit max_new_tokens, so this limit determines "
+                "their number of output tokens. Raise it to measure their full length."
             )
     return found

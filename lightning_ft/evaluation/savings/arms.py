@@ -1,4 +1,4 @@
-"""Run one arm: generate, count, score."""
+"""One arm of a measurement: generates the answers, counts their tokens and grades them."""
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ def run_arm(
     timed_requests: int = 3,
     progress: bool = True,
 ) -> ArmRecords:
-    """Answer all requests of a plan as one arm would.
+    """Generate and grade the answers of one arm to all requests of a plan.
 
-    In a process group every rank must call it. Ranks share the requests out, unless the model is sharded: its ranks
-    have to run in step, so each answers them all. The records are the same on every rank.
+    In a process group every rank must call this function. The requests are distributed over the ranks, unless the model
+    is sharded: all ranks take part in each forward pass of a sharded model, so each of them answers every request. The
+    records are the same on every rank.
 
     Args:
-        name: ``prompted``, ``tuned`` or ``untuned``.
-        model: With the arm's weights, in whatever mode.
-        tokenizer: The model's.
-        plan: What to ask.
-        batch_size: Prompts at a time.
-        share_prefix: Run the prompts' common prefix through the model once.
-        timed_requests: How many requests to time to their first token; 0 for none.
-        progress: Show a progress bar.
+        name: Name of the arm: ``prompted``, ``tuned`` or ``untuned``.
+        model: Model with the weights of the arm, in training or evaluation mode.
+        tokenizer: Tokenizer of the model.
+        plan: Requests, prompts and scorer.
+        batch_size: Number of prompts per batch.
+        share_prefix: Whether to compute the common prefix of the prompts only once.
+        timed_requests: Number of requests whose time to first token is measured; 0 measures none.
+        progress: Whether to show a progress bar.
 
     Raises:
         SavingsError: If the scorer fails on an answer.
@@ -66,15 +67,15 @@ def run_arm(
     if is_sharded(model):
         ranks = 1
     mine = range(rank if ranks > 1 else 0, len(arm.prompts), ranks)
-    shows = progress and rank == 0
-    with tqdm(total=len(mine), desc=f"Token savings, {name}", unit="request", disable=not shows, leave=False) as bar:
+    show_bar = progress and rank == 0
+    with tqdm(total=len(mine), desc=f"Token savings, {name}", unit="request", disable=not show_bar, leave=False) as bar:
         completions = _gather(
             lambda: (
                 engine.generate(
                     [arm.prompts[i] for i in mine],
                     max_new_tokens=plan.max_new_tokens,
                     on_answered=bar.update,
-                    prefix=arm.shared,
+                    prefix=arm.prefix_length,
                 ).completions
             ),
             mine,
@@ -90,11 +91,11 @@ def run_arm(
         output_tokens=tuple(len(c.tokens) for c in completions),
         scores=_scores(plan, outputs),
         truncated=tuple(c.truncated for c in completions),
-        cached_prefix_tokens=(arm.shared,) * n,
+        cached_prefix_tokens=(arm.prefix_length,) * n,
         clusters=tuple(clusters) if any(r.cluster is not None for r in plan.requests) else (),
         outputs=tuple(outputs),
         parts=arm.parts,
-        first_token_seconds=first_token_seconds(engine, arm.prompts, arm.shared, rounds=timed_requests)
+        first_token_seconds=first_token_seconds(engine, arm.prompts, arm.prefix_length, rounds=timed_requests)
         if timed_requests
         else {},
         prefill_flops=None if shape is None else sum(shape.prefill_flops(len(p)) for p in arm.prompts) / n,
@@ -106,7 +107,7 @@ def run_arm(
 
 
 def _gather(answer: Callable[[], Sequence[Completion]], mine: Sequence[int], ranks: int) -> list[Completion]:
-    """The answers of all ranks, in the order of the requests; what one raises is told to the others."""
+    """Gather the completions of all ranks in the order of the requests; an error on one rank is raised on all."""
     if ranks == 1:
         return list(answer())
     own: Any
@@ -122,22 +123,25 @@ def _gather(answer: Callable[[], Sequence[Completion]], mine: Sequence[int], ran
 
 
 def _scores(plan: MeasurementPlan, outputs: Sequence[str]) -> tuple[float, ...]:
-    """Score on one rank and tell the others, errors too: a rank that raises alone leaves the others waiting."""
+    """Grade the answers on rank 0 and broadcast the scores, or the error, which all ranks then raise.
+
+    If rank 0 raised alone, the others would wait for it in the broadcast.
+    """
     rank, ranks = rank_and_world_size()
-    told: list[Any] = [None]
+    outcome: list[Any] = [None]
     if rank == 0:
         try:
             ids, references = [r.id for r in plan.requests], [r.reference for r in plan.requests]
-            # Where a row has its reasoning apart from its answer, answers are compared apart from theirs.
-            apart = ["reasoning_content" in (r.answer or {}) for r in plan.requests]
-            answers = [without_reasoning(o) if a else o for o, a in zip(outputs, apart, strict=True)]
-            told = [grade_answers(plan.scorer_name, plan.scorer, ids, answers, references)]
+            # If a row has its reasoning in a field of its own, the reasoning of the answer isn't graded either.
+            separate = ["reasoning_content" in (r.answer or {}) for r in plan.requests]
+            answers = [without_reasoning(o) if s else o for o, s in zip(outputs, separate, strict=True)]
+            outcome = [grade_answers(plan.scorer_name, plan.scorer, ids, answers, references)]
         except SavingsError as error:
             if ranks == 1:
                 raise
-            told = [str(error)]
+            outcome = [str(error)]
     if ranks > 1:
-        dist.broadcast_object_list(told, src=0)
-    if isinstance(told[0], str):
-        raise SavingsError(told[0])
-    return tuple(told[0])
+        dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], str):
+        raise SavingsError(outcome[0])
+    return tuple(outcome[0])

@@ -1,4 +1,4 @@
-"""What requests cost, with and without a cached prefix, and when training has paid for itself."""
+"""Cost per request, with and without prefix caching, and the number of requests at which training breaks even."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from lightning_ft.errors import SavingsError
 
 @dataclass(frozen=True)
 class Prices:
-    """Prices for a million tokens, and what was spent before the first request.
+    """Prices per million tokens, and the costs of training.
 
     Args:
-        input: Of input tokens.
-        output: Of output tokens.
-        cached_input: Of input tokens that the provider has in its prefix cache; by default those of `input`.
-        tuned_input: Of the tuned model's input tokens; by default those of `input`.
-        tuned_output: Of the tuned model's output tokens.
-        tuned_cached_input: Of the tuned model's cached input tokens; by default `cached_input`, or `tuned_input` if
-            only that is given.
-        training: What the training run cost.
-        data: What the data cost.
-        sweep: What the runs cost that looked for good settings.
-        currency: Of all of them, such as ``USD``.
-        date: When the prices were valid, ``YYYY-MM-DD``.
+        input: Price of a million input tokens.
+        output: Price of a million output tokens.
+        cached_input: Price of a million input tokens from the provider's prefix cache; by default `input`.
+        tuned_input: Price of a million input tokens of the tuned model; by default `input`.
+        tuned_output: Price of a million output tokens of the tuned model; by default `output`.
+        tuned_cached_input: Price of a million cached input tokens of the tuned model; by default `tuned_input` if that
+            is passed, or else `cached_input`.
+        training: Cost of the training run.
+        data: Cost of the training data.
+        sweep: Cost of the runs of the hyperparameter search.
+        currency: Currency of all prices and costs, such as ``USD``.
+        date: Date of the prices, ``YYYY-MM-DD``.
 
     Raises:
-        SavingsError: For a missing currency or date, or a price that isn't a number of at least 0.
+        SavingsError: If the currency or date is missing, or a price isn't a finite number of at least 0.
 
     Example:
         >>> Prices(0.15, 0.60, cached_input=0.015, training=20.0, currency="EUR", date="2026-01-31").invested
@@ -54,12 +54,12 @@ class Prices:
             if name in ("currency", "date") or value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise SavingsError(f"Prices: {name}={value!r}, expected a number of at least 0.")
-        if isinstance(self.date, Date):  # YAML reads an unquoted date as one
+                raise SavingsError(f"Prices: {name}={value!r}, expected a finite number of at least 0.")
+        if isinstance(self.date, Date):  # YAML parses an unquoted date as a date object
             object.__setattr__(self, "date", self.date.isoformat())
         if not self.currency or not self.date:
             raise SavingsError(
-                'Prices mean nothing without their currency and date: pass currency="USD" and date="2026-01-31", say.'
+                'Prices need their currency and date: pass, for example, currency="USD" and date="2026-01-31".'
             )
         try:
             Date.fromisoformat(self.date)
@@ -68,11 +68,11 @@ class Prices:
 
     @property
     def invested(self) -> float:
-        """Training, data and sweep together."""
+        """Total cost of training, data and sweep."""
         return self.training + self.data + self.sweep
 
     def rates(self, *, tuned: bool) -> tuple[float, float, float]:
-        """Input, cached input and output prices of one arm for a million tokens."""
+        """Prices of a million input, cached input and output tokens for the tuned or the prompted arm."""
         cached = self.input if self.cached_input is None else self.cached_input
         if not tuned:
             return self.input, cached, self.output
@@ -88,16 +88,17 @@ class Prices:
 
 @dataclass(frozen=True)
 class Costs:
-    """Mean cost of a request, prompted and tuned, in the prices' currency.
+    """Mean cost per request of the prompted and the tuned arm, in the currency of the prices.
 
     Args:
-        prompted_cached: Prompted, the common prefix at the price of cached tokens.
-        prompted_uncached: Prompted, every token at full price.
-        tuned_cached: Tuned, likewise.
-        tuned_uncached: Tuned, likewise.
-        break_even_cached: Requests after which what was invested is earned back; infinite where tuned isn't cheaper.
-        break_even_uncached: The same without a prefix cache.
-        prices: What they were computed with.
+        prompted_cached: Cost per request of the prompted arm, with the common prefix at the price of cached tokens.
+        prompted_uncached: Cost per request of the prompted arm, with every token at full price.
+        tuned_cached: Cost per request of the tuned arm, with the common prefix at the price of cached tokens.
+        tuned_uncached: Cost per request of the tuned arm, with every token at full price.
+        break_even_cached: Number of requests after which the investment has paid off, with prefix caching; infinite if
+            tuned requests aren't cheaper.
+        break_even_uncached: Number of requests after which the investment has paid off, without prefix caching.
+        prices: Prices from which the costs were computed.
     """
 
     prompted_cached: float
@@ -112,13 +113,13 @@ class Costs:
 def request_cost(
     input_tokens: Sequence[int], cached: Sequence[int], output_tokens: Sequence[int], rates: tuple[float, float, float]
 ) -> float:
-    """Mean cost of a request: ``p_in (I - cached) + p_cached cached + p_out O``.
+    """Mean cost per request: ``p_in (I - cached) + p_cached cached + p_out O``.
 
     Args:
-        input_tokens: Of each request, ``n``.
-        cached: Input tokens of each request that are in the prefix cache, ``n``.
-        output_tokens: Of each request, ``n``.
-        rates: Prices of input, cached input and output for a million tokens.
+        input_tokens: Number of input tokens `I` of each of ``n`` requests.
+        cached: Number of input tokens of each request that are in the prefix cache.
+        output_tokens: Number of output tokens `O` of each request.
+        rates: Prices of a million input, cached input and output tokens.
 
     Example:
         >>> request_cost([1000, 1000], [900, 900], [100, 100], (10.0, 1.0, 20.0))
@@ -130,9 +131,14 @@ def request_cost(
 
 
 def break_even_requests(invested: float, prompted: float, tuned: float) -> float:
-    """Requests after which `invested` is earned back; infinite where the tuned model isn't cheaper.
+    """Number of requests after which an investment has paid off: ``invested / (prompted - tuned)``.
 
-    ``invested / (prompted - tuned)``.
+    Infinite if the tuned model isn't cheaper.
+
+    Args:
+        invested: Cost of training, data and sweep.
+        prompted: Cost per request of the prompted arm.
+        tuned: Cost per request of the tuned arm.
 
     Example:
         >>> break_even_requests(20.0, prompted=0.5, tuned=0.25), break_even_requests(20.0, prompted=0.25, tuned=0.25)
@@ -141,20 +147,20 @@ def break_even_requests(invested: float, prompted: float, tuned: float) -> float
     return invested / (prompted - tuned) if prompted > tuned else math.inf
 
 
-def costs(prompted: Any, tuned: Any, prices: Prices) -> Costs:
-    """Costs of both arms, always with and without a cached prefix.
+def compute_costs(prompted: Any, tuned: Any, prices: Prices) -> Costs:
+    """Compute the costs of both arms, with and without prefix caching.
 
     Args:
         prompted: `ArmRecords` of the prompted arm.
         tuned: `ArmRecords` of the tuned arm.
-        prices: The prices.
+        prices: Prices of tokens and of training.
     """
-    figures = []
+    means = []
     for records, is_tuned in ((prompted, False), (tuned, True)):
         for cached in (records.cached_prefix_tokens, [0] * len(records.ids)):
             rates = prices.rates(tuned=is_tuned)
-            figures.append(request_cost(records.input_tokens, cached, records.output_tokens, rates))
-    p_cached, p_uncached, t_cached, t_uncached = figures
+            means.append(request_cost(records.input_tokens, cached, records.output_tokens, rates))
+    p_cached, p_uncached, t_cached, t_uncached = means
     return Costs(
         p_cached,
         p_uncached,

@@ -1,4 +1,4 @@
-"""A savings result as files: JSON for programs, Markdown for pull requests, PNG for slides."""
+"""Savings results as files: JSON for programs, Markdown for pull requests, PNG for slides."""
 
 from __future__ import annotations
 
@@ -13,57 +13,59 @@ from lightning_ft.evaluation.result_files import read_result
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.sections import savings_document
 
-_log = logging.getLogger(__name__)  # only the first rank writes, so only it speaks
+_log = logging.getLogger(__name__)  # only rank 0 writes results, so only rank 0 logs
 NAME = "token_savings"
 
 
 def save_savings(result: SavingsResult, folder: Path, *, png: bool | None = None) -> list[Path]:
-    """Write a result.
+    """Write a result as JSON, Markdown and PNG files.
 
     Args:
         result: The result.
-        folder: It is made where there is none; files of an earlier result are replaced.
-        png: Write the picture; None: if matplotlib is installed.
+        folder: Folder to write to, created if needed; files of an earlier result are replaced.
+        png: Whether to write the plot; None writes it if matplotlib is installed.
 
     Returns:
-        The files written.
+        Paths of the files written.
 
     Raises:
-        MissingDependencyError: If the picture is asked for without matplotlib.
+        MissingDependencyError: If `png` is True and matplotlib isn't installed.
     """
     if png is None:
         png = importlib.util.find_spec("matplotlib") is not None
         if not png:
-            _log.info("No picture of the token savings without matplotlib: pip install 'lightning-ft[report]'.")
+            _log.info(
+                "Token savings are not plotted, since matplotlib isn't installed: pip install 'lightning-ft[report]'."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{NAME}.json", folder / f"{NAME}.md"]
     write_json(written[0], result.to_dict())
-    picture = folder / f"{NAME}.png"
+    plot_path = folder / f"{NAME}.png"
     if png:
         from lightning_ft.evaluation.savings.plots import plot_savings
 
-        with atomic_write(picture) as aside:
-            plot_savings(result, aside)
-        written.append(picture)
-    write_text(written[1], savings_markdown(result, picture=png))
+        with atomic_write(plot_path) as temporary:
+            plot_savings(result, temporary)
+        written.append(plot_path)
+    write_text(written[1], savings_markdown(result, with_plot=png))
     return written
 
 
-def savings_markdown(result: SavingsResult, *, picture: bool = False) -> str:
-    """A result as Markdown.
+def savings_markdown(result: SavingsResult, *, with_plot: bool = False) -> str:
+    """Render a result as Markdown.
 
     Args:
         result: The result.
-        picture: Whether the plot is next to the file.
+        with_plot: Whether to embed the plot, which must be next to the file.
     """
-    plot = Plot(NAME, "Tokens of a request and quality of each arm", "", lambda axes: None) if picture else None
-    return markdown_document(savings_document(result, plot), "Token savings", [NAME] if picture else [])
+    plot = Plot(NAME, "Tokens per request and quality of each arm", "", lambda axes: None) if with_plot else None
+    return markdown_document(savings_document(result, plot), "Token savings", [NAME] if with_plot else [])
 
 
 def load_savings(path: str | Path) -> SavingsResult:
-    """Read a result back from its JSON file.
+    """Read a result from its JSON file.
 
     Raises:
-        DataError: If it isn't one.
+        DataError: If the file can't be read, or contains no savings result.
     """
     return read_result(Path(path), SavingsResult.from_dict)

@@ -1,4 +1,4 @@
-"""The quality gate: a test of non-inferiority, the number of requests it needs, and what may weaken it."""
+"""The quality gate: a non-inferiority test of the tuned arm, its sample size, and warnings that qualify its verdict."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.savings.records import ArmRecords
 
-_Z = 1.96 + 0.84  # one-sided 97.5% confidence, 80% power, rounded as tables have them
+_Z = 1.96 + 0.84  # normal quantiles for one-sided 97.5% confidence and 80% power, to two decimals
 
 
 def required_requests(discordant: float, margin: float) -> int:
-    """Requests that a paired comparison needs to rule out a loss of `margin` with 80% power at a one-sided 97.5%.
+    """Number of requests that a paired comparison needs to rule out a loss of `margin`.
 
-    ``(1.96 + 0.84)^2 * discordant / margin^2``, the normal approximation for paired proportions that don't differ (Nam
-    1997, https://doi.org/10.2307/2533508), and never fewer than ``ln(0.025) / ln(1 - margin)``: with fewer, a loss of
-    `margin` would too often go without a single failure.
+    At one-sided 97.5% confidence and 80% power it is ``(1.96 + 0.84)^2 * discordant / margin^2``, the normal
+    approximation for equal paired proportions (Nam 1997, https://doi.org/10.2307/2533508), and at least
+    ``ln(0.025) / ln(1 - margin)``: with fewer requests, an arm whose loss is `margin` would have no failure at all with
+    a probability above 2.5%.
 
     Args:
-        discordant: Mean squared difference of the two arms' scores; for scores of 0 and 1 the share of requests on
-            which they differ.
-        margin: The loss to rule out, as a share.
+        discordant: Mean squared difference of the scores of both arms; for scores of 0 and 1, the share of requests on
+            which the arms differ.
+        margin: Loss of quality to rule out, between 0 and 1.
 
     Example:
         >>> required_requests(0.10, 0.02), required_requests(0.10, 0.05), required_requests(0.0, 0.05)
@@ -36,14 +37,14 @@ def required_requests(discordant: float, margin: float) -> int:
 
 @dataclass(frozen=True)
 class Gate:
-    """The verdict on quality.
+    """Verdict on the quality of the tuned arm.
 
     Args:
-        margin: The loss that would be accepted, chosen beforehand.
+        margin: Largest acceptable loss of quality, chosen before the measurement.
         bound: Lower one-sided 97.5% bound of tuned minus prompted quality.
-        discordant: Mean squared difference of the scores.
-        n: Requests, or clusters of them where they are resampled by cluster.
-        required_n: How many the margin needs.
+        discordant: Mean squared difference of the scores of both arms.
+        n: Number of requests, or of clusters if requests are resampled by cluster.
+        required_n: Number of requests or clusters that the margin requires.
     """
 
     margin: float
@@ -54,25 +55,25 @@ class Gate:
 
     @property
     def underpowered(self) -> bool:
-        """Whether there are too few requests; the least number is enough to show that tuned is no worse at all."""
+        """Whether there are too few requests. If the bound is 0 or higher, the minimum for the margin is enough."""
         if self.bound >= 0:
             return self.n < required_requests(0.0, self.margin)
         return self.n < self.required_n
 
     @property
     def passed(self) -> bool:
-        """Whether a loss of more than the margin is ruled out, by enough requests."""
+        """Whether enough requests rule out a loss larger than the margin."""
         return self.bound > -self.margin and not self.underpowered
 
 
 def quality_gate(difference: Interval, discordant: float, n: int, margin: float) -> Gate:
-    """Judge the difference of two arms' quality.
+    """Test the difference in quality of two arms for non-inferiority.
 
     Args:
-        difference: Tuned minus prompted, a 95% interval.
-        discordant: Mean squared difference of the scores.
-        n: Requests or clusters.
-        margin: The loss that would be accepted, between 0 and 1.
+        difference: Tuned minus prompted quality, with its 95% interval.
+        discordant: Mean squared difference of the scores of both arms.
+        n: Number of requests or clusters.
+        margin: Largest acceptable loss of quality, between 0 and 1.
 
     Raises:
         SavingsError: If the margin isn't between 0 and 1.
@@ -88,7 +89,7 @@ def quality_gate(difference: Interval, discordant: float, n: int, margin: float)
 
 
 def check_margin(margin: float) -> None:
-    """Refuse a margin that isn't between 0 and 1.
+    """Check that a margin is between 0 and 1.
 
     Raises:
         SavingsError: If it isn't.
@@ -98,7 +99,7 @@ def check_margin(margin: float) -> None:
 
 
 def overlap_text(count: int, n: int) -> str:
-    """A sentence on requests that also appear in the training rows; empty where none does.
+    """Describe how many requests also appear in the training rows; returns an empty string if none does.
 
     Args:
         count: Number of these requests.
@@ -110,18 +111,21 @@ def overlap_text(count: int, n: int) -> str:
     """
     if not count:
         return ""
-    permille = 1000 * count // n  # never rounded up to all of them
+    permille = 1000 * count // n  # rounded down, so that only all requests are 100%
     share = f"{permille / 10:g}%" if permille else "under 0.1%"
     return f"{count:,} of {n:,} requests ({share}) also appear{'s' if count == 1 else ''} in the training rows"
 
 
 def overlap_warnings(in_training: Collection[str], prompted: ArmRecords, tuned: ArmRecords) -> list[str]:
-    """Warnings about requests that also appear in the training rows: their number, and quality on all others.
+    """Warn of requests that also appear in the training rows, with their number and the quality on all others.
 
     Args:
-        in_training: Ids of the requests that appear in the training rows.
-        prompted: Records of the original weights with the baseline's prompt.
-        tuned: Records of the trained weights, for the same requests in the same order.
+        in_training: Ids of the requests that also appear in the training rows.
+        prompted: Records of the prompted arm.
+        tuned: Records of the tuned arm, for the same requests in the same order.
+
+    Returns:
+        Warnings; empty if no request appears in the training rows.
     """
     if not in_training:
         return []

@@ -1,4 +1,4 @@
-"""Intervals of a report that results don't hold: tokens per success, break-even, gain over the untuned model."""
+"""Intervals that only reports show: tokens per success, break-even, and gain over the untuned arm."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ RESAMPLES = 9999
 
 
 def per_success_intervals(result: SavingsResult, *, resamples: int = RESAMPLES) -> dict[str, Interval]:
-    """Tokens per success of each arm, resampled as the result's own intervals are.
+    """Tokens per success of each arm, with intervals from the same bootstrap as the result's own.
 
     Args:
         result: The result.
-        resamples: Draws of the bootstrap.
+        resamples: Number of bootstrap resamples.
 
     Returns:
-        By arm; the ends are infinite where an arm has draws without a success.
+        Interval by arm; ends are infinite if an arm has resamples without a success.
     """
     columns: dict[str, Sequence[float]] = {}
     statistics: dict[str, Statistic] = {}
@@ -37,52 +37,54 @@ def per_success_intervals(result: SavingsResult, *, resamples: int = RESAMPLES) 
 
 
 def break_even_intervals(result: SavingsResult, *, resamples: int = RESAMPLES) -> dict[str, Interval]:
-    """Requests after which training is earned back, from the interval of what one request saves.
+    """Number of requests after which training has paid off, from the interval of the savings per request.
 
-    ``invested / (cost_prompted - cost_tuned)``: the lower end belongs to the upper end of the difference, and is
-    infinite where the difference may be 0 or less.
+    It is ``invested / (cost_prompted - cost_tuned)``. The lower end follows from the upper end of the difference and
+    vice versa; an end is infinite if that of the difference is 0 or less.
 
     Args:
-        result: With prices.
-        resamples: Draws of the bootstrap.
+        result: The result, with costs.
+        resamples: Number of bootstrap resamples.
 
     Returns:
-        ``cached`` and ``uncached``; empty without prices.
+        Intervals ``cached`` and ``uncached``, with and without prefix caching; empty if the result has no costs.
     """
     if result.costs is None:
         return {}
     prices = result.costs.prices
     columns: dict[str, Sequence[float]] = {"n": [1.0] * result.n}
     statistics: dict[str, Statistic] = {}
-    for kind in ("cached", "uncached"):
+    for caching in ("cached", "uncached"):
         paid = []
         for name, tuned in (("prompted", False), ("tuned", True)):
             arm = result.arms[name]
-            from_cache = arm.cached_prefix_tokens if kind == "cached" else (0,) * result.n
-            places = zip(arm.input_tokens, from_cache, arm.output_tokens, strict=True)
-            paid.append([request_cost([i], [c], [o], prices.rates(tuned=tuned)) for i, c, o in places])
-        columns[kind] = [prompted - tuned for prompted, tuned in zip(*paid, strict=True)]
-        statistics[kind] = _ratio(kind, "n")
+            from_cache = arm.cached_prefix_tokens if caching == "cached" else (0,) * result.n
+            tokens = zip(arm.input_tokens, from_cache, arm.output_tokens, strict=True)
+            paid.append([request_cost([i], [c], [o], prices.rates(tuned=tuned)) for i, c, o in tokens])
+        columns[caching] = [prompted - tuned for prompted, tuned in zip(*paid, strict=True)]
+        statistics[caching] = _ratio(caching, "n")
     clusters = result.arms["prompted"].clusters or None
     saved = bootstrap_intervals(
         columns, statistics, clusters=clusters, confidence=result.confidence, resamples=resamples
     )
     return {
-        kind: Interval(*(break_even_requests(prices.invested, difference, 0.0) for difference in (i.value, i.hi, i.lo)))
-        for kind, i in saved.items()
+        caching: Interval(
+            *(break_even_requests(prices.invested, difference, 0.0) for difference in (i.value, i.hi, i.lo))
+        )
+        for caching, i in saved.items()
     }
 
 
 def gain_interval(tuned: Sequence[ArmRecords], untuned: ArmRecords, *, resamples: int = RESAMPLES) -> Interval:
-    """Quality gained over the original weights without a prompt, paired by request.
+    """Gain in quality of the tuned over the untuned arm, paired by request.
 
     Args:
-        tuned: Answers of one run, or of several seeds, whose scores are averaged request by request.
-        untuned: Answers of the original weights to the same requests.
-        resamples: Draws of the bootstrap.
+        tuned: Records of one run, or of one run per seed, whose scores are averaged per request.
+        untuned: Records of the original weights with the request alone, for the same requests.
+        resamples: Number of bootstrap resamples.
 
     Raises:
-        SavingsError: If they didn't answer the same requests.
+        SavingsError: If the arms answered different requests.
 
     Example:
         >>> arm = lambda scores: ArmRecords(("a", "b"), (9, 9), (1, 1), scores, (False, False))
@@ -98,11 +100,11 @@ def gain_interval(tuned: Sequence[ArmRecords], untuned: ArmRecords, *, resamples
     return found["gain"]
 
 
-def is_open(interval: Interval) -> bool:
+def is_unbounded(interval: Interval) -> bool:
     """Whether an end is infinite.
 
     Example:
-        >>> is_open(Interval(1.0, 0.5, float("inf"))), is_open(Interval(1.0, 0.5, 2.0))
+        >>> is_unbounded(Interval(1.0, 0.5, float("inf"))), is_unbounded(Interval(1.0, 0.5, 2.0))
         (True, False)
     """
     return not (math.isfinite(interval.lo) and math.isfinite(interval.hi))

@@ -1,4 +1,4 @@
-"""Measure token savings around any training loop: once before the first step, once after the last."""
+"""Measurement of token savings around any training loop: before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft import __version__
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.arms import run_arm
@@ -28,32 +29,32 @@ from lightning_ft.types import Request
 
 
 class SavingsMeasurement:
-    """The three arms around a training loop.
+    """Measures the prompted, untuned and tuned arms around a training loop.
 
     Args:
-        tokenizer: The model's.
-        requests: What to ask, and the right answers. Never rows that are trained on.
-        baseline: System prompt and examples that training is to make unnecessary.
-        scorer: ``"exact"``, ``"normalized"``, ``"label"``, ``"json"``, where to import one from, or a function
-            ``f(output, reference)`` that gives a number from 0 to 1.
-        margin: Loss of quality that would be accepted: 0.02 for two points.
-        prices: What tokens and training cost.
-        max_new_tokens: Limit of every answer. Answers that hit it are counted, and their share reported.
-        max_requests: Ask only so many of the requests, drawn by `seed`.
-        batch_size: Prompts at a time.
-        share_prefix: Run the prompts' common prefix through the model once; the answers are the same.
-        timed_requests: How many requests to time to their first token; 0 for none.
-        resamples: Draws of the bootstrap.
-        seed: Of bootstrap and drawn requests.
-        progress: Show progress bars.
-        train_rows: The rows that are trained on, as a DataModule takes them or as requests: those whose question is
-            also asked here are counted in the verdict. Without them the result can't say so.
+        tokenizer: Tokenizer of the model.
+        requests: Requests with their reference answers. They must not be training rows.
+        baseline: System prompt and few-shot examples that training should make unnecessary.
+        scorer: Name of a scorer (``"exact"``, ``"normalized"``, ``"label"`` or ``"json"``), import path of one, or a
+            function ``f(output, reference)`` that returns a score from 0 to 1.
+        margin: Largest acceptable loss of quality, between 0 and 1: 0.02 for two points.
+        prices: Prices of tokens and of training.
+        max_new_tokens: Maximum number of tokens per answer. The share of answers that hit it is reported.
+        max_requests: Maximum number of requests, sampled with `seed` if there are more; None for all.
+        batch_size: Number of prompts per batch.
+        share_prefix: Whether to compute the common prefix of the prompts only once; the answers are the same.
+        timed_requests: Number of requests whose time to first token is measured; 0 measures none.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap and of the sample of requests.
+        progress: Whether to show progress bars.
+        train_rows: Training rows, as a DataModule takes them or as requests. Requests whose question they contain are
+            counted in the headline and in a warning; without training rows this isn't checked.
 
     Raises:
-        SavingsError: For everything that can be known before a model runs: see `lightning_ft.evaluation.savings.plan`.
+        SavingsError: If the options are invalid, and as :func:`lightning_ft.evaluation.savings.plan.measurement_plan`.
 
     Example:
-        A loop written by hand::
+        A custom training loop::
 
             measurement = SavingsMeasurement(tokenizer, requests, PromptBaseline(system="..."), scorer="label")
             measurement.before(model)
@@ -85,7 +86,7 @@ class SavingsMeasurement:
         check_margin(margin)
         numbers = (("batch_size", batch_size, 1), ("resamples", resamples, 1), ("timed_requests", timed_requests, 0))
         for argument, value, least in (*numbers, ("seed", seed, 0)):
-            if value < least:  # now, and not when hours of training are over
+            if value < least:  # fail before training, not after it
                 raise SavingsError(f"{argument}={value}: expected at least {least}.")
         self.tokenizer = tokenizer
         self.margin, self.prices, self.resamples, self.seed = margin, prices, resamples, seed
@@ -105,25 +106,25 @@ class SavingsMeasurement:
             "progress": progress,
         }
         self.overlap = None if train_rows is None else request_overlap(self.plan.requests, training_index(train_rows))
-        """What the requests have in common with the training rows; None where these aren't known."""
+        """Overlap between requests and training rows; None if the training rows aren't known."""
         self._before: dict[str, ArmRecords] = {}
         self._original = ""
 
     @property
     def has_before(self) -> bool:
-        """Whether the arms of the original weights were measured."""
+        """Whether the arms of the original weights have been measured."""
         return bool(self._before)
 
     def check_model(self, model: CausalLM) -> None:
-        """Refuse a model that the prompts don't fit into.
+        """Check that each prompt and its answer fit into the model's context.
 
         Raises:
-            SavingsError: With the first request that doesn't.
+            SavingsError: If a request doesn't fit; the message names the first one.
         """
         self.plan.check_context(context_length(base_of(model)))
 
     def before(self, model: CausalLM) -> None:
-        """Run the prompted and the untuned arm on the original weights, before anything is trained.
+        """Measure the prompted and the untuned arm with the original weights; must be called before training.
 
         Raises:
             SavingsError: If a prompt doesn't fit the model's context, or the scorer fails.
@@ -133,17 +134,19 @@ class SavingsMeasurement:
         self._before = {name: self._arm(name, model) for name in ("prompted", "untuned")}
 
     def after(self, model: CausalLM, provenance: Mapping[str, Any] | None = None) -> SavingsResult:
-        """Run the tuned arm and compare; can be called again later in training.
+        """Measure the tuned arm and compare it with the prompted one; can be called several times during training.
 
         Args:
-            model: With the trained weights.
-            provenance: More of what the figures come from, JSON values only.
+            model: Model with the trained weights.
+            provenance: Additional entries of the provenance, as JSON values.
 
         Raises:
-            SavingsError: If `before` didn't run, the scorer fails, or nothing succeeded in either arm.
+            SavingsError: If :meth:`before` wasn't called, the scorer fails, or all scores of both arms are 0.
         """
         if not self._before:
-            raise SavingsError("The prompted arm has not been measured: call before(model) ahead of the first step.")
+            raise SavingsError(
+                "The prompted arm has not been measured: call before(model) before the first training step."
+            )
         tuned = self._arm("tuned", model)
         result = token_savings(
             self._before["prompted"],
@@ -156,16 +159,16 @@ class SavingsMeasurement:
             provenance={**self._provenance(), **(provenance or {})},
             in_training=None if self.overlap is None else self.overlap.in_training,
         )
-        asked = self.plan.requests  # the arms' ids are theirs, in their order
+        requests = self.plan.requests  # in the order of the arms' ids
         return replace(
             result,
-            requests=tuple(_last_user_turn(request) for request in asked),
-            references=tuple(request.reference for request in asked),
+            requests=tuple(_last_user_turn(request) for request in requests),
+            references=tuple(request.reference for request in requests),
             warnings=(*result.warnings, *(self.overlap.cluster_warnings if self.overlap is not None else ())),
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The arms of the original weights as JSON types, so that a resumed run compares with them."""
+        """State for checkpoints: the arms of the original weights as JSON types, with which a resumed run compares."""
         return {
             "fingerprint": self.plan.fingerprint,
             "original": self._original,
@@ -173,16 +176,16 @@ class SavingsMeasurement:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the arms from a checkpoint.
+        """Restore the arms of the original weights from a checkpoint.
 
         Raises:
-            SavingsError: If they were measured with other requests, prompts, scorer or limit.
+            SavingsError: If they were measured with other requests, prompts, scorer or `max_new_tokens`.
         """
         if state["before"] and state["fingerprint"] != self.plan.fingerprint:
             raise SavingsError(
                 "The checkpoint's prompted arm was measured with other requests, another baseline, scorer or "
-                "max_new_tokens, and can't be measured again on weights that were trained since. Use the settings of "
-                "the run that wrote it."
+                "max_new_tokens. It can't be measured again, since the weights have been trained. Use the settings "
+                "of the run that wrote the checkpoint."
             )
         self._original = str(state["original"])
         self._before = {name: ArmRecords.from_dict(arm) for name, arm in state["before"].items()}
@@ -191,7 +194,7 @@ class SavingsMeasurement:
         return run_arm(name, model, self.tokenizer, self.plan, **self._run)  # type: ignore[arg-type]
 
     def _provenance(self) -> dict[str, Any]:
-        plan, seen = self.plan, self.overlap
+        plan, overlap = self.plan, self.overlap
         return {
             "model": self._original,
             "tokenizer": plan.tokenizer,
@@ -199,13 +202,16 @@ class SavingsMeasurement:
             "measured": plan.fingerprint,
             "requests": len(plan.requests),
             "requests_available": plan.available,
-            "requests_in_training": "not checked: pass train_rows=" if seen is None else len(seen.in_training),
+            "requests_in_training": "not checked: pass train_rows=" if overlap is None else len(overlap.in_training),
             "scorer": plan.scorer_name,
             "max_new_tokens": plan.max_new_tokens,
             "decoding": "greedy",
             "seed": self.seed,
             "resamples": self.resamples,
-            "versions": {name: version(name) for name in ("lightning-ft", "torch", "transformers", "peft")},
+            "versions": {
+                "lightning-ft": __version__,
+                **{name: version(name) for name in ("torch", "transformers", "peft")},
+            },
         }
 
 
@@ -222,22 +228,24 @@ def measure_token_savings(
     original: CausalLM | None = None,
     **options: Any,
 ) -> SavingsResult:
-    """Compare a trained model with the original, both at hand.
+    """Measure the token savings of a trained model over the original model.
 
     Args:
-        tuned: The trained model.
-        tokenizer: Of both.
-        requests: What to ask, and the right answers.
-        baseline: System prompt and examples that training is to make unnecessary.
-        original: The model as it was; by default `tuned` with its adapter switched off.
-        options: Of :class:`SavingsMeasurement`.
+        tuned: Trained model.
+        tokenizer: Tokenizer of both models.
+        requests: Requests with their reference answers.
+        baseline: System prompt and few-shot examples that training should make unnecessary.
+        original: Model with the original weights; by default `tuned` with its adapter disabled.
+        options: Keyword arguments of :class:`SavingsMeasurement`.
 
     Raises:
-        SavingsError: As :class:`SavingsMeasurement`, or if there is no original to compare with.
+        SavingsError: As :class:`SavingsMeasurement`, or if `tuned` has no adapter and `original` isn't passed.
     """
     measurement = SavingsMeasurement(tokenizer, requests, baseline, **options)
     if original is None and not isinstance(tuned, PeftModel):
-        raise SavingsError("Pass original=: without an adapter the trained model doesn't hold the original weights.")
+        raise SavingsError(
+            "Pass original=: the trained model has no adapter, so it doesn't contain the original weights."
+        )
     with tuned.disable_adapter() if original is None else nullcontext():  # type: ignore[operator]
         measurement.before(tuned if original is None else original)
     return measurement.after(tuned)

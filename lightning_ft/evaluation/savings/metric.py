@@ -1,4 +1,4 @@
-"""Token savings as a metric that is fed batch by batch."""
+"""Token savings as a torchmetrics metric, updated batch by batch."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
 
 _ARMS = ("prompted", "tuned", "untuned")
-_COUNTS = 6  # id, input, output, cached, truncated, cluster
+_NUM_COLUMNS = 6  # id, input tokens, output tokens, cached tokens, truncated, cluster
 
 
 class TokenSavingsMetric(Metric):
-    """Savings of the tuned over the prompted arm, over all batches and ranks.
+    """Token savings of the tuned over the prompted arm, accumulated over batches and ranks.
 
-    Each request must be fed once to ``prompted`` and once to ``tuned`` (and, if at all, to ``untuned``), on whichever
-    rank.
+    Each request must be added exactly once per arm, on any rank. The arm ``untuned`` may be left out.
 
     Args:
-        margin: Loss of quality that would be accepted.
-        prices: What tokens and training cost.
-        resamples: Draws of the bootstrap.
-        seed: Of the bootstrap.
-        kwargs: Of `torchmetrics.Metric`.
+        margin: Largest acceptable loss of quality, between 0 and 1.
+        prices: Prices of tokens and of training.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+        kwargs: Keyword arguments of `torchmetrics.Metric`.
 
     Example:
         >>> metric = TokenSavingsMetric()
@@ -60,7 +59,7 @@ class TokenSavingsMetric(Metric):
         self.margin, self.prices, self.resamples, self.seed = margin, prices, resamples, seed
         for arm in _ARMS:
             self.add_state(f"{arm}_counts", default=[], dist_reduce_fx="cat")  # int64 [n, 6]
-            self.add_state(f"{arm}_scores", default=[], dist_reduce_fx="cat")  # int64 [n], the bits of fp64
+            self.add_state(f"{arm}_scores", default=[], dist_reduce_fx="cat")  # int64 [n], bits of the fp64 scores
 
     def update(
         self,
@@ -74,52 +73,52 @@ class TokenSavingsMetric(Metric):
         cached_prefix_tokens: Sequence[int] | None = None,
         clusters: Sequence[str] | None = None,
     ) -> None:
-        """Add requests of one arm, ``b`` of each.
+        """Add a batch of requests of one arm.
 
         Args:
-            arm: ``prompted``, ``tuned`` or ``untuned``.
-            ids: Of the requests.
-            input_tokens: As `ArmRecords` counts them.
-            output_tokens: Likewise.
-            scores: From 0 to 1.
-            truncated: Whether an answer hit the limit of new tokens.
-            cached_prefix_tokens: Input tokens that a provider would have in its cache.
-            clusters: What each request belongs to.
+            arm: Name of the arm: ``prompted``, ``tuned`` or ``untuned``.
+            ids: Id of each request.
+            input_tokens: Number of input tokens of each request, see `ArmRecords`.
+            output_tokens: Number of output tokens of each request, see `ArmRecords`.
+            scores: Score of each answer, from 0 to 1.
+            truncated: Whether each answer hit the limit of new tokens; by default none did.
+            cached_prefix_tokens: Number of input tokens of each request that a provider would cache; by default 0.
+            clusters: Cluster of each request; by default each request is a cluster of its own.
 
         Raises:
-            SavingsError: For another arm, or numbers that can't be what they say.
+            SavingsError: If `arm` is unknown, lengths differ, or a number is out of range.
         """
         if arm not in _ARMS:
             raise SavingsError(f"arm={arm!r}: expected one of {', '.join(_ARMS)}.")
         n = len(ids)
         flags, cached = truncated or [False] * n, cached_prefix_tokens or [0] * n
-        ArmRecords(  # checks
+        ArmRecords(  # validates the values
             tuple(ids), tuple(input_tokens), tuple(output_tokens), tuple(scores), tuple(flags), tuple(cached)
         )
         rows = zip(
-            map(_number, ids), input_tokens, output_tokens, cached, flags, map(_number, clusters or ids), strict=True
+            map(_hash, ids), input_tokens, output_tokens, cached, flags, map(_hash, clusters or ids), strict=True
         )
         counts = torch.tensor([list(map(int, row)) for row in rows], dtype=torch.int64, device=self.device)
         getattr(self, f"{arm}_counts").append(counts)
-        # Scores as bits: `Metric.half()` and moves to devices without fp64 would round them.
+        # Scores are stored as bits, since `Metric.half()` and devices without fp64 would round them.
         getattr(self, f"{arm}_scores").append(
             torch.tensor(scores, dtype=torch.float64).view(torch.int64).to(self.device)
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """Figures by name, see `SavingsResult.figures`.
+        """Compute the metrics by name, see `SavingsResult.metrics`.
 
         Raises:
-            SavingsError: As `lightning_ft.evaluation.savings.arithmetic.token_savings`.
+            SavingsError: If an arm has no requests, and as :func:`token_savings`.
         """
-        figures = self._result().metrics()
-        return {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in figures.items()}
+        metrics = self._result().metrics()
+        return {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in metrics.items()}
 
     def result(self) -> SavingsResult:
-        """All of the result, over all ranks.
+        """Compute the complete result over all ranks.
 
         Raises:
-            SavingsError: As `lightning_ft.evaluation.savings.arithmetic.token_savings`.
+            SavingsError: If an arm has no requests, and as :func:`token_savings`.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
             return self._result()
@@ -128,7 +127,8 @@ class TokenSavingsMetric(Metric):
         arms = {arm: records for arm in _ARMS if (records := self._records(arm)) is not None}
         missing = [arm for arm in ("prompted", "tuned") if arm not in arms]
         if missing:
-            raise SavingsError(f"Nothing was recorded of the {' and the '.join(missing)} arm.")
+            names = " and the ".join(missing)
+            raise SavingsError(f"No requests were added to the {names} arm. Add them with update().")
         return token_savings(
             arms["prompted"],
             arms["tuned"],
@@ -142,7 +142,7 @@ class TokenSavingsMetric(Metric):
     def _records(self, arm: str) -> ArmRecords | None:
         if not len(getattr(self, f"{arm}_counts")):
             return None
-        counts = dim_zero_cat(getattr(self, f"{arm}_counts")).reshape(-1, _COUNTS).tolist()
+        counts = dim_zero_cat(getattr(self, f"{arm}_counts")).reshape(-1, _NUM_COLUMNS).tolist()
         bits = dim_zero_cat(getattr(self, f"{arm}_scores")).cpu()
         ids, tokens, out, cached, flags, clusters = zip(*counts, strict=True)
         return ArmRecords(
@@ -156,6 +156,6 @@ class TokenSavingsMetric(Metric):
         )
 
 
-def _number(name: str) -> int:
-    """A text as 63 bits: ranks can exchange numbers only."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+def _hash(text: str) -> int:
+    """63-bit hash of a text: only tensors can be exchanged between ranks."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

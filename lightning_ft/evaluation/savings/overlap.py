@@ -1,4 +1,4 @@
-"""Which requests of a measurement also appear in the rows that are trained on."""
+"""Overlap between the requests of a measurement and the training rows."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from lightning_ft.errors import DataError
 from lightning_ft.types import Request
 
 TrainRows: TypeAlias = Sources | list[Request] | TrainingIndex
-"""Rows as a DataModule takes them, requests made of them, or what was found in them."""
+"""Training rows as a DataModule takes them, requests made from them, or an index of them."""
 
 
 @dataclass(frozen=True)
 class RequestOverlap:
-    """What requests and training rows have in common.
+    """Requests whose question or cluster also appears in the training rows.
 
     Args:
         in_training: Ids of the requests whose question appears in the training rows.
-        of_trained_clusters: Ids of the requests whose cluster the training rows have rows of.
-        n: All requests.
+        in_training_clusters: Ids of the requests whose cluster has training rows.
+        n: Number of all requests.
     """
 
     in_training: tuple[str, ...]
-    of_trained_clusters: tuple[str, ...]
+    in_training_clusters: tuple[str, ...]
     n: int
 
     @property
     def cluster_warnings(self) -> tuple[str, ...]:
-        """What to say of clusters in both; nothing where there are none."""
-        if not self.of_trained_clusters:
+        """Warning about clusters with both requests and training rows; empty if there are none."""
+        if not self.in_training_clusters:
             return ()
         return (
-            f"{len(self.of_trained_clusters):,} of {self.n:,} requests are of a cluster that training rows are of too, "
-            "so the result says little about requests of new clusters. Split the rows by cluster, as validation=0.1 "
-            "does, and measure again.",
+            f"{len(self.in_training_clusters):,} of {self.n:,} requests belong to a cluster that also has training "
+            "rows, so the result says little about requests of new clusters. Split the rows by cluster, as "
+            "validation=0.1 does, and measure again.",
         )
 
 
 def request_overlap(requests: Sequence[Request], index: TrainingIndex) -> RequestOverlap:
-    """Look requests up in the training rows.
+    """Find the requests that appear in the training rows.
 
     Args:
-        requests: What is asked.
-        index: Of the training rows.
+        requests: Requests of the measurement.
+        index: Index of the training rows.
 
     Example:
-        >>> ask = lambda text: ({"role": "user", "content": text},)
-        >>> index = TrainingIndex.of([Request("t", ask("Where is it?"), "Here.", "Ann")])
-        >>> requests = [Request("a", ask("Where is it? "), "There."), Request("b", ask("Why?"), "So.")]
+        >>> turns = lambda text: ({"role": "user", "content": text},)
+        >>> index = TrainingIndex.of([Request("t", turns("Where is it?"), "Here.", "Ann")])
+        >>> requests = [Request("a", turns("Where is it? "), "There."), Request("b", turns("Why?"), "So.")]
         >>> found = request_overlap(requests, index)
-        >>> found.in_training, found.of_trained_clusters
+        >>> found.in_training, found.in_training_clusters
         (('a',), ())
     """
     return RequestOverlap(
@@ -66,14 +66,14 @@ def request_overlap(requests: Sequence[Request], index: TrainingIndex) -> Reques
 
 
 def training_index(rows: TrainRows) -> TrainingIndex:
-    """What the training rows ask.
+    """Index the questions and clusters of training rows.
 
     Args:
-        rows: A file, a list of dicts or whatever else a DataModule takes as `train`; or requests made of such rows, as
-            `PairDataModule.requests` gives them.
+        rows: Training rows, as a file, a list of dicts or any other source that a DataModule takes as `train`; or
+            requests made from such rows, as `PairDataModule.requests` returns them.
 
     Raises:
-        DataError: If some rows can't be read, with the first of them.
+        DataError: If some rows can't be read; the message names the first of them.
 
     Example:
         >>> index = training_index([{"input": "Where is it?", "output": "Here."}])
@@ -88,14 +88,14 @@ def training_index(rows: TrainRows) -> TrainingIndex:
             return TrainingIndex.of(requests)
     index = TrainingIndex()
     problems: list[Problem] = []
-    for name, source in as_sources(rows, "train_rows").items():  # type: ignore[arg-type]  # requests are dealt with
+    for name, source in as_sources(rows, "train_rows").items():  # type: ignore[arg-type]  # lists of requests were handled above
         good, bad = load_source(source, name, "train_rows", answered=False)
         problems += bad
         for row in good:
             index.add(row)
     if problems:
         raise DataError(
-            f"train_rows: {len(problems):,} of its rows can't be read, so what they ask isn't known. The first: "
-            f"{problems[0]} Or pass the rows as requests, as PairDataModule.requests('train') gives them."
+            f"train_rows: {len(problems):,} of its rows can't be read, so their questions aren't known. The first: "
+            f"{problems[0]} Or pass the rows as requests, as PairDataModule.requests('train') returns them."
         )
     return index

@@ -1,4 +1,4 @@
-"""What is to be measured, checked before anything is generated: requests, both arms' prompts, and the scorer."""
+"""Plan of a measurement, validated before generation: requests, prompts of the arms, and scorer."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ class ArmPrompts:
     """The prompts of one arm.
 
     Args:
-        prompts: Token ids of each request, as generation gets them.
-        parts: Tokens of all prompts together by where they go: ``system``, ``few_shot`` and ``request`` are those of
-            the texts alone, ``template`` is all else.
-        shared: Tokens that all prompts start with.
+        prompts: Token ids of the prompt of each request, as passed to generation.
+        parts: Number of tokens of all prompts by part: ``system``, ``few_shot`` and ``request`` count the tokens of the
+            texts alone, ``template`` all others.
+        prefix_length: Number of tokens in the common prefix of all prompts.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     parts: dict[str, int]
-    shared: int
+    prefix_length: int
 
 
 @dataclass(frozen=True)
 class MeasurementPlan:
-    """Requests and prompts that were checked.
+    """Validated requests and prompts of a measurement.
 
     Args:
-        requests: What is asked, ``n``.
-        available: How many there were to choose from.
-        prompted: Prompts with system prompt and examples.
-        bare: Prompts of the tuned and untuned arms.
-        scorer: Judges the answers.
-        scorer_name: For messages and reports.
-        max_new_tokens: Limit of every answer.
-        baseline_hash: Names the baseline.
-        tokenizer: Its name.
+        requests: Requests to measure, ``n``.
+        available: Number of requests from which these were sampled.
+        prompted: Prompts of the prompted arm, with system prompt and few-shot examples.
+        bare: Prompts of the tuned and untuned arms, with the request alone.
+        scorer: Function that grades an answer against its reference.
+        scorer_name: Name of the scorer in messages and reports.
+        max_new_tokens: Maximum number of tokens per answer.
+        baseline_hash: Hash of the baseline.
+        tokenizer: Name of the tokenizer.
     """
 
     requests: tuple[Request, ...]
@@ -62,7 +62,7 @@ class MeasurementPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that the arms must have in common."""
+        """Hash of everything that has to be the same for all arms: prompts, references, clusters, scorer and limit."""
         return content_hash(
             [
                 [list(map(list, arm.prompts)) for arm in (self.prompted, self.bare)],
@@ -73,18 +73,22 @@ class MeasurementPlan:
         )
 
     def check_context(self, limit: int | None) -> None:
-        """Refuse prompts that leave no room for the answer in the model's context.
+        """Check that each prompt and its answer fit into the model's context; prompts are never truncated.
+
+        Args:
+            limit: Number of tokens in the model's context; None if it is unknown.
 
         Raises:
-            SavingsError: With the first such request; nothing is ever cut.
+            SavingsError: If a request doesn't fit; the message names the first one.
         """
         for name, arm in (("prompted", self.prompted), ("tuned", self.bare)):
             for request, prompt in zip(self.requests, arm.prompts, strict=True):
                 if limit is not None and len(prompt) + self.max_new_tokens > limit:
                     raise SavingsError(
-                        f"Request {request.id!r}: its {name} prompt has {len(prompt):,} tokens and its answer may have "
-                        f"{self.max_new_tokens:,}, the model's context is {limit:,}. Prompts are never cut: leave "
-                        "the request out, shorten the baseline, or lower max_new_tokens."
+                        f"Request {request.id!r}: its prompt in the {name} arm has {len(prompt):,} tokens and its "
+                        f"answer up to max_new_tokens={self.max_new_tokens}, which exceeds the model's context of "
+                        f"{limit:,} tokens. Prompts are never truncated: leave the request out, shorten the baseline, "
+                        "or lower max_new_tokens."
                     )
 
 
@@ -98,20 +102,20 @@ def measurement_plan(
     max_requests: int | None = None,
     seed: int = 0,
 ) -> MeasurementPlan:
-    """Choose the requests, encode both arms' prompts and check what can be checked without the model.
+    """Sample the requests, encode the prompts of the arms and check everything that doesn't depend on the model.
 
     Args:
-        tokenizer: The model's.
-        requests: What to ask, and the right answers.
-        baseline: System prompt and examples of the prompted arm.
-        scorer: See `lightning_ft.evaluation.scorers.resolve_scorer`.
-        max_new_tokens: Limit of every answer.
-        max_requests: Ask only so many, drawn by `seed`.
-        seed: Of that draw.
+        tokenizer: Tokenizer of the model.
+        requests: Requests with their reference answers.
+        baseline: System prompt and few-shot examples of the prompted arm.
+        scorer: Scorer or its name, see :func:`lightning_ft.evaluation.scorers.resolve_scorer`.
+        max_new_tokens: Maximum number of tokens per answer.
+        max_requests: Maximum number of requests, sampled with `seed` if there are more; None for all.
+        seed: Seed of the sample.
 
     Raises:
-        SavingsError: Without baseline or requests; for ids that are missing or stand there twice; for examples that
-            are also evaluated; for prompts that are the same in both arms, or that the chat template refuses.
+        SavingsError: If there is no baseline or no request, an id is missing or not unique, a few-shot example is also
+            evaluated, or a prompt is the same in both arms or refused by the chat template.
     """
     if baseline is None:
         raise SavingsError(
@@ -123,17 +127,17 @@ def measurement_plan(
     _check_ids(requests)
     chosen = list(requests)
     if max_requests is not None and max_requests < len(chosen):
-        places = sorted(random.Random(seed).sample(range(len(chosen)), max_requests))
-        chosen = [chosen[i] for i in places]
+        indices = sorted(random.Random(seed).sample(range(len(chosen)), max_requests))
+        chosen = [chosen[i] for i in indices]
     check_no_overlap(baseline, chosen)
-    name, score = resolve_scorer(scorer, [r.reference for r in chosen])
+    name, grade = resolve_scorer(scorer, [r.reference for r in chosen])
     template = chat_template(tokenizer)
     prompted, bare = [], []
     for request in chosen:
         if request.answer is not None and request.answer.get("tool_calls"):
             raise SavingsError(
-                f"Request {request.id!r}: its right answer calls tools, and answers are compared as texts. Leave such "
-                "rows out of the split, or pass requests= with what the model should write as their reference."
+                f"Request {request.id!r}: its reference answer calls tools, but answers are compared as text. Leave "
+                "such rows out of the split, or pass requests= whose reference is the text that the model should write."
             )
         try:
             kwargs = request.template_kwargs
@@ -143,15 +147,15 @@ def measurement_plan(
             raise SavingsError(f"Request {request.id!r}: {error}") from error
         if prompted[-1] == bare[-1]:
             raise SavingsError(
-                f"Request {request.id!r}: its prompt is the same in both arms, so there is nothing to save. Does the "
-                "chat template leave the system prompt out?"
+                f"Request {request.id!r}: its prompt is the same in both arms, so there is nothing to save. Check "
+                "whether the chat template ignores the system prompt."
             )
     return MeasurementPlan(
         requests=tuple(chosen),
         available=len(requests),
         prompted=_arm(tokenizer, chosen, prompted, baseline),
         bare=_arm(tokenizer, chosen, bare, None),
-        scorer=score,
+        scorer=grade,
         scorer_name=name,
         max_new_tokens=max_new_tokens,
         baseline_hash=baseline.hash,
@@ -161,13 +165,16 @@ def measurement_plan(
 
 def _check_ids(requests: Sequence[Request]) -> None:
     if not requests:
-        raise SavingsError("No requests: there is nothing to measure.")
-    for place, request in enumerate(requests):
+        raise SavingsError("No requests: there is nothing to measure. Pass at least one.")
+    for index, request in enumerate(requests):
         if not request.id:
-            raise SavingsError(f"The request at place {place} has no id.")
-    twice = [i for i, count in Counter(r.id for r in requests).items() if count > 1]
-    if twice:
-        raise SavingsError(f"{len(twice):,} request ids stand there more than once: {', '.join(twice[:5])}.")
+            raise SavingsError(f"requests[{index}] has no id. Give each request an id of its own.")
+    repeated = [i for i, count in Counter(r.id for r in requests).items() if count > 1]
+    if repeated:
+        raise SavingsError(
+            f"{len(repeated):,} request ids appear more than once: {', '.join(repeated[:5])}. Give each "
+            "request an id of its own."
+        )
 
 
 def _arm(
@@ -187,6 +194,6 @@ def _arm(
         "request": tokens([turn["content"] for request in requests for turn in request.messages]),
     }
     total = sum(map(len, prompts))
-    # A template may trim white space, and a tokenizer merge over a border: then the texts alone have a few tokens more.
+    # If the template strips white space or the tokenizer merges across a boundary, the texts alone have more tokens.
     parts["request"] = min(parts["request"], total - parts["system"] - parts["few_shot"])
     return ArmPrompts(tuple(prompts), {**parts, "template": total - sum(parts.values())}, common_prefix(prompts))

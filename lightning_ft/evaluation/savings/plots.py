@@ -1,4 +1,4 @@
-"""What a volume of requests costs, and from which on training has paid for itself."""
+"""Plots of a savings result: tokens by part, quality over tokens per success, and costs with the break-even point."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _ORDER = ("prompted", "untuned", "tuned")
 
 
 def draw_tokens(axes: Any, result: SavingsResult) -> None:
-    """A bar for each arm, from system prompt to answer.
+    """Draw the mean tokens per request of each arm as a bar, stacked by part.
 
     Args:
-        axes: Of matplotlib.
-        result: Whose arms.
+        axes: Axes of matplotlib.
+        result: Result whose arms are drawn.
     """
     arms = [name for name in _ORDER if name in result.arms]
     columns: dict[str, list[float]] = {}
@@ -48,21 +48,21 @@ def draw_tokens(axes: Any, result: SavingsResult) -> None:
         if any(columns[part]):
             axes.bar(arms, columns[part], 0.6, bottom=bottoms, label=label, color=color, edgecolor="white")
             bottoms = [bottom + height for bottom, height in zip(bottoms, columns[part], strict=True)]
-    for place, height in enumerate(bottoms):
-        axes.text(place, height, f"{height:,.0f}", ha="center", va="bottom", fontweight="bold")
+    for x, height in enumerate(bottoms):
+        axes.text(x, height, f"{height:,.0f}", ha="center", va="bottom", fontweight="bold")
     axes.set_ylim(0, max(bottoms) * 1.12)
     axes.set_ylabel("tokens per request (mean)")
-    axes.set_title("Where the tokens of a request go")
+    axes.set_title("Tokens per request by part")
     add_legend_below(axes)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm.
+    """Quality and tokens per success of one arm.
 
     Args:
         quality: Mean score.
-        per_success: Tokens of all attempts for each success; infinite where nothing succeeded.
+        per_success: Tokens per success; infinite if all scores are 0.
     """
 
     quality: Interval
@@ -70,18 +70,18 @@ class Arm:
 
 
 def draw_quality(axes: Any, arms: Mapping[str, Arm], confidence: float = 0.95) -> None:
-    """A point for each arm: further left costs less, further up is right more often.
+    """Draw the quality of each arm over its tokens per success, as a point with error bars.
 
     Args:
-        axes: Of matplotlib.
-        arms: By name; at least one of them succeeded.
-        confidence: Of the intervals.
+        axes: Axes of matplotlib.
+        arms: Arms by name; at least one has a finite number of tokens per success.
+        confidence: Confidence level of the intervals.
     """
-    across = [end for arm in arms.values() for end in (arm.per_success.value, arm.per_success.lo, arm.per_success.hi)]
-    finite = [end for end in across if math.isfinite(end)]
+    ends = [end for arm in arms.values() for end in (arm.per_success.value, arm.per_success.lo, arm.per_success.hi)]
+    finite = [end for end in ends if math.isfinite(end)]
     low, high = min(finite), max(finite)
     wide = high > 20 * low
-    edge = high * (3 if wide else 1.25)  # where an arm without a success is drawn
+    edge = high * (3 if wide else 1.25)  # x of an arm without success
     look = marker_styles(list(arms))
     for name, arm in arms.items():
         x, y, mark = arm.per_success, arm.quality, look[name]
@@ -98,7 +98,7 @@ def draw_quality(axes: Any, arms: Mapping[str, Arm], confidence: float = 0.95) -
             label=name if succeeded else f"{name} (no success)",
             markeredgecolor="black",
         )
-    if not all(map(math.isfinite, across)):
+    if not all(map(math.isfinite, ends)):
         high = edge
     if wide:
         set_log_scale(axes.xaxis, "{:,.0f}".format)
@@ -108,29 +108,29 @@ def draw_quality(axes: Any, arms: Mapping[str, Arm], confidence: float = 0.95) -
     axes.set_ylim(-0.04, 1.08)
     axes.set_xlabel("tokens per success" + (" (log scale)" if wide else "") + ", fewer is better")
     axes.set_ylabel(f"quality (mean score, {confidence:.0%} interval)")
-    axes.set_title("Quality against tokens per success")
+    axes.set_title("Quality over tokens per success")
     add_legend_below(axes)
 
 
-Kind = Literal["cached", "uncached"]
-_POINTS = 60
-_TITLES = {"cached": "Cost with the prompt's prefix cached", "uncached": "Cost without a prefix cache"}
+Caching = Literal["cached", "uncached"]
+_NUM_POINTS = 60
+_TITLES = {"cached": "Cost with prefix caching", "uncached": "Cost without prefix caching"}
 
 
-def draw_cost(axes: Any, result: SavingsResult, kind: Kind, break_even: Interval) -> None:
-    """Cost of both arms over the number of requests, with the break-even point and its interval as a band.
+def draw_cost(axes: Any, result: SavingsResult, caching: Caching, break_even: Interval) -> None:
+    """Draw the costs of both arms over the number of requests, with break-even as a line and its interval as a band.
 
     Args:
-        axes: Of matplotlib.
-        result: With prices.
-        kind: Whether the prefix that all requests have in common is paid at the price of cached tokens.
-        break_even: Requests after which training is earned back; infinite where it never is.
+        axes: Axes of matplotlib.
+        result: Result with costs.
+        caching: ``cached`` to price the common prefix of all requests as cached tokens, or ``uncached``.
+        break_even: Number of requests after which training has paid off; infinite if it never does.
     """
     assert result.costs is not None
     prices = result.costs.prices
-    prompted, tuned = getattr(result.costs, f"prompted_{kind}"), getattr(result.costs, f"tuned_{kind}")
+    prompted, tuned = getattr(result.costs, f"prompted_{caching}"), getattr(result.costs, f"tuned_{caching}")
     first, last = _range(break_even, prices.invested, max(prompted, tuned))
-    volumes = [first * (last / first) ** (k / (_POINTS - 1)) for k in range(_POINTS)]
+    volumes = [first * (last / first) ** (k / (_NUM_POINTS - 1)) for k in range(_NUM_POINTS)]
     look = marker_styles(["prompted", "tuned"])
     axes.plot(volumes, [prompted * x for x in volumes], color=look["prompted"].color, linewidth=2.2, label="prompted")
     axes.plot(
@@ -158,20 +158,20 @@ def draw_cost(axes: Any, result: SavingsResult, kind: Kind, break_even: Interval
     axes.set_xlim(first, last)
     axes.set_xlabel("requests (log scale)")
     axes.set_ylabel(f"cost in {prices.currency} (log scale)")
-    axes.set_title(f"{_TITLES[kind]}\n{_verdict(break_even, prices.invested)}")
+    axes.set_title(f"{_TITLES[caching]}\n{_verdict(break_even, prices.invested)}")
     add_legend_below(axes)
 
 
 def _verdict(break_even: Interval, invested: float) -> str:
     if math.isinf(break_even.value):
-        return "never earned back: a tuned request isn't cheaper"
+        return "no break-even: a tuned request isn't cheaper"
     if not invested:
-        return "nothing was invested: cheaper from the first request"
-    return f"earned back after {format_count(break_even.value)} requests"
+        return "nothing invested: cheaper from the first request"
+    return f"break-even after {format_count(break_even.value)} requests"
 
 
 def _range(break_even: Interval, invested: float, per_request: float) -> tuple[float, float]:
-    """Requests to draw: some decades around break-even, or around where the investment is spent on requests."""
+    """Range of the number of requests: decades around break-even, or around the number that costs the investment."""
     middle = break_even.value
     if not (math.isfinite(middle) and middle > 0):
         middle = invested / per_request if invested and per_request else 1e4
@@ -181,7 +181,7 @@ def _range(break_even: Interval, invested: float, per_request: float) -> tuple[f
 
 
 def _thousands(value: float) -> str:
-    """Long numbers of an axis as people say them.
+    """Format a large number with a suffix.
 
     Example:
         >>> _thousands(2e6), _thousands(1e4), _thousands(5.0)
@@ -193,28 +193,25 @@ def _thousands(value: float) -> str:
     return f"{value:g}"
 
 
-_ORDER = ("prompted", "untuned", "tuned")
-
-
 def plot_savings(result: SavingsResult, path: Path) -> None:
-    """Draw a result into a PNG file.
+    """Plot a result to a PNG file.
 
     Args:
         result: The result.
-        path: Of the file.
+        path: Path of the PNG file.
 
     Raises:
-        MissingDependencyError: Without matplotlib.
+        MissingDependencyError: If matplotlib isn't installed.
     """
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError("Pictures need matplotlib: pip install 'lightning-ft[report]'.") from error
+        raise MissingDependencyError("Plots need matplotlib: pip install 'lightning-ft[report]'.") from error
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 5.4), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)  # no window, whatever matplotlib is set to
+        FigureCanvasAgg(figure)  # no window, whichever backend is configured
         headline = "\n".join(textwrap.wrap(result.headline, 100))
         figure.suptitle(headline, fontsize=12, fontweight="bold", color="#00664B" if result.gate.passed else "#A33B00")
         parts: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
@@ -224,7 +221,7 @@ def plot_savings(result: SavingsResult, path: Path) -> None:
         for axes in (left, right):
             style_axes(axes)
         escape_unprintable(figure)
-        figure.savefig(path, format="png", metadata={"Software": None})  # the same result, the same file
+        figure.savefig(path, format="png", metadata={"Software": None})  # without it, the file is deterministic
 
 
 def _arm(result: SavingsResult, name: str) -> Arm:

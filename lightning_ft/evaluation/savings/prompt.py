@@ -1,4 +1,4 @@
-"""The prompt that fine-tuning is to make unnecessary."""
+"""The prompt that fine-tuning should make unnecessary."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class PromptBaseline:
-    """System prompt and examples of the prompted arm. Freeze the best ones you have before you look at the tuned model.
+    """System prompt and few-shot examples of the prompted arm.
+
+    Use the best prompt that you have, and fix it before you look at results of the tuned model.
 
     Args:
-        system: The system prompt. It stands before a system turn that a request brings itself.
-        few_shot: Examples, as ``{"input": ..., "output": ...}``, or as messages ``{"role": ..., "content": ...}`` that
-            end with an assistant's.
+        system: System prompt. It precedes the system turn of a request that has one.
+        few_shot: Few-shot examples, as ``{"input": ..., "output": ...}``, or as messages ``{"role": ..., "content":
+            ...}`` that end with an assistant's message.
 
     Raises:
-        SavingsError: If both are empty, or an example has another form.
+        SavingsError: If both are empty, or an example has another format.
 
     Example:
         >>> baseline = PromptBaseline("Answer yes or no.", [{"input": "Is 7 prime?", "output": "yes"}])
@@ -38,7 +40,7 @@ class PromptBaseline:
 
     def __post_init__(self) -> None:
         if not self.system.strip() and not self.few_shot:
-            raise SavingsError("PromptBaseline is empty: give a system prompt, examples, or both.")
+            raise SavingsError("PromptBaseline is empty: pass system, few_shot, or both.")
         self.examples()
 
     @classmethod
@@ -46,41 +48,43 @@ class PromptBaseline:
         """Read ``{"system": ..., "few_shot": [...]}`` from a JSON file.
 
         Raises:
-            SavingsError: If it isn't there, or holds something else.
+            SavingsError: If the file can't be read, or contains something else.
         """
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SavingsError(f"PromptBaseline can't be read from {str(path)!r}: {error}") from error
         if not isinstance(found, dict) or not set(found) <= {"system", "few_shot"}:
-            raise SavingsError(f"{str(path)!r}: expected a JSON object with system and few_shot.")
+            raise SavingsError(f"{str(path)!r}: expected a JSON object with the keys system and few_shot.")
         return cls(found.get("system", ""), found.get("few_shot", []))
 
     def examples(self) -> list[Message]:
-        """The examples as turns.
+        """Convert the few-shot examples to messages.
 
         Raises:
-            SavingsError: If one has another form than it should.
+            SavingsError: If an example has another format, or the last one has no answer.
         """
         turns: list[Message] = []
         for i, example in enumerate(self.few_shot):
-            given: Mapping[str, Any] = example if isinstance(example, Mapping) else {}
-            if set(given) == {"input", "output"} and all(isinstance(v, str) for v in given.values()):
-                turns.append(Message(role="user", content=given["input"]))
-                turns.append(Message(role="assistant", content=given["output"]))
-            elif set(given) == {"role", "content"} and given["role"] in _ROLES and isinstance(given["content"], str):
-                turns.append(Message(role=given["role"], content=given["content"]))
+            fields: Mapping[str, Any] = example if isinstance(example, Mapping) else {}
+            if set(fields) == {"input", "output"} and all(isinstance(v, str) for v in fields.values()):
+                turns.append(Message(role="user", content=fields["input"]))
+                turns.append(Message(role="assistant", content=fields["output"]))
+            elif set(fields) == {"role", "content"} and fields["role"] in _ROLES and isinstance(fields["content"], str):
+                turns.append(Message(role=fields["role"], content=fields["content"]))
             else:
                 raise SavingsError(
                     f"PromptBaseline: few_shot[{i}] is {example!r}, expected {{'input': ..., 'output': ...}} or "
-                    "{'role': ..., 'content': ...} with texts."
+                    "{'role': ..., 'content': ...} with strings as values."
                 )
         if turns and turns[-1]["role"] != "assistant":
-            raise SavingsError("PromptBaseline: the last example has no answer.")
+            raise SavingsError(
+                "PromptBaseline: the last example of few_shot has no answer. End with an assistant's message."
+            )
         return turns
 
     def messages(self, request: Sequence[Message]) -> list[Message]:
-        """A request's conversation with system prompt and examples before it."""
+        """Prepend the system prompt and the few-shot examples to the messages of a request."""
         has_own = bool(request) and request[0]["role"] == "system"
         own, rest = (request[0]["content"], list(request[1:])) if has_own else ("", list(request))
         system = "\n\n".join(text for text in (self.system, own) if text)
@@ -89,12 +93,12 @@ class PromptBaseline:
 
     @property
     def hash(self) -> str:
-        """Names what is in it, for reports: 16 hexadecimal digits."""
+        """Hash of the content for reports, 16 hexadecimal digits."""
         return content_hash(asdict(self))
 
 
 def content_hash(value: Any) -> str:
-    """16 hexadecimal digits that name a value made of JSON types.
+    """Hash a value of JSON types; returns 16 hexadecimal digits.
 
     Example:
         >>> content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
@@ -105,20 +109,21 @@ def content_hash(value: Any) -> str:
 
 
 def check_no_overlap(baseline: PromptBaseline, requests: Sequence[Request]) -> None:
-    """Refuse examples that are also evaluated: the prompt would hold the answer.
+    """Check that no few-shot example is also evaluated, since the prompt would contain its answer.
 
     Raises:
-        SavingsError: With the requests that are among the examples.
+        SavingsError: If a request is also a few-shot example; the message names up to five.
     """
-    shown = {_folded(turn["content"]) for turn in baseline.examples() if turn["role"] == "user"}
-    asked = {r.id: [m["content"] for m in r.messages if m["role"] == "user"][-1:] for r in requests}
-    found = [name for name, last in asked.items() if last and _folded(last[0]) in shown]
+    examples = {_folded(turn["content"]) for turn in baseline.examples() if turn["role"] == "user"}
+    questions = {r.id: [m["content"] for m in r.messages if m["role"] == "user"][-1:] for r in requests}
+    found = [name for name, last in questions.items() if last and _folded(last[0]) in examples]
     if found:
         raise SavingsError(
             f"{len(found):,} evaluation rows are also few-shot examples of the baseline ({', '.join(found[:5])}): "
-            "the prompt would hold their answers. Take examples from the training rows."
+            "the prompt would contain their answers. Take few-shot examples from the training rows."
         )
 
 
 def _folded(text: str) -> str:
+    """Text without differences in case and white space."""
     return " ".join(text.casefold().split())

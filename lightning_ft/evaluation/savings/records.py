@@ -1,4 +1,4 @@
-"""What was counted and scored of one arm, request by request."""
+"""Records of one arm: token counts, scores and answers per request."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 from lightning_ft.errors import SavingsError
 
 PARTS = ("system", "few_shot", "template", "request")
-"""Where the input tokens of a request go; `template` is the markup, BOS included."""
+"""Parts of the input tokens of a request; `template` is the markup of the chat template, BOS included."""
 
 
 @dataclass(frozen=True)
 class ArmRecords:
-    """One arm's requests. All tuples have ``n`` entries, in one order.
+    """Records of one arm. Each tuple has ``n`` entries, one per request and in the same order.
 
     Args:
-        ids: Of the requests, each one once.
-        input_tokens: Ids given to generation: template and BOS included, padding not.
-        output_tokens: Ids generated, the end token included.
-        scores: From 0 to 1.
-        truncated: Whether an answer hit the limit of new tokens.
-        cached_prefix_tokens: Input tokens that all requests of the arm have in common, which a provider would cache;
-            empty for none.
-        clusters: What each request belongs to; empty for none.
-        outputs: The answers; may be empty.
-        parts: Input tokens of all requests together by where they go, see :data:`PARTS`; may be empty.
-        first_token_seconds: Time to first token, ``{"cold": ..., "warm": ...}``; may be empty. Equality ignores it.
-        prefill_flops: Mean of a request, None where the architecture isn't known.
-        kv_cache_bytes: Mean of a request at its last token, None where the architecture isn't known.
+        ids: Unique id of each request.
+        input_tokens: Number of prompt tokens of each request, with chat template and BOS, without padding.
+        output_tokens: Number of generated tokens of each request, with the end token.
+        scores: Score of each answer, from 0 to 1.
+        truncated: Whether each answer hit the limit of new tokens.
+        cached_prefix_tokens: Number of input tokens of each request in the common prefix of the arm, which a provider
+            would cache; if empty, 0 for each request.
+        clusters: Cluster of each request; empty if requests are independent.
+        outputs: Answer to each request; may be empty.
+        parts: Number of input tokens of all requests by part, see :data:`PARTS`; may be empty.
+        first_token_seconds: Time to first token in seconds, ``{"cold": ..., "warm": ...}``; may be empty. Ignored in
+            comparisons for equality.
+        prefill_flops: Mean number of operations to process a prompt; None if unknown for the architecture.
+        kv_cache_bytes: Mean size of the KV cache after the last token, in bytes; None if unknown for the architecture.
 
     Raises:
-        SavingsError: If lengths differ, an id stands there twice, there are no requests, or a number can't be what it
-            says.
+        SavingsError: If there are no requests, ids aren't unique, lengths differ, or a number is out of range.
 
     Example:
         >>> arm = ArmRecords(("a", "b"), (10, 12), (3, 5), (1.0, 0.0), (False, True))
@@ -60,7 +60,7 @@ class ArmRecords:
         if not self.cached_prefix_tokens:
             object.__setattr__(self, "cached_prefix_tokens", (0,) * n)
         if n == 0:
-            raise SavingsError("No requests: there is nothing to measure.")
+            raise SavingsError("No requests: there is nothing to measure. Pass at least one.")
         for item in fields(self):
             value = getattr(self, item.name)
             if (
@@ -68,19 +68,22 @@ class ArmRecords:
                 and len(value) != n
                 and not (item.name in ("clusters", "outputs") and not value)
             ):
-                raise SavingsError(f"{item.name} has {len(value)} entries for {n} request ids.")
-        twice = [i for i, count in Counter(self.ids).items() if count > 1]
-        if twice:
-            raise SavingsError(f"{len(twice):,} request ids stand there more than once: {', '.join(twice[:5])}.")
+                raise SavingsError(f"{item.name} has {len(value)} entries for {n} request ids. Pass one per request.")
+        repeated = [i for i, count in Counter(self.ids).items() if count > 1]
+        if repeated:
+            raise SavingsError(
+                f"{len(repeated):,} request ids appear more than once: {', '.join(repeated[:5])}. Ids must be unique."
+            )
         for i, tokens, out, cached, score in zip(
             self.ids, self.input_tokens, self.output_tokens, self.cached_prefix_tokens, self.scores, strict=True
         ):
             if tokens <= 0 or out < 0 or not 0 <= cached <= tokens:
                 raise SavingsError(
-                    f"Request {i!r}: {tokens} input tokens, {cached} of them cached, {out} output tokens."
+                    f"Request {i!r} has {tokens} input tokens, {cached} of them cached, and {out} output tokens; "
+                    "expected at least 1 input token, 0 to all of them cached, and at least 0 output tokens."
                 )
             if not 0 <= score <= 1:  # false for NaN too
-                raise SavingsError(f"Request {i!r}: a score of {score}, expected a number from 0 to 1.")
+                raise SavingsError(f"Request {i!r} has a score of {score}; expected a number from 0 to 1.")
 
     @property
     def tokens(self) -> int:
@@ -94,7 +97,7 @@ class ArmRecords:
 
     @property
     def tokens_per_success(self) -> float:
-        """Tokens of all attempts for each success; infinite where nothing succeeded."""
+        """Tokens of all requests divided by the sum of the scores; infinite if all scores are 0."""
         return self.tokens / sum(self.scores) if any(self.scores) else float("inf")
 
     @property
@@ -103,33 +106,33 @@ class ArmRecords:
         return sum(self.truncated) / len(self.truncated)
 
     def ordered(self, ids: tuple[str, ...], name: str) -> ArmRecords:
-        """The same requests in another order.
+        """Reorder the requests.
 
         Args:
-            ids: The order.
-            name: Of this arm, for the message.
+            ids: Ids of the same requests in the new order.
+            name: Name of this arm, for the error message.
 
         Raises:
-            SavingsError: If the ids aren't the same.
+            SavingsError: If `ids` are of other requests.
         """
         if ids == self.ids:
             return self
         missing, unknown = sorted(set(ids) - set(self.ids)), sorted(set(self.ids) - set(ids))
         if missing or unknown:
             raise SavingsError(
-                f"The arms didn't answer the same requests: {len(missing):,} of the prompted arm's are missing from "
-                f"the {name} arm (first: {missing[:3]}), {len(unknown):,} of its own the prompted arm doesn't have "
-                f"(first: {unknown[:3]})."
+                f"The arms answered different requests: {len(missing):,} requests are missing from the {name} arm "
+                f"(first: {missing[:3]}), and {len(unknown):,} are only in it (first: {unknown[:3]}). Pass the same "
+                "requests to each arm."
             )
-        place = {i: k for k, i in enumerate(self.ids)}
+        index = {i: k for k, i in enumerate(self.ids)}
         changed: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            changed[item.name] = tuple(value[place[i]] for i in ids) if isinstance(value, tuple) and value else value
+            changed[item.name] = tuple(value[index[i]] for i in ids) if isinstance(value, tuple) and value else value
         return ArmRecords(**changed)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
+        """Convert to JSON types."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {
             name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
@@ -138,6 +141,6 @@ class ArmRecords:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ArmRecords:
-        """Back from :meth:`to_dict`."""
+        """Restore records from :meth:`to_dict`."""
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**fields)

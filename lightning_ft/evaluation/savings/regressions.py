@@ -1,24 +1,24 @@
-"""The requests that training made worse."""
+"""Regressions: requests that the tuned arm answered worse than the prompted arm."""
 
 from __future__ import annotations
 
 from lightning_ft.document.blocks import Answers
 from lightning_ft.evaluation.savings.result import SavingsResult
 
-MOST = 10
+MAX_REGRESSIONS = 10
 
 
-def worst_regressions(result: SavingsResult, *, most: int = MOST) -> tuple[Answers, ...]:
-    """Requests that the prompted arm answered better than the tuned one, the largest loss first.
+def worst_regressions(result: SavingsResult, *, limit: int = MAX_REGRESSIONS) -> tuple[Answers, ...]:
+    """Answers to the requests whose score is lower tuned than prompted, the largest loss first.
 
-    Of equal losses the first request's comes first.
+    Equal losses are in the order of the requests.
 
     Args:
         result: The result.
-        most: How many at most.
+        limit: Maximum number of requests.
 
     Returns:
-        Empty where there are none, or where the arms' answers weren't kept.
+        Answers of both arms; empty if there are no regressions, or the answers weren't recorded.
 
     Example:
         >>> from lightning_ft.evaluation.savings.arithmetic import ArmRecords, token_savings
@@ -45,11 +45,11 @@ def worst_regressions(result: SavingsResult, *, most: int = MOST) -> tuple[Answe
             prompted_score=prompted.scores[k],
             tuned_score=tuned.scores[k],
         )
-        for k in worse[:most]
+        for k in worse[:limit]
     )
 
 
-def regressions_of(result: SavingsResult) -> int:
-    """How many requests the tuned arm answered worse than the prompted one."""
+def count_regressions(result: SavingsResult) -> int:
+    """Number of requests whose score is lower tuned than prompted."""
     pairs = zip(result.arms["prompted"].scores, result.arms["tuned"].scores, strict=True)
     return sum(after < before for before, after in pairs)

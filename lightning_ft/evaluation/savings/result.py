@@ -1,4 +1,4 @@
-"""The result of a token-savings measurement."""
+"""The result of a token savings measurement."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ from lightning_ft.evaluation.savings.records import ArmRecords
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
-_COST_FIGURES = {
+_COST_METRICS = {
     "cost_cached": "tuned_cached",
     "cost_uncached": "tuned_uncached",
     "cost_prompted_cached": "prompted_cached",
     "cost_prompted_uncached": "prompted_uncached",
-    "break_even_requests": "break_even_cached",  # the cached prefix is the harder case
+    "break_even_requests": "break_even_cached",  # the conservative one: caching makes the prompted arm cheaper
     "break_even_requests_uncached": "break_even_uncached",
 }
 
 
 @dataclass(frozen=True)
 class SavingsResult:
-    """What training saved, and whether quality was kept. Two results are equal if they are in all but times.
+    """Token savings of the tuned over the prompted arm, with quality, gate and costs.
+
+    Measured times are ignored in comparisons for equality.
 
     Args:
-        arms: ``prompted``, ``tuned`` and, where it was measured, ``untuned``.
-        savings: ``input``, ``output``, ``total`` and ``per_success``, as shares of the prompted arm.
+        arms: Records of ``prompted``, ``tuned`` and, if it was measured, ``untuned``.
+        savings: Savings ``input``, ``output``, ``total`` and ``per_success``, as shares of the prompted arm.
         quality: Mean score of each arm.
         difference: Tuned minus prompted quality.
-        gate: The verdict on it.
-        costs: With prices only.
-        confidence: Of the intervals.
-        provenance: What was measured, with what.
-        warnings: What a reader of the figures has to know.
-        requests: What was asked, the last user turn of each, in the order of the arms' ids; empty where it wasn't kept.
-        references: The right answers, in the same order; empty where they weren't kept.
-        in_training: Ids of the requests whose question also appears in the training rows; None where the training rows
+        gate: Verdict on the difference.
+        costs: Costs per request; None if there are no prices.
+        confidence: Confidence level of the intervals.
+        provenance: Models, settings and versions of the measurement.
+        warnings: Caveats that a reader needs in order to interpret the metrics.
+        requests: Last user turn of each request, in the order of the arms' ids; empty if not recorded.
+        references: Reference answer of each request, in the same order; empty if not recorded.
+        in_training: Ids of the requests whose question also appears in the training rows; None if the training rows
             aren't known.
 
     Raises:
-        SavingsError: If there are requests or references, but not one for each id of the arms, or ids in `in_training`
-            that the arms don't have.
+        SavingsError: If the number of `requests` or `references` is neither 0 nor that of the arms' ids, or
+            `in_training` has ids that the arms lack.
     """
 
     arms: Mapping[str, ArmRecords]
@@ -70,29 +72,29 @@ class SavingsResult:
             texts = getattr(self, name)
             if texts and len(texts) != self.n:
                 raise SavingsError(
-                    f"{name} has {len(texts):,} texts for {self.n:,} request ids: give one for each, in their order, "
-                    "or none."
+                    f"{name} has {len(texts):,} texts for {self.n:,} request ids. Pass one per request, in the same "
+                    "order, or none."
                 )
 
     @property
     def n(self) -> int:
-        """Requests."""
+        """Number of requests."""
         return len(self.arms["prompted"].ids)
 
     @property
     def saves_half(self) -> bool:
-        """Whether "at least 50% fewer tokens" may be claimed: the lower bound says so and the gate passes."""
+        """Whether at least 50% fewer tokens may be claimed: the lower bound is at least 0.5 and the gate passes."""
         return self.savings["total"].lo >= 0.5 and self.gate.passed
 
     @property
     def headline(self) -> str:
-        """One sentence, with interval and verdict."""
+        """One-sentence summary with verdict and interval."""
         total, quality = self.savings["total"], self.quality
         amount = f"{abs(total.value):.1%} {'fewer' if total.value >= 0 else 'more'} tokens per request"
         kept = (
             "quality kept"
             if self.gate.passed
-            else "too few requests to judge quality"
+            else "too few requests to assess quality"
             if self._undecided
             else "quality not kept"
         )
@@ -105,7 +107,7 @@ class SavingsResult:
 
     @property
     def overlap(self) -> str:
-        """How many of the requests appear in the training rows too, in words; nothing where none is known to."""
+        """Sentence on the requests that also appear in the training rows; empty if none is known to."""
         return overlap_text(len(self.in_training or ()), self.n)
 
     @property
@@ -113,41 +115,42 @@ class SavingsResult:
         return self.gate.underpowered and self.difference.value > -self.gate.margin
 
     def metrics(self) -> dict[str, float]:
-        """What is logged, name to number.
+        """Metrics for logging, by name.
 
-        Costs are those of one request of the tuned model; `break_even_requests` is the one with a cached prefix.
+        Costs are per request; `cost_cached` and `cost_uncached` are those of the tuned arm. `break_even_requests` is
+        the number with prefix caching.
         """
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, interval in self.savings.items():
-            figures |= {name: interval.value, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
-        figures |= {f"quality_{name}": interval.value for name, interval in self.quality.items()}
-        figures |= {"quality_diff": self.difference.value, "quality_diff_lo": self.gate.bound}
+            metrics |= {name: interval.value, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
+        metrics |= {f"quality_{name}": interval.value for name, interval in self.quality.items()}
+        metrics |= {"quality_diff": self.difference.value, "quality_diff_lo": self.gate.bound}
         answers = [flag for name in ("prompted", "tuned") for flag in self.arms[name].truncated]
-        figures |= {
+        metrics |= {
             "gate_passed": float(self.gate.passed),
             "truncated_rate": sum(answers) / len(answers),
             "n": float(self.n),
         }
         if self.in_training is not None:
-            figures["requests_in_training"] = float(len(self.in_training))
+            metrics["requests_in_training"] = float(len(self.in_training))
         if self.costs is not None:
-            figures |= {name: getattr(self.costs, attribute) for name, attribute in _COST_FIGURES.items()}
-        return figures
+            metrics |= {name: getattr(self.costs, attribute) for name, attribute in _COST_METRICS.items()}
+        return metrics
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; infinite numbers as ``"Infinity"`` and ``"-Infinity"``, which JSON doesn't have."""
+        """Convert to JSON types, with infinite numbers as ``"Infinity"`` and ``"-Infinity"``, which JSON lacks."""
         return {
-            "headline": self.headline,  # for readers; from_dict passes over it and what else follows from the rest
+            "headline": self.headline,  # for readers; from_dict ignores this and other derived values
             "saves_half": self.saves_half,
             "gate_passed": self.gate.passed,
             "n": self.n,
             "requests_in_training": None if self.in_training is None else len(self.in_training),
             "tokens_per_success": {name: json_number(arm.tokens_per_success) for name, arm in self.arms.items()},
-            "savings": {name: _numbers(interval) for name, interval in self.savings.items()},
-            "quality": {name: _numbers(interval) for name, interval in self.quality.items()},
-            "difference": _numbers(self.difference),
-            "gate": _numbers(self.gate),
-            "costs": None if self.costs is None else _numbers(self.costs),
+            "savings": {name: _to_json(interval) for name, interval in self.savings.items()},
+            "quality": {name: _to_json(interval) for name, interval in self.quality.items()},
+            "difference": _to_json(self.difference),
+            "gate": _to_json(self.gate),
+            "costs": None if self.costs is None else _to_json(self.costs),
             "confidence": self.confidence,
             "provenance": dict(self.provenance),
             "warnings": list(self.warnings),
@@ -159,52 +162,56 @@ class SavingsResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SavingsResult:
-        """Back from :meth:`to_dict`."""
+        """Restore a result from :meth:`to_dict`."""
 
-        def intervals(of: Mapping[str, Any]) -> dict[str, Interval]:
-            return {name: Interval(**_back(interval)) for name, interval in of.items()}
+        def intervals(entries: Mapping[str, Any]) -> dict[str, Interval]:
+            return {name: Interval.from_dict(interval) for name, interval in entries.items()}
 
         costs = values["costs"]
         return cls(
             arms={name: ArmRecords.from_dict(arm) for name, arm in values["arms"].items()},
             savings=intervals(values["savings"]),
             quality=intervals(values["quality"]),
-            difference=Interval(**_back(values["difference"])),
-            gate=Gate(**_back(values["gate"])),
-            costs=None if costs is None else Costs(**{**_back(costs), "prices": Prices(**costs["prices"])}),
+            difference=Interval.from_dict(values["difference"]),
+            gate=Gate(**_from_json(values["gate"])),
+            costs=None if costs is None else Costs(**{**_from_json(costs), "prices": Prices(**costs["prices"])}),
             confidence=values["confidence"],
             provenance=values["provenance"],
             warnings=tuple(values["warnings"]),
-            requests=tuple(values.get("requests", ())),  # files of version 0.1.0 have neither
+            requests=tuple(values.get("requests", ())),  # older files lack both
             references=tuple(values.get("references", ())),
             in_training=None if (found := values.get("in_training")) is None else tuple(found),
         )
 
     def __rich__(self) -> Group:
-        """As a table."""
+        """Render as a table for rich."""
         from lightning_ft.document.terminal import terminal_document
         from lightning_ft.evaluation.savings.sections import savings_document
 
         return terminal_document(savings_document(self))
 
     def print(self, console: Console | None = None) -> None:
-        """Print it as a table."""
+        """Print as a table.
+
+        Args:
+            console: Console to print to; by default the standard output.
+        """
         from rich.console import Console
 
         (console or Console()).print(self)
 
     def save(self, folder: str | Path, *, png: bool | None = None) -> list[Path]:
-        """Write ``token_savings.json``, ``.md`` and ``.png``.
+        """Write ``token_savings.json``, ``token_savings.md`` and ``token_savings.png``.
 
         Args:
-            folder: It is made where there is none.
-            png: Write the picture; None: if matplotlib is installed.
+            folder: Folder to write to, created if needed.
+            png: Whether to write the plot; None writes it if matplotlib is installed.
 
         Returns:
-            The files written.
+            Paths of the files written.
 
         Raises:
-            MissingDependencyError: If the picture is asked for without matplotlib.
+            MissingDependencyError: If `png` is True and matplotlib isn't installed.
         """
         from lightning_ft.evaluation.savings.files import save_savings
 
@@ -212,11 +219,13 @@ class SavingsResult:
         return written
 
 
-def _numbers(record: Any) -> dict[str, Any]:
+def _to_json(record: Any) -> dict[str, Any]:
+    """Fields of a dataclass as JSON types."""
     return {name: json_number(value) for name, value in asdict(record).items()}
 
 
-def _back(values: Mapping[str, Any]) -> dict[str, Any]:
+def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of :func:`_to_json`; nested values are left out."""
     return {
         name: float(v) if v in ("Infinity", "-Infinity") else v for name, v in values.items() if not isinstance(v, dict)
     }

@@ -1,6 +1,6 @@
-"""A savings result as blocks of a document: tokens, quality, costs, and the answers that became worse.
+"""A savings result as blocks of a document: tokens, quality, costs and regressions.
 
-`savings_document` is the whole result as it is printed and written next to a run; a report takes the single blocks.
+`savings_document` is the complete result, which is printed and written to the run's folder. A report uses the blocks.
 """
 
 from __future__ import annotations
@@ -23,41 +23,40 @@ from lightning_ft.document.blocks import (
 )
 from lightning_ft.document.numbers import format_count
 from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
-from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_open, per_success_intervals
-from lightning_ft.evaluation.savings.plots import Arm, Kind, draw_cost, draw_quality, draw_tokens
-from lightning_ft.evaluation.savings.regressions import regressions_of, worst_regressions
+from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_unbounded, per_success_intervals
+from lightning_ft.evaluation.savings.plots import Arm, Caching, draw_cost, draw_quality, draw_tokens
+from lightning_ft.evaluation.savings.regressions import count_regressions, worst_regressions
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.evaluation.savings.table import PARTS, SAVINGS, arm_rows, cost_rows, cost_title, percent
+from lightning_ft.evaluation.savings.table import PARTS, SAVINGS, arm_rows, cost_rows, cost_title, format_percent
 
-_CACHING: tuple[tuple[Kind, str], ...] = (
-    ("cached", "with the prompt's prefix cached"),
-    ("uncached", "without a prefix cache"),
+_CACHING: tuple[tuple[Caching, str], ...] = (
+    ("cached", "with prefix caching"),
+    ("uncached", "without prefix caching"),
 )
-
 
 _LABELS = {
     "model": "model",
     "tokenizer": "tokenizer",
-    "baseline": "hash of the prompt (baseline)",
+    "baseline": "hash of the baseline prompt",
     "measured": "hash of requests, prompts and scorer",
     "requests": "requests measured",
     "requests_available": "requests available",
     "requests_in_training": "requests that appear in the training rows",
-    "max_new_tokens": "limit of new tokens",
+    "max_new_tokens": "max_new_tokens",
     "split": "split",
 }
 
 
-def savings_document(result: SavingsResult, picture: Plot | None = None) -> Document:
-    """A whole result: verdict, warnings, tables of tokens, quality and costs, and provenance.
+def savings_document(result: SavingsResult, plot: Plot | None = None) -> Document:
+    """Compose a document from a result: verdict, warnings, tables of tokens, quality and costs, and provenance.
 
     Args:
         result: The result.
-        picture: Plot of the result, if it is drawn.
+        plot: Plot of the result; None to leave it out.
     """
-    sections = [Section("Tokens and quality", (*((picture,) if picture is not None else ()), *arms_tables(result)))]
+    sections = [Section("Tokens and quality", (*((plot,) if plot is not None else ()), *arms_tables(result)))]
     if result.costs is not None:
-        table = Table(("", "cached prefix", "no cache"), tuple(map(tuple, cost_rows(result))), cost_title(result))
+        table = Table(("", "prefix caching", "no caching"), tuple(map(tuple, cost_rows(result))), cost_title(result))
         sections.append(Section("Costs", (table,)))
     if result.provenance:
         table = provenance_table("Measured with", result.provenance, _LABELS)
@@ -66,16 +65,16 @@ def savings_document(result: SavingsResult, picture: Plot | None = None) -> Docu
 
 
 def savings_provenance(result: SavingsResult) -> dict[str, Any]:
-    """Provenance of a result, with prices, exclusions and truncations, by the labels of a reader."""
+    """Provenance of a result by label, with prices, number of requests left out, and rates of truncated answers."""
     entries: dict[str, Any] = dict(result.provenance)
     measured, available = entries.get("requests"), entries.get("requests_available")
     if isinstance(measured, int) and isinstance(available, int):
         entries["requests left out"] = available - measured
     for name, arm in result.arms.items():
-        entries[f"answers cut at the limit, {name}"] = percent(arm.truncated_rate)
+        entries[f"truncated answers, {name}"] = format_percent(arm.truncated_rate)
     if result.costs is not None:
         prices = result.costs.prices
-        entries["prices"] = f"of {prices.date}, in {prices.currency} for a million tokens"
+        entries["prices"] = f"of {prices.date}, in {prices.currency} per million tokens"
         for label, tuned in (("prompted", False), ("tuned", True)):
             full, cached, out = prices.rates(tuned=tuned)
             entries[f"prices, {label}"] = f"input {full:g}, cached input {cached:g}, output {out:g}"
@@ -86,18 +85,27 @@ def savings_provenance(result: SavingsResult) -> dict[str, Any]:
 
 
 def savings_headline(result: SavingsResult, of: str = "") -> Headline:
-    """The headline of the result, with its verdict apart."""
+    """Headline of a result, with the verdict as a field of its own.
+
+    Args:
+        result: The result.
+        of: Name of the result, if there are several.
+    """
     return Headline(result.gate.passed, result.headline.split(": ", 1)[1], of)
 
 
 def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
-    """Tokens, quality and break-even, as large metrics at the top of a page."""
+    """Key metrics of a result: tokens, quality and break-even."""
     level = f"{result.confidence:.0%} interval"
     total, per_success = result.savings["total"], result.savings["per_success"]
     quality = result.quality
     facts = [
-        Fact("tokens saved per request", percent(total.value), f"{level} {format_range(total, percent)}"),
-        Fact("tokens saved per success", percent(per_success.value), f"{level} {format_range(per_success, percent)}"),
+        Fact("tokens saved per request", format_percent(total.value), f"{level} {format_range(total, format_percent)}"),
+        Fact(
+            "tokens saved per success",
+            format_percent(per_success.value),
+            f"{level} {format_range(per_success, format_percent)}",
+        ),
         Fact(
             "quality, tuned",
             f"{quality['tuned'].value:.3f}",
@@ -107,22 +115,24 @@ def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
     ]
     if result.in_training:
         seen = len(result.in_training)
-        note = f"{percent(seen / result.n)} of all; the tuned model may have memorized their answers"
+        note = f"{format_percent(seen / result.n)} of all; the tuned model may have memorized their answers"
         facts.append(Fact("requests that also appear in the training rows", f"{seen:,} of {result.n:,}", note))
     if result.costs is not None:
-        spans = break_even_intervals(result)
+        break_even = break_even_intervals(result)
         facts.append(
             Fact(
-                "requests until training is earned back",
-                format_count(spans["uncached"].value),
-                f"{format_count(spans['cached'].value)} with the prompt's prefix cached",
+                "requests until break-even",
+                format_count(break_even["uncached"].value),
+                f"{format_count(break_even['cached'].value)} with prefix caching",
             )
         )
     return tuple(facts)
 
 
 def quality_plot(results: Mapping[str, SavingsResult], name: str = "quality") -> Plot:
-    """Each arm as a point; the tuned arms of several results next to the original weights, which they share.
+    """Plot of quality over tokens per success, with one point per arm.
+
+    The tuned arms of several results are plotted together with the prompted and untuned arms, which the results share.
 
     Args:
         results: Results by name, at least one.
@@ -136,20 +146,20 @@ def quality_plot(results: Mapping[str, SavingsResult], name: str = "quality") ->
             if arm in result.arms and label not in arms:
                 arms[label] = Arm(result.quality[arm], per_success[arm])
     level = next(iter(results.values())).confidence
-    seen = "; ".join(
+    points = "; ".join(
         f"{label}: quality {arm.quality.value:.3f} at {_tokens(arm.per_success)} tokens per success"
         for label, arm in arms.items()
     )
     return Plot(
         name,
-        f"Quality against tokens per success. {seen}.",
-        f"Further left is cheaper, further up is right more often. Bars are {level:.0%} intervals over requests.",
+        f"Quality over tokens per success. {points}.",
+        f"Points further to the left are cheaper, points further up more accurate. Bars are {level:.0%} intervals.",
         partial(draw_quality, arms=arms, confidence=level),
     )
 
 
 def tokens_plot(result: SavingsResult, name: str = "tokens") -> Plot:
-    """Mean tokens of a request by part.
+    """Plot of the mean tokens per request, by part.
 
     Args:
         result: The result.
@@ -157,29 +167,31 @@ def tokens_plot(result: SavingsResult, name: str = "tokens") -> Plot:
     """
     return Plot(
         name,
-        "Mean tokens of a request by arm. "
+        "Mean tokens per request by arm. "
         + "; ".join(f"{arm}: {records.tokens / result.n:,.0f} tokens" for arm, records in result.arms.items())
         + ".",
-        "Prompted: original weights with system prompt and examples. Untuned: original weights, the request alone. "
-        "Tuned: trained weights, the request alone.",
+        "Prompted: original weights with system prompt and few-shot examples. Untuned: original weights with the "
+        "request alone. Tuned: trained weights with the request alone.",
         partial(draw_tokens, result=result),
     )
 
 
 def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
-    """Tables of tokens and quality, and the verdict.
+    """Tables of tokens and quality, and the verdict of the gate.
 
     Args:
         result: The result.
     """
     level = f"{result.confidence:.0%}"
     savings = tuple(
-        (SAVINGS[name], percent(interval.value), format_range(interval, percent))
+        (SAVINGS[name], format_percent(interval.value), format_range(interval, format_percent))
         for name, interval in result.savings.items()
     )
     blocks: list[Block] = [
-        Table(("saving of", "saved", f"{level} interval"), savings, "Tuned against prompted, a ratio of sums"),
-        Table(("", *result.arms), tuple(map(tuple, arm_rows(result))), "Mean of a request, by arm"),
+        Table(
+            ("", "saved", f"{level} interval"), savings, "Savings of the tuned over the prompted arm, ratios of sums"
+        ),
+        Table(("", *result.arms), tuple(map(tuple, arm_rows(result))), "Mean per request, by arm"),
     ]
     if any(arm.parts for arm in result.arms.values()):
         rows = [
@@ -187,58 +199,59 @@ def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
             for part, label in PARTS.items()
         ]
         rows.append(("answer", *(f"{sum(arm.output_tokens) / result.n:,.1f}" for arm in result.arms.values())))
-        blocks.append(Table(("", *result.arms), tuple(rows), "Where the tokens of a request go, mean", brief=False))
+        blocks.append(Table(("", *result.arms), tuple(rows), "Mean tokens per request, by part", brief=False))
     return (*blocks, gate_text(result))
 
 
 def gate_text(result: SavingsResult) -> str:
-    """The verdict on quality, with the numbers that it follows from."""
+    """Verdict of the quality gate, with the numbers from which it follows."""
     gate = result.gate
-    pooled = "" if gate.n == result.n else f" ({result.n:,} answers, those of a request or cluster counted as one)"
+    pooled = "" if gate.n == result.n else f" ({result.n:,} answers; those to one request or cluster count as one)"
     return (
         f"Gate {'passed' if gate.passed else 'failed'}: the one-sided 97.5% lower bound of tuned minus prompted "
         f"quality is {gate.bound:+.4f}, and must be above {-gate.margin:+.4f}. Requests: {gate.n:,}{pooled}; "
-        f"needed with {gate.discordant:.1%} discordant answers: {gate.required_n:,}. At least half of the tokens "
+        f"required with {gate.discordant:.1%} discordant answers: {gate.required_n:,}. At least half of the tokens "
         f"saved: {'yes' if result.saves_half else 'not shown'}."
     )
 
 
 def cost_blocks(result: SavingsResult, prefix: str = "") -> tuple[Block, ...]:
-    """Plots and table of costs.
+    """Plots and table of the costs.
 
     Args:
-        result: A result with prices.
-        prefix: Prefix of the names of the plots.
+        result: Result with costs.
+        prefix: Prefix of the plots' names.
     """
     assert result.costs is not None
-    spans, level = break_even_intervals(result), f"{result.confidence:.0%}"
-    pictures = tuple(
+    break_even, level = break_even_intervals(result), f"{result.confidence:.0%}"
+    plots = tuple(
         Plot(
             f"{prefix}cost_{caching}",
-            f"Cost over the number of requests {words}, prompted and tuned. Break-even: {_span(spans[caching])}.",
-            f"Cost of a number of requests {words}. Break-even: {_span(spans[caching])}.",
-            partial(draw_cost, result=result, kind=caching, break_even=spans[caching]),
+            f"Prompted and tuned cost over the number of requests, {condition}. Break-even: "
+            f"{_describe(break_even[caching])}.",
+            f"Cost over the number of requests, {condition}. Break-even: {_describe(break_even[caching])}.",
+            partial(draw_cost, result=result, caching=caching, break_even=break_even[caching]),
         )
-        for caching, words in _CACHING
+        for caching, condition in _CACHING
     )
-    interval = (f"{level} interval of break-even", *(_ends(spans[caching]) for caching, _ in _CACHING))
+    interval = (f"{level} interval of break-even", *(_ends(break_even[caching]) for caching, _ in _CACHING))
     rows = (*map(tuple, cost_rows(result)), interval)
-    return (*pictures, Table(("", "cached prefix", "no cache"), rows, cost_title(result)))
+    return (*plots, Table(("", "prefix caching", "no caching"), rows, cost_title(result)))
 
 
 def regression_blocks(result: SavingsResult) -> tuple[Block, ...]:
-    """The answers that became worse."""
-    worse, found = regressions_of(result), worst_regressions(result)
+    """Regressions: their number, and the answers to the requests with the largest loss of quality."""
+    worse, found = count_regressions(result), worst_regressions(result)
     if not worse:
-        return ("No request was answered worse by the tuned model than by the prompted one.",)
+        return ("No answer scored lower tuned than prompted.",)
     share = f"{worse:,} of {result.n:,} answers ({worse / result.n:.1%}) scored lower tuned than prompted."
     if not found:
-        return (f"{share} The answers themselves weren't kept.",)
+        return (f"{share} The answers weren't recorded.",)
     shown = "All of them" if worse == len(found) else f"{len(found)} of them"
     return (SideBySide(found, f"{share} {shown}, the largest loss first:"),)
 
 
-def _span(interval: Interval) -> str:
+def _describe(interval: Interval) -> str:
     if math.isinf(interval.value):
         return "never, a tuned request isn't cheaper" + ("" if math.isinf(interval.lo) else f" ({_ends(interval)})")
     ends = "never" if math.isinf(interval.lo) else format_range(interval, format_count)
@@ -256,4 +269,4 @@ def _requests(number: float) -> str:
 def _tokens(interval: Interval) -> str:
     if math.isinf(interval.value):
         return "infinitely many"
-    return f"{interval.value:,.0f}" if is_open(interval) else format_interval(interval, "{:,.0f}".format)
+    return f"{interval.value:,.0f}" if is_unbounded(interval) else format_interval(interval, "{:,.0f}".format)

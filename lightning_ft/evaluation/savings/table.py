@@ -1,4 +1,4 @@
-"""Rows and labels of the tables of a savings result."""
+"""Rows and labels for tables of a savings result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = {"system": "system prompt", "few_shot": "examples", "template": "chat te
 
 
 def arm_rows(result: SavingsResult) -> list[list[str]]:
-    """Metrics of the arms: a label and one cell per arm."""
+    """Rows with the metrics of all arms: a label and one cell per arm."""
 
     def row(name: str, cell: Callable[[ArmRecords], str]) -> list[str]:
         return [name, *(cell(arm) for arm in result.arms.values())]
@@ -32,7 +32,7 @@ def arm_rows(result: SavingsResult) -> list[list[str]]:
         ["quality", *(f"{i.value:.3f}" for i in result.quality.values())],
         [f"{result.confidence:.0%} interval", *(f"{i.lo:.3f} to {i.hi:.3f}" for i in result.quality.values())],
         row("tokens per success", lambda arm: f"{arm.tokens_per_success:,.1f}"),
-        row("answers cut at the limit", lambda arm: f"{arm.truncated_rate:.1%}"),
+        row("truncated answers", lambda arm: f"{arm.truncated_rate:.1%}"),
         row("prefill, GFLOP", lambda arm: _scaled(arm.prefill_flops, 1e9)),
         row("KV cache, MiB", lambda arm: _scaled(arm.kv_cache_bytes, 2**20)),
     ]
@@ -47,31 +47,31 @@ def arm_rows(result: SavingsResult) -> list[list[str]]:
 
 
 def cost_title(result: SavingsResult) -> str:
-    """Caption of the costs: currency and date of the prices."""
+    """Caption of the table of costs, with currency and date of the prices."""
     assert result.costs is not None
     return f"Cost of 1,000 requests in {result.costs.prices.currency} (prices of {result.costs.prices.date})"
 
 
 def cost_rows(result: SavingsResult) -> list[list[str]]:
-    """Rows of a label, the cost with a cached prefix, and the cost without."""
+    """Rows with the costs: a label, the cost with prefix caching, and the cost without."""
     costs = result.costs
     assert costs is not None
     return [
         ["prompted", f"{1000 * costs.prompted_cached:,.4f}", f"{1000 * costs.prompted_uncached:,.4f}"],
         ["tuned", f"{1000 * costs.tuned_cached:,.4f}", f"{1000 * costs.tuned_uncached:,.4f}"],
         [
-            f"{costs.prices.invested:,.2f} earned back after",
+            f"break-even ({costs.prices.invested:,.2f} invested)",
             _requests(costs.break_even_cached),
             _requests(costs.break_even_uncached),
         ],
     ]
 
 
-def percent(share: float) -> str:
-    """A share as a percentage.
+def format_percent(share: float) -> str:
+    """Format a share as a percentage.
 
     Example:
-        >>> percent(0.875), percent(float("-inf"))
+        >>> format_percent(0.875), format_percent(float("-inf"))
         ('87.5%', '-infinite')
     """
     return f"{share:.1%}" if abs(share) != float("inf") else ("-infinite" if share < 0 else "infinite")

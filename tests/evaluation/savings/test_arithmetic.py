@@ -35,7 +35,7 @@ def make_arm(n=200, tokens=500, out=20, quality=0.8, seed=0, **changes):
 
 
 def paired_scores(n, worse=0, better=0):
-    """Prompted and tuned scores that differ in so many requests."""
+    """Prompted and tuned scores; the tuned arm is worse in `worse` and better in `better` of the `n` requests."""
     prompted = [1.0] * worse + [0.0] * better + [1.0] * (n - worse - better)
     tuned = [0.0] * worse + [1.0] * better + [1.0] * (n - worse - better)
     return tuple(prompted), tuple(tuned)
@@ -48,7 +48,7 @@ def compare(n, *, margin=0.02, worse=0, better=0):
     )
 
 
-def test_savings_are_ratios_of_sums():
+def test_token_savings_are_ratios_of_sums():
     prompted = make_arm(2, input_tokens=(1000, 10), output_tokens=(10, 10), scores=(1.0, 1.0))
     tuned = make_arm(2, input_tokens=(100, 9), output_tokens=(5, 10), scores=(1.0, 0.5))
     result = token_savings(prompted, tuned, resamples=99)
@@ -60,14 +60,14 @@ def test_savings_are_ratios_of_sums():
     assert result.arms["tuned"].tokens_per_success == pytest.approx(124 / 1.5)
 
 
-def test_arms_are_paired_by_id_whatever_their_order():
+def test_token_savings_pairs_arms_by_id():
     prompted, tuned = make_arm(), make_arm(tokens=50, seed=1)
     shuffled = tuned.ordered(tuple(random.Random(0).sample(tuned.ids, len(tuned.ids))), "tuned")
     assert shuffled.scores != tuned.scores
     assert token_savings(prompted, shuffled, resamples=99) == token_savings(prompted, tuned, resamples=99)
 
 
-def test_intervals_are_those_of_scipy_and_cover_the_truth():
+def test_bootstrap_intervals_match_scipy():
     from scipy import stats
 
     draw = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_intervals_are_those_of_scipy_and_cover_the_truth():
     assert ours.lo < ours.value < ours.hi
 
 
-def test_intervals_are_reproducible_and_do_not_depend_on_the_order():
+def test_bootstrap_intervals_are_reproducible_in_any_order():
     columns = {"x": list(np.random.default_rng(0).random(40)), "n": [1.0] * 40}
     reverse = {name: column[::-1] for name, column in columns.items()}
     mean = {"mean": lambda s: s["x"] / s["n"]}
@@ -89,22 +89,22 @@ def test_intervals_are_reproducible_and_do_not_depend_on_the_order():
     assert bootstrap_intervals(columns, mean, seed=1) != bootstrap_intervals(columns, mean)
 
 
-def test_clusters_are_drawn_whole():
+def test_bootstrap_intervals_resample_whole_clusters():
     draw = np.random.default_rng(0)
-    of_cluster = draw.random(20)
-    scores = np.repeat(of_cluster, 10)  # ten requests of a customer, all alike: 20 observations, not 200
+    cluster_scores = draw.random(20)
+    scores = np.repeat(cluster_scores, 10)  # ten equal scores per cluster: 20 observations, not 200
     clusters = [f"c{i // 10}" for i in range(200)]
     mean = {"q": lambda s: s["x"] / s["n"]}
     columns = {"x": scores, "n": np.ones(200)}
-    apart = bootstrap_intervals(columns, mean)["q"]
-    together = bootstrap_intervals(columns, mean, clusters=clusters)["q"]
-    twenty = bootstrap_intervals({"x": of_cluster, "n": np.ones(20)}, mean)["q"]
-    assert together.hi - together.lo > 2.5 * (apart.hi - apart.lo)
-    assert (together.lo, together.hi) == pytest.approx((twenty.lo, twenty.hi), abs=1e-9)
+    independent = bootstrap_intervals(columns, mean)["q"]
+    clustered = bootstrap_intervals(columns, mean, clusters=clusters)["q"]
+    twenty = bootstrap_intervals({"x": cluster_scores, "n": np.ones(20)}, mean)["q"]
+    assert clustered.hi - clustered.lo > 2.5 * (independent.hi - independent.lo)
+    assert (clustered.lo, clustered.hi) == pytest.approx((twenty.lo, twenty.hi), abs=1e-9)
 
 
 @pytest.mark.parametrize("n", [1, 2, 50])
-def test_degenerate_data_have_percentile_intervals(n):
+def test_token_savings_of_degenerate_data_has_percentile_intervals(n):
     result = token_savings(
         make_arm(n, input_tokens=(100,) * n, output_tokens=(10,) * n, scores=(1.0,) * n),
         make_arm(n, input_tokens=(20,) * n, output_tokens=(2,) * n, scores=(1.0,) * n),
@@ -113,52 +113,52 @@ def test_degenerate_data_have_percentile_intervals(n):
     assert result.difference == Interval(0, 0, 0)
 
 
-def test_no_tuned_success_is_an_infinite_loss_per_success():
+def test_token_savings_without_tuned_success_is_minus_infinity_per_success():
     result = token_savings(make_arm(), make_arm(tokens=50, scores=(0.0,) * 200), resamples=199)
     assert result.savings["per_success"].value == -math.inf
     assert not result.gate.passed
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["savings"]["per_success"]["value"] == "-Infinity"
 
 
-def test_required_requests_are_those_of_the_specification():
+def test_required_requests():
     assert required_requests(0.10, 0.02) == 1960
     assert required_requests(0.10, 0.05) == 314
     assert required_requests(0.0, 0.02) == 183  # 0.98 ** 183 < 0.025
 
 
-@pytest.mark.parametrize(("n", "margin"), [(1960, 0.02), (320, 0.05)])  # 320: the first above 314 that ten divides
-def test_ten_percent_discordant_pairs_pass_with_the_requests_they_need(n, margin):
+@pytest.mark.parametrize(("n", "margin"), [(1960, 0.02), (320, 0.05)])  # 320: the smallest multiple of 20 above 314
+def test_gate_passes_with_the_required_requests(n, margin):
     assert compare(n, margin=margin, worse=n // 20, better=n // 20).gate.passed
 
 
-def test_too_few_requests_warn_and_fail_the_gate():
+def test_gate_fails_when_underpowered():
     result = compare(300, margin=0.05, worse=15, better=15)
     assert result.gate.bound > -0.05
     assert (result.gate.underpowered, result.gate.passed, result.gate.required_n) == (True, False, 314)
     assert any("Underpowered: 300 requests" in w and "314 are needed" in w for w in result.warnings)
     assert result.headline.startswith("FAIL")
-    assert not result.saves_half  # for all its 88% fewer tokens
+    assert not result.saves_half  # despite 88% fewer tokens
 
 
-def test_equal_answers_to_a_handful_of_requests_prove_nothing():
+def test_gate_fails_with_few_requests_and_equal_answers():
     assert not compare(20).gate.passed
     assert compare(200).gate.passed
 
 
-def test_the_gate_wants_the_lower_bound_above_minus_the_margin():
+def test_gate_requires_lower_bound_above_minus_margin():
     assert not compare(2000, worse=60, better=0, margin=0.02).gate.passed  # 3 points worse
     gate = quality_gate(Interval(0.0, -0.02, 0.02), 0.0, 10_000, 0.02)
-    assert not gate.passed  # on the margin isn't above it
+    assert not gate.passed  # the bound must be above, not at the margin
     assert quality_gate(Interval(0.0, -0.0199, 0.02), 0.0, 10_000, 0.02).passed
 
 
-def test_a_clear_improvement_needs_no_more_than_the_least_number():
+def test_gate_needs_only_the_minimum_for_a_clear_improvement():
     result = compare(250, better=150)
     assert result.gate.required_n > 250
     assert result.gate.passed
 
 
-def test_half_is_claimed_by_the_lower_bound_and_with_the_gate_only():
+def test_saves_half_requires_lower_bound_and_gate():
     assert compare(200).saves_half
     many = make_arm(200, 500, scores=(1.0,) * 200)
     barely = make_arm(200, 251, out=9, scores=(1.0,) * 200, seed=2)
@@ -168,7 +168,7 @@ def test_half_is_claimed_by_the_lower_bound_and_with_the_gate_only():
     assert not result.saves_half
 
 
-def test_costs_by_hand_cached_and_uncached():
+def test_costs_match_manual_computation():
     prompted = make_arm(2, input_tokens=(1000, 1100), output_tokens=(10, 20), cached_prefix_tokens=(900, 900))
     tuned = make_arm(2, input_tokens=(100, 200), output_tokens=(10, 20), cached_prefix_tokens=(4, 4))
     prices = Prices(1.0, 4.0, 0.1, tuned_input=3.0, tuned_output=12.0, training=7, data=2, sweep=1, **DATED)
@@ -176,12 +176,12 @@ def test_costs_by_hand_cached_and_uncached():
     assert costs.prompted_uncached == pytest.approx((2100 * 1.0 + 30 * 4.0) / 1e6 / 2)
     assert costs.prompted_cached == pytest.approx((300 * 1.0 + 1800 * 0.1 + 30 * 4.0) / 1e6 / 2)
     assert costs.tuned_uncached == pytest.approx((300 * 3.0 + 30 * 12.0) / 1e6 / 2)
-    assert costs.tuned_cached == costs.tuned_uncached  # no price of its own for cached tokens
+    assert costs.tuned_cached == costs.tuned_uncached  # no price for cached tokens of the tuned model
     assert costs.break_even_uncached == pytest.approx(10 / (costs.prompted_uncached - costs.tuned_uncached))
-    assert costs.break_even_cached == math.inf  # fewer tokens, and yet a loss of money
+    assert costs.break_even_cached == math.inf  # fewer tokens, but a higher cost
 
 
-def test_break_even_is_infinite_where_nothing_is_saved():
+def test_break_even_is_infinite_without_savings():
     assert break_even_requests(10, 1.0, 1.0) == break_even_requests(10, 1.0, 2.0) == math.inf
 
 
@@ -198,15 +198,13 @@ DATED = {"currency": "USD", "date": "2026-01-31"}
         ({"training": math.nan}, "training=nan"),
     ],
 )
-def test_prices_need_currency_date_and_numbers(changes, message):
+def test_prices_require_currency_date_and_valid_numbers(changes, message):
     with pytest.raises(SavingsError, match=message):
         Prices(**{"input": 1.0, "output": 2.0, **DATED, **changes})
 
 
-def test_other_requests_in_the_arms():
-    with pytest.raises(
-        SavingsError, match=r"1 of the prompted arm's are missing from the tuned arm \(first: \['r2'\]\)"
-    ):
+def test_arm_records_refuse_invalid_requests():
+    with pytest.raises(SavingsError, match=r"1 requests are missing from the tuned arm \(first: \['r2'\]\)"):
         token_savings(make_arm(3), make_arm(3, ids=("r0", "r1", "other")))
     with pytest.raises(SavingsError, match="more than once: r0"):
         make_arm(3, ids=("r0", "r0", "r1"))
@@ -214,29 +212,29 @@ def test_other_requests_in_the_arms():
         ArmRecords((), (), (), (), ())
     with pytest.raises(SavingsError, match="scores has 2 entries for 3"):
         make_arm(3, scores=(1.0, 1.0))
-    with pytest.raises(SavingsError, match="'r1': a score of nan"):
+    with pytest.raises(SavingsError, match="'r1' has a score of nan"):
         make_arm(3, scores=(1.0, math.nan, 1.0))
 
 
-def test_no_success_in_either_arm_is_undefined():
+def test_token_savings_without_success_is_undefined():
     zero = (0.0,) * 200
     with pytest.raises(SavingsError, match="undefined"):
         token_savings(make_arm(scores=zero), make_arm(scores=zero))
 
 
 @pytest.mark.parametrize("margin", [0, -0.1, 1, math.nan])
-def test_a_margin_that_is_no_share(margin):
+def test_token_savings_refuses_a_margin_outside_0_and_1(margin):
     with pytest.raises(SavingsError, match="margin="):
         token_savings(make_arm(), make_arm(), margin=margin)
 
 
-def test_many_truncated_answers_are_told():
+def test_token_savings_warns_of_truncated_answers():
     result = token_savings(make_arm(truncated=(True,) * 50 + (False,) * 150), make_arm(tokens=50), resamples=99)
     assert result.metrics()["truncated_rate"] == pytest.approx(50 / 400)
     assert any("25.0% of the prompted arm's answers hit max_new_tokens" in w for w in result.warnings)
 
 
-def test_figures_have_the_names_of_the_specification():
+def test_metrics_have_documented_names():
     result = token_savings(
         make_arm(), make_arm(tokens=50), make_arm(seed=3), prices=Prices(1, 2, **DATED), resamples=99
     )
@@ -247,19 +245,19 @@ def test_figures_have_the_names_of_the_specification():
     assert result.metrics()["n"] == 200
 
 
-def test_a_result_survives_json():
+def test_result_survives_json():
     tuned = make_arm(tokens=50, scores=(0.0,) * 200, parts={"request": 3}, first_token_seconds={"cold": 0.1})
     prices = Prices(1, 2, 0.1, **DATED)
     result = token_savings(make_arm(), tuned, prices=prices, provenance={"seed": 0}, resamples=99)
     assert SavingsResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
 
 
-def test_times_do_not_make_results_differ():
+def test_equality_ignores_times():
     one, other = (make_arm(first_token_seconds={"cold": seconds}) for seconds in (0.1, 0.2))
     assert one == other
 
 
-def test_baseline_forms(tmp_path):
+def test_baseline_formats(tmp_path):
     pairs = PromptBaseline("Be brief.", [{"input": "a", "output": "b"}])
     turns = PromptBaseline("Be brief.", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     own = (Message(role="system", content="It is Monday."), Message(role="user", content="c"))
@@ -270,7 +268,7 @@ def test_baseline_forms(tmp_path):
     assert pairs.hash == PromptBaseline.from_file(tmp_path / "prompt.json").hash != turns.hash
 
 
-def test_baseline_errors(tmp_path):
+def test_baseline_refuses_invalid_content(tmp_path):
     with pytest.raises(SavingsError, match="empty"):
         PromptBaseline(" ")
     with pytest.raises(SavingsError, match=r"few_shot\[1\]"):
@@ -284,7 +282,7 @@ def test_baseline_errors(tmp_path):
         PromptBaseline.from_file(tmp_path / "list.json")
 
 
-def test_examples_that_are_evaluated():
+def test_check_no_overlap_names_evaluated_examples():
     baseline = PromptBaseline("", [{"input": "Where is my  parcel?", "output": "b"}])
     request = Request("r7", (Message(role="user", content="where is MY parcel? "),), "b")
     with pytest.raises(SavingsError, match="r7"):

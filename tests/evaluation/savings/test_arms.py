@@ -21,10 +21,10 @@ def overlap(output, reference):
     return len(set(output) & set(reference)) / len(set(reference))
 
 
-def on_one_rank_only(output, reference):
+def grade_on_rank_0_only(output, reference):
     if dist.is_initialized() and dist.get_rank() == 1:
         pytest.fail("scored twice")
-    return 7  # no score
+    return 7  # not a score
 
 
 def measure(scorer=overlap, count=5, models=None):
@@ -52,12 +52,12 @@ def two_ranks(rank, path, alone):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     assert measure() == alone
     measure(count=1)  # fewer requests than ranks
-    with pytest.raises(SavingsError, match="Scorer 'on_one_rank_only' gave 7 for request 'r0'"):
-        measure(on_one_rank_only)  # on both ranks, and neither waits for the other
+    with pytest.raises(SavingsError, match="Scorer 'grade_on_rank_0_only' returned 7 for request 'r0'"):
+        measure(grade_on_rank_0_only)  # raised on both ranks, so that neither waits
     dist.destroy_process_group()
 
 
-def test_two_ranks_share_the_requests_out_and_agree_with_one(tmp_path):
+def test_two_ranks_match_one(tmp_path):
     mp.start_processes(two_ranks, (tmp_path / "store", measure()), nprocs=2, start_method="fork")
 
 
@@ -72,11 +72,11 @@ def two_sharded_ranks(rank, path, alone):
     dist.destroy_process_group()
 
 
-def test_sharded_ranks_run_in_step_and_agree_with_one(tmp_path):
+def test_two_sharded_ranks_match_one(tmp_path):
     mp.start_processes(two_sharded_ranks, (tmp_path / "store", measure()), nprocs=2, start_method="fork")
 
 
-def test_progress_is_shown_unless_switched_off(capsys):
+def test_progress_bar_can_be_disabled(capsys):
     requests = [Request("r0", (Message(role="user", content="where is the lamp"),), "here")]
     for progress in (False, True):
         measurement = SavingsMeasurement(
@@ -86,10 +86,10 @@ def test_progress_is_shown_unless_switched_off(capsys):
         assert ("Token savings, prompted" in capsys.readouterr().err) is progress
 
 
-def test_cache_bytes_are_those_of_the_cache():
+def test_kv_cache_bytes_match_the_cache():
     for model in (make_model(), Qwen3ForCausalLM(Qwen3Config(**QWEN))):
         cache = DynamicCache(config=model.config)
-        model.model(input_ids=torch.ones(1, 10, dtype=torch.int64), use_cache=True, **{name_of_cache(model): cache})
+        model.model(input_ids=torch.ones(1, 10, dtype=torch.int64), use_cache=True, **{cache_argument(model): cache})
         held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
         assert model_shape(model).kv_cache_bytes(10) == held
 
@@ -105,25 +105,25 @@ QWEN = {
 }
 
 
-def name_of_cache(model):
+def cache_argument(model):
     import inspect
 
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def test_prefill_flops_are_those_that_are_counted():
+def test_prefill_flops_match_the_flop_counter():
     from torch.utils.flop_counter import FlopCounterMode
 
     model = make_model(attn_implementation="eager")
     shape = model_shape(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.ones(1, 16, dtype=torch.int64), logits_to_keep=1, use_cache=False)
-    # Eager attention computes the masked half too: 16 * 16 pairs for 16 * 17 / 2.
+    # Eager attention also computes the masked pairs: 16 * 16 in place of 16 * 17 / 2.
     masked = 2 * 2 * shape.heads * (shape.key_dim + shape.value_dim) * (16 * 16 - 16 * 17 // 2)
     assert shape.prefill_flops(16) + masked == counter.get_total_flops()
 
 
-def test_a_window_bounds_cache_and_attention_and_unknown_shapes_are_none():
+def test_model_shape_with_sliding_window_and_unknown_architecture():
     from transformers import MistralConfig, MistralForCausalLM
 
     shape = model_shape(MistralForCausalLM(MistralConfig(sliding_window=8, **QWEN)))

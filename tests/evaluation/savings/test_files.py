@@ -35,7 +35,7 @@ def result():
     return make_result(prices=prices, provenance={"model": "tiny", "seed": 3})
 
 
-def test_the_table_says_what_is_in_the_result(result):
+def test_print_shows_the_result(result):
     console = Console(width=100, record=True, file=io.StringIO())
     result.print(console)
     text = console.export_text()
@@ -45,10 +45,10 @@ def test_the_table_says_what_is_in_the_result(result):
     assert "inf" in text  # the untuned arm's tokens per success
 
 
-def test_a_failure_is_a_failure_in_every_form(tmp_path):
+def test_failed_gate_appears_in_every_format(tmp_path):
     result = make_result(n=20)
     assert result.headline.startswith("FAIL: 86.4% fewer tokens per request")
-    assert "too few requests to judge quality" in result.headline
+    assert "too few requests to assess quality" in result.headline
     markdown = savings_markdown(result)
     assert "**FAIL" in markdown
     assert "> Underpowered: 20 requests" in markdown
@@ -56,7 +56,7 @@ def test_a_failure_is_a_failure_in_every_form(tmp_path):
     assert "quality not kept: 0.500 against 1.000" in make_result(tuned_score=0.5).headline
 
 
-def test_files(result, tmp_path):
+def test_save_writes_json_markdown_and_plot(result, tmp_path):
     written = result.save(tmp_path / "new" / "folder")
     assert [path.name for path in written] == ["token_savings.json", "token_savings.md", "token_savings.png"]
     assert load_savings(written[0]) == result
@@ -67,17 +67,17 @@ def test_files(result, tmp_path):
     assert written[2].stat().st_size > 20_000
 
 
-def test_the_same_result_gives_the_same_picture(result, tmp_path):
+def test_save_plot_is_deterministic(result, tmp_path):
     one, other = (result.save(tmp_path / name)[2].read_bytes() for name in ("a", "b"))
     assert one == other
 
 
-@pytest.mark.parametrize("tuned_score", [0.0, 0.001])  # infinite, and hundreds of times more, tokens per success
-def test_pictures_of_extreme_results(tmp_path, tuned_score):
+@pytest.mark.parametrize("tuned_score", [0.0, 0.001])  # infinite, and hundreds of times as many, tokens per success
+def test_save_plots_extreme_results(tmp_path, tuned_score):
     assert make_result(tuned_score=tuned_score).save(tmp_path)[2].stat().st_size > 20_000
 
 
-def test_without_matplotlib(result, tmp_path, monkeypatch, caplog):
+def test_save_without_matplotlib(result, tmp_path, monkeypatch, caplog):
     find, imported = importlib.util.find_spec, builtins.__import__
 
     def no_import(name, *args, **kwargs):

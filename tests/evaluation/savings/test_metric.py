@@ -30,7 +30,7 @@ ARMS = {"prompted": make_arm(500, 0), "tuned": make_arm(50, 1), "untuned": make_
 
 
 def feed(metric, which, size=7):
-    """Feed the requests of `which`, in batches, each arm by itself."""
+    """Add the requests with the indices `which` to each arm, in batches."""
     for name, arm in ARMS.items():
         for start in range(0, len(which), size):
             rows = which[start : start + size]
@@ -59,13 +59,13 @@ def check(metric):
     assert computed == pytest.approx(expected(), rel=1e-6)
 
 
-def test_batches_in_any_order_give_what_the_function_gives():
+def test_metric_matches_the_function_for_batches_in_any_order():
     metric = TokenSavingsMetric(**OPTIONS)
     feed(metric, random.Random(3).sample(range(60), 60))
     check(metric)
     assert metric.result().metrics() == pytest.approx(expected(), rel=1e-12)
     metric.reset()
-    with pytest.raises(SavingsError, match="Nothing was recorded of the prompted and the tuned arm"):
+    with pytest.raises(SavingsError, match="No requests were added to the prompted and the tuned arm"):
         metric.compute()
 
 
@@ -78,15 +78,15 @@ def two_ranks(rank, path):
     dist.destroy_process_group()
 
 
-def test_ranks_are_put_together(tmp_path):
+def test_metric_combines_ranks(tmp_path):
     mp.start_processes(two_ranks, (tmp_path / "store",), nprocs=2, start_method="fork")
 
 
-def test_errors():
+def test_metric_refuses_invalid_updates():
     metric = TokenSavingsMetric()
     with pytest.raises(SavingsError, match="arm='other'"):
         metric.update("other", ["a"], [1], [1], [1.0])
-    with pytest.raises(SavingsError, match="'a': a score of nan"):
+    with pytest.raises(SavingsError, match="'a' has a score of nan"):
         metric.update("tuned", ["a"], [1], [1], [float("nan")])
     with pytest.raises(SavingsError, match="margin=2"):
         TokenSavingsMetric(margin=2)
@@ -97,7 +97,7 @@ def test_errors():
         metric.compute()
 
 
-def test_it_is_a_metric_of_a_module():
+def test_metric_states_and_values_have_torchmetrics_types():
     metric = TokenSavingsMetric(**OPTIONS)
     feed(metric, list(range(60)))
     state = metric.metric_state

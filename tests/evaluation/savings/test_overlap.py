@@ -1,4 +1,4 @@
-"""Requests that stand in whatever is trained on, in a loop written by hand."""
+"""Requests that also appear in the training rows, measured in a custom training loop."""
 
 import json
 
@@ -33,8 +33,8 @@ def write(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("given", ["rows", "file", "sources", "requests", "index"])
-def test_training_index_of_whatever_is_trained_on(tmp_path, given):
+@pytest.mark.parametrize("source", ["rows", "file", "sources", "requests", "index"])
+def test_training_index_of_each_source(tmp_path, source):
     data = PairDataModule(ROWS)
     data.load_rows()
     rows = {
@@ -43,28 +43,28 @@ def test_training_index_of_whatever_is_trained_on(tmp_path, given):
         "sources": [ROWS[:1], write(tmp_path)],
         "requests": data.requests("train"),
         "index": data.splits.training_index(),
-    }[given]
+    }[source]
     assert request_overlap(REQUESTS, training_index(rows)).in_training == ("r0", "r2")
 
 
-def test_training_index_of_bad_rows():
+def test_training_index_refuses_bad_rows():
     with pytest.raises(
         DataError, match=r"train_rows: 1 of its rows .*train_rows, row 2, 'input': empty input.* as requests"
     ):
         training_index([ROWS[0], {"input": "", "output": "a"}])
 
 
-def test_requests_of_clusters_that_are_trained_on():
+def test_request_overlap_finds_training_clusters():
     train = [request("t0", "why", "Ann"), request("t1", "where is the lamp", "Bob")]
-    asked = [
+    requests = [
         request("r0", "where is the parcel", "Ann"),
         request("r1", "where is the lamp"),
         request("r2", "when", "Cid"),
     ]
-    found = request_overlap(asked, training_index(train))
-    assert (found.in_training, found.of_trained_clusters, found.n) == (("r1",), ("r0",), 3)
-    assert found.cluster_warnings[0].startswith("1 of 3 requests are of a cluster that training rows are of too")
-    assert request_overlap(asked[1:], training_index(train)).cluster_warnings == ()
+    found = request_overlap(requests, training_index(train))
+    assert (found.in_training, found.in_training_clusters, found.n) == (("r1",), ("r0",), 3)
+    assert found.cluster_warnings[0].startswith("1 of 3 requests belong to a cluster that also has training rows")
+    assert request_overlap(requests[1:], training_index(train)).cluster_warnings == ()
 
 
 def measured(**options):
@@ -73,7 +73,7 @@ def measured(**options):
     return measurement.after(make_model(seed=1))
 
 
-def test_a_loop_written_by_hand_says_what_is_trained_on():
+def test_measurement_counts_requests_in_training():
     found = measured(train_rows=[*ROWS, {"input": "where is the lamp post", "output": "there"}])
     assert found.in_training == ("r0", "r2")
     assert "; 2 of 3 requests (66.6%) also appear in the training rows." in found.headline
@@ -85,9 +85,9 @@ def test_a_loop_written_by_hand_says_what_is_trained_on():
     assert unknown.provenance["requests_in_training"] == "not checked: pass train_rows="
 
 
-def test_two_models_at_hand_say_what_was_trained_on():
+def test_measure_token_savings_warns_of_training_clusters():
     clusters = [request(r.id, r.messages[0]["content"], "Ann") for r in REQUESTS]
     options = {"original": make_model(), "scorer": right, "train_rows": [request("t", "why", "Ann")], **QUICK}
     found = measure_token_savings(make_model(seed=1), make_tokenizer(), clusters, BASELINE, **options)
     assert found.in_training == ()
-    assert "3 of 3 requests are of a cluster that training rows are of too" in found.warnings[-1]
+    assert "3 of 3 requests belong to a cluster that also has training rows" in found.warnings[-1]

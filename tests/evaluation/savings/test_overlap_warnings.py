@@ -1,4 +1,4 @@
-"""Requests that also appear in the training rows, in a result and whatever is made of it."""
+"""Requests that also appear in the training rows, in results, files, reports and comparisons."""
 
 import json
 
@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lightning_ft.document.html import html_page
 from lightning_ft.errors import SavingsError
-from lightning_ft.evaluation.comparison.methods import Asked, compare_methods
+from lightning_ft.evaluation.comparison.methods import EvaluationSet, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, SavingsResult, token_savings
 from lightning_ft.evaluation.savings.files import savings_markdown
@@ -26,7 +26,7 @@ def arm(tokens, scores):
 
 
 def result(in_training=SEEN, new=0.9):
-    """The tuned model memorized what it has seen."""
+    """Result of a tuned model that memorized the requests it was trained on."""
     tuned = (1.0,) * 50 + (new,) * 150
     return token_savings(arm(500, (0.8,) * N), arm(50, tuned), resamples=99, margin=0.05, in_training=in_training)
 
@@ -39,7 +39,7 @@ def test_overlap_text(count, n, share):
     assert overlap_text(0, n) == ""
 
 
-def test_the_verdict_counts_requests_that_appear_in_training():
+def test_headline_counts_requests_in_training():
     found = result()
     assert found.headline.startswith("PASS: 88.2% fewer tokens")
     assert found.headline.endswith(f"margin 0.050); {COUNTED}.")
@@ -50,13 +50,13 @@ def test_the_verdict_counts_requests_that_appear_in_training():
     assert found.metrics()["requests_in_training"] == 50
 
 
-def test_all_requests_appear_in_training():
+def test_headline_with_all_requests_in_training():
     found = result(tuple(f"r{n}" for n in range(N)))
     assert found.headline.endswith("200 of 200 requests (100%) also appear in the training rows.")
     assert len(found.warnings) == 1
 
 
-def test_no_request_appears_in_training_or_nobody_knows():
+def test_headline_without_requests_in_training():
     none, unknown = result(()), result(None)
     for found in (none, unknown):
         assert found.headline.endswith("margin 0.050).")
@@ -68,21 +68,21 @@ def test_no_request_appears_in_training_or_nobody_knows():
 
 
 @pytest.mark.parametrize("in_training", [SEEN, (), None])
-def test_requests_in_training_survive_json(in_training):
+def test_in_training_survives_json(in_training):
     found = result(in_training)
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["requests_in_training"] == (None if in_training is None else len(in_training))
     assert SavingsResult.from_dict(values) == found
-    del values["in_training"]  # as files of earlier versions
+    del values["in_training"]  # as in files of earlier versions
     assert SavingsResult.from_dict(values).in_training is None
 
 
-def test_requests_in_training_must_be_requests():
+def test_in_training_refuses_unknown_ids():
     with pytest.raises(SavingsError, match="in_training has ids that no request has: other"):
         result(("r1", "other"))
 
 
-def test_requests_in_training_are_told_in_every_form():
+def test_requests_in_training_appear_in_every_format():
     found = result()
     report = compose_document(RunReport(savings={"run/token_savings": found}))
     console = Console(record=True, width=400)
@@ -98,14 +98,16 @@ def test_requests_in_training_are_told_in_every_form():
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_a_comparison_counts_them_for_every_method_and_tells_it_once(seeds):
+def test_comparison_counts_requests_in_training_and_warns_once(seeds):
     def run(method, score, seed=0, rate=None):
         return RunResult(method, seed, rate, rate and 100, score, arm(50 if rate else 500, (score,) * N))
 
     runs = [run("untuned", 0.2), run("prompted", 0.8)]
     runs += [run(method, 0.9, seed, 1e-3) for method in ("full", "lora") for seed in range(seeds)]
-    asked = Asked(("q",) * N, ("a",) * N, margin=0.05, in_training=SEEN, warnings=("Of the requests, this is known.",))
-    found = compare_methods(runs, asked, resamples=99)
+    evaluation_set = EvaluationSet(
+        ("q",) * N, ("a",) * N, margin=0.05, in_training=SEEN, warnings=("Of the requests, this is known.",)
+    )
+    found = compare_methods(runs, evaluation_set, resamples=99)
     for result in found.savings.values():
         assert len(result.in_training) == 50 * seeds
         assert f"{50 * seeds} of {N * seeds} requests (25%) also appear in the training rows" in result.headline

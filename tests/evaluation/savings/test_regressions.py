@@ -7,7 +7,7 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, token_savings
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
-from lightning_ft.evaluation.savings.regressions import regressions_of, worst_regressions
+from lightning_ft.evaluation.savings.regressions import count_regressions, worst_regressions
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.types import Message, Request
 
@@ -23,7 +23,7 @@ def result_of(prompted, tuned, outputs=True):
     return token_savings(arm("prompted", 90, prompted), arm("tuned", 9, tuned), resamples=99)
 
 
-def test_the_largest_loss_comes_first_and_gains_never():
+def test_worst_regressions_are_sorted_by_loss():
     result = replace(
         result_of([1.0, 0.5, 1.0, 0.0, 1.0], [0.5, 0.5, 0.0, 1.0, 0.0]),
         requests=("a", "b", "c", "d", "e"),
@@ -38,23 +38,23 @@ def test_the_largest_loss_comes_first_and_gains_never():
         1.0,
         0.0,
     )
-    assert regressions_of(result) == 3
-    assert [answers.id for answers in worst_regressions(result, most=1)] == ["r2"]
+    assert count_regressions(result) == 3
+    assert [answers.id for answers in worst_regressions(result, limit=1)] == ["r2"]
 
 
-def test_at_most_ten():
+def test_worst_regressions_are_at_most_ten():
     result = result_of([1.0] * 30, [0.0] * 25 + [1.0] * 5)
     assert len(worst_regressions(result)) == 10
-    assert regressions_of(result) == 25
+    assert count_regressions(result) == 25
 
 
-def test_without_answers_or_requests():
+def test_worst_regressions_without_answers_or_requests():
     assert worst_regressions(result_of([1.0, 1.0], [0.0, 1.0], outputs=False)) == ()
     found = worst_regressions(result_of([1.0, 1.0], [0.0, 1.0]))
     assert (found[0].request, found[0].reference) == ("", None)
 
 
-def test_requests_travel_with_the_result(make):
+def test_result_keeps_requests_and_references(make):
     result = make.savings()
     assert SavingsResult.from_dict(result.to_dict()) == result
     assert result.requests[7].startswith("Where do I turn with case 7?")
@@ -64,8 +64,8 @@ def test_requests_travel_with_the_result(make):
         replace(result, references=("one",))
 
 
-def test_a_measurement_keeps_what_was_asked(tokenizer):
-    """The last user turn, also of a conversation, in the order of the arms' ids."""
+def test_measurement_records_last_user_turns(tokenizer):
+    """Records the last user turn of each conversation, in the order of the arms' ids."""
     turns = (
         Message(role="user", content="hello"),
         Message(role="assistant", content="yes?"),
