@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -150,7 +150,8 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
 }
 """Preference losses by name. A loss that is added here can be used by its name everywhere."""
 
-LossLike = str | PreferenceLoss | Callable[..., Tensor]
+# Not `Callable[..., Tensor]`: jsonargparse would read a mapping of losses as the arguments of that class.
+LossLike = str | PreferenceLoss | Callable[..., Any]
 """A preference loss as a name, an import path, a function or a `PreferenceLoss`."""
 
 WeightedLosses = Sequence[tuple[PreferenceLoss, float]]

@@ -42,7 +42,7 @@ def refuse_nonfinite(model: nn.Module) -> None:
     """
     if (name := first_nonfinite(model.named_parameters())) is not None:
         raise ModelError(
-            f"The model's weight {name} holds numbers that aren't finite (NaN or infinite), so its output would be "
+            f"The model's weight {name} contains values that aren't finite (NaN or infinite), so its output would be "
             "NaN. Download its files again; if they are intact, load it with dtype='float32' or 'bfloat16', since "
             "float16 can't represent large weights."
         )

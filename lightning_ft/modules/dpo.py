@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -11,16 +11,13 @@ from transformers import PreTrainedModel
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.preference import (
-    PreferenceLoss,
+    LossLike,
     check_preference_losses,
     resolve_preference_losses,
     weighted_preference_loss,
 )
 from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.preferences import BatchLosses, LogRatioLearning, reward_metrics, select
-
-LossLike = str | PreferenceLoss | Callable[..., Tensor]
-"""A loss of pairs: its name, its import path, a function, or an entry of the registry."""
 
 
 class DPO(LogRatioLearning):

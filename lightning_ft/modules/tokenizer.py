@@ -99,7 +99,7 @@ class ModuleTokenizer:
         changed = differences(state, self.current) if self._configured or saved is None else []
         if changed and self._configured:
             rank_zero_warn(
-                f"`tokenizer` isn't the one that the checkpoint was trained with: the {' and '.join(changed)} differ. "
+                f"`tokenizer` isn't the one that the checkpoint was trained with. Different: {' and '.join(changed)}. "
                 + ("The checkpoint's is used." if saved is not None else "The checkpoint's chat template is used.")
             )
         elif "vocabulary" in changed:

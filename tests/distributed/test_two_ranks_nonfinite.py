@@ -27,11 +27,11 @@ class Spike(Callback):
 
 
 class Broken(FullFineTuning):
-    def score(self, batch, reduction="none", **options):
-        scored = super().score(batch, reduction, **options)
+    def compute_logprobs(self, batch, reduction="none", **options):
+        result = super().compute_logprobs(batch, reduction, **options)
         if self.trainer.global_step == 1 and self.global_rank == 1:
-            return scored._replace(logprobs=scored.logprobs * math.nan)
-        return scored
+            return result._replace(logprobs=result.logprobs * math.nan)
+        return result
 
 
 def trainer(how, out, *callbacks):
@@ -77,5 +77,5 @@ def test_all_ranks_decide_alike(how, model_folder, tmp_path):
         assert first[name]["skipped"] == second[name]["skipped"] == 1
         assert largest_difference(first[name]["weights"], second[name]["weights"]) == 0.0
     assert first["error"] == second["error"]
-    assert "Optimizer step 2 isn't finite" in first["error"]
-    assert "It is of rank 1, batch 1 of epoch 0: rows 7, 8 of train." in first["error"]
+    assert "Optimizer step 2 is not finite" in first["error"]
+    assert "It is made of rank 1, batch 1 of epoch 0: rows 7, 8 of train." in first["error"]

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import torch
-from judged import make_labeled, make_pairs
+from preference_runs import make_labeled, make_pairs
 from tiny import make_rows
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

@@ -66,8 +66,9 @@ def test_cold_and_warm_runs_are_the_same_to_the_bit_and_near_one_without(train, 
 def test_the_first_step_is_trained_under_autocast(train, tmp_path):
     """What is compared ahead of it must not leave weights cast without gradients behind."""
     options = {"max_steps": 1, "precision": "bf16-mixed", "lora": {"init_lora_weights": "orthogonal"}}
-    ends = [train(folder, **options) for folder in (None, tmp_path)]
-    close(*ends, atol=1e-3)
+    without, cached = (weights(train(folder, **options)) for folder in (None, tmp_path))
+    for name, value in without.items():  # the first step of Adam has the gradient's sign, which rounding decides near 0
+        assert ((value - cached[name]).abs() <= 1e-3).float().mean() >= 0.95
 
 
 def test_half_of_the_rows_may_be_there(train, tmp_path):

@@ -153,7 +153,7 @@ def test_load_from_checkpoint_runs_nothing(fit, module, tmp_path, monkeypatch):
             kind.load_from_checkpoint("evil.ckpt")
         with open("evil.ckpt", "rb") as file, pytest.raises(CheckpointError, match=r"posix\.system"):
             kind.load_from_checkpoint(file)
-        with pytest.raises(ConfigError, match="leave it out"):
+        with pytest.raises(ConfigError, match="leave the argument out"):
             kind.load_from_checkpoint("good.ckpt", weights_only=False)
     with pytest.raises(RewardError, match=r"evil\.ckpt' .*posix\.system"):
         _load_checkpoint("evil.ckpt")

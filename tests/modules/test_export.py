@@ -234,7 +234,7 @@ def test_grown_model_is_refused_unmerged_over_the_base_that_it_names(exports, fi
     model = AutoModelForCausalLM.from_pretrained(root / "plain")
     model.resize_token_embeddings(size, mean_resizing=False)
     module = LoRAFineTuning(model, tokenizer=tokenizer, lora={"r": 4})
-    with pytest.warns(UserWarning, match=rf"{size:,} embeddings, .*, {size - 1}: .*merge=True, or first save"):
+    with pytest.warns(UserWarning, match=rf"{size:,} embeddings, .* has {size - 1}: .*merge=True, or first save"):
         fit(module, ROWS, max_steps=1)
     with pytest.raises(
         ExportError, match=rf"has {size} embeddings, .* has {size - 1}: .* merge=True; or save the resized"
@@ -269,7 +269,7 @@ def test_lora_options_that_peft_refuses_are_refused_at_once():
 def test_trained_biases_of_the_base_leave_no_reference(trainer_options, model_folder):
     module = DPO(model_folder, lora={"r": 4, "bias": "all"})
     rows = [{"prompt": r["input"], "chosen": r["output"], "rejected": "no"} for r in ROWS]
-    with pytest.raises(ConfigError, match="bias='all' trains biases of the base"):
+    with pytest.raises(ConfigError, match="bias='all' in `lora` trains biases of the base"):
         Trainer(**trainer_options, max_steps=1).fit(module, PreferenceDataModule(rows, cache_dir=False))
 
 

@@ -105,7 +105,7 @@ def test_a_loss_stops_the_run_before_the_weights_are_touched(name, value, traine
     broken = type("Spoilt", (Broken, kind), {"value": value})
     module, spike = make(broken, options), Spike()
     with pytest.raises(
-        NonFiniteError, match=r"^Optimizer step 2 isn't finite \(loss -?(nan|inf), gradient norm "
+        NonFiniteError, match=r"^Optimizer step 2 is not finite \(loss -?(nan|inf), gradient norm "
     ) as found:
         fit(module, data_of(data, rows), trainer_options, spike)
     assert same(trained(module), spike.states[-1])
@@ -118,7 +118,7 @@ def test_a_loss_stops_the_run_before_the_weights_are_touched(name, value, traine
 def test_a_skipped_step_moves_nothing_and_is_counted(name, trainer_options):
     kind, options, data, rows = KINDS[name]
     module, spike = make(kind, options, on_nonfinite="skip", weight_decay=0.5), Spike(2, 3)
-    with pytest.warns(UserWarning, match="Optimizer step 2 isn't finite .* It is skipped"):
+    with pytest.warns(UserWarning, match="Optimizer step 2 is not finite .* It is skipped"):
         trainer = fit(module, data_of(data, rows), trainer_options, spike)
     _, before, between, after = spike.states
     assert same(before, between)
@@ -139,7 +139,7 @@ def test_only_the_micro_batches_that_are_not_finite_are_named(trainer_options):
             super().note_loss(batch_idx, loss * math.nan if batch_idx == 2 else loss)
 
     module = make(Second, {})
-    with pytest.raises(NonFiniteError, match=r"It is of batch 2 of epoch 0: rows 5, 6 of train\. Nothing"):
+    with pytest.raises(NonFiniteError, match=r"It is made of batch 2 of epoch 0: rows 5, 6 of train\. The weights"):
         fit(module, data_of(PairDataModule, PAIRS), trainer_options, accumulate_grad_batches=4)
 
 
@@ -147,7 +147,7 @@ def test_of_another_loader_batches_are_named(trainer_options):
     data = data_of(PairDataModule, PAIRS, tokenizer=make_tokenizer())
     data.setup("fit")
     loader = torch.utils.data.DataLoader(list(data.train_dataloader()), batch_size=None)
-    with pytest.raises(NonFiniteError, match=r"gradient norm nan\)\. It is of batch 0 of epoch 0\."):
+    with pytest.raises(NonFiniteError, match=r"gradient norm nan\)\. It is made of batch 0 of epoch 0\."):
         fit(make(FullFineTuning, {}), loader, trainer_options, Spike(1, value=math.nan))
 
 
@@ -156,7 +156,7 @@ def test_weights_that_were_not_finite_before_are_told_apart(trainer_options):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             module.model.lm_head.weight.data[0, 0] = math.nan
 
-    with pytest.raises(NonFiniteError, match=r"The weights weren't before it, the first being model\.lm_head\.weight"):
+    with pytest.raises(NonFiniteError, match=r"The weights were not finite before it, the first of them model\.lm_head\.weight"):
         fit(
             make(FullFineTuning, {}, on_nonfinite="skip"),
             data_of(PairDataModule, PAIRS),
@@ -233,7 +233,7 @@ def test_a_base_is_refused_when_it_is_loaded(name, value):
     base = make_scorer() if name == "reward" else make_model()
     module = kind(spoil(base, value=value), tokenizer=make_tokenizer(), **options)
     for _ in range(2):  # also the second time
-        with pytest.raises(ModelError, match=r"up_proj.* holds numbers that aren't finite"):
+        with pytest.raises(ModelError, match=r"up_proj.* contains values that aren't finite"):
             module.configure_model()
 
 
@@ -255,7 +255,7 @@ def test_neither_exports_nor_checkpoints_are_written(name, where, trainer_option
     trainer = fit(module, data_of(data, rows), trainer_options, max_steps=1)
     trainer.save_checkpoint(tmp_path / "good.ckpt")
     spoil(module.model, where)
-    with pytest.raises(ExportError, match=rf"The weight .*{where}.* holds numbers that aren't finite"):
+    with pytest.raises(ExportError, match=rf"The weight .*{where}.* contains values that aren't finite"):
         module.export(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(NonFiniteError, match=rf"No checkpoint is written: .*{where}"):

@@ -18,7 +18,7 @@ from tiny import make_rows
 from lightning_ft import GRPO, PPO, PromptDataModule
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.errors import ConfigError, RewardError
-from lightning_ft.modules.samples import RolloutRecord
+from lightning_ft.modules.samples import RolloutSamples
 from lightning_ft.rollout.protocol import Completion, Rollouts
 
 # ---------------------------------------------------------------- steps
@@ -223,7 +223,7 @@ def test_the_last_rollout_can_be_looked_at(trainer_options):
     assert module.last_rollout is None
     trainer = run(module, BATCHES, trainer_options, rollouts=PREDRAWN)
     record = module.last_rollout
-    assert isinstance(record, RolloutRecord)
+    assert isinstance(record, RolloutSamples)
     assert record.step == trainer.global_step - 1
     assert record.prompts == [prompt for prompt in BATCHES[1].prompts for _ in range(3)]
     assert record.lengths == [len(c.tokens) for c in PREDRAWN[1].completions]

@@ -25,7 +25,7 @@ from lightning_ft._lightning import Callback, Trainer
 from lightning_ft.errors import ConfigError, NonFiniteError, RewardError
 from lightning_ft.modules.trainer_checks import lost_steps
 from lightning_ft.rewards.functions import RewardFunctions
-from lightning_ft.rewards.model import RewardModel, check_room
+from lightning_ft.rewards.model import RewardModel, check_context_length
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 
@@ -113,7 +113,7 @@ def test_every_function_and_completion_has_copies_of_its_own():
             return torch.zeros(2)
 
     prompt, tag = [{"role": "user", "content": "hi"}], {"of": []}
-    RewardFunctions([changes, Scores(), reads]).score([prompt] * 2, ["a", "b"], [[1], [2]], {"tags": [tag] * 2})
+    RewardFunctions([changes, Scores(), reads]).compute([prompt] * 2, ["a", "b"], [[1], [2]], {"tags": [tag] * 2})
     ((prompts, completions, ids, tags),) = seen
     assert prompts == [[{"role": "user", "content": "hi"}]] * 2
     assert [turns[0]["content"] for turns in completions] == ["a", "b"]
@@ -150,9 +150,9 @@ def test_a_reward_model_without_room_is_found_before_the_first_step(where, train
     assert same(before, weights(module))
     data = prompts(tokenizer=make_tokenizer())
     data.setup("fit")
-    check_room([("fits", scorer)], data.splits, 4)
+    check_context_length([("fits", scorer)], data.splits, 4)
     with pytest.raises(ConfigError, match="max_new_tokens=50"):
-        check_room([("doesn't", scorer)], data.splits, 50)
+        check_context_length([("doesn't", scorer)], data.splits, 50)
 
 
 # ---------------------------------------------------------------- rollouts

@@ -99,7 +99,7 @@ def test_added_tokens_of_an_object_are_in_the_checkpoint(fit, tmp_path, trainer_
 
 def test_two_different_tokenizers_are_refused(model_folder, trainer_options):
     module = LoRAFineTuning(model_folder, tokenizer=make_tokenizer(eos="<|pad|>"))
-    with pytest.raises(ConfigError, match=r"module's tokenizer= and the DataModule's differ in their vocabulary:"):
+    with pytest.raises(ConfigError, match=r"The tokenizers of the module and of the DataModule differ in their vocabulary:"):
         Trainer(**trainer_options, max_steps=1).fit(module, data_of(PairDataModule, ROWS, tokenizer=make_tokenizer()))
     module = LoRAFineTuning(model_folder, tokenizer=make_tokenizer())
     other = make_tokenizer(CHATML.replace("assistant", "bot"))
@@ -138,7 +138,7 @@ def test_a_checkpoint_wins_over_a_tokenizer_given_to_what_loads_it(fit, model_fo
     model = make_model()
     trainer = fit(LoRAFineTuning(model, tokenizer=make_tokenizer()), ROWS, max_steps=1, data={"chat_template": "plain"})
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.warns(UserWarning, match="tokenizer= isn't the one that the checkpoint was trained with"):
+    with pytest.warns(UserWarning, match="`tokenizer` isn't the one that the checkpoint was trained with"):
         again = LoRAFineTuning.load_from_checkpoint(
             tmp_path / "a.ckpt", weights_only=True, model=make_model(), tokenizer=make_tokenizer()
         )
