@@ -25,7 +25,7 @@ async def slowly(completions, **kwargs):
 
 
 def score(rewards, prompts=PROMPTS, texts=TEXTS, ids=IDS, columns=COLUMNS, state=None, **options):
-    return RewardFunctions(rewards, **options).score(prompts, texts, ids, columns, state)
+    return RewardFunctions(rewards, **options).compute(prompts, texts, ids, columns, state)
 
 
 def given_to(function_of_kwargs, **options):

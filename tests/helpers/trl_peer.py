@@ -112,7 +112,7 @@ def assert_same(ours, theirs, *, learned):
     torch.testing.assert_close(our_losses, their_losses, rtol=0, atol=TOLERANCE)
     assert our_weights.keys() == their_weights.keys()
     for name, expected in their_weights.items():
-        # A gradient near 0 moves a weight by Adam's whole step, so rounding, which differs by processor, shows in a few.
+        # A gradient near 0 moves a weight by Adam's whole step, so a few show how the processor rounds.
         torch.testing.assert_close(
             our_weights[name], expected, rtol=0, atol=3 * TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
         )

@@ -99,7 +99,7 @@ def test_added_tokens_of_an_object_are_in_the_checkpoint(fit, tmp_path, trainer_
 
 def test_two_different_tokenizers_are_refused(model_folder, trainer_options):
     module = LoRAFineTuning(model_folder, tokenizer=make_tokenizer(eos="<|pad|>"))
-    with pytest.raises(ConfigError, match=r"The tokenizers of the module and of the DataModule differ in their vocabulary:"):
+    with pytest.raises(ConfigError, match=r"of the module and of the DataModule differ in their vocabulary:"):
         Trainer(**trainer_options, max_steps=1).fit(module, data_of(PairDataModule, ROWS, tokenizer=make_tokenizer()))
     module = LoRAFineTuning(model_folder, tokenizer=make_tokenizer())
     other = make_tokenizer(CHATML.replace("assistant", "bot"))
