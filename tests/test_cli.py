@@ -220,8 +220,8 @@ def test_cli_optimizer_and_scheduler_replace_those_of_module(run, config):
     )
     optimizer = cli.trainer.optimizers[0]
     assert type(optimizer) is torch.optim.SGD
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    assert {id(p) for p in held} == {id(p) for p in cli.model.parameters() if p.requires_grad}
+    optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert {id(p) for p in optimized} == {id(p) for p in cli.model.parameters() if p.requires_grad}
     assert cli.trainer.lr_scheduler_configs[0].scheduler.step_size == 1
 
 

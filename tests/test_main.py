@@ -45,7 +45,7 @@ def test_compare_names_missing_arguments(capsys):
     [
         (["--config", "none.yaml"], "ComparisonError: The configuration 'none.yaml' can't be read"),
         (["--config", "none.yaml", "--seeds", "a,b"], "expected whole numbers"),
-        (["--config", "none.yaml", "--budget", "soon"], "expected a time"),
+        (["--config", "none.yaml", "--budget", "soon"], "expected a duration"),
     ],
 )
 def test_compare_refuses_invalid_arguments_before_any_run(tmp_path, more, message):

@@ -1,4 +1,4 @@
-"""Which runs a comparison makes, and the configuration of each."""
+"""Plans the runs of a comparison and the configuration of each."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.savings.prompt import content_hash
 
 GRID = (1 / 3, 1.0, 3.0)
-"""Factors of the configured learning rate that are tried by default."""
+"""Multiples of the configured learning rate that are tried by default."""
 EPOCHS_CAP = 10
-"""A run on fewer rows makes more epochs, to make as many steps, but not more than so many times as many."""
-_FULL_FROM_LORA = 0.25
-"""Learning rate of full fine-tuning around which to look, to that of LoRA, where only the latter is configured."""
+"""Largest factor by which a run on fewer rows trains for more epochs, to take as many optimizer steps."""
+_FULL_TO_LORA = 0.25
+"""Ratio of the learning rate tried for full fine-tuning to that of LoRA, where only one of them is configured."""
 _BATCHING = {"batch_size", "packing", "num_workers", "cache_dir"}
-"""Arguments of a DataModule that change how rows are laid out, not which."""
+"""Arguments of a DataModule that change how rows are batched, but not which rows are used."""
 _OWN_CALLBACKS = ("TokenSavings", "ExportModel", "ModelCheckpoint", "ComputeMeter", "Retention")
-"""Callbacks that a comparison takes its settings from, or makes itself."""
+"""Callbacks that a comparison reads its settings from, or adds itself."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train.
+    """A method of training.
 
     Args:
-        name: ``full``, ``lora``, or that of a configuration file.
-        config: Its configuration.
-        rates: Learning rates to try, from the smallest.
+        name: ``full``, ``lora``, or the stem of a configuration file's name.
+        config: Configuration of the method, as for `lightning-ft fit`.
+        rates: Learning rates to try, in ascending order.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Method:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run to make.
+    """One run of a comparison.
 
     Args:
-        method: Its method's name; ``original`` measures the weights as they are.
-        learning_rate: Its peak; None for ``original``.
-        seed: Seed of everything drawn at random.
-        size: Training rows; None for all.
+        method: Name of the method; ``original`` measures the untrained weights.
+        learning_rate: Learning rate at the peak of the schedule; None for ``original``.
+        seed: Seed of all random draws.
+        size: Number of training rows; None for all.
     """
 
     method: str
@@ -61,7 +61,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Of its folder.
+        """Name of the run, and path of its folder.
 
         Example:
             >>> PlannedRun("lora", 2e-3, 1, 500).name
@@ -75,12 +75,12 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured of every run, as the configuration's TokenSavings and Retention say.
+    """Options of the measurements of each run, from TokenSavings and Retention in the configuration.
 
     Args:
         savings: Arguments of `TokenSavings`.
-        retention: Arguments of `Retention`.
-        evaluations: Measurements on the validation rows during a run.
+        retention: Arguments of `Retention`; empty if forgetting isn't measured.
+        evaluations: Number of measurements on the validation rows during a run.
         validation_requests: Number of validation rows to measure on; None for all.
     """
 
@@ -94,7 +94,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """Read a configuration of `lightning-ft fit`.
 
     Raises:
-        ComparisonError: If it isn't there, or isn't a configuration.
+        ComparisonError: If the file can't be read, or isn't a configuration.
     """
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -102,7 +102,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ComparisonError(f"The configuration {str(path)!r} can't be read: {error}") from error
     missing = {"model", "data"} - set(found if isinstance(found, dict) else {})
     if missing:
-        raise ComparisonError(f"{str(path)!r} has no {' and no '.join(sorted(missing))}: expected what fit takes.")
+        raise ComparisonError(
+            f"{str(path)!r} has no {' and no '.join(sorted(missing))}. Pass a configuration of `lightning-ft fit`."
+        )
     config: dict[str, Any] = found.get("fit", found)
     return config
 
@@ -110,16 +112,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def read_settings(
     config: Mapping[str, Any], path: str, evaluations: int, validation_requests: int | None = None
 ) -> Settings:
-    """What the configuration wants measured.
+    """Read the options of TokenSavings and Retention from a configuration.
 
     Raises:
-        ComparisonError: If it has no TokenSavings, so that there is neither a prompt nor a scorer.
+        ComparisonError: If it has no TokenSavings, which defines prompt, scorer and margin.
     """
-    found = {_kind(callback): callback.get("init_args", {}) for callback in _callbacks(config)}
+    found = {_class_name(callback): callback.get("init_args", {}) for callback in _callbacks(config)}
     if "TokenSavings" not in found:
         raise ComparisonError(
-            f"{path!r} has no TokenSavings among its trainer.callbacks: a comparison takes prompt, scorer and margin "
-            "from there."
+            f"{path!r} has no TokenSavings among its trainer.callbacks. Add it: a comparison takes prompt, scorer and "
+            "margin from there."
         )
     return Settings(found["TokenSavings"], found.get("Retention", {}), evaluations, validation_requests)
 
@@ -127,16 +129,17 @@ def read_settings(
 def planned_methods(
     config: Mapping[str, Any], path: str, names: Sequence[str], grids: Mapping[str, Sequence[float]]
 ) -> list[Method]:
-    """The methods that are trained.
+    """Build the methods that are trained.
 
     Args:
-        config: The configuration that `full` and `lora` are made from.
-        path: Its file, for messages.
-        names: ``prompted``, ``full``, ``lora``, or YAML files. ``prompted`` trains nothing and is always measured.
-        grids: Learning rates by method, instead of `GRID` around the configured one.
+        config: Configuration that `full` and `lora` are derived from.
+        path: Path of this configuration, for error messages.
+        names: Names of the methods: ``prompted``, ``full``, ``lora``, or paths of YAML files. ``prompted`` needs no
+            training and is always measured.
+        grids: Learning rates by method, instead of multiples (`GRID`) of the configured one.
 
     Raises:
-        ComparisonError: For a name that is neither, and for methods that differ in data or precision.
+        ComparisonError: For an unknown name, and for methods that differ in data or precision.
     """
     found: list[Method] = []
     for name in names:
@@ -150,29 +153,29 @@ def planned_methods(
         else:
             raise ComparisonError(f"--methods: {name!r} is neither prompted, full, lora nor a YAML file.")
     if not found:
-        raise ComparisonError("--methods: there is none that trains anything: give full, lora, or a YAML file.")
-    twice = {m.name for m in found if [other.name for other in found].count(m.name) > 1}
-    if twice:
-        raise ComparisonError(f"--methods: two are called {', '.join(sorted(twice))}.")
+        raise ComparisonError("--methods contains no method that trains. Add full, lora, or a YAML file.")
+    duplicates = {m.name for m in found if [other.name for other in found].count(m.name) > 1}
+    if duplicates:
+        raise ComparisonError(f"--methods contains {', '.join(sorted(duplicates))} more than once. Rename a file.")
     unknown = set(grids) - {m.name for m in found}
     if unknown:
-        raise ComparisonError(f"--learning_rates names {', '.join(sorted(unknown))}, which --methods doesn't.")
-    _check_alike(found)
+        raise ComparisonError(f"--learning_rates contains {', '.join(sorted(unknown))}, but --methods doesn't.")
+    _check_comparable(found)
     return found
 
 
 def run_config(method: Method, run: PlannedRun, folder: Path, epochs_factor: float = 1.0) -> dict[str, Any]:
-    """The configuration of one run.
+    """Build the configuration of one run.
 
     Args:
-        method: The run's method.
-        run: The run.
-        folder: Where its files go.
-        epochs_factor: How many times more epochs than configured, for runs on fewer rows.
+        method: Method of the run.
+        run: Run to configure.
+        folder: Folder of the run's files.
+        epochs_factor: Factor that the configured number of epochs is multiplied by, for runs on fewer rows.
     """
     config = copy.deepcopy(dict(method.config))
     trainer = config.setdefault("trainer", {})
-    trainer["callbacks"] = [c for c in _callbacks(config) if _kind(c) not in _OWN_CALLBACKS]
+    trainer["callbacks"] = [c for c in _callbacks(config) if _class_name(c) not in _OWN_CALLBACKS]
     trainer |= {
         "default_root_dir": str(folder),
         "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(folder), "name": "logs", "version": "0"}},
@@ -191,23 +194,23 @@ def run_config(method: Method, run: PlannedRun, folder: Path, epochs_factor: flo
 
 
 def config_hash(config: Mapping[str, Any], settings: Settings, size: int | None, inputs: Sequence[str] = ()) -> str:
-    """Names what a run's figures depend on, wherever its files are.
+    """Hash everything that the results of a run depend on, but not the paths of its files.
 
     Args:
         config: Configuration of the run.
-        settings: What is measured.
-        size: Training rows, None for all.
-        inputs: Names of what the configuration only points to: rows, prompts, weights.
+        settings: Options of the measurements.
+        size: Number of training rows; None for all.
+        inputs: Hashes of what the configuration refers to by name: rows, prompts, weights.
     """
     plain = copy.deepcopy(dict(config))
     for name in ("default_root_dir", "logger"):
         plain["trainer"].pop(name, None)
-    named = [plain, asdict(settings), size, list(inputs)]
-    return content_hash(json.loads(json.dumps(named, default=str)))  # YAML reads dates as such
+    hashed = [plain, asdict(settings), size, list(inputs)]
+    return content_hash(json.loads(json.dumps(hashed, default=str)))  # default=str for the dates of YAML
 
 
 def weights_hash(model: Any) -> str:
-    """Names the files of a model's folder by what is in them; a hub name, which its revision names, by itself."""
+    """Hash the contents of a model's folder; a hub name is returned unchanged, since its revision identifies them."""
     folder = Path(str(model))
     if not folder.is_dir():
         return str(model)
@@ -223,22 +226,22 @@ def weights_hash(model: Any) -> str:
 def _built_in(name: str, config: Mapping[str, Any], path: str, grids: Mapping[str, Sequence[float]]) -> Method:
     from lightning_ft.modules.sft import FullFineTuning, LoRAFineTuning
 
-    wanted: Any = {"full": FullFineTuning, "lora": LoRAFineTuning}[name]
-    given = str(config["model"].get("class_path", "")).rpartition(".")[2]
-    if given not in (FullFineTuning.__name__, LoRAFineTuning.__name__):
+    target: Any = {"full": FullFineTuning, "lora": LoRAFineTuning}[name]
+    configured = str(config["model"].get("class_path", "")).rpartition(".")[2]
+    if configured not in (FullFineTuning.__name__, LoRAFineTuning.__name__):
         raise ComparisonError(
-            f"{path!r} trains {given or 'no class'}: `full` and `lora` are made from a configuration of "
-            "FullFineTuning or LoRAFineTuning. Give a YAML file of its own for each method instead."
+            f"{path!r} trains {configured or 'no class'}, but `full` and `lora` need a configuration of "
+            "FullFineTuning or LoRAFineTuning. Pass one YAML file per method instead."
         )
     own = copy.deepcopy(dict(config))
     arguments = dict(own["model"].get("init_args", {}))
-    if given != wanted.__name__:
+    if configured != target.__name__:
         rate = arguments.get("learning_rate")
         if rate is not None:
-            arguments["learning_rate"] = float(rate) * (_FULL_FROM_LORA if name == "full" else 1 / _FULL_FROM_LORA)
-        accepted = inspect.signature(wanted.__init__).parameters
+            arguments["learning_rate"] = float(rate) * (_FULL_TO_LORA if name == "full" else 1 / _FULL_TO_LORA)
+        accepted = inspect.signature(target).parameters
         arguments = {key: value for key, value in arguments.items() if key in accepted}
-    own["model"] = {"class_path": f"lightning_ft.{wanted.__name__}", "init_args": arguments}
+    own["model"] = {"class_path": f"lightning_ft.{target.__name__}", "init_args": arguments}
     return Method(name, own, _rates(name, own, grids))
 
 
@@ -251,27 +254,27 @@ def _rates(name: str, config: Mapping[str, Any], grids: Mapping[str, Sequence[fl
     rate = config["model"].get("init_args", {}).get("learning_rate")
     if rate is None:
         raise ComparisonError(
-            f"{name}: its configuration has no learning_rate to look around, so say which ones to try: "
+            f"{name}: its configuration has no learning_rate to derive a grid from. Pass the learning rates to try: "
             f"--learning_rates.{name} '[1e-5, 3e-5, 1e-4]'."
         )
-    return tuple(rounded(float(rate) * factor) for factor in GRID)
+    return tuple(round_rate(float(rate) * factor) for factor in GRID)
 
 
-def rounded(rate: float) -> float:
-    """To two digits.
+def round_rate(rate: float) -> float:
+    """Round a learning rate to two significant digits.
 
     Example:
-        >>> rounded(0.0066667)
+        >>> round_rate(0.0066667)
         0.0067
     """
     return float(f"{rate:.1e}")
 
 
-def _check_alike(found: Sequence[Method]) -> None:
+def _check_comparable(methods: Sequence[Method]) -> None:
     def data(method: Method) -> Any:
-        given = method.config["data"]
-        arguments = {k: v for k, v in given.get("init_args", {}).items() if k not in _BATCHING}
-        return [str(given.get("class_path", "")).rpartition(".")[2], arguments]
+        section = method.config["data"]
+        arguments = {k: v for k, v in section.get("init_args", {}).items() if k not in _BATCHING}
+        return [str(section.get("class_path", "")).rpartition(".")[2], arguments]
 
     def precision(method: Method) -> dict[str, Any]:
         return {
@@ -279,19 +282,20 @@ def _check_alike(found: Sequence[Method]) -> None:
             "model.init_args.dtype": method.config["model"].get("init_args", {}).get("dtype", "the class's default"),
         }
 
-    first = found[0]
-    for other in found[1:]:
+    first = methods[0]
+    for other in methods[1:]:
         if data(other) != data(first):
             raise ComparisonError(
-                f"{first.name} and {other.name} have different data sections: methods are compared on the same rows."
+                f"{first.name} and {other.name} have different data sections. Make them equal, since methods are "
+                "compared on the same rows."
             )
         one, two = precision(first), precision(other)
         classes = {str(m.config["model"].get("class_path", "")).rpartition(".")[2] for m in (first, other)}
         defaults = "the class's default" in (one["model.init_args.dtype"], two["model.init_args.dtype"])
         if one != two or (defaults and len(classes) > 1):
             raise ComparisonError(
-                f"{first.name} ({one}) and {other.name} ({two}) may run in different precision: say "
-                "model.init_args.dtype and trainer.precision in the configuration, the same for both."
+                f"{first.name} ({one}) and {other.name} ({two}) may run in different precision. Set "
+                "model.init_args.dtype and trainer.precision to the same values in both configurations."
             )
 
 
@@ -300,5 +304,5 @@ def _callbacks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(found)] if isinstance(found, Mapping) else list(found)
 
 
-def _kind(callback: Mapping[str, Any]) -> str:
+def _class_name(callback: Mapping[str, Any]) -> str:
     return str(callback.get("class_path", "")).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Measures a run on its way: quality on validation rows, with what training took so far, and a checkpoint with each."""
+"""Records the learning curve of a run: quality on validation rows against FLOPs and time, with checkpoints."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_ft.modules.base import FineTuning
 
 
 class RunRecorder(Callback):
-    """Takes a run's curve. It must stand behind the other callbacks, so that none of its time counts as training.
+    """Records the learning curve of a run. It must be the last callback, so that its time isn't counted as training.
 
     Args:
-        folder: Where the checkpoint is kept from which a killed run goes on.
-        meter: Counts what training takes.
-        quality: Mean score of a model on the validation rows.
-        evaluations: How many measurements to spread over the run.
-        config_hash: Names the configuration of the run, so that its checkpoint says of which it is.
+        folder: Folder of the checkpoint that a killed run resumes from.
+        meter: Meter of the FLOPs and time of training.
+        quality: Function that returns the mean score of a model on the validation rows.
+        evaluations: Number of measurements, spread evenly over the run.
+        config_hash: Hash of the run's configuration, saved in the checkpoint to identify it.
     """
 
     def __init__(
@@ -39,33 +39,33 @@ class RunRecorder(Callback):
         self.folder, self.meter, self.quality, self.evaluations = folder, meter, quality, evaluations
         self.curve: list[CurvePoint] = []
         self.earlier_seconds = 0.0
-        """Time that the run took before it was killed, up to the checkpoint that it goes on from."""
+        """Duration of the run up to the checkpoint that it was resumed from, in seconds."""
         self._started = time.perf_counter()
-        self._places: set[int] = set()
+        self._planned_steps: set[int] = set()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Spread the measurements over the run's steps."""
+        """Spread the measurements over the steps of the run."""
         total = pl_module._total_steps() if isinstance(pl_module, FineTuning) else None
         count = self.evaluations
-        self._places = set() if total is None else {math.ceil(total * (i + 1) / count) for i in range(count)}
+        self._planned_steps = set() if total is None else {math.ceil(total * (i + 1) / count) for i in range(count)}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure after the steps that are due."""
-        if trainer.global_step in self._places and not self._measured(trainer.global_step):
+        """Measure if the step is one of those planned."""
+        if trainer.global_step in self._planned_steps and not self._measured(trainer.global_step):
             self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure after every epoch where the number of steps isn't known."""
-        if not self._places and not self._measured(trainer.global_step):
+        """Measure after each epoch if the number of steps isn't known in advance."""
+        if not self._planned_steps and not self._measured(trainer.global_step):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure the final weights."""
+        """Measure the final weights, unless the last step was measured."""
         if not self._measured(trainer.global_step):
             self._measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve so far."""
+        """Return the curve so far, and what identifies the run."""
         return {
             "curve": [[p.step, p.flops, p.seconds, p.quality] for p in self.curve],
             "seconds": self.earlier_seconds + time.perf_counter() - self._started,
@@ -73,7 +73,7 @@ class RunRecorder(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curve of the run that is resumed."""
+        """Restore the curve of the resumed run."""
         self.curve = [CurvePoint(*point) for point in state_dict["curve"]]
         self.earlier_seconds = state_dict["seconds"]
 

@@ -1,4 +1,4 @@
-"""Make a comparison: the runs that are still missing, within a budget, then its figures and report."""
+"""Compares methods: executes the missing runs within a budget, then writes the result and the report."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from lightning_ft.compare.plan import (
     planned_methods,
     read_config,
     read_settings,
-    rounded,
+    round_rate,
     run_config,
     weights_hash,
 )
 from lightning_ft.compare.run_files import CONFIG, PLAN, read_plan, read_results, write_plan
-from lightning_ft.compare.worker import savings_plans
+from lightning_ft.compare.worker import measurement_plans
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
@@ -46,8 +46,8 @@ from lightning_ft.printable import json_text
 from lightning_ft.report.write import write_report
 
 EXTENSIONS = 2
-"""How often a grid is extended where its best learning rate is at its edge."""
-NAME = "comparison.json"
+"""Largest number of times that a grid is extended because its best learning rate is at its edge."""
+FILE_NAME = "comparison.json"
 ORIGINAL = PlannedRun("original")
 
 
@@ -66,44 +66,46 @@ def compare(
     workers: int = 1,
     threads: int | None = None,
 ) -> Comparison:
-    """Compare ways to train on the same rows: what each reached, what it took, and what it forgot.
+    """Compare methods trained on the same rows: quality, tokens and cost, training compute, and forgetting.
 
-    Every method has its own grid of learning rates; the best by validation quality is run with every seed, and, with
-    `sizes`, on fewer rows. Runs are processes of their own, in folders below `output`; those that are complete are
-    never made again, and one that was killed goes on from its last checkpoint.
+    Each method has its own grid of learning rates. The best one by validation quality is run with every seed and, with
+    `sizes`, on fewer rows. Each run is a process of its own with a folder in `output`. Complete runs are not repeated,
+    and a run that was killed resumes from its last checkpoint.
 
     Args:
-        config: A configuration of `lightning-ft fit` with TokenSavings among its callbacks: its prompt, scorer, margin
-            and prices are what methods are measured by.
-        methods: ``prompted``, ``full``, ``lora``, or YAML files, as ``prompted,full,lora``.
-        output: Folder of runs, figures and report.
-        learning_rates: Grid of each method; by default a third, once and three times the configured one. Where the best
-            is at the edge, the grid is extended up to twice.
-        seeds: At least three, or differences between methods may be chance.
-        sizes: Training rows of a learning curve, such as ``100,500,1000``.
-        curve_seeds: How many of the seeds the learning curve is run with; by default all.
-        budget: Time that all runs together may take, as ``90m`` or ``2h``; a run that would not fit isn't begun.
-        metrics: Figures of the domain: where to import ``f(outputs, references) -> dict`` from.
-        evaluations: Measurements on the validation rows during a run.
-        validation_requests: How many of the validation rows to ask, drawn by TokenSavings' seed; by default all.
-        workers: Runs side by side. More than one slows all of them down, so wall times mean less.
-        threads: Threads of each run; by default torch's choice.
+        config: Path of a configuration of `lightning-ft fit` with TokenSavings among its callbacks, whose prompt,
+            scorer, margin and prices are used for all methods.
+        methods: Methods to compare: ``prompted``, ``full``, ``lora``, or paths of YAML files, separated by commas.
+        output: Folder of the runs, the result and the report.
+        learning_rates: Learning rates to try for each method; by default 1/3, 1 and 3 times the configured one. If the
+            best is at the edge, the grid is extended up to twice.
+        seeds: Seeds of the runs with the best learning rate. Use at least three: with fewer, differences between
+            methods may be chance.
+        sizes: Numbers of training rows of a learning curve, such as ``100,500,1000``.
+        curve_seeds: Number of seeds that the learning curve is run with; all by default.
+        budget: Total duration of all runs, such as ``90m`` or ``2h``; a run that would exceed it isn't started.
+        metrics: Import path of a function ``f(outputs, references) -> dict`` that computes metrics of the domain, such
+            as ``package.module.function`` or ``path/to/file.py:function``.
+        evaluations: Number of measurements on the validation rows during a run.
+        validation_requests: Number of validation rows to measure on, drawn with TokenSavings' seed; all by default.
+        workers: Number of runs at the same time. With more than one, all are slower and wall times less meaningful.
+        threads: Number of threads per run; torch's default if None.
 
     Returns:
-        The comparison; it is also written to ``comparison.json``, with a report beside it.
+        The comparison, which is also written to ``comparison.json``, next to a report.
 
     Raises:
         ComparisonError: For methods that can't be compared, and for a run that failed.
     """
     return _Comparer(
         config,
-        _listed(methods),
+        _split(methods),
         Path(output),
         grids=learning_rates or {},
-        seeds=_numbers("seeds", seeds),
-        sizes=_numbers("sizes", sizes or []),
+        seeds=_integers("seeds", seeds),
+        sizes=_integers("sizes", sizes or []),
         curve_seeds=curve_seeds,
-        budget=None if budget is None else seconds_of(budget),
+        budget=None if budget is None else parse_duration(budget),
         metrics=metrics,
         evaluations=evaluations,
         validation_requests=validation_requests,
@@ -112,42 +114,46 @@ def compare(
     ).run()
 
 
-def seconds_of(text: str) -> float:
-    """A time such as ``90m``.
+def parse_duration(text: str) -> float:
+    """Convert a duration such as ``90m`` to seconds.
+
+    Args:
+        text: Number with the unit ``s``, ``m`` or ``h``; seconds without a unit.
 
     Raises:
-        ComparisonError: If it is none.
+        ComparisonError: If `text` isn't a duration.
 
     Example:
-        >>> seconds_of("90m"), seconds_of("1.5h"), seconds_of("20")
+        >>> parse_duration("90m"), parse_duration("1.5h"), parse_duration("20")
         (5400.0, 5400.0, 20.0)
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
     if found is None:
-        raise ComparisonError(f"--budget {text!r}: expected a time such as 90m, 2h or 600s.")
+        raise ComparisonError(f"--budget {text!r}: expected a duration such as 90m, 2h or 600s.")
     return float(found[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def _listed(given: str | Sequence[Any]) -> list[str]:
-    return [part.strip() for part in given.split(",")] if isinstance(given, str) else [str(part) for part in given]
+def _split(value: str | Sequence[Any]) -> list[str]:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else [str(part) for part in value]
 
 
-def _numbers(name: str, given: str | Sequence[int]) -> list[int]:
+def _integers(name: str, value: str | Sequence[int]) -> list[int]:
     try:
-        return [int(part) for part in _listed(given)]
+        return [int(part) for part in _split(value)]
     except ValueError as error:
-        raise ComparisonError(f"--{name} {given!r}: expected whole numbers such as 0,1,2.") from error
+        raise ComparisonError(f"--{name} {value!r}: expected whole numbers such as 0,1,2.") from error
 
 
-def _text_of(path: Path) -> str | None:
+def _read_text(path: Path) -> str | None:
+    """Read a text file; None if it is missing or isn't text."""
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):  # missing, or not text
+    except (OSError, ValueError):
         return None
 
 
 class _Comparer:
-    """The state of one call of :func:`compare`."""
+    """State of one call of :func:`compare`."""
 
     def __init__(
         self,
@@ -167,7 +173,9 @@ class _Comparer:
         threads: int | None,
     ) -> None:
         if not seeds or len(set(seeds)) < len(seeds) or workers < 1 or evaluations < 1:
-            raise ComparisonError("compare: expected different seeds, at least one; workers and evaluations from 1.")
+            raise ComparisonError(
+                "compare: expected at least one seed, no seed twice, and workers and evaluations of at least 1."
+            )
         self.config, self.output, self.budget = read_config(config), output, budget
         self.config_path, self.seeds, self.curve_seeds = config, list(seeds), list(seeds)[:curve_seeds]
         self.workers, self.threads = workers, threads
@@ -178,18 +186,18 @@ class _Comparer:
         self.results: dict[PlannedRun, list[RunResult]] = {}
         self._weights: dict[Any, str] = {}
         self.plan, self.rows, self.data_report = self._check()
-        too_many = [size for size in sizes if size >= self.rows]
-        if too_many:
-            print(
-                f"Sizes {too_many} are at least the {self.rows:,} training rows: those runs are the ones on all rows."
-            )
+        if too_large := [size for size in sizes if size >= self.rows]:
+            print(f"Sizes {too_large} are skipped, since runs on all {self.rows:,} training rows are included anyway.")
         self.sizes = sorted({size for size in sizes if size < self.rows})
 
     def _check(self) -> tuple[Any, int, dict[str, Any]]:
-        """Load rows and prompts once, before anything is trained.
+        """Load rows and prompts before anything is trained.
+
+        Returns:
+            The measurement plan of the test rows, the number of training rows, and a report on the rows of each split.
 
         Raises:
-            LightningFTError: For whatever a run would fail with that can be known without weights.
+            LightningFTError: For errors of a run that can be found without weights.
         """
         folder = self.output / "runs" / "checked"
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,10 +209,10 @@ class _Comparer:
         for split in ("validation", "test"):
             if split not in data.splits.rows:
                 raise ComparisonError(
-                    f"{self.config_path!r} has no {split} rows: learning rates are chosen on validation rows, methods "
-                    "are compared on test rows."
+                    f"{self.config_path!r} has no {split} rows. Add them, since learning rates are chosen on "
+                    "validation rows and methods are compared on test rows."
                 )
-        plans = savings_plans(data.share_tokenizer(cli.model), data, asdict(self.settings))
+        plans = measurement_plans(data.share_tokenizer(cli.model), data, asdict(self.settings))
         report = {
             name: {"read": r.read, "kept": r.kept, **{what: count for count, what in r.overlap}}
             for name, r in data.report.items()
@@ -212,78 +220,78 @@ class _Comparer:
         index = data.splits.training_index()
         self.overlap = {split: request_overlap(plan.requests, index) for split, plan in plans.items()}
         train = [[[dict(turn) for turn in r.messages], r.reference] for r in data.requests("train")]
-        self.measured = [content_hash(train), *(plan.fingerprint for plan in plans.values())]
+        self.data_hashes = [content_hash(train), *(plan.fingerprint for plan in plans.values())]
         return plans["test"], data.report["train"].kept, report
 
     def run(self) -> Comparison:
-        """Make what is missing, and compare."""
+        """Execute the missing runs, and compare."""
         names = list(self.methods)
-        self._make([ORIGINAL])
+        self._execute([ORIGINAL])
         grid = [PlannedRun(m, rate, self.seeds[0]) for m in names for rate in self.methods[m].rates]
-        self._make(grid)
+        self._execute(grid)
         for _ in range(EXTENSIONS):
-            beyond = [run for name in names if (run := self._beyond(name)) is not None]
-            if not beyond:
+            extended = [run for name in names if (run := self._extend_grid(name)) is not None]
+            if not extended:
                 break
-            self._make(beyond)
-        chosen = choose_learning_rates(self._found())
-        self._make([PlannedRun(m, chosen[m], seed) for seed in self.seeds[1:] for m in names if m in chosen])
+            self._execute(extended)
+        chosen = choose_learning_rates(self._all_results())
+        self._execute([PlannedRun(m, chosen[m], seed) for seed in self.seeds[1:] for m in names if m in chosen])
         curve = [(seed, m, size) for seed in self.curve_seeds for size in self.sizes for m in names if m in chosen]
-        self._make([PlannedRun(m, chosen[m], seed, size) for seed, m, size in curve])
+        self._execute([PlannedRun(m, chosen[m], seed, size) for seed, m, size in curve])
         return self._finish()
 
-    def _beyond(self, name: str) -> PlannedRun | None:
-        """The next learning rate where the best so far is at the edge of those tried."""
+    def _extend_grid(self, name: str) -> PlannedRun | None:
+        """Return a run with the next learning rate if the best so far is at the edge of those tried."""
         tried = [
             run.learning_rate
             for run in self.results
             if run.method == name and run.size is None and run.seed == self.seeds[0] and run.learning_rate is not None
         ]
-        best = choose_learning_rates(self._found()).get(name)
+        best = choose_learning_rates(self._all_results()).get(name)
         if best is None or len(tried) < 2 or best not in (min(tried), max(tried)):
             return None
-        return PlannedRun(name, rounded(best / 3 if best == min(tried) else best * 3), self.seeds[0])
+        return PlannedRun(name, round_rate(best / 3 if best == min(tried) else best * 3), self.seeds[0])
 
-    def _found(self) -> list[RunResult]:
+    def _all_results(self) -> list[RunResult]:
         return [result for results in self.results.values() for result in results]
 
-    # ---------------------------------------------------------------- running
+    # ---------------------------------------------------------------- runs
 
-    def _make(self, runs: Iterable[PlannedRun]) -> None:
-        """Make runs that aren't there yet, `workers` side by side, while the budget lasts."""
+    def _execute(self, runs: Iterable[PlannedRun]) -> None:
+        """Execute the runs without results, `workers` at a time, while the budget lasts."""
         waiting: list[PlannedRun] = []
         for run in runs:
-            named = self._prepare(run)
+            digest = self._prepare(run)
             if not self._read(run):
                 waiting.append(run)
-            elif any(result.config_hash != named for result in self.results[run]):
+            elif any(result.config_hash != digest for result in self.results[run]):
                 raise self._other_configuration(run)
-        going: dict[PlannedRun, subprocess.Popen[bytes]] = {}
-        begun: dict[PlannedRun, float] = {}
+        running: dict[PlannedRun, subprocess.Popen[bytes]] = {}
+        started: dict[PlannedRun, float] = {}
         try:
-            while waiting or going:
-                while waiting and len(going) < self.workers:
-                    if not self._affordable(waiting[0], [time.monotonic() - t for t in begun.values()]):
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    if not self._fits_budget(waiting[0], [time.monotonic() - t for t in started.values()]):
                         self.complete = False
                         waiting.clear()
                         break
                     run = waiting.pop(0)
-                    going[run], begun[run] = self._start(run), time.monotonic()
-                for run, process in list(going.items()):
+                    running[run], started[run] = self._start(run), time.monotonic()
+                for run, process in list(running.items()):
                     if process.poll() is not None:
-                        del going[run], begun[run]
-                        self._end(run, process.returncode)
-                time.sleep(0.2 if going else 0)
+                        del running[run], started[run]
+                        self._collect(run, process.returncode)
+                time.sleep(0.2 if running else 0)
         finally:
-            for process in going.values():
+            for process in running.values():
                 process.terminate()
 
-    def _affordable(self, run: PlannedRun, going: Sequence[float]) -> bool:
+    def _fits_budget(self, run: PlannedRun, elapsed: Sequence[float]) -> bool:
         if self.budget is None:
             return True
-        spent = sum(result.wall_seconds for result in self._found()) + sum(going)
-        alike = [r.wall_seconds for r in self._found() if r.method == run.method]
-        expected = mean(alike) if alike else 0.0
+        spent = sum(result.wall_seconds for result in self._all_results()) + sum(elapsed)
+        same_method = [r.wall_seconds for r in self._all_results() if r.method == run.method]
+        expected = mean(same_method) if same_method else 0.0
         return spent + expected <= self.budget
 
     def _folder(self, run: PlannedRun) -> Path:
@@ -291,44 +299,45 @@ class _Comparer:
 
     def _other_configuration(self, run: PlannedRun) -> ComparisonError:
         return ComparisonError(
-            f"{self._folder(run)} holds a run of another configuration: give another --output, or remove it."
+            f"{self._folder(run)} contains a run of another configuration. Choose another --output, or "
+            "remove the folder."
         )
 
     def _prepare(self, run: PlannedRun) -> str:
-        """Write a run's plan, or check that the one there is the same.
+        """Write the plan of a run, or check that an existing one is the same.
 
         Returns:
-            The name of its configuration.
+            Hash of the run's configuration.
         """
         folder = self._folder(run)
         method = self.methods.get(run.method) or next(iter(self.methods.values()))
         factor = 1.0 if run.size is None else min(EPOCHS_CAP, self.rows / run.size)
         config = run_config(method, run, folder, factor)
-        named = config_hash(config, self.settings, run.size, self._inputs(method))
+        digest = config_hash(config, self.settings, run.size, self._input_hashes(method))
         written = yaml.safe_dump(config, sort_keys=False)
         if (found := read_plan(folder)) is not None:
-            if found["hash"] != named:
+            if found["hash"] != digest:
                 raise self._other_configuration(run)
-            if _text_of(folder / CONFIG) == written:
-                return named
+            if _read_text(folder / CONFIG) == written:
+                return digest
         elif (folder / PLAN).exists():
-            print(f"{folder / PLAN} is damaged: it is written again.")
+            print(f"{folder / PLAN} is damaged, and is written again.")
         write_text(folder / CONFIG, written)
         content = {
             "run": asdict(run),
             "rows": self.rows if run.size is None else run.size,
-            "hash": named,
+            "hash": digest,
             "settings": asdict(self.settings),
         }
         write_plan(folder, content)
-        return named
+        return digest
 
-    def _inputs(self, method: Method) -> list[str]:
-        """Names of the rows, prompts and weights that a method's configuration points to."""
+    def _input_hashes(self, method: Method) -> list[str]:
+        """Return hashes of the rows, prompts and weights that a method's configuration refers to."""
         model = method.config["model"].get("init_args", {}).get("model")
         if model not in self._weights:
             self._weights[model] = weights_hash(model)
-        return [*self.measured, self._weights[model]]
+        return [*self.data_hashes, self._weights[model]]
 
     def _start(self, run: PlannedRun) -> subprocess.Popen[bytes]:
         folder = self._folder(run)
@@ -340,28 +349,28 @@ class _Comparer:
             command = [sys.executable, "-m", "lightning_ft.compare.worker", str(folder)]
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
-    def _end(self, run: PlannedRun, code: int) -> None:
+    def _collect(self, run: PlannedRun, code: int) -> None:
         folder = self._folder(run)
         if code != 0 or not self._read(run):
             lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             raise ComparisonError(
-                f"The run {run.name} ended with exit status {code}; the last lines of {folder / 'log.txt'}:\n"
+                f"The run {run.name} ended with exit status {code}. Last lines of {folder / 'log.txt'}:\n"
                 + "\n".join(lines[-12:])
             )
         for result in self.results[run]:
             print(
-                f"{run.name}: {result.method} has {result.validation_quality:.4f} on validation rows, "
+                f"{run.name}: {result.method} reached quality {result.validation_quality:.4f} on validation rows in "
                 f"{result.wall_seconds:.0f} s",
                 flush=True,
             )
 
     def _read(self, run: PlannedRun) -> bool:
-        """Take the results of a run; False where it isn't complete."""
+        """Read the results of a run; return whether it is complete."""
         if (found := read_results(self._folder(run))) is not None:
             self.results[run] = found
         return found is not None
 
-    # ---------------------------------------------------------------- figures
+    # ---------------------------------------------------------------- result
 
     def _finish(self) -> Comparison:
         savings = self.settings.savings
@@ -375,19 +384,22 @@ class _Comparer:
             in_training=self.overlap["test"].in_training,
             warnings=self._request_warnings(),
         )
-        result = compare_methods(self._found(), test_set, complete=self.complete, provenance=self._provenance())
+        result = compare_methods(self._all_results(), test_set, complete=self.complete, provenance=self._provenance())
         text = json_text(result.to_dict())
-        write_text(self.output / NAME, text + "\n")
+        write_text(self.output / FILE_NAME, text + "\n")
         write_report(self.output)
         return result
 
     def _request_warnings(self) -> tuple[str, ...]:
-        """What test and validation requests have in common with the training rows; the verdicts count the former."""
+        """Warn about clusters of the test set and requests of the validation set that are among the training rows.
+
+        Test requests among the training rows are counted in the verdicts.
+        """
         validation = self.overlap["validation"]
-        found = overlap_text(len(validation.in_training), validation.n)
+        overlap = overlap_text(len(validation.in_training), validation.n)
         return (
             *self.overlap["test"].cluster_warnings,
-            *([f"Of the validation rows, by which learning rates are chosen, {found}."] if found else ()),
+            *([f"Of the validation rows, on which learning rates are chosen, {overlap}."] if overlap else ()),
         )
 
     def _provenance(self) -> dict[str, Any]:

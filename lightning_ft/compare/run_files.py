@@ -1,4 +1,4 @@
-"""Files of one run of a comparison: its plan, its result, and the checkpoint that it goes on from."""
+"""Files of one run of a comparison: its plan, its results, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Recu
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """The plan of a run; None where there is none, or it is damaged."""
+    """Read the plan of a run; None if it is missing or damaged."""
     try:
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         return plan if isinstance(plan["hash"], str) and {"run", "rows", "settings"} <= plan.keys() else None
@@ -31,16 +31,16 @@ def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     """Write the plan of a run.
 
     Raises:
-        FileWriteError: If it can't be written.
+        FileWriteError: If the file can't be written.
     """
     write_text(folder / PLAN, json.dumps(plan, indent=1, default=str) + "\n")
 
 
 def read_results(folder: Path) -> list[RunResult] | None:
-    """What a run found; None where it isn't complete. A file that is damaged is renamed, so that the run is made again.
+    """Read the results of a run. A damaged file is renamed, so that the run is repeated.
 
     Returns:
-        Its result; for the original weights one for each of their two arms.
+        The result; for the original weights, one for each of their two arms. None if the run isn't complete.
     """
     path = folder / RESULT
     if not path.exists():
@@ -51,37 +51,40 @@ def read_results(folder: Path) -> list[RunResult] | None:
             raise ValueError("it is empty")
         return found
     except _UNREADABLE as error:
-        aside = path.with_name(f"{RESULT}.damaged")
-        os.replace(path, aside)
-        print(f"{path} is damaged ({first_line(error)}); it is now {aside.name}, and the run is made again.")
+        damaged = path.with_name(f"{RESULT}.damaged")
+        os.replace(path, damaged)
+        print(f"{path} is damaged ({first_line(error)}). It was renamed to {damaged.name}, and the run is repeated.")
         return None
 
 
 def write_results(folder: Path, results: Sequence[RunResult]) -> None:
-    """Write what a run found, once it is complete.
+    """Write the results of a complete run.
 
     Raises:
-        FileWriteError: If it can't be written.
+        FileWriteError: If the file can't be written.
     """
     write_text(folder / RESULT, json.dumps([result.to_dict() for result in results]))
 
 
-def checkpoint_of(folder: Path, config_hash: str) -> str | None:
-    """The checkpoint that a run goes on from; None where there is none of this configuration that is whole.
+def find_checkpoint(folder: Path, config_hash: str) -> str | None:
+    """Find the checkpoint that a run resumes from.
 
     Args:
         folder: Folder of the run.
-        config_hash: Names its configuration: the plan that said so may have been lost.
+        config_hash: Hash of the run's configuration, compared with that in the checkpoint: the plan may be newer.
+
+    Returns:
+        Path of the checkpoint; None if it is missing, damaged, or of another configuration.
     """
     path = folder / CHECKPOINT
     if not path.exists():
         return None
     try:
-        of = read_checkpoint(path).get("callbacks", {}).get("RunRecorder", {}).get("config_hash", config_hash)
+        found = read_checkpoint(path).get("callbacks", {}).get("RunRecorder", {}).get("config_hash", config_hash)
     except CheckpointError as error:
-        print(f"{error} The run starts again.")
+        print(f"{error} The run starts from scratch.")
         return None
-    if of != config_hash:
-        print(f"{path} is of another configuration. The run starts again.")
+    if found != config_hash:
+        print(f"{path} is of another configuration. The run starts from scratch.")
         return None
     return str(path)

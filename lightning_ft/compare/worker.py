@@ -1,7 +1,7 @@
-"""One run of a comparison in a process of its own: `python -m lightning_ft.compare.worker FOLDER`.
+"""Process of one run of a comparison: `python -m lightning_ft.compare.worker FOLDER`.
 
-The folder holds `config.yaml`, a configuration of `lightning-ft fit`, and `plan.json`; the run writes `result.json`,
-once it is complete. A run that was killed goes on from its last checkpoint.
+The folder contains `config.yaml`, a configuration of `lightning-ft fit`, and `plan.json`; the run writes `result.json`
+when it is complete. A run that was killed resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_ft.callbacks.retention import Retention
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.compare.plan import PlannedRun
 from lightning_ft.compare.recorder import RunRecorder
-from lightning_ft.compare.run_files import CHECKPOINT, CONFIG, PLAN, RESULT, checkpoint_of, read_plan, write_results
+from lightning_ft.compare.run_files import CHECKPOINT, CONFIG, PLAN, RESULT, find_checkpoint, read_plan, write_results
 from lightning_ft.errors import ComparisonError, LightningFTError
 from lightning_ft.evaluation.comparison.result import RunResult
 from lightning_ft.evaluation.savings.arms import run_arm
@@ -29,19 +29,22 @@ from lightning_ft.evaluation.savings.plan import MeasurementPlan, measurement_pl
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
 
-_OF_THE_PLAN = ("scorer", "max_new_tokens", "max_requests", "seed")
+_PLAN_OPTIONS = ("scorer", "max_new_tokens", "max_requests", "seed")
 
 
-def savings_plans(tokenizer: Any, data: Any, settings: Mapping[str, Any]) -> dict[str, MeasurementPlan]:
-    """What is asked of the validation rows and of the test rows.
+def measurement_plans(tokenizer: Any, data: Any, settings: Mapping[str, Any]) -> dict[str, MeasurementPlan]:
+    """Plan the measurements of token savings on the validation rows and on the test rows.
 
     Args:
-        tokenizer: The model's.
-        data: The DataModule, its rows loaded.
+        tokenizer: Tokenizer of the model.
+        data: DataModule whose rows are loaded.
         settings: `Settings` as JSON types.
 
+    Returns:
+        The plan of each split, ``validation`` and ``test``.
+
     Raises:
-        SavingsError: For everything that can be known without the model.
+        SavingsError: For problems that can be found without the model.
     """
     savings = settings["savings"]
     baseline = savings.get("baseline")
@@ -49,44 +52,44 @@ def savings_plans(tokenizer: Any, data: Any, settings: Mapping[str, Any]) -> dic
         baseline = PromptBaseline.from_file(baseline)
     elif isinstance(baseline, dict):
         baseline = PromptBaseline(**baseline.get("init_args", baseline))
-    options = {name: savings[name] for name in _OF_THE_PLAN if name in savings}
-    fewer = (
-        options
+    test_options = {name: savings[name] for name in _PLAN_OPTIONS if name in savings}
+    validation_options = (
+        test_options
         if settings["validation_requests"] is None
-        else {**options, "max_requests": settings["validation_requests"]}
+        else {**test_options, "max_requests": settings["validation_requests"]}
     )
     return {
-        split: measurement_plan(tokenizer, data.requests(split), baseline, **asked)
-        for split, asked in (("validation", fewer), ("test", options))
+        split: measurement_plan(tokenizer, data.requests(split), baseline, **options)
+        for split, options in (("validation", validation_options), ("test", test_options))
     }
 
 
-def make(folder: Path) -> list[RunResult]:
-    """Make the run that a folder plans.
+def execute(folder: Path) -> list[RunResult]:
+    """Execute the planned run of a folder.
 
     Returns:
-        Its result; for the original weights one for each of their two arms.
+        The result; for the original weights, one for each of their two arms.
     """
     started = time.perf_counter()
     plan = read_plan(folder)
     if plan is None:
-        raise ComparisonError(f"{folder / PLAN} is missing or damaged: start the comparison again, which writes it.")
+        raise ComparisonError(f"{folder / PLAN} is missing or damaged. Start the comparison again to write it.")
     run = PlannedRun(**plan["run"])
     savings = plan["settings"]["savings"]
     cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
     data: Any = cli.datamodule
     data.load_rows()
-    data.reorder(run.seed)  # and not the seed that rows are held out by: methods and seeds share their rows
+    data.reorder(run.seed)  # not the seed of the held-out split, so that all methods and seeds train on the same rows
     if run.size is not None:
         data.splits.sample("train", run.size)
-    plans = savings_plans(data.share_tokenizer(cli.model), data, plan["settings"])
+    plans = measurement_plans(data.share_tokenizer(cli.model), data, plan["settings"])
 
     def answer(name: str, split: str) -> Callable[[Any], ArmRecords]:
         options = {"batch_size": savings.get("batch_size", 64), "progress": False}
         timed = savings.get("timed_requests", 3) if split == "test" else 0
         return lambda model: run_arm(name, model, cli.model.tokenizer, plans[split], timed_requests=timed, **options)
 
-    def result(method: str, earlier: float = 0.0, **figures: Any) -> RunResult:
+    def result(method: str, earlier: float = 0.0, **fields: Any) -> RunResult:
         return RunResult(
             method,
             run.seed,
@@ -94,18 +97,18 @@ def make(folder: Path) -> list[RunResult]:
             plan["rows"] if run.learning_rate is not None else None,
             wall_seconds=time.perf_counter() - started + earlier,
             config_hash=plan["hash"],
-            **figures,
+            **fields,
         )
 
     if run.learning_rate is None:
         cli.model.configure_model()
-        model = cli.model.model  # where it has an adapter, that does nothing yet
-        made: list[RunResult] = []
+        model = cli.model.model  # a new adapter doesn't change the output yet
+        results: list[RunResult] = []
         for name in ("untuned", "prompted"):
             validation, test = answer(name, "validation")(model), answer(name, "test")(model)
-            counted = sum(earlier.wall_seconds for earlier in made)  # the second arm's time is that since the first
-            made.append(result(name, -counted, validation_quality=validation.quality, test=test))
-        return made
+            counted = sum(each.wall_seconds for each in results)  # so that the time of the first arm counts once
+            results.append(result(name, -counted, validation_quality=validation.quality, test=test))
+        return results
     meter = ComputeMeter(output_dir=False)
     settings = plan["settings"]["retention"]
     retention = Retention(**{**settings, "output_dir": False}) if settings else None
@@ -118,11 +121,13 @@ def make(folder: Path) -> list[RunResult]:
     )
     trainer: Any = cli.trainer
     trainer.callbacks = [meter, *trainer.callbacks, *([retention] if retention else []), recorder]
-    trainer.fit(cli.model, datamodule=data, ckpt_path=checkpoint_of(folder, plan["hash"]))
+    trainer.fit(cli.model, datamodule=data, ckpt_path=find_checkpoint(folder, plan["hash"]))
     if trainer.interrupted:
-        raise ComparisonError("The run was interrupted; it goes on from its last checkpoint when started again.")
-    if undefined := [told for callback in (meter, retention) if callback and (told := callback.undefined)]:
-        raise ComparisonError(f"{' '.join(undefined)} Start the comparison again: the run goes on from its end.")
+        raise ComparisonError(
+            "The run was interrupted. Start the comparison again to resume it from its last checkpoint."
+        )
+    if reasons := [callback.undefined for callback in (meter, retention) if callback and callback.undefined]:
+        raise ComparisonError(f"{' '.join(reasons)} Start the comparison again to repeat the measurements.")
     return [
         result(
             run.method,
@@ -145,17 +150,17 @@ def _exported_bytes(module: Any, folder: Path) -> int:
 
 
 def main() -> None:
-    """Make a run once: who comes second waits for the first, and finds its result."""
+    """Execute a run once; a second process waits for the first, and finds its result."""
     folder = Path(sys.argv[1])
     with FileLock(folder / "lock"):
         if (folder / RESULT).exists():
             return
         try:
-            write_results(folder, make(folder))
+            write_results(folder, execute(folder))
         except LightningFTError as error:
             sys.exit(f"{type(error).__name__}: {error}")
         (folder / CHECKPOINT).unlink(missing_ok=True)
-    print(f"made with {NAMESPACE}")
+    print(f"Executed with {NAMESPACE}")
 
 
 if __name__ == "__main__":

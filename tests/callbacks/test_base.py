@@ -78,8 +78,8 @@ def fit(trainer_options, model_folder, callbacks, **options):
 def exported(tmp_path, module):
     """Whether the export contains the final weights of the module."""
     saved = load_file(tmp_path / "out" / "last" / "adapter_model.safetensors")
-    held = {n.removeprefix("model.").replace(".default", ""): p for n, p in module.named_parameters()}
-    return all(torch.equal(value, held[name]) for name, value in saved.items())
+    final = {n.removeprefix("model.").replace(".default", ""): p for n, p in module.named_parameters()}
+    return all(torch.equal(value, final[name]) for name, value in saved.items())
 
 
 AVERAGES = {

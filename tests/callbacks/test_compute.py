@@ -17,7 +17,16 @@ from lightning_ft.evaluation.compute.arithmetic import ComputeResult
 from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
 
 BATCHES, ROWS, LENGTH = 6, 2, 16
-SAME = ("flops", "tokens", "supervised_tokens", "steps", "sampled_steps", "trainable_parameters", "parameters", "dtype")
+DETERMINISTIC = (
+    "flops",
+    "tokens",
+    "supervised_tokens",
+    "steps",
+    "sampled_steps",
+    "trainable_parameters",
+    "parameters",
+    "dtype",
+)
 
 
 class Plain(LightningModule):
@@ -53,11 +62,11 @@ def fit(options, *callbacks, module=None, ckpt_path=None, **more):
     return trainer
 
 
-def same(result):
-    return {name: getattr(result, name) for name in SAME}
+def deterministic_fields(result):
+    return {name: getattr(result, name) for name in DETERMINISTIC}
 
 
-def hand_loop():
+def manual_loop():
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     measurement = ComputeMeasurement()
@@ -89,14 +98,18 @@ def fabric_loop(meter):
 def test_meter_agrees_between_trainer_fabric_and_manual_loop(trainer_options, tmp_path):
     meter = ComputeMeter()
     fit(trainer_options, meter)
-    by_hand = hand_loop()
+    manual = manual_loop()
     targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches())
-    assert (by_hand.tokens, by_hand.supervised_tokens, by_hand.steps) == (BATCHES * ROWS * LENGTH, targets, BATCHES)
-    assert same(meter.result) == same(by_hand) == same(fabric_loop(ComputeMeter(output_dir=tmp_path / "fabric")))
+    assert (manual.tokens, manual.supervised_tokens, manual.steps) == (BATCHES * ROWS * LENGTH, targets, BATCHES)
+    assert (
+        deterministic_fields(meter.result)
+        == deterministic_fields(manual)
+        == deterministic_fields(fabric_loop(ComputeMeter(output_dir=tmp_path / "fabric")))
+    )
     written = [tmp_path / "compute" / "compute.json", tmp_path / "fabric" / "compute.json"]
     read = [ComputeResult.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in written]
     assert read[0] == meter.result
-    assert same(read[1]) == same(by_hand)
+    assert deterministic_fields(read[1]) == deterministic_fields(manual)
 
 
 @pytest.mark.parametrize("module_type", [FullFineTuning, LoRAFineTuning])
@@ -116,23 +129,23 @@ def test_meter_does_not_change_weights(model_folder, trainer_options, module_typ
 
 
 def test_meter_counts_accumulated_micro_batches_as_one_step(trainer_options):
-    meter, whole = ComputeMeter(), ComputeMeter()
+    meter, plain = ComputeMeter(), ComputeMeter()
     fit(trainer_options, meter, accumulate_grad_batches=3)
-    fit(trainer_options, whole)
-    assert (meter.result.steps, meter.result.tokens) == (2, whole.result.tokens)
-    assert meter.result.flops == whole.result.flops
+    fit(trainer_options, plain)
+    assert (meter.result.steps, meter.result.tokens) == (2, plain.result.tokens)
+    assert meter.result.flops == plain.result.flops
 
 
 def test_meter_resumes_sums_from_checkpoint(trainer_options, tmp_path):
-    whole = ComputeMeter()
-    fit(trainer_options, whole, max_epochs=2)
+    uninterrupted = ComputeMeter()
+    fit(trainer_options, uninterrupted, max_epochs=2)
     half = fit(trainer_options, ComputeMeter())
     half.save_checkpoint(tmp_path / "half.ckpt")
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["ComputeMeter('compute')"]
     assert json.loads(json.dumps(saved)) == saved
     resumed = ComputeMeter()
     fit(trainer_options, resumed, max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
-    assert same(resumed.result) == same(whole.result)
+    assert deterministic_fields(resumed.result) == deterministic_fields(uninterrupted.result)
     assert resumed.result.train_seconds > saved["total"]["seconds"] - saved["slowed"]["seconds"]
 
 
@@ -144,7 +157,7 @@ def test_meter_continues_with_same_trainer_and_restarts_with_new_one(trainer_opt
     trainer.fit(Plain(), torch.utils.data.DataLoader(batches(), batch_size=None))
     assert (meter.result.steps, meter.result.tokens) == (2 * BATCHES, 2 * first.tokens)
     fit(trainer_options, meter)
-    assert same(meter.result) == same(first)
+    assert deterministic_fields(meter.result) == deterministic_fields(first)
 
 
 class Busy(Callback):

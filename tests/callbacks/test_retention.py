@@ -95,10 +95,10 @@ def test_retention_does_not_change_training(trainer_options, tokenizer, adapter)
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_retention_of_resumed_run_equals_uninterrupted_one(trainer_options, tmp_path, tokenizer, adapter):
-    whole = Retention(TEXTS, task=TASK, **QUICK)
+    uninterrupted = Retention(TEXTS, task=TASK, **QUICK)
     checkpoint = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}", save_top_k=-1)
     options = {**trainer_options, "enable_checkpointing": True}
-    fit(options, tokenizer, whole, checkpoint, model=make(adapter))
+    fit(options, tokenizer, uninterrupted, checkpoint, model=make(adapter))
     path = tmp_path / "ckpt" / "epoch=0.ckpt"
     state = torch.load(path, weights_only=True)["callbacks"]["Retention('retention')"]
     assert state["base"] == ("step_0" if adapter == "full" else "adapter_off")
@@ -106,7 +106,7 @@ def test_retention_of_resumed_run_equals_uninterrupted_one(trainer_options, tmp_
 
     resumed = Retention(TEXTS, task=TASK, **QUICK)
     fit(trainer_options, tokenizer, resumed, model=make(adapter), ckpt_path=path)
-    assert resumed.result == whole.result
+    assert resumed.result == uninterrupted.result
 
     with pytest.raises(RetentionError, match="on other texts or task rows"):
         fit(trainer_options, tokenizer, Retention(TEXTS[1:], task=TASK, **QUICK), ckpt_path=path, model=make(adapter))
@@ -120,9 +120,9 @@ def test_retention_refuses_trained_weights_as_base(trainer_options, tmp_path, to
         fit(options, tokenizer, Retention(TEXTS, **QUICK), model=make("lora"), ckpt_path=path)
     explicit = Retention(TEXTS, base="adapter_off", **QUICK)
     fit(options, tokenizer, explicit, model=make("lora"), ckpt_path=path)
-    whole = Retention(TEXTS, **QUICK)
-    fit(options, tokenizer, whole, model=make("lora"))
-    assert explicit.result.kl_general == whole.result.kl_general
+    uninterrupted = Retention(TEXTS, **QUICK)
+    fit(options, tokenizer, uninterrupted, model=make("lora"))
+    assert explicit.result.kl_general == uninterrupted.result.kl_general
 
 
 def test_retention_refuses_trained_adapter_as_base(trainer_options, tokenizer):
@@ -137,9 +137,9 @@ def test_retention_keeps_base_in_continued_fit_and_replaces_it_in_new_one(traine
     first = callback.result
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader(tokenizer))
-    whole = Retention(TEXTS, **QUICK)
-    fit(trainer_options, tokenizer, whole)
-    assert first != callback.result == whole.result
+    uninterrupted = Retention(TEXTS, **QUICK)
+    fit(trainer_options, tokenizer, uninterrupted)
+    assert first != callback.result == uninterrupted.result
 
     fit(trainer_options, tokenizer, callback, max_epochs=1)  # another model with the same callback
     assert callback.result == first
@@ -221,10 +221,10 @@ def test_retention_with_fine_tuning_modules(trainer_options, model_folder, modul
     trainer.fit(module, PairDataModule(make_rows(12), validation=make_rows(8), cache_dir=False))
     assert (callback.result.base, callback.result.task_rows) == (base, 5)
     assert callback.result.kl_task.value > 1e-3
-    whole = RetentionMeasurement(module.tokenizer, TEXTS, progress=False, **QUICK)
-    found = whole.against(module.model, module_type(model_folder)._load_base())
-    assert found.ppl_ratio.value == pytest.approx(callback.result.ppl_ratio.value, rel=1e-4)
-    assert found.kl_general.value >= callback.result.kl_general.value - 1e-5
+    measurement = RetentionMeasurement(module.tokenizer, TEXTS, progress=False, **QUICK)
+    result = measurement.against(module.model, module_type(model_folder)._load_base())
+    assert result.ppl_ratio.value == pytest.approx(callback.result.ppl_ratio.value, rel=1e-4)
+    assert result.kl_general.value >= callback.result.kl_general.value - 1e-5
 
 
 def test_retention_without_validation_rows_has_no_task_divergence(trainer_options, model_folder):

@@ -188,8 +188,8 @@ def test_samples_support_rollouts_of_several_steps(trainer_options, tmp_path):
 
 
 def test_samples_of_resumed_run_equal_uninterrupted_one(trainer_options, tmp_path):
-    whole = SampleCompletions(tmp_path / "whole.jsonl", every_n_steps=2)
-    fit(trainer_options, whole)
+    uninterrupted = SampleCompletions(tmp_path / "uninterrupted.jsonl", every_n_steps=2)
+    fit(trainer_options, uninterrupted)
     path = tmp_path / "resumed.jsonl"
     saver = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3, save_top_k=-1)
     options = {**trainer_options, "enable_checkpointing": True}
@@ -198,7 +198,7 @@ def test_samples_of_resumed_run_equal_uninterrupted_one(trainer_options, tmp_pat
     assert rows_per_step(path) == {0: 4, 2: 4, 4: 4}
     checkpoint = next((tmp_path / "ckpt").glob("*step=3.ckpt"))
     fit(options, SampleCompletions(path, every_n_steps=2), saver, ckpt_path=checkpoint)
-    assert path.read_text() == whole.written_to.read_text()
+    assert path.read_text() == uninterrupted.written_to.read_text()
 
 
 def test_samples_of_new_run_replace_renamed_file(trainer_options, tmp_path):

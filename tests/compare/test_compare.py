@@ -1,4 +1,4 @@
-"""A whole comparison of small models: what it makes, that it goes on after a kill, keeps to a budget, and refuses."""
+"""Complete comparisons of small models: results, resumption after a kill, budgets, and refused configurations."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import yaml
 from forked import ForkedProcess
 from tiny import make_rows
 
-from lightning_ft.compare.run import NAME, _Comparer, compare
+from lightning_ft.compare.run import FILE_NAME, _Comparer, compare
 from lightning_ft.compare.run_files import RESULT
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.result import Comparison
@@ -67,21 +67,21 @@ def config(tmp_path, model_folder):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Runs in processes that have everything imported."""
+    """Executes runs in forked processes, which need no imports."""
     monkeypatch.setattr(subprocess, "Popen", ForkedProcess)
 
 
-def test_a_comparison_of_prompt_full_and_lora(tmp_path, config, capsys, forked):
+def test_compare_measures_prompt_full_and_lora(tmp_path, config, capsys, forked):
     output = tmp_path / "out"
     metrics = f"{tmp_path / 'shares_letters.py'}:metrics"
     result = compare(config, "prompted,full,lora", str(output), sizes="8,500", metrics=metrics, **QUICK)
 
-    made = {path.parent.relative_to(output / "runs").as_posix() for path in output.rglob(RESULT)}
-    assert made == {
+    completed = {path.parent.relative_to(output / "runs").as_posix() for path in output.rglob(RESULT)}
+    assert completed == {
         "original",
         *(f"{m}-seed{s}{n}" for m in ("full/lr0.001", "lora/lr0.005") for s in (0, 1) for n in ("", "-n8")),
     }
-    assert "at least the 24 training rows" in capsys.readouterr().out
+    assert "Sizes [500] are skipped, since runs on all 24 training rows" in capsys.readouterr().out
     assert set(result.quality) == {"untuned", "prompted", "full", "lora"}
     assert [run.seed for run in result.final_runs("lora")] == [0, 1]
     assert set(result.learning_curve["lora"]) == {8, 24}
@@ -95,12 +95,12 @@ def test_a_comparison_of_prompt_full_and_lora(tmp_path, config, capsys, forked):
     assert full.curve[-1].flops == pytest.approx(full.compute.flops, rel=1e-6)
     assert full.curve[0].flops == pytest.approx(full.compute.flops / 2, rel=0.2)
     assert lora.retention.kl_general.value > 0
-    one, two = result.final_runs("full")
-    assert one.retention.kl_general != two.retention.kl_general, "it draws nothing but the order of its rows"
+    first, second = result.final_runs("full")
+    assert first.retention.kl_general != second.retention.kl_general, "the seed changes the order of the rows only"
     assert result.savings["lora"].n == 16  # 8 requests, two seeds
     assert result.savings["lora"].gate.n == 8
     assert result.complete
-    written = json.loads((output / NAME).read_text())
+    written = json.loads((output / FILE_NAME).read_text())
     assert Comparison.from_dict(written).to_dict() == written
     assert (output / "report" / "report.html").exists()
     small = yaml.safe_load((output / "runs/lora/lr0.005-seed0-n8/config.yaml").read_text())
@@ -112,16 +112,16 @@ def test_a_comparison_of_prompt_full_and_lora(tmp_path, config, capsys, forked):
     assert again.quality == result.quality
 
 
-def test_a_run_that_was_killed_goes_on_where_it_stood(tmp_path, config, forked, monkeypatch):
-    folders = [tmp_path / "whole", tmp_path / "killed"]
+def test_compare_resumes_killed_run(tmp_path, config, forked, monkeypatch):
+    folders = [tmp_path / "uninterrupted", tmp_path / "killed"]
     options = {**QUICK, "seeds": "0", "evaluations": 6, "learning_rates": {"lora": [5e-3]}}
-    whole = compare(config, "lora", str(folders[0]), **options)
+    uninterrupted = compare(config, "lora", str(folders[0]), **options)
 
-    place = folders[1] / "runs/lora/lr0.005-seed0"
+    run_folder = folders[1] / "runs/lora/lr0.005-seed0"
 
     class Killed(ForkedProcess):
         def poll(self):
-            if (place / "last.ckpt").exists():
+            if (run_folder / "last.ckpt").exists():
                 self.kill()
             return super().poll()
 
@@ -129,54 +129,54 @@ def test_a_run_that_was_killed_goes_on_where_it_stood(tmp_path, config, forked, 
         patch.setattr(subprocess, "Popen", Killed)
         with pytest.raises(ComparisonError, match="ended with exit status -9"):
             compare(config, "lora", str(folders[1]), **options)
-    assert not (place / RESULT).exists()
-    plan = place / "plan.json"
-    named = plan.read_text()
-    plan.write_text(named[: len(named) // 2])  # what a full disk may have left
+    assert not (run_folder / RESULT).exists()
+    plan = run_folder / "plan.json"
+    text = plan.read_text()
+    plan.write_text(text[: len(text) // 2])  # as a full disk may leave it
     resumed = compare(config, "lora", str(folders[1]), **options)
 
-    one, two = (result.final_runs("lora")[0] for result in (whole, resumed))
-    assert plan.read_text() == named
-    assert two.test.outputs == one.test.outputs
-    assert [(p.step, p.quality) for p in two.curve] == [(p.step, p.quality) for p in one.curve]
-    assert two.compute.tokens == one.compute.tokens
-    log = (place / "log.txt").read_text()
-    assert log.count("step 1: quality") == 1, "it began anew"
+    first, second = (result.final_runs("lora")[0] for result in (uninterrupted, resumed))
+    assert plan.read_text() == text
+    assert second.test.outputs == first.test.outputs
+    assert [(p.step, p.quality) for p in second.curve] == [(p.step, p.quality) for p in first.curve]
+    assert second.compute.tokens == first.compute.tokens
+    log = (run_folder / "log.txt").read_text()
+    assert log.count("step 1: quality") == 1, "it started from scratch"
 
 
-def test_a_budget_ends_it_and_a_larger_one_goes_on(tmp_path, config, forked):
+def test_compare_stops_at_budget_and_continues_with_larger_one(tmp_path, config, forked):
     output = str(tmp_path / "out")
     with pytest.raises(ComparisonError, match="nothing to compare"):
         compare(config, "lora", output, budget="0.001s", **{**QUICK, "learning_rates": {"lora": [5e-3]}})
-    made = sorted(path.parent.name for path in Path(output).rglob(RESULT))
-    assert made == ["original"]
+    completed = sorted(path.parent.name for path in Path(output).rglob(RESULT))
+    assert completed == ["original"]
     result = compare(config, "lora", output, budget="1h", **{**QUICK, "learning_rates": {"lora": [5e-3]}})
     assert result.complete
     assert len(result.final_runs("lora")) == 2
 
 
-def test_another_configuration_in_the_same_folder_is_refused(tmp_path, config, forked):
+def test_compare_refuses_folder_of_another_configuration(tmp_path, config, forked):
     output = tmp_path / "out"
     options = {**QUICK, "seeds": "0", "learning_rates": {"lora": [5e-3]}}
     compare(config, "lora", str(output), **options)
     content = yaml.safe_load(Path(config).read_text())
     content["trainer"]["max_epochs"] = 1
     Path(config).write_text(yaml.safe_dump(content))
-    with pytest.raises(ComparisonError, match="holds a run of another configuration"):
+    with pytest.raises(ComparisonError, match="contains a run of another configuration"):
         compare(config, "lora", str(output), **options)
 
 
-def test_other_rows_under_the_same_name_are_another_configuration(tmp_path, config, forked):
+def test_compare_refuses_folder_of_other_rows(tmp_path, config, forked):
     options = {**QUICK, "seeds": "0", "learning_rates": {"lora": [5e-3]}}
     with pytest.raises(ComparisonError, match="nothing to compare"):
         compare(config, "lora", str(tmp_path / "out"), budget="0.001s", **options)
     rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(rows[1:]))
-    with pytest.raises(ComparisonError, match="holds a run of another configuration"):
+    with pytest.raises(ComparisonError, match="contains a run of another configuration"):
         compare(config, "lora", str(tmp_path / "out"), **options)
 
 
-def test_a_run_that_fails_says_why(tmp_path, config):
+def test_compare_quotes_log_of_failed_run(tmp_path, config):
     content = yaml.safe_load(Path(config).read_text())
     content["model"]["init_args"]["lora"] = {"r": 2, "target_modules": ["no_such_layer"]}
     Path(config).write_text(yaml.safe_dump(content))
@@ -185,7 +185,7 @@ def test_a_run_that_fails_says_why(tmp_path, config):
 
 
 @pytest.mark.filterwarnings("ignore:(test|validation) has")
-def test_requests_that_appear_in_the_training_rows_are_found_before_anything_is_trained(tmp_path, config):
+def test_comparer_finds_requests_in_training_rows_before_any_run(tmp_path, config):
     own, test, validation = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("train", "test", "validation")
@@ -199,13 +199,13 @@ def test_requests_that_appear_in_the_training_rows_are_found_before_anything_is_
     options |= {"evaluations": 2, "validation_requests": None, "workers": 1, "threads": 1}
     comparer = _Comparer(config, ["lora"], tmp_path / "out", **options)
     assert comparer.overlap["test"].in_training == ("test-0", "test-1")
-    assert comparer.overlap["test"].of_trained_clusters == ("test-7",)
-    told = comparer._request_warnings()
-    assert told[0].startswith("1 of 8 requests are of a cluster that training rows are of too")
-    assert told[1] == (
-        "Of the validation rows, by which learning rates are chosen, 4 of 8 requests (50%) also appear in the training "
+    assert comparer.overlap["test"].in_training_clusters == ("test-7",)
+    warnings = comparer._request_warnings()
+    assert warnings[0].startswith("1 of 8 requests belong to a cluster that also has training rows")
+    assert warnings[1] == (
+        "Of the validation rows, on which learning rates are chosen, 4 of 8 requests (50%) also appear in the training "
         "rows."
     )
-    rows_told = comparer._provenance()["rows"]
-    assert rows_told["test"]["rows whose question appears in train"] == 2
-    assert rows_told["validation"]["rows whose question appears in train"] == 4
+    row_counts = comparer._provenance()["rows"]
+    assert row_counts["test"]["rows whose question appears in train"] == 2
+    assert row_counts["validation"]["rows whose question appears in train"] == 4

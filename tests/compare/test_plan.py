@@ -1,4 +1,4 @@
-"""What is compared: methods from a configuration, their grids, and what is refused before anything runs."""
+"""Plans of a comparison: methods and grids from a configuration, and what is refused before any run."""
 
 import copy
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning_ft.compare.plan import (
     run_config,
     weights_hash,
 )
-from lightning_ft.compare.run import seconds_of
+from lightning_ft.compare.run import parse_duration
 from lightning_ft.errors import ComparisonError
 
 CONFIG = {
@@ -38,14 +38,14 @@ CONFIG = {
 
 def changed(path, value):
     config = copy.deepcopy(CONFIG)
-    place = config
+    section = config
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        section = section[key]
+    section[path[-1]] = value
     return config
 
 
-def test_full_is_made_from_a_configuration_of_lora_without_what_only_lora_takes():
+def test_planned_methods_derives_full_from_lora_configuration():
     full, lora = planned_methods(CONFIG, "c.yaml", ["prompted", "full", "lora"], {})
     assert full.config["model"]["class_path"] == "lightning_ft.FullFineTuning"
     assert full.config["model"]["init_args"] == {
@@ -59,7 +59,7 @@ def test_full_is_made_from_a_configuration_of_lora_without_what_only_lora_takes(
     assert lora.rates == (6.7e-4, 2e-3, 6e-3)
 
 
-def test_a_grid_of_ones_own_and_another_configuration_as_a_method(tmp_path):
+def test_planned_methods_accepts_grids_and_yaml_files(tmp_path):
     other = changed(("model", "init_args", "lora"), {"r": 2})
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(other))
@@ -71,14 +71,14 @@ def test_a_grid_of_ones_own_and_another_configuration_as_a_method(tmp_path):
 @pytest.mark.parametrize(
     ("names", "grids", "message"),
     [
-        (["prompted"], {}, "none that trains anything"),
+        (["prompted"], {}, "contains no method that trains"),
         (["qlora"], {}, "'qlora' is neither prompted, full, lora nor a YAML file"),
-        (["lora", "lora"], {}, "two are called lora"),
-        (["lora"], {"full": [1e-3]}, "names full, which --methods doesn't"),
+        (["lora", "lora"], {}, "contains lora more than once"),
+        (["lora"], {"full": [1e-3]}, "contains full, but --methods doesn't"),
         (["lora"], {"lora": [0.0]}, "expected numbers above 0"),
     ],
 )
-def test_methods_that_are_none(names, grids, message):
+def test_planned_methods_refuses_invalid_names_and_grids(names, grids, message):
     with pytest.raises(ComparisonError, match=message):
         planned_methods(CONFIG, "c.yaml", names, grids)
 
@@ -91,27 +91,27 @@ def test_methods_that_are_none(names, grids, message):
         (("model", "init_args", "dtype"), "bfloat16", "different precision"),
     ],
 )
-def test_methods_on_other_data_or_in_other_precision_are_refused(tmp_path, path, value, message):
+def test_planned_methods_refuses_different_data_or_precision(tmp_path, path, value, message):
     file = tmp_path / "other.yaml"
     file.write_text(yaml.safe_dump(changed(path, value)))
     with pytest.raises(ComparisonError, match=message):
         planned_methods(CONFIG, "c.yaml", ["lora", str(file)], {})
 
 
-def test_two_classes_whose_default_precision_differs_are_refused():
+def test_planned_methods_refuses_classes_with_different_default_precision():
     config = copy.deepcopy(CONFIG)
     del config["model"]["init_args"]["dtype"]
-    with pytest.raises(ComparisonError, match=r"say model\.init_args\.dtype"):
+    with pytest.raises(ComparisonError, match=r"Set model\.init_args\.dtype"):
         planned_methods(config, "c.yaml", ["full", "lora"], {})
 
 
-def test_another_batch_size_is_no_other_data(tmp_path):
+def test_planned_methods_accepts_different_batch_sizes(tmp_path):
     file = tmp_path / "other.yaml"
     file.write_text(yaml.safe_dump(changed(("data", "init_args", "batch_size"), 8)))
     assert len(planned_methods(CONFIG, "c.yaml", ["lora", str(file)], {})) == 2
 
 
-def test_a_configuration_without_token_savings_says_what_is_missing():
+def test_read_settings_requires_token_savings():
     config = copy.deepcopy(CONFIG)
     config["trainer"]["callbacks"] = []
     with pytest.raises(ComparisonError, match="has no TokenSavings"):
@@ -119,7 +119,7 @@ def test_a_configuration_without_token_savings_says_what_is_missing():
 
 
 @pytest.mark.parametrize(("text", "message"), [("model: 1", "has no data"), ("[1]", "has no data and no model")])
-def test_files_that_are_no_configuration(tmp_path, text, message):
+def test_read_config_refuses_other_files(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(ComparisonError, match=message):
@@ -128,20 +128,20 @@ def test_files_that_are_no_configuration(tmp_path, text, message):
         read_config(tmp_path / "none.yaml")
 
 
-def test_the_configuration_of_a_run_keeps_what_is_the_users_and_drops_what_is_measured_apart():
+def test_run_config_keeps_own_callbacks_and_sets_seed_and_epochs():
     (lora,) = planned_methods(CONFIG, "c.yaml", ["lora"], {})
     config = run_config(lora, PlannedRun("lora", 1e-3, 7, 100), Path("there"), epochs_factor=10)
     assert [c["class_path"] for c in config["trainer"]["callbacks"]] == ["EarlyStopping"]
     assert (config["seed_everything"], config["model"]["init_args"]["seed"]) == (7, 7)
     assert config["model"]["init_args"]["learning_rate"] == 1e-3
     assert config["trainer"]["max_epochs"] == 20
-    assert CONFIG["trainer"]["max_epochs"] == 2  # the method's own is left alone
+    assert CONFIG["trainer"]["max_epochs"] == 2  # the method's configuration is unchanged
 
 
-def test_the_hash_of_a_run_doesnt_depend_on_where_it_is_and_does_on_everything_else():
+def test_config_hash_depends_on_everything_but_folder():
     (lora,) = planned_methods(CONFIG, "c.yaml", ["lora"], {})
     run, settings = PlannedRun("lora", 1e-3, 0), Settings({"scorer": "exact"})
-    here, there = (run_config(lora, run, Path(place)) for place in ("here", "there"))
+    here, there = (run_config(lora, run, Path(folder)) for folder in ("here", "there"))
     assert config_hash(here, settings, None) == config_hash(there, settings, None)
     seeded = run_config(lora, PlannedRun("lora", 1e-3, 1), Path("here"))
     hashes = {
@@ -154,7 +154,7 @@ def test_the_hash_of_a_run_doesnt_depend_on_where_it_is_and_does_on_everything_e
     assert len(hashes) == 5
 
 
-def test_weights_are_named_by_what_is_in_their_files(tmp_path):
+def test_weights_hash_depends_on_file_contents(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"one")
     before = weights_hash(str(tmp_path))
     assert weights_hash(str(tmp_path)) == before
@@ -163,6 +163,6 @@ def test_weights_are_named_by_what_is_in_their_files(tmp_path):
     assert weights_hash("user/model") == "user/model"
 
 
-def test_a_budget_that_is_no_time():
-    with pytest.raises(ComparisonError, match="expected a time"):
-        seconds_of("soon")
+def test_parse_duration_refuses_other_text():
+    with pytest.raises(ComparisonError, match="expected a duration"):
+        parse_duration("soon")
