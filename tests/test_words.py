@@ -1,4 +1,4 @@
-"""Words of the package and its documentation: expressions that the glossary replaced don't come back."""
+"""Words of the package and its documentation: expressions that the glossary replaced are refused."""
 
 import io
 import re

@@ -20,8 +20,8 @@ from lightning_ft.modules.samples import RolloutSamples, append_samples, drop_sa
 from lightning_ft.printable import printable
 from lightning_ft.types import Message
 
-CELL = 600
-"""Number of characters of a text shown in Markdown and on the console; files and tables of loggers contain all."""
+MAX_CELL_LENGTH = 600
+"""Largest number of characters of a text in Markdown and on the console; files and tables of loggers contain all."""
 
 
 def samples_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -85,7 +85,11 @@ def _content(message: Message) -> str:
 
 def _short(cell: Any) -> str:
     text = f"{cell:.4g}" if isinstance(cell, float) else ("" if cell is None else str(cell))
-    return text if len(text) <= CELL else f"{text[:CELL]}... (and {len(text) - CELL:,} characters more)"
+    return (
+        text
+        if len(text) <= MAX_CELL_LENGTH
+        else f"{text[:MAX_CELL_LENGTH]}... (and {len(text) - MAX_CELL_LENGTH:,} characters more)"
+    )
 
 
 class SampleCompletions(Callback):

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from lightning_ft._lightning import LightningModule, Trainer, _pl
-from lightning_ft.callbacks.samples import CELL, SampleCompletions, log_samples, samples_columns, samples_markdown
+from lightning_ft.callbacks.samples import (
+    MAX_CELL_LENGTH,
+    SampleCompletions,
+    log_samples,
+    samples_columns,
+    samples_markdown,
+)
 from lightning_ft.errors import ConfigError
 from lightning_ft.modules.samples import RolloutSamples, drop_samples, read_samples, set_aside, write_samples
 from lightning_ft.rewards.batch import Rewards
@@ -141,7 +147,7 @@ def test_drop_samples_removes_rows_from_step_on(tmp_path):
 def test_drop_samples_refuses_other_files(tmp_path, line):
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{line}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"mine.jsonl, line 1, is no completion"):
+    with pytest.raises(ConfigError, match=r"mine.jsonl, line 1, isn't a sample"):
         drop_samples(path, 0)
     assert path.read_text(encoding="utf-8") == f"{line}\n"
 
@@ -355,13 +361,13 @@ def test_samples_markdown_has_one_line_per_row():
     messages = [[{"role": "system", "content": "a|b"}, {"role": "user", "content": "c\nd"}]] * PER_STEP
     extra = {"why": ["x\ny"] * PER_STEP}
     rewards = Rewards(("f",), torch.full((PER_STEP, 1), 1 / 3), torch.zeros(PER_STEP), extra=extra)
-    record = make_record(0, prompts=messages, rewards=rewards, completions=["z" * (CELL + 1000)] * PER_STEP)
+    record = make_record(0, prompts=messages, rewards=rewards, completions=["z" * (MAX_CELL_LENGTH + 1000)] * PER_STEP)
     lines = samples_markdown(record.rows()).splitlines()
     assert len(lines) == 2 + PER_STEP
     assert "system: a\\|b<br>user: c<br>d" in lines[2]
     assert "x<br>y" in lines[2]
     assert "| 0.3333 |" in lines[2]
-    assert f"{'z' * CELL}... (and 1,000 characters more)" in lines[2]
+    assert f"{'z' * MAX_CELL_LENGTH}... (and 1,000 characters more)" in lines[2]
 
 
 def test_samples_table_does_not_interpret_markup(capsys, trainer_options):
