@@ -22,7 +22,8 @@ from lightning_ft.types import Request
 class Retention(MeasuringCallback):
     """Measures how far training moves a model on general text: KL from the base, perplexity, and top-1 agreement.
 
-    The reference distributions are computed before the first step and saved in checkpoints, so that a resumed run
+    The base to compare with is determined before the first step: with ``adapter_off`` the model without its adapter,
+    with ``step_0`` the distributions of the model at that time. It is saved in checkpoints, so that a resumed run
     compares with the original weights. Metrics are logged, and added to `callback_metrics`, as ``retention/...``; the
     result is written to a folder as JSON. If a PairDataModule has validation rows, the divergence on their answers is
     measured too.
@@ -41,8 +42,8 @@ class Retention(MeasuringCallback):
             or ``auto``: the former for a new adapter; the latter for full fine-tuning, a continued adapter, or one that
             changed the base (PiSSA, OLoRA).
         top_k: Number of tokens per position whose base probabilities are kept.
-        every_n_epochs: Number of epochs between measurements during training.
-        every_n_steps: Number of optimizer steps between measurements during training.
+        every_n_epochs: Number of epochs between measurements during training; None for no such measurements.
+        every_n_steps: Number of optimizer steps between measurements during training; None for no such measurements.
         max_kl: Largest allowed KL divergence on the general texts, in nats per token; the point estimate is compared.
         max_ppl_ratio: Largest allowed ratio of the tuned model's perplexity to the base's.
         min_top1_agreement: Smallest allowed share of positions with the same most probable token.
@@ -55,7 +56,7 @@ class Retention(MeasuringCallback):
         name: Prefix of the logged names, and name of the folder.
         progress: Whether to show progress bars; by default if the Trainer does.
         task: Requests with reference answers that replace the DataModule's validation rows.
-        max_task_rows: Largest number of these rows to use, from the first; 0 for none.
+        max_task_rows: Largest number of validation rows (or requests in `task`) to use, from the first; 0 for none.
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
 
@@ -165,14 +166,14 @@ class Retention(MeasuringCallback):
             self._measurement.check_model(required_model(pl_module, "Retention", RetentionError))
 
     def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Compute the reference distributions of the base, unless they were loaded from a checkpoint.
+        """Determine the base to compare with, unless it was loaded from a checkpoint.
 
         Args:
             trainer: The Trainer, or Fabric.
             pl_module: The module, or with Fabric the model.
 
         Raises:
-            RetentionError: If training has already changed the weights, or the loaded reference is of another model.
+            RetentionError: If training has already changed the weights, or the loaded base is that of another model.
         """
         self.result, self._measured, self.breached = None, (), ()
         self._last_step = getattr(trainer, "global_step", 0)
@@ -241,13 +242,13 @@ class Retention(MeasuringCallback):
         return self.on_breach == "stop" and bool(self.breached)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the reference distributions of the base, which include tensors."""
+        """Return the base to compare with, which may include tensors."""
         if self._measurement is not None and self._measurement.has_before:
             return self._measurement.state_dict()
         return self._loaded or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the reference distributions of a checkpoint for the start of training."""
+        """Keep the base of a checkpoint for the start of training."""
         self._loaded = state_dict or None
 
     # ---------------------------------------------------------------- helpers
