@@ -137,7 +137,7 @@ def test_draw_resources_legend_has_methods_without_the_first_ratio():
     assert set(labels_of(axes_of(draw_resources, ratios=ratios))) == {"full fine-tuning", "a", "b"}
 
 
-def test_draw_learning_curve_and_draw_training():
+def test_draw_learning_curve_and_draw_training_show_the_curves():
     curve = {100: Interval(0.4, 0.3, 0.5), 1000: Interval(0.8, 0.7, 0.9)}
     axes = axes_of(draw_learning_curve, curves={"lora": curve}, baselines={"prompted": Interval(0.85, 0.8, 0.9)})
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["100", "1,000"]

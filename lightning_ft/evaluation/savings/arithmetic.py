@@ -157,8 +157,8 @@ def _warnings(gate: Gate, difference: Interval, arms: Mapping[str, ArmRecords]) 
         need = gate.required_n if gate.bound < 0 else required_requests(0.0, gate.margin)
         found.append(
             f"Underpowered: {gate.n:,} requests can't rule out a loss of {gate.margin:.1%} in quality; {need:,} are "
-            f"needed if {gate.discordant:.1%} of the pairs are discordant. The gate fails. Measure "
-            "more requests."
+            f"needed if {gate.discordant:.1%} of the pairs are discordant. The gate fails. Measure more "
+            "requests."
         )
     for name, arm in arms.items():
         if arm.truncated_rate > _MAX_TRUNCATED_RATE:

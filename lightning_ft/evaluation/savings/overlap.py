@@ -88,7 +88,7 @@ def training_index(rows: TrainRows) -> TrainingIndex:
             return TrainingIndex.of(requests)
     index = TrainingIndex()
     problems: list[Problem] = []
-    for name, source in as_sources(rows, "train_rows").items():  # type: ignore[arg-type]  # lists of requests were handled above
+    for name, source in as_sources(rows, "train_rows").items():  # type: ignore[arg-type]  # requests are handled above
         good, bad = load_source(source, name, "train_rows", answered=False)
         problems += bad
         for row in good:

@@ -221,7 +221,7 @@ def plot_savings(result: SavingsResult, path: Path) -> None:
         for axes in (left, right):
             style_axes(axes)
         escape_unprintable(figure)
-        figure.savefig(path, format="png", metadata={"Software": None})  # without it, the file is deterministic
+        figure.savefig(path, format="png", metadata={"Software": None})  # no version in the file: it is reproducible
 
 
 def _arm(result: SavingsResult, name: str) -> Arm:

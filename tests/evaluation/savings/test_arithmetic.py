@@ -120,7 +120,7 @@ def test_token_savings_without_tuned_success_is_minus_infinity_per_success():
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["savings"]["per_success"]["value"] == "-Infinity"
 
 
-def test_required_requests():
+def test_required_requests_match_known_values():
     assert required_requests(0.10, 0.02) == 1960
     assert required_requests(0.10, 0.05) == 314
     assert required_requests(0.0, 0.02) == 183  # 0.98 ** 183 < 0.025
@@ -257,7 +257,7 @@ def test_equality_ignores_times():
     assert one == other
 
 
-def test_baseline_formats(tmp_path):
+def test_baseline_formats_are_equivalent(tmp_path):
     pairs = PromptBaseline("Be brief.", [{"input": "a", "output": "b"}])
     turns = PromptBaseline("Be brief.", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     own = (Message(role="system", content="It is Monday."), Message(role="user", content="c"))

@@ -34,7 +34,7 @@ def result(in_training=SEEN, new=0.9):
 @pytest.mark.parametrize(
     ("count", "n", "share"), [(1, 3, "33.3%"), (8, 8, "100%"), (1, 5000, "under 0.1%"), (1999, 2000, "99.9%")]
 )
-def test_overlap_text(count, n, share):
+def test_overlap_text_rounds_down(count, n, share):
     assert f" of {n:,} requests ({share}) also appear" in overlap_text(count, n)
     assert overlap_text(0, n) == ""
 
