@@ -1,4 +1,4 @@
-"""Records the learning curve of a run: quality on validation rows against FLOPs and time, with checkpoints."""
+"""Records the training curve of a run: quality on validation rows against FLOPs and time, with checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_ft.modules.base import FineTuning
 
 
 class RunRecorder(Callback):
-    """Records the learning curve of a run. It must be the last callback, so that its time isn't counted as training.
+    """Records the training curve of a run. It must be the last callback, so that its time isn't counted as training.
 
     Args:
         folder: Folder of the checkpoint that a killed run resumes from.
