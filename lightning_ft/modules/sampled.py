@@ -21,11 +21,11 @@ from lightning_ft.models.vocabulary import embedding_rows
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.rollout_batch import RolloutBatch
-from lightning_ft.modules.samples import RolloutRecord
+from lightning_ft.modules.samples import RolloutSamples
 from lightning_ft.modules.waiting import PatientRanks
 from lightning_ft.rewards.batch import Rewards, TrainerState
 from lightning_ft.rewards.functions import RewardFunctions
-from lightning_ft.rewards.model import check_room
+from lightning_ft.rewards.model import check_context_length
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import RolloutEngine, Sampling, check_rollouts
 from lightning_ft.types import Message, Request
@@ -119,7 +119,7 @@ class SampledCompletions(AdaptedFineTuning):
                 "vllm": vllm,
             }
         )
-        self.last_rollout: RolloutRecord | None = None
+        self.last_rollout: RolloutSamples | None = None
         """Samples of the last training step, for inspection."""
         self._engine: RolloutEngine | None = None
         self._engine_argument = (engine,)  # in a tuple, so that an engine that is a torch module is no submodule
@@ -172,7 +172,7 @@ class SampledCompletions(AdaptedFineTuning):
             if rewards is not None:
                 rewards.to(self.device)
                 if (data := self._row_data()) is not None:
-                    check_room(rewards.models(), data.splits, self._new_tokens)
+                    check_context_length(rewards.models(), data.splits, self._new_tokens)
 
     def roll_out(self, batch: PromptBatch) -> RolloutBatch:
         """Sample completions of each prompt, and compute their rewards.
@@ -262,7 +262,7 @@ class SampledCompletions(AdaptedFineTuning):
         if trainer is not None:
             state = TrainerState(trainer.global_step, trainer.current_epoch, trainer.max_steps)
         rewards = self._ranks.run(
-            lambda: functions.score(rollout_batch.repeated_prompts, rollout_batch.texts, ids, columns, state)
+            lambda: functions.compute(rollout_batch.repeated_prompts, rollout_batch.texts, ids, columns, state)
         )
         for c in rollout_batch.without_logprobs:  # its tokens were arbitrary
             rewards.per_function[c] = rewards.total[c] = torch.nan
@@ -293,10 +293,10 @@ class SampledCompletions(AdaptedFineTuning):
 
     # ---------------------------------------------------------------- metrics
 
-    def record(self, rollout_batch: RolloutBatch) -> RolloutRecord:
+    def record(self, rollout_batch: RolloutBatch) -> RolloutSamples:
         """The samples of a rollout."""
         assert rollout_batch.rewards is not None
-        return RolloutRecord(
+        return RolloutSamples(
             step=self.trainer.global_step,
             prompts=rollout_batch.repeated_prompts,
             completions=rollout_batch.texts,

@@ -1,4 +1,4 @@
-"""Completions in a JSONL file: one a line, appended step by step, cut back where a run is resumed."""
+"""Completions in a JSONL file: one per line, appended step by step, and truncated when a run is resumed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lightning_ft.types import Message
 
 
 @dataclass(frozen=True, eq=False)
-class RolloutRecord:
-    """`c` completions of one step, each with its prompt.
+class RolloutSamples:
+    """`c` completions of one step, each with its prompt, as they are written to files and loggers.
 
     Args:
-        step: Optimizer steps taken before them.
-        prompts: Once for each completion, `c`.
-        completions: Their texts, `c`.
-        rewards: What each was worth.
-        advantages: One for each, `c`; where tokens have advantages of their own, their mean.
-        truncated: Whether each was stopped by the limit of tokens, `c`.
-        lengths: Their tokens, `c`.
+        step: Number of optimizer steps taken before they were sampled.
+        prompts: Prompt of each completion, `c` in total.
+        completions: Text of each completion, `c` in total.
+        rewards: Rewards of the completions.
+        advantages: Advantage of each completion, `c` in total; the mean over its tokens if each token has its own.
+        truncated: Whether each completion reached the limit of new tokens, `c` in total.
+        lengths: Number of tokens of each completion, `c` in total.
 
     Raises:
-        ConfigError: If there isn't one of each for every completion.
+        ConfigError: If these don't have one entry per completion.
     """
 
     step: int
@@ -44,38 +44,38 @@ class RolloutRecord:
     def __post_init__(self) -> None:
         for name in ("prompts", "rewards", "advantages", "truncated", "lengths"):
             if (count := len(getattr(self, name))) != len(self):
-                raise ConfigError(f"A RolloutRecord of {len(self)} completions has {count} {name}.")
+                raise ConfigError(f"A RolloutSamples of {len(self)} completions has {count} {name}.")
 
     def __len__(self) -> int:
         return len(self.completions)
 
     def rows(self, num_samples: int | None = None) -> list[dict[str, Any]]:
-        """Completions as JSON values, spread evenly over the record so that many prompts are seen.
+        """Return completions as JSON values, evenly spaced so that many prompts are included.
 
         Args:
-            num_samples: At most so many; None for all.
+            num_samples: Largest number of completions; None for all.
 
         Returns:
-            For each `step`, `prompt`, `completion`, `rewards` by function, `reward` (their weighted sum), `advantage`,
-            `truncated`, `length` and, where functions logged any, `extra`. What isn't a number is None.
+            A row per completion with `step`, `prompt`, `completion`, `rewards` by function, `reward` (their weighted
+            sum), `advantage`, `truncated`, `length` and, if functions logged any, `extra`. NaN and infinity are None.
 
         Example:
             >>> import torch
             >>> rewards = Rewards(("short",), torch.tensor([[1.0], [float("nan")]]), torch.tensor([1.0, float("nan")]))
-            >>> record = RolloutRecord(3, ["a", "a"], ["b", "cc"], rewards, [0.5, 0.0], [False, True], [1, 2])
-            >>> record.rows(1)[0]["rewards"], record.rows()[1]["reward"]
+            >>> samples = RolloutSamples(3, ["a", "a"], ["b", "cc"], rewards, [0.5, 0.0], [False, True], [1, 2])
+            >>> samples.rows(1)[0]["rewards"], samples.rows()[1]["reward"]
             ({'short': 1.0}, None)
         """
         count = len(self) if num_samples is None else min(num_samples, len(self))
         return [self._row(i * len(self) // count) for i in range(count)]
 
     def _row(self, i: int) -> dict[str, Any]:
-        given = zip(self.rewards.names, self.rewards.per_function[i].tolist(), strict=True)
+        by_function = zip(self.rewards.names, self.rewards.per_function[i].tolist(), strict=True)
         row = {
             "step": self.step,
             "prompt": self.prompts[i],
             "completion": self.completions[i],
-            "rewards": {name: _finite(value) for name, value in given},
+            "rewards": {name: _finite(value) for name, value in by_function},
             "reward": _finite(float(self.rewards.total[i])),
             "advantage": _finite(float(self.advantages[i])),
             "truncated": bool(self.truncated[i]),
@@ -91,7 +91,7 @@ def _finite(value: float) -> float | None:
 
 
 def _json(value: Any) -> Any:
-    """A value that a function logged, as JSON can hold it."""
+    """Convert a value that a function logged to a JSON value."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):
@@ -105,38 +105,38 @@ def _json(value: Any) -> Any:
     return str(value)
 
 
-def write_samples(record: RolloutRecord, path: str | Path, *, num_samples: int | None = None) -> list[dict[str, Any]]:
-    """Append completions to a file, which is made where there is none.
+def write_samples(samples: RolloutSamples, path: str | Path, *, num_samples: int | None = None) -> list[dict[str, Any]]:
+    """Append completions to a file.
 
     Args:
-        record: The completions of a step.
-        path: Of the file.
-        num_samples: At most so many of them; None for all.
+        samples: Completions of a step.
+        path: Path of the file, which is created if it doesn't exist.
+        num_samples: Largest number of completions to write; None for all.
 
     Returns:
-        The rows written, see `RolloutRecord.rows`.
+        The rows written; see `RolloutSamples.rows`.
 
     Example:
         >>> import tempfile, torch
         >>> from lightning_ft.rewards.batch import Rewards
         >>> rewards = Rewards(("short",), torch.tensor([[1.0]]), torch.tensor([1.0]))
-        >>> record = RolloutRecord(3, ["2+2?"], ["4"], rewards, [0.0], [False], [2])
+        >>> samples = RolloutSamples(3, ["2+2?"], ["4"], rewards, [0.0], [False], [2])
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     rows = write_samples(record, f"{folder}/completions.jsonl")
+        ...     rows = write_samples(samples, f"{folder}/completions.jsonl")
         ...     rows == read_samples(f"{folder}/completions.jsonl")
         True
     """
-    rows = record.rows(num_samples)
+    rows = samples.rows(num_samples)
     append_samples(rows, path)
     return rows
 
 
 def append_samples(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Append rows to a file, all of them or, where that fails, none.
+    """Append rows to a file: all of them, or none if writing fails.
 
     Args:
-        rows: See `RolloutRecord.rows`.
-        path: The file, which is created if it doesn't exist.
+        rows: Rows of `RolloutSamples.rows`.
+        path: Path of the file, which is created if it doesn't exist.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(path).open("ab") as file:
@@ -144,15 +144,13 @@ def append_samples(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
         try:
             file.write("".join(map(_line, rows)).encode())
             file.flush()
-        except OSError:  # half a line would spoil those that follow
+        except OSError:  # an incomplete line would corrupt the one appended next
             os.truncate(path, size)
             raise
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file.
-
-    A last line that a run which was killed left unfinished isn't one.
+    """Read the rows of a file, except for an incomplete last line, as killed runs leave.
 
     Raises:
         ConfigError: If another line isn't a row.
@@ -169,43 +167,46 @@ def read_samples(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
         elif number < len(lines):
-            raise ConfigError(f"{path}, line {number}, is no completion of a step: choose another file for samples.")
+            raise ConfigError(
+                f"{path}, line {number}, isn't a sample (a JSON object with an integer 'step'): choose another file "
+                "for samples."
+            )
     return rows
 
 
 def drop_samples(path: str | Path, step: int) -> int:
-    """Take the rows of a step and of all later ones out of a file: a run that is resumed there writes them again.
+    """Remove the rows of a step and of all later ones from a file, since a run resumed at that step writes them again.
 
     Args:
-        path: Of the file; it may be missing.
-        step: The first step to drop.
+        path: Path of the file, which may not exist.
+        step: First step to drop, in optimizer steps.
 
     Returns:
-        How many rows were dropped.
+        Number of rows dropped.
 
     Raises:
-        ConfigError: If the file holds something else than samples.
+        ConfigError: If the file contains something else than samples.
     """
     path = Path(path)
     if not path.is_file():
         return 0
     rows = read_samples(path)
     kept = [row for row in rows if row["step"] < step]
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(map(_line, kept)), encoding="utf-8")
-    os.replace(beside, path)  # whatever happens, one of both is whole
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+    os.replace(temporary, path)  # atomic: after a crash the file is either the old or the new one
     return len(rows) - len(kept)
 
 
 def set_aside(path: str | Path) -> Path | None:
-    """Rename a file of an earlier run, so that a new one doesn't mix with it.
+    """Rename a file of an earlier run, so that a new run doesn't append to it.
 
     Args:
-        path: Of the file; it may be missing.
+        path: Path of the file, which may not exist.
 
     Returns:
-        Its new name, the first of ``completions.1.jsonl``, ``completions.2.jsonl``, ... that is free; None where there
-        was nothing to rename.
+        Its new path, the first of ``completions.1.jsonl``, ``completions.2.jsonl``, ... that doesn't exist; None if
+        there was nothing to rename.
     """
     path = Path(path)
     if not path.is_file() or not path.stat().st_size:

@@ -1,4 +1,4 @@
-"""What a reward judges: completions of prompts, and what else is known about each."""
+"""Inputs and outputs of rewards: completions with their prompts and columns, and the rewards of each completion."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_ft.losses.statistics import power_sums
 from lightning_ft.types import Message
 
 Prompt = str | list[Message]
-"""A prompt as it stood in its row."""
+"""A prompt as it appears in its row."""
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """How far training has come, under the names of transformers' `TrainerState`.
+    """Progress of training, with the field names of transformers' `TrainerState`.
 
     Args:
-        global_step: Optimizer steps taken.
-        epoch: The current epoch.
-        max_steps: Optimizer steps of the whole run, -1 if that isn't known.
+        global_step: Number of optimizer steps taken.
+        epoch: Index of the current epoch.
+        max_steps: Number of optimizer steps of the whole run; -1 if unknown.
     """
 
     global_step: int = 0
@@ -35,17 +35,17 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """`c` completions, each with its prompt and its row's columns.
+    """`c` completions, each with its prompt and the columns of its row.
 
     Args:
-        prompts: Once for each completion, `c`.
-        texts: The completions, `c`.
-        completion_ids: Their tokens, `c`.
+        prompts: Prompt of each completion, `c` in total.
+        texts: Text of each completion, `c` in total.
+        completion_ids: Token ids of each completion, `c` lists.
         columns: Other columns of the rows by name, `c` values each.
-        state: How far training has come.
+        state: Progress of training.
 
     Raises:
-        RewardError: If there isn't one of each for every completion.
+        RewardError: If these don't have one entry per completion.
 
     Example:
         >>> batch = RewardBatch([[{"role": "user", "content": "2+2?"}]], ["4"], [[17]], {"answer": ["4"]})
@@ -66,15 +66,15 @@ class RewardBatch:
         for name, values in others.items():
             if len(values) != len(self.texts):
                 raise RewardError(
-                    f"{len(self.texts)} completions with {len(values)} {name}: rewards need one for each completion, "
-                    "those of a prompt repeated for all of its completions."
+                    f"{len(self.texts)} completions with {len(values)} {name}: rewards need one per completion. Repeat "
+                    "the values of a prompt for each of its completions."
                 )
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def row(self, index: int) -> RewardBatch:
-        """One completion by itself."""
+        """Return a batch of one completion."""
         part = slice(index, index + 1)
         columns = {name: values[part] for name, values in self.columns.items()}
         return RewardBatch(self.prompts[part], self.texts[part], self.completion_ids[part], columns, self.state)
@@ -82,15 +82,15 @@ class RewardBatch:
     @property
     def completions(self) -> list[str] | list[list[Message]]:
         """The completions in the type of their prompts: strings, or a conversation of one message."""
-        answers: list[Any] = [
+        completions: list[Any] = [
             text if isinstance(prompt, str) else [Message(role="assistant", content=text)]
             for prompt, text in zip(self.prompts, self.texts, strict=True)
         ]
-        return answers
+        return completions
 
     @property
     def conversations(self) -> list[list[Message]]:
-        """Prompts and completions together, in copies for whoever asks; a string prompt is one user turn."""
+        """New message lists of prompt and completion; a string prompt becomes a user message."""
         return [
             [
                 *([Message(role="user", content=prompt)] if isinstance(prompt, str) else deepcopy(prompt)),
@@ -101,10 +101,10 @@ class RewardBatch:
 
 
 def check_columns(columns: Iterable[str]) -> None:
-    """Refuse columns that would be taken for arguments.
+    """Check that no column has the name of an argument of reward functions.
 
     Raises:
-        RewardError: With their names.
+        RewardError: If a column has; the message names it.
 
     Example:
         >>> check_columns(["answer", "completions"])
@@ -114,27 +114,27 @@ def check_columns(columns: Iterable[str]) -> None:
     if taken := [name for name in columns if name in RESERVED]:
         raise RewardError(
             f"The column {taken[0]!r} is named like an argument of reward functions ({', '.join(RESERVED)}): rename it "
-            "in the rows."
+            "in your data."
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Rewards:
-    """Rewards of `c` completions by `k` functions.
+    """Rewards of `c` completions by `k` reward functions.
 
     Args:
-        names: Of the functions, `k`.
-        per_function: What each gave, NaN where it gave None, ``float32 [c, k]``.
-        total: Weighted sums, NaN where every function gave None, ``float32 [c]``.
-        metrics: What functions logged with `log_metric`, each the mean of its calls.
-        extra: What they logged with `log_extra`, `c` values a column.
-        nonfinite: How many rewards weren't finite and were taken for None.
+        names: Name of each function, `k` in total.
+        per_function: Rewards of each function, NaN where it returned None, ``float32 [c, k]``.
+        total: Weighted sum of each completion's rewards, NaN where every function returned None, ``float32 [c]``.
+        metrics: Metrics that functions logged with `log_metric`, averaged over the calls.
+        extra: Columns that functions logged with `log_extra`, `c` values each.
+        nonfinite: Number of rewards that weren't finite and were treated as None.
 
     Example:
         >>> import torch
-        >>> given = torch.tensor([[1.0], [0.0], [float("nan")]])
-        >>> rewards = Rewards(("correct",), given, given[:, 0])
-        >>> rewards.unscored, rewards.statistics()["rewards/correct"].tolist()
+        >>> values = torch.tensor([[1.0], [0.0], [float("nan")]])
+        >>> rewards = Rewards(("correct",), values, values[:, 0])
+        >>> rewards.num_unrewarded, rewards.statistics()["rewards/correct"].tolist()
         (1, [2.0, 1.0, 1.0])
     """
 
@@ -149,17 +149,18 @@ class Rewards:
         return len(self.total)
 
     @property
-    def unscored(self) -> int:
-        """How many completions no function had a reward for."""
+    def num_unrewarded(self) -> int:
+        """Number of completions for which every function returned None."""
         return int(self.total.isnan().sum())
 
     def statistics(self) -> dict[str, Tensor]:
-        """Count, sum and sum of squares of each function's rewards and of the totals, NaN left out.
+        """Return count, sum and sum of squares of each function's rewards and of the totals, NaN excluded.
 
-        Add them over micro-batches and ranks, then `lightning_ft.losses.statistics.mean_and_std`.
+        Add them up over micro-batches and ranks, and pass the sums to `lightning_ft.losses.statistics.mean_and_std`.
 
         Returns:
             ``rewards/NAME`` for each function and ``reward`` for the totals, ``float64 [3]`` each.
         """
         columns = zip(self.names, self.per_function.unbind(1), strict=True)
-        return {**{f"rewards/{name}": power_sums(given) for name, given in columns}, "reward": power_sums(self.total)}
+        sums = {f"rewards/{name}": power_sums(values) for name, values in columns}
+        return {**sums, "reward": power_sums(self.total)}

@@ -1,4 +1,4 @@
-"""A Python function as a reward."""
+"""Python functions as rewards: which arguments they get, async ones, and what they may return."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 
 class Arguments:
-    """The arguments of a function, by name.
+    """The arguments that a reward function accepts by name.
 
     Args:
-        name: Of the function, for errors.
-        function: The function.
+        name: Name of the reward, for errors.
+        function: Reward function.
 
     Raises:
-        RewardError: If it has arguments that can't be given by name.
+        RewardError: If it has positional-only arguments.
 
     Example:
         >>> def correct(completions, answer):
         ...     return [float(c == a) for c, a in zip(completions, answer)]
         >>> arguments = Arguments("correct", correct)
-        >>> arguments.chosen({"prompts": ["2+2?"], "completions": ["4"], "answer": ["4"]})
+        >>> arguments.select({"prompts": ["2+2?"], "completions": ["4"], "answer": ["4"]})
         {'completions': ['4'], 'answer': ['4']}
     """
 
@@ -49,40 +49,43 @@ class Arguments:
         self.takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self.named = frozenset(p.name for p in parameters if p.kind in _BY_NAME)
         self.required = tuple(p.name for p in parameters if p.kind in _BY_NAME and p.default is inspect.Parameter.empty)
-        if by_place := [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]:
+        if positional := [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]:
             raise RewardError(
-                f"Reward {name!r} takes {by_place[0]!r} by its place, but rewards are called by name: "
-                "f(prompts, completions, completion_ids, **columns)."
+                f"Reward {name!r} has the positional-only argument {positional[0]!r}, but rewards are called with "
+                "keyword arguments: f(prompts, completions, completion_ids, **columns). Remove the `/`."
             )
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Check that there is everything that the function can't do without.
+        """Check that every required argument is available.
+
+        Args:
+            columns: Names of the columns of the rows, the prompt excluded.
 
         Raises:
-            RewardError: With what is missing and what there is.
+            RewardError: If an argument is missing; the message names it and the columns.
         """
         columns = list(columns)
         if missing := [name for name in self.required if name not in RESERVED and name not in columns]:
-            there = ", ".join(map(repr, columns)) or "none"
+            available = ", ".join(map(repr, columns)) or "none"
             raise RewardError(
-                f"Reward {self.name!r} needs {missing[0]!r}, which is neither a column of the rows (these are: {there})"
-                f" nor one of {', '.join(RESERVED)}."
+                f"Reward {self.name!r} needs {missing[0]!r}, which is neither a column of the rows (columns: "
+                f"{available}) nor one of {', '.join(RESERVED)}."
             )
 
-    def chosen(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What of `given` the function takes."""
-        return {name: value for name, value in given.items() if self.takes_all or name in self.named}
+    def select(self, available: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of the available arguments that the function accepts."""
+        return {name: value for name, value in available.items() if self.takes_all or name in self.named}
 
 
 class BackgroundLoop:
-    """Runs coroutines in a thread of their own, also where this thread runs a loop already, as notebooks do.
+    """Runs coroutines in a background thread, so that it works where this thread already runs a loop, as in notebooks.
 
-    The loop stays the same from call to call: clients keep connections that belong to the loop they were opened in.
+    All calls use the same loop, since connections of clients belong to the loop that they were opened in.
 
     Example:
-        >>> async def answer():
+        >>> async def compute():
         ...     return 42
-        >>> BackgroundLoop().gather([answer(), answer()])
+        >>> BackgroundLoop().gather([compute(), compute()])
         [42, 42]
     """
 
@@ -90,10 +93,10 @@ class BackgroundLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def gather(self, awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-        """Wait for all of them at once.
+        """Run awaitables concurrently and wait for all of them.
 
         Returns:
-            Their results in order; of one that failed the exception itself.
+            Their results in order, or exceptions where they failed.
         """
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
@@ -103,7 +106,7 @@ class BackgroundLoop:
         future = asyncio.run_coroutine_threadsafe(_gathered(awaitables), self._loop)
         try:
             return future.result()
-        except BaseException:  # Ctrl+C here must stop what runs there
+        except BaseException:  # Ctrl+C in this thread must stop the coroutines in the other one
             future.cancel()
             raise
 
@@ -121,7 +124,7 @@ async def _gathered(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
 
 OnNonFinite = Literal["error", "skip"]
-"""What to do where a number isn't finite."""
+"""What to do with a reward that isn't finite."""
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -129,48 +132,48 @@ _LARGEST = torch.finfo(torch.float32).max
 def as_rewards(
     name: str, returned: Any, completions: Sequence[str], *, nonfinite: OnNonFinite = "error"
 ) -> tuple[Tensor, int]:
-    """Numbers from what a reward function returned.
+    """Convert what a reward function returned to a tensor.
 
     Args:
-        name: Of the function, for errors.
-        returned: A list, tuple, 1-D tensor or 1-D array; in it numbers, truth values, or None for "doesn't apply".
-        completions: What was judged, `c`.
-        nonfinite: What to do with a number that isn't finite: refuse it, or count it and take it for None.
+        name: Name of the reward, for errors.
+        returned: List, tuple, 1-D tensor or 1-D array of numbers, booleans, or None for "doesn't apply".
+        completions: Text of each completion, `c` in total.
+        nonfinite: Whether a number that isn't finite is an error, or counted and treated as None (``"skip"``).
 
     Returns:
-        NaN for None, ``float32 [c]``, and how many numbers weren't finite.
+        Rewards, NaN for None, ``float32 [c]``, and how many numbers weren't finite.
 
     Raises:
-        RewardError: For anything else; names function and completion.
+        RewardError: If something else was returned; the message names the reward and the completion.
 
     Example:
         >>> as_rewards("correct", [True, 0.5, None], ["a", "b", "c"])
         (tensor([1.0000, 0.5000,    nan]), 0)
     """
-    wanted = f"expected {len(completions)} numbers or None, one for each completion"
+    expected = f"expected {len(completions)} numbers or None, one per completion"
     if hasattr(returned, "tolist") and getattr(returned, "ndim", None) == 1:  # a tensor or an array
         values = returned.tolist()
     elif isinstance(returned, (list, tuple)):
         values = list(returned)
     else:
         shape = f" of shape {tuple(returned.shape)}" if hasattr(returned, "shape") else ""
-        raise RewardError(f"Reward {name!r} returned a {type(returned).__name__}{shape}; {wanted}.")
+        raise RewardError(f"Reward {name!r} returned a {type(returned).__name__}{shape}; {expected}.")
     if len(values) != len(completions):
-        raise RewardError(f"Reward {name!r} returned {len(values)} rewards; {wanted}.")
+        raise RewardError(f"Reward {name!r} returned {len(values)} rewards; {expected}.")
     numbers = [_number(name, i, value, text) for i, (value, text) in enumerate(zip(values, completions, strict=True))]
-    wrong = [i for i, number in enumerate(numbers) if number is not None and not abs(number) <= _LARGEST]  # NaN too
-    if wrong and nonfinite == "error":
+    invalid = {i for i, number in enumerate(numbers) if number is not None and not abs(number) <= _LARGEST}  # NaN too
+    if invalid and nonfinite == "error":
+        first = min(invalid)
         raise RewardError(
-            f"Reward {name!r} gave {values[wrong[0]]!r:.80} for {quoted(wrong[0], completions[wrong[0]])}; expected a "
+            f"Reward {name!r} returned {values[first]!r:.80} for {quoted(first, completions[first])}; expected a "
             "finite number, or None where it doesn't apply."
         )
-    left_out = dict.fromkeys(wrong, math.nan)
-    given = [left_out.get(i, math.nan if number is None else float(number)) for i, number in enumerate(numbers)]
-    return torch.tensor(given, dtype=torch.float32), len(wrong)
+    rewards = [math.nan if number is None or i in invalid else float(number) for i, number in enumerate(numbers)]
+    return torch.tensor(rewards, dtype=torch.float32), len(invalid)
 
 
 def quoted(index: int, completion: str) -> str:
-    """How errors name a completion.
+    """Return how errors name a completion.
 
     Example:
         >>> quoted(3, "a" * 90) == f"completion 3 ('{'a' * 80}...)"
@@ -185,25 +188,25 @@ def _number(name: str, index: int, value: Any, completion: str) -> Any:
         return None
     number: Any = value
     if not isinstance(number, Real) and getattr(number, "ndim", None) == 0 and hasattr(number, "item"):
-        number = number.item()  # a scalar of torch or numpy
+        number = number.item()  # a PyTorch or NumPy scalar
     if not isinstance(number, Real):
         raise RewardError(
-            f"Reward {name!r} gave {value!r:.80}, a {type(value).__name__}, for {quoted(index, completion)}; expected "
-            "a number, or None where it doesn't apply."
+            f"Reward {name!r} returned {value!r:.80}, a {type(value).__name__}, for {quoted(index, completion)}; "
+            "expected a number, or None where it doesn't apply."
         )
     return number
 
 
 class FunctionReward:
-    """Calls a function with what it takes.
+    """Calls a reward function with the arguments that it accepts.
 
     Args:
-        name: What it is called by.
-        function: With TRL's signature, ``f(prompts, completions, completion_ids, **columns)``, or any part of it; async
-            or not.
+        name: Name of the reward, for errors.
+        function: Function with TRL's signature, ``f(prompts, completions, completion_ids, **columns)``, or any subset
+            of it; async or not.
 
     Raises:
-        RewardError: If it can't be called by name.
+        RewardError: If it has positional-only arguments.
 
     Example:
         >>> reward = FunctionReward("short", lambda completions: [-len(c) for c in completions])
@@ -216,10 +219,10 @@ class FunctionReward:
         self.arguments = Arguments(name, function.forward if isinstance(function, nn.Module) else function)
 
     def __call__(self, batch: RewardBatch, **log: Callable[..., None]) -> Any:
-        """What the function returns: rewards, or an awaitable of them.
+        """Return what the function returns: rewards, or an awaitable of them.
 
-        Each completion has copies of its prompt, messages and columns that are the function's own, so that it may
-        change what it gets: the completions of a prompt share one row, which other rewards and epochs read too.
+        The function gets copies of prompts, messages and columns, one per completion, so that it may modify them: the
+        completions of a prompt share one row, which other rewards and later epochs read, too.
         """
         per_completion: dict[str, list[Any]] = {
             "prompts": batch.prompts,
@@ -227,6 +230,6 @@ class FunctionReward:
             "completion_ids": batch.completion_ids,
             **batch.columns,
         }
-        chosen = self.arguments.chosen(per_completion)
-        copies = {name: [deepcopy(value) for value in values] for name, values in chosen.items()}
-        return self.function(**copies, **self.arguments.chosen({"trainer_state": batch.state, **log}))
+        selected = self.arguments.select(per_completion)
+        copies = {name: [deepcopy(value) for value in values] for name, values in selected.items()}
+        return self.function(**copies, **self.arguments.select({"trainer_state": batch.state, **log}))

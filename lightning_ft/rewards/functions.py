@@ -1,4 +1,4 @@
-"""Everything that judges completions, called together: functions, async functions and reward models."""
+"""All rewards of a run, called together: functions, async functions and reward models."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lightning_ft.types import Message
 
 
 class RewardLog:
-    """What one reward logs while it judges a batch.
+    """Metrics and columns that one reward logs for a batch.
 
     Args:
-        name: Of the reward.
-        count: Completions of the batch.
+        name: Name of the reward.
+        count: Number of completions in the batch.
 
     Example:
         >>> log = RewardLog("judge", 2)
@@ -42,10 +42,10 @@ class RewardLog:
         self.columns: dict[str, list[Any]] = {}
 
     def metric(self, name: str, value: Any) -> None:
-        """Log a number; this is the `log_metric` of reward functions.
+        """Log a number; reward functions get this as `log_metric`.
 
         Raises:
-            RewardError: For anything but a finite number.
+            RewardError: If the value isn't a finite number.
         """
         number = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
         if not isinstance(number, Real) or not math.isfinite(number):
@@ -53,69 +53,71 @@ class RewardLog:
         self.metrics.setdefault(name, []).append(float(number))
 
     def extra(self, column: str, values: Iterable[Any]) -> None:
-        """Log a column, or the next part of one; this is the `log_extra` of reward functions."""
+        """Log the values of a column, or more of them; reward functions get this as `log_extra`."""
         self.columns.setdefault(column, []).extend(values)
 
 
 def logged_metrics(logs: Sequence[RewardLog]) -> dict[str, float]:
-    """The mean of what was logged under each name, over the calls of all rewards."""
-    every: dict[str, list[float]] = {}
+    """Return the mean of each logged metric, over the calls of all rewards."""
+    metrics: dict[str, list[float]] = {}
     for log in logs:
         for name, values in log.metrics.items():
-            every.setdefault(name, []).extend(values)
-    return {name: sum(values) / len(values) for name, values in every.items()}
+            metrics.setdefault(name, []).extend(values)
+    return {name: sum(values) / len(values) for name, values in metrics.items()}
 
 
 def logged_columns(logs: Sequence[RewardLog]) -> dict[str, list[Any]]:
-    """Columns of all rewards; where two have the same name, the later's gets its reward's name before it.
+    """Return the columns of all rewards. If two rewards log the same name, the later one's is prefixed with its reward.
 
     Raises:
-        RewardError: For a column that hasn't one value for each completion.
+        RewardError: If a column doesn't have one value per completion.
     """
-    every: dict[str, list[Any]] = {}
+    columns: dict[str, list[Any]] = {}
     for log in logs:
         for column, values in log.columns.items():
             if len(values) != log.count:
                 raise RewardError(
                     f"Reward {log.name!r} logged {len(values)} values in the column {column!r} for {log.count} "
-                    "completions."
+                    "completions; expected one per completion."
                 )
-            every[f"{log.name}/{column}" if column in every else column] = values
-    return every
+            columns[f"{log.name}/{column}" if column in columns else column] = values
+    return columns
 
 
 class RewardFunctions:
-    """Judges completions with whatever rewards a user has.
+    """Computes the rewards of completions with functions and reward models.
 
     Functions have TRL's signature, ``f(prompts, completions, completion_ids, **columns) -> list[float | None]``: one
-    value for each completion, None where the function doesn't apply. A function without ``**kwargs`` gets what it names
-    and no more. Besides the rows' columns there are `trainer_state`, ``log_metric(name, value)`` and
+    value per completion, None where the function doesn't apply. A function without ``**kwargs`` gets only the arguments
+    that its signature names. Besides the rows' columns there are `trainer_state`, ``log_metric(name, value)`` and
     ``log_extra(column, values)``. Completions are strings for string prompts, and
     ``[{"role": "assistant", "content": text}]`` for messages.
 
-    Functions are called in their order; async ones are waited for together. Reward models are loaded with the first
-    batch or by `to`, are frozen, and are no part of checkpoints.
+    Functions are called in order; async ones run concurrently. Reward models are loaded with the first batch or by
+    `to`, are frozen, and are not part of checkpoints.
 
     Args:
-        rewards: One or a list of
+        rewards: A reward or a list of rewards, each of them one of
 
-            - functions, async or not, and objects that can be called;
-            - `RewardModeling` modules, and other objects with ``score_conversations(conversations) -> Tensor [n]``;
-            - sequence-classification models of transformers or PEFT, loaded from where their tokenizer is too;
-            - strings, taken for the first of these that they can be: a function in a file
-              (``path/to/file.py:function``), a checkpoint of `RewardModeling` (``*.ckpt``), a folder with a reward
-              model, an import path (``package.module.function``), a reward model on the hub (``owner/name``);
-            - dicts with ``function`` (or ``class_path``), and ``init_args`` where that first has to make the function;
-              or with ``model``, and ``tokenizer``, ``batch_size``, ``dtype``, ``revision``, ``trust_remote_code``; and
-              with ``weight`` and ``name``.
-        weights: One for each, in place of those in dicts; 1 by default. With 0 a reward is logged only.
-        taken: Names that other rewards are logged under; a reward of such a name gets a number behind it.
-        on_nonfinite: What to do with a reward that isn't finite: ``error`` refuses it, ``skip`` counts it and takes it
-            for None.
+            - a function, async or not, or a callable object;
+            - a `RewardModeling` module, or another object with ``score_conversations(conversations) -> Tensor [n]``;
+            - a sequence-classification model of transformers or PEFT that was loaded from a folder or hub name with a
+              tokenizer;
+            - a string, taken as the first of these that fits: a function in a file (``path/to/file.py:function``), a
+              checkpoint of `RewardModeling` (``*.ckpt``), a folder with a reward model, an import path
+              (``package.module.function``), a reward model on the hub (``owner/name``);
+            - a dict with ``function`` (or ``class_path``), and ``init_args`` if it has to be called to create the
+              reward function; or with ``model``, and ``tokenizer``, ``batch_size``, ``dtype``, ``revision``,
+              ``trust_remote_code``; and with ``weight`` and ``name``.
+        weights: Weight of each reward in the sum, instead of those in dicts; 1 by default. A reward of weight 0 is only
+            logged.
+        taken: Names that other rewards are logged under; a reward with such a name gets a number appended.
+        on_nonfinite: What to do with a reward that isn't finite: ``error`` raises, ``skip`` counts it and treats it as
+            None.
 
     Raises:
-        RewardError: For what isn't a reward, or can't be found; says what was tried.
-        ConfigError: For weights or names that don't fit.
+        RewardError: For an object that isn't a reward, or a string that names none; the message says what was tried.
+        ConfigError: For weights or names that don't match the rewards.
 
     Example:
         >>> def correct(completions, answer):
@@ -123,8 +125,8 @@ class RewardFunctions:
         >>> rewards = RewardFunctions([correct, {"function": "trl.rewards.think_format_reward", "weight": 0.5}])
         >>> rewards.names, rewards.weights
         (('correct', 'think_format_reward'), tensor([1.0000, 0.5000]))
-        >>> alone = RewardFunctions(correct)
-        >>> alone.score(["2+2?", "2+2?"], ["4", "5"], [[17], [18]], {"answer": ["4", "4"]}).total
+        >>> reward_functions = RewardFunctions(correct)
+        >>> reward_functions.compute(["2+2?", "2+2?"], ["4", "5"], [[17], [18]], {"answer": ["4", "4"]}).total
         tensor([1., 0.])
     """
 
@@ -135,53 +137,55 @@ class RewardFunctions:
         taken: Sequence[str] = (),
         on_nonfinite: OnNonFinite = "error",
     ) -> None:
-        self._given = (rewards, weights, taken, on_nonfinite)
+        self._init_args = (rewards, weights, taken, on_nonfinite)
         self._rewards = resolve_rewards(rewards, weights, taken)
         self._on_nonfinite = on_nonfinite
         self._loop = BackgroundLoop()
         self._warned = False
 
-    def __reduce__(self) -> Any:  # loaded models and the thread stay behind: what was given says it all
-        return type(self), self._given
+    def __reduce__(self) -> Any:  # without loaded models and the thread, which the arguments suffice to create again
+        return type(self), self._init_args
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the rewards are logged under, each another."""
+        """Unique names that the rewards are logged under."""
         return tuple(reward.name for reward in self._rewards)
 
     @property
     def weights(self) -> Tensor:
-        """Their weights, ``float32 [k]``."""
+        """Weights of the rewards, ``float32 [k]``."""
         return torch.tensor([reward.weight for reward in self._rewards], dtype=torch.float32)
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Check, before anything is generated, that the rows have the columns that functions need.
 
         Args:
-            columns: Names of the rows' columns besides the prompt.
+            columns: Names of the columns of the rows, the prompt excluded.
 
         Raises:
-            RewardError: If a function needs another, or one is named like an argument.
+            RewardError: If a function needs another column, or a column has the name of an argument.
         """
         columns = list(columns)
         check_columns(columns)
         for reward in self._rewards:
-            if isinstance(reward.judge, FunctionReward):
-                reward.judge.arguments.check_columns(columns)
+            if isinstance(reward.reward, FunctionReward):
+                reward.reward.arguments.check_columns(columns)
 
     def models(self) -> list[tuple[str, Any]]:
-        """Names of the reward models, and what scores conversations there; loads those that aren't loaded yet."""
-        return [(reward.name, reward.judge.load()) for reward in self._rewards if isinstance(reward.judge, ModelReward)]
+        """Return the name and the model of each reward model, loading those that aren't loaded yet."""
+        return [
+            (reward.name, reward.reward.load()) for reward in self._rewards if isinstance(reward.reward, ModelReward)
+        ]
 
     def to(self, device: torch.device | str) -> RewardFunctions:
-        """Load the reward models, where they aren't yet, and move them."""
+        """Load the reward models, if they aren't loaded yet, and move them to a device."""
         for reward in self._rewards:
-            if isinstance(reward.judge, ModelReward):
-                reward.judge.to(device)
+            if isinstance(reward.reward, ModelReward):
+                reward.reward.to(device)
         return self
 
     @torch.no_grad()
-    def score(
+    def compute(
         self,
         prompts: Sequence[str] | Sequence[list[Message]],
         completions: Sequence[str],
@@ -189,24 +193,24 @@ class RewardFunctions:
         columns: dict[str, list[Any]] | None = None,
         state: TrainerState | None = None,
     ) -> Rewards:
-        """Judge completions.
+        """Compute the rewards of completions.
 
-        A function that fails on the batch is called once more with each completion by itself, until it is known which
-        one it fails on; what it logs then is dropped.
+        A function that fails on the batch is called again with one completion at a time, to find the one that it fails
+        on; what it logs then is dropped.
 
         Args:
-            prompts: The prompt of each completion, `c`: those of a prompt repeated for all of its completions.
-            completions: Their texts, `c`.
-            completion_ids: Their tokens, `c`.
-            columns: The rows' other columns, `c` values each.
-            state: How far training has come.
+            prompts: Prompt of each completion, `c` in total.
+            completions: Text of each completion, `c` in total.
+            completion_ids: Token ids of each completion, `c` lists.
+            columns: Other columns of the rows by name, `c` values each.
+            state: Progress of training.
 
         Returns:
             Rewards of each function and their weighted sums, on the CPU.
 
         Raises:
-            RewardError: If a reward fails, or gives anything but one finite number or None for each completion; names
-                it, and the completion.
+            RewardError: If a reward fails, or returns something else than a finite number or None per completion; the
+                message names the reward and the completion.
         """
         batch = RewardBatch(
             list(prompts),
@@ -217,59 +221,60 @@ class RewardFunctions:
         )
         self.check_columns(batch.columns)
         for reward in self._rewards:
-            if isinstance(reward.judge, ModelReward):
-                reward.judge.load()  # here, where it fails only once
+            if isinstance(reward.reward, ModelReward):
+                reward.reward.load()  # outside `_call`, so that a failure isn't retried per completion
         logs = [RewardLog(reward.name, len(batch)) for reward in self._rewards]
-        given = self._judged(self._rewards, batch, logs) if len(batch) else [[] for _ in self._rewards]
+        results = self._call(self._rewards, batch, logs) if len(batch) else [[] for _ in self._rewards]
         values, nonfinite = [], 0
-        for reward, returned in zip(self._rewards, given, strict=True):
+        for reward, returned in zip(self._rewards, results, strict=True):
             if isinstance(returned, BaseException):
-                raise self._failed(reward, batch, returned) from returned
-            numbers, wrong = as_rewards(reward.name, returned, batch.texts, nonfinite=self._on_nonfinite)
+                raise self._failure(reward, batch, returned) from returned
+            numbers, num_nonfinite = as_rewards(reward.name, returned, batch.texts, nonfinite=self._on_nonfinite)
             values.append(numbers)
-            nonfinite += wrong
+            nonfinite += num_nonfinite
         per_function = torch.stack(values, dim=1)  # [c, k]
         total = combine_rewards(per_function, self.weights)  # [c]
         rewards = Rewards(self.names, per_function, total, logged_metrics(logs), logged_columns(logs), nonfinite)
-        self._warn_unscored(rewards, batch)
+        self._warn_unrewarded(rewards, batch)
         return rewards
 
-    def _judged(self, rewards: Sequence[NamedReward], batch: RewardBatch, logs: Sequence[RewardLog]) -> list[Any]:
-        """What each reward returned, or the exception that it raised."""
-        given: list[Any] = []
+    def _call(self, rewards: Sequence[NamedReward], batch: RewardBatch, logs: Sequence[RewardLog]) -> list[Any]:
+        """Return what each reward returned, or the exception that it raised."""
+        results: list[Any] = []
         for reward, log in zip(rewards, logs, strict=True):
             try:
-                given.append(reward(batch, log_metric=log.metric, log_extra=log.extra))
-            except Exception as error:  # whatever a reward does, it must be told which one did it
-                given.append(error)
-        waiting = [i for i, returned in enumerate(given) if inspect.isawaitable(returned)]
-        if waiting:
-            for i, result in zip(waiting, self._loop.gather([given[i] for i in waiting]), strict=True):
-                given[i] = result
-        return given
+                results.append(reward(batch, log_metric=log.metric, log_extra=log.extra))
+            except Exception as error:  # any exception of a user's function; the error must name the function
+                results.append(error)
+        pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+        if pending:
+            for i, result in zip(pending, self._loop.gather([results[i] for i in pending]), strict=True):
+                results[i] = result
+        return results
 
-    def _failed(self, reward: NamedReward, batch: RewardBatch, error: BaseException) -> RewardError:
-        said = f"{type(error).__name__}: {error}"
-        kind = "strings" if isinstance(batch.prompts[0], str) else "messages"
+    def _failure(self, reward: NamedReward, batch: RewardBatch, error: BaseException) -> RewardError:
+        """Return an error that names the completion that a reward fails on, found by calling it with one at a time."""
+        cause = f"{type(error).__name__}: {error}"
+        completion_type = "strings" if isinstance(batch.prompts[0], str) else "messages"
         for i in range(len(batch)):
-            alone = self._judged([reward], batch.row(i), [RewardLog(reward.name, 1)])[0]
-            if isinstance(alone, BaseException):
+            result = self._call([reward], batch.row(i), [RewardLog(reward.name, 1)])[0]
+            if isinstance(result, BaseException):
                 return RewardError(
-                    f"Reward {reward.name!r} failed on {quoted(i, batch.texts[i])} with {said} (completions are "
-                    f"{kind}, as their prompts are)."
+                    f"Reward {reward.name!r} failed on {quoted(i, batch.texts[i])} with {cause} (completions are "
+                    f"{completion_type}, like their prompts)."
                 )
         return RewardError(
-            f"Reward {reward.name!r} failed on {len(batch)} completions, though on none of them alone, the first being "
-            f"{quoted(0, batch.texts[0])}, with {said}."
+            f"Reward {reward.name!r} failed on a batch of {len(batch)} completions, though on none of them alone, with "
+            f"{cause}. The first one is {quoted(0, batch.texts[0])}."
         )
 
-    def _warn_unscored(self, rewards: Rewards, batch: RewardBatch) -> None:
-        if rewards.unscored and not self._warned:
+    def _warn_unrewarded(self, rewards: Rewards, batch: RewardBatch) -> None:
+        if rewards.num_unrewarded and not self._warned:
             self._warned = True
             first = int(rewards.total.isnan().nonzero()[0])
             warn(
-                f"No reward applied to {rewards.unscored} of {len(batch)} completions, the first being "
-                f"{quoted(first, batch.texts[first])}: all of {', '.join(self.names)} gave None. Such completions are "
-                "trained on with no advantage; this is told once.",
+                f"No reward applied to {rewards.num_unrewarded} of {len(batch)} completions, the first being "
+                f"{quoted(first, batch.texts[first])}: all of {', '.join(self.names)} returned None. Such completions "
+                "get an advantage of 0. This warning is shown once.",
                 stacklevel=3,
             )

@@ -1,4 +1,4 @@
-"""Reward models as rewards: frozen, with their own tokenizer and chat template, and no part of any checkpoint."""
+"""Reward models as rewards: frozen, with their own tokenizer and chat template, and not part of checkpoints."""
 
 from __future__ import annotations
 
@@ -43,63 +43,70 @@ _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def local_folder(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The folder of a reward model, downloaded from the hub where there is none of that name here.
+    """Return the folder of a reward model, downloaded from the hub if there is no local one of that name.
 
     Args:
-        name: A folder, or a name on the hub.
+        name: Path of a folder, or name on the hub.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Download the code that the repository ships, too.
+        trust_remote_code: Whether to download the repository's code, too.
 
     Raises:
-        RewardError: If there is neither.
+        RewardError: If there is neither, or the folder contains no model.
     """
     if Path(name).is_dir():
         if not any((Path(name) / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
-            raise RewardError(f"The folder {name!r} holds no model: there is neither config.json nor {ADAPTER_CONFIG}.")
+            raise RewardError(
+                f"The folder {name!r} contains no model: it has neither config.json nor {ADAPTER_CONFIG}."
+            )
         return Path(name)
     patterns = [*_FILES, "*.py"] if trust_remote_code else _FILES
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise RewardError(f"There is no folder {name!r}, nor a model of that name on the hub: {reason}") from error
+        raise RewardError(f"There is no folder {name!r}, and no model of that name on the hub: {reason}") from error
 
 
-def load_scorer(folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:
+def load_reward_model(
+    folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel | PeftModel:
     """Load a reward model, frozen and in eval mode.
 
     Args:
-        folder: With a sequence-classification model of one label, or a PEFT adapter for one.
-        dtype: Of the weights; ``"auto"`` is the checkpoint's own.
-        trust_remote_code: Run code that the folder ships.
+        folder: Folder of a sequence-classification model with one label, or of a PEFT adapter for one.
+        dtype: Data type of the weights; ``"auto"`` is that of the checkpoint.
+        trust_remote_code: Whether to run code from the folder.
 
     Raises:
-        RewardError: If the model isn't one that gives a score: a head that was never trained would be drawn at random.
+        RewardError: If the model has no trained score head (a missing head would be initialized at random), or several
+            labels.
         ModelError: If it can't be loaded.
     """
     if not any(_HEAD.match(name) for name in _saved_names(folder)):
         raise RewardError(
-            f"{str(folder)!r} holds a model without a trained score head, which would score at random. A reward model "
-            "is an export of RewardModeling, or another AutoModelForSequenceClassification with num_labels=1."
+            f"The model in {str(folder)!r} has no trained score head, so its rewards would be random. Use an export of "
+            "RewardModeling, or another AutoModelForSequenceClassification with num_labels=1."
         )
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     base = adapter_base(str(folder))
     if base is None:
         labels = load_config(str(folder), trust_remote_code=trust_remote_code).num_labels
         if labels != 1:
-            raise RewardError(f"{str(folder)!r} holds a classifier of {labels} labels; a reward model has one.")
+            raise RewardError(
+                f"{str(folder)!r} contains a classifier with {labels} labels, but a reward model has num_labels=1."
+            )
         model: Any = load_model(AutoModelForSequenceClassification, str(folder), num_labels=1, **options)
     else:
-        whole = load_model(AutoModelForSequenceClassification, base, num_labels=1, **options)
-        model = PeftModel.from_pretrained(whole, str(folder))
+        base_model = load_model(AutoModelForSequenceClassification, base, num_labels=1, **options)
+        model = PeftModel.from_pretrained(base_model, str(folder))
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def _saved_names(folder: Path) -> list[str]:
-    """Names of the weights in a folder.
+    """Return the names of the weights in a folder.
 
     Raises:
-        RewardError: If there are none in safetensors files.
+        RewardError: If there are no safetensors files, or they are damaged.
     """
     names: list[str] = []
     for index in sorted(folder.glob("*.safetensors.index.json")):
@@ -114,28 +121,28 @@ def _saved_names(folder: Path) -> list[str]:
         except (OSError, SafetensorError) as error:
             raise RewardError(f"{str(file)!r} is damaged ({error}): export or copy the folder again.") from error
     if not names:
-        raise RewardError(f"{str(folder)!r} holds no weights in safetensors files.")
+        raise RewardError(f"{str(folder)!r} contains no weights in safetensors files: save the model again as those.")
     return names
 
 
 class ConversationScorer(Protocol):
-    """What scores whole conversations: a `RewardModel`, or a `RewardModeling` module."""
+    """A model that scores whole conversations: a `RewardModel`, or a `RewardModeling` module."""
 
     def score_conversations(self, conversations: list[list[Message]]) -> Tensor:
-        """Score each conversation, the answer last, ``float32 [n]``."""
+        """Return a reward per conversation, whose last message is the completion, ``float32 [n]``."""
         ...
 
 
 class RewardModel:
-    """A sequence-classification model that scores conversations as they stand in its own chat template.
+    """A sequence-classification model that scores conversations, rendered with its own chat template.
 
     Args:
-        model: With one label, over a decoder, adapted or not.
-        tokenizer: The model's own.
-        batch_size: Conversations at a time.
+        model: Sequence-classification model with one label, a decoder with or without a PEFT adapter.
+        tokenizer: Tokenizer of the model, with its chat template.
+        batch_size: Number of conversations per forward pass.
 
     Raises:
-        ModelError: If the model isn't one that reads a score at the last token.
+        ModelError: If the model doesn't compute its logit from the last token.
 
     Example:
         >>> reward = RewardModel.from_pretrained("out/reward")  # doctest: +SKIP
@@ -150,7 +157,7 @@ class RewardModel:
         check_last_token(model)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self._template = chat_template(tokenizer)
-        self._told = False
+        self._warned = False
 
     @classmethod
     def from_pretrained(
@@ -166,12 +173,12 @@ class RewardModel:
         """Load a reward model and freeze it.
 
         Args:
-            name: A folder that a reward model was exported to, whole or as a PEFT adapter, or a hub name of one.
-            tokenizer: Where it isn't in the same place.
-            batch_size: Conversations at a time.
-            dtype: Of the weights; ``"auto"`` is the checkpoint's own.
+            name: Folder of an exported reward model or PEFT adapter, or the name of one on the hub.
+            tokenizer: Tokenizer, or its folder or hub name; None if it is in the model's folder.
+            batch_size: Number of conversations per forward pass.
+            dtype: Data type of the weights; ``"auto"`` is that of the checkpoint.
             revision: Branch, tag or commit on the hub.
-            trust_remote_code: Run code that the repository ships.
+            trust_remote_code: Whether to run code from the repository.
 
         Raises:
             RewardError: If there is no reward model of that name.
@@ -179,29 +186,29 @@ class RewardModel:
             TokenizerError: If it has no tokenizer.
         """
         folder = local_folder(str(name), revision=revision, trust_remote_code=trust_remote_code)
-        model = load_scorer(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_reward_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer or str(folder), trust_remote_code=trust_remote_code)
         return cls(model, tokenizer, batch_size=batch_size)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model's inputs."""
         return input_device(self.model)
 
     def to(self, device: torch.device | str) -> RewardModel:
-        """Move the model, and give it back."""
+        """Move the model to a device and return this object."""
         self.model.to(device)  # type: ignore[arg-type]
         return self
 
     def score_conversations(self, conversations: Sequence[Sequence[Message]]) -> Tensor:
-        """Score each conversation at its last token, in eval mode and without gradients.
+        """Compute the reward of each conversation at its last token, in eval mode and without gradients.
 
         Args:
-            conversations: The answer last.
+            conversations: Messages of each conversation, the completion last.
 
         Returns:
-            ``float32 [n]``.
+            Rewards, ``float32 [n]``.
 
         Raises:
             RewardError: If a conversation is longer than the model's context.
@@ -211,8 +218,8 @@ class RewardModel:
         for i, row in enumerate(rows):
             if limit is not None and len(row) > limit:
                 raise RewardError(
-                    f"Conversation {i} has {len(row):,} tokens, more than the {limit:,} that the reward model reads: "
-                    "shorten prompts or completions."
+                    f"Conversation {i} has {len(row):,} tokens, which exceeds the reward model's context of {limit:,}: "
+                    "shorten prompts or completions, or use a reward model with a longer context."
                 )
         with evaluating(self.model):
             return last_token_rewards(self.model, rows, pad_token_id(self.tokenizer), batch_size=self.batch_size)
@@ -221,20 +228,23 @@ class RewardModel:
         try:
             return encode_conversation(self.tokenizer, messages, self._template).input_ids
         except AnswerLostError as error:
-            # Training refuses such a row. A policy may write anything, and what the template makes of it is what the
-            # reward model would be given wherever it is served.
-            if not self._told:
-                self._told = True
-                warn(f"The reward model is given completions as it renders them: {error}.", stacklevel=2)
+            # Training refuses such a row. But a policy may generate any text, and a server of the reward model would
+            # get whatever the template renders, too.
+            if not self._warned:
+                self._warned = True
+                warn(
+                    f"Rewards are computed from completions as the reward model's chat template renders them: {error}.",
+                    stacklevel=2,
+                )
             text = self._template.render(messages)
             return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
 
 
 class ModelReward:
-    """Judges a batch with a model, loaded when it is first needed.
+    """Computes rewards with a model that is loaded on first use.
 
     Args:
-        load: Gives what scores conversations.
+        load: Function that loads and returns the model.
     """
 
     def __init__(self, load: Callable[[], ConversationScorer]) -> None:
@@ -242,9 +252,10 @@ class ModelReward:
         self._scorer: Any = None
 
     def load(self) -> Any:
-        """The model, which is loaded if it isn't yet."""
+        """Return the model, loading it on the first call."""
         if self._scorer is None:
-            # Loading draws weights that saved ones take the place of: the policy's samples must not depend on it.
+            # Loading initializes weights at random before saved ones replace them. The policy's samples must not
+            # depend on when that happens.
             with torch.random.fork_rng(devices=[]):
                 scorer: Any = self._load()
                 if hasattr(scorer, "configure_model"):  # a LightningModule loads its weights there
@@ -253,13 +264,13 @@ class ModelReward:
         return self._scorer
 
     def to(self, device: torch.device | str) -> None:
-        """Load the model, if it isn't yet, and move it."""
+        """Load the model, if it isn't loaded yet, and move it to a device."""
         scorer = self.load()
         if hasattr(scorer, "to"):
             scorer.to(device)
 
     def __call__(self, batch: RewardBatch, **unused: Any) -> Tensor:
-        """Scores of the batch's conversations, ``[c]``, the same whatever precision a Trainer runs its module in."""
+        """Return the reward of each completion, ``[c]``, independent of the precision of the Trainer."""
         scorer = self.load()
         device = getattr(scorer, "device", None)
         with ExitStack() as around:
@@ -273,18 +284,19 @@ class ModelReward:
 _ANSWER = Message(role="assistant", content="x")
 
 
-def check_room(models: Iterable[tuple[str, Any]], splits: Splits[Any], new_tokens: int) -> None:
-    """Refuse prompts that a reward model can't read together with a completion, which it would meet hours later.
+def check_context_length(models: Iterable[tuple[str, Any]], splits: Splits[Any], new_tokens: int) -> None:
+    """Check that prompts fit, together with a completion, into the context of each reward model.
 
-    A row isn't tokenized where its number of bytes shows that it fits: no token is of less than a byte.
+    Otherwise training might fail on such a prompt hours later. Rows whose number of bytes shows that they fit aren't
+    tokenized, since a token has at least one byte.
 
     Args:
-        models: Names of reward models, and what scores conversations there; those of other kinds aren't asked.
-        splits: Rows of prompts; every split that is loaded is looked at.
-        new_tokens: Most tokens of a completion, taken for as many of the reward model's.
+        models: Name and model of each reward model; models without a `model` and a `tokenizer` are skipped.
+        splits: Rows of prompts; all loaded splits are checked.
+        new_tokens: Largest number of tokens per completion, also assumed for the reward model's tokenizer.
 
     Raises:
-        ConfigError: With the reward model and the row.
+        ConfigError: If a prompt doesn't fit; the message names the reward model and the row.
     """
     for name, scorer in models:
         if getattr(scorer, "model", None) is None or getattr(scorer, "tokenizer", None) is None:
@@ -297,23 +309,23 @@ def check_room(models: Iterable[tuple[str, Any]], splits: Splits[Any], new_token
         def tokens(prompt: list[Message], tokenizer: Any = tokenizer, template: Any = template) -> int:
             try:
                 return len(encode_conversation(tokenizer, [*prompt, _ANSWER], template)) - 1 + new_tokens
-            except AnswerLostError:  # the reward model says so when it is asked
+            except AnswerLostError:  # the reward model warns about it when it is used
                 return 0
 
-        around = tokens([Message(role="user", content="x")])
+        template_tokens = tokens([Message(role="user", content="x")])
         for split, parts in splits.rows.items():
             for row in (row for part in parts for row in part if hasattr(row, "prompt")):
                 prompt = row.prompt
                 turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
-                if sum(around + len(str(turn).encode()) for turn in turns) <= limit:
+                if sum(template_tokens + len(str(turn).encode()) for turn in turns) <= limit:
                     continue
                 length = tokens(turns)
                 if length <= limit or (not isinstance(scorer, RewardModel) and reads_position(base, length - 1)):
                     continue
-                where = Extreme(length, split, row.source, row.row).origin
+                origin = Extreme(length, split, row.source, row.row).origin
                 raise ConfigError(
-                    f"{where}: with max_new_tokens={new_tokens:,} the conversation that the reward {name!r} scores may "
-                    f"have {length:,} tokens, and its model reads {limit:,}. Lower max_new_tokens, leave the row out, "
-                    "or take a reward model with a longer context. (Rewards get whole prompts, also where max_length "
-                    "cuts them.)"
+                    f"{origin}: with max_new_tokens={new_tokens:,} a conversation may have {length:,} tokens, which "
+                    f"exceeds the context of the reward model {name!r}, {limit:,}. Lower max_new_tokens, leave the row "
+                    "out, or use a reward model with a longer context. (Rewards get whole prompts, also where "
+                    "max_length cuts them.)"
                 )

@@ -1,4 +1,4 @@
-"""From what a user passes as rewards to named, weighted things that judge a batch."""
+"""Resolves what users pass as rewards to named and weighted reward functions and models."""
 
 from __future__ import annotations
 
@@ -26,79 +26,79 @@ from lightning_ft.rewards.function import FunctionReward
 from lightning_ft.rewards.model import ConversationScorer, ModelReward, RewardModel, local_folder
 
 RewardLike = str | dict[str, Any] | Callable[..., Any] | nn.Module | ConversationScorer
-"""What a single reward may be given as; see `RewardFunctions`."""
+"""What a user may pass as a reward; see `RewardFunctions`."""
 
 _FUNCTION, _MODEL = ("function", "class_path"), "model"
-_OF_FUNCTIONS = (*_FUNCTION, "init_args")
-_OF_MODELS = (_MODEL, "tokenizer", "batch_size", "dtype", "revision", "trust_remote_code")
-_OF_ALL = ("weight", "name")
+_FUNCTION_KEYS = (*_FUNCTION, "init_args")
+_MODEL_KEYS = (_MODEL, "tokenizer", "batch_size", "dtype", "revision", "trust_remote_code")
+_COMMON_KEYS = ("weight", "name")
 
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward, ready to judge.
+    """A reward with its name and weight.
 
     Args:
-        name: What its figures are logged under.
-        weight: Of its rewards in the sum.
-        judge: Called with a batch and the two functions that log; gives rewards, or an awaitable of them.
+        name: Name that its metrics are logged under.
+        weight: Factor of its rewards in the sum.
+        reward: Callable of a batch and the two logging functions that returns rewards, or an awaitable of them.
     """
 
     name: str
     weight: float
-    judge: FunctionReward | ModelReward
+    reward: FunctionReward | ModelReward
 
     def __call__(self, batch: RewardBatch, **log: Callable[..., None]) -> Any:
-        """Judge a batch."""
-        return self.judge(batch, **log)
+        """Compute the rewards of a batch."""
+        return self.reward(batch, **log)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What was found, and what it would be called."""
+class _Resolved:
+    """A function or a `ModelReward`, and its default name."""
 
     name: str
-    judge: Any
+    reward: Any
 
 
 def resolve_rewards(
     rewards: Any, weights: Sequence[float] | None = None, taken: Sequence[str] = ()
 ) -> tuple[NamedReward, ...]:
-    """Named, weighted rewards.
+    """Resolve rewards to named and weighted ones.
 
     Args:
-        rewards: One or a list of what `RewardFunctions` takes.
-        weights: One for each; by default those that stand in dicts, else 1.
+        rewards: A reward, or a list of rewards, as `RewardFunctions` takes them.
+        weights: Weight of each reward; None takes those of dicts, and 1 for the others.
         taken: Names that other rewards are logged under.
 
     Raises:
-        RewardError: For what isn't a reward.
-        ConfigError: For weights that don't fit.
+        RewardError: For an object that isn't a reward.
+        ConfigError: For weights or names that don't match the rewards.
     """
-    several = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
-    if not several:
-        raise ConfigError("rewards=[]: expected at least one.")
-    found = [_resolve(reward) for reward in several]
-    written = [_written(reward, "weight") for reward in several]
+    rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [rewards]
+    if not rewards:
+        raise ConfigError("rewards=[]: expected at least one reward.")
+    resolved = [_resolve(reward) for reward in rewards]
+    configured = [_option(reward, "weight") for reward in rewards]
     if weights is None:
-        weights = [1.0 if weight is None else weight for weight in written]
-    elif any(weight is not None for weight in written):
-        raise ConfigError("Weights stand both in weights= and beside the rewards: leave out one of them.")
-    if len(weights) != len(several):
-        raise ConfigError(f"{len(several)} rewards with {len(weights)} weights: expected one each.")
+        weights = [1.0 if weight is None else weight for weight in configured]
+    elif any(weight is not None for weight in configured):
+        raise ConfigError("Weights are set both by weights= and in the dicts of rewards: leave out one of them.")
+    if len(weights) != len(rewards):
+        raise ConfigError(f"{len(rewards)} rewards with {len(weights)} weights: expected one weight per reward.")
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ConfigError(f"The weight {weight!r} of a reward: expected a finite number.")
-    names = _unique([_written(reward, "name") for reward in several], [reward.name for reward in found], taken)
-    judges = [
-        reward.judge if isinstance(reward.judge, ModelReward) else FunctionReward(name, reward.judge)
-        for name, reward in zip(names, found, strict=True)
+            raise ConfigError(f"A reward has the weight {weight!r}: expected a finite number.")
+    names = _unique_names([_option(reward, "name") for reward in rewards], [reward.name for reward in resolved], taken)
+    callables = [
+        reward.reward if isinstance(reward.reward, ModelReward) else FunctionReward(name, reward.reward)
+        for name, reward in zip(names, resolved, strict=True)
     ]
-    return tuple(map(NamedReward, names, map(float, weights), judges))
+    return tuple(map(NamedReward, names, map(float, weights), callables))
 
 
 def callable_name(function: Any) -> str:
-    """What a function is called by: lambdas ``reward``, partials as their function, objects as their class.
+    """Return the default name of a function: ``reward`` for lambdas, the function of a partial, the class of an object.
 
     Example:
         >>> from functools import partial
@@ -111,17 +111,19 @@ def callable_name(function: Any) -> str:
     return "reward" if name == "<lambda>" else str(name)
 
 
-def _written(reward: Any, key: str) -> Any:
+def _option(reward: Any, key: str) -> Any:
     return reward.get(key) if isinstance(reward, dict) else None
 
 
-def _unique(given: Sequence[str | None], derived: Sequence[str], others: Sequence[str] = ()) -> list[str]:
-    """Names that were given stay; others get a number where they stand for several."""
-    taken = [*others, *(name for name in given if name)]
-    if twice := [name for name in given if name and taken.count(name) > 1]:
-        raise ConfigError(f"Two rewards are named {twice[0]!r}: each is logged under its name, so give another one.")
+def _unique_names(configured: Sequence[str | None], defaults: Sequence[str], others: Sequence[str] = ()) -> list[str]:
+    """Keep configured names, and append a number to default names that are already taken."""
+    taken = [*others, *(name for name in configured if name)]
+    if duplicates := [name for name in configured if name and taken.count(name) > 1]:
+        raise ConfigError(
+            f"Two rewards are named {duplicates[0]!r}, but each is logged under its name: rename one of them."
+        )
     names = []
-    for name, default in zip(given, derived, strict=True):
+    for name, default in zip(configured, defaults, strict=True):
         number, unique = 1, name or default
         while not name and unique in taken:
             number += 1
@@ -131,7 +133,7 @@ def _unique(given: Sequence[str | None], derived: Sequence[str], others: Sequenc
     return names
 
 
-def _resolve(reward: Any) -> _Found:
+def _resolve(reward: Any) -> _Resolved:
     if isinstance(reward, str):
         return _from_string(reward)
     if isinstance(reward, dict):
@@ -139,140 +141,148 @@ def _resolve(reward: Any) -> _Found:
     return _from_object(reward)
 
 
-def _from_object(reward: Any) -> _Found:
-    reward = getattr(reward, "_orig_mod", reward)  # what torch.compile wraps
+def _from_object(reward: Any) -> _Resolved:
+    reward = getattr(reward, "_orig_mod", reward)  # the module that torch.compile has wrapped
     if isinstance(reward, (PreTrainedModel, PeftModel)):
         return _model_object(reward, {})
     if hasattr(reward, "score_conversations"):
         name = getattr(reward, "model_name", None)
-        return _Found(_last_part(name) if name else type(reward).__name__, ModelReward(lambda: reward))
+        return _Resolved(_last_part(name) if name else type(reward).__name__, ModelReward(lambda: reward))
     if inspect.isclass(reward):
         try:
             reward = reward()
         except TypeError as error:
             raise RewardError(
-                f"The reward {reward.__name__} is a class that can't be made without arguments ({error}): pass an "
-                "object of it, or {'class_path': ..., 'init_args': {...}}."
+                f"The reward {reward.__name__} is a class that can't be instantiated without arguments ({error}): pass "
+                "an instance of it, or {'class_path': ..., 'init_args': {...}}."
             ) from error
         return _from_object(reward)
     if callable(reward):
-        return _Found(callable_name(reward), reward)
+        return _Resolved(callable_name(reward), reward)
     raise RewardError(
-        f"A reward can't be a {type(reward).__name__}: expected a function, a reward model, a string that names "
+        f"A reward can't be of type {type(reward).__name__}: expected a function, a reward model, a string that names "
         "one, or a dict with 'function' or 'model'."
     )
 
 
-def _from_dict(reward: dict[str, Any]) -> _Found:
-    kinds = [key for key in (*_FUNCTION, _MODEL) if key in reward]
-    if len(kinds) != 1:
-        raise RewardError(f"A reward given as a dict needs one of 'function' and 'model'; this one has {list(reward)}.")
-    known = (*(_OF_MODELS if kinds[0] == _MODEL else _OF_FUNCTIONS), *_OF_ALL)
+def _from_dict(reward: dict[str, Any]) -> _Resolved:
+    sources = [key for key in (*_FUNCTION, _MODEL) if key in reward]
+    if len(sources) != 1:
+        raise RewardError(f"A dict reward needs either 'function' or 'model'; this one has {list(reward)}.")
+    (source,) = sources
+    known = (*(_MODEL_KEYS if source == _MODEL else _FUNCTION_KEYS), *_COMMON_KEYS)
     for key in reward:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise RewardError(f"A reward with {kinds[0]!r} has no {key!r}. {hint}It takes {', '.join(known)}.")
-    what = reward[kinds[0]]
-    if kinds[0] == _MODEL:
-        options = {key: reward[key] for key in _OF_MODELS[1:] if key in reward}
-        if isinstance(what, (str, Path)):
-            return _model_named(str(what), options)
-        what = getattr(what, "_orig_mod", what)
-        if isinstance(what, (PreTrainedModel, PeftModel)):
-            return _model_object(what, options)
-        if hasattr(what, "score_conversations") and not options:
-            return _from_object(what)
+            similar = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {similar[0]!r}? " if similar else ""
+            raise RewardError(f"A reward with {source!r} has no option {key!r}. {hint}It takes {', '.join(known)}.")
+    value = reward[source]
+    if source == _MODEL:
+        options = {key: reward[key] for key in _MODEL_KEYS[1:] if key in reward}
+        if isinstance(value, (str, Path)):
+            return _model_named(str(value), options)
+        value = getattr(value, "_orig_mod", value)
+        if isinstance(value, (PreTrainedModel, PeftModel)):
+            return _model_object(value, options)
+        if hasattr(value, "score_conversations") and not options:
+            return _from_object(value)
         raise RewardError(
-            f"A reward can't have a {type(what).__name__} as its 'model'"
+            f"The 'model' of a reward can't be of type {type(value).__name__}"
             f"{' with ' + ', '.join(options) if options else ''}: expected a name, a folder, a .ckpt, or a "
             "sequence-classification model of transformers or PEFT."
         )
-    function = _imported(what) if isinstance(what, str) else what
+    function = _imported(value) if isinstance(value, str) else value
     if "init_args" in reward:
+        init_args = dict(reward["init_args"])
         try:
-            function = function(**reward["init_args"])
+            function = function(**init_args)
         except TypeError as error:
-            raise RewardError(f"rewards={what!r} can't be made with {dict(reward['init_args'])}: {error}") from error
+            raise RewardError(f"rewards={value!r} can't be called with init_args={init_args}: {error}") from error
     return _from_object(function)
 
 
-def _from_string(reward: str) -> _Found:
-    """In this order: a file's function, a checkpoint, a folder, an import path, a hub name."""
+def _from_string(reward: str) -> _Resolved:
+    """Resolve a string: a function in a file, a checkpoint, a folder, an import path or a hub name, in this order."""
     if is_file_path(reward):
         return _from_object(from_file(reward, argument="rewards", error=RewardError))
     if reward.endswith(".ckpt") or (reward and Path(reward).is_dir()):
         return _model_named(reward, {})
-    tried = [f"a folder (there is none at {str(Path(reward).resolve())!r})"]
+    tried = [f"a folder ({str(Path(reward).resolve())!r} doesn't exist)"]
     if _is_import_path(reward):
         try:
             return _from_object(from_import_path(reward, argument="rewards", error=RewardError))
         except (ModuleNotFoundError, AttributeError) as error:
             tried.append(f"an import path ({error})")
     else:
-        tried.append("an import path (it isn't written like one: package.module.function)")
+        tried.append("an import path (expected the form package.module.function)")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", reward):
         return _model_named(reward, {})
-    tried.append("a hub name (it isn't written like one: owner/name)")
+    tried.append("a hub name (expected the form owner/name)")
     raise RewardError(
-        f"rewards={reward!r} could not be found. Tried: {'; '.join(tried)}. A function in a file is written "
-        "path/to/file.py:function, a checkpoint ends in .ckpt."
+        f"rewards={reward!r} could not be found. Tried: {'; '.join(tried)}. A function in a file has the form "
+        "path/to/file.py:function, and a checkpoint ends in .ckpt."
     )
 
 
-def _imported(place: str) -> Any:
-    if not is_file_path(place) and not _is_import_path(place):
-        raise RewardError(f"rewards={place!r}: expected package.module.function or path/to/file.py:function.")
-    return import_object(place, argument="rewards", error=RewardError)
+def _imported(path: str) -> Any:
+    if not is_file_path(path) and not _is_import_path(path):
+        raise RewardError(f"rewards={path!r}: expected package.module.function or path/to/file.py:function.")
+    return import_object(path, argument="rewards", error=RewardError)
 
 
-def _is_import_path(place: str) -> bool:
-    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*(\.[^\W\d]\w*)*", place) is not None
+def _is_import_path(text: str) -> bool:
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*(\.[^\W\d]\w*)*", text) is not None
 
 
-def _model_named(name: str, options: dict[str, Any]) -> _Found:
+def _model_named(name: str, options: dict[str, Any]) -> _Resolved:
     if name.endswith(".ckpt"):
         if not Path(name).is_file():
-            raise RewardError(f"rewards={name!r}: there is no such checkpoint (looked for {Path(name).resolve()}).")
+            raise RewardError(f"rewards={name!r}: the checkpoint {str(Path(name).resolve())!r} doesn't exist.")
         if options:
-            raise RewardError(f"rewards={name!r}: a checkpoint brings its own {', '.join(options)}.")
-        return _Found(Path(name).stem, ModelReward(lambda: _load_checkpoint(name)))
+            raise RewardError(
+                f"rewards={name!r}: a checkpoint contains its own {', '.join(options)}. Leave out {', '.join(options)}."
+            )
+        return _Resolved(Path(name).stem, ModelReward(lambda: _load_checkpoint(name)))
     if Path(name).is_dir():
-        local_folder(name)  # says now what it would say when the model is loaded
-    return _Found(_last_part(name), ModelReward(lambda: RewardModel.from_pretrained(name, **options)))
+        local_folder(name)  # raises now what would otherwise be raised when the model is loaded
+    return _Resolved(_last_part(name), ModelReward(lambda: RewardModel.from_pretrained(name, **options)))
 
 
-def _model_object(model: PreTrainedModel | PeftModel, options: dict[str, Any]) -> _Found:
-    place = model.config._name_or_path
-    tokenizer = options.get("tokenizer") or place
+def _model_object(model: PreTrainedModel | PeftModel, options: dict[str, Any]) -> _Resolved:
+    path = model.config._name_or_path
+    tokenizer = options.get("tokenizer") or path
     if not tokenizer:
         raise RewardError(
-            f"The reward model {type(model).__name__} comes without a tokenizer: pass {{'model': model, 'tokenizer': "
-            "tokenizer}."
+            f"The reward model {type(model).__name__} was not loaded from a folder or hub name, so its tokenizer is "
+            "unknown: pass {'model': model, 'tokenizer': tokenizer}."
         )
     batch_size = {"batch_size": options["batch_size"]} if "batch_size" in options else {}
     if unused := [key for key in options if key not in ("tokenizer", "batch_size")]:
-        raise RewardError(f"{unused[0]!r} is for a reward model that is loaded by its name, not for a loaded one.")
+        raise RewardError(
+            f"{unused[0]!r} only applies to a reward model that is loaded by name, but this one is loaded already: "
+            "leave it out."
+        )
 
     def load() -> RewardModel:
         return RewardModel(model, load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, **batch_size)
 
-    return _Found(_last_part(place) if place else type(model).__name__, ModelReward(load))
+    return _Resolved(_last_part(path) if path else type(model).__name__, ModelReward(load))
 
 
 def _load_checkpoint(path: str) -> ConversationScorer:
     try:
-        settings = read_checkpoint(path).get("hyper_parameters", {})
+        hparams = read_checkpoint(path).get("hyper_parameters", {})
     except ModelError as error:
         raise RewardError(f"rewards={path!r} can't be read: {error}") from error
-    if "centering" in settings and settings["model"] is None:
+    if "centering" in hparams and hparams["model"] is None:
         raise RewardError(
-            f"rewards={path!r} is of a model that has no name to load it from: export it, and give the folder."
+            f"rewards={path!r} doesn't contain the name of its base model, because it was trained from a model object: "
+            "export it, and pass the folder."
         )
-    # By name, since this package may not import modules, which are built on it.
+    # Imported by name: `lightning_ft.modules` is built on this package, so importing it here would be circular.
     reward_modeling = import_module("lightning_ft").RewardModeling
     try:
-        module = reward_modeling(**settings)
+        module = reward_modeling(**hparams)
         module.load_checkpoint(path)
     except (TypeError, ModelError) as error:
         raise RewardError(f"rewards={path!r} isn't a checkpoint of RewardModeling: {error}") from error

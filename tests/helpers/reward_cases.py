@@ -24,17 +24,17 @@ async def slowly(completions, **kwargs):
     return [0.25 if c.isdigit() else None for c in completions]
 
 
-def score(rewards, prompts=PROMPTS, texts=TEXTS, ids=IDS, columns=COLUMNS, state=None, **options):
+def compute_rewards(rewards, prompts=PROMPTS, texts=TEXTS, ids=IDS, columns=COLUMNS, state=None, **options):
     return RewardFunctions(rewards, **options).compute(prompts, texts, ids, columns, state)
 
 
-def given_to(function_of_kwargs, **options):
-    """Everything that a function is called with."""
+def call_arguments(**options):
+    """Return the keyword arguments that a reward function is called with."""
     seen = []
 
     def reward(**kwargs):
         seen.append(kwargs)
         return [0.0] * 3
 
-    score(reward, **options)
+    compute_rewards(reward, **options)
     return seen[0]

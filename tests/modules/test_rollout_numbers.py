@@ -61,7 +61,7 @@ def test_a_reward_that_is_not_finite(kind, wrong, trainer_options):
     settings = {"rewards": sometimes, "epochs_per_rollout": 1, "weight_decay": 0.5}
     module = policy(kind, **settings)
     before = weights(module.configure_model() or module)
-    with pytest.raises(RewardError, match=r"'sometimes' gave .* for completion 1 .*finite"):
+    with pytest.raises(RewardError, match=r"'sometimes' returned .* for completion 1 .*finite"):
         run(module, [draw_prompts(2)], trainer_options)
     assert same(before, weights(module))
 
@@ -144,7 +144,8 @@ def test_a_reward_model_without_room_is_found_before_the_first_step(where, train
     before = weights(module.configure_model() or module)
     row = 7 if where == "train" else 1
     with pytest.raises(
-        ConfigError, match=rf"{where} \({where}, row {row}\): .*'RewardModel' scores may have .* reads 60"
+        ConfigError,
+        match=rf"{where} \({where}, row {row}\): .* exceeds the context of the reward model 'RewardModel', 60",
     ):
         Trainer(**trainer_options, max_epochs=1).fit(module, prompts(splits.pop("train"), **splits))
     assert same(before, weights(module))

@@ -1,4 +1,4 @@
-"""What users may pass as rewards, what it is taken for, and what they are told where it is nothing."""
+"""Everything that users may pass as rewards, how it is resolved, and the errors when it can't be."""
 
 import functools
 import sys
@@ -12,7 +12,7 @@ from lightning_ft.errors import ConfigError, RewardError
 from lightning_ft.rewards.functions import RewardFunctions
 
 FILE = '''
-"""A file beside another one that it needs."""
+"""A file that imports another one in its folder."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ runs.append(1)
 
 
 @dataclass
-class Judge:  # a dataclass looks its module up in sys.modules
+class Judge:  # dataclasses look up their module in sys.modules
     word: str = WORD
     worth: float = 1.0
 
@@ -59,7 +59,7 @@ def file(tmp_path, monkeypatch):
 
 def totals(rewards, **options):
     functions = RewardFunctions(rewards, **options)
-    return functions.score(["a", "a"], ["please", "no"], [[1], [2]], {"answer": ["please", "x"]}).total.tolist()
+    return functions.compute(["a", "a"], ["please", "no"], [[1], [2]], {"answer": ["please", "x"]}).total.tolist()
 
 
 def correct(completions, answer):
@@ -69,62 +69,65 @@ def correct(completions, answer):
 # -------------------------------------------------------------------- strings
 
 
-def test_a_function_in_a_file(file):
+def test_file_path_resolves_to_its_function(file):
     assert totals(f"{file}:polite") == [1.0, 0.0]
     assert RewardFunctions([f"{file}:polite", f"{file}:Judge"]).names == ("polite", "Judge")
 
 
-def test_a_file_runs_once(file):
-    import_path = next(iter(RewardFunctions([f"{file}:polite", f"./{file}:Judge"])._rewards)).judge.function.__module__
+def test_file_is_imported_once(file):
+    import_path = next(iter(RewardFunctions([f"{file}:polite", f"./{file}:Judge"])._rewards)).reward.function.__module__
     assert sys.modules[import_path].runs == [1]
 
 
-def test_a_file_does_not_shadow_what_is_installed(file, tmp_path):
+def test_file_does_not_shadow_installed_packages(file, tmp_path):
     (tmp_path / "mine" / "yaml.py").write_text("raise AssertionError")
     totals(f"{file}:polite")
     assert sys.path[-1] == str(tmp_path / "mine")
 
 
-def test_a_method_of_a_class_in_a_file(file):
+def test_unbound_method_in_a_file_is_refused(file):
     with pytest.raises(RewardError, match="'__call__' needs 'self'"):
-        totals(f"{file}:Judge.__call__")  # found, but it isn't bound to any judge
+        totals(f"{file}:Judge.__call__")  # found, but not bound to an instance
 
 
 @pytest.mark.parametrize("path", ["trl.rewards.think_format_reward", "trl.rewards:think_format_reward"])
-def test_import_paths(path):
+def test_import_path_resolves_to_its_function(path):
     functions = RewardFunctions(path)
     assert functions.names == ("think_format_reward",)
-    assert functions._rewards[0].judge.function is think_format_reward
+    assert functions._rewards[0].reward.function is think_format_reward
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "message"),
     [
         ("mine/others.py:f", r"there is no file 'mine/others.py' \(looked for '/"),
         ("mine/rewards.py:politely", "mine/rewards.py has no 'politely'"),
-        ("mine/rewards.py:number", "can't be a int"),
-        ("mine/rewards.py:Needy", "Needy is a class that can't be made without arguments.*init_args"),
+        ("mine/rewards.py:number", "can't be of type int"),
+        ("mine/rewards.py:Needy", "Needy is a class that can't be instantiated without arguments.*init_args"),
         ("mine/broken.py:f", "importing it failed with ZeroDivisionError"),
-        ("mine/gone.ckpt", r"no such checkpoint \(looked for /"),
-        ("mine", "folder 'mine' holds no model: there is neither config.json nor adapter_config.json"),
+        ("mine/gone.ckpt", r"checkpoint '/.*gone.ckpt' doesn't exist"),
+        ("mine", "folder 'mine' contains no model: it has neither config.json nor adapter_config.json"),
         ("trl.rewards.no_such_reward", r"Tried: a folder .*; an import path \(.*no_such_reward.*\); a hub name"),
         ("no_such_package_of_mine.f", r"an import path \(No module named 'no_such_package_of_mine'\)"),
         ("broken_module_of_a_test.f", "importing it failed with ModuleNotFoundError: No module named 'nowhere_at_all'"),
-        ("correct", r"an import path \(it isn't written like one: package.module.function\).*path/to/file.py:function"),
-        ("out/of/place", r"a folder \(there is none at '/.*out/of/place'\).*a hub name \(it isn't written like one"),
+        ("correct", r"an import path \(expected the form package.module.function\).*path/to/file.py:function"),
+        (
+            "no/such/folder",
+            r"a folder \('/.*no/such/folder' doesn't exist\).*a hub name \(expected the form owner/name",
+        ),
         ("", "could not be found"),
         ("operator.__doc__", "could not be found|can't be"),
     ],
 )
-def test_strings_that_name_nothing(file, tmp_path, reward, said):
+def test_strings_that_name_no_reward_are_refused(file, tmp_path, reward, message):
     (tmp_path / "mine" / "broken.py").write_text("1 / 0")
     (tmp_path / "mine" / "broken_module_of_a_test.py").write_text("import nowhere_at_all")
     sys.path.append(str(tmp_path / "mine"))
-    with pytest.raises(RewardError, match=said):
+    with pytest.raises(RewardError, match=message):
         RewardFunctions(reward)
 
 
-def test_a_file_that_failed_can_be_mended(file, tmp_path):
+def test_file_that_failed_can_be_fixed_and_imported(file, tmp_path):
     broken = tmp_path / "mine" / "rewards_soon.py"
     broken.write_text("1 / 0")
     with pytest.raises(RewardError, match="ZeroDivisionError"):
@@ -133,14 +136,14 @@ def test_a_file_that_failed_can_be_mended(file, tmp_path):
     assert totals(f"{broken}:f") == [1.0, 2.0]
 
 
-def test_the_order(file, tmp_path):
-    """A folder comes before an import path, an import path before the hub."""
+def test_strings_resolve_in_order(file, tmp_path):
+    """A folder precedes an import path, and an import path precedes the hub."""
     (tmp_path / "trl.rewards.think_format_reward").mkdir()
-    with pytest.raises(RewardError, match="holds no model"):
+    with pytest.raises(RewardError, match="contains no model"):
         RewardFunctions("trl.rewards.think_format_reward")
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "model").mkdir()
-    with pytest.raises(RewardError, match="holds no model"):
+    with pytest.raises(RewardError, match="contains no model"):
         RewardFunctions("some/model")
     RewardFunctions("some/other-model")  # a hub name: nothing is loaded yet
 
@@ -148,7 +151,7 @@ def test_the_order(file, tmp_path):
 # -------------------------------------------------------------------- dicts
 
 
-def test_dicts(file):
+def test_dict_resolves_with_weight_and_name(file):
     rewards = [
         {"function": correct, "weight": 2},
         {"function": f"{file}:Judge", "init_args": {"worth": 5}, "weight": 0.5, "name": "polite"},
@@ -166,38 +169,38 @@ def test_dicts(file):
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "message"),
     [
-        ({"weight": 1.0}, "needs one of 'function' and 'model'; this one has .'weight'."),
-        ({"function": correct, "model": "out"}, "needs one of 'function' and 'model'"),
-        ({"function": correct, "wieght": 1.0}, "has no 'wieght'. Did you mean 'weight'"),
-        ({"function": correct, "tokenizer": "x"}, "with 'function' has no 'tokenizer'"),
-        ({"model": "a/b", "init_args": {}}, "with 'model' has no 'init_args'"),
-        ({"model": correct}, "can't have a function as its 'model'"),
+        ({"weight": 1.0}, "needs either 'function' or 'model'; this one has .'weight'."),
+        ({"function": correct, "model": "out"}, "needs either 'function' or 'model'"),
+        ({"function": correct, "wieght": 1.0}, "has no option 'wieght'. Did you mean 'weight'"),
+        ({"function": correct, "tokenizer": "x"}, "with 'function' has no option 'tokenizer'"),
+        ({"model": "a/b", "init_args": {}}, "with 'model' has no option 'init_args'"),
+        ({"model": correct}, "'model' of a reward can't be of type function"),
         ({"function": "owner/name"}, "expected package.module.function or path/to/file.py:function"),
         ({"function": "trl.rewards.nothing"}, "can't be imported"),
         (
             {"function": "trl.rewards.get_soft_overlong_punishment", "init_args": {"n": 1}},
-            "can't be made with {'n': 1}",
+            "can't be called with init_args={'n': 1}",
         ),
-        (3, "can't be a int"),
-        (None, "can't be a NoneType"),
-        ([[correct]], "can't be a list"),
+        (3, "can't be of type int"),
+        (None, "can't be of type NoneType"),
+        ([[correct]], "can't be of type list"),
     ],
 )
-def test_what_is_no_reward(reward, said):
-    with pytest.raises(RewardError, match=said):
+def test_other_objects_are_refused(reward, message):
+    with pytest.raises(RewardError, match=message):
         RewardFunctions(reward)
 
 
-def test_from_yaml(file):
-    """As a configuration file has it, through the parser of the command line."""
+def test_rewards_of_a_config_file_resolve(file):
+    """Through jsonargparse, as on the command line."""
 
     class Module:
         def __init__(self, rewards: str | dict | list, weights: list[float] | None = None) -> None:
             self.functions = RewardFunctions(rewards, weights)
 
-    written = f"""
+    config = f"""
     module:
       rewards:
         - {file}:polite
@@ -209,8 +212,8 @@ def test_from_yaml(file):
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Module, "module")
-    config = parser.parse_object(yaml.safe_load(written))
-    functions = parser.instantiate_classes(config).module.functions
+    parsed = parser.parse_object(yaml.safe_load(config))
+    functions = parser.instantiate_classes(parsed).module.functions
     assert functions.names == ("polite", "think_format_reward", "Judge", "thinks")
     assert functions.weights.tolist() == [1.0, 1.0, 0.5, 1.0]
 
@@ -218,7 +221,7 @@ def test_from_yaml(file):
 # -------------------------------------------------------------------- names and weights
 
 
-def test_names():
+def test_default_names_are_unique():
     def f_2(completions):
         raise AssertionError
 
@@ -228,7 +231,7 @@ def test_names():
 
 
 @pytest.mark.parametrize(
-    ("rewards", "weights", "said"),
+    ("rewards", "weights", "message"),
     [
         ([], None, "expected at least one"),
         ([correct, correct], [1.0], "2 rewards with 1 weights"),
@@ -239,6 +242,6 @@ def test_names():
         ([{"function": correct, "name": "f"}] * 2, None, "Two rewards are named 'f'"),
     ],
 )
-def test_weights_and_names_that_do_not_fit(rewards, weights, said):
-    with pytest.raises(ConfigError, match=said):
+def test_mismatched_weights_and_names_are_refused(rewards, weights, message):
+    with pytest.raises(ConfigError, match=message):
         RewardFunctions(rewards, weights)
