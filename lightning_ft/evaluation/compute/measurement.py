@@ -400,7 +400,7 @@ class _OpenStep:
 
 
 def _frozen_flops(module: nn.Module) -> float:
-    """Operations that a module of this package ran once per row, see `CachedFineTuning`."""
+    """Operations that a module of this package spent on its activation cache, see `SupervisedFineTuning`."""
     return float(getattr(unwrapped(module), "frozen_flops", 0))
 
 

@@ -1,7 +1,7 @@
 """How far training moved a model on text that it wasn't trained on: divergence, perplexity and agreement with the base.
 
-The divergence is KL(base || tuned), which weighs each token by what the base would say there, so that it grows with
-whatever the tuned model no longer says.
+The divergence is KL(base || tuned), which weights each token by its probability under the base, so that it grows with
+whatever the tuned model no longer predicts.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from lightning_ft.atomic_files import write_json
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.bootstrap import Interval, Statistic, bootstrap_intervals
 
-BaseKind = Literal["adapter_off", "step_0", "model"]
+BaseType = Literal["adapter_off", "step_0", "model"]
+"""Base that a tuned model is compared with, see `RetentionResult.base`."""
 INTERVALS = ("kl_general", "ppl_ratio", "top1_agreement", "kl_task")
-"""The figures that have intervals."""
+"""Statistics with intervals."""
 
 
 def kl_divergence(base_logprobs: Tensor, tuned_logprobs: Tensor) -> Tensor:
-    """KL(base || tuned) at each place: ``sum_v p_base(v) (log p_base(v) - log p_tuned(v))``, exactly.
+    """Compute KL(base || tuned) at each position: ``sum_v p_base(v) (log p_base(v) - log p_tuned(v))``, exactly.
 
-    Kullback and Leibler 1951, https://doi.org/10.1214/aoms/1177729694. Where rounding makes it negative it is 0.
+    Kullback and Leibler 1951, https://doi.org/10.1214/aoms/1177729694. Negative values, due to rounding, become 0.
 
     Args:
-        base_logprobs: Log-probabilities of every token under the base, nats, ``fp32 [n, v]``.
-        tuned_logprobs: Under the tuned model, ``fp32 [n, v]``.
+        base_logprobs: Log-probabilities of the vocabulary under the base, in nats, ``fp32 [n, v]``.
+        tuned_logprobs: Log-probabilities of the vocabulary under the tuned model, in nats, ``fp32 [n, v]``.
 
     Returns:
-        Nats, ``fp32 [n]``; infinite where the tuned model rules out what the base doesn't.
+        Divergence in nats, ``fp32 [n]``; infinite where a token has probability 0 under the tuned model alone.
 
     Example:
         >>> import torch
@@ -47,18 +48,18 @@ def kl_divergence(base_logprobs: Tensor, tuned_logprobs: Tensor) -> Tensor:
 
 
 def _sum_of_terms(p: Tensor, q: Tensor) -> Tensor:
-    # what the base rules out adds nothing, though its logarithm is infinite
+    # tokens of probability 0 under p add nothing, though their logarithm is infinite
     return torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1)
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The base's most probable tokens at each place, and the probability of all others together.
+    """The base's most probable tokens at each position, and the total probability of the others.
 
     Args:
-        ids: The `k` most probable tokens, ``int32 [n, k]``.
-        logprobs: Their log-probabilities, nats, ``fp32 [n, k]``.
-        tail: Logarithm of the probability of all other tokens, ``fp32 [n]``; minus infinity where there are none.
+        ids: Ids of the `k` most probable tokens, ``int32 [n, k]``.
+        logprobs: Log-probabilities of these tokens, in nats, ``fp32 [n, k]``.
+        tail: Logarithm of the total probability of the other tokens, ``fp32 [n]``; minus infinity if there are none.
     """
 
     ids: Tensor
@@ -67,11 +68,11 @@ class TopK:
 
 
 def top_k_and_tail(logprobs: Tensor, k: int) -> TopK:
-    """Keep the `k` most probable tokens of each place, all of them where the vocabulary has no more.
+    """Keep the `k` most probable tokens at each position, or all of them if the vocabulary is smaller.
 
     Args:
-        logprobs: Log-probabilities of every token, nats, ``fp32 [n, v]``.
-        k: How many to keep, at least 1.
+        logprobs: Log-probabilities of the vocabulary, in nats, ``fp32 [n, v]``.
+        k: Number of tokens to keep, at least 1.
 
     Example:
         >>> import torch
@@ -80,27 +81,27 @@ def top_k_and_tail(logprobs: Tensor, k: int) -> TopK:
         ([[0, 2]], tensor([0.2000]))
     """
     kept, ids = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1)
-    return TopK(ids.to(torch.int32), kept, _log_rest(logprobs, ids))
+    return TopK(ids.to(torch.int32), kept, _log_tail(logprobs, ids))
 
 
-def _log_rest(logprobs: Tensor, ids: Tensor) -> Tensor:
-    """Logarithm of the mass of all but `ids`: summed, since 1 minus the others' mass would round a small one away."""
+def _log_tail(logprobs: Tensor, ids: Tensor) -> Tensor:
+    """Logarithm of the other tokens' probability, summed up, since 1 minus that of `ids` would round it to 0."""
     return logprobs.scatter(-1, ids, -math.inf).logsumexp(-1)
 
 
 def kl_lower_bound(base: TopK, tuned_logprobs: Tensor) -> Tensor:
-    """KL(base || tuned) over `k` tokens and one bucket for the rest, which is at most the exact one.
+    """Compute KL(base || tuned) over `k` tokens and one bucket for the rest, a lower bound of the exact divergence.
 
-    Putting tokens into one bucket is a function of the token, and no function can move two distributions apart (the
+    Merging tokens into a bucket is a function of the token, and no function can increase the divergence (the
     data-processing inequality; Kullback and Leibler 1951, theorem 4.1; Cover and Thomas 2006, section 2.8,
     https://doi.org/10.1002/047174882X). With ``k = v`` it is exact.
 
     Args:
-        base: What was kept of the base at `n` places.
-        tuned_logprobs: Log-probabilities of every token under the tuned model, nats, ``fp32 [n, v]``.
+        base: Most probable tokens of the base at `n` positions.
+        tuned_logprobs: Log-probabilities of the vocabulary under the tuned model, in nats, ``fp32 [n, v]``.
 
     Returns:
-        Nats, ``fp32 [n]``.
+        Lower bound of the divergence in nats, ``fp32 [n]``.
 
     Example:
         >>> import torch
@@ -111,23 +112,23 @@ def kl_lower_bound(base: TopK, tuned_logprobs: Tensor) -> Tensor:
         0.2749
     """
     ids = base.ids.long()
-    tuned = torch.cat([tuned_logprobs.gather(-1, ids), _log_rest(tuned_logprobs, ids)[:, None]], dim=-1)  # [n, k + 1]
+    tuned = torch.cat([tuned_logprobs.gather(-1, ids), _log_tail(tuned_logprobs, ids)[:, None]], dim=-1)  # [n, k + 1]
     return _sum_of_terms(torch.cat([base.logprobs, base.tail[:, None]], dim=-1), tuned).clamp(min=0.0)
 
 
 @dataclass(frozen=True)
 class PositionSums:
-    """What was measured on each of `n` texts, summed over its places.
+    """Measurements of each of `n` texts, summed over its positions.
 
     Args:
-        tokens: Places: tokens that were predicted.
-        kl: Divergence, nats.
-        base_nll: Negative log-likelihood of the text under the base, nats.
-        tuned_nll: Under the tuned model.
-        agreed: Places where both find the same token most probable.
+        tokens: Number of predicted tokens of each text.
+        kl: Divergence of each text, in nats.
+        base_nll: Negative log-likelihood of each text under the base, in nats.
+        tuned_nll: Negative log-likelihood of each text under the tuned model, in nats.
+        agreed: Number of positions of each text at which both models have the same most probable token.
 
     Raises:
-        RetentionError: If there is nothing, or a sum isn't a number.
+        RetentionError: If there is no text, a text has no predicted token, or a sum isn't a number.
     """
 
     tokens: tuple[int, ...]
@@ -138,42 +139,45 @@ class PositionSums:
 
     def __post_init__(self) -> None:
         if not self.tokens or min(self.tokens) < 1:
-            raise RetentionError("There is no text, or one without a token to predict: nothing can be measured.")
+            raise RetentionError(
+                "There is no text, or one without a token to predict, so nothing can be measured. Remove empty texts."
+            )
         for name in ("kl", "base_nll", "tuned_nll"):
             bad = [i for i, value in enumerate(getattr(self, name)) if math.isnan(value)]
             if bad:
-                whose = "base" if name == "base_nll" else "tuned model"
+                model = "base" if name == "base_nll" else "tuned model"
                 raise RetentionError(
                     f"{name} of text {bad[0]} isn't a number ({len(bad):,} of {len(self.tokens):,} texts): the "
-                    f"{whose}'s weights or outputs are NaN. Training has diverged; take an earlier checkpoint."
+                    f"{model}'s weights or outputs are NaN. Training has diverged; use an earlier checkpoint."
                 )
 
 
 @dataclass(frozen=True)
 class RetentionResult:
-    """What a tuned model kept of its base.
+    """Comparison of a tuned model with its base.
 
     Args:
-        kl_general: KL(base || tuned) on general texts, nats a token.
+        kl_general: KL(base || tuned) on general texts, in nats per token.
         ppl_ratio: Perplexity of the general texts under the tuned model, divided by that under the base.
-        top1_agreement: Share of places where both find the same token most probable.
-        kl_task: KL on the answers of task rows; None where no rows were given.
-        base: What was compared with: the adapter switched off, what was kept of the model at step 0, or a second model.
-        top_k: None where the KL is exact; else how many tokens of the base were kept, and the KL is a lower bound.
-        texts: General texts.
-        tokens: Tokens predicted in them.
-        task_rows: Task rows.
-        task_tokens: Tokens predicted in their answers.
-        texts_hash: Names the general texts.
-        step: Optimizer step it was measured at.
-        provenance: What was measured with what, JSON values.
+        top1_agreement: Share of positions at which both models have the same most probable token.
+        kl_task: KL(base || tuned) on the answers of task rows, in nats per token; None without task rows.
+        base: Base of the comparison: ``"adapter_off"``, the model with its adapter disabled; ``"step_0"``, stored
+            log-probabilities of the model at step 0; or ``"model"``, a second model.
+        top_k: Number of tokens stored per position, in which case the KL is a lower bound; None if the KL is exact.
+        texts: Number of general texts.
+        tokens: Number of predicted tokens in the general texts.
+        task_rows: Number of task rows.
+        task_tokens: Number of predicted tokens in the answers of task rows.
+        texts_hash: Hash of the general texts.
+        step: Optimizer step of the measurement; None outside training.
+        provenance: Models, texts, settings and versions of the measurement, as JSON values.
     """
 
     kl_general: Interval
     ppl_ratio: Interval
     top1_agreement: Interval
     kl_task: Interval | None
-    base: BaseKind
+    base: BaseType
     top_k: int | None
     texts: int
     tokens: int
@@ -190,27 +194,27 @@ class RetentionResult:
 
     @property
     def headline(self) -> str:
-        """One sentence, with intervals."""
+        """Summary in one sentence, with intervals."""
         kl, ratio, same = self.kl_general, self.ppl_ratio, self.top1_agreement
         sign = "at least " if self.lower_bound else ""
-        task = "" if self.kl_task is None else f"; on answers of the task KL {sign}{self.kl_task.value:.4g}"
+        task = "" if self.kl_task is None else f"; on task answers KL {sign}{self.kl_task.value:.4g}"
         return (
-            f"On {self.texts:,} general texts ({self.tokens:,} tokens): KL from the base {sign}{kl.value:.4g} nats a "
+            f"On {self.texts:,} general texts ({self.tokens:,} tokens): KL from the base {sign}{kl.value:.4g} nats per "
             f"token ({kl.lo:.4g} to {kl.hi:.4g}), perplexity times {ratio.value:.4g} ({ratio.lo:.4g} to "
-            f"{ratio.hi:.4g}), same most probable token at {same.value:.1%} of places{task}."
+            f"{ratio.hi:.4g}), same most probable token at {same.value:.1%} of positions{task}."
         )
 
     def metrics(self) -> dict[str, float]:
-        """What is logged, name to number; ``kl_lower_bound`` is 1 where the divergences are lower bounds."""
-        figures: dict[str, float] = {}
+        """Return the metrics to log by name; ``kl_lower_bound`` is 1 if the divergences are lower bounds."""
+        metrics: dict[str, float] = {}
         for name in INTERVALS:
             interval: Interval | None = getattr(self, name)
             if interval is not None:
-                figures |= {name: interval.value, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
-        return figures | {"kl_lower_bound": float(self.lower_bound), "tokens": float(self.tokens)}
+                metrics |= {name: interval.value, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
+        return metrics | {"kl_lower_bound": float(self.lower_bound), "tokens": float(self.tokens)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; infinite numbers as ``"Infinity"``, which JSON doesn't have."""
+        """Convert to JSON types, with infinite numbers, which JSON lacks, as ``"Infinity"``."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in INTERVALS:
             values[name] = None if values[name] is None else values[name].to_dict()
@@ -218,15 +222,15 @@ class RetentionResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RetentionResult:
-        """Back from :meth:`to_dict`."""
-        given = {name: values[name] for name in cls.__dataclass_fields__}
+        """Restore a result from :meth:`to_dict`."""
+        known = {name: values[name] for name in cls.__dataclass_fields__}
         for name in INTERVALS:
-            interval = given[name]
-            given[name] = None if interval is None else Interval.from_dict(interval)
-        return cls(**given)
+            interval = known[name]
+            known[name] = None if interval is None else Interval.from_dict(interval)
+        return cls(**known)
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``retention.json`` into a folder, which is made where there is none."""
+        """Write ``retention.json`` into a folder, which is created if it doesn't exist, and return its path."""
         path = Path(folder) / "retention.json"
         write_json(path, self.to_dict())
         return path
@@ -236,7 +240,7 @@ def retention(
     general: PositionSums,
     task: PositionSums | None = None,
     *,
-    base: BaseKind,
+    base: BaseType,
     top_k: int | None,
     texts_hash: str,
     step: int | None = None,
@@ -244,21 +248,21 @@ def retention(
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
 ) -> RetentionResult:
-    """Figures with intervals, by a bootstrap over texts: tokens of one text aren't independent.
+    """Compute the statistics with intervals, by a bootstrap over texts, since tokens of one text aren't independent.
 
     All are ratios of sums, so that long texts weigh more; the ratio of perplexities is
     ``exp((sum nll_tuned - sum nll_base) / sum tokens)``.
 
     Args:
-        general: Of the general texts.
-        task: Of the answers of task rows.
-        base: What was compared with.
-        top_k: Tokens kept of the base, where `kl` is a lower bound.
-        texts_hash: Names the general texts.
-        step: Optimizer step it was measured at.
-        resamples: Draws of the bootstrap.
-        seed: Of the draws.
-        provenance: What was measured with what.
+        general: Sums over the general texts.
+        task: Sums over the answers of task rows; None without task rows.
+        base: Base of the comparison, see :class:`RetentionResult`.
+        top_k: Number of tokens stored per position, if `kl` is a lower bound.
+        texts_hash: Hash of the general texts.
+        step: Optimizer step of the measurement.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+        provenance: Models, texts, settings and versions of the measurement, as JSON values.
 
     Example:
         >>> sums = PositionSums((10, 30), (1.0, 2.0), (20.0, 60.0), (24.0, 64.0), (9, 30))
@@ -268,10 +272,10 @@ def retention(
     """
     options = {"resamples": resamples, "seed": seed}
     kl: dict[str, Statistic] = {"kl": lambda s: s["kl"] / s["tokens"]}
-    # The divergence last: the order of the columns decides the order of texts of one length, and so which are drawn.
-    # What is kept of the base bounds the divergence only, and must not move the other intervals.
+    # The divergence is the last column: columns determine the order of texts of one length, and so which are drawn.
+    # The number of stored tokens affects the divergence only, and must not change the other intervals.
     columns = sorted(general.__dataclass_fields__, key=lambda name: name == "kl")
-    figures = bootstrap_intervals(
+    intervals = bootstrap_intervals(
         {name: getattr(general, name) for name in columns},
         {
             **kl,
@@ -280,14 +284,14 @@ def retention(
         },
         **options,  # type: ignore[arg-type]
     )
-    of_task = None
+    kl_task = None
     if task is not None:
-        of_task = bootstrap_intervals({"kl": task.kl, "tokens": task.tokens}, kl, **options)["kl"]  # type: ignore[arg-type]
+        kl_task = bootstrap_intervals({"kl": task.kl, "tokens": task.tokens}, kl, **options)["kl"]  # type: ignore[arg-type]
     return RetentionResult(
-        kl_general=figures["kl"],
-        ppl_ratio=figures["ppl_ratio"],
-        top1_agreement=figures["top1_agreement"],
-        kl_task=of_task,
+        kl_general=intervals["kl"],
+        ppl_ratio=intervals["ppl_ratio"],
+        top1_agreement=intervals["top1_agreement"],
+        kl_task=kl_task,
         base=base,
         top_k=top_k,
         texts=len(general.tokens),
@@ -301,6 +305,6 @@ def retention(
 
 
 def _exp(exponent: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    with np.errstate(over="ignore"):  # a model that has diverged: infinitely worse
+    with np.errstate(over="ignore"):  # overflow: the model has diverged, and the ratio is infinite
         ratio: np.ndarray[Any, Any] = np.exp(exponent)
     return ratio

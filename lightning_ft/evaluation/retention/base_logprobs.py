@@ -1,4 +1,4 @@
-"""What a base says at the places of a batch, next to what the tuned model says: live, or kept from step 0."""
+"""Log-probabilities of the base to compare a tuned model with: computed by a model, or stored at step 0."""
 
 from __future__ import annotations
 
@@ -18,40 +18,54 @@ from lightning_ft.losses.logprobs import CHUNK
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states, input_device, logit_transform
 from lightning_ft.models.reference import active_adapter
 
-EXACT, ROUNDED = 1e-4, 1e-2
-"""Largest KL at step 0, nats a token, in fp32 and where weights or products are rounded (half precision, quantized).
+FP32_TOLERANCE, REDUCED_TOLERANCE = 1e-4, 1e-2
+"""Largest KL at step 0, in nats per token, in fp32 and in reduced precision (half precision, autocast, quantized).
 
-A new adapter adds zeros, and a pass made twice is the same, so that both were 0 to the last bit in fp32, bf16, fp16 and
-under autocast. DoRA's rescaling rounds: 3e-4 (2 layers) to 3e-3 (12) were measured in bf16, 4e-5 in fp16, 0 in fp32;
-rounding all of a model's weights to bf16 moves it by 6e-4. An adapter that was trained stands far above either."""
+A new adapter adds zeros, and a repeated forward pass is deterministic, so that both gave exactly 0 in fp32, bf16, fp16
+and under autocast. DoRA's rescaling rounds: 3e-4 (2 layers) to 3e-3 (12) were measured in bf16, 4e-5 in fp16, 0 in
+fp32; rounding all weights of a model to bf16 gives 6e-4. A trained adapter is far above either."""
 
 
-class Compared(NamedTuple):
-    """Of `c` places: KL from the base, the base's negative log-likelihood of the targets, and its likeliest token."""
+class BaseComparison(NamedTuple):
+    """Comparison at `c` positions: KL from the base, the base's NLL of the targets, and its most probable tokens."""
 
     kl: Tensor
     base_nll: Tensor
     base_top: Tensor
 
 
-class Reader(Protocol):
-    """Compares places of a batch with a base, given the tuned model's log-probabilities there, ``fp32 [c, v]``."""
+class CompareFunction(Protocol):
+    """Function that compares the tuned model's log-probabilities at some targets of a batch with the base."""
 
-    def __call__(self, places: slice, tuned_logprobs: Tensor) -> Compared:
-        """Compare the places of a slice of the batch's targets."""
+    def __call__(self, positions: slice, tuned_logprobs: Tensor) -> BaseComparison:
+        """Compare a slice of the batch's targets.
+
+        Args:
+            positions: Slice of the batch's targets, of length `c`.
+            tuned_logprobs: Log-probabilities of the vocabulary under the tuned model, ``fp32 [c, v]``.
+        """
 
 
 class Base(Protocol):
-    """What a tuned model is compared with."""
+    """Base that a tuned model is compared with."""
 
-    def reader(self, batch: TokenBatch, first: int) -> Reader:
-        """Compares places of a batch, whose targets are those from `first` on of all texts."""
+    def prepare(self, batch: TokenBatch, first: int) -> CompareFunction:
+        """Prepare the comparison of a batch.
+
+        Args:
+            batch: Batch of texts.
+            first: Index of the batch's first target among the targets of all texts.
+        """
 
 
-class LiveBase:
-    """A model with its adapter or without it: states of a batch first, then log-probabilities a chunk at a time.
+class LiveModel:
+    """Model with or without its adapter, which computes hidden states per batch and log-probabilities per chunk.
 
-    Two models' logits of a whole batch would be twice its largest tensor; their hidden states are small.
+    The logits of a whole batch would be its largest tensor, and two models need them twice; hidden states are small.
+
+    Args:
+        model: Model to run.
+        adapter: Whether the model's adapter is active.
     """
 
     def __init__(self, model: CausalLM, *, adapter: bool = True) -> None:
@@ -62,42 +76,42 @@ class LiveBase:
         return nullcontext() if self._adapter else active_adapter(cast(PeftModel, self._model), None)
 
     def states(self, batch: TokenBatch) -> Tensor:
-        """Hidden states that predict the targets, ``[n, d]``."""
+        """Compute the hidden states that predict the targets, ``[n, d]``."""
         with self._active():
             return cast(Tensor, as_forward(base_of(self._model), _selected_states, batch))
 
     def logprobs(self, states: Tensor) -> Tensor:
-        """Of every token, ``fp32 [c, v]``."""
+        """Compute the log-probabilities of the vocabulary from ``[c, d]`` hidden states, ``fp32 [c, v]``."""
         with self._active():
             return cast(Tensor, as_forward(base_of(self._model), _head_logprobs, states))
 
-    def reader(self, batch: TokenBatch, first: int) -> Reader:
-        """Compares places of a batch with this model, exactly."""
+    def prepare(self, batch: TokenBatch, first: int) -> CompareFunction:
+        """Prepare the exact comparison of a batch with this model."""
         states = self.states(batch)
 
-        def compare(places: slice, tuned_logprobs: Tensor) -> Compared:
-            base = self.logprobs(states[places])
+        def compare(positions: slice, tuned_logprobs: Tensor) -> BaseComparison:
+            base = self.logprobs(states[positions])
             if base.shape != tuned_logprobs.shape:
                 raise RetentionError(
-                    f"The base has {base.shape[1]:,} tokens and the tuned model {tuned_logprobs.shape[1]:,}: only "
-                    "models of one vocabulary can be compared."
+                    f"The vocabulary of the base has {base.shape[1]:,} tokens and that of the tuned model "
+                    f"{tuned_logprobs.shape[1]:,}. Compare models of the same vocabulary."
                 )
-            base_nll = -base.gather(-1, batch.targets[places, None])[:, 0]
-            return Compared(kl_divergence(base, tuned_logprobs), base_nll, base.argmax(-1))
+            base_nll = -base.gather(-1, batch.targets[positions, None])[:, 0]
+            return BaseComparison(kl_divergence(base, tuned_logprobs), base_nll, base.argmax(-1))
 
         return compare
 
 
 @dataclass(frozen=True)
-class KeptBase:
-    """What was kept of a model at the `n` targets of all texts, on the CPU.
+class StoredBase:
+    """Log-probabilities of a model at the `n` targets of all texts, stored on the CPU.
 
     Args:
-        ids: Most probable tokens, ``int32 [n, k]``.
-        logprobs: Theirs, ``fp32 [n, k]``.
-        tail: Logarithm of the rest's probability, ``fp32 [n]``.
-        nll: Negative log-likelihood of the targets, ``fp32 [n]``.
-        top: The most probable token, ``int32 [n]``.
+        ids: Ids of the most probable tokens, ``int32 [n, k]``.
+        logprobs: Log-probabilities of these tokens, in nats, ``fp32 [n, k]``.
+        tail: Logarithm of the total probability of the other tokens, ``fp32 [n]``.
+        nll: Negative log-likelihood of the targets, in nats, ``fp32 [n]``.
+        top: Id of the most probable token, ``int32 [n]``.
     """
 
     ids: Tensor
@@ -107,18 +121,18 @@ class KeptBase:
     top: Tensor
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+        """Return the tensors by name."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
-    def reader(self, batch: TokenBatch, first: int) -> Reader:
-        """Compares places of a batch with what was kept: the divergence is a lower bound."""
+    def prepare(self, batch: TokenBatch, first: int) -> CompareFunction:
+        """Prepare the comparison of a batch with the stored tokens, whose divergence is a lower bound."""
         device = batch.targets.device
 
-        def compare(places: slice, tuned_logprobs: Tensor) -> Compared:
-            where = slice(first + places.start, first + places.stop)
-            kept = TopK(*(t[where].to(device) for t in (self.ids, self.logprobs, self.tail)))
-            return Compared(
-                kl_lower_bound(kept, tuned_logprobs), self.nll[where].to(device), self.top[where].to(device)
+        def compare(positions: slice, tuned_logprobs: Tensor) -> BaseComparison:
+            stored = slice(first + positions.start, first + positions.stop)
+            top_k = TopK(*(t[stored].to(device) for t in (self.ids, self.logprobs, self.tail)))
+            return BaseComparison(
+                kl_lower_bound(top_k, tuned_logprobs), self.nll[stored].to(device), self.top[stored].to(device)
             )
 
         return compare
@@ -130,20 +144,22 @@ def _selected_states(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 def _head_logprobs(base: PreTrainedModel, states: Tensor) -> Tensor:
     head = cast(Any, base.get_output_embeddings())
-    weight = getattr(head, "weight", None)  # of the copy that is active, where PEFT keeps several
-    if isinstance(weight, Tensor) and weight.is_floating_point():  # packed weights take what the layers give
+    weight = getattr(head, "weight", None)  # of the active copy, if PEFT keeps several
+    if (
+        isinstance(weight, Tensor) and weight.is_floating_point()
+    ):  # packed (quantized) weights take the states unchanged
         states = states.to(weight.dtype)
-    with torch.autocast(states.device.type, enabled=False):  # as the losses do: autocast would round the logits
+    with torch.autocast(states.device.type, enabled=False):  # as in the losses: autocast would round the logits
         return logit_transform(base.config)(head(states)).log_softmax(-1)
 
 
-def chunks(count: int) -> list[slice]:
-    """So many places in parts, of which a part's log-probabilities may be held."""
+def chunk_slices(count: int) -> list[slice]:
+    """Split `count` positions into slices whose log-probabilities fit into memory."""
     return [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
 
 
-def rounds(model: CausalLM) -> bool:
-    """Whether weights or products have fewer bits than fp32."""
+def is_reduced_precision(model: CausalLM) -> bool:
+    """Return whether weights or matrix products have fewer bits than fp32."""
     base, device = base_of(model), input_device(model)
     return (
         base.dtype != torch.float32
@@ -153,29 +169,35 @@ def rounds(model: CausalLM) -> bool:
 
 
 def tolerance(model: CausalLM) -> float:
-    """Largest KL between two passes of a model that counts as none."""
-    return ROUNDED if rounds(model) else EXACT
+    """Return the largest KL between two forward passes that counts as zero, in nats per token."""
+    return REDUCED_TOLERANCE if is_reduced_precision(model) else FP32_TOLERANCE
 
 
 def check_head(model: CausalLM, text: Example) -> None:
-    """Refuse a model that does something unknown between its last states and its logits.
+    """Check that the model's own logits follow from its last hidden states as :class:`LiveModel` computes them.
+
+    Args:
+        model: Model to check.
+        text: Text to run it on; its first 8 tokens are used.
 
     Raises:
-        RetentionError: Naming it.
+        RetentionError: If they differ, or the outputs aren't numbers.
     """
-    few = Example(text.input_ids[:8], text.supervised[:8])
-    batch = collate_examples([few], packing=False).to(input_device(model))
-    read = LiveBase(model)
-    ours = read.logprobs(read.states(batch))
+    start = Example(text.input_ids[:8], text.supervised[:8])
+    batch = collate_examples([start], packing=False).to(input_device(model))
+    live = LiveModel(model)
+    logprobs = live.logprobs(live.states(batch))
     base = base_of(model)
     own = base(input_ids=batch.input_ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    known = torch.isfinite(own)  # a token may be ruled out
-    if not known.any():
-        raise RetentionError(f"What {type(base).__name__} says isn't a number: its weights or outputs are NaN.")
-    off = float((ours - own)[known].abs().max())
-    limit = (5e-2 if rounds(model) else 1e-4) * max(1.0, float(own[known].abs().max()))
-    if off > limit:
+    finite = torch.isfinite(own)  # tokens may have probability 0
+    if not finite.any():
         raise RetentionError(
-            f"{type(base).__name__} does something to its logits that isn't known here: log-probabilities differ by "
-            f"{off:.3g}, so its retention can't be measured."
+            f"The output of {type(base).__name__} isn't a number: its weights or outputs are NaN. Load it again."
+        )
+    error = float((logprobs - own)[finite].abs().max())
+    limit = (5e-2 if is_reduced_precision(model) else 1e-4) * max(1.0, float(own[finite].abs().max()))
+    if error > limit:
+        raise RetentionError(
+            f"{type(base).__name__} does something to its logits that isn't supported (log-probabilities differ by "
+            f"{error:.3g}), so its retention can't be measured. Leave out the Retention callback for this model."
         )

@@ -1,7 +1,7 @@
-"""Measure forgetting around any training loop: the base before the first step, the tuned model whenever asked.
+"""Measure forgetting in any training loop: the base before the first step, the tuned model at any later point.
 
-On several ranks each computes everything, so that nothing is exchanged, the figures are equal, and ranks that share a
-sharded model run it in step.
+Each rank computes everything, so that no communication is needed, results are equal on all ranks, and ranks that share
+a sharded model run its forward passes together.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft import __version__
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_and_world_size
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.retention.arithmetic import (
-    BaseKind,
+    BaseType,
     PositionSums,
     RetentionResult,
     retention,
     top_k_and_tail,
 )
 from lightning_ft.evaluation.retention.base_logprobs import (
-    EXACT,
+    FP32_TOLERANCE,
     Base,
-    KeptBase,
-    LiveBase,
+    LiveModel,
+    StoredBase,
     check_head,
-    chunks,
+    chunk_slices,
     tolerance,
 )
 from lightning_ft.evaluation.retention.texts import TaskRow, encode_task, encode_texts, load_texts
@@ -45,28 +46,29 @@ from lightning_ft.models.load import context_length
 
 
 class RetentionMeasurement:
-    """Compares the model before a training loop with the model after it.
+    """Comparison of the model before a training loop with the model after it.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: Tokenizer of the model.
         texts: General texts: a JSONL file with ``text``, a ``.txt`` file with a blank line between texts, or a list.
         task: Rows of the task, for the divergence on their answers: requests, or pairs of token ids.
-        max_texts: Read the first so many; None for all.
-        max_tokens: Of each text; what stands behind them is left out.
-        base: What to compare with: ``adapter_off`` (exact), ``step_0`` (the model as training starts from it, of which
-            `top_k` tokens a place are kept), or ``auto``: the first where switching the adapter off changes nothing
-            before the first step (`EXACT` at most), so that it is new; else the second.
-        top_k: Tokens to keep at each place.
-        batch_size: Texts at a time.
-        resamples: Draws of the bootstrap.
-        seed: Of the draws.
-        progress: Show progress bars.
+        max_texts: Number of texts to read from the start; None reads all.
+        max_tokens: Largest number of tokens per text; later ones are cut off.
+        base: Base of the comparison: ``"adapter_off"``, the model with its adapter disabled (exact); ``"step_0"``, the
+            model at the start of training, of which `top_k` tokens per position are stored; or ``"auto"``, which takes
+            the first if disabling the adapter changes nothing before the first step (the KL is at most
+            `FP32_TOLERANCE`), so that the adapter is new, and the second otherwise.
+        top_k: Number of tokens to store per position.
+        batch_size: Number of texts per forward pass.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+        progress: Whether to show progress bars.
 
     Raises:
-        RetentionError: For texts or rows that can't be read, before a model runs.
+        RetentionError: If texts or rows can't be read; no model runs before this check.
 
     Example:
-        A loop written by hand::
+        A custom training loop::
 
             measurement = RetentionMeasurement(tokenizer, "general.jsonl")
             measurement.before(model)
@@ -107,67 +109,75 @@ class RetentionMeasurement:
         self.texts_hash = content_hash(chosen)
         self._provenance: dict[str, Any] = {
             "tokenizer": str(getattr(tokenizer, "name_or_path", "")),
-            "texts": str(texts) if isinstance(texts, (str, Path)) else "given as a list",
+            "texts": str(texts) if isinstance(texts, (str, Path)) else "a list",
             "max_tokens": max_tokens,
             "texts_cut": cut,
             **self._bootstrap,
-            "versions": {name: version(name) for name in ("lightning-ft", "torch", "transformers", "peft")},
+            "versions": {
+                "lightning-ft": __version__,
+                **{name: version(name) for name in ("torch", "transformers", "peft")},
+            },
         }
-        self._kind: BaseKind | None = None
-        self._kept: tuple[KeptBase, ...] = ()
+        self._base_type: BaseType | None = None
+        self._stored: tuple[StoredBase, ...] = ()
         self._original: dict[str, Any] = {}
 
     @property
     def has_before(self) -> bool:
-        """Whether it is known what to compare with."""
-        return self._kind is not None
+        """Whether the base to compare with is known."""
+        return self._base_type is not None
 
     @property
     def fingerprint(self) -> str:
-        """Names the tokens that are read."""
+        """Hash of the tokens of all texts and rows."""
         return content_hash(
             [[e.input_ids.tolist(), e.supervised.tolist()] for e in [*self.general, *self.task]] + [len(self.general)]
         )
 
     def check_model(self, model: CausalLM) -> None:
-        """Refuse a model that can't be measured, or that the texts don't fit into.
+        """Check that the model can be measured, and that the texts fit into its context.
+
+        Args:
+            model: Model to check.
 
         Raises:
-            RetentionError: Saying which and why.
+            RetentionError: If the model isn't supported, or a text or row is too long.
         """
         base = base_of(model)
         if not isinstance(base.get_output_embeddings(), torch.nn.Module):
-            raise RetentionError(f"{type(base).__name__} has no output embeddings: Retention needs a causal model.")
+            raise RetentionError(f"{type(base).__name__} has no output embeddings. Retention needs a causal model.")
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise RetentionError("Retention can't measure adapters that put tokens of their own before every text.")
+            raise RetentionError(
+                "Retention can't measure adapters that add tokens of their own to the prompt. Use LoRA, for example."
+            )
         limit = context_length(base)
         for name, examples in (("General text", self.general), ("Task row", self.task)):
-            for place, example in enumerate(examples):
+            for index, example in enumerate(examples):
                 if limit is not None and len(example) > limit:
                     raise RetentionError(
-                        f"{name} {place} has {len(example):,} tokens, the model's context is {limit:,}: lower "
+                        f"{name} {index} has {len(example):,} tokens, the model's context is {limit:,}. Lower "
                         "max_tokens, or leave the row out."
                     )
 
     def before(self, model: CausalLM, *, trained: bool = False) -> None:
-        """Settle what to compare with, ahead of the first step.
+        """Determine the base to compare with, before the first step.
 
         Args:
-            model: As training starts from it.
-            trained: It has been trained already. Then only an adapter that was new can be switched off, which
-                ``base="adapter_off"`` vouches for.
+            model: Model at the start of training.
+            trained: Whether the model has already been trained. The base is then the model with its adapter disabled,
+                and ``base="adapter_off"`` must confirm that the adapter was new when training began.
 
         Raises:
-            RetentionError: If the model can't be measured, or differs from what it is to be compared with.
+            RetentionError: If the model can't be measured, or differs from its base before the first step.
         """
         self.check_model(model)
         if trained and (self.base != "adapter_off" or not isinstance(model, PeftModel)):
             raise RetentionError(
-                "These weights have been trained, and nothing was kept of those before. If the adapter was new when "
-                "training began, pass base='adapter_off'; else start anew with the measurement in place."
+                "These weights have been trained, and nothing was kept of the weights before. If the adapter was new "
+                "when training began, pass base='adapter_off'; otherwise train again with the measurement in place."
             )
         if self.base == "adapter_off" and not isinstance(model, PeftModel):
-            raise RetentionError("base='adapter_off' needs an adapter: for full fine-tuning pass base='step_0'.")
+            raise RetentionError("base='adapter_off' needs an adapter. For full fine-tuning pass base='step_0'.")
         self._original = {
             "model": base_of(model).config._name_or_path or base_of(model).config.model_type,
             "dtype": str(base_of(model).dtype).removeprefix("torch."),
@@ -175,121 +185,124 @@ class RetentionMeasurement:
         with evaluating(model):
             check_head(model, self.general[0])
         if trained:
-            self._kind, self._kept = "adapter_off", ()
+            self._base_type, self._stored = "adapter_off", ()
             return
         if self.base != "step_0" and isinstance(model, PeftModel):
-            self._kind, self._kept = "adapter_off", ()
+            self._base_type, self._stored = "adapter_off", ()
             kl = self.after(model).kl_general.value
             self._original["step_0_kl"] = kl
-            if kl <= (EXACT if self.base == "auto" else tolerance(model)):
+            if kl <= (FP32_TOLERANCE if self.base == "auto" else tolerance(model)):
                 return
-            self._kind = None
+            self._base_type = None
             if self.base == "adapter_off":
                 raise RetentionError(
-                    f"Before the first step the model is {kl:.3g} nats a token away from its base with the adapter "
-                    f"switched off ({tolerance(model):g} at most for a new adapter): the adapter was trained before, "
-                    "or its initialization changed the base weights (PiSSA, OLoRA). Pass base='step_0' to compare "
-                    "with the model as this training starts from it."
+                    "Before the first step the KL between the model and its base with the adapter disabled is "
+                    f"{kl:.3g} nats per token (at most {tolerance(model):g} for a new adapter): the adapter was "
+                    "trained before, or its initialization changed the base weights (PiSSA, OLoRA). Pass base='step_0' to "
+                    "compare with the model at the start of this training."
                 )
         with evaluating(model):
-            self._kept = tuple(self._keep(model, examples) for examples in (self.general, self.task) if examples)
-        self._kind = "step_0"
+            self._stored = tuple(self._store(model, examples) for examples in (self.general, self.task) if examples)
+        self._base_type = "step_0"
         kl = self.after(model).kl_general.value
         self._original["step_0_kl"] = kl
         if kl > tolerance(model):
-            self._kind = None
+            self._base_type = None
             raise RetentionError(
-                f"Read twice before the first step, the model is {kl:.3g} nats a token away from itself "
-                f"({tolerance(model):g} at most): its output is random in eval mode, or its weights change. "
-                "Forgetting can't be told from that."
+                f"The KL between two evaluations of the model before the first step is {kl:.3g} nats per token "
+                f"(expected at most {tolerance(model):g}): its output is random in eval mode, or its weights change. "
+                "Make the model deterministic in eval mode, since forgetting can't be told from that noise."
             )
 
     def after(
         self, model: CausalLM, provenance: Mapping[str, Any] | None = None, *, step: int | None = None
     ) -> RetentionResult:
-        """Compare the model as it is now; can be called again later in training.
+        """Compare the model in its current state with the base; may be called several times during training.
 
         Args:
-            model: With the trained weights.
-            provenance: More of what the figures come from, JSON values only.
-            step: Optimizer step, to be kept with the figures.
+            model: Model with the trained weights.
+            provenance: Additional provenance of the result, as JSON values.
+            step: Optimizer step to record in the result.
 
         Raises:
-            RetentionError: If `before` didn't run, or the model's outputs aren't numbers.
+            RetentionError: If `before` wasn't called, or the model's outputs aren't numbers.
         """
-        if self._kind is None:
-            raise RetentionError("There is nothing to compare with: call before(model) ahead of the first step.")
+        if self._base_type is None:
+            raise RetentionError("There is nothing to compare with. Call before(model) ahead of the first step.")
         live = None
-        if self._kind == "adapter_off":
+        if self._base_type == "adapter_off":
             if not isinstance(model, PeftModel):
-                raise RetentionError("The base was the adapter switched off, and this model has no adapter any more.")
-            live = LiveBase(model, adapter=False)
-        return self._compare(model, live, self._kind, provenance, step)
+                raise RetentionError(
+                    "The base is the model with its adapter disabled, but this model no longer has an adapter. Pass it "
+                    "before merging."
+                )
+            live = LiveModel(model, adapter=False)
+        return self._compare(model, live, self._base_type, provenance, step)
 
     def against(self, model: CausalLM, original: CausalLM) -> RetentionResult:
-        """Compare with a second model.
+        """Compare the model with a second one.
 
         Args:
-            model: The tuned one.
-            original: The one to compare it with, of the same vocabulary.
+            model: Tuned model.
+            original: Model to compare it with, of the same vocabulary.
 
         Raises:
-            RetentionError: If either can't be measured.
+            RetentionError: If either model can't be measured.
         """
-        for each in (model, original):
-            self.check_model(each)
-            with evaluating(each):
-                check_head(each, self.general[0])
+        for candidate in (model, original):
+            self.check_model(candidate)
+            with evaluating(candidate):
+                check_head(candidate, self.general[0])
         self._original = {"model": base_of(original).config._name_or_path or base_of(original).config.model_type}
         with evaluating(original):
-            return self._compare(model, LiveBase(original), "model", None, None)
+            return self._compare(model, LiveModel(original), "model", None, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is compared with, in numbers, strings and tensors: `torch.load(..., weights_only=True)` reads it."""
+        """Return the base as numbers, strings and tensors, which `torch.load(..., weights_only=True)` can load."""
         return {
             "fingerprint": self.fingerprint,
-            "base": self._kind,
+            "base": self._base_type,
             "original": dict(self._original),
-            "kept": [kept.state_dict() for kept in self._kept],
+            "kept": [stored.state_dict() for stored in self._stored],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what to compare with from a checkpoint.
+        """Restore the base from a checkpoint.
 
         Raises:
-            RetentionError: If it was kept for other texts or rows, or for another base.
+            RetentionError: If the checkpoint is for other texts or rows, or for another `base`.
         """
         if state["base"] is None:
             return
         if state["fingerprint"] != self.fingerprint:
             raise RetentionError(
-                "The checkpoint's base was measured on other texts or task rows, and can't be measured again on "
-                "weights that were trained since. Use the texts, max_texts, max_tokens and rows of the run that wrote "
-                "it."
+                "The checkpoint's base was measured on other texts or task rows, and can't be measured again, since "
+                "the weights have been trained since then. Use the texts, max_texts, max_tokens and rows of the run "
+                "that wrote it."
             )
         if self.base not in ("auto", state["base"]):
-            raise RetentionError(f"The checkpoint compares with base={state['base']!r}: pass that, or 'auto'.")
-        self._kind, self._original = state["base"], dict(state["original"])
-        self._kept = tuple(KeptBase(**kept) for kept in state["kept"])
+            raise RetentionError(f"The checkpoint compares with base={state['base']!r}. Pass that, or 'auto'.")
+        self._base_type, self._original = state["base"], dict(state["original"])
+        self._stored = tuple(StoredBase(**stored) for stored in state["kept"])
 
     def _compare(
         self,
         model: CausalLM,
-        live: LiveBase | None,
-        kind: BaseKind,
+        live: LiveModel | None,
+        base_type: BaseType,
         provenance: Mapping[str, Any] | None,
         step: int | None,
     ) -> RetentionResult:
         sums: list[PositionSums | None] = []
         with evaluating(model):
             for name, examples in (("general texts", self.general), ("task rows", self.task)):
-                base = live if live is not None else self._kept[len(sums)] if examples else None
+                base = live if live is not None else self._stored[len(sums)] if examples else None
                 sums.append(self._sums(f"Retention, {name}", model, base, examples) if base and examples else None)
         return retention(
             cast(PositionSums, sums[0]),
             sums[1],
-            base=kind,
-            top_k=None if live is not None else self._kept[0].ids.shape[1],
+            base=base_type,
+            top_k=None if live is not None else self._stored[0].ids.shape[1],
             texts_hash=self.texts_hash,
             step=step,
             provenance={**self._original, **self._provenance, **(provenance or {})},
@@ -297,39 +310,41 @@ class RetentionMeasurement:
         )
 
     def _sums(self, title: str, model: CausalLM, base: Base, examples: Sequence[Example]) -> PositionSums:
-        tuned = LiveBase(model)
+        tuned = LiveModel(model)
         rows: list[Tensor] = []
         for batch, first in self._batches(title, model, examples):
-            states, compare = tuned.states(batch), base.reader(batch, first)
-            found = []
-            for places in chunks(batch.num_targets):
-                logprobs = tuned.logprobs(states[places])  # [c, v]
-                kl, base_nll, base_top = compare(places, logprobs)
-                tuned_nll = -logprobs.gather(-1, batch.targets[places, None])[:, 0]
+            states, compare = tuned.states(batch), base.prepare(batch, first)
+            measured = []
+            for positions in chunk_slices(batch.num_targets):
+                logprobs = tuned.logprobs(states[positions])  # [c, v]
+                kl, base_nll, base_top = compare(positions, logprobs)
+                tuned_nll = -logprobs.gather(-1, batch.targets[positions, None])[:, 0]
                 agreed = logprobs.argmax(-1) == base_top
                 columns = (torch.ones_like(kl), kl, base_nll, tuned_nll, agreed)
-                found.append(torch.stack([column.cpu().double() for column in columns], dim=1))  # [c, 5]
+                measured.append(torch.stack([column.cpu().double() for column in columns], dim=1))  # [c, 5]
             sums = torch.zeros(batch.num_groups, 5, dtype=torch.float64)
-            rows.append(sums.index_add_(0, batch.groups.cpu(), torch.cat(found)))
+            rows.append(sums.index_add_(0, batch.groups.cpu(), torch.cat(measured)))
         tokens, kls, base_nlls, tuned_nlls, agrees = torch.cat(rows).T.tolist()
         return PositionSums(
             tuple(map(int, tokens)), tuple(kls), tuple(base_nlls), tuple(tuned_nlls), tuple(map(int, agrees))
         )
 
-    def _keep(self, model: CausalLM, examples: Sequence[Example]) -> KeptBase:
-        read, parts = LiveBase(model), []
+    def _store(self, model: CausalLM, examples: Sequence[Example]) -> StoredBase:
+        live, parts = LiveModel(model), []
         for batch, _ in self._batches("Retention, base", model, examples):
-            states = read.states(batch)
-            for places in chunks(batch.num_targets):
-                logprobs = read.logprobs(states[places])
-                nll = -logprobs.gather(-1, batch.targets[places, None])[:, 0]
-                kept = top_k_and_tail(logprobs, self.top_k)
-                top = logprobs.argmax(-1).to(torch.int32)  # not ids[:, 0]: of equals topk may name another one first
-                parts.append([t.cpu() for t in (kept.ids, kept.logprobs, kept.tail, nll, top)])
-        return KeptBase(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            states = live.states(batch)
+            for positions in chunk_slices(batch.num_targets):
+                logprobs = live.logprobs(states[positions])
+                nll = -logprobs.gather(-1, batch.targets[positions, None])[:, 0]
+                top_k = top_k_and_tail(logprobs, self.top_k)
+                top = logprobs.argmax(-1).to(
+                    torch.int32
+                )  # not ids[:, 0]: among equal ones topk may return another first
+                parts.append([t.cpu() for t in (top_k.ids, top_k.logprobs, top_k.tail, nll, top)])
+        return StoredBase(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _batches(self, title: str, model: CausalLM, examples: Sequence[Example]) -> Iterator[tuple[TokenBatch, int]]:
-        """Batches of one row each example, and how many targets stood before; targets come in the examples' order."""
+        """Yield batches with one example per row, and the index of their first target among those of all examples."""
         first, device = 0, input_device(model)
         hidden = not self._progress or rank_and_world_size()[0] != 0
         with tqdm(total=len(examples), desc=title, unit="text", disable=hidden, leave=False) as bar:
@@ -350,23 +365,23 @@ def measure_retention(
     task: Sequence[TaskRow] | None = None,
     **options: Any,
 ) -> RetentionResult:
-    """Compare a trained model with the original, both at hand; the divergences are exact.
+    """Compare a trained model with the original; the divergences are exact.
 
     Args:
-        tuned: The trained model.
-        tokenizer: Of both.
-        original: The model as it was; by default `tuned` with its adapter switched off.
+        tuned: Trained model.
+        tokenizer: Tokenizer of both models.
+        original: Model before training; by default `tuned` with its adapter disabled.
         texts: General texts, see :class:`RetentionMeasurement`.
-        task: Rows of the task.
+        task: Rows of the task, for the divergence on their answers.
         options: Further arguments of :class:`RetentionMeasurement`.
 
     Raises:
-        RetentionError: As :class:`RetentionMeasurement`, or if there is no original to compare with.
+        RetentionError: As for :class:`RetentionMeasurement`, or if there is no original to compare with.
     """
     measurement = RetentionMeasurement(tokenizer, texts, task, **{"base": "adapter_off", **options})
     if original is not None:
         return measurement.against(tuned, original)
     if not isinstance(tuned, PeftModel):
-        raise RetentionError("Pass original=: without an adapter the trained model doesn't hold the original weights.")
+        raise RetentionError("Pass original=, since a model without an adapter doesn't contain the original weights.")
     measurement.before(tuned, trained=True)
     return measurement.after(tuned)

@@ -1,4 +1,4 @@
-"""What was forgotten, as figures and against what was gained."""
+"""Report sections on retention: facts, a table, and a plot of forgetting against gain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COMPARED = {
 
 
 def retention_facts(result: RetentionResult) -> tuple[Fact, ...]:
-    """The rise of perplexity on general text."""
+    """Build the fact on the change of perplexity on general text."""
     rise = Interval(*(end - 1 for end in (result.ppl_ratio.value, result.ppl_ratio.lo, result.ppl_ratio.hi)))
     return (
         Fact(
@@ -36,79 +36,79 @@ def retention_facts(result: RetentionResult) -> tuple[Fact, ...]:
 
 
 def retention_table(results: Mapping[str, RetentionResult]) -> tuple[Block, ...]:
-    """The figures of all runs.
+    """Build the table of all runs.
 
     Args:
-        results: By name, at least one.
+        results: Results by the name of the run; at least one.
     """
-    found = list(results.values())
+    values = list(results.values())
 
     def row(label: str, cells: Sequence[str]) -> tuple[str, ...]:
         return (label, *cells)
 
     rows = [
         row(
-            "KL on general text, nats a token",
-            [("at least " if r.lower_bound else "") + format_interval(r.kl_general, "{:.4f}".format) for r in found],
+            "KL on general text, nats per token",
+            [("at least " if r.lower_bound else "") + format_interval(r.kl_general, "{:.4f}".format) for r in values],
         ),
-        row("perplexity, tuned over base", [format_interval(r.ppl_ratio, "{:.3f}".format) for r in found]),
-        row("same most likely token", [format_interval(r.top1_agreement, "{:.1%}".format) for r in found]),
+        row("perplexity, tuned over base", [format_interval(r.ppl_ratio, "{:.3f}".format) for r in values]),
+        row("same most likely token", [format_interval(r.top1_agreement, "{:.1%}".format) for r in values]),
         row(
-            "KL on task answers, nats a token",
+            "KL on task answers, nats per token",
             [
                 "not measured"
                 if r.kl_task is None
                 else ("at least " if r.lower_bound else "") + format_interval(r.kl_task, "{:.4f}".format)
-                for r in found
+                for r in values
             ],
         ),
-        row("compared with", [_COMPARED.get(r.base, r.base) for r in found]),
-        row("general texts", [f"{r.texts:,} ({r.tokens:,} tokens)" for r in found]),
-        row("task answers", [f"{r.task_rows:,} ({r.task_tokens:,} tokens)" for r in found]),
+        row("compared with", [_COMPARED.get(r.base, r.base) for r in values]),
+        row("general texts", [f"{r.texts:,} ({r.tokens:,} tokens)" for r in values]),
+        row("task answers", [f"{r.task_rows:,} ({r.task_tokens:,} tokens)" for r in values]),
     ]
     return runs_table(list(results), rows, "Intervals are 95%, over texts")
 
 
 def forgetting_blocks(runs: Sequence[Tradeoff], name: str = "forgetting") -> tuple[Block, ...]:
-    """The picture of forgetting against gain.
+    """Build the plot of forgetting against gain.
 
     Args:
-        runs: May be empty.
-        name: Of the picture.
+        runs: Runs to draw; may be empty.
+        name: Name of the plot.
     """
-    endless = [run.name for run in runs if not math.isfinite(run.forgotten.value)]
+    infinite = [run.name for run in runs if not math.isfinite(run.forgotten.value)]
     runs = [run for run in runs if math.isfinite(run.forgotten.value)]
-    left_out = f"Not drawn, since its KL is infinite: {', '.join(endless)}." if endless else ""
+    left_out = f"Not drawn, since its KL is infinite: {', '.join(infinite)}." if infinite else ""
     if not runs:
         return (left_out,) if left_out else ()
     seen = "; ".join(
         f"{run.name}: KL {run.forgotten.value:.4f}, quality gained {run.gained.value:+.3f}" for run in runs
     )
-    note = " Where a KL is marked as a lower bound, more may have been forgotten." if _bounded(runs) else ""
+    note = " If a KL is marked as a lower bound, more may have been forgotten." if _any_lower_bound(runs) else ""
     return (
         Plot(
             name,
             f"What was forgotten against what was gained. {seen}.",
-            "A point for each run. Up and to the left is best: much learnt, little forgotten. Bars are 95% intervals, "
-            f"over texts to the sides and over requests up and down.{note}",
+            "A point for each run. The upper left is best: much learned, little forgotten. Bars are 95% intervals: "
+            f"horizontally over texts, vertically over requests.{note}",
             partial(draw_forgetting, runs=runs),
         ),
         *([left_out] if left_out else []),
     )
 
 
-def _bounded(runs: Sequence[Tradeoff]) -> bool:
+def _any_lower_bound(runs: Sequence[Tradeoff]) -> bool:
     return any(run.lower_bound for run in runs)
 
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """One run.
+    """Forgetting and gain of one run.
 
     Args:
-        name: Of its method; runs of one method look the same.
-        forgotten: KL of base to tuned on general texts, in nats a token.
-        gained: Quality over that of the untuned model.
+        name: Name of its method; runs of the same method are drawn alike.
+        forgotten: KL(base || tuned) on general texts, in nats per token.
+        gained: Gain of quality over the untuned model.
         lower_bound: Whether the KL is a lower bound.
     """
 
@@ -119,16 +119,16 @@ class Tradeoff:
 
 
 def draw_forgetting(axes: Any, runs: Sequence[Tradeoff]) -> None:
-    """A point for each run: further left has forgotten less, further up has learnt more.
+    """Draw a point for each run: further left it has forgotten less, further up it has learned more.
 
     Args:
-        axes: Of matplotlib.
-        runs: At least one.
+        axes: Matplotlib axes to draw on.
+        runs: Runs to draw; at least one.
     """
-    look = marker_styles(list(dict.fromkeys(run.name for run in runs)))
+    styles = marker_styles(list(dict.fromkeys(run.name for run in runs)))
     named: set[str] = set()
     for run in runs:
-        x, y, mark = run.forgotten, run.gained, look[run.name]
+        x, y, style = run.forgotten, run.gained, styles[run.name]
         bound = " (KL: lower bound)" if run.lower_bound else ""
         label = f"{run.name}{bound}"
         axes.errorbar(
@@ -136,8 +136,8 @@ def draw_forgetting(axes: Any, runs: Sequence[Tradeoff]) -> None:
             [y.value],
             xerr=error_bar(x.value, x.lo, x.hi),
             yerr=error_bar(y.value, y.lo, y.hi),
-            fmt=mark.marker,
-            color=mark.color,
+            fmt=style.marker,
+            color=style.color,
             markersize=9,
             capsize=4,
             markeredgecolor="black",
@@ -147,7 +147,7 @@ def draw_forgetting(axes: Any, runs: Sequence[Tradeoff]) -> None:
     axes.axhline(0, color="#555555", linewidth=1)
     axes.set_xlim(left=0)
     axes.margins(0.12)
-    axes.set_xlabel("forgotten: KL on general text (nats per token), less is better")
+    axes.set_xlabel("forgotten: KL on general text (nats per token), lower is better")
     axes.set_ylabel("quality gained over the untuned model")
     axes.set_title("What was forgotten against what was gained")
     add_legend_below(axes)

@@ -1,4 +1,4 @@
-"""The formulas of retention against PyTorch's own and numbers worked out by hand."""
+"""Formulas of retention against PyTorch's functions and values by hand."""
 
 import json
 import math
@@ -19,12 +19,12 @@ from lightning_ft.evaluation.retention.arithmetic import (
 )
 
 
-def two_models(places=50, vocabulary=37, scale=3.0):
+def two_models(positions=50, vocabulary=37, scale=3.0):
     generator = torch.Generator().manual_seed(1)
-    return [(scale * torch.randn(places, vocabulary, generator=generator)).log_softmax(-1) for _ in range(2)]
+    return [(scale * torch.randn(positions, vocabulary, generator=generator)).log_softmax(-1) for _ in range(2)]
 
 
-def test_kl_is_pytorchs():
+def test_kl_divergence_matches_pytorch():
     base, tuned = two_models()
     expected = kl_div(tuned, base, log_target=True, reduction="none").sum(-1)
     torch.testing.assert_close(kl_divergence(base, tuned), expected)
@@ -32,34 +32,34 @@ def test_kl_is_pytorchs():
     assert kl_divergence(base, base).abs().max() == 0
 
 
-def test_tokens_that_are_ruled_out():
+def test_kl_handles_tokens_of_probability_zero():
     base = torch.tensor([[0.5, 0.5, 0.0]]).log()
     tuned = torch.tensor([[0.25, 0.25, 0.5]]).log()
     assert float(kl_divergence(base, tuned)) == pytest.approx(math.log(2))
     assert float(kl_divergence(tuned, base)) == math.inf
-    for k in (2, 3):  # nothing is left of the base behind them
+    for k in (2, 3):  # the base's tail has probability 0
         assert float(kl_lower_bound(top_k_and_tail(base, k), tuned)) == pytest.approx(math.log(2))
 
 
-def test_the_lower_bound_rises_to_the_exact_divergence():
+def test_kl_lower_bound_rises_to_the_exact_divergence():
     base, tuned = two_models()
     exact = kl_divergence(base, tuned)
-    before = torch.zeros_like(exact)
+    previous = torch.zeros_like(exact)
     for k in (1, 2, 4, 8, 16, 32, 36, 37, 100):
         bound = kl_lower_bound(top_k_and_tail(base, k), tuned)
         assert (bound <= exact + 1e-5).all()
-        assert (bound >= before - 1e-5).all()  # more tokens kept apart tell more
-        before = bound
-    torch.testing.assert_close(before, exact)  # every token kept
+        assert (bound >= previous - 1e-5).all()  # more tokens kept, tighter bound
+        previous = bound
+    torch.testing.assert_close(previous, exact)  # every token kept
 
 
-def test_the_lower_bound_by_hand():
+def test_kl_lower_bound_matches_value_by_hand():
     base, tuned = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[0.2, 0.3, 0.5]])
     bound = kl_lower_bound(top_k_and_tail(base.log(), 1), tuned.log())
     assert float(bound) == pytest.approx(0.6 * math.log(0.6 / 0.2) + 0.4 * math.log(0.4 / 0.8), abs=1e-6)
 
 
-def test_a_small_tail_is_not_rounded_away():
+def test_top_k_and_tail_keeps_a_small_tail():
     logits = torch.full((1, 1000), -30.0)
     logits[0, 0] = 0.0
     kept = top_k_and_tail(logits.log_softmax(-1), 1)
@@ -67,7 +67,7 @@ def test_a_small_tail_is_not_rounded_away():
     assert kept.ids.dtype == torch.int32
 
 
-def test_figures_are_ratios_of_sums():
+def test_retention_computes_ratios_of_sums():
     sums = PositionSums((1, 3), (0.4, 0.4), (1.0, 6.0), (2.0, 9.0), (1, 1))
     result = retention(sums, PositionSums((2,), (3.0,), (1.0,), (1.0,), (2,)), base="step_0", top_k=8, texts_hash="x")
     assert result.kl_general.value == pytest.approx(0.2)
@@ -79,24 +79,24 @@ def test_figures_are_ratios_of_sums():
     assert "at least" in result.headline
 
 
-def test_intervals_hold_the_figure_and_narrow_with_texts():
+def test_retention_intervals_contain_the_value_and_narrow_with_texts():
     generator = torch.Generator().manual_seed(0)
 
-    def of(count):
+    def interval_of(count):
         kl = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
         ones = (10,) * count
         return retention(
             PositionSums(ones, tuple(kl), ones, ones, ones), base="model", top_k=None, texts_hash=""
         ).kl_general
 
-    few, many = of(8), of(200)
+    few, many = interval_of(8), interval_of(200)
     for interval in (few, many):
         assert interval.lo < interval.value < interval.hi
     assert many.hi - many.lo < few.hi - few.lo
 
 
 @pytest.mark.parametrize("task", [None, PositionSums((2, 2), (3.0, 1.0), (1.0, 1.0), (1.0, 1.0), (2, 2))])
-def test_json_and_back(tmp_path, task):
+def test_retention_result_survives_a_json_round_trip(tmp_path, task):
     general = PositionSums((1, 3), (math.inf, 0.4), (1.0, 6.0), (2.0, 9000.0), (1, 1))
     result = retention(general, task, base="adapter_off", top_k=None, texts_hash="x", step=7, provenance={"seed": 0})
     assert result.kl_general.value == result.ppl_ratio.value == math.inf
@@ -119,6 +119,6 @@ def test_json_and_back(tmp_path, task):
         (((1, 1), (0.0, 0.0), (0.0, math.nan), (0.0, 0.0), (0, 0)), "base_nll of text 1 .*the base's weights"),
     ],
 )
-def test_what_is_no_measurement(values, message):
+def test_position_sums_refuses_empty_texts_and_nan(values, message):
     with pytest.raises(RetentionError, match=message):
         PositionSums(*values)

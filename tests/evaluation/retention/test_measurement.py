@@ -1,4 +1,4 @@
-"""Retention around a loop: against whole logits, for every kind of base and head, and what is refused."""
+"""Retention in a training loop: against full logits, for each base and head, and errors."""
 
 import copy
 import json
@@ -29,8 +29,8 @@ def adapted(model=None, *, trained=False, **options):
     return get_peft_model(make_model() if model is None else model, LoraConfig(**{**settings, **options}))
 
 
-def moved(model, scale=0.05):
-    """Another model: every weight that trains, a little elsewhere."""
+def perturbed(model, scale=0.05):
+    """Add noise to each trainable weight."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -40,8 +40,8 @@ def moved(model, scale=0.05):
 
 
 @torch.no_grad()
-def by_whole_logits(base, tuned, examples):
-    """Divergence, likelihoods and agreement over all supervised places, from full logits of one text at a time."""
+def compare_full_logits(base, tuned, examples):
+    """Divergence, perplexity ratio and agreement over all supervised positions, from the logits of each text."""
     kl, nlls, agreed, count = 0.0, [0.0, 0.0], 0, 0
     for example in examples:
         keep = example.supervised[1:]
@@ -55,30 +55,30 @@ def by_whole_logits(base, tuned, examples):
     return kl / count, float(torch.tensor((nlls[1] - nlls[0]) / count).exp()), agreed / count, count
 
 
-def check_against_whole_logits(result, base, tuned, tokenizer):
+def check_against_full_logits(result, base, tuned, tokenizer):
     general = encode_texts(tokenizer, TEXTS, max_tokens=256)[0]
-    kl, ratio, agreement, count = by_whole_logits(base, tuned, general)
+    kl, ratio, agreement, count = compare_full_logits(base, tuned, general)
     assert result.kl_general.value == pytest.approx(kl, rel=1e-4)
     assert result.ppl_ratio.value == pytest.approx(ratio, rel=1e-4)
     assert result.top1_agreement.value == pytest.approx(agreement)
     assert result.tokens == count
-    task_kl, _, _, task_count = by_whole_logits(base, tuned, encode_task(tokenizer, TASK))
+    task_kl, _, _, task_count = compare_full_logits(base, tuned, encode_task(tokenizer, TASK))
     assert result.kl_task.value == pytest.approx(task_kl, rel=1e-4)
     assert (result.task_rows, result.task_tokens) == (3, task_count)
 
 
 @pytest.mark.parametrize("chunk", [1024, 7])
 @pytest.mark.parametrize("options", [{}, {"tie": True}, {"layers": 1}], ids=str)
-def test_two_models(monkeypatch, tokenizer, options, chunk):
+def test_measure_retention_matches_full_logits(monkeypatch, tokenizer, options, chunk):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    base, tuned = make_model(**options), moved(make_model(**options))
+    base, tuned = make_model(**options), perturbed(make_model(**options))
     result = measure_retention(tuned, tokenizer, original=base, texts=TEXTS, task=TASK, **QUICK)
-    check_against_whole_logits(result, base, tuned, tokenizer)
+    check_against_full_logits(result, base, tuned, tokenizer)
     assert (result.base, result.top_k, result.lower_bound) == ("model", None, False)
     assert result.kl_general.value > 0.01
 
 
-def test_what_the_architecture_does_to_its_logits(tokenizer):
+def test_measure_retention_supports_logit_softcapping(tokenizer):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -94,9 +94,9 @@ def test_what_the_architecture_does_to_its_logits(tokenizer):
     )
     torch.manual_seed(0)
     base = Gemma2ForCausalLM(config)
-    tuned = moved(copy.deepcopy(base), 0.3)
+    tuned = perturbed(copy.deepcopy(base), 0.3)
     result = measure_retention(tuned, tokenizer, original=base, texts=TEXTS, task=TASK, **QUICK)
-    check_against_whole_logits(result, base, tuned, tokenizer)
+    check_against_full_logits(result, base, tuned, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -109,22 +109,22 @@ def test_what_the_architecture_does_to_its_logits(tokenizer):
     ],
     ids=["linear", "head", "copied head", "dora"],
 )
-def test_an_adapter_switched_off(tokenizer, options):
+def test_adapter_off_matches_full_logits(tokenizer, options):
     model = adapted(**options)
-    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     measurement = RetentionMeasurement(tokenizer, TEXTS, TASK, **QUICK)
     measurement.before(model)
     at_start = measurement.after(model)
     assert (at_start.base, at_start.kl_general.value, at_start.top1_agreement.value) == ("adapter_off", 0.0, 1.0)
-    moved(model)
+    perturbed(model)
     result = measurement.after(model)
-    check_against_whole_logits(result, make_model(), model, tokenizer)
-    assert trains == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    check_against_full_logits(result, make_model(), model, tokenizer)
+    assert trainable == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert measure_retention(model, tokenizer, texts=TEXTS, task=TASK, **QUICK).kl_general == result.kl_general
 
 
 def test_step_0_is_a_lower_bound_that_becomes_exact(tokenizer):
-    base, tuned = make_model(), moved(make_model())
+    base, tuned = make_model(), perturbed(make_model())
     exact = measure_retention(tuned, tokenizer, original=base, texts=TEXTS, task=TASK, **QUICK)
     divergences = []
     for k in (1, 8, 64, 400):
@@ -132,7 +132,7 @@ def test_step_0_is_a_lower_bound_that_becomes_exact(tokenizer):
         measurement.before(base)
         result = measurement.after(tuned)
         assert (result.base, result.top_k, result.lower_bound) == ("step_0", k, True)
-        # these don't hang on what is kept
+        # these don't depend on what is kept
         assert (result.ppl_ratio, result.top1_agreement) == (exact.ppl_ratio, exact.top1_agreement)
         divergences.append(result.kl_general.value)
         assert result.kl_task.value <= exact.kl_task.value + 1e-6
@@ -141,7 +141,7 @@ def test_step_0_is_a_lower_bound_that_becomes_exact(tokenizer):
     assert divergences[-1] == pytest.approx(exact.kl_general.value, rel=1e-5)
 
 
-def test_adapters_that_are_no_new_ones_are_compared_with_where_they_start(tokenizer):
+def test_before_compares_trained_adapters_with_step_0(tokenizer):
     for model in (adapted(trained=True), adapted(init_lora_weights="pissa")):
         explicit = RetentionMeasurement(tokenizer, TEXTS, base="adapter_off", **QUICK)
         with pytest.raises(RetentionError, match=r"the adapter was trained before.*Pass base='step_0'"):
@@ -153,22 +153,22 @@ def test_adapters_that_are_no_new_ones_are_compared_with_where_they_start(tokeni
         assert (result.base, result.kl_general.value) == ("step_0", 0.0)
 
 
-def test_a_model_that_changes_between_two_readings(tokenizer):
+def test_before_refuses_a_model_that_changes_between_evaluations(tokenizer):
     model = make_model()
     calls = []
 
     def drift(*_):
         calls.append(1)
-        if len(calls) == 9:  # 5 passes ask for head and lengths, 3 keep the texts, and the next one reads them again
-            moved(model)
+        if len(calls) == 9:  # 5 passes check head and lengths, 3 store the texts, and the next one evaluates them again
+            perturbed(model)
 
     model.model.register_forward_hook(drift)
-    with pytest.raises(RetentionError, match="away from itself"):
+    with pytest.raises(RetentionError, match="two evaluations of the model"):
         RetentionMeasurement(tokenizer, TEXTS, base="step_0", **QUICK).before(model)
     assert len(calls) == 11
 
 
-def test_training_goes_on_as_it_was(tokenizer):
+def test_measurement_leaves_modes_gradients_and_rng_unchanged(tokenizer):
     model = adapted(make_model(dropout=0.5)).train()
     model.base_model.model.model.layers[0].eval()
     modes = [part.training for part in model.modules()]
@@ -181,16 +181,16 @@ def test_training_goes_on_as_it_was(tokenizer):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_state_survives_a_checkpoint(tokenizer, tmp_path, kind):
-    make = make_model if kind == "full" else adapted
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_measurement_survives_a_checkpoint(tokenizer, tmp_path, method):
+    make = make_model if method == "full" else adapted
     first = RetentionMeasurement(tokenizer, TEXTS, TASK, **QUICK)
     first.before(make())
     torch.save(first.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     second = RetentionMeasurement(tokenizer, TEXTS, TASK, **{**QUICK, "batch_size": 8})
     second.load_state_dict(state)
-    tuned = moved(make())
+    tuned = perturbed(make())
     expected, found = first.after(tuned), second.after(tuned)
     assert found.kl_general.value == pytest.approx(expected.kl_general.value, rel=1e-5)  # another batch size
     third = RetentionMeasurement(tokenizer, TEXTS, TASK, **QUICK)
@@ -199,38 +199,38 @@ def test_state_survives_a_checkpoint(tokenizer, tmp_path, kind):
 
     with pytest.raises(RetentionError, match="on other texts or task rows"):
         RetentionMeasurement(tokenizer, TEXTS[1:], TASK, **QUICK).load_state_dict(state)
-    other = "adapter_off" if kind == "full" else "step_0"
+    other = "adapter_off" if method == "full" else "step_0"
     with pytest.raises(RetentionError, match=f"compares with base='{state['base']}'"):
         RetentionMeasurement(tokenizer, TEXTS, TASK, base=other, **QUICK).load_state_dict(state)
 
 
-def test_half_precision_and_autocast(tokenizer):
+def test_measurement_works_in_half_precision_and_autocast(tokenizer):
     model = adapted(make_model().bfloat16())
     measurement = RetentionMeasurement(tokenizer, TEXTS, base="adapter_off", **QUICK)
     measurement.before(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         measurement.before(model)
-    moved(model)  # outside: autocast keeps what it has cast until it is left
+    perturbed(model)  # outside: autocast caches cast weights until the context ends
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert measurement.after(model).kl_general.value > 0.01
     assert measurement.after(model).provenance["dtype"] == "bfloat16"
 
 
-def test_trained_weights_are_never_taken_for_the_base(tokenizer):
-    with pytest.raises(RetentionError, match="nothing was kept of those before"):
+def test_measurement_never_takes_trained_weights_for_the_base(tokenizer):
+    with pytest.raises(RetentionError, match="nothing was kept of the weights before"):
         RetentionMeasurement(tokenizer, TEXTS, **QUICK).before(adapted(trained=True), trained=True)
-    vouched = RetentionMeasurement(tokenizer, TEXTS, base="adapter_off", **QUICK)
-    vouched.before(adapted(trained=True), trained=True)
-    assert vouched.after(adapted(trained=True)).kl_general.value > 0.01
+    confirmed = RetentionMeasurement(tokenizer, TEXTS, base="adapter_off", **QUICK)
+    confirmed.before(adapted(trained=True), trained=True)
+    assert confirmed.after(adapted(trained=True)).kl_general.value > 0.01
     with pytest.raises(RetentionError, match="nothing to compare with"):
         RetentionMeasurement(tokenizer, TEXTS, **QUICK).after(make_model())
     with pytest.raises(RetentionError, match="Pass original="):
         measure_retention(make_model(), tokenizer, texts=TEXTS)
-    with pytest.raises(RetentionError, match="no adapter any more"):
-        vouched.after(make_model())
+    with pytest.raises(RetentionError, match="no longer has an adapter"):
+        confirmed.after(make_model())
 
 
-def test_models_that_are_refused(tokenizer):
+def test_before_refuses_unsupported_models(tokenizer):
     from peft import PromptTuningConfig
     from transformers import LlamaForSequenceClassification
 
@@ -248,7 +248,7 @@ def test_models_that_are_refused(tokenizer):
         broken.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RetentionError, match="isn't a number"):
         before(broken)
-    with pytest.raises(RetentionError, match="400 tokens and the tuned model 500"):
+    with pytest.raises(RetentionError, match="400 tokens and that of the tuned model 500"):
         measure_retention(make_model(500), tokenizer, original=make_model(400), texts=TEXTS, **QUICK)
     odd = make_model()
     odd.register_forward_hook(lambda _, __, out: setattr(out, "logits", out.logits * 2))
@@ -258,7 +258,7 @@ def test_models_that_are_refused(tokenizer):
         RetentionMeasurement(tokenizer, ["fox " * 900], max_tokens=600, **QUICK).before(make_model())
 
 
-def test_texts_from_files(tmp_path):
+def test_load_texts_reads_jsonl_and_txt(tmp_path):
     rows = tmp_path / "texts.jsonl"
     rows.write_text("\n".join(json.dumps({"text": text, "author": "A"}) for text in ("one\u2028two", "three")) + "\n\n")
     assert load_texts(str(rows)) == ["one\u2028two", "three"]
@@ -280,7 +280,7 @@ def test_texts_from_files(tmp_path):
         ("missing.txt", None, "can't be read"),
     ],
 )
-def test_files_that_are_refused(tmp_path, name, content, message):
+def test_load_texts_refuses_bad_files(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -288,10 +288,10 @@ def test_files_that_are_refused(tmp_path, name, content, message):
         load_texts(path)
 
 
-def test_texts_and_rows_that_are_refused(tokenizer):
-    for given, message in ((None, "no general texts to read"), ([], "no texts"), ([b"x"], r"texts\[0\] is of type")):
+def test_measurement_refuses_bad_texts_rows_and_options(tokenizer):
+    for texts, message in ((None, "no general texts to read"), ([], "no texts"), ([b"x"], r"texts\[0\] is of type")):
         with pytest.raises(RetentionError, match=message):
-            load_texts(given)
+            load_texts(texts)
     with pytest.raises(RetentionError, match="max_texts=0"):
         load_texts(TEXTS, max_texts=0)
     with pytest.raises(RetentionError, match=r"2 general texts have fewer than 2 tokens.*text 1, ''"):
@@ -306,7 +306,7 @@ def test_texts_and_rows_that_are_refused(tokenizer):
             RetentionMeasurement(tokenizer, TEXTS, **{option: value})
 
 
-def test_texts_are_cut_and_counted(tokenizer):
+def test_measurement_cuts_and_counts_long_texts(tokenizer):
     measurement = RetentionMeasurement(tokenizer, [TEXT[0] * 9, "the fox"], max_tokens=8, **QUICK)
     assert [len(example) for example in measurement.general] == [8, len(tokenizer("the fox")["input_ids"])]
     measurement.before(make_model())
@@ -315,14 +315,14 @@ def test_texts_are_cut_and_counted(tokenizer):
     assert result.tokens == 7 + len(measurement.general[1]) - 1
 
 
-def test_requests_are_the_token_pairs_that_they_encode_to(tokenizer):
+def test_task_requests_equal_their_token_pairs(tokenizer):
     examples = encode_task(tokenizer, TASK)
     pairs = []
     for example in examples:
         start = int(example.supervised.nonzero()[0])
-        end = int(example.supervised.nonzero()[-1]) + 1  # the template writes a line break behind the answer
+        end = int(example.supervised.nonzero()[-1]) + 1  # the template writes a line break after the answer
         pairs.append((example.input_ids[:start].tolist(), example.input_ids[start:end].tolist()))
-    base, tuned = make_model(), moved(make_model())
+    base, tuned = make_model(), perturbed(make_model())
     results = [
         measure_retention(tuned, tokenizer, original=base, texts=TEXTS, task=rows, **QUICK) for rows in (TASK, pairs)
     ]
