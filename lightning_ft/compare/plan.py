@@ -156,7 +156,9 @@ def planned_methods(
         raise ComparisonError("--methods contains no method that trains. Add full, lora, or a YAML file.")
     duplicates = {m.name for m in found if [other.name for other in found].count(m.name) > 1}
     if duplicates:
-        raise ComparisonError(f"--methods contains {', '.join(sorted(duplicates))} more than once. Remove or rename one.")
+        raise ComparisonError(
+            f"--methods contains {', '.join(sorted(duplicates))} more than once. Remove or rename one."
+        )
     unknown = set(grids) - {m.name for m in found}
     if unknown:
         raise ComparisonError(f"--learning_rates contains {', '.join(sorted(unknown))}, but --methods doesn't.")

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from lightning_ft import __version__
 from lightning_ft._lightning import NAMESPACE, VARIABLE
 from lightning_ft.atomic_files import write_text
 from lightning_ft.cli import FineTuningCLI
@@ -37,6 +38,7 @@ from lightning_ft.compare.worker import measurement_plans
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
+from lightning_ft.evaluation.savings.arms import constant_scores
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.gate import overlap_text
 from lightning_ft.evaluation.savings.overlap import request_overlap
@@ -383,6 +385,8 @@ class _Comparer:
             metrics=self.metrics,
             in_training=self.overlap["test"].in_training,
             warnings=self._request_warnings(),
+            constant=constant_scores(self.plan),
+            min_quality=savings.get("min_quality"),
         )
         result = compare_methods(self._all_results(), test_set, complete=self.complete, provenance=self._provenance())
         text = json_text(result.to_dict())
@@ -416,5 +420,8 @@ class _Comparer:
             "grids": {name: list(method.rates) for name, method in self.methods.items()},
             "side by side": self.workers,
             "threads of a run": self.threads,
-            "versions": {name: version(name) for name in ("lightning-ft", "torch", "transformers", "peft")},
+            "versions": {
+                "lightning-ft": __version__,
+                **{name: version(name) for name in ("torch", "transformers", "peft")},
+            },
         }
