@@ -198,8 +198,8 @@ class RetentionMeasurement:
                 raise RetentionError(
                     "Before the first step the KL between the model and its base with the adapter disabled is "
                     f"{kl:.3g} nats per token (at most {tolerance(model):g} for a new adapter): the adapter was "
-                    "trained before, or its initialization changed the base weights (PiSSA, OLoRA). Pass base='step_0' to "
-                    "compare with the model at the start of this training."
+                    "trained before, or its initialization changed the base weights (PiSSA, OLoRA). Pass base='step_0' "
+                    "to compare with the model at the start of this training."
                 )
         with evaluating(model):
             self._stored = tuple(self._store(model, examples) for examples in (self.general, self.task) if examples)
