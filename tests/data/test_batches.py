@@ -25,7 +25,7 @@ def batch(answers=((7,), (8,)), **changed):
     return PreferenceBatch(**{**fields, **changed})
 
 
-def test_paired():
+def test_paired_is_false_for_labeled_completions():
     assert batch().paired
     assert not batch([(7,)]).paired
 
@@ -40,12 +40,12 @@ def test_paired():
         {"rows": torch.tensor([1, 2])},
     ],
 )
-def test_fields_that_do_not_belong_together(changed):
+def test_preference_batch_rejects_inconsistent_fields(changed):
     with pytest.raises(ConfigError, match="A PreferenceBatch of"):
         batch(**changed)
 
 
-def test_to_moves_what_is_a_figure_and_leaves_tokens():
+def test_to_moves_numeric_tensors_and_keeps_tokens():
     given = batch()
     moved = given.to("meta")
     assert {t.device.type for t in (moved.labels, moved.margins, moved.rows)} == {"meta"}
@@ -55,7 +55,7 @@ def test_to_moves_what_is_a_figure_and_leaves_tokens():
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_lightning_moves_it(device):
+def test_batches_are_moved_by_lightning(device):
     """`to` is what makes Lightning move an object; a device isn't always a string."""
     from lightning_fabric.utilities.apply_func import move_data_to_device
 
@@ -64,7 +64,7 @@ def test_lightning_moves_it(device):
     assert move_data_to_device(given, device) is given
 
 
-def test_bf16_true_leaves_batches_as_they_are():
+def test_bf16_true_keeps_dtypes_of_batches():
     """It converts floats in whatever collections it finds, and stumbles over frozen dataclasses."""
     convert = _pl.plugins.precision.HalfPrecision("bf16-true").convert_input
     with pytest.raises(ValueError, match="frozen"):
@@ -75,7 +75,7 @@ def test_bf16_true_leaves_batches_as_they_are():
     assert apply_to_collection(batch(), torch.Tensor, lambda t: 1 / 0).paired
 
 
-def test_prompt_batches():
+def test_prompt_batch_rejects_inconsistent_columns():
     given = PromptBatch([], [], {"answer": []})
     assert len(given) == 0
     with pytest.raises(ConfigError, match="PromptBatch of 1 prompts can't have the column 'answer' of 2"):

@@ -43,7 +43,7 @@ def contents(rows):
     return [(rows[i].input_ids.tolist(), rows[i].supervised.tolist()) for i in range(len(rows))]
 
 
-def test_encoded_once_and_the_same_from_disk_and_memory(tmp_path, tokenizer, pairs, encoded_times):
+def test_cache_encodes_once_and_reads_equal_rows(tmp_path, tokenizer, pairs, encoded_times):
     rows = conversations(pairs)
     first, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     second, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
@@ -55,7 +55,7 @@ def test_encoded_once_and_the_same_from_disk_and_memory(tmp_path, tokenizer, pai
     assert Path(first._table.cache_files[0]["filename"]).parent.parent == tmp_path  # memory-mapped
 
 
-def test_rows_in_many_batches(tmp_path, tokenizer, pairs, monkeypatch):
+def test_cache_reads_entries_of_many_record_batches(tmp_path, tokenizer, pairs, monkeypatch):
     monkeypatch.setattr(cache, "_WRITTEN_TOGETHER", 5)
     rows = conversations(pairs)
     many, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
@@ -67,7 +67,7 @@ def test_rows_in_many_batches(tmp_path, tokenizer, pairs, monkeypatch):
     assert many.rows == list(range(24))
 
 
-def test_what_changes_the_tokens_changes_the_entry(tmp_path, make_tokenizer, pairs, encoded_times):
+def test_cache_key_depends_on_everything_that_changes_tokens(tmp_path, make_tokenizer, pairs, encoded_times):
     rows = conversations(pairs)
     tokenizer = make_tokenizer()
     tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
@@ -88,7 +88,7 @@ def test_what_changes_the_tokens_changes_the_entry(tmp_path, make_tokenizer, pai
     assert len(encoded_times) == len(changed) + 1
 
 
-def test_problems_are_cached_and_told_where_the_rows_now_stand(tmp_path, tokenizer, pairs, encoded_times):
+def test_cached_problems_report_current_origins(tmp_path, tokenizer, pairs, encoded_times):
     long = {"input": "parcel " * 100, "output": "x"}
     options = {**OPTIONS, "on_overlong": "drop"}
     _, (first,) = tokenize(conversations([*pairs, long]), tokenizer, folder=tmp_path, **options)
@@ -102,7 +102,7 @@ def test_problems_are_cached_and_told_where_the_rows_now_stand(tmp_path, tokeniz
 @pytest.mark.parametrize(
     "harm", ["cut", "no about", "about is no JSON", "about of others", "rows of others", "no rows"]
 )
-def test_a_broken_entry_is_written_anew(tmp_path, tokenizer, pairs, encoded_times, harm):
+def test_cache_rewrites_a_broken_entry(tmp_path, tokenizer, pairs, encoded_times, harm):
     rows = conversations(pairs)
     good, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     expected = contents(good)
@@ -132,7 +132,7 @@ def test_a_broken_entry_is_written_anew(tmp_path, tokenizer, pairs, encoded_time
     assert [p.name for p in tmp_path.iterdir()] == [entry.name]
 
 
-def test_rows_are_kept_in_memory_where_the_disk_is_full(tmp_path, tokenizer, pairs, encoded_times):
+def test_cache_keeps_rows_in_memory_when_the_disk_is_full(tmp_path, tokenizer, pairs, encoded_times):
     rows = conversations(pairs)
     expected = contents(tokenize(rows, tokenizer, folder=None, **OPTIONS)[0])
     with full_disk(100), pytest.warns(UserWarning, match=r"can't be written to .*\(File too large\)"):
@@ -143,7 +143,7 @@ def test_rows_are_kept_in_memory_where_the_disk_is_full(tmp_path, tokenizer, pai
     assert len(encoded_times) == 4  # in memory, to the full disk, in memory, to the disk
 
 
-def test_an_interrupted_writer_leaves_nothing(tmp_path):
+def test_cache_writer_leaves_nothing_when_interrupted(tmp_path):
     example = Example(torch.arange(3), torch.ones(3, dtype=torch.bool))
     with pytest.raises(KeyboardInterrupt), cache.new_entry(tmp_path, "key") as entry:  # noqa: PT012
         entry.writer.write(example, row=0, truncated=False)
@@ -152,7 +152,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
     assert cache.load(tmp_path, "key") is None
 
 
-def test_two_writers_of_the_same_entry(tmp_path):
+def test_cache_accepts_two_writers_of_one_entry(tmp_path):
     example = Example(torch.arange(3), torch.ones(3, dtype=torch.bool))
     with cache.new_entry(tmp_path, "key") as one:
         one.writer.write(example, row=0, truncated=False)
@@ -163,14 +163,14 @@ def test_two_writers_of_the_same_entry(tmp_path):
 
 
 @pytest.mark.parametrize("folder", [True, False], ids=["disk", "memory"])
-def test_encoded_rows_can_be_sent_to_a_worker(tmp_path, tokenizer, pairs, folder):
+def test_encoded_rows_can_be_pickled_for_workers(tmp_path, tokenizer, pairs, folder):
     rows, _ = tokenize(conversations(pairs), tokenizer, folder=tmp_path if folder else None, **OPTIONS)
     assert contents(pickle.loads(pickle.dumps(rows))) == contents(rows)
     if folder:  # by name, not by content
         assert len(pickle.dumps(rows)) < 20_000
 
 
-def test_rows_of_another_kind_are_other_entries(tmp_path, tokenizer, pairs, encoded_times):
+def test_cache_separates_row_types(tmp_path, tokenizer, pairs, encoded_times):
     class Lasts(Pairs):
         name = "lasts"
 
@@ -185,7 +185,7 @@ def test_rows_of_another_kind_are_other_entries(tmp_path, tokenizer, pairs, enco
     assert every.supervised == [2 * n for n in last.supervised]
 
 
-def test_rows_of_several_examples(tmp_path):
+def test_cache_stores_rows_of_several_examples(tmp_path):
     examples = [Example(torch.arange(n), torch.ones(n, dtype=torch.bool)) for n in (3, 4, 5, 6)]
     for folder in (tmp_path, None):
         with cache.new_entry(folder, "key") as entry:
@@ -200,7 +200,7 @@ def test_rows_of_several_examples(tmp_path):
     assert (len(entry.result), entry.result.num_rows, entry.result.per_row) == (0, 0, 1)
 
 
-def test_content_hash_is_of_the_tokens(tmp_path, monkeypatch):
+def test_content_hash_depends_on_tokens_only(tmp_path, monkeypatch):
     def written(*rows, folder=None):
         with cache.new_entry(folder, "key") as entry:
             for index, (ids, supervised, row) in enumerate(rows):
@@ -225,7 +225,7 @@ def test_content_hash_is_of_the_tokens(tmp_path, monkeypatch):
     assert len({key, *map(cache.content_hash, changed)}) == 8
 
 
-def test_every_row_of_a_large_entry_is_read_as_it_was_written(tmp_path):
+def test_cache_reads_every_row_of_a_large_entry(tmp_path):
     """Rows are written a thousand together, so these stand in several parts of the file."""
     written = [Example(torch.arange(n % 7 + 1) + n, torch.arange(n % 7 + 1) % 2 == 1) for n in range(2500)]
     with cache.new_entry(tmp_path, "many") as entry:

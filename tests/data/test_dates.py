@@ -39,7 +39,7 @@ def test_renders_today_depends_on_the_template(make_tokenizer):
     assert not renders_today(template, Q, {})
 
 
-def test_a_template_that_writes_the_day_is_told_of_once(make_tokenizer, recwarn):
+def test_dated_template_is_reported_once(make_tokenizer, recwarn):
     found = data(make_tokenizer(GIVEN), validation=[{"input": "q", "output": "a"}])
     (message,) = [str(w.message) for w in recwarn if DATED in str(w.message)]
     assert message.startswith(f"train: 2 x {DATED}. The chat template writes today's date")
@@ -47,7 +47,7 @@ def test_a_template_that_writes_the_day_is_told_of_once(make_tokenizer, recwarn)
     assert found.report["validation"].notes[DATED] == 1
 
 
-def test_following_the_advice_silences_it(make_tokenizer, recwarn):
+def test_dated_template_remedy_silences_the_warning(make_tokenizer, recwarn):
     tokenizer = make_tokenizer(GIVEN)
     assert "{'date_string': '" in today_remedy(chat_template(tokenizer))
     found = data(tokenizer, chat_template_kwargs={"date_string": "1 May 2026"})
@@ -59,7 +59,7 @@ def test_following_the_advice_silences_it(make_tokenizer, recwarn):
     assert "Today: 1 May 2026" in tokenizer.decode(found.splits.encoded["train"][0][0].input_ids)
 
 
-def test_a_template_without_a_variable_for_it_needs_another(make_tokenizer):
+def test_dated_template_without_a_date_variable_needs_another_template(make_tokenizer):
     tokenizer = make_tokenizer(ALWAYS)
     with pytest.warns(UserWarning, match="Pass a chat_template= that writes a fixed date"):
         data(tokenizer)
@@ -67,13 +67,13 @@ def test_a_template_without_a_variable_for_it_needs_another(make_tokenizer):
     assert DATED not in found.report["train"].notes
 
 
-def test_preferences_are_told_of_too(make_tokenizer):
+def test_dated_template_is_reported_for_preferences(make_tokenizer):
     rows = [{"prompt": "where is the lamp", "chosen": "parcel", "rejected": "fox"}]
     with pytest.warns(UserWarning, match=DATED):
         data(make_tokenizer(GIVEN), PreferenceDataModule, rows)
 
 
-def test_tokens_of_another_day_are_not_read_from_the_cache(make_tokenizer, monkeypatch, tmp_path):
+def test_cache_ignores_tokens_of_another_day(make_tokenizer, monkeypatch, tmp_path):
     tools = [{"name": "f"}]
     only_with_tools = "{%- if tools -%}{{- 'Today: ' + strftime_now('%d %b %Y') + '\n' -}}{%- endif -%}" + CHATML
     for template, rows in ((GIVEN, ROWS), (only_with_tools, [{**row, "tools": tools} for row in ROWS])):

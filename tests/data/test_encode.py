@@ -31,7 +31,7 @@ END = {"chatml": "<|im_end|>", "chatml_without_markers": "<|im_end|>", "llama": 
 
 @pytest.mark.parametrize("template", [*END, "plain"])
 @pytest.mark.parametrize("pad", ["<|pad|>", None])
-def test_the_answer_and_its_end_are_supervised(make_tokenizer, template, pad):
+def test_encode_supervises_the_answer_and_its_end_token(make_tokenizer, template, pad):
     tokenizer = make_tokenizer(template, pad=pad)
     if template in ("plain", "text"):
         set_chat_template(tokenizer, template)
@@ -46,13 +46,13 @@ def test_the_answer_and_its_end_are_supervised(make_tokenizer, template, pad):
 
 
 @pytest.mark.parametrize("template", ["chatml", "chatml_without_markers", "llama", "none"])
-def test_every_assistant_turn_is_supervised(make_tokenizer, template):
+def test_encode_supervises_every_assistant_turn(make_tokenizer, template):
     tokenizer = make_tokenizer(template)
     example = encode_conversation(tokenizer, talk("one", "two", "two", "two two", "five", "six"))
     assert [a.strip() for a in answers(tokenizer, example)] == ["two<|im_end|>", "two two<|im_end|>", "six<|im_end|>"]
 
 
-def test_as_transformers_masks_it(tokenizer):
+def test_encode_matches_the_assistant_mask_of_transformers(tokenizer):
     messages = talk("one", "two", "three", "four", system="be brief")
     example = encode_conversation(tokenizer, messages)
     theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -60,7 +60,7 @@ def test_as_transformers_masks_it(tokenizer):
     assert example.supervised.int().tolist() == theirs["assistant_masks"]
 
 
-def test_with_and_without_markers_is_the_same(make_tokenizer):
+def test_encode_is_the_same_with_and_without_generation_markers(make_tokenizer):
     messages = talk(
         "user", "assistant", "assistant", "user", system="assistant"
     )  # a search for the text would go astray
@@ -70,7 +70,7 @@ def test_with_and_without_markers_is_the_same(make_tokenizer):
     assert marked.supervised.tolist() == bare.supervised.tolist()
 
 
-def test_encode_supervises_what_follows_the_generation_prompt(make_tokenizer):
+def test_encode_supervises_the_answer_after_the_generation_prompt(make_tokenizer):
     tokenizer = make_tokenizer(qwen3_chat_template)
     encoded = encode(tokenizer, talk("2+2?", "4"), chat_template(tokenizer))
     assert answers(tokenizer, encoded.example) == ["<think>\n\n</think>\n\n4<|im_end|>"]
@@ -91,7 +91,7 @@ def test_encode_supervises_what_follows_the_generation_prompt(make_tokenizer):
         ("x", "9" * 50),
     ],
 )
-def test_training_and_generation_see_the_same_prompt(make_tokenizer, template, question, answer):
+def test_encode_uses_the_prompt_of_generation(make_tokenizer, template, question, answer):
     tokenizer = make_tokenizer(template)
     if template == "text":
         set_chat_template(tokenizer, "text")
@@ -107,7 +107,7 @@ def test_training_and_generation_see_the_same_prompt(make_tokenizer, template, q
         assert text.endswith("<|im_end|>")
 
 
-def test_merged_boundary_is_tokenised_apart(make_tokenizer):
+def test_encode_splits_tokens_that_merge_prompt_and_answer(make_tokenizer):
     """`the qu` + `ick` is one token in the whole text, which generation would never have seen the start of."""
     tokenizer = make_tokenizer()
     set_chat_template(tokenizer, "text")
@@ -119,7 +119,7 @@ def test_merged_boundary_is_tokenised_apart(make_tokenizer):
     assert answers(tokenizer, example) == ["ick brown fox<|im_end|>"]
 
 
-def test_no_end_token_in_the_template(make_tokenizer):
+def test_encode_appends_eos_if_the_template_has_no_end_token(make_tokenizer):
     tokenizer = make_tokenizer("headers_only")
     example = encode_conversation(tokenizer, talk("one", "two", "three", "four"))
     assert answers(tokenizer, example) == ["two", "four<|im_end|>"]  # the next turn's header is nobody's end
@@ -127,7 +127,7 @@ def test_no_end_token_in_the_template(make_tokenizer):
     assert bool(example.supervised[-1])
 
 
-def test_bos_is_written_once_and_not_supervised(make_tokenizer):
+def test_encode_writes_bos_once_and_unsupervised(make_tokenizer):
     for template in ("llama", "none"):
         tokenizer = make_tokenizer(template)
         ids = encode_conversation(tokenizer, talk("a", "b")).input_ids.tolist()
@@ -140,19 +140,19 @@ def test_bos_is_written_once_and_not_supervised(make_tokenizer):
     )
 
 
-def test_answer_end_token(make_tokenizer):
+def test_answer_end_token_is_that_of_the_template(make_tokenizer):
     assert answer_end_token(make_tokenizer("chatml")) == make_tokenizer().convert_tokens_to_ids("<|im_end|>")
     other_eos = make_tokenizer("chatml", eos="<|pad|>")  # a base model's EOS, while the template ends turns otherwise
     assert answer_end_token(other_eos) == other_eos.convert_tokens_to_ids("<|im_end|>")
 
 
-def test_a_tokenizer_without_template_gets_the_plain_one(make_tokenizer):
+def test_tokenizer_without_template_gets_the_plain_template(make_tokenizer):
     tokenizer = make_tokenizer("none")
     encode_prompt(tokenizer, talk("a"))
     assert tokenizer.chat_template == PLAIN_TEMPLATE
 
 
-def test_set_chat_template(make_tokenizer, tmp_path):
+def test_set_chat_template_accepts_names_files_and_templates(make_tokenizer, tmp_path):
     tokenizer = make_tokenizer()
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
     set_chat_template(tokenizer, str(tmp_path / "mine.jinja"))
@@ -163,7 +163,7 @@ def test_set_chat_template(make_tokenizer, tmp_path):
         set_chat_template(tokenizer, "plian")
 
 
-def test_no_eos(make_tokenizer):
+def test_encode_requires_an_eos_token(make_tokenizer):
     with pytest.raises(TokenizerError, match=r"has no EOS token, so no answer could ever end. Set tokenizer.eos_token"):
         encode_conversation(make_tokenizer(eos=None), talk("a", "b"))
     with pytest.raises(TokenizerError, match="no EOS"):
@@ -177,25 +177,25 @@ def test_no_eos(make_tokenizer):
         ("changes_answers", "drops or changes an answer: 'refund' became 'REFUND"),
     ],
 )
-def test_lost_answers(make_tokenizer, template, said):
+def test_encode_rejects_templates_that_lose_answers(make_tokenizer, template, said):
     with pytest.raises(AnswerLostError, match=said):
         encode_conversation(make_tokenizer(template), talk("where is my parcel", "refund"))
 
 
-def test_refused_system_turn(make_tokenizer):
+def test_encode_names_turns_that_the_template_refuses(make_tokenizer):
     with pytest.raises(
         TokenizerError, match="refuses a conversation of system, user, assistant: System role not supported"
     ):
         encode_conversation(make_tokenizer("llama"), talk("a", "b", system="s"))
 
 
-def test_several_templates(make_tokenizer):
+def test_encode_rejects_several_templates_without_default(make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = {"tool_use": "x"}
     with pytest.raises(TokenizerError, match=r"multiple chat templates with no default.*Pass chat_template="):
         chat_template(tokenizer)
 
 
-def test_another_prompt_than_generation_is_told(make_tokenizer):
+def test_encode_notes_a_prompt_that_differs_from_generation(make_tokenizer):
     tokenizer = make_tokenizer("other_prompt")
     assert not encode(tokenizer, talk("a", "b"), chat_template(tokenizer)).prompt_matches

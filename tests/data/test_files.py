@@ -42,7 +42,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_read_file_gives_the_same_rows_for_every_format(write, name):
+def test_read_file_returns_equal_rows_for_every_format(write, name):
     rows, problems, report = load(write(name, SAME[name]))
     assert contents(rows) == [("2+2?", "4"), ("3+3?", "6")]
     assert (problems, report.read, report.kept) == ([], 2, 2)
@@ -88,7 +88,7 @@ def test_jsonl_deep_nesting_is_a_bad_row(write):
     assert (problem.row, problem.reason) == (2, "malformed JSON")
 
 
-def test_jsonl_row_that_is_not_an_object(write):
+def test_jsonl_row_that_is_not_an_object_is_a_bad_row(write):
     _, (problem,), _ = load(write("a.jsonl", '{"input": "a", "output": "b"}\n[1, 2]\n'))
     assert (problem.row, problem.reason, problem.detail) == (2, "not an object", "found list")
 
@@ -195,7 +195,7 @@ def test_hub_name_loads_the_named_split(monkeypatch):
     assert requested == [("someone/pairs", "train"), ("someone/pairs", "test")]
 
 
-def test_hub_name_that_does_not_exist(monkeypatch):
+def test_hub_name_error_says_that_it_does_not_exist(monkeypatch):
     def load_dataset(name, split):
         raise ConnectionError("no such thing\nmore")
 
@@ -404,7 +404,7 @@ def test_read_file_error_says_what_to_do(write, name):
     assert message in str(error.value)
 
 
-def test_read_file_without_permission(write, monkeypatch):
+def test_read_file_error_names_missing_permission(write, monkeypatch):
     path = write("a.jsonl", ROWS)
 
     def refuse(*_, **__):
@@ -435,7 +435,7 @@ def test_read_file_rejects_a_file_that_vanishes(write):
         list(rows)
 
 
-def test_folder_with_the_name_of_a_file(tmp_path):
+def test_read_file_rejects_a_folder_named_like_a_file(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
     with pytest.raises(DataNotFoundError, match="It is a folder: name a file in it"):
         load(str(tmp_path / "a.jsonl"))

@@ -53,7 +53,7 @@ def tokens(data, tokenizer):
 
 
 @pytest.mark.parametrize("format", [to_messages, to_pair, lambda row: tuple(to_messages(row))])
-def test_format_gives_the_rows_that_it_returns(questions, pairs, tokenizer, format):
+def test_format_determines_the_rows(questions, pairs, tokenizer, format):
     expected = PairDataModule(pairs, cache_dir=False)
     assert tokens(make(questions, format), tokenizer) == tokens(expected, tokenizer)
 
@@ -138,7 +138,7 @@ def test_format_gets_plain_dicts_of_every_source(questions, write, tmp_path):
     assert all(type(row) is dict for row in seen)
 
 
-def test_format_that_changes_its_row_leaves_the_source_alone():
+def test_format_may_change_its_row_without_changing_the_source():
     rows = [{"q": ["2+2?"], "a": "4"}]
 
     def pop(row):
@@ -196,12 +196,12 @@ def test_all_bad_results_are_listed_together_or_skipped():
     assert report.skipped["format= returned no row"] == 4
 
 
-def test_format_that_fails_for_every_row():
+def test_format_failing_for_every_row_is_an_error():
     with pytest.raises(DataError, match=r"2 bad rows \(2 x format= raised KeyError\)"):
         read([{"question": "q"}] * 2)
 
 
-def test_rows_that_are_no_objects_do_not_reach_the_format(write):
+def test_format_gets_no_rows_that_are_not_objects(write):
     path = write("rows.jsonl", '{"q": "q", "a": "a"}\n[1]\n{"q": broken\n')
     with pytest.raises(DataError) as error:
         read(path)
@@ -225,7 +225,7 @@ def test_cache_depends_on_what_the_format_returns(questions, tokenizer, tmp_path
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_format_as_an_import_path(questions, tmp_path, monkeypatch):
+def test_format_accepts_an_import_path(questions, tmp_path, monkeypatch):
     (tmp_path / "mapping_of_rows.py").write_text(FILE)
     monkeypatch.syspath_prepend(str(tmp_path))
     expected = texts(read(questions))
@@ -248,7 +248,7 @@ def test_wrong_format_fails_at_once(format, message):
         make([], format)
 
 
-def test_import_path_that_leads_nowhere(questions, tmp_path):
+def test_import_path_errors_say_what_is_missing(questions, tmp_path):
     file = tmp_path / "mapping.py"
     file.write_text(FILE)
     for path, message in (
@@ -280,7 +280,7 @@ def test_hyperparameters_keep_import_paths_only(questions, tmp_path, tokenizer, 
     assert without.rules.format is None
 
 
-def test_format_from_yaml_and_the_command_line(questions, write, tmp_path):
+def test_format_is_read_from_yaml_and_the_command_line(questions, write, tmp_path):
     file, rows = tmp_path / "mapping.py", write("rows.jsonl", questions)
     file.write_text(FILE)
     config = tmp_path / "config.yaml"

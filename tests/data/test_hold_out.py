@@ -109,7 +109,7 @@ def pairs(*questions, **more):
     return [{"input": question, "output": f"answer {n}", **more} for n, question in enumerate(questions)]
 
 
-def test_hold_out_over_several_sources():
+def test_hold_out_takes_rows_from_several_sources():
     sources = [pairs("a", "b", "c"), pairs("c", "d"), pairs("a", "e", "f", "g")]
     made = loaded(sources, 0.5)
     assert [len(part) for part in made.rows["validation"]] == [4]
@@ -119,7 +119,7 @@ def test_hold_out_over_several_sources():
     assert [[q for q in part if q not in held] for part in ("abc", "cd", "aefg")] == kept
 
 
-def test_hold_out_of_a_whole_source(tokenizer):
+def test_hold_out_may_take_a_whole_source(tokenizer):
     sources = [pairs("a", "b", "c", cluster="one"), pairs("d", "e", cluster="two")]
     data = PairDataModule(sources, validation=0.4, tokenizer=tokenizer, cache_dir=False, batch_size=1)
     data.setup("fit")
@@ -158,7 +158,7 @@ def test_hold_out_depends_on_the_seed_and_keeps_the_order_of_rows():
         (pairs("a"), "there are fewer than two different rows"),
     ],
 )
-def test_hold_out_of_rows_that_all_belong_together(rows, message):
+def test_hold_out_rejects_rows_that_form_one_group(rows, message):
     with pytest.raises(DataError, match=r"validation=0\.5 of train: " + message):
         loaded(rows, 0.5)
 
@@ -180,7 +180,7 @@ def test_hold_out_warns_of_a_share_that_cannot_be_met():
         loaded(rows, 0.1)
 
 
-def test_hold_out_says_nothing_where_the_share_is_met(recwarn):
+def test_hold_out_is_silent_if_the_share_is_met(recwarn):
     loaded(pairs(*(f"question {n // 2}" for n in range(40))), 0.25)
     loaded(pairs(*(f"question {n}" for n in range(10)), "question 0"), 0.1)  # the target is one row
     assert not recwarn.list
@@ -192,7 +192,7 @@ def test_hold_out_blank_clusters_are_none():
         assert len(made.rows["validation"][0]) == 3
 
 
-def test_hold_out_of_no_source_is_changed():
+def test_hold_out_leaves_its_input_unchanged():
     made = loaded(pairs(*"abcdefgh"), 0.25)
     parts = [list(part) for part in made.rows["train"]]
     with warnings.catch_warnings():

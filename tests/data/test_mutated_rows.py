@@ -224,7 +224,7 @@ def counted(data):
 
 @trials(MUTATIONS * 0.6 / ROWS_TOGETHER)
 @given(mutated_rows(), st.integers(0, 1), st.sampled_from(["drop", "truncate_prompt", "error"]))
-def test_mutated_rows_are_used_or_refused(tokenizers, datamodule_and_rows, which, overlong):
+def test_mutated_rows_are_read_or_rejected(tokenizers, datamodule_and_rows, which, overlong):
     (datamodule, rows), tokenizer = datamodule_and_rows, tokenizers[which]
     try:
         use(datamodule, rows, "train", tokenizer, on_bad_row="skip", on_overlong=overlong)
@@ -286,7 +286,7 @@ ENCODED = set()
 
 @trials(MUTATIONS * 0.4 / FILES_TOGETHER)
 @given(mutated_files())
-def test_mutated_files_are_used_or_refused(tokenizers, tmp_path_factory, files):
+def test_mutated_files_are_read_or_rejected(tokenizers, tmp_path_factory, files):
     folder = tmp_path_factory.mktemp("files")
     kept = {}
     for number, (name, content) in enumerate(files):
@@ -304,7 +304,7 @@ def test_mutated_files_are_used_or_refused(tokenizers, tmp_path_factory, files):
     ENCODED.update(kept)
 
 
-def test_rows_and_files_can_be_used_before_mutation(tokenizers, tmp_path):
+def test_rows_and_files_are_valid_before_mutation(tokenizers, tmp_path):
     for datamodule, examples in ROWS.items():
         for row in examples:
             assert [use(datamodule, [row] * 3, "train", tokenizer) for tokenizer in tokenizers].count(None) > 0

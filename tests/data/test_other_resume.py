@@ -12,7 +12,7 @@ from lightning_ft.data.prompts import PromptDataModule
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [4, 6, 9], ids=["first epoch", "its end", "second epoch"])
 @pytest.mark.parametrize("datamodule", [PreferenceDataModule, PromptDataModule])
-def test_resume_in_the_middle_of_an_epoch(trainer_options, tokenizer, pairs, tmp_path, datamodule, num_workers, stop):
+def test_data_modules_resume_mid_epoch(trainer_options, tokenizer, pairs, tmp_path, datamodule, num_workers, stop):
     """24 rows in batches of 4 are 6 steps per epoch."""
     rows = [{"prompt": p["input"], "chosen": p["output"], "rejected": f"no {n}"} for n, p in enumerate(pairs)]
 

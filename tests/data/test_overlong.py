@@ -19,7 +19,7 @@ LONG = " ".join(f"parcel {n}" for n in range(60))
 
 
 @pytest.mark.parametrize("on_overlong", ["error", "drop"])
-def test_overlong_prompt(tokenizer, on_overlong):
+def test_overlong_prompt_is_reported_with_a_remedy(tokenizer, on_overlong):
     problem = RowEncoder(tokenizer, 64, on_overlong)(row(LONG, "lamp"))
     assert isinstance(problem, Problem)
     assert (problem.source, problem.row, problem.reason) == ("a.jsonl", 7, "overlong prompt")
@@ -28,19 +28,19 @@ def test_overlong_prompt(tokenizer, on_overlong):
 
 
 @pytest.mark.parametrize("on_overlong", ["error", "drop", "truncate_prompt"])
-def test_overlong_answer(tokenizer, on_overlong):
+def test_overlong_answer_is_reported_whatever_the_option(tokenizer, on_overlong):
     problem = RowEncoder(tokenizer, 64, on_overlong)(row("lamp", LONG))
     assert problem.reason == "overlong answer"
     assert "of them supervised" in problem.detail
     assert problem.fix.startswith("Raise max_length: answers, system turns")
 
 
-def test_overlong_system_turn(tokenizer):
+def test_overlong_system_turn_is_reported(tokenizer):
     problem = RowEncoder(tokenizer, 64, "truncate_prompt")(row("lamp", "dog", system=LONG))
     assert problem.reason == "overlong system turn"
 
 
-def test_exactly_max_length_fits(tokenizer):
+def test_truncation_accepts_exactly_max_length(tokenizer):
     length = len(encode_conversation(tokenizer, row(LONG, "lamp").messages))
     assert not isinstance(RowEncoder(tokenizer, length, "error")(row(LONG, "lamp")), Problem)
     assert isinstance(RowEncoder(tokenizer, length - 1, "error")(row(LONG, "lamp")), Problem)
@@ -48,7 +48,7 @@ def test_exactly_max_length_fits(tokenizer):
 
 @pytest.mark.parametrize("max_length", [24, 33, 64, 100])
 @pytest.mark.parametrize("template", ["chatml", "chatml_without_markers", "llama", "none"])
-def test_a_cut_prompt_keeps_the_end_of_the_question_and_all_of_the_answer(make_tokenizer, template, max_length):
+def test_truncated_prompt_keeps_the_end_of_the_question_and_the_answer(make_tokenizer, template, max_length):
     tokenizer = make_tokenizer(template)
     system = "be brief" if template != "llama" and max_length > 50 else None
     given = row(LONG + " 🙂日本", "lamp", system=system)
@@ -66,7 +66,7 @@ def test_a_cut_prompt_keeps_the_end_of_the_question_and_all_of_the_answer(make_t
     assert encoded.example.input_ids[: len(prompt)].tolist() == prompt
 
 
-def test_the_earliest_turn_is_cut_first(tokenizer):
+def test_truncation_drops_the_earliest_turn_first(tokenizer):
     given = row(LONG, "dog", LONG, "fox")
     whole = len(encode_conversation(tokenizer, given.messages))
     _, cut = RowEncoder(tokenizer, whole - 40, "truncate_prompt")(given)
@@ -78,7 +78,7 @@ def test_the_earliest_turn_is_cut_first(tokenizer):
     assert 0 < len(cut.messages[2]["content"]) < len(LONG)
 
 
-def test_a_question_is_never_cut_away(tokenizer):
+def test_truncation_keeps_part_of_the_question(tokenizer):
     empty = len(encode_conversation(tokenizer, row("", "lamp").messages))
     assert RowEncoder(tokenizer, empty, "truncate_prompt")(row(LONG, "lamp")).reason == "overlong answer"
     problem = RowEncoder(tokenizer, empty + 1, "truncate_prompt")(row(LONG + "🙂", "lamp"))  # that is four tokens
@@ -87,7 +87,7 @@ def test_a_question_is_never_cut_away(tokenizer):
     assert cut.messages[0]["content"] == "9"
 
 
-def test_what_the_template_does_is_told_with_the_row(make_tokenizer):
+def test_template_errors_are_reported_with_the_row(make_tokenizer):
     problem = RowEncoder(make_tokenizer("drops_answers"), 64, "error")(row("a", "lamp"))
     assert (problem.row, problem.reason) == (7, "answer lost in the chat template")
     problem = RowEncoder(make_tokenizer("llama"), 64, "error")(row("a", "lamp", system="s"))

@@ -20,7 +20,7 @@ def logprobs(model, batch):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_is_one_by_one(tokenizer, pairs, attention):
+def test_packed_hidden_states_match_single_examples(tokenizer, pairs, attention):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -43,7 +43,7 @@ def test_packed_is_one_by_one(tokenizer, pairs, attention):
             torch.testing.assert_close(packed[groups == index], alone, atol=1e-5, rtol=0)
 
 
-def test_packing_throws_nothing_away(tokenizer, pairs):
+def test_packing_keeps_all_targets(tokenizer, pairs):
     examples = [
         encode_conversation(
             tokenizer, [{"role": "user", "content": p["input"]}, {"role": "assistant", "content": p["output"]}]
@@ -61,7 +61,7 @@ def test_packing_throws_nothing_away(tokenizer, pairs):
 
 
 @pytest.mark.parametrize("lengths", [[7], [1, 1, 1], [9, 1, 1, 1], [3, 8, 2, 8, 5, 1, 4, 7], list(range(1, 40))])
-def test_balanced_rows_hold_everything_and_are_hardly_longer_than_the_longest(lengths):
+def test_balanced_rows_hold_all_sequences_in_short_rows(lengths):
     rows = balanced_rows(lengths)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(row == sorted(row) for row in rows)
@@ -70,14 +70,14 @@ def test_balanced_rows_hold_everything_and_are_hardly_longer_than_the_longest(le
     assert max(filled) <= sum(lengths) / len(rows) + max(lengths)
 
 
-def test_rows_are_as_many_as_cost_least():
+def test_balanced_rows_minimize_cost():
     assert len(balanced_rows([512] * 8)) == 8  # attention over a longer row would cost more, and there is no padding
     assert len(balanced_rows([900, *[30] * 30])) == 2  # nothing is shorter than the longest sequence
     assert len(balanced_rows([10] * 64)) == 64
     assert len(balanced_rows([11, 13] * 8)) < 16  # here padding would cost more
 
 
-def test_several_packed_rows_in_one_are_the_same_batch():
+def test_in_one_row_keeps_targets_and_mask():
     examples = [Example(torch.arange(n) + 3, torch.arange(n) > 0) for n in (5, 2, 3, 4)]
     batch = collate_examples(examples)
     assert batch.segment_ids.tolist() == [[0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
@@ -88,7 +88,7 @@ def test_several_packed_rows_in_one_are_the_same_batch():
     assert one.input_ids.flatten()[one.predictors + 1].tolist() == batch.targets.tolist()
 
 
-def test_kernels_that_keep_sequences_of_one_row_apart_get_one_row():
+def test_for_attention_joins_packed_rows_for_flash_attention():
     model = make_model()
     batch = collate_examples([Example(torch.arange(n) + 3, torch.arange(n) > 0) for n in (5, 2, 3, 4)])
     assert for_attention(model, batch) is batch

@@ -24,7 +24,7 @@ def trainer(trainer_options):
     return lambda **options: _pl.Trainer(**{"max_epochs": 2, **trainer_options, **options})
 
 
-def test_fit_validate_test_predict(trainer, tokenizer, pairs, write):
+def test_pair_data_module_serves_all_stages(trainer, tokenizer, pairs, write):
     data = PairDataModule(
         write("train.jsonl", pairs[:16]),
         write("validation.jsonl", pairs[16:20]),
@@ -50,7 +50,7 @@ def test_fit_validate_test_predict(trainer, tokenizer, pairs, write):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_packing_changes_the_layout_only(tokenizer, pairs, packing):
+def test_packing_changes_only_the_layout(tokenizer, pairs, packing):
     data = PairDataModule(pairs, tokenizer=tokenizer, batch_size=5, packing=packing, cache_dir=False)
     data.setup("fit")
     batches = list(data.train_dataloader())
@@ -64,7 +64,7 @@ def test_packing_changes_the_layout_only(tokenizer, pairs, packing):
         assert one.groups.tolist() == other.groups.tolist()
 
 
-def test_rows_are_checked_before_weights_are_loaded(trainer, tokenizer, pairs):
+def test_pairs_are_checked_before_weights_are_loaded(trainer, tokenizer, pairs):
     module = Recorder(tokenizer)
     with pytest.raises(DataError, match="1 bad row"):
         trainer().fit(module, PairDataModule([*pairs, {"input": "a", "output": ""}]))
@@ -83,7 +83,7 @@ def test_rows_are_checked_before_weights_are_loaded(trainer, tokenizer, pairs):
         ("predict", {"predict"}, set()),
     ],
 )
-def test_a_stage_does_what_it_needs_and_once(trainer, tokenizer, pairs, monkeypatch, stage, loaded, encoded):
+def test_setup_does_the_work_of_a_stage_once(trainer, tokenizer, pairs, monkeypatch, stage, loaded, encoded):
     done = []
     for name in ("load_source", "tokenize"):
         original = getattr(splits_module, name)
@@ -103,13 +103,13 @@ def test_a_stage_does_what_it_needs_and_once(trainer, tokenizer, pairs, monkeypa
     assert len(done) == len(set(done))
 
 
-def test_no_validation(trainer, tokenizer, pairs):
+def test_pair_data_module_works_without_validation(trainer, tokenizer, pairs):
     module = Recorder(tokenizer)
     trainer(max_epochs=1).fit(module, PairDataModule(pairs))
     assert len(module.seen) == 3
 
 
-def test_what_was_not_given_is_said(tokenizer, pairs, trainer):
+def test_missing_splits_and_tokenizer_are_named_in_errors(tokenizer, pairs, trainer):
     data = PairDataModule(pairs, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="no test rows: pass test="):
         trainer().test(Recorder(), data)
@@ -119,7 +119,7 @@ def test_what_was_not_given_is_said(tokenizer, pairs, trainer):
         trainer().fit(Recorder(), PairDataModule(pairs))
 
 
-def test_no_pad_token_is_needed(make_tokenizer, pairs):
+def test_pair_data_module_needs_no_pad_token(make_tokenizer, pairs):
     tokenizer = make_tokenizer(pad=None)
     for packing in (True, False):
         data = PairDataModule(pairs[:5], tokenizer=tokenizer, packing=packing, batch_size=5, shuffle=False)
@@ -133,7 +133,7 @@ def test_no_pad_token_is_needed(make_tokenizer, pairs):
     assert tokenizer.pad_token is None  # nothing was added to it
 
 
-def test_tokenizer_by_name(tmp_path, tokenizer, pairs):
+def test_tokenizer_is_loaded_by_name(tmp_path, tokenizer, pairs):
     tokenizer.save_pretrained(tmp_path)
     data = PairDataModule(pairs, tokenizer=str(tmp_path))
     data.setup("fit")
@@ -141,12 +141,12 @@ def test_tokenizer_by_name(tmp_path, tokenizer, pairs):
     assert data.hparams["tokenizer"] == str(tmp_path)
 
 
-def test_another_tokenizer_than_the_modules(trainer, make_tokenizer, pairs):
+def test_tokenizer_that_differs_from_the_modules_is_rejected(trainer, make_tokenizer, pairs):
     with pytest.warns(UserWarning, match=r"The DataModule's tokenizer .* differs from the module's"):
         trainer(max_epochs=1).fit(Recorder(make_tokenizer("llama")), PairDataModule(pairs, tokenizer=make_tokenizer()))
 
 
-def test_chat_template_is_put_on_the_modules_tokenizer(trainer, tokenizer, pairs):
+def test_chat_template_is_set_on_the_modules_tokenizer(trainer, tokenizer, pairs):
     module = Recorder(tokenizer)
     data = PairDataModule(pairs[:1], chat_template="text")
     trainer(max_epochs=1).fit(module, data)
@@ -154,7 +154,7 @@ def test_chat_template_is_put_on_the_modules_tokenizer(trainer, tokenizer, pairs
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "<|bos|>x"
 
 
-def test_mixing(tokenizer, pairs):
+def test_sources_are_mixed_by_weight(tokenizer, pairs):
     data = PairDataModule([pairs[:4], pairs[4:]], mixing=[2.0, 0.5], tokenizer=tokenizer, batch_size=3)
     data.setup("fit")
     assert sum(b.num_groups for b in data.train_dataloader()) == 18
@@ -164,7 +164,7 @@ def test_mixing(tokenizer, pairs):
         data.train_dataloader()
 
 
-def test_streams_are_read_once(trainer, tokenizer, pairs):
+def test_generators_are_read_once(trainer, tokenizer, pairs):
     read = []
 
     def stream():
@@ -179,7 +179,7 @@ def test_streams_are_read_once(trainer, tokenizer, pairs):
     assert len(read) == 24
 
 
-def test_hyperparameters_are_json(trainer, tokenizer, pairs, write, tmp_path):
+def test_pair_data_module_hyperparameters_are_json(trainer, tokenizer, pairs, write, tmp_path):
     path = write("train.jsonl", pairs)
     for data in (
         PairDataModule(path, 0.25, columns={"input": "input"}, mixing=[1.0], cache_dir=str(tmp_path / "cache")),
@@ -210,12 +210,12 @@ def test_hyperparameters_are_json(trainer, tokenizer, pairs, write, tmp_path):
         ({"cache_dir": True}, "cache_dir=True: expected a folder"),
     ],
 )
-def test_wrong_arguments(options, said):
+def test_pair_data_module_rejects_invalid_arguments(options, said):
     with pytest.raises(ConfigError, match=said):
         PairDataModule([], **options)
 
 
-def test_the_other_lightning_is_refused(tokenizer, pairs):
+def test_other_lightning_package_is_rejected(tokenizer, pairs):
     other = pytest.importorskip("lightning.pytorch" if NAMESPACE == "pytorch_lightning" else "pytorch_lightning")
     data = PairDataModule(pairs, tokenizer=tokenizer)
     data.trainer = other.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
@@ -232,7 +232,7 @@ def cli(*arguments):
     )
 
 
-def test_from_the_command_line_and_yaml(write, pairs, tmp_path):
+def test_pair_data_module_is_read_from_cli_and_yaml(write, pairs, tmp_path):
     a, b = write("a.jsonl", pairs), write("b.jsonl", pairs)
     data = cli(f"--data.train={a}", "--data.validation=0.25", "--data.cache_dir=false", "--data.columns.input=question")
     assert data.splits.sources == {"train": a, "validation": 0.25}
@@ -248,7 +248,7 @@ def test_from_the_command_line_and_yaml(write, pairs, tmp_path):
         cli(f"--data.train={a}", "--data.on_overlong=cut")
 
 
-def test_help(capsys):
+def test_help_lists_arguments(capsys):
     with pytest.raises(SystemExit):
         cli("--help")
     said = " ".join(capsys.readouterr().out.split())
@@ -256,7 +256,7 @@ def test_help(capsys):
     assert "Maximum number of tokens per row, answer included" in said
 
 
-def test_another_order_leaves_the_rows_of_each_split_as_they_are(tokenizer):
+def test_reorder_keeps_the_rows_of_each_split(tokenizer):
     def rows(reordered):
         data = PairDataModule(make_rows(24), validation=0.25, tokenizer=tokenizer, batch_size=4)
         if reordered is not None:
@@ -281,7 +281,7 @@ def test_data_modules_name_the_nearest_argument(data_module):
         data_module([{"input": "a", "output": "b"}], zzz=1)
 
 
-def test_subclass_may_take_other_arguments():
+def test_pair_data_module_subclass_may_take_other_arguments():
     class Shortened(PairDataModule):
         def __init__(self, *args, limit, **options):
             super().__init__(*args[:1], **options)

@@ -10,7 +10,7 @@ from lightning_ft.data.pairs import PairDataModule
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [3, 6, 9, 12], ids=["first epoch", "its end", "second epoch", "its end too"])
-def test_resume_in_the_middle_of_an_epoch(trainer_options, tokenizer, pairs, tmp_path, num_workers, stop):
+def test_data_modules_resume_mid_epoch(trainer_options, tokenizer, pairs, tmp_path, num_workers, stop):
     """24 rows in batches of 4 are 6 steps an epoch."""
 
     def run(steps, checkpoint=None):
@@ -31,7 +31,7 @@ def test_resume_in_the_middle_of_an_epoch(trainer_options, tokenizer, pairs, tmp
     assert [seen[1:] for seen in before + after] == [seen[1:] for seen in whole]
 
 
-def test_a_checkpoint_of_a_callback(trainer_options, tokenizer, pairs, tmp_path):
+def test_checkpoint_of_a_callback_resumes_mid_epoch(trainer_options, tokenizer, pairs, tmp_path):
     """Written by ModelCheckpoint while the loop runs, with validation within the epoch."""
 
     def run(checkpoint=None, **options):

@@ -61,7 +61,7 @@ def test_shared_first_words_stay_in_the_completions(tokenizer):
     assert chosen.supervised.tolist() == [True] * (len(chosen) - 1) + [False]  # the line break is the template's
 
 
-def test_answer_that_is_a_prefix_of_the_other(tokenizer):
+def test_answer_that_is_a_prefix_of_the_other_is_encoded(tokenizer):
     result, _ = encoded(tokenizer, pair(chosen="lamp", rejected="lamp lamp"))
     _, (chosen, rejected) = split_shared(result.examples)
     assert [int(c.supervised.sum()) for c in (chosen, rejected)] == [len(chosen) - 1, len(rejected) - 1]

@@ -20,7 +20,7 @@ def trainer(trainer_options):
     return lambda **options: _pl.Trainer(**{"max_epochs": 1, **trainer_options, **options})
 
 
-def test_every_row_once_with_what_belongs_to_it(tokenizer, preferences, labeled_completions):
+def test_preference_loader_yields_every_row_once_with_its_fields(tokenizer, preferences, labeled_completions):
     for given in (preferences, labeled_completions):
         data = PreferenceDataModule(given, tokenizer=tokenizer, batch_size=5, cache_dir=False)
         data.setup("fit")
@@ -32,7 +32,7 @@ def test_every_row_once_with_what_belongs_to_it(tokenizer, preferences, labeled_
         assert [row[-1] for row in seen] != list(range(24))
 
 
-def test_fit_validate_test(trainer, tokenizer, preferences, write):
+def test_preference_data_module_serves_all_stages(trainer, tokenizer, preferences, write):
     data = PreferenceDataModule(
         write("train.jsonl", preferences[:16]),
         write("validation.jsonl", preferences[16:20]),
@@ -49,7 +49,7 @@ def test_fit_validate_test(trainer, tokenizer, preferences, write):
     assert texts(tokenizer, module.seen[-1][1]) == expected(preferences[20:])
 
 
-def test_bf16_true(trainer, tokenizer, preferences):
+def test_preference_batches_keep_dtypes_with_bf16_true(trainer, tokenizer, preferences):
     """Lightning converts floats in the collections that it knows, and refuses frozen dataclasses in them."""
     module = BatchRecorder(tokenizer)
     trainer(precision="bf16-true").fit(module, PreferenceDataModule(preferences, batch_size=24, shuffle=False))
@@ -58,7 +58,7 @@ def test_bf16_true(trainer, tokenizer, preferences):
     assert batch.margins.dtype is torch.float32
 
 
-def test_rows_are_checked_before_weights_are_loaded(trainer, tokenizer, preferences):
+def test_preferences_are_checked_before_weights_are_loaded(trainer, tokenizer, preferences):
     module = BatchRecorder(tokenizer)
     wrong = {"prompt": "a", "chosen": "b", "rejected": "b"}
     with pytest.raises(DataError, match=r"1 bad row \(1 x chosen and rejected are the same\)"):
@@ -70,7 +70,7 @@ def test_rows_are_checked_before_weights_are_loaded(trainer, tokenizer, preferen
     assert dict(data.report["train"].skipped) == {"chosen and rejected are the same": 1}
 
 
-def test_the_same_tokens_are_refused_or_skipped(make_tokenizer, preferences):
+def test_completions_with_equal_tokens_are_rejected_or_skipped(make_tokenizer, preferences):
     trims = make_tokenizer("llama")
     given = [*preferences, {"prompt": "a", "chosen": "b", "rejected": " b"}]
     data = PreferenceDataModule(given, tokenizer=trims, cache_dir=False)
@@ -81,7 +81,7 @@ def test_the_same_tokens_are_refused_or_skipped(make_tokenizer, preferences):
     assert dict(data.report["train"].skipped) == {"chosen and rejected become the same tokens": 1}
 
 
-def test_pairs_and_labels_are_not_mixed(tokenizer, preferences, labeled_completions, write):
+def test_pairs_and_labeled_completions_cannot_be_mixed(tokenizer, preferences, labeled_completions, write):
     a, b = write("a.jsonl", preferences), write("b.jsonl", labeled_completions)
     with pytest.raises(
         DataError, match=rf"train mixes pairs \({a}, row 1\) with completions that have a label \({b}, row"
@@ -92,7 +92,7 @@ def test_pairs_and_labels_are_not_mixed(tokenizer, preferences, labeled_completi
         PreferenceDataModule([*preferences, *labeled_completions]).load_rows()
 
 
-def test_a_row_without_a_margin(tokenizer, preferences):
+def test_missing_margin_is_treated_as_zero(tokenizer, preferences):
     del preferences[3]["margin"]
     preferences[5]["margin"] = None
     data = PreferenceDataModule(preferences, tokenizer=tokenizer, cache_dir=False, shuffle=False, batch_size=24)
@@ -108,7 +108,7 @@ def test_a_row_without_a_margin(tokenizer, preferences):
     assert not data.report["train"].notes
 
 
-def test_sources_and_mixing(tokenizer, preferences):
+def test_preference_sources_are_mixed_by_weight(tokenizer, preferences):
     """Row numbers go on over the sources; an empty source (all of it held back) is no hindrance."""
     data = PreferenceDataModule(
         [preferences[:4], preferences[4:]], mixing=[2.0, 0.5], tokenizer=tokenizer, batch_size=3, cache_dir=False
@@ -131,7 +131,7 @@ def test_sources_and_mixing(tokenizer, preferences):
     assert dict(data.report["train"].skipped) == {"overlong prompt": 2}
 
 
-def test_two_ranks_see_what_one_sees(tokenizer, preferences, loader_of_rank):
+def test_preference_loader_splits_batches_over_two_ranks(tokenizer, preferences, loader_of_rank):
     """25 pairs in steps of 8: the last step has one row, so the second rank gets none."""
     preferences = [*preferences, {"prompt": "where is it", "chosen": "here", "rejected": "there", "margin": 9.0}]
     (one,), two = (
@@ -149,7 +149,7 @@ def test_two_ranks_see_what_one_sees(tokenizer, preferences, loader_of_rank):
     assert (len(empty), empty.labels.tolist(), empty.margins.tolist(), empty.rows.tolist()) == (0, [], [], [])
 
 
-def test_rows_of_a_prompt_are_held_out_together(tokenizer, preferences):
+def test_hold_out_keeps_rows_of_a_prompt_together(tokenizer, preferences):
     given = [{**row, "rejected": f"{row['rejected']} {n}"} for row in preferences for n in range(3)]
     data = PreferenceDataModule(given, 0.25, tokenizer=tokenizer, cache_dir=False)
     data.setup("fit")
@@ -158,7 +158,7 @@ def test_rows_of_a_prompt_are_held_out_together(tokenizer, preferences):
     assert (data.report["train"].kept, data.report["validation"].kept) == (54, 18)
 
 
-def test_overlong_pairs_are_dropped_as_a_whole(tokenizer, preferences):
+def test_overlong_pairs_are_dropped_whole(tokenizer, preferences):
     long = {"prompt": "lamp", "chosen": "a", "rejected": "parcel " * 99, "margin": 1}
     options = {"tokenizer": tokenizer, "max_length": 64, "cache_dir": False}
     with pytest.raises(DataError, match=r"1 bad row \(1 x overlong answer\)"):
@@ -174,7 +174,7 @@ def test_overlong_pairs_are_dropped_as_a_whole(tokenizer, preferences):
     assert (data.report["train"].truncated, data.report["train"].kept) == (1, 25)
 
 
-def test_workers_get_no_rows(tokenizer, preferences):
+def test_preference_loader_workers_get_no_rows(tokenizer, preferences):
     data = PreferenceDataModule(preferences, tokenizer=tokenizer, batch_size=5, num_workers=2, cache_dir=False)
     data.setup("fit")
     alone = PreferenceDataModule(preferences, tokenizer=tokenizer, batch_size=5, cache_dir=False)
@@ -185,7 +185,7 @@ def test_workers_get_no_rows(tokenizer, preferences):
     data.teardown()
 
 
-def test_from_files_and_data_sets(tokenizer, preferences, write, tmp_path):
+def test_preference_data_module_reads_files_and_datasets(tokenizer, preferences, write, tmp_path):
     csv = "prompt,chosen,rejected,margin\n" + "".join(
         f"{row['prompt']},{row['chosen']},{row['rejected']},{row['margin']}\n" for row in preferences
     )
@@ -197,7 +197,7 @@ def test_from_files_and_data_sets(tokenizer, preferences, write, tmp_path):
         )
 
 
-def test_hyperparameters_are_json(trainer, tokenizer, preferences, write, tmp_path):
+def test_preference_data_module_hyperparameters_are_json(trainer, tokenizer, preferences, write, tmp_path):
     path = write("train.jsonl", preferences)
     data = PreferenceDataModule(path, 0.25, batch_size=3, tokenizer=tokenizer)
     assert json.loads(json.dumps(dict(data.hparams))) == dict(data.hparams)
@@ -208,7 +208,7 @@ def test_hyperparameters_are_json(trainer, tokenizer, preferences, write, tmp_pa
     assert dict(again.hparams) == dict(data.hparams)
 
 
-def test_from_the_command_line(write, preferences, capsys):
+def test_preference_data_module_is_read_from_the_command_line(write, preferences, capsys):
     def cli(*arguments):
         module = cli_module().LightningCLI(
             BatchRecorder, PreferenceDataModule, run=False, save_config_callback=None, args=list(arguments)
@@ -227,7 +227,7 @@ def test_from_the_command_line(write, preferences, capsys):
     assert "--data.on_overlong {error,drop,truncate_prompt}" in said
 
 
-def test_wrong_arguments(preferences):
+def test_preference_data_module_rejects_invalid_arguments(preferences):
     with pytest.raises(ConfigError, match="max_length=1: expected at least 2"):
         PreferenceDataModule(preferences, max_length=1)
     with pytest.raises(TypeError, match="packing"):
@@ -236,6 +236,6 @@ def test_wrong_arguments(preferences):
         PreferenceDataModule(preferences).setup("fit")
 
 
-def test_preview_takes_them(tokenizer, preferences, capsys):
+def test_preview_accepts_preference_data_modules(tokenizer, preferences, capsys):
     assert preview(PreferenceDataModule(preferences, cache_dir=False), tokenizer, examples=1)["train"].kept == 24
     assert "chosen: " in capsys.readouterr().out

@@ -25,7 +25,7 @@ def printed(data, tokenizer=None, *, encoding="utf-8", color=False, **options):
     return raw.getvalue().decode(encoding), report
 
 
-def test_supervised_text_is_marked_without_colour(tokenizer, pairs):
+def test_preview_marks_supervised_text_without_color(tokenizer, pairs):
     text, report = printed(PairDataModule(pairs, 0.25), tokenizer)
     assert "«parcel 0<|im_end|>»" in text
     assert "train, row 1: " in text
@@ -39,12 +39,12 @@ def test_supervised_text_is_marked_without_colour(tokenizer, pairs):
     assert ">>parcel 0<|im_end|><<" in ascii_only
 
 
-def test_supervised_text_is_coloured(tokenizer, pairs):
+def test_preview_colors_supervised_text(tokenizer, pairs):
     text, _ = printed(PairDataModule(pairs), tokenizer, color=True)
     assert "\x1b[1;32m«parcel 0" in text
 
 
-def test_bad_and_overlong_rows_are_listed_not_raised(tokenizer, pairs):
+def test_preview_lists_bad_and_overlong_rows(tokenizer, pairs):
     rows = [*pairs, {"input": "[a]", "output": ""}, {"input": "x " * 300, "output": "y"}]
     text, report = printed(PairDataModule(rows, max_length=64), tokenizer)
     flat = " ".join(text.split())
@@ -61,31 +61,31 @@ def test_bad_and_overlong_rows_are_listed_not_raised(tokenizer, pairs):
     assert report["train"].truncated == 1
 
 
-def test_text_with_markup_is_printed_as_it_is(tokenizer):
+def test_preview_prints_markup_verbatim(tokenizer):
     text, _ = printed(PairDataModule([{"input": "[bold]x[/bold]", "output": "[/red] :smile:"}]), tokenizer)
     assert "[bold]x[/bold]" in text
     assert "«[/red] :smile:<|im_end|>»" in text
 
 
-def test_it_needs_a_tokenizer(pairs):
+def test_preview_needs_a_tokenizer(pairs):
     with pytest.raises(ConfigError, match="no tokenizer"):
         preview(PairDataModule(pairs))
 
 
-def test_every_run_is_marked(tokenizer):
+def test_preview_marks_every_supervised_span(tokenizer):
     ids = tokenizer("a b c d", add_special_tokens=False)["input_ids"]
     example = Example(torch.tensor(ids), torch.tensor([i % 2 == 1 for i in range(len(ids))]))
     assert supervised_text(tokenizer, example, fancy=False).plain == "a>> <<b>> <<c>> <<d"
 
 
-def test_histogram_counts_every_row():
+def test_preview_histogram_counts_every_row():
     lengths = [1, 2, 3, 100, 1200, 1200]
     lines = length_histogram(lengths, 2048).splitlines()
     assert sum(int(line.rsplit(" ", 1)[1]) for line in lines[1:]) == len(lengths)
     assert lines[0] == "tokens per row (longest 1,200, max_length 2,048)"
 
 
-def test_preferences_are_shown_with_their_prompt_once(tokenizer):
+def test_preview_shows_the_prompt_of_preferences_once(tokenizer):
     rows = [{"prompt": "where is it", "chosen": "on [the] lamp", "rejected": "no", "margin": 1.5}] * 2
     text, report = printed(PreferenceDataModule(rows), tokenizer, examples=1)
     flat = " ".join(text.replace("│", " ").split())
@@ -97,7 +97,7 @@ def test_preferences_are_shown_with_their_prompt_once(tokenizer):
     assert f"{supervised} supervised" in flat
 
 
-def test_labelled_completions_and_problems_are_shown(tokenizer):
+def test_preview_shows_labeled_completions_and_problems(tokenizer):
     rows = [{"prompt": "q", "completion": "lamp", "label": label} for label in (True, False, "maybe")]
     text, _ = printed(PreferenceDataModule(rows), tokenizer)
     flat = " ".join(text.replace("│", " ").split())
@@ -108,7 +108,7 @@ def test_labelled_completions_and_problems_are_shown(tokenizer):
     assert "tokens per row" in text
 
 
-def test_prompts_are_shown_with_their_columns(tokenizer):
+def test_preview_shows_prompts_with_their_columns(tokenizer):
     rows = [{"prompt": "where is it", "answer": ["[on]", 4]}, {"prompt": "what is it"}]
     text, _ = printed(PromptDataModule(rows), tokenizer)
     flat = " ".join(text.replace("│", " ").split())

@@ -40,7 +40,7 @@ def encoded(tokenizer, rows):
     return [encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in rows]
 
 
-def test_every_row_once_with_its_columns(tokenizer, rows):
+def test_prompt_loader_yields_every_row_once_with_its_columns(tokenizer, rows):
     data = PromptDataModule(rows, tokenizer=tokenizer, batch_size=5, cache_dir=False)
     data.setup("fit")
     batches = list(data.train_dataloader())
@@ -50,7 +50,7 @@ def test_every_row_once_with_its_columns(tokenizer, rows):
     assert sorted(seen, key=lambda row: row["id"]) == rows != seen
 
 
-def test_fit_validate_test(trainer, tokenizer, rows, write):
+def test_prompt_data_module_serves_all_stages(trainer, tokenizer, rows, write):
     data = PromptDataModule(
         write("train.jsonl", rows[:16]), write("validation.jsonl", rows[16:20]), rows[20:], batch_size=4
     )
@@ -67,14 +67,14 @@ def test_fit_validate_test(trainer, tokenizer, rows, write):
     assert content([module.seen[-1][1]])[0] == rows[16:20]
 
 
-def test_bf16_true_leaves_columns_alone(trainer, tokenizer):
+def test_bf16_true_keeps_dtypes_of_columns(trainer, tokenizer):
     given = [{"prompt": "where is it", "spans": range(3), "score": 0.3}]
     module = BatchRecorder(tokenizer)
     trainer(precision="bf16-true").fit(module, PromptDataModule(given))
     assert module.seen[0][1].columns == {"spans": [range(3)], "score": [0.3]}
 
 
-def test_a_row_without_a_column(tokenizer, rows):
+def test_column_missing_in_a_row_is_none(tokenizer, rows):
     del rows[3]["answer"]
     rows[4]["answer"] = None  # that is a value
     rows[5]["tests"] = ["a"]
@@ -89,7 +89,7 @@ def test_a_row_without_a_column(tokenizer, rows):
     assert "23 x no 'tests' column, treated as None" in summary
 
 
-def test_held_out_rows_have_the_same_columns(tokenizer, rows):
+def test_held_out_prompts_have_the_columns_of_train(tokenizer, rows):
     rows[0]["tests"] = ["a"]
     data = PromptDataModule(rows, 0.25, tokenizer=tokenizer, cache_dir=False, batch_size=6)
     data.setup("fit")
@@ -98,13 +98,13 @@ def test_held_out_rows_have_the_same_columns(tokenizer, rows):
 
 
 @pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "trainer_state"])
-def test_columns_named_like_arguments_of_rewards(rows, name):
+def test_columns_named_like_reward_arguments_are_rejected(rows, name):
     rows[7][name] = 3
     with pytest.raises(DataError, match=f"train: the column {name!r} is named like an argument of reward functions"):
         PromptDataModule(rows, on_bad_row="skip").load_rows()
 
 
-def test_prompts_of_a_split_are_of_one_type(tokenizer, rows):
+def test_prompts_of_a_split_must_be_of_one_type(tokenizer, rows):
     """Rewards look at the first of a batch to tell strings from messages."""
     rows[3]["system"] = "be brief"
     data = PromptDataModule([rows[:8], rows[8:]], rows[8:], tokenizer=tokenizer, cache_dir=False)
@@ -116,14 +116,14 @@ def test_prompts_of_a_split_are_of_one_type(tokenizer, rows):
     assert all(isinstance(row["prompt"], str) for row in content(data.val_dataloader())[0])
 
 
-def test_answers_behind_the_last_question_are_counted(tokenizer):
+def test_answers_after_the_last_question_are_counted(tokenizer):
     turns = [{"role": role, "content": role[0]} for role in ("user", "assistant")]
     data = PromptDataModule([{"messages": turns}, {"messages": turns[:1]}], tokenizer=tokenizer, cache_dir=False)
     data.setup("fit")
     assert data.report["train"].notes == {"answer after the last question, left out": 1}
 
 
-def test_cut_prompts_are_told_whole(tokenizer, rows):
+def test_truncated_prompts_keep_their_whole_text(tokenizer, rows):
     long = {"id": 99, "prompt": "parcel " * 99 + "lamp", "answer": None}
     options = {"tokenizer": tokenizer, "max_length": 64, "cache_dir": False, "shuffle": False, "batch_size": 25}
     with pytest.raises(DataError, match=r"1 bad row \(1 x overlong prompt\)"):
@@ -140,7 +140,7 @@ def test_cut_prompts_are_told_whole(tokenizer, rows):
     assert data.report["train"].truncated == 1
 
 
-def test_two_ranks_see_what_one_sees(tokenizer, rows, loader_of_rank):
+def test_prompt_loader_splits_batches_over_two_ranks(tokenizer, rows, loader_of_rank):
     """25 prompts in steps of 8: the last step has one row, so the second rank gets none."""
     rows = [*rows, {"id": 24, "prompt": "where is it", "answer": "here"}]
     (one,), two = (
@@ -154,7 +154,7 @@ def test_two_ranks_see_what_one_sees(tokenizer, rows, loader_of_rank):
     assert (len(empty), empty.prompts, empty.input_ids, empty.columns) == (0, [], [], {"id": [], "answer": []})
 
 
-def test_workers(tokenizer, rows):
+def test_prompt_loader_supports_workers(tokenizer, rows):
     def made(workers):
         data = PromptDataModule(rows, tokenizer=tokenizer, batch_size=5, num_workers=workers, cache_dir=False)
         data.setup("fit")
@@ -165,7 +165,7 @@ def test_workers(tokenizer, rows):
     assert made(2) == made(0)
 
 
-def test_encoded_once(tokenizer, rows, tmp_path, monkeypatch):
+def test_prompts_are_encoded_once(tokenizer, rows, tmp_path, monkeypatch):
     from lightning_ft.data import tokenize
 
     times = []
@@ -185,7 +185,7 @@ def test_encoded_once(tokenizer, rows, tmp_path, monkeypatch):
     assert {row["answer"] for row in changed} == {5}
 
 
-def test_from_files_and_data_sets(tokenizer, rows, write):
+def test_prompt_data_module_reads_files_and_datasets(tokenizer, rows, write):
     flat = [{"prompt": row["prompt"], "n": str(row["id"])} for row in rows]
     csv = "prompt,n\n" + "".join(f"{row['prompt']},{row['n']}\n" for row in flat)
     options = {"tokenizer": tokenizer, "cache_dir": False, "shuffle": False}
@@ -195,7 +195,7 @@ def test_from_files_and_data_sets(tokenizer, rows, write):
         assert content(data.train_dataloader())[0] == flat
 
 
-def test_hyperparameters_are_json(trainer, tokenizer, rows, write, tmp_path):
+def test_prompt_data_module_hyperparameters_are_json(trainer, tokenizer, rows, write, tmp_path):
     data = PromptDataModule(write("train.jsonl", rows), 0.25, batch_size=3, tokenizer=tokenizer)
     assert json.loads(json.dumps(dict(data.hparams))) == dict(data.hparams)
     one = trainer(limit_val_batches=0)
@@ -205,7 +205,7 @@ def test_hyperparameters_are_json(trainer, tokenizer, rows, write, tmp_path):
     assert dict(again.hparams) == dict(data.hparams)
 
 
-def test_from_the_command_line(write, rows):
+def test_prompt_data_module_is_read_from_the_command_line(write, rows):
     path = write("a.jsonl", rows)
     arguments = [f"--data.train={path}", "--data.validation=0.25", "--data.max_length=64"]
     cli = cli_module().LightningCLI(
@@ -215,7 +215,7 @@ def test_from_the_command_line(write, rows):
     assert cli.datamodule.rules.max_length == 64
 
 
-def test_what_was_not_given_is_said(trainer, tokenizer, rows):
+def test_missing_splits_and_tokenizer_are_named_in_errors(trainer, tokenizer, rows):
     with pytest.raises(ConfigError, match="PromptDataModule has no test rows: pass test="):
         trainer().test(BatchRecorder(tokenizer), PromptDataModule(rows))
     with pytest.raises(ConfigError, match="PromptDataModule has no tokenizer"):

@@ -7,7 +7,7 @@ from lightning_ft.data.preferences import PreferenceDataModule
 from lightning_ft.errors import ConfigError
 
 
-def test_row_batches_and_key(tokenizer, make_tokenizer, preferences, tmp_path):
+def test_row_batches_cover_all_rows_and_have_a_key(tokenizer, make_tokenizer, preferences, tmp_path):
     def made(given=preferences, **options):
         return PreferenceDataModule(given, **{"tokenizer": tokenizer, "cache_dir": False, "seed": 7, **options})
 
@@ -35,7 +35,7 @@ def test_row_batches_and_key(tokenizer, make_tokenizer, preferences, tmp_path):
     assert len({key, *keys}) == 6
 
 
-def test_encoded_once(tokenizer, preferences, tmp_path, monkeypatch):
+def test_precomputed_rows_are_encoded_once(tokenizer, preferences, tmp_path, monkeypatch):
     from lightning_ft.data import tokenize
 
     times = []

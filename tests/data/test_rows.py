@@ -75,7 +75,7 @@ def test_id_and_cluster_are_read_from_columns():
     assert [(row.id, row.cluster) for row in rows] == [("7", "12"), ("train:2", None)]
 
 
-def test_detect_format_takes_that_of_most_rows():
+def test_detect_format_chooses_the_format_of_most_rows():
     rows = [{"inptu": "a", "output": "b"}, *({"input": str(n), "output": "b"} for n in range(3))]
     loaded, (problem,) = load(rows)
     assert len(loaded) == 3

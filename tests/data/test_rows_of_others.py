@@ -235,7 +235,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_unsupported_columns_of_pairs_are_refused_by_name(name):
+def test_unsupported_columns_of_pairs_are_rejected_by_name(name):
     source_row, reason, fix = REFUSED[name]
     row, problem, _ = load(source_row)
     assert row is None
@@ -374,7 +374,7 @@ PREFERENCE = {"prompt": "q", "chosen": "good", "rejected": "bad"}
         ({"prompt": [user([{"type": "image"}])], "chosen": "a", "rejected": "b"}, "part of type 'image'", "Only text"),
     ],
 )
-def test_unsupported_preferences_are_refused_by_name(source_row, reason, fix):
+def test_unsupported_preferences_are_rejected_by_name(source_row, reason, fix):
     row, problem, _ = load(source_row, "preferences")
     assert row is None
     assert reason in problem
@@ -414,7 +414,7 @@ def test_prompts_may_end_with_a_tool_turn():
 
 
 @pytest.mark.parametrize("column", ["image", "images", "audio", "videos"])
-def test_prompts_with_media_are_refused(column):
+def test_prompts_with_media_are_rejected(column):
     row, problem, _ = load({"prompt": "q", column: ["x"]}, "prompts")
     assert row is None
     assert f"column {column!r} isn't supported" in problem
@@ -460,7 +460,7 @@ def test_proposed_columns_of_foreign_preferences_work(source_row):
     assert row.completions[0][0]["content"] in ("a", "good")
 
 
-def test_rewritten_rows_of_ms_swift_work():
+def test_rewritten_ms_swift_rows_are_read():
     source_row = {"prompt": [user()], "chosen": [answer("good")], "rejected_response": "bad"}
     row, problem, _ = load(source_row, "preferences", columns={"rejected": "rejected_response"})
     assert problem is None

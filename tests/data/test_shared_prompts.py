@@ -34,7 +34,7 @@ def every(completions):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_targets_stand_in_the_order_of_the_completions(layout):
+def test_lay_out_completions_orders_targets_by_completion(layout):
     prompts, completions = make()
     batch = lay_out_completions(prompts, completions, **layout)
     want = [(g, int(t)) for g, c in enumerate(every(completions)) for t in c.input_ids[c.supervised]]
@@ -43,7 +43,7 @@ def test_targets_stand_in_the_order_of_the_completions(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_target_is_predicted_from_what_stands_before_it_and_nothing_else(layout):
+def test_lay_out_completions_predicts_targets_from_preceding_tokens_only(layout):
     prompts, completions = make()
     batch = lay_out_completions(prompts, completions, **layout)
     allowed = attention_mask(batch)[:, 0]
@@ -62,14 +62,14 @@ def test_a_target_is_predicted_from_what_stands_before_it_and_nothing_else(layou
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shapes", [((4, (3, 1)), (1, (2,)), (6, (5, 2, 7))), ((2, (1, 1)), (2, (1, 1))), ((3, (4,)),)])
-def test_last_positions(layout, shapes):
+def test_last_positions_are_those_of_the_completions(layout, shapes):
     prompts, completions = make(shapes)
     batch = lay_out_completions(prompts, completions, **layout)
     found = batch.input_ids.flatten()[last_positions(batch)].tolist()
     assert found == [int(completion.input_ids[-1]) for completion in every(completions)]
 
 
-def test_a_shared_prompt_stands_once():
+def test_lay_out_completions_contains_a_shared_prompt_once():
     prompts, completions = make()
     shared = lay_out_completions(prompts, completions)
     assert shared.num_tokens == sum(map(len, prompts)) + sum(map(len, every(completions)))
@@ -87,7 +87,7 @@ def test_a_shared_prompt_stands_once():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_copy_on_a_device_is_the_same(layout):
+def test_last_positions_are_the_same_after_moving_the_batch(layout):
     batch = lay_out_completions(*make(), **layout)
     assert torch.equal(last_positions(batch.to("cpu")), last_positions(batch))
 
@@ -96,7 +96,7 @@ def test_the_copy_on_a_device_is_the_same(layout):
     ("shapes", "message"),
     [(((2, (1,)), (0, (1,))), "Prompt 1 of a batch has no tokens"), (((2, ()),), "Prompt 0 of a batch has no compl")],
 )
-def test_nothing_is_left_out_silently(shapes, message):
+def test_lay_out_completions_rejects_empty_prompts_and_completions(shapes, message):
     with pytest.raises(ConfigError, match=message):
         lay_out_completions(*make(shapes))
     with pytest.raises(ValueError, match=r"shorter|longer"):

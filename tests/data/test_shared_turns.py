@@ -23,7 +23,7 @@ from lightning_ft.data.shared_prompts import shared_text, shared_turns
         ("same", "same", "same"),
     ],
 )
-def test_shared_text(left, right, prompt):
+def test_shared_text_is_the_common_prefix(left, right, prompt):
     for one, other in ((left, right), (right, left)):
         shared, *rests = shared_text(one, other)
         assert shared == prompt
@@ -44,7 +44,7 @@ def turns(*texts):
         (turns("a", "b"), turns("c", "b"), 0),
     ],
 )
-def test_shared_turns(left, right, shared):
+def test_shared_turns_are_the_common_prefix(left, right, shared):
     prompt, *rests = shared_turns(left, right)
     assert prompt == left[:shared]
     assert rests == [left[shared:], right[shared:]]
@@ -59,7 +59,7 @@ def test_shared_turns(left, right, shared):
         ("A: It is blue.", "A: It is green."),
     ],
 )
-def test_as_trl_does_it(left, right):
+def test_shared_text_and_turns_match_trl(left, right):
     """It agrees where no word starts alike; TRL would tear that."""
     theirs = extract_prompt({"chosen": left, "rejected": right})
     ours = shared_text(left, right) if isinstance(left, str) else shared_turns(left, right)

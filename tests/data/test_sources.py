@@ -33,7 +33,7 @@ def polars_frame(rows):
 
 
 @pytest.mark.parametrize("frame", [pd.DataFrame, polars_frame])
-def test_frame_gives_the_rows_of_a_list(frame):
+def test_frame_rows_equal_those_of_a_list(frame):
     rows, problems = load(frame(ROWS))
     assert (contents(rows), problems) == ([("2+2?", "4"), ("3+3?", "6")], [])
     assert [row.id for row in rows] == ["train:1", "train:2"]
@@ -66,7 +66,7 @@ def test_pandas_missing_values_are_none(missing):
 
 
 @pytest.mark.parametrize("frame", [pd.DataFrame, polars_frame])
-def test_frame_of_conversations(frame):
+def test_frame_of_conversations_is_read(frame):
     (row,), problems = load(frame([{"messages": TURNS}]))
     assert ([message["role"] for message in row.messages], problems) == (["user", "assistant"], [])
 
@@ -78,7 +78,7 @@ def test_pandas_arrays_of_turns_are_read(tmp_path):
     assert contents(load(frame)[0]) == [("q", "a")]
 
 
-def test_pandas_frame_with_unusual_columns():
+def test_pandas_frame_with_unusual_columns_is_read():
     with pytest.raises(DataError, match=r"train: two columns are named 'input'"):
         load(pd.DataFrame([["q", "a", "b"]], columns=["input", "output", "input"]))
     levels = pd.MultiIndex.from_tuples([("input", "x"), ("output", "x")])
@@ -195,7 +195,7 @@ def test_nesting_below_the_limit_is_read():
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/a.jsonl", "a\0b.jsonl"])
-def test_strings_that_cannot_be_paths(name):
+def test_sources_reject_strings_that_cannot_be_paths(name):
     with pytest.raises(DataNotFoundError, match=r"^train='.{1,200}there is no such file"):
         load(name)
 

@@ -111,7 +111,7 @@ def expected(writes, messages):
 @example([user("<|im_end"), answer("<|im_en"), user("</"), answer("</")])
 @example([{"role": "system", "content": "four"}, user("four"), answer("four")])
 @example([user("q"), answer("905316000161")])
-def test_render_answers_supervises_the_answers_and_nothing_else(name, messages):
+def test_render_answers_supervises_only_answers(name, messages):
     writes, (tokenizer, template) = TEMPLATES[name], known(name)
     messages = messages if writes.system else [message for message in messages if message["role"] != "system"]
     encoded = encode(tokenizer, messages, template)
@@ -151,7 +151,7 @@ arguments = st.dictionaries(st.sampled_from(["city", "days", "a b", "x"]), value
 @example("Rome?", {}, "{}", "sunny", {"city": "Rome"})
 @example("Rome", {"city": "Rome"}, "Rome", "Rome", {})
 @example("Call {'city': 'Rome'}", {"city": "Rome"}, "{'city': 'Rome'}", "{'city': 'Rome'}", {"city": "Rome"})
-def test_render_answers_supervises_calls_and_no_results(name, question, first, result, reply, second):
+def test_render_answers_supervises_tool_calls_but_not_results(name, question, first, result, reply, second):
     (written, end), (tokenizer, template) = CALLS[name], known(name)
 
     def call(given):
@@ -198,7 +198,7 @@ def test_render_answers_supervises_the_last_reasoning(name, question, thought, r
 
 @pytest.mark.parametrize("name", ["phi4", "llama3_1", "tekken", "vicuna"])
 @pytest.mark.parametrize("thought", ["a", "assistant", "im", "four", "s"])
-def test_render_answers_refuses_reasoning_that_is_left_out_whatever_it_says(name, thought):
+def test_render_answers_rejects_dropped_reasoning(name, thought):
     tokenizer, template = known(name)
     with pytest.raises(AnswerLostError, match="leaves out reasoning_content of the last answer"):
         encode(tokenizer, [user("a"), answer("four", reasoning_content=thought)], template)
@@ -221,7 +221,7 @@ CHATML = (
 
 
 @pytest.mark.parametrize("system", ["0", "a", "assistant", "im"])
-def test_render_answers_refuses_a_dropped_turn_whose_text_is_there_anyway(system):
+def test_render_answers_rejects_a_dropped_turn_whose_text_appears_elsewhere(system):
     tokenizer, template = known("drops_system")
     with pytest.raises(AnswerLostError, match="drops the system turn"):
         encode(tokenizer, [{"role": "system", "content": system}, user("a 0"), answer("0 a")], template)
@@ -241,13 +241,13 @@ def test_render_answers_refuses_a_dropped_turn_whose_text_is_there_anyway(system
         ),
     ],
 )
-def test_render_answers_refuses_a_template_that_loses_the_answer(source, said):
+def test_render_answers_rejects_a_template_that_loses_the_answer(source, said):
     tokenizer, template = with_source(source)
     with pytest.raises(TokenizerError, match=said):
         encode(tokenizer, [user("Who?"), answer("Ann")], template)
 
 
-def test_render_answers_of_a_template_that_changes_the_question():
+def test_render_answers_accepts_a_template_that_changes_the_question():
     tokenizer, template = with_source(
         CHATML.replace("m.content +", "(m.content | lower if m.role == 'user' else m.content) +")
     )
@@ -256,7 +256,7 @@ def test_render_answers_of_a_template_that_changes_the_question():
     assert encoded.prompt_matches
 
 
-def test_render_answers_of_a_template_without_a_generation_prompt():
+def test_render_answers_accepts_a_template_without_a_generation_prompt():
     """What isn't in the prompt has to be written by the model, the header too."""
     tokenizer, template = with_source(CHATML.partition("{% if")[0])
     encoded = encode(tokenizer, [user("Who?"), answer("Ann"), user("And?"), answer("Bob")], template)
@@ -269,7 +269,7 @@ def test_render_answers_of_a_template_without_a_generation_prompt():
     ("name", "system", "kwargs"),
     [("smollm3", "/no_think Be brief.", {}), ("smollm3", "Be brief.", {"enable_thinking": False})],
 )
-def test_render_answers_leaves_out_what_the_prompt_prefills(name, system, kwargs):
+def test_render_answers_excludes_text_that_the_prompt_prefills(name, system, kwargs):
     tokenizer, template = known(name)
     messages = [{"role": "system", "content": system}, user("a"), answer("b"), user("c"), answer("d")]
     encoded = encode(tokenizer, messages, template, kwargs)
@@ -338,7 +338,7 @@ def test_encode_without_offsets_is_the_same(name, scenario):
     assert found == [found[0]] * 3
 
 
-def test_encode_without_offsets_where_tokens_cross_the_answer():
+def test_encode_without_offsets_handles_tokens_that_cross_the_answer():
     """In the whole text `quick` is one token; generation starts from `qu`."""
     slow = Slow(bos_token="<s>", eos_token="</s>")
     slow.chat_template = (

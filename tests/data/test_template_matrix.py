@@ -60,13 +60,13 @@ def test_encode_depends_on_no_other_row(name, matrix):
         assert cell(tokenizer, ChatTemplate(tokenizer), *SCENARIOS[scenario]) == matrix[name][scenario]
 
 
-def test_the_matrix_has_every_template(matrix):
+def test_matrix_covers_every_template(matrix):
     assert set(matrix) == set(ALL)
     assert all(set(cells) == set(SCENARIOS) for cells in matrix.values())
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_no_cell_has_what_others_say(name, matrix):
+def test_matrix_supervises_no_text_of_other_roles(name, matrix):
     """The file is read by people; this is read from it without the code under test."""
     for scenario, cells in matrix[name].items():
         messages = SCENARIOS[scenario][0]
@@ -82,7 +82,7 @@ def test_no_cell_has_what_others_say(name, matrix):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_as_transformers_renders_and_tokenizes_it(name):
+def test_encode_matches_rendering_and_tokenization_of_transformers(name):
     tokenizer = template_tokenizer(name)
     messages = SCENARIOS["multi" if name != "wants_system" else "system, multi"][0]
     if name in ("single_turn", "parts"):

@@ -46,14 +46,14 @@ def with_source(source):
         ("{{ strftime_now(1) }}", "with TypeError"),
     ],
 )
-def test_chat_template_that_fails(source, said):
+def test_chat_template_error_names_the_failure(source, said):
     tokenizer, template = with_source(source)
     with pytest.raises(TokenizerError, match=said):
         encode(tokenizer, [user("hello"), answer("four")], template)
 
 
 @pytest.mark.parametrize("body", ["", "{{ i }}", "{% set x = [i, j] %}"])
-def test_chat_template_that_takes_too_long(body, monkeypatch):
+def test_chat_template_time_is_limited(body, monkeypatch):
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
     tokenizer, template = with_source(ENDLESS.replace("BODY", body))
     start = time.monotonic()
@@ -64,14 +64,14 @@ def test_chat_template_that_takes_too_long(body, monkeypatch):
     assert time.monotonic() - start < 10
 
 
-def test_chat_template_that_writes_too_much(monkeypatch):
+def test_chat_template_memory_is_limited(monkeypatch):
     monkeypatch.setattr(templates, "MAX_MEMORY", 100_000_000)
     tokenizer, template = with_source(ENDLESS.replace("BODY", "{{ messages[0].content * 200 ~ j }}"))
     with pytest.raises(TokenizerError, match=r"took over 0\.1 GB of memory for a conversation of user"):
         encode(tokenizer, [user("hello"), answer("four")], template)
 
 
-def test_chat_template_that_writes_more_characters_than_a_row_may_have(monkeypatch):
+def test_chat_template_output_length_is_limited(monkeypatch):
     monkeypatch.setattr(templates, "MAX_CHARACTERS", 1000)
     _, template = with_source("{{ messages[0].content * 200 }}")
     with pytest.raises(TokenizerError, match=r"makes 2,200 characters of a conversation of user, more than 1,000"):
@@ -79,7 +79,7 @@ def test_chat_template_that_writes_more_characters_than_a_row_may_have(monkeypat
     assert template.render([user("four")]) == "four" * 200
 
 
-def test_chat_template_reads_of_a_template_that_is_nested_too_deeply():
+def test_chat_template_reads_rejects_deep_nesting():
     _, template = with_source("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}")
     with pytest.raises(TokenizerError, match="not valid Jinja"):
         assert template.reads

@@ -51,7 +51,7 @@ def _child(found):
     found.put(stopped())
 
 
-def test_within_after_a_fork():
+def test_within_works_after_a_fork():
     assert stopped()  # the thread that looks runs here, and doesn't in the child
     context = multiprocessing.get_context("fork")
     found = context.Queue()
@@ -70,7 +70,7 @@ class Loops(torch.utils.data.Dataset):
         return stopped()
 
 
-def test_within_in_workers_of_a_data_loader():
+def test_within_works_in_data_loader_workers():
     loader = torch.utils.data.DataLoader(Loops(), num_workers=2, multiprocessing_context="fork")
     assert [bool(batch) for batch in loader] == [True, True]
 
@@ -109,7 +109,7 @@ def test_within_nested_keeps_the_outer_limit():
 
 
 @pytest.mark.skipif(time_limit._memory() == 0, reason="the system doesn't say how much memory a process has")
-def test_within_interrupts_what_takes_memory():
+def test_within_interrupts_code_that_allocates_memory():
     kept = []
     with pytest.raises(MemoryLimitError), within(60, grows=50_000_000):  # noqa: PT012
         while True:

@@ -41,7 +41,7 @@ def size_of(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_states_come_back_bit_for_bit(tmp_path, dtype):
+def test_store_returns_activations_bit_for_bit(tmp_path, dtype):
     store = ActivationStore(tmp_path, "a", limit=ROOM)
     kept = {name_of(length): states(length, length, dtype) for length in (1, 7, 30)}
     for digest, value in kept.items():
@@ -59,13 +59,13 @@ def test_states_come_back_bit_for_bit(tmp_path, dtype):
     assert ActivationStore(tmp_path, "b", limit=ROOM).get(name_of(1)) is None
 
 
-def test_gradients_are_not_kept(tmp_path):
+def test_store_detaches_activations(tmp_path):
     store = ActivationStore(tmp_path, "a", limit=ROOM)
     store.put(name_of(0), states().requires_grad_())
     assert not store.get(name_of(0)).requires_grad
 
 
-def test_a_digest_is_of_all_tokens_and_their_order():
+def test_digest_depends_on_all_tokens_and_their_order():
     rows = ([1, 2, 3], [1, 2], [3, 2, 1], [1, 2, 3, 0], [1])
     digests = {sequence_digest(torch.tensor(row)) for row in rows}
     assert len(digests) == 5
@@ -74,7 +74,7 @@ def test_a_digest_is_of_all_tokens_and_their_order():
     assert sequence_digest(padded) == sequence_digest(torch.tensor([1, 2, 3]))
 
 
-def test_nothing_is_written_until_it_is_flushed(tmp_path):
+def test_store_writes_nothing_before_flush(tmp_path):
     store = ActivationStore(tmp_path, "a", limit=ROOM)
     store.flush()
     store.put(name_of(0), states())
@@ -87,7 +87,7 @@ def test_nothing_is_written_until_it_is_flushed(tmp_path):
     assert oct(shards(store.folder)[0].stat().st_mode & 0o777) == "0o644"  # for all who share the folder
 
 
-def test_enough_for_a_file_is_written_at_once(tmp_path, monkeypatch):
+def test_store_writes_a_file_once_it_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(activation_store, "_SHARD", 2 * ROW)
     store = ActivationStore(tmp_path, "a", limit=ROOM)
     for number in range(5):
@@ -99,7 +99,7 @@ def test_enough_for_a_file_is_written_at_once(tmp_path, monkeypatch):
         assert torch.equal(store.get(name_of(number)), states(number))
 
 
-def test_two_instances_see_each_others_rows_after_a_refresh(tmp_path):
+def test_store_refresh_reads_rows_of_other_instances(tmp_path):
     one, two = (ActivationStore(tmp_path, "a", limit=ROOM) for _ in range(2))
     for store, numbers in ((one, (0, 1)), (two, (1, 2))):  # one row is both's
         for number in numbers:
@@ -117,7 +117,7 @@ def test_two_instances_see_each_others_rows_after_a_refresh(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["half", "no header", "nothing", "another's"])
-def test_a_file_that_can_not_be_read_is_removed_and_its_rows_are_unknown(tmp_path, broken):
+def test_store_removes_unreadable_files_with_their_rows(tmp_path, broken):
     store = filled(tmp_path, "a", [0, 1])
     (good,) = shards(store.folder)
     content = good.read_bytes()
@@ -139,7 +139,7 @@ def test_a_file_that_can_not_be_read_is_removed_and_its_rows_are_unknown(tmp_pat
     assert torch.equal(ActivationStore(tmp_path, "a", limit=ROOM).get(name_of(0)), states(0))
 
 
-def test_what_a_killed_process_was_writing_is_ignored(tmp_path):
+def test_store_ignores_partial_files_of_killed_processes(tmp_path):
     store = filled(tmp_path, "a", [0])
     (good,) = shards(store.folder)
     leftover = store.folder / ".writing-abc"
@@ -153,7 +153,7 @@ def test_what_a_killed_process_was_writing_is_ignored(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError(SAID)])
-def test_store_whose_disk_is_full_says_so_and_keeps_nothing_from_then_on(tmp_path, monkeypatch, error):
+def test_store_stops_writing_when_the_disk_is_full(tmp_path, monkeypatch, error):
     store = filled(tmp_path, "a", [0])
     store.put(name_of(1), states(1))
 
@@ -173,7 +173,7 @@ def test_store_whose_disk_is_full_says_so_and_keeps_nothing_from_then_on(tmp_pat
 
 
 @pytest.mark.parametrize("harm", ["zeros", "one bit", "starts", "of another model"])
-def test_states_that_are_not_what_was_written_are_unknown_and_their_file_goes(tmp_path, harm):
+def test_store_removes_corrupted_files(tmp_path, harm):
     store = filled(tmp_path, "a", [0, 1])
     (file,) = shards(store.folder)
     held = load_file(file)
@@ -199,7 +199,7 @@ def test_states_that_are_not_what_was_written_are_unknown_and_their_file_goes(tm
 # -------------------------------------------------------------------- room
 
 
-def test_what_finds_no_room_is_refused_and_the_rest_stays(tmp_path):
+def test_store_refuses_rows_without_space_and_keeps_others(tmp_path):
     store = ActivationStore(tmp_path, "a", limit=2 * ROW + 10)
     assert [store.put(name_of(n), states(n)) for n in range(3)] == [True, True, False]
     assert store.full
@@ -211,7 +211,7 @@ def test_what_finds_no_room_is_refused_and_the_rest_stays(tmp_path):
     assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 2
 
 
-def test_what_others_wrote_for_the_same_key_counts(tmp_path):
+def test_store_counts_space_of_other_writers(tmp_path):
     one = ActivationStore(tmp_path, "a", limit=3 * ROW)
     filled(tmp_path, "a", [0, 1])
     assert not one.full
@@ -224,7 +224,7 @@ def used(store, when):
     return store
 
 
-def test_other_keys_make_room_the_longest_unused_first(tmp_path):
+def test_store_removes_least_recently_used_keys_first(tmp_path):
     old, new = (used(filled(tmp_path, key, range(4)), when) for key, when in (("z", 1), ("b", 2)))
     each = size_of(old.folder)
     store = ActivationStore(tmp_path, "m", limit=2 * each + ROW)
@@ -237,7 +237,7 @@ def test_other_keys_make_room_the_longest_unused_first(tmp_path):
     assert torch.equal(ActivationStore(tmp_path, "b", limit=ROOM).get(name_of(3)), states(3))
 
 
-def test_using_a_key_makes_another_the_longest_unused(tmp_path):
+def test_store_updates_last_use_of_keys(tmp_path):
     first, second = (used(filled(tmp_path, key, range(4)), when) for key, when in (("a", 1), ("b", 2)))
     ActivationStore(tmp_path, "a", limit=ROOM)
     ActivationStore(tmp_path, "m", limit=size_of(first.folder) + ROW).put(name_of(0), states(0))
@@ -245,7 +245,7 @@ def test_using_a_key_makes_another_the_longest_unused(tmp_path):
     assert not second.folder.exists()
 
 
-def test_its_own_key_is_never_removed(tmp_path):
+def test_store_never_removes_its_own_key(tmp_path):
     store = used(filled(tmp_path, "a", range(4)), 1)
     other = filled(tmp_path, "b", range(4))
     again = used(ActivationStore(tmp_path, "a", limit=size_of(store.folder) + 2 * ROW), 1)
@@ -256,7 +256,7 @@ def test_its_own_key_is_never_removed(tmp_path):
     assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 5
 
 
-def test_nothing_is_removed_for_what_can_not_fit_anyway(tmp_path):
+def test_store_removes_nothing_for_rows_that_cannot_fit(tmp_path):
     other = filled(tmp_path, "b", range(4))
     store = ActivationStore(tmp_path, "a", limit=ROW)
     assert not store.put(name_of(0), torch.cat([states()] * 2))
@@ -265,7 +265,7 @@ def test_nothing_is_removed_for_what_can_not_fit_anyway(tmp_path):
     assert other.folder.exists()
 
 
-def test_folders_of_others_are_no_states(tmp_path):
+def test_store_ignores_foreign_folders(tmp_path):
     """A folder that holds something else too, models for example, loses none of it."""
     from safetensors.torch import save_file
 
@@ -278,7 +278,7 @@ def test_folders_of_others_are_no_states(tmp_path):
     assert (models / "model.safetensors").exists()
 
 
-def test_room_is_reserved_in_advance(tmp_path, monkeypatch):
+def test_store_reserves_space_in_advance(tmp_path, monkeypatch):
     other = filled(tmp_path, "b", range(4))
     store = ActivationStore(tmp_path, "a", limit=5 * ROW)
     store.reserve(ROW)
@@ -298,7 +298,7 @@ def test_room_is_reserved_in_advance(tmp_path, monkeypatch):
     written.reserve(2 * ROW + size_of(written.folder))  # what is there already needs no more room
 
 
-def test_a_folder_that_another_process_removed(tmp_path):
+def test_store_survives_removal_of_its_folder(tmp_path):
     store = filled(tmp_path, "a", range(4))
     store.put(name_of(4), states(4))
     used(store, 1)

@@ -40,14 +40,14 @@ def train(kind, lora, trainer_options):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", FAST)
-def test_an_architecture_trains(kind, lora, trainer_options):
+def test_architecture_trains(kind, lora, trainer_options):
     train(kind, lora, trainer_options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(FAST)))
-def test_an_architecture_trains_or_is_refused_by_name(kind, lora, trainer_options):
+def test_architecture_trains_or_is_refused_by_name(kind, lora, trainer_options):
     refusal = ""
     try:
         train(kind, lora, trainer_options)

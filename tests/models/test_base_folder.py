@@ -25,13 +25,13 @@ def adapter(model_folder, tmp_path, tokenizer):
     return folder
 
 
-def test_the_configuration_holds_no_path(adapter):
+def test_adapter_config_contains_no_absolute_path(adapter):
     text = (adapter / "adapter_config.json").read_text()
     assert str(adapter.parent) not in text
     assert json.loads(text)["base_model_name_or_path"] == "base"
 
 
-def test_the_base_is_found_above_in_the_current_folder_and_after_a_move(adapter, tmp_path, monkeypatch):
+def test_base_folder_is_found_in_parents_and_after_a_move(adapter, tmp_path, monkeypatch):
     assert adapter_base(str(adapter)) == str(tmp_path / "work" / "base")
     module = LoRAFineTuning(str(adapter))
     module.configure_model()
@@ -41,7 +41,7 @@ def test_the_base_is_found_above_in_the_current_folder_and_after_a_move(adapter,
     assert adapter_base(str(moved)) == "base"
 
 
-def test_another_folder_of_that_name_is_not_taken(adapter, tmp_path):
+def test_base_folder_ignores_another_folder_of_that_name(adapter, tmp_path):
     other = tmp_path / "work" / "runs" / "base"
     make_model(seed=5).save_pretrained(other)
     assert adapter_base(str(adapter)) == str(tmp_path / "work" / "base")

@@ -66,7 +66,7 @@ class Counting(LlamaForCausalLM):
         return out
 
 
-def test_left_padding_is_asked_of_the_model():
+def test_plan_batches_probes_left_padding():
     assert left_padding(make_model(100).eval(), 0) == "any"
     assert left_padding(Unmasked(make_model(100).config).eval(), 0) == "equal"
     assert left_padding(make_rwkv(), 0) == "one"  # a step of transformers' RWKV adds the states of rows up
@@ -74,7 +74,7 @@ def test_left_padding_is_asked_of_the_model():
 
 
 @pytest.mark.parametrize("num_completions", [1, 2])
-def test_engine_keeps_prompts_apart_where_padding_is_read(num_completions):
+def test_engine_separates_prompts_if_the_model_reads_padding(num_completions):
     model = Unmasked(make_model(100).config).eval()
     prompts = draw_prompts(4, 9, 4, 7)
     engine = LocalEngine(model, end_token_ids=NEVER, share_prefix=False)
@@ -90,7 +90,7 @@ def test_engine_keeps_prompts_apart_where_padding_is_read(num_completions):
 
 
 @pytest.mark.parametrize("make", [make_rwkv, lambda: Counting(make_model(100).config).eval()], ids=["rwkv", "counting"])
-def test_engine_generates_one_row_at_a_time_where_rows_change_each_other(make):
+def test_engine_generates_row_by_row_if_rows_affect_each_other(make):
     model = make()
     prompts = draw_prompts(5, 5, 8)
     engine = LocalEngine(model, end_token_ids=NEVER, share_prefix=False)
@@ -105,7 +105,7 @@ def test_engine_generates_one_row_at_a_time_where_rows_change_each_other(make):
 
 
 @pytest.mark.parametrize("name", ["phi3", "phimoe"])
-def test_engine_gives_the_tokens_of_generate_across_the_switch(name):
+def test_engine_matches_generate_across_the_length_switch(name):
     """Prompts within it, at it and beyond it, that cross it at different steps."""
     model = build_scaled(name)
     prompts = draw_prompts(4, SWITCH - 12, SWITCH - 3, SWITCH, SWITCH + 6, SWITCH + 6)
@@ -121,7 +121,7 @@ def test_engine_gives_the_tokens_of_generate_across_the_switch(name):
     assert [w for w in told if f"more than {SWITCH} tokens" in str(w.message)]
 
 
-def test_engine_keeps_its_cache_within_the_switch():
+def test_engine_keeps_its_cache_within_the_length_switch():
     model = build_scaled("phi3")
     engine = LocalEngine(model, end_token_ids=NEVER)
     with warnings.catch_warnings():
@@ -131,7 +131,7 @@ def test_engine_keeps_its_cache_within_the_switch():
 
 
 @pytest.mark.parametrize("side", [0, SWITCH + 1])
-def test_sampled_logprobs_are_those_that_are_scored_on_each_side_of_the_switch(side):
+def test_sampled_logprobs_match_computed_ones_on_each_side_of_the_length_switch(side):
     model = build_scaled("phi3")
     prompts = draw_prompts(side + 4, side + 9)
     torch.manual_seed(0)
@@ -147,14 +147,14 @@ def test_sampled_logprobs_are_those_that_are_scored_on_each_side_of_the_switch(s
     torch.testing.assert_close(scorer(model, batch).logprobs.detach(), sampled, rtol=0, atol=1e-4)
 
 
-def test_engine_says_where_sampled_and_scored_logprobs_part():
+def test_engine_warns_of_differing_sampled_and_computed_logprobs():
     engine = LocalEngine(build_scaled("phi3"), end_token_ids=NEVER)
     with pytest.warns(UserWarning, match="computed with other positions than its first tokens were sampled with"):
         engine.generate(draw_prompts(SWITCH - 4), max_new_tokens=8, sampling=Sampling())
 
 
 @pytest.mark.parametrize("make", [make_rwkv, lambda: build_scaled("phi3")], ids=["rwkv", "longrope"])
-def test_generate_text_gives_each_prompt_what_it_gets_alone(make, tokenizer):
+def test_generate_text_matches_single_prompts(make, tokenizer):
     model = make()
     prompts = draw_prompts(4, SWITCH - 3, 9, SWITCH + 5, 4)
     options = {"pad_token_id": 0, "max_new_tokens": 8, "do_sample": False}
@@ -164,12 +164,12 @@ def test_generate_text_gives_each_prompt_what_it_gets_alone(make, tokenizer):
     assert len(set(alone)) > 2
 
 
-def test_an_ordinary_model_has_its_prompts_in_one_batch():
+def test_plan_batches_uses_one_batch_for_ordinary_models():
     found = plan_batches(make_model(100).eval(), [3, 9, 500], max_new_tokens=4, pad_token_id=0)
     assert (found.keys, found.alone, found.why) == ((0, 0, 0), False, None)
 
 
-def test_a_model_that_cannot_generate_is_refused_by_name():
+def test_plan_batches_refuses_a_model_that_cannot_generate():
     class Broken(LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             raise KeyError("pixel_values")
@@ -179,7 +179,7 @@ def test_a_model_that_cannot_generate_is_refused_by_name():
 
 
 @pytest.mark.parametrize("name", ["mamba", "recurrent_gemma", "minimax", "llama4_text"])
-def test_engine_gives_the_tokens_of_generate_on_other_architectures(name):
+def test_engine_matches_generate_on_other_architectures(name):
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -51,7 +51,7 @@ def by_itself(model, head):
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("make", [make_model, adapted])
-def test_values_of_the_policy_s_own_states(make, shared):
+def test_critic_values_use_the_policys_hidden_states(make, shared):
     model = make()
     critic = with_head(Critic(model))
     tokens = batch(shared)
@@ -65,7 +65,7 @@ def test_values_of_the_policy_s_own_states(make, shared):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_values_of_an_adapter_of_their_own(shared):
+def test_critic_values_use_their_own_adapter(shared):
     model = adapted()
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     policy = completion_logprobs(model, batch(shared)).logprobs
@@ -96,7 +96,7 @@ def test_values_of_an_adapter_of_their_own(shared):
 
 
 @pytest.mark.parametrize("trunk", ["shared", "adapter"])
-def test_it_starts_at_zero_and_draws_from_no_stream(trunk):
+def test_critic_starts_at_zero_without_using_the_random_state(trunk):
     model = adapted()
     torch.manual_seed(3)
     expected = torch.rand(3)
@@ -106,7 +106,7 @@ def test_it_starts_at_zero_and_draws_from_no_stream(trunk):
     assert not critic(model, batch(), completion_logprobs(model, batch(), states=True).states).any()
 
 
-def test_the_seed_is_that_of_its_adapter():
+def test_critic_seed_determines_its_adapter():
     found = []
     for seed in (0, 0, 1):
         model = adapted()
@@ -117,7 +117,7 @@ def test_the_seed_is_that_of_its_adapter():
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "gaussian"])
-def test_adapters_that_change_the_base_are_not_split_off_twice(init):
+def test_critic_accepts_adapters_that_change_the_base(init):
     model = adapted(init_lora_weights=init)
     weights = {name: p.clone() for name, p in base_of(model).named_parameters()}
     critic = with_head(Critic(model, "adapter"))
@@ -128,12 +128,12 @@ def test_adapters_that_change_the_base_are_not_split_off_twice(init):
     assert model.peft_config["default"].init_lora_weights == init
 
 
-def test_an_adapter_needs_an_adapted_policy():
+def test_critic_adapter_needs_an_adapted_policy():
     with pytest.raises(ConfigError, match="pass lora=True"):
         Critic(make_model(), "adapter")
 
 
-def test_a_head_of_fp32_over_a_trunk_of_bf16():
+def test_critic_head_is_fp32_over_a_bf16_backbone():
     model = add_lora(make_model().bfloat16(), LoraConfig(r=4, target_modules="all-linear"))
     for trunk in ("shared", "adapter"):
         critic = with_head(Critic(model, trunk))

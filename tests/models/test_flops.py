@@ -11,7 +11,7 @@ A, B = torch.ones(2, 3), torch.ones(3, 5)
 PRODUCT = 2 * 2 * 3 * 5
 
 
-def test_only_counters_made_inside_count():
+def test_nested_counters_count_separately():
     with OperationCounter() as outer:
         A @ B
         with counted_separately(), OperationCounter() as inner:
@@ -24,7 +24,7 @@ def test_only_counters_made_inside_count():
     assert (outer.flops, inner.flops, innermost.flops) == (2 * PRODUCT, 2 * PRODUCT, 2 * PRODUCT)
 
 
-def test_counters_count_again_after_an_error():
+def test_counter_counts_again_after_an_error():
     with OperationCounter() as counter:
         with pytest.raises(ZeroDivisionError), counted_separately():
             1 / (A @ B)[0, 0].sub(3).item()
@@ -32,14 +32,14 @@ def test_counters_count_again_after_an_error():
     assert counter.flops == PRODUCT
 
 
-def test_operators_without_a_formula_are_not_named_either():
+def test_paused_counter_names_no_operators():
     query = torch.ones(1, 1, 4, 8)
     with OperationCounter() as outer, counted_separately(), OperationCounter() as inner:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
     assert (outer.saw_attention, inner.saw_attention) == (False, True)
 
 
-def test_what_runs_is_the_same():
+def test_counter_does_not_change_results():
     model, ids = make_model(), torch.arange(3, 12)[None]
     plain = model(ids).logits
     with OperationCounter(), counted_separately(), OperationCounter():
@@ -71,13 +71,13 @@ def steps(measurement, module, count):
 A_STEP = 2 * PRODUCT  # forward, and the weight's gradient
 
 
-def test_what_a_module_counts_itself_is_added_and_not_scaled_up():
+def test_counter_adds_own_counts_of_modules_unscaled():
     module, measurement = Counts(already=10**6), ComputeMeasurement()
     measurement.start(module)
     assert steps(measurement, module, 4) == 4 * A_STEP + 4 * 1000
 
 
-def test_it_adds_up_over_runs_and_starts():
+def test_counter_adds_up_over_runs():
     module, first = Counts(), ComputeMeasurement()
     first.start(module)
     steps(first, module, 2)

@@ -35,7 +35,7 @@ def both_ways(model, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_trained_layers_go_on_from_what_all_layers_give(name, packing):
+def test_trained_layers_match_the_full_model(name, packing):
     """Gemma 1 and 2 rescale embeddings ahead of their layers; that isn't done twice, since layers get the states."""
     every, top = both_ways(adapted(build(name)).double(), batch_of(packing=packing))
     assert every.abs().max() > 1
@@ -45,7 +45,7 @@ def test_the_trained_layers_go_on_from_what_all_layers_give(name, packing):
 @torch.no_grad()
 @pytest.mark.parametrize("top", range(1, LAYERS))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
-def test_wherever_the_cut_is(name, top):
+def test_frozen_layers_match_the_full_model_at_any_depth(name, top):
     model = adapted(build(name, attention="sdpa"), top).double()
     assert FrozenLayers(model).depth == LAYERS - top
     every, given = both_ways(model, batch_of(packing=False))
@@ -53,7 +53,7 @@ def test_wherever_the_cut_is(name, top):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_gradients_are_those_of_all_layers(name):
+def test_frozen_layers_keep_gradients_of_trained_layers(name):
     model, batch = adapted(build(name)).double(), batch_of()
     weight = torch.randn(batch.num_tokens, 32).double()
     found = []
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_all_layers(name):
 
 
 @torch.no_grad()
-def test_layers_below_do_not_run_and_layers_above_do_not_for_the_states():
+def test_frozen_and_trained_layers_run_separately():
     model = adapted(build("llama"), 1)
     trunk = FrozenLayers(model)
     ran = []
@@ -82,7 +82,7 @@ def test_layers_below_do_not_run_and_layers_above_do_not_for_the_states():
 
 
 @torch.no_grad()
-def test_states_given_are_the_ones_taken():
+def test_frozen_layers_use_the_replaced_states():
     model = adapted(build("llama"), 1).eval()
     trunk = FrozenLayers(model)
     ids = torch.arange(3, 8)[None]
@@ -99,7 +99,7 @@ class GivesTuples(LlamaDecoderLayer):
 
 @torch.no_grad()
 @pytest.mark.parametrize("top", range(1, LAYERS))
-def test_layers_that_give_tuples(top):
+def test_frozen_layers_support_tuple_outputs(top):
     """As older architectures' do, whose models take the first of each."""
     model = build("llama")
 
@@ -121,7 +121,7 @@ def test_layers_that_give_tuples(top):
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "gemma3n_text"])
-def test_layers_that_hand_on_more_than_a_state_are_refused(name):
+def test_frozen_layers_refuse_outputs_beyond_hidden_states(name):
     options = {
         "bloom": {"n_layer": 4, "n_head": 4},
         "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 4},
@@ -141,7 +141,7 @@ def test_layers_that_hand_on_more_than_a_state_are_refused(name):
 # -------------------------------------------------------------------- forward
 
 
-def test_forward_is_restored_where_the_model_raises():
+def test_frozen_layers_restore_forward_after_an_error():
     model = adapted(build("llama"))
     trunk = FrozenLayers(model)
     assert not any("forward" in vars(layer) for layer in trunk.layers)
@@ -156,7 +156,7 @@ def test_forward_is_restored_where_the_model_raises():
 
 
 @pytest.mark.parametrize("index", [0, 3])
-def test_a_forward_of_somebody_else_stays(index):
+def test_frozen_layers_keep_a_patched_forward(index):
     """As accelerate's hooks put it there."""
     model = adapted(build("llama"))
     layer = base_of(model).model.layers[index]
@@ -197,7 +197,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_changes_from_step_to_step_is_refused(case):
+def test_frozen_layers_refuse_states_that_change_between_steps(case):
     make, reason = REFUSED[case]
     with pytest.raises(ModelError, match=reason):
         FrozenLayers(make())
@@ -212,7 +212,7 @@ def test_what_changes_from_step_to_step_is_refused(case):
         ({"target_modules": ["lm_head"], "layers_to_transform": None}, 3),
     ],
 )
-def test_what_stands_above_may_be_trained(lora, depth):
+def test_frozen_layers_accept_trained_modules_above(lora, depth):
     assert FrozenLayers(with_lora(**{**TOP, **lora})).depth == depth
 
 
@@ -227,12 +227,12 @@ def test_what_stands_above_may_be_trained(lora, depth):
         ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "layerdrop": 0.1}, "layerdrop is 0.1"),
     ],
 )
-def test_dropout_below_is_refused(name, options, reason):
+def test_frozen_layers_refuse_dropout(name, options, reason):
     with pytest.raises(ModelError, match=reason):
         FrozenLayers(adapted(build(name, **options)))
 
 
-def test_dropout_above_is_not():
+def test_frozen_layers_accept_dropout_in_trained_layers():
     model = adapted(build("llama"), 1, lora_dropout=0.5)
     base_of(model).model.layers[-1].self_attn.attention_dropout = 0.3
     assert FrozenLayers(model).depth == LAYERS - 1
@@ -263,7 +263,7 @@ LLAMA = "model.layers.{}.input_layernorm.weight"
         ("gpt2", "transformer.h.1.attn.c_attn.weight", True),
     ],
 )
-def test_the_key_is_that_of_what_is_computed(name, weight, changes):
+def test_frozen_layers_key_depends_on_frozen_computation(name, weight, changes):
     model = adapted(build(name, **(GPT2 if name == "gpt2" else {})))
     trunk = FrozenLayers(model)
     before = trunk.content_key()
@@ -272,7 +272,7 @@ def test_the_key_is_that_of_what_is_computed(name, weight, changes):
     assert (trunk.content_key() != before) == changes
 
 
-def test_the_key_of_other_settings():
+def test_frozen_layers_key_depends_on_settings():
     def key(model=None, *details, attention="eager", top=2, **options):
         return FrozenLayers(model or adapted(build("llama", attention, **options), top)).content_key(*details)
 

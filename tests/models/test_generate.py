@@ -23,7 +23,7 @@ def alone(model, tokenizer, ids, **options):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_left_padding_changes_nothing(batch_size):
+def test_generate_is_unaffected_by_left_padding(batch_size):
     model, tokenizer = make_model(), make_tokenizer()
     want = [alone(model, tokenizer, ids, max_new_tokens=10) for ids in prompts(tokenizer)]
     got = generate_text(
@@ -32,7 +32,7 @@ def test_left_padding_changes_nothing(batch_size):
     assert got == want
 
 
-def test_train_mode_with_gradient_checkpointing_and_dropout_changes_nothing():
+def test_generate_ignores_train_mode_and_gradient_checkpointing():
     model, tokenizer = make_model(dropout=0.5), make_tokenizer()
     want = [alone(model, tokenizer, ids, max_new_tokens=64) for ids in prompts(tokenizer)]
     module = FullFineTuning(model, tokenizer=tokenizer, gradient_checkpointing=True)
@@ -42,7 +42,7 @@ def test_train_mode_with_gradient_checkpointing_and_dropout_changes_nothing():
     assert all(m.training for m in module.model.modules())
 
 
-def test_modes_are_put_back_one_by_one_even_after_an_error():
+def test_evaluating_restores_each_mode_after_an_error():
     model = make_model()
     model.train()
     model.model.layers[0].eval()
@@ -58,19 +58,19 @@ def test_modes_are_put_back_one_by_one_even_after_an_error():
     assert [m.training for m in model.modules()] == before
 
 
-def test_every_end_token_ends_an_answer():
+def test_generate_stops_at_every_end_token():
     model, tokenizer = make_model(), make_tokenizer(eos="<|pad|>")  # the template ends answers with another
     model.generation_config.eos_token_id = [7, 2]
     assert end_token_ids(model, tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 0, 7]
 
 
-def test_a_prompt_that_does_not_fit_is_refused():
+def test_generate_refuses_a_prompt_that_does_not_fit():
     model, tokenizer = make_model(), make_tokenizer()
     with pytest.raises(ConfigError, match="context of 512"):
         generate_text(model, tokenizer, [[5] * 500], pad_token_id=0, max_new_tokens=64)
 
 
-def test_conversations_and_strings_are_asked_alike():
+def test_generate_treats_strings_as_conversations():
     module = FullFineTuning(make_model(), tokenizer=make_tokenizer())
     chats = [[{"role": "user", "content": text}] for text in TEXTS]
     assert module.generate(chats) == module.generate(TEXTS)

@@ -93,7 +93,7 @@ def gradients(model):
     ("name", "attention"),
     [(name, kind) for name in ARCHITECTURES for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")],
 )
-def test_scores_and_gradients_equal_those_of_each_example_alone(name, attention):
+def test_logprobs_and_gradients_match_single_examples(name, attention):
     model = build(name, ARCHITECTURES[name], attention).train()
     want = one_by_one(model)
     want.sum().backward()
@@ -110,7 +110,7 @@ def test_scores_and_gradients_equal_those_of_each_example_alone(name, attention)
 
 
 @pytest.mark.parametrize(("window", "ours"), [(None, True), (12, True), (4, False)])
-def test_layers_of_a_packed_batch_share_one_mask_that_none_has_to_convert(window, ours):
+def test_packed_batch_shares_one_mask_over_layers(window, ours):
     """SDPA makes another of a boolean mask in every layer, and keeps it for the backward pass."""
     model = build("mistral", {"sliding_window": window}).train()
     masks, kept = [], {}
@@ -134,7 +134,7 @@ def test_layers_of_a_packed_batch_share_one_mask_that_none_has_to_convert(window
     assert len(kept) == (1 if ours else len(masks))
 
 
-def test_a_mask_has_the_dtype_of_the_queries():
+def test_attention_mask_has_the_dtype_of_the_queries():
     """On a GPU another one is an error."""
     allowed = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
     model = build("llama", {})
@@ -152,7 +152,7 @@ def test_a_mask_has_the_dtype_of_the_queries():
 
 
 @pytest.mark.parametrize("name", UNPACKED)
-def test_a_model_that_mixes_packed_rows_is_unpacked_with_a_warning(name):
+def test_model_that_mixes_packed_rows_gets_unpacked_batches(name):
     model = build(name, UNPACKED[name], None)
     scorer = LogProbModel()
     with pytest.warns(UserWarning, match="doesn't keep packed sequences apart"):
@@ -160,7 +160,7 @@ def test_a_model_that_mixes_packed_rows_is_unpacked_with_a_warning(name):
     torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
 
 
-def test_a_head_that_does_something_unknown_takes_the_models_own_forward_pass():
+def test_logprobs_use_the_models_forward_for_unknown_heads():
     class Shifted(type(make_model())):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
@@ -198,7 +198,7 @@ class Strange(type(make_model())):
         return SimpleNamespace(logits=self.lm_head(hidden) + self.lm_head(hidden.flip(-1)))
 
 
-def test_a_backbone_that_gives_something_else_takes_the_plain_path(monkeypatch):
+def test_logprobs_use_plain_path_for_unknown_backbone_outputs(monkeypatch):
     model = Strange(make_model(100).config)
     own = type(model.model).forward
     model.kept = lambda *a, **k: own(model.model, *a, **k)
@@ -207,11 +207,11 @@ def test_a_backbone_that_gives_something_else_takes_the_plain_path(monkeypatch):
     assert (known.packing, known.rows, known.sharing) == (None, "any", "its own forward pass is used")
 
 
-def test_a_head_that_is_used_twice_takes_the_plain_path():
+def test_logprobs_use_plain_path_for_a_head_that_is_used_twice():
     is_plain(Strange(make_model(100).config), "changes its logits after the head in an unknown way")
 
 
-def test_a_model_whose_values_are_not_finite_is_told_from_one_that_is_not_exact():
+def test_nonfinite_model_is_distinguished_from_an_inexact_one():
     model = make_model(100)
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     known = LogProbModel().exactness(model)
@@ -220,7 +220,7 @@ def test_a_model_whose_values_are_not_finite_is_told_from_one_that_is_not_exact(
 
 
 @pytest.mark.parametrize("error", [KeyError("pixel_values"), AttributeError("image_outputs"), RuntimeError("shape")])
-def test_a_model_whose_own_pass_fails_is_refused_by_name(error):
+def test_model_whose_forward_fails_is_refused(error):
     class Broken(type(make_model())):
         def forward(self, *args, **kwargs):
             raise error
@@ -229,7 +229,7 @@ def test_a_model_whose_own_pass_fails_is_refused_by_name(error):
         LogProbModel()(Broken(make_model(100).config), collate_examples(examples()))
 
 
-def test_a_model_that_asks_for_more_in_train_mode_is_refused_by_name():
+def test_model_that_needs_more_inputs_in_train_mode_is_refused():
     class Asking(type(make_model())):
         def forward(self, *args, **kwargs):
             if self.training:
@@ -242,14 +242,14 @@ def test_a_model_that_asks_for_more_in_train_mode_is_refused_by_name():
         LogProbModel()(model.train(), collate_examples(examples()))
 
 
-def test_a_model_that_sees_what_follows_is_refused():
+def test_model_that_attends_to_later_tokens_is_refused():
     model = build("bert", {"is_decoder": False})
     with pytest.raises(ModelError, match="depends on the tokens after it, so it isn't a causal"):
         LogProbModel()(model, collate_examples(examples()))
 
 
 @pytest.mark.parametrize("lora", [{}, {"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
-def test_an_adapted_head_is_seen_and_trained(lora):
+def test_adapted_head_is_used_and_trained(lora):
     model = add_lora(make_model(100), lora_config({"r": 2, "init_lora_weights": False, **lora}))
     want = one_by_one(model)
     want.sum().backward()
@@ -263,7 +263,7 @@ def test_an_adapted_head_is_seen_and_trained(lora):
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-3)
 
 
-def test_no_logits_of_the_whole_batch_are_held():
+def test_logprobs_never_hold_all_logits():
     """The largest tensor made on the way has a chunk's rows, not the batch's."""
     from torch.utils._python_dispatch import TorchDispatchMode
 

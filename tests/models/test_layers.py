@@ -29,7 +29,7 @@ def adapted(model):
 
 @pytest.mark.parametrize("count", [1, LAYERS - 1, LAYERS])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_linear_modules_of_the_top_layers_and_no_others(name, count):
+def test_top_layers_adapt_all_and_only_their_linear_modules(name, count):
     model = build(name)
     _, layers = layers_of(model)
     linear = [
@@ -42,7 +42,7 @@ def test_all_linear_modules_of_the_top_layers_and_no_others(name, count):
         assert {n for n, part in layer.named_modules() if hasattr(part, "lora_A")} == names
 
 
-def test_the_name_of_the_list():
+def test_layer_list_name_is_found():
     assert {name: layers_of(build(name))[0] for name in ("llama", "gpt2", "gpt_neox")} == {
         "llama": "layers",
         "gpt2": "h",
@@ -52,7 +52,7 @@ def test_the_name_of_the_list():
     assert layers_of(model)[1] == list(model.get_base_model().model.layers)
 
 
-def test_lists_inside_of_layers_are_not_the_layers():
+def test_layer_list_ignores_lists_inside_layers():
     """As many experts as layers: the outer list is meant."""
     model = make_model(layers=3)
     for layer in model.model.layers:
@@ -60,7 +60,7 @@ def test_lists_inside_of_layers_are_not_the_layers():
     assert layers_of(model)[1] == list(model.model.layers)
 
 
-def test_layers_that_can_not_be_told_are_an_error():
+def test_top_layers_reject_models_with_ambiguous_layers():
     model = make_model(layers=3)
     model.model.others = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     with pytest.raises(ModelError, match=r"one list of its 3 layers among its modules, found 2 of that length"):
@@ -72,14 +72,14 @@ def test_layers_that_can_not_be_told_are_an_error():
         layers_of(both)
 
 
-def test_names_given_stay_those_names():
+def test_top_layers_keep_target_modules_of_the_user():
     model = add_lora(make_model(), in_top_layers(lora_config({"r": 2, "target_modules": ["q_proj"]}), make_model(), 1))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2
     assert all(".layers.1.self_attn.q_proj." in name for name in trained)
 
 
-def test_the_configuration_given_is_not_changed():
+def test_top_layers_do_not_change_the_passed_config():
     config = LoraConfig(target_modules="all-linear")
     before = copy.deepcopy(config)
     top = in_top_layers(config, make_model(), 1)
@@ -87,7 +87,7 @@ def test_the_configuration_given_is_not_changed():
     assert (top.r, top.layers_to_transform, top.layers_pattern) == (config.r, [1], ["layers"])
 
 
-def test_the_same_layers_given_twice_are_no_contradiction():
+def test_top_layers_accept_an_equal_layers_to_transform():
     config = lora_config({"target_modules": ["q_proj"], "layers_to_transform": [1, 2]})
     assert in_top_layers(config, make_model(layers=3), 2).layers_to_transform == [1, 2]
     with pytest.raises(ConfigError, match=r"layers_to_transform=\[1, 2\] contradict each other"):
@@ -95,19 +95,19 @@ def test_the_same_layers_given_twice_are_no_contradiction():
 
 
 @pytest.mark.parametrize("count", [-1, 0, 4])
-def test_counts_that_the_model_does_not_have(count):
+def test_top_layers_reject_more_layers_than_the_model_has(count):
     with pytest.raises(ConfigError, match=f"top_layers={count}: the model has 3 layers"):
         in_top_layers(lora_config({}), make_model(layers=3), count)
 
 
 @pytest.mark.parametrize("targets", [r".*\.q_proj", None])
-def test_a_pattern_for_the_whole_name_is_refused(targets):
+def test_top_layers_refuse_a_full_name_pattern(targets):
     """PEFT takes no layers_to_transform with it."""
     with pytest.raises(ConfigError, match="as a list of names"):
         in_top_layers(LoraConfig(target_modules=targets), make_model(), 1)
 
 
-def test_what_is_computed_changes_with_the_top_layer_only():
+def test_top_layer_adapter_changes_only_that_layer():
     model = make_model(layers=3).eval()
     ids = torch.randint(0, 400, (1, 6))
     before = model(ids, output_hidden_states=True).hidden_states
@@ -117,7 +117,7 @@ def test_what_is_computed_changes_with_the_top_layer_only():
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, True, False]
 
 
-def test_adapters_that_land_below_are_refused():
+def test_top_layers_refuse_adapters_in_lower_layers():
     model = add_lora(make_model(layers=3), lora_config({"r": 2}))
     with pytest.raises(ModelError, match=r"top_layers=1, but PEFT put an adapter on .* of layer 0 too"):
         refuse_adapters_below(model, 1)

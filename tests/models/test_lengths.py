@@ -21,7 +21,7 @@ from lightning_ft.models.reward_head import last_token_rewards
     ("name", "mixed"),
     [("phi3", True), ("phimoe", True), ("dynamic", False), ("llama", None), ("yarn", None), ("gpt2", None)],
 )
-def test_length_switch_is_found_by_asking(name, mixed):
+def test_length_switch_is_found_by_probing(name, mixed):
     model = build_scaled(name).train()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
@@ -31,12 +31,12 @@ def test_length_switch_is_found_by_asking(name, mixed):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_length_switch_is_found_in_low_precision_and_far_away():
+def test_length_switch_is_found_in_low_precision_and_at_long_lengths():
     model = build_scaled("phi3", at=4096, positions=131072, initializer_range=0.02).bfloat16()
     assert length_switch(model).at == 4096
 
 
-def test_length_switch_forgets_what_a_long_pass_left_behind():
+def test_length_switch_ignores_state_of_a_long_pass():
     model = build_scaled("dynamic")
     ids = torch.arange(3, 3 + SWITCH + 5)[None] % 100
     fresh = copy.deepcopy(model)(input_ids=ids).logits
@@ -52,7 +52,7 @@ def test_length_switch_forgets_what_a_long_pass_left_behind():
 
 @pytest.mark.parametrize("name", ["phi3", "dynamic", "phimoe"])
 @pytest.mark.parametrize("plain", [False, True], ids=["fast", "plain"])
-def test_scorer_gives_what_each_row_gets_alone_across_the_switch(name, plain, monkeypatch):
+def test_logprob_model_matches_single_rows_across_the_length_switch(name, plain, monkeypatch):
     model = build_scaled(name)
     examples = make_examples((7, SWITCH + 9, SWITCH, 2 * SWITCH, SWITCH + 9, 3))
     want = torch.cat([alone(model, e) for e in examples])
@@ -75,7 +75,7 @@ def test_scorer_gives_what_each_row_gets_alone_across_the_switch(name, plain, mo
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for n, p in model.named_parameters() if "q" in n)
 
 
-def test_scorer_warns_once_of_several_passes_and_not_within_the_switch():
+def test_logprob_model_warns_once_of_several_passes():
     model, scorer = build_scaled("phi3"), LogProbModel()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -99,7 +99,7 @@ def test_padding_of_packed_rows_does_not_cross_the_switch():
     torch.testing.assert_close(scored.logprobs, torch.cat([alone(model, e) for e in examples]), rtol=0, atol=1e-5)
 
 
-def test_prompts_are_shared_on_one_side_of_the_switch_only():
+def test_prompts_are_shared_on_one_side_of_the_length_switch_only():
     model, scorer = build_scaled("phi3"), LogProbModel()
     prompt = torch.arange(10, 10 + SWITCH - 8)
     for lengths, shared in (((3, 8), True), ((20, 30), True), ((3, 20), False)):
@@ -116,7 +116,7 @@ def test_prompts_are_shared_on_one_side_of_the_switch_only():
         torch.testing.assert_close(scored.logprobs, torch.cat([alone(model, e) for e in wholes]), rtol=0, atol=1e-5)
 
 
-def test_scores_of_sequences_and_hidden_states_are_those_of_each_alone():
+def test_sequence_scores_and_hidden_states_match_single_rows():
     rope = build_scaled("dynamic").config.rope_parameters
     torch.manual_seed(0)
     config = MistralConfig(
@@ -137,7 +137,7 @@ def test_scores_of_sequences_and_hidden_states_are_those_of_each_alone():
             torch.testing.assert_close(row[: len(ids)], single, rtol=0, atol=1e-4)
 
 
-def test_parts_of_a_batch_are_put_back_where_they_were():
+def test_parts_of_a_batch_keep_their_order():
     examples = make_examples((4, 9, 2, 6))
     for packing in (True, False):
         batch = collate_examples(examples, packing=packing)
@@ -155,7 +155,7 @@ def test_parts_of_a_batch_are_put_back_where_they_were():
             assert torch.equal(part.batch.input_ids.flatten()[ours], flat[theirs])
 
 
-def test_several_passes_are_refused_where_ranks_would_have_to_make_them_together(monkeypatch):
+def test_several_passes_are_refused_on_sharded_models(monkeypatch):
     model = build_scaled("phi3")
     batch = collate_examples(make_examples((5, SWITCH + 5)))
     as_forward(model, hidden_states, batch)

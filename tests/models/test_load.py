@@ -55,7 +55,7 @@ def configure(folder, file="config.json", **values):
 # ---- weights of a model
 
 
-def test_load_model_says_nothing_of_a_whole_checkpoint(model_folder):
+def test_load_model_is_silent_about_a_complete_checkpoint(model_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_causal_lm(model_folder)
@@ -72,7 +72,7 @@ def test_load_model_names_missing_weights_of_layers_that_only_the_configuration_
         load_causal_lm(configure(folder, num_hidden_layers=3))
 
 
-def test_load_model_says_what_stands_in_the_place_of_missing_weights(folder):
+def test_load_model_lists_unexpected_weights_with_missing_ones(folder):
     change(folder, lambda w: {f"module.{name}": v for name, v in w.items()})
     with pytest.raises(ModelError, match=r"It holds 21 weights that LlamaForCausalLM lacks: module\.lm_head"):
         load_causal_lm(str(folder))
@@ -84,12 +84,12 @@ def test_load_model_refuses_a_model_without_a_head(folder, model_folder):
         load_causal_lm(str(folder))
 
 
-def test_load_model_takes_tied_weights_that_stand_there_once(tmp_path):
+def test_load_model_accepts_tied_weights_that_are_saved_once(tmp_path):
     make_model(tie=True).save_pretrained(tmp_path)
     assert load_causal_lm(str(tmp_path)).lm_head.weight is not None
 
 
-def test_load_model_warns_of_weights_without_a_place(folder):
+def test_load_model_warns_of_unexpected_weights(folder):
     change(folder, lambda w: {**w, "model.layers.7.mtp.weight": torch.ones(3)})
     with pytest.warns(UserWarning, match=r"holds 1 weight that LlamaForCausalLM doesn't have.*layers\.\*\.mtp"):
         load_causal_lm(str(folder))
@@ -100,7 +100,7 @@ def test_load_model_names_weights_of_other_sizes(folder):
         load_causal_lm(configure(folder, vocab_size=500))
 
 
-def test_load_reward_model_takes_a_new_head_over_a_language_model(model_folder):
+def test_load_reward_model_adds_a_head_to_a_language_model(model_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_reward_model(model_folder).score.weight.shape == (1, 32)
@@ -161,7 +161,7 @@ def test_load_model_refuses_a_configuration_that_transformers_refuses(folder, va
         load_causal_lm(configure(folder, **values))
 
 
-def test_load_model_says_that_a_folder_does_not_exist(tmp_path):
+def test_load_model_error_names_a_missing_folder(tmp_path):
     with pytest.raises(ModelError, match="there is no such folder"):
         load_causal_lm(str(tmp_path / "none"))
 
@@ -169,7 +169,7 @@ def test_load_model_says_that_a_folder_does_not_exist(tmp_path):
 # ---- adapters
 
 
-def test_load_adapter_gives_what_was_saved(saved_adapter):
+def test_load_adapter_restores_saved_weights(saved_adapter):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         adapted = load_adapter(make_model(), str(saved_adapter))
@@ -224,21 +224,21 @@ def test_load_adapter_names_a_damaged_file(adapter, content, says):
         load_adapter(make_model(), str(adapter))
 
 
-def test_load_adapter_says_that_there_are_no_weights(adapter):
+def test_load_adapter_error_names_missing_weights(adapter):
     (adapter / ADAPTER).unlink()
     with pytest.raises(ModelError, match="the folder contains no weights"):
         load_adapter(make_model(), str(adapter))
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"peft_type": "FOO"}', '{"peft_type": null}', '{"r": 4}'])
-def test_adapter_configuration_that_cannot_be_read_is_named(adapter, content):
+def test_load_adapter_names_an_unreadable_config(adapter, content):
     (adapter / "adapter_config.json").write_text(content)
     for use in (lambda: load_adapter(make_model(), str(adapter)), lambda: Adaptation(str(adapter), None, None)):
         with pytest.raises(ModelError, match=r"adapter_config\.json"):
             use()
 
 
-def test_load_adapter_refuses_what_is_not_lora(tmp_path):
+def test_load_adapter_refuses_other_peft_types(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM"}))
     with pytest.raises(ModelError, match="IA3, not LoRA"):
         load_adapter(make_model(), str(tmp_path))
@@ -266,7 +266,7 @@ def test_load_adapter_warns_of_another_base(adapter, model_folder):
     ],
 )
 @pytest.mark.parametrize("tie", [False, True])
-def test_load_adapter_takes_every_kind_of_lora(tmp_path, lora, tie):
+def test_load_adapter_accepts_every_lora_variant(tmp_path, lora, tie):
     first = add_lora(make_model(tie=tie), lora_config({"r": 4, **lora}))
     first.save_pretrained(tmp_path)
     again = load_adapter(make_model(tie=tie), str(tmp_path))

@@ -51,7 +51,7 @@ def test_multimodal_checkpoints_train_on_text(kind, lora, folder, trainer_option
     assert not any("vision" in n or "visual" in n or "projector" in n or "connector" in n for n in trained)
 
 
-def test_load_causal_lm_takes_the_language_model_alone_where_the_whole_does_not_run(folder):
+def test_load_causal_lm_falls_back_to_the_language_model_alone(folder):
     source = make_multimodal("llama4")
     name = folder(source)
     try:
@@ -65,7 +65,7 @@ def test_load_causal_lm_takes_the_language_model_alone_where_the_whole_does_not_
         assert type(load_causal_lm(name)) is type(source)
 
 
-def test_text_model_classes_prefers_what_the_checkpoint_was_saved_from(folder):
+def test_text_model_classes_prefer_the_class_of_the_checkpoint(folder):
     config = AutoConfig.from_pretrained(folder(make_multimodal("mllama")))
     assert [auto.__name__ for auto in text_model_classes(config)][:2] == [
         "AutoModelForImageTextToText",
@@ -75,7 +75,7 @@ def test_text_model_classes_prefers_what_the_checkpoint_was_saved_from(folder):
     assert text_model_classes(config)[0] is AutoModelForCausalLM
 
 
-def test_text_model_classes_of_other_configurations():
+def test_text_model_classes_accept_other_configs():
     assert text_model_classes(None) == [AutoModelForCausalLM]
     assert text_model_classes(make_model().config) == [AutoModelForCausalLM]
     config = make_multimodal("llava").config
@@ -83,7 +83,7 @@ def test_text_model_classes_of_other_configurations():
     assert text_model_classes(config) == [AutoModelForCausalLM]
 
 
-def test_text_class_name_is_the_class_that_loads_an_export():
+def test_text_class_name_loads_an_export():
     assert text_class_name(make_multimodal("mistral3")) == "AutoModelForImageTextToText"
     assert text_class_name(make_multimodal("gemma3")) == "AutoModelForCausalLM"
     assert text_class_name(make("llama")) == "AutoModelForCausalLM"

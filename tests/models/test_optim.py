@@ -13,7 +13,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.models.optim import adamw, parameter_groups, schedule_factor
 
 
-def test_it_is_one_kernel_on_a_cpu_unless_gradients_may_be_scaled():
+def test_optimizer_is_fused_on_cpu_unless_gradients_are_scaled():
     groups = parameter_groups(make_model(), 0.1)
     assert adamw(groups, 1e-3, (0.9, 0.99)).defaults["fused"] is True
     assert adamw(groups, 1e-3, (0.9, 0.99), scaled=True).defaults["fused"] is None
@@ -21,7 +21,7 @@ def test_it_is_one_kernel_on_a_cpu_unless_gradients_may_be_scaled():
     assert adamw(whole, 1e-3, (0.9, 0.99)).defaults["fused"] is None
 
 
-def test_it_takes_the_steps_that_adamw_takes():
+def test_optimizer_matches_adamw():
     models = [make_model() for _ in range(2)]
     made = [adamw(parameter_groups(m, 0.1), 1e-2, (0.9, 0.99), scaled=s) for m, s in zip(models, (0, 1), strict=True)]
     for step in range(5):
@@ -54,7 +54,7 @@ def test_gradients_can_be_clipped_in_every_precision(precision, fused, model_fol
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.5, 0.99])
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 101])
-def test_schedule_factor_rises_to_the_peak_once_and_falls_without_a_wasted_step(kind, ratio, total):
+def test_schedule_factor_reaches_its_peak_once_and_no_zero_step(kind, ratio, total):
     factor = schedule_factor(kind, warmup_ratio=ratio, total_steps=lambda: total)
     rates = [factor(step) for step in range(total)]
     top = rates.index(max(rates))
@@ -67,14 +67,14 @@ def test_schedule_factor_rises_to_the_peak_once_and_falls_without_a_wasted_step(
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_schedule_factor_is_that_of_transformers_one_step_on(kind):
+def test_schedule_factor_matches_transformers_one_step_later(kind):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     theirs = get_scheduler(kind, optimizer, num_warmup_steps=5, num_training_steps=21).lr_lambdas[0]
     factor = schedule_factor(kind, warmup_ratio=0.2, total_steps=lambda: 20)
     assert [factor(step) for step in range(20)] == pytest.approx([theirs(step + 1) for step in range(20)])
 
 
-def test_schedule_factor_refuses_to_guess_how_long_training_lasts():
+def test_schedule_factor_requires_the_number_of_steps():
     factor = schedule_factor("cosine", warmup_ratio=0.1, total_steps=lambda: None)
     assert factor(0) == 1.0
     with pytest.raises(ConfigError, match="how long training lasts"):
@@ -90,7 +90,7 @@ class Watched(FullFineTuning):
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 1}, {"max_epochs": 1}])
-def test_a_run_of_one_step_changes_every_weight(length, model_folder, rows, trainer_options):
+def test_single_step_run_changes_every_weight(length, model_folder, rows, trainer_options):
     module = Watched(model_folder, learning_rate=1e-2)
     module.configure_model()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -100,7 +100,7 @@ def test_a_run_of_one_step_changes_every_weight(length, model_folder, rows, trai
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 6}, {"max_epochs": 2}, {"max_epochs": 9, "max_steps": 6}])
-def test_the_first_step_has_its_own_rate(length, model_folder, rows, trainer_options):
+def test_first_step_uses_its_own_learning_rate(length, model_folder, rows, trainer_options):
     module = Watched(model_folder, learning_rate=1.0, lr_schedule="linear", warmup_ratio=0.5)
     Trainer(**trainer_options, **length).fit(module, PairDataModule(rows[:24], batch_size=8, cache_dir=False))
     assert module.rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 2 / 3, 1 / 3])

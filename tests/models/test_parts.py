@@ -27,7 +27,7 @@ LAYER = "model.layers.1"
         ("jamba", {"self_attn.q_proj.weight": "attention", "feed_forward.router.weight": "router"}),
     ],
 )
-def test_part_kinds_by_architecture(kind, expected):
+def test_part_types_match_architecture(kind, expected):
     kinds = find_parts(make(kind))
     assert {name: kinds[f"{LAYER}.{name}"] for name in expected} == expected
     assert kinds["model.embed_tokens.weight"] == "embeddings"
@@ -37,7 +37,7 @@ def test_part_kinds_by_architecture(kind, expected):
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl", "llava", "idefics3"])
-def test_part_kinds_calls_all_outside_the_language_model_encoders(kind):
+def test_part_types_call_modules_outside_the_language_model_encoders(kind):
     model = make_multimodal(kind)
     kinds, text = find_parts(model), {id(p) for p in model.get_decoder().parameters()}
     head = {id(p) for p in model.get_output_embeddings().parameters()}
@@ -45,7 +45,7 @@ def test_part_kinds_calls_all_outside_the_language_model_encoders(kind):
         assert (kinds[name] == "encoders") == (id(parameter) not in text | head), name
 
 
-def test_part_kinds_knows_experts_in_a_list():
+def test_part_types_recognize_experts_in_a_list():
     model = make_model()
     model.config.num_local_experts = 3
     for layer in model.model.layers:
@@ -77,7 +77,7 @@ def test_count_parts_counts_every_weight_once(kind, lora):
         assert ("lm_head.weight" in adaptation.parts) == (parts["head"].trained > 0 or "modules_to_save" not in lora)
 
 
-def test_count_parts_takes_four_bit_weights_for_what_they_stand_for():
+def test_count_parts_counts_unpacked_four_bit_weights():
     packed = nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
     packed.quant_state = type("State", (), {"shape": (4, 4)})()
     model = nn.Module()

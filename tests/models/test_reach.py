@@ -71,20 +71,20 @@ def test_find_reach_counts_experts_that_no_token_was_routed_to():
     assert find_reach(model).unreached == {f"tower.{i}.{name}" for i in range(3) for name in ("weight", "bias")}
 
 
-def test_find_reach_finds_what_one_layer_uses_and_another_does_not():
+def test_find_reach_distinguishes_layers():
     model = make_model()
     for number, layer in enumerate(model.model.layers):
         layer.mlp = HalfUsed(32, used=number == 0)
     assert find_reach(model).unreached == {f"model.layers.1.mlp.shared.{name}" for name in ("weight", "bias")}
 
 
-def test_find_reach_tries_a_longer_row_where_a_layer_is_reached_in_part():
+def test_find_reach_tries_a_longer_row_for_partly_reached_layers():
     model = make_model()
     model.model.layers[1].mlp = Compressing(32)
     assert find_reach(model).unreached == frozenset()
 
 
-def test_find_reach_sees_adapters_whose_product_is_zero():
+def test_find_reach_includes_adapters_with_zero_product():
     model = make_model()
     model.tower = nn.Linear(4, 4)
     model = add_lora(model, lora_config({"r": 2}))
@@ -96,7 +96,7 @@ def test_find_reach_sees_adapters_whose_product_is_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reentrant", [None, False, True])
-def test_find_reach_leaves_the_model_as_it_was(dtype, reentrant):
+def test_find_reach_does_not_change_the_model(dtype, reentrant):
     model = make_model(dropout=0.3).to(dtype)
     model.tower = nn.Linear(4, 4)
     model.requires_grad_(False)
@@ -123,7 +123,7 @@ def test_find_reach_leaves_the_model_as_it_was(dtype, reentrant):
     assert state() == before
 
 
-def test_find_reach_leaves_no_state_in_recurrent_layers():
+def test_find_reach_resets_recurrent_layers():
     model = make("recurrent_gemma", block_types=["recurrent", "attention"])
     held = [getattr(m, "recurrent_states", None) for m in model.modules() if hasattr(m, "recurrent_states")]
     assert find_reach(model) == Reach()
@@ -141,14 +141,14 @@ def test_find_reach_works_without_gradients_and_under_another_default_device():
         assert find_reach(model).unreached == {"tower.weight", "tower.bias"}
 
 
-def test_find_reach_needs_no_kernel_for_gpus():
+def test_find_reach_needs_no_gpu_kernel():
     model = make_model()
     model.config._attn_implementation = "flash_attention_2"
     assert find_reach(model) == find_reach(make_model())
     assert model.config._attn_implementation == "flash_attention_2"
 
 
-def test_find_reach_says_why_a_model_could_not_be_asked():
+def test_find_reach_reports_why_probing_failed():
     model = make_model()
     model.model.layers[0].mlp = nn.Linear(7, 7)
     reach = find_reach(model)
@@ -170,6 +170,6 @@ def test_find_reach_follows_quantized_layers(tmp_path, settings):
     assert any(not p.is_floating_point() for name, p in model.named_parameters() if name in unreached)
 
 
-def test_find_reach_names_linear_layers_that_give_more_than_a_tensor():
+def test_find_reach_names_linear_layers_with_several_outputs():
     assert find_reach(make("phimoe")).unlike_linear == {f"model.layers.{i}.mlp.router" for i in range(2)}
     assert find_reach(make("llama")).unlike_linear == frozenset()

@@ -78,7 +78,7 @@ def make(kind, folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_stays_what_the_model_was(kind, adapter_folder):
+def test_reference_is_unaffected_by_training(kind, adapter_folder):
     module, expected = make(kind, adapter_folder)
     reference = module._ref.reference
     assert reference.mode == EXPECTED.get(kind, "adapter_off")
@@ -99,7 +99,7 @@ def fails_in_the_middle(reference):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_of_the_model_is_touched(kind, adapter_folder):
+def test_reference_does_not_change_the_model(kind, adapter_folder):
     module, _ = make(kind, adapter_folder)
     model = module.model
     shake(model)
@@ -122,7 +122,7 @@ def test_nothing_of_the_model_is_touched(kind, adapter_folder):
 
 
 @pytest.mark.parametrize("kind", ["adapter_off", "modules_to_save", "pissa", "continued"])
-def test_an_export_holds_the_trained_adapter_only(kind, adapter_folder, tmp_path):
+def test_export_excludes_the_reference_adapter(kind, adapter_folder, tmp_path):
     module, _ = make(kind, adapter_folder)
     shake(module.model)
     module.export(tmp_path / "out")
@@ -139,7 +139,7 @@ def test_an_export_holds_the_trained_adapter_only(kind, adapter_folder, tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_fingerprint_is_of_the_weights_that_score(kind, adapter_folder):
+def test_reference_fingerprint_depends_on_its_weights(kind, adapter_folder):
     module, _ = make(kind, adapter_folder)
     reference = module._ref.reference
     first = reference.fingerprint()
@@ -152,7 +152,7 @@ def test_its_fingerprint_is_of_the_weights_that_score(kind, adapter_folder):
     assert reference.fingerprint() != first
 
 
-def test_a_loaded_model_is_copied():
+def test_reference_copies_a_loaded_model():
     model = make_model()
     module = DPO(model, tokenizer=make_tokenizer())
     module.configure_model()
@@ -163,14 +163,14 @@ def test_a_loaded_model_is_copied():
         torch.testing.assert_close(logprobs(reference), expected)
 
 
-def test_losses_without_a_reference_hold_no_copy(model_folder):
+def test_reference_free_losses_make_no_copy(model_folder):
     for loss in ("simpo", "orpo", "sft", {"simpo": 1.0, "sft": 0.5}):
         module = DPO(model_folder, loss=loss)
         module.configure_model()
         assert module._ref is None
 
 
-def test_another_adapter_can_be_switched_on():
+def test_reference_switches_to_another_adapter():
     model = add_lora(make_model(), lora_config(LORA), seed=0)
     shake(model)
     model.add_adapter("other", lora_config(LORA))
@@ -184,7 +184,7 @@ def test_another_adapter_can_be_switched_on():
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
 
 
-def test_a_copy_is_prepared_before_it_is_used():
+def test_reference_copy_is_prepared_before_use():
     prepared = []
     model = make_model()
     reference = Reference(model, prepare_copy=prepared.append)

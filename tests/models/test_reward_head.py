@@ -35,7 +35,7 @@ def alone(model, rows):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("wrap", [lambda model: model, adapted], ids=["plain", "peft"])
-def test_scores_are_the_models_own(rows, wrap, batch_size):
+def test_reward_head_matches_the_models_forward(rows, wrap, batch_size):
     model = wrap(make_scorer(pad_token_id=PAD))
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_scores_are_the_models_own(rows, wrap, batch_size):
     assert scores.std() > 0.01  # so that an order mixed up would show
 
 
-def test_padding_with_eos_does_not_hide_the_last_token(rows):
+def test_reward_head_reads_last_token_before_eos_padding(rows):
     """Trap 9: transformers takes the token before the end for the last one."""
     model = make_scorer(pad_token_id=EOS)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_padding_with_eos_does_not_hide_the_last_token(rows):
     torch.testing.assert_close(own, torch.stack([at[-2] for at in at_each]), atol=1e-5, rtol=1e-5)  # the trap is real
 
 
-def test_no_pad_token_is_needed_and_any_stands_in(rows):
+def test_reward_head_needs_no_pad_token(rows):
     model = make_scorer(pad_token_id=None)
     with pytest.raises(ValueError, match="padding token"), torch.no_grad():
         model(input_ids=torch.ones(2, 2, dtype=torch.int64))
@@ -68,7 +68,7 @@ def test_no_pad_token_is_needed_and_any_stands_in(rows):
         torch.testing.assert_close(score, alone(model, rows), atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_are_those_of_the_own_forward_pass(rows):
+def test_reward_head_gradients_match_the_models_forward(rows):
     model = adapted(make_scorer())
     weights = torch.linspace(-1, 1, len(rows))
     (last_token_rewards(model, rows, PAD, batch_size=3) * weights).sum().backward()
@@ -82,12 +82,12 @@ def test_gradients_are_those_of_the_own_forward_pass(rows):
         torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4)
 
 
-def test_without_gradients_none_are_kept(rows):
+def test_reward_head_without_gradients_keeps_no_graph(rows):
     with torch.no_grad():
         assert not last_token_rewards(adapted(make_scorer()), rows, PAD).requires_grad
 
 
-def test_the_adapters_head_counts_and_not_the_original(rows):
+def test_reward_head_uses_the_adapters_head(rows):
     model = adapted(make_scorer())
     with torch.no_grad():
         before = last_token_rewards(model, rows, PAD)
@@ -99,13 +99,13 @@ def test_the_adapters_head_counts_and_not_the_original(rows):
     torch.testing.assert_close(off, alone(make_scorer(), rows), atol=1e-5, rtol=1e-5)
 
 
-def test_no_rows_and_empty_rows():
+def test_reward_head_handles_no_rows_and_rejects_empty_rows():
     assert last_token_rewards(make_scorer(), [], PAD).shape == (0,)
     with pytest.raises(ModelError, match="Sequence 1 of 2 has no token"):
         last_token_rewards(make_scorer(), [torch.tensor([1]), torch.zeros(0, dtype=torch.int64)], PAD)
 
 
-def test_a_causal_model_and_several_labels_are_refused(rows):
+def test_reward_head_refuses_causal_models_and_several_labels(rows):
     with pytest.raises(ModelError, match=r"LlamaForCausalLM has no head .* AutoModelForSequenceClassification"):
         last_token_rewards(make_model(), rows, PAD)
     model = make_scorer()
@@ -116,14 +116,14 @@ def test_a_causal_model_and_several_labels_are_refused(rows):
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 0, 1, 2])
-def test_decoders_read_the_last_token(pad_token_id):
+def test_reward_head_reads_the_last_token_of_decoders(pad_token_id):
     check_last_token(make_scorer(pad_token_id=pad_token_id))
     check_last_token(adapted(make_scorer(pad_token_id=pad_token_id)))
     gpt2 = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=pad_token_id)
     check_last_token(GPT2ForSequenceClassification(gpt2).bfloat16())
 
 
-def test_encoders_that_pool_the_first_token_are_refused():
+def test_reward_head_refuses_first_token_pooling():
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=1, **sizes))
     model.train()

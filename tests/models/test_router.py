@@ -37,16 +37,16 @@ def test_find_own_loss_reads_the_coefficient_from_the_loss(kind):
 
 
 @pytest.mark.parametrize("options", [{"output_router_logits": False}, {"router_aux_loss_coef": 0.0}])
-def test_find_own_loss_is_the_cross_entropy_where_nothing_is_asked_for(options):
+def test_find_own_loss_is_the_cross_entropy_without_router_loss(options):
     assert find_own_loss(asking("mixtral", **options)) == OwnLoss()
 
 
-def test_find_own_loss_of_models_without_experts():
+def test_find_own_loss_accepts_models_without_experts():
     assert find_own_loss(make_model()) == OwnLoss()
     assert find_own_loss(add_lora(make_model().bfloat16(), lora_config({"r": 2}))) == OwnLoss()
 
 
-def test_find_own_loss_tells_of_what_it_does_not_know():
+def test_find_own_loss_reports_unknown_losses():
     class MorePrediction(type(make_model())):
         def forward(self, *args, labels=None, **kwargs):
             out = super().forward(*args, labels=labels, **kwargs)
@@ -62,7 +62,7 @@ def test_find_own_loss_tells_of_what_it_does_not_know():
     assert "not trained here" in found.unknown
 
 
-def test_find_own_loss_leaves_the_model_as_it_was():
+def test_find_own_loss_does_not_change_the_model():
     model = asking("mixtral").train()
     model(input_ids=torch.arange(4)[None])  # transformers puts hooks of its own on it
     hooks = [len(module._forward_hooks) for module in model.modules()]
@@ -74,7 +74,7 @@ def test_find_own_loss_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_router_loss_of_one_row_is_that_of_transformers(kind):
+def test_router_loss_of_one_row_matches_transformers(kind):
     model, (row,) = asking(kind), sequences(23)
     expected = model(input_ids=row.input_ids[None], labels=row.input_ids[None], use_cache=False).aux_loss
     ours = recorded(model, collate_examples([row]))
@@ -89,7 +89,7 @@ def test_router_loss_of_one_row_is_that_of_transformers(kind):
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "granitemoe"])
-def test_router_loss_leaves_out_padding(kind):
+def test_router_loss_excludes_padding(kind):
     model, rows = asking(kind), sequences(23, 9, 14)
     ids = torch.nn.utils.rnn.pad_sequence([row.input_ids for row in rows], batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row.input_ids)) for row in rows], batch_first=True).long()
@@ -97,7 +97,7 @@ def test_router_loss_leaves_out_padding(kind):
     torch.testing.assert_close(recorded(model, collate_examples(rows, packing=False)), expected.float())
 
 
-def test_router_loss_of_a_packed_row_is_over_all_of_its_tokens():
+def test_router_loss_of_a_packed_row_covers_all_tokens():
     """Shares of the experts, and mean probabilities, are averaged over the tokens of both rows, then multiplied."""
     model, rows = asking("mixtral"), sequences(20, 12)
     logits = [model(input_ids=row.input_ids[None], use_cache=False).router_logits for row in rows]
@@ -108,7 +108,7 @@ def test_router_loss_of_a_packed_row_is_over_all_of_its_tokens():
     torch.testing.assert_close(recorded(model, collate_examples(rows)), expected.float())
 
 
-def test_router_loss_over_an_adapter_and_under_gradient_checkpointing():
+def test_router_loss_supports_adapters_and_gradient_checkpointing():
     model, (row,) = asking("mixtral"), sequences(23)
     expected = recorded(model, collate_examples([row])).item()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -119,7 +119,7 @@ def test_router_loss_over_an_adapter_and_under_gradient_checkpointing():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_router_loss_of_a_multimodal_model():
+def test_router_loss_supports_multimodal_models():
     assert make_multimodal("gemma3").config is not None
     model = make("qwen3_vl_moe", image=True)
     model.config.text_config.output_router_logits = model.config.output_router_logits = True

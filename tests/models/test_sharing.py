@@ -86,7 +86,7 @@ def gradients(model, logprobs):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", SHARING)
-def test_log_probabilities_and_gradients_are_those_of_each_completion_alone(name, attention, lora):
+def test_sharing_matches_logprobs_and_gradients_of_single_completions(name, attention, lora):
     model = build(name, SHARING[name], attention).train()
     if lora:
         model = add_lora(model, lora_config({"r": 4, "init_lora_weights": False}), seed=0)
@@ -109,7 +109,7 @@ def test_log_probabilities_and_gradients_are_those_of_each_completion_alone(name
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", SHARING)
-def test_nothing_leaks_between_completions(name, attention):
+def test_sharing_keeps_completions_independent(name, attention):
     model = build(name, SHARING[name], attention).eval()
     prompts, completions = make()
     scorer = LogProbModel()
@@ -145,7 +145,7 @@ def falls_back(model, match):
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "mistral", "phi3"])
-def test_a_window_that_is_too_small_falls_back_with_a_warning(name):
+def test_sharing_falls_back_for_small_sliding_windows(name):
     window = LONGEST - 1
     model = build(name, {"sliding_window": window})
     batch = falls_back(model, f"{LONGEST} tokens are more than its attention window of {window}")
@@ -153,12 +153,12 @@ def test_a_window_that_is_too_small_falls_back_with_a_warning(name):
     assert probe(model).sharing is None  # shorter batches would share
 
 
-def test_a_state_space_model_falls_back_with_a_warning():
+def test_sharing_falls_back_for_state_space_models():
     batch = falls_back(build("mamba", {"state_size": 4}), "it doesn't keep packed sequences apart")
     assert not batch.packed
 
 
-def test_an_unknown_head_falls_back_with_a_warning():
+def test_sharing_falls_back_for_unknown_heads():
     class Shifted(type(make_model())):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
@@ -168,7 +168,7 @@ def test_an_unknown_head_falls_back_with_a_warning():
     falls_back(Shifted(make_model(100).config), "its own forward pass is used")
 
 
-def test_single_completions_have_nothing_to_share():
+def test_sharing_is_skipped_for_single_completions():
     model = build("mistral", {"sliding_window": 4})
     scorer = LogProbModel()
     prompts, completions = make()
@@ -180,7 +180,7 @@ def test_single_completions_have_nothing_to_share():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("window", [LONGEST, 8])
-def test_scores_at_last_tokens_are_those_of_each_conversation_alone(attention, window):
+def test_sharing_matches_scores_of_single_conversations(attention, window):
     torch.manual_seed(0)
     config = MistralConfig(**SMALL, sliding_window=window, num_labels=1, attn_implementation=attention)
     model = MistralForSequenceClassification(config).eval()

@@ -60,7 +60,7 @@ def test_fitted_adapts_every_linear_layer_and_every_expert(kind):
 
 
 @pytest.mark.parametrize("kind", [*MOE, *DENSE_TOO])
-def test_fitted_adapters_learn_and_come_back(kind, tmp_path):
+def test_fitted_adapters_learn_and_reload(kind, tmp_path):
     base = make(kind)
     untouched = copy.deepcopy(base)
     model = adapted(base).train()
@@ -94,7 +94,7 @@ def test_fitted_adapts_the_top_layers_only(kind):
     ids=lambda lora: next(iter(lora)),
 )
 @pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe", "phimoe", "deepseek_v3"])
-def test_fitted_says_once_which_experts_a_setting_leaves_out(kind, lora, recwarn):
+def test_fitted_reports_skipped_experts_once(kind, lora, recwarn):
     model = adapted(make(kind), lora)
     told = [str(w.message) for w in recwarn if "no adapter" in str(w.message)]
     assert len(told) == 1
@@ -104,7 +104,7 @@ def test_fitted_says_once_which_experts_a_setting_leaves_out(kind, lora, recwarn
     assert any("self_attn" in name for name in names(model))
 
 
-def test_fitted_tells_of_experts_that_the_model_reads_past_their_module():
+def test_fitted_reports_experts_whose_weights_bypass_their_module():
     class Holder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -128,7 +128,7 @@ def test_fitted_tells_of_experts_that_the_model_reads_past_their_module():
     assert step(model.train()) == []
 
 
-def test_an_adapter_that_the_model_does_not_run_with_is_refused():
+def test_adapter_that_breaks_the_model_is_refused():
     class GivesTwo(nn.Linear):
         def forward(self, hidden):
             return super().forward(hidden), None
@@ -150,7 +150,7 @@ def test_an_adapter_that_the_model_does_not_run_with_is_refused():
     assert step(model.train()) == []
 
 
-def test_fitted_leaves_out_layers_that_peft_refuses(recwarn):
+def test_fitted_skips_layers_that_peft_refuses(recwarn):
     model = adapted(make("mamba"))
     assert {name.split(".")[-3] for name in names(model)} == {"in_proj", "x_proj", "dt_proj"}
     told = [str(w.message) for w in recwarn if "no adapter" in str(w.message)]
@@ -158,7 +158,7 @@ def test_fitted_leaves_out_layers_that_peft_refuses(recwarn):
     assert "mixer.out_proj.weight" in told[0]
 
 
-def test_a_model_without_tokens_is_refused():
+def test_fitted_refuses_a_model_without_token_inputs():
     class Tower(type(make_model())):
         def get_input_embeddings(self):
             raise NotImplementedError
@@ -169,7 +169,7 @@ def test_a_model_without_tokens_is_refused():
         adapted(base)
 
 
-def test_fitted_leaves_targets_alone_that_the_user_names():
+def test_fitted_keeps_target_modules_of_the_user():
     config = lora_config({"r": 2, "target_modules": ["q_proj"]})
     base = make("gpt_oss")
     assert fitted(config, base, find_reach(base)).target_parameters is None
@@ -180,7 +180,7 @@ def test_fitted_leaves_targets_alone_that_the_user_names():
 
 @pytest.mark.parametrize("excluded", [["q_proj"], r".*\.q_proj"])
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
-def test_fitted_leaves_out_what_the_user_excludes(kind, excluded):
+def test_fitted_skips_excluded_modules(kind, excluded):
     model = adapted(make(kind), {"exclude_modules": excluded})
     assert not any("q_proj" in name for name in names(model))
     assert any("k_proj" in name for name in names(model))
@@ -188,7 +188,7 @@ def test_fitted_leaves_out_what_the_user_excludes(kind, excluded):
 
 @pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen3_vl"])
 @pytest.mark.parametrize("lora", [{}, {"target_modules": ["q_proj", "v_proj"]}, {"exclude_modules": ["v_proj"]}])
-def test_fitted_leaves_out_towers(kind, lora, tmp_path):
+def test_fitted_skips_towers(kind, lora, tmp_path):
     base = make_multimodal(kind)
     untouched, text = copy.deepcopy(base), {id(p) for p in base.get_decoder().parameters()}
     model = adapted(base, lora)
@@ -208,12 +208,12 @@ def test_fitted_leaves_out_towers(kind, lora, tmp_path):
         ({"modules_to_save": ["multi_modal_projector"]}, "multi_modal_projector"),
     ],
 )
-def test_fitted_refuses_what_names_only_towers(lora, named):
+def test_fitted_refuses_targets_on_towers_only(lora, named):
     with pytest.raises(ConfigError, match=named):
         adapted(make_multimodal("gemma3"), lora)
 
 
-def test_a_saved_adapter_on_a_tower_is_continued_frozen_there(tmp_path):
+def test_saved_adapter_on_a_tower_stays_frozen(tmp_path):
     base = make_multimodal("gemma3")
     add_lora(copy.deepcopy(base), lora_config({"r": 2})).save_pretrained(tmp_path)
     model = Adaptation(base, None, str(tmp_path)).apply(base, seed=0)[0]
@@ -223,7 +223,7 @@ def test_a_saved_adapter_on_a_tower_is_continued_frozen_there(tmp_path):
     assert step(model.train()) == []
 
 
-def test_fitted_does_not_change_the_configuration_that_it_is_given():
+def test_fitted_does_not_change_the_passed_config():
     config = lora_config({"r": 2})
     before = copy.deepcopy(config)
     base = make("qwen3_moe")
@@ -237,7 +237,7 @@ def test_fitted_names_what_peft_refuses():
         fitted(LoraConfig(target_modules=["nowhere"]), base, find_reach(base))
 
 
-def test_skeleton_has_no_weights_and_leaves_the_model_alone():
+def test_skeleton_has_no_weights_and_does_not_change_the_model():
     base = make("gpt_oss")
     before = {name: value.clone() for name, value in base.state_dict().items()}
     copied = skeleton(base)
@@ -248,7 +248,7 @@ def test_skeleton_has_no_weights_and_leaves_the_model_alone():
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
-def test_adapters_are_drawn_as_without_a_look_at_the_model():
+def test_fitted_does_not_change_adapter_initialization():
     """Where text reaches everything and there are no experts, the adapter is the one that PEFT makes by itself."""
     model = adapted(make_model())
     expected = add_lora(make_model().requires_grad_(False), lora_config({"r": 2}), seed=0)

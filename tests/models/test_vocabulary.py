@@ -35,7 +35,7 @@ def test_untrained_rows_are_zero_or_equal_to_each_other():
     assert untrained_rows(model, [50, 60]) == []
 
 
-def test_untrained_rows_know_nothing_of_no_tokens():
+def test_untrained_rows_accept_no_tokens():
     assert untrained_rows(make_model(), []) == []
 
 
@@ -48,7 +48,7 @@ def test_untrained_rows_know_nothing_of_no_tokens():
         ({"target_modules": ["embed_tokens"]}, []),
     ],
 )
-def test_frozen_tokens_are_those_that_no_adapter_trains(lora, frozen):
+def test_frozen_tokens_are_those_without_trained_embedding(lora, frozen):
     model = make_model()
     model.requires_grad_(False)
     model = add_lora(model, lora_config({"r": 2, **lora}))
@@ -61,7 +61,7 @@ def test_frozen_tokens_are_none_in_full_fine_tuning():
 
 
 @pytest.mark.parametrize(("tie", "names"), [(True, ["embed_tokens"]), (False, ["embed_tokens", "lm_head"])])
-def test_trainable_tokens_name_a_head_of_its_own(tie, names):
+def test_trainable_tokens_include_an_untied_head(tie, names):
     assert trainable_tokens(make_model(tie=tie), [5]) == {name: [5] for name in names}
 
 
@@ -96,7 +96,7 @@ def test_check_special_tokens_names_an_end_token_without_an_embedding():
     check_special_tokens(model, make_tokenizer())
 
 
-def test_ends_at_ordinary_tokens_finds_another_vocabularys_end():
+def test_ends_at_ordinary_tokens_finds_end_tokens_of_another_vocabulary():
     model, tokenizer = make_model(), make_tokenizer()
     assert ends_at_ordinary_tokens(model, tokenizer) == []
     model.generation_config.eos_token_id = [2, 77, 10**6]

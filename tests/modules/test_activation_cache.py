@@ -51,7 +51,7 @@ def counts(module):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("packing", [True, False])
-def test_cold_and_warm_runs_are_the_same_to_the_bit_and_near_one_without(train, tmp_path, packing, precision):
+def test_cold_and_warm_cache_runs_are_equal(train, tmp_path, packing, precision):
     """With dropout above, so that the random stream is the same too."""
     options = {"data": {"packing": packing}, "lora": {"lora_dropout": 0.3}, "precision": precision}
     cold, warm = (train(tmp_path / "states", **options) for _ in range(2))
@@ -63,7 +63,7 @@ def test_cold_and_warm_runs_are_the_same_to_the_bit_and_near_one_without(train, 
     assert not same(untrained, cold)
 
 
-def test_the_first_step_is_trained_under_autocast(train, tmp_path):
+def test_activation_cache_trains_first_step_under_autocast(train, tmp_path):
     """What is compared ahead of it must not leave weights cast without gradients behind."""
     options = {"max_steps": 1, "precision": "bf16-mixed", "lora": {"init_lora_weights": "orthogonal"}}
     without, cached = (weights(train(folder, **options)) for folder in (None, tmp_path))
@@ -71,7 +71,7 @@ def test_the_first_step_is_trained_under_autocast(train, tmp_path):
         assert ((value - cached[name]).abs() <= 1e-3).float().mean() >= 0.95
 
 
-def test_half_of_the_rows_may_be_there(train, tmp_path):
+def test_activation_cache_may_be_half_filled(train, tmp_path):
     cold = train(tmp_path / "all")
     train(tmp_path / "half", max_steps=3)  # batches of 4
     mixed = train(tmp_path / "half")
@@ -80,7 +80,7 @@ def test_half_of_the_rows_may_be_there(train, tmp_path):
     assert counts(train(tmp_path / "half")) == (0, 72)
 
 
-def test_a_file_lost_between_runs_is_computed_again(train, tmp_path):
+def test_activation_cache_recomputes_lost_files(train, tmp_path):
     cold = train(tmp_path, max_epochs=1)
     (path,) = tmp_path.glob("*/*.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
@@ -89,12 +89,12 @@ def test_a_file_lost_between_runs_is_computed_again(train, tmp_path):
     assert same(cold, again)
 
 
-def test_gradient_checkpointing_gives_the_same(train, tmp_path, model_folder):
+def test_activation_cache_is_exact_under_gradient_checkpointing(train, tmp_path, model_folder):
     ends = [train(module=module_for(model_folder, tmp_path, gradient_checkpointing=on)) for on in (False, True)]
     close(*ends, atol=1e-6)
 
 
-def test_accumulated_gradients_and_more_layers(train, tmp_path, tokenizer):
+def test_activation_cache_supports_accumulation_and_several_layers(train, tmp_path, tokenizer):
     def deep(folder):
         return module_for(make_model(layers=4), folder, tokenizer=tokenizer, top_layers=2)
 
@@ -107,7 +107,7 @@ def test_accumulated_gradients_and_more_layers(train, tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "stop_at", [pytest.param(4, marks=pytest.mark.slow), 6, pytest.param(9, marks=pytest.mark.slow)]
 )
-def test_a_resumed_run_equals_the_uninterrupted_one(train, fit, model_folder, tmp_path, stop_at):
+def test_activation_cache_run_resumes_exactly(train, fit, model_folder, tmp_path, stop_at):
     """Six steps an epoch: in the middle of one, at its end, and in the middle of the next; with dropout above."""
     lora = {"lora_dropout": 0.3}
     saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
@@ -120,7 +120,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(train, fit, model_folder, tm
     assert same(whole, resumed)
 
 
-def test_states_are_written_with_a_checkpoint(train, tmp_path):
+def test_activation_cache_is_flushed_with_a_checkpoint(train, tmp_path):
     """A run that is killed afterwards finds them."""
 
     class Stops(_pl.Callback):
@@ -134,7 +134,7 @@ def test_states_are_written_with_a_checkpoint(train, tmp_path):
     assert counts(train(tmp_path / "states", max_epochs=1)) == (12, 12)
 
 
-def test_an_adapter_is_continued_in_its_own_layers(train, model_folder, tmp_path):
+def test_continued_adapter_keeps_its_layers(train, model_folder, tmp_path):
     folder = train().export(tmp_path / "adapter")
 
     def continued(cache):
@@ -146,7 +146,7 @@ def test_an_adapter_is_continued_in_its_own_layers(train, model_folder, tmp_path
 
 
 @torch.no_grad()
-def test_plain_peft_loads_what_is_exported(train, model_folder, tmp_path):
+def test_exported_top_layers_load_in_plain_peft(train, model_folder, tmp_path):
     with torch.enable_grad():
         module = train(tmp_path / "states")
     folder = module.export(tmp_path / "adapter")
@@ -159,7 +159,7 @@ def test_plain_peft_loads_what_is_exported(train, model_folder, tmp_path):
         assert (plain(ids).logits - live).abs().max() > 1e-2
 
 
-def test_validation_runs_all_layers(fit, model_folder, tmp_path):
+def test_validation_bypasses_the_activation_cache(fit, model_folder, tmp_path):
     losses = []
     for folder in (None, tmp_path):
         torch.manual_seed(1)
@@ -170,7 +170,7 @@ def test_validation_runs_all_layers(fit, model_folder, tmp_path):
     assert counts(module) == (24, 24)  # none of them was kept
 
 
-def test_a_loop_of_ones_own(model_folder, tmp_path):
+def test_activation_cache_works_in_a_custom_loop(model_folder, tmp_path):
     found = []
     for folder in (None, tmp_path / "states", tmp_path / "states"):
         module = module_for(model_folder, folder, lora={"init_lora_weights": "orthogonal"})
@@ -188,7 +188,7 @@ def test_a_loop_of_ones_own(model_folder, tmp_path):
     assert [counts(module) for module in found[1:]] == [(12, 12), (0, 24)]
 
 
-def test_the_same_row_twice_in_an_epoch_is_computed_once(fit, model_folder, tmp_path):
+def test_activation_cache_computes_repeated_rows_once(fit, model_folder, tmp_path):
     module = module_for(model_folder, tmp_path)
     fit(module, ROWS[:4] * 3)
     assert counts(module) == (4, 8)

@@ -88,7 +88,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_layers_that_depend_on_more_are_found_out_with_the_first_batch(tmp_path, case):
+def test_activation_cache_detects_unsupported_layers_at_the_first_batch(tmp_path, case):
     make, reason = UNFIT[case]
     reader = reader_of(with_adapters(make(), 1), tmp_path)
     with pytest.raises(ModelError, match=reason), reader.around(batch_of()):
@@ -96,7 +96,7 @@ def test_layers_that_depend_on_more_are_found_out_with_the_first_batch(tmp_path,
     assert not any("forward" in vars(layer) for layer in reader.frozen.layers[1:-1])
 
 
-def test_dropout_above_is_no_randomness_below(tmp_path):
+def test_activation_cache_accepts_dropout_in_trained_layers(tmp_path):
     """Also once the adapter gives something, so that what is dropped shows."""
     reader = reader_of(with_adapters(build("llama"), 1, lora_dropout=0.5), tmp_path)
     before = torch.random.get_rng_state()
@@ -104,7 +104,7 @@ def test_dropout_above_is_no_randomness_below(tmp_path):
         assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_prefixes_that_are_shared_are_refused(tmp_path):
+def test_activation_cache_refuses_shared_prefixes(tmp_path):
     reader = reader_of(with_adapters(build("llama")), tmp_path)
     with reader.around(batch_of()):
         pass
@@ -115,14 +115,14 @@ def test_prefixes_that_are_shared_are_refused(tmp_path):
         pass
 
 
-def test_dropout_in_the_models_configuration_is_refused(fit, tmp_path, tokenizer):
+def test_activation_cache_refuses_dropout_in_the_model_config(fit, tmp_path, tokenizer):
     module = module_for(make_model(dropout=0.1), str(tmp_path), tokenizer=tokenizer)
     with pytest.raises(ModelError, match=r"attention_dropout is 0.1 below the trained layers"):
         fit(module, ROWS)
     assert module.trainer.global_step == 0
 
 
-def test_adapters_in_all_layers_are_refused(fit, model_folder, tmp_path):
+def test_activation_cache_refuses_adapters_in_all_layers(fit, model_folder, tmp_path):
     module = module_for(model_folder, str(tmp_path), top_layers=None)
     with pytest.raises(ModelError, match="The lowest of the 2 layers is trained"):
         fit(module, ROWS)
@@ -145,12 +145,12 @@ def test_adapters_in_all_layers_are_refused(fit, model_folder, tmp_path):
         ({"adapter": "some/adapter", "top_layers": 1}, "leave out top_layers"),
     ],
 )
-def test_wrong_settings_are_refused_before_anything_is_loaded(arguments, message):
+def test_activation_cache_rejects_invalid_options_before_loading(arguments, message):
     with pytest.raises(ConfigError, match=message):
         LoRAFineTuning("no/such-model", **arguments)
 
 
-def test_what_may_be_given(tmp_path):
+def test_activation_cache_accepts_its_options(tmp_path):
     assert [ActivationCache.of(given) for given in (None, False)] == [None, None]
     default = ActivationCache.of(True)
     assert default.folder.name == "lightning_ft_activations"
@@ -160,7 +160,7 @@ def test_what_may_be_given(tmp_path):
     assert ActivationCache.of({"folder": str(tmp_path)}) == ActivationCache(tmp_path, 50.0)
 
 
-def test_more_than_may_be_kept_is_refused_before_training(fit, model_folder, tmp_path):
+def test_activation_cache_over_its_limit_is_refused_before_training(fit, model_folder, tmp_path):
     module = module_for(model_folder, {"folder": str(tmp_path), "max_gib": 1e-6})
     with pytest.raises(ConfigError, match=r"[\d,]+ bytes of states are more than the 1,073 .* larger max_gib"):
         fit(module, ROWS)
@@ -168,7 +168,7 @@ def test_more_than_may_be_kept_is_refused_before_training(fit, model_folder, tmp
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_what_will_be_written_is_announced(fit, model_folder, tmp_path, caplog):
+def test_activation_cache_size_is_logged_before_training(fit, model_folder, tmp_path, caplog):
     for there in (0, 24):
         caplog.clear()
         with caplog.at_level("INFO"):
@@ -185,7 +185,7 @@ def batches(tokenizer):
     return list(data.train_dataloader())
 
 
-def test_a_cache_that_fills_is_warned_of_once_and_training_is_exact(trainer_options, model_folder, tokenizer, tmp_path):
+def test_full_activation_cache_warns_once_and_trains_exactly(trainer_options, model_folder, tokenizer, tmp_path):
     """Of batches that no DataModule counts, the tokens aren't known in advance."""
     ends = []
     for name, size in (("small", 10_000), ("large", GIB)):
@@ -207,7 +207,7 @@ def test_a_cache_that_fills_is_warned_of_once_and_training_is_exact(trainer_opti
     assert same(*ends)
 
 
-def test_rows_that_change_every_epoch_are_warned_of(trainer_options, model_folder, tmp_path):
+def test_activation_cache_warns_of_rows_that_change_every_epoch(trainer_options, model_folder, tmp_path):
     class Anew(torch.utils.data.IterableDataset):
         drawn = 0
 
@@ -224,7 +224,7 @@ def test_rows_that_change_every_epoch_are_warned_of(trainer_options, model_folde
         train(Anew())
 
 
-def test_settings_are_json_and_come_back_from_a_checkpoint(fit, model_folder, tmp_path):
+def test_activation_cache_options_are_json_and_restored(fit, model_folder, tmp_path):
     cache = {"folder": str(tmp_path / "states"), "max_gib": 1}
     module = module_for(model_folder, cache)
     trainer = fit(module, ROWS)
@@ -238,7 +238,7 @@ def test_settings_are_json_and_come_back_from_a_checkpoint(fit, model_folder, tm
 
 
 @pytest.mark.parametrize("given", [lambda path: path, lambda path: {"folder": path}])
-def test_paths_are_text_in_hyperparameters(model_folder, tmp_path, given):
+def test_activation_cache_path_is_a_string_in_hyperparameters(model_folder, tmp_path, given):
     module = module_for(model_folder, given(tmp_path))
     assert json.loads(json.dumps(dict(module.hparams)))["activation_cache"] in (
         str(tmp_path),
@@ -246,7 +246,7 @@ def test_paths_are_text_in_hyperparameters(model_folder, tmp_path, given):
     )
 
 
-def test_the_command_line_takes_them(monkeypatch, tmp_path, model_folder):
+def test_activation_cache_options_are_read_from_the_command_line(monkeypatch, tmp_path, model_folder):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False, "enable_checkpointing": False}
     config = {
@@ -265,7 +265,7 @@ def test_the_command_line_takes_them(monkeypatch, tmp_path, model_folder):
 # -------------------------------------------------------------------- what it costs
 
 
-def test_operations_are_those_of_the_trained_layers_and_each_row_once(trainer_options, model_folder, tmp_path):
+def test_activation_cache_flops_count_frozen_layers_once_per_row(trainer_options, model_folder, tmp_path):
     spent = []
     for cache in (str(tmp_path), str(tmp_path), None):
         meter, module = ComputeMeter(every_n_steps=1), module_for(model_folder, cache)
@@ -279,7 +279,7 @@ def test_operations_are_those_of_the_trained_layers_and_each_row_once(trainer_op
     assert cold < every
 
 
-def test_operations_of_one_row(tmp_path):
+def test_activation_cache_flops_of_one_row(tmp_path):
     model = with_adapters(make_model(layers=3), 1)
     reader = reader_of(model, tmp_path)
     length = 20

@@ -31,7 +31,7 @@ def split(module):
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_averages_resume_and_leave_the_base_alone(trainer_options, tmp_path, model_folder, average):
+def test_weight_averages_resume_and_exclude_the_base(trainer_options, tmp_path, model_folder, average):
     epochs = 3 if average == "swa" else 2
     trained, frozen = split(fit(trainer_options, tmp_path / "whole", model_folder, average, epochs))
     original = LoRAFineTuning(model_folder)
@@ -55,7 +55,7 @@ def test_averages_resume_and_leave_the_base_alone(trainer_options, tmp_path, mod
         assert torch.equal(resumed[name], weights), name
 
 
-def test_what_a_run_ends_with_is_an_average(trainer_options, tmp_path, model_folder):
+def test_weight_averaging_ends_with_averaged_weights(trainer_options, tmp_path, model_folder):
     ends = [split(fit(trainer_options, tmp_path / name, model_folder, name, 3))[0] for name in AVERAGES]
     last = torch.load(tmp_path / "swa" / "epoch=2.ckpt", weights_only=True)["state_dict"]
     assert any(not torch.equal(ends[1][name], last[name]) for name in last)

@@ -58,7 +58,7 @@ def run(fit, module, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["half", "code"])
-def test_last_checkpoint_that_is_damaged_is_replaced_by_the_newest_whole_one(run, tmp_path, monkeypatch, harm):
+def test_damaged_last_checkpoint_falls_back_to_the_newest_intact_one(run, tmp_path, monkeypatch, harm):
     monkeypatch.chdir(tmp_path)
     run(3)
     whole = run(4, folder=tmp_path / "whole")
@@ -77,7 +77,7 @@ def test_last_checkpoint_that_is_damaged_is_replaced_by_the_newest_whole_one(run
     assert not (tmp_path / "ran").exists()
 
 
-def test_damaged_checkpoint_is_named_where_there_is_no_other(run, tmp_path):
+def test_damaged_checkpoint_without_alternative_is_named(run, tmp_path):
     run(1)
     for file in (tmp_path / "k").iterdir():
         file.write_bytes(file.read_bytes()[:-1])
@@ -87,7 +87,7 @@ def test_damaged_checkpoint_is_named_where_there_is_no_other(run, tmp_path):
         run(2, ckpt_path=str(tmp_path / "k" / "step=1.ckpt"))
 
 
-def test_full_disk_stops_a_run_with_the_name_of_the_file_and_leaves_earlier_ones(run, tmp_path):
+def test_full_disk_error_names_the_checkpoint_and_keeps_earlier_ones(run, tmp_path):
     run(1)
     before = {path.name: path.read_bytes() for path in (tmp_path / "k").iterdir()}
     with full_disk(10_000), pytest.raises(FileWriteError, match=r"step=2\.ckpt' can't be written \(File too large\)"):
@@ -99,7 +99,9 @@ def test_full_disk_stops_a_run_with_the_name_of_the_file_and_leaves_earlier_ones
 @pytest.mark.parametrize(
     ("call", "content"), [("fit", "folder"), ("validate", b""), ("test", b"text"), ("predict", "code")]
 )
-def test_trainer_names_a_file_that_is_no_checkpoint(module, trainer_options, tmp_path, monkeypatch, call, content):
+def test_trainer_error_names_a_file_that_is_not_a_checkpoint(
+    module, trainer_options, tmp_path, monkeypatch, call, content
+):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "some.ckpt"
     if content == "folder":
@@ -114,7 +116,7 @@ def test_trainer_names_a_file_that_is_no_checkpoint(module, trainer_options, tmp
     assert not (tmp_path / "ran").exists()
 
 
-def test_checkpoint_of_weights_only_is_no_point_to_go_on_from(fit, module, trainer_options, tmp_path):
+def test_weights_only_checkpoint_cannot_be_resumed(fit, module, trainer_options, tmp_path):
     trained = module()
     fit(trained, ROWS, max_steps=1).save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     with pytest.raises(CheckpointError, match=r"a\.ckpt' contains weights only.*load_checkpoint"):
@@ -124,7 +126,7 @@ def test_checkpoint_of_weights_only_is_no_point_to_go_on_from(fit, module, train
     assert same(weights(again), weights(trained))
 
 
-def test_checkpoints_of_others_are_refused(fit, module, model_folder, trainer_options, tmp_path):
+def test_foreign_checkpoints_are_refused(fit, module, model_folder, trainer_options, tmp_path):
     fit(module(), ROWS, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
     larger = LoRAFineTuning(model_folder, lora={"r": 4})
     with pytest.raises(CheckpointError, match=r"lora_A\.default\.weight is \(2, \d+\) in it and \(4, \d+\) here"):
@@ -143,7 +145,7 @@ def test_checkpoints_of_others_are_refused(fit, module, model_folder, trainer_op
             fit(module(), ROWS, ckpt_path=tmp_path / "c.ckpt")
 
 
-def test_load_from_checkpoint_runs_nothing(fit, module, tmp_path, monkeypatch):
+def test_load_from_checkpoint_executes_no_code(fit, module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained = module()
     fit(trained, ROWS, max_steps=1).save_checkpoint("good.ckpt")
@@ -182,7 +184,7 @@ class Own(_pl.plugins.TorchCheckpointIO):
 
 
 @pytest.mark.parametrize("plugin", [Own, _pl.plugins.AsyncCheckpointIO])
-def test_plugins_of_the_user_for_checkpoints_stay(fit, module, tmp_path, plugin):
+def test_checkpoint_plugins_of_the_user_are_kept(fit, module, tmp_path, plugin):
     own = plugin()
     trained = module()
     saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, filename="{step}", save_top_k=-1)
@@ -197,7 +199,7 @@ def test_plugins_of_the_user_for_checkpoints_stay(fit, module, tmp_path, plugin)
         assert isinstance(own.checkpoint_io, WholeCheckpointIO)
 
 
-def test_checkpoints_of_another_file_system(fit, module):
+def test_checkpoints_support_other_file_systems(fit, module):
     trained = module()
     trainer = fit(trained, ROWS, max_steps=1)
     with warnings.catch_warnings():
@@ -212,12 +214,12 @@ def test_checkpoints_of_another_file_system(fit, module):
         fit(module(), ROWS, max_steps=1, ckpt_path="memory://runs/a.ckpt")
 
 
-def test_full_fine_tuning_is_checkpointed_alike(fit, model_folder, tmp_path):
+def test_checkpoint_checks_apply_to_full_fine_tuning(fit, model_folder, tmp_path):
     trainer = fit(FullFineTuning(model_folder), ROWS, max_steps=1)
     assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpointIO)
 
 
-def test_checkpoint_does_not_ask_for_code_of_a_repository(fit, model_folder, tmp_path):
+def test_checkpoint_does_not_request_remote_code(fit, model_folder, tmp_path):
     for kind in (LoRAFineTuning, PairDataModule):
         module = LoRAFineTuning(model_folder, trust_remote_code=True)
         trainer = fit(module, make_rows(4), max_steps=1, data={"trust_remote_code": True})

@@ -22,7 +22,7 @@ def module_for(kind, folder):
 
 
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
-def test_it_holds_the_trainable_weights_and_nothing_that_needs_pickle(fit, model_folder, tmp_path, kind):
+def test_checkpoint_contains_trainable_weights_without_pickled_objects(fit, model_folder, tmp_path, kind):
     module = module_for(kind, model_folder)
     trainer = fit(module, ROWS, max_steps=2)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -38,7 +38,7 @@ def test_it_holds_the_trainable_weights_and_nothing_that_needs_pickle(fit, model
 
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
 @pytest.mark.parametrize("stop_at", [2, 3])
-def test_a_resumed_run_equals_the_uninterrupted_one(fit, model_folder, tmp_path, kind, stop_at):
+def test_sft_run_resumes_exactly(fit, model_folder, tmp_path, kind, stop_at):
     """Three steps an epoch: in the middle of one, at its end, and in the middle of the next."""
     options = {"max_epochs": 3, "accumulate_grad_batches": 2, "data": {"shuffle": True}}
     torch.manual_seed(1)
@@ -54,14 +54,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(fit, model_folder, tmp_path,
     assert resumed._step_metrics.tokens_seen == whole._step_metrics.tokens_seen
 
 
-def test_another_adapter_is_refused(fit, model_folder, tmp_path):
+def test_checkpoint_of_another_adapter_is_refused(fit, model_folder, tmp_path):
     trainer = fit(LoRAFineTuning(model_folder, lora={"r": 4, "target_modules": ["q_proj"]}), ROWS, max_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ModelError, match=r"weights are not trainable here|it lacks"):
         fit(LoRAFineTuning(model_folder, lora={"r": 4}), ROWS, ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
 
 
-def test_validation_from_a_checkpoint_uses_its_weights(fit, model_folder, tmp_path, trainer_options):
+def test_validation_uses_the_weights_of_the_checkpoint(fit, model_folder, tmp_path, trainer_options):
     module = module_for(LoRAFineTuning, model_folder)
     trainer = fit(module, ROWS, max_steps=4)
     trainer.save_checkpoint(tmp_path / "a.ckpt")

@@ -123,13 +123,13 @@ def test_token_without_an_embedding_is_named_before_the_first_step(kind, split, 
 
 
 @pytest.mark.parametrize("kind", ["full", "dpo", "grpo"])
-def test_longer_tokenizer_than_embeddings_trains_where_no_row_needs_it(kind, small, train):
+def test_tokenizer_may_exceed_embeddings_if_no_row_needs_it(kind, small, train):
     train(MODULES[kind][0](small), data_of(kind, "where"))
     assert train.steps == 1
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_batches_of_a_loader_of_ones_own_are_looked_at(kind, small, train):
+def test_batches_of_a_custom_loader_are_checked(kind, small, train):
     tokenizer = tokenizer_with(CALL)
     data = data_of(kind, f"where {CALL}", tokenizer=tokenizer, batch_size=7)
     data.setup("fit")
@@ -161,14 +161,14 @@ def test_padding_token_without_an_embedding_is_refused(model_folder, train):
         train(FullFineTuning(model_folder, tokenizer=tokenizer), data_of("full", "where"))
 
 
-def test_rows_of_a_second_run_are_looked_at_too(small, train):
+def test_rows_of_a_second_run_are_checked(small, train):
     module = FullFineTuning(small)
     train(module, data_of("full", "where"))
     with pytest.raises(ModelError, match=CALL):
         train(module, data_of("full", CALL))
 
 
-def test_validate_looks_at_its_rows(small, trainer_options):
+def test_validate_checks_its_rows(small, trainer_options):
     module = FullFineTuning(small)
     Trainer(**trainer_options).validate(module, data_of("full", "where", "validation"), verbose=False)
     with pytest.raises(ModelError, match=r"validation \(validation, row 7\)"):
@@ -188,7 +188,7 @@ def test_row_beyond_a_table_of_positions_is_named_before_the_first_step(kind, tm
     train(MODULES[kind][0](str(tmp_path)), data_of(kind, LONG, max_length=64, on_overlong="drop"))
 
 
-def test_row_beyond_rotary_positions_is_told_and_trained(tmp_path, train):
+def test_row_beyond_rotary_positions_is_reported_and_trained(tmp_path, train):
     model = make_model()
     model.config.max_position_embeddings = 64
     with pytest.warns(UserWarning, match=r"train \(train, row 7\) has \d+ tokens, more than the 64 positions") as told:
@@ -251,7 +251,7 @@ def call_rows():
     return [*make_rows(4), *({"input": f"where {n}", "output": CALL} for n in range(4))]
 
 
-def test_tokens_that_nothing_trains_are_told_and_the_advice_trains_them(grown, tmp_path, train):
+def test_untrained_tokens_are_reported_with_a_working_remedy(grown, tmp_path, train):
     token = len(tokenizer_with(CALL)) - 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -279,7 +279,7 @@ def test_tokens_that_nothing_trains_are_told_and_the_advice_trains_them(grown, t
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
 
 
-def test_tokens_that_the_checkpoint_lacks_are_new_whatever_their_embedding(model_folder, train):
+def test_tokens_missing_in_the_checkpoint_count_as_new(model_folder, train):
     tokenizer = tokenizer_with(CALL)  # within the matrix, whose last rows no token had
     with pytest.warns(UserWarning, match=rf"'{CALL}' \(id {len(tokenizer) - 1}\) in 4 rows"):
         train(
@@ -289,7 +289,7 @@ def test_tokens_that_the_checkpoint_lacks_are_new_whatever_their_embedding(model
 
 
 @pytest.mark.parametrize("kind", ["full", "rows", "known"])
-def test_nothing_is_said_of_tokens_that_are_trained_or_not_used(kind, grown, model_folder, train):
+def test_token_checks_are_silent_about_trained_or_unused_tokens(kind, grown, model_folder, train):
     module = {
         "full": lambda: FullFineTuning(grown),
         "rows": lambda: LoRAFineTuning(grown, lora={"r": 2}),
@@ -305,7 +305,7 @@ def test_nothing_is_said_of_tokens_that_are_trained_or_not_used(kind, grown, mod
 # ---- another vocabulary
 
 
-def test_tokenizer_of_another_model_is_told(model_folder, train):
+def test_tokenizer_of_another_model_is_reported(model_folder, train):
     core = json.loads(make_tokenizer().backend_tokenizer.to_str())
     words = core["model"]["vocab"]
     other = {text: (number if number < 4 else 4 + (number + 50) % (len(words) - 4)) for text, number in words.items()}
@@ -316,7 +316,7 @@ def test_tokenizer_of_another_model_is_told(model_folder, train):
         train(FullFineTuning(model_folder, tokenizer=tokenizer), data_of("full", "where"))
 
 
-def test_end_token_that_is_ordinary_text_is_told(train):
+def test_end_token_of_ordinary_text_is_reported(train):
     model = make_model()
     model.generation_config.eos_token_id = 77
     with pytest.warns(UserWarning, match=r"ends answers at .* \(id 77\), which is ordinary text"):
@@ -328,7 +328,7 @@ def test_end_token_that_is_ordinary_text_is_told(train):
 
 @pytest.mark.parametrize("rows", [("grpo", "PromptBatch"), ("dpo", "PreferenceBatch")])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_supervised_fine_tuning_names_the_datamodule_that_it_takes(kind, rows, model_folder, train):
+def test_sft_error_names_the_datamodule_that_it_needs(kind, rows, model_folder, train):
     given, batch = rows
     with pytest.raises(ConfigError, match=f"got a {batch}: pass a PairDataModule to the Trainer"):
         train(MODULES[kind][0](model_folder), data_of(given, "where"))
@@ -341,7 +341,7 @@ def test_reward_model_refuses_a_loaded_classifier(model_folder, train):
 
 
 @pytest.mark.parametrize("turns", [[], [{"role": "user", "content": "where"}]])
-def test_score_conversations_refuses_one_without_an_answer(turns, model_folder):
+def test_score_conversations_refuses_a_conversation_without_answer(turns, model_folder):
     with pytest.raises(ConfigError, match="Conversation 0 doesn't end with an answer"):
         RewardModeling(model_folder).score_conversations([turns])
 
@@ -357,7 +357,7 @@ def test_adapted_model_is_refused_where_a_base_is_expected(kind):
     ("content", "says"),
     [(b"", "is empty"), (b"PK and so on", "is damaged or isn't a checkpoint"), ({"a": 1}, "contains no 'state_dict'")],
 )
-def test_load_checkpoint_names_a_file_that_is_none(content, says, model_folder, tmp_path):
+def test_load_checkpoint_names_a_file_that_is_not_a_checkpoint(content, says, model_folder, tmp_path):
     file = tmp_path / "some.ckpt"
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     with pytest.raises(ModelError, match=rf"some\.ckpt' .*{says}"):

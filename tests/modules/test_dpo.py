@@ -20,7 +20,7 @@ from lightning_ft.errors import ConfigError
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_loss_and_metrics_equal_those_by_hand(model_folder, lora):
+def test_dpo_loss_and_metrics_match_plain_python(model_folder, lora):
     module = DPO(model_folder, lora=lora, dtype="float32", beta=0.2)
     module.configure_model()
     shake(module)
@@ -52,7 +52,7 @@ def test_loss_and_metrics_equal_those_by_hand(model_folder, lora):
 
 
 @pytest.mark.parametrize("loss", ["simpo", "orpo", "sft"])
-def test_rewards_without_reference_are_average_logprobs(model_folder, loss):
+def test_dpo_rewards_without_reference_are_average_logprobs(model_folder, loss):
     module = DPO(model_folder, loss=loss, beta=2.0)
     module.configure_model()
     batch = batches(PAIRS)[0]
@@ -71,7 +71,7 @@ def test_rewards_without_reference_are_average_logprobs(model_folder, loss):
 
 
 @pytest.mark.parametrize("kinds", [{"sigmoid": 0.8, "sft": 0.2}, {"ipo": 0.5, "hinge": 2.0, "simpo": 0.3}])
-def test_losses_are_weighted(model_folder, kinds):
+def test_dpo_combines_weighted_losses(model_folder, kinds):
     def losses(loss):
         module = DPO(model_folder, loss=loss)
         module.configure_model()
@@ -82,7 +82,7 @@ def test_losses_are_weighted(model_folder, kinds):
     torch.testing.assert_close(losses(kinds), want, rtol=0, atol=1e-5)
 
 
-def test_logged_metrics_are_means_over_steps_and_splits(model_folder, trainer_options):
+def test_dpo_metrics_are_means_over_steps_and_splits(model_folder, trainer_options):
     module = RecordingDPO(model_folder, lora={"r": 4}, learning_rate=1e-2, beta=0.3)
     data = {"batch_size": 2, "validation": PAIRS[:5]}  # batches of 2, 2 and 1
     trainer = train(module, PAIRS, trainer_options, data=data, accumulate_grad_batches=4)
@@ -102,7 +102,7 @@ def test_logged_metrics_are_means_over_steps_and_splits(model_folder, trainer_op
     assert logged["val/rewards/margins"] > 0
 
 
-def test_clipping_sees_mean_gradient_over_examples(model_folder, trainer_options):
+def test_clipping_applies_to_mean_gradient_over_examples(model_folder, trainer_options):
     module = RecordingDPO(model_folder, learning_rate=1e-3)
     train(module, PAIRS, trainer_options, gradient_clip_val=1e-3, max_steps=1)
     norm = torch.nn.utils.get_total_norm(list(module.clipped[0].values()))
@@ -116,7 +116,7 @@ def test_clipping_sees_mean_gradient_over_examples(model_folder, trainer_options
 @pytest.mark.parametrize(
     ("lora", "loss"), [(None, "sigmoid"), ({"r": 4}, "sigmoid"), (None, {"hinge": 1.0, "simpo": 0.5})]
 )
-def test_gradients_do_not_depend_on_how_a_step_is_cut(model_folder, trainer_options, lora, loss):
+def test_dpo_gradients_do_not_depend_on_micro_batches(model_folder, trainer_options, lora, loss):
     def gradients(batch_size, accumulate=1, **options):
         # AdamW makes much of a difference in the last bit: the same weights in all steps
         module = RecordingDPO(model_folder, lora=lora, loss=loss, learning_rate=1e-9, **options)
@@ -150,7 +150,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(model_folder, trainer_opti
 
 
 @pytest.mark.parametrize(("kind", "options"), [(DPO, {}), (DPO, {"loss": "simpo"}), (KTO, {})])
-def test_loss_of_empty_batch_is_empty_and_reaches_all_parameters(model_folder, kind, options):
+def test_dpo_loss_of_empty_batch_reaches_all_parameters(model_folder, kind, options):
     module = kind(model_folder, **options)
     module.configure_model()
     none = PreferenceBatch([], [], torch.zeros(0, dtype=torch.bool), None, torch.zeros(0, dtype=torch.int64))
@@ -170,7 +170,7 @@ def test_loss_of_empty_batch_is_empty_and_reaches_all_parameters(model_folder, k
     ("kind", "options"),
     [(DPO, {}), (DPO, {"lora": LORA}), (KTO, {"lora": LORA}), (DPO, {"loss": "simpo", "beta": 2.0})],
 )
-def test_training_raises_the_reward_of_chosen_completions(model_folder, trainer_options, kind, options):
+def test_dpo_training_increases_chosen_rewards(model_folder, trainer_options, kind, options):
     rows = LABELED if kind is KTO else PAIRS
     module = kind(model_folder, learning_rate=1e-2 if options.get("lora") else 2e-3, **options)
     trainer = train(module, rows, trainer_options, max_epochs=10, data={"validation": rows})
@@ -181,7 +181,7 @@ def test_training_raises_the_reward_of_chosen_completions(model_folder, trainer_
 
 
 @pytest.mark.parametrize("disable", [True, False])
-def test_dropout_is_off_by_default(model_folder, disable):
+def test_dpo_disables_dropout_by_default(model_folder, disable):
     config = make_model(dropout=0.2)
     module = DPO(config, tokenizer=make_tokenizer(), lora={"r": 4, "lora_dropout": 0.5}, disable_dropout=disable)
     module.configure_model()
@@ -193,7 +193,7 @@ def test_dropout_is_off_by_default(model_folder, disable):
     assert torch.equal(first.losses, second.losses) == disable
 
 
-def test_gradient_checkpointing_gives_same_weights(model_folder, trainer_options):
+def test_dpo_gradient_checkpointing_gives_same_weights(model_folder, trainer_options):
     trained = {}
     for on in (False, True):
         module = DPO(model_folder, lora={"r": 4}, gradient_checkpointing=on, learning_rate=1e-2)
@@ -205,7 +205,7 @@ def test_gradient_checkpointing_gives_same_weights(model_folder, trainer_options
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
 @pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
-def test_lower_precision_reaches_similar_loss(model_folder, trainer_options, lora, precision):
+def test_dpo_in_lower_precision_reaches_similar_loss(model_folder, trainer_options, lora, precision):
     losses = []
     for chosen in ("32-true", precision):
         module = RecordingDPO(model_folder, lora=lora, learning_rate=1e-3 if lora is None else 1e-2)
@@ -216,7 +216,7 @@ def test_lower_precision_reaches_similar_loss(model_folder, trainer_options, lor
     assert losses[1] == pytest.approx(losses[0], abs=0.1)
 
 
-def test_bfloat16_base_trains_float32_adapter(model_folder, trainer_options):
+def test_dpo_trains_float32_adapter_over_bfloat16_base(model_folder, trainer_options):
     module = RecordingDPO(model_folder, lora={"r": 4}, learning_rate=1e-2, dtype="bfloat16")
     train(module, PAIRS, trainer_options, max_epochs=4)
     assert {parameter.dtype for parameter in module.model.parameters() if parameter.requires_grad} == {torch.float32}
@@ -241,17 +241,17 @@ def test_bfloat16_base_trains_float32_adapter(model_folder, trainer_options):
         ({"quantization": "4bit"}, "lora=True"),
     ],
 )
-def test_contradicting_settings_are_refused(options, message):
+def test_dpo_rejects_contradicting_settings(options, message):
     with pytest.raises(ConfigError, match=message):
         DPO("some/model", **options)
 
 
-def test_labeled_completions_are_refused(model_folder, trainer_options):
+def test_dpo_refuses_labeled_completions(model_folder, trainer_options):
     with pytest.raises(ConfigError, match=r"use lightning_ft\.KTO"):
         train(DPO(model_folder), LABELED, trainer_options, max_steps=1)
 
 
-def test_other_data_is_refused(model_folder, trainer_options):
+def test_dpo_refuses_other_batches(model_folder, trainer_options):
     module = DPO(model_folder)
     with pytest.raises(ConfigError, match="preferences and got a TokenBatch: pass a PreferenceDataModule"):
         Trainer(**trainer_options, max_steps=1).fit(module, PairDataModule(make_rows(8), cache_dir=False))
@@ -259,7 +259,7 @@ def test_other_data_is_refused(model_folder, trainer_options):
         Trainer(**trainer_options, max_steps=1).fit(module, DataLoader([1, 2]))
 
 
-def test_plain_loader_trains_like_datamodule(model_folder, trainer_options):
+def test_dpo_plain_loader_matches_datamodule(model_folder, trainer_options):
     made = batches(PAIRS)
     module = RecordingDPO(model_folder, learning_rate=1e-3)
     loader = DataLoader(made, batch_size=None)
@@ -271,13 +271,13 @@ def test_plain_loader_trains_like_datamodule(model_folder, trainer_options):
     assert "val/rewards/margins" in trainer.callback_metrics
 
 
-def test_run_emits_no_warning(model_folder, trainer_options):
+def test_dpo_run_emits_no_warning(model_folder, trainer_options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*does not have many workers|.*litlogger|.*isinstance")
         train(DPO(model_folder, lora=LORA), PAIRS, trainer_options, data={"validation": make_pairs(23)[20:]})
 
 
-def test_losses_without_weights_are_refused():
+def test_dpo_rejects_losses_without_weights():
     with pytest.raises(ConfigError, match="a dict of names with their weights"):
         DPO("no/such-model", loss=["sigmoid", "sft"])

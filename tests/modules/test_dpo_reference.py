@@ -28,7 +28,7 @@ class CountsReferences(Records, DPO):
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
-def test_a_precomputed_reference_changes_nothing_but_the_work(model_folder, trainer_options, tmp_path, lora):
+def test_precomputed_reference_gives_equal_training(model_folder, trainer_options, tmp_path, lora):
     def run(precompute, folder="a", **options):
         module = CountsReferences(
             model_folder,
@@ -60,9 +60,7 @@ def test_a_precomputed_reference_changes_nothing_but_the_work(model_folder, trai
     assert first.step_losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_precomputed_reference_that_is_damaged_is_computed_again(
-    model_folder, trainer_options, tmp_path, monkeypatch
-):
+def test_precomputed_reference_is_recomputed_if_damaged(model_folder, trainer_options, tmp_path, monkeypatch):
     def run():
         module = CountsReferences(model_folder, lora={"r": 2}, precompute_reference=True, cache_dir=str(tmp_path))
         train(module, PAIRS[:4], trainer_options, max_steps=1)
@@ -89,7 +87,7 @@ def test_a_precomputed_reference_that_is_damaged_is_computed_again(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_reference_or_other_rows_miss_what_was_kept(model_folder, trainer_options, tmp_path):
+def test_precomputed_reference_cache_depends_on_reference_and_rows(model_folder, trainer_options, tmp_path):
     def runs(model, rows=PAIRS, **options):
         module = CountsReferences(
             model, tokenizer=make_tokenizer(), precompute_reference=True, cache_dir=str(tmp_path), **options
@@ -106,7 +104,7 @@ def test_another_reference_or_other_rows_miss_what_was_kept(model_folder, traine
     assert runs(model_folder, rows=PAIRS[::-1]) == 3
 
 
-def test_what_was_computed_for_one_data_module_is_not_used_for_another(model_folder, trainer_options, tmp_path):
+def test_precomputed_reference_is_not_reused_for_another_datamodule(model_folder, trainer_options, tmp_path):
     module = CountsReferences(model_folder, precompute_reference=True, cache_dir=str(tmp_path), learning_rate=1e-3)
     data = {"test": make_pairs(30)[20:24]}
     trainer = train(module, PAIRS, trainer_options, data=data)
@@ -122,7 +120,7 @@ def test_what_was_computed_for_one_data_module_is_not_used_for_another(model_fol
     assert found != own[0]["test/loss"]
 
 
-def test_it_needs_the_rows_beforehand(model_folder, trainer_options):
+def test_precomputed_reference_needs_a_datamodule(model_folder, trainer_options):
     data = PreferenceDataModule(PAIRS, tokenizer=make_tokenizer(), cache_dir=False)
     data.setup("fit")
     loader = data.train_dataloader()
@@ -146,7 +144,7 @@ def test_it_needs_the_rows_beforehand(model_folder, trainer_options):
     ids=["full", "lora with dropout", "pissa", "precomputed", "kto"],
 )
 @pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_options, tmp_path, options, stop_at):
+def test_dpo_run_resumes_exactly(model_folder, trainer_options, tmp_path, options, stop_at):
     """Three steps an epoch: in the middle of one, and of the next."""
     options, rows = dict(options), PAIRS
     kind = functools.partial(RecordingDPO, cache_dir=str(tmp_path / "cache"))
@@ -176,7 +174,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_option
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": LORA}, {"lora": {"r": 4, "init_lora_weights": "olora"}}])
-def test_a_checkpoint_holds_the_trainable_weights_only(model_folder, trainer_options, tmp_path, options):
+def test_dpo_checkpoint_contains_trainable_weights_only(model_folder, trainer_options, tmp_path, options):
     module = DPO(model_folder, learning_rate=1e-2, **options)
     trainer = train(module, PAIRS, trainer_options, max_steps=2)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -193,7 +191,7 @@ def test_a_checkpoint_holds_the_trainable_weights_only(model_folder, trainer_opt
         DPO(model_folder, lora={"r": 4, "target_modules": ["q_proj"]}).load_checkpoint(tmp_path / "a.ckpt")
 
 
-def test_a_continued_adapter_learns_further_and_resumes(model_folder, trainer_options, tmp_path):
+def test_dpo_continued_adapter_trains_and_resumes(model_folder, trainer_options, tmp_path):
     first = DPO(model_folder, lora={"r": 4}, learning_rate=1e-2)
     train(first, PAIRS, trainer_options)
     folder = first.export(tmp_path / "first")

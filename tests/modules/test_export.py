@@ -177,7 +177,7 @@ def exports(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_export_answers_as_the_live_model(exports, name):
+def test_export_generates_as_the_trained_model(exports, name):
     root, live, loaded = exports
     folders = [folder for folder in live if folder in (name, f"{name}, merged")]
     assert len(folders) == (1 if name == "full" else 2)
@@ -189,13 +189,13 @@ def test_export_answers_as_the_live_model(exports, name):
 
 
 @pytest.mark.parametrize("name", ["scores", "scores adapter", "scores adapter, merged"])
-def test_export_scores_as_the_live_model(exports, name):
+def test_export_of_reward_model_scores_as_the_trained_model(exports, name):
     _, live, loaded = exports
     assert loaded[name] == pytest.approx(live[name], rel=1e-4, abs=1e-5)
     assert len(set(live[name])) == 3
 
 
-def test_export_stops_at_every_end_token_and_invents_no_sampling(exports):
+def test_export_stops_at_every_end_token_without_sampling_defaults(exports):
     root, live, _ = exports
     for folder in (f for f in live if not f.startswith("scores")):
         written = json.loads((root / folder / "generation_config.json").read_text())
@@ -204,14 +204,14 @@ def test_export_stops_at_every_end_token_and_invents_no_sampling(exports):
         assert written.keys() <= {"eos_token_id", "transformers_version"}
 
 
-def test_export_tells_servers_of_end_tokens_that_the_base_lacks(exports):
+def test_export_lists_end_tokens_that_the_base_lacks(exports):
     root, _, _ = exports
     end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert f"eos_token_id=[{end}, 0]" in (root / "adapter" / "README.md").read_text()
     assert "eos_token_id" not in (root / "full" / "README.md").read_text()
 
 
-def test_no_file_of_an_export_names_a_folder_of_this_machine(exports):
+def test_export_contains_no_local_paths(exports):
     root, live, _ = exports
     for folder in live:
         for file in (root / folder).iterdir():
@@ -221,13 +221,13 @@ def test_no_file_of_an_export_names_a_folder_of_this_machine(exports):
     assert 'base = "plain"  # it was a local folder' in (root / "adapter" / "README.md").read_text()
 
 
-def test_merged_export_of_a_tied_head_is_untied_only_where_it_must_be(exports):
+def test_merged_export_unties_the_head_only_if_needed(exports):
     root, _, _ = exports
     for name, tied in (("tied head", False), ("tied, both", False), ("tied, whole head", True), ("tied tokens", True)):
         assert AutoConfig.from_pretrained(root / f"{name}, merged").tie_word_embeddings is tied, name
 
 
-def test_grown_model_is_refused_unmerged_over_the_base_that_it_names(exports, fit, tmp_path):
+def test_unmerged_export_of_a_resized_model_is_refused(exports, fit, tmp_path):
     root, _, _ = exports
     tokenizer = AutoTokenizer.from_pretrained(root / "bigger")
     size = len(tokenizer)
@@ -254,26 +254,26 @@ def test_grown_model_is_refused_unmerged_over_the_base_that_it_names(exports, fi
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: .*never be trained"),
     ],
 )
-def test_adapter_that_would_be_exported_wrongly_is_refused_before_training(lora, words, fit, tmp_path):
+def test_unexportable_adapter_is_refused_before_training(lora, words, fit, tmp_path):
     make_model(tie=True).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=words):
         fit(LoRAFineTuning(str(tmp_path), lora={"r": 4, **lora}), ROWS, max_steps=1)
 
 
-def test_lora_options_that_peft_refuses_are_refused_at_once():
+def test_lora_options_that_peft_refuses_fail_in_the_constructor():
     with pytest.raises(ConfigError, match="lora_bias=True is only supported with"):
         LoRAFineTuning("base", lora={"init_lora_weights": "pissa", "lora_bias": True})
 
 
-def test_trained_biases_of_the_base_leave_no_reference(trainer_options, model_folder):
+def test_trained_base_biases_rule_out_a_reference(trainer_options, model_folder):
     module = DPO(model_folder, lora={"r": 4, "bias": "all"})
     rows = [{"prompt": r["input"], "chosen": r["output"], "rejected": "no"} for r in ROWS]
     with pytest.raises(ConfigError, match="bias='all' in `lora` trains biases of the base"):
         Trainer(**trainer_options, max_steps=1).fit(module, PreferenceDataModule(rows, cache_dir=False))
 
 
-def test_generation_settings_that_transformers_refuses_to_save_are_exported(model_folder, tmp_path):
+def test_export_saves_generation_settings_that_transformers_refuses(model_folder, tmp_path):
     model = make_model()
     model.generation_config = GenerationConfig(temperature=0.6, top_p=0.9, eos_token_id=7)  # without do_sample
     with pytest.raises(ValueError, match="temperature"):
@@ -284,7 +284,7 @@ def test_generation_settings_that_transformers_refuses_to_save_are_exported(mode
     assert model.generation_config.eos_token_id == 7  # the live one is left as it was
 
 
-def test_another_kind_of_export_leaves_nothing_of_the_former(model_folder, tmp_path):
+def test_export_of_another_type_replaces_all_files(model_folder, tmp_path):
     module = LoRAFineTuning(model_folder, lora={"r": 4})
     module.export(tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -294,7 +294,7 @@ def test_another_kind_of_export_leaves_nothing_of_the_former(model_folder, tmp_p
     assert not {file for file in files if "adapter" in file or file.startswith(".")}
 
 
-def test_a_failed_export_leaves_the_former_one(model_folder, tmp_path, monkeypatch):
+def test_failed_export_keeps_the_previous_one(model_folder, tmp_path, monkeypatch):
     module = LoRAFineTuning(model_folder, lora={"r": 4})
     module.export(tmp_path / "out")
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
@@ -313,7 +313,7 @@ def test_a_failed_export_leaves_the_former_one(model_folder, tmp_path, monkeypat
         assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
-def test_what_a_killed_export_left_is_removed_and_no_reason_to_refuse(model_folder, tmp_path):
+def test_export_removes_leftovers_of_a_killed_export(model_folder, tmp_path):
     left = tmp_path / "out" / temporary_path(tmp_path).name.replace(f"-{os.getpid()}-", "-4194305-")  # no such process
     left.mkdir(parents=True)
     (left / "adapter_model.safetensors").write_bytes(b"half")

@@ -42,7 +42,7 @@ class Reinforce(GRPO):
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 @pytest.mark.parametrize("mask_truncated", [False, True])
-def test_a_loss_of_one_s_own(micro_batch_size, mask_truncated, trainer_options):
+def test_grpo_subclass_may_compute_its_own_loss(micro_batch_size, mask_truncated, trainer_options):
     class Recording(Records, WithSGD, Reinforce):
         pass
 
@@ -83,7 +83,7 @@ def test_a_loss_of_one_s_own(micro_batch_size, mask_truncated, trainer_options):
     ],
     ids=["full", "lora", "rloo", "cispo"],
 )
-def test_it_learns(options, trainer_options):
+def test_grpo_increases_rewards(options, trainer_options):
     """Half of the tokens are rewarded."""
 
     class WithAdamW(Records, GRPO):
@@ -102,7 +102,7 @@ def test_it_learns(options, trainer_options):
 # ---------------------------------------------------------------- reward models
 
 
-def test_a_reward_model_in_every_form(model_folder, tmp_path, trainer_options):
+def test_grpo_accepts_reward_models_in_every_form(model_folder, tmp_path, trainer_options):
     """An exported folder, a checkpoint and the module itself, whole and as an adapter, give the same rewards."""
     from lightning_ft._lightning import Trainer
 
@@ -126,7 +126,7 @@ def test_a_reward_model_in_every_form(model_folder, tmp_path, trainer_options):
         torch.testing.assert_close(found[1], found[2], rtol=0, atol=1e-6)
 
 
-def test_a_reward_model_beside_a_function(trainer_options):
+def test_grpo_combines_a_reward_model_with_a_function(trainer_options):
     scorer = make_scorer()
     reward_model = {"model": scorer, "tokenizer": make_tokenizer(), "weight": 0.5, "name": "reward_model"}
     module = make(rewards=[by_tokens, reward_model])
@@ -156,11 +156,11 @@ def test_a_reward_model_beside_a_function(trainer_options):
         ({"clip_high": -0.1}, "clip_high=-0.1"),
     ],
 )
-def test_settings_that_contradict_each_other(options, message):
+def test_grpo_rejects_contradicting_settings(options, message):
     with pytest.raises(ConfigError, match=message):
         GRPO("no/such-model", rewards=by_tokens, **options)
 
 
-def test_rewards_that_do_not_exist():
+def test_grpo_rejects_rewards_that_do_not_exist():
     with pytest.raises(RewardError, match="could not be found"):
         GRPO("no/such-model", rewards="no_such_reward")

@@ -11,7 +11,7 @@ from lightning_ft.errors import ConfigError, UnknownArgumentError
 
 
 @pytest.mark.parametrize("rows", [LABELED, PAIRS], ids=["labeled", "pairs"])
-def test_loss_and_metrics_equal_those_by_hand(model_folder, rows):
+def test_kto_loss_and_metrics_match_plain_python(model_folder, rows):
     module = KTO(model_folder, beta=0.2, desirable_weight=1.2, undesirable_weight=0.7)
     module.configure_model()
     shake(module)
@@ -43,7 +43,7 @@ def test_loss_and_metrics_equal_those_by_hand(model_folder, rows):
     assert not good.all()
 
 
-def test_kl_of_single_prompt_is_zero_with_warning(model_folder):
+def test_kto_kl_of_single_prompt_is_zero_with_warning(model_folder):
     module = KTO(model_folder)
     module.configure_model()
     shake(module)
@@ -55,7 +55,7 @@ def test_kl_of_single_prompt_is_zero_with_warning(model_folder):
     torch.testing.assert_close(result.losses, torch.sigmoid(-0.1 * logratio))
 
 
-def test_pairs_count_as_two_labeled_completions(model_folder, trainer_options):
+def test_kto_counts_pairs_as_two_labeled_completions(model_folder, trainer_options):
     train(KTO(model_folder), PAIRS, trainer_options, max_steps=1)
 
 
@@ -63,6 +63,6 @@ def test_pairs_count_as_two_labeled_completions(model_folder, trainer_options):
     ("options", "error", "message"),
     [({"beta": 0.0}, ConfigError, "beta"), ({"label_smoothing": 0.1}, UnknownArgumentError, "label_smoothing")],
 )
-def test_settings_out_of_range_are_refused(options, error, message):
+def test_kto_rejects_settings_out_of_range(options, error, message):
     with pytest.raises(error, match=message):
         KTO("some/model", **options)

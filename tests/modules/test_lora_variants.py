@@ -47,7 +47,7 @@ COVERED = ("rslora", "gaussian", "orthogonal", "pissa_niter", "some_layers")  # 
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in COVERED else []) for name in VARIANTS]
 )
 @torch.no_grad()
-def test_it_trains_and_is_reloaded(fit, model_folder, tmp_path, name):
+def test_lora_variant_trains_and_reloads(fit, model_folder, tmp_path, name):
     module = LoRAFineTuning(model_folder, lora={"r": 4, **VARIANTS[name]}, learning_rate=1e-2, dtype="float32")
     with torch.enable_grad():
         trainer = fit(module, ROWS, max_epochs=4)
@@ -78,7 +78,7 @@ def test_it_trains_and_is_reloaded(fit, model_folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
-def test_an_adapter_that_split_the_base_is_exported_for_the_whole_base(fit, model_folder, tmp_path, name):
+def test_export_of_adapters_that_change_the_base_fits_the_original_base(fit, model_folder, tmp_path, name):
     """At rank 4 it took four directions out of the base, so the exported one needs eight to put them back."""
     module = LoRAFineTuning(model_folder, lora={"r": 4, **VARIANTS[name]}, learning_rate=1e-2, dtype="float32")
     fit(module, ROWS)
@@ -94,7 +94,7 @@ def test_an_adapter_that_split_the_base_is_exported_for_the_whole_base(fit, mode
 
 
 @torch.no_grad()
-def test_loftq_is_exported_merged(fit, model_folder, tmp_path, monkeypatch):
+def test_loftq_export_is_merged(fit, model_folder, tmp_path, monkeypatch):
     """PEFT computes LoftQ on CUDA only, so its rounding is done here by a plain one."""
 
     def rounded(weight, num_bits, reduced_rank, num_iter):
@@ -141,7 +141,7 @@ def test_qlora_trains_over_a_quantized_base(fit, tmp_path, quantization):
 
 
 @pytest.mark.parametrize("optimizer", ["loraplus", "lorafa"])
-def test_its_own_optimizers(fit, model_folder, optimizer):
+def test_lora_optimizers_train_only_the_adapter(fit, model_folder, optimizer):
     module = LoRAFineTuning(model_folder, lora={"r": 4}, optimizer=optimizer, learning_rate=1e-3, dtype="float32")
     module.configure_model()
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -156,7 +156,7 @@ def test_its_own_optimizers(fit, model_folder, optimizer):
         assert sorted(module.lr_schedulers().base_lrs)[-1] == pytest.approx(16e-3)
 
 
-def test_lora_on_a_tied_head_stays_tied(fit, tmp_path):
+def test_lora_on_a_tied_head_keeps_it_tied(fit, tmp_path):
     make_model(tie=True).save_pretrained(tmp_path / "tied")
     make_tokenizer().save_pretrained(tmp_path / "tied")
     base = str(tmp_path / "tied")
@@ -172,7 +172,7 @@ def test_lora_on_a_tied_head_stays_tied(fit, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["as the model", "as the adapter"])
-def test_an_adapter_is_continued(fit, model_folder, tmp_path, how):
+def test_lora_continues_an_adapter(fit, model_folder, tmp_path, how):
     first = LoRAFineTuning(model_folder, lora={"r": 4}, learning_rate=1e-2, dtype="float32")
     fit(first, ROWS)
     folder = str(first.export(tmp_path / "first"))
@@ -187,7 +187,7 @@ def test_an_adapter_is_continued(fit, model_folder, tmp_path, how):
     assert all(not torch.equal(start[name], end[name]) for name in start)
 
 
-def test_a_peft_config_object_is_taken_and_the_checkpoint_stays_plain(fit, model_folder, tmp_path):
+def test_lora_accepts_a_peft_config_and_checkpoints_plain_values(fit, model_folder, tmp_path):
     config = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights="olora")
     trainer = fit(LoRAFineTuning(model_folder, lora=config), ROWS)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -197,7 +197,7 @@ def test_a_peft_config_object_is_taken_and_the_checkpoint_stays_plain(fit, model
     assert sorted(hyper["lora"]["target_modules"]) == ["q_proj", "v_proj"]
 
 
-def test_eva_resumes_with_the_ranks_it_found(fit, model_folder, tmp_path):
+def test_eva_resumes_with_its_ranks(fit, model_folder, tmp_path):
     lora = {"r": 4, "init_lora_weights": "eva"}  # PEFT's default lets ranks move
     whole, first, resumed = (LoRAFineTuning(model_folder, lora=lora, learning_rate=1e-2) for _ in range(3))
     fit(whole, ROWS, max_epochs=2)
@@ -209,7 +209,7 @@ def test_eva_resumes_with_the_ranks_it_found(fit, model_folder, tmp_path):
         assert torch.equal(dict(resumed.named_parameters())[name], value), name
 
 
-def test_eva_wants_to_see_data(trainer_options, model_folder, fit):
+def test_eva_needs_a_datamodule(trainer_options, model_folder, fit):
     from lightning_ft import PairDataModule
     from lightning_ft._lightning import Trainer
 
@@ -220,7 +220,7 @@ def test_eva_wants_to_see_data(trainer_options, model_folder, fit):
         Trainer(**trainer_options, max_steps=1).fit(module, data.train_dataloader())
 
 
-def test_it_refuses_what_does_not_fit(fit, model_folder, tmp_path):
+def test_lora_rejects_unknown_targets_and_missing_adapters(fit, model_folder, tmp_path):
     with pytest.raises(ModelError, match="nowhere_proj"):
         fit(LoRAFineTuning(model_folder, lora={"target_modules": ["nowhere_proj"]}), ROWS)
     with pytest.raises(ConfigError, match="leave out lora="):
@@ -229,7 +229,7 @@ def test_it_refuses_what_does_not_fit(fit, model_folder, tmp_path):
         fit(LoRAFineTuning(model_folder, adapter=str(tmp_path)), ROWS)
 
 
-def test_the_merged_export_is_what_transformers_generates(fit, model_folder, tmp_path):
+def test_merged_export_generates_in_transformers(fit, model_folder, tmp_path):
     module = LoRAFineTuning(model_folder, lora={"r": 4}, learning_rate=1e-2, dtype="float32")
     fit(module, ROWS, max_epochs=10)
     folder = module.export(tmp_path / "merged", merge=True)

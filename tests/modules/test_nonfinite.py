@@ -100,7 +100,7 @@ def data_of(kind, rows, **options):
 
 
 @pytest.mark.parametrize(("name", "value"), zip(KINDS, [math.nan, math.inf] * len(KINDS), strict=False))
-def test_a_loss_stops_the_run_before_the_weights_are_touched(name, value, trainer_options):
+def test_nonfinite_loss_stops_the_run_before_the_update(name, value, trainer_options):
     kind, options, data, rows = KINDS[name]
     broken = type("Spoilt", (Broken, kind), {"value": value})
     module, spike = make(broken, options), Spike()
@@ -115,7 +115,7 @@ def test_a_loss_stops_the_run_before_the_weights_are_touched(name, value, traine
 
 
 @pytest.mark.parametrize("name", list(KINDS))
-def test_a_skipped_step_moves_nothing_and_is_counted(name, trainer_options):
+def test_skipped_step_changes_nothing_and_is_counted(name, trainer_options):
     kind, options, data, rows = KINDS[name]
     module, spike = make(kind, options, on_nonfinite="skip", weight_decay=0.5), Spike(2, 3)
     with pytest.warns(UserWarning, match="Optimizer step 2 is not finite .* It is skipped"):
@@ -129,7 +129,7 @@ def test_a_skipped_step_moves_nothing_and_is_counted(name, trainer_options):
     assert trainer.callback_metrics["train/skipped_steps"] == module.skipped_steps == 2
 
 
-def test_only_the_micro_batches_that_are_not_finite_are_named(trainer_options):
+def test_nonfinite_error_names_only_affected_micro_batches(trainer_options):
     class Second(FullFineTuning):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -143,7 +143,7 @@ def test_only_the_micro_batches_that_are_not_finite_are_named(trainer_options):
         fit(module, data_of(PairDataModule, PAIRS), trainer_options, accumulate_grad_batches=4)
 
 
-def test_of_another_loader_batches_are_named(trainer_options):
+def test_nonfinite_error_names_batches_of_a_custom_loader(trainer_options):
     data = data_of(PairDataModule, PAIRS, tokenizer=make_tokenizer())
     data.setup("fit")
     loader = torch.utils.data.DataLoader(list(data.train_dataloader()), batch_size=None)
@@ -151,7 +151,7 @@ def test_of_another_loader_batches_are_named(trainer_options):
         fit(make(FullFineTuning, {}), loader, trainer_options, Spike(1, value=math.nan))
 
 
-def test_weights_that_were_not_finite_before_are_told_apart(trainer_options):
+def test_nonfinite_error_distinguishes_nonfinite_weights(trainer_options):
     class Overwritten(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             module.model.lm_head.weight.data[0, 0] = math.nan
@@ -168,7 +168,7 @@ def test_weights_that_were_not_finite_before_are_told_apart(trainer_options):
 
 
 @pytest.mark.parametrize(("scale", "raises"), [(256.0, False), (1.0, True)])
-def test_gradients_that_overflow_under_a_scaler_lower_its_scale(scale, raises, trainer_options):
+def test_gradient_overflow_lowers_the_scale_of_the_scaler(scale, raises, trainer_options):
     """What the scaler finds before the callbacks is an overflow of the scaled gradients, but at a scale of 1."""
 
     class Overflow(torch.autograd.Function):
@@ -200,7 +200,7 @@ def test_gradients_that_overflow_under_a_scaler_lower_its_scale(scale, raises, t
     assert module.skipped_steps == 1
 
 
-def test_the_count_of_skipped_steps_is_resumed(trainer_options, tmp_path):
+def test_skipped_steps_count_is_resumed(trainer_options, tmp_path):
     module = make(FullFineTuning, {}, on_nonfinite="skip")
     with pytest.warns(UserWarning, match="It is skipped"):
         trainer = fit(module, data_of(PairDataModule, PAIRS), trainer_options, Spike(1))
@@ -215,7 +215,7 @@ def test_the_count_of_skipped_steps_is_resumed(trainer_options, tmp_path):
 @pytest.mark.parametrize(
     "options", [{"on_nonfinite": "warn"}, {"learning_rate": math.nan}, {"learning_rate": math.inf}]
 )
-def test_settings_that_mean_nothing_are_refused(options):
+def test_on_nonfinite_rejects_unknown_values(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         FullFineTuning("some/model", **options)
 
@@ -230,7 +230,7 @@ def spoil(model, where="up_proj", value=math.nan):
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("name", ["lora", "reward", "grpo"])
-def test_a_base_is_refused_when_it_is_loaded(name, value):
+def test_nonfinite_base_is_refused_on_loading(name, value):
     kind, options, _, _ = KINDS[name]
     base = make_scorer() if name == "reward" else make_model()
     module = kind(spoil(base, value=value), tokenizer=make_tokenizer(), **options)
@@ -239,7 +239,7 @@ def test_a_base_is_refused_when_it_is_loaded(name, value):
             module.configure_model()
 
 
-def test_an_adapter_is_refused_when_it_is_loaded(model_folder, tokenizer, tmp_path):
+def test_nonfinite_adapter_is_refused_on_loading(model_folder, tokenizer, tmp_path):
     module = LoRAFineTuning(model_folder, lora={"r": 2})
     module.export(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -251,7 +251,7 @@ def test_an_adapter_is_refused_when_it_is_loaded(model_folder, tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize(("name", "where"), [("full", "up_proj"), ("lora", "lora_B"), ("reward", "score")])
-def test_neither_exports_nor_checkpoints_are_written(name, where, trainer_options, tmp_path):
+def test_nonfinite_weights_are_neither_exported_nor_checkpointed(name, where, trainer_options, tmp_path):
     kind, options, data, rows = KINDS[name]
     module = make(kind, options)
     trainer = fit(module, data_of(data, rows), trainer_options, max_steps=1)

@@ -33,14 +33,14 @@ def test_signature_and_docstring_name_every_argument(kind):
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_typed_options_are_the_arguments_passed_on(kind):
+def test_typed_options_match_the_forwarded_arguments(kind):
     own = set(inspect.signature(kind.__init__).parameters) - {"self", "options"}
     passed_on = set(inspect.signature(kind).parameters) - own
     assert set(typing.get_type_hints(TYPED[kind])) == passed_on
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_types_of_options_are_those_of_the_constructors(kind):
+def test_option_types_match_the_constructors(kind):
     hints = typing.get_type_hints(TYPED[kind], include_extras=False)
     for base in kind.__mro__:
         if "__init__" in vars(base) and base.__module__.startswith("lightning_ft.modules"):
@@ -66,7 +66,7 @@ def test_misspelled_argument_gets_the_nearest_name(kind, arguments, message):
     assert isinstance(error.value, TypeError)
 
 
-def test_subclass_of_a_user_may_take_arguments_of_its_own():
+def test_subclass_may_take_its_own_arguments():
     class Mine(DPO):
         def __init__(self, *args, extra=1, **kwargs):
             super().__init__(*args, **kwargs)
@@ -78,7 +78,7 @@ def test_subclass_of_a_user_may_take_arguments_of_its_own():
         Mine("some/model", betta=0.2)
 
 
-def test_lora_false_is_refused():
+def test_lora_false_is_rejected():
     with pytest.raises(ConfigError, match="use FullFineTuning"):
         LoRAFineTuning("some/model", lora=False)
 

@@ -35,7 +35,7 @@ from lightning_ft.rollout.protocol import Completion, Rollouts
     ],
     ids=["dapo", "grpo-lora", "rloo", "ppo", "ppo-adapter"],
 )
-def test_any_micro_batch_and_unshared_prompts_give_the_same_steps(kind, options, trainer_options):
+def test_policy_steps_do_not_depend_on_micro_batches_and_sharing(kind, options, trainer_options):
     found = []
     ways = [{"micro_batch_size": size} for size in (None, 1, 3, 7)] + [{"share_prompts": False}]
     for way in ways:
@@ -51,7 +51,7 @@ def test_any_micro_batch_and_unshared_prompts_give_the_same_steps(kind, options,
 
 
 @pytest.mark.parametrize("kind", [Policy, Actor])
-def test_steps_of_a_rollout(kind, trainer_options):
+def test_steps_per_rollout_cover_all_prompts_per_epoch(kind, trainer_options):
     """Each pass goes through all prompts, in another order; a step takes a part of them."""
     module = make(kind, epochs_per_rollout=3, steps_per_rollout=2)
     trainer = run(module, BATCHES, trainer_options, rollouts=PREDRAWN)
@@ -67,7 +67,7 @@ def test_steps_of_a_rollout(kind, trainer_options):
     assert all((ratio - 1).abs().max() > 1e-3 for ratio in ratios[2:])  # against the policy that sampled
 
 
-def test_max_steps_ends_within_a_rollout(trainer_options):
+def test_max_steps_may_end_within_a_rollout(trainer_options):
     module = make(Policy, epochs_per_rollout=3, steps_per_rollout=2, lr_schedule="linear", warmup_ratio=0.0)
     trainer = run(module, BATCHES, trainer_options, rollouts=PREDRAWN, max_steps=4, max_epochs=5)
     assert trainer.global_step == len(module.gradients) == 4
@@ -76,7 +76,7 @@ def test_max_steps_ends_within_a_rollout(trainer_options):
 
 
 @pytest.mark.parametrize(("schedule", "end"), [("linear", 0.0), ("cosine", 0.0), ("constant", 0.05)])
-def test_the_schedule_spans_the_steps(schedule, end, trainer_options):
+def test_policy_schedule_spans_all_optimizer_steps(schedule, end, trainer_options):
     rates = []
 
     class Watched(Policy):
@@ -92,7 +92,7 @@ def test_the_schedule_spans_the_steps(schedule, end, trainer_options):
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
-def test_gradients_are_clipped(trainer_options):
+def test_policy_clips_gradients(trainer_options):
     norms = []
     for limit in (None, 0.01):
         module = make(Policy, max_grad_norm=limit)
@@ -106,7 +106,7 @@ def test_gradients_are_clipped(trainer_options):
 
 
 @pytest.mark.parametrize("option", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
-def test_the_trainer_s_own_accumulation_and_clipping_are_refused(option, trainer_options):
+def test_policy_refuses_accumulation_and_clipping_of_the_trainer(option, trainer_options):
     with pytest.raises(Exception, match="not supported for manual optimization"):
         run(make(Policy), BATCHES, trainer_options, rollouts=PREDRAWN, **option)
 
@@ -134,7 +134,7 @@ def spread(numbers):
 
 @pytest.mark.parametrize("kind", [Policy, Actor])
 @pytest.mark.parametrize("mask_truncated", [False, True])
-def test_figures_by_hand(kind, mask_truncated, trainer_options):
+def test_policy_metrics_match_plain_python(kind, mask_truncated, trainer_options):
     options = {"clip_low": 0.01, "clip_high": 0.02, "kl_coef": 0.1, "epochs_per_rollout": 2, "micro_batch_size": 3}
     module = make(
         kind, rewards=[by_tokens, other], reward_weights=[1.0, 0.5], mask_truncated=mask_truncated, lora=LORA, **options
@@ -202,13 +202,13 @@ def test_figures_by_hand(kind, mask_truncated, trainer_options):
     assert "val/reward" not in metrics
 
 
-def test_an_engine_that_gives_no_logprobs(trainer_options):
+def test_engine_without_logprobs_logs_no_sampling_gap(trainer_options):
     trainer = run(make(Policy), BATCHES[:1], trainer_options, rollouts=PREDRAWN)
     assert "train/sampling_gap" not in trainer.callback_metrics
     assert "train/kl" not in trainer.callback_metrics  # full weights without a KL have no reference
 
 
-def test_what_the_engine_sampled_with_is_what_is_scored(trainer_options):
+def test_sampled_logprobs_match_computed_logprobs(trainer_options):
     """With the engine's own completions, at a temperature and behind filters."""
     module = make(Policy, temperature=0.7, top_p=0.9, epochs_per_rollout=2, max_new_tokens=12)
     trainer = run(module, BATCHES, trainer_options)
@@ -218,7 +218,7 @@ def test_what_the_engine_sampled_with_is_what_is_scored(trainer_options):
     assert max(lengths) <= 12
 
 
-def test_the_last_rollout_can_be_looked_at(trainer_options):
+def test_last_rollout_contains_samples(trainer_options):
     module = make(Policy, rewards=[by_tokens, other])
     assert module.last_rollout is None
     trainer = run(module, BATCHES, trainer_options, rollouts=PREDRAWN)
@@ -251,7 +251,7 @@ class KeepsValidation(_pl.Callback):
 
 
 @pytest.mark.parametrize("kind", [Policy, Actor])
-def test_validation_leaves_the_random_streams_alone(kind, model_folder, trainer_options):
+def test_policy_validation_keeps_the_random_state(kind, model_folder, trainer_options):
     found = []
     for validation in (None, make_rows(5)[:3]):
         torch.manual_seed(3)
@@ -266,7 +266,7 @@ def test_validation_leaves_the_random_streams_alone(kind, model_folder, trainer_
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_validation_draws_the_same_each_time(trainer_options):
+def test_policy_validation_samples_the_same_completions(trainer_options):
     validation = [draw_prompts(3, seed=7), draw_prompts(2, seed=8)]
     kept = KeepsValidation()
     module = make(Policy, learning_rate=1e-12, validation_rewards=other)
@@ -278,7 +278,7 @@ def test_validation_draws_the_same_each_time(trainer_options):
     assert kept.metrics[1:] == [kept.metrics[1]] * 4
 
 
-def test_validation_rewards_are_never_trained_on(trainer_options):
+def test_validation_rewards_are_not_used_in_training(trainer_options):
     asked = []
 
     def true_reward(completions, **columns):
@@ -299,7 +299,7 @@ def test_validation_rewards_are_never_trained_on(trainer_options):
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_validation_by_itself(trainer_options):
+def test_policy_validates_without_training(trainer_options):
     module = make(Policy)
     loader = torch.utils.data.DataLoader(BATCHES, batch_size=None)
     metrics = Trainer(**trainer_options).validate(module, loader)[0]
@@ -311,7 +311,7 @@ def test_validation_by_itself(trainer_options):
 # ---------------------------------------------------------------- rewards
 
 
-def test_a_group_without_rewards_teaches_nothing(trainer_options):
+def test_group_without_rewards_has_zero_gradient(trainer_options):
     def nothing_for_the_second(completion_ids, **columns):
         return [None if 3 <= i < 6 else float(len(ids)) for i, ids in enumerate(completion_ids)]
 
@@ -328,7 +328,7 @@ def test_a_group_without_rewards_teaches_nothing(trainer_options):
 
 
 @pytest.mark.filterwarnings("ignore:No reward applied")
-def test_no_reward_at_all(trainer_options):
+def test_policy_without_any_reward_has_zero_gradient(trainer_options):
     for kind in (Policy, Actor):
         module = make(kind, rewards=lambda completions, **columns: [None] * len(completions))
         trainer = run(module, BATCHES[:1], trainer_options, rollouts=PREDRAWN)
@@ -337,7 +337,7 @@ def test_no_reward_at_all(trainer_options):
         assert "train/reward" not in trainer.callback_metrics
 
 
-def test_what_goes_wrong_in_a_reward_is_told_with_its_name(trainer_options):
+def test_reward_error_names_the_function(trainer_options):
     def divides(completions, **columns):
         return [1 / (len(text) - len(text)) for text in completions]
 
@@ -357,7 +357,7 @@ def test_what_goes_wrong_in_a_reward_is_told_with_its_name(trainer_options):
         run(make(Policy, rewards=wants_an_answer), BATCHES, trainer_options, rollouts=PREDRAWN)
 
 
-def test_batches_of_another_kind_are_refused(trainer_options):
+def test_policy_refuses_other_batches(trainer_options):
     with pytest.raises(ConfigError, match="PromptDataModule"):
         run(make(Policy), [torch.zeros(3)], trainer_options, rollouts=PREDRAWN)
 
@@ -381,6 +381,6 @@ def test_batches_of_another_kind_are_refused(trainer_options):
     ],
 )
 @pytest.mark.parametrize("kind", [GRPO, PPO])
-def test_settings_that_mean_nothing_are_refused_at_once(kind, options, message):
+def test_policy_rejects_invalid_settings(kind, options, message):
     with pytest.raises(ConfigError, match=message):
         kind("no/such-model", rewards=by_tokens, **options)

@@ -54,7 +54,7 @@ RESUMED = {
         for name in RESUMED
     ],
 )
-def test_a_resumed_run_equals_the_uninterrupted_one(which, model_folder, adapter_folder, trainer_options, tmp_path):
+def test_policy_run_resumes_exactly(which, model_folder, adapter_folder, trainer_options, tmp_path):
     """Three rollouts of four steps an epoch; stopped in the middle of the first and of the second."""
     base, options = RESUMED[which]
 
@@ -106,7 +106,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(which, model_folder, adapter
 
 
 @pytest.mark.parametrize("how", ["full", "lora", "pissa", "continued"])
-def test_a_checkpoint_holds_what_is_trained(how, model_folder, adapter_folder, trainer_options, tmp_path):
+def test_policy_checkpoint_contains_trainable_weights_only(
+    how, model_folder, adapter_folder, trainer_options, tmp_path
+):
     """Neither the reference nor the adapter that the trained one is compared with."""
     lora = {"lora": LORA, "pissa": {"r": 4, "init_lora_weights": "pissa"}}.get(how)
     folder = adapter_folder if how == "continued" else model_folder
@@ -137,7 +139,7 @@ def test_a_checkpoint_holds_what_is_trained(how, model_folder, adapter_folder, t
     assert not [path for path in (tmp_path / "export").iterdir() if path.is_dir()]
 
 
-def test_in_bf16_the_reference_is_rounded_as_the_policy_is(trainer_options):
+def test_bf16_reference_is_rounded_like_the_policy(trainer_options):
     """Else the policy would be some way from it before its first step."""
     module = make(GRPO, lora=None, kl_coef=0.1, lr_schedule="constant", warmup_ratio=0.0)
     run(module, [draw_prompts(2)], {**trainer_options, "precision": "bf16-true"})

@@ -84,7 +84,7 @@ CASES = {
 
 @pytest.mark.parametrize("how", ["full", "lora", "critic-adapter"])
 @pytest.mark.parametrize("case", CASES)
-def test_by_the_letter(case, how, trainer_options):
+def test_ppo_matches_reference_implementation(case, how, trainer_options):
     unrewarded = case in ("discounted", "one-step", "truncated")
     epochs, rate = 3, 0.1
     settings = Settings(**CASES[case])
@@ -142,7 +142,7 @@ def test_by_the_letter(case, how, trainer_options):
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
-def test_gradient_checkpointing_changes_nothing(critic, trainer_options):
+def test_ppo_gradient_checkpointing_gives_same_weights(critic, trainer_options):
     """A layer is computed again with the adapter that it was computed with, which isn't the active one by then."""
     found = []
     for on in (False, True):
@@ -174,7 +174,7 @@ def make(kind=PPO, **options):
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
-def test_whether_learning_values_moves_the_policy(critic, trainer_options):
+def test_value_loss_moves_only_shared_weights(critic, trainer_options):
     """An adapter of its own leaves the policy's alone; a shared trunk learns from both."""
     found = []
     for value_coef in (0.0, 10.0):
@@ -190,7 +190,7 @@ def test_whether_learning_values_moves_the_policy(critic, trainer_options):
 
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
-def test_a_learning_rate_for_the_critic(critic, trainer_options):
+def test_ppo_critic_has_its_own_learning_rate(critic, trainer_options):
     module = make(lora=LORA, critic=critic, value_learning_rate=0.5, lr_schedule="constant", warmup_ratio=0.0)
     run(module, [BATCH], trainer_options, rollouts=[GIVEN])
     rates = {id(p): group["lr"] for group in module.optimizers().param_groups for p in group["params"]}
@@ -201,7 +201,7 @@ def test_a_learning_rate_for_the_critic(critic, trainer_options):
     }
 
 
-def test_a_critic_of_adapters_that_change_the_base(trainer_options):
+def test_ppo_critic_accepts_adapters_that_change_the_base(trainer_options):
     """PiSSA splits the base's weights once; the critic's adapter starts from nothing over what is left."""
     module = make(lora={"r": 4, "init_lora_weights": "pissa"}, critic="adapter")
     trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
@@ -210,7 +210,7 @@ def test_a_critic_of_adapters_that_change_the_base(trainer_options):
 
 
 @pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "lora", "adapter"])
-def test_it_learns(kind, trainer_options):
+def test_ppo_increases_rewards(kind, trainer_options):
     """Half of the tokens are rewarded; values start at 0, not at random ones that would be noise in the advantages."""
     explained, rewards = [], []
 
@@ -238,7 +238,7 @@ def test_it_learns(kind, trainer_options):
 # ---------------------------------------------------------------- metrics and the KL coefficient
 
 
-def test_figures_by_hand(trainer_options):
+def test_ppo_metrics_match_plain_python(trainer_options):
     module = make(InDouble, kl_coef=0.3, epochs_per_rollout=2, micro_batch_size=2, learning_rate=0.1)
     trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -256,7 +256,7 @@ def test_figures_by_hand(trainer_options):
     assert metrics["train/value_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
-def test_the_kl_coefficient_moves_as_ziegler_s(trainer_options, tmp_path):
+def test_ppo_kl_coefficient_follows_the_adaptive_controller(trainer_options, tmp_path):
     """https://arxiv.org/abs/1909.08593, section 2.2: by at most a fifth of what a whole horizon would move it."""
     used, measured = [], []
 
@@ -299,7 +299,7 @@ def test_the_kl_coefficient_moves_as_ziegler_s(trainer_options, tmp_path):
     ],
     ids=["full", "lora", "critic-adapter", "pissa"],
 )
-def test_a_checkpoint_holds_what_is_trained(options, part, trainer_options, tmp_path):
+def test_ppo_checkpoint_contains_policy_and_critic(options, part, trainer_options, tmp_path):
     """The critic is in it; neither the reference nor an adapter that one is compared with."""
     module = make(**options)
     trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
@@ -318,7 +318,7 @@ def test_a_checkpoint_holds_what_is_trained(options, part, trainer_options, tmp_
 
 
 @pytest.mark.parametrize("init", [True, "pissa"])
-def test_the_export_is_the_policy_alone(init, trainer_options, tmp_path):
+def test_ppo_export_excludes_the_critic(init, trainer_options, tmp_path):
     module = make(lora={"r": 4, "init_lora_weights": init}, critic="adapter", epochs_per_rollout=2)
     run(module, [BATCH], trainer_options, rollouts=[GIVEN])
     module.export(tmp_path / "adapter")
@@ -349,6 +349,6 @@ def test_the_export_is_the_policy_alone(init, trainer_options, tmp_path):
         ({"kl_target": 0.0}, "target=0"),
     ],
 )
-def test_settings_that_contradict_each_other(options, message):
+def test_ppo_rejects_contradicting_settings(options, message):
     with pytest.raises(ConfigError, match=message):
         PPO("no/such-model", rewards=reward, **options)

@@ -74,9 +74,7 @@ def test_checkpoint_of_every_hook_resumes(method, settings, model_folder, traine
     ("method", "every"),
     [*((method, None) for method in METHODS), ("lora", 2), ("grpo", 2)],
 )
-def test_run_resumed_three_times_and_once_finished_equals_the_uninterrupted_one(
-    method, every, model_folder, trainer_options, tmp_path
-):
+def test_run_resumed_several_times_equals_the_uninterrupted_one(method, every, model_folder, trainer_options, tmp_path):
     """Stopped just after the end of an epoch twice, then in the last, and started again when it was finished."""
 
     def run(folder, stop=None, seed=0):
@@ -93,7 +91,7 @@ def test_run_resumed_three_times_and_once_finished_equals_the_uninterrupted_one(
     assert not differences(end(run("stopped", seed=6)), whole)  # it was finished
 
 
-def test_workers_resume(model_folder, trainer_options, tmp_path):
+def test_run_with_workers_resumes(model_folder, trainer_options, tmp_path):
     def run(folder, stop=None, num_workers=2):
         saver = ModelCheckpoint(tmp_path / folder, save_last=True, every_n_train_steps=2)
         module, data = make("lora", model_folder, tmp_path, num_workers=num_workers)
@@ -130,7 +128,7 @@ def test_exception_inside_a_training_step_resumes_from_its_checkpoint(model_fold
         assert not differences(end(run(ckpt_path=tmp_path / f"{fails}.ckpt", seed=1)), whole), fails
 
 
-def test_half_of_the_steps_of_a_rollout_is_told(model_folder, trainer_options, tmp_path):
+def test_checkpoint_within_a_rollout_is_reported(model_folder, trainer_options, tmp_path):
     module, data = make("grpo", model_folder, tmp_path)
     take, taken = module._take_step, 0
 
@@ -150,7 +148,7 @@ def test_half_of_the_steps_of_a_rollout_is_told(model_folder, trainer_options, t
     assert trainer.global_step == 36 - 2
 
 
-def test_plateau_schedulers_and_early_stopping_go_on(model_folder, trainer_options, tmp_path):
+def test_plateau_scheduler_and_early_stopping_resume(model_folder, trainer_options, tmp_path):
     """What they look at is logged before the checkpoint, and they look at it afterwards."""
 
     def run(folder, stop=None):

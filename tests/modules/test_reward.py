@@ -78,7 +78,7 @@ def shake(module, std=0.05):
 
 @pytest.mark.parametrize("margin", [False, True])
 @pytest.mark.parametrize("lora", KINDS, ids=IDS)
-def test_loss_and_figures_by_hand(model_folder, lora, margin):
+def test_reward_loss_and_metrics_match_plain_python(model_folder, lora, margin):
     rows = [{**row, "margin": n % 4 / 2} for n, row in enumerate(PAIRS)] if margin else PAIRS
     module = RewardModeling(model_folder, lora=lora, centering=0.1)
     module.configure_model()
@@ -113,7 +113,7 @@ def test_loss_and_figures_by_hand(model_folder, lora, margin):
             torch.testing.assert_close(got[name], parameter.grad, rtol=0, atol=1e-5)
 
 
-def test_scores_of_conversations_are_those_that_are_judged(model_folder):
+def test_score_conversations_matches_training_rewards(model_folder):
     module = RewardModeling(model_folder, lora=LORA)
     module.configure_model()
     shake(module)
@@ -126,7 +126,7 @@ def test_scores_of_conversations_are_those_that_are_judged(model_folder):
     assert all(part.training for part in module.model.modules())
 
 
-def test_what_is_logged_are_means_over_pairs_of_whole_steps_and_splits(model_folder, trainer_options):
+def test_reward_metrics_are_means_over_steps_and_splits(model_folder, trainer_options):
     module = RecordingReward(model_folder, learning_rate=1e-3)
     data = {"batch_size": 2, "validation": make_pairs(25)[20:]}
     trainer = train(module, PAIRS, trainer_options, data=data, accumulate_grad_batches=4)
@@ -147,7 +147,7 @@ def test_what_is_logged_are_means_over_pairs_of_whole_steps_and_splits(model_fol
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "lora_alpha": 4}], ids=IDS)
-def test_every_way_to_make_a_step_of_eight_pairs_gives_the_same_gradients(model_folder, trainer_options, lora):
+def test_reward_gradients_do_not_depend_on_micro_batches(model_folder, trainer_options, lora):
     def gradients(batch_size, accumulate=1, **options):
         module = RecordingReward(model_folder, lora=lora, learning_rate=1e-9, centering=0.01, **options)
         module.configure_model()
@@ -170,7 +170,7 @@ def test_every_way_to_make_a_step_of_eight_pairs_gives_the_same_gradients(model_
             assert max(float((want[key] - have[key]).abs().max()) for key in want) <= 2e-6
 
 
-def test_an_empty_batch_takes_part_and_adds_nothing(model_folder):
+def test_reward_loss_of_empty_batch_is_zero(model_folder):
     module = RewardModeling(model_folder)
     module.configure_model()
     none = PreferenceBatch([], [], torch.zeros(0, dtype=torch.bool), None, torch.zeros(0, dtype=torch.int64))
@@ -184,7 +184,7 @@ def test_an_empty_batch_takes_part_and_adds_nothing(model_folder):
 
 
 @pytest.mark.parametrize("lora", KINDS, ids=IDS)
-def test_it_learns_to_prefer_and_the_head_is_trained(model_folder, trainer_options, lora):
+def test_reward_modeling_learns_preferences_and_trains_the_head(model_folder, trainer_options, lora):
     module = RewardModeling(model_folder, lora=lora, learning_rate=1e-3 if lora is None else 1e-2)
     module.configure_model()
     before = trainable(module)
@@ -207,7 +207,7 @@ def test_it_learns_to_prefer_and_the_head_is_trained(model_folder, trainer_optio
     assert (scores[0::2] > scores[1::2]).all()
 
 
-def test_a_new_head_is_drawn_from_the_seed(model_folder):
+def test_reward_head_is_initialized_from_the_seed(model_folder):
     def head(**options):
         module = RewardModeling(model_folder, **options)
         module.configure_model()
@@ -224,7 +224,7 @@ def test_a_new_head_is_drawn_from_the_seed(model_folder):
     assert not torch.equal(head(seed=5), first)
 
 
-def test_a_model_that_scores_is_trained_on(tmp_path, trainer_options):
+def test_reward_modeling_continues_a_reward_model(tmp_path, trainer_options):
     config = make_model().config
     config.num_labels = 1
     torch.manual_seed(2)
@@ -250,7 +250,7 @@ def make_folder(folder, tokenizer):
 @pytest.mark.parametrize("template", [CHATML, ENDING], ids=["newline last", "end token last"])
 @pytest.mark.parametrize("pad", ["<|im_end|>", None], ids=["eos", "none"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=IDS)
-def test_a_tokenizer_that_pads_with_its_end_token(tmp_path, trainer_options, lora, pad, template):
+def test_reward_model_accepts_eos_as_pad_token(tmp_path, trainer_options, lora, pad, template):
     folder = make_folder(tmp_path / "base", make_tokenizer(template, pad=pad))
     module = RewardModeling(folder, lora=lora, learning_rate=1e-2)
     with pytest.warns(UserWarning, match="padded with its EOS token"):
@@ -264,7 +264,7 @@ def test_a_tokenizer_that_pads_with_its_end_token(tmp_path, trainer_options, lor
     torch.testing.assert_close(plain_scores(model, tokenizer, PAIRS[:6]), own, rtol=0, atol=1e-5)
 
 
-def test_no_token_to_pad_with_is_refused(tmp_path):
+def test_reward_modeling_requires_a_pad_token(tmp_path):
     tokenizer = make_tokenizer(pad="<|im_end|>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
     tokenizer.chat_template = CHATML
@@ -289,7 +289,7 @@ def card_code(folder):
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter", "merged"])
-def test_an_export_scores_alike_in_plain_transformers(model_folder, trainer_options, tmp_path, kind):
+def test_reward_export_scores_equally_in_transformers(model_folder, trainer_options, tmp_path, kind):
     module = RewardModeling(model_folder, lora=None if kind == "full" else LORA, learning_rate=1e-2)
     train(module, PAIRS, trainer_options)
     own = module.score_conversations(conversations(PAIRS))
@@ -311,7 +311,7 @@ def test_an_export_scores_alike_in_plain_transformers(model_folder, trainer_opti
     torch.testing.assert_close(plain_scores(shown, tokenizer, PAIRS), own, rtol=0, atol=1e-5)
 
 
-def test_an_exported_adapter_is_continued_with_its_head(model_folder, trainer_options, tmp_path):
+def test_reward_adapter_continues_with_its_head(model_folder, trainer_options, tmp_path):
     first = RewardModeling(model_folder, lora={"r": 4}, learning_rate=1e-2)
     train(first, PAIRS, trainer_options)
     folder = first.export(tmp_path / "out")
@@ -325,7 +325,7 @@ def test_an_exported_adapter_is_continued_with_its_head(model_folder, trainer_op
     assert (again[0::2] - again[1::2]).mean() > (own[0::2] - own[1::2]).mean()
 
 
-def test_an_adapter_of_a_language_model_has_no_head(model_folder, trainer_options, tmp_path):
+def test_reward_modeling_refuses_an_adapter_without_head(model_folder, trainer_options, tmp_path):
     policy = DPO(model_folder, lora={"r": 4})
     train(policy, PAIRS, trainer_options, max_steps=1)
     folder = policy.export(tmp_path / "out")
@@ -340,7 +340,7 @@ def test_an_adapter_of_a_language_model_has_no_head(model_folder, trainer_option
 
 @pytest.mark.parametrize("options", [{}, {"lora": LORA, "disable_dropout": False}], ids=IDS)
 @pytest.mark.parametrize("stop_at", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_options, tmp_path, options, stop_at):
+def test_reward_run_resumes_exactly(model_folder, trainer_options, tmp_path, options, stop_at):
     common = {"max_epochs": 2, "accumulate_grad_batches": 2, "data": {"shuffle": True}}
     torch.manual_seed(1)
     whole = RecordingReward(model_folder, learning_rate=1e-2, **options)
@@ -356,7 +356,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(model_folder, trainer_option
 
 
 @pytest.mark.parametrize("lora", KINDS, ids=IDS)
-def test_a_checkpoint_holds_the_trainable_weights_and_the_head(model_folder, trainer_options, tmp_path, lora):
+def test_reward_checkpoint_contains_trainable_weights_and_head(model_folder, trainer_options, tmp_path, lora):
     module = RewardModeling(model_folder, lora=lora, learning_rate=1e-2)
     trainer = train(module, PAIRS, trainer_options, max_steps=2)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -375,7 +375,7 @@ def test_a_checkpoint_holds_the_trainable_weights_and_the_head(model_folder, tra
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=IDS)
 @pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("bf16-true", marks=pytest.mark.slow)])
-def test_lower_precision_trains_about_the_same(model_folder, trainer_options, lora, precision):
+def test_reward_in_lower_precision_reaches_similar_loss(model_folder, trainer_options, lora, precision):
     losses = []
     for chosen in ("32-true", precision):
         module = RewardModeling(model_folder, lora=lora, learning_rate=1e-3 if lora is None else 1e-2)
@@ -385,7 +385,7 @@ def test_lower_precision_trains_about_the_same(model_folder, trainer_options, lo
     assert losses[1] == pytest.approx(losses[0], abs=0.1)
 
 
-def test_a_bfloat16_base_under_an_adapter(model_folder, trainer_options, tmp_path):
+def test_reward_model_trains_adapter_over_bfloat16_base(model_folder, trainer_options, tmp_path):
     module = RecordingReward(model_folder, lora={"r": 4}, learning_rate=1e-2, dtype="bfloat16")
     train(module, PAIRS, trainer_options, max_epochs=6)
     # the head too: a step of 1e-4 is less than what bf16 tells apart
@@ -401,7 +401,7 @@ def test_a_bfloat16_base_under_an_adapter(model_folder, trainer_options, tmp_pat
     torch.testing.assert_close(scores.float(), own, rtol=0.05, atol=0.05)
 
 
-def test_gradient_checkpointing_changes_nothing(model_folder, trainer_options):
+def test_reward_gradient_checkpointing_gives_same_weights(model_folder, trainer_options):
     trained = {}
     for on in (False, True):
         module = RewardModeling(model_folder, lora={"r": 4}, gradient_checkpointing=on, learning_rate=1e-2)
@@ -411,7 +411,7 @@ def test_gradient_checkpointing_changes_nothing(model_folder, trainer_options):
         torch.testing.assert_close(trained[True][name], value, rtol=0, atol=1e-6)
 
 
-def test_what_is_refused(model_folder, trainer_options):
+def test_reward_modeling_rejects_invalid_settings(model_folder, trainer_options):
     with pytest.raises(ConfigError, match=r"centering=-1.0: expected 0 or more"):
         RewardModeling("some/model", centering=-1.0)
     module = RewardModeling(model_folder)

@@ -53,7 +53,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(("kind", "wrong"), [(GRPO, math.nan), (GRPO, 1e300), (PPO, torch.tensor(-math.inf))])
-def test_a_reward_that_is_not_finite(kind, wrong, trainer_options):
+def test_nonfinite_reward_stops_or_skips_the_step(kind, wrong, trainer_options):
     def sometimes(completion_ids, trainer_state):
         first = trainer_state.global_step == 0
         return [wrong if first and n == 1 else float(len(ids)) for n, ids in enumerate(completion_ids)]
@@ -74,7 +74,7 @@ def test_a_reward_that_is_not_finite(kind, wrong, trainer_options):
     assert trainer.callback_metrics["train/skipped_steps"] == 2
 
 
-def test_equal_rewards_move_no_weight(trainer_options):
+def test_equal_rewards_change_no_weight(trainer_options):
     module = policy(rewards=lambda completions: [0.7] * len(completions), num_completions=8, weight_decay=0.0)
     before = weights(module.configure_model() or module)
     trainer = run(module, [draw_prompts(3, seed=n) for n in range(2)], trainer_options)
@@ -82,7 +82,7 @@ def test_equal_rewards_move_no_weight(trainer_options):
     assert trainer.callback_metrics["train/no_signal_fraction"] == 1.0
 
 
-def test_the_share_of_groups_without_signal_is_logged(trainer_options):
+def test_share_of_groups_without_signal_is_logged(trainer_options):
     def first_of_two(prompts, completion_ids):
         return [float(sum(ids)) * (prompt == prompts[0]) for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
@@ -90,7 +90,7 @@ def test_the_share_of_groups_without_signal_is_logged(trainer_options):
     assert trainer.callback_metrics["train/no_signal_fraction"] == 0.75
 
 
-def test_every_function_and_completion_has_copies_of_its_own():
+def test_reward_functions_get_copies_of_their_arguments():
     seen = []
 
     def changes(prompts, completions, completion_ids, tags):
@@ -122,7 +122,7 @@ def test_every_function_and_completion_has_copies_of_its_own():
     assert prompts[0] is not prompts[1]
 
 
-def test_validation_rewards_have_names_of_their_own(trainer_options):
+def test_validation_rewards_are_logged_under_distinct_names(trainer_options):
     ones, sevens = (lambda completions, value=value: [value] * len(completions) for value in (1.0, -7.0))
     module = policy(rewards=ones, validation_rewards=[sevens, ones])
     trainer = run(module, [draw_prompts(2)], trainer_options, validation=[draw_prompts(2, seed=3)])
@@ -135,7 +135,7 @@ def test_validation_rewards_have_names_of_their_own(trainer_options):
 
 
 @pytest.mark.parametrize("where", ["train", "validation"])
-def test_a_reward_model_without_room_is_found_before_the_first_step(where, trainer_options):
+def test_reward_model_with_short_context_is_refused_before_training(where, trainer_options):
     scorer = RewardModel(make_scorer(), make_tokenizer())
     scorer.model.config.max_position_embeddings = 60
     long = [{"prompt": "please " * 50}]
@@ -169,7 +169,7 @@ class Overflows(Callback):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_logits_that_are_not_finite_where_completions_are_sampled(temperature, trainer_options):
+def test_nonfinite_logits_in_sampling_stop_or_skip_the_step(temperature, trainer_options):
     given = {**trainer_options, "callbacks": [Overflows()]}
     with pytest.raises(NonFiniteError, match="At optimizer step 1 8 completions were sampled from logits"):
         run(policy(temperature=temperature), [draw_prompts(2)], given)
@@ -182,7 +182,7 @@ def test_logits_that_are_not_finite_where_completions_are_sampled(temperature, t
 
 
 @pytest.mark.parametrize("layers_fail", [False, True])
-def test_an_engine_tells_of_logits_that_are_not_finite(layers_fail, monkeypatch):
+def test_engine_reports_nonfinite_logits(layers_fail, monkeypatch):
     model = make_model().eval()
     if layers_fail:  # then transformers' own loop answers
         monkeypatch.setattr("lightning_ft.rollout.local.cache_support", lambda *_: (0, "has no cache"))
@@ -197,7 +197,7 @@ def test_an_engine_tells_of_logits_that_are_not_finite(layers_fail, monkeypatch)
         engine.generate([[5, 6]], max_new_tokens=3)
 
 
-def test_logits_that_are_not_finite_are_told_from_a_cache_that_is_not_exact():
+def test_nonfinite_logits_are_distinguished_from_an_inexact_cache():
     model = make_model().eval()
     model.lm_head.weight.data[7, 0] = math.nan
     engine = LocalEngine(model, end_token_ids=[2])
@@ -206,7 +206,7 @@ def test_logits_that_are_not_finite_are_told_from_a_cache_that_is_not_exact():
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(1, 4), (2, 3), (2, 8)])
-def test_more_steps_than_prompts_deal_out_completions(batch_size, steps, trainer_options):
+def test_more_steps_than_prompts_distribute_completions(batch_size, steps, trainer_options):
     module = make(Policy, num_completions=4, max_new_tokens=4, steps_per_rollout=steps)
     trainer = Trainer(**trainer_options, max_epochs=1)
     trainer.fit(module, prompts(ROWS[:batch_size], batch_size=batch_size))
@@ -216,7 +216,7 @@ def test_more_steps_than_prompts_deal_out_completions(batch_size, steps, trainer
     assert min(sizes) == 4 * batch_size // steps
 
 
-def test_steps_of_a_short_last_batch_are_not_taken_on_nothing(trainer_options):
+def test_short_last_batch_takes_fewer_steps(trainer_options):
     module = make(Policy, num_completions=4, max_new_tokens=4, steps_per_rollout=8)
     trainer = Trainer(**trainer_options, max_epochs=1)
     trainer.fit(module, prompts(ROWS[:3], batch_size=2))
@@ -224,13 +224,13 @@ def test_steps_of_a_short_last_batch_are_not_taken_on_nothing(trainer_options):
     assert all(len(batch.weights) == 1 for batch, _ in module.results)
 
 
-def test_more_steps_than_completions_are_refused(trainer_options):
+def test_more_steps_per_rollout_than_completions_are_refused(trainer_options):
     with pytest.raises(ConfigError, match="steps_per_rollout=9 exceeds the 8 completions"):
         Trainer(**trainer_options, max_epochs=1).fit(policy(steps_per_rollout=9), prompts())
 
 
 @pytest.mark.parametrize("generation", [None, {"repetition_penalty": 1.0}])
-def test_predict_tells_of_what_makes_its_answers_differ(generation, recwarn):
+def test_predict_warns_of_differing_generation_settings(generation, recwarn):
     module = policy(generation=generation)
     module.configure_model()
     module.model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, repetition_penalty=1.5)
@@ -243,7 +243,7 @@ def test_predict_tells_of_what_makes_its_answers_differ(generation, recwarn):
     assert generation is None or answers == [make_tokenizer().decode(greedy, skip_special_tokens=True)]
 
 
-def test_predict_samples_by_the_rule_of_rollouts(monkeypatch):
+def test_predict_samples_with_rollout_settings(monkeypatch):
     module, given = policy(temperature=0.7, top_k=5), {}
     monkeypatch.setattr("lightning_ft.modules.base.generate_text", lambda *_, **options: given.update(options) or [""])
     module.generate(["hello"], do_sample=True, top_p=0.5)
@@ -258,7 +258,7 @@ def test_predict_samples_by_the_rule_of_rollouts(monkeypatch):
 # ---------------------------------------------------------------- precision
 
 
-def test_lost_steps():
+def test_lost_steps_is_the_share_of_lost_updates():
     numbers = torch.tensor([0.0, 1e-4, 1.0, 2.0]).bfloat16()
     assert lost_steps([numbers], 1e-3) == 0.5
     assert lost_steps([numbers.float()], 1e-3) == 0.0
@@ -280,7 +280,7 @@ def test_lost_steps():
         (FullFineTuning, {"learning_rate": 1e-6}, "bf16-mixed", None),
     ],
 )
-def test_weights_in_16_bits_that_lose_steps_are_told(
+def test_lost_updates_of_16_bit_weights_are_reported(
     kind, options, precision, said, model_folder, trainer_options, recwarn
 ):
     module, data = kind(model_folder, **options), PairDataModule(make_rows(4), batch_size=2, cache_dir=False)
@@ -294,7 +294,7 @@ def test_weights_in_16_bits_that_lose_steps_are_told(
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_a_reference_computed_beforehand_is_in_the_precision_of_the_run(precision, trainer_options, tmp_path):
+def test_precomputed_reference_uses_the_precision_of_the_run(precision, trainer_options, tmp_path):
     pairs = [{"prompt": r["input"], "chosen": r["output"], "rejected": r["output"] + " no"} for r in make_rows(8)]
 
     class Watched(DPO):

@@ -26,7 +26,7 @@ def gradients(fit, kind, folder, **options):
 
 
 @pytest.mark.parametrize("kind", [RecordingFull, RecordingLoRA])
-def test_every_way_to_make_a_step_of_eight_rows_gives_the_same_gradients(fit, model_folder, kind):
+def test_sft_gradients_do_not_depend_on_micro_batches(fit, model_folder, kind):
     expected = gradients(fit, kind, model_folder, batch_size=8, packing=False)
     assert len(expected) == 3
     ways = {
@@ -47,7 +47,7 @@ def test_every_way_to_make_a_step_of_eight_rows_gives_the_same_gradients(fit, mo
             assert worst <= 1e-6, f"{name}, step {step}: {worst}"
 
 
-def test_the_first_step_is_the_gradient_of_the_plain_mean(fit, model_folder):
+def test_first_step_matches_the_gradient_of_the_mean_loss(fit, model_folder):
     """Against transformers' own loss over the eight rows, one row at a time."""
     got = gradients(fit, RecordingFull, model_folder, batch_size=8)[0]
     model, tokenizer = make_model(), make_tokenizer()
@@ -65,7 +65,7 @@ def test_the_first_step_is_the_gradient_of_the_plain_mean(fit, model_folder):
         torch.testing.assert_close(got[f"model.{name}"], parameter.grad, rtol=0, atol=1e-6)
 
 
-def test_gradients_are_clipped_after_they_were_weighted(fit, model_folder):
+def test_gradients_are_clipped_after_token_weighting(fit, model_folder):
     module = RecordingFull(model_folder, learning_rate=1e-3)
     fit(module, ROWS, data={"batch_size": 4}, gradient_clip_val=1e-3, max_steps=1)
     norm = torch.nn.utils.get_total_norm(list(module.clipped[0].values()))
@@ -73,7 +73,7 @@ def test_gradients_are_clipped_after_they_were_weighted(fit, model_folder):
     assert torch.nn.utils.get_total_norm(list(module.steps[0].values())) > 1e-2
 
 
-def test_a_scheduler_of_accumulation_is_followed(fit, model_folder):
+def test_token_weighting_follows_an_accumulation_scheduler(fit, model_folder):
     from lightning_ft import _lightning
 
     scheduler = _lightning._pl.callbacks.GradientAccumulationScheduler({0: 4, 1: 2})

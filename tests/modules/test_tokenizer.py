@@ -58,9 +58,7 @@ def data_of(kind, rows, **options):
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("given", ["template", "template and name", "template and object"])
-def test_module_takes_the_tokenizer_of_its_rows_and_a_checkpoint_keeps_it(
-    name, given, model_folder, trainer_options, tmp_path
-):
+def test_module_uses_and_checkpoints_the_rows_tokenizer(name, given, model_folder, trainer_options, tmp_path):
     make, kind, rows = MODULES[name]
     tokenizer = {"template": None, "template and name": model_folder}.get(given, make_tokenizer())
     data = data_of(kind, rows, tokenizer=tokenizer, chat_template="plain")
@@ -82,7 +80,7 @@ def test_module_takes_the_tokenizer_of_its_rows_and_a_checkpoint_keeps_it(
         assert question(loaded.tokenizer) == question(AutoTokenizer.from_pretrained(folder)) == PLAIN_QUESTION
 
 
-def test_added_tokens_of_an_object_are_in_the_checkpoint(fit, tmp_path, trainer_options):
+def test_checkpoint_contains_added_tokens(fit, tmp_path, trainer_options):
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<call>"]})
     make_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
@@ -97,7 +95,7 @@ def test_added_tokens_of_an_object_are_in_the_checkpoint(fit, tmp_path, trainer_
     assert exported("a<call>")["input_ids"] == tokenizer("a<call>")["input_ids"]
 
 
-def test_two_different_tokenizers_are_refused(model_folder, trainer_options):
+def test_conflicting_tokenizers_are_refused(model_folder, trainer_options):
     module = LoRAFineTuning(model_folder, tokenizer=make_tokenizer(eos="<|pad|>"))
     with pytest.raises(ConfigError, match=r"of the module and of the DataModule differ in their vocabulary:"):
         Trainer(**trainer_options, max_steps=1).fit(module, data_of(PairDataModule, ROWS, tokenizer=make_tokenizer()))
@@ -107,7 +105,7 @@ def test_two_different_tokenizers_are_refused(model_folder, trainer_options):
         Trainer(**trainer_options, max_steps=1).fit(module, data_of(PairDataModule, ROWS, tokenizer=other))
 
 
-def test_the_same_tokenizer_given_twice_is_no_conflict(model_folder, trainer_options):
+def test_equal_tokenizers_are_no_conflict(model_folder, trainer_options):
     for template in (None, "plain"):
         module = LoRAFineTuning(model_folder, tokenizer=make_tokenizer())
         data = data_of(PairDataModule, ROWS, tokenizer=make_tokenizer(), chat_template=template)
@@ -115,14 +113,14 @@ def test_the_same_tokenizer_given_twice_is_no_conflict(model_folder, trainer_opt
         assert module.tokenizer is data.tokenizer
 
 
-def test_rows_used_with_a_second_module_bring_their_tokenizer(model_folder, trainer_options):
+def test_datamodule_passes_its_tokenizer_to_a_second_module(model_folder, trainer_options):
     data = data_of(PairDataModule, ROWS, chat_template="plain")
     for module in (LoRAFineTuning(model_folder), LoRAFineTuning(model_folder)):
         Trainer(**trainer_options, max_steps=1).fit(module, data)
         assert question(module.tokenizer) == PLAIN_QUESTION
 
 
-def test_a_checkpoint_whose_rows_lost_their_template_is_told_of(fit, model_folder, trainer_options, tmp_path):
+def test_checkpoint_without_the_rows_template_is_reported(fit, model_folder, trainer_options, tmp_path):
     trainer = fit(LoRAFineTuning(model_folder), ROWS, max_steps=1, data={"chat_template": "plain"})
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     data = data_of(PairDataModule, ROWS, validation=ROWS)
@@ -134,7 +132,7 @@ def test_a_checkpoint_whose_rows_lost_their_template_is_told_of(fit, model_folde
     assert question(module.tokenizer) == PLAIN_QUESTION
 
 
-def test_a_checkpoint_wins_over_a_tokenizer_given_to_what_loads_it(fit, model_folder, tmp_path):
+def test_checkpoint_tokenizer_overrides_the_passed_one(fit, model_folder, tmp_path):
     model = make_model()
     trainer = fit(LoRAFineTuning(model, tokenizer=make_tokenizer()), ROWS, max_steps=1, data={"chat_template": "plain"})
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -145,7 +143,7 @@ def test_a_checkpoint_wins_over_a_tokenizer_given_to_what_loads_it(fit, model_fo
     assert question(again.tokenizer) == PLAIN_QUESTION
 
 
-def test_measurements_and_rollouts_have_the_template_of_the_rows(model_folder, trainer_options, tmp_path):
+def test_measurements_and_rollouts_use_the_rows_template(model_folder, trainer_options, tmp_path):
     seen = {}
 
     class Look(Callback):
@@ -174,7 +172,7 @@ def test_measurements_and_rollouts_have_the_template_of_the_rows(model_folder, t
     assert module.engine.end_token_ids == before.end_token_ids
 
 
-def test_an_engine_made_before_the_rows_came_stops_where_their_template_does(trainer_options):
+def test_engine_uses_end_tokens_of_the_rows_template(trainer_options):
     plain = make_tokenizer(eos="<|pad|>")  # and CHATML ends turns with another token
     module = GRPO(make_model(), tokenizer=plain, rewards=longer, num_completions=2, max_new_tokens=3)
     ends = {plain.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|pad|>")}

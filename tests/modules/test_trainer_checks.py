@@ -14,14 +14,14 @@ def sharded(**options):
     return strategy
 
 
-def test_default_arguments_are_refused_with_all_that_is_wrong():
+def test_trainer_checks_list_all_problems():
     with pytest.raises(ConfigError) as error:
         check_strategy(sharded())
     assert "tensor parallelism isn't supported, and checkpoints" in str(error.value)
     assert "data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False" in str(error.value)
 
 
-def test_one_problem_is_told_alone():
+def test_trainer_checks_name_a_single_problem():
     with pytest.raises(ConfigError, match=r"^ModelParallelStrategy: checkpoints hold"):
         check_strategy(sharded(tensor_parallel_size=1))
     check_strategy(sharded(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False))

@@ -15,7 +15,7 @@ ROWS = make_rows(24)
 
 
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
-def test_train_mode_is_train_mode(fit, model_folder, kind):
+def test_sft_trains_in_train_mode(fit, model_folder, kind):
     seen = []
 
     class Watched(kind):
@@ -33,7 +33,7 @@ def test_train_mode_is_train_mode(fit, model_folder, kind):
 
 
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
-def test_gradient_checkpointing_recomputes_and_changes_nothing(fit, model_folder, kind):
+def test_sft_gradient_checkpointing_gives_same_weights(fit, model_folder, kind):
     calls = {}
     trained = {}
     for on in (False, True):
@@ -60,7 +60,7 @@ def _loader(module):
     return data.train_dataloader()
 
 
-def test_it_learns_the_rows(fit, model_folder):
+def test_sft_learns_the_rows(fit, model_folder):
     module = FullFineTuning(model_folder, learning_rate=1e-2)
     trainer = fit(module, ROWS, max_epochs=40, data={"shuffle": True})
     assert trainer.callback_metrics["train/loss"] < 0.05
@@ -69,7 +69,7 @@ def test_it_learns_the_rows(fit, model_folder):
 
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_lower_precision_trains_about_the_same(fit, model_folder, kind, precision):
+def test_sft_in_lower_precision_reaches_similar_loss(fit, model_folder, kind, precision):
     losses = []
     for chosen in ("32-true", precision):
         module = kind(model_folder, learning_rate=1e-2)
@@ -79,7 +79,7 @@ def test_lower_precision_trains_about_the_same(fit, model_folder, kind, precisio
     assert losses[1] == pytest.approx(losses[0], rel=0.15)
 
 
-def test_a_compiled_backbone_gives_the_same_weights(fit, model_folder):
+def test_compiled_backbone_gives_same_weights(fit, model_folder):
     weights = []
     for compiled in (
         False,
@@ -93,7 +93,7 @@ def test_a_compiled_backbone_gives_the_same_weights(fit, model_folder):
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-6)
 
 
-def test_what_is_logged(fit, model_folder, tmp_path):
+def test_sft_logs_its_metrics(fit, model_folder, tmp_path):
     logger = _pl.loggers.CSVLogger(tmp_path)
     module = LoRAFineTuning(model_folder)
     options = {"logger": logger, "log_every_n_steps": 1, "max_epochs": 2}
@@ -112,7 +112,7 @@ def test_what_is_logged(fit, model_folder, tmp_path):
     assert float(trainer.callback_metrics["val/perplexity"]) == pytest.approx(math.exp(loss), rel=1e-5)
 
 
-def test_unpacked_rows_report_their_padding(fit, model_folder):
+def test_unpacked_rows_log_their_padding(fit, model_folder):
     trainer = fit(FullFineTuning(model_folder), ROWS, data={"packing": False})
     assert 0 < trainer.callback_metrics["train/padding_fraction"] < 0.5
 
@@ -127,7 +127,7 @@ def test_validation_loss_is_weighted_by_token(trainer_options, model_folder):
     assert len(losses) == 1
 
 
-def test_two_validation_loaders_are_told_apart(trainer_options, model_folder):
+def test_validation_loaders_are_logged_separately(trainer_options, model_folder):
     module = FullFineTuning(model_folder)
     loaders = [_loader(module), _loader(module)]
     metrics = Trainer(**trainer_options).validate(module, loaders)
@@ -135,7 +135,7 @@ def test_two_validation_loaders_are_told_apart(trainer_options, model_folder):
 
 
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
-def test_a_loaded_model_is_taken_as_it_is(fit, kind):
+def test_loaded_model_is_used_unchanged(fit, kind):
     model = make_model().eval()
     module = kind(model, tokenizer=make_tokenizer(), learning_rate=1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -155,31 +155,31 @@ def test_norms_and_biases_do_not_decay(fit, model_folder):
     assert all(p.ndim < 2 for p in groups[1]["params"])
 
 
-def test_a_schedule_without_an_end_is_refused(fit, model_folder):
+def test_schedule_without_end_is_refused(fit, model_folder):
     with pytest.raises(ConfigError, match="max_steps or max_epochs"):
         fit(FullFineTuning(model_folder), ROWS, max_epochs=-1)
 
 
-def test_constant_rate_needs_no_end(fit, model_folder):
+def test_constant_schedule_needs_no_end(fit, model_folder):
     module = FullFineTuning(model_folder, lr_schedule="constant", warmup_ratio=0.0)
     stop = _pl.callbacks.Timer(duration={"seconds": 1})
     fit(module, ROWS, max_epochs=-1, callbacks=[stop])
     assert module.lr_schedulers().get_last_lr()[0] == 2e-5
 
 
-def test_no_weights_are_loaded_before_bad_rows_are_told(fit, tmp_path):
+def test_bad_rows_are_reported_before_weights_are_loaded(fit, tmp_path):
     """The model's folder has a tokenizer and no weights, and still the rows come first."""
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="row 1"):
         fit(FullFineTuning(str(tmp_path)), [{"input": "a", "output": ""}])
 
 
-def test_a_model_that_does_not_exist(fit, tmp_path):
+def test_missing_model_is_an_error(fit, tmp_path):
     with pytest.raises(ModelError, match="could not be loaded"):
         fit(FullFineTuning(str(tmp_path / "no"), tokenizer=make_tokenizer()), ROWS)
 
 
-def test_bitsandbytes_is_asked_for(fit, model_folder, monkeypatch):
+def test_quantization_requires_bitsandbytes(fit, model_folder, monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
@@ -203,6 +203,6 @@ def test_bitsandbytes_is_asked_for(fit, model_folder, monkeypatch):
         ({"weight_decay": -1.0}, "weight_decay"),
     ],
 )
-def test_wrong_settings_are_refused_before_anything_is_loaded(arguments, message):
+def test_sft_rejects_invalid_settings_before_loading(arguments, message):
     with pytest.raises(ConfigError, match=message):
         LoRAFineTuning("no/such-model", **arguments)

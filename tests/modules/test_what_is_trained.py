@@ -46,7 +46,7 @@ def test_every_parameter_of_the_optimizer_gets_a_gradient(fit, tokenizer, kind):
     assert not any("vision" in name or "projector" in name for name in module.steps[0])
 
 
-def test_an_exported_adapter_has_nothing_on_the_tower(fit, tokenizer, tmp_path):
+def test_exported_adapter_excludes_the_tower(fit, tokenizer, tmp_path):
     from safetensors.torch import load_file
 
     base = make_multimodal("gemma3")
@@ -62,7 +62,7 @@ def test_an_exported_adapter_has_nothing_on_the_tower(fit, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
-def test_training_is_bit_for_bit_what_it_is_without_asking_the_model(fit, tokenizer, monkeypatch, kind, options):
+def test_probing_does_not_change_training(fit, tokenizer, monkeypatch, kind, options):
     def trained():
         torch.manual_seed(3)
         module = kind(make_model(dropout=0.2), tokenizer=tokenizer, learning_rate=1e-2, **options)
@@ -77,7 +77,7 @@ def test_training_is_bit_for_bit_what_it_is_without_asking_the_model(fit, tokeni
 
 
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
-def test_a_table_is_told_once_when_training_starts(fit, tokenizer, caplog, kind):
+def test_parts_table_is_logged_once(fit, tokenizer, caplog, kind):
     with caplog.at_level(logging.INFO):
         fit(kind(make_multimodal("gemma3"), tokenizer=tokenizer), ROWS, max_steps=1)
     told = [record.getMessage() for record in caplog.records if "What is trained" in record.getMessage()]
@@ -90,7 +90,7 @@ def test_a_table_is_told_once_when_training_starts(fit, tokenizer, caplog, kind)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "granitemoe"])
-def test_a_step_of_single_rows_is_that_of_transformers_own_loss(fit, tokenizer, kind):
+def test_router_loss_step_matches_transformers(fit, tokenizer, kind):
     model = make(kind, **ASKED)
     reference = copy.deepcopy(model)
     data = PairDataModule(ROWS[:4], tokenizer=tokenizer, batch_size=1, shuffle=False, cache_dir=False)
@@ -115,7 +115,7 @@ def test_a_step_of_single_rows_is_that_of_transformers_own_loss(fit, tokenizer, 
     assert module.router_losses == pytest.approx([sum(aux)], rel=1e-5)
 
 
-def test_the_router_loss_is_neither_in_train_loss_nor_logged_unless_asked_for(fit, tokenizer):
+def test_router_loss_is_logged_only_if_enabled(fit, tokenizer):
     asked = RecordingFull(make("mixtral", **ASKED), tokenizer=tokenizer)
     plain = RecordingFull(make("mixtral"), tokenizer=tokenizer)
     for module in (asked, plain):
@@ -125,7 +125,7 @@ def test_the_router_loss_is_neither_in_train_loss_nor_logged_unless_asked_for(fi
     assert not hasattr(plain, "router_losses")
 
 
-def test_evaluation_leaves_the_router_loss_out(fit, tokenizer):
+def test_evaluation_excludes_the_router_loss(fit, tokenizer):
     found = []
     for options in (ASKED, {}):
         module = FullFineTuning(make("mixtral", **options), tokenizer=tokenizer, learning_rate=1e-12)
@@ -133,13 +133,13 @@ def test_evaluation_leaves_the_router_loss_out(fit, tokenizer):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-def test_trunk_cache_refuses_a_router_loss(fit, tokenizer, tmp_path):
+def test_activation_cache_refuses_a_router_loss(fit, tokenizer, tmp_path):
     lora = LoRAFineTuning(make("mixtral", **ASKED), tokenizer=tokenizer, top_layers=1, activation_cache=str(tmp_path))
     with pytest.raises(ConfigError, match="output_router_logits=False"):
         fit(lora, ROWS, max_steps=1)
 
 
-def test_preferences_tell_that_the_router_loss_is_left_out(tokenizer, trainer_options, recwarn):
+def test_preference_modules_report_the_missing_router_loss(tokenizer, trainer_options, recwarn):
     module = DPO(make("mixtral", **ASKED), tokenizer=tokenizer, lora={"r": 2})
     data = PreferenceDataModule(PAIRS[:4], tokenizer=tokenizer, batch_size=2, cache_dir=False)
     Trainer(**trainer_options, max_steps=1).fit(module, data)
