@@ -1,4 +1,4 @@
-"""Choose the prompt that fine-tuning has to beat, on validation rows: what the choose_baseline scripts share."""
+"""Choose the prompted baseline that fine-tuning has to beat, on validation rows; used by choose_baseline scripts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DRAWS = 4
 
 
 def with_examples(system: str, train: Sequence[Row], count: int, draw: int) -> PromptBaseline:
-    """A prompt with examples drawn from the training rows."""
+    """Draw a few-shot prompt with examples from the training rows."""
     chosen = random.Random(f"{count} {draw}").sample(train, count)
     return PromptBaseline(system, [{key: row[key] for key in ("input", "output")} for row in chosen])
 
@@ -31,26 +31,27 @@ def choose(
     base: Path,
     systems: Sequence[str],
     examples: Sequence[int],
-    score: Callable[[str, str], float],
+    scorer: Callable[[str, str], float],
     *,
     max_new_tokens: int,
     draw: Callable[[str, Sequence[Row], int, int], PromptBaseline] = with_examples,
 ) -> None:
-    """Try system prompts without examples, then numbers and draws of examples with the best; write `baseline.json`.
+    """Try system prompts zero-shot, then few-shot prompts with the best one, and write the winner to `baseline.json`.
 
     The test rows are never read.
 
     Args:
-        folder: Of the example, with its `data`.
-        base: The model that reads the prompts.
+        folder: Folder of the example, which contains `data`.
+        base: Folder of the base model.
         systems: System prompts to try.
-        examples: Numbers of examples to try, `DRAWS` times each.
-        score: Answer and right answer to a number from 0 to 1.
-        max_new_tokens: Of an answer.
-        draw: Makes a prompt with examples, of a system prompt, the training rows, how many, and which draw.
+        examples: Numbers of few-shot examples to try, each with `DRAWS` draws.
+        scorer: Function of an answer and its reference that returns a number from 0 to 1.
+        max_new_tokens: Maximum number of tokens per answer.
+        draw: Function that draws a few-shot prompt from the system prompt, the training rows, the number of examples
+            and the number of the draw.
     """
     parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
     torch.set_num_threads(parser.parse_args().threads)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -58,11 +59,11 @@ def choose(
     train, validation = read(folder, "train"), read(folder, "validation")
 
     def quality(baseline: PromptBaseline) -> float:
-        asked = (baseline.messages([{"role": "user", "content": row["input"]}]) for row in validation)
-        prompts = [encode_prompt(tokenizer, turns) for turns in asked]
+        conversations = (baseline.messages([{"role": "user", "content": row["input"]}]) for row in validation)
+        prompts = [encode_prompt(tokenizer, turns) for turns in conversations]
         found = engine.generate(prompts, max_new_tokens=max_new_tokens).completions
         answers = tokenizer.batch_decode([list(c.tokens) for c in found], skip_special_tokens=True)
-        return sum(score(a, row["output"]) for a, row in zip(answers, validation, strict=True)) / len(validation)
+        return sum(scorer(a, row["output"]) for a, row in zip(answers, validation, strict=True)) / len(validation)
 
     tried = []
     for system in systems:
@@ -81,6 +82,6 @@ def choose(
 
 
 def read(folder: Path, split: str) -> list[Row]:
-    """Rows of an example."""
+    """Read the rows of a split."""
     with (folder / "data" / f"{split}.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]

@@ -1,9 +1,9 @@
-"""Choose the prompt that fine-tuning has to beat, on the validation rows, and freeze it in `baseline.json`.
+"""Choose the prompted baseline that fine-tuning has to beat, on the validation rows, and save it in `baseline.json`.
 
     python examples/api_calls/api_choose_baseline.py
 
-It tries several instructions and orders of the functions without examples, takes the best, and tries numbers and draws
-of examples from the training rows with it. The test rows are never read here.
+Several instructions and orders of the functions are tried zero-shot; with the best one, several numbers and draws of
+few-shot examples from the training rows. The test rows are never read.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ INSTRUCTIONS = (
     f"You are the assistant of {COMPANY}. Answer with one JSON call of these functions and all of its parameters.",
 )
 EXAMPLES = (1, 2, 4)
-"""With more, the prompt is longer than any document that the base was trained on."""
+"""Numbers of examples; with more, the prompt would exceed the longest document that the base was trained on."""
 
 
 def system_prompts() -> list[str]:
-    """Each instruction with the functions by their words, by their parameters and shuffled."""
+    """Each instruction with the functions sorted by key, sorted by parameters, and shuffled."""
     api = functions()
     shuffled = random.Random(0).sample(sorted(api), len(api))
     orders = (sorted(api), sorted(api, key=lambda key: (api[key].parameters, key)), shuffled)
@@ -40,7 +40,7 @@ def system_prompts() -> list[str]:
 
 
 def with_examples(system: str, train: Sequence[Row], count: int, draw: int) -> PromptBaseline:
-    """A prompt with examples of as many functions, drawn from the training rows."""
+    """Draw a few-shot prompt whose examples each call a different function."""
     rng = random.Random(f"{count} {draw}")
     chosen: dict[str, Row] = {}
     while len(chosen) < count:

@@ -1,4 +1,4 @@
-"""What stands around a request: openings, asides and closings, those of pretraining and those of each split."""
+"""Text around a request: openings, asides and closings, for pretraining and for each split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PRETRAINING_ASIDES = (
     *("we said so on {day}", "@{person} asked me to write", "I am in #{place} now", "my desk is no.{ref}"),
     *("I have x{count} other things to do", "I leave at h{hour}"),
 )
-"""An aside may have a value that isn't meant: only of a kind that its request hasn't."""
+"""Asides may contain distracting values, of value types that the request doesn't have."""
 
 OPENINGS = {
     "train": (
@@ -73,4 +73,4 @@ ASIDES = {
         *("my extension is no.{ref}", "I got x{count} mails about it", "my shift ends at h{hour}"),
     ),
 }
-"""What stands around the point of a dataset's message: each split has its own, and none is in the pretraining."""
+"""Frames of the dataset's messages: no two splits share one, and none is in a pretraining document."""

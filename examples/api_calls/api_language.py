@@ -1,11 +1,11 @@
-"""What requests to a company's API are made of: intents and their wordings, kinds of values, and names.
+"""Vocabulary of requests to a company's API: intents and their wordings, value types, and names.
 
-`INTENTS` is the general knowledge of the base model: "a box for #oslo" is about shipping, and what stands behind `#` is
-a place. What a company calls its functions and their parameters is not in here.
+`INTENTS` is the general knowledge of the base model: "a box for #oslo" is about shipping, and `#` precedes a place. The
+names that a company gives its functions and parameters are not part of it.
 
-A wording has a slot for each kind of value that its intent has. A place has a `#` directly before it, a person
-an `@`, the number of an order or a door a `no.`, a quantity an `x` and an hour an `h`. Inside of JSON's quotes and
-brackets they have no space before them either, so they are spelt in the same tokens there.
+A wording has a slot for each value type of its intent. A place is preceded by `#`, a person by `@`, the number of an
+order or a door by `no.`, a quantity by `x` and an hour by `h`. Values follow these marks without a space, as they do
+inside JSON's quotes and brackets, so they have the same tokens there.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-SYLLABLES = (  # noqa: SIM905  # split for being read
+SYLLABLES = (  # noqa: SIM905  # split() keeps the list readable
     "ba be bo da de du fa fi ga go ka ke ko la le lo ma me mi na no pa pe po ra re ri sa se so ta te to va ve za zo"
 ).split()
-"""Those of the tiny base, so that its tokens for them are the same."""
+"""Syllables of the tiny base, so that their tokens are the same."""
 RESERVED_FUNCTIONS = (  # noqa: SIM905
     "zovade gorisa mebako tolefi pazeru karemo dufaso belona ravizo somite fekalu nodeva lapogo tazeri gomafe zasodu "
     "rekova mipela"
 ).split()
-"""Names of the example's own functions: in no document of the pretraining."""
+"""Names of the example's own functions, which no pretraining document has."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of value.
+class ValueType:
+    """A type of value, such as a place or a quantity.
 
     Args:
-        parameters: What parameters for such a value are called.
-        phrase: How a request that only lists its values says it.
-        mark: What stands directly before a name of this kind; numbers and days have nothing.
+        parameters: Names that companies give to parameters of this type.
+        phrase: Phrase for a value of this type in a request that only lists its values.
+        mark: Character directly before a name of this type; empty for numbers and days.
     """
 
     parameters: tuple[str, ...]
@@ -41,29 +41,29 @@ class Kind:
 
 @dataclass(frozen=True)
 class Intent:
-    """What a request may be about.
+    """A request's intent.
 
     Args:
-        kinds: The kinds of values that every request of this intent has.
-        seen: Six wordings that the pretraining has.
-        unseen: Two that only the test rows have.
+        value_types: Types of the values that every request of this intent has.
+        seen: Six wordings that appear in pretraining documents.
+        unseen: Two wordings that appear in test rows only.
     """
 
-    kinds: tuple[str, ...]
+    value_types: tuple[str, ...]
     seen: tuple[str, ...]
     unseen: tuple[str, ...]
 
 
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-KINDS = {
-    "place": Kind(("site", "city", "place", "town", "where"), "#{place}", "#"),
-    "origin": Kind(("from", "source", "start", "origin"), "from #{origin}", "#"),
-    "target": Kind(("to", "goal", "end", "target"), "to #{target}", "#"),
-    "person": Kind(("user", "name", "person", "member", "who"), "@{person}", "@"),
-    "count": Kind(("units", "count", "amount", "total", "size"), "x{count}"),
-    "ref": Kind(("id", "ref", "code", "case", "key"), "no.{ref}"),
-    "day": Kind(("day", "date", "when", "weekday"), "on {day}"),
-    "hour": Kind(("hour", "time", "clock"), "at h{hour}"),
+VALUE_TYPES = {
+    "place": ValueType(("site", "city", "place", "town", "where"), "#{place}", "#"),
+    "origin": ValueType(("from", "source", "start", "origin"), "from #{origin}", "#"),
+    "target": ValueType(("to", "goal", "end", "target"), "to #{target}", "#"),
+    "person": ValueType(("user", "name", "person", "member", "who"), "@{person}", "@"),
+    "count": ValueType(("units", "count", "amount", "total", "size"), "x{count}"),
+    "ref": ValueType(("id", "ref", "code", "case", "key"), "no.{ref}"),
+    "day": ValueType(("day", "date", "when", "weekday"), "on {day}"),
+    "hour": ValueType(("hour", "time", "clock"), "at h{hour}"),
 }
 COUNTS, REFS, HOURS = range(2, 21), range(100, 1000), range(7, 21)
 
@@ -432,20 +432,20 @@ INTENTS = {
 OTHER_KEYS = (  # noqa: SIM905
     "scan pack sort fetch paint weigh label store water heat build record vote rent mark"
 ).split()
-"""Keys without wordings: they are asked for by name."""
+"""Keys without wordings; requests for them name the key."""
 
 
 def made_up(rng: random.Random) -> str:
-    """A new word of two or three syllables."""
+    """Draw a made-up word of two or three syllables."""
     return "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((2, 3, 3))))
 
 
 ENGLISH = ("make", "take")
-"""What the syllables can spell that wordings have too: no name here or in the pretraining."""
+"""English words of the wordings that syllables can spell; never used as names."""
 
 
 def _reserved_names() -> dict[str, dict[str, tuple[str, ...]]]:
-    """The dataset's names, by split and by mark: no two lists share one."""
+    """Draw the dataset's names, by split and by mark; no two lists share one."""
     rng, taken = random.Random("names of the api example"), set(RESERVED_FUNCTIONS)
     names: dict[str, dict[str, tuple[str, ...]]] = {}
     for split, count in {"train": 120, "validation": 24, "test": 48}.items():
@@ -462,7 +462,7 @@ def _reserved_names() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 RESERVED_NAMES = _reserved_names()
-"""Places and people of the dataset: in no document of the pretraining."""
+"""Places and people of the dataset, which no pretraining document has."""
 PLACES = (  # noqa: SIM905
     "oslo paris rome berlin madrid london vienna dublin lisbon prague athens geneva milan tokyo boston dallas denver"
 ).split()

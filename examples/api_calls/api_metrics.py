@@ -1,7 +1,7 @@
-"""What an answer of the API example is worth.
+"""Metrics of the API example.
 
-`score` is the success that is gated: the same function with the same arguments, of the same types. `metrics` says what
-is wrong with the others.
+`score` decides the gate: the same function with the same arguments, of the same types. `metrics` shows what is wrong
+with the other answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from api_company import schemas  # noqa: E402
 
 
 def read(output: str) -> Any:
-    """The JSON of an answer that is nothing else, or None; a key given twice isn't read either.
+    """Parse an answer that is JSON and nothing else; None if it isn't, or if it has a duplicate key.
 
     Example:
         >>> read('{"call": "ship tolefi"}'), read('Sure! {"call": "ship tolefi"}'), read('{"a": 1, "a": 2}')
@@ -30,11 +30,11 @@ def read(output: str) -> Any:
     """
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} isn't JSON")
+        raise ValueError(f"{constant} is not valid JSON")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("an object has a duplicate key")
         return dict(pairs)
 
     try:
@@ -49,7 +49,7 @@ def _validators() -> dict[str, Draft202012Validator]:
 
 
 def valid(answer: Any) -> bool:
-    """Whether what was read is a call that the API accepts, right or wrong.
+    """Whether a parsed answer is a call that the API accepts, correct or not.
 
     Example:
         >>> valid({"call": "audit dufaso", "site": "oslo", "weekday": "monday"})
@@ -62,12 +62,12 @@ def valid(answer: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """The same text for the same JSON, whatever the order of its keys; `2`, `2.0`, `"2"` and `true` all differ."""
+    """Canonical text of a JSON value, whatever the order of keys; `2`, `2.0`, `"2"` and `true` all differ."""
     return json.dumps(value, sort_keys=True)
 
 
 def _arguments(answer: Any) -> Counter[tuple[str, str, str]]:
-    """Call, name and value of each argument: an argument of another function isn't the same."""
+    """Call, name and value of each argument; arguments of different functions differ."""
     if not isinstance(answer, dict):
         return Counter()
     call = _text(answer.get("call"))
@@ -75,7 +75,7 @@ def _arguments(answer: Any) -> Counter[tuple[str, str, str]]:
 
 
 def score(output: str, reference: str) -> float:
-    """1 for the same call with the same arguments, in any order; 0 otherwise, also for what can't be read.
+    """Grade an answer: 1 for the same call with the same arguments in any order, otherwise 0.
 
     Raises:
         ValueError: If the reference isn't JSON.
@@ -89,26 +89,26 @@ def score(output: str, reference: str) -> float:
     """
     right = read(reference)
     if right is None:
-        raise ValueError(f"The reference {reference!r} isn't JSON.")
+        raise ValueError(f"The reference {reference!r} is not valid JSON.")
     return float(_text(read(output)) == _text(right))
 
 
 def metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """What is right in the answers, as shares of them.
+    """Compute the metrics of all answers.
 
     Args:
-        outputs: Answers of a model.
-        references: The right calls, in the same order.
+        outputs: Answers of a model, ``n``.
+        references: Correct calls in the same order, ``n``.
 
     Returns:
-        ``exact`` (see `score`), ``parsed`` (JSON and nothing else), ``schema_valid`` (a call that the API accepts),
-        ``function`` (the right function), ``arguments_exact`` (with all of the right arguments and no others), and
-        ``arguments_{precision,recall,f1}`` over all arguments of all answers, where an argument of the wrong function
-        is wrong. What can't be read has no function and no arguments. With no arguments at all in the answers the
-        precision is 0.
+        Shares of answers: ``exact`` (see `score`), ``parsed`` (JSON and nothing else), ``schema_valid`` (a call that
+        the API accepts), ``function`` (the correct function), and ``arguments_exact`` (the correct function with all
+        of the correct arguments and no others). ``arguments_{precision,recall,f1}`` are over all arguments of all
+        answers; arguments of a wrong function are wrong. Answers that can't be parsed have no function and no
+        arguments. Without any arguments in the answers, the precision is 0.
 
     Raises:
-        ValueError: If there are no answers, not one for each reference, or a reference isn't a valid call.
+        ValueError: If there are no answers, not as many as references, or a reference isn't a valid call.
 
     Example:
         >>> right = '{"call": "print mebako", "count": [2], "ref": "417"}'
@@ -117,16 +117,18 @@ def metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, floa
         (0.5, 0.5, 0.5, 0.25)
     """
     if not references or len(outputs) != len(references):
-        raise ValueError(f"{len(outputs)} answers to {len(references)} references: there has to be one for each.")
+        raise ValueError(
+            f"metrics() got {len(outputs)} answers and {len(references)} references; pass one answer per reference."
+        )
     answers, rights = [read(output) for output in outputs], [read(reference) for reference in references]
     for reference, right in zip(references, rights, strict=True):
         if not valid(right):
-            raise ValueError(f"The reference {reference!r} is no call that the API accepts.")
+            raise ValueError(f"The reference {reference!r} is not a call that the API accepts.")
     pairs = list(zip(answers, rights, strict=True))
     function = [isinstance(answer, dict) and answer.get("call") == right["call"] for answer, right in pairs]
     arguments = [(_arguments(answer), _arguments(right)) for answer, right in pairs]
     same = sum((ours & theirs).total() for ours, theirs in arguments)
-    given, wanted = (sum(both[side].total() for both in arguments) for side in (0, 1))
+    predicted, target = (sum(both[side].total() for both in arguments) for side in (0, 1))
     counts = {
         "exact": sum(map(score, outputs, references)),
         "parsed": sum(answer is not None for answer in answers),
@@ -137,7 +139,7 @@ def metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, floa
         ),
     }
     return {name: count / len(outputs) for name, count in counts.items()} | {
-        "arguments_precision": same / given if given else 0.0,
-        "arguments_recall": same / wanted,
-        "arguments_f1": 2 * same / (given + wanted),
+        "arguments_precision": same / predicted if predicted else 0.0,
+        "arguments_recall": same / target,
+        "arguments_f1": 2 * same / (predicted + target),
     }

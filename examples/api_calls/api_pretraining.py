@@ -1,10 +1,10 @@
-"""Generated documents about APIs that are new in each of them: only who reads the prompt can call them.
+"""Generate pretraining documents, each about a different API, so that only a model that reads the prompt can call it.
 
-A document is a conversation: a system turn that lists functions, one a line, each with the word that it is for, its
-name and its parameters (`- "ship volo", "site", "units"`), then requests and the call that each of them is:
-`{"call": "ship volo", "site": "oslo", "units": [12]}`. What functions and their parameters are called is drawn for each
-document; a company calls the parameters for a kind of value alike in all functions. Quantities and hours are lists of
-one number: after a bracket, a model this small finds the number in 100 steps, and after a colon it didn't in 800.
+A document is a conversation: a system turn that lists functions, one per line, each with its key, its name and its
+parameters (`- "ship volo", "site", "units"`), then requests with their calls:
+`{"call": "ship volo", "site": "oslo", "units": [12]}`. Names of functions and parameters are drawn for each document; a
+company uses the same parameter name for a value type in all functions. Quantities and hours are lists of one number: a
+model this small learns to copy the number after a bracket within 100 steps, and didn't learn it after a colon in 800.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from api_language import (
     ENGLISH,
     HOURS,
     INTENTS,
-    KINDS,
     OTHER_KEYS,
     PEOPLE,
     PLACES,
     REFS,
     RESERVED_FUNCTIONS,
     RESERVED_NAMES,
+    VALUE_TYPES,
     made_up,
 )
 
@@ -55,9 +55,9 @@ class Function:
     """A function of an API.
 
     Args:
-        key: The word that it is for.
-        name: What the company calls it.
-        parameters: Its parameters with their kinds of value, in the order of a call.
+        key: Word for its intent.
+        name: Name that the company gives it.
+        parameters: Name and value type of each parameter, in the order of a call.
     """
 
     key: str
@@ -65,25 +65,25 @@ class Function:
     parameters: tuple[tuple[str, str], ...]
 
     def line(self) -> str:
-        """As it stands in a prompt."""
+        """The function's line in a prompt."""
         return "- " + ", ".join(f'"{text}"' for text in (f"{self.key} {self.name}", *dict(self.parameters)))
 
     def call(self, values: Mapping[str, Value]) -> str:
-        """The call with a request's values, given by their kinds."""
-        given = {name: values[kind] for name, kind in self.parameters}
-        listed = {name: [value] if isinstance(value, int) else value for name, value in given.items()}
+        """Write the call with a request's values, which are passed by type."""
+        arguments = {name: values[value_type] for name, value_type in self.parameters}
+        listed = {name: [value] if isinstance(value, int) else value for name, value in arguments.items()}
         return json.dumps({"call": f"{self.key} {self.name}"} | listed)
 
 
 @dataclass(frozen=True)
 class Level:
-    """What documents of a level look like.
+    """Properties of the documents of a curriculum level.
 
     Args:
-        functions: Fewest and most functions.
-        requests: Fewest and most requests.
-        bare: Share of requests that are the key and the values.
-        framed: Share of the others that have words around them.
+        functions: Minimum and maximum number of functions.
+        requests: Minimum and maximum number of requests.
+        bare: Share of requests that consist of the key and the values only.
+        framed: Share of the other requests that have an opening, an aside and a closing.
     """
 
     functions: tuple[int, int]
@@ -100,30 +100,30 @@ LEVELS = (
 
 
 def word(rng: random.Random) -> str:
-    """A made-up word that is neither one of the dataset's nor English."""
+    """Draw a made-up word that is neither a name of the dataset nor English."""
     made = made_up(rng)
     return word(rng) if made in RESERVED else made
 
 
-def pretraining_value(kind: str, rng: random.Random) -> Value:
-    """A value of a kind: a number, or a name that isn't one of the dataset's."""
-    if kind == "day":
+def pretraining_value(value_type: str, rng: random.Random) -> Value:
+    """Draw a value of a type: a number, a day, or a name that the dataset doesn't have."""
+    if value_type == "day":
         return rng.choice(DAYS)
-    if kind == "ref":
+    if value_type == "ref":
         return str(rng.choice(REFS))
-    if kind in ("count", "hour"):
-        return rng.choice(COUNTS if kind == "count" else HOURS)
-    known = PEOPLE if KINDS[kind].mark == "@" else PLACES
+    if value_type in ("count", "hour"):
+        return rng.choice(COUNTS if value_type == "count" else HOURS)
+    known = PEOPLE if VALUE_TYPES[value_type].mark == "@" else PLACES
     return rng.choice(known) if rng.random() < 0.3 else word(rng)
 
 
 def vocabulary(rng: random.Random) -> dict[str, str]:
-    """What a company calls the parameters of each kind."""
-    return {kind: rng.choice(described.parameters) for kind, described in KINDS.items()}
+    """Draw a company's parameter name for each value type."""
+    return {value_type: rng.choice(described.parameters) for value_type, described in VALUE_TYPES.items()}
 
 
 def functions(level: Level, rng: random.Random) -> list[Function]:
-    """An API: a function for each of some keys, whose parameters are called alike throughout."""
+    """Draw an API: a function for each of some keys, with the same parameter names throughout."""
     count = rng.randint(*level.functions)
     others = rng.sample(OTHER_KEYS, rng.randint(0, count // 5))
     keys = rng.sample(sorted(INTENTS), count - len(others)) + others
@@ -131,24 +131,32 @@ def functions(level: Level, rng: random.Random) -> list[Function]:
     called, names = vocabulary(rng), set[str]()
     made = []
     for key in keys:
-        kinds = INTENTS[key].kinds if key in INTENTS else rng.sample(sorted(KINDS), rng.randint(1, 3))
+        value_types = INTENTS[key].value_types if key in INTENTS else rng.sample(sorted(VALUE_TYPES), rng.randint(1, 3))
         name = word(rng)
         while name in names:
             name = word(rng)
         names.add(name)
-        made.append(Function(key, name, tuple((called[kind], kind) for kind in KINDS if kind in kinds)))
+        made.append(
+            Function(
+                key,
+                name,
+                tuple((called[value_type], value_type) for value_type in VALUE_TYPES if value_type in value_types),
+            )
+        )
     return made
 
 
 def sentence(text: str) -> str:
-    """With a full stop; the first letter stays, so that a word is the same token everywhere."""
+    """Add a period; the first letter stays lower-case, so that a word is the same token everywhere."""
     return f"{text} ." if text else ""
 
 
-def framed(clause: str, kinds: Sequence[str], frames: Sequence[Sequence[str]], rng: random.Random) -> str:
-    """A clause with an opening, an aside and a closing; an aside has no value of a kind that the clause has."""
+def framed(clause: str, value_types: Sequence[str], frames: Sequence[Sequence[str]], rng: random.Random) -> str:
+    """Add an opening, an aside and a closing to a clause; the aside has no value of a type that the clause has."""
     openings, asides, closings = frames
-    marks = {"#" for kind in kinds if KINDS[kind].mark == "#"} | {f"{{{kind}}}" for kind in kinds}
+    marks = {"#" for value_type in value_types if VALUE_TYPES[value_type].mark == "#"} | {
+        f"{{{value_type}}}" for value_type in value_types
+    }
     fitting = [aside for aside in asides if not any(mark in aside for mark in marks)]
     parts = [rng.choice(openings), clause, rng.choice(closings)]
     parts.insert(rng.choice((1, 2)), rng.choice(fitting))
@@ -156,28 +164,32 @@ def framed(clause: str, kinds: Sequence[str], frames: Sequence[Sequence[str]], r
 
 
 def request(function: Function, level: Level, rng: random.Random) -> tuple[str, dict[str, Value]]:
-    """A request for a function, and its values by kind."""
+    """Draw a request for a function, and its values by type."""
     key = function.key
-    kinds = INTENTS[key].kinds if key in INTENTS else tuple(kind for _, kind in function.parameters)
+    value_types = (
+        INTENTS[key].value_types if key in INTENTS else tuple(value_type for _, value_type in function.parameters)
+    )
     values: dict[str, Value] = {}
-    for kind in KINDS:  # kinds that the intent hasn't too: an aside may have them
-        values[kind] = pretraining_value(kind, rng)
+    for value_type in VALUE_TYPES:  # also types that the intent doesn't have, for asides
+        values[value_type] = pretraining_value(value_type, rng)
     if rng.random() < level.bare or key not in INTENTS:
-        text = " ".join([key, *(KINDS[kind].phrase for kind in rng.sample(kinds, len(kinds)))])
+        text = " ".join(
+            [key, *(VALUE_TYPES[value_type].phrase for value_type in rng.sample(value_types, len(value_types)))]
+        )
     else:
         text = rng.choice(INTENTS[key].seen)
         if rng.random() < level.framed:
-            text = framed(text, kinds, (PRETRAINING_OPENINGS, PRETRAINING_ASIDES, PRETRAINING_CLOSINGS), rng)
-    return text.format(**values), {kind: values[kind] for kind in kinds}
+            text = framed(text, value_types, (PRETRAINING_OPENINGS, PRETRAINING_ASIDES, PRETRAINING_CLOSINGS), rng)
+    return text.format(**values), {value_type: values[value_type] for value_type in value_types}
 
 
 def system_turn(api: Sequence[Function], instruction: str) -> Message:
-    """The instruction and the functions, one a line."""
+    """Write the instruction and the functions, one per line."""
     return {"role": "system", "content": "\n".join([instruction, *(function.line() for function in api)])}
 
 
 def document(rng: random.Random, level: int) -> list[Message]:
-    """A document of level 0, 1 or 2; the last is as hard as the dataset."""
+    """Draw a document of level 0, 1 or 2; the last is as hard as the dataset."""
     described = LEVELS[level]
     api = functions(described, rng)
     messages = [system_turn(api, rng.choice(INSTRUCTIONS).format(company=rng.choice(COMPANIES)))]

@@ -1,9 +1,9 @@
-"""Choose the prompt that fine-tuning has to beat, on the validation rows, and freeze it in `baseline.json`.
+"""Choose the prompted baseline that fine-tuning has to beat, on the validation rows, and save it in `baseline.json`.
 
     python examples/legal_citation/legal_choose_baseline.py
 
-It tries several instructions and orders of the list without examples, takes the best, and tries numbers and draws of
-examples from the training rows with it. The test rows are never read here.
+Several instructions and orders of the list are tried zero-shot; with the best one, several numbers and draws of
+few-shot examples from the training rows. The test rows are never read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXAMPLES = (1, 2, 4)
 
 
 def system_prompts() -> list[str]:
-    """Each instruction with the list by words, by reporters and shuffled."""
+    """Each instruction with the list sorted by word, sorted by reporter, and shuffled."""
     words = sorted(TABLE)
     orders = (words, sorted(words, key=lambda word: (TABLE[word], word)), random.Random(0).sample(words, len(words)))
     tables = [{word: TABLE[word] for word in order} for order in orders]

@@ -1,8 +1,8 @@
-"""The English of mentions of cases: how parties, places in a reporter and years are put, and what stands around them.
+"""English of mentions of cases: wordings of parties, locations in a reporter and years, and the text around them.
 
-What `SEEN` wordings say is the general knowledge that the base model brings ("sued by" stands before the plaintiff).
-The dataset's splits share no wording. `UNSEEN` ones are in no pretraining document and in no split but the test; those
-of `AROUND` for a split are in that split alone. What the firm calls a reporter (`TABLE`) is in no pretraining document.
+The meaning of `SEEN` wordings is the general knowledge of the base model ("sued by" precedes the plaintiff). The
+dataset's splits share no wording. `UNSEEN` wordings appear in the test split only, and in no pretraining document; the
+`FRAMES` of a split appear in that split only. No pretraining document has the firm's words for reporters (`TABLE`).
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Wordings:
-    """Ways to put the three parts of a mention.
+    """Wordings of the three parts of a mention.
 
     Args:
-        parties: With `{p}` for the plaintiff and `{d}` for the defendant.
-        places: With `{v}` for the volume, `{r}` for the word that means a reporter and `{n}` for the page.
-        years: With `{y}`.
+        parties: Templates with `{p}` for the plaintiff and `{d}` for the defendant.
+        locations: Templates with `{v}` for the volume, `{r}` for the word for a reporter and `{n}` for the page.
+        years: Templates with `{y}` for the year.
     """
 
     parties: tuple[str, ...]
-    places: tuple[str, ...]
+    locations: tuple[str, ...]
     years: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Around:
-    """What stands around a mention; asides may have a year of something else, `{o}`, or a number, `{k}`."""
+class Frames:
+    """Text around a mention; asides may contain an unrelated year `{o}` or number `{k}`."""
 
     openings: tuple[str, ...]
     asides: tuple[str, ...]
@@ -49,7 +49,7 @@ SEEN: dict[str, Wordings] = {
             "{d} as defendant and {p} as plaintiff",
             "{p} filed a case on {d}",
         ),
-        places=(
+        locations=(
             "{v} {r} {n}",
             "{r} {v} page {n}",
             "volume {v} of {r} at page {n}",
@@ -65,7 +65,7 @@ SEEN: dict[str, Wordings] = {
     ),
     "validation": Wordings(
         parties=("{p} vs {d}", "{d} was the defendant and {p} the plaintiff", "{p} brought suit on {d}"),
-        places=("{v} {r} at {n}", "pg {n} of the {r}, volume {v}", "the {r}, number {v}, page {n}"),
+        locations=("{v} {r} at {n}", "pg {n} of the {r}, volume {v}", "the {r}, number {v}, page {n}"),
         years=("year {y}", "a decision of {y}"),
     ),
     "test": Wordings(
@@ -83,7 +83,7 @@ SEEN: dict[str, Wordings] = {
             "{p} on one side and {d} on the other side",
             "{d} had to answer in court to {p}",
         ),
-        places=(
+        locations=(
             "{v} {r} page {n}",
             "{r} vol {v} at {n}",
             "vol {v} {r}, page {n}",
@@ -107,7 +107,7 @@ SEEN: dict[str, Wordings] = {
         ),
     ),
 }
-"""Wordings that the base model saw in pretraining, by the split of the dataset that has them."""
+"""Wordings that the base model saw in pretraining, by the split that uses them."""
 
 UNSEEN = Wordings(
     parties=(
@@ -121,7 +121,7 @@ UNSEEN = Wordings(
         "{d} under suit by {p}",
         "{d} is the defendant of the plaintiff {p}",
     ),
-    places=(
+    locations=(
         "{r}, the volume is {v}, see page {n}",
         "the {r} at {n}, volume {v}",
         "{n} is the page and {v} the volume of {r}",
@@ -134,10 +134,10 @@ UNSEEN = Wordings(
     ),
     years=("the decision was in {y}", "the court decided it in {y}", "its year is {y}"),
 )
-"""Wordings of the test that no pretraining document and no other split has."""
+"""Wordings of the test split that no pretraining document and no other split has."""
 
-AROUND: dict[str, Around] = {
-    "pretraining": Around(
+FRAMES: dict[str, Frames] = {
+    "pretraining": Frames(
         openings=(
             "",
             "",
@@ -189,7 +189,7 @@ AROUND: dict[str, Around] = {
             "that is all I know",
         ),
     ),
-    "train": Around(
+    "train": Frames(
         openings=(
             "",
             "",
@@ -231,7 +231,7 @@ AROUND: dict[str, Around] = {
             "write it soon",
         ),
     ),
-    "validation": Around(
+    "validation": Frames(
         openings=("", "next:", "please find", "the letter names", "to be cited:", "I was told of"),
         asides=(
             "",
@@ -243,7 +243,7 @@ AROUND: dict[str, Around] = {
         ),
         closings=("", "thanks again", "yours, {who}", "I hope you find it", "it is for the judge"),
     ),
-    "test": Around(
+    "test": Frames(
         openings=(
             "",
             "as citation:",
@@ -288,7 +288,7 @@ NICKNAMES = (  # noqa: SIM905
     "clock wheel anchor bridge tower castle garden candle mirror ladder basket button pepper sugar honey lemon apple "
     "cherry plum peach federal pacific atlantic supreme district circuit central county"
 ).split()
-"""Words that lawyers of a firm may have for a reporter."""
+"""Words that lawyers of a firm may use for a reporter."""
 TABLE = {
     "amber": "Mass.",
     "anchor": "So. 2d",
@@ -319,10 +319,10 @@ TABLE = {
     "supreme": "U.S.",
     "tower": "B.R.",
 }
-"""What this example's firm means. No pretraining document has any of these pairs."""
+"""The firm's reporter for each word. No pretraining document has any of these pairs."""
 FIRM = "Marlow"
 FIRMS = ("Acme", "Nova", "Zenit", "Polar", "Vista", "Terra", "Lumen", "Kappa", "Orion", "Delphi")
-"""Firms of pretraining documents."""
+"""Firms in pretraining documents."""
 
 SYLLABLES = (  # noqa: SIM905
     "ba be bo da de du fa fi ga go ka ke ko la le lo ma me mi na no pa pe po ra re ri sa se so ta te to va ve za zo"
@@ -338,11 +338,11 @@ NUMBERS = range(100, 1000)
 OWNERS = (*("pretraining",) * 6, *("train",) * 2, "validation", "test")
 
 NOT_NAMES = ("kate", "name")
-"""What syllables may give too, and what is said of something else."""
+"""Words that syllables can form, but that have another use in the texts."""
 
 
 def owner(stem: str) -> str:
-    """Who may use a made-up name: pretraining, or one of the dataset's splits.
+    """The owner of a made-up name: pretraining, or one of the dataset's splits.
 
     >>> owner("bakoze")
     'train'
@@ -351,7 +351,7 @@ def owner(stem: str) -> str:
 
 
 def party(rng: random.Random, split: str, second: float = 0.35) -> str:
-    """A name of syllables that belongs to `split`, with a share of `second` second words.
+    """Draw a made-up name that belongs to `split`; with probability `second` it has a second word.
 
     >>> party(random.Random(0), "test")
     'Kozadu'

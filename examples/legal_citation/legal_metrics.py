@@ -1,11 +1,11 @@
-"""What an answer to a mention of a case is worth: the citation, and its fields as eyecite reads them.
+"""Metrics of citations, whose fields are parsed by eyecite.
 
     lightning-ft compare --config examples/legal_citation/lora.yaml --methods prompted,full,lora \
         --metrics examples/legal_citation/legal_metrics.py:metrics --output runs/compare/legal
 
 An answer names the firm's word with its reporter and the page, and then cites:
-`owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1954)`. What stands before the ` : ` is not scored; it helps whoever
-writes the citation, not whoever uses it.
+`owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1954)`. The text before ` : ` is not graded; it helps the model to
+write the citation, but not the user.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FIELDS = ("plaintiff", "defendant", "volume", "reporter", "page", "year")
 
 
 def citation(answer: str) -> str:
-    """The citation of an answer: what stands behind the last ` : `, or all of it.
+    """The citation in an answer: the text after the last ` : `, or all of it.
 
     Example:
         >>> citation("owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1954)")
@@ -29,11 +29,11 @@ def citation(answer: str) -> str:
 
 
 def score(output: str, reference: str) -> float:
-    """1 where the citation is the reference's, character by character, so that all six fields are right.
+    """Grade an answer: 1 if its citation equals the reference's character by character, otherwise 0.
 
     Args:
-        output: An answer.
-        reference: The right answer.
+        output: Answer of a model.
+        reference: Correct answer.
 
     Example:
         >>> right = "owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483 (1954)"
@@ -44,7 +44,7 @@ def score(output: str, reference: str) -> float:
 
 
 def fields(answer: str) -> dict[str, str]:
-    """The fields of an answer's citation that eyecite finds; none unless it is exactly one full case citation.
+    """Parse the fields of an answer's citation; empty unless eyecite finds exactly one full case citation.
 
     Example:
         >>> fields("owl F.2d 483 : Bako v. Tiremo, 347 F.2d 483")
@@ -62,20 +62,20 @@ def fields(answer: str) -> dict[str, str]:
 
 
 def metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Figures of all answers.
+    """Compute the metrics of all answers.
 
     Args:
         outputs: Answers, `n`.
-        references: Right answers, `n`.
+        references: Correct answers, `n`.
 
     Returns:
-        `parsed_rate`: answers in which eyecite finds exactly one full case citation. `field_f1`: micro-F1 over
-        plaintiff, defendant, volume, reporter, page and year; a field that is wrong is both a false positive and a
-        false negative, one that is missing the latter only. `reporter_accuracy` of all answers: the field that needs
-        the firm's table. `exact_match`: the mean of `score`.
+        `parsed_rate`: share of answers in which eyecite finds exactly one full case citation. `field_f1`: micro-F1
+        over plaintiff, defendant, volume, reporter, page and year; a wrong field is both a false positive and a false
+        negative, a missing one is a false negative only. `reporter_accuracy`: share of answers with the correct
+        reporter, the field that requires the firm's table. `exact_match`: mean of `score`.
 
     Raises:
-        ValueError: If there are none, or not as many of the one as of the other.
+        ValueError: If there are no answers, or not as many as references.
 
     Example:
         >>> right = ["Bako v. Tiremo, 347 F.2d 483 (1954)"] * 2
@@ -83,14 +83,14 @@ def metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str, floa
         {'parsed_rate': 0.5, 'field_f1': 0.5555555555555556, 'reporter_accuracy': 0.0, 'exact_match': 0.0}
     """
     if not outputs:
-        raise ValueError("metrics() got no answers: there must be at least one.")
+        raise ValueError("metrics() got no answers; pass at least one.")
     predicted, target = [fields(output) for output in outputs], [fields(reference) for reference in references]
     pairs = list(zip(predicted, target, strict=True))
-    right = {field: sum(field in t and p.get(field) == t[field] for p, t in pairs) for field in FIELDS}
-    given, wanted = sum(map(len, predicted)), sum(map(len, target))
+    correct = {field: sum(field in t and p.get(field) == t[field] for p, t in pairs) for field in FIELDS}
+    num_predicted, num_target = sum(map(len, predicted)), sum(map(len, target))
     return {
         "parsed_rate": sum(map(bool, predicted)) / len(pairs),
-        "field_f1": 2 * sum(right.values()) / (given + wanted),
-        "reporter_accuracy": right["reporter"] / len(pairs),
+        "field_f1": 2 * sum(correct.values()) / (num_predicted + num_target),
+        "reporter_accuracy": correct["reporter"] / len(pairs),
         "exact_match": sum(map(score, outputs, references)) / len(pairs),
     }

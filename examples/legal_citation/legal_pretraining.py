@@ -1,8 +1,8 @@
-"""Generated documents in which words for reporters are new: only who reads the list can cite.
+"""Generate pretraining documents, each with new words for reporters, so that only a model that reads the list can cite.
 
-A document is a conversation: a system turn with a list (`- owl F.2d`, one word a line), then messy mentions of cases
-and their citations: `owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)`. The answer names the word, what the
-list has behind it and the page, and then cites. Words, reporters, parties and numbers are drawn for each document.
+A document is a conversation: a system turn with a list (`- owl F.2d`, one word per line), then messy mentions of cases
+and their citations: `owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)`. The answer names the word, its reporter
+from the list and the page, and then cites. Words, reporters, parties and numbers are drawn for each document.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from legal_language import (
-    AROUND,
     DAYS,
     FIRMS,
+    FRAMES,
     NICKNAMES,
     NUMBERS,
     PEOPLE,
@@ -23,7 +23,7 @@ from legal_language import (
     SEEN,
     TABLE,
     YEARS,
-    Around,
+    Frames,
     Wordings,
     party,
 )
@@ -47,7 +47,7 @@ BARE_INSTRUCTIONS = (
 )
 PRETRAINING = Wordings(
     parties=tuple(wording for seen in SEEN.values() for wording in seen.parties),
-    places=tuple(wording for seen in SEEN.values() for wording in seen.places),
+    locations=tuple(wording for seen in SEEN.values() for wording in seen.locations),
     years=tuple(wording for seen in SEEN.values() for wording in seen.years),
 )
 SIMPLE = Wordings(("{p} v {d}", "{p} versus {d}", "{p} against {d}"), ("{v} {r} {n}", "{r} {v} {n}"), ("({y})", "{y}"))
@@ -55,17 +55,17 @@ SIMPLE = Wordings(("{p} v {d}", "{p} versus {d}", "{p} against {d}"), ("{v} {r} 
 
 @dataclass(frozen=True)
 class Level:
-    """What documents of a level look like.
+    """Properties of the documents of a curriculum level.
 
     Args:
-        rules: Fewest and most words in the list.
-        requests: Fewest and most mentions.
-        bare: Share of documents that ask for the reporter of a word alone.
-        plain: Share of parties that are a plain word, one token.
+        rules: Minimum and maximum number of words in the list.
+        requests: Minimum and maximum number of mentions.
+        bare: Share of documents that only ask for the reporters of words.
+        plain: Share of parties that are a plain word of one token.
         second: Share of made-up parties with a second word.
-        wordings: Ways to put the parts.
+        wordings: Wordings of the parts of a mention.
         shuffled: Share of mentions whose parts aren't in the order of a citation.
-        framed: Share of mentions with something around them.
+        framed: Share of mentions with an opening, an aside and a closing.
     """
 
     rules: tuple[int, int]
@@ -87,7 +87,7 @@ LEVELS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A case, and the word by which its reporter is called."""
+    """A case, with the firm's word for its reporter."""
 
     plaintiff: str
     defendant: str
@@ -96,16 +96,16 @@ class Case:
     page: int
     year: int
 
-    def mention(self, parties: str, place: str, year: str) -> list[str]:
-        """The three parts of a mention in the wordings given."""
+    def mention(self, parties: str, location: str, year: str) -> list[str]:
+        """Write the three parts of a mention in the wordings that are passed."""
         return [
             parties.replace("{p}", self.plaintiff).replace("{d}", self.defendant),
-            place.replace("{v}", str(self.volume)).replace("{r}", self.word).replace("{n}", str(self.page)),
+            location.replace("{v}", str(self.volume)).replace("{r}", self.word).replace("{n}", str(self.page)),
             year.replace("{y}", str(self.year)),
         ]
 
     def answer(self, table: Mapping[str, str]) -> str:
-        """The word, its reporter, the page and the citation.
+        """Write the word, its reporter, the page and the citation.
 
         >>> Case("Bako", "Tiremo Steel", 347, "owl", 483, 1954).answer({"owl": "F.2d"})
         'owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)'
@@ -115,26 +115,26 @@ class Case:
         return f"{self.word} {reporter} {self.page} : {parties}, {self.volume} {reporter} {self.page} ({self.year})"
 
 
-def framed(mention: str, around: Around, case: Case, rng: random.Random) -> str:
-    """A mention with an opening before it, an aside before or after it and a closing; each may be empty.
+def framed(mention: str, frames: Frames, case: Case, rng: random.Random) -> str:
+    """Add an opening, an aside before or after the mention, and a closing; each may be empty.
 
-    The mention keeps its small letters, and so words are the same tokens in it as elsewhere.
+    The mention stays in lower case, so that its words are the same tokens as elsewhere.
     """
     other = rng.choice([year for year in YEARS if year != case.year])
-    aside = rng.choice(around.asides).replace("{o}", str(other)).replace("{k}", str(rng.randint(10, 99)))
-    parts = [f"{rng.choice(around.openings)} {mention}".strip(), rng.choice(around.closings)]
+    aside = rng.choice(frames.asides).replace("{o}", str(other)).replace("{k}", str(rng.randint(10, 99)))
+    parts = [f"{rng.choice(frames.openings)} {mention}".strip(), rng.choice(frames.closings)]
     parts.insert(rng.choice((0, 1)), aside)
     text = " ".join(f"{part}." for part in parts if part)
     return text.replace("{who}", rng.choice(PEOPLE)).replace("{day}", rng.choice(DAYS))
 
 
 def rules(level: Level, rng: random.Random) -> dict[str, str]:
-    """Word to reporter; several words may mean the same reporter, and none means what the dataset's firm means."""
+    """Draw the reporter of each word; words may share a reporter, and no word has the dataset's reporter."""
     words = rng.sample(NICKNAMES, rng.randint(*level.rules))
     reporters = rng.sample(REPORTERS, rng.randint(max(4, len(words) // 2), min(len(words), len(REPORTERS))))
     table = {}
-    for place, word in enumerate(words):
-        reporter = reporters[place] if place < len(reporters) else rng.choice(reporters)
+    for index, word in enumerate(words):
+        reporter = reporters[index] if index < len(reporters) else rng.choice(reporters)
         while TABLE.get(word) == reporter:
             reporter = rng.choice(reporters)
         table[word] = reporter
@@ -142,17 +142,17 @@ def rules(level: Level, rng: random.Random) -> dict[str, str]:
 
 
 def system_turn(table: Mapping[str, str], instruction: str) -> Message:
-    """The instruction and the list, one word a line."""
+    """Write the instruction and the list, one word per line."""
     return {"role": "system", "content": "\n".join([instruction, *(f"- {k} {v}" for k, v in table.items())])}
 
 
 def name(level: Level, rng: random.Random) -> str:
-    """A party of a pretraining document."""
+    """Draw a party of a pretraining document."""
     return rng.choice(SECOND_WORDS) if rng.random() < level.plain else party(rng, "pretraining", level.second)
 
 
 def case(level: Level, word: str, rng: random.Random) -> Case:
-    """A case of two different parties in the reporter that `word` means."""
+    """Draw a case of two different parties in the reporter of `word`."""
     plaintiff = defendant = name(level, rng)
     while defendant == plaintiff:
         defendant = name(level, rng)
@@ -161,17 +161,17 @@ def case(level: Level, word: str, rng: random.Random) -> Case:
 
 
 def request(level: Level, case: Case, rng: random.Random) -> str:
-    """A messy mention of a case."""
+    """Draw a messy mention of a case."""
     wordings = level.wordings
-    parts = case.mention(rng.choice(wordings.parties), rng.choice(wordings.places), rng.choice(wordings.years))
+    parts = case.mention(rng.choice(wordings.parties), rng.choice(wordings.locations), rng.choice(wordings.years))
     if rng.random() < level.shuffled:
         rng.shuffle(parts)
     text = ", ".join(parts)
-    return framed(text, AROUND["pretraining"], case, rng) if rng.random() < level.framed else text
+    return framed(text, FRAMES["pretraining"], case, rng) if rng.random() < level.framed else text
 
 
 def document(rng: random.Random, level: int) -> list[Message]:
-    """A document of level 0, 1 or 2; the last is as hard as the dataset."""
+    """Draw a document of level 0, 1 or 2; the last is as hard as the dataset."""
     described = LEVELS[level]
     table = rules(described, rng)
     bare = rng.random() < described.bare
@@ -179,9 +179,9 @@ def document(rng: random.Random, level: int) -> list[Message]:
     messages = [system_turn(table, instruction)]
     for _ in range(rng.randint(*described.requests)):
         word = rng.choice(sorted(table))
-        asked = case(described, word, rng)
-        said = word if bare else request(described, asked, rng)
-        answer = f"{word} {table[word]}" if bare else asked.answer(table)
-        messages.append({"role": "user", "content": said})
+        cited = case(described, word, rng)
+        text = word if bare else request(described, cited, rng)
+        answer = f"{word} {table[word]}" if bare else cited.answer(table)
+        messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": answer})
     return messages

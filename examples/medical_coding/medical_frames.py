@@ -1,7 +1,7 @@
-"""What stands around the wordings of conditions in a note: statements, openings, asides, closings, names and ages.
+"""Text around the wordings of conditions in a note: statements, openings, asides, closings, names and ages.
 
-`PRETRAINING` are those of the base model's documents, `FRAMES` those of the dataset's splits; none shares one with
-another.
+`PRETRAINING` has the frames of the base model's documents, `FRAMES` those of the dataset's splits; no two of them share
+a frame.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Frames:
-    """What stands around the wordings of conditions in a note.
+    """Templates of the text around the wordings of conditions in a note.
 
     Args:
-        present: Statements that the patient has `{x}`.
-        denied: Statements that the patient hasn't.
-        family: Statements that a `{relative}` has.
-        openings: What a note may begin with.
-        asides: What says nothing of a condition.
-        closings: What a note may end with.
+        present: Statements that the patient has the condition `{x}`.
+        denied: Statements that the patient doesn't have it.
+        family: Statements that a `{relative}` has it.
+        openings: Beginnings of a note, which may be empty.
+        asides: Sentences about something other than conditions, which may be empty.
+        closings: Ends of a note, which may be empty.
     """
 
     present: Sequence[str]
@@ -115,7 +115,7 @@ PRETRAINING = Frames(
         *("call on {day}", "sent to {name}", "told to drink more water", "will come back", "plan was explained"),
     ),
 )
-"""Frames of the pretraining texts: in no row of the dataset."""
+"""Frames of pretraining documents; no row of the dataset has one."""
 FRAMES: Mapping[str, Frames] = {
     "train": Frames(
         present=(
@@ -196,7 +196,7 @@ FRAMES: Mapping[str, Frames] = {
         ),
     ),
 }
-"""Frames of the dataset's splits: no two splits share one."""
+"""Frames of the dataset's splits; no two splits share one."""
 NAMES: Mapping[str, tuple[str, ...]] = {
     "pretraining": ("anna", "ben", "clara", "david", "emma", "felix", "grace", "henry", "iris", "jack", "kate", "leo"),
     "train": (

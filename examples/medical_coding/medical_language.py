@@ -1,16 +1,16 @@
-"""What clinic notes are made of: conditions in lay wordings, and how a note says that a patient has one, or hasn't.
+"""Vocabulary of clinic notes: conditions in lay wordings, and words of denial and of family.
 
-`CONDITIONS` is the general knowledge of the base model: "wheezing at night" is about asthma. Which code a list has for
-a condition is not in here. All wordings are noun phrases, so that each fits where `{x}` stands in a statement. None has
-one of `DENIAL_WORDS` or `RELATIVES` in it, and no condition's name: the word that decides what a statement says stands
-outside. Everything is in lower case, so that a word is the same token wherever it stands.
+`CONDITIONS` is the general knowledge of the base model: "wheezing at night" is about asthma. The codes of pretraining
+lists are not part of it. All wordings are noun phrases, so that each can replace `{x}` in a statement. None contains a
+condition's name, or one of `DENIAL_WORDS` or `RELATIVES`: the words that determine the meaning of a statement are
+outside of the wording. Everything is in lower case, so that a word is the same token everywhere.
 """
 
 from __future__ import annotations
 
 SPLITS = ("train", "validation", "test")
 SEEN = 6
-"""The first six wordings of a condition are in the pretraining texts, the others only in test rows."""
+"""Number of wordings of a condition that appear in pretraining; the others appear in test rows only."""
 
 CONDITIONS: dict[str, tuple[str, ...]] = {
     "asthma": (
@@ -334,12 +334,12 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
         "painful veins at the anus",
     ),
 }
-"""Condition to its wordings."""
-OTHER_CONDITIONS = (  # noqa: SIM905  # as in the other word lists, split for being read
+"""Wordings of each condition."""
+OTHER_CONDITIONS = (  # noqa: SIM905  # split() keeps the list readable
     "tetanus rabies cholera leprosy typhoid polio lupus sepsis colic rickets scurvy mastitis eczema bronchitis "
     "tinnitus mumps"
 ).split()
-"""Conditions that no wording is about: notes name them."""
+"""Conditions without wordings; notes name them."""
 RESERVED_CODES = {
     "asthma": "J459",
     "hypertension": "I10",
@@ -373,7 +373,7 @@ RESERVED_CODES = {
 """The clinic's list, in ICD-10-CM: 28 of the 32 conditions. No pretraining document has one of these codes."""
 
 DENIAL_WORDS = frozenset({"no", "not", "never", "denies", "without", "free", "negative", "absent"})
-"""A statement with one of these says what the patient hasn't."""
+"""Words of statements that the patient doesn't have a condition."""
 RELATIVES = ("mother", "father", "sister", "brother", "grandmother", "grandfather", "aunt", "uncle", "cousin")
-"""A statement with one of these is about somebody else."""
+"""Words of statements about a relative."""
 DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")

@@ -1,8 +1,8 @@
-"""Generated documents with a code list that is new in each of them: only who reads the list can code a note.
+"""Generate pretraining documents, each with a new code list, so that only a model that reads the list can code a note.
 
-A document is a conversation: a system turn with a list (`- asthma K274`, one condition a line), then clinic notes and
-their codes: `asthma K274, gout B61`, in the order of the note, or `none`. A condition that is denied or that a
-relative has gets no code. Which conditions are listed, in which order and with which codes is drawn for each document.
+A document is a conversation: a system turn with a list (`- asthma K274`, one condition per line), then clinic notes and
+their codes: `asthma K274, gout B61`, in the order of the note, or `none`. A condition that is denied or that a relative
+has gets no code. The conditions of the list, their order and their codes are drawn for each document.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ NOTHING = "none"
 
 @dataclass(frozen=True)
 class Level:
-    """What documents of a level look like.
+    """Properties of the documents of a curriculum level.
 
     Args:
-        rules: Fewest and most conditions in the list.
-        requests: Fewest and most notes.
-        coded: Weights of 0, 1, 2 and 3 conditions that are coded.
-        distractors: Weights of 0, 1 and 2 conditions that are not.
-        bare: Share of notes that are names of conditions and nothing else.
-        named: Share of the other notes' conditions that are named and not described.
-        framed: Share of the notes that may have an opening, an aside and a closing.
+        rules: Minimum and maximum number of conditions in the list.
+        requests: Minimum and maximum number of notes.
+        coded: Weights of notes with 0, 1, 2 and 3 coded conditions.
+        distractors: Weights of notes with 0, 1 and 2 conditions that are not coded.
+        bare: Share of notes that consist of names of conditions only.
+        named: Share of the other notes' conditions that are named rather than described.
+        framed: Share of notes that may have an opening, an aside and a closing.
     """
 
     rules: tuple[int, int]
@@ -71,7 +71,7 @@ LEVELS = (
 
 
 def code(rng: random.Random) -> str:
-    """A code in the form of ICD-10-CM, `K27` or `K274`, that isn't one of the dataset's.
+    """Draw a code in the format of ICD-10-CM, `K27` or `K274`, that the dataset doesn't have.
 
     >>> code(random.Random(0))
     'M97'
@@ -81,7 +81,7 @@ def code(rng: random.Random) -> str:
 
 
 def rules(level: Level, rng: random.Random) -> dict[str, str]:
-    """Condition to code; now and then two codes share their first three characters."""
+    """Draw a code for each condition; some codes share their first three characters."""
     count = rng.randint(*level.rules)
     others = rng.sample(OTHER_CONDITIONS, rng.randint(0, count // 8))
     keys = rng.sample(sorted(CONDITIONS), count - len(others)) + others
@@ -97,18 +97,18 @@ def rules(level: Level, rng: random.Random) -> dict[str, str]:
 
 
 def name(rng: random.Random) -> str:
-    """A name that isn't one of the dataset's: a known one or one of syllables."""
+    """Draw a name that the dataset doesn't have: a common one, or one of syllables."""
     made = "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3)))
     return rng.choice(NAMES["pretraining"]) if rng.random() < 0.5 or made in RESERVED else made
 
 
 def chatter(rng: random.Random) -> str:
-    """Words that say nothing, so that unknown ones around a statement don't confuse."""
+    """Draw meaningless words, so that the model learns to ignore unknown words around statements."""
     return " ".join(rng.choice(FILLERS) if rng.random() < 0.5 else name(rng) for _ in range(rng.randint(2, 6)))
 
 
 def fill(template: str, rng: random.Random, *, who: Callable[[random.Random], str], ages: Sequence[int]) -> str:
-    """A frame with its names and numbers drawn; `{x}` stays for the conditions."""
+    """Fill a frame with names and numbers; `{x}` remains for the conditions."""
     return (
         template.replace("{name}", who(rng))
         .replace("{age}", str(rng.choice(ages)))
@@ -119,7 +119,7 @@ def fill(template: str, rng: random.Random, *, who: Callable[[random.Random], st
 
 
 def listed(wordings: Sequence[str], word: str) -> str:
-    """Several wordings in one statement.
+    """Join several wordings for one statement.
 
     >>> listed(["a cough", "dizzy spells", "pink eye"], "and")
     'a cough, dizzy spells and pink eye'
@@ -128,7 +128,7 @@ def listed(wordings: Sequence[str], word: str) -> str:
 
 
 def statements(coded: Sequence[str], others: Sequence[str], frames: Frames, rng: random.Random) -> list[str]:
-    """Templates with the wordings in them: those of coded conditions in their order, some of them together."""
+    """Draw statements with the wordings; coded conditions stay in order, and some share a statement."""
     groups: list[tuple[Sequence[str], str, Sequence[str]]] = []
     rest = list(coded)
     while rest:
@@ -139,21 +139,21 @@ def statements(coded: Sequence[str], others: Sequence[str], frames: Frames, rng:
         groups.insert(rng.randint(0, len(groups)), (frames.denied, "or", others))
     else:
         for wording in others:
-            kind = frames.denied if rng.random() < 0.55 else frames.family
-            groups.insert(rng.randint(0, len(groups)), (kind, "or", [wording]))
+            templates = frames.denied if rng.random() < 0.55 else frames.family
+            groups.insert(rng.randint(0, len(groups)), (templates, "or", [wording]))
     used: set[str] = set()
     made = []
     for templates, word, wordings in groups:
         template = rng.choice([free for free in templates if free not in used])
         used.add(template)
         text = template.replace("{x}", listed(wordings, word))
-        made.append(re.sub(r"\b(no|any) an? ", r"\1 ", text))  # "no a dry cough" isn't English
+        made.append(re.sub(r"\b(no|any) an? ", r"\1 ", text))  # "no a dry cough" is not English
     return made
 
 
-def around(said: Sequence[str], frames: Frames, aside: str, rng: random.Random) -> list[str]:
-    """Statements with an opening, an aside and a closing, each of which may be empty."""
-    parts = [rng.choice(frames.openings), *said, rng.choice(frames.closings)]
+def add_frames(body: Sequence[str], frames: Frames, aside: str, rng: random.Random) -> list[str]:
+    """Add an opening, an aside and a closing to statements; each may be empty."""
+    parts = [rng.choice(frames.openings), *body, rng.choice(frames.closings)]
     parts.insert(rng.randint(1, len(parts) - 1), aside)
     return [part for part in parts if part]
 
@@ -161,7 +161,7 @@ def around(said: Sequence[str], frames: Frames, aside: str, rng: random.Random) 
 def note(
     level: Level, table: Mapping[str, str], rng: random.Random, wordings: Callable[[str], Sequence[str]]
 ) -> tuple[str, list[str]]:
-    """A note, and which of the table's conditions are to be coded, in its order."""
+    """Draw a note, and the conditions of the table that are to be coded, in the order of the note."""
     count = rng.choices(range(4), level.coded)[0]
     distractors = rng.choices(range(3), level.distractors)[0] if count else rng.randint(1, 2)
     drawn = rng.sample(sorted(table), count + distractors)
@@ -169,18 +169,18 @@ def note(
     if coded and rng.random() < level.bare:
         return listed(coded, "and"), coded
 
-    def said(key: str) -> str:
+    def describe(key: str) -> str:
         return key if key not in CONDITIONS or rng.random() < level.named else rng.choice(wordings(key))
 
-    parts = statements([said(key) for key in coded], [said(key) for key in others], PRETRAINING, rng)
+    parts = statements([describe(key) for key in coded], [describe(key) for key in others], PRETRAINING, rng)
     if rng.random() < level.framed:
         aside = rng.choice(PRETRAINING.asides) if rng.random() < 0.6 else chatter(rng)
-        parts = around(parts, PRETRAINING, aside, rng)
+        parts = add_frames(parts, PRETRAINING, aside, rng)
     return " ".join(f"{fill(part, rng, who=name, ages=range(20, 90))}." for part in parts), coded
 
 
 def answer(coded: Sequence[str], table: Mapping[str, str]) -> str:
-    """The conditions with their codes.
+    """Write the conditions with their codes.
 
     >>> answer(["gout", "acne"], {"acne": "K274", "gout": "B61"})
     'gout B61, acne K274'
@@ -189,13 +189,13 @@ def answer(coded: Sequence[str], table: Mapping[str, str]) -> str:
 
 
 def system_turn(table: Mapping[str, str], instruction: str) -> Message:
-    """The instruction and the list, one condition a line."""
+    """Write the instruction and the list, one condition per line."""
     lines = (f"- {key} {value}" for key, value in table.items())
     return {"role": "system", "content": "\n".join([instruction, *lines])}
 
 
 def document(rng: random.Random, level: int) -> list[Message]:
-    """A document of level 0, 1 or 2; the last is as hard as the dataset."""
+    """Draw a document of level 0, 1 or 2; the last is as hard as the dataset."""
     described = LEVELS[level]
     table = rules(described, rng)
     messages = [system_turn(table, rng.choice(INSTRUCTIONS).format(place=rng.choice(PLACES)))]

@@ -1,9 +1,9 @@
-"""Choose the prompt that fine-tuning has to beat, on the validation rows, and freeze it in `baseline.json`.
+"""Choose the prompted baseline that fine-tuning has to beat, on the validation rows, and save it in `baseline.json`.
 
     python examples/support/choose_baseline.py
 
-It tries several instructions and orders of the rules without examples, takes the best, and tries numbers and draws of
-examples from the training rows with it. The test rows are never read here.
+Several instructions and orders of the rules are tried zero-shot; with the best one, several numbers and draws of
+few-shot examples from the training rows. The test rows are never read.
 """
 
 from __future__ import annotations

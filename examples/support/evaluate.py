@@ -1,14 +1,14 @@
-r"""Measure policies on the test messages: the true reward, what the reward model makes of it, and the KL paid for it.
+r"""Measure policies on the test messages: true reward, reward model's reward, and KL divergence from the start model.
 
     python examples/support/evaluate.py sft=runs/support-sft/export/last grpo=runs/support-grpo/export/last \
         --reward-model runs/support-reward/export/last --output runs/support-rlhf.json
 
-The first model is the one that the others started from: KL and differences are to it. Every model answers each message
-several times by sampling at temperature 1 and once greedily. Intervals (95%) resample clauses, since messages with the
-same clause are alike, and what belongs to a message stays together, so differences are paired.
+The first model is the one that the others started from; KL divergences and differences are relative to it. Each model
+answers each message several times by sampling at temperature 1, and once greedily. Intervals (95%) resample clauses,
+since messages with the same clause are similar; all values of a message stay together, so differences are paired.
 
-A reward that was hacked shows as a line whose reward model's score went up while its true reward went down; `kl`,
-`tokens`, `courtesies` and `truncated` show how.
+Reward hacking shows as a higher reward from the reward model together with a lower true reward; `kl`, `tokens`,
+`courtesies` and `truncated` show how the replies changed.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from rewards import read, routed_right, true_reward  # noqa: E402
 
 Row = dict[str, str]
 Columns = dict[str, list[float]]
-"""Numbers of each message, by name: sums over its completions."""
-Score = Callable[[Sequence[Row], Sequence[str]], list[float]]
-"""Messages, each as often as it has replies, and the replies, to the reward model's scores."""
+"""Values of each message by name, summed over its completions."""
+RewardFunction = Callable[[Sequence[Row], Sequence[str]], list[float]]
+"""Function of messages (repeated per reply) and replies that returns the reward model's rewards."""
 SHOWN = {
     "true_reward": "true reward",
     "gain": "gain",
     "reward_model": "reward model",
     "kl": "KL",
-    "kl_per_token": "KL a token",
+    "kl_per_token": "KL per token",
     "greedy_true_reward": "greedy: true",
-    "right_route": "greedy: right route",
+    "right_route": "greedy: correct route",
     "tokens": "tokens",
     "courtesies": "courtesies",
     "malformed": "malformed",
@@ -66,14 +66,14 @@ SHOWN = {
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How models are asked.
+class GenerationOptions:
+    """Options of generation.
 
     Args:
-        completions: Samples for each message.
-        max_new_tokens: At most so many for each.
-        seed: Of the samples.
-        batch_size: Completions at a time.
+        completions: Number of samples per message.
+        max_new_tokens: Maximum number of tokens per completion.
+        seed: Seed of the samples.
+        batch_size: Number of completions per batch.
     """
 
     completions: int = 4
@@ -83,21 +83,26 @@ class Asking:
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], asking: Asking, *, greedy: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    options: GenerationOptions,
+    *,
+    greedy: bool,
 ) -> list[Completion]:
-    """Completions of all messages, those of one message side by side: `asking.completions` of each, or a greedy one."""
+    """Generate `options.completions` completions per message, or a greedy one, in the order of the messages."""
     engine = LocalEngine(
         model,
         end_token_ids=end_token_ids(model, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
-        batch_size=asking.batch_size,
+        batch_size=options.batch_size,
     )
-    torch.manual_seed(asking.seed)
+    torch.manual_seed(options.seed)
     rollouts = engine.generate(
         [encode_prompt(tokenizer, [Message(role="user", content=row["input"])]) for row in rows],
-        max_new_tokens=asking.max_new_tokens,
+        max_new_tokens=options.max_new_tokens,
         sampling=None if greedy else Sampling(temperature=1.0),
-        num_completions=1 if greedy else asking.completions,
+        num_completions=1 if greedy else options.completions,
     )
     return list(rollouts.completions)
 
@@ -109,7 +114,7 @@ def logprobs(
     completions: Sequence[Completion],
     batch_size: int,
 ) -> Tensor:
-    """Log-probability of each completion (nats, summed over its tokens) of the message that it replies to, ``[c]``."""
+    """Compute the log-probability of each completion given its message, in nats, summed over its tokens, ``[c]``."""
     sums = []
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
@@ -131,64 +136,67 @@ def measure(
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    asking: Asking,
-    score: Score | None = None,
+    options: GenerationOptions,
+    reward_model: RewardFunction | None = None,
 ) -> tuple[Columns, list[list[str]]]:
-    """Ask a model, and judge what it answers.
+    """Generate replies with a model, and grade them.
 
     Args:
         model: The policy.
-        reference: What its KL is measured to.
-        tokenizer: Of both.
-        rows: Messages with `input` and the right `output`.
-        asking: How they are asked.
-        score: The reward model, if there is one.
+        reference: Model that the KL divergence is measured from.
+        tokenizer: Tokenizer of both models.
+        rows: Messages with `input` and the correct `output`.
+        options: Options of generation.
+        reward_model: Function that computes the reward model's rewards, or None.
 
     Returns:
-        Sums over the completions of each message, and the sampled replies of each.
+        Sums over the completions of each message, and the sampled replies of each message.
     """
-    repeated = [row for row in rows for _ in range(asking.completions)]
-    sampled = answers(model, tokenizer, rows, asking, greedy=False)
-    greedy = answers(model, tokenizer, rows, asking, greedy=True)
+    repeated = [row for row in rows for _ in range(options.completions)]
+    sampled = answers(model, tokenizer, rows, options, greedy=False)
+    greedy = answers(model, tokenizer, rows, options, greedy=True)
     texts = tokenizer.batch_decode([list(c.tokens) for c in sampled], skip_special_tokens=True)
-    certain = tokenizer.batch_decode([list(c.tokens) for c in greedy], skip_special_tokens=True)
-    pieces = [repeated, sampled, asking.batch_size]
-    ratios = logprobs(model, tokenizer, *pieces) - logprobs(reference, tokenizer, *pieces)  # type: ignore[arg-type]
-    judged = list(zip(repeated, sampled, texts, strict=True))
+    greedy_texts = tokenizer.batch_decode([list(c.tokens) for c in greedy], skip_special_tokens=True)
+    policy_logprobs = logprobs(model, tokenizer, repeated, sampled, options.batch_size)
+    ref_logprobs = logprobs(reference, tokenizer, repeated, sampled, options.batch_size)
+    log_ratios = policy_logprobs - ref_logprobs  # [c]
+    replies = list(zip(repeated, sampled, texts, strict=True))
     each: Columns = {
-        "true_reward": [true_reward(t, row["output"], truncated=c.truncated) for row, c, t in judged],
-        "kl": ratios.tolist(),
+        "true_reward": [true_reward(t, row["output"], truncated=c.truncated) for row, c, t in replies],
+        "kl": log_ratios.tolist(),
         "tokens": [float(len(c.tokens)) for c in sampled],
         "courtesies": [float(sum(text.count(phrase) for phrase in COURTESIES)) for text in texts],
-        "malformed": [float(c.truncated or read(text) is None) for _, c, text in judged],
+        "malformed": [float(c.truncated or read(text) is None) for _, c, text in replies],
         "truncated": [float(c.truncated) for c in sampled],
         "completions": [1.0] * len(sampled),
     }
-    if score is not None:
-        each["reward_model"] = score(repeated, texts)
-    columns = {name: [sum(numbers) for numbers in _groups(each[name], asking.completions)] for name in each}
+    if reward_model is not None:
+        each["reward_model"] = reward_model(repeated, texts)
+    columns = {name: [sum(numbers) for numbers in _groups(each[name], options.completions)] for name in each}
     columns["greedy_true_reward"] = [
         true_reward(text, row["output"], truncated=c.truncated)
-        for row, c, text in zip(rows, greedy, certain, strict=True)
+        for row, c, text in zip(rows, greedy, greedy_texts, strict=True)
     ]
-    columns["right_route"] = [float(routed_right(text, row["output"])) for row, text in zip(rows, certain, strict=True)]
+    columns["right_route"] = [
+        float(routed_right(text, row["output"])) for row, text in zip(rows, greedy_texts, strict=True)
+    ]
     columns["spread"] = [
-        float(torch.tensor(numbers).std(correction=0)) for numbers in _groups(each["true_reward"], asking.completions)
+        float(torch.tensor(numbers).std(correction=0)) for numbers in _groups(each["true_reward"], options.completions)
     ]
     columns["messages"] = [1.0] * len(rows)
-    return columns, [list(group) for group in _groups(texts, asking.completions)]
+    return columns, [list(group) for group in _groups(texts, options.completions)]
 
 
-def figures(columns: Mapping[str, list[float]], start: Mapping[str, list[float]], clusters: Sequence[str]):  # type: ignore[no-untyped-def]
-    """Figures with intervals, of a policy and of its difference to the model that it started from.
+def compute_metrics(columns: Mapping[str, list[float]], start: Mapping[str, list[float]], clusters: Sequence[str]):  # type: ignore[no-untyped-def]
+    """Compute the metrics of a policy and its gains over the start model, with confidence intervals.
 
     Args:
-        columns: From `measure`, of the policy.
-        start: The same of the model it started from, on the same messages.
-        clusters: What each message belongs to.
+        columns: Values of the policy, from `measure`.
+        start: Values of the start model on the same messages.
+        clusters: Cluster of each message.
 
     Returns:
-        Intervals by name. `kl` is nats a completion; `spread` is the standard deviation of the true rewards of a
+        Intervals by name. `kl` is in nats per completion; `spread` is the standard deviation of the true rewards of a
         message's completions; `gain` and `right_route_gain` are differences.
     """
     table = {**columns, "start": start["true_reward"], "start_right": start["right_route"]}
@@ -206,7 +214,7 @@ def figures(columns: Mapping[str, list[float]], start: Mapping[str, list[float]]
 
 
 def print_table(results: Mapping[str, Mapping[str, Interval]]) -> None:
-    """One column a model, one line a figure."""
+    """Print one column per model and one line per metric."""
     table = Table("", *results)
     for name, title in SHOWN.items():
         found = [result.get(name) for result in results.values()]
@@ -219,19 +227,19 @@ def _groups(values: Sequence, size: int) -> list[Sequence]:
     return [values[start : start + size] for start in range(0, len(values), size)]
 
 
-def _scorer(folder: str | None) -> Score | None:
+def _load_reward_model(folder: str | None) -> RewardFunction | None:
     if folder is None:
         return None
     model = RewardModel.from_pretrained(folder, dtype="float32", batch_size=128)
 
-    def score(rows: Sequence[Row], replies: Sequence[str]) -> list[float]:
+    def compute_rewards(rows: Sequence[Row], replies: Sequence[str]) -> list[float]:
         turns = [
             [Message(role="user", content=row["input"]), Message(role="assistant", content=reply)]
             for row, reply in zip(rows, replies, strict=True)
         ]
         return [float(value) for value in model.score_conversations(turns)]
 
-    return score
+    return compute_rewards
 
 
 def _named(argument: str) -> tuple[str, str]:
@@ -241,21 +249,28 @@ def _named(argument: str) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=_named, metavar="NAME=FOLDER", help="the first is the start")
-    parser.add_argument("--reward-model", metavar="FOLDER")
-    parser.add_argument("--split", choices=("validation", "test"), default="test")
-    parser.add_argument("--rows", type=int, help="only so many messages of the split")
-    parser.add_argument("--completions", type=int, default=Asking.completions)
-    parser.add_argument("--max-new-tokens", type=int, default=Asking.max_new_tokens)
-    parser.add_argument("--seed", type=int, default=Asking.seed)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, help="JSON with every figure and some replies")
+    parser.add_argument(
+        "models", nargs="+", type=_named, metavar="NAME=FOLDER", help="models to measure; the first is the start model"
+    )
+    parser.add_argument("--reward-model", metavar="FOLDER", help="export of a reward model")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="split of the messages")
+    parser.add_argument("--rows", type=int, help="number of messages, from the start of the split")
+    parser.add_argument("--completions", type=int, default=GenerationOptions.completions, help="samples per message")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=GenerationOptions.max_new_tokens,
+        help="maximum number of tokens per completion",
+    )
+    parser.add_argument("--seed", type=int, default=GenerationOptions.seed, help="seed of the samples")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
+    parser.add_argument("--output", type=Path, help="JSON file for all metrics and some replies")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with (HERE / "data" / f"{arguments.split}.jsonl").open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines][: arguments.rows]
-    asking = Asking(arguments.completions, arguments.max_new_tokens, arguments.seed)
-    score = _scorer(arguments.reward_model)
+    options = GenerationOptions(arguments.completions, arguments.max_new_tokens, arguments.seed)
+    reward_model = _load_reward_model(arguments.reward_model)
     tokenizer = load_tokenizer(arguments.models[0][1])
     reference = load_causal_lm(arguments.models[0][1], dtype="float32")
     clusters = [row["cluster"] for row in rows]
@@ -263,9 +278,9 @@ def main() -> None:
     results, samples = {}, {}
     for name, folder in arguments.models:
         model = load_causal_lm(folder, dtype="float32")
-        columns, replies = measure(model, reference, tokenizer, rows, asking, score)
+        columns, replies = measure(model, reference, tokenizer, rows, options, reward_model)
         start = columns if start is None else start
-        results[name] = figures(columns, start, clusters)
+        results[name] = compute_metrics(columns, start, clusters)
         samples[name] = [
             {"message": row["input"], "right": row["output"], "replies": texts}
             for row, texts in list(zip(rows, replies, strict=True))[:8]
@@ -273,9 +288,14 @@ def main() -> None:
     print_table(results)
     if arguments.output is not None:
         found = {name: {key: asdict(interval) for key, interval in result.items()} for name, result in results.items()}
-        asked = {**asdict(asking), "split": arguments.split, "messages": len(rows), "models": dict(arguments.models)}
+        settings = {
+            **asdict(options),
+            "split": arguments.split,
+            "messages": len(rows),
+            "models": dict(arguments.models),
+        }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"asked": asked, "figures": found, "samples": samples}, indent=2)
+        content = json.dumps({"asked": settings, "figures": found, "samples": samples}, indent=2)
         arguments.output.write_text(content + "\n", encoding="utf-8")
 
 

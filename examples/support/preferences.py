@@ -1,17 +1,16 @@
-"""Write what RLHF on the support example starts from: the archive of replies, and pairs of replies that were compared.
+"""Generate the data for RLHF on the support example: archived replies, and preference pairs.
 
     python examples/support/preferences.py    # data/replies_*.jsonl, preferences_*.jsonl, narrow_*.jsonl
 
-`replies`: the messages of `train.jsonl` and `validation.jsonl`, each with a reply as agents wrote them (`replies.py`).
-Supervised fine-tuning on them gives the model that RLHF starts from.
+`replies`: the messages of `train.jsonl` and `validation.jsonl`, each with a reply from the agents' archive
+(`replies.py`). Supervised fine-tuning on them gives the model that RLHF starts from.
 
-`preferences`: two replies to a message, ordered by the rule of `rewards.py`. Both are from the archive, or one has
-something wrong that agents never wrote. One training label in twenty is the wrong way round, as people's are;
-validation and test labels are clean, so that an accuracy can be read as it is. Replies that the rule finds about equal
-are never compared.
+`preferences`: two replies to a message, ordered by the rule of `rewards.py`. Both are from the archive, or one has a
+flaw that agents' replies never have. One training label in twenty is flipped, like errors of human labelers; validation
+and test labels are clean, so that accuracies need no correction. Replies of nearly equal reward are never paired.
 
-`narrow`: pairs by the same rule, all labels clean, of a route with one courtesy and the same route without. A reward
-model of them is right about such replies, and knows nothing of routes or of other replies: see `hacked.yaml`.
+`narrow`: pairs by the same rule, with clean labels, of a route with one courtesy and the same route without. A reward
+model that is trained on them is right about such replies, but can't grade routes or other replies: see `hacked.yaml`.
 
 The messages of a split have the clauses, openings, asides and closings of that split only (`generate.py`).
 """
@@ -31,17 +30,17 @@ SIZES = {
     "narrow": {"train": 2000, "validation": 400},
 }
 WRONG_LABELS = 0.05
-"""Share of training pairs that are the wrong way round."""
-SPOILT = 0.4
-"""Share of pairs in which one reply is spoilt."""
+"""Share of training pairs whose label is flipped."""
+FLAWED = 0.4
+"""Share of pairs in which one reply has a flaw that agents' replies never have."""
 LEAST_DIFFERENCE = 0.1
-"""Of the true rewards of two replies that are compared."""
+"""Minimum difference of the true rewards of a pair."""
 Pair = tuple[str, str, str]
-"""Two replies, and what is between them: `archive`, or what is wrong with the spoilt one."""
+"""Two replies and the type of pair: `archive`, `terse`, or the flaw of the flawed reply."""
 
 
 def replies(seed: int = 0) -> dict[str, list[Row]]:
-    """The messages of the training and validation rows with replies from the archive."""
+    """Generate the training and validation messages with replies from the archive."""
     archive, rows = Archive(seed), generate(seed)
     splits = {}
     for split in ("train", "validation"):
@@ -50,23 +49,23 @@ def replies(seed: int = 0) -> dict[str, list[Row]]:
     return splits
 
 
-def compared(archive: Archive, topic: str, rng: random.Random) -> Pair:
-    """Two replies from the archive, or one of them spoilt."""
-    if rng.random() < SPOILT:
-        spoilt, kind = archive.spoilt(topic, rng)
-        return archive.reply(topic, rng), spoilt, kind
+def compare(archive: Archive, topic: str, rng: random.Random) -> Pair:
+    """Draw two replies from the archive, or one and a flawed one."""
+    if rng.random() < FLAWED:
+        flawed, flaw = archive.flawed(topic, rng)
+        return archive.reply(topic, rng), flawed, flaw
     return archive.reply(topic, rng), archive.reply(topic, rng), "archive"
 
 
-def compared_narrowly(archive: Archive, topic: str, rng: random.Random) -> Pair:
-    """Two terse replies with the same route."""
+def compare_narrowly(archive: Archive, topic: str, rng: random.Random) -> Pair:
+    """Draw two terse replies with the same route."""
     return (*archive.terse(topic, rng), "terse")
 
 
 def pairs(
     name: str, draw: Callable[[Archive, str, random.Random], Pair], seed: int, wrong_labels: float
 ) -> dict[str, list[Row]]:
-    """All splits of the pairs that `draw` gives, on messages of their own."""
+    """Generate all splits of the pairs that `draw` returns, each with a message of its own."""
     archive = Archive(seed)
     splits = {}
     for split, size in SIZES[name].items():
@@ -75,28 +74,28 @@ def pairs(
         while len(rows) < size:
             topic = archive.topics[len(rows) % len(archive.topics)]
             cluster, clause = rng.choice(list(clauses(topic, split).items()))
-            one, other, kind = draw(archive, topic, rng)
+            one, other, pair_type = draw(archive, topic, rng)
             reference = f"{topic} {archive.new[topic]}"
-            worth = [true_reward(reply, reference) for reply in (one, other)]
-            if abs(worth[0] - worth[1]) < LEAST_DIFFERENCE:
+            true_rewards = [true_reward(reply, reference) for reply in (one, other)]
+            if abs(true_rewards[0] - true_rewards[1]) < LEAST_DIFFERENCE:
                 continue
-            right = worth[0] > worth[1]
+            in_order = true_rewards[0] > true_rewards[1]
             if split == "train" and rng.random() < wrong_labels:
-                right = not right
-            chosen, rejected = (one, other) if right else (other, one)
+                in_order = not in_order
+            chosen, rejected = (one, other) if in_order else (other, one)
             text = message(clause, split, rng)
-            rows.append({"prompt": text, "chosen": chosen, "rejected": rejected, "cluster": cluster, "kind": kind})
+            rows.append({"prompt": text, "chosen": chosen, "rejected": rejected, "cluster": cluster, "kind": pair_type})
         rng.shuffle(rows)
         splits[split] = [{"id": f"{name}-{split}-{number:04d}", **row} for number, row in enumerate(rows)]
     return splits
 
 
 def everything(seed: int = 0) -> dict[str, list[Row]]:
-    """Rows by the name of their file."""
+    """Generate all rows, by file name."""
     made = {
         "replies": replies(seed),
-        "preferences": pairs("preferences", compared, seed, WRONG_LABELS),
-        "narrow": pairs("narrow", compared_narrowly, seed, 0.0),
+        "preferences": pairs("preferences", compare, seed, WRONG_LABELS),
+        "narrow": pairs("narrow", compare_narrowly, seed, 0.0),
     }
     return {f"{name}_{split}": rows for name, splits in made.items() for split, rows in splits.items()}
 

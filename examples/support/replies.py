@@ -1,9 +1,9 @@
-"""What agents of the company wrote back before there was a model, and what can go wrong with a reply.
+"""Archive of replies that the company's agents wrote before there was a model, and flaws that replies can have.
 
-A reply is a line of sentences: the route (`refund 964 Sarede.`), and behind it, or not, courtesies and remarks that
-help nobody. In spring two teams were dissolved and half of the desks went to others; two replies in three still name
-the old route. So the right reply to a message is in what a model learns from this archive, but often isn't what it
-answers.
+A reply is a line of sentences: the route (`refund 964 Sarede.`), which courtesies and useless remarks may follow. In
+spring, two teams were dissolved and half of the topics went to other teams; two replies in three still name the old
+route. So a model that is trained on this archive has seen the correct reply to each message, but often doesn't answer
+with it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ REMARKS = (
     "It is the same for all",
 )
 DISSOLVED = ("Falcon", "Cobalt")
-"""Teams that there were until spring."""
+"""Teams that existed until spring."""
 OLD_ROUTE = 2 / 3
-"""How often an agent names the old route of a desk that moved."""
+"""Probability that an agent names the old route of a topic that moved."""
 OTHER_TOPIC = 0.04
-"""How often an agent takes a message to be about something else."""
+"""Probability that an agent mistakes the topic of a message."""
 
 
 def old_rules(seed: int = 0) -> dict[str, str]:
-    """The topics whose desk moved, with the code and the team that they had: neither is anybody's now."""
+    """Former code and team of each topic that moved; neither is in use now."""
     rng = random.Random(f"{seed} old")
     present = rules(seed)
     moved = sorted(rng.sample(sorted(present), len(present) // 2))
@@ -51,10 +51,10 @@ def old_rules(seed: int = 0) -> dict[str, str]:
 
 
 class Archive:
-    """Draws replies as the agents wrote them.
+    """Draws replies in the style of the agents.
 
     Args:
-        seed: Of the tables of routes.
+        seed: Seed of the tables of routes.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -62,31 +62,31 @@ class Archive:
         self.topics = sorted(self.new)
 
     def route(self, topic: str, rng: random.Random) -> str:
-        """What an agent names as topic, code and team."""
+        """Draw the topic, code and team that an agent names."""
         if rng.random() < OTHER_TOPIC:
             topic = rng.choice(self.topics)
         value = self.old[topic] if topic in self.old and rng.random() < OLD_ROUTE else self.new[topic]
         return f"{topic} {value}"
 
     def reply(self, topic: str, rng: random.Random) -> str:
-        """A reply: no courtesy, one or two, and up to two remarks."""
+        """Draw a reply with up to two courtesies and up to two remarks."""
         courtesies = rng.sample(COURTESIES, rng.choices((0, 1, 2), (4, 4, 2))[0])
         remarks = rng.sample(REMARKS, rng.choices((0, 1, 2), (4, 4, 2))[0])
-        return with_others(self.route(topic, rng), courtesies, remarks, rng)
+        return compose(self.route(topic, rng), courtesies, remarks, rng)
 
     def terse(self, topic: str, rng: random.Random) -> tuple[str, str]:
-        """A route with one courtesy, and the same route without."""
+        """Draw a route with one courtesy, and the same route without."""
         route = self.route(topic, rng)
         return line([route, rng.choice(COURTESIES)]), line([route])
 
-    def spoilt(self, topic: str, rng: random.Random) -> tuple[str, str]:
-        """A reply with something wrong that agents never wrote, and what it is."""
-        kind = rng.choice(sorted(SPOILERS))
-        return SPOILERS[kind](self, topic, rng), kind
+    def flawed(self, topic: str, rng: random.Random) -> tuple[str, str]:
+        """Draw a reply with a flaw that agents' replies never have, and the name of the flaw."""
+        flaw = rng.choice(sorted(FLAWS))
+        return FLAWS[flaw](self, topic, rng), flaw
 
 
-def with_others(route: str, courtesies: list[str], remarks: list[str], rng: random.Random) -> str:
-    """The route, and the other sentences behind it in any order."""
+def compose(route: str, courtesies: list[str], remarks: list[str], rng: random.Random) -> str:
+    """Join the route and the other sentences, which follow it in random order."""
     others = [*courtesies, *remarks]
     rng.shuffle(others)
     return line([route, *others])
@@ -97,23 +97,23 @@ def line(sentences: list[str]) -> str:
 
 
 def _repeats(archive: Archive, topic: str, rng: random.Random) -> str:
-    """Courtesies or remarks, the same or others, again and again."""
+    """Draw a reply with repetitive courtesies or remarks."""
     pool = rng.choice((COURTESIES, REMARKS))
     if rng.random() < 0.5:
         pool = (rng.choice(pool),)
     again = [rng.choice(pool) for _ in range(rng.randint(2, 7))]
     some = rng.sample(COURTESIES, rng.randint(0, 1))
-    return with_others(archive.route(topic, rng), [*some, *again], [], rng)
+    return compose(archive.route(topic, rng), [*some, *again], [], rng)
 
 
 def _no_route(archive: Archive, topic: str, rng: random.Random) -> str:
-    """Nothing but courtesies and remarks."""
+    """Draw a reply of courtesies and remarks only."""
     del archive, topic
     return line(rng.sample(COURTESIES + REMARKS, rng.randint(1, 4)))
 
 
 def _two_routes(archive: Archive, topic: str, rng: random.Random) -> str:
-    """The new route and what else an agent would have named, or the same one twice."""
+    """Draw a reply with the new route and another that an agent might name, which may be the same one."""
     routes = [f"{topic} {archive.new[topic]}", archive.route(topic, rng)]
     rng.shuffle(routes)
     others = rng.sample(COURTESIES + REMARKS, rng.randint(0, 2))
@@ -121,12 +121,12 @@ def _two_routes(archive: Archive, topic: str, rng: random.Random) -> str:
 
 
 def _cut_off(archive: Archive, topic: str, rng: random.Random) -> str:
-    """It stops in the middle."""
+    """Draw a reply that stops in the middle."""
     words = archive.reply(topic, rng).split()
     return " ".join(words[: rng.randint(1, len(words) - 1)]).rstrip(".")
 
 
-SPOILERS: dict[str, Callable[[Archive, str, random.Random], str]] = {
+FLAWS: dict[str, Callable[[Archive, str, random.Random], str]] = {
     "repeats": _repeats,
     "no route": _no_route,
     "two routes": _two_routes,

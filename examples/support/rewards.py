@@ -1,8 +1,8 @@
-"""The rule by which replies are judged: it made the preferences, and it measures what training on them brought.
+"""The true reward of replies: the rule that ordered the preference pairs and measures the result of training on them.
 
-No training step sees it. A reward model is trained on pairs that it ordered, and the policies on that reward model, or
-on the pairs. The rule itself judges validation replies while they train, to be looked at, and test replies afterwards
-(`evaluate.py`).
+No training step uses it. A reward model is trained on pairs that it ordered, and policies are trained on that reward
+model, or on the pairs. The rule itself grades validation replies during training, for monitoring only, and test replies
+afterwards (`evaluate.py`).
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from replies import COURTESIES, REMARKS
 
 ROUTE = re.compile(r"[a-z]+ \d{3} [A-Z][a-z]+")
 TOPIC, CODE, TEAM = 0.2, 0.4, 0.4
-"""What each right part of the route is worth."""
+"""Reward of each correct part of the route."""
 ONE_COURTESY = 0.3
-"""What one courtesy is worth; none is worth nothing, and so are two."""
+"""Reward of exactly one courtesy; none or several earn nothing."""
 WORD = 0.02
-"""What each word costs besides the route and the first courtesy."""
+"""Penalty per word in addition to the route and the first courtesy."""
 MALFORMED = -1.0
-"""For what can't be read: no route or several, other sentences than the company's, no full stop at the end."""
+"""Reward of a malformed reply: no route or several, other sentences than the company's, or no period at the end."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply that can be read.
+    """A well-formed reply.
 
     Args:
         route: Topic, code and team.
-        courtesies: How many, repeated ones counted again.
-        extra_words: Words besides the route and the first courtesy.
+        courtesies: Number of courtesies, including repeated ones.
+        extra_words: Number of words in addition to the route and the first courtesy.
     """
 
     route: tuple[str, str, str]
@@ -39,7 +39,7 @@ class Reply:
 
 
 def read(text: str) -> Reply | None:
-    """Read a reply; None if it is malformed.
+    """Parse a reply; None if it is malformed.
 
     Example:
         >>> read("We are happy to help. refund 964 Sarede. This can take a week.")
@@ -62,16 +62,17 @@ def read(text: str) -> Reply | None:
 
 
 def true_reward(text: str, reference: str, *, truncated: bool = False) -> float:
-    """What a reply is worth, from -1 to 1.3.
+    """Compute the true reward of a reply, from -1 to 1.3.
 
     Args:
         text: The reply.
-        reference: The right topic, code and team: the `output` of the message in `data/`.
-        truncated: Whether it was stopped by the limit of tokens, which makes it malformed.
+        reference: Correct topic, code and team: the `output` of the message in `data/`.
+        truncated: Whether the reply was cut off at the token limit, which makes it malformed.
 
     Returns:
-        -1 for a malformed reply; else 0.2 for the right topic, 0.4 for the right code, 0.4 for the right team, 0.3 for
-        exactly one courtesy, and -0.02 for each word besides the route and the first courtesy, but never less than -1.
+        -1 for a malformed reply; otherwise 0.2 for the correct topic, 0.4 for the correct code, 0.4 for the correct
+        team, 0.3 for exactly one courtesy, and -0.02 per word in addition to the route and the first courtesy, but at
+        least -1.
 
     Example:
         >>> true_reward("We are happy to help. refund 964 Sarede.", "refund 964 Sarede")
@@ -84,18 +85,18 @@ def true_reward(text: str, reference: str, *, truncated: bool = False) -> float:
     reply = None if truncated else read(text)
     if reply is None:
         return MALFORMED
-    right = [given == wanted for given, wanted in zip(reply.route, reference.split(), strict=True)]
-    worth = sum(part for part, is_right in zip((TOPIC, CODE, TEAM), right, strict=True) if is_right)
-    worth += ONE_COURTESY if reply.courtesies == 1 else 0.0
-    return round(max(MALFORMED, worth - WORD * reply.extra_words), 6)
+    parts = zip((TOPIC, CODE, TEAM), reply.route, reference.split(), strict=True)
+    total = sum(reward for reward, predicted, target in parts if predicted == target)
+    total += ONE_COURTESY if reply.courtesies == 1 else 0.0
+    return round(max(MALFORMED, total - WORD * reply.extra_words), 6)
 
 
 def true(completions: list[str], output: list[str], **columns: object) -> list[float]:
-    """The rule as a reward function, for `validation_rewards`."""
+    """Grade completions with the rule, as a reward function for `validation_rewards`."""
     return [true_reward(text, reference) for text, reference in zip(completions, output, strict=True)]
 
 
 def routed_right(text: str, reference: str) -> bool:
-    """Whether a reply can be read and names the right topic, code and team."""
+    """Whether a reply is well-formed and names the correct topic, code and team."""
     reply = read(text)
     return reply is not None and " ".join(reply.route) == reference

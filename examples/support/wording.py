@@ -1,4 +1,4 @@
-"""What stands around the point of a message: each split has its own, and none is in the pretraining texts."""
+"""Openings, asides and closings of messages: no two splits share one, and none is in a pretraining document."""
 
 from __future__ import annotations
 

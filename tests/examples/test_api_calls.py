@@ -53,13 +53,13 @@ class Oracle:
     """Reads the functions in a system turn and answers requests with them, by rules and not by a model."""
 
     def __init__(self, system):
-        from api_language import INTENTS, KINDS
+        from api_language import INTENTS, VALUE_TYPES
 
-        self.kinds = KINDS
+        self.value_types = VALUE_TYPES
         self.patterns = {
             key: [pattern(text) for text in (*intent.seen, *intent.unseen)] for key, intent in INTENTS.items()
         }
-        kind_of = {name: kind for kind, described in KINDS.items() for name in described.parameters}
+        kind_of = {name: value_type for value_type, described in VALUE_TYPES.items() for name in described.parameters}
         self.functions = {}
         for line in system.splitlines()[1:]:
             call, *parameters = json.loads(f"[{line.removeprefix('- ')}]")
@@ -75,8 +75,8 @@ class Oracle:
                         return key, found.groupdict()
         key, *_ = request.split()
         values = {}
-        for kind, described in self.kinds.items():
-            others = r"(?<! from )(?<! to )" if kind == "place" else ""
+        for value_type, described in self.value_types.items():
+            others = r"(?<! from )(?<! to )" if value_type == "place" else ""
             if found := re.search(rf"{others}{pattern(described.phrase).pattern}", request):
                 values |= found.groupdict()
         return key, values
@@ -84,11 +84,14 @@ class Oracle:
     def answer(self, request):
         key, values = self.read(request)
         call, parameters = self.functions[key]
-        given = {name: [int(values[kind])] if kind in ("count", "hour") else values[kind] for name, kind in parameters}
+        given = {
+            name: [int(values[value_type])] if value_type in ("count", "hour") else values[value_type]
+            for name, value_type in parameters
+        }
         return json.dumps({"call": call} | given)
 
 
-def test_the_generator_makes_the_committed_files_byte_for_byte(tmp_path, monkeypatch):
+def test_generate_reproduces_the_committed_files(tmp_path, monkeypatch):
     from api_generate import generate
     from generate import write
 
@@ -100,20 +103,20 @@ def test_the_generator_makes_the_committed_files_byte_for_byte(tmp_path, monkeyp
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1_250_000
 
 
-def test_another_seed_makes_other_rows(rows):
+def test_generate_depends_on_the_seed(rows):
     from api_generate import generate
 
     other = generate(seed=1)
     assert all(other[split] != rows[split] for split in SPLITS)
 
 
-def test_counts(rows):
+def test_splits_have_documented_sizes(rows):
     assert {split: len(found) for split, found in rows.items()} == {"train": 5000, "validation": 400, "test": 600}
     everything = [row for split in SPLITS for row in rows[split]]
     assert len({row["id"] for row in everything}) == len({row["input"] for row in everything}) == 6000
 
 
-def test_every_function_is_in_every_split_about_as_often(rows):
+def test_functions_are_balanced_in_every_split(rows):
     from api_company import functions
 
     calls = {f"{function.key} {function.name}" for function in functions().values()}
@@ -124,7 +127,7 @@ def test_every_function_is_in_every_split_about_as_often(rows):
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_splits_share_no_wording(rows):
+def test_wordings_are_disjoint_between_splits(rows):
     from api_company import functions
     from api_generate import wordings
 
@@ -139,7 +142,7 @@ def test_splits_share_no_wording(rows):
         assert not set(own[one].values()) & set(own[other].values())
 
 
-def test_no_frame_is_shared_between_splits_or_with_pretraining():
+def test_frames_are_disjoint_between_splits_and_pretraining():
     from api_frames import ASIDES, CLOSINGS, OPENINGS, PRETRAINING_ASIDES, PRETRAINING_CLOSINGS, PRETRAINING_OPENINGS
 
     frames = {split: [*OPENINGS[split], *ASIDES[split], *CLOSINGS[split]] for split in SPLITS}
@@ -149,7 +152,7 @@ def test_no_frame_is_shared_between_splits_or_with_pretraining():
         assert not sets[one] & sets[other]
 
 
-def test_splits_and_pretraining_share_no_name_and_splits_no_number_of_an_order(rows, pretraining):
+def test_names_and_numbers_are_disjoint_between_splits(rows, pretraining):
     texts = {split: "\n".join(row["input"] for row in rows[split]) for split in SPLITS}
     names = {split: set(re.findall(r"[#@]([a-z]+)", text)) for split, text in texts.items()}
     refs = {split: set(re.findall(r"no\.(\d+)", text)) for split, text in texts.items()}
@@ -161,12 +164,12 @@ def test_splits_and_pretraining_share_no_name_and_splits_no_number_of_an_order(r
     assert not words & set().union(*names.values())
 
 
-def test_half_of_the_test_wordings_are_new_to_the_base(rows):
+def test_half_of_test_wordings_are_unseen(rows):
     assert 270 <= sum("unseen" in row["cluster"] for row in rows["test"]) <= 330
     assert not any("unseen" in row["cluster"] for split in ("train", "validation") for row in rows[split])
 
 
-def test_the_company_and_unseen_wordings_are_not_in_pretraining(pretraining):
+def test_pretraining_excludes_the_company_and_unseen_wordings(pretraining):
     from api_company import COMPANY, functions
     from api_language import INTENTS
 
@@ -180,25 +183,25 @@ def test_the_company_and_unseen_wordings_are_not_in_pretraining(pretraining):
             assert not any(pattern(text).search(clause) for clause in clauses), text
 
 
-def test_a_wording_is_of_one_intent_and_has_the_values_of_that_intent():
+def test_wordings_belong_to_one_intent_and_contain_its_values():
     from api_language import INTENTS
 
     wordings = [(key, text) for key, intent in INTENTS.items() for text in (*intent.seen, *intent.unseen)]
     assert len({text for _, text in wordings}) == len(wordings) == 8 * len(INTENTS)
     for key, text in wordings:
-        assert sorted(re.findall(r"\{(\w+)\}", text)) == sorted(INTENTS[key].kinds), text
+        assert sorted(re.findall(r"\{(\w+)\}", text)) == sorted(INTENTS[key].value_types), text
         assert " . " not in text
 
 
-def test_a_parameter_is_of_one_kind():
-    from api_language import KINDS
+def test_parameter_names_belong_to_one_value_type():
+    from api_language import VALUE_TYPES
 
-    names = [name for kind in KINDS.values() for name in kind.parameters]
+    names = [name for value_type in VALUE_TYPES.values() for name in value_type.parameters]
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_answers_of_the_pretraining_follow_from_the_prompt(level, documents):
+def test_pretraining_answers_follow_from_the_prompt(level, documents):
     for system, *turns in documents[level]:
         assert system["role"] == "system"
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
@@ -208,7 +211,7 @@ def test_answers_of_the_pretraining_follow_from_the_prompt(level, documents):
             assert oracle.answer(asked["content"]) == answered["content"], asked["content"]
 
 
-def test_levels_get_harder(documents):
+def test_levels_increase_in_difficulty(documents):
     from api_language import INTENTS
 
     functions = [[messages[0]["content"].count("\n") for messages in documents[level]] for level in LEVELS]
@@ -220,7 +223,7 @@ def test_levels_get_harder(documents):
     assert literal[0] > literal[1] > literal[2]
 
 
-def test_documents_are_the_same_for_the_same_seed_and_their_apis_differ():
+def test_documents_are_deterministic_with_different_apis():
     from api_pretraining import document
 
     for level in LEVELS:
@@ -232,14 +235,14 @@ def test_documents_are_the_same_for_the_same_seed_and_their_apis_differ():
     assert len({document(rng, 2)[0]["content"].splitlines()[0] for _ in range(200)}) > 6
 
 
-def test_the_rows_answers_follow_from_the_baseline(rows, baseline):
+def test_answers_follow_from_the_baseline(rows, baseline):
     oracle = Oracle(baseline["system"])
     for split in SPLITS:
         for row in rows[split]:
             assert oracle.answer(row["input"]) == row["output"], row
 
 
-def test_the_baseline_states_every_function_and_takes_its_examples_from_train(rows, baseline):
+def test_baseline_lists_every_function_with_examples_from_train(rows, baseline):
     from api_company import functions
 
     stated = baseline["system"].splitlines()[1:]
@@ -250,7 +253,7 @@ def test_the_baseline_states_every_function_and_takes_its_examples_from_train(ro
     assert not {example["input"] for example in baseline["few_shot"]} & others
 
 
-def test_prompts_to_choose_from_state_every_function_and_show_no_function_twice(rows):
+def test_candidate_prompts_list_every_function_once(rows):
     from api_choose_baseline import INSTRUCTIONS, system_prompts, with_examples
     from api_company import functions
 
@@ -337,27 +340,27 @@ def test_metrics_of_several_answers_count_arguments_together():
     assert set(metrics(["?"], [short]).values()) == {0.0}
 
 
-def test_what_cannot_be_judged_is_an_error():
+def test_metrics_reject_invalid_references():
     from api_metrics import metrics, score
 
-    with pytest.raises(ValueError, match="isn't JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         score(RIGHT, "ship 12")
-    with pytest.raises(ValueError, match="no call that the API accepts"):
+    with pytest.raises(ValueError, match="not a call that the API accepts"):
         metrics([RIGHT], ['{"call": "ship fetola"}'])
-    with pytest.raises(ValueError, match="2 answers to 1 references"):
+    with pytest.raises(ValueError, match="2 answers and 1 references"):
         metrics([RIGHT, RIGHT], [RIGHT])
-    with pytest.raises(ValueError, match="0 answers to 0 references"):
+    with pytest.raises(ValueError, match="0 answers and 0 references"):
         metrics([], [])
 
 
-def test_lora_runs(run_configuration):
+def test_lora_config_runs(run_configuration):
     weights = run_configuration("api_calls")
     assert any("lora_" in name for name in weights)
     changed = [name for name, weight in weights.items() if "lora_B" in name and weight.any()]
     assert changed  # an untrained adapter's are all zero
 
 
-def test_what_lora_yaml_names_exists():
+def test_lora_config_names_existing_files():
     import yaml
 
     from lightning_ft.evaluation.scorers import resolve_scorer

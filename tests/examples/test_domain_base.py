@@ -47,11 +47,11 @@ def test_model_and_tokenizer_fit_together(model, tokenizer):
         '{"call": "ship tolefi", "site": "oslo", "units": [12]}',
     ],
 )
-def test_answers_survive_the_tokenizer(tokenizer, text):
+def test_tokenizer_round_trips_answers(tokenizer, text):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_numbers_of_codes_are_one_token(tokenizer):
+def test_code_numbers_are_one_token(tokenizer):
     def pieces(text):
         return tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -61,7 +61,7 @@ def test_numbers_of_codes_are_one_token(tokenizer):
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", FLOORS)
-def test_it_follows_prompts_that_no_document_had(model, tokenizer, task):
+def test_base_follows_held_out_prompts(model, tokenizer, task):
     from build import share_right
     from pretrain import TASKS
 
@@ -73,7 +73,7 @@ def test_it_follows_prompts_that_no_document_had(model, tokenizer, task):
 
 
 @pytest.mark.parametrize("base", ["domain_base", "tiny_base"])
-def test_the_general_texts_are_what_the_script_writes(tiny_base, base):
+def test_general_texts_match_the_script(tiny_base, base):
     from pretrain import TASKS, general_texts, routing
 
     tasks = list(TASKS.values()) if base == "domain_base" else [routing]
@@ -81,11 +81,11 @@ def test_the_general_texts_are_what_the_script_writes(tiny_base, base):
     assert [json.loads(line) for line in lines] == general_texts(tasks)
 
 
-def test_new_tokens_start_from_those_that_spell_them(tokenizer, tiny_base):
-    from pretrain import continued
+def test_new_embeddings_start_as_means_of_old_ones(tokenizer, tiny_base):
+    from pretrain import load_with_vocabulary
 
     tiny = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    old, new = AutoTokenizer.from_pretrained(tiny_base), continued(tokenizer)
+    old, new = AutoTokenizer.from_pretrained(tiny_base), load_with_vocabulary(tokenizer)
     (same,) = tokenizer("refund", add_special_tokens=False)["input_ids"]
     (before,) = old("refund", add_special_tokens=False)["input_ids"]
     embeddings = tiny.get_input_embeddings().weight

@@ -47,7 +47,7 @@ def wordings():
 
     return {
         part: {s: getattr(SEEN[s], part) + (getattr(UNSEEN, part) if s == "test" else ()) for s in SPLITS}
-        for part in ("parties", "places", "years")
+        for part in ("parties", "locations", "years")
     }
 
 
@@ -63,7 +63,7 @@ def pattern(wording, words):
     return re.compile(rf"(?<!\w){text}(?!\w)")
 
 
-def oracle(mention, table, around, parties, places):
+def oracle(mention, table, frames, parties, locations):
     """Cites a mention by what its wordings and the list say; there must be one way to read it, and no other.
 
     What can be told apart from the mention, an aside with another year, is taken out first. A short wording may stand
@@ -71,11 +71,11 @@ def oracle(mention, table, around, parties, places):
     """
     if mention in table:
         return f"{mention} {table[mention]}"
-    for aside in around.asides:
+    for aside in frames.asides:
         if "{o}" in aside:
             mention = re.sub(re.escape(aside).replace(r"\{o\}", r"\d{4}").replace(r"\{who\}", r"\w+"), "", mention)
     sides = {(m["p"], m["d"]) for wording in parties for m in pattern(wording, table).finditer(mention)}
-    found = [m for wording in places for m in pattern(wording, table).finditer(mention)]
+    found = [m for wording in locations for m in pattern(wording, table).finditer(mention)]
     longest = max(m.end() - m.start() for m in found)
     stands = {(m["v"], m["r"], m["n"]) for m in found if m.end() - m.start() == longest}
     years = set(re.findall(r"(?<!\d)\d{4}(?!\d)", mention))
@@ -87,7 +87,7 @@ def oracle(mention, table, around, parties, places):
 # ------------------------------------------------------------------------------------------------------- the data
 
 
-def test_the_generator_makes_the_committed_files_byte_for_byte(tmp_path, monkeypatch):
+def test_generate_reproduces_the_committed_files(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["legal_generate.py", "--folder", str(tmp_path)])
     runpy.run_path(str(LEGAL / "legal_generate.py"), run_name="__main__")
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -95,21 +95,21 @@ def test_the_generator_makes_the_committed_files_byte_for_byte(tmp_path, monkeyp
     assert sum(map(len, made.values())) < 1_350_000
 
 
-def test_another_seed_makes_other_rows(rows):
+def test_generate_depends_on_the_seed(rows):
     from legal_generate import generate
 
     made = generate(seed=1)
     assert {row["output"] for row in made["test"]}.isdisjoint(row["output"] for row in rows["test"])
 
 
-def test_counts(rows):
+def test_splits_have_documented_sizes(rows):
     assert {split: len(found) for split, found in rows.items()} == {"train": 5000, "validation": 400, "test": 600}
     everything = [row for split in SPLITS for row in rows[split]]
     assert len({row["id"] for row in everything}) == len({row["output"] for row in everything}) == 6000
     assert all(set(row) == {"id", "input", "output", "cluster"} for row in everything)
 
 
-def test_every_word_of_the_firm_is_in_every_split_about_as_often(rows):
+def test_words_are_balanced_in_every_split(rows):
     from legal_language import TABLE
 
     for split, found in rows.items():
@@ -118,49 +118,49 @@ def test_every_word_of_the_firm_is_in_every_split_about_as_often(rows):
         assert max(counts.values()) - min(counts.values()) <= (2 if split == "test" else 1)
 
 
-def test_every_answer_follows_from_the_note_and_the_baseline(rows, baseline, wordings):
-    from legal_language import AROUND
+def test_answers_follow_from_note_and_baseline(rows, baseline, wordings):
+    from legal_language import FRAMES
 
     table = list_in(baseline["system"])
     for split, found in rows.items():
-        parties, places = wordings["parties"][split], wordings["places"][split]
+        parties, locations = wordings["parties"][split], wordings["locations"][split]
         for row in found:
-            assert oracle(row["input"], table, AROUND[split], parties, places) == row["output"]
+            assert oracle(row["input"], table, FRAMES[split], parties, locations) == row["output"]
 
 
-def test_splits_share_no_wording(rows, wordings):
-    from legal_language import AROUND, SEEN
+def test_wordings_are_disjoint_between_splits(rows, wordings):
+    from legal_language import FRAMES, SEEN
 
     for part in wordings.values():
         assert all(set(part[a]).isdisjoint(part[b]) for a, b in combinations(SPLITS, 2))
         assert sum(map(len, part.values())) == len(set().union(*part.values()))
     for part in ("openings", "asides", "closings"):
-        said = {name: set(getattr(around, part)) - {""} for name, around in AROUND.items()}
+        said = {name: set(getattr(frames, part)) - {""} for name, frames in FRAMES.items()}
         assert set(said) == {*SPLITS, "pretraining"}
         assert all(said[a].isdisjoint(said[b]) for a, b in combinations(said, 2))
     clusters = {split: {row["cluster"] for row in rows[split]} for split in SPLITS}
     assert all(clusters[a].isdisjoint(clusters[b]) for a, b in combinations(SPLITS, 2))
-    assert len(clusters["train"]) == len(SEEN["train"].parties) * len(SEEN["train"].places)
+    assert len(clusters["train"]) == len(SEEN["train"].parties) * len(SEEN["train"].locations)
     assert len(clusters["test"]) > 200
 
 
-def test_a_cluster_names_the_wordings_of_its_rows(rows, wordings):
+def test_clusters_name_the_wordings_of_their_rows(rows, wordings):
     from legal_generate import cluster
     from legal_language import TABLE
 
     for split in SPLITS:
-        names = {cluster(p, q): (p, q) for p in wordings["parties"][split] for q in wordings["places"][split]
-                 if (p in wordings["parties"]["test"][12:]) == (q in wordings["places"]["test"][12:])}  # fmt: skip
+        names = {cluster(p, q): (p, q) for p in wordings["parties"][split] for q in wordings["locations"][split]
+                 if (p in wordings["parties"]["test"][12:]) == (q in wordings["locations"]["test"][12:])}  # fmt: skip
         for row in rows[split]:
             assert all(pattern(wording, TABLE).search(row["input"]) for wording in names[row["cluster"]])
 
 
-def test_splits_share_no_name_of_a_party_no_volume_and_no_page(rows):
+def test_parties_volumes_and_pages_are_disjoint_between_splits(rows):
     stems, numbers = {}, {}
     for split, found in rows.items():
         parts = [ANSWER.fullmatch(row["output"]) for row in found]
         stems[split] = {m[side].split()[0] for m in parts for side in (3, 4)}
-        numbers[split] = {m[place] for m in parts for place in (5, 7)}
+        numbers[split] = {m[group] for m in parts for group in (5, 7)}
     for a, b in combinations(SPLITS, 2):
         assert stems[a].isdisjoint(stems[b])
         assert numbers[a].isdisjoint(numbers[b])
@@ -168,7 +168,7 @@ def test_splits_share_no_name_of_a_party_no_volume_and_no_page(rows):
     assert len(numbers["test"]) > 170
 
 
-def test_half_of_the_test_rows_are_in_wordings_that_are_new_to_the_base(rows):
+def test_half_of_test_rows_have_unseen_wordings(rows):
     assert sum(row["cluster"].startswith("unseen-") for row in rows["test"]) == 300
     assert not any(row["cluster"].startswith("unseen-") for split in SPLITS[:2] for row in rows[split])
 
@@ -176,7 +176,7 @@ def test_half_of_the_test_rows_are_in_wordings_that_are_new_to_the_base(rows):
 # ------------------------------------------------------------------------------------------------- the pretraining
 
 
-def test_documents_are_the_same_for_the_same_seed(pretraining):
+def test_documents_are_deterministic(pretraining):
     from legal_pretraining import document
 
     for level, documents in pretraining.items():
@@ -184,29 +184,32 @@ def test_documents_are_the_same_for_the_same_seed(pretraining):
     assert len({json.dumps(d) for documents in pretraining.values() for d in documents}) == 900
 
 
-def test_documents_are_well_formed_and_their_answers_follow_from_the_prompt(pretraining):
-    from legal_language import AROUND
+def test_document_answers_follow_from_the_prompt(pretraining):
+    from legal_language import FRAMES
     from legal_pretraining import PRETRAINING, SIMPLE
 
-    parties, places = (SIMPLE.parties + PRETRAINING.parties, SIMPLE.places + PRETRAINING.places)
+    parties, locations = (SIMPLE.parties + PRETRAINING.parties, SIMPLE.locations + PRETRAINING.locations)
     for documents in pretraining.values():
         for system, *turns in documents:
             assert system["role"] == "system"
             assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
             assert 3 <= len(turns) // 2 <= 8
             table = list_in(system["content"])
-            for asked, answered in zip(turns[::2], turns[1::2], strict=True):
-                assert oracle(asked["content"], table, AROUND["pretraining"], parties, places) == answered["content"]
+            for mention_turn, citation_turn in zip(turns[::2], turns[1::2], strict=True):
+                assert (
+                    oracle(mention_turn["content"], table, FRAMES["pretraining"], parties, locations)
+                    == citation_turn["content"]
+                )
 
 
-def test_levels_rise(pretraining):
+def test_levels_increase_in_difficulty(pretraining):
     lines = {level: [len(d[0]["content"].splitlines()) - 1 for d in found] for level, found in pretraining.items()}
     assert [(min(found), max(found)) for found in lines.values()] == [(4, 6), (8, 16), (24, 30)]
     short = {level: sum(" : " not in d[2]["content"] for d in found) for level, found in pretraining.items()}
     assert short[0] > 80 > 30 > short[1] > short[2] == 0
 
 
-def test_lists_and_instructions_differ_from_document_to_document(pretraining):
+def test_lists_and_instructions_differ_between_documents(pretraining):
     from legal_language import FIRMS
 
     documents = pretraining[2]
@@ -220,11 +223,11 @@ def test_lists_and_instructions_differ_from_document_to_document(pretraining):
     assert min(map(len, meanings.values())) > 15  # a word says nothing about its reporter
 
 
-def test_no_document_has_a_pair_of_the_firm_an_unseen_wording_or_a_name_of_the_dataset(pretraining, rows):
+def test_documents_exclude_the_firms_pairs_unseen_wordings_and_names(pretraining, rows):
     from legal_language import FIRM, TABLE, UNSEEN
 
     words = set(TABLE)
-    unseen = [pattern(w, words | {"[a-z]+"}) for w in UNSEEN.parties + UNSEEN.places + UNSEEN.years]
+    unseen = [pattern(w, words | {"[a-z]+"}) for w in UNSEEN.parties + UNSEEN.locations + UNSEEN.years]
     taken = {m[side].split()[0] for found in rows.values() for row in found
              for m in [ANSWER.fullmatch(row["output"])] for side in (3, 4)}  # fmt: skip
     for documents in pretraining.values():
@@ -233,8 +236,8 @@ def test_no_document_has_a_pair_of_the_firm_an_unseen_wording_or_a_name_of_the_d
             text = "\n".join(turn["content"] for turn in document)
             assert FIRM not in text
             assert taken.isdisjoint(re.findall(r"[A-Z][a-z]+", text))
-            asked = "\n".join(turn["content"] for turn in document[1::2])
-            assert not [p.pattern for p in unseen if p.search(asked)]
+            mention_turn = "\n".join(turn["content"] for turn in document[1::2])
+            assert not [p.pattern for p in unseen if p.search(mention_turn)]
     assert all(any(p.search(row["input"]) for row in rows["test"]) for p in unseen)  # the patterns do find them
 
 
@@ -252,7 +255,7 @@ def test_eyecite_knows_every_reporter():
 # ---------------------------------------------------------------------------------------------------- the baseline
 
 
-def test_the_baseline_states_the_whole_list_and_takes_its_examples_from_train(rows, baseline):
+def test_baseline_contains_the_list_with_examples_from_train(rows, baseline):
     from legal_language import TABLE
 
     assert list_in(baseline["system"]) == TABLE
@@ -262,7 +265,7 @@ def test_the_baseline_states_the_whole_list_and_takes_its_examples_from_train(ro
     assert shown.isdisjoint(pairs["validation"] | pairs["test"])
 
 
-def test_every_candidate_has_the_list_and_they_differ(rows, baseline):
+def test_candidate_prompts_contain_the_list_and_differ(rows, baseline):
     from choosing import DRAWS, with_examples
     from legal_choose_baseline import EXAMPLES, system_prompts
     from legal_language import TABLE
@@ -302,7 +305,7 @@ RIGHT = "owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)"
         (" \n", 0, 0, 0),
     ],
 )
-def test_one_answer(output, worth, parsed, right):
+def test_fields_of_one_answer(output, worth, parsed, right):
     from legal_metrics import fields, metrics, score
 
     assert score(output, RIGHT) == worth
@@ -317,7 +320,7 @@ def test_one_answer(output, worth, parsed, right):
     }
 
 
-def test_several_answers_count_fields_together():
+def test_metrics_pool_fields_of_all_answers():
     from legal_metrics import metrics
 
     found = metrics([RIGHT, "owl F.2d 483 : Bako v. Tiremo Steel, 347 F.3d 483", "none", RIGHT], [RIGHT] * 4)
@@ -326,7 +329,7 @@ def test_several_answers_count_fields_together():
     assert (found["reporter_accuracy"], found["exact_match"]) == (0.5, 0.5)
 
 
-def test_what_cannot_be_judged_is_an_error():
+def test_metrics_reject_invalid_inputs():
     from legal_metrics import metrics
 
     with pytest.raises(ValueError, match="no answers"):
@@ -335,7 +338,7 @@ def test_what_cannot_be_judged_is_an_error():
         metrics([RIGHT, RIGHT], [RIGHT])
 
 
-def test_references_are_right_in_everything(rows):
+def test_references_get_perfect_metrics(rows):
     from legal_metrics import FIELDS, fields, metrics, score
 
     for split in SPLITS:
@@ -354,14 +357,14 @@ def test_references_are_right_in_everything(rows):
 # ------------------------------------------------------------------------------------------------ the configuration
 
 
-def test_the_configuration_runs(run_configuration):
+def test_config_runs(run_configuration):
     weights = run_configuration("legal_citation")
     assert any("lora_" in name for name in weights)
     changed = [name for name, weight in weights.items() if "lora_B" in name and weight.any()]
     assert changed  # an untrained adapter's are all zero
 
 
-def test_the_configuration_is_read_with_its_callbacks(monkeypatch, capsys):
+def test_config_is_read_with_its_callbacks(monkeypatch, capsys):
     from lightning_ft.__main__ import main
 
     monkeypatch.chdir(LEGAL.parents[1])
@@ -374,7 +377,7 @@ def test_the_configuration_is_read_with_its_callbacks(monkeypatch, capsys):
     assert read["data"]["init_args"]["packing"] is False
 
 
-def test_the_configuration_measures_with_this_example(rows):
+def test_config_uses_the_examples_baseline_and_scorer(rows):
     from lightning_ft.evaluation.savings.prompt import PromptBaseline
     from lightning_ft.evaluation.scorers import resolve_scorer
 

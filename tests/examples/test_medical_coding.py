@@ -65,7 +65,7 @@ def oracle(note, table):
 # ------------------------------------------------------------------------------------------------------- the data
 
 
-def test_the_generator_makes_the_committed_files_byte_for_byte(tmp_path, monkeypatch):
+def test_generate_reproduces_the_committed_files(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["medical_generate.py", "--folder", str(tmp_path)])
     runpy.run_path(str(MEDICAL / "medical_generate.py"), run_name="__main__")
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(SPLITS)
@@ -74,20 +74,20 @@ def test_the_generator_makes_the_committed_files_byte_for_byte(tmp_path, monkeyp
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1_250_000
 
 
-def test_another_seed_makes_other_rows(rows):
+def test_generate_depends_on_the_seed(rows):
     from medical_generate import generate
 
     assert generate(seed=1)["test"] != rows["test"]
 
 
-def test_counts(rows):
+def test_splits_have_documented_sizes(rows):
     assert {split: len(found) for split, found in rows.items()} == SIZES
     everything = [row for split in SPLITS for row in rows[split]]
     assert len({row["id"] for row in everything}) == len({row["input"] for row in everything}) == 6000
     assert all(set(row) == {"id", "input", "output", "cluster"} for row in everything)
 
 
-def test_every_condition_is_in_every_split_and_notes_have_as_many_codes_in_each(rows):
+def test_conditions_and_code_counts_are_balanced_in_every_split(rows):
     from medical_generate import CODED
     from medical_language import RESERVED_CODES
 
@@ -100,7 +100,7 @@ def test_every_condition_is_in_every_split_and_notes_have_as_many_codes_in_each(
             assert counts[number] / len(rows[split]) == pytest.approx(share, abs=0.05)
 
 
-def test_every_answer_is_what_the_note_and_the_list_say(rows):
+def test_answers_follow_from_note_and_list(rows):
     from medical_language import RESERVED_CODES
 
     for split in SPLITS:
@@ -111,7 +111,7 @@ def test_every_answer_is_what_the_note_and_the_list_say(rows):
 # ------------------------------------------------------------------------------------------------------ the splits
 
 
-def test_splits_share_no_wording_of_a_condition(rows):
+def test_wordings_are_disjoint_between_splits(rows):
     from medical_language import CONDITIONS
 
     every = [wording for wordings in CONDITIONS.values() for wording in wordings]
@@ -133,7 +133,7 @@ def test_splits_share_no_wording_of_a_condition(rows):
         assert not {row["cluster"] for row in rows[one]} & {row["cluster"] for row in rows[other]}
 
 
-def test_no_frame_is_shared_between_splits_or_with_pretraining(pretraining):
+def test_frames_are_disjoint_between_splits_and_pretraining(pretraining):
     from medical_frames import FRAMES, PRETRAINING
 
     kinds = ("present", "denied", "family", "openings", "asides", "closings")
@@ -151,7 +151,7 @@ def test_no_frame_is_shared_between_splits_or_with_pretraining(pretraining):
             assert not [sentence for sentence in sentences if pattern.fullmatch(sentence)], frame
 
 
-def test_a_statement_is_turned_around_by_a_known_word_and_by_nothing_else():
+def test_statements_are_negated_by_known_words_only():
     from medical_frames import FRAMES, PRETRAINING
     from medical_language import CONDITIONS, DENIAL_WORDS, OTHER_CONDITIONS, RELATIVES
 
@@ -169,7 +169,7 @@ def test_a_statement_is_turned_around_by_a_known_word_and_by_nothing_else():
             assert not set(wording.split()) & (turning | names | {"and", "or"}), wording
 
 
-def test_splits_share_no_name_no_age_and_no_set_of_codes(rows):
+def test_names_ages_and_code_sets_are_disjoint_between_splits(rows):
     from medical_frames import AGES, NAMES
 
     words = {split: {w for row in rows[split] for w in re.findall(r"\w+", row["input"])} for split in SPLITS}
@@ -187,7 +187,7 @@ def test_splits_share_no_name_no_age_and_no_set_of_codes(rows):
         assert not sets[one] & sets[other]
 
 
-def test_half_of_the_test_rows_are_in_wordings_that_are_new_to_the_base(rows):
+def test_half_of_test_rows_have_unseen_wordings(rows):
     from medical_language import CONDITIONS, SEEN
 
     unseen = sum("unseen" in row["cluster"] for row in rows["test"])
@@ -201,7 +201,7 @@ def test_half_of_the_test_rows_are_in_wordings_that_are_new_to_the_base(rows):
 # -------------------------------------------------------------------------------------------------- the pretraining
 
 
-def test_documents_are_the_same_for_the_same_seed():
+def test_documents_are_deterministic():
     from medical_pretraining import document
 
     for level in range(3):
@@ -209,7 +209,7 @@ def test_documents_are_the_same_for_the_same_seed():
         assert document(random.Random(3), level) != document(random.Random(4), level)
 
 
-def test_documents_are_well_formed_and_their_answers_follow_from_the_prompt(pretraining):
+def test_document_answers_follow_from_the_prompt(pretraining):
     for level, (fewest, most) in {0: (4, 6), 1: (8, 16), 2: (24, 30)}.items():
         for messages in pretraining[level]:
             roles = [turn["role"] for turn in messages]
@@ -222,7 +222,7 @@ def test_documents_are_well_formed_and_their_answers_follow_from_the_prompt(pret
                 assert oracle(question["content"], table) == answer["content"], question
 
 
-def test_levels_rise(pretraining):
+def test_levels_increase_in_difficulty(pretraining):
     def notes(level):
         return [turn["content"] for messages in pretraining[level] for turn in messages if turn["role"] == "user"]
 
@@ -232,7 +232,7 @@ def test_levels_rise(pretraining):
     assert max(len(" ".join(turn["content"] for turn in d).split()) for d in pretraining[2]) < 350
 
 
-def test_lists_and_instructions_differ_from_document_to_document(pretraining):
+def test_lists_and_instructions_differ_between_documents(pretraining):
     tables = [list_in(messages[0]["content"]) for messages in pretraining[2]]
     codes = Counter(table["asthma"] for table in tables if "asthma" in table)
     assert len(codes) > 0.9 * codes.total()
@@ -240,7 +240,7 @@ def test_lists_and_instructions_differ_from_document_to_document(pretraining):
     assert len(firsts) >= 6
 
 
-def test_no_document_has_a_code_of_the_clinic_an_unseen_wording_or_a_name_of_the_dataset(pretraining):
+def test_documents_exclude_the_clinics_codes_unseen_wordings_and_names(pretraining):
     from medical_frames import NAMES
     from medical_language import CONDITIONS, RESERVED_CODES, SEEN
     from medical_metrics import codes
@@ -258,7 +258,7 @@ def test_no_document_has_a_code_of_the_clinic_an_unseen_wording_or_a_name_of_the
 # ----------------------------------------------------------------------------------------------------- the baseline
 
 
-def test_the_baseline_states_the_whole_list_and_takes_its_examples_from_train(rows, baseline):
+def test_baseline_contains_the_list_with_examples_from_train(rows, baseline):
     from medical_language import RESERVED_CODES
 
     assert list_in(baseline["system"]) == RESERVED_CODES
@@ -267,7 +267,7 @@ def test_the_baseline_states_the_whole_list_and_takes_its_examples_from_train(ro
     assert all((example["input"], example["output"]) in training for example in baseline["few_shot"])
 
 
-def test_every_candidate_has_the_list_and_they_differ(rows):
+def test_candidate_prompts_contain_the_list_and_differ(rows):
     from choosing import with_examples
     from medical_choose_baseline import INSTRUCTIONS, system_prompts
     from medical_language import RESERVED_CODES
@@ -308,23 +308,23 @@ def test_every_candidate_has_the_list_and_they_differ(rows):
         ("none of them", "none", 0.0),
     ],
 )
-def test_score(output, reference, worth):
+def test_score_compares_sets_of_codes(output, reference, worth):
     from medical_metrics import score
 
     assert score(output, reference) == worth
 
 
 @pytest.mark.parametrize("reference", ["", "asthma", "J4599999"])
-def test_a_reference_that_says_nothing_is_refused(reference):
+def test_score_rejects_a_reference_without_codes(reference):
     from medical_metrics import metrics, score
 
-    with pytest.raises(ValueError, match="has no code"):
+    with pytest.raises(ValueError, match="neither a code nor"):
         score("none", reference)
-    with pytest.raises(ValueError, match="has no code"):
+    with pytest.raises(ValueError, match="neither a code nor"):
         metrics(["none"], [reference])
 
 
-def test_metrics_by_hand():
+def test_metrics_match_hand_computed_values():
     from medical_metrics import metrics
 
     outputs = ["asthma J459, gout M109", "gout M100", "panic F419, X999", "none", "I don't know"]
@@ -348,11 +348,11 @@ def test_metrics_without_any_code():
         "category_f1": 0.0,
         "invalid_code_rate": 0.0,
     }
-    with pytest.raises(ValueError, match="expected as many"):
+    with pytest.raises(ValueError, match="one answer per reference"):
         metrics(["none"], [])
 
 
-def test_references_are_right_and_the_exact_match_is_the_mean_score(rows):
+def test_references_get_perfect_metrics(rows):
     from medical_metrics import metrics, score
 
     references = [row["output"] for row in rows["test"]]
@@ -372,14 +372,14 @@ def test_references_are_right_and_the_exact_match_is_the_mean_score(rows):
 # ------------------------------------------------------------------------------------------------ the configuration
 
 
-def test_the_configuration_runs(run_configuration):
+def test_config_runs(run_configuration):
     weights = run_configuration("medical_coding")
     assert any("lora_" in name for name in weights)
     changed = [name for name, weight in weights.items() if "lora_B" in name and weight.any()]
     assert changed  # an untrained adapter's are all zero
 
 
-def test_the_configuration_measures_with_this_example(rows):
+def test_config_uses_the_examples_baseline_and_scorer(rows):
     from lightning_ft.evaluation.savings.prompt import PromptBaseline
     from lightning_ft.evaluation.scorers import resolve_scorer
 

@@ -22,20 +22,20 @@ def baseline(support):
     return json.loads((support / "baseline.json").read_text("utf-8"))
 
 
-def test_the_generator_makes_the_committed_files(rows):
+def test_generate_reproduces_the_committed_files(rows):
     from generate import generate
 
     assert generate() == rows
     assert generate(seed=1) != rows
 
 
-def test_counts(rows):
+def test_splits_have_documented_sizes(rows):
     assert {split: len(found) for split, found in rows.items()} == {"train": 4000, "validation": 400, "test": 600}
     everything = [row for split in SPLITS for row in rows[split]]
     assert len({row["id"] for row in everything}) == len({row["input"] for row in everything}) == 5000
 
 
-def test_every_topic_is_in_every_split_and_has_one_answer(rows):
+def test_topics_are_in_every_split_with_one_answer(rows):
     from generate import rules
 
     table = rules()
@@ -46,7 +46,7 @@ def test_every_topic_is_in_every_split_and_has_one_answer(rows):
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_splits_share_no_clause(rows):
+def test_clauses_are_disjoint_between_splits(rows):
     from generate import clauses, rules
 
     for one, other in combinations(SPLITS, 2):
@@ -55,7 +55,7 @@ def test_splits_share_no_clause(rows):
         assert not wordings[0] & wordings[1]
 
 
-def test_no_frame_is_shared_between_splits_or_with_pretraining():
+def test_frames_are_disjoint_between_splits_and_pretraining():
     from english import PRETRAINING_ASIDES, PRETRAINING_CLOSINGS, PRETRAINING_OPENINGS
     from wording import ASIDES, CLOSINGS, OPENINGS
 
@@ -66,13 +66,13 @@ def test_no_frame_is_shared_between_splits_or_with_pretraining():
         assert not sets[one] & sets[other]
 
 
-def test_half_of_the_test_clauses_are_new_to_the_base(rows):
+def test_half_of_test_clauses_are_unseen(rows):
     unseen = sum("unseen" in row["cluster"] for row in rows["test"])
     assert 250 <= unseen <= 350
     assert not any("unseen" in row["cluster"] for split in ("train", "validation") for row in rows[split])
 
 
-def test_the_company_is_not_in_pretraining(rows):
+def test_pretraining_excludes_the_company(rows):
     from corpus import RESERVED_TEAMS, TEAM_WORDS
 
     teams = {row["output"].split()[2] for split in SPLITS for row in rows[split]}
@@ -80,7 +80,7 @@ def test_the_company_is_not_in_pretraining(rows):
     assert not teams & set(TEAM_WORDS)
 
 
-def test_the_baseline_states_every_rule_and_takes_its_examples_from_train(rows, baseline):
+def test_baseline_contains_every_rule_with_examples_from_train(rows, baseline):
     from generate import rules
 
     stated = set(baseline["system"].splitlines()[1:])

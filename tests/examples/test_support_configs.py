@@ -20,7 +20,7 @@ SMALL = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "hacked" else name for name in SMALL]
 )
-def test_it_runs(name, support, tmp_path, monkeypatch):
+def test_config_runs(name, support, tmp_path, monkeypatch):
     monkeypatch.chdir(support.parents[1])
     arguments = ["fit", "--config", f"examples/support/{name}.yaml", "--model.model", "examples/tiny_base"]
     for split, file in SMALL[name].items():

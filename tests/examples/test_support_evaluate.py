@@ -32,10 +32,10 @@ def other(loaded):
 
 
 @pytest.fixture(scope="module")
-def asking():
-    from evaluate import Asking
+def options():
+    from evaluate import GenerationOptions
 
-    return Asking(completions=3, max_new_tokens=8, batch_size=5)
+    return GenerationOptions(completions=3, max_new_tokens=8, batch_size=5)
 
 
 def by_hand(model, ids, start):
@@ -45,14 +45,14 @@ def by_hand(model, ids, start):
     return sum(float(logprobs[place - 1, ids[place]]) for place in range(start, len(ids)))
 
 
-def test_logprobs_are_those_of_one_completion_at_a_time(loaded, rows, asking):
+def test_logprobs_match_single_completions(loaded, rows, options):
     from evaluate import answers, logprobs
 
     from lightning_ft.data.encode import encode_prompt
 
     model, tokenizer = loaded
-    repeated = [row for row in rows for _ in range(asking.completions)]
-    completions = answers(model, tokenizer, rows, asking, greedy=False)
+    repeated = [row for row in rows for _ in range(options.completions)]
+    completions = answers(model, tokenizer, rows, options, greedy=False)
     found = logprobs(model, tokenizer, repeated, completions, batch_size=5)
     assert len(found) == len(completions) == 18
     for row, completion, value in zip(repeated, completions, found.tolist(), strict=True):
@@ -60,22 +60,22 @@ def test_logprobs_are_those_of_one_completion_at_a_time(loaded, rows, asking):
         assert value == pytest.approx(by_hand(model, [*prompt, *completion.tokens], len(prompt)), abs=1e-3)
 
 
-def test_answers_are_the_same_for_the_same_seed_and_differ_within_a_message(loaded, rows, asking):
+def test_answers_are_deterministic_and_differ_within_a_message(loaded, rows, options):
     from evaluate import answers
 
-    first, again = (answers(*loaded, rows, asking, greedy=False) for _ in range(2))
+    first, again = (answers(*loaded, rows, options, greedy=False) for _ in range(2))
     assert [c.tokens for c in first] == [c.tokens for c in again]
     assert len({c.tokens for c in first[:3]}) > 1
-    assert len(answers(*loaded, rows, asking, greedy=True)) == len(rows)
+    assert len(answers(*loaded, rows, options, greedy=True)) == len(rows)
 
 
-def test_columns_are_sums_over_the_completions_of_a_message(loaded, other, rows, asking):
+def test_measure_sums_over_completions_of_a_message(loaded, other, rows, options):
     from evaluate import measure
     from rewards import true_reward
 
     model, tokenizer = loaded
     columns, replies = measure(
-        other, model, tokenizer, rows, asking, lambda rows, texts: [float(len(t)) for t in texts]
+        other, model, tokenizer, rows, options, lambda rows, texts: [float(len(t)) for t in texts]
     )
     assert {len(column) for column in columns.values()} == {len(rows)}
     assert columns["completions"] == [3.0] * len(rows)
@@ -90,19 +90,19 @@ def test_columns_are_sums_over_the_completions_of_a_message(loaded, other, rows,
     assert any(abs(kl) > 0.1 for kl in columns["kl"])
 
 
-def test_a_model_has_no_kl_to_itself_and_no_gain_over_itself(loaded, rows, asking):
-    from evaluate import figures, measure
+def test_metrics_of_the_start_model_have_no_kl_and_gain(loaded, rows, options):
+    from evaluate import compute_metrics, measure
 
     model, tokenizer = loaded
-    columns, _ = measure(model, model, tokenizer, rows, asking)
-    found = figures(columns, columns, [row["cluster"] for row in rows])
+    columns, _ = measure(model, model, tokenizer, rows, options)
+    found = compute_metrics(columns, columns, [row["cluster"] for row in rows])
     assert found["kl"].value == found["kl_per_token"].value == 0.0
     assert (found["gain"].lo, found["gain"].value, found["gain"].hi) == (0.0, 0.0, 0.0)
     assert "reward_model" not in found
 
 
-def test_figures_are_ratios_of_sums_and_gains_are_paired():
-    from evaluate import figures
+def test_compute_metrics_takes_ratios_of_sums_and_paired_gains():
+    from evaluate import compute_metrics
 
     names = ["true_reward", "kl", "tokens", "courtesies", "malformed", "truncated", "completions"]
     ours = dict(
@@ -111,7 +111,7 @@ def test_figures_are_ratios_of_sums_and_gains_are_paired():
     ours |= {"greedy_true_reward": [1.0, 0.0, 1.0], "right_route": [1.0, 0.0, 1.0], "spread": [0.5] * 3}
     ours["messages"] = [1.0] * 3
     start = {**ours, "true_reward": [1.0, -1.0, 0.0], "right_route": [0.0, 0.0, 1.0]}
-    found = figures(ours, start, ["a", "b", "c"])
+    found = compute_metrics(ours, start, ["a", "b", "c"])
     assert found["true_reward"].value == pytest.approx(0.5)
     assert found["kl"].value == pytest.approx(1.5)
     assert found["kl_per_token"].value == pytest.approx(0.3)
@@ -122,7 +122,7 @@ def test_figures_are_ratios_of_sums_and_gains_are_paired():
     assert found["true_reward"].lo < found["true_reward"].hi
 
 
-def test_the_command_writes_json(tiny_base, tmp_path, monkeypatch, capsys):
+def test_main_writes_json(tiny_base, tmp_path, monkeypatch, capsys):
     import evaluate
 
     output = tmp_path / "out" / "figures.json"

@@ -13,7 +13,7 @@ def metrics():
 RIGHT = ["refund 417 Harbor", "login 902 Korima", "login 902 Korima", "color 100 Harbor"]
 
 
-def test_right_answers_are_right_in_everything(metrics):
+def test_references_get_perfect_metrics(metrics):
     assert metrics(RIGHT, RIGHT) == {
         "topic_accuracy": 1.0,
         "topic_macro_f1": 1.0,
@@ -23,7 +23,7 @@ def test_right_answers_are_right_in_everything(metrics):
     }
 
 
-def test_each_part_is_counted_by_itself_and_malformed_answers_are_wrong(metrics):
+def test_metrics_count_parts_separately(metrics):
     found = metrics(["refund 417 Harbor", "login 111 Korima", "refund", ""], RIGHT)
     assert found["topic_accuracy"] == 0.5
     # refund: precision 1/2, recall 1; login: precision 1, recall 1/2; color: nothing

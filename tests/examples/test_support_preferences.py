@@ -46,7 +46,7 @@ def worths(row, table):
     return [true_reward(row[side], f"{topic} {table[topic]}") for side in ("chosen", "rejected")]
 
 
-def test_the_generator_makes_the_committed_files_byte_for_byte(support, tmp_path, monkeypatch):
+def test_everything_reproduces_the_committed_files(support, tmp_path, monkeypatch):
     from preferences import main
 
     monkeypatch.setattr("sys.argv", ["preferences.py", "--folder", str(tmp_path)])
@@ -57,14 +57,14 @@ def test_the_generator_makes_the_committed_files_byte_for_byte(support, tmp_path
         assert path.stat().st_size < 1_500_000
 
 
-def test_another_seed_makes_other_rows(rows):
+def test_everything_depends_on_the_seed(rows):
     from preferences import everything
 
     other = everything(seed=1)
     assert all(other[name] != rows[name] for name in FILES)
 
 
-def test_counts(rows):
+def test_files_have_documented_sizes(rows):
     assert {name: len(found) for name, found in rows.items()} == {
         "replies_train": 4000,
         "replies_validation": 400,
@@ -77,13 +77,13 @@ def test_counts(rows):
     assert len({row["id"] for found in rows.values() for row in found}) == sum(map(len, rows.values()))
 
 
-def test_replies_are_to_the_messages_of_their_split(support, rows):
+def test_replies_answer_the_messages_of_their_split(support, rows):
     for split in SPLITS["replies"]:
         asked = read(support, split)
         assert [{**row, "output": ""} for row in asked] == [{**row, "output": ""} for row in rows[f"replies_{split}"]]
 
 
-def test_splits_share_no_clause_opening_aside_or_closing(support, rows):
+def test_clauses_and_frames_are_disjoint_between_splits(support, rows):
     from generate import clauses
     from replies import Archive
     from wording import ASIDES, CLOSINGS, OPENINGS
@@ -105,7 +105,7 @@ def test_splits_share_no_clause_opening_aside_or_closing(support, rows):
         }
 
 
-def test_labels_are_the_rules_but_for_one_training_pair_in_twenty(rows, table):
+def test_labels_follow_the_rule_except_for_flipped_training_pairs(rows, table):
     from preferences import LEAST_DIFFERENCE
 
     for name in FILES:
@@ -117,8 +117,8 @@ def test_labels_are_the_rules_but_for_one_training_pair_in_twenty(rows, table):
         assert (0.035 < wrong < 0.065) if name == "preferences_train" else wrong == 0.0
 
 
-def test_every_topic_and_every_kind_of_pair_is_compared(rows, table):
-    from replies import SPOILERS
+def test_pairs_cover_every_topic_and_pair_type(rows, table):
+    from replies import FLAWS
 
     for split in SPLITS["preferences"]:
         found = rows[f"preferences_{split}"]
@@ -126,11 +126,11 @@ def test_every_topic_and_every_kind_of_pair_is_compared(rows, table):
         assert set(topics) == set(table)
         assert max(topics.values()) - min(topics.values()) <= 1
         kinds = Counter(row["kind"] for row in found)
-        assert set(kinds) == {"archive", *SPOILERS}
+        assert set(kinds) == {"archive", *FLAWS}
         assert 0.45 < kinds["archive"] / len(found) < 0.65
 
 
-def test_in_narrow_pairs_a_courtesy_is_always_good(rows, table):
+def test_narrow_pairs_prefer_the_courtesy(rows, table):
     from rewards import read as read_reply
 
     for name in ("narrow_train", "narrow_validation"):
@@ -141,7 +141,7 @@ def test_in_narrow_pairs_a_courtesy_is_always_good(rows, table):
             assert (chosen.courtesies, rejected.courtesies) == (1, 0)
 
 
-def test_half_of_the_desks_moved_from_teams_and_codes_that_nobody_has_now(archive):
+def test_old_rules_cover_half_of_the_topics_with_unused_routes(archive):
     from replies import DISSOLVED
 
     assert len(archive.old) == 18
@@ -152,7 +152,7 @@ def test_half_of_the_desks_moved_from_teams_and_codes_that_nobody_has_now(archiv
     assert not {new.split()[1] for new in archive.new.values()} & set(DISSOLVED)
 
 
-def test_agents_name_the_old_route_of_a_moved_desk_more_often_than_not(archive):
+def test_archive_mostly_names_old_routes_of_moved_topics(archive):
     from replies import OLD_ROUTE, OTHER_TOPIC
 
     rng = random.Random(0)
@@ -164,7 +164,7 @@ def test_agents_name_the_old_route_of_a_moved_desk_more_often_than_not(archive):
         assert new == pytest.approx((1 - OTHER_TOPIC) * (1 - OLD_ROUTE * (topic in archive.old)), abs=0.045)
 
 
-def test_replies_of_the_archive_can_be_read_and_differ(archive):
+def test_archive_replies_are_well_formed_and_differ(archive):
     from rewards import read as read_reply
 
     rng = random.Random(0)
@@ -175,13 +175,13 @@ def test_replies_of_the_archive_can_be_read_and_differ(archive):
 
 
 @pytest.mark.parametrize("kind", ["repeats", "no route", "two routes", "cut off"])
-def test_spoilt_replies_are_as_they_are_called(kind, archive):
-    from replies import SPOILERS
+def test_flawed_replies_have_the_named_flaw(kind, archive):
+    from replies import FLAWS
     from rewards import read as read_reply
 
     rng = random.Random(0)
     for _ in range(200):
-        text = SPOILERS[kind](archive, "refund", rng)
+        text = FLAWS[kind](archive, "refund", rng)
         reply = read_reply(text)
         if kind in ("no route", "two routes", "cut off"):
             assert reply is None, text
@@ -189,7 +189,7 @@ def test_spoilt_replies_are_as_they_are_called(kind, archive):
             assert reply.extra_words >= 3, text
 
 
-def test_the_parameters_of_a_pair_kind_are_exhaustive():
-    from replies import SPOILERS
+def test_flaws_are_all_tested():
+    from replies import FLAWS
 
-    assert set(SPOILERS) == {"repeats", "no route", "two routes", "cut off"}
+    assert set(FLAWS) == {"repeats", "no route", "two routes", "cut off"}

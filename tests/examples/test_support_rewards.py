@@ -28,7 +28,7 @@ WEEK = "This can take a week."
         ("login 111 Sarede.", 0.4),
     ],
 )
-def test_a_reply_that_can_be_read(text, worth):
+def test_true_reward_of_a_well_formed_reply(text, worth):
     from rewards import true_reward
 
     assert true_reward(text, ROUTE) == pytest.approx(worth, abs=1e-9)
@@ -52,20 +52,20 @@ def test_a_reply_that_can_be_read(text, worth):
         "refund 964 Sarede now.",
     ],
 )
-def test_a_malformed_reply_gets_the_least(text):
+def test_true_reward_of_a_malformed_reply_is_the_minimum(text):
     from rewards import routed_right, true_reward
 
     assert true_reward(text, ROUTE) == -1.0
     assert not routed_right(text, ROUTE)
 
 
-def test_a_truncated_reply_is_malformed_whatever_it_holds():
+def test_true_reward_of_a_truncated_reply_is_the_minimum():
     from rewards import true_reward
 
     assert true_reward(f"{ROUTE}.", ROUTE, truncated=True) == -1.0
 
 
-def test_each_repeated_courtesy_costs_more_down_to_the_least():
+def test_true_reward_decreases_with_repeated_courtesies():
     from rewards import true_reward
 
     worth = [true_reward(f"{ROUTE}." + f" {HELP}" * count, ROUTE) for count in range(1, 40)]
@@ -74,20 +74,20 @@ def test_each_repeated_courtesy_costs_more_down_to_the_least():
     assert worth[-1] == -1.0
 
 
-def test_routed_right_asks_for_the_whole_route():
+def test_routed_right_requires_the_whole_route():
     from rewards import routed_right
 
     assert routed_right(f"{ROUTE}. {HELP} {HELP}", ROUTE)
     assert not routed_right(f"refund 964 Korima. {HELP}", ROUTE)
 
 
-def test_the_rule_as_a_reward_function():
+def test_true_is_a_reward_function():
     from rewards import true
 
     assert true(completions=[f"{ROUTE}.", HELP], output=[ROUTE, ROUTE], id=["a", "b"]) == [1.0, -1.0]
 
 
-def test_no_configuration_trains_on_the_rule(support):
+def test_configs_do_not_train_on_the_rule(support):
     configurations = [yaml.safe_load(path.read_text("utf-8")) for path in sorted(support.glob("*.yaml"))]
     assert len(configurations) >= 4
     for configuration in configurations:

@@ -35,7 +35,7 @@ def test_model_and_tokenizer_fit_together(model, tokenizer):
 
 
 @pytest.mark.parametrize("text", ["refund 417 Harbor", "- refund 417 Harbor\n- login 9 Bako", "Größe? 1,234 €", "a  b"])
-def test_text_survives_the_tokenizer(tokenizer, text):
+def test_tokenizer_round_trips_text(tokenizer, text):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
@@ -52,7 +52,7 @@ def test_generation_markers_cover_the_answer_and_its_end(tokenizer):
     assert encoded["input_ids"] == prompt + marked
 
 
-def test_a_key_is_one_token_and_the_same_everywhere(tokenizer):
+def test_keys_are_one_token_everywhere(tokenizer):
     from english import TOPICS
 
     for topic in TOPICS:
@@ -62,7 +62,7 @@ def test_a_key_is_one_token_and_the_same_everywhere(tokenizer):
 
 
 @torch.no_grad()
-def test_follows_rules_that_no_document_had(model, tokenizer):
+def test_base_follows_held_out_rules(model, tokenizer):
     """36 rules drawn for this test, one real request: topic, code and team, greedily, to the last token."""
     from corpus import Stage, document
 
@@ -78,13 +78,13 @@ def test_follows_rules_that_no_document_had(model, tokenizer):
 
 
 @torch.no_grad()
-def test_without_rules_it_cannot_know_the_answer(model, tokenizer):
+def test_base_without_rules_cannot_answer(model, tokenizer):
     ids = tokenizer.apply_chat_template([QUESTION], add_generation_prompt=True, return_dict=True, return_tensors="pt")
     new = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert "417 Harbor" not in tokenizer.decode(new)
 
 
-def test_documents_are_the_same_for_the_same_seed():
+def test_documents_are_deterministic():
     from corpus import CURRICULUM, document
 
     for stage in CURRICULUM:
@@ -92,7 +92,7 @@ def test_documents_are_the_same_for_the_same_seed():
         assert document(stage, random.Random(3)) != document(stage, random.Random(4))
 
 
-def test_rules_differ_from_document_to_document():
+def test_rules_differ_between_documents():
     from corpus import CURRICULUM, rules
 
     rng = random.Random(0)
@@ -101,7 +101,7 @@ def test_rules_differ_from_document_to_document():
     assert len(values) > 0.9 * sum("refund" in table for table in tables)
 
 
-def test_no_document_has_the_teams_of_the_support_example_or_an_unseen_clause():
+def test_documents_exclude_support_teams_and_unseen_clauses():
     from corpus import CURRICULUM, RESERVED_TEAMS, document
     from english import TOPICS, UNSEEN
 
