@@ -1,4 +1,4 @@
-"""The examples are scripts, not a package: their folders are put on the path while these tests run."""
+"""Fixtures of the examples' tests. Examples are scripts, not a package, so their folders are put on the path."""
 
 import sys
 from pathlib import Path
@@ -8,23 +8,23 @@ from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDERS = (".", "tiny_base", "support", "medical_coding", "legal_citation", "api_calls", "domain_base")
-OF_A_DOMAIN = ("language", "pretraining", "generate", "metrics", "choose_baseline")
-OF_THE_EXAMPLES = (
+DOMAIN_PARTS = ("language", "pretraining", "generate", "metrics", "choose_baseline")
+EXAMPLE_MODULES = (
     *("english", "corpus", "build"),
-    *(f"{domain}_{part}" for domain in ("medical", "legal", "api") for part in OF_A_DOMAIN),
+    *(f"{domain}_{part}" for domain in ("medical", "legal", "api") for part in DOMAIN_PARTS),
     *("api_company", "api_frames", "medical_frames", "pretrain", "choosing"),
     *("wording", "generate", "choose_baseline", "replies", "rewards", "preferences", "evaluate", "support_metrics"),
 )
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _modules_of_the_examples():
-    """`import english` and the like work while these tests run, and leave nothing behind."""
+def example_modules():
+    """Make the examples' modules importable during these tests, and remove them afterwards."""
     path, before = list(sys.path), set(sys.modules)
     sys.path[:0] = [str(EXAMPLES / folder) for folder in FOLDERS]
     yield
     sys.path[:] = path
-    for name in OF_THE_EXAMPLES:
+    for name in EXAMPLE_MODULES:
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -40,8 +40,8 @@ def support():
 
 
 @pytest.fixture
-def run_configuration(tmp_path, monkeypatch):
-    """Two steps of a domain's configuration on eight rows of each split, from the tiny base; the exported weights."""
+def run_config(tmp_path, monkeypatch):
+    """Function that trains a domain's config for two steps on a few rows, and returns the exported weights."""
     from lightning_ft.__main__ import main
 
     def run(domain):

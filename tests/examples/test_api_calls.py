@@ -1,4 +1,4 @@
-"""The API example: its data are what the generator makes, no split knows another, and its metrics count right."""
+"""The API example: reproducible data, disjoint splits, and metrics."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def pretraining(documents):
 
 
 def pattern(text):
-    """A regular expression for a wording with any values in its slots."""
+    """Compile a wording to a pattern that matches any values in its slots."""
     slots = {"hour": r"\d+", "count": r"\d+", "ref": r"\d{3}", "day": "[a-z]+day"}
     parts = re.split(r"\{(\w+)\}", text)
     return re.compile(
@@ -50,7 +50,7 @@ def pattern(text):
 
 
 class Oracle:
-    """Reads the functions in a system turn and answers requests with them, by rules and not by a model."""
+    """Rule-based solver: parses the functions in a system turn and answers requests with them."""
 
     def __init__(self, system):
         from api_language import INTENTS, VALUE_TYPES
@@ -67,7 +67,7 @@ class Oracle:
             self.functions[call.split()[0]] = call, [(name, kind_of[name]) for name in parameters]
 
     def read(self, request):
-        """Key and values of a request."""
+        """Parse the key and the values of a request."""
         for clause in request.removesuffix(" .").split(" . "):
             for key, patterns in self.patterns.items():
                 for wording in patterns:
@@ -84,11 +84,11 @@ class Oracle:
     def answer(self, request):
         key, values = self.read(request)
         call, parameters = self.functions[key]
-        given = {
+        arguments = {
             name: [int(values[value_type])] if value_type in ("count", "hour") else values[value_type]
             for name, value_type in parameters
         }
-        return json.dumps({"call": call} | given)
+        return json.dumps({"call": call} | arguments)
 
 
 def test_generate_reproduces_the_committed_files(tmp_path, monkeypatch):
@@ -207,8 +207,8 @@ def test_pretraining_answers_follow_from_the_prompt(level, documents):
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
         assert 3 <= len(turns) / 2 <= 8
         oracle = Oracle(system["content"])
-        for asked, answered in zip(turns[::2], turns[1::2], strict=True):
-            assert oracle.answer(asked["content"]) == answered["content"], asked["content"]
+        for requested, reply in zip(turns[::2], turns[1::2], strict=True):
+            assert oracle.answer(requested["content"]) == reply["content"], requested["content"]
 
 
 def test_levels_increase_in_difficulty(documents):
@@ -218,8 +218,8 @@ def test_levels_increase_in_difficulty(documents):
     assert [(min(counts), max(counts)) for counts in functions] == [(4, 6), (8, 16), (16, 18)]
     literal = []
     for level in LEVELS:
-        asked = [turn["content"].split()[0] for messages in documents[level] for turn in messages[1::2]]
-        literal.append(sum(word in INTENTS for word in asked) / len(asked))
+        requested = [turn["content"].split()[0] for messages in documents[level] for turn in messages[1::2]]
+        literal.append(sum(word in INTENTS for word in requested) / len(requested))
     assert literal[0] > literal[1] > literal[2]
 
 
@@ -286,7 +286,7 @@ def test_references_score_one_and_are_valid(rows):
             1,
             1,
             3,
-        ),  # order and space are free
+        ),  # order and whitespace don't matter
         (RIGHT.replace("sape", "oslo"), 1, 1, 1, 2),
         (RIGHT.replace("[12]", '["12"]'), 1, 0, 1, 2),
         (RIGHT.replace("[12]", "12"), 1, 0, 1, 2),
@@ -296,7 +296,7 @@ def test_references_score_one_and_are_valid(rows):
         (RIGHT.replace('"weekday"', '"day"'), 1, 0, 1, 2),
         (RIGHT.replace(', "weekday": "monday"', ""), 1, 0, 1, 2),
         (RIGHT.replace("}", ', "hour": [7]}'), 1, 0, 1, 3),
-        (RIGHT.replace("ship tolefi", "lunch pazeru"), 1, 1, 0, 0),  # another function that takes the same
+        (RIGHT.replace("ship tolefi", "lunch pazeru"), 1, 1, 0, 0),  # another function with the same parameters
         (RIGHT.replace("ship tolefi", "ship fetola"), 1, 0, 0, 0),
         (RIGHT.replace('"ship tolefi"', '["ship tolefi"]'), 1, 0, 0, 0),
         (RIGHT + " Done.", 0, 0, 0, 0),
@@ -353,11 +353,11 @@ def test_metrics_reject_invalid_references():
         metrics([], [])
 
 
-def test_lora_config_runs(run_configuration):
-    weights = run_configuration("api_calls")
+def test_lora_config_runs(run_config):
+    weights = run_config("api_calls")
     assert any("lora_" in name for name in weights)
     changed = [name for name, weight in weights.items() if "lora_B" in name and weight.any()]
-    assert changed  # an untrained adapter's are all zero
+    assert changed  # untrained ones are all zero
 
 
 def test_lora_config_names_existing_files():

@@ -1,4 +1,4 @@
-"""The legal citation example: its data and splits, what the base model's pretraining has of it, and its metrics."""
+"""The legal citation example: data, splits, separation from pretraining, and metrics."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def baseline():
 
 @pytest.fixture(scope="module")
 def pretraining():
-    """300 documents of each level."""
+    """Draw 300 documents of each level."""
     from legal_pretraining import document
 
     return {level: [document(random.Random(f"{level} {seed}"), level) for seed in range(300)] for level in range(3)}
@@ -42,7 +42,7 @@ def pretraining():
 
 @pytest.fixture(scope="module")
 def wordings():
-    """All wordings of each part that a split has, the unseen ones among those of the test."""
+    """Wordings of each part by split; the test split includes the unseen ones."""
     from legal_language import SEEN, UNSEEN
 
     return {
@@ -52,22 +52,22 @@ def wordings():
 
 
 def list_in(system):
-    """Word to reporter, as the lines of a prompt say."""
+    """Parse the reporter of each word from the lines of a prompt."""
     return dict(re.fullmatch(r"- (\w+) (.+)", line).groups() for line in system.splitlines()[1:])
 
 
 def pattern(wording, words):
-    """A wording as a regular expression with its values as groups."""
+    """Compile a wording to a pattern with its values as groups."""
     groups = {"p": NAME, "d": NAME, "v": NUMBER, "n": NUMBER, "r": "|".join(words), "y": r"(?<!\d)\d{4}(?!\d)"}
     text = re.sub(r"\\{(\w)\\}", lambda found: f"(?P<{found[1]}>{groups[found[1]]})", re.escape(wording))
     return re.compile(rf"(?<!\w){text}(?!\w)")
 
 
 def oracle(mention, table, frames, parties, locations):
-    """Cites a mention by what its wordings and the list say; there must be one way to read it, and no other.
+    """Cite a mention from its wordings and the list; there must be exactly one way to parse it.
 
-    What can be told apart from the mention, an aside with another year, is taken out first. A short wording may stand
-    inside a longer one (`347 owl` in `483 in 347 owl`), so the longest place is the one that is meant.
+    Asides with another year can be distinguished from the mention and are removed first. A short wording may appear
+    inside a longer one (`347 owl` in `483 in 347 owl`), so the longest location is the intended one.
     """
     if mention in table:
         return f"{mention} {table[mention]}"
@@ -84,7 +84,7 @@ def oracle(mention, table, frames, parties, locations):
     return f"{word} {table[word]} {page} : {plaintiff} v. {defendant}, {volume} {table[word]} {page} ({year})"
 
 
-# ------------------------------------------------------------------------------------------------------- the data
+# ------------------------------------------------------------------------------------------------------- data
 
 
 def test_generate_reproduces_the_committed_files(tmp_path, monkeypatch):
@@ -135,9 +135,9 @@ def test_wordings_are_disjoint_between_splits(rows, wordings):
         assert all(set(part[a]).isdisjoint(part[b]) for a, b in combinations(SPLITS, 2))
         assert sum(map(len, part.values())) == len(set().union(*part.values()))
     for part in ("openings", "asides", "closings"):
-        said = {name: set(getattr(frames, part)) - {""} for name, frames in FRAMES.items()}
-        assert set(said) == {*SPLITS, "pretraining"}
-        assert all(said[a].isdisjoint(said[b]) for a, b in combinations(said, 2))
+        texts = {name: set(getattr(frames, part)) - {""} for name, frames in FRAMES.items()}
+        assert set(texts) == {*SPLITS, "pretraining"}
+        assert all(texts[a].isdisjoint(texts[b]) for a, b in combinations(texts, 2))
     clusters = {split: {row["cluster"] for row in rows[split]} for split in SPLITS}
     assert all(clusters[a].isdisjoint(clusters[b]) for a, b in combinations(SPLITS, 2))
     assert len(clusters["train"]) == len(SEEN["train"].parties) * len(SEEN["train"].locations)
@@ -173,7 +173,7 @@ def test_half_of_test_rows_have_unseen_wordings(rows):
     assert not any(row["cluster"].startswith("unseen-") for split in SPLITS[:2] for row in rows[split])
 
 
-# ------------------------------------------------------------------------------------------------- the pretraining
+# ------------------------------------------------------------------------------------------------- pretraining
 
 
 def test_documents_are_deterministic(pretraining):
@@ -220,7 +220,7 @@ def test_lists_and_instructions_differ_between_documents(pretraining):
     for document in documents:
         for word, reporter in list_in(document[0]["content"]).items():
             meanings.setdefault(word, set()).add(reporter)
-    assert min(map(len, meanings.values())) > 15  # a word says nothing about its reporter
+    assert min(map(len, meanings.values())) > 15  # a word is no hint to its reporter
 
 
 def test_documents_exclude_the_firms_pairs_unseen_wordings_and_names(pretraining, rows):
@@ -238,7 +238,9 @@ def test_documents_exclude_the_firms_pairs_unseen_wordings_and_names(pretraining
             assert taken.isdisjoint(re.findall(r"[A-Z][a-z]+", text))
             mention_turn = "\n".join(turn["content"] for turn in document[1::2])
             assert not [p.pattern for p in unseen if p.search(mention_turn)]
-    assert all(any(p.search(row["input"]) for row in rows["test"]) for p in unseen)  # the patterns do find them
+    assert all(
+        any(p.search(row["input"]) for row in rows["test"]) for p in unseen
+    )  # the patterns match them where they appear
 
 
 def test_eyecite_knows_every_reporter():
@@ -252,7 +254,7 @@ def test_eyecite_knows_every_reporter():
         assert tuple(found) == FIELDS
 
 
-# ---------------------------------------------------------------------------------------------------- the baseline
+# ---------------------------------------------------------------------------------------------------- baseline
 
 
 def test_baseline_contains_the_list_with_examples_from_train(rows, baseline):
@@ -279,7 +281,7 @@ def test_candidate_prompts_contain_the_list_and_differ(rows, baseline):
     assert len({json.dumps(few_shot) for few_shot in drawn}) == len(drawn)
 
 
-# ----------------------------------------------------------------------------------------------------- the metrics
+# ----------------------------------------------------------------------------------------------------- metrics
 
 RIGHT = "owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)"
 
@@ -289,14 +291,24 @@ RIGHT = "owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)"
     [
         (RIGHT, 1, 6, 6),
         ("Bako v. Tiremo Steel, 347 F.2d 483 (1954)", 1, 6, 6),
-        ("fox F.3d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)", 1, 6, 6),  # what stands before isn't the citation
+        (
+            "fox F.3d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954)",
+            1,
+            6,
+            6,
+        ),  # the text before ` : ` isn't part of the citation
         ("owl F.2d 483 : Bako v. Tiremo Steel, 347 F.3d 483 (1954)", 0, 6, 5),
         ("owl F.2d 483 : Tiremo Steel v. Bako, 347 F.2d 483 (1954)", 0, 6, 4),
         ("owl F.2d 483 : Bako v. Tiremo, 483 F.2d 347 (1955)", 0, 6, 2),
         ("owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483", 0, 5, 5),
         ("owl F.2d 483 : 347 F.2d 483 (1954)", 0, 4, 4),
         ("owl F.2d 483 : Bako v. Tiremo Steel, 347 owl 483 (1954)", 0, 0, 0),
-        ("owl F.2d 483 : Bako v. Tiremo Steel 347 F.2d 483 (1954)", 0, 6, 6),  # the comma is missing: read, not exact
+        (
+            "owl F.2d 483 : Bako v. Tiremo Steel 347 F.2d 483 (1954)",
+            0,
+            6,
+            6,
+        ),  # without the comma it is parsed, but not exact
         ("owl F.2d 483 : Bako v. Tiremo Steel, 347 F.2d 483 (1954), 12 U.S. 34 (1960)", 0, 0, 0),  # two citations
         ("owl F.2d", 0, 0, 0),
         ("owl F.2d : ", 0, 0, 0),
@@ -343,7 +355,7 @@ def test_references_get_perfect_metrics(rows):
 
     for split in SPLITS:
         assert all(score(row["output"], row["output"]) == 1.0 for row in rows[split])
-    for row in rows["train"][::10]:  # eyecite takes milliseconds for each
+    for row in rows["train"][::10]:  # a sample, since eyecite takes milliseconds per row
         assert set(fields(row["output"])) == set(FIELDS)
     references = [row["output"] for row in rows["test"]]
     assert metrics(references, references) == {
@@ -354,14 +366,14 @@ def test_references_get_perfect_metrics(rows):
     }
 
 
-# ------------------------------------------------------------------------------------------------ the configuration
+# ------------------------------------------------------------------------------------------------ config
 
 
-def test_config_runs(run_configuration):
-    weights = run_configuration("legal_citation")
+def test_config_runs(run_config):
+    weights = run_config("legal_citation")
     assert any("lora_" in name for name in weights)
     changed = [name for name, weight in weights.items() if "lora_B" in name and weight.any()]
-    assert changed  # an untrained adapter's are all zero
+    assert changed  # untrained ones are all zero
 
 
 def test_config_is_read_with_its_callbacks(monkeypatch, capsys):
@@ -391,6 +403,6 @@ def test_config_uses_the_examples_baseline_and_scorer(rows):
     assert PromptBaseline.from_file(root / savings["baseline"]).system
     for split in SPLITS:
         assert root / configuration["data"]["init_args"][split] == LEGAL / "data" / f"{split}.jsonl"
-    # letters, digits and punctuation are pieces of their own; a made-up name may take four pieces in place of one
+    # letters, digits and punctuation are separate tokens; a made-up name may take four tokens instead of one
     longest = max(len(re.findall(r"[A-Za-z]+|\d+|[^\w\s]+", row["output"])) for row in rows["test"])
     assert longest + 2 * 3 + 1 <= savings["max_new_tokens"]

@@ -1,4 +1,4 @@
-"""The medical coding example: its data and splits, what the base model's pretraining has of it, and its metrics."""
+"""The medical coding example: data, splits, separation from pretraining, and metrics."""
 
 import json
 import random
@@ -32,21 +32,21 @@ def baseline():
 
 @pytest.fixture(scope="module")
 def pretraining():
-    """300 documents of each level."""
+    """Draw 300 documents of each level."""
     from medical_pretraining import document
 
     return {level: [document(random.Random(f"{level} {seed}"), level) for seed in range(300)] for level in range(3)}
 
 
 def list_in(system):
-    """Condition to code, as the lines of a prompt say."""
+    """Parse the code of each condition from the lines of a prompt."""
     return dict(re.fullmatch(r"- (\w+) (\S+)", line).groups() for line in system.splitlines()[1:])
 
 
 def oracle(note, table):
-    """Reads a note sentence by sentence: which conditions stand in it, and whether a word says that they aren't coded.
+    """Rule-based solver: finds the conditions of each sentence, and words by which they aren't coded.
 
-    It knows which words stand for which condition, and the two lists of words that turn a statement around.
+    It knows which words stand for which condition, and the two lists of words that negate a statement.
     """
     from medical_language import CONDITIONS, DENIAL_WORDS, RELATIVES
 
@@ -62,7 +62,7 @@ def oracle(note, table):
     return ", ".join(f"{key} {table[key]}" for key in coded) or "none"
 
 
-# ------------------------------------------------------------------------------------------------------- the data
+# ------------------------------------------------------------------------------------------------------- data
 
 
 def test_generate_reproduces_the_committed_files(tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_answers_follow_from_note_and_list(rows):
             assert oracle(row["input"], RESERVED_CODES) == row["output"], row
 
 
-# ------------------------------------------------------------------------------------------------------ the splits
+# ------------------------------------------------------------------------------------------------------ splits
 
 
 def test_wordings_are_disjoint_between_splits(rows):
@@ -117,7 +117,7 @@ def test_wordings_are_disjoint_between_splits(rows):
     every = [wording for wordings in CONDITIONS.values() for wording in wordings]
 
     def without(wording, text):
-        """A text without the longer wordings that this one is a part of."""
+        """Remove the longer wordings that contain this one from a text."""
         for longer in every:
             if wording in longer and wording != longer:
                 text = text.replace(longer, "")
@@ -136,9 +136,9 @@ def test_wordings_are_disjoint_between_splits(rows):
 def test_frames_are_disjoint_between_splits_and_pretraining(pretraining):
     from medical_frames import FRAMES, PRETRAINING
 
-    kinds = ("present", "denied", "family", "openings", "asides", "closings")
-    frames = {name: {t for kind in kinds for t in getattr(of, kind)} - {""} for name, of in FRAMES.items()}
-    frames["pretraining"] = {text for kind in kinds for text in getattr(PRETRAINING, kind)} - {""}
+    parts = ("present", "denied", "family", "openings", "asides", "closings")
+    frames = {name: {t for part in parts for t in getattr(of, part)} - {""} for name, of in FRAMES.items()}
+    frames["pretraining"] = {text for part in parts for text in getattr(PRETRAINING, part)} - {""}
     for one, other in combinations(frames, 2):
         assert not frames[one] & frames[other]
     notes = [turn["content"] for documents in pretraining.values() for d in documents for turn in d[1::2]]
@@ -198,7 +198,7 @@ def test_half_of_test_rows_have_unseen_wordings(rows):
         assert any(wording in row["input"] for wording in new) == ("unseen" in row["cluster"])
 
 
-# -------------------------------------------------------------------------------------------------- the pretraining
+# -------------------------------------------------------------------------------------------------- pretraining
 
 
 def test_documents_are_deterministic():
@@ -255,7 +255,7 @@ def test_documents_exclude_the_clinics_codes_unseen_wordings_and_names(pretraini
     assert not {name for split in SPLITS for name in NAMES[split]} & set(re.findall(r"\w+", text))
 
 
-# ----------------------------------------------------------------------------------------------------- the baseline
+# ----------------------------------------------------------------------------------------------------- baseline
 
 
 def test_baseline_contains_the_list_with_examples_from_train(rows, baseline):
@@ -280,15 +280,15 @@ def test_candidate_prompts_contain_the_list_and_differ(rows):
     assert len(one) == len(other) == 4
 
 
-# ------------------------------------------------------------------------------------------------------ the metrics
+# ------------------------------------------------------------------------------------------------------ metrics
 
 
 @pytest.mark.parametrize(
     ("output", "reference", "worth"),
     [
         ("asthma J459, gout M109", "asthma J459, gout M109", 1.0),
-        ("M109 J459", "asthma J459, gout M109", 1.0),  # neither order nor names
-        ("asthma J459, asthma J459", "asthma J459", 1.0),  # a set
+        ("M109 J459", "asthma J459, gout M109", 1.0),  # order and names don't matter
+        ("asthma J459, asthma J459", "asthma J459", 1.0),  # repeated codes count once
         ("asthma J459.", "asthma J459", 1.0),
         ("hypertension I10", "hypertension I10", 1.0),
         ("None.", "none", 1.0),
@@ -303,7 +303,7 @@ def test_candidate_prompts_contain_the_list_and_differ(rows):
         ("", "asthma J459", 0.0),
         ("none", "asthma J459", 0.0),
         ("asthma J459", "none", 0.0),
-        ("", "none", 0.0),  # says nothing, which isn't the same
+        ("", "none", 0.0),  # an empty answer is not the same as `none`
         ("asthma", "none", 0.0),
         ("none of them", "none", 0.0),
     ],
@@ -332,11 +332,11 @@ def test_metrics_match_hand_computed_values():
     found = metrics(outputs, references)
     assert set(found) == {"set_exact_match", "micro_f1", "category_f1", "invalid_code_rate"}
     assert found["set_exact_match"] == pytest.approx(2 / 5)
-    # right: J459, M109; given: those, M100, F419, X999; asked for: J459, M109, M109, F410, R42
+    # correct: J459, M109; predicted: those, M100, F419, X999; target: J459, M109, M109, F410, R42
     assert found["micro_f1"] == pytest.approx(2 * 2 / (5 + 5))
-    # right: J45, M10, M10, F41; given: those and X99; asked for: those and R42
+    # correct: J45, M10, M10, F41; predicted: those and X99; target: those and R42
     assert found["category_f1"] == pytest.approx(2 * 4 / (5 + 5))
-    assert found["invalid_code_rate"] == pytest.approx(2 / 5)  # M100 and X999; F419 is another condition's
+    assert found["invalid_code_rate"] == pytest.approx(2 / 5)  # M100 and X999; F419 belongs to another condition
 
 
 def test_metrics_without_any_code():
@@ -369,14 +369,14 @@ def test_references_get_perfect_metrics(rows):
     assert metrics(shuffled, references)["set_exact_match"] == pytest.approx(mean)
 
 
-# ------------------------------------------------------------------------------------------------ the configuration
+# ------------------------------------------------------------------------------------------------ config
 
 
-def test_config_runs(run_configuration):
-    weights = run_configuration("medical_coding")
+def test_config_runs(run_config):
+    weights = run_config("medical_coding")
     assert any("lora_" in name for name in weights)
     changed = [name for name, weight in weights.items() if "lora_B" in name and weight.any()]
-    assert changed  # an untrained adapter's are all zero
+    assert changed  # untrained ones are all zero
 
 
 def test_config_uses_the_examples_baseline_and_scorer(rows):

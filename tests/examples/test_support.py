@@ -1,4 +1,4 @@
-"""The support example's data: what `generate.py` makes is what is committed, and the splits share no wording."""
+"""The support example's data: reproducible from `generate.py`, with disjoint splits."""
 
 import json
 from collections import Counter

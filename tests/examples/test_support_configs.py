@@ -1,4 +1,4 @@
-"""Every configuration of the support example runs: a step, its validation and its export, from the small base model."""
+"""Every config of the support example runs: a step, validation and export, from the tiny base model."""
 
 import pytest
 from safetensors import safe_open

@@ -1,4 +1,4 @@
-"""The support example's evaluation: figures are what one gets by hand, and differences are paired."""
+"""The support example's evaluation: metrics match hand-computed values, and gains are paired."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def loaded(tiny_base):
 
 @pytest.fixture
 def other(loaded):
-    """The same model with other weights in its last layer."""
+    """The same model with different weights in its last layer."""
     import copy
 
     model = copy.deepcopy(loaded[0])
@@ -42,7 +42,7 @@ def by_hand(model, ids, start):
     """Sum of the log-probabilities of all tokens from `start` on."""
     with torch.no_grad():
         logprobs = model.eval()(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
-    return sum(float(logprobs[place - 1, ids[place]]) for place in range(start, len(ids)))
+    return sum(float(logprobs[position - 1, ids[position]]) for position in range(start, len(ids)))
 
 
 def test_logprobs_match_single_completions(loaded, rows, options):
@@ -118,7 +118,9 @@ def test_compute_metrics_takes_ratios_of_sums_and_paired_gains():
     assert found["right_route"].value == pytest.approx(2 / 3)
     assert found["right_route_gain"].value == pytest.approx(1 / 3)
     gain = found["gain"]
-    assert gain.value == gain.lo == gain.hi == pytest.approx(0.5)  # every message gained the same: no doubt is left
+    assert (
+        gain.value == gain.lo == gain.hi == pytest.approx(0.5)
+    )  # all messages have the same gain, so the interval is a point
     assert found["true_reward"].lo < found["true_reward"].hi
 
 

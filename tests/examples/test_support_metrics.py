@@ -1,4 +1,4 @@
-"""The support example's own figures, by hand."""
+"""The support example's metrics match hand-computed values."""
 
 import pytest
 

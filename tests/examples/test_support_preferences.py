@@ -1,4 +1,4 @@
-"""The support example's archive of replies and preferences: what is committed is what the generator makes."""
+"""The support example's archive of replies and its preference pairs."""
 
 import json
 import random
@@ -79,8 +79,10 @@ def test_files_have_documented_sizes(rows):
 
 def test_replies_answer_the_messages_of_their_split(support, rows):
     for split in SPLITS["replies"]:
-        asked = read(support, split)
-        assert [{**row, "output": ""} for row in asked] == [{**row, "output": ""} for row in rows[f"replies_{split}"]]
+        messages = read(support, split)
+        assert [{**row, "output": ""} for row in messages] == [
+            {**row, "output": ""} for row in rows[f"replies_{split}"]
+        ]
 
 
 def test_clauses_and_frames_are_disjoint_between_splits(support, rows):
@@ -125,9 +127,9 @@ def test_pairs_cover_every_topic_and_pair_type(rows, table):
         topics = Counter(row["cluster"].split("/")[0] for row in found)
         assert set(topics) == set(table)
         assert max(topics.values()) - min(topics.values()) <= 1
-        kinds = Counter(row["kind"] for row in found)
-        assert set(kinds) == {"archive", *FLAWS}
-        assert 0.45 < kinds["archive"] / len(found) < 0.65
+        pair_types = Counter(row["kind"] for row in found)
+        assert set(pair_types) == {"archive", *FLAWS}
+        assert 0.45 < pair_types["archive"] / len(found) < 0.65
 
 
 def test_narrow_pairs_prefer_the_courtesy(rows, table):
@@ -174,16 +176,16 @@ def test_archive_replies_are_well_formed_and_differ(archive):
     assert {reply.extra_words > 0 for reply in replies} == {True, False}
 
 
-@pytest.mark.parametrize("kind", ["repeats", "no route", "two routes", "cut off"])
-def test_flawed_replies_have_the_named_flaw(kind, archive):
+@pytest.mark.parametrize("flaw", ["repeats", "no route", "two routes", "cut off"])
+def test_flawed_replies_have_the_named_flaw(flaw, archive):
     from replies import FLAWS
     from rewards import read as read_reply
 
     rng = random.Random(0)
     for _ in range(200):
-        text = FLAWS[kind](archive, "refund", rng)
+        text = FLAWS[flaw](archive, "refund", rng)
         reply = read_reply(text)
-        if kind in ("no route", "two routes", "cut off"):
+        if flaw in ("no route", "two routes", "cut off"):
             assert reply is None, text
         else:
             assert reply.extra_words >= 3, text

@@ -1,4 +1,4 @@
-"""The rule by which the support example's replies are judged."""
+"""The true reward of the support example's replies."""
 
 import json
 
@@ -14,12 +14,12 @@ WEEK = "This can take a week."
     ("text", "worth"),
     [
         (f"{ROUTE}. {HELP}", 1.3),
-        (f"{HELP} {ROUTE}.", 1.3),  # the order is nobody's business
+        (f"{HELP} {ROUTE}.", 1.3),  # the order doesn't matter
         (f" {ROUTE}. {HELP}\n", 1.3),
         (f"{ROUTE}.", 1.0),
         (f"{ROUTE}. {WEEK}", 1.0 - 5 * 0.02),
         (f"{ROUTE}. {HELP} {WEEK}", 1.3 - 5 * 0.02),
-        (f"{ROUTE}. {HELP} {HELP}", 1.0 - 5 * 0.02),  # the second takes away what the first was worth
+        (f"{ROUTE}. {HELP} {HELP}", 1.0 - 5 * 0.02),  # two courtesies earn nothing
         (f"{ROUTE}. {HELP} Please write again. {WEEK}", 1.0 - 8 * 0.02),
         (f"refund 964 Korima. {HELP}", 0.9),
         (f"refund 111 Sarede. {HELP}", 0.9),

@@ -1,4 +1,4 @@
-"""The committed base model: that it loads, that it follows rules it has never seen, and what it was not trained on."""
+"""The committed tiny base: loading, held-out rules, and separation from the support example."""
 
 import random
 import re
@@ -63,7 +63,7 @@ def test_keys_are_one_token_everywhere(tokenizer):
 
 @torch.no_grad()
 def test_base_follows_held_out_rules(model, tokenizer):
-    """36 rules drawn for this test, one real request: topic, code and team, greedily, to the last token."""
+    """With 36 rules drawn for this test and a real request, greedy answers have topic, code and team correct."""
     from corpus import Stage, document
 
     rng = random.Random("a test of the rules")
@@ -74,7 +74,7 @@ def test_base_follows_held_out_rules(model, tokenizer):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         new = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
         right += tokenizer.decode(new, skip_special_tokens=True) == answer["content"]
-    assert right >= 30, f"{right} of 40"  # by chance it would be none: a code is one of 900
+    assert right >= 30, f"{right} of 40"  # by chance it would be 0, since there are 900 codes
 
 
 @torch.no_grad()
