@@ -73,7 +73,7 @@ def test_planned_methods_accepts_grids_and_yaml_files(tmp_path):
     [
         (["prompted"], {}, "contains no method that trains"),
         (["qlora"], {}, "'qlora' is neither prompted, full, lora nor a YAML file"),
-        (["lora", "lora"], {}, "contains lora twice"),
+        (["lora", "lora"], {}, "contains lora more than once"),
         (["lora"], {"full": [1e-3]}, "contains full, but --methods doesn't"),
         (["lora"], {"lora": [0.0]}, "expected numbers above 0"),
     ],
