@@ -48,17 +48,17 @@ def test_rewards_are_weighted_and_summed():
 
 
 def test_functions_get_strings_for_string_prompts():
-    given = call_arguments()
-    assert given["prompts"] == PROMPTS
-    assert given["completions"] == TEXTS
-    assert given["completion_ids"] == IDS
-    assert given["answer"] == COLUMNS["answer"]
+    arguments = call_arguments()
+    assert arguments["prompts"] == PROMPTS
+    assert arguments["completions"] == TEXTS
+    assert arguments["completion_ids"] == IDS
+    assert arguments["answer"] == COLUMNS["answer"]
 
 
 def test_functions_get_messages_for_message_prompts():
-    given = call_arguments(prompts=MESSAGES)
-    assert given["prompts"] == MESSAGES
-    assert given["completions"] == [[{"role": "assistant", "content": text}] for text in TEXTS]
+    arguments = call_arguments(prompts=MESSAGES)
+    assert arguments["prompts"] == MESSAGES
+    assert arguments["completions"] == [[{"role": "assistant", "content": text}] for text in TEXTS]
 
 
 def test_functions_get_the_trainer_state():
@@ -385,11 +385,11 @@ def test_statistics_add_up_over_ranks():
         sliced = {name: column[part] for name, column in columns.items()}
         return functions.compute(texts[part], texts[part], [[]] * len(texts[part]), sliced).statistics()
 
-    whole, ranks = statistics(slice(0, 10)), [statistics(slice(0, 4)), statistics(slice(4, 10))]
-    assert list(whole) == ["rewards/reward", "rewards/reward_2", "reward"]
-    for name, sums in whole.items():
+    total, ranks = statistics(slice(0, 10)), [statistics(slice(0, 4)), statistics(slice(4, 10))]
+    assert list(total) == ["rewards/reward", "rewards/reward_2", "reward"]
+    for name, sums in total.items():
         torch.testing.assert_close(ranks[0][name] + ranks[1][name], sums)
-    mean, std = mean_and_std(whole["rewards/reward_2"])
+    mean, std = mean_and_std(total["rewards/reward_2"])
     assert mean.item() == pytest.approx(numpy.nanmean(values[:, 1].numpy()), abs=1e-6)
     assert std.item() == pytest.approx(numpy.nanstd(values[:, 1].numpy(), ddof=1), abs=1e-6)
 

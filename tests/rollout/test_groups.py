@@ -59,7 +59,7 @@ def test_greedy_groups_are_copies_of_transformers_completions(name):
     engine = LocalEngine(model, end_token_ids=ENDS, batch_size=3)
     for sampling in (None, Sampling(temperature=0.0)):
         rollouts = engine.generate(prompts, max_new_tokens=8, sampling=sampling, num_completions=3)
-        assert [c.tokens for c in rollouts.completions] == [answer for answer in expected for _ in range(3)]
+        assert [c.tokens for c in rollouts.completions] == [tokens for tokens in expected for _ in range(3)]
 
 
 def test_greedy_groups_are_decoded_once():
@@ -119,7 +119,7 @@ def test_engine_splits_groups_only_beyond_the_batch_size():
 def test_completions_are_in_the_order_of_their_prompts():
     """The first token is fixed by a filter, so a completion shows which prompt it continues."""
     model, prompts = SHARING["llama"]().eval(), make_prompts(9)
-    firsts = [answer[0] for answer in one_by_one(model, prompts, 1)]
+    firsts = [tokens[0] for tokens in one_by_one(model, prompts, 1)]
     assert len(set(firsts)) > 4
     for batch_size in (2, 4, 64):
         engine = LocalEngine(model, end_token_ids=ENDS, batch_size=batch_size)
@@ -135,21 +135,21 @@ def test_completions_of_a_long_prompt_share_rows_and_are_the_same():
         torch.manual_seed(0)
         model = SHARING[name]().eval()
         engine = LocalEngine(model, end_token_ids=list(range(9)), batch_size=12, share_prefix=False)
-        passes, answers = Passes(model, engine), {}
+        passes, results = Passes(model, engine), {}
         assert engine._can_share_rows
         for shared in (True, False):
             engine._can_share_rows = shared
             passes.seen.clear()
             torch.manual_seed(3)
-            answers[shared] = engine.generate(
+            results[shared] = engine.generate(
                 prompts, max_new_tokens=40, sampling=Sampling(temperature=1.5), num_completions=4
             )
             assert passes.sequences_per_row()[0] == (4 if shared else 1)
             assert passes.decoded_tokens()[-1] < passes.decoded_tokens()[0]
-        for one, other in zip(*(rollouts.completions for rollouts in answers.values()), strict=True):
+        for one, other in zip(*(rollouts.completions for rollouts in results.values()), strict=True):
             assert (one.tokens, one.truncated) == (other.tokens, other.truncated)
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-        assert len({c.tokens for c in answers[True].completions}) > 9
+        assert len({c.tokens for c in results[True].completions}) > 9
 
 
 @pytest.mark.parametrize("per_row", [1, 2, 3, 5, 6])
@@ -229,7 +229,7 @@ def test_fallback_ignores_and_keeps_the_models_generation_config():
     own = model.generation_config
     own.num_beams, own.suppress_tokens, own.temperature, own.do_sample = (
         2,
-        [answer[0] for answer in expected],
+        [tokens[0] for tokens in expected],
         9.0,
         True,
     )

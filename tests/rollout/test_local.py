@@ -18,7 +18,7 @@ def test_greedy_completions_are_those_of_transformers(name, share_prefix):
     engine = LocalEngine(model, end_token_ids=ENDS, batch_size=4, share_prefix=share_prefix)
     rollouts = engine.generate(prompts, max_new_tokens=12)
     assert [c.tokens for c in rollouts.completions] == expected
-    assert [c.truncated for c in rollouts.completions] == [answer[-1] not in ENDS for answer in expected]
+    assert [c.truncated for c in rollouts.completions] == [tokens[-1] not in ENDS for tokens in expected]
     assert len(set(expected)) > 5  # otherwise mistakes would not show
 
 
@@ -101,9 +101,9 @@ def test_first_token_is_the_same_with_a_prefilled_prefix():
     model, prompts = SHARING["llama"]().eval(), make_prompts()
     engine = LocalEngine(model, end_token_ids=ENDS)
     prefix = engine.prefill_prefix(prompts[0][:20], 64)
-    answers = one_by_one(model, prompts, 1)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert engine.first_token(prompt) == engine.first_token(prompt[20:], prefix) == answer[0]
+    expected = one_by_one(model, prompts, 1)
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert engine.first_token(prompt) == engine.first_token(prompt[20:], prefix) == tokens[0]
 
 
 def test_common_prefix_matches_brute_force():

@@ -66,10 +66,10 @@ def test_both_loops_stop_exactly_at_stop_strings(tokenizer):
     for _, engine in engines(tokenizer):
         options = {"max_new_tokens": 40, "num_completions": 4}
         torch.manual_seed(2)
-        whole = engine.generate(prompts, sampling=Sampling(temperature=2.0, stop=never_stop), **options).completions
-        assert all(c.truncated == (c.tokens[-1] != END) for c in whole)
-        text = tokenizer.decode(whole[0].tokens[:12])
-        stop = (text[5:8], tokenizer.decode(whole[5].tokens[20:22]))
+        full = engine.generate(prompts, sampling=Sampling(temperature=2.0, stop=never_stop), **options).completions
+        assert all(c.truncated == (c.tokens[-1] != END) for c in full)
+        text = tokenizer.decode(full[0].tokens[:12])
+        stop = (text[5:8], tokenizer.decode(full[5].tokens[20:22]))
         torch.manual_seed(2)
         cut = engine.generate(prompts, sampling=Sampling(temperature=2.0, stop=stop), **options).completions
         lengths = [stop_length(tokenizer, c.tokens, stop) for c in cut]
@@ -78,9 +78,9 @@ def test_both_loops_stop_exactly_at_stop_strings(tokenizer):
             length is None and c.tokens[-1] != END for length, c in zip(lengths, cut, strict=True)
         ]
         assert (
-            cut[0].tokens == whole[0].tokens[: len(cut[0].tokens)]
+            cut[0].tokens == full[0].tokens[: len(cut[0].tokens)]
         )  # the draws are the same until sequences leave the batch
-        assert cut[0].tokens != whole[0].tokens
+        assert cut[0].tokens != full[0].tokens
         assert not cut[0].truncated
         assert any(c.truncated for c in cut)
         assert all(len(c.logprobs) == len(c.tokens) for c in cut)
@@ -89,14 +89,14 @@ def test_both_loops_stop_exactly_at_stop_strings(tokenizer):
 @pytest.mark.filterwarnings("ignore:.*only slower")
 def test_greedy_completions_stop_at_stop_strings(tokenizer):
     for _, engine in engines(tokenizer):
-        (whole,) = engine.generate([[5, 6, 7]], max_new_tokens=20).completions
-        text = tokenizer.decode(whole.tokens[:8])
+        (full,) = engine.generate([[5, 6, 7]], max_new_tokens=20).completions
+        text = tokenizer.decode(full.tokens[:8])
         assert len(text) > 4
         stop = (text[2:5],)
         sampling = Sampling(temperature=0.0, stop=stop)
         cut = engine.generate([[5, 6, 7]], max_new_tokens=20, sampling=sampling, num_completions=2).completions
-        length = stop_length(tokenizer, whole.tokens, stop)
-        assert [c.tokens for c in cut] == [whole.tokens[:length]] * 2
+        length = stop_length(tokenizer, full.tokens, stop)
+        assert [c.tokens for c in cut] == [full.tokens[:length]] * 2
         assert not cut[0].truncated
         assert cut[0].logprobs == ()
 

@@ -16,7 +16,7 @@ PROMPTS = [[5, 6, 7], [8, 9]]
 END = 2
 
 
-def answer(prompt, n):
+def complete(prompt, n):
     return [prompt[0] + 10 + n, 30 + n] + [END] * (n % 2 == 0)
 
 
@@ -27,7 +27,7 @@ def transport(monkeypatch):
 
 @pytest.fixture
 def server(transport):
-    with serving(answer) as (stand_in, url):
+    with serving(complete) as (stand_in, url):
         yield stand_in, url
 
 
@@ -60,7 +60,7 @@ def test_generate_sends_one_request_for_all_groups(server, tokenizer):
             "return_tokens_as_token_ids": True,
         }
     ]
-    assert [list(c.tokens) for c in rollouts.completions] == [answer(p, n) for p in PROMPTS for n in range(3)]
+    assert [list(c.tokens) for c in rollouts.completions] == [complete(p, n) for p in PROMPTS for n in range(3)]
     assert [c.truncated for c in rollouts.completions] == [False, True, False] * 2
     for completion in rollouts.completions:
         assert completion.logprobs == tuple(logprob(token) for token in completion.tokens)
@@ -88,7 +88,7 @@ def test_greedy_completions_are_requested_once(server, sampling):
     )
     (body,) = stand_in.posted("/v1/completions")
     assert (body["n"], body["temperature"], body["top_p"], body["top_k"], body["logprobs"]) == (1, 0.0, 1.0, 0, None)
-    assert [list(c.tokens) for c in rollouts.completions] == [answer(p, 0) for p in PROMPTS for _ in range(3)]
+    assert [list(c.tokens) for c in rollouts.completions] == [complete(p, 0) for p in PROMPTS for _ in range(3)]
     assert {c.logprobs for c in rollouts.completions} == {()}
 
 
