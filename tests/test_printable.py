@@ -121,7 +121,7 @@ def hostile_document():
     text = f"<img src=x> [a](b) {HIDDEN}"
     answers = Answers(text, text, text, text, text, 1.0, 0.0)
     blocks = (text, Table((text, text), ((text, text),), text), SideBySide((answers,), text))
-    return Document((Headline(False, text, text),), (text,), (), (Section(text, blocks),))
+    return Document((Headline("FAIL", text, text),), (text,), (), (Section(text, blocks),))
 
 
 def test_pages_and_markdown_are_printable():

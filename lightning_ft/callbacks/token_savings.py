@@ -14,7 +14,7 @@ from lightning_ft.data.splits import Splits
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.cost import Prices
-from lightning_ft.evaluation.savings.gate import check_margin
+from lightning_ft.evaluation.savings.gate import check_margin, check_min_quality
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
 from lightning_ft.evaluation.savings.overlap import TrainRows
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
@@ -43,6 +43,8 @@ class TokenSavings(MeasuringCallback):
         scorer: ``"exact"``, ``"normalized"``, ``"label"``, ``"json"``, the import path of a function
             (``"package.module.function"``), or a function ``f(output, reference)`` that returns a number from 0 to 1.
         margin: Largest acceptable loss of quality, chosen beforehand: 0.02 for two percentage points.
+        min_quality: Quality below which an arm is of no use. By default the prompted arm must be shown to be better
+            than the untuned one, and than always giving the most frequent reference; if it isn't, the verdict is VOID.
         prices: Prices of tokens and of training.
         split: Split of the DataModule to measure on. Without test rows, validation rows are used; never training rows.
         requests: Requests to measure on, instead of those of the DataModule.
@@ -79,6 +81,7 @@ class TokenSavings(MeasuringCallback):
         *,
         scorer: str | Scorer = "normalized",
         margin: float = 0.02,
+        min_quality: float | None = None,
         prices: Prices | None = None,
         split: Literal["test", "validation"] = "test",
         requests: list[Request] | None = None,
@@ -108,12 +111,14 @@ class TokenSavings(MeasuringCallback):
         if every_n_epochs is not None and every_n_epochs < 1:
             raise SavingsError(f"every_n_epochs={every_n_epochs}: expected at least 1.")
         check_margin(margin)
+        check_min_quality(min_quality)
         self.baseline = PromptBaseline.from_file(baseline) if isinstance(baseline, str) else baseline
         self.split, self.requests, self.train_rows, self.tokenizer = split, requests, train_rows, tokenizer
         self.every_n_epochs, self.output_dir, self.progress, self.name = every_n_epochs, output_dir, progress, name
         self._options: dict[str, Any] = {
             "scorer": scorer,
             "margin": margin,
+            "min_quality": min_quality,
             "prices": prices,
             "max_requests": max_requests,
             "max_new_tokens": max_new_tokens,
@@ -225,7 +230,7 @@ class TokenSavings(MeasuringCallback):
 
     @property
     def gate_failed(self) -> bool:
-        """Whether quality was not shown to be kept."""
+        """Whether quality was not shown to be kept, or the prompt is not worth replacing."""
         return self.result is not None and not self.result.gate.passed
 
     def state_dict(self) -> dict[str, Any]:

@@ -93,19 +93,14 @@ class Headline:
     """A one-sentence summary of a result.
 
     Args:
-        passed: Whether the quality gate passed; None for a sentence without a verdict.
+        verdict: ``PASS``, ``FAIL`` or ``VOID``; empty for a sentence without a verdict.
         text: The sentence, without the verdict.
         of: Name of the result, if the report has several.
     """
 
-    passed: bool | None
+    verdict: str
     text: str
     of: str = ""
-
-    @property
-    def verdict(self) -> str:
-        """``PASS``, ``FAIL``, or an empty string if there is no verdict."""
-        return "" if self.passed is None else "PASS" if self.passed else "FAIL"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def html_page(document: Document, rendered: Mapping[str, RenderedPlot], *, title
 
     Example:
         >>> from lightning_ft.document.blocks import Headline
-        >>> page = html_page(Document((Headline(True, "1 < 2."),), (), (), ()), {})
+        >>> page = html_page(Document((Headline("PASS", "1 < 2."),), (), (), ()), {})
         >>> "1 &lt; 2." in page, "<script" in page
         (True, False)
     """

@@ -22,7 +22,7 @@ def markdown_document(document: Document, title: str, plots: Iterable[str], *, b
 
     Example:
         >>> from lightning_ft.document.blocks import Headline
-        >>> document = Document((Headline(False, "Too few requests."),), ("n = 3",), (), ())
+        >>> document = Document((Headline("FAIL", "Too few requests."),), ("n = 3",), (), ())
         >>> print(markdown_document(document, "Report", []))
         # Report
         <BLANKLINE>

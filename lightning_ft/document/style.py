@@ -18,9 +18,11 @@ h1, h2, p, li, dd, dt, summary, figcaption, caption { overflow-wrap: anywhere; }
   border-left: 6px solid var(--line); border-radius: 4px; }
 .headline.pass { border-color: var(--pass); }
 .headline.fail { border-color: var(--fail); }
+.headline.void { border-color: var(--warn-line); }
 .badge { color: var(--background); padding: .1rem .55rem; border-radius: 4px; margin-right: .25rem; }
 .pass .badge { background: var(--pass); }
 .fail .badge { background: var(--fail); }
+.void .badge { background: var(--text); }
 .warnings { background: var(--warn); border: 1px solid var(--warn-line); border-radius: 4px; padding: .7rem 1.1rem;
   margin: 1rem 0; }
 .warnings h2 { font-size: 1rem; margin: 0; padding: 0; border: 0; }

@@ -9,7 +9,7 @@ from rich.text import Text
 from lightning_ft.document.blocks import Document, Headline, Table
 from lightning_ft.printable import printable
 
-_STYLES = {"PASS": "bold green", "FAIL": "bold red"}
+_STYLES = {"PASS": "bold green", "FAIL": "bold red", "VOID": "bold yellow"}
 
 
 def terminal_document(document: Document) -> Group:

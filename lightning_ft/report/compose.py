@@ -105,10 +105,10 @@ def _headlines(
     called = run_names(report.undefined) if len(report.undefined) > 1 else dict.fromkeys(report.undefined, "")
     found = [savings_headline(result, names[name]) for name, result in savings.items()]
     found += [
-        Headline(False, f"{failed.measurement} is undefined: {failed.reason}", called[name])
+        Headline("FAIL", f"{failed.measurement} is undefined: {failed.reason}", called[name])
         for name, failed in report.undefined.items()
     ]
-    return tuple(found) or (Headline(None, "Token savings were not measured, so there is no verdict."),)
+    return tuple(found) or (Headline("", "Token savings were not measured, so there is no verdict."),)
 
 
 def _facts(report: RunReport, savings: Mapping[str, SavingsResult]) -> tuple[Fact, ...]:
@@ -163,7 +163,7 @@ def _single_runs(savings: Mapping[str, SavingsResult]) -> Table:
     rows = tuple(
         (
             name,
-            "PASS" if result.gate.passed else "FAIL",
+            result.gate.verdict,
             format_interval(result.savings["total"], format_percent),
             f"{result.quality['tuned'].value:.3f}",
             f"{result.quality['prompted'].value:.3f}",

@@ -90,7 +90,7 @@ def report_json(report: RunReport, document: Document, plots: Mapping[str, Rende
     """
     return {
         "schema_version": SCHEMA_VERSION,
-        "headlines": [{"verdict": headline.verdict or None, **asdict(headline)} for headline in document.headlines],
+        "headlines": [{**asdict(headline), "verdict": headline.verdict or None} for headline in document.headlines],
         "warnings": list(document.warnings),
         "facts": [asdict(fact) for fact in document.facts],
         "pictures": [

@@ -162,7 +162,7 @@ def test_savings_logs_and_writes_metrics(trainer_options, tmp_path, tokenizer, c
     folder = tmp_path / "token_savings"
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".md", ".png"]
     assert load_savings(folder / "token_savings.json") == callback.result
-    assert "tokens per request" in capsys.readouterr().out
+    assert "tokens per success" in capsys.readouterr().out
 
 
 def test_savings_metrics_can_be_monitored_every_epoch(trainer_options, tmp_path, tokenizer):

@@ -47,9 +47,8 @@ def evaluate_claims(comparison: Comparison, *, margin: float) -> tuple[Claim, ..
 def _fewer_tokens(comparison: Comparison) -> Iterator[Claim]:
     for method, result in comparison.savings.items():
         saved = result.savings["total"]
-        evidence = (
-            f"{_percent(saved)} fewer tokens per request; quality gate {'passed' if result.gate.passed else 'failed'}"
-        )
+        gate = "passed" if result.gate.passed else "void" if result.gate.void else "failed"
+        evidence = f"{_percent(saved)} fewer tokens per request; quality gate {gate}"
         condition = ""
         if result.saves_half:
             verdict: Verdict = "held"
@@ -58,6 +57,9 @@ def _fewer_tokens(comparison: Comparison) -> Iterator[Claim]:
                 cached = 1 - costs.tuned_cached / costs.prompted_cached
                 uncached = 1 - costs.tuned_uncached / costs.prompted_uncached
                 evidence += f"; costs {uncached:.0%} less, {cached:.0%} less with the prompt's prefix cached"
+        elif result.gate.void:
+            verdict = "undecided"
+            evidence += f": {result.gate.void}"
         elif saved.lo >= 0.5 and result.gate.underpowered and result.difference.value > -result.gate.margin:
             verdict = "undecided"
         elif saved.lo >= 0.5:

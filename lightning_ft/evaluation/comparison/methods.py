@@ -39,6 +39,9 @@ class EvaluationSet:
         metrics: Function that computes task-specific metrics; None for none.
         in_training: Ids of the requests that also appear in the training rows; None if these aren't known.
         warnings: Warnings about the requests, for readers of the comparison.
+        constant: Score of the most frequent reference as the answer to each request; None if none is frequent.
+        min_quality: Quality below which an arm is of no use; None for the default of
+            :func:`lightning_ft.evaluation.savings.arithmetic.token_savings`.
     """
 
     requests: tuple[str, ...]
@@ -48,6 +51,8 @@ class EvaluationSet:
     metrics: Metrics | None = None
     in_training: tuple[str, ...] | None = None
     warnings: tuple[str, ...] = ()
+    constant: tuple[float, ...] | None = None
+    min_quality: float | None = None
 
 
 def choose_learning_rates(runs: Iterable[RunResult]) -> dict[str, float]:
@@ -130,6 +135,8 @@ def compare_methods(
                 prices=test_set.prices,
                 provenance={"method": method, "learning_rate": chosen[method], "seeds": seeds},
                 in_training=None if test_set.in_training is None else _pool_ids(test_set.in_training, seeds),
+                constant=None if test_set.constant is None else test_set.constant * len(arms),
+                min_quality=test_set.min_quality,
                 **bootstrap,
             ),
             requests=test_set.requests * len(arms),

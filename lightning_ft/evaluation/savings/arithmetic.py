@@ -8,6 +8,7 @@ what training added.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,15 @@ import numpy as np
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootstrap_intervals
 from lightning_ft.evaluation.savings.cost import Costs, Prices, compute_costs
-from lightning_ft.evaluation.savings.gate import Gate, check_margin, overlap_warnings, quality_gate, required_requests
+from lightning_ft.evaluation.savings.gate import (
+    Gate,
+    check_margin,
+    check_min_quality,
+    overlap_warnings,
+    quality_gate,
+    required_requests,
+    why_void,
+)
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
@@ -51,6 +60,8 @@ def token_savings(
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
     in_training: Collection[str] | None = None,
+    constant: Sequence[float] | None = None,
+    min_quality: float | None = None,
 ) -> SavingsResult:
     """Compute the savings of the tuned over the prompted arm, with intervals and the quality gate.
 
@@ -71,6 +82,10 @@ def token_savings(
         provenance: Origin of the metrics, as JSON values, for the report.
         in_training: Ids of the requests whose question also appears in the training rows, for warnings and the
             headline; None if the training rows aren't known.
+        constant: Score of the most frequent reference as the answer to each request, in the order of
+            ``prompted.ids``; None to leave out this comparison.
+        min_quality: Quality below which an arm is of no use; None to require that the prompted arm is better than the
+            untuned one and than `constant`, see :func:`lightning_ft.evaluation.savings.gate.why_void`.
 
     Raises:
         SavingsError: If the arms answered different requests, or `in_training` has ids that no request has.
@@ -86,6 +101,9 @@ def token_savings(
         (0.875, True, True)
     """
     check_margin(margin)
+    check_min_quality(min_quality)
+    if constant is not None and len(constant) != len(prompted.ids):
+        raise SavingsError(f"constant has {len(constant):,} scores for {len(prompted.ids):,} requests.")
     tuned = tuned.ordered(prompted.ids, "tuned")
     untuned = None if untuned is None else untuned.ordered(prompted.ids, "untuned")
     if not any(prompted.scores) and not any(tuned.scores):
@@ -99,6 +117,8 @@ def token_savings(
     for name, arm in arms.items():
         columns[f"{name}_input"], columns[f"{name}_output"] = arm.input_tokens, arm.output_tokens
         columns[f"{name}_score"] = arm.scores
+    if constant is not None:
+        columns["constant_score"] = constant
     statistics: dict[str, Statistic] = {
         "input": lambda s: 1 - s["tuned_input"] / s["prompted_input"],
         "output": lambda s: 1 - s["tuned_output"] / s["prompted_output"],
@@ -111,12 +131,26 @@ def token_savings(
         columns, statistics, clusters=clusters, confidence=confidence, resamples=resamples, seed=seed
     )
     difference = found["diff"]
+    tested: dict[str, Interval] = {}
+    leads = {name: _lead(name) for name in ("untuned", "constant") if f"{name}_score" in columns}
     if confidence != 0.95:
-        difference = bootstrap_intervals(
-            columns, {"diff": statistics["diff"]}, clusters=clusters, resamples=resamples, seed=seed
-        )["diff"]
+        leads["diff"] = statistics["diff"]
+    if leads:  # the gate's bounds are always those of 95% intervals
+        tested = bootstrap_intervals(columns, leads, clusters=clusters, resamples=resamples, seed=seed)
+        difference = tested.get("diff", difference)
     discordant = float(np.mean((np.array(tuned.scores) - np.array(prompted.scores)) ** 2))
-    gate = quality_gate(difference, discordant, len(set(clusters or prompted.ids)), margin)
+    gate = replace(
+        quality_gate(difference, discordant, len(set(clusters or prompted.ids)), margin),
+        void=why_void(
+            prompted.quality,
+            untuned=None if untuned is None else untuned.quality,
+            over_untuned=tested.get("untuned"),
+            constant=None if constant is None else float(np.mean(constant)),
+            over_constant=tested.get("constant"),
+            min_quality=min_quality,
+        ),
+        shortfall=0.0 if min_quality is None else max(0.0, min_quality - tuned.quality),
+    )
     return SavingsResult(
         arms=arms,
         savings={name: found[name] for name in ("input", "output", "total", "per_success")},
@@ -143,6 +177,11 @@ def _total(sums: Mapping[str, Array], arm: str) -> Array:
 
 def _quality(arm: str) -> Statistic:
     return lambda s: s[f"{arm}_score"] / s["n"]
+
+
+def _lead(arm: str) -> Statistic:
+    """Prompted quality minus that of another arm."""
+    return lambda s: (s["prompted_score"] - s[f"{arm}_score"]) / s["n"]
 
 
 def _per_success_saving(sums: Mapping[str, Array]) -> Array:

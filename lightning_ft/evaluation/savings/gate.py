@@ -1,4 +1,4 @@
-"""The quality gate: a non-inferiority test of the tuned arm, its sample size, and warnings that qualify its verdict."""
+"""The quality gate: whether the prompt is worth replacing, and a non-inferiority test of the tuned arm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
 
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval
@@ -35,6 +36,9 @@ def required_requests(discordant: float, margin: float) -> int:
     return max(by_power, math.ceil(math.log(0.025) / math.log1p(-margin)))
 
 
+Verdict = Literal["PASS", "FAIL", "VOID"]
+
+
 @dataclass(frozen=True)
 class Gate:
     """Verdict on the quality of the tuned arm.
@@ -45,6 +49,8 @@ class Gate:
         discordant: Mean squared difference of the scores of both arms.
         n: Number of requests, or of clusters if requests are resampled by cluster.
         required_n: Number of requests or clusters that the margin requires.
+        void: Why there is no saving to claim, see :func:`why_void`; empty if the prompt is worth replacing.
+        shortfall: Tuned quality below `min_quality`: the difference, at least 0; 0 if it reaches it.
     """
 
     margin: float
@@ -52,6 +58,8 @@ class Gate:
     discordant: float
     n: int
     required_n: int
+    void: str = ""
+    shortfall: float = 0.0
 
     @property
     def underpowered(self) -> bool:
@@ -62,8 +70,13 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        """Whether enough requests rule out a loss larger than the margin."""
-        return self.bound > -self.margin and not self.underpowered
+        """Whether the prompt is worth replacing, and enough requests rule out a loss larger than the margin."""
+        return not self.void and not self.shortfall and self.bound > -self.margin and not self.underpowered
+
+    @property
+    def verdict(self) -> Verdict:
+        """``PASS``, ``FAIL``, or ``VOID`` if the prompt is not worth replacing, so that there is no saving to claim."""
+        return "VOID" if self.void else "PASS" if self.passed else "FAIL"
 
 
 def quality_gate(difference: Interval, discordant: float, n: int, margin: float) -> Gate:
@@ -86,6 +99,59 @@ def quality_gate(difference: Interval, discordant: float, n: int, margin: float)
     """
     check_margin(margin)
     return Gate(margin, difference.lo, discordant, n, required_requests(discordant, margin))
+
+
+def why_void(
+    prompted: float,
+    *,
+    untuned: float | None = None,
+    over_untuned: Interval | None = None,
+    constant: float | None = None,
+    over_constant: Interval | None = None,
+    min_quality: float | None = None,
+) -> str:
+    """Why replacing the prompt saves nothing that was worth its tokens; an empty string if it was worth them.
+
+    A tuned model is easily as good as a prompt that doesn't work. Unless `min_quality` says which quality is of use,
+    the prompted arm must be shown to be better than the same model without the prompt, and than a program that always
+    gives the most frequent answer.
+
+    Args:
+        prompted: Quality of the prompted arm, from 0 to 1.
+        untuned: Quality of the original weights without the prompt; None if it was not measured.
+        over_untuned: Prompted minus untuned quality, with its 95% interval; None if it was not measured.
+        constant: Quality of giving the most frequent reference to every request; None if no reference is frequent.
+        over_constant: Prompted minus constant quality, with its 95% interval.
+        min_quality: Quality below which an arm is of no use. It replaces the two comparisons.
+
+    Example:
+        >>> why_void(0.0, untuned=0.0, over_untuned=Interval(0.0, 0.0, 0.0))
+        "the prompt isn't shown to work on this model: quality 0.000 with it, 0.000 without it"
+        >>> why_void(0.7, untuned=0.1, over_untuned=Interval(0.6, 0.5, 0.7))
+        ''
+        >>> why_void(0.7, min_quality=0.9)
+        "the prompt's quality, 0.700, is below min_quality=0.9"
+    """
+    if min_quality is not None:
+        return "" if prompted >= min_quality else f"the prompt's quality, {prompted:.3f}, is below {min_quality=:g}"
+    if over_untuned is not None and not over_untuned.lo > 0:
+        return f"the prompt isn't shown to work on this model: quality {prompted:.3f} with it, {untuned:.3f} without it"
+    if over_constant is not None and not over_constant.lo > 0:
+        return (
+            f"the prompt isn't shown to beat a fixed answer: quality {prompted:.3f}, against {constant:.3f} for always "
+            "giving the most frequent answer"
+        )
+    return ""
+
+
+def check_min_quality(min_quality: float | None) -> None:
+    """Check that a minimum quality is a share.
+
+    Raises:
+        SavingsError: If it is neither None nor from 0 to 1.
+    """
+    if min_quality is not None and not 0 <= min_quality <= 1:
+        raise SavingsError(f"min_quality={min_quality}: expected a share from 0 to 1, such as 0.5, or None.")
 
 
 def check_margin(margin: float) -> None:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft import __version__
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import token_savings
-from lightning_ft.evaluation.savings.arms import run_arm
+from lightning_ft.evaluation.savings.arms import constant_scores, run_arm
 from lightning_ft.evaluation.savings.cost import Prices
-from lightning_ft.evaluation.savings.gate import check_margin
+from lightning_ft.evaluation.savings.gate import check_margin, check_min_quality
 from lightning_ft.evaluation.savings.overlap import TrainRows, request_overlap, training_index
 from lightning_ft.evaluation.savings.plan import measurement_plan
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
@@ -38,6 +38,8 @@ class SavingsMeasurement:
         scorer: Name of a scorer (``"exact"``, ``"normalized"``, ``"label"`` or ``"json"``), import path of one, or a
             function ``f(output, reference)`` that returns a score from 0 to 1.
         margin: Largest acceptable loss of quality, between 0 and 1: 0.02 for two points.
+        min_quality: Quality below which an arm is of no use. By default the prompted arm must be shown to be better
+            than the untuned one, and than always giving the most frequent reference; if it isn't, the verdict is VOID.
         prices: Prices of tokens and of training.
         max_new_tokens: Maximum number of tokens per answer. The share of answers that hit it is reported.
         max_requests: Maximum number of requests, sampled with `seed` if there are more; None for all.
@@ -72,6 +74,7 @@ class SavingsMeasurement:
         *,
         scorer: str | Scorer = "normalized",
         margin: float = 0.02,
+        min_quality: float | None = None,
         prices: Prices | None = None,
         max_new_tokens: int = 128,
         max_requests: int | None = None,
@@ -84,12 +87,14 @@ class SavingsMeasurement:
         train_rows: TrainRows | None = None,
     ) -> None:
         check_margin(margin)
+        check_min_quality(min_quality)
         numbers = (("batch_size", batch_size, 1), ("resamples", resamples, 1), ("timed_requests", timed_requests, 0))
         for argument, value, least in (*numbers, ("seed", seed, 0)):
             if value < least:  # fail before training, not after it
                 raise SavingsError(f"{argument}={value}: expected at least {least}.")
         self.tokenizer = tokenizer
         self.margin, self.prices, self.resamples, self.seed = margin, prices, resamples, seed
+        self.min_quality = min_quality
         self.plan = measurement_plan(
             tokenizer,
             requests,
@@ -108,6 +113,7 @@ class SavingsMeasurement:
         self.overlap = None if train_rows is None else request_overlap(self.plan.requests, training_index(train_rows))
         """Overlap between requests and training rows; None if the training rows aren't known."""
         self._before: dict[str, ArmRecords] = {}
+        self._constant: tuple[float, ...] | None = None
         self._original = ""
 
     @property
@@ -132,6 +138,7 @@ class SavingsMeasurement:
         self.check_model(model)
         self._original = base_of(model).config._name_or_path or base_of(model).config.model_type
         self._before = {name: self._arm(name, model) for name in ("prompted", "untuned")}
+        self._constant = constant_scores(self.plan)
 
     def after(self, model: CausalLM, provenance: Mapping[str, Any] | None = None) -> SavingsResult:
         """Measure the tuned arm and compare it with the prompted one; can be called several times during training.
@@ -158,6 +165,8 @@ class SavingsMeasurement:
             seed=self.seed,
             provenance={**self._provenance(), **(provenance or {})},
             in_training=None if self.overlap is None else self.overlap.in_training,
+            constant=self._constant,
+            min_quality=self.min_quality,
         )
         requests = self.plan.requests  # in the order of the arms' ids
         return replace(
@@ -173,6 +182,7 @@ class SavingsMeasurement:
             "fingerprint": self.plan.fingerprint,
             "original": self._original,
             "before": {name: arm.to_dict() for name, arm in self._before.items()},
+            "constant": None if self._constant is None else list(self._constant),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -189,6 +199,8 @@ class SavingsMeasurement:
             )
         self._original = str(state["original"])
         self._before = {name: ArmRecords.from_dict(arm) for name, arm in state["before"].items()}
+        constant = state.get("constant")
+        self._constant = None if constant is None else tuple(constant)
 
     def _arm(self, name: str, model: CausalLM) -> ArmRecords:
         return run_arm(name, model, self.tokenizer, self.plan, **self._run)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.cost import Prices
-from lightning_ft.evaluation.savings.gate import check_margin
+from lightning_ft.evaluation.savings.gate import check_margin, check_min_quality
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
 
@@ -29,6 +29,8 @@ class TokenSavingsMetric(Metric):
 
     Args:
         margin: Largest acceptable loss of quality, between 0 and 1.
+        min_quality: Quality below which an arm is of no use; None to require that the prompted arm is better than the
+            untuned one, if that is added.
         prices: Prices of tokens and of training.
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
@@ -49,6 +51,7 @@ class TokenSavingsMetric(Metric):
         self,
         *,
         margin: float = 0.02,
+        min_quality: float | None = None,
         prices: Prices | None = None,
         resamples: int = 9999,
         seed: int = 0,
@@ -56,7 +59,9 @@ class TokenSavingsMetric(Metric):
     ) -> None:
         super().__init__(**kwargs)
         check_margin(margin)
+        check_min_quality(min_quality)
         self.margin, self.prices, self.resamples, self.seed = margin, prices, resamples, seed
+        self.min_quality = min_quality
         for arm in _ARMS:
             self.add_state(f"{arm}_counts", default=[], dist_reduce_fx="cat")  # int64 [n, 6]
             self.add_state(f"{arm}_scores", default=[], dist_reduce_fx="cat")  # int64 [n], bits of the fp64 scores
@@ -137,6 +142,7 @@ class TokenSavingsMetric(Metric):
             prices=self.prices,
             resamples=self.resamples,
             seed=self.seed,
+            min_quality=self.min_quality,
         )
 
     def _records(self, arm: str) -> ArmRecords | None:

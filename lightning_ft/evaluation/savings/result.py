@@ -89,20 +89,27 @@ class SavingsResult:
     @property
     def headline(self) -> str:
         """One-sentence summary with verdict and interval."""
-        total, quality = self.savings["total"], self.quality
+        total, quality, gate = self.savings["total"], self.quality, self.gate
+        overlap = f"; {self.overlap}." if self.overlap else "."
+        if gate.void:
+            return (
+                f"VOID: {gate.void}, so there is no saving to claim; the tuned model's quality is "
+                f"{quality['tuned'].value:.3f} (n = {self.n:,}){overlap}"
+            )
         amount = f"{abs(total.value):.1%} {'fewer' if total.value >= 0 else 'more'} tokens per request"
         kept = (
             "quality kept"
-            if self.gate.passed
+            if gate.passed
             else "too few requests to assess quality"
             if self._undecided
+            else "quality below min_quality"
+            if gate.shortfall
             else "quality not kept"
         )
         return (
-            f"{'PASS' if self.gate.passed else 'FAIL'}: {amount} (saving {total.lo:.1%} to {total.hi:.1%}, n = "
+            f"{gate.verdict}: {amount} (saving {total.lo:.1%} to {total.hi:.1%}, n = "
             f"{self.n:,}); {kept}: {quality['tuned'].value:.3f} against {quality['prompted'].value:.3f} prompted "
-            f"(difference at least {self.gate.bound:+.3f}, margin {self.gate.margin:.3f})"
-            + (f"; {self.overlap}." if self.overlap else ".")
+            f"(difference at least {gate.bound:+.3f}, margin {gate.margin:.3f}){overlap}"
         )
 
     @property
@@ -112,7 +119,8 @@ class SavingsResult:
 
     @property
     def _undecided(self) -> bool:
-        return self.gate.underpowered and self.difference.value > -self.gate.margin
+        gate = self.gate
+        return gate.underpowered and not gate.shortfall and self.difference.value > -gate.margin
 
     def metrics(self) -> dict[str, float]:
         """Metrics for logging, by name.
@@ -128,6 +136,7 @@ class SavingsResult:
         answers = [flag for name in ("prompted", "tuned") for flag in self.arms[name].truncated]
         metrics |= {
             "gate_passed": float(self.gate.passed),
+            "gate_void": float(bool(self.gate.void)),
             "truncated_rate": sum(answers) / len(answers),
             "n": float(self.n),
         }
@@ -143,6 +152,7 @@ class SavingsResult:
             "headline": self.headline,  # for readers; from_dict ignores this and other derived values
             "saves_half": self.saves_half,
             "gate_passed": self.gate.passed,
+            "verdict": self.gate.verdict,
             "n": self.n,
             "requests_in_training": None if self.in_training is None else len(self.in_training),
             "tokens_per_success": {name: json_number(arm.tokens_per_success) for name, arm in self.arms.items()},

@@ -91,7 +91,7 @@ def savings_headline(result: SavingsResult, of: str = "") -> Headline:
         result: The result.
         of: Name of the result, if there are several.
     """
-    return Headline(result.gate.passed, result.headline.split(": ", 1)[1], of)
+    return Headline(result.gate.verdict, result.headline.split(": ", 1)[1], of)
 
 
 def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
@@ -206,6 +206,8 @@ def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
 def gate_text(result: SavingsResult) -> str:
     """Verdict of the quality gate, with the numbers from which it follows."""
     gate = result.gate
+    if gate.void:
+        return f"Gate void: {gate.void}."
     pooled = "" if gate.n == result.n else f" ({result.n:,} answers; those to one request or cluster count as one)"
     return (
         f"Gate {'passed' if gate.passed else 'failed'}: the one-sided 97.5% lower bound of tuned minus prompted "
