@@ -1,4 +1,4 @@
-"""Tokenizers with the chat templates that make a difference; rows and files of rows."""
+"""Tokenizers with various chat templates; rows and files of rows."""
 
 import json
 
@@ -74,7 +74,7 @@ def tokenizer(make_tokenizer):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file: bytes and text as they are, a list of rows as JSONL."""
+    """Function that writes a file: bytes and text unchanged, a list of rows as JSONL."""
 
     def write(name, content):
         path = tmp_path / name
@@ -98,7 +98,7 @@ def pairs():
 
 @pytest.fixture
 def loader_of_rank(monkeypatch):
-    """The training loader of one of several ranks, which share batches of 8."""
+    """Function that returns the training loader of one of several ranks, which share batches of 8."""
 
     def loader(data, rank, ranks):
         def plan(*args, **options):
@@ -113,7 +113,7 @@ def loader_of_rank(monkeypatch):
 
 @pytest.fixture
 def preferences(pairs):
-    """24 pairs; those of a row are told apart by all of their tokens."""
+    """24 pairs whose tokens all differ between rows."""
     return [
         {"prompt": row["input"], "chosen": row["output"], "rejected": f"{n} nothing", "margin": n / 4}
         for n, row in enumerate(pairs)

@@ -1,4 +1,4 @@
-"""Batches of preferences and prompts, and what Lightning does to them."""
+"""Batches of preferences and prompts, and their handling by Lightning."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_to_moves_numeric_tensors_and_keeps_tokens():
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
 def test_batches_are_moved_by_lightning(device):
-    """`to` is what makes Lightning move an object; a device isn't always a string."""
+    """Lightning moves objects that have `to`; a device isn't always a string."""
     from lightning_fabric.utilities.apply_func import move_data_to_device
 
     assert move_data_to_device(batch(), device).rows.tolist() == [4]
@@ -65,12 +65,12 @@ def test_batches_are_moved_by_lightning(device):
 
 
 def test_bf16_true_keeps_dtypes_of_batches():
-    """It converts floats in whatever collections it finds, and stumbles over frozen dataclasses."""
+    """Lightning converts floats in all collections that it finds, and fails on frozen dataclasses."""
     convert = _pl.plugins.precision.HalfPrecision("bf16-true").convert_input
     with pytest.raises(ValueError, match="frozen"):
         convert([example(1)])
     assert convert(batch()).margins.dtype is torch.float32
-    answers = [range(3), "x"]  # it would fail to build a range anew
+    answers = [range(3), "x"]  # a range can't be rebuilt from its elements
     assert convert(PromptBatch(["a", "b"], [torch.tensor([1])] * 2, {"answer": answers})).columns["answer"] is answers
     assert apply_to_collection(batch(), torch.Tensor, lambda t: 1 / 0).paired
 

@@ -1,4 +1,4 @@
-"""Encoded rows on disk: found again by content, never half written, never wrong."""
+"""Cache of encoded rows: keyed by content, written atomically, and checked on reading."""
 
 import os
 import pickle
@@ -29,7 +29,7 @@ def conversations(pairs, source="a.jsonl"):
 
 @pytest.fixture
 def encoded_times(monkeypatch):
-    """How often rows were really encoded."""
+    """Calls of the encoder, one entry per call."""
     times = []
     original = tokenize_module._encode_all
     monkeypatch.setattr(tokenize_module, "_encode_all", lambda *a: times.append(1) or original(*a))
@@ -83,7 +83,7 @@ def test_cache_key_depends_on_everything_that_changes_tokens(tmp_path, make_toke
     for count, (some, with_tokenizer, options) in enumerate(changed, 2):
         tokenize(some, with_tokenizer, folder=tmp_path, **options)
         assert len(encoded_times) == count
-    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)  # leaves its mark on a fast tokenizer
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)  # changes the state of a fast tokenizer
     tokenize(rows, tokenizer, folder=tmp_path, **{**OPTIONS, "label": "other"})
     assert len(encoded_times) == len(changed) + 1
 
@@ -110,13 +110,13 @@ def test_cache_rewrites_a_broken_entry(tmp_path, tokenizer, pairs, encoded_times
     (entry,) = tmp_path.iterdir()
     if harm == "cut":
         data = (entry / "rows.arrow").read_bytes()
-        (entry / "rows.arrow").unlink()  # not in place: it may be mapped
+        (entry / "rows.arrow").unlink()  # not overwritten, since it may be memory-mapped
         (entry / "rows.arrow").write_bytes(data[: len(data) // 2])
     elif harm == "no about":
         (entry / "about.json").unlink()
     elif harm == "about is no JSON":
         (entry / "about.json").write_text("{")
-    elif harm.endswith("of others"):  # a copy that was mixed up, of all of the entry or of one of its files
+    elif harm.endswith("of others"):  # a copy of another entry, or of one of its files
         tokenize(rows[::-1], tokenizer, folder=tmp_path / "others", **OPTIONS)
         (other,) = (tmp_path / "others").iterdir()
         for name in ("rows.arrow", "about.json") if harm.startswith("about") else ("rows.arrow",):
@@ -226,7 +226,7 @@ def test_content_hash_depends_on_tokens_only(tmp_path, monkeypatch):
 
 
 def test_cache_reads_every_row_of_a_large_entry(tmp_path):
-    """Rows are written a thousand together, so these stand in several parts of the file."""
+    """Rows are written in groups of a thousand, so these are in several record batches."""
     written = [Example(torch.arange(n % 7 + 1) + n, torch.arange(n % 7 + 1) % 2 == 1) for n in range(2500)]
     with cache.new_entry(tmp_path, "many") as entry:
         for number, example in enumerate(written):

@@ -1,4 +1,4 @@
-"""Chat templates that write the day on which they are rendered."""
+"""Chat templates that write the current date."""
 
 import datetime
 

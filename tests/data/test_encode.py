@@ -1,4 +1,4 @@
-"""Which tokens a conversation becomes, and which of them are supervised."""
+"""Tokens of a conversation, and which of them are supervised."""
 
 import pytest
 from trl.chat_template_utils import qwen3_chat_template
@@ -41,7 +41,7 @@ def test_encode_supervises_the_answer_and_its_end_token(make_tokenizer, template
     assert not example.supervised[0]
     prompt = encode_prompt(tokenizer, messages[:-1])
     assert example.input_ids[: len(prompt)].tolist() == prompt
-    assert int(example.supervised.nonzero()[0]) == len(prompt)  # what generation starts from is all that stands before
+    assert int(example.supervised.nonzero()[0]) == len(prompt)  # only the generation prompt precedes the answer
     assert prompt == tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
 
 
@@ -63,7 +63,7 @@ def test_encode_matches_the_assistant_mask_of_transformers(tokenizer):
 def test_encode_is_the_same_with_and_without_generation_markers(make_tokenizer):
     messages = talk(
         "user", "assistant", "assistant", "user", system="assistant"
-    )  # a search for the text would go astray
+    )  # searching for the answer's text would find the wrong turn
     marked = encode_conversation(make_tokenizer("chatml"), messages)
     bare = encode_conversation(make_tokenizer("chatml_without_markers"), messages)
     assert marked.input_ids.tolist() == bare.input_ids.tolist()
@@ -99,7 +99,7 @@ def test_encode_uses_the_prompt_of_generation(make_tokenizer, template, question
         encoded = encode(tokenizer, messages, chat_template(tokenizer))
         prompt = encode_prompt(tokenizer, messages[:-1])
         if template == "llama" and messages[-1]["content"] != messages[-1]["content"].strip():
-            continue  # that template trims
+            continue  # this template strips whitespace
         assert encoded.example.input_ids[: len(prompt)].tolist() == prompt
         assert encoded.prompt_matches
         text = tokenizer.decode(encoded.example.input_ids[len(prompt) :][encoded.example.supervised[len(prompt) :]])
@@ -108,7 +108,7 @@ def test_encode_uses_the_prompt_of_generation(make_tokenizer, template, question
 
 
 def test_encode_splits_tokens_that_merge_prompt_and_answer(make_tokenizer):
-    """`the qu` + `ick` is one token in the whole text, which generation would never have seen the start of."""
+    """`the qu` + `ick` is one token in the whole text, but generation starts from `qu`."""
     tokenizer = make_tokenizer()
     set_chat_template(tokenizer, "text")
     messages = talk("the qu", "ick brown fox")
@@ -122,7 +122,7 @@ def test_encode_splits_tokens_that_merge_prompt_and_answer(make_tokenizer):
 def test_encode_appends_eos_if_the_template_has_no_end_token(make_tokenizer):
     tokenizer = make_tokenizer("headers_only")
     example = encode_conversation(tokenizer, talk("one", "two", "three", "four"))
-    assert answers(tokenizer, example) == ["two", "four<|im_end|>"]  # the next turn's header is nobody's end
+    assert answers(tokenizer, example) == ["two", "four<|im_end|>"]  # the next turn's header doesn't end an answer
     assert int(example.input_ids[-1]) == tokenizer.eos_token_id
     assert bool(example.supervised[-1])
 
@@ -142,7 +142,7 @@ def test_encode_writes_bos_once_and_unsupervised(make_tokenizer):
 
 def test_answer_end_token_is_that_of_the_template(make_tokenizer):
     assert answer_end_token(make_tokenizer("chatml")) == make_tokenizer().convert_tokens_to_ids("<|im_end|>")
-    other_eos = make_tokenizer("chatml", eos="<|pad|>")  # a base model's EOS, while the template ends turns otherwise
+    other_eos = make_tokenizer("chatml", eos="<|pad|>")  # as in base models, EOS is not the template's end token
     assert answer_end_token(other_eos) == other_eos.convert_tokens_to_ids("<|im_end|>")
 
 

@@ -134,8 +134,8 @@ WHOLE = {
     "empty.jsonl": (b"", "the file is empty"),
     "blank.jsonl": (b" \n\n", "the file is empty"),
     "bom.jsonl": (b"\xef\xbb\xbf", "the file is empty"),
-    "header.csv": (b"input,output\n", "there are no rows in it"),
-    "none.json": (b"[]", "there are no rows in it"),
+    "header.csv": (b"input,output\n", "it contains no rows"),
+    "none.json": (b"[]", "it contains no rows"),
     "parquet.jsonl": (b"PAR1....", "the file is Parquet, not jsonl. Rename or convert it."),
     "zip.csv": (b"PK\x03\x04....", "the file is a zip archive"),
     "gzip.jsonl": (b"\x1f\x8b....", "the file is gzip"),
@@ -256,7 +256,7 @@ def test_damaged_parquet_row_group_error_names_the_last_row_read(write):
 
 
 def test_parquet_rejects_empty_ambiguous_and_encrypted_files(write):
-    with pytest.raises(DataError, match=r"none\.parquet: there are no rows in it"):
+    with pytest.raises(DataError, match=r"none\.parquet: it contains no rows"):
         load(write("none.parquet", parquet([])))
     twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["input", "input"])
     sink = pa.BufferOutputStream()

@@ -1,4 +1,4 @@
-"""`format=`: the user's function in front of the checks."""
+"""`format=`: a user's function that converts rows before they are checked."""
 
 import json
 

@@ -27,12 +27,12 @@ def rows(*talks):
         (["a|1", "b|1", "a|2", "c|1"], [[0, 2], [1], [3]]),  # one question
         (["a|1@x", "b|1@y", "c|1@x", "d|1"], [[0, 2], [1], [3]]),  # one cluster
         (["a|1", "b|1", "a|1|c|2", "a|1|c|2|d|3"], [[0, 2, 3], [1]]),  # a conversation exported turn by turn
-        (["a|1|c|2|d|3", "a|1|c|2", "a|1"], [[0, 1, 2]]),  # in whatever order
+        (["a|1|c|2|d|3", "a|1|c|2", "a|1"], [[0, 1, 2]]),  # in any order
         (["a|1", "a|2|c|2"], [[0, 1]]),  # its first question is that of the other row
         (["a|1|c|2", "a|2|c|2"], [[0], [1]]),  # no row has the question that they share
         (["a|1|c|2", "a|2|d|2", "a|9"], [[0, 1, 2]]),  # now one does
         (["c|1", "a|1|c|2"], [[0], [1]]),  # the same words, in another conversation
-        (["a|1@x", "a|2@y", "b|1@y", "b|2|c|3", "d|1"], [[0, 1, 2, 3], [4]]),  # one leads to the next
+        (["a|1@x", "a|2@y", "b|1@y", "b|2|c|3", "d|1"], [[0, 1, 2, 3], [4]]),  # groups are transitive
     ],
 )
 def test_group_rows_joins_rows_that_belong_together(talks, groups):

@@ -1,4 +1,4 @@
-"""Randomly mutated rows and files: each is used, or refused by an error that names it, and none is lost.
+"""Randomly mutated rows and files: each is read, or rejected by an error that names it, and none is lost.
 
 `make test` tries the same 10,000 every time. To try more, random ones: ``MUTATIONS=100000 pytest <this file>``.
 """

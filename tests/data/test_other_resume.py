@@ -1,4 +1,4 @@
-"""Preferences and prompts resume with the batch that comes next, as pairs do."""
+"""Preference and prompt modules resume with the next batch, as pairs do."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packed rows say of every token what the rows say one by one."""
+"""Packed rows give the same outputs as single rows."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lightning_ft.models.logprob_model import for_attention
 
 
 def logprobs(model, batch):
-    """Log-probabilities of the targets, with nothing of this package in between but the batch."""
+    """Log-probabilities of the targets, computed with transformers only."""
     allowed = attention_mask(batch)
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
     out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False)
@@ -55,7 +55,7 @@ def test_packing_keeps_all_targets(tokenizer, pairs):
     assert batch.num_targets == sum(int(e.supervised.sum()) for e in examples)
     assert 1 < len(batch.input_ids) < len(examples)
     assert batch.padding_fraction < 0.1
-    alike = collate_examples([examples[0]] * 6)  # nothing is longer than another: no padding
+    alike = collate_examples([examples[0]] * 6)  # equal lengths need no padding
     assert alike.padding_fraction == 0
     assert alike.groups.tolist() == sorted(alike.groups.tolist())
 
@@ -71,8 +71,8 @@ def test_balanced_rows_hold_all_sequences_in_short_rows(lengths):
 
 
 def test_balanced_rows_minimize_cost():
-    assert len(balanced_rows([512] * 8)) == 8  # attention over a longer row would cost more, and there is no padding
-    assert len(balanced_rows([900, *[30] * 30])) == 2  # nothing is shorter than the longest sequence
+    assert len(balanced_rows([512] * 8)) == 8  # longer rows would cost more attention, and save no padding
+    assert len(balanced_rows([900, *[30] * 30])) == 2  # a row can't be shorter than the longest sequence
     assert len(balanced_rows([10] * 64)) == 64
     assert len(balanced_rows([11, 13] * 8)) < 16  # here padding would cost more
 

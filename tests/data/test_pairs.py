@@ -1,4 +1,4 @@
-"""The DataModule in a Trainer."""
+"""PairDataModule in a Trainer."""
 
 import json
 import warnings
@@ -69,7 +69,7 @@ def test_pairs_are_checked_before_weights_are_loaded(trainer, tokenizer, pairs):
     with pytest.raises(DataError, match="1 bad row"):
         trainer().fit(module, PairDataModule([*pairs, {"input": "a", "output": ""}]))
     assert not module.loaded
-    with pytest.raises(DataError, match="overlong answer"):  # of the test rows too, before hours of training
+    with pytest.raises(DataError, match="overlong answer"):  # in test rows too, before training starts
         trainer().fit(module, PairDataModule(pairs, test=[{"input": "a", "output": "b " * 99}], max_length=64))
     assert not module.loaded
 
@@ -78,7 +78,7 @@ def test_pairs_are_checked_before_weights_are_loaded(trainer, tokenizer, pairs):
     ("stage", "loaded", "encoded"),
     [
         ("fit", {"train", "validation", "test"}, {"train", "validation", "test"}),
-        ("validate", {"train", "validation"}, {"validation"}),  # train is read to hold rows out of it
+        ("validate", {"train", "validation"}, {"validation"}),  # train is read since rows are held out of it
         ("test", {"test"}, {"test"}),
         ("predict", {"predict"}, set()),
     ],
@@ -130,7 +130,7 @@ def test_pair_data_module_needs_no_pad_token(make_tokenizer, pairs):
         assert len(filler) or packing
         lengths = data.report["train"]
         assert (batch.num_tokens, batch.num_targets) == (sum(lengths.lengths), sum(lengths.supervised))
-    assert tokenizer.pad_token is None  # nothing was added to it
+    assert tokenizer.pad_token is None  # no token was added
 
 
 def test_tokenizer_is_loaded_by_name(tmp_path, tokenizer, pairs):

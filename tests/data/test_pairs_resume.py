@@ -1,4 +1,4 @@
-"""A run that was stopped in the middle of an epoch goes on with the batch it would have had."""
+"""A run that is stopped within an epoch resumes with the next batch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lightning_ft.data.pairs import PairDataModule
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [3, 6, 9, 12], ids=["first epoch", "its end", "second epoch", "its end too"])
 def test_data_modules_resume_mid_epoch(trainer_options, tokenizer, pairs, tmp_path, num_workers, stop):
-    """24 rows in batches of 4 are 6 steps an epoch."""
+    """24 rows in batches of 4 are 6 steps per epoch."""
 
     def run(steps, checkpoint=None):
         module = Recorder(tokenizer)
@@ -25,14 +25,14 @@ def test_data_modules_resume_mid_epoch(trainer_options, tokenizer, pairs, tmp_pa
     _, whole = run(15)
     first, before = run(stop)
     first.save_checkpoint(tmp_path / "a.ckpt")
-    torch.manual_seed(99)  # the global generator has no say in it
+    torch.manual_seed(99)  # the global generator has no effect
     _, after = run(15, tmp_path / "a.ckpt")
     # A Trainer that was stopped by max_steps counts the epoch as run, so its numbers differ; the batches don't.
     assert [seen[1:] for seen in before + after] == [seen[1:] for seen in whole]
 
 
 def test_checkpoint_of_a_callback_resumes_mid_epoch(trainer_options, tokenizer, pairs, tmp_path):
-    """Written by ModelCheckpoint while the loop runs, with validation within the epoch."""
+    """Checkpoints are written by ModelCheckpoint during the epoch, with validation within it."""
 
     def run(checkpoint=None, **options):
         module = Recorder(tokenizer)
@@ -49,5 +49,5 @@ def test_checkpoint_of_a_callback_resumes_mid_epoch(trainer_options, tokenizer, 
 
     whole = run()
     assert len(whole) == 18
-    for step in (4, 8, 12):  # in the first epoch, in the second, and at its very end
+    for step in (4, 8, 12):  # in the first epoch, in the second, and at its end
         assert run(tmp_path / f"step={step}.ckpt") == whole[step:]

@@ -24,7 +24,7 @@ TEMPLATES = ["chatml", "chatml_without_markers", "llama", "headers_only", "none"
 
 @pytest.mark.parametrize(
     ("template", "name"),
-    [(t, n) for t in TEMPLATES for n in PAIRS if t != "llama" or PAIRS[n][1][0][0] != S],  # it refuses system turns
+    [(t, n) for t in TEMPLATES for n in PAIRS if t != "llama" or PAIRS[n][1][0][0] != S],  # llama refuses system turns
 )
 def test_last_turn_is_supervised_and_prompt_is_shared(make_tokenizer, template, name):
     """Compared with the two conversations encoded separately."""
@@ -78,7 +78,7 @@ def test_completions_with_the_same_tokens_are_rejected(make_tokenizer):
     row = pair(chosen="lamp", rejected=" lamp ")
     encoded(make_tokenizer("chatml"), row)
     problem = RowEncoder(make_tokenizer("llama"), 64, "error", PREFERENCES)(read(row))
-    assert problem.reason == "chosen and rejected become the same tokens"  # that template trims
+    assert problem.reason == "chosen and rejected become the same tokens"  # this template strips whitespace
     assert problem.row == 1
 
 

@@ -1,4 +1,4 @@
-"""Preferences in a Trainer."""
+"""PreferenceDataModule in a Trainer."""
 
 import json
 
@@ -87,7 +87,7 @@ def test_pairs_and_labeled_completions_cannot_be_mixed(tokenizer, preferences, l
         DataError, match=rf"train mixes pairs \({a}, row 1\) with completions that have a label \({b}, row"
     ):
         PreferenceDataModule([a, b]).load_rows()
-    PreferenceDataModule(a, b).load_rows()  # splits are on their own
+    PreferenceDataModule(a, b).load_rows()  # splits are independent
     with pytest.raises(DataError, match="24 x not a pair"):
         PreferenceDataModule([*preferences, *labeled_completions]).load_rows()
 
@@ -109,7 +109,7 @@ def test_missing_margin_is_treated_as_zero(tokenizer, preferences):
 
 
 def test_preference_sources_are_mixed_by_weight(tokenizer, preferences):
-    """Row numbers go on over the sources; an empty source (all of it held back) is no hindrance."""
+    """Row numbers continue over sources; an empty source (all rows held out) is accepted."""
     data = PreferenceDataModule(
         [preferences[:4], preferences[4:]], mixing=[2.0, 0.5], tokenizer=tokenizer, batch_size=3, cache_dir=False
     )

@@ -1,4 +1,4 @@
-"""Prompts in a Trainer."""
+"""PromptDataModule in a Trainer."""
 
 import json
 
@@ -26,7 +26,7 @@ def trainer(trainer_options):
 
 
 def content(batches):
-    """Rows of batches, put together again, and their tokens."""
+    """Rows that batches were made of, and their tokens."""
     rows, tokens = [], []
     for batch in batches:
         assert isinstance(batch, PromptBatch)
@@ -76,7 +76,7 @@ def test_bf16_true_keeps_dtypes_of_columns(trainer, tokenizer):
 
 def test_column_missing_in_a_row_is_none(tokenizer, rows):
     del rows[3]["answer"]
-    rows[4]["answer"] = None  # that is a value
+    rows[4]["answer"] = None  # an explicit None is a value
     rows[5]["tests"] = ["a"]
     data = PromptDataModule([rows[:4], rows[4:]], tokenizer=tokenizer, cache_dir=False)
     data.setup("fit")
@@ -105,7 +105,7 @@ def test_columns_named_like_reward_arguments_are_rejected(rows, name):
 
 
 def test_prompts_of_a_split_must_be_of_one_type(tokenizer, rows):
-    """Rewards look at the first of a batch to tell strings from messages."""
+    """Reward functions look at the first prompt of a batch to distinguish strings from messages."""
     rows[3]["system"] = "be brief"
     data = PromptDataModule([rows[:8], rows[8:]], rows[8:], tokenizer=tokenizer, cache_dir=False)
     data.setup("fit")
@@ -179,7 +179,7 @@ def test_prompts_are_encoded_once(tokenizer, rows, tmp_path, monkeypatch):
 
     first = batches(rows)
     assert batches(rows) == first
-    changed, tokens = batches([{**row, "answer": 5} for row in rows])  # that isn't in the cache, and needn't be
+    changed, tokens = batches([{**row, "answer": 5} for row in rows])  # columns aren't in the cache
     assert len(times) == 1
     assert tokens == first[1]
     assert {row["answer"] for row in changed} == {5}

@@ -1,4 +1,4 @@
-"""All rows of a split in their order, what names their tokens, and how often they are made."""
+"""`row_batches`: all rows of a split in order, the key of their tokens, and the number of encodings."""
 
 import pytest
 from preference_cases import expected, texts
@@ -23,7 +23,7 @@ def test_row_batches_cover_all_rows_and_have_a_key(tokenizer, make_tokenizer, pr
     assert data.encoded_key("validation") != key
     same = made(batch_size=3, shuffle=False, cache_dir=str(tmp_path), max_length=999)
     assert same.encoded_key("train") == made(cache_dir=str(tmp_path), max_length=999).encoded_key("train") == key
-    assert made([{**row, "margin": 0} for row in preferences]).encoded_key("train") == key  # no token of it
+    assert made([{**row, "margin": 0} for row in preferences]).encoded_key("train") == key  # the margin has no tokens
     others = [
         made(preferences[::-1]),
         made(preferences[:-1]),
@@ -50,7 +50,7 @@ def test_precomputed_rows_are_encoded_once(tokenizer, preferences, tmp_path, mon
     first = batches(preferences)
     assert batches(preferences) == first
     assert len(times) == 1
-    changed = batches([{**row, "margin": 5.0} for row in preferences])  # that isn't in the cache, and needn't be
+    changed = batches([{**row, "margin": 5.0} for row in preferences])  # margins aren't in the cache
     assert len(times) == 1
     assert {row[2] for batch in changed for row in batch} == {5.0}
     batches([{**row, "rejected": "lamp"} for row in preferences])

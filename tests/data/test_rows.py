@@ -186,12 +186,10 @@ def test_skipped_rows_are_counted_by_reason():
 
 
 def test_skipping_every_row_is_an_error():
-    with pytest.raises(
-        DataError, match=r"none of its 2 rows is good\. The first: train, row 1, 'output': empty output"
-    ):
+    with pytest.raises(DataError, match=r"all of its 2 rows are bad\. The first: train, row 1, 'output': empty output"):
         load([{"input": "a", "output": ""}, {"input": "b", "output": None}], on_bad_row="skip")
 
 
 def test_source_without_rows_is_an_error():
-    with pytest.raises(DataError, match="train: there are no rows in it"):
+    with pytest.raises(DataError, match="train: it contains no rows"):
         load([])

@@ -1,4 +1,4 @@
-"""Which rows stand in which batch."""
+"""Assignment of rows to batches."""
 
 from collections import Counter
 
@@ -56,7 +56,7 @@ def test_sampler_mixes_sources_by_weight():
     assert max(seen[row] for row in range(10, 50)) == 1
     assert len(plan) == len(list(plan)) == 8
     (other,) = plans(sizes, weights, epoch=1)
-    assert {r for b in other for r in b} != set(seen)  # the fraction is drawn anew
+    assert {r for b in other for r in b} != set(seen)  # the fraction is drawn again
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, 1.7])

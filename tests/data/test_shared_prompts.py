@@ -1,4 +1,4 @@
-"""Prompts and completions laid out in every way hold the same targets, and every completion's last token is found."""
+"""All layouts of prompts and completions have the same targets, and every completion's last token is found."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ LAYOUTS = [{"shared": True}, {"shared": False}, {"shared": False, "packing": Fal
 
 
 def make(shapes=((4, (3, 1)), (1, (2,)), (6, (5, 2, 7)))):
-    """Prompts and completions in which no token stands twice; a completion's last token isn't always supervised."""
+    """Prompts and completions in which no token appears twice; a completion's last token isn't always supervised."""
     fresh = iter(range(1, 10_000))
 
     def take(count):
@@ -23,8 +23,8 @@ def make(shapes=((4, (3, 1)), (1, (2,)), (6, (5, 2, 7)))):
         completions.append([])
         for i, size in enumerate(lengths):
             supervised = torch.ones(size, dtype=torch.bool)
-            supervised[0] = (n + i) % 3 != 2 or size == 1  # a shared beginning of an answer that isn't learnt
-            supervised[-1] = size < 3  # a line break behind the end token
+            supervised[0] = (n + i) % 3 != 2 or size == 1  # a shared beginning of an answer that isn't supervised
+            supervised[-1] = size < 3  # a line break after the end token
             completions[-1].append(Example(take(size), supervised))
     return prompts, completions
 
@@ -48,7 +48,7 @@ def test_lay_out_completions_predicts_targets_from_preceding_tokens_only(layout)
     batch = lay_out_completions(prompts, completions, **layout)
     allowed = attention_mask(batch)[:, 0]
     length = batch.input_ids.shape[1]
-    before = {}  # each token's own past, the slow way
+    before = {}  # each token's context, computed the slow way
     for prompt, behind in zip(prompts, completions, strict=True):
         for completion in behind:
             whole = torch.cat([prompt, completion.input_ids]).tolist()

@@ -1,4 +1,4 @@
-"""The prompt that two whole texts start with."""
+"""The common prompt of two whole texts."""
 
 import pytest
 from trl import extract_prompt
@@ -10,11 +10,11 @@ from lightning_ft.data.shared_prompts import shared_text, shared_turns
     ("left", "right", "prompt"),
     [
         ("Human: a\n\nAssistant: yes sir", "Human: a\n\nAssistant: no sir", "Human: a\n\nAssistant:"),
-        ("A: I like cats", "A: I like cars", "A: I like"),  # no word is torn
+        ("A: I like cats", "A: I like cars", "A: I like"),  # words aren't split
         ("A: yes", "A: yesterday", "A:"),
         ("A: yes sir", "A: yes.", "A: yes"),
-        ("A: yes", "A: yes sir", "A: yes"),  # nothing left: that is for the caller to refuse
-        ("A:\nyes", "A:\nno", "A:\n"),  # only a space goes with the answer, as tokenizers want it
+        ("A: yes", "A: yes sir", "A: yes"),  # an empty rest, which the caller rejects
+        ("A:\nyes", "A:\nno", "A:\n"),  # only a space belongs to the answer, as in tokens
         ("A:  yes", "A:  no", "A: "),
         ("x 12", "x 13", "x"),
         ("über", "übel", ""),
@@ -39,7 +39,11 @@ def turns(*texts):
     [
         (turns("a", "b"), turns("a", "c"), 1),
         (turns("a", "b", "c", "d"), turns("a", "b", "c", "e"), 3),
-        (turns("a", "b", "c", "d"), turns("a", "e", "c", "d"), 1),  # the same again later on is no prompt
+        (
+            turns("a", "b", "c", "d"),
+            turns("a", "e", "c", "d"),
+            1,
+        ),  # equal turns after a difference aren't part of the prompt
         (turns("a", "b"), turns("a", "b", "c", "d"), 2),
         (turns("a", "b"), turns("c", "b"), 0),
     ],
@@ -60,7 +64,7 @@ def test_shared_turns_are_the_common_prefix(left, right, shared):
     ],
 )
 def test_shared_text_and_turns_match_trl(left, right):
-    """It agrees where no word starts alike; TRL would tear that."""
+    """TRL would split words that start with the same letters, so these cases have none."""
     theirs = extract_prompt({"chosen": left, "rejected": right})
     ours = shared_text(left, right) if isinstance(left, str) else shared_turns(left, right)
     assert ours == (theirs["prompt"], theirs["chosen"], theirs["rejected"])

@@ -85,7 +85,7 @@ def test_pandas_frame_with_unusual_columns_is_read():
     with pytest.raises(DataError, match=r"train: the frame's columns have 2 levels"):
         load(pd.DataFrame([["q", "a"]], columns=levels))
     assert contents(load(pd.DataFrame([["q", "a"]]), columns={"input": "0", "output": "1"})[0]) == [("q", "a")]
-    with pytest.raises(DataError, match="there are no rows in it"):
+    with pytest.raises(DataError, match="it contains no rows"):
         load(pd.DataFrame())
 
 

@@ -21,7 +21,7 @@ WORDS = {TRIMMED: "trimmed", REASONING_LEFT_OUT: "reasoning left out", MOVED: "m
 
 
 def cell(tokenizer, template, messages, kwargs):
-    """What comes of a conversation."""
+    """Supervised texts of a conversation, or the error."""
     try:
         encoded = encode(tokenizer, messages, template, kwargs)
     except TokenizerError as error:
@@ -54,7 +54,7 @@ def test_encode_supervises_what_the_matrix_says(name, matrix):
     "name", ["qwen3", "qwen3_5_think", "gemma4", "gptoss", "glm4moe_training", "smollm3", "tekken"]
 )
 def test_encode_depends_on_no_other_row(name, matrix):
-    """What was found out about a template from other rows changes nothing."""
+    """What is cached about a template from other rows has no effect."""
     tokenizer = template_tokenizer(name)
     for scenario in ("tools", "last call", "reasoning", "inline", "system, multi"):
         assert cell(tokenizer, ChatTemplate(tokenizer), *SCENARIOS[scenario]) == matrix[name][scenario]
@@ -67,7 +67,7 @@ def test_matrix_covers_every_template(matrix):
 
 @pytest.mark.parametrize("name", ALL)
 def test_matrix_supervises_no_text_of_other_roles(name, matrix):
-    """The file is read by people; this is read from it without the code under test."""
+    """Checks the file itself, without the code under test."""
     for scenario, cells in matrix[name].items():
         messages = SCENARIOS[scenario][0]
         others = [m["content"] for m in messages if m["role"] != "assistant" and scenario not in ("echo", "long")]

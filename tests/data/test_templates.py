@@ -1,4 +1,4 @@
-"""Templates that fail, or never end: an error of this package each time, within seconds."""
+"""Templates that fail or never end raise an error of this package within seconds."""
 
 import time
 
@@ -59,7 +59,7 @@ def test_chat_template_time_is_limited(body, monkeypatch):
     start = time.monotonic()
     with pytest.raises(TokenizerError, match=r"took over 0\.2 s for a conversation of user"):
         encode(tokenizer, [user("hello"), answer("four")], template)
-    with pytest.raises(TokenizerError, match=r"took over 0\.2 s"):  # known by now, so it takes no time
+    with pytest.raises(TokenizerError, match=r"took over 0\.2 s"):  # remembered, so it takes no time
         encode(tokenizer, [user("hello"), answer("five")], template)
     assert time.monotonic() - start < 10
 

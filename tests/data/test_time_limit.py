@@ -1,4 +1,4 @@
-"""A bound on time and memory: in any thread and process, and nothing raised once the block has ended."""
+"""A limit of time and memory that works in any thread and process, and raises nothing after its block."""
 
 import multiprocessing
 import threading
@@ -18,13 +18,13 @@ def spin(seconds=60.0):
 
 
 def stopped(seconds=0.1):
-    """Whether a loop without an end is interrupted, and nothing follows."""
+    """Whether an endless loop is interrupted, without a late exception."""
     start = time.monotonic()
     try:
         with within(seconds):
             spin()
     except TimeLimitError:
-        spin(0.15)  # two looks of the watch
+        spin(0.15)  # two checks of the watchdog
         return time.monotonic() - start < 30
     return False
 
@@ -52,10 +52,10 @@ def _child(found):
 
 
 def test_within_works_after_a_fork():
-    assert stopped()  # the thread that looks runs here, and doesn't in the child
+    assert stopped()  # the watchdog thread runs here, but not in the child
     context = multiprocessing.get_context("fork")
     found = context.Queue()
-    with within(60):  # a block of the parent isn't one of the child
+    with within(60):  # a block of the parent is not inherited by the child
         child = context.Process(target=_child, args=(found,))
         child.start()
         assert found.get(timeout=60)
@@ -76,7 +76,7 @@ def test_within_works_in_data_loader_workers():
 
 
 def test_within_raises_nothing_after_a_block_that_ends_just_in_time():
-    """Blocks that end about when the watch looks: each is interrupted or not, and what follows never is."""
+    """Blocks that end at about the limit: each may be interrupted, but the code after it never is."""
     interrupted = 0
     for number in range(40):
         try:
@@ -84,7 +84,7 @@ def test_within_raises_nothing_after_a_block_that_ends_just_in_time():
                 spin(0.02 + 0.0007 * number)
         except TimeLimitError:
             interrupted += 1
-        spin(0.01)  # would be hit by an exception that comes late
+        spin(0.01)  # a late exception would be raised here
     assert interrupted > 0
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a sharded model, which its strategy reads itself: `python sharded_checkpoints.py MODEL OUT`."""
+"""Checkpoints of a sharded model, which its strategy loads: `python sharded_checkpoints.py MODEL OUT`."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from lightning_ft.errors import CheckpointError
 
 
 class Code:
-    """Whoever unpickles it writes a file named `ran`."""
+    """Writes a file named `ran` when it is unpickled."""
 
     def __reduce__(self):
         return os.system, ("touch ran",)
@@ -26,7 +26,7 @@ def fit(model, steps, ckpt_path=None):
     strategy = _pl.strategies.ModelParallelStrategy(
         data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
     )
-    saver = _pl.callbacks.ModelCheckpoint(
+    checkpointing = _pl.callbacks.ModelCheckpoint(
         dirpath="k", save_last=True, every_n_train_steps=1, save_top_k=-1, filename="{step}"
     )
     trainer = Trainer(
@@ -35,7 +35,7 @@ def fit(model, steps, ckpt_path=None):
         strategy=strategy,
         max_steps=steps,
         logger=False,
-        callbacks=[saver],
+        callbacks=[checkpointing],
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -49,13 +49,13 @@ def fit(model, steps, ckpt_path=None):
 def main(model, out):
     torch.set_num_threads(1)
     os.chdir(out)
-    whole = fit(model, 3)
+    uninterrupted = fit(model, 3)
     last = Path("k/last.ckpt")
     content = last.read_bytes()
     Path("k/step=3.ckpt").unlink()
     torch.save({"state_dict": Code()}, last)
     resumed = fit(model, 3, "last")
-    print("same", all(torch.equal(value, resumed[name]) for name, value in whole.items()))
+    print("same", all(torch.equal(value, resumed[name]) for name, value in uninterrupted.items()))
     Path("some.ckpt").write_bytes(content[: len(content) // 2])
     for path in ("some.ckpt", "k"):
         try:

@@ -1,4 +1,4 @@
-"""A strategy that shards reads checkpoints without its plugin for them; they are checked all the same."""
+"""Checkpoints that a sharding strategy loads without its checkpoint plugin are checked too."""
 
 import subprocess
 import sys
@@ -10,16 +10,16 @@ SCRIPT = Path(__file__).parent / "sharded_checkpoints.py"
 
 
 @pytest.mark.slow
-def test_sharded_model_resumes_from_whole_checkpoints_only(model_folder, tmp_path):
+def test_sharded_model_resumes_from_intact_checkpoints_only(model_folder, tmp_path):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), model_folder, str(tmp_path)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = done.stdout.splitlines()
-    assert "same True" in said
-    assert sum(line.startswith("refused The checkpoint 'some.ckpt' is damaged") for line in said) == 1
-    assert sum(line.startswith("refused The checkpoint 'k' is a folder") for line in said) == 1
-    assert "ran False ['last.ckpt', 'step=1.ckpt', 'step=2.ckpt', 'step=3.ckpt']" in said
+    lines = done.stdout.splitlines()
+    assert "same True" in lines
+    assert sum(line.startswith("refused The checkpoint 'some.ckpt' is damaged") for line in lines) == 1
+    assert sum(line.startswith("refused The checkpoint 'k' is a folder") for line in lines) == 1
+    assert "ran False ['last.ckpt', 'step=1.ckpt', 'step=2.ckpt', 'step=3.ckpt']" in lines
     assert "newest one of the run that is whole is taken instead: 'k/step=2.ckpt'" in done.stderr.replace(
         str(tmp_path) + "/", ""
     )

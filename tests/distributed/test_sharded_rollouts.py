@@ -1,4 +1,4 @@
-"""Ranks of a sharded model with different prompts answer as one process would, and none waits for ever."""
+"""Ranks of a sharded model with different prompts generate what one process does, and none waits forever."""
 
 import datetime
 import warnings
@@ -20,7 +20,7 @@ from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 
 PROMPTS = make_prompts(9)
-SHARES = [  # of the two ranks
+SHARES = [  # indices of the prompts of each rank
     ([0, 1, 2, 3, 4, 5, 6], [7, 8]),
     ([], [3, 4, 5]),
     ([2], [2]),
@@ -29,7 +29,7 @@ SHARES = [  # of the two ranks
 REQUESTS = [
     {"max_new_tokens": 9},
     {"max_new_tokens": 7, "sampling": Sampling(temperature=1.5), "num_completions": 3},
-    {"max_new_tokens": 3, "sampling": Sampling(top_p=0.8), "num_completions": 7},  # more than a batch holds
+    {"max_new_tokens": 3, "sampling": Sampling(top_p=0.8), "num_completions": 7},  # more than fit in a batch
 ]
 
 
@@ -44,7 +44,7 @@ def make(name):
 
 
 def answers(engine, rank):
-    """What one rank gets, over shares and requests; the same calls are made without a second rank."""
+    """Rollouts of one rank over shares and requests; the same calls are made in one process."""
     done = []
     for seed, share in enumerate(SHARES):
         for request in REQUESTS:
@@ -54,7 +54,7 @@ def answers(engine, rank):
 
 
 def change(weights):
-    """Weights of the root, one of a layer, and what the adapter trains."""
+    """Change weights of the root module, of a layer, and of the adapter."""
     with torch.no_grad():
         for name, weight in weights:
             if name.endswith(("lm_head.weight", "norm.weight", "lora_B.default.weight", "0.self_attn.v_proj.weight")):
@@ -63,7 +63,7 @@ def change(weights):
 
 
 def both(engine, model, rank):
-    weights = list(model.named_parameters())  # as an optimizer holds them, from before they are gathered
+    weights = list(model.named_parameters())  # as an optimizer does, before they are gathered
     first = answers(engine, rank)
     change(weights)
     return first, answers(engine, rank)
@@ -84,14 +84,14 @@ def two_ranks(rank, path, name, expected):
 
     with pytest.raises(ConfigError if rank else RolloutError, match="no tokens" if rank else "Another rank"):
         engine.generate([[]] if rank else PROMPTS, max_new_tokens=2)
-    same = engine.generate(PROMPTS, max_new_tokens=9)  # as TokenSavings asks: the same on all ranks
+    same = engine.generate(PROMPTS, max_new_tokens=9)  # as in TokenSavings, with the same prompts on all ranks
     assert engine.first_token(PROMPTS[0]) == same.completions[0].tokens[0]
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["full", pytest.param("lora", marks=pytest.mark.slow), "window"])
 @pytest.mark.filterwarnings("ignore:.*only slower")
-def test_ranks_with_different_prompts(tmp_path, name):
+def test_sharded_ranks_sample_different_prompts_exactly(tmp_path, name):
     expected = []
     for rank in range(2):
         model = make(name)

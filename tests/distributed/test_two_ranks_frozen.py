@@ -1,4 +1,4 @@
-"""Ranks share what they keep of the frozen layers: from the second epoch on each reads the other's rows too."""
+"""Ranks share the activation cache: from the second epoch on, each reads activations that the other computed."""
 
 import subprocess
 import sys
@@ -19,8 +19,8 @@ def run(model, folder):
 
 
 @pytest.mark.slow
-def test_rows_of_the_other_rank_are_read(model_folder, tmp_path):
-    """Rows are shuffled, so a rank's rows of the second epoch are the other's of the first in part."""
+def test_activation_cache_is_shared_between_ranks(model_folder, tmp_path):
+    """Rows are shuffled, so that some rows of a rank's second epoch were in the other's first epoch."""
     first, second = run(model_folder, tmp_path)
     assert first["counts"] == second["counts"] == (12, 24)
     for name, value in first["weights"].items():

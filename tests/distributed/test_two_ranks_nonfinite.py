@@ -1,4 +1,4 @@
-"""What isn't finite on one rank only is refused or skipped by all of them."""
+"""A value that is not finite on one rank stops or skips the step on all ranks."""
 
 import math
 
@@ -14,7 +14,7 @@ from lightning_ft.errors import NonFiniteError
 
 
 class Spike(Callback):
-    """An infinite gradient on rank 1 alone before the second optimizer step."""
+    """Sets an infinite gradient on rank 1 only, before the second optimizer step."""
 
     def __init__(self):
         self.states = []
@@ -34,11 +34,11 @@ class Broken(FullFineTuning):
         return result
 
 
-def trainer(how, out, *callbacks):
-    return Trainer(**trainer_options(how, out), callbacks=list(callbacks))
+def trainer(strategy, out, *callbacks):
+    return Trainer(**trainer_options(strategy, out), callbacks=list(callbacks))
 
 
-def everything(rank, how, model, out, port):
+def run_all(rank, strategy, model, out, port):
     as_rank(rank, port)
 
     def reward(completion_ids, trainer_state):
@@ -46,7 +46,7 @@ def everything(rank, how, model, out, port):
         return [math.nan, *numbers[1:]] if rank and trainer_state.global_step == 1 else numbers
 
     options = {"batch_size": 2, "shuffle": False, "cache_dir": False}
-    kinds = {
+    cases = {
         "supervised": (FullFineTuning, {}, PairDataModule(make_rows(12), **options)),
         "grpo": (
             GRPO,
@@ -55,22 +55,24 @@ def everything(rank, how, model, out, port):
         ),
     }
     found = {}
-    for name, (kind, more, data) in kinds.items():
-        module = kind(model, dtype="float32", learning_rate=1e-2, weight_decay=0.5, on_nonfinite="skip", **more)
+    for name, (module_class, options_of_case, data) in cases.items():
+        module = module_class(
+            model, dtype="float32", learning_rate=1e-2, weight_decay=0.5, on_nonfinite="skip", **options_of_case
+        )
         spike = Spike()
-        trainer(how, out, spike).fit(module, data)
+        trainer(strategy, out, spike).fit(module, data)
         states = [*spike.states, weights(module)]
         moved = [largest_difference(a, b) > 0 for a, b in zip(states[1:], states, strict=False)]
         found[name] = {"moved": moved, "skipped": module.skipped_steps, "weights": states[-1]}
     with pytest.raises(NonFiniteError) as error:
-        trainer(how, out).fit(Broken(model, dtype="float32"), kinds["supervised"][2])
+        trainer(strategy, out).fit(Broken(model, dtype="float32"), cases["supervised"][2])
     found["error"] = str(error.value)
     torch.save(found, f"{out}/{rank}.pt")
 
 
-@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_all_ranks_decide_alike(how, model_folder, tmp_path):
-    run_ranks(everything, (how, model_folder, str(tmp_path), free_port()), limit=120)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_nonfinite_step_on_one_rank_is_skipped_on_all(strategy, model_folder, tmp_path):
+    run_ranks(run_all, (strategy, model_folder, str(tmp_path), free_port()), limit=120)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name in ("supervised", "grpo"):
         assert first[name]["moved"] == second[name]["moved"] == [True, False, True]

@@ -1,4 +1,4 @@
-"""One rank talks to the server for all of them; sharded weights are gathered on the way."""
+"""One rank sends the requests of all ranks to the vLLM server; sharded weights are gathered for it."""
 
 import datetime
 
@@ -41,11 +41,11 @@ def two_ranks(rank, path, expected):
 
         for share in SHARES:
             rollouts = engine.generate(share[rank], max_new_tokens=5, sampling=Sampling(), num_completions=2)
-            want = [answer(prompt, n) for prompt in share[rank] for n in range(2)]
-            assert [list(c.tokens) for c in rollouts.completions] == want
+            expected_tokens = [answer(prompt, n) for prompt in share[rank] for n in range(2)]
+            assert [list(c.tokens) for c in rollouts.completions] == expected_tokens
             assert all(c.logprobs == tuple(map(logprob, c.tokens)) for c in rollouts.completions)
-        asked = [[prompt for theirs in share for prompt in theirs] for share in SHARES[:2]]
-        assert [body["prompt"] for body in stand_in.posted("/v1/completions")] == ([] if rank else asked)
+        sent_prompts = [[prompt for of_rank in share for prompt in of_rank] for share in SHARES[:2]]
+        assert [body["prompt"] for body in stand_in.posted("/v1/completions")] == ([] if rank else sent_prompts)
         with pytest.raises(ConfigError, match="Prompt 0 has no tokens"):  # on both ranks
             engine.generate([[]] if rank else [[5]], max_new_tokens=5)
 
@@ -62,7 +62,7 @@ def two_ranks(rank, path, expected):
             transport.order.clear()
 
             stand_in.failing["/start_weight_update"] = 400
-            with pytest.raises(RolloutError, match="failed to update its weights"):  # on both, and none waits
+            with pytest.raises(RolloutError, match="failed to update its weights"):  # on both ranks, and neither waits
                 engine.sync_weights(model)
             stand_in.failing.clear()
         stand_in.failing["/v1/completions"] = 400
@@ -71,6 +71,6 @@ def two_ranks(rank, path, expected):
     dist.destroy_process_group()
 
 
-def test_two_ranks_and_one_server(tmp_path):
+def test_two_ranks_share_one_vllm_server(tmp_path):
     expected = {name: weight.detach() for name, weight in make().merge_and_unload(safe_merge=True).named_parameters()}
     mp.start_processes(two_ranks, (tmp_path / "store", expected), nprocs=2, start_method="fork")

@@ -1,4 +1,4 @@
-"""Ranks wait for one another's rewards for longer than their process group waits."""
+"""Ranks wait for each other's rewards beyond the timeout of their process group."""
 
 import datetime
 import time
@@ -34,7 +34,7 @@ def one_rank(rank, port, folder):
     dist.all_reduce(both)
     found["together"] = float(both)
 
-    def own_collective():  # of a reward model that is sharded, say
+    def own_collective():  # as a sharded reward model does
         value = torch.ones(())
         dist.all_reduce(value)
         return float(value)
@@ -53,7 +53,7 @@ def one_rank(rank, port, folder):
     torch.save(found, f"{folder}/{rank}.pt")
 
 
-def test_patient_ranks(tmp_path):
+def test_patient_ranks_wait_beyond_the_timeout(tmp_path):
     run_ranks(one_rank, (free_port(), str(tmp_path)))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [f["slow"] for f in found] == [0, 1]
@@ -62,6 +62,6 @@ def test_patient_ranks(tmp_path):
     assert [f["failed"] for f in found] == ["RewardError", "ZeroDivisionError"]
 
 
-def test_patient_ranks_are_not_asked_alone():
+def test_patient_ranks_need_no_process_group():
     with pytest.raises(ZeroDivisionError):
         PatientRanks().run(lambda: 1 / 0)

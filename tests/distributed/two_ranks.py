@@ -1,4 +1,4 @@
-"""One run on one or two processes: `python two_ranks.py one|ddp|fsdp full|lora MODEL OUT`; see test_two_ranks.py."""
+"""A run on one or two processes: `python two_ranks.py one|ddp|fsdp full|lora MODEL OUT`; see test_two_ranks.py."""
 
 import os
 import sys
@@ -24,14 +24,14 @@ class RecordingLoRA(RecordsGradients, RecordsLosses, LoRAFineTuning):
     pass
 
 
-def main(how, kind, model, out):
+def main(strategy, method, model, out):
     torch.set_num_threads(1)
-    module = {"full": RecordingFull, "lora": RecordingLoRA}[kind](model, learning_rate=1e-2, dtype="float32")
+    module = {"full": RecordingFull, "lora": RecordingLoRA}[method](model, learning_rate=1e-2, dtype="float32")
     data = PairDataModule(
         make_rows(20),
         validation=make_rows(7),
         test=make_rows(31)[24:],
-        batch_size=4 if how == "one" else 2,
+        batch_size=4 if strategy == "one" else 2,
         shuffle=False,
         cache_dir=False,
     )
@@ -45,8 +45,8 @@ def main(how, kind, model, out):
         resamples=200,
     )
     trainer = Trainer(
-        **trainer_options(how, out),
-        accumulate_grad_batches=2,  # 8 rows a step; the last step has 4
+        **trainer_options(strategy, out),
+        accumulate_grad_batches=2,  # 8 rows per step; the last step has 4
         callbacks=[savings, ExportModel(f"{out}/export")],
     )
     trainer.fit(module, data)

@@ -21,12 +21,12 @@ from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
 from lightning_ft.rollout.local import LocalEngine
 
 
-def breaking(*_, **__):
+def fail(*_, **__):
     raise RuntimeError("broken on one rank")
 
 
 class BreaksOneRank(Callback):
-    """After the last step something fails on one rank only."""
+    """Makes a function fail on one rank after the last step."""
 
     def __init__(self, where):
         self.rank, self.owner, self.name = {
@@ -37,7 +37,7 @@ class BreaksOneRank(Callback):
 
     def on_train_end(self, trainer, pl_module):
         if trainer.global_rank == self.rank:
-            setattr(self.owner, self.name, breaking)
+            setattr(self.owner, self.name, fail)
 
 
 def main(where, model, out):
@@ -55,8 +55,8 @@ def main(where, model, out):
         trainer.fit(LoRAFineTuning(model, learning_rate=1e-2), data)
     except ExportError as error:
         raised = str(error)
-    told = {"savings": savings.undefined, "retention": retention.undefined, "export": raised}
-    Path(out, f"told-{trainer.global_rank}.json").write_text(json.dumps(told))
+    reported = {"savings": savings.undefined, "retention": retention.undefined, "export": raised}
+    Path(out, f"reported-{trainer.global_rank}.json").write_text(json.dumps(reported))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two ranks that keep what frozen layers give in one folder: `python two_ranks_frozen.py MODEL OUT`."""
+"""Two ranks with activation caches in the same folder: `python two_ranks_frozen.py MODEL OUT`."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ from lightning_ft._lightning import Trainer
 
 
 class SlowToWrite(LoRAFineTuning):
-    """One rank writes long after the other is done with its epoch."""
+    """Rank 1 writes long after rank 0 has finished its epoch."""
 
     def on_train_epoch_end(self):
         if self.global_rank == 1:

@@ -51,19 +51,19 @@ CASES = {
 }
 
 
-def run(how, name, model, adapter, out):
+def run(strategy, name, model, adapter, out):
     module = CASES[name](model, adapter)
     module._cache_dir = f"{out}/reference"
     rows = make_labeled(28) if name == "kto" else make_pairs(28)
     data = PreferenceDataModule(
         rows[:21],  # steps of 8, 8 and 5: in the last micro-batch one rank has a row, the other none
         validation=rows[21:],
-        batch_size=4 if how == "one" else 2,
+        batch_size=4 if strategy == "one" else 2,
         shuffle=False,
         cache_dir=False,
     )
     trainer = Trainer(
-        **trainer_options(how, out),
+        **trainer_options(strategy, out),
         accumulate_grad_batches=2,
         callbacks=[ExportModel(f"{out}/export")],
     )
@@ -77,11 +77,11 @@ def run(how, name, model, adapter, out):
     }
 
 
-def main(how, model, adapter, out, names):
+def main(strategy, model, adapter, out, names):
     torch.set_num_threads(1)
     for name in names.split(","):
         folder = f"{out}/{name}"
-        found = run(how, name, model, adapter, folder)
+        found = run(strategy, name, model, adapter, folder)
         torch.save(found, f"{folder}/{os.environ.get('LOCAL_RANK', '0')}.pt")
 
 

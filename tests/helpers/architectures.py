@@ -1,4 +1,4 @@
-"""Small models of several architectures, prompts with a common prefix, and their answers the slow way."""
+"""Small models of several architectures, prompts with a common prefix, and reference answers."""
 
 import torch
 from transformers import (
@@ -23,7 +23,7 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "initializer_range": 0.3,  # so that attention decides what comes next
+    "initializer_range": 0.3,  # large enough for attention to matter
 }
 ENDS = [3, 5, 9]
 SHARING = {
@@ -53,7 +53,7 @@ def make_prompts(count=11, prefix=20):
 
 
 def one_by_one(model, prompts, max_new_tokens):
-    """The slow, obvious way."""
+    """Reference generation, one token at a time without a cache."""
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

@@ -1,4 +1,4 @@
-"""Chat templates to try on: those that TRL ships, and those in `templates/`, written for the tests.
+"""Chat templates for tests: those that TRL ships, and those in `templates/`, written for the tests.
 
 Each of the latter does one thing that templates of well-known models do; its first line says which.
 """
@@ -79,7 +79,7 @@ def eos_of(name):
 
 
 def template_tokenizer(name):
-    """One token a byte, and those that the template writes by name."""
+    """A tokenizer with one token per byte, and the special tokens that the template writes."""
     source = SHIPPED.get(name) or WRITTEN[name]
     core = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -18,7 +18,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 128,
-    "initializer_range": 0.2,  # so that attention matters
+    "initializer_range": 0.2,  # large enough for attention to matter
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -45,7 +45,7 @@ def build(name, attention="eager", **options):
 
 
 def adapted(model, top=2, **lora):
-    """With adapters that do something in its top layers."""
+    """Add adapters with an effect to the top layers."""
     config = lora_config({"r": 2, "lora_alpha": 2, "init_lora_weights": False, **lora})
     return add_lora(model, in_top_layers(config, model, top)).train()
 

@@ -1,4 +1,4 @@
-"""A disk without room, as a limit on how large a file of this process may become."""
+"""Simulation of a full disk by a limit on the file size."""
 
 import resource
 import signal
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def full_disk(size):
-    """In this context a file can't grow beyond `size` bytes."""
+    """Context in which files can't grow beyond `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))

@@ -1,4 +1,4 @@
-"""Completions that were drawn beforehand, an engine that gives them, and modules that keep what they make of them."""
+"""Predrawn completions, engines that return them, and modules that record what they compute from them."""
 
 import torch
 
@@ -10,7 +10,7 @@ END = 2  # the tiny tokenizer's end token
 
 
 class GivenEngine:
-    """Answers its n-th call with the n-th of some rollouts, over and over again."""
+    """Engine that returns predrawn rollouts in a cycle."""
 
     def __init__(self, rollouts):
         self.rollouts, self.calls = rollouts, 0
@@ -23,7 +23,7 @@ class GivenEngine:
 
 
 class EngineOfPrompts:
-    """Gives completions that follow from the prompt, whichever rank or batch that is in."""
+    """Engine whose completions depend on the prompt only, whatever its rank and batch."""
 
     def __init__(self, longest):
         self.longest = longest
@@ -42,12 +42,12 @@ def draw_prompts(count, *, seed=0, columns=None):
 
 
 def draw_rollout(count, *, seed=0, longest=9):
-    """Completions of 1 to `longest` tokens; those of the full length were cut off."""
+    """Completions of 1 to `longest` tokens; those of the full length are truncated."""
     generator = torch.Generator().manual_seed(100 + seed)
     completions = []
     for number in range(count):
         length = 1 + int(torch.randint(longest, (), generator=generator))
-        length = longest if number % 4 == 1 else length  # of every kind there is one
+        length = longest if number % 4 == 1 else length  # so that each type occurs
         tokens = torch.randint(4, 300, (length,), generator=generator).tolist()
         cut = length == longest
         completions.append(Completion(tuple(tokens if cut else [*tokens[:-1], END]), truncated=cut))
@@ -55,7 +55,7 @@ def draw_rollout(count, *, seed=0, longest=9):
 
 
 def run(module, batches, options, *, rollouts=None, validation=None, **more):
-    """Fit a module on prompt batches, with completions of its own or given ones."""
+    """Fit a module on prompt batches, with sampled or predrawn completions."""
     if rollouts is not None:
         module._engine = GivenEngine(rollouts)
     trainer = Trainer(**{**options, "max_epochs": 1, **more})
@@ -68,12 +68,12 @@ def run(module, batches, options, *, rollouts=None, validation=None, **more):
 
 
 def gradients(module):
-    """Whole ones, also of a sharded model."""
+    """Full tensors, also of a sharded model."""
     return {name: _whole(p.grad).clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def weights(module):
-    """What is trained, also of a sharded model."""
+    """Copies of the trainable weights, also of a sharded model."""
     return {name: _whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -87,7 +87,7 @@ def largest_difference(ours, theirs):
 
 
 class Records:
-    """Mixed into a policy module: what each step was made of, unrounded, and the gradients that the optimizer gets."""
+    """Mixin for a policy module: records inputs, unrounded metrics and final gradients of each step."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -114,7 +114,7 @@ class Records:
 
 
 class WithSGD:
-    """Mixed into a module: plain gradient descent, which hides no gradient's size."""
+    """Mixin for a module: plain SGD, whose steps show the size of gradients."""
 
     def _optimizer(self):
         trained = [p for p in self.parameters() if p.requires_grad]

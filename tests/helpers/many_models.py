@@ -33,7 +33,7 @@ SIZES = {
     "expert_layer_period": 2,
     "expert_layer_offset": 1,
     "mamba_d_state": 8,
-    # of towers
+    # sizes of towers
     "image_size": 28,
     "patch_size": 14,
     "num_heads": 4,
@@ -51,7 +51,7 @@ SIZES = {
 
 
 def shrink(config, **options):
-    """Make a configuration, and those within it, small."""
+    """Shrink a config and its nested configs."""
     for part in [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]:
         shrink(part)
     for name, value in {**{n: v for n, v in SIZES.items() if n in vars(config)}, **options}.items():

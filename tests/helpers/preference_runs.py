@@ -1,4 +1,4 @@
-"""Rows of preferences, and the modules that learn from them, with what they would otherwise only pass on."""
+"""Preference rows, and modules that record their metrics."""
 
 from recording import RecordsGradients
 from tiny import make_rows
@@ -8,7 +8,7 @@ from lightning_ft._lightning import Trainer
 
 
 class RecordsMetrics:
-    """Every figure of each step, unrounded, in `step_metrics`, and the losses alone in `step_losses`."""
+    """Mixin that records all metrics of each step, unrounded, in `step_metrics`, and losses in `step_losses`."""
 
     def log(self, name, value, **kwargs):
         if name == "train/loss":
@@ -22,7 +22,7 @@ class RecordsMetrics:
 
 
 class Records(RecordsGradients, RecordsMetrics):
-    """Losses, figures and gradients."""
+    """Mixin that records losses, metrics and gradients."""
 
 
 def make_pairs(count=24):
@@ -39,7 +39,7 @@ def make_pairs(count=24):
 
 
 def make_labeled(count=24):
-    """Prompts with one answer each, and whether it is a good one."""
+    """Prompts with one labeled answer each."""
     return [
         {"prompt": row["prompt"], "completion": row["chosen"] if good else row["rejected"], "label": good}
         for row, good in ((row, n % 5 in (0, 2, 3)) for n, row in enumerate(make_pairs(count)))

@@ -40,7 +40,7 @@ def trainer_options(how, folder):
 
 
 def as_rank(rank, port=None):
-    """Make this process one that computes on one thread, and with a port a rank that Lightning finds launched."""
+    """Use one thread; with a port, also set up the environment of a rank that was launched externally."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if port is not None:

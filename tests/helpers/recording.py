@@ -1,8 +1,8 @@
-"""Mixed into a module, they keep what it would otherwise only pass on."""
+"""Mixins for modules that record losses and gradients."""
 
 
 class RecordsLosses:
-    """Each step's loss unrounded, in `losses`."""
+    """Records each step's loss, unrounded, in `losses`."""
 
     def log_dict(self, figures, **kwargs):
         if "train/loss" in figures:
@@ -11,7 +11,7 @@ class RecordsLosses:
 
 
 class RecordsGradients:
-    """Whole gradients of every optimizer step: in `steps` before they are clipped, in `clipped` after."""
+    """Records full gradients of every optimizer step: in `steps` before clipping, in `clipped` after it."""
 
     def configure_gradient_clipping(self, optimizer, *args, **kwargs):
         self.steps = [*getattr(self, "steps", []), self.gradients()]

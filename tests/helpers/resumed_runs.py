@@ -27,11 +27,11 @@ from lightning_ft import (
 )
 from lightning_ft._lightning import Trainer, _pl
 
-DROPOUT = {"r": 4, "lora_dropout": 0.3}  # so that a resumed run needs the random stream too
+DROPOUT = {"r": 4, "lora_dropout": 0.3}  # so that resuming needs the random state too
 
 
 def dice(completions, **columns):
-    """A reward that draws from every stream that a reward may draw from."""
+    """A reward that draws from every random state that rewards may use."""
     draws = torch.rand(()), random.random(), np.random.rand()
     return [text.count("e") - 0.1 * len(text) + float(sum(draws)) for text in completions]
 
@@ -59,7 +59,7 @@ ROLLS_OUT = ("grpo", "ppo")
 
 
 def make(method, model, folder, **options):
-    """Module and data; five batches an epoch, three where completions are sampled."""
+    """Module and data; five batches per epoch, three for policy-gradient methods."""
     kind, settings = METHODS[method]
     settings = dict(settings)
     for name in ("activation_cache", "cache_dir"):
@@ -80,7 +80,7 @@ def make(method, model, folder, **options):
 
 
 class Lines(_pl.loggers.logger.Logger):
-    """Keeps what is logged, without what a clock measured."""
+    """Records logged metrics except for durations."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ class Lines(_pl.loggers.logger.Logger):
 
 
 class Stops(_pl.Callback):
-    """Raises at the start of a batch, after so many."""
+    """Raises at the start of a batch after a number of batches."""
 
     def __init__(self, after):
         self.left = after
@@ -109,7 +109,7 @@ class Stops(_pl.Callback):
 
 
 def train(module, data, options, *, callbacks=(), ckpt_path=None, logger=None, seed=0, **settings):
-    """Fit; every stream is seeded by `seed`, which must not matter to a resumed run."""
+    """Fit with all random states seeded by `seed`, which must not affect a resumed run."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
@@ -122,7 +122,7 @@ def train(module, data, options, *, callbacks=(), ckpt_path=None, logger=None, s
 
 
 def end(trainer):
-    """Steps, trained weights and what the optimizer keeps."""
+    """Steps, trained weights and optimizer state."""
     module = trainer.lightning_module
     state = {
         f"{key}.{name}": v
@@ -138,7 +138,7 @@ def end(trainer):
 
 
 def differences(one, other):
-    """What two ends differ in."""
+    """Names of the values in which two ends differ."""
     assert one.keys() == other.keys()
     return [name for name, value in one.items() if not torch.equal(value, other[name])]
 

@@ -1,4 +1,4 @@
-"""Small models whose rotary frequencies depend on the longest row of a pass, and what each row gets alone."""
+"""Small models whose rotary frequencies depend on the longest row of a pass, and reference values of single rows."""
 
 import copy
 
@@ -23,7 +23,7 @@ _SMALL = {
 
 
 def build_scaled(name, *, at=SWITCH, positions=256, **options):
-    """Phi-3 and Phi-3.5-MoE with LongRoPE, Llama with dynamic NTK; Llama, YaRN and GPT-2, whose positions stay."""
+    """Phi-3 and Phi-3.5-MoE with LongRoPE, Llama with dynamic NTK; Llama, YaRN and GPT-2, whose positions are fixed."""
     torch.manual_seed(0)
     longrope = {
         "rope_type": "longrope",
@@ -76,7 +76,7 @@ def alone(model, example):
     """Log-probabilities of its supervised tokens by the pass of a model that has seen nothing else, ``[n]``."""
     fresh = copy.deepcopy(model)
     with torch.no_grad():
-        fresh(input_ids=torch.tensor([[5]]))  # a short pass: dynamic NTK starts again
+        fresh(input_ids=torch.tensor([[5]]))  # a short pass resets dynamic NTK
         logits = fresh(input_ids=example.input_ids[None], use_cache=False).logits[0, :-1].float()
     picked = logits.log_softmax(-1).gather(-1, example.input_ids[1:, None])[:, 0]
     return picked[example.supervised[1:]]

@@ -1,4 +1,4 @@
-"""Answers what TRL's client asks a vLLM server, on this machine and without a model."""
+"""Local stand-in for a vLLM server that answers TRL's client without a model."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ def logprob(token):
 
 
 class StandIn:
-    """A server that writes down what it is asked.
+    """A server that records its requests.
 
     Args:
         answer: Token ids of the n-th completion of a prompt, `answer(prompt, n)`.
@@ -26,7 +26,7 @@ class StandIn:
         self.answer = answer
         self.requests = []  # (path, body) of each POST
         self.failing = {}  # path -> HTTP status to fail with
-        self.changed = lambda choices: choices  # between the answers and what is sent
+        self.changed = lambda choices: choices  # applied to the choices before they are sent
         self.config = {
             "weight_transfer_config": {"backend": "nccl"},
             "model_config": {"logprobs_mode": "processed_logprobs"},
@@ -71,7 +71,7 @@ class StandIn:
 
 @contextmanager
 def serving(answer):
-    """A stand-in, and its address."""
+    """Start a stand-in, and yield it with its address."""
     stand_in = StandIn(answer)
 
     class Handler(BaseHTTPRequestHandler):
@@ -106,7 +106,7 @@ def serving(answer):
 
 
 class Transport:
-    """Takes the place of vLLM's NCCL transfer, and keeps what is sent."""
+    """Replacement of vLLM's NCCL transfer that records the tensors."""
 
     def __init__(self):
         self.opened = []
@@ -124,7 +124,7 @@ class Transport:
 
 
 def without_vllm(monkeypatch, stateful=False):
-    """Put the transport where TRL's client would call vLLM, in its old or its new way."""
+    """Install the transport where TRL's client calls vLLM, with its old or new interface."""
     transport = Transport()
 
     def put(name, value):

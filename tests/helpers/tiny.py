@@ -1,4 +1,4 @@
-"""Small tokenizers, models and rows, made here."""
+"""Small tokenizers, models and rows for tests."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -55,7 +55,7 @@ def make_model(vocab_size=400, *, layers=2, hidden=32, seed=0, dropout=0.0, tie=
         max_position_embeddings=512,
         tie_word_embeddings=tie,
         attention_dropout=dropout,
-        initializer_range=0.2,  # so that attention matters and a mistake in it shows
+        initializer_range=0.2,  # large enough for mistakes in attention to show
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,

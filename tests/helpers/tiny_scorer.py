@@ -1,4 +1,4 @@
-"""A small reward model, made here."""
+"""A small reward model for tests."""
 
 import torch
 from tiny import make_model
