@@ -1,0 +1,248 @@
+"""The data of the examples on a real model: what loaders make of tiny stand-ins, and of the packages if installed."""
+
+import doctest
+import importlib
+import importlib.util
+import json
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"
+MODULES = ("packages", "candidates", "courts", "reporters", "data", "medical_coding", "legal_citation")
+DOMAINS = ("medical_coding", "legal_citation")
+ROWS = {
+    "medical_coding": {"train": 3952, "validation": 335, "test": 1007, "test_unseen_codes": 532},
+    "legal_citation": {"train": 5000, "validation": 400, "test": 600, "test_unseen_editions": 200},
+}
+WRONG = {"medical_coding": "A00.0", "legal_citation": "0 F.2d 88 (9th Cir. 1978)"}
+"""An answer that is wrong for each row."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules():
+    """The loaders by name. They are unloaded afterward, since their names are ordinary words."""
+    path, before = list(sys.path), {name: sys.modules.pop(name, None) for name in MODULES}
+    sys.path.insert(0, str(SMOLLM2))
+    yield {name: importlib.import_module(name) for name in MODULES}
+    sys.path[:] = path
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+def medical_stand_in():
+    """Forty codes with a title and four inclusion terms; two share a term, and one has too few."""
+    words = ("fever", "cough", "rash", "pain", "ache", "burn", "cyst", "node", "clot", "gout")
+    codes = [(f"A{i:02d}.1", words[i % 10], ("left", "right", "old", "new")[i // 10]) for i in range(40)]
+    leaves = "".join(
+        f"<diag><name>{code}</name><desc>{side} {word}</desc><inclusionTerm>"
+        + "".join(f"<note>{word} of the {side} {part}</note>" for part in ("arm", "leg", "eye"))
+        + ("<note>shared name</note>" if code in ("A01.1", "A02.1") else "")
+        + "</inclusionTerm></diag>"
+        for code, word, side in codes
+    )
+    rare = "<diag><name>B00.1</name><desc>rare</desc></diag>"
+    return {"data/icd10c-tabular-April-1-2026.xml": f"<root><diag><name>A</name>{leaves}{rare}</diag></root>".encode()}
+
+
+def legal_stand_in():
+    """Eight federal editions and one of Ohio, each with four variations, and courts of either."""
+    dates = {"start": "1950-01-01T00:00:00", "end": "1990-12-31T00:00:00"}
+
+    def reporter(name, cite_type, jurisdictions):
+        variations = {f"{name} {written}": name for written in ("Rep.", "R.", "Repr.", "Rp.")}
+        return {
+            "cite_type": cite_type,
+            "mlz_jurisdiction": jurisdictions,
+            "editions": {name: dates},
+            "variations": variations | {"Any.": name},
+        }
+
+    reporters = {f"F{i}.": [reporter(f"F{i}.", "federal", [])] for i in range(8)}
+    reporters["Ohio"] = [reporter("Ohio", "state", ["us:oh;supreme.court"])]
+    reporters["WL"] = [reporter("WL", "specialty_west", [])]
+
+    def court(name, citation, system, location, **others):
+        base = {"name": name, "citation_string": citation, "system": system, "location": location, "examples": []}
+        return base | {"type": "trial", "dates": [{"start": None, "end": None}]} | others
+
+    late = [{"start": "1989-01-01", "end": None}]
+    courts = [court(f"Federal Court {i}", f"Fed. Ct. {i}", "federal", "Ohio") for i in range(3)]
+    courts += [
+        court("Supreme Court of Ohio", "Ohio", "state", "Ohio", examples=["Ohio Supreme Court"], dates=late),
+        court("Supreme Court of Utah", "Utah", "state", "Utah"),
+        court("Court without a string", "", "federal", "Utah"),
+        court("Same", "One", "federal", "Utah"),
+        court("Same", "Other", "federal", "Utah"),
+        court("Attorney General of Ohio", "Ohio Att'y Gen.", "state", "Ohio", type="ag"),
+    ]
+    return {"data/reporters.json": json.dumps(reporters), "data/courts.json": json.dumps(courts)}
+
+
+STAND_INS = {"medical_coding": medical_stand_in, "legal_citation": legal_stand_in}
+
+
+@pytest.fixture(params=DOMAINS)
+def stand_in(request, modules, monkeypatch):
+    """A domain's name and its loader, which reads stand-ins of the packages' files."""
+    files = STAND_INS[request.param]()
+    monkeypatch.setattr(modules["packages"].PackageFile, "read", lambda self: files[self.path])
+    monkeypatch.setattr(modules["packages"].PackageFile, "source", lambda self: {"package": self.package})
+    return request.param, modules[request.param]
+
+
+@pytest.fixture(params=DOMAINS)
+def real(request, modules):
+    """A domain's name and its loader, if the packages that it reads are installed."""
+    for source in modules[request.param].SOURCES:
+        if importlib.util.find_spec(source.package) is None:
+            pytest.skip(f"{source.package} isn't installed")
+    return request.param, modules[request.param]
+
+
+def check(name, module, modules, folder):
+    """Write a domain twice; check files, splits and scores. The domain and what `source.json` says are returned."""
+    domain = module.load()
+    about = modules["data"].write(domain, module.SOURCES, folder / "first")
+    modules["data"].write(module.load(), module.SOURCES, folder / "second")
+    written = sorted(file.name for file in (folder / "first").iterdir())
+    assert {"train.jsonl", "validation.jsonl", "test.jsonl", "source.json", *domain.files} <= {*written}
+    for file in written:
+        assert (folder / "first" / file).read_bytes() == (folder / "second" / file).read_bytes()
+    inputs = {split: {row["input"] for row in rows} for split, rows in domain.splits.items()}
+    assert all(inputs.values())
+    assert not [pair for pair in combinations(inputs, 2) if inputs[pair[0]] & inputs[pair[1]]]
+    assert json.loads((folder / "first" / "source.json").read_text("utf-8")) == about
+    for split, rows in domain.numbered.items():
+        assert [*rows[0]][:4] == ["id", "input", "output", "cluster"]
+        lines = (folder / "first" / f"{split}.jsonl").read_text("utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == rows
+        assert about["rows"][split] == len(rows) == len({row["id"] for row in rows})
+        assert {module.score(row["output"], row["output"]) for row in rows} == {1.0}
+        assert {module.score(text, row["output"]) for row in rows for text in (WRONG[name], "", "?")} == {0.0}
+    return domain, about
+
+
+def test_splits_of_stand_ins_are_disjoint_and_deterministic(stand_in, modules, tmp_path):
+    check(*stand_in, modules, tmp_path)
+
+
+def test_splits_of_real_packages_are_disjoint_and_deterministic(real, modules, tmp_path):
+    _, about = check(*real, modules, tmp_path)
+    assert about["rows"] == ROWS[real[0]]
+    assert {"package", "version", "file", "sha256", "license"} == {*about["sources"][0]}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests_pass(name, modules):
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.testmod(modules[name], optionflags=flags).failed == 0
+
+
+class TestPackageFile:
+    @pytest.fixture
+    def package(self, tmp_path, monkeypatch):
+        """The folder of a package whose code can't run."""
+        folder = tmp_path / "package_of_data"
+        folder.mkdir()
+        (folder / "__init__.py").write_text("raise RuntimeError('imported')", "utf-8")
+        (folder / "rows.json").write_text("[]", "utf-8")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return folder.name
+
+    def test_read_returns_the_file_without_importing_the_package(self, package, modules):
+        sha256 = "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"
+        assert modules["packages"].PackageFile(package, "rows.json", sha256, "MIT").read() == b"[]"
+        assert package not in sys.modules
+
+    def test_read_refuses_another_file_and_says_what_to_install(self, package, modules):
+        with pytest.raises(SystemExit, match=r"SHA-256 4f53.* instead of 0000.*pip install .*requirements.txt"):
+            modules["packages"].PackageFile(package, "rows.json", "0" * 64, "MIT").read()
+
+    def test_read_names_a_missing_file(self, package, modules):
+        with pytest.raises(SystemExit, match=r"none.json doesn't exist: .*pip install"):
+            modules["packages"].PackageFile(package, "none.json", "0" * 64, "MIT").read()
+
+
+def test_data_refuses_an_unknown_domain(modules, capsys):
+    with pytest.raises(SystemExit):
+        modules["data"].main(["astrology"])
+    assert "unknown domain astrology; choose from medical_coding" in capsys.readouterr().err
+
+
+class TestMedicalCoding:
+    @pytest.fixture
+    def domain(self, modules, monkeypatch):
+        monkeypatch.setattr(modules["packages"].PackageFile, "read", lambda self: medical_stand_in()[self.path])
+        return modules["medical_coding"].load()
+
+    def test_codes_are_known_or_unseen(self, domain):
+        known = {row["output"] for split in ("validation", "test") for row in domain.splits[split]}
+        train = {row["output"] for row in domain.splits["train"]}
+        unseen = {row["output"] for row in domain.splits["test_unseen_codes"]}
+        assert known <= train
+        assert not train & unseen
+        assert len(train | unseen) == 40
+
+    def test_held_out_terms_are_never_titles(self, domain):
+        for split in ("validation", "test"):
+            assert all(" of the " in row["input"] for row in domain.splits[split])
+
+    def test_left_out_terms_are_counted(self, domain):
+        assert domain.left_out["terms of several codes"] == 2
+        assert domain.left_out["terms of codes with fewer than four terms"] == 1
+
+    def test_candidates_are_codes_with_titles(self, domain):
+        for row in domain.splits["test"]:
+            lines = row["candidates"].splitlines()
+            assert len(lines) == len(set(lines)) <= 12
+            assert sum(line.startswith(row["output"] + " ") for line in lines) == 1
+        assert domain.facts["candidates_recall"]["test"] == 1.0
+
+    def test_metrics_need_the_list_of_codes(self, modules, monkeypatch, tmp_path):
+        monkeypatch.setattr(modules["medical_coding"], "CODES_FILE", tmp_path / "codes.txt")
+        with pytest.raises(SystemExit, match=r"codes.txt doesn't exist"):
+            modules["medical_coding"].metrics(["A01.1"], ["A01.1"])
+        with pytest.raises(ValueError, match="0 answers and 1 references"):
+            modules["medical_coding"].metrics([], ["A01.1"])
+
+
+class TestLegalCitation:
+    @pytest.fixture
+    def domain(self, modules, monkeypatch):
+        monkeypatch.setattr(modules["packages"].PackageFile, "read", lambda self: legal_stand_in()[self.path])
+        return modules["legal_citation"].load()
+
+    def test_each_variation_is_in_one_split(self, domain, modules):
+        written = {
+            split: {row["input"].split(",")[0].strip("0123456789") for row in rows}
+            for split, rows in domain.splits.items()
+        }
+        assert not [pair for pair in combinations(written, 2) if written[pair[0]] & written[pair[1]]]
+        editions = {split: {row["cluster"] for row in rows} for split, rows in domain.splits.items()}
+        assert editions["test"] <= editions["train"]
+        assert not editions["train"] & editions["test_unseen_editions"]
+
+    def test_ambiguous_names_are_left_out_and_counted(self, domain):
+        assert domain.left_out["variations of several editions"] == 9
+        assert domain.left_out["variations in other publications than case reporters"] == 5
+        assert domain.left_out["courts without a citation string"] == 1
+        assert domain.left_out["names of several courts"] == 2
+        assert domain.left_out["attorneys general"] == 1
+        assert not [row for rows in domain.splits.values() for row in rows if "Any." in row["input"]]
+
+    def test_courts_and_years_go_with_the_edition(self, domain, modules):
+        for rows in domain.splits.values():
+            for row in rows:
+                found = modules["legal_citation"].fields(row["output"])
+                assert (found["reporter"] == "Ohio") == (found["court"] == "Ohio")
+                assert (1989 if found["court"] == "Ohio" else 1950) <= int(found["year"]) <= 1990
+                assert found["court"] not in ("Utah", "One", "Other")
+
+    def test_metrics_refuse_fewer_answers_than_references(self, modules):
+        with pytest.raises(ValueError, match="0 answers and 1 references"):
+            modules["legal_citation"].metrics([], ["1 U.S. 2 (U.S. 1801)"])
