@@ -1,4 +1,4 @@
-"""Training from the lowest adapted layer on: the same weights, whether states are computed, read, or all layers run."""
+"""Training with the activation cache: equal weights whether activations are computed or read, or all layers run."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def counts(module):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_cold_and_warm_cache_runs_are_equal(train, tmp_path, packing, precision):
-    """With dropout above, so that the random stream is the same too."""
+    """With dropout in trained layers, so that equal weights need equal random states."""
     options = {"data": {"packing": packing}, "lora": {"lora_dropout": 0.3}, "precision": precision}
     cold, warm = (train(tmp_path / "states", **options) for _ in range(2))
     assert (counts(cold), counts(warm)) == ((24, 48), (0, 72))
@@ -64,10 +64,13 @@ def test_cold_and_warm_cache_runs_are_equal(train, tmp_path, packing, precision)
 
 
 def test_activation_cache_trains_first_step_under_autocast(train, tmp_path):
-    """What is compared ahead of it must not leave weights cast without gradients behind."""
+    """The comparison before the first step must not leave cast weights without gradients in autocast's cache."""
     options = {"max_steps": 1, "precision": "bf16-mixed", "lora": {"init_lora_weights": "orthogonal"}}
     without, cached = (weights(train(folder, **options)) for folder in (None, tmp_path))
-    for name, value in without.items():  # the first step of Adam has the gradient's sign, which rounding decides near 0
+    for (
+        name,
+        value,
+    ) in without.items():  # Adam's first step is the sign of the gradient, which depends on rounding near 0
         assert ((value - cached[name]).abs() <= 1e-3).float().mean() >= 0.95
 
 
@@ -108,7 +111,7 @@ def test_activation_cache_supports_accumulation_and_several_layers(train, tmp_pa
     "stop_at", [pytest.param(4, marks=pytest.mark.slow), 6, pytest.param(9, marks=pytest.mark.slow)]
 )
 def test_activation_cache_run_resumes_exactly(train, fit, model_folder, tmp_path, stop_at):
-    """Six steps an epoch: in the middle of one, at its end, and in the middle of the next; with dropout above."""
+    """Six steps per epoch: stops within an epoch, at its end, and within the next; with dropout in trained layers."""
     lora = {"lora_dropout": 0.3}
     saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     whole = train(tmp_path / "states", lora=lora, callbacks=[saver], enable_checkpointing=True)
@@ -121,7 +124,7 @@ def test_activation_cache_run_resumes_exactly(train, fit, model_folder, tmp_path
 
 
 def test_activation_cache_is_flushed_with_a_checkpoint(train, tmp_path):
-    """A run that is killed afterwards finds them."""
+    """A run that is killed later can read them when it is resumed."""
 
     class Stops(_pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -167,7 +170,7 @@ def test_validation_bypasses_the_activation_cache(fit, model_folder, tmp_path):
         trainer = fit(module, ROWS, data={"validation": ROWS[:6]}, max_epochs=2)
         losses.append(float(trainer.callback_metrics["val/loss"]))
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert counts(module) == (24, 24)  # none of them was kept
+    assert counts(module) == (24, 24)  # none was cached
 
 
 def test_activation_cache_works_in_a_custom_loop(model_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""What a frozen trunk refuses and warns of, what it costs, and how it is asked for."""
+"""The activation cache: refusals, warnings, cost, and options."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def reader_of(model, folder):
 
 
 def of_first_layer(model, needed):
-    """The last layer adds what the first one left behind in this pass, or in an earlier one."""
+    """A model whose last layer adds a state of the first layer, from this or an earlier pass."""
     layers, left = model.model.layers, {}
     attention, last = layers[0].self_attn.forward, layers[-1].forward
 
@@ -97,7 +97,7 @@ def test_activation_cache_detects_unsupported_layers_at_the_first_batch(tmp_path
 
 
 def test_activation_cache_accepts_dropout_in_trained_layers(tmp_path):
-    """Also once the adapter gives something, so that what is dropped shows."""
+    """With an adapter that has an effect, so that dropout would show."""
     reader = reader_of(with_adapters(build("llama"), 1, lora_dropout=0.5), tmp_path)
     before = torch.random.get_rng_state()
     with reader.around(batch_of(packing=False)):
@@ -186,7 +186,7 @@ def batches(tokenizer):
 
 
 def test_full_activation_cache_warns_once_and_trains_exactly(trainer_options, model_folder, tokenizer, tmp_path):
-    """Of batches that no DataModule counts, the tokens aren't known in advance."""
+    """Without a DataModule, the number of tokens isn't known in advance."""
     ends = []
     for name, size in (("small", 10_000), ("large", GIB)):
         torch.manual_seed(1)
@@ -262,7 +262,7 @@ def test_activation_cache_options_are_read_from_the_command_line(monkeypatch, tm
     assert cli.model._activations == ActivationCache(Path(tmp_path / "states"))
 
 
-# -------------------------------------------------------------------- what it costs
+# -------------------------------------------------------------------- cost
 
 
 def test_activation_cache_flops_count_frozen_layers_once_per_row(trainer_options, model_folder, tmp_path):
@@ -288,5 +288,5 @@ def test_activation_cache_flops_of_one_row(tmp_path):
         with reader.around(collate_examples([Example(ids, torch.arange(length) > 9)])):
             pass
         weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64  # q and o, k and v, and the MLP
-        a_layer = 2 * weights * length + 2 * (2 * 32 * length**2)  # scores, and what they are multiplied with
+        a_layer = 2 * weights * length + 2 * (2 * 32 * length**2)  # scores, and their product with the values
         assert reader.flops == pytest.approx((seed + 1) * 2 * a_layer, rel=0.02)

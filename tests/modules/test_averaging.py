@@ -1,4 +1,4 @@
-"""Lightning's weight averaging over an adapter: resumed, kept small, and never over the frozen base."""
+"""Lightning's weight averaging over an adapter: resumable, small, and without the frozen base."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A Trainer with these modules writes whole checkpoints, reads whole ones, and never runs what one contains."""
+"""Checkpoints are written atomically, checked on reading, and never execute code."""
 
 import importlib
 import os
@@ -29,7 +29,7 @@ def same(one, other):
 
 
 class Code:
-    """Whoever unpickles it writes a file named `ran`."""
+    """Writes a file named `ran` when it is unpickled."""
 
     def __reduce__(self):
         return os.system, ("touch ran",)
@@ -37,13 +37,13 @@ class Code:
 
 @pytest.fixture
 def module(model_folder):
-    alike = {"lr_schedule": "constant", "warmup_ratio": 0.0}  # however long the run is
+    alike = {"lr_schedule": "constant", "warmup_ratio": 0.0}  # independent of the run's length
     return lambda: LoRAFineTuning(model_folder, lora={"r": 2}, learning_rate=1e-2, **alike)
 
 
 @pytest.fixture
 def run(fit, module, tmp_path):
-    """Train on from the last checkpoint; returns the weights."""
+    """Resume from the last checkpoint, and return the weights."""
 
     def run(steps, folder=tmp_path / "k", ckpt_path="last", every=1):
         trained = module()
@@ -169,7 +169,7 @@ def test_load_from_checkpoint_executes_no_code(fit, module, tmp_path, monkeypatc
 
 
 class Own(_pl.plugins.TorchCheckpointIO):
-    """A user's own plugin, which counts."""
+    """A user's checkpoint plugin that counts its calls."""
 
     saved = loaded = 0
 

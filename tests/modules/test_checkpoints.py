@@ -1,4 +1,4 @@
-"""A checkpoint holds trainable weights only, loads without pickled code, and a run resumes bit for bit."""
+"""A checkpoint contains trainable weights only, loads without pickled code, and a run resumes bit for bit."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.errors import ModelError
 
 ROWS = make_rows(24)
-DROPOUT = {"r": 4, "lora_dropout": 0.3}  # so that a resumed run needs the random stream too
+DROPOUT = {"r": 4, "lora_dropout": 0.3}  # so that resuming needs the random state too
 
 
 def weights(module):
@@ -39,13 +39,13 @@ def test_checkpoint_contains_trainable_weights_without_pickled_objects(fit, mode
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
 @pytest.mark.parametrize("stop_at", [2, 3])
 def test_sft_run_resumes_exactly(fit, model_folder, tmp_path, kind, stop_at):
-    """Three steps an epoch: in the middle of one, at its end, and in the middle of the next."""
+    """Three steps per epoch: stops within an epoch, at its end, and within the next."""
     options = {"max_epochs": 3, "accumulate_grad_batches": 2, "data": {"shuffle": True}}
     torch.manual_seed(1)
     whole = module_for(kind, model_folder)
     saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     fit(whole, ROWS, callbacks=[saver], enable_checkpointing=True, **options)
-    torch.manual_seed(2)  # what the process drew before must not matter
+    torch.manual_seed(2)  # earlier random draws of the process must not matter
     resumed = module_for(kind, model_folder)
     trainer = fit(resumed, ROWS, ckpt_path=tmp_path / f"step={stop_at}.ckpt", **options)
     assert trainer.global_step == 9

@@ -39,7 +39,7 @@ def tokenizer_with(*tokens):
 
 
 def few_positions(length=64):
-    """Its positions are a learned table."""
+    """A model with learned positions."""
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 400, "n_positions": length}
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=2, pad_token_id=0))
@@ -234,7 +234,7 @@ def test_predict_names_a_prompt_without_room_before_the_first_answer(trainer_opt
 
 @pytest.fixture(params=[False, True], ids=["head", "tied"])
 def grown(request, tmp_path):
-    """A folder of a model and a tokenizer that were given a new token, as people do it."""
+    """A folder of a model and a tokenizer with an added token, saved in the usual way."""
     tokenizer = tokenizer_with(CALL)
     model = make_model(vocab_size=len(tokenizer) - 1, tie=request.param)
     model.resize_token_embeddings(len(tokenizer))
@@ -280,7 +280,7 @@ def test_untrained_tokens_are_reported_with_a_working_remedy(grown, tmp_path, tr
 
 
 def test_tokens_missing_in_the_checkpoint_count_as_new(model_folder, train):
-    tokenizer = tokenizer_with(CALL)  # within the matrix, whose last rows no token had
+    tokenizer = tokenizer_with(CALL)  # within the embedding matrix, whose last rows are unused
     with pytest.warns(UserWarning, match=rf"'{CALL}' \(id {len(tokenizer) - 1}\) in 4 rows"):
         train(
             LoRAFineTuning(model_folder, tokenizer=tokenizer, lora={"r": 2}),
@@ -323,7 +323,7 @@ def test_end_token_of_ordinary_text_is_reported(train):
         train(FullFineTuning(model, tokenizer=make_tokenizer()), data_of("full", "where"))
 
 
-# ---- what is given in the place of something else
+# ---- arguments of a wrong type
 
 
 @pytest.mark.parametrize("rows", [("grpo", "PromptBatch"), ("dpo", "PreferenceBatch")])

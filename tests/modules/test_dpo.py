@@ -1,4 +1,4 @@
-"""DPO in a Trainer: losses and metrics by hand, the weighting of a step, training, and what is refused."""
+"""DPO in a Trainer: losses and metrics against plain Python, weighting within a step, training, and refusals."""
 
 import math
 import warnings
@@ -110,7 +110,7 @@ def test_clipping_applies_to_mean_gradient_over_examples(model_folder, trainer_o
     assert torch.nn.utils.get_total_norm(list(module.steps[0].values())) > 1e-2
 
 
-# ---------------------------------------------------------------- the weighting of a step
+# ---------------------------------------------------------------- weighting within a step
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_clipping_applies_to_mean_gradient_over_examples(model_folder, trainer_o
 )
 def test_dpo_gradients_do_not_depend_on_micro_batches(model_folder, trainer_options, lora, loss):
     def gradients(batch_size, accumulate=1, **options):
-        # AdamW makes much of a difference in the last bit: the same weights in all steps
+        # AdamW amplifies differences in the last bit, so all steps are compared at the same weights
         module = RecordingDPO(model_folder, lora=lora, loss=loss, learning_rate=1e-9, **options)
         module.configure_model()
         shake(module)
@@ -224,7 +224,7 @@ def test_dpo_trains_float32_adapter_over_bfloat16_base(model_folder, trainer_opt
     assert module.step_losses[-1] < math.log(2) - 0.1
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""DPO's reference computed beforehand, and checkpoints: exact resumes, and what is in them."""
+"""DPO's precomputed reference, and checkpoints: exact resuming and contents."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from lightning_ft.models import tensors
 
 
 class CountsReferences(Records, DPO):
-    """How often the reference ran."""
+    """DPO that counts forward passes of the reference."""
 
     runs = 0
 
@@ -47,7 +47,7 @@ def test_precomputed_reference_gives_equal_training(model_folder, trainer_option
     first, first_figures = run(True)
     assert live.runs == 2 * 7 + 2 * 2 + 2  # steps, validation, and its sanity check
     assert first.runs == 3 + 1  # 20 and 6 rows, eight at a time
-    assert len(list((tmp_path / "a").iterdir())) == 2  # a file for each split, nothing half written
+    assert len(list((tmp_path / "a").iterdir())) == 2  # one file per split, and no partial file
     again, again_figures = run(True)
     assert again.runs == 0
     assert again.step_losses == first.step_losses
@@ -56,7 +56,7 @@ def test_precomputed_reference_gives_equal_training(model_folder, trainer_option
     assert first_figures.keys() == live_figures.keys()
     for name, value in live_figures.items():
         assert first_figures[name] == pytest.approx(value, abs=1e-4), name
-    # Rows that were shuffled are looked up by their number: had they been mixed up, the first step would show it.
+    # Shuffled rows are looked up by their number; a mix-up would show in the first step.
     assert first.step_losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -98,7 +98,9 @@ def test_precomputed_reference_cache_depends_on_reference_and_rows(model_folder,
     assert runs(model_folder) == 3
     assert runs(model_folder, loss="ipo", beta=0.5) == 0
     assert runs(model_folder, lora={"r": 4}) == 3
-    assert runs(model_folder, lora={"r": 8}, seed=3) == 0  # switched off, one adapter is like another
+    assert (
+        runs(model_folder, lora={"r": 8}, seed=3) == 0
+    )  # with the adapter switched off, its rank and seed don't matter
     assert runs(make_model(seed=1)) == 3
     assert runs(model_folder, rows=[*PAIRS[:-1], {**PAIRS[-1], "chosen": "something else"}]) == 3
     assert runs(model_folder, rows=PAIRS[::-1]) == 3
@@ -145,7 +147,7 @@ def test_precomputed_reference_needs_a_datamodule(model_folder, trainer_options)
 )
 @pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_dpo_run_resumes_exactly(model_folder, trainer_options, tmp_path, options, stop_at):
-    """Three steps an epoch: in the middle of one, and of the next."""
+    """Three steps per epoch: stops within the first and within the second."""
     options, rows = dict(options), PAIRS
     kind = functools.partial(RecordingDPO, cache_dir=str(tmp_path / "cache"))
     if options.pop("kto", False):
@@ -163,7 +165,7 @@ def test_dpo_run_resumes_exactly(model_folder, trainer_options, tmp_path, option
     whole = make()
     saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     train(whole, rows, trainer_options, callbacks=[saver], enable_checkpointing=True, **common)
-    torch.manual_seed(2)  # what the process drew before must not matter
+    torch.manual_seed(2)  # earlier random draws of the process must not matter
     resumed = make()
     trainer = train(resumed, rows, trainer_options, ckpt_path=tmp_path / f"step={stop_at}.ckpt", **common)
     assert trainer.global_step == 6

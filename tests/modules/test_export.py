@@ -1,4 +1,4 @@
-"""Every kind of export answers as the live model does, loaded in another process by the code of its model card."""
+"""Every type of export generates as the trained model does, loaded in another process by the code of its model card."""
 
 import json
 import os
@@ -47,7 +47,7 @@ print("\n" + json.dumps(out))
 
 
 def tokens_of(module, asked):
-    """Ids that the live engine of a module writes, its end token among them."""
+    """Token ids that the module's engine generates, including the end token."""
     from lightning_ft.data.encode import encode_prompt
     from lightning_ft.rollout.local import LocalEngine
 
@@ -57,7 +57,7 @@ def tokens_of(module, asked):
 
 
 def make_bases(folder):
-    """The base that most are trained over, and others like it."""
+    """The base of most exports, and variants of it."""
     eos = {"eos": "<|pad|>"}  # not the token that the chat template ends turns with
     size = len(make_tokenizer())
     plain, tied = make_model(size), make_model(size, tie=True)
@@ -123,8 +123,8 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Folders of every kind of export, what the live model answered, and what the card's code answers."""
-    torch.set_num_threads(1)  # before any fixture of a single test does it
+    """Folders of every type of export, answers of the trained model, and answers by the card's code."""
+    torch.set_num_threads(1)  # earlier than the function-scoped fixtures
     root = tmp_path_factory.mktemp("exports")
     make_bases(root)
     options = {
@@ -183,7 +183,7 @@ def test_export_generates_as_the_trained_model(exports, name):
     assert len(folders) == (1 if name == "full" else 2)
     for folder in folders:
         assert loaded[folder] == live[folder], folder
-    if name in ("full", "adapter", "grown"):  # trained long enough to stop by itself
+    if name in ("full", "adapter", "grown"):  # trained until it generates end tokens
         end = AutoTokenizer.from_pretrained(root / name).convert_tokens_to_ids("<|im_end|>")
         assert all(ids[-1] == end and ids.count(end) == 1 for ids in live[name])
 
@@ -281,7 +281,7 @@ def test_export_saves_generation_settings_that_transformers_refuses(model_folder
     module = FullFineTuning(model, tokenizer=make_tokenizer())
     written = json.loads((module.export(tmp_path / "out") / "generation_config.json").read_text())
     assert (written["temperature"], written["top_p"], written["eos_token_id"]) == (0.6, 0.9, [2, 7])
-    assert model.generation_config.eos_token_id == 7  # the live one is left as it was
+    assert model.generation_config.eos_token_id == 7  # the live one is unchanged
 
 
 def test_export_of_another_type_replaces_all_files(model_folder, tmp_path):
@@ -314,7 +314,9 @@ def test_failed_export_keeps_the_previous_one(model_folder, tmp_path, monkeypatc
 
 
 def test_export_removes_leftovers_of_a_killed_export(model_folder, tmp_path):
-    left = tmp_path / "out" / temporary_path(tmp_path).name.replace(f"-{os.getpid()}-", "-4194305-")  # no such process
+    left = (
+        tmp_path / "out" / temporary_path(tmp_path).name.replace(f"-{os.getpid()}-", "-4194305-")
+    )  # a process id that doesn't exist
     left.mkdir(parents=True)
     (left / "adapter_model.safetensors").write_bytes(b"half")
     LoRAFineTuning(model_folder, lora={"r": 4}).export(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""GRPO: it learns, takes a loss of one's own, and reward models in every form."""
+"""GRPO: learning, custom losses, and reward models in every form."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def make(kind=Policy, **options):
     return kind(make_model(), tokenizer=make_tokenizer(), **{**settings, **options})
 
 
-# ---------------------------------------------------------------- a loss of one's own
+# ---------------------------------------------------------------- custom losses
 
 
 class Reinforce(GRPO):
@@ -64,7 +64,7 @@ def test_grpo_subclass_may_compute_its_own_loss(micro_batch_size, mask_truncated
     (total / tokens).backward()
     assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(float(total / tokens), abs=1e-5)
     assert float(trainer.callback_metrics["train/entropy"]) > 0
-    assert "train/clip_fraction/low" not in trainer.callback_metrics  # which its own loss says nothing about
+    assert "train/clip_fraction/low" not in trainer.callback_metrics  # which the custom loss doesn't report
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(module.gradients[0][f"model.{name}"], parameter.grad, rtol=0, atol=1e-5)
     assert max(float(g.abs().max()) for g in module.gradients[0].values()) > 0.05
@@ -84,7 +84,7 @@ def test_grpo_subclass_may_compute_its_own_loss(micro_batch_size, mask_truncated
     ids=["full", "lora", "rloo", "cispo"],
 )
 def test_grpo_increases_rewards(options, trainer_options):
-    """Half of the tokens are rewarded."""
+    """The reward is the share of tokens in one half of the vocabulary."""
 
     class WithAdamW(Records, GRPO):
         pass
@@ -135,7 +135,9 @@ def test_grpo_combines_a_reward_model_with_a_function(trainer_options):
     torch.testing.assert_close(module.rollout_batch.total_rewards, given[:, 0] + 0.5 * given[:, 1])
     assert "train/rewards/reward_model" in trainer.callback_metrics
     trainer.save_checkpoint(f"{trainer_options['default_root_dir']}/a.ckpt")
-    torch.load(f"{trainer_options['default_root_dir']}/a.ckpt", weights_only=True)  # its settings are plain values
+    torch.load(
+        f"{trainer_options['default_root_dir']}/a.ckpt", weights_only=True
+    )  # its hyperparameters are plain values
 
 
 # ---------------------------------------------------------------- refusals

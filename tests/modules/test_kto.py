@@ -1,4 +1,4 @@
-"""KTO in a Trainer: its loss by hand, mismatched completions, and what is refused."""
+"""KTO in a Trainer: its loss against plain Python, mismatched completions, and refusals."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every LoRA variant of PEFT's: trained, checkpointed, exported, and loaded again by plain PEFT."""
+"""Every LoRA variant of PEFT: training, checkpoints, exports, and reloading in plain PEFT."""
 
 import json
 
@@ -40,7 +40,7 @@ def logits_of_plain_peft(base, folder, ids):
     return PeftModel.from_pretrained(model, str(folder)).eval()(ids).logits
 
 
-COVERED = ("rslora", "gaussian", "orthogonal", "pissa_niter", "some_layers")  # by what is near to them
+COVERED = ("rslora", "gaussian", "orthogonal", "pissa_niter", "some_layers")  # covered by similar variants
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_lora_variant_trains_and_reloads(fit, model_folder, tmp_path, name):
     torch.testing.assert_close(logits_of_plain_peft(model_folder, exported, ids), live, rtol=1e-4, atol=1e-4)
     assert all(file.suffix not in (".bin", ".pt") for file in exported.iterdir())
 
-    if name == "with_bias":  # there is no bias in the base that it could be merged into
+    if name == "with_bias":  # the base has no bias to merge it into
         with pytest.raises(ExportError, match="unmerged"):
             module.export(tmp_path / "merged", merge=True)
         return
@@ -79,7 +79,7 @@ def test_lora_variant_trains_and_reloads(fit, model_folder, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 def test_export_of_adapters_that_change_the_base_fits_the_original_base(fit, model_folder, tmp_path, name):
-    """At rank 4 it took four directions out of the base, so the exported one needs eight to put them back."""
+    """At rank 4 the variant removes four directions from the base, so the export needs rank 8 to restore them."""
     module = LoRAFineTuning(model_folder, lora={"r": 4, **VARIANTS[name]}, learning_rate=1e-2, dtype="float32")
     fit(module, ROWS)
     folder = module.export(tmp_path / "adapter")
@@ -87,7 +87,7 @@ def test_export_of_adapters_that_change_the_base_fits_the_original_base(fit, mod
     assert config["r"] == 8
     assert config["init_lora_weights"] is True
 
-    again = module.export(tmp_path / "again")  # as ExportModel does, for the last weights and the best
+    again = module.export(tmp_path / "again")  # ExportModel exports twice: the last and the best weights
     assert (again / "adapter_config.json").read_text() == (folder / "adapter_config.json").read_text()
     first, second = (load_file(made / "adapter_model.safetensors") for made in (folder, again))
     assert all(torch.equal(second[key], value) for key, value in first.items())
@@ -95,7 +95,7 @@ def test_export_of_adapters_that_change_the_base_fits_the_original_base(fit, mod
 
 @torch.no_grad()
 def test_loftq_export_is_merged(fit, model_folder, tmp_path, monkeypatch):
-    """PEFT computes LoftQ on CUDA only, so its rounding is done here by a plain one."""
+    """PEFT computes LoftQ on CUDA only, so a plain implementation of its rounding is used here."""
 
     def rounded(weight, num_bits, reduced_rank, num_iter):
         step = weight.abs().max() / 2 ** (num_bits - 1)
@@ -198,7 +198,7 @@ def test_lora_accepts_a_peft_config_and_checkpoints_plain_values(fit, model_fold
 
 
 def test_eva_resumes_with_its_ranks(fit, model_folder, tmp_path):
-    lora = {"r": 4, "init_lora_weights": "eva"}  # PEFT's default lets ranks move
+    lora = {"r": 4, "init_lora_weights": "eva"}  # by default, PEFT redistributes ranks
     whole, first, resumed = (LoRAFineTuning(model_folder, lora=lora, learning_rate=1e-2) for _ in range(3))
     fit(whole, ROWS, max_epochs=2)
     assert whole.model.active_peft_config.rank_pattern

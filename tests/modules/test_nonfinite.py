@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that aren't finite: the weights never get them, and nothing of them is written."""
+"""Non-finite losses, gradients and weights: they never reach the weights, and are never written."""
 
 import math
 
@@ -52,7 +52,7 @@ class Spike(Callback):
 
 
 class Broken:
-    """Mixed into a module: gives a loss that isn't finite in some optimizer steps, counted from 1."""
+    """Mixin for a module: returns a non-finite loss in some optimizer steps, counted from 1."""
 
     steps, value = (2,), math.nan
 
@@ -169,7 +169,7 @@ def test_nonfinite_error_distinguishes_nonfinite_weights(trainer_options):
 
 @pytest.mark.parametrize(("scale", "raises"), [(256.0, False), (1.0, True)])
 def test_gradient_overflow_lowers_the_scale_of_the_scaler(scale, raises, trainer_options):
-    """What the scaler finds before the callbacks is an overflow of the scaled gradients, but at a scale of 1."""
+    """A non-finite gradient that the scaler finds is an overflow of scaled gradients, except at a scale of 1."""
 
     class Overflow(torch.autograd.Function):
         @staticmethod

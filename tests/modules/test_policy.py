@@ -1,4 +1,4 @@
-"""What every policy-gradient module does: steps, metrics, validation, and what it makes of rewards."""
+"""All policy-gradient modules: steps, metrics, validation, and rewards."""
 
 import math
 import random
@@ -52,7 +52,7 @@ def test_policy_steps_do_not_depend_on_micro_batches_and_sharing(kind, options, 
 
 @pytest.mark.parametrize("kind", [Policy, Actor])
 def test_steps_per_rollout_cover_all_prompts_per_epoch(kind, trainer_options):
-    """Each pass goes through all prompts, in another order; a step takes a part of them."""
+    """Each epoch over a rollout visits all prompts in a new order; a step takes a part of them."""
     module = make(kind, epochs_per_rollout=3, steps_per_rollout=2)
     trainer = run(module, BATCHES, trainer_options, rollouts=PREDRAWN)
     assert trainer.global_step == len(module.gradients) == len(module.results) == 2 * 3 * 2
@@ -64,7 +64,7 @@ def test_steps_per_rollout_cover_all_prompts_per_epoch(kind, trainer_options):
     assert len({tuple(batch.sequences.bincount().tolist()) for batch, _ in module.results[::2]}) > 2
     ratios = [result.ratio for _, result in module.results[:6]]
     torch.testing.assert_close(ratios[0], torch.ones_like(ratios[0]), rtol=0, atol=1e-5)
-    assert all((ratio - 1).abs().max() > 1e-3 for ratio in ratios[2:])  # against the policy that sampled
+    assert all((ratio - 1).abs().max() > 1e-3 for ratio in ratios[2:])  # relative to the policy that sampled
 
 
 def test_max_steps_may_end_within_a_rollout(trainer_options):
@@ -87,7 +87,7 @@ def test_policy_schedule_spans_all_optimizer_steps(schedule, end, trainer_option
     module = make(Watched, epochs_per_rollout=2, steps_per_rollout=2, lr_schedule=schedule, warmup_ratio=0.25)
     run(module, BATCHES, trainer_options, rollouts=PREDRAWN, max_epochs=2)
     assert len(rates) == 16
-    assert rates[:5] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])  # the first rollout teaches
+    assert rates[:5] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])  # the first rollout has steps too
     assert module.lr_schedulers().get_last_lr()[0] == pytest.approx(end, abs=1e-9)
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
@@ -115,14 +115,14 @@ def test_policy_refuses_accumulation_and_clipping_of_the_trainer(option, trainer
 
 
 def with_logprobs(rollout):
-    """As an engine gives them that says what it sampled each token with."""
+    """Rollouts of an engine that returns log-probabilities."""
     return Rollouts(
         tuple(Completion(c.tokens, c.truncated, (-1.0,) * len(c.tokens)) for c in rollout.completions), 0, 0
     )
 
 
 def other(completion_ids, log_metric, **columns):
-    """Applies to long completions only."""
+    """A reward function that applies to long completions only."""
     log_metric("seen", len(completion_ids))
     return [float(len(ids)) if len(ids) > 4 else None for ids in completion_ids]
 
@@ -169,7 +169,7 @@ def test_policy_metrics_match_plain_python(kind, mask_truncated, trainer_options
         seen += 3
         for t in range(len(batch.logprobs)):
             now, before, ref = (float(x[t]) for x in (batch.logprobs, batch.old_logprobs, batch.ref_logprobs))
-            sums["gap"] += abs(before + 1.0)  # against what the engine said
+            sums["gap"] += abs(before + 1.0)  # relative to the engine's log-probability
             if not batch.mask[t]:
                 continue
             tokens += 1
@@ -209,7 +209,7 @@ def test_engine_without_logprobs_logs_no_sampling_gap(trainer_options):
 
 
 def test_sampled_logprobs_match_computed_logprobs(trainer_options):
-    """With the engine's own completions, at a temperature and behind filters."""
+    """With sampled completions, at a temperature and with top-p filtering."""
     module = make(Policy, temperature=0.7, top_p=0.9, epochs_per_rollout=2, max_new_tokens=12)
     trainer = run(module, BATCHES, trainer_options)
     assert trainer.callback_metrics["train/sampling_gap"] < 1e-5
@@ -238,7 +238,7 @@ def test_last_rollout_contains_samples(trainer_options):
 
 
 def drawn(completions, **columns):
-    """A reward that is no better than dice, from both random streams."""
+    """A random reward from both random states."""
     return [random.random() + float(torch.rand(())) for _ in completions]
 
 
@@ -274,7 +274,7 @@ def test_policy_validation_samples_the_same_completions(trainer_options):
     names = {"rewards/by_tokens", "rewards/other", "reward"}
     names |= {f"{name}_std" for name in names} | {"completion_length", "truncated_fraction"}
     assert kept.metrics[1].keys() == {f"val/{name}" for name in names}
-    # It hasn't learnt anything to speak of, so what it samples is the same.
+    # The weights have hardly changed, so the samples are the same.
     assert kept.metrics[1:] == [kept.metrics[1]] * 4
 
 
@@ -292,7 +292,7 @@ def test_validation_rewards_are_not_used_in_training(trainer_options):
         module = make(Policy, validation_rewards=further)
         trainer = run(module, BATCHES, trainer_options, validation=validation)
         found.append(weights(module))
-    assert asked == [3, 3]  # the sanity check and one validation, of one completion to each prompt
+    assert asked == [3, 3]  # the sanity check and one validation, with one completion per prompt
     assert trainer.callback_metrics["val/rewards/true_reward"] == -1000
     assert trainer.callback_metrics["val/reward"] == trainer.callback_metrics["val/rewards/by_tokens"]
     assert "train/rewards/true_reward" not in trainer.callback_metrics

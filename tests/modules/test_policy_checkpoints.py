@@ -1,4 +1,4 @@
-"""Checkpoints of policy-gradient modules: exact resumes, and what is in them."""
+"""Checkpoints of policy-gradient modules: exact resuming and contents."""
 
 import random
 
@@ -25,7 +25,7 @@ def by_length_and_dice(completions, **columns):
 
 @pytest.fixture
 def adapter_folder(model_folder, tokenizer, tmp_path):
-    """A trained adapter, to be continued: what it is compared with is itself as it was, not its base."""
+    """A trained adapter to continue, whose reference is its initial state, not its base."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32")
     model = add_lora(model, lora_config({**LORA, "init_lora_weights": False}), seed=4)
     model.save_pretrained(tmp_path / "adapter")
@@ -55,10 +55,10 @@ RESUMED = {
     ],
 )
 def test_policy_run_resumes_exactly(which, model_folder, adapter_folder, trainer_options, tmp_path):
-    """Three rollouts of four steps an epoch; stopped in the middle of the first and of the second."""
+    """Three rollouts of four steps per epoch; stops within the first and the second rollout."""
     base, options = RESUMED[which]
 
-    class Sampling(Records, base):  # with its own optimizer
+    class Sampling(Records, base):  # with AdamW
         pass
 
     def fit(ckpt_path=None, callbacks=()):
@@ -89,7 +89,7 @@ def test_policy_run_resumes_exactly(which, model_folder, adapter_folder, trainer
     whole = fit(callbacks=[saver])
     assert len(whole.samples) == 6
     for step in (8, 16):
-        torch.manual_seed(2)  # what the process drew before must not matter
+        torch.manual_seed(2)  # earlier random draws of the process must not matter
         random.seed(2)
         resumed = fit(ckpt_path=tmp_path / f"step={step}.ckpt")
         assert resumed.samples == whole.samples[step // 4 :]
@@ -109,7 +109,7 @@ def test_policy_run_resumes_exactly(which, model_folder, adapter_folder, trainer
 def test_policy_checkpoint_contains_trainable_weights_only(
     how, model_folder, adapter_folder, trainer_options, tmp_path
 ):
-    """Neither the reference nor the adapter that the trained one is compared with."""
+    """Checkpoints exclude the reference, including a reference adapter."""
     lora = {"lora": LORA, "pissa": {"r": 4, "init_lora_weights": "pissa"}}.get(how)
     folder = adapter_folder if how == "continued" else model_folder
     options = {"lora": lora, "kl_coef": 0.1, "num_completions": 3, "max_new_tokens": 9, "learning_rate": 1e-2}
@@ -126,7 +126,7 @@ def test_policy_checkpoint_contains_trainable_weights_only(
 
     module.measure = measured
     trainer = run(module, BATCHES, trainer_options)
-    assert kl[0] < 1e-4  # the reference is the model as it was
+    assert kl[0] < 1e-4  # the reference is the initial model
     assert kl[1] > 1e-4
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     held = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
@@ -140,7 +140,7 @@ def test_policy_checkpoint_contains_trainable_weights_only(
 
 
 def test_bf16_reference_is_rounded_like_the_policy(trainer_options):
-    """Else the policy would be some way from it before its first step."""
+    """Otherwise the policy would differ from it before the first step."""
     module = make(GRPO, lora=None, kl_coef=0.1, lr_schedule="constant", warmup_ratio=0.0)
     run(module, [draw_prompts(2)], {**trainer_options, "precision": "bf16-true"})
     assert module.trainer.callback_metrics["train/kl"] == 0.0

@@ -1,4 +1,4 @@
-"""PPO against its literal definition; critics, the KL coefficient, checkpoints and exports."""
+"""PPO against a reference implementation; critics, the KL coefficient, checkpoints and exports."""
 
 import copy
 from dataclasses import fields
@@ -17,7 +17,7 @@ from lightning_ft import PPO
 from lightning_ft.errors import ConfigError
 
 TOLERANCE = 1e-6
-LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.2}  # the dropout must be switched off, the critic's too
+LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.2}  # dropout must be switched off, also the critic's
 SCORES = [1.0, -0.5, 2.0, 0.25, 1.5, -1.0]
 BATCH = draw_prompts(3, columns={"scores": [SCORES[:2], SCORES[2:4], SCORES[4:]]})
 GIVEN = draw_rollout(6)
@@ -29,7 +29,7 @@ def reward(completions, scores, **columns):
 
 
 class InDouble(Records, WithSGD, PPO):
-    """In double precision, neither adapter nor head as they start out; keeps a copy from before the first step."""
+    """PPO in double precision with non-zero adapters and head; keeps a copy from before the first step."""
 
     def configure_model(self):
         if self.model is None:
@@ -45,7 +45,7 @@ class InDouble(Records, WithSGD, PPO):
 
 
 def literal(module, rollout, settings, steps, rate):
-    """Measures, and losses and gradients of each step of plain gradient descent, by the reference."""
+    """Values, losses and gradients of each SGD step by the reference implementation."""
     model, head = module.before
     adapted = hasattr(model, "peft_config")
     apart = module.hparams["critic"] == "adapter"
@@ -93,7 +93,7 @@ def test_ppo_matches_reference_implementation(case, how, trainer_options):
     options = {} if how == "full" else {"lora": LORA}
     model = make_model()
     with torch.no_grad():
-        model.lm_head.weight *= 0.3  # logits are rounded to fp32, so that they had better be small
+        model.lm_head.weight *= 0.3  # logits are rounded to fp32, so small ones are more precise
     module = InDouble(
         model,
         tokenizer=make_tokenizer(),
@@ -143,7 +143,7 @@ def test_ppo_matches_reference_implementation(case, how, trainer_options):
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
 def test_ppo_gradient_checkpointing_gives_same_weights(critic, trainer_options):
-    """A layer is computed again with the adapter that it was computed with, which isn't the active one by then."""
+    """Recomputation must use the adapter of the forward pass, which is no longer active then."""
     found = []
     for on in (False, True):
         module = InDouble(
@@ -175,7 +175,7 @@ def make(kind=PPO, **options):
 
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
 def test_value_loss_moves_only_shared_weights(critic, trainer_options):
-    """An adapter of its own leaves the policy's alone; a shared trunk learns from both."""
+    """A critic adapter leaves the policy's adapter unchanged; a shared one learns from both losses."""
     found = []
     for value_coef in (0.0, 10.0):
         options = {"value_coef": value_coef, "epochs_per_rollout": 1, "max_grad_norm": None}
@@ -202,7 +202,7 @@ def test_ppo_critic_has_its_own_learning_rate(critic, trainer_options):
 
 
 def test_ppo_critic_accepts_adapters_that_change_the_base(trainer_options):
-    """PiSSA splits the base's weights once; the critic's adapter starts from nothing over what is left."""
+    """PiSSA changes the base's weights once; the critic's adapter starts at zero over the changed base."""
     module = make(lora={"r": 4, "init_lora_weights": "pissa"}, critic="adapter")
     trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
     assert trainer.global_step == 4
@@ -211,7 +211,7 @@ def test_ppo_critic_accepts_adapters_that_change_the_base(trainer_options):
 
 @pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "lora", "adapter"])
 def test_ppo_increases_rewards(kind, trainer_options):
-    """Half of the tokens are rewarded; values start at 0, not at random ones that would be noise in the advantages."""
+    """The reward is the share of tokens in one half; values start at 0, since random ones would add noise."""
     explained, rewards = [], []
 
     class Watched(PPO):
@@ -257,7 +257,7 @@ def test_ppo_metrics_match_plain_python(trainer_options):
 
 
 def test_ppo_kl_coefficient_follows_the_adaptive_controller(trainer_options, tmp_path):
-    """https://arxiv.org/abs/1909.08593, section 2.2: by at most a fifth of what a whole horizon would move it."""
+    """https://arxiv.org/abs/1909.08593, section 2.2: with an error that is clipped at 0.2."""
     used, measured = [], []
 
     class Watched(Records, PPO):
@@ -275,7 +275,7 @@ def test_ppo_kl_coefficient_follows_the_adaptive_controller(trainer_options, tmp
         expected.append(expected[-1] * (1 + error * 6 / 20))
     assert [*used, module.kl_coef] == pytest.approx(expected, rel=1e-5)
     errors = [kl / 0.7 - 1 for kl in measured]
-    assert min(errors) < 0 < max(errors)  # it fell at first, then rose
+    assert min(errors) < 0 < max(errors)  # the coefficient fell at first, then rose
     assert float(trainer.callback_metrics["train/kl_coef"]) == pytest.approx(used[-1])
 
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -300,7 +300,7 @@ def test_ppo_kl_coefficient_follows_the_adaptive_controller(trainer_options, tmp
     ids=["full", "lora", "critic-adapter", "pissa"],
 )
 def test_ppo_checkpoint_contains_policy_and_critic(options, part, trainer_options, tmp_path):
-    """The critic is in it; neither the reference nor an adapter that one is compared with."""
+    """Checkpoints contain the critic, but no reference, including a reference adapter."""
     module = make(**options)
     trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
     trainer.save_checkpoint(tmp_path / "a.ckpt")

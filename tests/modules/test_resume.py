@@ -1,4 +1,4 @@
-"""A run that is resumed from any checkpoint that Lightning can write equals the uninterrupted one, to the bit."""
+"""A run that is resumed from any checkpoint that Lightning can write equals the uninterrupted one bit for bit."""
 
 import random
 
@@ -12,7 +12,7 @@ ModelCheckpoint = _pl.callbacks.ModelCheckpoint
 
 
 class SavesEverywhere(_pl.Callback):
-    """Writes a checkpoint in every hook of training, and remembers how much was logged before it."""
+    """Writes a checkpoint in every hook of training, and records how much was logged before it."""
 
     def __init__(self, folder, lines):
         self.folder, self.lines, self.saved = folder, lines, {}
@@ -75,7 +75,7 @@ def test_checkpoint_of_every_hook_resumes(method, settings, model_folder, traine
     [*((method, None) for method in METHODS), ("lora", 2), ("grpo", 2)],
 )
 def test_run_resumed_several_times_equals_the_uninterrupted_one(method, every, model_folder, trainer_options, tmp_path):
-    """Stopped just after the end of an epoch twice, then in the last, and started again when it was finished."""
+    """Stops after the ends of two epochs and within the last, and resumes again after the end."""
 
     def run(folder, stop=None, seed=0):
         saver = ModelCheckpoint(tmp_path / folder, save_last=True, every_n_train_steps=every)
@@ -85,10 +85,10 @@ def test_run_resumed_several_times_equals_the_uninterrupted_one(method, every, m
 
     whole = end(run("whole"))
     stops = (4, 4, 2) if method in ROLLS_OUT else (6, 6, 4)
-    for seed, stop in enumerate(stops):  # the first is a start, the others resume whatever was drawn before
+    for seed, stop in enumerate(stops):  # the first starts, the others resume with a different seed
         run("stopped", stop, seed)
     assert not differences(end(run("stopped", seed=5)), whole)
-    assert not differences(end(run("stopped", seed=6)), whole)  # it was finished
+    assert not differences(end(run("stopped", seed=6)), whole)  # it had finished
 
 
 def test_run_with_workers_resumes(model_folder, trainer_options, tmp_path):
@@ -104,7 +104,7 @@ def test_run_with_workers_resumes(model_folder, trainer_options, tmp_path):
 
 
 def test_exception_inside_a_training_step_resumes_from_its_checkpoint(model_folder, trainer_options, tmp_path):
-    """Dropout was drawn and a micro-batch of the window was used up when it came."""
+    """The exception comes after dropout was drawn and a micro-batch of the accumulation window was used."""
 
     def run(fails=None, **options):
         module, data = make("lora", model_folder, tmp_path)
@@ -149,7 +149,7 @@ def test_checkpoint_within_a_rollout_is_reported(model_folder, trainer_options, 
 
 
 def test_plateau_scheduler_and_early_stopping_resume(model_folder, trainer_options, tmp_path):
-    """What they look at is logged before the checkpoint, and they look at it afterwards."""
+    """Their metric is logged before the checkpoint, and they read it afterwards."""
 
     def run(folder, stop=None):
         module, data = make("full", model_folder, tmp_path)
@@ -174,7 +174,7 @@ def test_plateau_scheduler_and_early_stopping_resume(model_folder, trainer_optio
 
 
 def kill_and_resume(method, moments, model_folder, options, folder):
-    """At which of some moments, as shares of the run's events, the resumed run differs."""
+    """Kill at several moments, as shares of the run's events, and return those after which the resumed run differs."""
 
     def run(where):
         saver = ModelCheckpoint(folder / where, save_last=True, every_n_train_steps=1, save_top_k=1)

@@ -1,4 +1,4 @@
-"""Reward modeling: losses and metrics by hand, the head that is trained, and exports that plain transformers load."""
+"""Reward modeling: losses and metrics against plain Python, the head, and exports that load in plain transformers."""
 
 import re
 import runpy
@@ -53,7 +53,7 @@ def conversations(rows):
 
 
 def plain_scores(model, tokenizer, rows):
-    """Padded batches of the chat template's ids by the model's own forward pass, as whoever serves it would."""
+    """Padded batches of the chat template's ids by the model's own forward pass, as in serving."""
     found = []
     turns = conversations(rows)
     for start in range(0, len(turns), 5):
@@ -202,7 +202,7 @@ def test_reward_modeling_learns_preferences_and_trains_the_head(model_folder, tr
             assert torch.equal(value, frozen[name])
     used = module.model.base_model.model.score if lora else module.model.score
     assert reward_head(module.model) is used
-    assert not any("score" in name and "lora" in name for name in after)  # trained whole, not by a small adapter
+    assert not any("score" in name and "lora" in name for name in after)  # trained in full, not by an adapter
     scores = module.score_conversations(conversations(PAIRS))
     assert (scores[0::2] > scores[1::2]).all()
 
@@ -220,7 +220,7 @@ def test_reward_head_is_initialized_from_the_seed(model_folder):
     assert torch.equal(head(), first)
     torch.manual_seed(11)
     head(seed=5)
-    assert torch.equal(torch.rand(1), before)  # the global stream isn't moved
+    assert torch.equal(torch.rand(1), before)  # the global random state is unchanged
     assert not torch.equal(head(seed=5), first)
 
 
@@ -280,7 +280,7 @@ def card_code(folder):
     """The code of a model card, as a file; run in the folder that holds the export."""
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code = code.replace(f'"{folder.name}"', repr(str(folder)))
-    if (folder / "adapter_config.json").is_file():  # the reader fills in where a local base is
+    if (folder / "adapter_config.json").is_file():  # the card leaves the path of a local base to the reader
         base = adapter_base(str(folder))
         code = re.sub(r'base = "[^"]*"', f"base = {base!r}", code, count=1)
     path = folder.parent / f"{folder.name}_card.py"
@@ -370,7 +370,7 @@ def test_reward_checkpoint_contains_trainable_weights_and_head(model_folder, tra
     torch.testing.assert_close(again.score_conversations(conversations(PAIRS[:3])), want, rtol=0, atol=1e-6)
 
 
-# ---------------------------------------------------------------- precision, and what is refused
+# ---------------------------------------------------------------- precision and refusals
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=IDS)
@@ -388,7 +388,7 @@ def test_reward_in_lower_precision_reaches_similar_loss(model_folder, trainer_op
 def test_reward_model_trains_adapter_over_bfloat16_base(model_folder, trainer_options, tmp_path):
     module = RecordingReward(model_folder, lora={"r": 4}, learning_rate=1e-2, dtype="bfloat16")
     train(module, PAIRS, trainer_options, max_epochs=6)
-    # the head too: a step of 1e-4 is less than what bf16 tells apart
+    # the head too, since bf16 can't represent steps of 1e-4
     assert {p.dtype for p in module.model.parameters() if p.requires_grad} == {torch.float32}
     assert module.model.get_base_model().dtype == torch.bfloat16
     assert module.step_losses[-1] < module.step_losses[0] - 0.2

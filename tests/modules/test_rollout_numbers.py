@@ -1,4 +1,4 @@
-"""What rollouts, rewards and precisions do to the numbers of a run."""
+"""Rollouts, rewards and precision: non-finite values, lost steps and metrics."""
 
 import math
 import re
@@ -160,7 +160,7 @@ def test_reward_model_with_short_context_is_refused_before_training(where, train
 
 
 class Overflows(Callback):
-    """The model's logits aren't finite where it writes."""
+    """Make the model's logits non-finite during generation."""
 
     def setup(self, trainer, module, stage):
         module.configure_model()
@@ -184,7 +184,7 @@ def test_nonfinite_logits_in_sampling_stop_or_skip_the_step(temperature, trainer
 @pytest.mark.parametrize("layers_fail", [False, True])
 def test_engine_reports_nonfinite_logits(layers_fail, monkeypatch):
     model = make_model().eval()
-    if layers_fail:  # then transformers' own loop answers
+    if layers_fail:  # then transformers' loop generates
         monkeypatch.setattr("lightning_ft.rollout.local.cache_support", lambda *_: (0, "has no cache"))
     engine = LocalEngine(model, end_token_ids=[2])
     assert all(

@@ -1,4 +1,4 @@
-"""The loss of an optimizer step is the mean over its supervised tokens, however they came."""
+"""The loss of an optimizer step is the mean over its supervised tokens, however they are batched."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tiny import make_model, make_rows, make_tokenizer
 
 from lightning_ft import FullFineTuning, LoRAFineTuning
 
-ROWS = make_rows(20)  # at eight rows a step the last window is short: 8, 8, 4
+ROWS = make_rows(20)  # with eight rows per step, the last accumulation window is short: 8, 8, 4
 
 
 class RecordingFull(RecordsGradients, FullFineTuning):
@@ -41,8 +41,8 @@ def test_sft_gradients_do_not_depend_on_micro_batches(fit, model_folder, kind):
         assert len(got) == 3, name
         for step, (want, have) in enumerate(zip(expected, got, strict=True)):
             assert want.keys() == have.keys()
-            # Of the largest entry where that is above 1: which kernel a machine's matrix products take decides the last
-            # bit, and AdamW hands it on from step to step.
+            # Relative to the largest entry if that is above 1: the last bit depends on the machine's matrix-product
+            # kernels, and AdamW carries it from step to step.
             worst = max(float((want[key] - have[key]).abs().max() / want[key].abs().max().clamp(min=1)) for key in want)
             assert worst <= 1e-6, f"{name}, step {step}: {worst}"
 

@@ -1,4 +1,4 @@
-"""One tokenizer and one chat template: rows, answers, measurements, checkpoints and exports have the same."""
+"""Rows, answers, measurements, checkpoints and exports use the same tokenizer and chat template."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_module_uses_and_checkpoints_the_rows_tokenizer(name, given, model_folde
 
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     held = torch.load(tmp_path / "a.ckpt", weights_only=True)["lightning_ft"]["tokenizer"]
-    assert bool(held["files"]) == (given != "template")  # else its name says it all
+    assert bool(held["files"]) == (given != "template")  # otherwise the name suffices
     rewards = {"rewards": longer} if name == "prompts" else {}
     again = type(module).load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True, **rewards)
     later = make(model_folder)

@@ -1,4 +1,4 @@
-"""Strategies that can't work are refused at once, with all that is to be passed."""
+"""Strategies that can't work are refused at once, with all arguments to change."""
 
 import pytest
 import torch

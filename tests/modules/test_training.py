@@ -1,4 +1,4 @@
-"""What a user sees while training: modes, metrics, evaluation, refusals."""
+"""Supervised training: modes, metrics, evaluation and refusals."""
 
 import math
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_compiled_backbone_gives_same_weights(fit, model_folder):
     for compiled in (
         False,
         {"backend": "eager"},
-    ):  # the graph is captured; what a compiler makes of it is its own affair
+    ):  # graph capture only, without the compiler backend
         module = FullFineTuning(model_folder, learning_rate=1e-2, torch_compile=compiled)
         fit(module, ROWS, max_steps=3)
         weights.append({name: p.detach().clone() for name, p in module.named_parameters()})
@@ -118,7 +118,7 @@ def test_unpacked_rows_log_their_padding(fit, model_folder):
 
 
 def test_validation_loss_is_weighted_by_token(trainer_options, model_folder):
-    """Whatever the batches are, it is the mean over all supervised tokens."""
+    """The validation loss is the mean over all supervised tokens, whatever the batches are."""
     losses = set()
     for batch_size in (1, 3, 24):
         data = PairDataModule(ROWS, validation=ROWS, batch_size=batch_size, cache_dir=False)
@@ -168,7 +168,7 @@ def test_constant_schedule_needs_no_end(fit, model_folder):
 
 
 def test_bad_rows_are_reported_before_weights_are_loaded(fit, tmp_path):
-    """The model's folder has a tokenizer and no weights, and still the rows come first."""
+    """The model's folder has a tokenizer but no weights, and yet the rows' error comes first."""
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="row 1"):
         fit(FullFineTuning(str(tmp_path)), [{"input": "a", "output": ""}])

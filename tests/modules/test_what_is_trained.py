@@ -1,4 +1,4 @@
-"""What a run trains of a model that has more than text goes through, and what it says about it."""
+"""Parts of a model that a run trains, and the table that it logs; models with experts and towers."""
 
 import copy
 import logging
@@ -86,7 +86,7 @@ def test_parts_table_is_logged_once(fit, tokenizer, caplog, kind):
     assert "model.vision_tower: " in told[0]
 
 
-# ---------------------------------------------------------------- the router's loss
+# ---------------------------------------------------------------- router loss
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "granitemoe"])
