@@ -1,4 +1,4 @@
-"""States come back bit for bit, from whoever wrote them, and the folder stays within its limit."""
+"""Activations are read back bit for bit, whichever process wrote them, and the folder stays within its limit."""
 
 import os
 
@@ -12,7 +12,7 @@ from lightning_ft.models.activation_store import ActivationStore, sequence_diges
 
 ROOM = 2**20
 SAID = "Error while serializing: I/O error: No space left on device (os error 28)"
-ROW = 4 * 10 * 8  # bytes of a row's states, in float32
+ROW = 4 * 10 * 8  # bytes of a row's activations, in float32
 
 
 def states(seed=0, length=10, dtype=torch.float32):
@@ -24,7 +24,7 @@ def name_of(number):
 
 
 def filled(root, key, numbers, *, limit=ROOM):
-    """A store with rows, written."""
+    """Make a store with rows, and flush it."""
     store = ActivationStore(root, key, limit=limit)
     for number in numbers:
         assert store.put(name_of(number), states(number))
@@ -84,7 +84,7 @@ def test_store_writes_nothing_before_flush(tmp_path):
     store.flush()
     assert len(shards(store.folder)) == 1
     assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 1
-    assert oct(shards(store.folder)[0].stat().st_mode & 0o777) == "0o644"  # for all who share the folder
+    assert oct(shards(store.folder)[0].stat().st_mode & 0o777) == "0o644"  # readable for all users of a shared folder
 
 
 def test_store_writes_a_file_once_it_is_full(tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_store_writes_a_file_once_it_is_full(tmp_path, monkeypatch):
 
 def test_store_refresh_reads_rows_of_other_instances(tmp_path):
     one, two = (ActivationStore(tmp_path, "a", limit=ROOM) for _ in range(2))
-    for store, numbers in ((one, (0, 1)), (two, (1, 2))):  # one row is both's
+    for store, numbers in ((one, (0, 1)), (two, (1, 2))):  # one row is in both
         for number in numbers:
             store.put(name_of(number), states(number))
     two.flush()
@@ -128,7 +128,7 @@ def test_store_removes_unreadable_files_with_their_rows(tmp_path, broken):
         bad.write_bytes({"half": content[: len(content) // 2], "no header": content[40:], "nothing": b""}[broken])
     again = ActivationStore(tmp_path, "a", limit=ROOM)
     assert not bad.exists()
-    assert torch.equal(again.get(name_of(1)), states(1))  # of the other file
+    assert torch.equal(again.get(name_of(1)), states(1))  # from the other file
     good.write_bytes(content[:-1])
     last = ActivationStore(tmp_path, "a", limit=ROOM)
     assert last.get(name_of(0)) is None
@@ -146,7 +146,7 @@ def test_store_ignores_partial_files_of_killed_processes(tmp_path):
     leftover.write_bytes(good.read_bytes()[:-5])
     again = ActivationStore(tmp_path, "a", limit=ROOM)
     assert len(again) == 1
-    assert leftover.exists()  # another process may be at it
+    assert leftover.exists()  # another process may be writing it
     again.put(name_of(1), states(1))
     again.flush()
     assert sorted(path.name for path in again.folder.glob(".writing-*")) == [".writing-abc"]
@@ -166,7 +166,7 @@ def test_store_stops_writing_when_the_disk_is_full(tmp_path, monkeypatch, error)
     assert "No space left on device" in store.failure
     assert list(store.folder.glob(".writing-*")) == []
     assert len(shards(store.folder)) == 1
-    assert torch.equal(store.get(name_of(0)), states(0))  # what was kept is still read
+    assert torch.equal(store.get(name_of(0)), states(0))  # cached rows are still readable
     assert store.get(name_of(1)) is None
     assert not store.put(name_of(1), states(1))
     assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 1
@@ -196,7 +196,7 @@ def test_store_removes_corrupted_files(tmp_path, harm):
     assert len(ActivationStore(tmp_path, "b", limit=ROOM)) == 1
 
 
-# -------------------------------------------------------------------- room
+# -------------------------------------------------------------------- disk space
 
 
 def test_store_refuses_rows_without_space_and_keeps_others(tmp_path):
@@ -206,7 +206,7 @@ def test_store_refuses_rows_without_space_and_keeps_others(tmp_path):
     assert store.get(name_of(2)) is None
     assert torch.equal(store.get(name_of(0)), states(0))
     store.flush()
-    assert not store.put(name_of(3), states(3))  # what is on disk counts as well
+    assert not store.put(name_of(3), states(3))  # files on disk count too
     assert not ActivationStore(tmp_path, "a", limit=2 * ROW + 10).put(name_of(3), states(3))
     assert len(ActivationStore(tmp_path, "a", limit=ROOM)) == 2
 
@@ -266,7 +266,7 @@ def test_store_removes_nothing_for_rows_that_cannot_fit(tmp_path):
 
 
 def test_store_ignores_foreign_folders(tmp_path):
-    """A folder that holds something else too, models for example, loses none of it."""
+    """Other contents of the folder, such as models, are kept."""
     from safetensors.torch import save_file
 
     models = tmp_path / "some-model"
@@ -295,7 +295,7 @@ def test_store_reserves_space_in_advance(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="more than the 640 free on the disk"):
         store.reserve(2 * ROW + 1)
     written = filled(tmp_path, "a", [0], limit=5 * ROW)
-    written.reserve(2 * ROW + size_of(written.folder))  # what is there already needs no more room
+    written.reserve(2 * ROW + size_of(written.folder))  # rows on disk need no more space
 
 
 def test_store_survives_removal_of_its_folder(tmp_path):
@@ -304,6 +304,6 @@ def test_store_survives_removal_of_its_folder(tmp_path):
     used(store, 1)
     ActivationStore(tmp_path, "b", limit=2 * ROW).put(name_of(0), states(0))
     assert not store.folder.exists()
-    assert torch.equal(store.get(name_of(0)), states(0))  # its file is open still
+    assert torch.equal(store.get(name_of(0)), states(0))  # its file is still open
     store.flush()
     assert [n for n in range(5) if ActivationStore(tmp_path, "a", limit=ROOM).get(name_of(n)) is not None] == [4]

@@ -22,7 +22,7 @@ FAST = [
     "opt",
     "recurrent_gemma",
 ]
-LARGEST = 30_000_000  # parameters: a few can't be made small by their usual names
+LARGEST = 30_000_000  # parameters; a few configs can't be shrunk by the usual names
 
 
 def train(kind, lora, trainer_options):
@@ -53,4 +53,4 @@ def test_architecture_trains_or_is_refused_by_name(kind, lora, trainer_options):
         train(kind, lora, trainer_options)
     except LightningFTError as error:
         refusal = str(error)
-    assert not refusal or len(refusal) > 40  # says what and why
+    assert not refusal or len(refusal) > 40  # the error gives the reason

@@ -15,7 +15,7 @@ from lightning_ft.models.load import adapter_base, load_causal_lm
 
 @pytest.fixture
 def adapter(model_folder, tmp_path, tokenizer):
-    """An adapter some folders deep, over a base called `base` that is two above it."""
+    """A nested folder of an adapter, whose base folder `base` is two levels above."""
     shutil.copytree(model_folder, tmp_path / "work" / "base")
     model = load_causal_lm(str(tmp_path / "work" / "base"))
     folder = tmp_path / "work" / "runs" / "last"
@@ -50,4 +50,4 @@ def test_base_folder_ignores_another_folder_of_that_name(adapter, tmp_path):
         adapter_base(str(adapter))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
-    assert adapter_base(str(adapter)) == str(other)  # the user says so
+    assert adapter_base(str(adapter)) == str(other)  # as the user passed it

@@ -1,4 +1,4 @@
-"""A prompt's answer doesn't depend on the prompts of its batch, and is that of `generate`, whatever the model reads."""
+"""Batched generation matches `generate` on single prompts, for all models."""
 
 import warnings
 
@@ -16,7 +16,7 @@ from lightning_ft.models.logprob_model import LogProbModel
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 
-NEVER = [1000]  # no such token
+NEVER = [1000]  # a token that doesn't exist
 
 
 def make_rwkv():
@@ -35,7 +35,7 @@ def draw_prompts(*lengths):
 
 
 def by_generate(model, prompts, max_new_tokens):
-    """Greedy tokens of each prompt alone, the slow way."""
+    """Greedy tokens of each prompt alone, by `generate`."""
     answers = []
     for prompt in prompts:
         out = model.generate(
@@ -51,14 +51,14 @@ def by_generate(model, prompts, max_new_tokens):
 
 
 class Unmasked(LlamaForCausalLM):
-    """Reads its padding."""
+    """A model whose outputs depend on padding."""
 
     def forward(self, *args, attention_mask=None, position_ids=None, **kwargs):
         return super().forward(*args, **kwargs)
 
 
 class Counting(LlamaForCausalLM):
-    """Lets rows change each other: the logits depend on how many there are."""
+    """A model whose rows affect each other: its logits depend on the batch size."""
 
     def forward(self, *args, **kwargs):
         out = super().forward(*args, **kwargs)
@@ -69,7 +69,7 @@ class Counting(LlamaForCausalLM):
 def test_plan_batches_probes_left_padding():
     assert left_padding(make_model(100).eval(), 0) == "any"
     assert left_padding(Unmasked(make_model(100).config).eval(), 0) == "equal"
-    assert left_padding(make_rwkv(), 0) == "one"  # a step of transformers' RWKV adds the states of rows up
+    assert left_padding(make_rwkv(), 0) == "one"  # transformers' RWKV sums the states of rows
     assert left_padding(Counting(make_model(100).config).eval(), 0) == "one"
 
 
@@ -106,7 +106,7 @@ def test_engine_generates_row_by_row_if_rows_affect_each_other(make):
 
 @pytest.mark.parametrize("name", ["phi3", "phimoe"])
 def test_engine_matches_generate_across_the_length_switch(name):
-    """Prompts within it, at it and beyond it, that cross it at different steps."""
+    """Prompts below, at and above the switch, which cross it at different steps."""
     model = build_scaled(name)
     prompts = draw_prompts(4, SWITCH - 12, SWITCH - 3, SWITCH, SWITCH + 6, SWITCH + 6)
     want = by_generate(model, prompts, 12)

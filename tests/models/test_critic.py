@@ -1,4 +1,4 @@
-"""Values token by token, from the policy's trunk or from an adapter of their own, that leave the policy alone."""
+"""Critic values per token, from the policy's backbone or an adapter of their own, without affecting the policy."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def batch(shared=True):
 
 
 def adapted(**config):
-    """A policy whose adapter isn't the base any more."""
+    """A policy whose adapter has an effect."""
     torch.manual_seed(1)
     model = add_lora(make_model(), lora_config({"r": 4, **config}))
     for name, parameter in model.named_parameters():
@@ -39,7 +39,7 @@ def with_head(critic):
 
 
 def by_itself(model, head):
-    """The slow twin: each sequence alone, the head at the place before each token."""
+    """Reference values: each sequence alone, with the head at the position before each token."""
     values = []
     for prompt, row in zip(PROMPTS, COMPLETIONS, strict=True):
         for completion in row:
@@ -72,7 +72,7 @@ def test_critic_values_use_their_own_adapter(shared):
     critic = with_head(Critic(model, "adapter"))
     tokens = batch(shared)
     values = critic(model, tokens, None)
-    # It starts as the base is, not as the policy's adapter.
+    # It starts from the base, not from the policy's adapter.
     torch.testing.assert_close(values, by_itself(make_model(), critic.head), rtol=0, atol=1e-5)
     assert (values - by_itself(model, critic.head)).abs().max() > 1e-2
 

@@ -1,4 +1,4 @@
-"""What is accounted for elsewhere isn't counted twice, and adds up over runs."""
+"""Operations that are counted elsewhere aren't counted twice, and counts add up over runs."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_counter_does_not_change_results():
 
 
 class Counts(torch.nn.Module):
-    """A module that counts some of what it does itself."""
+    """A module that counts some of its operations itself."""
 
     def __init__(self, already=0):
         super().__init__()
@@ -85,5 +85,5 @@ def test_counter_adds_up_over_runs():
     second.load_state_dict(first.state_dict())
     second.start(later)
     assert steps(second, later, 3) == 5 * A_STEP + 5 * 1000
-    second.start(later)  # the same module goes on
+    second.start(later)  # the same module continues
     assert steps(second, later, 1) == 6 * A_STEP + 6 * 1000

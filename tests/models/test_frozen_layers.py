@@ -1,4 +1,4 @@
-"""What trained layers get from the trunk is what all layers would give them, or the model is refused."""
+"""Trained layers get from the frozen layers what the full model would compute, or the model is refused."""
 
 import pytest
 import torch
@@ -13,22 +13,22 @@ from lightning_ft.models.frozen_layers import FrozenLayers
 from lightning_ft.models.head import base_of, hidden_states
 
 
-def states_of(trunk, batch):
-    """As a batch's, each sequence computed alone."""
-    found = torch.zeros(*batch.input_ids.shape, trunk.width, dtype=trunk.dtype)
+def states_of(frozen, batch):
+    """Hidden states of a batch, with each sequence computed alone."""
+    found = torch.zeros(*batch.input_ids.shape, frozen.width, dtype=frozen.dtype)
     for row, kinds in enumerate(batch.segment_ids):
         for segment in kinds[kinds >= 0].unique().tolist():
-            found[row, kinds == segment] = trunk.states(batch.input_ids[row, kinds == segment])
+            found[row, kinds == segment] = frozen.states(batch.input_ids[row, kinds == segment])
     return found
 
 
 def both_ways(model, batch):
-    """Last hidden states of all layers, and with the trunk's states given; where there is a token."""
-    trunk = FrozenLayers(model)
-    states = states_of(trunk, batch)
+    """Last hidden states of the full model, and of the trained layers over given states, at real tokens."""
+    frozen = FrozenLayers(model)
+    states = states_of(frozen, batch)
     real = batch.segment_ids >= 0
     every = hidden_states(base_of(model), batch)[real]
-    with trunk.replaced_by(states):
+    with frozen.replaced_by(states):
         return every, hidden_states(base_of(model), batch)[real]
 
 
@@ -36,7 +36,7 @@ def both_ways(model, batch):
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_trained_layers_match_the_full_model(name, packing):
-    """Gemma 1 and 2 rescale embeddings ahead of their layers; that isn't done twice, since layers get the states."""
+    """Gemma 1 and 2 scale embeddings before their layers; the scaling isn't repeated, since layers get the states."""
     every, top = both_ways(adapted(build(name)).double(), batch_of(packing=packing))
     assert every.abs().max() > 1
     torch.testing.assert_close(top, every, rtol=1e-5, atol=1e-5)
@@ -69,14 +69,14 @@ def test_frozen_layers_keep_gradients_of_trained_layers(name):
 @torch.no_grad()
 def test_frozen_and_trained_layers_run_separately():
     model = adapted(build("llama"), 1)
-    trunk = FrozenLayers(model)
+    frozen = FrozenLayers(model)
     ran = []
-    for number, layer in enumerate(trunk.layers):
+    for number, layer in enumerate(frozen.layers):
         layer.self_attn.register_forward_hook(lambda *_, number=number: ran.append(number))
-    states = trunk.states(torch.arange(3, 8))
+    states = frozen.states(torch.arange(3, 8))
     assert ran == [0, 1, 2]
     ran.clear()
-    with trunk.replaced_by(states[None]):
+    with frozen.replaced_by(states[None]):
         model(torch.arange(3, 8)[None])
     assert ran == [3]
 
@@ -84,9 +84,9 @@ def test_frozen_and_trained_layers_run_separately():
 @torch.no_grad()
 def test_frozen_layers_use_the_replaced_states():
     model = adapted(build("llama"), 1).eval()
-    trunk = FrozenLayers(model)
+    frozen = FrozenLayers(model)
     ids = torch.arange(3, 8)[None]
-    with trunk.replaced_by(trunk.states(torch.arange(20, 25))[None]):
+    with frozen.replaced_by(frozen.states(torch.arange(20, 25))[None]):
         other = model(ids).logits
     assert torch.equal(other, model(torch.arange(20, 25)[None]).logits)
     assert not torch.equal(other, model(ids).logits)
@@ -100,7 +100,7 @@ class GivesTuples(LlamaDecoderLayer):
 @torch.no_grad()
 @pytest.mark.parametrize("top", range(1, LAYERS))
 def test_frozen_layers_support_tuple_outputs(top):
-    """As older architectures' do, whose models take the first of each."""
+    """Layers return tuples in older architectures, whose models use the first element."""
     model = build("llama")
 
     first = model.model.layers[0]
@@ -114,8 +114,8 @@ def test_frozen_layers_support_tuple_outputs(top):
         layer.__class__ = GivesTuples
     model.model.norm.register_forward_pre_hook(of_tuple)
     model = adapted(model, top).double()
-    trunk = FrozenLayers(model)
-    assert trunk._tuples
+    frozen = FrozenLayers(model)
+    assert frozen._tuples
     every, given = both_ways(model, batch_of())
     torch.testing.assert_close(given, every, rtol=0, atol=1e-5)
 
@@ -143,21 +143,21 @@ def test_frozen_layers_refuse_outputs_beyond_hidden_states(name):
 
 def test_frozen_layers_restore_forward_after_an_error():
     model = adapted(build("llama"))
-    trunk = FrozenLayers(model)
-    assert not any("forward" in vars(layer) for layer in trunk.layers)
-    with pytest.raises(ZeroDivisionError), trunk.replaced_by(torch.zeros(1, 3, 32)):
-        assert [1 / ("forward" in vars(layer)) for layer in trunk.layers] == [1.0, 1.0]
-    assert not any("forward" in vars(layer) for layer in trunk.layers)
-    trunk.layers[0].mlp.register_forward_hook(lambda *_: 1 / 0)
+    frozen = FrozenLayers(model)
+    assert not any("forward" in vars(layer) for layer in frozen.layers)
+    with pytest.raises(ZeroDivisionError), frozen.replaced_by(torch.zeros(1, 3, 32)):
+        assert [1 / ("forward" in vars(layer)) for layer in frozen.layers] == [1.0, 1.0]
+    assert not any("forward" in vars(layer) for layer in frozen.layers)
+    frozen.layers[0].mlp.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        trunk.states(torch.arange(3))
-    assert not any("forward" in vars(layer) for layer in trunk.layers)
-    assert not any(layer._forward_hooks for layer in trunk.layers)
+        frozen.states(torch.arange(3))
+    assert not any("forward" in vars(layer) for layer in frozen.layers)
+    assert not any(layer._forward_hooks for layer in frozen.layers)
 
 
 @pytest.mark.parametrize("index", [0, 3])
 def test_frozen_layers_keep_a_patched_forward(index):
-    """As accelerate's hooks put it there."""
+    """A forward that was patched, as by accelerate's hooks."""
     model = adapted(build("llama"))
     layer = base_of(model).model.layers[index]
     original, calls = layer.forward, []
@@ -167,13 +167,13 @@ def test_frozen_layers_keep_a_patched_forward(index):
         return original(*args, **kwargs)
 
     layer.forward = watched
-    trunk = FrozenLayers(model)
+    frozen = FrozenLayers(model)
     assert vars(layer)["forward"] is watched
-    with trunk.replaced_by(trunk.states(torch.arange(3))[None]):
+    with frozen.replaced_by(frozen.states(torch.arange(3))[None]):
         model(torch.arange(3)[None])
     assert vars(layer)["forward"] is watched
     model(torch.arange(3)[None])
-    assert calls == ([0] * 3 if index == 0 else [3] * 2)  # states, states, all layers | given states, all layers
+    assert calls == ([0] * 3 if index == 0 else [3] * 2)  # states, states, all layers | replaced states, all layers
 
 
 # -------------------------------------------------------------------- refusals
@@ -259,17 +259,17 @@ LLAMA = "model.layers.{}.input_layernorm.weight"
         ("llama", "model.layers.3.self_attn.q_proj.lora_A.default.weight", False),
         ("llama", "lm_head.weight", False),
         ("llama", "model.embed_tokens.weight", True),
-        ("gpt2", "transformer.wpe.weight", True),  # of positions, learnt
+        ("gpt2", "transformer.wpe.weight", True),  # learned positions
         ("gpt2", "transformer.h.1.attn.c_attn.weight", True),
     ],
 )
 def test_frozen_layers_key_depends_on_frozen_computation(name, weight, changes):
     model = adapted(build(name, **(GPT2 if name == "gpt2" else {})))
-    trunk = FrozenLayers(model)
-    before = trunk.content_key()
+    frozen = FrozenLayers(model)
+    before = frozen.content_key()
     assert before == FrozenLayers(adapted(build(name))).content_key()
     change(model, weight)
-    assert (trunk.content_key() != before) == changes
+    assert (frozen.content_key() != before) == changes
 
 
 def test_frozen_layers_key_depends_on_settings():

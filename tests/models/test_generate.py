@@ -1,4 +1,4 @@
-"""Answers don't depend on what they were batched with, nor on what training was doing."""
+"""Answers don't depend on their batch or on the state of training."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_evaluating_restores_each_mode_after_an_error():
 
 
 def test_generate_stops_at_every_end_token():
-    model, tokenizer = make_model(), make_tokenizer(eos="<|pad|>")  # the template ends answers with another
+    model, tokenizer = make_model(), make_tokenizer(eos="<|pad|>")  # the template ends answers with another token
     model.generation_config.eos_token_id = [7, 2]
     assert end_token_ids(model, tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 0, 7]
 

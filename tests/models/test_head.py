@@ -1,4 +1,4 @@
-"""Scores of packed batches are those of each example alone, for many architectures, or the plain path is taken."""
+"""Log-probabilities of packed batches match single examples for many architectures, or the plain path is used."""
 
 import warnings
 from types import SimpleNamespace
@@ -42,18 +42,18 @@ ARCHITECTURES = {
         "num_local_experts": 2,
         "intermediate_size_mlp": 48,
         "attention_chunk_size": 16,
-    },  # no backbone named
+    },  # without a named backbone
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 UNPACKED = {
     "mamba": {"state_size": 4},
-    "rwkv": {"attention_hidden_size": 32, "context_length": 128},  # takes no positions
-    "bert": {"is_decoder": True, **NO_DROPOUT},  # its head is more than a matrix
+    "rwkv": {"attention_hidden_size": 32, "context_length": 128},  # accepts no positions
+    "bert": {"is_decoder": True, **NO_DROPOUT},  # its head is more than a linear layer
     "roberta": {
         "is_decoder": True,
         **NO_DROPOUT,
         "max_position_embeddings": 64,
-    },  # its positions begin behind its padding token's id
+    },  # its positions start after the padding token's id
 }
 
 
@@ -101,7 +101,7 @@ def test_logprobs_and_gradients_match_single_examples(name, attention):
     for packing in (True, False):
         scorer = LogProbModel()
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # no fallback
+            warnings.simplefilter("error", UserWarning)  # a fallback would warn
             scored = scorer(model, collate_examples(examples(), packing=packing), "none")
         torch.testing.assert_close(scored.logprobs, want, rtol=0, atol=1e-5)
         scored.logprobs.sum().backward()
@@ -111,7 +111,7 @@ def test_logprobs_and_gradients_match_single_examples(name, attention):
 
 @pytest.mark.parametrize(("window", "ours"), [(None, True), (12, True), (4, False)])
 def test_packed_batch_shares_one_mask_over_layers(window, ours):
-    """SDPA makes another of a boolean mask in every layer, and keeps it for the backward pass."""
+    """SDPA would convert a boolean mask in every layer, and keep the result for the backward pass."""
     model = build("mistral", {"sliding_window": window}).train()
     masks, kept = [], {}
     for layer in model.model.layers:
@@ -135,7 +135,7 @@ def test_packed_batch_shares_one_mask_over_layers(window, ours):
 
 
 def test_attention_mask_has_the_dtype_of_the_queries():
-    """On a GPU another one is an error."""
+    """On a GPU, a mask of another dtype is an error."""
     allowed = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril()
     model = build("llama", {})
     assert attention_bias(model, allowed).dtype == torch.float32
@@ -175,7 +175,7 @@ def test_logprobs_use_the_models_forward_for_unknown_heads():
 
 
 def is_plain(model, match):
-    """Scores by the model's own pass, with one warning that says why; they are those of each example alone."""
+    """Log-probabilities by the model's own forward pass match single examples, with one warning of the reason."""
     scorer = LogProbModel()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -190,7 +190,7 @@ def is_plain(model, match):
 
 
 class Strange(type(make_model())):
-    """Its backbone gives nothing of use, and its head is used twice."""
+    """A model whose backbone output is unusable and whose head is used twice."""
 
     def forward(self, input_ids, position_ids=None, **kwargs):
         backbone = self.__dict__.get("kept") or self.base_model
@@ -237,7 +237,7 @@ def test_model_that_needs_more_inputs_in_train_mode_is_refused():
             return super().forward(*args, **kwargs)
 
     model = Asking(make_model(100).config)
-    model.base_model_prefix = ""  # so that the whole model runs
+    model.base_model_prefix = ""  # so that the whole model is the backbone
     with pytest.raises(ModelError, match=r"Asking: its own forward pass .*token_type_ids"):
         LogProbModel()(model.train(), collate_examples(examples()))
 
@@ -264,7 +264,7 @@ def test_adapted_head_is_used_and_trained(lora):
 
 
 def test_logprobs_never_hold_all_logits():
-    """The largest tensor made on the way has a chunk's rows, not the batch's."""
+    """The largest intermediate tensor has the rows of a chunk, not of the batch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -283,4 +283,4 @@ def test_logprobs_never_hold_all_logits():
     with Largest() as seen:
         completion_logprobs(model, batch, reduction="sum", chunk=16).logprobs.backward()
     assert seen.size <= max(weights, 16 * 5000)
-    assert weights < 199 * 5000  # else the bound above would say nothing
+    assert weights < 199 * 5000  # otherwise the bound above would be trivial

@@ -1,4 +1,4 @@
-"""`in_top_layers` puts adapters into the topmost layers and nowhere else, whatever an architecture calls them."""
+"""`in_top_layers` puts adapters into the top layers only, whatever their names are in an architecture."""
 
 import copy
 import re
@@ -18,7 +18,7 @@ from lightning_ft.models.layers import in_top_layers, layers_of, refuse_adapters
 
 
 def adapted(model):
-    """Numbers of the layers with adapters, and the names of what isn't in a layer."""
+    """Indices of the layers with adapters, and names of adapters outside of layers."""
     inside, outside = set(), set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -53,7 +53,7 @@ def test_layer_list_name_is_found():
 
 
 def test_layer_list_ignores_lists_inside_layers():
-    """As many experts as layers: the outer list is meant."""
+    """With as many experts as layers, the outer list is the list of layers."""
     model = make_model(layers=3)
     for layer in model.model.layers:
         layer.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
@@ -102,7 +102,7 @@ def test_top_layers_reject_more_layers_than_the_model_has(count):
 
 @pytest.mark.parametrize("targets", [r".*\.q_proj", None])
 def test_top_layers_refuse_a_full_name_pattern(targets):
-    """PEFT takes no layers_to_transform with it."""
+    """PEFT supports no layers_to_transform with a pattern."""
     with pytest.raises(ConfigError, match="as a list of names"):
         in_top_layers(LoraConfig(target_modules=targets), make_model(), 1)
 

@@ -1,4 +1,4 @@
-"""Models in which the longest sequence of a pass changes the others: found by asking, and scored as each row alone."""
+"""Models in which the longest sequence of a pass affects the others: detected by probing, with exact log-probabilities."""
 
 import copy
 import warnings
@@ -47,7 +47,7 @@ def test_length_switch_ignores_state_of_a_long_pass():
         switch.forget()
         again = model(input_ids=ids).logits
     torch.testing.assert_close(again, fresh, rtol=0, atol=1e-5)
-    assert float((stale - fresh).abs().max()) > 1e-2  # or the test would say nothing
+    assert float((stale - fresh).abs().max()) > 1e-2  # otherwise the test would be trivial
 
 
 @pytest.mark.parametrize("name", ["phi3", "dynamic", "phimoe"])
@@ -89,7 +89,7 @@ def test_logprob_model_warns_once_of_several_passes():
 
 
 def test_padding_of_packed_rows_does_not_cross_the_switch():
-    """Positions of padding go on behind the last sequence of a row."""
+    """Padding continues the positions of a row's last sequence."""
     model = build_scaled("phi3")
     examples = make_examples((SWITCH - 2, SWITCH - 2, SWITCH - 2))
     first, second, third = (Segment(example, group=i) for i, example in enumerate(examples))
@@ -125,7 +125,7 @@ def test_sequence_scores_and_hidden_states_match_single_rows():
         sliding_window=None, initializer_range=0.3,
     )  # fmt: skip
     model = MistralForSequenceClassification(config).eval()
-    fresh = copy.deepcopy(model)  # hasn't seen a long row
+    fresh = copy.deepcopy(model)  # has processed no long row
     rows = [e.input_ids for e in make_examples((9, SWITCH + 20, SWITCH + 3))]
     with torch.no_grad():
         want = torch.cat([copy.deepcopy(fresh)(input_ids=row[None]).logits[:, 0] for row in rows])

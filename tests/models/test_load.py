@@ -40,7 +40,7 @@ def adapter(saved_adapter, tmp_path):
 
 
 def change(folder, edit, file=WEIGHTS):
-    """Write the weights of a folder again, changed."""
+    """Change the weights file of a folder."""
     weights = edit(load_file(folder / file))
     save_file({name: value.clone() for name, value in weights.items()}, folder / file, metadata={"format": "pt"})
     return str(folder)
@@ -74,7 +74,7 @@ def test_load_model_names_missing_weights_of_layers_that_only_the_configuration_
 
 def test_load_model_lists_unexpected_weights_with_missing_ones(folder):
     change(folder, lambda w: {f"module.{name}": v for name, v in w.items()})
-    with pytest.raises(ModelError, match=r"It holds 21 weights that LlamaForCausalLM lacks: module\.lm_head"):
+    with pytest.raises(ModelError, match=r"It contains 21 weights that LlamaForCausalLM lacks: module\.lm_head"):
         load_causal_lm(str(folder))
 
 
@@ -91,7 +91,7 @@ def test_load_model_accepts_tied_weights_that_are_saved_once(tmp_path):
 
 def test_load_model_warns_of_unexpected_weights(folder):
     change(folder, lambda w: {**w, "model.layers.7.mtp.weight": torch.ones(3)})
-    with pytest.warns(UserWarning, match=r"holds 1 weight that LlamaForCausalLM doesn't have.*layers\.\*\.mtp"):
+    with pytest.warns(UserWarning, match=r"contains 1 weight that LlamaForCausalLM doesn't have.*layers\.\*\.mtp"):
         load_causal_lm(str(folder))
 
 
@@ -121,7 +121,7 @@ def test_load_reward_model_refuses_a_classifier(folder, model_folder):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, r"model\.safetensors' is damaged or only a part"),
+        (None, r"model\.safetensors' is damaged or incomplete"),
         (b"", r"model\.safetensors' is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
     ],

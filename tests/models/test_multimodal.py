@@ -1,4 +1,4 @@
-"""Checkpoints that also take images load for text with all of their weights, train, and are reloaded by their class."""
+"""Multimodal checkpoints load for text with all weights, train, and reload with their class."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The default optimizer and its schedule, in which no step is wasted."""
+"""The default optimizer, and its schedule without a zero step."""
 
 import math
 
@@ -77,12 +77,12 @@ def test_schedule_factor_matches_transformers_one_step_later(kind):
 def test_schedule_factor_requires_the_number_of_steps():
     factor = schedule_factor("cosine", warmup_ratio=0.1, total_steps=lambda: None)
     assert factor(0) == 1.0
-    with pytest.raises(ConfigError, match="how long training lasts"):
+    with pytest.raises(ConfigError, match="needs the number of training steps"):
         factor(1)
 
 
 class Watched(FullFineTuning):
-    """Keeps the rate of each optimizer step."""
+    """Records the learning rate of each optimizer step."""
 
     def on_before_optimizer_step(self, optimizer):
         super().on_before_optimizer_step(optimizer)

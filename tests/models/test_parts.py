@@ -1,4 +1,4 @@
-"""Kinds of parameters are told from the structure, and every weight is counted once."""
+"""Part types are derived from the model's structure, and every weight is counted once."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_part_types_match_architecture(kind, expected):
     assert kinds["model.embed_tokens.weight"] == "embeddings"
     norms = {kinds[name] for name in kinds if name.endswith("norm.weight")}
     assert norms == {"norms"}
-    assert kinds.get("lm_head.weight", "head") == ("embeddings" if kind == "jetmoe" else "head")  # tied there
+    assert kinds.get("lm_head.weight", "head") == ("embeddings" if kind == "jetmoe" else "head")  # tied in jetmoe
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl", "llava", "idefics3"])

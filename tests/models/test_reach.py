@@ -1,4 +1,4 @@
-"""`find_reach` says which parameters no row of text reaches, whatever the model is made of, and leaves it as it was."""
+"""`find_reach` finds the parameters that text doesn't reach, in all architectures, without changing the model."""
 
 import importlib.util
 
@@ -14,7 +14,7 @@ from lightning_ft.models.reach import Reach, find_reach
 
 
 class Routed(nn.Module):
-    """Experts in a list, of which a token goes to one: to the first here, whatever the token."""
+    """A list of experts whose router always chooses the first one."""
 
     def __init__(self, size, count=3):
         super().__init__()
@@ -27,7 +27,7 @@ class Routed(nn.Module):
 
 
 class Compressing(nn.Module):
-    """Has a part that takes several tokens into one, and so nothing to do in a short row."""
+    """A model with a module that merges several tokens, and isn't reached in a short row."""
 
     def __init__(self, size, every=100):
         super().__init__()
@@ -60,7 +60,9 @@ def test_find_reach_names_the_towers_of_a_multimodal_model(kind):
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "mixtral", "granitemoe"])
 def test_find_reach_counts_a_tensor_of_experts_as_a_whole(kind):
-    assert find_reach(make(kind, num_local_experts=64)).unreached == frozenset()  # more than the probe has tokens
+    assert (
+        find_reach(make(kind, num_local_experts=64)).unreached == frozenset()
+    )  # more experts than the probe has tokens
 
 
 def test_find_reach_counts_experts_that_no_token_was_routed_to():

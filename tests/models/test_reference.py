@@ -1,4 +1,4 @@
-"""The reference is the model as training found it, whatever was trained since, and nothing of it shows afterwards."""
+"""The reference is the model at the start of training, and using it doesn't change the trained model."""
 
 import contextlib
 
@@ -33,7 +33,7 @@ def logprobs(model):
 
 @pytest.fixture(scope="module")
 def adapter_folder(tmp_path_factory):
-    """A base, and an adapter that was trained on it."""
+    """A base, and a trained adapter over it."""
     folder = tmp_path_factory.mktemp("continued")
     make_model().save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
@@ -46,7 +46,7 @@ def adapter_folder(tmp_path_factory):
 
 
 def shake(model):
-    """Change every trainable weight, as training would."""
+    """Change all trainable weights, as in training."""
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -67,7 +67,7 @@ EXPECTED = {"pissa": "initial_adapter", "olora": "initial_adapter", "continued":
 
 
 def make(kind, folder):
-    """A module that has its reference, and what that must say."""
+    """A module with its reference, and the expected log-probabilities."""
     name = str(folder / ("adapter" if kind == "continued" else "base"))
     module = DPO(name, dtype="float32", disable_dropout=False, **KINDS[kind])
     module.configure_model()
@@ -110,7 +110,7 @@ def test_reference_does_not_change_the_model(kind, adapter_folder):
         return trains, {name: part.training for name, part in model.named_modules()}, adapter, logprobs(model).tolist()
 
     before = state()
-    assert all(before[1].values())  # in train mode, dropout and all, as before there was a reference
+    assert all(before[1].values())  # all modules are in train mode again, including dropout
     trained = [name for name, wanted in before[0].items() if wanted]
     assert not any(f".{INITIAL}." in name for name in trained)
     reference = fails_in_the_middle(module._ref.reference)
@@ -176,7 +176,7 @@ def test_reference_switches_to_another_adapter():
     model.add_adapter("other", lora_config(LORA))
     for name, parameter in model.named_parameters():
         if ".other." in name:
-            parameter.requires_grad_(True)  # both are trained, as a policy and its values are
+            parameter.requires_grad_(True)  # both are trained, like a policy and its critic
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with active_adapter(model, "other"):
         assert model.active_adapter == "other"

@@ -1,4 +1,4 @@
-"""Scores at the last token against the model's own forward pass, one sequence at a time where that is all it can do."""
+"""Rewards at the last token match the model's own forward pass on single sequences."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ LENGTHS = (5, 1, 9, 3, 9, 2, 7)
 
 @pytest.fixture
 def rows():
-    """Sequences that end in EOS, as conversations do, without a pad token in them."""
+    """Sequences that end with EOS, as conversations do, without pad tokens."""
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 400, (length,), generator=generator) for length in LENGTHS]
     return [torch.cat([row, torch.tensor([EOS])]) for row in rows]
@@ -28,7 +28,7 @@ def adapted(model, **options):
 
 
 def alone(model, rows):
-    """The slow twin: each sequence by itself, unpadded, through the model's own forward pass."""
+    """Reference rewards: each sequence alone, unpadded, by the model's own forward pass."""
     with torch.no_grad():
         return torch.stack([model(input_ids=row[None]).logits[0, 0] for row in rows])
 
@@ -44,18 +44,20 @@ def test_reward_head_matches_the_models_forward(rows, wrap, batch_size):
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, padded, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores, alone(model, rows), atol=1e-5, rtol=1e-5)
-    assert scores.std() > 0.01  # so that an order mixed up would show
+    assert scores.std() > 0.01  # so that a wrong order would show
 
 
 def test_reward_head_reads_last_token_before_eos_padding(rows):
-    """Trap 9: transformers takes the token before the end for the last one."""
+    """With EOS as the pad token, transformers reads the token before EOS as the last one."""
     model = make_scorer(pad_token_id=EOS)
     with torch.no_grad():
         scores = last_token_rewards(model, rows, EOS)
         at_each = [model.score(model.model(input_ids=row[None]).last_hidden_state)[0, :, 0] for row in rows]
         own = alone(model, rows)
     torch.testing.assert_close(scores, torch.stack([at[-1] for at in at_each]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(own, torch.stack([at[-2] for at in at_each]), atol=1e-5, rtol=1e-5)  # the trap is real
+    torch.testing.assert_close(
+        own, torch.stack([at[-2] for at in at_each]), atol=1e-5, rtol=1e-5
+    )  # transformers does so
 
 
 def test_reward_head_needs_no_pad_token(rows):
@@ -129,4 +131,4 @@ def test_reward_head_refuses_first_token_pooling():
     model.train()
     with pytest.raises(ModelError, match="BertForSequenceClassification doesn't read its output at the last token"):
         check_last_token(model)
-    assert model.training  # the mode it was found in
+    assert model.training  # the mode is restored

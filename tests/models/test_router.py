@@ -1,4 +1,4 @@
-"""What a model adds to its own loss is found out, and had with the same value for the batches of training."""
+"""The router loss that a model adds is detected, and computed with the same value for training batches."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_find_own_loss_reports_unknown_losses():
 
 def test_find_own_loss_does_not_change_the_model():
     model = asking("mixtral").train()
-    model(input_ids=torch.arange(4)[None])  # transformers puts hooks of its own on it
+    model(input_ids=torch.arange(4)[None])  # transformers registers hooks in the first pass
     hooks = [len(module._forward_hooks) for module in model.modules()]
     find_own_loss(model)
     assert all(module.training for module in model.modules())
@@ -98,10 +98,10 @@ def test_router_loss_excludes_padding(kind):
 
 
 def test_router_loss_of_a_packed_row_covers_all_tokens():
-    """Shares of the experts, and mean probabilities, are averaged over the tokens of both rows, then multiplied."""
+    """Expert shares and mean probabilities are averaged over the tokens of both rows before they are multiplied."""
     model, rows = asking("mixtral"), sequences(20, 12)
     logits = [model(input_ids=row.input_ids[None], use_cache=False).router_logits for row in rows]
-    together = [torch.cat(layer) for layer in zip(*logits, strict=True)]  # [32, e] of each layer
+    together = [torch.cat(layer) for layer in zip(*logits, strict=True)]  # [32, e] per layer
     weights = torch.cat([layer.softmax(-1) for layer in together])
     share = torch.zeros_like(weights).scatter_(1, weights.topk(2).indices, 1.0).mean(0)
     expected = 4 * (share * weights.mean(0)).sum()

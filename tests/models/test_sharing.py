@@ -1,4 +1,4 @@
-"""Completions that share a prompt score as each of them alone, on many architectures, or the plain path is taken."""
+"""Completions that share a prompt have the log-probabilities of single ones in many architectures, or aren't shared."""
 
 import warnings
 
@@ -23,7 +23,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 128,
-    "initializer_range": 0.3,  # so that attention decides
+    "initializer_range": 0.3,  # large enough for attention to matter
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -45,7 +45,7 @@ def build(name, options, attention=None):
 
 
 def make():
-    """Three prompts with one to four completions; some begin alike."""
+    """Three prompts with one to four completions, some of which start with the same tokens."""
     draw = torch.Generator().manual_seed(1)
 
     def ids(length):
@@ -65,7 +65,7 @@ def make():
 
 
 def one_by_one(model, prompts, completions):
-    """Log-probabilities by the model's own forward pass over each completion behind its prompt."""
+    """Log-probabilities by the model's own forward pass over each prompt with one completion."""
     found = []
     for prompt, behind in zip(prompts, completions, strict=True):
         for completion in behind:
@@ -77,7 +77,7 @@ def one_by_one(model, prompts, completions):
 
 
 def gradients(model, logprobs):
-    weights = torch.linspace(-1, 1, len(logprobs))  # a loss that tells the completions apart
+    weights = torch.linspace(-1, 1, len(logprobs))  # a loss that weights completions differently
     model.zero_grad()
     (weights * logprobs).mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -97,7 +97,7 @@ def test_sharing_matches_logprobs_and_gradients_of_single_completions(name, atte
     scorer = LogProbModel()
     for share_prompts in (True, False):
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # no fallback
+            warnings.simplefilter("error", UserWarning)  # a fallback would warn
             batch = scorer.lay_out(model, prompts, completions, share_prompts=share_prompts)
             scored = scorer(model, batch)
         assert batch.has_shared_prefixes == share_prompts
@@ -115,26 +115,26 @@ def test_sharing_keeps_completions_independent(name, attention):
     scorer = LogProbModel()
     first = scorer(model, scorer.lay_out(model, prompts, completions))
     batch = scorer.lay_out(model, prompts, completions)
-    changed, group = completions[1][2], 4  # of two before it and one behind it
+    changed, group = completions[1][2], 4  # two completions precede it, and one follows
     other = changed.input_ids.clone()
     other[1] = (other[1] + 40) % 97 + 3
     completions[1][2] = Example(other, changed.supervised)
     second = scorer(model, scorer.lay_out(model, prompts, completions))
     own = batch.groups == group
-    assert torch.equal(first.logprobs[~own], second.logprobs[~own])  # to the bit
-    assert first.logprobs[own][0] == second.logprobs[own][0]  # what stands before the change
+    assert torch.equal(first.logprobs[~own], second.logprobs[~own])  # bit for bit
+    assert first.logprobs[own][0] == second.logprobs[own][0]  # the token before the change
     assert (first.logprobs[own][1:] != second.logprobs[own][1:]).all()
 
 
 def falls_back(model, match):
-    """Lay out twice; what the warnings say, and the batch."""
+    """Lay out twice, and return the warnings and the batch."""
     prompts, completions = make()
     scorer = LogProbModel()
     with pytest.warns(UserWarning, match=match) as told:
         batch = scorer.lay_out(model, prompts, completions)
     assert len([w for w in told if "computes each prompt once for each completion" in str(w.message)]) == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # once is enough
+        warnings.simplefilter("error", UserWarning)  # the warning isn't repeated
         scorer.lay_out(model, prompts, completions)
     assert not batch.has_shared_prefixes
     with warnings.catch_warnings():
@@ -150,7 +150,7 @@ def test_sharing_falls_back_for_small_sliding_windows(name):
     model = build(name, {"sliding_window": window})
     batch = falls_back(model, f"{LONGEST} tokens are more than its attention window of {window}")
     assert batch.packed
-    assert probe(model).sharing is None  # shorter batches would share
+    assert probe(model).sharing is None  # shorter batches would be shared
 
 
 def test_sharing_falls_back_for_state_space_models():

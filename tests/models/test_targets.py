@@ -1,4 +1,4 @@
-"""A new adapter goes on every linear layer and expert that text reaches, and comes back as it was saved."""
+"""New adapters cover every linear layer and expert that text reaches, and reload as saved."""
 
 import copy
 
@@ -17,7 +17,7 @@ from lightning_ft.models.reach import Reach, find_reach
 from lightning_ft.models.targets import adapted_names, fitted, skeleton
 
 MOE = ["gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "phimoe", "olmoe", "jamba", "llama4_text"]
-DENSE_TOO = ["deepseek_v3", "glm4_moe", "ernie4_5_moe"]  # of which PEFT takes linear layers for experts
+DENSE_TOO = ["deepseek_v3", "glm4_moe", "ernie4_5_moe"]  # in these, PEFT mistakes linear layers for experts
 IDS = torch.tensor([[5, 9, 33, 120, 7, 64, 250, 11]])
 
 
@@ -145,7 +145,7 @@ def test_adapter_that_breaks_the_model_is_refused():
     base.model.layers[0].mlp = Block()
     with pytest.raises(ModelError, match=r"doesn't run with this adapter.*target_modules"):
         adapted(copy.deepcopy(base), {"target_modules": ["odd"]})
-    model = adapted(base)  # where "all-linear" takes it as a parameter
+    model = adapted(base)  # "all-linear" would target it as a parameter
     assert "model.layers.0.mlp.odd.base_layer.weight" in names(model)
     assert step(model.train()) == []
 
@@ -249,7 +249,7 @@ def test_skeleton_has_no_weights_and_does_not_change_the_model():
 
 
 def test_fitted_does_not_change_adapter_initialization():
-    """Where text reaches everything and there are no experts, the adapter is the one that PEFT makes by itself."""
+    """If text reaches everything and there are no experts, the adapter equals PEFT's own."""
     model = adapted(make_model())
     expected = add_lora(make_model().requires_grad_(False), lora_config({"r": 2}), seed=0)
     for (name, ours), (other, theirs) in zip(model.named_parameters(), expected.named_parameters(), strict=True):

@@ -17,7 +17,7 @@ from lightning_ft.models.vocabulary import (
 
 def grown(rows=403, dtype=torch.float32, **options):
     model = make_model(**options).to(dtype)
-    torch.nn.init.normal_(model.get_input_embeddings().weight.data[0])  # of the padding token, else zero
+    torch.nn.init.normal_(model.get_input_embeddings().weight.data[0])  # the padding token's, which is zero otherwise
     model.resize_token_embeddings(rows)
     return model
 
@@ -92,7 +92,7 @@ def test_check_special_tokens_names_an_end_token_without_an_embedding():
     with pytest.raises(ModelError, match=r"The end of an answer has the token '<\|stop\|>'"):
         check_special_tokens(make_model(vocab_size=rows), tokenizer)
     model = make_model(vocab_size=rows)
-    model.generation_config.eos_token_id = [2, 10**6]  # of another vocabulary: it is never generated
+    model.generation_config.eos_token_id = [2, 10**6]  # beyond the vocabulary, so it is never generated
     check_special_tokens(model, make_tokenizer())
 
 

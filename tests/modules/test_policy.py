@@ -87,7 +87,7 @@ def test_policy_schedule_spans_all_optimizer_steps(schedule, end, trainer_option
     module = make(Watched, epochs_per_rollout=2, steps_per_rollout=2, lr_schedule=schedule, warmup_ratio=0.25)
     run(module, BATCHES, trainer_options, rollouts=PREDRAWN, max_epochs=2)
     assert len(rates) == 16
-    assert rates[:5] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])  # the first rollout has steps too
+    assert rates[:5] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])  # no step of the first rollout has a rate of 0
     assert module.lr_schedulers().get_last_lr()[0] == pytest.approx(end, abs=1e-9)
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
