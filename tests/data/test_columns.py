@@ -141,7 +141,7 @@ def test_proposal_includes_passed_columns():
     assert proposed(error_of(rows, columns={"cluster": "customer", "input": "question"})) == expected
 
 
-def test_proposal_by_contents_says_so():
+def test_proposal_by_contents_is_marked_as_such():
     message = error_of(TICKETS)
     assert message.endswith("if 'customer_message' holds the prompt and 'routing' holds the answer.")
     listed = "'ticket' (text), 'customer_message' (text), 'routing' (text)"

@@ -195,7 +195,7 @@ def test_hub_name_loads_the_named_split(monkeypatch):
     assert requested == [("someone/pairs", "train"), ("someone/pairs", "test")]
 
 
-def test_hub_name_error_says_that_it_does_not_exist(monkeypatch):
+def test_hub_name_that_does_not_exist_is_an_error(monkeypatch):
     def load_dataset(name, split):
         raise ConnectionError("no such thing\nmore")
 
@@ -395,7 +395,7 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_read_file_error_says_what_to_do(write, name):
+def test_read_file_error_names_the_remedy(write, name):
     content, message = UNUSUAL[name]
     path = write(name, content)
     with pytest.raises(DataError) as error:

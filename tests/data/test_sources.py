@@ -200,7 +200,7 @@ def test_sources_reject_strings_that_cannot_be_paths(name):
         load(name)
 
 
-def test_folder_saved_by_datasets_error_says_what_to_do(tmp_path):
+def test_folder_saved_by_datasets_error_names_the_remedy(tmp_path):
     dataset = datasets.Dataset.from_list(ROWS)
     dataset.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "more"))

@@ -70,7 +70,7 @@ def test_token_savings_rejects_texts(tokenizer, tmp_path):
         trainer.fit(module, data)
 
 
-def test_overlong_text_error_says_what_to_do(tokenizer):
+def test_overlong_text_error_names_the_remedy(tokenizer):
     data = PairDataModule(TEXTS, tokenizer=tokenizer, cache_dir=False, max_length=4, on_overlong="drop")
     with pytest.raises(ValueError, match=r"overlong text .* Split it into shorter texts"):
         data.setup("fit")

@@ -29,7 +29,7 @@ def stopped(seconds=0.1):
     return False
 
 
-def test_within_interrupts_a_loop_and_leaves_a_short_block_alone():
+def test_within_interrupts_a_loop_but_not_a_short_block():
     assert stopped()
     with within(60):
         pass

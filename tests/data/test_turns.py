@@ -299,7 +299,7 @@ def test_check_order_accepts_prompts_that_end_with_a_tool():
         ((T, A), "then a turn of the user"),
     ],
 )
-def test_check_order_says_what_to_do(roles, fix):
+def test_check_order_errors_name_the_remedy(roles, fix):
     with pytest.raises(RowError) as error:
         order(*roles)
     assert error.value.reason == "wrong role order"

@@ -243,7 +243,7 @@ def test_documents_exclude_the_firms_pairs_unseen_wordings_and_names(pretraining
     )  # the patterns match them where they appear
 
 
-def test_eyecite_knows_every_reporter():
+def test_reporters_are_known_to_eyecite():
     from legal_language import REPORTERS, TABLE
     from legal_metrics import FIELDS, fields
 

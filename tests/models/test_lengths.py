@@ -1,4 +1,4 @@
-"""Models in which the longest sequence of a pass affects the others: detected by probing, with exact log-probabilities."""
+"""Models in which the longest sequence of a pass affects the others: found by probing, with exact log-probabilities."""
 
 import copy
 import warnings

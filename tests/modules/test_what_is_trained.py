@@ -35,7 +35,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
-def test_every_parameter_of_the_optimizer_gets_a_gradient(fit, tokenizer, kind):
+def test_optimizer_parameters_all_get_gradients(fit, tokenizer, kind):
     class Watched(RecordsGradients, kind):
         pass
 
