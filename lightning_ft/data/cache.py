@@ -30,7 +30,7 @@ from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.errors import TokenizerError
 from lightning_ft.types import Message
 
-_VERSION = 3  # version of the encoding: raise it when the same rows give other tokens
+_VERSION = 3  # version of the encoding: increase it when the same rows give other tokens
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.large_list(pa.int32()),
@@ -39,7 +39,7 @@ _SCHEMA = pa.schema(
         "truncated": pa.bool_(),
     }
 )
-_WRITTEN_TOGETHER = 1000
+_EXAMPLES_PER_WRITE = 1000
 _Lists: TypeAlias = tuple[np.ndarray, pa.Array]  # offsets of the lists, and the values of all of them
 
 
@@ -49,11 +49,11 @@ def default_folder() -> Path:
 
 
 def content_key(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    """Key of the result of encoding rows.
+    """Compute the key of the result of encoding rows.
 
     Args:
         rows: Rows, each with a `key`.
-        tokenizer: The tokenizer with its chat template.
+        tokenizer: Tokenizer with its chat template.
         options: Other settings that change the result.
     """
     digest = hashlib.sha256()
@@ -175,7 +175,7 @@ def _values(lists: _Lists, index: int) -> np.ndarray:
 
 
 def content_hash(parts: Sequence[EncodedRows]) -> str:
-    """A hash of encoded rows: of all their tokens in order, of which are supervised, and of which are of one row."""
+    """Hash encoded rows: their tokens in order, which of them are supervised, and which examples share a row."""
     digest = hashlib.sha256(json.dumps([(len(part), part.per_row) for part in parts]).encode())
     for part in parts:
         for name in ("input_ids", "supervised"):
@@ -198,7 +198,7 @@ class EncodedWriter:
         values = (example.input_ids.numpy(), example.supervised.numpy(), row, truncated)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
-        if len(self._columns["row"]) == _WRITTEN_TOGETHER:
+        if len(self._columns["row"]) == _EXAMPLES_PER_WRITE:
             self._flush()
 
     def _flush(self) -> None:
@@ -213,7 +213,7 @@ class EncodedWriter:
 
 
 def load(folder: Path, key: str) -> EncodedRows | None:
-    """The entry of a key; None if there is none or it is damaged."""
+    """Load the entry of a key; None if it is missing or damaged."""
     path = folder / key
     try:
         about = json.loads((path / "about.json").read_text(encoding="utf-8"))
@@ -271,7 +271,7 @@ def new_entry(folder: Path | None, key: str) -> Iterator[Entry]:
             entry = Entry(EncodedWriter(file))
             yield entry
             entry.writer.close()
-        about = json.loads(json.dumps(entry.about))  # in the form that will be read
+        about = json.loads(json.dumps(entry.about))  # as it will be read back
         about["checksum"] = _checksum(key, about, aside / "rows.arrow")
         (aside / "about.json").write_text(json.dumps(about), encoding="utf-8")
         flush_to_disk(aside)
@@ -285,12 +285,14 @@ def new_entry(folder: Path | None, key: str) -> Iterator[Entry]:
 
 def _move(aside: Path, path: Path) -> None:
     if path.exists() and load(path.parent, path.name) is None:
-        broken = temporary_path(path.parent)  # moved first: another process may write a valid entry meanwhile
+        broken = temporary_path(
+            path.parent
+        )  # moved first, since another process may write a valid entry in the meantime
         os.replace(path, broken)
         remove(broken)
     try:
         os.replace(aside, path)
-    except OSError:  # another process was first, with the same content
+    except OSError:  # another process has written the same entry
         if load(path.parent, path.name) is None:
             raise
 

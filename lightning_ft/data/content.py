@@ -169,7 +169,7 @@ class ContentCheck:
         pairs = enumerate(zip(before, after, strict=False))
         first = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
         detail = f"{before[first : first + 10]!r} becomes {after[first : first + 10]!r}"
-        fix = "The model can't generate it: write what the tokenizer makes of it, or use another model."
+        fix = "The model can't generate it: write the text as the tokenizer decodes it, or use another model."
         raise RowError(None, f"characters that the tokenizer changes in the {name}", detail, fix)
 
     def _unknown(self, text: str) -> str:

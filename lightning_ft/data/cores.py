@@ -189,7 +189,7 @@ def _marks(digits: str) -> re.Pattern[str]:
 
 
 def _replaced(message: Message, i: int, digits: str, around: str = "") -> Message:
-    """A copy of a turn with marks in place of its texts.
+    """Copy a turn with marks in place of its texts.
 
     Args:
         message: The turn.

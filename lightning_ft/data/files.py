@@ -106,7 +106,7 @@ def _read(path: Path, name: str, notes: Counter[str]) -> Iterator[RawRow]:
 
 
 def _unknown_suffix(path: Path, suffix: str) -> str:
-    """What a file with an unknown suffix is, and how to make it readable."""
+    """Explain what a file with an unknown suffix is, and how to make it readable."""
     if suffix in COMPRESSED:
         return f"compressed files can't be read. Unpack it first: {COMPRESSED[suffix]} {path}"
     if suffix in (".arrow", ".feather"):

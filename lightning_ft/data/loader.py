@@ -47,7 +47,7 @@ class SplitRows(torch.utils.data.Dataset[list[EncodedRow]]):
 
 
 class TokenLoader(DataLoader[Any]):
-    """A loader that knows its position and can be resumed there.
+    """Data loader that records its position and can resume from it.
 
     Batches depend only on their rows, so the epoch and the batch are the whole state. A Trainer's checkpoint counts the
     batches that were trained on, which may be fewer than those yielded. There is one iterator at a time: a new one ends
@@ -103,7 +103,7 @@ class TokenLoader(DataLoader[Any]):
 
 
 def token_loader(parts: Sequence[EncodedRows], plan: BatchPlan, collate: Collate, *, num_workers: int) -> TokenLoader:
-    """A loader whose `state_dict` is its position.
+    """Create a loader whose `state_dict` is its position.
 
     Args:
         parts: Encoded rows of each source.
@@ -126,7 +126,7 @@ _SHOWN = 20
 
 
 def name_rows(loader: TokenLoader, splits: Splits[Any], split: SplitName, epoch: int, batch: int) -> str:
-    """Names of the rows in a batch of this rank, by source, for messages.
+    """Name the rows in a batch of this rank, by source, for messages.
 
     Args:
         loader: Loader that yielded the batch.

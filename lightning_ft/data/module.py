@@ -27,7 +27,7 @@ from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, TokenizerError
 
 _NEEDS: dict[str, tuple[SplitName, ...]] = {
-    "fit": ("train", "validation", "test"),  # test rows too are checked before hours of training, not after
+    "fit": ("train", "validation", "test"),  # test rows, too, are checked before training rather than hours later
     "validate": ("validation",),
     "test": ("test",),
     "predict": ("predict",),
@@ -144,7 +144,7 @@ class RowDataModule(LightningDataModule, ABC):
         )
 
     def _save(self, **hyper: Any) -> None:
-        # Lightning compares `hyper` with the arguments in the frame, which data frames refuse: it gets one without any.
+        # Lightning compares `hyper` with the frame's arguments, which fails for data frames: this frame has none.
         outermost = inspect.currentframe()
         while outermost is not None and outermost.f_back is not None:
             outermost = outermost.f_back
@@ -169,7 +169,7 @@ class RowDataModule(LightningDataModule, ABC):
         """
         if self._tokenizer is None:
             self.tokenizer = self._find_tokenizer()
-        return self._tokenizer  # type: ignore[return-value]  # the setter put it there
+        return self._tokenizer  # type: ignore[return-value]  # set by the property's setter
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -45,7 +45,7 @@ class RowEncoder(Generic[RowT]):
         self._check = ContentCheck(self.template)
 
     def __call__(self, row: RowT) -> tuple[Encoded, RowT] | Problem:
-        """The encoded row with the row used (a copy if its prompt was cut), or the problem."""
+        """Encode a row; return it with the row that was used (a copy if its prompt was cut), or the problem."""
         try:
             check_kwargs(row.template_kwargs, row.prompt_messages, self.template)
             markup, kwargs = self.row_type.is_markup(row), row.template_kwargs
@@ -61,10 +61,10 @@ class RowEncoder(Generic[RowT]):
                 notes += [note for e in encoded.examples for note in self._check.doubled(e.input_ids.tolist())]
             return replace(encoded, notes=tuple(dict.fromkeys([*encoded.notes, *notes]))), used
         except AnswerLostError as error:
-            fix = "The template must keep every turn as it is: pass chat_template=, or change the row."
+            fix = "The template must keep every turn unchanged: pass another chat_template=, or change the row."
             return Problem(row.source, row.row, None, "answer lost in the chat template", str(error), fix)
         except TokenizerError as error:
-            fix = "Change the row's turns, or pass a chat_template= that takes them."
+            fix = "Change the row's turns, or pass a chat_template= that accepts them."
             return Problem(row.source, row.row, None, "refused by the chat template", str(error), fix)
         except RowError as error:
             return Problem(row.source, row.row, error.field, error.reason, error.detail, error.fix)

@@ -79,7 +79,7 @@ class PreferenceDataModule(RowDataModule):
         return _PreferenceCollate([row for part in self.splits.rows[split] for row in part])
 
     def row_batches(self, split: SplitName, batch_size: int) -> Iterable[PreferenceBatch]:
-        """All rows of a split once, in order, on every rank: to compute something for each row before training.
+        """Yield all rows of a split once, in order, on every rank, for computations on each row before training.
 
         Args:
             split: Name of the split.
@@ -95,7 +95,7 @@ class PreferenceDataModule(RowDataModule):
             yield collate(rows[range(start, min(start + batch_size, len(rows)))])
 
     def encoded_key(self, split: SplitName) -> str:
-        """A hash of the tokens of a split in row order: equal keys mean equal tokens from :meth:`row_batches`.
+        """Hash the tokens of a split in row order: equal keys mean equal tokens from :meth:`row_batches`.
 
         Raises:
             ConfigError: If there is no such split.

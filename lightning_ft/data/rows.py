@@ -73,7 +73,7 @@ def load_source(
         raw_rows = map_rows(raw_rows, load_row_function(format), columns)
     first = list(islice(raw_rows, _DETECTED_FROM))
     if not first:
-        raise DataError(f"{name}: there are no rows in it.")
+        raise DataError(f"{name}: it contains no rows.")
     readable = [raw.value for raw in first if isinstance(raw.value, Mapping)]
     try:
         reader = row_type.reader(readable, columns, answered=answered)
@@ -103,7 +103,7 @@ def load_source(
     if on_bad_row == "skip":
         report.skip(problems)
         if not rows:
-            raise DataError(f"{name}: none of its {read:,} rows is good. The first: {problems[0]}")
+            raise DataError(f"{name}: all of its {read:,} rows are bad. The first: {problems[0]}")
         problems = []
     return rows, problems
 

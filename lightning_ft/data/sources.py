@@ -91,7 +91,7 @@ Source: TypeAlias = str | Path | datasets.Dataset | datasets.IterableDataset | D
 Sources: TypeAlias = (
     str | Path | list[str] | list[dict[str, Any]] | datasets.Dataset | datasets.IterableDataset | DataFrame | list[Any]
 )
-"""What a split may be: a path or hub name, a list of rows, a dataset, a pandas or polars frame, or a list of those."""
+"""Types of a split: a path or hub name, a list of rows, a dataset, a pandas or polars frame, or a list of those."""
 
 
 def as_sources(sources: Sources, argument: str) -> dict[str, Source]:

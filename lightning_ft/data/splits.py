@@ -284,7 +284,7 @@ class Splits(Generic[RowT]):
                 f"those that generation starts from: the first row has {row!r} where generation has {prompt!r}. The "
                 "model would be trained on other prompts than it gets in use. Where the prompt opens reasoning, add it "
                 "to the rows (reasoning_content) or switch it off (chat_template_kwargs={'enable_thinking': False}, if "
-                "the template reads that); otherwise pass a chat_template= that writes both alike."
+                "the template reads that); otherwise pass a chat_template= that writes both the same way."
             )
         if max(report.lengths) > tokenizer.model_max_length:
             rank_zero_warn(

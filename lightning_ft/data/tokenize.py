@@ -20,7 +20,7 @@ from lightning_ft.data.rows import is_rank_zero
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import LightningFTError
 
-_SHOW_FROM = 2000  # rows from which a progress bar is worth its line
+_SHOW_FROM = 2000  # number of rows from which a progress bar is shown
 
 
 def tokenize(

@@ -58,10 +58,10 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
 
 
 def text_model_classes(config: Any) -> list[Any]:
-    """The auto classes that load a checkpoint as a language model, the best one first.
+    """Return the auto classes that load a checkpoint as a language model, the best one first.
 
-    A multimodal checkpoint isn't always among transformers' causal language models, but can be trained on text all the
-    same. If several classes know it, the one that it was saved from keeps all of its weights and their names.
+    transformers doesn't always list a multimodal checkpoint as a causal language model, but it can be trained on text.
+    If several classes support it, the one that it was saved from keeps all of its weights and their names.
 
     Args:
         config: Configuration of the checkpoint; None if it is unknown.
@@ -77,12 +77,14 @@ def text_model_classes(config: Any) -> list[Any]:
     classes: dict[tuple[Any, ...], Any] = {}
     for auto, models in _text_classes(config):
         classes.setdefault(models, auto)
-    ordered = sorted(classes, key=lambda models: saved_from.isdisjoint(model.__name__ for model in models))  # stable
+    ordered = sorted(
+        classes, key=lambda models: saved_from.isdisjoint(model.__name__ for model in models)
+    )  # the sort is stable
     return [classes[models] for models in ordered] or [AutoModelForCausalLM]
 
 
 def text_class_name(base: PreTrainedModel) -> str:
-    """The name of the auto class that loads a language model as its own class.
+    """Return the name of the auto class that loads a language model as its own class.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -145,7 +147,7 @@ def load_model(
         quantization: ``"4bit"`` (NF4 with double quantization as in QLoRA, https://arxiv.org/abs/2305.14314),
             ``"8bit"``, or the arguments of `transformers.BitsAndBytesConfig`.
         revision: Branch, tag or commit on the hub.
-        trust_remote_code: Run code from the model's repository.
+        trust_remote_code: Whether code from the model's repository may run.
         device: Device of quantized weights; other weights are moved by the Trainer.
 
     Raises:
@@ -190,7 +192,7 @@ def _keep_trainable(model: PreTrainedModel) -> None:
 
 
 def adapter_base(name: str) -> str | None:
-    """The base model of a local adapter folder; None if `name` isn't such a folder.
+    """Return the base model of a local adapter folder; None if `name` isn't such a folder.
 
     Raises:
         ModelError: If the adapter doesn't name its base, or the base is a local folder that can't be found.
@@ -201,13 +203,13 @@ def adapter_base(name: str) -> str | None:
     base = adapter_config(name).base_model_name_or_path
     if not base:
         raise ModelError(
-            f"{folder / ADAPTER_CONFIG} doesn't name a base model. Pass the base as `model` and this as `adapter`."
+            f"{folder / ADAPTER_CONFIG} doesn't name a base model. Pass the base as model= and this folder as adapter=."
         )
     return find_base(folder, str(base))
 
 
 def adapter_config(name: str) -> Any:
-    """The `peft.PeftConfig` of an adapter, from its folder or the hub.
+    """Load the `peft.PeftConfig` of an adapter from its folder or the hub.
 
     Raises:
         ModelError: If there is none, or its file can't be read.
@@ -221,13 +223,13 @@ def adapter_config(name: str) -> Any:
         if not file.is_file():
             raise ModelError(f"No adapter could be loaded from {name!r}: {first_line(error)}") from error
         raise ModelError(
-            f"{str(file)!r} isn't a configuration that PEFT knows: {type(error).__name__}: {first_line(error)}. Export "
-            "the adapter again, or install the version of peft that wrote it."
+            f"{str(file)!r} isn't a configuration that PEFT can read: {type(error).__name__}: {first_line(error)}. "
+            "Export the adapter again, or install the version of peft that wrote it."
         ) from error
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The number of positions that a model is made for; None if its configuration sets no limit.
+    """Return the maximum number of positions of a model; None if its configuration sets no limit.
 
     Rotary scaling (YaRN, linear, dynamic) multiplies that number by its factor. Configurations differ in whether
     `max_position_embeddings` is the number before or after scaling.
@@ -251,7 +253,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's configuration, without its weights.
+    """Load the model's configuration, without its weights.
 
     Raises:
         ModelError: If it can't be found.
@@ -263,7 +265,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """A dtype by name, or ``"auto"``.
+    """Convert the name of a dtype, or return ``"auto"``.
 
     Example:
         >>> resolve_dtype("bfloat16"), resolve_dtype("auto")
@@ -278,7 +280,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def quantization_options(quantization: str | dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `transformers.BitsAndBytesConfig` for ``"4bit"``, ``"8bit"`` or a dict of them.
+    """Return the arguments of `transformers.BitsAndBytesConfig` for ``"4bit"``, ``"8bit"`` or a dict of them.
 
     Raises:
         ConfigError: For another name.
@@ -304,11 +306,11 @@ def quantization_options(quantization: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def quantization_config(quantization: str | dict[str, Any]) -> Any:
-    """The `transformers.BitsAndBytesConfig` with the arguments of :func:`quantization_options`.
+    """Create the `transformers.BitsAndBytesConfig` with the arguments of :func:`quantization_options`.
 
     Raises:
         ConfigError: For an unknown name.
-        MissingDependencyError: Where bitsandbytes isn't installed.
+        MissingDependencyError: If bitsandbytes isn't installed.
     """
     options = quantization_options(quantization)
     if importlib.util.find_spec("bitsandbytes") is None:

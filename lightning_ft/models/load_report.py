@@ -26,11 +26,11 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], name: str, *, 
     """Refuse a model with randomly initialized weights, and warn of weights in the checkpoint that weren't loaded.
 
     Args:
-        model: The model as loaded.
+        model: Loaded model.
         info: The loading info that `from_pretrained` returns with ``output_loading_info=True``.
         name: Hub name or folder, for messages.
-        new_head: Whether the model has another head than the checkpoint. Then the checkpoint may lack the new head's
-            weights, and its own head isn't loaded.
+        new_head: Whether the model has a new head. The checkpoint may then lack the head's weights, and its own head
+            isn't loaded.
 
     Raises:
         ModelError: If weights are missing from the checkpoint, or their sizes don't match the model's.
@@ -63,15 +63,15 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], name: str, *, 
             "weights."
         )
     if missing:
-        others = f" It holds {_count(left_out)} that {class_name} lacks: {shortened(left_out)}." if left_out else ""
+        others = f" It contains {_count(left_out)} that {class_name} lacks: {shortened(left_out)}." if left_out else ""
         raise ModelError(
             f"The checkpoint {name!r} lacks {_count(missing)} of {class_name}: {shortened(missing)}.{others} These "
             "would be random. Download the whole checkpoint again, or check that config.json belongs to these weights."
         )
     if left_out:
         warn_on_first_rank(
-            f"The checkpoint {name!r} holds {_count(left_out)} that {class_name} doesn't have, and they were left out: "
-            f"{shortened(left_out)}. If they matter, use the config.json that was saved with these weights."
+            f"The checkpoint {name!r} contains {_count(left_out)} that {class_name} doesn't have; not "
+            f"loaded: {shortened(left_out)}. If they matter, use the config.json that was saved with these weights."
         )
 
 
@@ -82,7 +82,7 @@ def warn_on_first_rank(message: str) -> None:
 
 
 def shortened(names: Iterable[str]) -> str:
-    """A few names for a message; names that differ only in numbers are merged.
+    """List a few names for a message, merging those that differ only in numbers.
 
     Example:
         >>> shortened([f"layers.{n}.mlp.{name}" for n in range(9) for name in ("down", "gate", "norm", "up")])
@@ -97,7 +97,7 @@ def _count(names: list[Any]) -> str:
 
 
 def why_unreadable(name: str, error: BaseException, *, revision: str | None = None) -> str:
-    """Why a model or adapter couldn't be loaded: the damaged file, or the library's own message.
+    """Explain why a model or adapter couldn't be loaded: the damaged file, or the library's own message.
 
     Args:
         name: Hub name or folder.
@@ -115,7 +115,7 @@ def why_unreadable(name: str, error: BaseException, *, revision: str | None = No
 
 
 def _folder(name: str, revision: str | None) -> Path | None:
-    """Where a model is on this machine."""
+    """Return the local folder of a model."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -130,12 +130,12 @@ def _why_damaged(file: Path, error: BaseException) -> str | None:
     if not start:
         return "is empty. Download or copy it again."
     if start == _LFS_POINTER:
-        return "is a pointer of Git LFS and holds no weights. Run `git lfs pull` in its repository."
+        return "is a Git LFS pointer and contains no weights. Run `git lfs pull` in its repository."
     if file.suffix == ".bin":  # a zip archive; before torch 1.6 a pickle, which can only be checked by loading it
         reads = not isinstance(error, (UnpicklingError, EOFError, OSError, RuntimeError)) or zipfile.is_zipfile(file)
-        return None if reads else "is damaged, or holds no weights. Download or copy it again."
+        return None if reads else "is damaged, or contains no weights. Download or copy it again."
     try:
         with safe_open(file, framework="pt"):
             return None
     except (SafetensorError, OSError) as damage:
-        return f"is damaged or only a part of it is there ({first_line(damage)}). Download or copy it again."
+        return f"is damaged or incomplete ({first_line(damage)}). Download or copy it again."

@@ -57,7 +57,7 @@ def merged(model: PeftModel, check_prompts: list[list[int]] | None = None) -> Pr
 
 
 def _unshare(model: PeftModel) -> None:
-    """Give adapted layers that share their weights with other modules weights of their own."""
+    """Untie adapted layers from the modules that they share weights with."""
     layers: list[Any] = shared_adapted_layers(model)
     for layer in layers:
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
@@ -85,7 +85,7 @@ def _random_prompts(base: PreTrainedModel) -> list[list[int]]:
 
 
 def _output(model: CausalLM, prompt: list[int]) -> Tensor:
-    """A model's output for a prompt: its greedy continuation, or the reward of a reward model."""
+    """Return a model's output for a prompt: its greedy continuation, or the reward of a reward model."""
     if base_of(model).can_generate():
         return greedy(model, prompt)
     with evaluating(model):

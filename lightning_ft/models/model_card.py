@@ -1,4 +1,4 @@
-"""The model card of an export, with code that loads it and asks it once."""
+"""Model card of an export, with code that loads and runs the model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/"
 
 
 def hub_name(name: str | None) -> str | None:
-    """The name on the hub of a model that was loaded by it, None for a local folder or no name.
+    """Return the hub name of a model that was loaded from the hub; None for a local folder or no name.
 
     Args:
-        name: A hub name, a folder, or a folder of the hub's cache.
+        name: Hub name, folder, or folder of the hub's cache.
 
     Example:
         >>> hub_name("Qwen/Qwen3-0.6B"), hub_name("/home/me/model"), hub_name("")
@@ -43,17 +43,17 @@ def model_card(
     base_options: dict[str, Any] | None = None,
     end_tokens: list[int] | None = None,
 ) -> str:
-    """A model card in Markdown; no path of this machine is in it.
+    """Write a model card in Markdown, without any local path.
 
     Args:
-        folder: The last name of the folder of the export.
-        model: What was exported.
+        folder: Last part of the path of the export's folder.
+        model: Exported model.
         merge: Whether its adapter was folded into the base.
-        base_options: Further arguments with which the base was loaded, such as ``{"revision": "main"}``.
-        end_tokens: Ids of the tokens that end an answer, where the base itself doesn't stop at all of them.
+        base_options: Further arguments that the base was loaded with, such as ``{"revision": "main"}``.
+        end_tokens: Ids of the tokens that end an answer, if the base itself doesn't stop at all of them.
 
     Returns:
-        The card.
+        Text of the card.
     """
     base = base_of(model)
     source: str = getattr(base.config, "_name_or_path", None) or ""
@@ -87,8 +87,8 @@ def model_card(
         ]
     if adapter and end_tokens:
         lines += [
-            "What loads the adapter without `generation_config.json` (`pipeline`, servers) takes the end tokens from "
-            f"the base, which doesn't stop at all of them: give it `eos_token_id={end_tokens}` (vLLM: "
+            "Tools that load the adapter without `generation_config.json` (`pipeline`, servers) take the end tokens "
+            f"from the base, which doesn't stop at all of them: pass `eos_token_id={end_tokens}` (vLLM: "
             "`stop_token_ids`).",
             "",
         ]
@@ -103,7 +103,7 @@ def _adapter_code(folder: str, base: Any, source: str, options: dict[str, Any]) 
     auto, name = _auto(base), hub_name(source)
     imports = [auto, "AutoTokenizer", *(["GenerationConfig"] if base.can_generate() else [])]
     if not base.can_generate():
-        # without the pad token that the tokenizer was exported with, scores of padded batches would be read elsewhere
+        # without the tokenizer's pad token, rewards of padded batches would be read at other tokens
         options = {"num_labels": 1, "pad_token_id": base.config.get_text_config().pad_token_id, **options}
     arguments = [f"{key}={value!r}" for key, value in options.items() if key != "quantization"]
     if options.get("quantization"):
@@ -126,7 +126,7 @@ def _adapter_code(folder: str, base: Any, source: str, options: dict[str, Any]) 
 
 
 def _literal(value: Any) -> str:
-    """A setting of `BitsAndBytesConfig` as code; it takes dtypes by name."""
+    """Format a setting of `BitsAndBytesConfig` as code; it accepts dtypes by name."""
     return repr(str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value)
 
 

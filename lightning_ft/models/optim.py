@@ -15,7 +15,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices with weight decay, and norms and biases without.
+    """Split trainable parameters into two groups: matrices with weight decay, and norms and biases without.
 
     Example:
         >>> groups = parameter_groups(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)), 0.1)
@@ -33,16 +33,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def schedule_factor(
     schedule: Schedule, *, warmup_ratio: float, total_steps: Callable[[], int | None]
 ) -> Callable[[int], float]:
-    """Factor on the learning rate by optimizer step: linear warm-up, then `schedule`.
+    """Return the learning-rate factor as a function of the optimizer step: linear warm-up, then `schedule`.
 
     No step has rate 0: of `w` warm-up steps the first has ``1 / (w + 1)`` of the peak, the step after them the peak,
-    and the last step of the run is the last one before the schedule's zero. That is transformers' schedule one step on.
-    At least one step has the peak, also in a run of a single step.
+    and the last step of the run is the last one before the schedule reaches 0. That is transformers' schedule, shifted
+    by one step. At least one step has the peak rate, even in a run of a single step.
 
     Args:
-        schedule: What follows the warm-up.
-        warmup_ratio: Share of all steps that warm up, rounded up.
-        total_steps: Gives the number of steps, None where there is no end or it isn't known yet (see
+        schedule: Schedule after the warm-up: ``"cosine"``, ``"linear"`` or ``"constant"``.
+        warmup_ratio: Share of all steps in the warm-up, rounded up.
+        total_steps: Function that returns the number of steps; None without an end, or if it isn't known yet (see
             :func:`set_first_rate`).
 
     Raises:
@@ -63,7 +63,7 @@ def schedule_factor(
         if total is None:
             if schedule != "constant" and step > 0:
                 raise ConfigError(
-                    f"lr_schedule={schedule!r} needs to know how long training lasts: use a Trainer with max_steps or "
+                    f"lr_schedule={schedule!r} needs the number of training steps: use a Trainer with max_steps or "
                     "max_epochs, or lr_schedule='constant'."
                 )
             return 1.0  # nothing to decay to, or not known before the first step
@@ -79,7 +79,7 @@ def schedule_factor(
 
 
 def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
-    """Give the first step the rate that the schedule means it to have.
+    """Set the learning rate of the first step according to the schedule.
 
     A scheduler sets the first rate when it is created, before the Trainer has loaded its data and the number of steps
     is known. Call this once it is known. A scheduler that has already taken a step isn't changed.
@@ -108,7 +108,7 @@ def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
 def adamw(
     groups: Iterable[dict[str, Any]], learning_rate: float, betas: tuple[float, float], *, scaled: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW over parameter groups, fused on CPUs, where that is three to six times as fast.
+    """Create AdamW for parameter groups, fused on CPUs, where that is three to six times as fast.
 
     Args:
         groups: Parameter groups.

@@ -27,13 +27,13 @@ _ADDED = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter|trainable_tokens
 
 
 def numel(parameter: nn.Parameter) -> int:
-    """How many weights a parameter holds; 4-bit ones are stored two to a byte."""
+    """Return the number of weights in a parameter; 4-bit weights are stored two per byte."""
     state = getattr(parameter, "quant_state", None)
     return prod(state.shape) if state is not None else parameter.numel()
 
 
 def expert_counts(config: Any) -> frozenset[int]:
-    """Every number above 1 that a configuration gives for experts.
+    """Return each number above 1 that a configuration sets for experts.
 
     Example:
         >>> from transformers import MixtralConfig
@@ -52,7 +52,7 @@ def expert_counts(config: Any) -> frozenset[int]:
 
 
 def expert_tensors(base: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameters that hold a matrix for each expert, outside of linear layers, where adapters usually go.
+    """Return parameters with one matrix per expert, outside of linear layers, where adapters usually are.
 
     Args:
         base: A model without adapters.
@@ -80,7 +80,7 @@ def expert_tensors(base: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def find_parts(base: PreTrainedModel) -> dict[str, str]:
-    """The part that each parameter of a model belongs to, and each module with parameters of its own.
+    """Find the part that each parameter of a model, and each module with parameters of its own, belongs to.
 
     Args:
         base: A model without adapters.
@@ -118,7 +118,7 @@ class _PartFinder:
         self._blocks = {name.rpartition(".")[0]: count for name, count in self._experts.items()}
 
     def _lists_experts(self, name: str, counts: frozenset[int]) -> bool:
-        """Whether a module is a list of experts: as many as there are, all alike, inside of a layer."""
+        """Whether a module is a list of experts: of the expected number, of one class, inside a layer."""
         module = self._modules[name]
         if not isinstance(module, nn.ModuleList) or len(module) not in counts:
             return False
@@ -142,7 +142,7 @@ class _PartFinder:
         if "norm" in type(owner).__name__.lower():
             return "norms"
         lists = [number for number, name in enumerate(outer) if isinstance(self._modules[name], nn.ModuleList)]
-        in_layer = outer[: max(lists[-1] - 1, 0)] if lists else []  # what is inside of a layer, without the layer
+        in_layer = outer[: max(lists[-1] - 1, 0)] if lists else []  # the name inside its layer
         if any(_mixes_tokens(self._modules[name]) for name in in_layer):
             return "attention"
         return "MLP" if in_layer and _has_matrix(owner) else "other"
@@ -158,7 +158,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _ancestors(name: str) -> list[str]:
-    """A module's name and those of all that hold it, innermost first."""
+    """Return a module's name and those of its ancestors, innermost first."""
     parts = name.split(".") if name else []
     return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
@@ -168,10 +168,10 @@ def _ids(modules: list[Any]) -> set[int]:
 
 
 def base_name(name: str) -> tuple[str, bool]:
-    """What a parameter of a model with adapters is called in the base, or which module it is added to.
+    """Convert the name of a parameter of an adapted model to the base's: its own, or that of the module it adapts.
 
     Returns:
-        The name in the base, and whether the parameter is an adapter's.
+        Name in the base, and whether the parameter is an adapter's.
 
     Example:
         >>> base_name("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
@@ -185,7 +185,7 @@ def base_name(name: str) -> tuple[str, bool]:
 
 
 def adapted_parameters(model: nn.Module) -> set[int]:
-    """Ids of the base's parameters that an adapter is added to."""
+    """Return the ids of the base's parameters that an adapter is added to."""
     found = set()
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -217,7 +217,7 @@ def count_parts(model: CausalLM, parts: Mapping[str, str], unreached: frozenset[
     """Count the weights of each part, and how many of them are trained, adapted and frozen.
 
     Args:
-        model: The model as it is trained, adapted or not.
+        model: Model, prepared for training, adapted or not.
         parts: Parts of its base, from :func:`find_parts`.
         unreached: Names of the base's parameters that text doesn't reach.
 
@@ -241,7 +241,7 @@ def count_parts(model: CausalLM, parts: Mapping[str, str], unreached: frozenset[
 
 
 def parts_table(parts: Mapping[str, Amounts]) -> str:
-    """The counts as a text table, with sums in the last row.
+    """Format the counts as a text table, with sums in the last row.
 
     Example:
         >>> print(parts_table({"attention": Amounts(1_500_000, 2_000, 1_500_000, 1_500_000, 0)}))
@@ -258,7 +258,7 @@ def parts_table(parts: Mapping[str, Amounts]) -> str:
 
 
 def short_count(count: int) -> str:
-    """A number of weights in few characters.
+    """Format a number of weights in few characters.
 
     Example:
         >>> short_count(999), short_count(1_234_567), short_count(70_553_706_496)

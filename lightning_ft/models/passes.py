@@ -23,10 +23,10 @@ from lightning_ft.models.lengths import LengthSwitch
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some sequences of a batch.
+    """Part of a batch that takes one forward pass.
 
     Args:
-        batch: They alone, `b` rows of `s` tokens, with `m` of the targets.
+        batch: Batch of these sequences, `b` rows of `s` positions, with `m` of the targets.
         positions: Position in the flattened whole batch of each token of `batch`, -1 for padding, ``int64 [b * s]``.
         targets: Index of each of its targets among those of the whole batch, ``int64 [m]``.
     """
@@ -37,7 +37,7 @@ class Part:
 
 
 def sequence_lengths(batch: TokenBatch) -> list[int]:
-    """Tokens of each sequence of a batch, a shared prompt counted in each that continues it; row by row.
+    """Return the number of tokens of each sequence, row by row; a shared prompt counts in each of its sequences.
 
     Example:
         >>> one, two = (Example(torch.ones(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool)) for n in (1, 2))
@@ -55,7 +55,7 @@ def sequence_lengths(batch: TokenBatch) -> list[int]:
 
 
 def switched_parts(batch: TokenBatch, switch: LengthSwitch) -> list[Part] | None:
-    """The passes that a batch needs where the length of a sequence may change others; None for a single one.
+    """Split a batch into the passes that it needs if long sequences change others; None if one pass is enough.
 
     Raises:
         ModelError: For a batch with shared prefixes whose sequences can't share a pass.
@@ -65,10 +65,10 @@ def switched_parts(batch: TokenBatch, switch: LengthSwitch) -> list[Part] | None
 
 
 def parts_of(batch: TokenBatch, groups: Sequence[Sequence[int]]) -> list[Part]:
-    """Lay groups of a batch's sequences out as batches of their own.
+    """Lay out groups of a batch's sequences as separate batches.
 
     Args:
-        batch: A batch of roots.
+        batch: Batch without shared prefixes.
         groups: Indices of sequences, as :func:`sequence_lengths` counts them, each in one group.
 
     Raises:
@@ -84,7 +84,7 @@ def parts_of(batch: TokenBatch, groups: Sequence[Sequence[int]]) -> list[Part]:
 
 
 def _runs(batch: TokenBatch) -> list[range]:
-    """Where each sequence is in the flattened batch."""
+    """Return the range of each sequence in the flattened batch."""
     runs, length = [], batch.segment_ids.shape[1]
     for row, segments in enumerate(batch.segment_ids.cpu()):
         start = row * length
@@ -122,12 +122,12 @@ def _part(batch: TokenBatch, runs: Sequence[range]) -> Part:
 
 
 def put_back(parts: Sequence[Part], states: Sequence[Tensor], batch: TokenBatch) -> Tensor:
-    """States of parts where those of the whole batch would be, ``[b, s, d]``; zero at its padding.
+    """Put the states of parts at the positions of the whole batch, ``[b, s, d]``, with zeros for padding.
 
     Args:
         parts: All parts of the batch.
-        states: ``[b, s, d]`` of each.
-        batch: The whole batch.
+        states: States of each part, ``[b, s, d]``.
+        batch: Whole batch.
     """
     every = torch.cat([part.positions for part in parts])
     real = every >= 0
@@ -137,7 +137,7 @@ def put_back(parts: Sequence[Part], states: Sequence[Tensor], batch: TokenBatch)
 
 
 def padding_within(batch: TokenBatch, switch: LengthSwitch) -> TokenBatch:
-    """A batch whose padding doesn't have larger positions than its tokens: it mustn't be what makes a pass long."""
+    """Limit the position ids of padding to those of the tokens, so that padding doesn't make a pass long."""
     padding = batch.segment_ids < 0
     longest = batch.position_ids.masked_fill(padding, 0).max()
     if int(batch.position_ids.max()) < switch.at or not bool((batch.position_ids > longest).any()):

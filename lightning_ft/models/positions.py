@@ -50,8 +50,8 @@ def _reads(base: PreTrainedModel, position: int) -> bool:
         try:
             run(input_ids=ids, **options)
         except torch.OutOfMemoryError:
-            return True  # it has the position, and no room for it now
-        except Exception:  # whatever a forward pass may raise for shapes that don't fit each other
+            return True  # the position exists, but there isn't enough memory
+        except Exception:  # a forward pass may raise anything for shapes that don't match
             return False
     return True
 
@@ -96,4 +96,4 @@ _TABLES: dict[Any, Callable[..., _Lookups]] = {
     _aten.index_select: _along,
     _aten.gather: _along,
 }
-"""Operations that look something up in their first argument."""
+"""Operators that index into their first argument."""

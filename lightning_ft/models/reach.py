@@ -66,7 +66,8 @@ def find_reach(model: CausalLM) -> Reach:
     `ModuleList` that didn't run, next to members of the same class that did. A tensor of all experts is reached as a
     whole.
 
-    The model is left as it was: modes, buffers, random generators, `requires_grad`; no gradients are computed.
+    The model isn't changed: modes, buffers, random generators and `requires_grad` are restored, and no gradients are
+    computed.
 
     Args:
         model: A language model or reward model, adapted or not, on any device, quantized or not, but not sharded.
@@ -176,7 +177,7 @@ def probing(model: CausalLM) -> Iterator[None]:
 
 
 def _plain_tensors(module: nn.Module) -> dict[str, Any]:
-    """What may hold the state of a recurrent layer, which is neither a parameter nor a buffer."""
+    """Objects that may contain the state of a recurrent layer, which is neither a parameter nor a buffer."""
     return {name: value for name, value in vars(module).items() if value is None or isinstance(value, Tensor)}
 
 
@@ -218,7 +219,7 @@ def _marking(mark: Tensor) -> Any:
 
 @contextmanager
 def _calls(model: nn.Module, called: set[int]) -> Iterator[None]:
-    """Note which members of lists of modules run."""
+    """Record which members of lists of modules run."""
     hooks = [
         member.register_forward_pre_hook(lambda module, args: called.add(id(module)))  # type: ignore[func-returns-value]
         for group in _lists(model)
@@ -233,7 +234,7 @@ def _calls(model: nn.Module, called: set[int]) -> Iterator[None]:
 
 @contextmanager
 def _outputs(model: nn.Module, odd: set[int]) -> Iterator[None]:
-    """Note which linear layers give something else than a tensor with a number for each row of their matrix."""
+    """Record the linear layers whose output isn't a tensor with one number per row of their matrix."""
 
     def note(module: nn.Module, args: Any, out: Any) -> None:
         rows = args[0].shape[:-1] if args and isinstance(args[0], Tensor) else None
@@ -275,7 +276,7 @@ def _routed_elsewhere(model: nn.Module, reached: set[int], called: set[int]) -> 
 
 
 def _leaves(output: Tensor) -> set[int]:
-    """Ids of the tensors that autograd would give a gradient of `output` to."""
+    """Return the ids of the tensors that autograd would compute a gradient of `output` for."""
     found: set[int] = set()
     waiting, seen = [output.grad_fn], set()
     while waiting:

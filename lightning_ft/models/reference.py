@@ -1,4 +1,4 @@
-"""The reference model: the policy as it was before training, for log-ratios and KL."""
+"""The reference model: the policy before training, for log-ratios and KL."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def active_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
     PEFT makes the adapter that it activates trainable and freezes the others; this is restored afterwards.
 
     Args:
-        model: The adapted model.
-        name: The adapter, None for the base alone.
+        model: Adapted model.
+        name: Name of the adapter; None for the base alone.
     """
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = model.active_adapter
@@ -51,14 +51,14 @@ def active_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
 
 
 class Reference:
-    """The model as it was before training, without a second copy of its weights if it has an adapter.
+    """The model before training, without a second copy of its weights if it has an adapter.
 
-    A new adapter is switched off. A continued adapter, or one whose initialization changed the base weights (PiSSA,
+    A new adapter is disabled. A continued adapter, or one whose initialization changed the base weights (PiSSA,
     OLoRA, LoftQ), is kept as a second, frozen adapter. Only full fine-tuning needs a copy of the weights.
 
     Args:
         model: The model before its first step.
-        initial: The adapter at the start of training; None for a new one on unchanged weights, which is switched off.
+        initial: Adapter at the start of training; None for a new one on unchanged weights, which is disabled.
         load: Callable that loads the weights again; None to copy the model's current weights.
         prepare_copy: Callable that is passed the copy of the weights, to shard it like the model.
     """
@@ -85,15 +85,15 @@ class Reference:
         else:
             self.mode = "initial_adapter"
             training = model.training
-            with warnings.catch_warnings():  # this one was made for the base as it was changed
+            with warnings.catch_warnings():  # this adapter belongs to the changed base
                 warnings.filterwarnings("ignore", message=".*changes the base weights")
                 model.load_adapter(str(initial.path), INITIAL, is_trainable=False)
-            model.train(training)  # PEFT puts the whole of it into eval mode
+            model.train(training)  # PEFT puts the whole model into eval mode
 
     def to(self, device: torch.device) -> Reference:
-        """Move a copy of the weights to a device, in the precision that the model has been given by now.
+        """Move a copy of the weights to a device, in the current precision of the model.
 
-        One that is sharded stays where its shards are.
+        A sharded copy stays on its devices.
         """
         for model in self._copy:
             if not is_sharded(model):

@@ -15,14 +15,14 @@ from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import length_switch
 
 HEADS = ("score", "classifier")
-"""What architectures call the head that reads the last token."""
+"""Names that architectures use for the head that reads the last token."""
 
 
 def reward_head(model: CausalLM) -> nn.Module:
     """The head that maps a hidden state to a reward; with PEFT the wrapper around its trained copy.
 
     Args:
-        model: From `AutoModelForSequenceClassification`, adapted or not.
+        model: Model of `AutoModelForSequenceClassification`, adapted or not.
 
     Raises:
         ModelError: If the model has no such head, or no backbone under it.
@@ -114,7 +114,7 @@ def check_last_token(model: CausalLM) -> None:
         model: A sequence-classification model with one label, adapted or not.
 
     Raises:
-        ModelError: If it doesn't.
+        ModelError: If the model reads its output elsewhere.
     """
     base = base_of(model)
     reward_head(base)

@@ -28,7 +28,7 @@ from lightning_ft.models.reach import model_output, probe_ids, probing
 
 @dataclass(frozen=True)
 class OwnLoss:
-    """What a model's own loss consists of.
+    """Terms of a model's own loss.
 
     Args:
         router: Coefficient of the router loss; 0 if there is none.
@@ -43,7 +43,7 @@ class OwnLoss:
 def find_own_loss(model: CausalLM) -> OwnLoss:
     """Find out from a pass over a few tokens what a model adds to the cross-entropy.
 
-    The model is left as it was.
+    The model isn't changed.
 
     Args:
         model: A causal language model, adapted or not, not sharded.
@@ -64,7 +64,7 @@ def find_own_loss(model: CausalLM) -> OwnLoss:
             out = model_output(model, labels=True)
             ids, logits, loss = probe_ids(base), out.logits, cast("Tensor | None", getattr(out, "loss", None))
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
-            return OwnLoss()  # the plain forward pass will show whether the model can be trained at all
+            return OwnLoss()  # a later forward pass will show whether the model can be trained at all
         if not isinstance(loss, Tensor) or logits.shape[:2] != ids.shape:
             return OwnLoss()
         term = getattr(out, "aux_loss", None)

@@ -1,4 +1,4 @@
-"""FSDP2 for a Hugging Face model."""
+"""Shard a Hugging Face model with FSDP2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_ft.models.head import register_sharded
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights are spread over ranks (FSDP), so that all ranks have to run the model in step."""
+    """Whether the weights are sharded over ranks (FSDP), so that all ranks must run the model together."""
     return any(isinstance(p, DTensor) for p in model.parameters()) or any(
         type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
     )
@@ -26,22 +26,22 @@ def shard(base: PreTrainedModel, mesh: Any) -> None:
     weights.
 
     Args:
-        base: The model, adapters already inside.
-        mesh: What Lightning's ModelParallelStrategy gives as `device_mesh`.
+        base: Model, with its adapters if any.
+        mesh: The `device_mesh` of Lightning's ModelParallelStrategy.
 
     Raises:
-        ModelError: For tensor parallelism, which isn't supported, or a model whose layers aren't named by transformers.
+        ModelError: For tensor parallelism, which isn't supported, or if transformers doesn't name the model's layers.
     """
     from torch.distributed.fsdp import fully_shard
 
     names = mesh.mesh_dim_names or ()
     if "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1:
-        raise ModelError("Tensor parallelism isn't supported: pass tensor_parallel_size=1 to ModelParallelStrategy.")
+        raise ModelError("Tensor parallelism isn't supported. Pass tensor_parallel_size=1 to ModelParallelStrategy.")
     data_mesh = mesh["data_parallel"] if "data_parallel" in names else mesh
     layer_names = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in layer_names]
     if not layers:
-        raise ModelError(f"{type(base).__name__} doesn't say which of its modules are layers, so it can't be sharded.")
+        raise ModelError(f"{type(base).__name__} doesn't name its layers (_no_split_modules), so it can't be sharded.")
     for layer in layers:
         fully_shard(layer, mesh=data_mesh)
     fully_shard(base, mesh=data_mesh)

@@ -31,11 +31,11 @@ from lightning_ft.models.reward_head import HEADS
 
 
 def adapted_names(base: PreTrainedModel, config: LoraConfig) -> set[str]:
-    """Names of the base's parameters that PEFT would put an adapter on.
+    """Return the names of the base's parameters that PEFT would put an adapter on.
 
     Args:
-        base: The model; not changed.
-        config: The configuration; not changed.
+        base: Base model; not changed.
+        config: Adapter configuration; not changed.
 
     Raises:
         ModelError: If PEFT refuses.
@@ -52,7 +52,7 @@ def adapted_names(base: PreTrainedModel, config: LoraConfig) -> set[str]:
 
 
 def skeleton(base: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model whose weights take no memory and have no values."""
+    """Copy a model without its weights: the copy's parameters take no memory and have no values."""
     memo: dict[int, Any] = {id(p): _empty(p) for p in base.parameters()}
     memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in base.buffers()}
     kept = [value for module in base.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
@@ -62,7 +62,7 @@ def skeleton(base: PreTrainedModel) -> PreTrainedModel:
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:
     empty = nn.Parameter(torch.empty_like(parameter.data, device="meta"), requires_grad=False)
-    for name, value in vars(parameter).items():  # what quantized parameters say of themselves
+    for name, value in vars(parameter).items():  # attributes of quantized parameters
         setattr(empty, name, value)
     return empty
 
@@ -74,13 +74,13 @@ def fitted(config: LoraConfig, base: PreTrainedModel, reach: Reach, top_layers: 
     """Fit an adapter's configuration to a model: exclude what text doesn't reach, and add what "all-linear" misses.
 
     Args:
-        config: The user's configuration, which is not changed.
-        base: The model without adapters.
-        reach: Which parameters of the model text reaches.
+        config: The user's configuration; not changed.
+        base: Model without adapters.
+        reach: Parameters that text reaches.
         top_layers: Number of topmost layers to adapt; None for all.
 
     Returns:
-        A configuration that PEFT can apply to the model, also when the adapter is loaded again.
+        Configuration that PEFT can apply to the model, also when the adapter is loaded again.
 
     Raises:
         ConfigError: If it names only modules that text doesn't reach.
@@ -96,14 +96,14 @@ def fitted(config: LoraConfig, base: PreTrainedModel, reach: Reach, top_layers: 
     return without_unreached(top, base, reach) if reach.unreached else top
 
 
-# ---------------------------------------------------------------- what text doesn't reach
+# ---------------------------------------------------------------- unreached modules
 
 
 def without_unreached(config: LoraConfig, base: PreTrainedModel, reach: Reach) -> LoraConfig:
-    """A configuration that leaves out modules which no text reaches, by `exclude_modules`.
+    """Exclude modules that text doesn't reach, by `exclude_modules`.
 
     Raises:
-        ConfigError: If all that an entry names is unreached.
+        ConfigError: If an entry names only unreached modules.
     """
     for name in config.modules_to_save or []:
         named = [key for key, _ in base.named_parameters() if re.search(rf"(^|\.){re.escape(name)}\.", key)]
@@ -133,7 +133,7 @@ def without_unreached(config: LoraConfig, base: PreTrainedModel, reach: Reach) -
 def _excluding(
     excluded: str | Iterable[str] | None, base: PreTrainedModel, reach: Reach, modules: Iterable[str]
 ) -> str:
-    """A regular expression of the modules to leave out, as few names as can be, and of what was left out already."""
+    """Build a regular expression that excludes these modules, with few names, and those already excluded."""
     whole = unreached_roots(base, reach)
     roots = sorted({next(root for root in whole if f"{name}.".startswith(f"{root}.")) for name in modules})
     parts = [f"({'|'.join(map(re.escape, roots))})(\\..*)?"]
@@ -145,7 +145,7 @@ def _excluding(
 
 
 def unreached_roots(base: nn.Module, reach: Reach) -> list[str]:
-    """Names of the outermost modules, or parameters, of which nothing is reached."""
+    """Return the names of the outermost modules, or parameters, that are completely unreached."""
     found: list[str] = []
     for name, module in base.named_modules():
         if not name or any(name.startswith(f"{root}.") for root in found):
@@ -158,7 +158,7 @@ def unreached_roots(base: nn.Module, reach: Reach) -> list[str]:
 
 
 def unreached_groups(base: PreTrainedModel, reach: Reach) -> list[str]:
-    """A line for each part of a model that no text reaches, layers taken together.
+    """Describe each part of a model that text doesn't reach in one line, with layers merged.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -181,13 +181,13 @@ def unreached_groups(base: PreTrainedModel, reach: Reach) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------- experts kept as one tensor
+# ---------------------------------------------------------------- experts stored as one tensor
 
 
 def _everything(
     config: LoraConfig, base: PreTrainedModel, reach: Reach, experts: list[str], top_layers: int | None
 ) -> LoraConfig:
-    """Every linear layer as a module, and as a parameter what PEFT can't adapt as one."""
+    """Target each linear layer as a module, and what PEFT can't adapt as a module as a parameter."""
     inside = ("",) if top_layers is None else _inside_top_layers(base, top_layers)
     every = [n for n in _linear_layers(base, config) if f"{n}.weight" not in reach.unreached and n.startswith(inside)]
     every = [name for name in every if not _is_excluded(config, name)]
@@ -198,7 +198,7 @@ def _everything(
     if (reason := _why_no_parameters(config)) is not None:
         return _without_tensors(base, plain, linear, tensors, reason)
     lost = _lost(base, replace(plain, target_parameters=_shortest(base, tensors)), linear)
-    # PEFT took these linear layers for experts of an older checkpoint, and lets them be as parameters; or their weights
+    # PEFT took these linear layers for experts of an older checkpoint, and skips them as parameters; or their weights
     # are used without calling them, and it refuses both
     parameters = dict(base.named_parameters(remove_duplicate=False))
     loose = [f"{name}.weight" for name in lost if parameters[f"{name}.weight"].is_floating_point()]
@@ -230,8 +230,8 @@ def _without_tensors(
         )
     if left:
         warn(
-            f"{type(base).__name__}: {', '.join(left)} get no adapter: PEFT adapts experts that are kept in one tensor "
-            f"through target_parameters, and those not with {reason}. Leave that out to adapt them, or set lora's "
+            f"{type(base).__name__}: {', '.join(left)} get no adapter: PEFT adapts experts stored in one tensor "
+            f"through target_parameters, which {reason} rules out. Leave that out to adapt them, or set lora's "
             "target_modules yourself to silence this.",
             stacklevel=2,
         )
@@ -247,7 +247,7 @@ def _refused(base: PreTrainedModel, config: LoraConfig) -> bool:
 
 
 def _lost(base: PreTrainedModel, config: LoraConfig, linear: list[str]) -> list[str]:
-    """Linear layers that a configuration names and that get no adapter, or that PEFT refuses."""
+    """Return the linear layers that a configuration names and that get no adapter, or that PEFT refuses."""
     try:
         adapted = adapted_names(base, config)
         return [name for name in linear if f"{name}.weight" not in adapted]
@@ -265,7 +265,7 @@ def _lost(base: PreTrainedModel, config: LoraConfig, linear: list[str]) -> list[
 
 
 def _why_no_parameters(config: LoraConfig) -> str | None:
-    """Which setting keeps PEFT from adapting parameters, None if there is none."""
+    """Return the setting that keeps PEFT from adapting parameters; None if there is none."""
     for name in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "layer_replication"):
         if value := getattr(config, name, None):
             return f"{name}={value}"
@@ -283,7 +283,7 @@ def _is_excluded(config: LoraConfig, name: str) -> bool:
 
 
 def _linear_layers(base: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """What "all-linear" means: every linear layer but the head."""
+    """Return the layers that "all-linear" covers: every linear layer but the head."""
     head = base.get_output_embeddings()
     heads = {id(head)} if head is not None else {id(getattr(base, name, None)) for name in HEADS}
     if head is None and str(getattr(config.task_type, "value", config.task_type)) != "SEQ_CLS":
@@ -300,7 +300,7 @@ def _inside_top_layers(base: PreTrainedModel, count: int) -> tuple[str, ...]:
 
 
 def _shortest(base: nn.Module, names: Iterable[str]) -> list[str]:
-    """Parameter names without what they have in common before the last number, where that names no others."""
+    """Shorten parameter names to what follows their last number, if that matches no other parameters."""
     return _without_prefixes([name for name, _ in base.named_parameters(remove_duplicate=False)], set(names))
 
 

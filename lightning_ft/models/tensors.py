@@ -17,7 +17,7 @@ _CHECKSUM = "checksum"
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
-    r"""The bytes of a tensor, gathered from all ranks if it is sharded.
+    r"""Return the bytes of a tensor, gathered from all ranks if it is sharded.
 
     Example:
         >>> bytes(tensor_bytes(torch.tensor([1, 256], dtype=torch.int16)))
@@ -28,24 +28,24 @@ def tensor_bytes(value: Tensor) -> memoryview:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str | None = None) -> None:
-    """Write a safetensors file whole or not at all.
+    """Write a safetensors file completely or not at all.
 
     Args:
-        path: The file.
-        tensors: By name.
-        key: Keep a checksum of the tensors and of this name, for :func:`read_tensors`.
+        path: Path of the file.
+        tensors: Tensors by name.
+        key: Name that the checksum in the file covers in addition to the tensors, for :func:`read_tensors`.
 
     Raises:
-        FileWriteError: If it can't be written.
+        FileWriteError: If the file can't be written.
     """
     metadata = None if key is None else {_CHECKSUM: _checksum(tensors, key)}
     with atomic_write(path) as aside:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-        aside.chmod(0o644)  # safetensors' files are the owner's only; a shared cache is for all
+        aside.chmod(0o644)  # safetensors creates files that only the owner can read; a shared cache is for all users
 
 
 def read_tensors(path: Path, *, key: str) -> dict[str, Tensor] | None:
-    """What :func:`write_tensors` wrote under a key; None where there is no file, or one that holds something else."""
+    """Read what :func:`write_tensors` wrote under a key; None if there is no such file, or its content differs."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

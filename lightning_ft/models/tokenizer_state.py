@@ -18,10 +18,10 @@ from lightning_ft.errors import TokenizerError
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Names a tokenizer's tokens, their ids and their special roles; chat template and padding have no part in it.
+    """Hash a tokenizer's tokens, their ids and their special roles, without its chat template and padding.
 
     Args:
-        tokenizer: It isn't changed.
+        tokenizer: Tokenizer to hash; it isn't changed.
 
     Returns:
         64 hexadecimal digits.
@@ -32,11 +32,12 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> dict[str, Any]:
-    """A tokenizer as values that `torch.load(weights_only=True)` takes.
+    """Convert a tokenizer to values that `torch.load(weights_only=True)` can load.
 
     Args:
         tokenizer: The tokenizer.
-        whole: Keep its files too, compressed; otherwise what can't be loaded again by its name: the chat template.
+        whole: Whether to include its files, compressed. Otherwise only the chat template is kept, since the rest can
+            be loaded again by name.
 
     Returns:
         ``chat_template``, ``vocabulary`` (see :func:`vocabulary_digest`), and ``files``: a ``uint8 [n]`` tensor by
@@ -57,11 +58,11 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> dict[
 
 
 def tokenizer_from_state(state: dict[str, Any], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer whose files a state holds, with its chat template; None if it holds none.
+    """Restore the tokenizer whose files a state contains, with its chat template; None if it contains no files.
 
     Args:
-        state: From :func:`tokenizer_state`.
-        trust_remote_code: Run code that is among the files.
+        state: Result of :func:`tokenizer_state`.
+        trust_remote_code: Whether code among the files may run.
 
     Raises:
         TokenizerError: If it can't be loaded from them.
@@ -72,20 +73,22 @@ def tokenizer_from_state(state: dict[str, Any], *, trust_remote_code: bool = Fal
         for name, packed in state["files"].items():
             file = Path(folder) / name
             if not file.resolve().is_relative_to(Path(folder).resolve()):
-                raise TokenizerError(f"The checkpoint's tokenizer has a file {name!r}, outside of its own folder.")
+                raise TokenizerError(
+                    f"The checkpoint's tokenizer has a file {name!r} outside its folder, so it isn't loaded."
+                )
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(zlib.decompress(packed.numpy().tobytes()))
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    tokenizer.name_or_path = ""  # a folder that is gone
+    tokenizer.name_or_path = ""  # the folder no longer exists
     tokenizer.chat_template = state["chat_template"]
     return tokenizer
 
 
 def differences(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """In what a tokenizer differs from a state: ``"vocabulary"``, ``"chat template"``, both or neither.
+    """Return how a tokenizer differs from a state: ``"vocabulary"``, ``"chat template"``, both or neither.
 
     Args:
-        state: From :func:`tokenizer_state`.
+        state: Result of :func:`tokenizer_state`.
         tokenizer: The tokenizer.
     """
     found = [] if state["vocabulary"] == vocabulary_digest(tokenizer) else ["vocabulary"]

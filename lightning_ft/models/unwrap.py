@@ -12,14 +12,14 @@ from lightning_ft.errors import LightningFTError
 
 
 def unwrapped(module: Any) -> Any:
-    """A module without the wrappers of Fabric or DDP."""
+    """Remove the wrappers of Fabric or DDP from a module."""
     while not isinstance(module, (PreTrainedModel, PeftModel)) and hasattr(module, "module"):
         module = module.module
     return module
 
 
 def model_of(module: Any) -> Any:
-    """The transformers or PEFT model of a module; None where it has none yet."""
+    """Return the transformers or PEFT model of a module; None if it has none yet."""
     module = unwrapped(module)
     if isinstance(module, (PreTrainedModel, PeftModel)):
         return module
@@ -28,10 +28,10 @@ def model_of(module: Any) -> Any:
 
 
 def required_model(module: Any, measuring: str, error: type[LightningFTError]) -> Any:
-    """The transformers or PEFT model of a module.
+    """Return the transformers or PEFT model of a module.
 
     Args:
-        module: The module, or with Fabric the model.
+        module: Module that contains the model, or with Fabric the model itself.
         measuring: Name of the caller, for the message.
         error: Class of the error to raise.
 
@@ -41,16 +41,16 @@ def required_model(module: Any, measuring: str, error: type[LightningFTError]) -
     model = model_of(module)
     if model is None:
         raise error(
-            f"{measuring} found no transformers model in {type(module).__name__}: the module must hold one as "
-            '`model`; with Fabric pass it along: fabric.call("on_train_start", fabric, model).'
+            f"{measuring} found no transformers model in {type(module).__name__}: assign it to the module's "
+            '`model` attribute; with Fabric pass it: fabric.call("on_train_start", fabric, model).'
         )
     return model
 
 
 def weights_fingerprint(model: Any) -> tuple[float, ...]:
-    """Numbers that change when trained weights do. All ranks of a sharded model must make this call.
+    """Return numbers that change when trained weights do. All ranks of a sharded model must make this call.
 
-    The step count isn't enough: weight averaging replaces the weights after the last step.
+    The step count isn't enough, since weight averaging replaces the weights after the last step.
     """
     totals: list[float] = []
     for parameter in model.parameters():

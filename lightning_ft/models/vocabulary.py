@@ -16,15 +16,15 @@ from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.head import CausalLM, base_of
 
 _AS_GOOD_AS_MEAN = 0.05
-"""A row nearer to the mean of all than this share of their usual distance was never trained: rows that transformers
-adds are the mean but for a hundred-thousandth."""
+"""Largest distance of an untrained row from the mean row, as a share of the usual distance: rows that transformers adds
+equal the mean up to a hundred-thousandth."""
 
 
 def embedding_rows(model: CausalLM) -> int:
-    """How many tokens a model has embeddings for.
+    """Return the number of tokens that a model has embeddings for.
 
     Args:
-        model: On any device, sharded or adapted or not.
+        model: Model on any device, sharded or not, adapted or not.
     """
     return int(_matrix(model).shape[0])
 
@@ -34,7 +34,7 @@ def _matrix(model: CausalLM) -> Tensor:
 
 
 def token_name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as messages name it.
+    """Format a token for messages.
 
     Example:
         >>> from tokenizers import Tokenizer, models
@@ -49,13 +49,13 @@ def token_name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def beyond_embeddings(model: CausalLM, tokenizer: PreTrainedTokenizerBase, token: int, where: str) -> ModelError | None:
-    """The error for a token that a model has no embedding for; None if it has one.
+    """Return the error for a token that a model has no embedding for; None if it has one.
 
     Args:
-        model: The model.
-        tokenizer: What the token is of.
-        token: Its id.
-        where: What holds it.
+        model: Model to check.
+        tokenizer: Tokenizer of the token.
+        token: Id of the token.
+        where: Description of what contains the token, for the message.
     """
     rows = embedding_rows(model)
     if token < rows:
@@ -63,8 +63,8 @@ def beyond_embeddings(model: CausalLM, tokenizer: PreTrainedTokenizerBase, token
     return ModelError(
         f"{where} has the token {token_name(tokenizer, token)}, and {type(base_of(model)).__name__} has {rows:,} "
         f"embeddings, for ids up to {rows - 1:,}; the tokenizer has {len(tokenizer):,} tokens. Use the model's own "
-        "tokenizer, or make room: load the model, call model.resize_token_embeddings(len(tokenizer)), save it with the "
-        "tokenizer, and give that folder as model=."
+        "tokenizer, or load the model, call model.resize_token_embeddings(len(tokenizer)), save it with the tokenizer, "
+        "and pass that folder as model=."
     )
 
 
@@ -72,11 +72,11 @@ def check_special_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) ->
     """Refuse a tokenizer whose padding or end tokens the model has no embeddings for.
 
     Args:
-        model: The model.
-        tokenizer: What it is trained and asked with.
+        model: Model to check.
+        tokenizer: Tokenizer of training and generation.
 
     Raises:
-        ModelError: With the token, its role and what to do.
+        ModelError: With the token, its role and a remedy.
     """
     rows = embedding_rows(model)
     pad = pad_token_id(tokenizer)
@@ -90,12 +90,14 @@ def check_special_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) ->
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     for token in end_token_ids(model, tokenizer):
         error = beyond_embeddings(model, tokenizer, token, "The end of an answer")
-        if error is not None and token not in own:  # the model's own ends that no token has are never generated
+        if (
+            error is not None and token not in own
+        ):  # end tokens of the model that the tokenizer lacks are never generated
             raise error
 
 
 def ends_at_ordinary_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """End tokens of the model's own that are ordinary text in this tokenizer: another vocabulary's, most likely."""
+    """Return the model's own end tokens that are ordinary text in this tokenizer, and so probably of another one."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     own = [] if own is None else [own] if isinstance(own, int) else list(own)
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
@@ -104,13 +106,13 @@ def ends_at_ordinary_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase)
 
 @torch.no_grad()
 def untrained_rows(model: CausalLM, tokens: Iterable[int]) -> list[int]:
-    """Which tokens have an embedding that nothing has trained yet, as the matrix itself shows.
+    """Return the tokens whose embedding has never been trained, judging by the matrix alone.
 
-    Such embeddings are zero, the mean of all others (what transformers adds when a matrix grows), or equal to another
-    one to the bit. What was drawn at random can't be told from what was trained.
+    Such embeddings are zero, the mean of all others (which transformers adds when a matrix grows), or bitwise equal to
+    another one. Random initial values can't be told from trained ones.
 
     Args:
-        model: Not sharded.
+        model: Model that isn't sharded.
         tokens: Token ids with an embedding.
 
     Example:
@@ -126,7 +128,7 @@ def untrained_rows(model: CausalLM, tokens: Iterable[int]) -> list[int]:
     if not len(wanted) or not matrix.is_floating_point():
         return []
     mean = matrix.mean(0, dtype=torch.float32)  # [d]
-    sample = matrix[:: max(1, len(matrix) // 4096)].float()  # some thousand rows tell what is usual
+    sample = matrix[:: max(1, len(matrix) // 4096)].float()  # a few thousand rows suffice for the usual distance
     usual = (sample - mean).norm(dim=1).median()
     rows = matrix[wanted.to(matrix.device)].float()  # [n, d]
     found = (rows - mean).norm(dim=1) < _AS_GOOD_AS_MEAN * usual
@@ -137,10 +139,10 @@ def untrained_rows(model: CausalLM, tokens: Iterable[int]) -> list[int]:
 
 
 def frozen_tokens(model: CausalLM, tokens: Iterable[int]) -> list[int]:
-    """Which tokens have an embedding that training leaves as it is.
+    """Return the tokens whose embedding doesn't change in training.
 
     Args:
-        model: As it will be trained.
+        model: Model, prepared for training.
         tokens: Token ids.
     """
     embeddings = base_of(model).get_input_embeddings()
@@ -154,12 +156,12 @@ def frozen_tokens(model: CausalLM, tokens: Iterable[int]) -> list[int]:
 
 
 def trainable_tokens(model: CausalLM, tokens: list[int]) -> dict[str, list[int]]:
-    """The `trainable_token_indices` of a LoRA configuration that train the embeddings of these tokens.
+    """Return the `trainable_token_indices` of a LoRA configuration that train the embeddings of these tokens.
 
-    The rows of a head of its own are among them.
+    They include the rows of an untied head.
 
     Args:
-        model: The model.
+        model: Model that the adapter will be put on.
         tokens: Token ids.
 
     Example:
