@@ -20,6 +20,6 @@ def test_sharded_model_resumes_from_intact_checkpoints_only(model_folder, tmp_pa
     assert sum(line.startswith("refused The checkpoint 'some.ckpt' is damaged") for line in lines) == 1
     assert sum(line.startswith("refused The checkpoint 'k' is a folder") for line in lines) == 1
     assert "ran False ['last.ckpt', 'step=1.ckpt', 'step=2.ckpt', 'step=3.ckpt']" in lines
-    assert "newest one of the run that is whole is taken instead: 'k/step=2.ckpt'" in done.stderr.replace(
+    assert "newest whole checkpoint of the run is used instead: 'k/step=2.ckpt'" in done.stderr.replace(
         str(tmp_path) + "/", ""
     )

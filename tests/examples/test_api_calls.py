@@ -59,12 +59,12 @@ class Oracle:
         self.patterns = {
             key: [pattern(text) for text in (*intent.seen, *intent.unseen)] for key, intent in INTENTS.items()
         }
-        kind_of = {name: value_type for value_type, described in VALUE_TYPES.items() for name in described.parameters}
+        type_of = {name: value_type for value_type, described in VALUE_TYPES.items() for name in described.parameters}
         self.functions = {}
         for line in system.splitlines()[1:]:
             call, *parameters = json.loads(f"[{line.removeprefix('- ')}]")
             assert call.split()[0] not in self.functions
-            self.functions[call.split()[0]] = call, [(name, kind_of[name]) for name in parameters]
+            self.functions[call.split()[0]] = call, [(name, type_of[name]) for name in parameters]
 
     def read(self, request):
         """Parse the key and the values of a request."""

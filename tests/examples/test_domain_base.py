@@ -90,7 +90,7 @@ def test_new_embeddings_start_as_means_of_old_ones(tokenizer, tiny_base):
     (before,) = old("refund", add_special_tokens=False)["input_ids"]
     embeddings = tiny.get_input_embeddings().weight
     assert torch.equal(new.get_input_embeddings().weight[same], embeddings[before])
-    behind_a_letter = tokenizer.convert_tokens_to_ids("459")
-    (behind_a_space,) = old("459", add_special_tokens=False)["input_ids"]
-    assert torch.equal(new.get_input_embeddings().weight[behind_a_letter], embeddings[behind_a_space])
+    after_a_letter = tokenizer.convert_tokens_to_ids("459")
+    (after_a_space,) = old("459", add_special_tokens=False)["input_ids"]
+    assert torch.equal(new.get_input_embeddings().weight[after_a_letter], embeddings[after_a_space])
     assert torch.equal(new.model.layers[0].mlp.up_proj.weight, tiny.model.layers[0].mlp.up_proj.weight)

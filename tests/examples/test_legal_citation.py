@@ -77,10 +77,10 @@ def oracle(mention, table, frames, parties, locations):
     sides = {(m["p"], m["d"]) for wording in parties for m in pattern(wording, table).finditer(mention)}
     found = [m for wording in locations for m in pattern(wording, table).finditer(mention)]
     longest = max(m.end() - m.start() for m in found)
-    stands = {(m["v"], m["r"], m["n"]) for m in found if m.end() - m.start() == longest}
+    citations = {(m["v"], m["r"], m["n"]) for m in found if m.end() - m.start() == longest}
     years = set(re.findall(r"(?<!\d)\d{4}(?!\d)", mention))
-    assert len(sides) == len(stands) == len(years) == 1, (mention, sides, stands, years)
-    (plaintiff, defendant), (volume, word, page), (year,) = sides.pop(), stands.pop(), years
+    assert len(sides) == len(citations) == len(years) == 1, (mention, sides, citations, years)
+    (plaintiff, defendant), (volume, word, page), (year,) = sides.pop(), citations.pop(), years
     return f"{word} {table[word]} {page} : {plaintiff} v. {defendant}, {volume} {table[word]} {page} ({year})"
 
 

@@ -46,7 +46,7 @@ def list_in(system):
 def oracle(note, table):
     """Rule-based solver: finds the conditions of each sentence, and words by which they aren't coded.
 
-    It knows which words stand for which condition, and the two lists of words that negate a statement.
+    It knows which words mean which condition, and the two lists of words that negate a statement.
     """
     from medical_language import CONDITIONS, DENIAL_WORDS, RELATIVES
 
