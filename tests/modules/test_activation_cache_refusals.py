@@ -173,10 +173,10 @@ def test_activation_cache_size_is_logged_before_training(fit, model_folder, tmp_
         caplog.clear()
         with caplog.at_level("INFO"):
             fit(module_for(model_folder, str(tmp_path)), ROWS)
-        assert "layers 0 to 0 of 2 are computed once a row" in caplog.text
+        assert "layers 0 to 0 of 2 are computed once per row" in caplog.text
         assert f"{there} rows are already there" in caplog.text
     assert "tokens of 128 bytes take" in caplog.text
-    assert "24 rows were read, 0 had to be computed" in caplog.text
+    assert "24 rows were read, 0 were computed" in caplog.text
 
 
 def batches(tokenizer):
