@@ -14,8 +14,8 @@ CHATML = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
-GIVEN = "{%- if not date_string is defined -%}{%- set date_string = strftime_now('%d %b %Y') -%}{%- endif -%}"
-GIVEN += "{{- 'Today: ' + date_string + '\n' -}}" + CHATML
+DATED_TEMPLATE = "{%- if not date_string is defined -%}{%- set date_string = strftime_now('%d %b %Y') -%}{%- endif -%}"
+DATED_TEMPLATE += "{{- 'Today: ' + date_string + '\n' -}}" + CHATML
 ALWAYS = "{{- 'Today: ' + strftime_now('%d %b %Y') + '\n' -}}" + CHATML
 WITHOUT_SYSTEM = "{%- if messages[0].role != 'system' -%}{{- 'Today: ' + strftime_now('%Y') -}}{%- endif -%}" + CHATML
 ROWS = [{"input": "where is the lamp", "output": "parcel"}, {"input": "where is the dog", "output": "fox"}]
@@ -29,7 +29,7 @@ def data(tokenizer, kind=PairDataModule, rows=ROWS, **options):
 
 
 def test_renders_today_depends_on_the_template(make_tokenizer):
-    template = chat_template(make_tokenizer(GIVEN))
+    template = chat_template(make_tokenizer(DATED_TEMPLATE))
     assert renders_today(template, Q, {})
     assert not renders_today(template, Q, {"date_string": "1 May 2026"})
     template = chat_template(make_tokenizer(WITHOUT_SYSTEM))
@@ -40,7 +40,7 @@ def test_renders_today_depends_on_the_template(make_tokenizer):
 
 
 def test_dated_template_is_reported_once(make_tokenizer, recwarn):
-    found = data(make_tokenizer(GIVEN), validation=[{"input": "q", "output": "a"}])
+    found = data(make_tokenizer(DATED_TEMPLATE), validation=[{"input": "q", "output": "a"}])
     (message,) = [str(w.message) for w in recwarn if DATED in str(w.message)]
     assert message.startswith(f"train: 2 x {DATED}. The chat template writes today's date")
     assert "chat_template_kwargs={'date_string': '" in message
@@ -48,7 +48,7 @@ def test_dated_template_is_reported_once(make_tokenizer, recwarn):
 
 
 def test_dated_template_remedy_silences_the_warning(make_tokenizer, recwarn):
-    tokenizer = make_tokenizer(GIVEN)
+    tokenizer = make_tokenizer(DATED_TEMPLATE)
     assert "{'date_string': '" in today_remedy(chat_template(tokenizer))
     found = data(tokenizer, chat_template_kwargs={"date_string": "1 May 2026"})
     assert DATED not in found.report["train"].notes
@@ -70,13 +70,13 @@ def test_dated_template_without_a_date_variable_needs_another_template(make_toke
 def test_dated_template_is_reported_for_preferences(make_tokenizer):
     rows = [{"prompt": "where is the lamp", "chosen": "parcel", "rejected": "fox"}]
     with pytest.warns(UserWarning, match=DATED):
-        data(make_tokenizer(GIVEN), PreferenceDataModule, rows)
+        data(make_tokenizer(DATED_TEMPLATE), PreferenceDataModule, rows)
 
 
 def test_cache_ignores_tokens_of_another_day(make_tokenizer, monkeypatch, tmp_path):
     tools = [{"name": "f"}]
     only_with_tools = "{%- if tools -%}{{- 'Today: ' + strftime_now('%d %b %Y') + '\n' -}}{%- endif -%}" + CHATML
-    for template, rows in ((GIVEN, ROWS), (only_with_tools, [{**row, "tools": tools} for row in ROWS])):
+    for template, rows in ((DATED_TEMPLATE, ROWS), (only_with_tools, [{**row, "tools": tools} for row in ROWS])):
         tokenizer = make_tokenizer(template)
         for day in (5, 9):
             now = datetime.datetime(2026, 1, day)

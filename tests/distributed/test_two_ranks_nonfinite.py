@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from given_rollouts import largest_difference, weights
+from predrawn_rollouts import largest_difference, weights
 from ranks import as_rank, free_port, run_ranks, trainer_options
 from tiny import make_rows
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from given_rollouts import EngineOfPrompts, Records, WithSGD, draw_prompts, largest_difference, run, weights
+from predrawn_rollouts import EngineOfPrompts, Records, WithSGD, draw_prompts, largest_difference, run, weights
 from ranks import as_rank, free_port, run_ranks, trainer_options
 from tiny import make_rows
 

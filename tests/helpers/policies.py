@@ -1,6 +1,6 @@
 """Small policies shared by the tests of the policy-gradient modules."""
 
-from given_rollouts import (
+from predrawn_rollouts import (
     Records,
     WithSGD,
     draw_prompts,

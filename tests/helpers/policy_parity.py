@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import datasets
 import torch
-from given_rollouts import Records, WithSGD, draw_prompts, draw_rollout, run
+from predrawn_rollouts import Records, WithSGD, draw_prompts, draw_rollout, run
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 

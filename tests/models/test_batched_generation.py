@@ -78,12 +78,12 @@ def test_engine_separates_prompts_if_the_model_reads_padding(num_completions):
     model = Unmasked(make_model(100).config).eval()
     prompts = draw_prompts(4, 9, 4, 7)
     engine = LocalEngine(model, end_token_ids=NEVER, share_prefix=False)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         first = engine.generate(prompts, max_new_tokens=6, num_completions=num_completions)
         engine.generate(prompts, max_new_tokens=6)
-    assert "longer prompts of its batch, so only prompts of equal length share one" in str(told[0].message)
-    assert len([w for w in told if "equal length" in str(w.message)]) == 1
+    assert "longer prompts of its batch, so only prompts of equal length share one" in str(caught[0].message)
+    assert len([w for w in caught if "equal length" in str(w.message)]) == 1
     want = [answer for answer in by_generate(model, prompts, 6) for _ in range(num_completions)]
     assert [c.tokens for c in first.completions] == want
     assert len(set(want)) > 2
@@ -111,14 +111,14 @@ def test_engine_matches_generate_across_the_length_switch(name):
     prompts = draw_prompts(4, SWITCH - 12, SWITCH - 3, SWITCH, SWITCH + 6, SWITCH + 6)
     want = by_generate(model, prompts, 12)
     engine = LocalEngine(model, end_token_ids=NEVER)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rollouts = engine.generate(prompts, max_new_tokens=12)
         short = engine.generate(prompts[:2], max_new_tokens=12)
     assert [c.tokens for c in rollouts.completions] == want
     assert [c.tokens for c in short.completions] == want[:2]
     assert len(set(want)) == 6
-    assert [w for w in told if f"more than {SWITCH} tokens" in str(w.message)]
+    assert [w for w in caught if f"more than {SWITCH} tokens" in str(w.message)]
 
 
 def test_engine_keeps_its_cache_within_the_length_switch():
@@ -141,10 +141,10 @@ def test_sampled_logprobs_match_computed_ones_on_each_side_of_the_length_switch(
             prompts, max_new_tokens=10, sampling=Sampling(), num_completions=3
         )
     completions = [Example(torch.tensor(c.tokens), torch.ones(10, dtype=torch.bool)) for c in rollouts.completions]
-    scorer = LogProbModel()
-    batch = scorer.lay_out(model, [torch.tensor(p) for p in prompts], [completions[:3], completions[3:]])
+    logprob_model = LogProbModel()
+    batch = logprob_model.lay_out(model, [torch.tensor(p) for p in prompts], [completions[:3], completions[3:]])
     sampled = torch.tensor([value for c in rollouts.completions for value in c.logprobs])
-    torch.testing.assert_close(scorer(model, batch).logprobs.detach(), sampled, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logprob_model(model, batch).logprobs.detach(), sampled, rtol=0, atol=1e-4)
 
 
 def test_engine_warns_of_differing_sampled_and_computed_logprobs():

@@ -99,10 +99,10 @@ def test_logprobs_and_gradients_match_single_examples(name, attention):
     want.sum().backward()
     expected = gradients(model)
     for packing in (True, False):
-        scorer = LogProbModel()
+        logprob_model = LogProbModel()
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # a fallback would warn
-            scored = scorer(model, collate_examples(examples(), packing=packing), "none")
+            scored = logprob_model(model, collate_examples(examples(), packing=packing), "none")
         torch.testing.assert_close(scored.logprobs, want, rtol=0, atol=1e-5)
         scored.logprobs.sum().backward()
         for key, value in gradients(model).items():
@@ -124,11 +124,11 @@ def test_packed_batch_shares_one_mask_over_layers(window, ours):
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    scorer = LogProbModel()
-    scorer.exactness(model)
+    logprob_model = LogProbModel()
+    logprob_model.exactness(model)
     masks.clear()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        scorer(model, batch, "sum")
+        logprob_model(model, batch, "sum")
     assert len({mask.data_ptr() for mask in masks}) == 1
     assert masks[0].dtype == (torch.float32 if ours else torch.bool)
     assert len(kept) == (1 if ours else len(masks))
@@ -154,9 +154,9 @@ def test_attention_mask_has_the_dtype_of_the_queries():
 @pytest.mark.parametrize("name", UNPACKED)
 def test_model_that_mixes_packed_rows_gets_unpacked_batches(name):
     model = build(name, UNPACKED[name], None)
-    scorer = LogProbModel()
+    logprob_model = LogProbModel()
     with pytest.warns(UserWarning, match="doesn't keep packed sequences apart"):
-        scored = scorer(model, collate_examples(examples()), "none")
+        scored = logprob_model(model, collate_examples(examples()), "none")
     torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
 
 
@@ -168,25 +168,25 @@ def test_logprobs_use_the_models_forward_for_unknown_heads():
             return out
 
     model = Shifted(make_model(100).config)
-    scorer = LogProbModel()
+    logprob_model = LogProbModel()
     with pytest.warns(UserWarning, match="in an unknown way"):
-        scored = scorer(model, collate_examples(examples()), "none")
+        scored = logprob_model(model, collate_examples(examples()), "none")
     torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
 
 
 def is_plain(model, match):
     """Log-probabilities by the model's own forward pass match single examples, with one warning of the reason."""
-    scorer = LogProbModel()
-    with warnings.catch_warnings(record=True) as told:
+    logprob_model = LogProbModel()
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for packing in (True, False):
-            scored = scorer(model, collate_examples(examples(), packing=packing), "none")
+            scored = logprob_model(model, collate_examples(examples(), packing=packing), "none")
             torch.testing.assert_close(scored.logprobs, one_by_one(model), rtol=0, atol=1e-4)
-            scorer(model, collate_examples(examples(), packing=packing), "sum").logprobs.backward()
-    (why,) = [str(w.message) for w in told if "its own forward pass is used" in str(w.message)]
+            logprob_model(model, collate_examples(examples(), packing=packing), "sum").logprobs.backward()
+    (why,) = [str(w.message) for w in caught if "its own forward pass is used" in str(w.message)]
     assert match in why
     assert "holds the logits of the whole batch" in why
-    return scorer.exactness(model)
+    return logprob_model.exactness(model)
 
 
 class Strange(type(make_model())):

@@ -56,36 +56,36 @@ def test_logprob_model_matches_single_rows_across_the_length_switch(name, plain,
     model = build_scaled(name)
     examples = make_examples((7, SWITCH + 9, SWITCH, 2 * SWITCH, SWITCH + 9, 3))
     want = torch.cat([alone(model, e) for e in examples])
-    scorer = LogProbModel()
+    logprob_model = LogProbModel()
     if plain:
-        known = scorer.exactness(model)
+        known = logprob_model.exactness(model)
         object.__setattr__(known, "head", "is treated as unknown")
     results = []
     for rows in ([examples], [[e] for e in examples], [examples[:2], examples[2:]]):
         for packing in (True, False):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                scored = [scorer(model, collate_examples(part, packing=packing)) for part in rows]
+                scored = [logprob_model(model, collate_examples(part, packing=packing)) for part in rows]
             results.append(torch.cat([s.logprobs for s in scored]))
     for result in results:
         torch.testing.assert_close(result, want, rtol=0, atol=2e-5)
-    total = scorer(model, collate_examples(examples), "sum")
+    total = logprob_model(model, collate_examples(examples), "sum")
     torch.testing.assert_close(total.logprobs, want.sum(), rtol=1e-5, atol=1e-4)
     results[0].sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for n, p in model.named_parameters() if "q" in n)
 
 
 def test_logprob_model_warns_once_of_several_passes():
-    model, scorer = build_scaled("phi3"), LogProbModel()
+    model, logprob_model = build_scaled("phi3"), LogProbModel()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        scorer(model, collate_examples(make_examples((5, SWITCH))))
+        logprob_model(model, collate_examples(make_examples((5, SWITCH))))
     batch = collate_examples(make_examples((5, SWITCH + 1)))
     with pytest.warns(UserWarning, match=f"more than {SWITCH} tokens, so such a batch takes several passes"):
-        scorer(model, batch)
+        logprob_model(model, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        scorer(model, batch)
+        logprob_model(model, batch)
 
 
 def test_padding_of_packed_rows_does_not_cross_the_switch():
@@ -100,17 +100,18 @@ def test_padding_of_packed_rows_does_not_cross_the_switch():
 
 
 def test_prompts_are_shared_on_one_side_of_the_length_switch_only():
-    model, scorer = build_scaled("phi3"), LogProbModel()
+    model, logprob_model = build_scaled("phi3"), LogProbModel()
     prompt = torch.arange(10, 10 + SWITCH - 8)
     for lengths, shared in (((3, 8), True), ((20, 30), True), ((3, 20), False)):
         completions = [Example(torch.arange(20, 20 + n), torch.ones(n, dtype=torch.bool)) for n in lengths]
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            batch = scorer.lay_out(model, [prompt], [completions])
-            scored = scorer(model, batch)
+            batch = logprob_model.lay_out(model, [prompt], [completions])
+            scored = logprob_model(model, batch)
         assert batch.has_shared_prefixes == shared
         assert (
-            any("once for each completion, because it changes the positions" in str(w.message) for w in told) != shared
+            any("once for each completion, because it changes the positions" in str(w.message) for w in caught)
+            != shared
         )
         wholes = [Example(torch.cat([prompt, c.input_ids]), torch.cat([prompt < 0, c.supervised])) for c in completions]
         torch.testing.assert_close(scored.logprobs, torch.cat([alone(model, e) for e in wholes]), rtol=0, atol=1e-5)

@@ -94,12 +94,12 @@ def test_sharing_matches_logprobs_and_gradients_of_single_completions(name, atte
     want = one_by_one(model, prompts, completions)
     expected = gradients(model, want)
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 0.1
-    scorer = LogProbModel()
+    logprob_model = LogProbModel()
     for share_prompts in (True, False):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # a fallback would warn
-            batch = scorer.lay_out(model, prompts, completions, share_prompts=share_prompts)
-            scored = scorer(model, batch)
+            batch = logprob_model.lay_out(model, prompts, completions, share_prompts=share_prompts)
+            scored = logprob_model(model, batch)
         assert batch.has_shared_prefixes == share_prompts
         torch.testing.assert_close(scored.logprobs, want, rtol=0, atol=1e-5)
         found = gradients(model, scored.logprobs)
@@ -112,14 +112,14 @@ def test_sharing_matches_logprobs_and_gradients_of_single_completions(name, atte
 def test_sharing_keeps_completions_independent(name, attention):
     model = build(name, SHARING[name], attention).eval()
     prompts, completions = make()
-    scorer = LogProbModel()
-    first = scorer(model, scorer.lay_out(model, prompts, completions))
-    batch = scorer.lay_out(model, prompts, completions)
+    logprob_model = LogProbModel()
+    first = logprob_model(model, logprob_model.lay_out(model, prompts, completions))
+    batch = logprob_model.lay_out(model, prompts, completions)
     changed, group = completions[1][2], 4  # two completions precede it, and one follows
     other = changed.input_ids.clone()
     other[1] = (other[1] + 40) % 97 + 3
     completions[1][2] = Example(other, changed.supervised)
-    second = scorer(model, scorer.lay_out(model, prompts, completions))
+    second = logprob_model(model, logprob_model.lay_out(model, prompts, completions))
     own = batch.groups == group
     assert torch.equal(first.logprobs[~own], second.logprobs[~own])  # bit for bit
     assert first.logprobs[own][0] == second.logprobs[own][0]  # the token before the change
@@ -129,17 +129,17 @@ def test_sharing_keeps_completions_independent(name, attention):
 def falls_back(model, match):
     """Lay out twice, and return the warnings and the batch."""
     prompts, completions = make()
-    scorer = LogProbModel()
-    with pytest.warns(UserWarning, match=match) as told:
-        batch = scorer.lay_out(model, prompts, completions)
-    assert len([w for w in told if "computes each prompt once for each completion" in str(w.message)]) == 1
+    logprob_model = LogProbModel()
+    with pytest.warns(UserWarning, match=match) as caught:
+        batch = logprob_model.lay_out(model, prompts, completions)
+    assert len([w for w in caught if "computes each prompt once for each completion" in str(w.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # the warning isn't repeated
-        scorer.lay_out(model, prompts, completions)
+        logprob_model.lay_out(model, prompts, completions)
     assert not batch.has_shared_prefixes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        scored = scorer(model, batch)
+        scored = logprob_model(model, batch)
     torch.testing.assert_close(scored.logprobs, one_by_one(model, prompts, completions), rtol=0, atol=1e-4)
     return batch
 
@@ -170,11 +170,11 @@ def test_sharing_falls_back_for_unknown_heads():
 
 def test_sharing_is_skipped_for_single_completions():
     model = build("mistral", {"sliding_window": 4})
-    scorer = LogProbModel()
+    logprob_model = LogProbModel()
     prompts, completions = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        batch = scorer.lay_out(model, prompts, [behind[:1] for behind in completions])
+        batch = logprob_model.lay_out(model, prompts, [behind[:1] for behind in completions])
     assert not batch.has_shared_prefixes
 
 

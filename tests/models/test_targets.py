@@ -96,10 +96,10 @@ def test_fitted_adapts_the_top_layers_only(kind):
 @pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe", "phimoe", "deepseek_v3"])
 def test_fitted_reports_skipped_experts_once(kind, lora, recwarn):
     model = adapted(make(kind), lora)
-    told = [str(w.message) for w in recwarn if "no adapter" in str(w.message)]
-    assert len(told) == 1
-    assert "experts.down_proj" in told[0]
-    assert next(iter(lora)) in told[0]
+    caught = [str(w.message) for w in recwarn if "no adapter" in str(w.message)]
+    assert len(caught) == 1
+    assert "experts.down_proj" in caught[0]
+    assert next(iter(lora)) in caught[0]
     assert not any("experts" in name for name in names(model))
     assert any("self_attn" in name for name in names(model))
 
@@ -153,9 +153,9 @@ def test_adapter_that_breaks_the_model_is_refused():
 def test_fitted_skips_layers_that_peft_refuses(recwarn):
     model = adapted(make("mamba"))
     assert {name.split(".")[-3] for name in names(model)} == {"in_proj", "x_proj", "dt_proj"}
-    told = [str(w.message) for w in recwarn if "no adapter" in str(w.message)]
-    assert len(told) == 1
-    assert "mixer.out_proj.weight" in told[0]
+    caught = [str(w.message) for w in recwarn if "no adapter" in str(w.message)]
+    assert len(caught) == 1
+    assert "mixer.out_proj.weight" in caught[0]
 
 
 def test_fitted_refuses_a_model_without_token_inputs():

@@ -194,9 +194,9 @@ def test_full_activation_cache_warns_once_and_trains_exactly(trainer_options, mo
         loader = torch.utils.data.DataLoader(batches(tokenizer), batch_size=None)
         trainer = Trainer(**trainer_options, max_epochs=3)
         if name == "small":
-            with pytest.warns(UserWarning, match="cache is full") as told:
+            with pytest.warns(UserWarning, match="cache is full") as caught:
                 trainer.fit(module, loader)
-            assert sum("cache is full" in str(warning.message) for warning in told) == 1
+            assert sum("cache is full" in str(warning.message) for warning in caught) == 1
         else:
             trainer.fit(module, loader)
         ends.append(module)
@@ -255,8 +255,8 @@ def test_activation_cache_options_are_read_from_the_command_line(monkeypatch, tm
         "data": {"class_path": "lightning_ft.PairDataModule", "init_args": {"train": str(tmp_path / "rows.jsonl")}},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    told = ["--model.activation_cache", str(tmp_path / "states"), "--model.top_layers", "1"]
-    monkeypatch.setattr(sys, "argv", ["lightning-ft", "fit", "--config", str(tmp_path / "run.yaml"), *told])
+    caught = ["--model.activation_cache", str(tmp_path / "states"), "--model.top_layers", "1"]
+    monkeypatch.setattr(sys, "argv", ["lightning-ft", "fit", "--config", str(tmp_path / "run.yaml"), *caught])
     cli = FineTuningCLI()
     assert counts(cli.model) == (24, 24)
     assert cli.model._activations == ActivationCache(Path(tmp_path / "states"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from given_rollouts import Records, WithSGD, draw_prompts, draw_rollout, run
+from predrawn_rollouts import Records, WithSGD, draw_prompts, draw_rollout, run
 from tiny import make_model, make_tokenizer
 from tiny_scorer import make_scorer
 
@@ -12,7 +12,7 @@ from lightning_ft.data.layout import Example
 from lightning_ft.errors import ConfigError, RewardError
 
 BATCH = draw_prompts(3)
-GIVEN = draw_rollout(9)
+ROLLOUT = draw_rollout(9)
 
 
 def by_tokens(completion_ids, **columns):
@@ -47,11 +47,11 @@ def test_grpo_subclass_may_compute_its_own_loss(micro_batch_size, mask_truncated
         pass
 
     module = make(Recording, scale_rewards="none", micro_batch_size=micro_batch_size, mask_truncated=mask_truncated)
-    trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+    trainer = run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
 
     model, total, tokens = make_model(), 0.0, 0
-    rewards = by_tokens([c.tokens for c in GIVEN.completions])
-    for number, completion in enumerate(GIVEN.completions):
+    rewards = by_tokens([c.tokens for c in ROLLOUT.completions])
+    for number, completion in enumerate(ROLLOUT.completions):
         group = rewards[number // 3 * 3 :][:3]
         if mask_truncated and completion.truncated:
             continue
@@ -118,7 +118,7 @@ def test_grpo_accepts_reward_models_in_every_form(model_folder, tmp_path, traine
         found = []
         for reward in (str(path), f"{path}.ckpt", reward_model):
             module = make(rewards=reward, scale_rewards="none")
-            run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+            run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
             found.append(module.rollout_batch.total_rewards)
             assert not any("score" in name or "reward" in name for name in dict(module.named_parameters()))
         assert found[0].std() > 0.01
@@ -130,7 +130,7 @@ def test_grpo_combines_a_reward_model_with_a_function(trainer_options):
     scorer = make_scorer()
     reward_model = {"model": scorer, "tokenizer": make_tokenizer(), "weight": 0.5, "name": "reward_model"}
     module = make(rewards=[by_tokens, reward_model])
-    trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+    trainer = run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
     given = module.rollout_batch.rewards.per_function
     torch.testing.assert_close(module.rollout_batch.total_rewards, given[:, 0] + 0.5 * given[:, 1])
     assert "train/rewards/reward_model" in trainer.callback_metrics

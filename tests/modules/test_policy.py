@@ -5,14 +5,14 @@ import random
 
 import pytest
 import torch
-from given_rollouts import (
+from policies import BATCHES, LORA, PREDRAWN, Actor, Policy, by_tokens, make
+from predrawn_rollouts import (
     END,
     draw_prompts,
     largest_difference,
     run,
     weights,
 )
-from policies import BATCHES, LORA, PREDRAWN, Actor, Policy, by_tokens, make
 from tiny import make_rows
 
 from lightning_ft import GRPO, PPO, PromptDataModule

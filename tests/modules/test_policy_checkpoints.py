@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
-from given_rollouts import (
+from policies import BATCHES, LORA, by_tokens, make
+from predrawn_rollouts import (
     Records,
     draw_prompts,
     run,
     weights,
 )
-from policies import BATCHES, LORA, by_tokens, make
 from tiny import make_rows
 from transformers import AutoModelForCausalLM
 

@@ -6,9 +6,9 @@ from dataclasses import fields
 import ppo_reference
 import pytest
 import torch
-from given_rollouts import Records, WithSGD, draw_prompts, draw_rollout, largest_difference, run
 from peft import PeftModel
 from ppo_reference import Rollout, Settings
+from predrawn_rollouts import Records, WithSGD, draw_prompts, draw_rollout, largest_difference, run
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 LORA = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.2}  # dropout must be switched off, also the critic's
 SCORES = [1.0, -0.5, 2.0, 0.25, 1.5, -1.0]
 BATCH = draw_prompts(3, columns={"scores": [SCORES[:2], SCORES[2:4], SCORES[4:]]})
-GIVEN = draw_rollout(6)
+ROLLOUT = draw_rollout(6)
 
 
 def reward(completions, scores, **columns):
@@ -110,12 +110,12 @@ def test_ppo_matches_reference_implementation(case, how, trainer_options):
         **given,
         **options,
     )
-    run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+    run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
     rollout = Rollout(
         [ids.tolist() for ids in BATCH.input_ids for _ in range(2)],
-        [list(c.tokens) for c in GIVEN.completions],
+        [list(c.tokens) for c in ROLLOUT.completions],
         scores,
-        [c.truncated for c in GIVEN.completions],
+        [c.truncated for c in ROLLOUT.completions],
     )
     measured, losses, gradients = literal(module, rollout, settings, epochs, rate)
     ours = module.rollout_batch
@@ -159,7 +159,7 @@ def test_ppo_gradient_checkpointing_gives_same_weights(critic, trainer_options):
             max_grad_norm=None,
             learning_rate=0.1,
         )
-        run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+        run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
         found.append(module.gradients)
     for plain, recomputed in zip(*found, strict=True):
         assert largest_difference(recomputed, plain) < TOLERANCE
@@ -180,7 +180,7 @@ def test_value_loss_moves_only_shared_weights(critic, trainer_options):
     for value_coef in (0.0, 10.0):
         options = {"value_coef": value_coef, "epochs_per_rollout": 1, "max_grad_norm": None}
         module = make(InDouble, lora=LORA, critic=critic, **options)
-        run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+        run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
         found.append(module.gradients[0])
     moved = {name for name in found[0] if not torch.equal(found[0][name], found[1][name])}
     values = {name for name in found[0] if "critic" in name}
@@ -192,7 +192,7 @@ def test_value_loss_moves_only_shared_weights(critic, trainer_options):
 @pytest.mark.parametrize("critic", ["shared", "adapter"])
 def test_ppo_critic_has_its_own_learning_rate(critic, trainer_options):
     module = make(lora=LORA, critic=critic, value_learning_rate=0.5, lr_schedule="constant", warmup_ratio=0.0)
-    run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+    run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
     rates = {id(p): group["lr"] for group in module.optimizers().param_groups for p in group["params"]}
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert len(rates) == len(trained)
@@ -204,7 +204,7 @@ def test_ppo_critic_has_its_own_learning_rate(critic, trainer_options):
 def test_ppo_critic_accepts_adapters_that_change_the_base(trainer_options):
     """PiSSA changes the base's weights once; the critic's adapter starts at zero over the changed base."""
     module = make(lora={"r": 4, "init_lora_weights": "pissa"}, critic="adapter")
-    trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+    trainer = run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
     assert trainer.global_step == 4
     assert float(trainer.callback_metrics["train/kl"]) > 0
 
@@ -240,7 +240,7 @@ def test_ppo_increases_rewards(kind, trainer_options):
 
 def test_ppo_metrics_match_plain_python(trainer_options):
     module = make(InDouble, kl_coef=0.3, epochs_per_rollout=2, micro_batch_size=2, learning_rate=0.1)
-    trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+    trainer = run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     returns = [float(x) for row in module.rollout_batch.returns for x in row]
     left = [r - float(v) for r, v in zip(returns, (x for row in module.rollout_batch.values for x in row), strict=True)]
@@ -302,7 +302,7 @@ def test_ppo_kl_coefficient_follows_the_adaptive_controller(trainer_options, tmp
 def test_ppo_checkpoint_contains_policy_and_critic(options, part, trainer_options, tmp_path):
     """Checkpoints contain the critic, but no reference, including a reference adapter."""
     module = make(**options)
-    trainer = run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+    trainer = run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     held = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert held.keys() == {name for name, p in module.named_parameters() if p.requires_grad}
@@ -320,7 +320,7 @@ def test_ppo_checkpoint_contains_policy_and_critic(options, part, trainer_option
 @pytest.mark.parametrize("init", [True, "pissa"])
 def test_ppo_export_excludes_the_critic(init, trainer_options, tmp_path):
     module = make(lora={"r": 4, "init_lora_weights": init}, critic="adapter", epochs_per_rollout=2)
-    run(module, [BATCH], trainer_options, rollouts=[GIVEN])
+    run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
     module.export(tmp_path / "adapter")
     written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert not [path for path in (tmp_path / "adapter").iterdir() if path.is_dir()]

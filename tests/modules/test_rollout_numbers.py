@@ -5,8 +5,8 @@ import re
 
 import pytest
 import torch
-from given_rollouts import draw_prompts, run
 from policies import LORA, Policy, by_tokens, make
+from predrawn_rollouts import draw_prompts, run
 from tiny import make_model, make_rows, make_tokenizer
 from tiny_scorer import make_scorer
 from transformers import GenerationConfig
@@ -235,9 +235,9 @@ def test_predict_warns_of_differing_generation_settings(generation, recwarn):
     module.configure_model()
     module.model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0, repetition_penalty=1.5)
     answers = module.generate(["hello"], max_new_tokens=3)
-    told = [str(w.message) for w in recwarn if "repetition_penalty=1.5" in str(w.message)]
-    assert len(told) == (generation is None)
-    assert not told or "generation={'repetition_penalty': 1.0}" in told[0]
+    caught = [str(w.message) for w in recwarn if "repetition_penalty=1.5" in str(w.message)]
+    assert len(caught) == (generation is None)
+    assert not caught or "generation={'repetition_penalty': 1.0}" in caught[0]
     ids = module._encode_prompt("hello")
     greedy = module.engine.generate([ids], max_new_tokens=3).completions[0].tokens
     assert generation is None or answers == [make_tokenizer().decode(greedy, skip_special_tokens=True)]
@@ -285,12 +285,12 @@ def test_lost_updates_of_16_bit_weights_are_reported(
 ):
     module, data = kind(model_folder, **options), PairDataModule(make_rows(4), batch_size=2, cache_dir=False)
     Trainer(**trainer_options, max_steps=1, precision=precision).fit(module, data)
-    told = [str(w.message) for w in recwarn if "float16" in str(w.message) and "rank_zero" not in str(w.message)]
+    caught = [str(w.message) for w in recwarn if "float16" in str(w.message) and "rank_zero" not in str(w.message)]
     if said is None:
-        assert not told
+        assert not caught
     else:
-        assert len(told) == 1
-        assert re.search(said, told[0])
+        assert len(caught) == 1
+        assert re.search(said, caught[0])
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

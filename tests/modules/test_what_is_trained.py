@@ -80,10 +80,10 @@ def test_probing_does_not_change_training(fit, tokenizer, monkeypatch, kind, opt
 def test_parts_table_is_logged_once(fit, tokenizer, caplog, kind):
     with caplog.at_level(logging.INFO):
         fit(kind(make_multimodal("gemma3"), tokenizer=tokenizer), ROWS, max_steps=1)
-    told = [record.getMessage() for record in caplog.records if "What is trained" in record.getMessage()]
-    assert len(told) == 1
-    assert "encoders" in told[0]
-    assert "model.vision_tower: " in told[0]
+    caught = [record.getMessage() for record in caplog.records if "What is trained" in record.getMessage()]
+    assert len(caught) == 1
+    assert "encoders" in caught[0]
+    assert "model.vision_tower: " in caught[0]
 
 
 # ---------------------------------------------------------------- router loss
@@ -143,6 +143,6 @@ def test_preference_modules_report_the_missing_router_loss(tokenizer, trainer_op
     module = DPO(make("mixtral", **ASKED), tokenizer=tokenizer, lora={"r": 2})
     data = PreferenceDataModule(PAIRS[:4], tokenizer=tokenizer, batch_size=2, cache_dir=False)
     Trainer(**trainer_options, max_steps=1).fit(module, data)
-    told = [str(w.message) for w in recwarn if "router loss" in str(w.message)]
-    assert len(told) == 1
-    assert "is not part of DPO's loss" in told[0]
+    caught = [str(w.message) for w in recwarn if "router loss" in str(w.message)]
+    assert len(caught) == 1
+    assert "is not part of DPO's loss" in caught[0]

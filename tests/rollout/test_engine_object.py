@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from given_rollouts import END
 from policies import BATCHES, Actor, Policy, make
+from predrawn_rollouts import END
 
 from lightning_ft import GRPO, PPO
 from lightning_ft._lightning import Trainer

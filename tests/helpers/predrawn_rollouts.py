@@ -9,7 +9,7 @@ from lightning_ft.rollout.protocol import Completion, Rollouts
 END = 2  # the tiny tokenizer's end token
 
 
-class GivenEngine:
+class ReplayEngine:
     """Engine that returns predrawn rollouts in a cycle."""
 
     def __init__(self, rollouts):
@@ -57,7 +57,7 @@ def draw_rollout(count, *, seed=0, longest=9):
 def run(module, batches, options, *, rollouts=None, validation=None, **more):
     """Fit a module on prompt batches, with sampled or predrawn completions."""
     if rollouts is not None:
-        module._engine = GivenEngine(rollouts)
+        module._engine = ReplayEngine(rollouts)
     trainer = Trainer(**{**options, "max_epochs": 1, **more})
     own = torch.Generator()  # a plain loader draws from the global stream
     loaders = [
