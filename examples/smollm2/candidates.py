@@ -7,6 +7,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
+import numpy as np
+
 
 def features(text: str) -> Counter[str]:
     """Count the words of a text and the character trigrams inside them.
@@ -31,21 +33,29 @@ class Search:
     """
 
     def __init__(self, titles: Mapping[str, str]) -> None:
-        counts = {key: features(title) for key, title in titles.items()}
-        documents = Counter(feature for found in counts.values() for feature in found)
+        self._keys = sorted(titles)
+        counts = [features(titles[key]) for key in self._keys]
+        documents = Counter(feature for found in counts for feature in found)
         self._idf = {feature: math.log((1 + len(titles)) / (1 + n)) + 1 for feature, n in documents.items()}
-        self._postings: dict[str, list[tuple[str, float]]] = defaultdict(list)
-        for key, found in counts.items():
+        postings: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for number, found in enumerate(counts):
             weights = {feature: count * self._idf[feature] for feature, count in found.items()}
             norm = math.sqrt(sum(weight**2 for weight in weights.values()))
             for feature, weight in weights.items():
-                self._postings[feature].append((key, weight / norm))
+                postings[feature].append((number, weight / norm))
+        # For each feature the numbers of the titles that have it, and its weights there: most titles have few features.
+        self._postings = {
+            feature: (np.array([number for number, _ in found]), np.array([weight for _, weight in found]))
+            for feature, found in postings.items()
+        }
 
     def find(self, query: str, count: int) -> list[str]:
         """The `count` most similar keys, best first; equal ones in the order of their names."""
-        scores: dict[str, float] = defaultdict(float)
+        scores = np.zeros(len(self._keys))
         for feature, occurrences in features(query).items():
-            for key, weight in self._postings.get(feature, ()):
-                scores[key] += occurrences * self._idf[feature] * weight
+            if feature in self._postings:
+                numbers, weights = self._postings[feature]
+                scores[numbers] += occurrences * self._idf[feature] * weights
         # Sums of floats are rounded, so that the last bits of a platform's logarithm don't change the order.
-        return sorted(scores, key=lambda key: (-round(scores[key], 9), key))[:count]
+        best = np.argsort(-scores.round(9), kind="stable")[:count]
+        return [self._keys[number] for number in best if scores[number] > 0]
