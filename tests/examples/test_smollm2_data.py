@@ -1,6 +1,7 @@
 """The data of the examples on a real model: what loaders make of tiny stand-ins, and of the packages if installed."""
 
 import doctest
+import gzip
 import importlib
 import importlib.util
 import json
@@ -11,13 +12,23 @@ from pathlib import Path
 import pytest
 
 SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"
-MODULES = ("packages", "candidates", "courts", "reporters", "data", "medical_coding", "legal_citation")
-DOMAINS = ("medical_coding", "legal_citation")
+MODULES = (
+    *("packages", "data", "candidates", "courts", "reporters", "calls", "phone"),
+    *("medical_coding", "legal_citation", "api_calls", "support"),
+)
+DOMAINS = ("medical_coding", "legal_citation", "api_calls", "support")
 ROWS = {
     "medical_coding": {"train": 3952, "validation": 335, "test": 1007, "test_unseen_codes": 532},
     "legal_citation": {"train": 5000, "validation": 400, "test": 600, "test_unseen_editions": 200},
+    "api_calls": {"train": 693, "validation": 120, "test": 250, "test_unseen_functions": 200},
+    "support": {"train": 1602, "validation": 226, "test": 457},
 }
-WRONG = {"medical_coding": "A00.0", "legal_citation": "0 F.2d 88 (9th Cir. 1978)"}
+WRONG = {
+    "medical_coding": "A00.0",
+    "legal_citation": "0 F.2d 88 (9th Cir. 1978)",
+    "api_calls": '{"name": "none", "arguments": {}}',
+    "support": "reseat_sim_card, dance",
+}
 """An answer that is wrong for each row."""
 
 
@@ -83,7 +94,92 @@ def legal_stand_in():
     return {"data/reporters.json": json.dumps(reporters), "data/courts.json": json.dumps(courts)}
 
 
-STAND_INS = {"medical_coding": medical_stand_in, "legal_citation": legal_stand_in}
+def api_stand_in():
+    """Sixteen functions with six questions each, and six questions that are left out."""
+
+    def question(number, name, text, turns=1):
+        properties = {key: {"type": "string"} for key in ("to", "class", "who")}
+        function = {"name": name, "parameters": {"type": "dict", "required": ["to"], "properties": properties}}
+        roles = ("system", "user")[-turns:]
+        return {
+            "id": number,
+            "question": [[{"role": role, "content": f"{text} ({role})"} for role in roles]],
+            "function": [function, {**function, "name": f"{name}.other"}],
+        }
+
+    questions, answers = [], []
+
+    def add(name, text, allowed, turns=1):
+        questions.append(question(len(questions), name, text, turns))
+        answers.append({"id": len(answers), "ground_truth": [{name: allowed}]})
+
+    for f in range(16):
+        for q in range(6):
+            allowed = {"to": [f"city {q}", f"City-{q}!"], "class": ["", "first"]}
+            add(f"f{f}", f"Function {f}, please, to city {q}", allowed, turns=1 + q % 2)
+    add("f0", "Function 0, please, to city 0", {"to": ["city 0"], "class": ["", "first"]})  # the same question
+    add("f0", "Function 1, please, to city 0", {"to": ["city 0"]})  # the same question with another answer
+    add("f1", "Another question", {"to": ["city 0"], "class": ["", "second"]})  # other alternatives
+    add("f2", "An unknown argument", {"to": ["city 9"], "from": ["city 8"]})
+    add("f3", "A required argument is missing", {"who": ["me"]})
+    add("f4", "No value", {"to": []})
+    lines = ["".join(json.dumps(entry) + "\n" for entry in part).encode() for part in (questions, answers)]
+    path = "data/{}BFCL_v4_live_{}.json"
+    return {
+        path.format(folder, part): content if part == "simple" else b""
+        for folder, content in (("", lines[0]), ("possible_answer/", lines[1]))
+        for part in ("simple", "multiple")
+    }
+
+
+def support_stand_in():
+    """Tasks with each subset of six faults; some tickets repeat, and two of them contradict each other."""
+    faults = {
+        "airplane_mode_on": (("turn_airplane_mode_on", {}), ("toggle_airplane_mode", {})),
+        "unseat_sim_card": (("unseat_sim_card", {}), ("reseat_sim_card", {})),
+        "data_mode_off": (("turn_data_off", {}), ("toggle_data", {})),
+        "data_usage_exceeded": (("set_data_usage", {"data_used_gb": 15.1}), ("refuel_data", {"gb_amount": 2.0})),
+        "break_vpn": (("break_vpn", {}), ("disconnect_vpn", {})),
+    }
+    for permission in ("sms", "storage"):
+        arguments = {"app_name": "messaging", "permission": permission}
+        faults[f"no_{permission}"] = (("remove_app_permission", arguments), ("grant_app_permission", arguments))
+
+    def task(names, persona="None", actions=None):
+        pairs = [faults[name] for name in names]
+        return {
+            "id": f"[mms_issue]{'|'.join(names)}[PERSONA:{persona}]",
+            "ticket": "The user is unable to send messages.",
+            "initial_state": {"initialization_actions": [{"func_name": n, "arguments": a} for (n, a), _ in pairs]},
+            "evaluation_criteria": {
+                "actions": actions or [{"name": name, "arguments": arguments} for _, (name, arguments) in pairs]
+            },
+        }
+
+    subsets = [names for count in (1, 2, 3) for names in combinations(faults, count)]
+    tasks = [task(names) for names in subsets]
+    tasks.append(task(subsets[0], "Easy"))
+    tasks.append(task(subsets[1], "Hard", [{"name": "transfer_to_human_agents", "arguments": {}}]))
+    folder = "tau2/data/domains/telecom/"
+    return {
+        folder + "tasks.json.gz": gzip.compress(json.dumps(tasks).encode()),
+        folder + "main_policy_solo.txt": b"# Policy\n",
+        folder + "tech_support_workflow_solo.txt": b"# Workflow\n",
+    }
+
+
+STAND_INS = {
+    "medical_coding": medical_stand_in,
+    "legal_citation": legal_stand_in,
+    "api_calls": api_stand_in,
+    "support": support_stand_in,
+}
+
+
+@pytest.fixture(autouse=True)
+def written_folder(modules, monkeypatch, tmp_path):
+    """Scorers read their lists from where these tests write them."""
+    monkeypatch.setattr(modules["api_calls"], "ALTERNATIVES", tmp_path / "first" / "alternatives.json")
 
 
 @pytest.fixture(params=DOMAINS)
@@ -246,3 +342,138 @@ class TestLegalCitation:
     def test_metrics_refuse_fewer_answers_than_references(self, modules):
         with pytest.raises(ValueError, match="0 answers and 1 references"):
             modules["legal_citation"].metrics([], ["1 U.S. 2 (U.S. 1801)"])
+
+
+class TestApiCalls:
+    @pytest.fixture
+    def domain(self, modules, monkeypatch, tmp_path):
+        monkeypatch.setattr(modules["packages"].PackageFile, "read", lambda self: api_stand_in()[self.path])
+        monkeypatch.setattr(modules["packages"].PackageFile, "source", lambda self: {"package": self.package})
+        domain = modules["api_calls"].load()
+        modules["data"].write(domain, modules["api_calls"].SOURCES, tmp_path / "first")
+        return domain
+
+    def test_known_functions_are_in_train_and_unseen_ones_are_not(self, domain):
+        called = {split: {json.loads(row["output"])["name"] for row in rows} for split, rows in domain.splits.items()}
+        clusters = {split: {row["cluster"] for row in rows} for split, rows in domain.splits.items()}
+        for split in ("validation", "test"):
+            assert called[split] <= called["train"]
+            assert clusters[split] <= clusters["train"]
+            assert not called[split] & called["test_unseen_functions"]
+        assert not called["train"] & called["test_unseen_functions"]
+        assert not clusters["train"] & clusters["test_unseen_functions"]
+
+    def test_left_out_questions_are_counted(self, domain):
+        assert [*domain.left_out.values()] == [3, 1, 1, 1]
+        assert sum(map(len, domain.splits.values())) == 96
+
+    def test_rows_have_the_first_values_and_the_system_turn(self, domain):
+        rows = [row for rows in domain.splits.values() for row in rows]
+        right = next(row for row in rows if row["input"].startswith("Function 7, please, to city 1"))
+        assert right["output"] == '{"name":"f7","arguments":{"to":"city 1"}}'
+        assert right["input"] == "Function 7, please, to city 1 (system)\n\nFunction 7, please, to city 1 (user)"
+        assert [function["name"] for function in json.loads(right["functions"])] == ["f7", "f7.other"]
+        assert right["cluster"] == "f7, f7.other"
+
+    @pytest.mark.parametrize(
+        ("output", "right"),
+        [
+            ('{"name": "f7", "arguments": {"to": "CITY 1"}}', 1.0),
+            ('```json\n{"name": "f7", "arguments": {"class": "First", "to": "city-1!"}}\n```', 1.0),
+            ('{"name": "f7", "arguments": {"class": "", "to": "city 1"}}', 1.0),
+            ('{"name": "f8", "arguments": {"to": "city 1"}}', 0.0),
+            ('{"name": "f7", "arguments": {"class": "first"}}', 0.0),
+            ('{"name": "f7", "arguments": {"to": "city 1", "who": "me"}}', 0.0),
+            ('{"name": "f7", "arguments": {"to": ["city 1"]}}', 0.0),
+            ('{"name": "f7", "arguments": {"to": "city 1"}, "more": 1}', 0.0),
+            ('[{"name": "f7", "arguments": {"to": "city 1"}}, {"name": "f7", "arguments": {}}]', 0.0),
+            ('{"name": "f7", "arguments": ', 0.0),
+        ],
+    )
+    def test_score_accepts_the_alternatives_only(self, domain, modules, output, right):
+        assert modules["api_calls"].score(output, '{"name":"f7","arguments":{"to":"city 1"}}') == right
+
+    def test_score_needs_the_alternatives(self, domain, modules, monkeypatch, tmp_path):
+        with pytest.raises(ValueError, match="has no alternatives of 'f7'"):
+            modules["api_calls"].score("f7", "f7")
+        monkeypatch.setattr(modules["api_calls"], "ALTERNATIVES", tmp_path / "none.json")
+        with pytest.raises(SystemExit, match=r"none.json doesn't exist. Write it: .*data.py api_calls"):
+            modules["api_calls"].score("f7", "f7")
+
+    def test_metrics_count_functions_and_arguments(self, domain, modules):
+        reference = '{"name":"f7","arguments":{"to":"city 1"}}'
+        outputs = [reference, '{"name": "f7", "arguments": {}}', '{"name": "f8", "arguments": {"to": "city 1"}}', "?"]
+        assert modules["api_calls"].metrics(outputs, [reference] * 4) == {
+            "accuracy": 0.25,
+            "parsed": 0.75,
+            "function": 0.5,
+            "arguments_recall": 0.25,
+        }
+        with pytest.raises(ValueError, match="0 answers and 1 references"):
+            modules["api_calls"].metrics([], [reference])
+
+    @pytest.mark.parametrize(
+        ("value", "allowed", "right"),
+        [
+            ({"x": 1}, [{"x": [1], "y": ["", 2]}], True),
+            ({"x": 1, "z": 2}, [{"x": [1]}], False),
+            ({"position": {"x": 1.5}}, [{"position": [{"x": 1.5}]}], True),
+            ([{"a": "B"}], [[{"a": ["b"]}]], True),
+            ([1, 2], [[1], [1, 2]], True),
+            ([2, 1], [[1, 2]], False),
+            (None, ["", None], True),
+            (True, [1, 1.0], False),
+            (1, [True], False),
+            ("5", [5], False),
+            ("it's", ['it"s'], True),
+        ],
+    )
+    def test_is_allowed_compares_nested_values_and_types(self, modules, value, allowed, right):
+        assert modules["calls"].is_allowed(value, allowed) is right
+
+    def test_first_values_prefers_a_value_for_required_arguments(self, modules):
+        assert modules["calls"].first_values({"port": ["", 80], "host": [""]}, ["port", "host"]) == {
+            "port": 80,
+            "host": "",
+        }
+
+
+class TestSupport:
+    @pytest.fixture
+    def domain(self, modules, monkeypatch):
+        monkeypatch.setattr(modules["packages"].PackageFile, "read", lambda self: support_stand_in()[self.path])
+        return modules["support"].load()
+
+    def test_splits_share_no_set_of_faults(self, domain):
+        clusters = {split: {row["cluster"] for row in rows} for split, rows in domain.splits.items()}
+        assert not [pair for pair in combinations(clusters, 2) if clusters[pair[0]] & clusters[pair[1]]]
+        assert {split: len(found) for split, found in clusters.items()} == {"train": 44, "validation": 6, "test": 12}
+
+    def test_repeated_and_contradictory_tasks_are_counted(self, domain):
+        assert domain.facts["tasks"] == 65
+        assert sum(map(len, domain.splits.values())) == 62
+        assert [*domain.left_out.values()] == [1, 2]
+
+    def test_rows_render_the_faults_and_the_actions_with_varying_arguments(self, domain):
+        rows = {row["cluster"]: row for rows in domain.splits.values() for row in rows}
+        row = rows["data_usage_exceeded|no_sms|no_storage"]
+        assert row["input"].startswith("The user is unable to send messages.\n\nAirplane mode: OFF\n")
+        assert "\nPermissions of the messaging app: phone\n" in row["input"]
+        assert row["input"].endswith("\nData used: 15.1 of 15 GB")
+        assert row["output"] == "grant_app_permission sms, grant_app_permission storage, refuel_data"
+
+    def test_policy_has_both_texts(self, domain):
+        assert domain.files == {"policy.txt": "# Policy\n\n# Workflow\n"}
+
+    def test_readings_refuse_an_unknown_action(self, modules):
+        with pytest.raises(ValueError, match="'explode', whose effect isn't known"):
+            modules["phone"].readings([{"func_name": "explode", "arguments": {}}])
+
+    def test_readings_of_a_suspended_line(self, modules):
+        arguments = {"new_bill_id": "B1", "contract_ended": True}
+        found = modules["phone"].readings([{"func_name": "suspend_line_for_overdue_bill", "arguments": arguments}])
+        assert "Line status: Suspended\nContract end date: 2025-01-31\nOverdue bill: B1\n" in found
+
+    def test_metrics_refuse_fewer_answers_than_references(self, modules):
+        with pytest.raises(ValueError, match="0 answers and 1 references"):
+            modules["support"].metrics([], ["toggle_data"])
