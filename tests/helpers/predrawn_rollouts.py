@@ -16,10 +16,10 @@ class ReplayEngine:
         self.rollouts, self.calls = rollouts, 0
 
     def generate(self, prompts, *, max_new_tokens, sampling=None, num_completions=1, on_answered=None):
-        given = self.rollouts[self.calls % len(self.rollouts)]
+        rollout = self.rollouts[self.calls % len(self.rollouts)]
         self.calls += 1
-        assert len(given.completions) == len(prompts) * num_completions
-        return given
+        assert len(rollout.completions) == len(prompts) * num_completions
+        return rollout
 
 
 class EngineOfPrompts:

@@ -15,10 +15,10 @@ class RecordsMetrics:
             self.step_losses = [*getattr(self, "step_losses", []), value]
         super().log(name, value, **kwargs)
 
-    def log_dict(self, figures, **kwargs):
-        if any(name.startswith("train/") for name in figures):
-            self.step_metrics = [*getattr(self, "step_metrics", []), dict(figures)]
-        super().log_dict(figures, **kwargs)
+    def log_dict(self, metrics, **kwargs):
+        if any(name.startswith("train/") for name in metrics):
+            self.step_metrics = [*getattr(self, "step_metrics", []), dict(metrics)]
+        super().log_dict(metrics, **kwargs)
 
 
 class Records(RecordsGradients, RecordsMetrics):

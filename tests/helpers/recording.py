@@ -4,10 +4,10 @@
 class RecordsLosses:
     """Records each step's loss, unrounded, in `losses`."""
 
-    def log_dict(self, figures, **kwargs):
-        if "train/loss" in figures:
-            self.losses = [*getattr(self, "losses", []), figures["train/loss"]]
-        super().log_dict(figures, **kwargs)
+    def log_dict(self, metrics, **kwargs):
+        if "train/loss" in metrics:
+            self.losses = [*getattr(self, "losses", []), metrics["train/loss"]]
+        super().log_dict(metrics, **kwargs)
 
 
 class RecordsGradients:

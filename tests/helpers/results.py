@@ -20,7 +20,7 @@ def make_arm(name, quality, *, n=300, seed=0, hostile=False):
     rng, order = random.Random(f"{name} {seed}"), random.Random(1)
     hardness = [order.random() for _ in range(n)]
     scores = tuple(float(0.85 * hard + 0.15 * rng.random() < quality) for hard in hardness)
-    asked = [17 + order.randrange(14) for _ in range(n)]
+    request_tokens = [17 + order.randrange(14) for _ in range(n)]
     system, examples = (310, 84) if name == "prompted" else (0, 0)
     template = 21 if name == "prompted" else 9
     right = [DEPARTMENTS[k % len(DEPARTMENTS)] for k in range(n)]
@@ -30,13 +30,18 @@ def make_arm(name, quality, *, n=300, seed=0, hostile=False):
         outputs = [HOSTILE if not score else answer for answer, score in zip(outputs, scores, strict=True)]
     return ArmRecords(
         ids=tuple(f"test-{k:03d}" for k in range(n)),
-        input_tokens=tuple(system + examples + template + tokens for tokens in asked),
+        input_tokens=tuple(system + examples + template + tokens for tokens in request_tokens),
         output_tokens=tuple(4 + rng.randrange(4) + (6 if name == "untuned" else 0) for _ in range(n)),
         scores=scores,
         truncated=tuple(rng.random() < 0.01 for _ in range(n)),
         cached_prefix_tokens=(system + examples + 8,) * n,
         outputs=tuple(outputs),
-        parts={"system": system * n, "few_shot": examples * n, "template": template * n, "request": sum(asked)},
+        parts={
+            "system": system * n,
+            "few_shot": examples * n,
+            "template": template * n,
+            "request": sum(request_tokens),
+        },
         first_token_seconds={"cold": 0.0412 if name == "prompted" else 0.0063},
         prefill_flops=2.1e9 if name == "prompted" else 1.9e8,
         kv_cache_bytes=3.3e6 if name == "prompted" else 3.1e5,

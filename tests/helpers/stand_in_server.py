@@ -57,8 +57,10 @@ class StandIn:
                 tokens = self.answer(prompt, n)
                 names = [f"token_id:{token}" for token in tokens]
                 values = [logprob(token) for token in tokens]
-                beside = [{name: value, "token_id:77": value + 1} for name, value in zip(names, values, strict=True)]
-                logprobs = {"tokens": names, "token_logprobs": values, "top_logprobs": beside}
+                top_logprobs = [
+                    {name: value, "token_id:77": value + 1} for name, value in zip(names, values, strict=True)
+                ]
+                logprobs = {"tokens": names, "token_logprobs": values, "top_logprobs": top_logprobs}
                 choices.append(
                     {
                         "prompt_token_ids": prompt,
