@@ -176,7 +176,7 @@ def score(output: str, reference: str) -> float:
 
     Raises:
         ValueError: If the file has no alternatives of the reference.
-        SystemExit: If there is no such file.
+        FileNotFoundError: If there is no such file.
     """
     call, right = parse(output), alternatives_of(reference)
     if call is None or call["name"] != json.loads(reference)["name"]:
@@ -225,7 +225,7 @@ def alternatives_of(reference: str) -> dict[str, Any]:
 
     Raises:
         ValueError: If the call isn't in the data.
-        SystemExit: If the data haven't been written.
+        FileNotFoundError: If the data haven't been written.
     """
     known = _alternatives(ALTERNATIVES)
     if reference not in known:
@@ -236,5 +236,5 @@ def alternatives_of(reference: str) -> dict[str, Any]:
 @cache
 def _alternatives(file: Path) -> dict[str, dict]:
     if not file.is_file():
-        raise SystemExit(f"{file} doesn't exist. Write it: {INSTALL}; python examples/smollm2/data.py api_calls")
+        raise FileNotFoundError(f"{file} doesn't exist. Write it: {INSTALL}; python examples/smollm2/data.py api_calls")
     return json.loads(file.read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ def parse(text: str) -> dict[str, Any] | None:
     start = text.find("{")
     try:
         call, end = json.JSONDecoder().raw_decode(text, max(start, 0))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not JSON, a number that is too long, or too many brackets
         return None
     if "{" in text[end:] or not isinstance(call, dict) or call.keys() != {"name", "arguments"}:
         return None

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STATES = dict(
-    line.split(" ", 1)
+    line.split("-", 1)
     for line in """
-al Alabama,ak Alaska,as American Samoa,az Arizona,ar Arkansas,ca California,co Colorado,ct Connecticut,
-de Delaware,dc Washington D.C.,fl Florida,ga Georgia,gu Guam,hi Hawaii,id Idaho,il Illinois,in Indiana,
-ia Iowa,ks Kansas,ky Kentucky,la Louisiana,me Maine,md Maryland,ma Massachusetts,mi Michigan,mn Minnesota,
-ms Mississippi,mo Missouri,mt Montana,ne Nebraska,nv Nevada,nh New Hampshire,nj New Jersey,nm New Mexico,
-ny New York,nc North Carolina,nd North Dakota,mp Northern Mariana Islands,oh Ohio,ok Oklahoma,or Oregon,
-pa Pennsylvania,pr Puerto Rico,ri Rhode Island,sc South Carolina,sd South Dakota,tn Tennessee,tx Texas,
-ut Utah,vt Vermont,vi Virgin Islands,va Virginia,wa Washington,wv West Virginia,wi Wisconsin,wy Wyoming""".replace(
+al-Alabama,ak-Alaska,as-American Samoa,az-Arizona,ar-Arkansas,ca-California,co-Colorado,ct-Connecticut,
+de-Delaware,dc-Washington D.C.,fl-Florida,ga-Georgia,gu-Guam,hi-Hawaii,id-Idaho,il-Illinois,in-Indiana,
+ia-Iowa,ks-Kansas,ky-Kentucky,la-Louisiana,me-Maine,md-Maryland,ma-Massachusetts,mi-Michigan,mn-Minnesota,
+ms-Mississippi,mo-Missouri,mt-Montana,ne-Nebraska,nv-Nevada,nh-New Hampshire,nj-New Jersey,nm-New Mexico,
+ny-New York,nc-North Carolina,nd-North Dakota,mp-Northern Mariana Islands,oh-Ohio,ok-Oklahoma,or-Oregon,
+pa-Pennsylvania,pr-Puerto Rico,ri-Rhode Island,sc-South Carolina,sd-South Dakota,tn-Tennessee,tx-Texas,
+ut-Utah,vt-Vermont,vi-Virgin Islands,va-Virginia,wa-Washington,wv-West Virginia,wi-Wisconsin,wy-Wyoming""".replace(
         "\n", ""
     ).split(",")
 )
@@ -99,7 +99,7 @@ def states(jurisdictions: Sequence[str]) -> set[str]:
     """Locations of the state courts among a reporter's jurisdictions.
 
     Example:
-        >>> sorted(states(["us:ny;supreme.court", "us:oh:d6;court.appeals", "us:c9:ca.nd;district.court"]))
+        >>> sorted(states(["us:ny;supreme.court", "us:oh:d6;court.appeals", "us:c9:ca.cd;district.court"]))
         ['New York', 'Ohio']
     """
     codes = (re.match(r"us:([a-z]{2})(?=[:;]|$)", jurisdiction) for jurisdiction in jurisdictions)

@@ -187,6 +187,7 @@ def metrics(
 
     Raises:
         ValueError: If there are no answers, or not as many as references.
+        FileNotFoundError: If `existing` isn't passed and the data haven't been written.
 
     Example:
         >>> found = metrics(["K52.29", "K52.2", "none"], ["K52.29", "K52.29", "A09"], frozenset({"K5229", "A09"}))
@@ -212,5 +213,7 @@ def metrics(
 @cache
 def _existing_codes() -> frozenset[str]:
     if not CODES_FILE.is_file():
-        raise SystemExit(f"{CODES_FILE} doesn't exist. Write it: {INSTALL}; python examples/smollm2/data.py")
+        raise FileNotFoundError(
+            f"{CODES_FILE} doesn't exist. Write it: {INSTALL}; python examples/smollm2/data.py medical_coding"
+        )
     return frozenset(CODES_FILE.read_text(encoding="utf-8").replace(".", "").split())

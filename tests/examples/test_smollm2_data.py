@@ -301,7 +301,7 @@ class TestMedicalCoding:
 
     def test_metrics_need_the_list_of_codes(self, modules, monkeypatch, tmp_path):
         monkeypatch.setattr(modules["medical_coding"], "CODES_FILE", tmp_path / "codes.txt")
-        with pytest.raises(SystemExit, match=r"codes.txt doesn't exist"):
+        with pytest.raises(FileNotFoundError, match=r"codes.txt doesn't exist. Write it: .*data.py medical_coding"):
             modules["medical_coding"].metrics(["A01.1"], ["A01.1"])
         with pytest.raises(ValueError, match="0 answers and 1 references"):
             modules["medical_coding"].metrics([], ["A01.1"])
@@ -388,6 +388,9 @@ class TestApiCalls:
             ('{"name": "f7", "arguments": {"to": "city 1"}, "more": 1}', 0.0),
             ('[{"name": "f7", "arguments": {"to": "city 1"}}, {"name": "f7", "arguments": {}}]', 0.0),
             ('{"name": "f7", "arguments": ', 0.0),
+            ('{"name": "f7", "arguments": {"to": ' + "1" * 5000 + "}}", 0.0),
+            ("{" * 100_000, 0.0),
+            ('{"a":' * 100_000, 0.0),
         ],
     )
     def test_score_accepts_the_alternatives_only(self, domain, modules, output, right):
@@ -397,7 +400,7 @@ class TestApiCalls:
         with pytest.raises(ValueError, match="has no alternatives of 'f7'"):
             modules["api_calls"].score("f7", "f7")
         monkeypatch.setattr(modules["api_calls"], "ALTERNATIVES", tmp_path / "none.json")
-        with pytest.raises(SystemExit, match=r"none.json doesn't exist. Write it: .*data.py api_calls"):
+        with pytest.raises(FileNotFoundError, match=r"none.json doesn't exist. Write it: .*data.py api_calls"):
             modules["api_calls"].score("f7", "f7")
 
     def test_metrics_count_functions_and_arguments(self, domain, modules):
