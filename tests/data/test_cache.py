@@ -56,7 +56,7 @@ def test_cache_encodes_once_and_reads_equal_rows(tmp_path, tokenizer, pairs, enc
 
 
 def test_cache_reads_entries_of_many_record_batches(tmp_path, tokenizer, pairs, monkeypatch):
-    monkeypatch.setattr(cache, "_WRITTEN_TOGETHER", 5)
+    monkeypatch.setattr(cache, "_EXAMPLES_PER_WRITE", 5)
     rows = conversations(pairs)
     many, _ = tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     monkeypatch.undo()
@@ -211,7 +211,7 @@ def test_content_hash_depends_on_tokens_only(tmp_path, monkeypatch):
     one, other = ([1, 2], [False, True], None), ([3, 4], [True, True], None)
     key = cache.content_hash([written(one, other)])
     assert cache.content_hash([written(one, other, folder=tmp_path)]) == key
-    monkeypatch.setattr(cache, "_WRITTEN_TOGETHER", 1)  # other chunks
+    monkeypatch.setattr(cache, "_EXAMPLES_PER_WRITE", 1)  # other chunks
     assert cache.content_hash([written(one, other)]) == key
     changed = [
         [written(other, one)],
