@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import datasets
 import numpy as np
@@ -29,6 +29,9 @@ from lightning_ft.data.layout import Example
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.errors import TokenizerError
 from lightning_ft.types import Message
+
+if TYPE_CHECKING:
+    from lightning_ft.data.row_types import Row
 
 _VERSION = 3  # version of the encoding: increase it when the same rows give other tokens
 _SCHEMA = pa.schema(
@@ -48,7 +51,7 @@ def default_folder() -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "lightning_ft"
 
 
-def content_key(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+def content_key(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, **options: object) -> str:
     """Compute the key of the result of encoding rows.
 
     Args:
@@ -64,7 +67,7 @@ def content_key(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, **optio
     return digest.hexdigest()
 
 
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[object]:
     """Everything in a tokenizer that affects the tokens of a conversation."""
     if tokenizer.is_fast:
         core = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
@@ -121,7 +124,7 @@ class EncodedRows:
         starts = list(accumulate(map(len, ids), initial=0))
         return starts[:-1], [(_lists(one), _lists(other)) for one, other in zip(ids, marks, strict=True)]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_chunks"}  # the copy maps the file itself
 
     @property
@@ -189,9 +192,9 @@ def content_hash(parts: Sequence[EncodedRows]) -> str:
 class EncodedWriter:
     """Writes encoded rows in batches, to a file or to memory."""
 
-    def __init__(self, sink: Any) -> None:
+    def __init__(self, sink: pa.NativeFile) -> None:
         self._stream = pa.ipc.new_stream(sink, _SCHEMA)
-        self._columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+        self._columns: dict[str, list[object]] = {name: [] for name in _SCHEMA.names}
 
     def write(self, example: Example, *, row: int, truncated: bool) -> None:
         """Add a row."""
@@ -225,7 +228,7 @@ def load(folder: Path, key: str) -> EncodedRows | None:
     return EncodedRows(table, about)
 
 
-def _checksum(key: str, about: dict[str, Any], rows: Path) -> str:
+def _checksum(key: str, about: Mapping[str, object], rows: Path) -> str:
     digest = hashlib.sha256(json.dumps([key, about], sort_keys=True).encode())
     with rows.open("rb") as file:
         while part := file.read(2**20):

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 _PROMPTS = ("question", "query", "instruction", "prompt", "input", "problem", "request", "task", "user", "human")
 _ANSWERS = (
@@ -311,13 +310,13 @@ def tokens(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]*[a-z]+|[A-Z]+|\d+|[^\W\d_A-Za-z]+", name)]
 
 
-def inspect_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+def inspect_columns(rows: Sequence[Mapping[str, object]]) -> list[Column]:
     """The columns of some rows, in their order."""
     names = dict.fromkeys(key for row in rows for key in row)
     return [_column(name, [row.get(name) for row in rows]) for name in names]
 
 
-def _column(name: str, values: list[Any]) -> Column:
+def _column(name: str, values: Sequence[object]) -> Column:
     full = [value for value in values if not _is_empty(value)]
     types = {_content_type(value) for value in full}
     content_type = types.pop() if len(types) == 1 else "mixed types" if types else "nothing"
@@ -335,11 +334,11 @@ def _column(name: str, values: list[Any]) -> Column:
     )
 
 
-def _is_empty(value: Any) -> bool:
+def _is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {})
 
 
-def _content_type(value: Any) -> str:
+def _content_type(value: object) -> str:
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and value and all(_is_message(item) for item in value):
@@ -347,9 +346,9 @@ def _content_type(value: Any) -> str:
     return type(value).__name__
 
 
-def _is_message(value: Any) -> bool:
+def _is_message(value: object) -> bool:
     return isinstance(value, Mapping) and _has(value, ("role", "from")) and _has(value, ("content", "value"))
 
 
-def _has(message: Mapping[Any, Any], keys: Iterable[str]) -> bool:
+def _has(message: Container[object], keys: Iterable[str]) -> bool:
     return any(key in message for key in keys)

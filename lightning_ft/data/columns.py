@@ -7,7 +7,6 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_ft.data.column_advice import (
     TEXT_FIELDS,
@@ -47,7 +46,7 @@ class Formats:
         return (*self.required[name], *self.extra.get(name, ()), *OPTIONAL)
 
     def detect(
-        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool = True
+        self, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str] | None, *, answered: bool = True
     ) -> str:
         """The format whose fields most rows have.
 
@@ -85,7 +84,7 @@ class Formats:
             self._check_one_meaning(rows, name, columns or {})
         return name
 
-    def _check_named(self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    def _check_named(self, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> None:
         """Refuse a misspelled column. One that no row has may be in another split.
 
         Raises:
@@ -108,7 +107,7 @@ class Formats:
         return propose(required, extra, present, columns)
 
     def _no_format(
-        self, rows: Sequence[Mapping[str, Any]], names: Sequence[str], columns: Mapping[str, str], answered: bool
+        self, rows: Sequence[Mapping[str, object]], names: Sequence[str], columns: Mapping[str, str], answered: bool
     ) -> RowError:
         """The error for rows that have the fields of no format."""
         present = inspect_columns(rows)
@@ -139,7 +138,7 @@ class Formats:
             fix += f" Known formats: {', '.join(' + '.join(fields) for fields in self.required.values())}."
         return RowError(None, _NO_FORMAT, detail, fix)
 
-    def _check_one_meaning(self, rows: Sequence[Mapping[str, Any]], name: str, columns: Mapping[str, str]) -> None:
+    def _check_one_meaning(self, rows: Sequence[Mapping[str, object]], name: str, columns: Mapping[str, str]) -> None:
         """Refuse rows whose other columns show that they mean more than the format they have.
 
         Raises:
@@ -182,7 +181,7 @@ class Formats:
             raise ConfigError(f"columns: no format has all of the fields {named}.")
         return possible
 
-    def missing(self, row: Mapping[str, Any], name: str, field: str, columns: Mapping[str, str]) -> RowError:
+    def missing(self, row: Mapping[str, object], name: str, field: str, columns: Mapping[str, str]) -> RowError:
         """The error for a missing field.
 
         Args:
@@ -210,7 +209,7 @@ def _listed(columns: Sequence[Column]) -> str:
     return f"columns: {', '.join(column.label for column in columns[:_MAX_LISTED]) or 'none'}{more}"
 
 
-def _contain_prompt(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+def _contain_prompt(rows: Sequence[Mapping[str, object]], column: str) -> bool:
     """Whether both completions of most rows contain the prompt: within their text, or as their first turn."""
     held = 0
     for row in rows:

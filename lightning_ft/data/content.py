@@ -63,7 +63,7 @@ class ContentCheck:
         self.template, self.tokenizer = template, template.tokenizer
 
     def __call__(
-        self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None, *, markup: bool = False
+        self, messages: Sequence[Message], kwargs: Mapping[str, object] | None = None, *, markup: bool = False
     ) -> tuple[str, ...]:
         """Check the texts of a row.
 
@@ -192,7 +192,7 @@ def _texts(message: Message) -> Iterable[str]:
         yield json.dumps(call["function"], ensure_ascii=False)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     """All strings inside a value."""
     if isinstance(value, str):
         yield value

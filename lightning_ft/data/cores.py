@@ -199,7 +199,7 @@ def _replaced(message: Message, i: int, digits: str, around: str = "") -> Messag
     """
     before, after = around[:1], around[1:]
     content, reasoning, argument = (f"{before}{mark(i, field, digits)}{after}" for field in (0, 1, 2))
-    replaced: dict[str, Any] = dict(message)
+    replaced: Message = {**message}
     if inline := _THOUGHT.fullmatch(message["content"]):  # templates depend on the tags
         opening, _, closing, _, end = inline.groups()
         replaced["content"] = opening + reasoning + closing + content + end
@@ -218,10 +218,10 @@ def _replaced(message: Message, i: int, digits: str, around: str = "") -> Messag
             }
             for call in message["tool_calls"]
         ]
-    return replaced  # type: ignore[return-value]
+    return replaced
 
 
-def _marked_arguments(arguments: Any, argument: str) -> dict[str, Any]:
+def _marked_arguments(arguments: object, argument: str) -> dict[str, str | int]:
     """Arguments made of a mark, which end with a quotation mark if the original ones do."""
     values = list(arguments.values()) if isinstance(arguments, dict) else []
     return {argument: argument if not values or isinstance(values[-1], str) else int(argument)}

@@ -6,7 +6,6 @@ Their text for a row changes every day, so the model is prompted differently fro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.errors import TokenizerError
@@ -17,7 +16,7 @@ DATED = "row whose prompt contains the date on which it is rendered"
 _WORDS = ("date", "day", "time", "now")  # parts of names of variables that templates use in place of today
 
 
-def renders_today(template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> bool:
+def renders_today(template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, object]) -> bool:
     """Whether the prompt of a conversation would be different tomorrow.
 
     Args:

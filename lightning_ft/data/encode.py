@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -52,7 +51,7 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     template: ChatTemplate | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, object] | None = None,
 ) -> list[int]:
     """Token ids that generation of an answer starts from.
 
@@ -72,7 +71,7 @@ def encode_conversation(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     template: ChatTemplate | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, object] | None = None,
 ) -> Example:
     """Encode a conversation with every assistant turn, and the token that ends it, supervised.
 
@@ -95,7 +94,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     template: ChatTemplate,
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     *,
     last_only: bool = False,
 ) -> Encoded:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_ft.data.cache import EncodedRows
+from lightning_ft.data.row_types import RowT
 from lightning_ft.data.splits import Splits
 
 
@@ -44,7 +44,7 @@ class Extreme:
         return f"{self.split} ({self.source}, row {self.row:,})"
 
 
-def largest_token(splits: Splits[Any]) -> Extreme | None:
+def largest_token(splits: Splits[RowT]) -> Extreme | None:
     """The largest token id of all encoded splits; None if nothing is encoded.
 
     Example:
@@ -56,7 +56,7 @@ def largest_token(splits: Splits[Any]) -> Extreme | None:
     return _largest(splits, _largest_token_of)
 
 
-def longest_row(splits: Splits[Any]) -> Extreme | None:
+def longest_row(splits: Splits[RowT]) -> Extreme | None:
     """The longest sequence of all encoded splits, a prompt with its completion; None if nothing is encoded."""
     return _largest(splits, _longest_of)
 
@@ -87,7 +87,7 @@ def rows_with(parts: Sequence[EncodedRows], tokens: Iterable[int]) -> dict[int, 
     return {token: count for token, count in counts.items() if count}
 
 
-def _largest(splits: Splits[Any], find: Callable[[EncodedRows], tuple[int, int] | None]) -> Extreme | None:
+def _largest(splits: Splits[RowT], find: Callable[[EncodedRows], tuple[int, int] | None]) -> Extreme | None:
     best: Extreme | None = None
     for name, parts in splits.encoded.items():
         for number, part in enumerate(parts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar
 
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.keys import REFUSED_COLUMNS, Refusal, is_nonempty
@@ -22,6 +22,15 @@ _PROMPT_COLUMNS = ("instruction", "prompt", "question", "query", "context")
 _OWN_VARIABLES = ("messages", "add_generation_prompt")  # variables that are set whenever the template is rendered
 
 Row_co = TypeVar("Row_co", covariant=True)
+
+
+class Origin(TypedDict):
+    """Fields of a checked row that say where it comes from."""
+
+    source: str
+    row: int
+    id: str
+    cluster: str | None
 
 
 class FieldReader(ABC, Generic[Row_co]):
@@ -42,12 +51,12 @@ class FieldReader(ABC, Generic[Row_co]):
     def __init__(self, formats: Formats, name: str, columns: Mapping[str, str] | None = None) -> None:
         self.formats, self.name = formats, name
         self.columns = dict(columns or {})
-        self.defaults: dict[str, Any] = {}
+        self.defaults: dict[str, object] = {}
         """Variables of the chat template for rows that don't set them."""
         self.ignored: set[str] = set()
         """Columns, and keys of messages (``messages.id``), that were found and aren't read."""
 
-    def read(self, row: Any, source: str, number: int) -> Row_co:
+    def read(self, row: object, source: str, number: int) -> Row_co:
         """Read and check a row.
 
         Args:
@@ -73,7 +82,7 @@ class FieldReader(ABC, Generic[Row_co]):
                 if column not in used and (column not in self.refused or is_nonempty(value))
             )
         row_id, cluster = _name(row.get(self.column("id"))), _name(row.get(self.column("cluster")))
-        origin = {
+        origin: Origin = {
             "source": source,
             "row": number,
             "id": f"{source}:{number}" if row_id is None else row_id,
@@ -82,14 +91,14 @@ class FieldReader(ABC, Generic[Row_co]):
         return self._read(row, origin)
 
     @abstractmethod
-    def _read(self, row: Mapping[str, Any], origin: dict[str, Any]) -> Row_co:
+    def _read(self, row: Mapping[str, object], origin: Origin) -> Row_co:
         """The checked row, with `source`, `row`, `id` and `cluster` from `origin`."""
 
     def column(self, field: str) -> str:
         """Name of a field in the data."""
         return self.columns.get(field, field)
 
-    def read_prompt(self, row: Mapping[str, Any]) -> list[Message]:
+    def read_prompt(self, row: Mapping[str, object]) -> list[Message]:
         """The prompt: the ``history``, and the format's first field with Alpaca's ``input`` appended."""
         first = self.formats.required[self.name][0]
         if not self.keeps_columns:
@@ -99,7 +108,7 @@ class FieldReader(ABC, Generic[Row_co]):
             messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{extra}"}
         return [*self._history(row), *messages] if "history" in self.formats.fields(self.name) else messages
 
-    def _check_whole_prompt(self, row: Mapping[str, Any], field: str) -> None:
+    def _check_whole_prompt(self, row: Mapping[str, object], field: str) -> None:
         """Refuse a column that may be part of the prompt but isn't read, unless `columns` names the one to read.
 
         A column that contains the prompt is allowed: it is a copy, or a template filled with it.
@@ -126,7 +135,7 @@ class FieldReader(ABC, Generic[Row_co]):
             self.ignored.discard(column)
             raise RowError(column, f"column {column!r} may be part of the prompt", repr(other[:40]), fix)
 
-    def _history(self, row: Mapping[str, Any]) -> list[Message]:
+    def _history(self, row: Mapping[str, object]) -> list[Message]:
         """Earlier turns, from a list of question-answer pairs."""
         column = self.column("history")
         value = parsed(row.get(column)) or []
@@ -139,7 +148,7 @@ class FieldReader(ABC, Generic[Row_co]):
                 turns.append(Message(role=role, content=check_text(text, f"{column}[{i}]", role)))
         return turns
 
-    def with_system(self, row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    def with_system(self, row: Mapping[str, object], messages: list[Message]) -> list[Message]:
         """The messages, preceded by the row's system turn.
 
         Raises:
@@ -155,7 +164,7 @@ class FieldReader(ABC, Generic[Row_co]):
             raise RowError(self.column("system"), "a second system turn", f"{system[:40]!r}", fix)
         return [Message(role="system", content=system), *messages[1:]]
 
-    def optional(self, row: Mapping[str, Any], field: str) -> str | None:
+    def optional(self, row: Mapping[str, object], field: str) -> str | None:
         """The text of an optional field; None if it is missing or empty.
 
         Raises:
@@ -171,7 +180,7 @@ class FieldReader(ABC, Generic[Row_co]):
             raise RowError(column, "wrong type", f"found {type(value).__name__}", "Expected a string.")
         return value if value and value.strip() else None
 
-    def template_kwargs(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def template_kwargs(self, row: Mapping[str, object]) -> dict[str, object]:
         """The row's variables of the chat template: `tools` and `chat_template_kwargs`.
 
         Raises:
@@ -198,7 +207,7 @@ class FieldReader(ABC, Generic[Row_co]):
             raise RowError(column, "other tools than those in chat_template_kwargs", "", "Keep one of the two.")
         return {**self.defaults, **variables, **({"tools": tools} if tools else {})}
 
-    def value(self, row: Mapping[str, Any], field: str) -> Any:
+    def value(self, row: Mapping[str, object], field: str) -> Any:
         """The value of a required field.
 
         Raises:
@@ -211,7 +220,7 @@ class FieldReader(ABC, Generic[Row_co]):
             raise RowError(column, "None", "", FILL)
         return row[column]
 
-    def side(self, row: Mapping[str, Any], field: str, role: str | None) -> list[Message]:
+    def side(self, row: Mapping[str, object], field: str, role: str | None) -> list[Message]:
         """The messages of one side of a row, a string or a list; with `role` None, a list only.
 
         Raises:
@@ -229,12 +238,12 @@ class FieldReader(ABC, Generic[Row_co]):
         expected = "a list of messages" if role is None else "a string or a list of messages"
         raise RowError(column, "wrong type", f"found {type(value).__name__}", f"Expected {expected}.")
 
-    def missing(self, row: Mapping[str, Any], field: str) -> RowError:
+    def missing(self, row: Mapping[str, object], field: str) -> RowError:
         """The error for a missing field."""
         return self.formats.missing(row, self.name, field, self.columns)
 
 
-def _name(value: Any) -> str | None:
+def _name(value: object) -> str | None:
     """An id or cluster as text; None for the empty cell of a table, which is read as NaN or blank text."""
     missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
     return None if missing else str(value)

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,7 +96,7 @@ _MAX_DIGITS = 4000
 _OPENING = re.compile(rb"[\[{]\s*")  # first line of an array, or of an object over several lines
 
 
-def _integer(digits: str) -> Any:
+def _integer(digits: str) -> int | Refused:
     return int(digits) if len(digits) <= _MAX_DIGITS else too_many_digits(f"{len(digits):,}")
 
 
@@ -105,7 +104,7 @@ def _constant(name: str) -> Refused:
     return Refused("malformed JSON", f"{name}, which isn't JSON", "Write null or a number.")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) < len(pairs):
         name, count = Counter(name for name, _ in pairs).most_common(1)[0]
@@ -249,7 +248,7 @@ def _rows(batch: pa.RecordBatch, name: str, before: int) -> Iterator[RawRow]:
 
 
 def _row(batch: pa.RecordBatch, index: int, name: str, number: int) -> RawRow:
-    row: dict[str, Any] = {}
+    row: dict[str, object] = {}
     for field, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             row[field] = column[index].as_py()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning_ft.data.columns import Formats
-from lightning_ft.data.fields import FieldReader
+from lightning_ft.data.fields import FieldReader, Origin
 from lightning_ft.data.keys import REFUSED_IN_PAIRS, Refusal, is_nonempty
 from lightning_ft.data.turns import RowError, check_order, check_text
 from lightning_ft.types import Message
@@ -50,10 +50,10 @@ class Conversation:
     row: int
     id: str
     cluster: str | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """Equal for duplicate rows."""
         return (*turns_key(self.messages), *kwargs_key(self.template_kwargs))
 
@@ -82,12 +82,12 @@ def turns_key(messages: Sequence[Message]) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def kwargs_key(kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+def kwargs_key(kwargs: Mapping[str, object]) -> tuple[str, ...]:
     """A hashable key of template variables; empty if there are none."""
     return (_as_json(kwargs),) if kwargs else ()
 
 
-def _as_json(value: Mapping[str, Any]) -> str:
+def _as_json(value: Mapping[str, object]) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
@@ -112,7 +112,7 @@ class RowFormat(FieldReader[Conversation]):
         super().__init__(FORMATS, name, columns)
         self.answered = answered
 
-    def _read(self, row: Mapping[str, Any], origin: dict[str, Any]) -> Conversation:
+    def _read(self, row: Mapping[str, object], origin: Origin) -> Conversation:
         fields = self.formats.required[self.name]
         if self.name == "text":
             return Conversation((Message(role="assistant", content=self._whole(row)),), **origin)
@@ -125,7 +125,7 @@ class RowFormat(FieldReader[Conversation]):
             raise RowError(None, "no answer is trained on", "all of them are excluded", "Leave the row out.")
         return Conversation(tuple(messages), template_kwargs=self.template_kwargs(row), **origin)
 
-    def _whole(self, row: Mapping[str, Any]) -> str:
+    def _whole(self, row: Mapping[str, object]) -> str:
         value, column = self.value(row, "text"), self.column("text")
         for name in ("system", "tools", "chat_template_kwargs"):
             if is_nonempty(row.get(self.column(name))):
@@ -139,7 +139,7 @@ class RowFormat(FieldReader[Conversation]):
 
 
 def detect_format(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool = True
+    rows: Sequence[Mapping[str, object]], columns: Mapping[str, str] | None, *, answered: bool = True
 ) -> str:
     """The row format of pairs; see `Formats.detect`.
 

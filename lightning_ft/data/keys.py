@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 ROLES = {
     "system": "system",
@@ -46,7 +45,7 @@ MEDIA = ("image", "images", "image_url", "audio", "audios", "video", "videos", "
 """Columns with content other than text."""
 
 
-def is_nonempty(value: Any) -> bool:
+def is_nonempty(value: object) -> bool:
     """Whether a value is more than an empty cell or a false flag.
 
     Example:
@@ -62,19 +61,19 @@ def is_nonempty(value: Any) -> bool:
     return value is not None and value is not False and value == value
 
 
-def _is_present(value: Any) -> bool:
+def _is_present(value: object) -> bool:
     """Whether there is a value, which may be false or 0."""
     return value is not None and value == value
 
 
-def _is_verdict(value: Any) -> bool:
+def _is_verdict(value: object) -> bool:
     """Whether a value means good or bad, and isn't the name of a class."""
     if isinstance(value, str):
         return value.strip().lower() in ("true", "false")
     return isinstance(value, (bool, int, float)) and value in (0, 1)
 
 
-def _is_prose(value: Any) -> bool:
+def _is_prose(value: object) -> bool:
     """Whether a value is a text of several words, unlike a mode such as "on"."""
     return isinstance(value, str) and len(value.split()) > 1
 
@@ -89,7 +88,7 @@ class Refusal:
     """
 
     fix: str
-    when: Callable[[Any], bool] = is_nonempty
+    when: Callable[[object], bool] = is_nonempty
 
 
 _WRITE_CALLS = "Write it as tool_calls: [{'type': 'function', 'function': {'name': ..., 'arguments': {...}}}]."

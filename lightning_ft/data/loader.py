@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 
 from lightning_ft.data.cache import EncodedRows
 from lightning_ft.data.layout import Example
+from lightning_ft.data.row_types import RowT
 from lightning_ft.data.sampler import BatchPlan
 from lightning_ft.data.splits import SplitName, Splits
 
 EncodedRow: TypeAlias = tuple[int, tuple[Example, ...]]
 """A row's number in its split, counted over all sources, and its examples."""
 
-Collate: TypeAlias = Callable[[list[EncodedRow]], Any]
+Collate: TypeAlias = Callable[[list[EncodedRow]], object]
 """Makes a batch from rows; on some ranks it may get no rows."""
 
 
@@ -46,7 +47,7 @@ class SplitRows(torch.utils.data.Dataset[list[EncodedRow]]):
         return tuple(self._parts[part][first + i] for i in range(self._per_row[part]))
 
 
-class TokenLoader(DataLoader[Any]):
+class TokenLoader(DataLoader[list[EncodedRow]]):
     """Data loader that records its position and can resume from it.
 
     Batches depend only on their rows, so the epoch and the batch are the whole state. A Trainer's checkpoint counts the
@@ -73,7 +74,7 @@ class TokenLoader(DataLoader[Any]):
         self.plan.started()
         return self._counted(self._iterator_now)
 
-    def _counted(self, iterator: Any) -> Iterator[Any]:
+    def _counted(self, iterator: Iterator[object]) -> Iterator[object]:
         for batch in iterator:
             if iterator is self._iterator_now:
                 self._yielded, self._loaded = self._yielded + 1, None
@@ -125,7 +126,7 @@ def token_loader(parts: Sequence[EncodedRows], plan: BatchPlan, collate: Collate
 _SHOWN = 20
 
 
-def name_rows(loader: TokenLoader, splits: Splits[Any], split: SplitName, epoch: int, batch: int) -> str:
+def name_rows(loader: TokenLoader, splits: Splits[RowT], split: SplitName, epoch: int, batch: int) -> str:
     """Name the rows in a batch of this rank, by source, for messages.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import IO, Any, cast, get_args
+from typing import IO, Any, TypeVar, cast, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +25,8 @@ from lightning_ft.data.templates import set_chat_template
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, TokenizerError
+
+DataModuleT = TypeVar("DataModuleT", bound="RowDataModule")
 
 _NEEDS: dict[str, tuple[SplitName, ...]] = {
     "fit": ("train", "validation", "test"),  # test rows, too, are checked before training rather than hours later
@@ -74,12 +76,12 @@ class RowDataModule(LightningDataModule, ABC):
 
     row_type: RowType[Any]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # `inspect` would show __new__'s
 
-    def __new__(cls, *args: Any, **options: Any) -> Any:
+    def __new__(cls: type[DataModuleT], *args: object, **options: object) -> DataModuleT:
         """Check argument names before any constructor runs."""
         check_arguments(cls, options)
         return super().__new__(cls)
@@ -143,7 +145,7 @@ class RowDataModule(LightningDataModule, ABC):
             trust_remote_code=trust_remote_code,
         )
 
-    def _save(self, **hyper: Any) -> None:
+    def _save(self, **hyper: object) -> None:
         # Lightning compares `hyper` with the frame's arguments, which fails for data frames: this frame has none.
         outermost = inspect.currentframe()
         while outermost is not None and outermost.f_back is not None:
@@ -229,13 +231,13 @@ class RowDataModule(LightningDataModule, ABC):
 
     @restricted_classmethod
     def load_from_checkpoint(
-        cls,
+        cls: type[DataModuleT],
         checkpoint_path: str | Path | IO[bytes],
         map_location: Any = None,
         hparams_file: str | Path | None = None,
         weights_only: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> DataModuleT:
         """A DataModule with the arguments from a checkpoint; no code from the checkpoint is run.
 
         Args:
@@ -296,7 +298,7 @@ class RowDataModule(LightningDataModule, ABC):
         """Batches of the training rows, in a new order every epoch."""
         return self._loader("train", shuffle=self._shuffle)
 
-    def val_dataloader(self) -> TokenLoader | list[Any]:
+    def val_dataloader(self) -> TokenLoader | list[TokenLoader]:
         """Batches of the validation rows; an empty list if there are no such rows."""
         return self._loader("validation") if "validation" in self.splits.sources else []
 
@@ -339,7 +341,7 @@ class RowDataModule(LightningDataModule, ABC):
 
 
 def _check_choices(
-    max_length: int, batch_size: int, on_overlong: str, on_bad_row: str, validation: Any, cache_dir: Any
+    max_length: int, batch_size: int, on_overlong: str, on_bad_row: str, validation: object, cache_dir: object
 ) -> None:
     for name, value, minimum in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
         if value < minimum:

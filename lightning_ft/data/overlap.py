@@ -15,7 +15,7 @@ from lightning_ft.types import Request
 _INSTRUCTIONS = ("system", "developer")
 
 
-def question_keys(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
+def question_keys(messages: Sequence[Mapping[str, object]]) -> list[bytes]:
     """Keys of a conversation, one for its prefix up to each user turn; the last one is the key of its question.
 
     Two questions are the same if the turns up to the last user turn have the same roles, texts and tool calls. Leading
@@ -68,7 +68,7 @@ def _turn(message: Mapping[str, Any]) -> str:
     return f"{message['role']}\n{text}\n{called}"
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
@@ -90,9 +90,9 @@ class TrainingIndex:
         [True, False]
     """
 
-    rows: set[tuple[Any, ...]] = field(default_factory=set)
-    questions: set[Any] = field(default_factory=set)
-    last_questions: set[Any] = field(default_factory=set)
+    rows: set[tuple[object, ...]] = field(default_factory=set)
+    questions: set[Hashable] = field(default_factory=set)
+    last_questions: set[Hashable] = field(default_factory=set)
     clusters: set[str] = field(default_factory=set)
 
     @classmethod
@@ -106,7 +106,7 @@ class TrainingIndex:
     def add(self, row: Row | Request) -> None:
         """Add a training row."""
         if isinstance(row, Request):
-            keys: Sequence[Any] = question_keys(row.messages)
+            keys: Sequence[Hashable] = question_keys(row.messages)
         else:
             keys = row_questions(row)
             self.rows.add(row.key)
@@ -115,7 +115,7 @@ class TrainingIndex:
         if row.cluster:
             self.clusters.add(row.cluster)
 
-    def has_question(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+    def has_question(self, messages: Sequence[Mapping[str, object]]) -> bool:
         """Whether the question of a conversation is in the training rows.
 
         Args:

@@ -130,7 +130,7 @@ class RowEncoder(Generic[RowT]):
         return None
 
 
-def check_kwargs(kwargs: Mapping[str, Any], prompt: Sequence[Message], template: ChatTemplate) -> None:
+def check_kwargs(kwargs: Mapping[str, object], prompt: Sequence[Message], template: ChatTemplate) -> None:
     """Refuse variables of a row that the chat template doesn't read.
 
     Args:

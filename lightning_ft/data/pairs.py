@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from pathlib import Path
+from typing import IO, Any, TypeVar, get_args
 
 import torch
 from torch.utils.data import DataLoader
@@ -23,6 +24,8 @@ from lightning_ft.data.splits import SplitName
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message, Request
+
+PairDataModuleT = TypeVar("PairDataModuleT", bound="PairDataModule")
 
 
 class PairDataModule(RowDataModule):
@@ -144,7 +147,9 @@ class PairDataModule(RowDataModule):
         )
 
     @restricted_classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_from_checkpoint(
+        cls: type[PairDataModuleT], checkpoint_path: str | Path | IO[bytes], *args: Any, **kwargs: Any
+    ) -> PairDataModuleT:
         """See `RowDataModule.load_from_checkpoint`; `format` is never taken from the checkpoint.
 
         Raises:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.encode import Encoded, encode
-from lightning_ft.data.fields import CONVERSATIONS, FieldReader
+from lightning_ft.data.fields import CONVERSATIONS, FieldReader, Origin
 from lightning_ft.data.formats import kwargs_key, turns_key
 from lightning_ft.data.keys import REFUSED_IN_CONVERSATIONS, Refusal, is_nonempty
 from lightning_ft.data.layout import Example
@@ -84,10 +84,10 @@ class Preference:
     id: str
     cluster: str | None = None
     margin: float | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """Equal for duplicate rows."""
         completions = tuple(turns_key(completion) for completion in self.completions)
         return (turns_key(self.prompt), completions, self.labels, *kwargs_key(self.template_kwargs))
@@ -124,7 +124,7 @@ class PreferenceFormat(FieldReader[Preference]):
         self.answers = tuple(field for field in fields if field != "label")[-2 if self.paired else -1 :]
         """Fields of the completions; for a conversation with a label, the conversation."""
 
-    def _read(self, row: Mapping[str, Any], origin: dict[str, Any]) -> Preference:
+    def _read(self, row: Mapping[str, object], origin: Origin) -> Preference:
         self._check_not_mixed(row)
         row = self._without_nesting(row)
         if self.name == "chosen_rejected":
@@ -148,7 +148,7 @@ class PreferenceFormat(FieldReader[Preference]):
             **origin,
         )
 
-    def _without_nesting(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _without_nesting(self, row: Mapping[str, object]) -> Mapping[str, object]:
         """The row with a nested ``input`` of ``{messages, tools}`` (OpenAI's files) unpacked."""
         column = self.column(self.formats.required[self.name][0])
         nested = row.get(column)
@@ -159,7 +159,7 @@ class PreferenceFormat(FieldReader[Preference]):
         tools = {self.column("tools"): nested["tools"]} if is_nonempty(nested.get("tools")) else {}
         return {**row, **tools, column: nested["messages"]}
 
-    def _labeled_conversation(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+    def _labeled_conversation(self, row: Mapping[str, object]) -> tuple[list[Message], list[list[Message]]]:
         """The prompt and the labeled last turn of a conversation."""
         turns = self.side(row, self.answers[0], None)
         if not turns or turns[-1]["role"] != "assistant":
@@ -168,14 +168,14 @@ class PreferenceFormat(FieldReader[Preference]):
             raise RowError(self.column(self.answers[0]), "no answer to the last turn", roles, fix)
         return turns[:-1], [turns[-1:]]
 
-    def _check_not_mixed(self, row: Mapping[str, Any]) -> None:
+    def _check_not_mixed(self, row: Mapping[str, object]) -> None:
         own, other = (self.answers[0], "label") if self.paired else ("label", "chosen")
         if self.column(own) not in row and self.column(other) in row:
             detail = f"fields: {', '.join(map(str, row))}"
             fix = "Pairs and completions with a label can't be mixed: put them into separate DataModules."
             raise RowError(None, f"not {'a pair' if self.paired else 'a completion with a label'}", detail, fix)
 
-    def _implicit(self, row: Mapping[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+    def _implicit(self, row: Mapping[str, object]) -> tuple[list[Message], list[list[Message]]]:
         """The prompt that two whole conversations or texts share at the start, and the rest of each."""
         columns = self.column("chosen"), self.column("rejected")
         values = self.value(row, "chosen"), self.value(row, "rejected")
@@ -224,7 +224,7 @@ class PreferenceFormat(FieldReader[Preference]):
         if self.paired and sides[0] == sides[1]:
             raise RowError(self.column(self.answers[1]), "chosen and rejected are the same", "", _SAME)
 
-    def _label(self, row: Mapping[str, Any]) -> bool:
+    def _label(self, row: Mapping[str, object]) -> bool:
         value = self.value(row, "label")
         if isinstance(value, str):  # from a CSV file
             value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower(), value)
@@ -268,7 +268,7 @@ class Preferences(RowType[Preference]):
     name = "preferences"
 
     def reader(
-        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
+        self, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str] | None, *, answered: bool
     ) -> FieldReader[Preference]:
         """See `RowType`."""
         return PreferenceFormat(FORMATS.detect(rows, columns), columns)

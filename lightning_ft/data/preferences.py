@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.cache import content_hash
-from lightning_ft.data.loader import Collate, EncodedRow, SplitRows
+from lightning_ft.data.loader import EncodedRow, SplitRows
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.preference_rows import PREFERENCES, Preference, split_shared
 from lightning_ft.data.splits import SplitName
@@ -74,7 +74,7 @@ class PreferenceDataModule(RowDataModule):
 
     row_type = PREFERENCES
 
-    def collate(self, split: SplitName) -> Collate:
+    def collate(self, split: SplitName) -> Callable[[list[EncodedRow]], PreferenceBatch]:
         """The function that makes a `PreferenceBatch` from any number of rows, none included."""
         return _PreferenceCollate([row for part in self.splits.rows[split] for row in part])
 

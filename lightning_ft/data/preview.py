@@ -27,6 +27,7 @@ from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.preference_rows import Preference, split_shared
 from lightning_ft.data.prompts import Prompt
 from lightning_ft.data.raw_rows import SHOWN, Problem
+from lightning_ft.data.row_types import Row, RowT
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import Splits
 from lightning_ft.data.templates import chat_template
@@ -140,7 +141,7 @@ def _is_fancy(console: Console) -> bool:
 
 
 def _print_examples(
-    splits: Splits[Any], name: str, tokenizer: PreTrainedTokenizerBase, examples: int, console: Console
+    splits: Splits[RowT], name: str, tokenizer: PreTrainedTokenizerBase, examples: int, console: Console
 ) -> None:
     parts = splits.encoded[name]
     indices = [(part, i) for part, rows in enumerate(parts) for i in range(rows.num_rows)]
@@ -155,7 +156,7 @@ def _print_examples(
         console.print(Panel(text, title=Text(printable(title, one_line=True)), title_align="left"))
 
 
-def _row_text(row: Any, encoded: tuple[Example, ...], tokenizer: PreTrainedTokenizerBase, *, fancy: bool) -> Text:
+def _row_text(row: Row, encoded: tuple[Example, ...], tokenizer: PreTrainedTokenizerBase, *, fancy: bool) -> Text:
     """The text of a row, with its labeled completions, margin, columns for rewards and template variables below."""
     if not isinstance(row, Preference):
         text = supervised_text(tokenizer, encoded[0], fancy=fancy)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.data.batches import RESERVED, PromptBatch
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.encode import Encoded, encode_prompt
-from lightning_ft.data.fields import CONVERSATIONS, FieldReader
+from lightning_ft.data.fields import CONVERSATIONS, FieldReader, Origin
 from lightning_ft.data.formats import kwargs_key, turns_key
 from lightning_ft.data.layout import Example
 from lightning_ft.data.loader import Collate, EncodedRow
@@ -51,16 +51,16 @@ class Prompt:
 
     messages: tuple[Message, ...]
     text: bool
-    columns: Mapping[str, Any]
+    columns: Mapping[str, object]
     source: str
     row: int
     id: str
     cluster: str | None = None
     answered: bool = False
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """Equal for duplicate rows."""
         return (*turns_key(self.messages), *kwargs_key(self.template_kwargs))
 
@@ -99,7 +99,7 @@ class PromptFormat(FieldReader[Prompt]):
         used = {*FORMATS.required[name], *FORMATS.extra.get(name, ()), "system"}
         self._used = {self.column(field) for field in used}
 
-    def _read(self, row: Mapping[str, Any], origin: dict[str, Any]) -> Prompt:
+    def _read(self, row: Mapping[str, object], origin: Origin) -> Prompt:
         column = self.column(self.name)
         messages = self.with_system(row, self.read_prompt(row))
         answered = messages[-1:] != [] and messages[-1]["role"] == "assistant"
@@ -128,7 +128,7 @@ class Prompts(RowType[Prompt]):
     name = "prompts"
 
     def reader(
-        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
+        self, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str] | None, *, answered: bool
     ) -> FieldReader[Prompt]:
         """See `RowType`."""
         return PromptFormat(FORMATS.detect(rows, columns), columns)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_ft.data.turns import RowError
 from lightning_ft.data.values import plain
@@ -26,7 +25,7 @@ class RawRow:
 
     source: str
     number: int
-    value: Any
+    value: object
     problem: Problem | None = None
 
 
@@ -35,7 +34,7 @@ def bad_row(source: str, number: int, reason: str, detail: str, fix: str, field:
     return RawRow(source, number, None, Problem(source, number, field, reason, detail, fix))
 
 
-def numbered(rows: Iterable[Any], source: str) -> Iterator[RawRow]:
+def numbered(rows: Iterable[object], source: str) -> Iterator[RawRow]:
     """Rows with their numbers, from 1."""
     for number, row in enumerate(rows, start=1):
         yield RawRow(source, number, row)

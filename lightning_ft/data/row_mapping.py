@@ -17,7 +17,7 @@ _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*(\.[^\W\d]\w*
 _FIX = "Fix the function or the row."
 
 
-def check_row_function(function: Any) -> None:
+def check_row_function(function: object) -> None:
     """Check what was passed as `format=`, without importing or calling it.
 
     Raises:
@@ -80,7 +80,7 @@ def _map_row(raw: RawRow, function: RowFunction, names: Mapping[str, str]) -> Ra
     row = dict(raw.value)
     kept = {names[field]: row[names[field]] for field in ("id", "cluster") if names[field] in row}
     try:
-        result: Any = function(row)
+        result: object = function(row)
     except Exception as error:  # whatever the user's code raises
         detail = (str(error).strip().splitlines() or [""])[0][:80]
         return bad_row(raw.source, raw.number, f"format= raised {type(error).__name__}", detail, _FIX)

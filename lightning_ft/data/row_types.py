@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +36,7 @@ class Row(Protocol):
         """Group that the row belongs to, if it names one."""
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """All that the tokens depend on, so duplicates have equal keys; strings and tuples."""
 
     @property
@@ -44,7 +44,7 @@ class Row(Protocol):
         """Turns before the answer; the user turns among them may be cut."""
 
     @property
-    def template_kwargs(self) -> Mapping[str, Any]:
+    def template_kwargs(self) -> Mapping[str, object]:
         """Variables for the chat template in addition to the messages."""
 
     def with_prompt(self: Self, messages: Sequence[Message]) -> Self:
@@ -65,7 +65,7 @@ class RowType(ABC, Generic[RowT]):
 
     @abstractmethod
     def reader(
-        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
+        self, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str] | None, *, answered: bool
     ) -> FieldReader[RowT]:
         """The reader for the rows of a source.
 
@@ -135,7 +135,7 @@ class Pairs(RowType[Conversation]):
         return f"pairs, {self.supervise}"
 
     def reader(
-        self, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, *, answered: bool
+        self, rows: Sequence[Mapping[str, object]], columns: Mapping[str, str] | None, *, answered: bool
     ) -> FieldReader[Conversation]:
         """See `RowType`."""
         return RowFormat(detect_format(rows, columns, answered=answered), columns, answered=answered)

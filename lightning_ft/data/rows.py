@@ -38,7 +38,7 @@ def load_source(
     answered: bool = True,
     report: SplitReport | None = None,
     row_type: RowType[Any] = PAIRS,
-    template_kwargs: Mapping[str, Any] | None = None,
+    template_kwargs: Mapping[str, object] | None = None,
 ) -> tuple[list[Any], list[Problem]]:
     """Read and check one source.
 

@@ -22,7 +22,7 @@ class DataFrame(Protocol):
     """A `pandas.DataFrame` or a `polars.DataFrame`."""
 
     @property
-    def columns(self) -> Any:
+    def columns(self) -> object:
         """Names of the columns."""
 
     @property
@@ -30,7 +30,7 @@ class DataFrame(Protocol):
         """Numbers of rows and columns."""
 
 
-def library_of(source: Any, class_name: str = "DataFrame") -> str | None:
+def library_of(source: object, class_name: str = "DataFrame") -> str | None:
     """The library of a data frame; None for anything else.
 
     Args:
@@ -49,7 +49,7 @@ def library_of(source: Any, class_name: str = "DataFrame") -> str | None:
     return None
 
 
-def frame_rows(frame: Any, name: str) -> Iterator[dict[str, Any]]:
+def frame_rows(frame: Any, name: str) -> Iterator[dict[str, object]]:
     """Rows of a data frame; missing values (NaN, NaT, `pandas.NA`) become None.
 
     Args:
@@ -80,7 +80,7 @@ def frame_rows(frame: Any, name: str) -> Iterator[dict[str, Any]]:
         yield {column: None if _is_missing(value) else value for column, value in zip(columns, row, strict=True)}
 
 
-def _is_missing(value: Any) -> bool:
+def _is_missing(value: object) -> bool:
     return (isinstance(value, float) and value != value) or type(value).__name__ in ("NAType", "NaTType")
 
 
@@ -120,17 +120,17 @@ def as_sources(sources: Sources, argument: str) -> dict[str, Source]:
     return named
 
 
-def _is_row_list(source: Any) -> bool:
+def _is_row_list(source: object) -> bool:
     """Whether a list contains rows rather than sources; whatever else is in it will be reported as a bad row."""
     return isinstance(source, (list, tuple)) and (not source or any(isinstance(row, Mapping) for row in source))
 
 
-def _is_source(source: Any) -> bool:
+def _is_source(source: object) -> bool:
     known = (str, Path, datasets.Dataset, datasets.IterableDataset)
     return _is_row_list(source) or isinstance(source, known) or library_of(source) is not None
 
 
-def _hint(source: Any) -> str:
+def _hint(source: object) -> str:
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         return f": pass one of its splits ({', '.join(map(str, list(source)[:5]))})."
     if isinstance(source, Mapping):
@@ -170,7 +170,7 @@ def read_rows(source: Source, name: str, argument: str, notes: Counter[str]) -> 
         yield from check_values(numbered(_dataset_rows(_from_hub(str(source), argument), name), name), filled=True)
 
 
-def _dataset_rows(dataset: Any, name: str) -> Iterator[Any]:
+def _dataset_rows(dataset: Any, name: str) -> Iterator[object]:
     """Rows of a dataset; an exception while it is read is raised with the dataset's name."""
     read = 0
     try:
@@ -225,7 +225,7 @@ def _folder_hint(path: Path) -> str:
     return f"It is a dataset saved by save_to_disk: pass {load}, or save it as Parquet with its to_parquet()."
 
 
-def _from_hub(name: str, argument: str) -> Any:
+def _from_hub(name: str, argument: str) -> datasets.Dataset:
     repository, _, split = name.partition(":")
     try:
         return datasets.load_dataset(repository, split=split or "train")
@@ -238,7 +238,7 @@ def _from_hub(name: str, argument: str) -> Any:
         ) from error
 
 
-def source_as_json(source: Any) -> Any:
+def source_as_json(source: object) -> list[str] | str | int | float | None:
     """A source as it is saved in the hyperparameters: names and shares; None for rows in memory."""
     if isinstance(source, (list, tuple)):
         return [str(item) for item in source] if source and all(isinstance(i, (str, Path)) for i in source) else None

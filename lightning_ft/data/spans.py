@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_ft.data.cores import (
     AnswerLostError,
@@ -87,7 +86,7 @@ REMEDIES = {
 
 
 def render_answers(
-    template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None
+    template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, object] | None = None
 ) -> RenderedAnswers:
     """Render a conversation and find its answers.
 
@@ -121,7 +120,7 @@ class _Conversation:
         kwargs: Variables for the template in addition to the messages.
     """
 
-    def __init__(self, template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, object]) -> None:
         self.template, self.messages, self.kwargs, self.key = template, messages, kwargs, kwargs_key(kwargs)
         self.answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         self.text = self.render(messages)

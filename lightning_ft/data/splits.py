@@ -53,7 +53,7 @@ class RowRules:
     on_overlong: OnOverlong
     seed: int
     cache: Path | None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    template_kwargs: Mapping[str, object] = field(default_factory=dict)
     format: str | RowFunction | None = None
 
 
@@ -76,7 +76,7 @@ class Splits(Generic[RowT]):
 
     def __init__(
         self,
-        sources: Mapping[str, Any],
+        sources: Mapping[str, object],
         rules: RowRules,
         row_type: RowType[Any] = PAIRS,
     ) -> None:

@@ -54,7 +54,7 @@ class TemplateLayout(NamedTuple):
     prompt_end: str
 
     @classmethod
-    def of(cls, template: ChatTemplate, kwargs: Mapping[str, Any]) -> TemplateLayout:
+    def of(cls, template: ChatTemplate, kwargs: Mapping[str, object]) -> TemplateLayout:
         """The layout of a template, from rendering three short conversations once.
 
         Args:
@@ -69,7 +69,7 @@ class TemplateLayout(NamedTuple):
         return layout
 
     @classmethod
-    def _render(cls, template: ChatTemplate, kwargs: Mapping[str, Any]) -> TemplateLayout:
+    def _render(cls, template: ChatTemplate, kwargs: Mapping[str, object]) -> TemplateLayout:
         turns = [Message(role=("user", "assistant")[i % 2], content=mark(i)) for i in range(4)]
         for head in ([], [Message(role="system", content=mark(4))]):  # some templates require a system turn first
             one = _parts(template, [*head, *turns[:2]], kwargs)
@@ -85,7 +85,7 @@ class TemplateLayout(NamedTuple):
 
 
 def _parts(
-    template: ChatTemplate, turns: Sequence[Message], kwargs: Mapping[str, Any], *, prompt: bool = False
+    template: ChatTemplate, turns: Sequence[Message], kwargs: Mapping[str, object], *, prompt: bool = False
 ) -> list[str] | None:
     """Texts around the marks; None if the template refuses the conversation or changes a mark."""
     marks = [turn["content"] for turn in turns]
@@ -132,7 +132,7 @@ def is_special(template: ChatTemplate, end: str) -> bool:
 # ---------------------------------------------------------------- dropped turns
 
 
-def dropped_turns(template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> frozenset[int]:
+def dropped_turns(template: ChatTemplate, messages: Sequence[Message], kwargs: Mapping[str, object]) -> frozenset[int]:
     """Indices of the turns that a template drops from conversations of this shape; each shape is rendered once.
 
     Args:
@@ -227,17 +227,17 @@ def shared_end(texts: Sequence[str]) -> str:
     return shared_start([text[::-1] for text in texts])[::-1]
 
 
-def kwargs_key(kwargs: Mapping[str, Any]) -> str:
+def kwargs_key(kwargs: Mapping[str, object]) -> str:
     """Cache key of the variables that a template gets in addition to the messages."""
     return repr(sorted((name, repr(value)) for name, value in kwargs.items())) if kwargs else ""
 
 
-def recall(template: ChatTemplate, key: tuple[Any, ...]) -> Any:
+def recall(template: ChatTemplate, key: tuple[object, ...]) -> Any:
     """The cached result of a key for a template; None if there is none."""
     return template.cached.get(key)
 
 
-def keep(template: ChatTemplate, key: tuple[Any, ...], value: Any) -> None:
+def keep(template: ChatTemplate, key: tuple[object, ...], value: object) -> None:
     """Cache a result for a template."""
     if len(template.cached) >= _MOST_CACHED:
         template.cached.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,9 @@ class ChatTemplate:
         except ValueError as error:
             raise TokenizerError(f"{error} Pass chat_template=.") from error
         self.tokenizer = tokenizer
-        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._variables: dict[str, object] = dict(tokenizer.special_tokens_map)
         self._forms: dict[str, _Form] = {}
-        self.cached: dict[Any, Any] = {}
+        self.cached: dict[Hashable, Any] = {}
         """Facts about the template that were found by rendering conversations, by key."""
 
     @property
@@ -131,7 +131,7 @@ class ChatTemplate:
         return _run("{{ strftime_now('%Y-%m-%d') }}", [], {})[0]
 
     def render(
-        self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None, *, prompt: bool = False
+        self, messages: Sequence[Message], kwargs: Mapping[str, object] | None = None, *, prompt: bool = False
     ) -> str:
         """Render a conversation.
 
@@ -145,12 +145,12 @@ class ChatTemplate:
         """
         return self._render(messages, kwargs or {}, prompt=prompt)[0]
 
-    def marked(self, messages: Sequence[Message], kwargs: Mapping[str, Any] | None = None) -> list[tuple[int, int]]:
+    def marked(self, messages: Sequence[Message], kwargs: Mapping[str, object] | None = None) -> list[tuple[int, int]]:
         """Spans of characters that the template's own markers declare as generated, in the text of a conversation."""
         return self._render(messages, kwargs or {}, marked=True)[1] if self.has_markers else []
 
     def _render(
-        self, messages: Sequence[Message], kwargs: Mapping[str, Any], *, prompt: bool = False, marked: bool = False
+        self, messages: Sequence[Message], kwargs: Mapping[str, object], *, prompt: bool = False, marked: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         source = self._with_tools if kwargs.get("tools") else self.source
         options = {**self._variables, **kwargs, "add_generation_prompt": prompt, "return_assistant_tokens_mask": marked}
@@ -256,7 +256,7 @@ def _form(*, as_text: bool = False, empty: bool = True, parts: bool = False) -> 
     return form
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -15,12 +15,12 @@ class ToolCallError(ValueError):
         value: The value.
     """
 
-    def __init__(self, index: int, value: Any) -> None:
+    def __init__(self, index: int, value: object) -> None:
         super().__init__(f"[{index}]")
         self.index, self.value = index, value
 
 
-def parsed(value: Any) -> Any:
+def parsed(value: object) -> Any:
     """The value of JSON text; anything else unchanged.
 
     Example:
@@ -35,7 +35,7 @@ def parsed(value: Any) -> Any:
     return value
 
 
-def read_calls(value: Any) -> list[dict[str, Any]]:
+def read_calls(value: object) -> list[dict[str, Any]]:
     """Tool calls with their arguments as an object.
 
     Args:
@@ -67,7 +67,7 @@ def read_calls(value: Any) -> list[dict[str, Any]]:
     return calls
 
 
-def read_tools(value: Any) -> list[dict[str, Any]]:
+def read_tools(value: object) -> list[dict[str, object]]:
     """Tools as JSON schemas, each in the form ``{"type": "function", "function": {...}}``.
 
     Args:

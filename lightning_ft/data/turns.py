@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 from lightning_ft.data.keys import CALL_ROLES, READ_KEYS, REASONING, REFUSED_KEYS, ROLES, TRAINED, is_nonempty
 from lightning_ft.data.tool_calls import ToolCallError, read_calls
@@ -51,7 +50,7 @@ def check_text(value: str, field: str, role: str) -> str:
     raise RowError(field, f"empty {side}", "", FILL)
 
 
-def read_turns(value: Sequence[Any], field: str, ignored: set[str] | None = None) -> list[Message]:
+def read_turns(value: Sequence[object], field: str, ignored: set[str] | None = None) -> list[Message]:
     """Messages from a list of ``{role, content}`` or ShareGPT's ``{from, value}``.
 
     Tool calls in turns of their own (``function_call``) are added to the assistant turn before them, if any.
@@ -84,7 +83,7 @@ def read_turns(value: Sequence[Any], field: str, ignored: set[str] | None = None
     return turns
 
 
-def _read_turn(turn: Any, field: str, ignored: set[str]) -> Message:
+def _read_turn(turn: object, field: str, ignored: set[str]) -> Message:
     if not isinstance(turn, Mapping):
         raise RowError(field, "wrong type", f"found {type(turn).__name__}", "Each message needs a role and a content.")
     for key in REFUSED_KEYS.keys() & turn.keys():
@@ -133,7 +132,7 @@ def _read_turn(turn: Any, field: str, ignored: set[str]) -> Message:
     return message
 
 
-def _read_reasoning(turn: Mapping[str, Any], field: str, message: Message) -> None:
+def _read_reasoning(turn: Mapping[str, object], field: str, message: Message) -> None:
     keys = [key for key in REASONING if is_nonempty(turn.get(key))]
     if not keys:
         return
@@ -148,7 +147,7 @@ def _read_reasoning(turn: Mapping[str, Any], field: str, message: Message) -> No
     message["reasoning_content"] = value
 
 
-def _read_trained(turn: Mapping[str, Any], origin: str, message: Message) -> None:
+def _read_trained(turn: Mapping[str, object], origin: str, message: Message) -> None:
     marked = [key for key in TRAINED if turn.get(key) is not None]
     if not marked:
         return
@@ -167,7 +166,7 @@ def _read_trained(turn: Mapping[str, Any], origin: str, message: Message) -> Non
         message["train"] = False
 
 
-def _text(content: Any, field: str, ignored: set[str]) -> str:
+def _text(content: object, field: str, ignored: set[str]) -> str:
     """The text of a message's content: a string, or a list of text parts."""
     if isinstance(content, str):
         return content
@@ -196,7 +195,7 @@ def _text(content: Any, field: str, ignored: set[str]) -> str:
     return "".join(texts)
 
 
-def _either(turn: Mapping[str, Any], name: str, other: str, field: str) -> Any:
+def _either(turn: Mapping[str, object], name: str, other: str, field: str) -> object:
     """The value of a key with two names.
 
     Raises:

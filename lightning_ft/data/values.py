@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -38,7 +37,7 @@ class _RefusedValueError(Exception):
         self.path: list[str] = []
 
 
-def plain(row: Any, *, filled: bool = False) -> Any:
+def plain(row: object, *, filled: bool = False) -> object:
     """A row with plain values: NumPy scalars and arrays become Python's, tuples lists, and mappings dicts.
 
     Values without a plain form (dates, bytes, images) are kept: in a column that isn't used they do no harm.
@@ -68,7 +67,7 @@ def plain(row: Any, *, filled: bool = False) -> Any:
         raise RowError(path, refused.reason, refused.detail, refused.fix) from None
 
 
-def _name(key: Any) -> str:
+def _name(key: object) -> str:
     if not isinstance(key, str):
         raise _RefusedValueError(
             Refused("a field's name isn't a string", repr(key)[:40], "Name every field by a string.")
@@ -76,7 +75,7 @@ def _name(key: Any) -> str:
     return _text(key)
 
 
-def _plain(value: Any, filled: bool, depth: int) -> Any:
+def _plain(value: object, filled: bool, depth: int) -> object:
     if isinstance(value, str):
         return _text(value)
     if value is None or (isinstance(value, (bool, float)) and not isinstance(value, np.generic)):
@@ -103,7 +102,7 @@ def _plain(value: Any, filled: bool, depth: int) -> Any:
     return value
 
 
-def _inside(key: str, value: Any, filled: bool, depth: int) -> Any:
+def _inside(key: str, value: object, filled: bool, depth: int) -> object:
     try:
         return _plain(value, filled, depth)
     except _RefusedValueError as error:
