@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NO_PLOTS = (
     "No plots, since matplotlib isn't installed. Run pip install 'lightning-ft[report]' and write the report again."
@@ -46,7 +49,7 @@ class Plot:
     name: str
     alt: str
     caption: str
-    draw: Callable[[Any], None]
+    draw: Callable[[Axes], None]
     size: tuple[float, float] = (6.4, 4.4)
 
 
@@ -157,7 +160,7 @@ class Document:
         return tuple(block for section in self.sections for block in section.blocks if isinstance(block, Plot))
 
 
-def provenance_table(title: str, provenance: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> Table:
+def provenance_table(title: str, provenance: Mapping[str, object], labels: Mapping[str, str] | None = None) -> Table:
     """Table of the provenance of a result, with one row per entry.
 
     Args:
@@ -170,7 +173,7 @@ def provenance_table(title: str, provenance: Mapping[str, Any], labels: Mapping[
     )
 
 
-def _rows(values: Mapping[str, Any], labels: Mapping[str, str], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _rows(values: Mapping[str, object], labels: Mapping[str, str], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         label = f"{prefix}{labels.get(name, name)}"
         if isinstance(value, Mapping):

@@ -9,7 +9,6 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -81,7 +80,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _finalize(value: Any) -> Any:
+def _finalize(value: object) -> object:
     """Escape control characters, and characters that change the direction of text, in each string of the page."""
     return printable(value) if type(value) is str else value
 

@@ -6,13 +6,18 @@ import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_ft.document.blocks import Plot
 from lightning_ft.errors import MissingDependencyError
 from lightning_ft.printable import printable
 
-STYLE: Any = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
+    from matplotlib.figure import Figure
+
+STYLE: Any = {  # `rcParams`, whose type differs between versions of matplotlib
     "svg.hashsalt": "lightning-ft",  # ids inside an SVG are random without it
     "svg.fonttype": "path",  # text as paths: it looks the same without the reader having the font
     "text.parse_math": False,  # a currency or a name may contain dollar signs
@@ -79,7 +84,7 @@ def render_plot(plot: Plot) -> RenderedPlot:
     return RenderedPlot(svg.getvalue(), png.getvalue())
 
 
-def escape_unprintable(figure: Any) -> None:
+def escape_unprintable(figure: Figure) -> None:
     """Escape characters in the texts of a figure that are invisible or change the direction of the text."""
     from matplotlib.text import Text
 
@@ -88,14 +93,14 @@ def escape_unprintable(figure: Any) -> None:
             text.set_text(shown)
 
 
-def style_axes(axes: Any) -> None:
+def style_axes(axes: Axes) -> None:
     """Remove the top and right spines and draw grid lines below the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
 
 
-def set_log_scale(axis: Any, formatter: Callable[[float], str]) -> None:
+def set_log_scale(axis: XAxis | YAxis, formatter: Callable[[float], str]) -> None:
     """Set a log scale whose tick labels are plain numbers; matplotlib writes powers of ten.
 
     Args:
@@ -107,13 +112,13 @@ def set_log_scale(axis: Any, formatter: Callable[[float], str]) -> None:
     axis.set_minor_formatter(lambda _value, _position: "")
 
 
-def add_legend_below(axes: Any) -> None:
+def add_legend_below(axes: Axes) -> None:
     """Add a legend below the axes and the axis label, where it covers no data; at most one per figure or subfigure."""
     handles, labels = axes.get_legend_handles_labels()
     if not handles:
         return
     rows = -(-sum(len(label) + _HANDLE_WIDTH for label in labels) // _LEGEND_WIDTH)
-    axes.get_figure().legend(
+    axes.figure.legend(
         handles,
         labels,
         ncols=-(-len(labels) // rows),

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning_ft.document.numbers import format_si
 from lightning_ft.document.plotting import add_legend_below, error_bar, marker_styles, set_log_scale
 from lightning_ft.evaluation.bootstrap import Interval
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 def draw_learning_curve(
-    axes: Any, curves: Mapping[str, Mapping[int, Interval]], baselines: Mapping[str, Interval]
+    axes: Axes, curves: Mapping[str, Mapping[int, Interval]], baselines: Mapping[str, Interval]
 ) -> None:
     """Draw quality against the number of training rows.
 
@@ -50,7 +53,7 @@ def draw_learning_curve(
     add_legend_below(axes)
 
 
-def draw_methods(axes: Any, quality: Mapping[str, Interval], seeds: Mapping[str, Sequence[float]]) -> None:
+def draw_methods(axes: Axes, quality: Mapping[str, Interval], seeds: Mapping[str, Sequence[float]]) -> None:
     """Draw the quality of each method with its interval, and each seed as a dot below it.
 
     Args:
@@ -99,7 +102,7 @@ RESOURCES = {
 """Label of each resource, in the order in which they are drawn."""
 
 
-def draw_resources(axes: Any, ratios: Mapping[str, Mapping[str, Interval]]) -> None:
+def draw_resources(axes: Axes, ratios: Mapping[str, Mapping[str, Interval]]) -> None:
     """Draw each resource of each method as a multiple of full fine-tuning's.
 
     Args:
@@ -189,7 +192,7 @@ class TrainingCurve:
     quality: tuple[float, ...]
 
 
-def draw_training(axes: Any, curves: Sequence[TrainingCurve]) -> None:
+def draw_training(axes: Axes, curves: Sequence[TrainingCurve]) -> None:
     """Draw quality against training FLOPs, with a line for each run.
 
     Args:

@@ -78,12 +78,12 @@ class LiveModel:
     def states(self, batch: TokenBatch) -> Tensor:
         """Compute the hidden states that predict the targets, ``[n, d]``."""
         with self._active():
-            return cast(Tensor, as_forward(base_of(self._model), _selected_states, batch))
+            return as_forward(base_of(self._model), _selected_states, batch)
 
     def logprobs(self, states: Tensor) -> Tensor:
         """Compute the log-probabilities of the vocabulary from ``[c, d]`` hidden states, ``fp32 [c, v]``."""
         with self._active():
-            return cast(Tensor, as_forward(base_of(self._model), _head_logprobs, states))
+            return as_forward(base_of(self._model), _head_logprobs, states)
 
     def prepare(self, batch: TokenBatch, first: int) -> CompareFunction:
         """Prepare the exact comparison of a batch with this model."""

@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_ft.document.blocks import Block, Fact, Plot, runs_table
 from lightning_ft.document.plotting import add_legend_below, error_bar, marker_styles
 from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 
 _COMPARED = {
@@ -118,7 +120,7 @@ class Tradeoff:
     lower_bound: bool = False
 
 
-def draw_forgetting(axes: Any, runs: Sequence[Tradeoff]) -> None:
+def draw_forgetting(axes: Axes, runs: Sequence[Tradeoff]) -> None:
     """Draw a point for each run: further left it has forgotten less, further up it has learned more.
 
     Args:

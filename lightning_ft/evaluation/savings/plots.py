@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_ft.document.numbers import format_count
 from lightning_ft.document.plotting import (
@@ -25,10 +25,13 @@ from lightning_ft.errors import MissingDependencyError
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.savings.result import SavingsResult
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _ORDER = ("prompted", "untuned", "tuned")
 
 
-def draw_tokens(axes: Any, result: SavingsResult) -> None:
+def draw_tokens(axes: Axes, result: SavingsResult) -> None:
     """Draw the mean tokens per request of each arm as a bar, stacked by part.
 
     Args:
@@ -69,7 +72,7 @@ class Arm:
     per_success: Interval
 
 
-def draw_quality(axes: Any, arms: Mapping[str, Arm], confidence: float = 0.95) -> None:
+def draw_quality(axes: Axes, arms: Mapping[str, Arm], confidence: float = 0.95) -> None:
     """Draw the quality of each arm over its tokens per success, as a point with error bars.
 
     Args:
@@ -117,7 +120,7 @@ _NUM_POINTS = 60
 _TITLES = {"cached": "Cost with prefix caching", "uncached": "Cost without prefix caching"}
 
 
-def draw_cost(axes: Any, result: SavingsResult, caching: Caching, break_even: Interval) -> None:
+def draw_cost(axes: Axes, result: SavingsResult, caching: Caching, break_even: Interval) -> None:
     """Draw the costs of both arms over the number of requests, with break-even as a line and its interval as a band.
 
     Args:
