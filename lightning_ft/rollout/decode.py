@@ -17,6 +17,7 @@ from lightning_ft.rollout.cache import GrowingCache, layer_support
 from lightning_ft.rollout.protocol import Completion
 from lightning_ft.rollout.sampling import TokenSampler
 from lightning_ft.rollout.shared_rows import Forward, PrefilledPrompts, SharedRows
+from lightning_ft.rollout.structured import GrammarMask
 
 
 def next_logits(
@@ -172,7 +173,12 @@ def decode_parts(
 
 
 def decode(
-    forward: Forward, shared_rows: SharedRows, sampler: TokenSampler, stop_checker: StopChecker, max_new_tokens: int
+    forward: Forward,
+    shared_rows: SharedRows,
+    sampler: TokenSampler,
+    stop_checker: StopChecker,
+    max_new_tokens: int,
+    mask: GrammarMask | None = None,
 ) -> list[Completion]:
     """Generate one completion per sequence.
 
@@ -185,6 +191,7 @@ def decode(
         sampler: Sampler of the next tokens.
         stop_checker: Tells which completions have ended.
         max_new_tokens: Largest number of tokens per completion.
+        mask: Tokens that structured outputs allow; None allows all.
 
     Raises:
         NonFiniteError: If greedy tokens were chosen from logits that aren't finite.
@@ -198,6 +205,8 @@ def decode(
     running = list(range(count))  # sequences of the batch that have not ended
     batch_index = torch.arange(count, device=logits.device)  # `batch` on the device
     for step in range(max_new_tokens):
+        if mask is not None:
+            logits = mask.apply(logits, batch, completions)
         tokens, logprobs = sampler(logits)  # [b]
         if logprobs is not None:
             sampled = True

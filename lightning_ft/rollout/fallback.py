@@ -20,6 +20,7 @@ from lightning_ft.models.head import CausalLM, input_device
 from lightning_ft.rollout.decode import StopChecker
 from lightning_ft.rollout.protocol import Completion, Sampling
 from lightning_ft.rollout.sampling import TokenSampler, token_logprobs, warpers
+from lightning_ft.rollout.structured import GrammarMask
 
 
 def generate_with_transformers(
@@ -32,6 +33,7 @@ def generate_with_transformers(
     stop_checker: StopChecker,
     pad_token_id: int,
     synced_ranks: bool,
+    grammar_mask: GrammarMask | None = None,
 ) -> list[Completion]:
     """Continue a batch of prompts; each prompt is run once per completion.
 
@@ -46,6 +48,7 @@ def generate_with_transformers(
         stop_checker: Tells which completions have ended.
         pad_token_id: Token id at masked positions.
         synced_ranks: Whether to continue until all ranks have finished, as a sharded model must.
+        grammar_mask: Tokens that structured outputs allow; None allows all.
 
     Returns:
         ``len(prompts) * num_completions`` completions, those of a prompt next to each other.
@@ -69,7 +72,12 @@ def generate_with_transformers(
             attention_mask=mask.to(input_device(model)),
             generation_config=config,
             logits_processor=LogitsProcessorList(
-                [recorder, *([] if sampling is None else warpers(sampling)), _ReplaceNonFinite(recorder)]
+                [
+                    recorder,
+                    *([] if grammar_mask is None else [_Mask(grammar_mask, ids.shape[1])]),
+                    *([] if sampling is None else warpers(sampling)),
+                    _ReplaceNonFinite(recorder),
+                ]
             ),
             stopping_criteria=StoppingCriteriaList([_StopStrings(recorder)]),
             synced_gpus=synced_ranks,
@@ -77,6 +85,17 @@ def generate_with_transformers(
     recorder.check()
     generated = out[:, ids.shape[1] :].tolist()
     return [recorder.completion(row, tokens) for row, tokens in enumerate(generated)]
+
+
+class _Mask(LogitsProcessor):
+    """Restricts the next tokens to those that structured outputs allow."""
+
+    def __init__(self, mask: GrammarMask, prompt_length: int) -> None:
+        self._mask, self._prompt_length = mask, prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        completions = input_ids[:, self._prompt_length :].tolist()
+        return cast(torch.FloatTensor, self._mask.apply(scores.clone(), range(len(completions)), completions))
 
 
 class _Recorder(LogitsProcessor):

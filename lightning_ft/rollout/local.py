@@ -7,7 +7,7 @@ its completions, completions of a long prompt share a row of the cache, and sequ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,6 +39,7 @@ from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Samp
 from lightning_ft.rollout.rank_sync import RankSync
 from lightning_ft.rollout.sampling import TokenSampler
 from lightning_ft.rollout.shared_rows import prefill_prompts
+from lightning_ft.rollout.structured import GrammarMask, GrammarMasks
 
 
 def split_into_batches(
@@ -175,6 +176,7 @@ class LocalEngine:
         num_completions: int = 1,
         on_answered: OnAnswered | None = None,
         prefix: int | None = None,
+        grammars: GrammarMasks | None = None,
     ) -> Rollouts:
         """Continue each prompt until an end token, a stop string or `max_new_tokens`.
 
@@ -185,6 +187,7 @@ class LocalEngine:
             num_completions: Number of completions per prompt. Greedy ones are computed once and repeated.
             on_answered: Function called after each batch with the number of its prompts.
             prefix: Largest number of common tokens to share; None shares all.
+            grammars: Structured outputs of each prompt; None restricts none.
 
         Returns:
             ``len(prompts) * num_completions`` completions, those of a prompt next to each other.
@@ -231,7 +234,8 @@ class LocalEngine:
             prefix_cache = self._prefill(prompts[0][:shared], request) if shared else None
             for batch in batches:
                 suffixes = [list(prompts[i][shared:]) for i in batch]
-                groups = self._complete_batch(suffixes, prefix_cache, part_sizes, request)
+                start = None if grammars is None else partial(grammars.start, batch)
+                groups = self._complete_batch(suffixes, prefix_cache, part_sizes, request, start)
                 for i, completions in zip(batch, groups, strict=True):
                     by_prompt[i] = completions * (num_completions // group)
                 if on_answered is not None:
@@ -285,11 +289,20 @@ class LocalEngine:
     # ------------------------------------------------------------ one batch
 
     def _complete_batch(
-        self, prompts: list[list[int]], prefix: GrowingCache | None, part_sizes: list[int], request: _Request
+        self,
+        prompts: list[list[int]],
+        prefix: GrowingCache | None,
+        part_sizes: list[int],
+        request: _Request,
+        new_mask: Callable[[int], GrammarMask] | None,
     ) -> list[list[Completion]]:
         """Generate the completions of each prompt of a batch; the prompts' tokens are those after the prefix."""
+
+        def mask(size: int) -> GrammarMask | None:
+            return None if new_mask is None else new_mask(size)
+
         if request.layers is None:
-            parts = [self._generate_with_transformers(prompts, size, request) for size in part_sizes]
+            parts = [self._generate_with_transformers(prompts, size, request, mask(size)) for size in part_sizes]
         else:
             forward = partial(self._forward, request.rank_sync)
             sampler = TokenSampler(request.sampling)
@@ -303,7 +316,14 @@ class LocalEngine:
                     device=input_device(self.model),
                 ),
                 part_sizes,
-                lambda shared_rows: decode(forward, shared_rows, sampler, request.stop_checker, request.max_new_tokens),
+                lambda shared_rows: decode(
+                    forward,
+                    shared_rows,
+                    sampler,
+                    request.stop_checker,
+                    request.max_new_tokens,
+                    mask(len(shared_rows.logits) // len(prompts)),
+                ),
                 max_new_tokens=request.max_new_tokens,
                 sequences_per_row=None if self._can_share_rows else 1,
             )
@@ -330,7 +350,7 @@ class LocalEngine:
         return prefill_tokens(self.model, list(prefix), request.layers)
 
     def _generate_with_transformers(
-        self, prompts: list[list[int]], num_completions: int, request: _Request
+        self, prompts: list[list[int]], num_completions: int, request: _Request, mask: GrammarMask | None = None
     ) -> list[Completion]:
         self._length_switch()
         return generate_with_transformers(
@@ -342,6 +362,7 @@ class LocalEngine:
             stop_checker=request.stop_checker,
             pad_token_id=self.pad_token_id,
             synced_ranks=request.rank_sync.needed,
+            grammar_mask=mask,
         )
 
     def _wait_for_ranks(self, calls: int, request: _Request) -> None:
