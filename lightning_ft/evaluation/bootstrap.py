@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from scipy import stats
 
 from lightning_ft.errors import SavingsError
 
+T = TypeVar("T")
 Array = NDArray[np.float64]
 Statistic = Callable[[Mapping[str, Array]], Array]
 """Function of the columns' sums, by name, that returns an array of their common shape."""
@@ -52,7 +53,7 @@ class Interval:
         return cls(**{name: float(value) for name, value in values.items()})
 
 
-def json_number(value: Any) -> Any:
+def json_number(value: T) -> T | str:
     """Convert infinite numbers, which JSON lacks, to ``"Infinity"`` and ``"-Infinity"``; return other values unchanged.
 
     Example:

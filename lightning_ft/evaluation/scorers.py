@@ -7,7 +7,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from lightning_ft.errors import SavingsError
 from lightning_ft.importing import import_object
@@ -106,8 +106,8 @@ def json_equal(output: str, reference: str) -> float:
         return 0.0
 
 
-def _parse(text: str) -> Any:
-    def refuse(constant: str) -> Any:
+def _parse(text: str) -> object:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} isn't valid JSON")
 
     return json.loads(text, parse_constant=refuse)
@@ -118,7 +118,7 @@ def _unfenced(text: str) -> str:
     return fenced.group(1) if fenced else text
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
@@ -152,7 +152,7 @@ def resolve_scorer(scorer: str | Scorer, references: Sequence[str]) -> tuple[str
     if scorer in SCORERS:
         return scorer, SCORERS[scorer]
     is_import_path = "." in scorer or ":" in scorer
-    imported: Any = import_object(scorer, argument="scorer", error=SavingsError) if is_import_path else None
+    imported: object = import_object(scorer, argument="scorer", error=SavingsError) if is_import_path else None
     if not callable(imported):
         names = ", ".join(map(repr, [*SCORERS, "label"]))
         raise SavingsError(f"scorer={scorer!r}: expected {names}, a function, or the import path of one.")

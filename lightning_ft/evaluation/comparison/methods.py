@@ -86,7 +86,7 @@ def compare_methods(
     test_set: EvaluationSet,
     *,
     complete: bool = True,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, object] | None = None,
     resamples: int = 9999,
     seed: int = 0,
 ) -> Comparison:

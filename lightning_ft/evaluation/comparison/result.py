@@ -158,7 +158,7 @@ class Comparison:
     sweep_flops: float = 0.0
     complete: bool = True
     warnings: tuple[str, ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, object] = field(default_factory=dict)
 
     def final_runs(self, method: str) -> list[RunResult]:
         """Return the runs of a method on all training rows with its chosen learning rate, sorted by seed."""
@@ -212,9 +212,9 @@ class Comparison:
         )
 
 
-def _dump_intervals(intervals: Mapping[str, Interval]) -> dict[str, Any]:
+def _dump_intervals(intervals: Mapping[str, Interval]) -> dict[str, dict[str, float | str]]:
     return {name: interval.to_dict() for name, interval in intervals.items()}
 
 
-def _parse_dump_intervals(values: Mapping[str, Any]) -> dict[str, Interval]:
+def _parse_dump_intervals(values: Mapping[str, Mapping[str, float | str]]) -> dict[str, Interval]:
     return {name: Interval.from_dict(interval) for name, interval in values.items()}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lightning_ft.atomic_files import write_json
 from lightning_ft.errors import ConfigError
@@ -280,13 +280,13 @@ def combine_ranks(results: Sequence[ComputeResult]) -> ComputeResult:
             "Some ranks counted operations and others used a formula. Compile the model on all ranks or on none."
         )
     largest = max(results, key=lambda result: result.peak_memory_bytes)
-    totals = {
+    totals: dict[str, Any] = {
         name: sum(getattr(result, name) for result in results)
         for name in ("flops", "sampled_steps", "tokens", "supervised_tokens")
     }
     return replace(
         first,
-        **cast(Any, totals),
+        **totals,
         steps=max(result.steps for result in results),
         train_seconds=max(result.train_seconds for result in results),
         peak_memory_bytes=largest.peak_memory_bytes,

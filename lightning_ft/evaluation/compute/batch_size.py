@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,15 @@ from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.layout import TokenBatch
 
 
-def count_tokens(batch: Any, rollout: Any = None) -> tuple[int, int | Tensor] | None:
+class HasLengths(Protocol):
+    """A rollout, for the tokens that it generated."""
+
+    @property
+    def lengths(self) -> Iterable[int | Tensor]:
+        """Number of tokens of each completion."""
+
+
+def count_tokens(batch: object, rollout: HasLengths | None = None) -> tuple[int, int | Tensor] | None:
     """Count the token positions of a batch, including padding, and the tokens in it that are targets of the loss.
 
     Args:
@@ -52,7 +60,7 @@ def count_tokens(batch: Any, rollout: Any = None) -> tuple[int, int | Tensor] | 
     return None
 
 
-def count_rows(batch: Any) -> int:
+def count_rows(batch: object) -> int:
     """Count the rows of a batch; a batch without rows counts as 1.
 
     Example:

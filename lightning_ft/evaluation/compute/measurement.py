@@ -17,12 +17,13 @@ from lightning_ft.distributed import all_gather_objects, warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.evaluation.compute.arithmetic import (
     ComputeResult,
+    MemorySource,
     StepSums,
     combine_ranks,
     estimated_flops,
     estimated_seconds,
 )
-from lightning_ft.evaluation.compute.batch_size import count_rows, count_tokens
+from lightning_ft.evaluation.compute.batch_size import HasLengths, count_rows, count_tokens
 from lightning_ft.evaluation.compute.memory import PeakMemory
 from lightning_ft.models.flops import (
     OperationCounter,
@@ -97,7 +98,7 @@ class ComputeMeasurement:
         self._uncounted: set[str] = set()
         self._saw_attention = False
         self._memory: PeakMemory | None = None
-        self._peak = (
+        self._peak: tuple[int, int, MemorySource] = (
             0,
             0,
             "resident",
@@ -105,7 +106,7 @@ class ComputeMeasurement:
         self._rows = 0  # of all batches, for the mean length in the formula
         self._module: nn.Module | None = None
         self._open: _OpenStep | None = None
-        self._events: list[tuple[Any, Any, bool]] = []  # start, end, slowed
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event, bool]] = []  # start, end, slowed
         self._targets: Tensor | None = None  # counted on the device, not yet read
         self._frozen_flops_before = self._frozen_flops_at_start = 0.0  # operations that the module counts itself
         self._read_at = StepSums()  # sums at the last `recent_tokens_per_second`
@@ -138,7 +139,7 @@ class ComputeMeasurement:
 
     @contextmanager
     def step(
-        self, batch: Any = None, *, batch_tokens: int | None = None, supervised_tokens: int = 0, rows: int = 1
+        self, batch: object = None, *, batch_tokens: int | None = None, supervised_tokens: int = 0, rows: int = 1
     ) -> Iterator[None]:
         """Context manager around one micro-batch.
 
@@ -177,7 +178,12 @@ class ComputeMeasurement:
         self._open = _OpenStep(OperationCounter() if counted else None, self._now())
 
     def end_step(
-        self, batch: Any = None, rollout: Any = None, *, tokens: tuple[int, int] | None = None, rows: int | None = None
+        self,
+        batch: object = None,
+        rollout: HasLengths | None = None,
+        *,
+        tokens: tuple[int, int] | None = None,
+        rows: int | None = None,
     ) -> None:
         """End a micro-batch, as `step` does.
 
@@ -267,7 +273,7 @@ class ComputeMeasurement:
             supervised_tokens=0 if total.unknown else total.supervised,
             train_seconds=estimated_seconds(self._slowed, total),
             peak_memory_bytes=peak,
-            memory_source=cast(Any, source),
+            memory_source=source,
             memory_at_start_bytes=at_start,
             trainable_parameters=sum(size for size, trained in sizes if trained),
             parameters=sum(size for size, _ in sizes),
@@ -323,7 +329,7 @@ class ComputeMeasurement:
         """
         self._total, self._slowed, self._counted = (StepSums(**state[k]) for k in ("total", "slowed", "counted"))
         self._provisional, self._rows = bool(state["provisional"]), int(state["rows"])
-        self._peak = cast(Any, tuple(state["peak"]))
+        self._peak = tuple(state["peak"])
         self._frozen_flops_before = float(state.get("frozen_flops", 0.0))
         self._read_at = self._total - self._slowed
         self._uncounted, self._saw_attention = set(state["uncounted"]), bool(state["saw_attention"])
@@ -365,7 +371,7 @@ class ComputeMeasurement:
             uncounted.add(str(kernel))  # a library that bypasses PyTorch's dispatcher
         return tuple(sorted(uncounted))
 
-    def _report_unknown(self, batch: Any) -> None:
+    def _report_unknown(self, batch: object) -> None:
         what = f"the token positions of a {type(batch).__name__} aren't known"
         if self._compiled:
             raise ConfigError(
@@ -389,7 +395,7 @@ class _OpenStep:
         if counter is not None:
             counter.__enter__()
 
-    def _count_step(self, *_: Any) -> None:
+    def _count_step(self, *_: object) -> None:
         self.optimizer_steps += 1
 
     def close(self) -> OperationCounter | None:

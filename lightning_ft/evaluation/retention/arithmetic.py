@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_ft.atomic_files import write_json
 from lightning_ft.errors import RetentionError
-from lightning_ft.evaluation.bootstrap import Interval, Statistic, bootstrap_intervals
+from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootstrap_intervals
 
 BaseType = Literal["adapter_off", "step_0", "model"]
 """Base that a tuned model is compared with, see `RetentionResult.base`."""
@@ -185,7 +185,7 @@ class RetentionResult:
     task_tokens: int
     texts_hash: str
     step: int | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def lower_bound(self) -> bool:
@@ -246,7 +246,7 @@ def retention(
     step: int | None = None,
     resamples: int = 9999,
     seed: int = 0,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, object] | None = None,
 ) -> RetentionResult:
     """Compute the statistics with intervals, by a bootstrap over texts, since tokens of one text aren't independent.
 
@@ -304,7 +304,7 @@ def retention(
     )
 
 
-def _exp(exponent: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _exp(exponent: Array) -> Array:
     with np.errstate(over="ignore"):  # overflow: the model has diverged, and the ratio is infinite
-        ratio: np.ndarray[Any, Any] = np.exp(exponent)
+        ratio: Array = np.exp(exponent)
     return ratio

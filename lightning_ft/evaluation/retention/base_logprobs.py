@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -143,7 +143,7 @@ def _selected_states(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 
 def _head_logprobs(base: PreTrainedModel, states: Tensor) -> Tensor:
-    head = cast(Any, base.get_output_embeddings())
+    head = base.get_output_embeddings()
     weight = getattr(head, "weight", None)  # of the active copy, if PEFT keeps several
     if (
         isinstance(weight, Tensor) and weight.is_floating_point()

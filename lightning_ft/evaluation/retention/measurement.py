@@ -107,7 +107,7 @@ class RetentionMeasurement:
         self._pad, self._batch_size, self._progress = pad_token_id(tokenizer), batch_size, progress
         self._bootstrap = {"resamples": resamples, "seed": seed}
         self.texts_hash = content_hash(chosen)
-        self._provenance: dict[str, Any] = {
+        self._provenance: dict[str, object] = {
             "tokenizer": str(getattr(tokenizer, "name_or_path", "")),
             "texts": str(texts) if isinstance(texts, (str, Path)) else "a list",
             "max_tokens": max_tokens,
@@ -120,7 +120,7 @@ class RetentionMeasurement:
         }
         self._base_type: BaseType | None = None
         self._stored: tuple[StoredBase, ...] = ()
-        self._original: dict[str, Any] = {}
+        self._original: dict[str, object] = {}
 
     @property
     def has_before(self) -> bool:
@@ -215,7 +215,7 @@ class RetentionMeasurement:
             )
 
     def after(
-        self, model: CausalLM, provenance: Mapping[str, Any] | None = None, *, step: int | None = None
+        self, model: CausalLM, provenance: Mapping[str, object] | None = None, *, step: int | None = None
     ) -> RetentionResult:
         """Compare the model in its current state with the base; may be called several times during training.
 
@@ -290,7 +290,7 @@ class RetentionMeasurement:
         model: CausalLM,
         live: LiveModel | None,
         base_type: BaseType,
-        provenance: Mapping[str, Any] | None,
+        provenance: Mapping[str, object] | None,
         step: int | None,
     ) -> RetentionResult:
         sums: list[PositionSums | None] = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -58,7 +57,7 @@ def token_savings(
     confidence: float = 0.95,
     resamples: int = 9999,
     seed: int = 0,
-    provenance: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, object] | None = None,
     in_training: Collection[str] | None = None,
     constant: Sequence[float] | None = None,
     min_quality: float | None = None,
@@ -113,7 +112,7 @@ def token_savings(
         )
     clusters = prompted.clusters or None
     arms = {"prompted": prompted, "tuned": tuned, **({} if untuned is None else {"untuned": untuned})}
-    columns: dict[str, Any] = {"n": [1.0] * len(prompted.ids)}
+    columns: dict[str, Sequence[float]] = {"n": [1.0] * len(prompted.ids)}
     for name, arm in arms.items():
         columns[f"{name}_input"], columns[f"{name}_output"] = arm.input_tokens, arm.output_tokens
         columns[f"{name}_score"] = arm.scores

@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date as Date
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning_ft.errors import SavingsError
+
+if TYPE_CHECKING:
+    from lightning_ft.evaluation.savings.records import ArmRecords
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def break_even_requests(invested: float, prompted: float, tuned: float) -> float
     return invested / (prompted - tuned) if prompted > tuned else math.inf
 
 
-def compute_costs(prompted: Any, tuned: Any, prices: Prices) -> Costs:
+def compute_costs(prompted: ArmRecords, tuned: ArmRecords, prices: Prices) -> Costs:
     """Compute the costs of both arms, with and without prefix caching.
 
     Args:

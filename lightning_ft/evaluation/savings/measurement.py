@@ -140,7 +140,7 @@ class SavingsMeasurement:
         self._before = {name: self._arm(name, model) for name in ("prompted", "untuned")}
         self._constant = constant_scores(self.plan)
 
-    def after(self, model: CausalLM, provenance: Mapping[str, Any] | None = None) -> SavingsResult:
+    def after(self, model: CausalLM, provenance: Mapping[str, object] | None = None) -> SavingsResult:
         """Measure the tuned arm and compare it with the prompted one; can be called several times during training.
 
         Args:
@@ -205,7 +205,7 @@ class SavingsMeasurement:
     def _arm(self, name: str, model: CausalLM) -> ArmRecords:
         return run_arm(name, model, self.tokenizer, self.plan, **self._run)  # type: ignore[arg-type]
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, object]:
         plan, overlap = self.plan, self.overlap
         return {
             "model": self._original,

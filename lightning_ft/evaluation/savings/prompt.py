@@ -97,7 +97,7 @@ class PromptBaseline:
         return content_hash(asdict(self))
 
 
-def content_hash(value: Any) -> str:
+def content_hash(value: object) -> str:
     """Hash a value of JSON types; returns 16 hexadecimal digits.
 
     Example:

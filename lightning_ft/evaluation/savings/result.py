@@ -59,7 +59,7 @@ class SavingsResult:
     gate: Gate
     costs: Costs | None = None
     confidence: float = 0.95
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     requests: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
@@ -174,7 +174,7 @@ class SavingsResult:
     def from_dict(cls, values: Mapping[str, Any]) -> SavingsResult:
         """Restore a result from :meth:`to_dict`."""
 
-        def intervals(entries: Mapping[str, Any]) -> dict[str, Interval]:
+        def intervals(entries: Mapping[str, Mapping[str, float | str]]) -> dict[str, Interval]:
             return {name: Interval.from_dict(interval) for name, interval in entries.items()}
 
         costs = values["costs"]
@@ -229,7 +229,7 @@ class SavingsResult:
         return written
 
 
-def _to_json(record: Any) -> dict[str, Any]:
+def _to_json(record: Interval | Gate | Costs) -> dict[str, object]:
     """Fields of a dataclass as JSON types."""
     return {name: json_number(value) for name, value in asdict(record).items()}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from lightning_ft.document.blocks import (
     Block,
@@ -64,9 +63,9 @@ def savings_document(result: SavingsResult, plot: Plot | None = None) -> Documen
     return Document((savings_headline(result),), result.warnings, (), tuple(sections))
 
 
-def savings_provenance(result: SavingsResult) -> dict[str, Any]:
+def savings_provenance(result: SavingsResult) -> dict[str, object]:
     """Provenance of a result by label, with prices, number of requests left out, and rates of truncated answers."""
-    entries: dict[str, Any] = dict(result.provenance)
+    entries: dict[str, object] = dict(result.provenance)
     measured, available = entries.get("requests"), entries.get("requests_available")
     if isinstance(measured, int) and isinstance(available, int):
         entries["requests left out"] = available - measured
