@@ -102,7 +102,7 @@ def _json(value: Any) -> Any:
     return value
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> bool:
     if isinstance(value, dict):
         return all(_is_json(item) for item in value.values())
     if isinstance(value, list):

@@ -29,7 +29,7 @@ def save_adapter(
     path: Path,
     *,
     initial: InitialAdapter | None = None,
-    state_dict: dict[str, Any] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
     revision: str | None = None,
 ) -> None:
     """Write the trained adapter, without the reference's and the critic's adapters next to it.

@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ModelError
 
+Backbone = Callable[..., Any]
+"""Callable that computes a model's last hidden states, in its output's `last_hidden_state`."""
+
 
 def accepts(module: nn.Module, argument: str) -> bool:
     """Whether a module's forward pass names this argument; ``**kwargs`` doesn't count.
@@ -56,17 +59,17 @@ def head_of(base: PreTrainedModel) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def backbone_of(base: PreTrainedModel) -> Callable[..., Any]:
+def backbone_of(base: PreTrainedModel) -> Backbone:
     """The callable that computes a model's last hidden states: its base module, or the whole model up to its head."""
     return base.base_model if base.base_model is not base else partial(up_to_head, base)
 
 
-def without_positions(run: Callable[..., Any], position_ids: Tensor | None = None, **inputs: Any) -> Any:
+def without_positions(run: Backbone, position_ids: Tensor | None = None, **inputs: object) -> Any:
     """Call `run` without position ids, for models that count positions themselves (RoBERTa's start at pad id + 1)."""
     return run(**inputs)
 
 
-def up_to_head(base: PreTrainedModel, **inputs: Any) -> Any:
+def up_to_head(base: PreTrainedModel, **inputs: object) -> SimpleNamespace:
     """Run a whole model except for the product with its head's matrix.
 
     The head's input is the hidden states that predict the tokens, however the model is built (Llama 4 has no base
@@ -86,7 +89,7 @@ def up_to_head(base: PreTrainedModel, **inputs: Any) -> Any:
     if head is None:
         raise ModelError(f"{type(base).__name__} has no output embeddings, so it isn't a causal language model.")
 
-    def catch(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def catch(module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...]:
         caught.append(args[0])
         return (args[0][:, :0], *args[1:])
 

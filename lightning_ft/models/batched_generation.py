@@ -198,7 +198,7 @@ class _ForcedTokens(LogitsProcessor):
 @contextmanager
 def own_generation_config(model: CausalLM) -> Iterator[None]:
     """Suspend the checkpoint's generation config with its penalties, beams, suppressed tokens and so on."""
-    base: Any = base_of(model)
+    base = base_of(model)
     own = base.generation_config
     base.generation_config = GenerationConfig()
     try:

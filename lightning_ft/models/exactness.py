@@ -15,12 +15,12 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.errors import LightningFTError, ModelError
-from lightning_ft.models.backbone import head_of, takes_positions, up_to_head, without_positions
+from lightning_ft.models.backbone import Backbone, head_of, takes_positions, up_to_head, without_positions
 from lightning_ft.models.head import (
     CausalLM,
     as_forward,
@@ -34,7 +34,6 @@ from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.read_errors import first_line
 
 Rows = Literal["any", "equal", "one"]
-Backbone = Callable[..., Any]
 _CLEARLY_DIFFERENT = 5e-2  # relative to the largest value: rounding explains less than that in every dtype
 _NOT_FINITE = "gives logits that are not finite, so no fast path can be compared with them"
 
@@ -83,7 +82,7 @@ def probe(model: CausalLM) -> Exactness:
             module.training = training
 
 
-def own_logits(model: CausalLM, batch: TokenBatch, *, positions: bool = True, **options: Any) -> Any:
+def own_logits(model: CausalLM, batch: TokenBatch, *, positions: bool = True, **options: object) -> Any:
     """Output of the model's own forward pass, with logits ``[b, s, v]``.
 
     Args:
@@ -282,7 +281,7 @@ def some_tokens(base: PreTrainedModel, lengths: Sequence[int]) -> list[Tensor]:
     return [torch.randint(0, vocabulary, (length,), generator=generator) for length in lengths]
 
 
-def smallest_window(config: Any) -> int | None:
+def smallest_window(config: PreTrainedConfig) -> int | None:
     """The smallest sliding window or attention chunk of any layer, in tokens; None without either."""
     text = config.get_text_config()
     layer_types = getattr(text, "layer_types", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def export(
     check_prompts: list[list[int]] | None = None,
     overwrite: bool = False,
     write: bool = True,
-    base_options: dict[str, Any] | None = None,
+    base_options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter or model folder with the tokenizer, its chat template, end tokens and a model card.
 
@@ -163,7 +163,7 @@ def _gathered(model: CausalLM) -> dict[str, Any]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def _save_whole(model: PreTrainedModel, path: Path, options: dict[str, Any]) -> None:
+def _save_whole(model: PreTrainedModel, path: Path, options: Mapping[str, Any]) -> None:
     """Save a model without its generation config: transformers refuses to save some configs that it loads."""
     settings = getattr(model, "generation_config", None)
     try:

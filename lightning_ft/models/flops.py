@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -45,27 +45,29 @@ def counted_separately() -> Iterator[None]:
         _LEVEL.reset(token)
 
 
-def _sdpa(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+def _sdpa(query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: object, **kwargs: object) -> int:
     return int(sdpa_flop_count(query, key, value))
 
 
-def _sdpa_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+def _sdpa_backward(
+    grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: object, **kwargs: object
+) -> int:
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
-def _added(total: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+def _added(total: Sequence[int], a: Sequence[int], b: Sequence[int], *args: object, **kwargs: object) -> int:
     return int(2 * a[0] * a[1] * b[1])
 
 
-def _grouped(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+def _grouped(a: Sequence[int], b: Sequence[int], *args: object, **kwargs: object) -> int:
     groups = a[0] if len(a) == len(b) == 3 else 1  # otherwise the groups divide one of the dimensions
     return int(2 * groups * a[-2] * a[-1] * b[-1])
 
 
-def _formulas() -> dict[Any, Any]:
+def _formulas() -> dict[object, Callable[..., int]]:
     """Formulas for operators that PyTorch's own table lacks (as of 2.13), in line with its own."""
     aten = torch.ops.aten
-    known: dict[Any, Any] = {
+    known: dict[object, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
         aten.addmm_: _added,  # gradients of the output head are accumulated in place
@@ -99,11 +101,15 @@ class OperationCounter(TorchDispatchMode):
         super().__init__()
         self.flops = 0
         """Operations counted so far."""
-        self._formulas: dict[Any, Any] = FlopCounterMode(display=False, custom_mapping=_formulas()).flop_registry
-        self._seen: set[Any] = set()
+        self._formulas: dict[object, Callable[..., int]] = FlopCounterMode(
+            display=False, custom_mapping=_formulas()
+        ).flop_registry
+        self._seen: set[object] = set()
         self._level = _LEVEL.get()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
         """Run an operator, and count it."""
         kwargs = kwargs or {}
         if _only_composite(func):  # arrives undecomposed in inference mode only
@@ -131,7 +137,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 @cache
-def _only_composite(operator: Any) -> bool:
+def _only_composite(operator: object) -> bool:
     """Whether an operator is composed of others on every device, so that decomposing it changes nothing."""
     if not isinstance(operator, torch._ops.OpOverload):
         return False
@@ -141,9 +147,10 @@ def _only_composite(operator: Any) -> bool:
     return composite and not any(operator.has_kernel_for_dispatch_key(key) for key in own)
 
 
-def _name(operator: Any) -> str:
+def _name(operator: object) -> str:
     """An operator's name as ``library::operator``, without the overload."""
-    name: str = operator.name() if callable(getattr(operator, "name", None)) else str(operator)
+    named = getattr(operator, "name", None)
+    name = str(named() if callable(named) else operator)
     return name.split(".")[0].lower()
 
 
@@ -194,7 +201,7 @@ def formula_flops_per_token(module: nn.Module, length: float) -> float:
             f"The operations of {type(module).__name__} can't be counted, since it is compiled, and the formula needs "
             "a transformers model, which it doesn't hold. Switch torch.compile off, or leave ComputeMeter out."
         )
-    config: Any = base_of(model).config.get_text_config(decoder=True)
+    config = base_of(model).config.get_text_config(decoder=True)
     try:
         products = float(compute_flops_per_token(config, 0))
         attention = float(compute_flops_per_token(config, 1)) - products  # proportional to the length of the row

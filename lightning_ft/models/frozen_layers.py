@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import transformers
@@ -67,9 +66,9 @@ class FrozenLayers:
         Returns:
             Hidden states, ``[t, d]``, on the model's device.
         """
-        caught: list[Any] = []
+        caught: list[object] = []
 
-        def catch(module: nn.Module, args: Any, out: Any) -> None:
+        def catch(module: nn.Module, args: object, out: object) -> None:
             self._tuples = isinstance(out, tuple)  # must be known before the next layer is skipped
             caught.append(out)
 
@@ -100,17 +99,17 @@ class FrozenLayers:
             states: Hidden states of the batch that the model is called with, ``[b, s, d]``.
         """
 
-        def replacement(hidden: Tensor, *_: Any, **__: Any) -> Any:
+        def replacement(hidden: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
             return (states,) if self._tuples else states
 
         below = [(layer, self._skipped) for layer in self.layers[: self.depth - 1]]
         with replaced_forwards([*below, (self.layers[self.depth - 1], replacement)]):
             yield
 
-    def _skipped(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
+    def _skipped(self, hidden: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor]:
         return (hidden,) if self._tuples else hidden
 
-    def content_key(self, *details: Any) -> str:
+    def content_key(self, *details: object) -> str:
         """A hash of everything that determines the frozen layers' output: weights, configuration and software.
 
         Args:
@@ -174,7 +173,7 @@ def _refuse_random(backbone: nn.Module, layers: list[nn.Module], depth: int) -> 
 
 
 @contextmanager
-def replaced_forwards(changes: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def replaced_forwards(changes: Sequence[tuple[nn.Module, Callable[..., object]]]) -> Iterator[None]:
     """Replace the `forward` of modules within this context."""
     before = [(module, module.__dict__.get("forward")) for module, _ in changes]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -45,7 +45,7 @@ def end_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[i
     )
 
 
-NEUTRAL_SETTINGS: dict[str, Any] = {
+NEUTRAL_SETTINGS: dict[str, float | None] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -67,7 +67,7 @@ NEUTRAL_SETTINGS: dict[str, Any] = {
 """Settings of transformers' `generate` that can change which token is the most likely, with their neutral values."""
 
 
-def altering_settings(model: CausalLM, options: dict[str, Any]) -> dict[str, Any]:
+def altering_settings(model: CausalLM, options: Mapping[str, object]) -> dict[str, object]:
     """Settings that make `generate` choose other tokens than the model's logits would.
 
     Args:

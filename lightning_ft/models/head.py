@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, cast
+from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_ft.data.layout import TokenBatch, attention_mask
 from lightning_ft.errors import ModelError
@@ -25,12 +25,14 @@ from lightning_ft.losses.logprobs import (
     linear_logprobs,
     module_logprobs,
 )
-from lightning_ft.models.backbone import backbone_of, takes_positions
+from lightning_ft.models.backbone import Backbone, backbone_of, takes_positions
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.passes import padding_within, put_back, switched_parts
 
 CausalLM = PreTrainedModel | PeftModel
 Reduction = Literal["none", "sum"]
+P = ParamSpec("P")
+T = TypeVar("T")
 _AS_FORWARD = "_lightning_ft_as_forward"
 
 
@@ -44,7 +46,7 @@ def input_device(model: CausalLM) -> torch.device:
     return cast(Tensor, base_of(model).get_input_embeddings().weight).device
 
 
-def logit_transform(config: Any, temperature: float = 1.0) -> LogitTransform:
+def logit_transform(config: PreTrainedConfig, temperature: float = 1.0) -> LogitTransform:
     """The scaling and soft-capping that a configuration applies to the head's output, and the temperature."""
     text = config.get_text_config()
     scale = 1.0
@@ -62,7 +64,7 @@ def completion_logprobs(
     *,
     reduction: Reduction = "none",
     chunk: int | None = None,
-    backbone: Callable[..., Any] | None = None,
+    backbone: Backbone | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
     states: bool = False,
@@ -83,12 +85,23 @@ def completion_logprobs(
         `logprobs`, ``fp32 [n]`` or ``[]``, and `correct`, ``bool [n]``; if requested `entropy`, ``fp32 [n]``, and
         `states`, ``[n, d]``.
     """
-    options = {"temperature": temperature, "entropy": entropy, "states": states}
-    result = as_forward(base_of(model), _target_logprobs, batch, reduction, chunk, backbone, **options)
+    result = as_forward(
+        base_of(model),
+        _target_logprobs,
+        batch,
+        reduction,
+        chunk,
+        backbone,
+        temperature=temperature,
+        entropy=entropy,
+        states=states,
+    )
     return SelectedLogProbs(*result)
 
 
-def as_forward(base: PreTrainedModel, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def as_forward(
+    base: PreTrainedModel, function: Callable[Concatenate[PreTrainedModel, P], T], *args: P.args, **options: P.kwargs
+) -> T:
     """Call ``function(base, ...)`` as a forward pass of `base`.
 
     FSDP2 gathers the root's parameters only around methods that are registered with it.
@@ -105,7 +118,9 @@ def register_sharded(base: PreTrainedModel) -> None:
     register_fsdp_forward_method(base, _AS_FORWARD)
 
 
-def _call(base: PreTrainedModel, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _call(
+    base: PreTrainedModel, function: Callable[Concatenate[PreTrainedModel, P], T], *args: P.args, **options: P.kwargs
+) -> T:
     return function(base, *args, **options)
 
 
@@ -114,7 +129,7 @@ def _target_logprobs(
     batch: TokenBatch,
     reduction: Reduction,
     chunk: int | None,
-    backbone: Callable[..., Any] | None,
+    backbone: Backbone | None,
     *,
     temperature: float,
     entropy: bool,
@@ -166,7 +181,7 @@ def project(
     )
 
 
-def hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Callable[..., Any] | None = None) -> Tensor:
+def hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Backbone | None = None) -> Tensor:
     """Last hidden states, ``[b, s, d]``. Call it through :func:`as_forward` if the model may be sharded.
 
     Rows without shared prefixes need no mask (although one may be cheaper, see :class:`TokenBatch`). Without a mask or
@@ -213,9 +228,7 @@ def refuse_several_passes(base: PreTrainedModel, why: str) -> None:
         )
 
 
-def _one_pass(
-    base: PreTrainedModel, batch: TokenBatch, *, run: Callable[..., Any], switch: LengthSwitch | None = None
-) -> Tensor:
+def _one_pass(base: PreTrainedModel, batch: TokenBatch, *, run: Backbone, switch: LengthSwitch | None = None) -> Tensor:
     if switch is not None:
         switch.forget()
         batch = padding_within(batch, switch)

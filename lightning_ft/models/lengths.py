@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,8 @@ from lightning_ft.models.backbone import accepts, first_tensor, head_of
 _TOKENS = 4
 _NEAR, _WIDE = 3, 255  # last positions of the two observed rows
 _BEYOND_TABLES = 4  # multiple of the model's positions to probe up to: some rotary scalings change only beyond them
+_Value = Tensor | int | float
+"""State of a module other than its parameters."""
 _known: WeakKeyDictionary[PreTrainedModel, LengthSwitch | None] = WeakKeyDictionary()
 
 
@@ -37,7 +39,7 @@ class LengthSwitch:
 
     at: int
     mixed_beyond: bool
-    state: tuple[tuple[nn.Module, str, Any], ...] = ()
+    state: tuple[tuple[nn.Module, str, _Value], ...] = ()
 
     @property
     def why(self) -> str:
@@ -121,7 +123,7 @@ class _LengthProbe:
         vocabulary = int(getattr(text, "vocab_size", 0) or 0)
         generator = torch.Generator().manual_seed(0)
         self._ids = torch.randint(0, max(vocabulary, 1), (4, _TOKENS), generator=generator)
-        self._state: tuple[tuple[nn.Module, str, Any], ...] = ()
+        self._state: tuple[tuple[nn.Module, str, _Value], ...] = ()
 
     def switch(self) -> LengthSwitch | None:
         if not self._can_be_probed or self._far <= 2 * _TOKENS:
@@ -214,11 +216,11 @@ def _hints(base: PreTrainedModel) -> list[int]:
     return sorted({int(length) for length in lengths if length})
 
 
-def _snapshot(base: nn.Module) -> dict[tuple[int, str], Any]:
+def _snapshot(base: nn.Module) -> dict[tuple[int, str], _Value]:
     return {(id(m), name): _copy(value) for m in base.modules() for name, value in _kept(m)}
 
 
-def _changed(base: nn.Module, before: dict[tuple[int, str], Any]) -> tuple[tuple[nn.Module, str, Any], ...]:
+def _changed(base: nn.Module, before: dict[tuple[int, str], _Value]) -> tuple[tuple[nn.Module, str, _Value], ...]:
     """State of modules that has changed since a snapshot, with its earlier value."""
     return tuple(
         (module, name, before[id(module), name])
@@ -228,16 +230,16 @@ def _changed(base: nn.Module, before: dict[tuple[int, str], Any]) -> tuple[tuple
     )
 
 
-def _kept(module: nn.Module) -> list[tuple[str, Any]]:
+def _kept(module: nn.Module) -> list[tuple[str, _Value]]:
     plain = [(n, v) for n, v in vars(module).items() if n != "training" and isinstance(v, (Tensor, int, float))]
     return plain + [(name, value) for name, value in module._buffers.items() if value is not None]
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: _Value) -> _Value:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) != isinstance(other, Tensor):
-        return False
-    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+def _same(one: _Value, other: _Value) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return one == other

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -21,6 +22,13 @@ from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError
 from lightning_ft.models.base_folder import find_base
 from lightning_ft.models.load_report import check_loaded, why_unreadable
 from lightning_ft.read_errors import READ_ERRORS, first_line
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import BitsAndBytesConfig
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    AutoClass = type[_BaseAutoModelClass]
 
 _MULTIMODAL = getattr(transformers, "AutoModelForMultimodalLM", None)  # missing in the oldest supported version
 ADAPTER_CONFIG = "adapter_config.json"
@@ -38,6 +46,7 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
         MissingDependencyError: For quantization without bitsandbytes.
     """
     known = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    config: PreTrainedConfig | None
     try:
         config = load_config(name, **known)
     except ModelError:
@@ -57,7 +66,7 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def text_model_classes(config: Any) -> list[Any]:
+def text_model_classes(config: PreTrainedConfig | None) -> list[AutoClass]:
     """Return the auto classes that load a checkpoint as a language model, the best one first.
 
     transformers doesn't always list a multimodal checkpoint as a causal language model, but it can be trained on text.
@@ -74,7 +83,7 @@ def text_model_classes(config: Any) -> list[Any]:
     if config is None or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return [AutoModelForCausalLM]
     saved_from = set(getattr(config, "architectures", None) or [])
-    classes: dict[tuple[Any, ...], Any] = {}
+    classes: dict[tuple[type[PreTrainedModel], ...], AutoClass] = {}
     for auto, models in _text_classes(config):
         classes.setdefault(models, auto)
     ordered = sorted(
@@ -96,7 +105,7 @@ def text_class_name(base: PreTrainedModel) -> str:
     return str(next(names, AutoModelForCausalLM.__name__))
 
 
-def _text_classes(config: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+def _text_classes(config: PreTrainedConfig) -> list[tuple[AutoClass, tuple[type[PreTrainedModel], ...]]]:
     """The auto classes for text that know a configuration, each with the model classes that it maps it to."""
     classes = []
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, _MULTIMODAL):
@@ -122,7 +131,7 @@ def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
 
 
 def load_model(
-    auto_class: Any,
+    auto_class: AutoClass,
     name: str,
     *,
     num_labels: int | None = None,
@@ -208,7 +217,7 @@ def adapter_base(name: str) -> str | None:
     return find_base(folder, str(base))
 
 
-def adapter_config(name: str) -> Any:
+def adapter_config(name: str) -> PeftConfig:
     """Load the `peft.PeftConfig` of an adapter from its folder or the hub.
 
     Raises:
@@ -217,7 +226,7 @@ def adapter_config(name: str) -> Any:
     from peft import PeftConfig
 
     try:
-        return PeftConfig.from_pretrained(name)
+        config: PeftConfig = PeftConfig.from_pretrained(name)
     except READ_ERRORS as error:
         file = Path(name) / ADAPTER_CONFIG
         if not file.is_file():
@@ -226,6 +235,7 @@ def adapter_config(name: str) -> Any:
             f"{str(file)!r} isn't a configuration that PEFT can read: {type(error).__name__}: {first_line(error)}. "
             "Export the adapter again, or install the version of peft that wrote it."
         ) from error
+    return config
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -252,16 +262,19 @@ def context_length(model: PreTrainedModel) -> int | None:
     return max(int(length), int(original * float(scaling.get("factor") or 1.0)))
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load the model's configuration, without its weights.
 
     Raises:
         ModelError: If it can't be found.
     """
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except READ_ERRORS as error:
         raise ModelError(f"The model {name!r} could not be found: {first_line(error)}") from error
+    return config
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -305,7 +318,7 @@ def quantization_options(quantization: str | dict[str, Any]) -> dict[str, Any]:
     return named[quantization]
 
 
-def quantization_config(quantization: str | dict[str, Any]) -> Any:
+def quantization_config(quantization: str | dict[str, Any]) -> BitsAndBytesConfig:
     """Create the `transformers.BitsAndBytesConfig` with the arguments of :func:`quantization_options`.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -92,7 +92,7 @@ def shortened(names: Iterable[str]) -> str:
     return ", ".join(patterns[:_SHOWN]) + (", ..." if len(patterns) > _SHOWN else "")
 
 
-def _count(names: list[Any]) -> str:
+def _count(names: Sized) -> str:
     return f"{len(names):,} weight{'' if len(names) == 1 else 's'}"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from peft import PeftModel
@@ -16,6 +16,7 @@ from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.distributed import warn
 from lightning_ft.errors import LightningFTError
 from lightning_ft.losses.logprobs import SelectedLogProbs
+from lightning_ft.models.backbone import Backbone
 from lightning_ft.models.exactness import Exactness, forward_fails, own_logits, probe
 from lightning_ft.models.head import (
     CausalLM,
@@ -28,6 +29,9 @@ from lightning_ft.models.head import (
 )
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.passes import Part, padding_within, parts_of, sequence_lengths
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _ANY_ROWS = ("sdpa", "eager", "flex_attention")
 """Attention implementations for which transformers derives a mask from the positions of each row."""
@@ -79,6 +83,14 @@ def full_logits_logprobs(
     )
 
 
+class LogProbOptions(TypedDict, total=False):
+    """Options of :func:`completion_logprobs`, which documents them and has their defaults."""
+
+    temperature: float
+    entropy: bool
+    states: bool
+
+
 class LogProbModel:
     """Computes log-probs with :func:`completion_logprobs`, or by the plain path if that isn't exact for the model.
 
@@ -89,7 +101,7 @@ class LogProbModel:
         backbone: A compiled backbone to use in training.
     """
 
-    def __init__(self, pad_token_id: int = 0, backbone: Callable[..., Any] | None = None) -> None:
+    def __init__(self, pad_token_id: int = 0, backbone: Backbone | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.backbone = backbone
         self._exactness: Exactness | None = None
@@ -106,7 +118,7 @@ class LogProbModel:
         return self._exactness
 
     def __call__(
-        self, model: CausalLM, batch: TokenBatch, reduction: Reduction = "none", **options: Any
+        self, model: CausalLM, batch: TokenBatch, reduction: Reduction = "none", **options: Unpack[LogProbOptions]
     ) -> SelectedLogProbs:
         """Log-probs of a batch's targets; see :func:`completion_logprobs` for the options."""
         exactness = self.exactness(model)
@@ -123,7 +135,7 @@ class LogProbModel:
         return _merged([self._one_pass(model, part.batch, reduction, options) for part in parts], parts)
 
     def _one_pass(
-        self, model: CausalLM, batch: TokenBatch, reduction: Reduction, options: dict[str, Any]
+        self, model: CausalLM, batch: TokenBatch, reduction: Reduction, options: LogProbOptions
     ) -> SelectedLogProbs:
         exactness, base = self.exactness(model), base_of(model)
         if exactness.head is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
@@ -92,13 +92,13 @@ def check_merge(model: PeftModel) -> None:
     for layer in model.modules():
         if not isinstance(layer, LoraLayer) or hasattr(layer, "parameter_name"):
             continue
-        base: Any = layer.get_base_layer()
+        base = layer.get_base_layer()
         sort = (type(layer), type(base), getattr(base, "bias", None) is None)
         if sort in seen:
             continue
         seen.add(sort)
         try:
-            cast(Any, copy.deepcopy(layer)).merge(safe_merge=True)
+            copy.deepcopy(layer).merge(safe_merge=True)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise ExportError(f"PEFT can't merge this adapter: {str(error).strip()} Export it unmerged.") from error
 
@@ -142,5 +142,5 @@ def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return " and ".join(_plain(name) for name in list(names)[:3])

@@ -41,7 +41,7 @@ def merged(model: PeftModel, check_prompts: list[list[int]] | None = None) -> Pr
     copied = copy.deepcopy(model)
     _unshare(copied)
     try:
-        whole = cast(Any, copied).merge_and_unload(safe_merge=True)
+        whole = copied.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ExportError(f"PEFT can't merge this adapter: {str(error).strip()} Export it unmerged.") from error
     for prompt, expected in zip(prompts, expected_outputs, strict=True):

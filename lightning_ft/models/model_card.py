@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import text_class_name
@@ -40,7 +42,7 @@ def model_card(
     model: CausalLM,
     *,
     merge: bool = False,
-    base_options: dict[str, Any] | None = None,
+    base_options: Mapping[str, Any] | None = None,
     end_tokens: list[int] | None = None,
 ) -> str:
     """Write a model card in Markdown, without any local path.
@@ -95,11 +97,11 @@ def model_card(
     return "\n".join(lines)
 
 
-def _auto(base: Any) -> str:
+def _auto(base: PreTrainedModel) -> str:
     return text_class_name(base) if base.can_generate() else "AutoModelForSequenceClassification"
 
 
-def _adapter_code(folder: str, base: Any, source: str, options: dict[str, Any]) -> list[str]:
+def _adapter_code(folder: str, base: PreTrainedModel, source: str, options: Mapping[str, Any]) -> list[str]:
     auto, name = _auto(base), hub_name(source)
     imports = [auto, "AutoTokenizer", *(["GenerationConfig"] if base.can_generate() else [])]
     if not base.can_generate():
@@ -125,12 +127,12 @@ def _adapter_code(folder: str, base: Any, source: str, options: dict[str, Any]) 
     ]
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     """Format a setting of `BitsAndBytesConfig` as code; it accepts dtypes by name."""
     return repr(str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value)
 
 
-def _whole_code(folder: str, base: Any, remote: str) -> list[str]:
+def _whole_code(folder: str, base: PreTrainedModel, remote: str) -> list[str]:
     return [
         f"from transformers import {_auto(base)}, AutoTokenizer",
         "",

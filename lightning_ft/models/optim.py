@@ -11,10 +11,13 @@ from torch import nn
 
 from lightning_ft.errors import ConfigError
 
+ParameterGroup = dict[str, Any]
+"""Parameters and their settings, as `torch.optim` takes them."""
+
 Schedule = Literal["cosine", "linear", "constant"]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
     """Split trainable parameters into two groups: matrices with weight decay, and norms and biases without.
 
     Example:
@@ -106,7 +109,7 @@ def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
 
 
 def adamw(
-    groups: Iterable[dict[str, Any]], learning_rate: float, betas: tuple[float, float], *, scaled: bool = False
+    groups: Iterable[ParameterGroup], learning_rate: float, betas: tuple[float, float], *, scaled: bool = False
 ) -> torch.optim.AdamW:
     """Create AdamW for parameter groups, fused on CPUs, where that is three to six times as fast.
 

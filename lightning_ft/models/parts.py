@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from math import prod
-from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reward_head import HEADS
@@ -32,7 +31,7 @@ def numel(parameter: nn.Parameter) -> int:
     return prod(state.shape) if state is not None else parameter.numel()
 
 
-def expert_counts(config: Any) -> frozenset[int]:
+def expert_counts(config: PreTrainedConfig) -> frozenset[int]:
     """Return each number above 1 that a configuration sets for experts.
 
     Example:
@@ -41,7 +40,7 @@ def expert_counts(config: Any) -> frozenset[int]:
         [2, 8]
     """
 
-    def numbers(values: Mapping[Any, Any]) -> Iterator[int]:
+    def numbers(values: Mapping[str, object]) -> Iterator[int]:
         for key, value in values.items():
             if isinstance(value, Mapping):
                 yield from numbers(value)
@@ -163,7 +162,7 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
 
-def _ids(modules: list[Any]) -> set[int]:
+def _ids(modules: list[object]) -> set[int]:
     return {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
 
 
@@ -189,8 +188,7 @@ def adapted_parameters(model: nn.Module) -> set[int]:
     found = set()
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            layer: Any = module
-            found.add(id(getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)))
+            found.add(id(getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"), None)))
     return found
 
 

@@ -41,7 +41,7 @@ def reads_position(base: PreTrainedModel, position: int) -> bool:
 
 
 def _reads(base: PreTrainedModel, position: int) -> bool:
-    run: Any = backbone_of(base)
+    run = backbone_of(base)
     device = input_device(base)
     by_position = accepts(base.base_model, "position_ids")
     ids = torch.zeros(1, 1 if by_position else position + 1, dtype=torch.int64, device=device)
@@ -62,10 +62,10 @@ class _CheckedIndices(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Any,
-        types: Any,
+        types: object,
         args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         find = _TABLES.get(func.overloadpacket)
         for size, indices in () if find is None else find(*args):
             if indices.numel() and int(indices.max()) >= size:
@@ -76,21 +76,21 @@ class _CheckedIndices(TorchDispatchMode):
 _Lookups = Iterator[tuple[int, Tensor]]
 
 
-def _rows_of(table: Tensor, indices: Tensor, *_: Any) -> _Lookups:
+def _rows_of(table: Tensor, indices: Tensor, *_: object) -> _Lookups:
     yield table.shape[0], indices
 
 
-def _entries_of(table: Tensor, indices: list[Tensor | None], *_: Any) -> _Lookups:
+def _entries_of(table: Tensor, indices: list[Tensor | None], *_: object) -> _Lookups:
     for size, one in zip(table.shape, indices, strict=False):
         if one is not None and one.dtype not in (torch.bool, torch.uint8):
             yield size, one
 
 
-def _along(table: Tensor, dim: int, indices: Tensor, *_: Any) -> _Lookups:
+def _along(table: Tensor, dim: int, indices: Tensor, *_: object) -> _Lookups:
     yield table.shape[dim], indices
 
 
-_TABLES: dict[Any, Callable[..., _Lookups]] = {
+_TABLES: dict[object, Callable[..., _Lookups]] = {
     _aten.embedding: _rows_of,
     _aten.index: _entries_of,
     _aten.index_select: _along,

@@ -10,7 +10,7 @@ parameter that they depend on, whatever the values are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -118,7 +118,7 @@ def model_output(model: CausalLM, tokens: int = PROBE_TOKENS, *, labels: bool = 
     """
     base = base_of(model)
     ids = probe_ids(base, min(tokens, context_length(base) or tokens))
-    options: dict[str, Any] = {"labels": ids} if labels else {}
+    options = {"labels": ids} if labels else {}
     return base(input_ids=ids, use_cache=False, return_dict=True, **options)
 
 
@@ -140,9 +140,8 @@ def probing(model: CausalLM) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     recompute = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    configs: dict[int, Any] = {
-        id(m.config): m.config for m in base.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
-    }
+    of_modules = (getattr(module, "config", None) for module in base.modules())
+    configs = {id(config): config for config in of_modules if isinstance(config, PreTrainedConfig)}
     kept = [(module, _plain_tensors(module)) for module in model.modules()]
     attention = [(config, config._attn_implementation) for config in configs.values()]
     device = input_device(base)
@@ -176,7 +175,7 @@ def probing(model: CausalLM) -> Iterator[None]:
                         buffer.copy_(before)
 
 
-def _plain_tensors(module: nn.Module) -> dict[str, Any]:
+def _plain_tensors(module: nn.Module) -> dict[str, Tensor | None]:
     """Objects that may contain the state of a recurrent layer, which is neither a parameter nor a buffer."""
     return {name: value for name, value in vars(module).items() if value is None or isinstance(value, Tensor)}
 
@@ -210,8 +209,8 @@ def _differentiable(model: nn.Module) -> Iterator[dict[int, Tensor]]:
                 parameter.requires_grad_(trains)
 
 
-def _marking(mark: Tensor) -> Any:
-    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+def _marking(mark: Tensor) -> Callable[[nn.Module, object, object], object]:
+    def hook(module: nn.Module, args: object, out: object) -> object:
         return out + mark.to(out.dtype) if isinstance(out, Tensor) and out.is_floating_point() else out
 
     return hook
@@ -236,7 +235,7 @@ def _calls(model: nn.Module, called: set[int]) -> Iterator[None]:
 def _outputs(model: nn.Module, odd: set[int]) -> Iterator[None]:
     """Record the linear layers whose output isn't a tensor with one number per row of their matrix."""
 
-    def note(module: nn.Module, args: Any, out: Any) -> None:
+    def note(module: nn.Module, args: tuple[object, ...], out: object) -> None:
         rows = args[0].shape[:-1] if args and isinstance(args[0], Tensor) else None
         if not isinstance(out, Tensor) or (rows is not None and out.shape != (*rows, _outputs_of(module))):
             odd.add(id(module))

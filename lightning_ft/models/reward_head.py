@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +117,7 @@ def check_last_token(model: CausalLM) -> None:
     """
     base = base_of(model)
     reward_head(base)
-    text: Any = base.config.get_text_config()
+    text = base.config.get_text_config()
     tokens = [token for token in range(min(text.vocab_size, 16)) if token != text.pad_token_id]
     row = torch.tensor([tokens[i % len(tokens)] for i in (1, 5, 2, 7, 3)])
     with evaluating(model):

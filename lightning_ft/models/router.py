@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def find_own_loss(model: CausalLM) -> OwnLoss:
     return OwnLoss(factor, unknown)
 
 
-def _derivative(loss: Tensor, term: Any) -> float:
+def _derivative(loss: Tensor, term: object) -> float:
     """The coefficient of a term in a loss; 0 if the loss doesn't contain it."""
     if not isinstance(term, Tensor) or not term.requires_grad or not loss.requires_grad:
         return 0.0
@@ -103,6 +103,10 @@ def _unavailable(base: PreTrainedModel, why: str) -> ModelError:
         f"{type(base).__name__} has a router loss (output_router_logits), which can't be computed here: {why}. Set "
         "output_router_logits=False in the model's configuration to train without it."
     )
+
+
+_Pass = tuple[dict[str, Tensor], object]
+"""Keyword arguments of a forward pass, and its output."""
 
 
 class RouterLoss:
@@ -118,9 +122,9 @@ class RouterLoss:
     @contextmanager
     def recorded(self) -> Iterator[RecordedPass]:
         """Record the one forward pass with gradients that the model makes in this context."""
-        passes: list[tuple[Any, Any]] = []
+        passes: list[_Pass] = []
 
-        def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        def keep(module: nn.Module, args: object, kwargs: dict[str, Tensor], out: object) -> None:
             if torch.is_grad_enabled():  # passes without gradients only probe the model
                 passes.append((kwargs, out))
 
@@ -139,7 +143,7 @@ class RecordedPass:
         passes: Arguments and output of each recorded pass; filled while recording.
     """
 
-    def __init__(self, base: PreTrainedModel, passes: list[tuple[Any, Any]]) -> None:
+    def __init__(self, base: PreTrainedModel, passes: list[_Pass]) -> None:
         self._base, self._passes = base, passes
 
     def value(self, batch: TokenBatch | None) -> Tensor:
@@ -164,7 +168,7 @@ class RecordedPass:
         return term.float()
 
 
-def _term_of(base: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, out: Any) -> Any:
+def _term_of(base: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, out: object) -> object:
     """The router loss that a model's forward pass computes from its backbone's output; the head gets no rows."""
     head = head_of(base)
     without_rows = None if head is None else head.register_forward_pre_hook(lambda _, args: (args[0][:, :0], *args[1:]))

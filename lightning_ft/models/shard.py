@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -19,7 +18,7 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
-def shard(base: PreTrainedModel, mesh: Any) -> None:
+def shard(base: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shard a model over the data-parallel dimension of a device mesh, one decoder layer at a time.
 
     The root is the transformers model and not the PEFT wrapper around it, whose `generate` would not gather the

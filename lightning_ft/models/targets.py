@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -47,13 +46,13 @@ def adapted_names(base: PreTrainedModel, config: LoraConfig) -> set[str]:
             model = get_peft_model(skeleton(base), plain)
         except (ValueError, TypeError, ImportError, AttributeError) as error:
             raise ModelError(f"LoRA doesn't fit {type(base).__name__}: {str(error).strip()}") from error
-    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     return {base_name(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")[0] for name, layer in layers}
 
 
 def skeleton(base: PreTrainedModel) -> PreTrainedModel:
     """Copy a model without its weights: the copy's parameters take no memory and have no values."""
-    memo: dict[int, Any] = {id(p): _empty(p) for p in base.parameters()}
+    memo: dict[int, object] = {id(p): _empty(p) for p in base.parameters()}
     memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in base.buffers()}
     kept = [value for module in base.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
     memo |= {id(value): torch.empty_like(value, device="meta") for value in kept}  # states of recurrent layers

@@ -7,14 +7,29 @@ import json
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.templates import PLAIN_TEMPLATE
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import TokenizerError
+
+
+class TokenizerState(TypedDict):
+    """A tokenizer as plain values.
+
+    Args:
+        chat_template: Chat template of the tokenizer, or the plain one for a tokenizer without.
+        vocabulary: Digest of its tokens; see :func:`vocabulary_digest`.
+        files: Its files by name, each ``uint8 [n]``, compressed; empty if it can be loaded again by name.
+    """
+
+    chat_template: str
+    vocabulary: str
+    files: dict[str, Tensor]
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -31,7 +46,7 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def tokenizer_state(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> dict[str, Any]:
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> TokenizerState:
     """Convert a tokenizer to values that `torch.load(weights_only=True)` can load.
 
     Args:
@@ -43,7 +58,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> dict[
         ``chat_template``, ``vocabulary`` (see :func:`vocabulary_digest`), and ``files``: a ``uint8 [n]`` tensor by
         file name.
     """
-    state: dict[str, Any] = {
+    state: TokenizerState = {
         "chat_template": tokenizer.chat_template or PLAIN_TEMPLATE,
         "vocabulary": vocabulary_digest(tokenizer),
         "files": {},
@@ -57,7 +72,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> dict[
     return state
 
 
-def tokenizer_from_state(state: dict[str, Any], *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+def tokenizer_from_state(state: TokenizerState, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """Restore the tokenizer whose files a state contains, with its chat template; None if it contains no files.
 
     Args:
@@ -84,7 +99,7 @@ def tokenizer_from_state(state: dict[str, Any], *, trust_remote_code: bool = Fal
     return tokenizer
 
 
-def differences(state: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def differences(state: TokenizerState, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return how a tokenizer differs from a state: ``"vocabulary"``, ``"chat template"``, both or neither.
 
     Args:

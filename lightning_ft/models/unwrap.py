@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import LightningFTError
 
 
-def unwrapped(module: Any) -> Any:
+def unwrapped(module: object) -> object:
     """Remove the wrappers of Fabric or DDP from a module."""
     while not isinstance(module, (PreTrainedModel, PeftModel)) and hasattr(module, "module"):
         module = module.module
     return module
 
 
-def model_of(module: Any) -> Any:
+def model_of(module: object) -> PreTrainedModel | PeftModel | None:
     """Return the transformers or PEFT model of a module; None if it has none yet."""
     module = unwrapped(module)
     if isinstance(module, (PreTrainedModel, PeftModel)):
@@ -27,7 +26,7 @@ def model_of(module: Any) -> Any:
     return model if isinstance(model, (PreTrainedModel, PeftModel)) else None
 
 
-def required_model(module: Any, measuring: str, error: type[LightningFTError]) -> Any:
+def required_model(module: object, measuring: str, error: type[LightningFTError]) -> PreTrainedModel | PeftModel:
     """Return the transformers or PEFT model of a module.
 
     Args:
@@ -47,7 +46,7 @@ def required_model(module: Any, measuring: str, error: type[LightningFTError]) -
     return model
 
 
-def weights_fingerprint(model: Any) -> tuple[float, ...]:
+def weights_fingerprint(model: nn.Module) -> tuple[float, ...]:
     """Return numbers that change when trained weights do. All ranks of a sharded model must make this call.
 
     The step count isn't enough, since weight averaging replaces the weights after the last step.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft.utils.other import TrainableTokensWrapper
@@ -149,7 +149,7 @@ def frozen_tokens(model: CausalLM, tokens: Iterable[int]) -> list[int]:
     if not any(parameter.requires_grad for parameter in embeddings.parameters()):
         return sorted(set(tokens))
     if isinstance(embeddings, TrainableTokensWrapper):
-        adapter: Any = embeddings.token_adapter
+        adapter = embeddings.token_adapter
         trained = {int(i) for name in adapter.token_indices for i in adapter.token_indices[name]}
         return sorted(set(tokens) - trained)
     return []
