@@ -14,28 +14,40 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeGuard
 
-from lightning_ft._lightning import Callback
+from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.distributed import all_gather_objects, rank_zero_warn
 from lightning_ft.errors import ConfigError, LightningFTError
 from lightning_ft.printable import printable
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from torch import nn
 
-def is_trainer(trainer: Any) -> bool:
+TrainerOrFabric: TypeAlias = "Trainer | Fabric"
+"""Type of the object that calls the hooks of a callback."""
+
+
+def is_trainer(trainer: object) -> TypeGuard[Trainer]:
     """Whether the object that calls a callback is a Trainer, of either Lightning package, rather than Fabric."""
     return hasattr(trainer, "callback_metrics")
 
 
-def precision_of(trainer: Any) -> AbstractContextManager[Any]:
+def callbacks_of(trainer: Any) -> list[Callback]:
+    """Callbacks of a Trainer, an attribute that Lightning sets without declaring it."""
+    callbacks: list[Callback] = trainer.callbacks
+    return callbacks
+
+
+def precision_of(trainer: object) -> AbstractContextManager[object]:
     """Return the context in which a Trainer or Fabric runs forward passes in its precision."""
     if is_trainer(trainer):
-        context: AbstractContextManager[Any] = trainer.precision_plugin.forward_context()
-        return context
+        return trainer.precision_plugin.forward_context()
     return trainer.autocast() if hasattr(trainer, "autocast") else nullcontext()  # type: ignore[no-any-return]
 
 
-def shows_progress(trainer: Any, progress: bool | None) -> bool:
+def shows_progress(trainer: object, progress: bool | None) -> bool:
     """Whether to show progress bars.
 
     Args:
@@ -47,7 +59,7 @@ def shows_progress(trainer: Any, progress: bool | None) -> bool:
     return getattr(trainer, "progress_bar_callback", None) is not None if is_trainer(trainer) else True
 
 
-def results_folder(trainer: Any, output_dir: str | Path | bool | None, name: str) -> Path | None:
+def results_folder(trainer: object, output_dir: str | Path | bool | None, name: str) -> Path | None:
     """Return the folder that a callback writes its results to. Every rank must call it, since `log_dir` is broadcast.
 
     Args:
@@ -104,7 +116,7 @@ class EndOfTraining(Callback):
     failures: tuple[str, ...] = ()
     """Descriptions of failures that did not stop the run; with any, the command line exits with a nonzero status."""
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Make :meth:`finish` run after all other callbacks."""
         if stage == "fit":
             self.failures = ()
@@ -113,14 +125,14 @@ class EndOfTraining(Callback):
             # a new list, since the Trainer is iterating over the old one
             trainer.callbacks = [*others, *(earlier or [RunsLast()])]
 
-    def on_train_end(self, trainer: Any = None, pl_module: Any = None) -> None:
+    def on_train_end(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
         """Call :meth:`finish` with Fabric; with a Trainer, :class:`RunsLast` calls it.
 
         Args:
             trainer: The Trainer, or Fabric.
             pl_module: The module, or with Fabric the model.
         """
-        if not (is_trainer(trainer) and any(isinstance(c, RunsLast) for c in trainer.callbacks)):
+        if not (is_trainer(trainer) and any(isinstance(c, RunsLast) for c in callbacks_of(trainer))):
             self.finish(trainer, pl_module)
 
     def finish(self, trainer: Any, pl_module: Any) -> None:
@@ -132,7 +144,7 @@ class EndOfTraining(Callback):
         """
         raise NotImplementedError
 
-    def finish_fit(self, trainer: Any, pl_module: Any) -> None:
+    def finish_fit(self, trainer: Trainer, pl_module: Any) -> None:
         """Work after the Trainer's teardown, when weights have left their devices; failures are recorded likewise.
 
         Args:
@@ -140,7 +152,7 @@ class EndOfTraining(Callback):
             pl_module: The module.
         """
 
-    def attempt(self, what: str, work: Callable[[], Any]) -> str | None:
+    def attempt(self, what: str, work: Callable[[], object]) -> str | None:
         """Call a function whose failure must not stop the run. Every rank must call it.
 
         Ranks agree on the outcome: if the function fails on one rank, it has failed on all of them.
@@ -168,12 +180,12 @@ class EndOfTraining(Callback):
 class RunsLast(Callback):
     """Runs after all other callbacks of a Trainer, ModelCheckpoint included, and calls those of this package."""
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish exports, then measurements, each in the order of the callbacks."""
         for callback in _in_order(trainer):
             callback.finish(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the fit after the Trainer's teardown, then raise the error of a failed export."""
         for callback in _in_order(trainer):
             callback.finish_fit(trainer, pl_module)
@@ -193,6 +205,6 @@ def first_over_ranks(reason: str | None) -> str | None:
     return next((each for each in all_gather_objects(reason) if each is not None), None)
 
 
-def _in_order(trainer: Any) -> list[EndOfTraining]:
-    ours = [callback for callback in trainer.callbacks if isinstance(callback, EndOfTraining)]
+def _in_order(trainer: Trainer) -> list[EndOfTraining]:
+    ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, EndOfTraining)]
     return sorted(ours, key=lambda callback: not callback.finishes_first)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from lightning_ft.callbacks.base import TrainerOrFabric
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError
@@ -89,7 +91,7 @@ class ComputeMeter(MeasuringCallback):
 
     # ---------------------------------------------------------------- hooks, in call order
 
-    def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
+    def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: Any = None) -> None:
         """Start the measurement, from the sums of a checkpoint if one was loaded.
 
         Args:
@@ -109,14 +111,23 @@ class ComputeMeter(MeasuringCallback):
         self._measurement.start(pl_module, dtype=_AUTOCAST.get(str(getattr(trainer, "precision", ""))))
 
     def on_train_batch_start(
-        self, trainer: Any = None, pl_module: Any = None, batch: Any = None, batch_idx: int = 0
+        self,
+        trainer: TrainerOrFabric | None = None,
+        pl_module: nn.Module | None = None,
+        batch: object = None,
+        batch_idx: int = 0,
     ) -> None:
         """Start measuring a micro-batch."""
         self._memory_read = False
         self._started().begin_step()
 
     def on_train_batch_end(
-        self, trainer: Any = None, pl_module: Any = None, outputs: Any = None, batch: Any = None, batch_idx: int = 0
+        self,
+        trainer: TrainerOrFabric | None = None,
+        pl_module: nn.Module | None = None,
+        outputs: object = None,
+        batch: object = None,
+        batch_idx: int = 0,
     ) -> None:
         """Finish measuring the micro-batch, and log if it is due."""
         measurement = self._started()
@@ -132,22 +143,27 @@ class ComputeMeter(MeasuringCallback):
             for logger in getattr(trainer, "loggers", []):
                 logger.log_metrics(logged, step=self._step(trainer))
 
-    def on_validation_start(self, trainer: Any = None, pl_module: Any = None) -> None:
+    def on_validation_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
         """Discard an unfinished micro-batch: a module may skip the rest of an epoch within one."""
         self._abandon()
 
-    def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
+    def on_train_epoch_end(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
         """Read the peak memory before other callbacks evaluate the model at the end of training."""
         self._abandon()
         if self._measurement is not None:
             self._measurement.read_memory()
             self._memory_read = True
 
-    def on_exception(self, trainer: Any = None, pl_module: Any = None, exception: BaseException | None = None) -> None:
+    def on_exception(
+        self,
+        trainer: TrainerOrFabric | None = None,
+        pl_module: nn.Module | None = None,
+        exception: BaseException | None = None,
+    ) -> None:
         """Discard the micro-batch that failed."""
         self._abandon()
 
-    def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+    def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Compute the result over all ranks.
 
         Raises:
@@ -190,5 +206,5 @@ class ComputeMeter(MeasuringCallback):
         if self._measurement is not None:
             self._measurement.abandon_step()
 
-    def _step(self, trainer: Any) -> int:
+    def _step(self, trainer: TrainerOrFabric | None) -> int:
         return int(getattr(trainer, "global_step", self._started().steps))

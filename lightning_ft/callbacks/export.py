@@ -76,7 +76,7 @@ class ExportModel(EndOfTraining):
 
     def finish_fit(self, trainer: Trainer, pl_module: Any) -> None:
         """Export the best checkpoint, after every ModelCheckpoint has saved its last one."""
-        checkpoint: Any = trainer.checkpoint_callback
+        checkpoint = trainer.checkpoint_callback
         path = getattr(checkpoint, "best_model_path", "") if getattr(checkpoint, "monitor", None) else ""
         if not self.best or not path:
             return

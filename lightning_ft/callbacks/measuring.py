@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
+from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.atomic_files import write_json
-from lightning_ft.callbacks.base import EndOfTraining, check_results_folder, is_trainer, results_folder
+from lightning_ft.callbacks.base import (
+    EndOfTraining,
+    TrainerOrFabric,
+    callbacks_of,
+    check_results_folder,
+    is_trainer,
+    results_folder,
+)
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.report.collect import UNDEFINED, collect
 from lightning_ft.report.write import FOLDER, write_files
@@ -31,13 +40,13 @@ class MeasuringCallback(EndOfTraining):
     name: str
     """Prefix of the logged names, and name of the folder."""
     output_dir: str | Path | bool | None
-    result: Any
+    result: object
     undefined: str | None = None
     """Reason why there is no result, after training; None if there is one."""
     unwritten: str | None = None
     """Reason why the result could not be written, so that files in the folder may be of an earlier run."""
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that results can be written to the folder.
 
         Raises:
@@ -48,7 +57,7 @@ class MeasuringCallback(EndOfTraining):
             self.undefined = self.unwritten = None
             check_results_folder(results_folder(trainer, self.output_dir, self.name), type(self).__name__)
 
-    def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+    def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Measure the current weights and set `result`, on all ranks.
 
         Args:
@@ -77,7 +86,7 @@ class MeasuringCallback(EndOfTraining):
         """Whether the result exceeds a limit that makes the command line exit with a nonzero status."""
         return False
 
-    def finish(self, trainer: Any, pl_module: Any) -> None:
+    def finish(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> None:
         """Measure the final weights, and log, print and write the result or the reason why there is none."""
         folder = results_folder(trainer, self.output_dir, self.name)  # a collective call, so before a rank may fail
         metrics: dict[str, float] = {}
@@ -97,7 +106,7 @@ class MeasuringCallback(EndOfTraining):
             f"{self.title} was not written{where}", lambda: show(folder) if is_global_zero else None
         )
 
-    def finish_fit(self, trainer: Any, pl_module: Any) -> None:
+    def finish_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report if this is the last callback that measures."""
         from lightning_ft.callbacks.measuring import report_at_end
 
@@ -107,7 +116,7 @@ class MeasuringCallback(EndOfTraining):
         """Return metrics with their logged names, ``name/key``."""
         return {f"{self.name}/{key}": value for key, value in metrics.items()}
 
-    def log_metrics(self, trainer: Any, metrics: Mapping[str, float], step: int | None) -> None:
+    def log_metrics(self, trainer: TrainerOrFabric | None, metrics: Mapping[str, float], step: int | None) -> None:
         """Add metrics to `callback_metrics`, where they can be monitored, and log them.
 
         `log_dict` isn't used, since it skips steps between those of `log_every_n_steps`.
@@ -136,7 +145,7 @@ class MeasuringCallback(EndOfTraining):
         write_json(folder / UNDEFINED, {"measurement": self.title, "reason": self.undefined})
 
 
-def report_at_end(trainer: Any, callback: Any) -> list[Path]:
+def report_at_end(trainer: Trainer, callback: Callback) -> list[Path]:
     """Write the report of a fit, once, when it is called for the last of the callbacks that measure.
 
     Call it in ``on_fit_end``, on all ranks, when all results of the end of training have been written. The report
@@ -155,7 +164,7 @@ def report_at_end(trainer: Any, callback: Any) -> list[Path]:
     Raises:
         DataError: If a result file is invalid.
     """
-    measuring = [other for other in trainer.callbacks if getattr(other, "reports", False)]
+    measuring: list[Any] = [other for other in callbacks_of(trainer) if getattr(other, "reports", False)]
     if not measuring or measuring[-1] is not callback:
         return []
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: `log_dir` is broadcast

@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.callbacks.base import is_trainer, precision_of, shows_progress
+from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, RetentionError
@@ -144,7 +146,7 @@ class Retention(MeasuringCallback):
 
     # ---------------------------------------------------------------- hooks, in call order
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read texts and rows before weights are loaded.
 
         Raises:
@@ -156,7 +158,7 @@ class Retention(MeasuringCallback):
                 self._loaded = self.state_dict()
             self._measurement = self._new_measurement(trainer, pl_module)
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the texts fit the model.
 
         Raises:
@@ -165,7 +167,7 @@ class Retention(MeasuringCallback):
         if self._measurement is not None and model_of(pl_module) is not None:
             self._measurement.check_model(required_model(pl_module, "Retention", RetentionError))
 
-    def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
+    def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
         """Determine the base to compare with, unless it was loaded from a checkpoint.
 
         Args:
@@ -189,7 +191,9 @@ class Retention(MeasuringCallback):
                 trained = is_trainer(trainer) and trainer.global_step > 0
                 measurement.before(required_model(pl_module, "Retention", RetentionError), trained=trained)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: TrainerOrFabric, pl_module: nn.Module, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         """Measure every `every_n_steps` optimizer steps."""
         step, every = getattr(trainer, "global_step", None), self.every_n_steps
         if step is None:  # Fabric doesn't count steps
@@ -199,12 +203,12 @@ class Retention(MeasuringCallback):
             self._report(trainer, pl_module)
         self._last_step = step
 
-    def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
+    def on_train_epoch_end(self, trainer: Any = None, pl_module: nn.Module | None = None) -> None:
         """Measure every `every_n_epochs` epochs."""
         if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._report(trainer, pl_module)
 
-    def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+    def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Measure the tuned model, unless these weights were the last measured, and compare with the limits.
 
         Raises:
@@ -253,7 +257,7 @@ class Retention(MeasuringCallback):
 
     # ---------------------------------------------------------------- helpers
 
-    def _new_measurement(self, trainer: Any, module: Any) -> RetentionMeasurement:
+    def _new_measurement(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> RetentionMeasurement:
         tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
         if tokenizer is None:
             raise RetentionError("Retention has no tokenizer. Pass tokenizer=, or use a module that has one.")
@@ -262,9 +266,9 @@ class Retention(MeasuringCallback):
             tokenizer, self.texts, rows, progress=shows_progress(trainer, self.progress), **self._options
         )
 
-    def _task_rows(self, trainer: Any) -> list[Request]:
+    def _task_rows(self, trainer: TrainerOrFabric | None) -> list[Request]:
         rows = self.task
-        data: Any = getattr(trainer, "datamodule", None)
+        data: object = getattr(trainer, "datamodule", None)
         if rows is None and self.max_task_rows and hasattr(data, "requests"):
             try:
                 rows = data.requests("validation")
@@ -272,7 +276,7 @@ class Retention(MeasuringCallback):
                 rows = None
         return (rows or [])[: self.max_task_rows]
 
-    def _report(self, trainer: Any, module: Any) -> None:
+    def _report(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> None:
         """Measure during training, log, and stop if a limit is exceeded and `on_breach` is ``stop``."""
         metrics: dict[str, float] = {}
         step = getattr(trainer, "global_step", None)

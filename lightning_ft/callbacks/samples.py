@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_ft._lightning import Callback
+from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.callbacks.base import describe_error
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.document.markdown import markdown_table
@@ -24,7 +24,7 @@ MAX_CELL_LENGTH = 600
 """Largest number of characters of a text in Markdown and on the console; files and tables of loggers contain all."""
 
 
-def samples_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+def samples_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[object]]]:
     """Flatten rows of `RolloutSamples.rows` into a table.
 
     Args:
@@ -61,7 +61,7 @@ def samples_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _cells(row: dict[str, Any]) -> dict[str, Any]:
+def _cells(row: Mapping[str, Any]) -> dict[str, object]:
     return {
         "step": row["step"],
         "prompt": _text(row["prompt"]),
@@ -72,7 +72,7 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _text(prompt: Any) -> str:
+def _text(prompt: str | Sequence[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {_content(message)}" for message in prompt)
@@ -83,7 +83,7 @@ def _content(message: Message) -> str:
     return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
-def _short(cell: Any) -> str:
+def _short(cell: object) -> str:
     text = f"{cell:.4g}" if isinstance(cell, float) else ("" if cell is None else str(cell))
     return (
         text
@@ -143,7 +143,7 @@ class SampleCompletions(Callback):
         """Key of this callback's state in checkpoints; it differs between callbacks with different names."""
         return f"SampleCompletions({self.name!r})"
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the module has rollouts."""
         if not hasattr(pl_module, "last_rollout"):
             raise ConfigError(
@@ -151,7 +151,7 @@ class SampleCompletions(Callback):
                 "`last_rollout`. Use it with GRPO or PPO."
             )
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the rows that a resumed run will write again, or rename the file of an earlier run."""
         # on all ranks, since `log_dir` is broadcast
         folder = Path(trainer.log_dir or trainer.default_root_dir)
@@ -166,7 +166,9 @@ class SampleCompletions(Callback):
         elif (renamed := set_aside(self.written_to)) is not None:
             rank_zero_info(f"The completions of an earlier run were moved to {renamed}")
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         """Show the completions of a new rollout every `every_n_steps` optimizer steps."""
         record = pl_module.last_rollout
         if record is None or record is self._seen:
@@ -184,7 +186,7 @@ class SampleCompletions(Callback):
             if self.print_samples:
                 Console().print(samples_table(rows))
 
-    def _try(self, where: str, write: Callable[..., object], *arguments: Any) -> None:
+    def _try(self, where: str, write: Callable[..., object], *arguments: object) -> None:
         """Write samples without stopping the run on failure; only the first failure per destination is reported."""
         try:
             write(*arguments)
@@ -204,7 +206,7 @@ class SampleCompletions(Callback):
         self._last_step = state_dict["last_step"]
 
 
-def log_samples(logger: Any, name: str, rows: Sequence[dict[str, Any]]) -> bool:
+def log_samples(logger: object, name: str, rows: Sequence[dict[str, Any]]) -> bool:
     """Log the rows of one step as a table or text, if the logger supports either.
 
     Args:
@@ -220,7 +222,7 @@ def log_samples(logger: Any, name: str, rows: Sequence[dict[str, Any]]) -> bool:
     if hasattr(logger, "log_table"):  # Weights & Biases
         logger.log_table(key=name, columns=columns, data=data, step=step)
         return True
-    experiment: Any = getattr(logger, "experiment", None)
+    experiment: object = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_text"):  # TensorBoard
         experiment.add_text(name, samples_markdown(rows), step)
         return True

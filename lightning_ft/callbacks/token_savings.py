@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.callbacks.base import is_trainer, precision_of, shows_progress
+from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.data.sources import Sources
 from lightning_ft.data.splits import Splits
@@ -22,6 +24,7 @@ from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint
 from lightning_ft.report.collect import SAVINGS
+from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
 
@@ -52,6 +55,8 @@ class TokenSavings(MeasuringCallback):
             appear among them; those of the Trainer's DataModule by default.
         max_requests: Largest number of requests, drawn at random with `seed`; all by default.
         max_new_tokens: Largest number of tokens per answer.
+        structured_outputs: Format of all answers, which every arm is restricted to as a server would; True for the
+            `structured_output` of each request. By default answers are free text.
         batch_size: Number of prompts per generated batch.
         every_n_epochs: Number of epochs between measurements of the tuned arm during training, whose metrics can be
             monitored; None to measure at the end only.
@@ -88,6 +93,7 @@ class TokenSavings(MeasuringCallback):
         train_rows: list[Request] | Sources | None = None,
         max_requests: int | None = None,
         max_new_tokens: int = 128,
+        structured_outputs: StructuredOutputs | bool = False,
         batch_size: int = 32,
         every_n_epochs: int | None = None,
         output_dir: str | Path | bool | None = None,
@@ -122,6 +128,7 @@ class TokenSavings(MeasuringCallback):
             "prices": prices,
             "max_requests": max_requests,
             "max_new_tokens": max_new_tokens,
+            "structured_outputs": structured_outputs,
             "batch_size": batch_size,
             "timed_requests": timed_requests,
             "resamples": resamples,
@@ -141,7 +148,7 @@ class TokenSavings(MeasuringCallback):
 
     # ---------------------------------------------------------------- hooks, in call order
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check requests and prompts before weights are loaded.
 
         Raises:
@@ -153,7 +160,7 @@ class TokenSavings(MeasuringCallback):
                 self._loaded = self.state_dict()
             self._measurement = self._new_measurement(trainer, pl_module)
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the prompts fit the model.
 
         Raises:
@@ -162,7 +169,7 @@ class TokenSavings(MeasuringCallback):
         if self._measurement is not None and (model := model_of(pl_module)) is not None:
             self._measurement.check_model(model)
 
-    def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
+    def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
         """Measure the original weights, unless their results were loaded from a checkpoint.
 
         Args:
@@ -197,7 +204,7 @@ class TokenSavings(MeasuringCallback):
         if self.attempt(what, lambda: metrics.update(self.measure(trainer, pl_module))) is None:
             pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
 
-    def measure(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+    def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Measure the tuned arm, unless these weights were the last measured.
 
         Raises:
@@ -245,7 +252,7 @@ class TokenSavings(MeasuringCallback):
 
     # ---------------------------------------------------------------- helpers
 
-    def _new_measurement(self, trainer: Any, module: Any) -> SavingsMeasurement:
+    def _new_measurement(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> SavingsMeasurement:
         tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
         if tokenizer is None:
             raise SavingsError("TokenSavings has no tokenizer. Pass tokenizer=, or use a module that has one.")
@@ -259,14 +266,14 @@ class TokenSavings(MeasuringCallback):
             **self._options,
         )
 
-    def _train_rows(self, trainer: Any) -> TrainRows | None:
+    def _train_rows(self, trainer: TrainerOrFabric | None) -> TrainRows | None:
         if self.train_rows is not None:
             return self.train_rows
         splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
         return splits.training_index() if isinstance(splits, Splits) else None
 
-    def _rows(self, trainer: Any) -> list[Request]:
-        data: Any = getattr(trainer, "datamodule", None)
+    def _rows(self, trainer: TrainerOrFabric | None) -> list[Request]:
+        data: object = getattr(trainer, "datamodule", None)
         if not hasattr(data, "requests"):
             raise SavingsError("TokenSavings has no requests. Pass requests=, or a PairDataModule to the Trainer.")
         reasons = []
