@@ -39,6 +39,10 @@ class Request:
             are resampled by cluster.
         template_kwargs: Variables for the chat template in addition to the messages: `tools`, `enable_thinking`, ...
         answer: Reference answer as an assistant turn, if it has more than text, such as reasoning or tool calls.
+        prompt_context: Text that only the prompted arm of token savings gets, at the end of its system prompt: retrieved
+            passages, candidates, a schema.
+        structured_output: Format of the answers to this request, where structured outputs are used:
+            ``{"choices": [...]}``, ``{"json_schema": {...}}`` or ``{"regex": ...}``.
     """
 
     id: str
@@ -47,3 +51,5 @@ class Request:
     cluster: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     answer: Message | None = None
+    prompt_context: str | None = None
+    structured_output: Mapping[str, Any] | None = None

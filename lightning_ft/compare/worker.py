@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import NAMESPACE
 from lightning_ft.callbacks.compute import ComputeMeter
@@ -22,17 +23,24 @@ from lightning_ft.cli import FineTuningCLI
 from lightning_ft.compare.plan import PlannedRun
 from lightning_ft.compare.recorder import RunRecorder
 from lightning_ft.compare.run_files import CHECKPOINT, CONFIG, PLAN, RESULT, find_checkpoint, read_plan, write_results
+from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.splits import SplitName
 from lightning_ft.errors import ComparisonError, LightningFTError
 from lightning_ft.evaluation.comparison.result import RunResult
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import MeasurementPlan, measurement_plan
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
+from lightning_ft.models.head import CausalLM
+from lightning_ft.modules.base import FineTuning
+from lightning_ft.rollout.structured import StructuredOutputs
 
 _PLAN_OPTIONS = ("scorer", "max_new_tokens", "max_requests", "seed")
 
 
-def measurement_plans(tokenizer: Any, data: Any, settings: Mapping[str, Any]) -> dict[str, MeasurementPlan]:
+def measurement_plans(
+    tokenizer: PreTrainedTokenizerBase, data: PairDataModule, settings: Mapping[str, Any]
+) -> dict[str, MeasurementPlan]:
     """Plan the measurements of token savings on the validation rows and on the test rows.
 
     Args:
@@ -53,15 +61,17 @@ def measurement_plans(tokenizer: Any, data: Any, settings: Mapping[str, Any]) ->
     elif isinstance(baseline, dict):
         baseline = PromptBaseline(**baseline.get("init_args", baseline))
     test_options = {name: savings[name] for name in _PLAN_OPTIONS if name in savings}
+    if isinstance(structured := savings.get("structured_outputs"), dict):
+        test_options["structured_outputs"] = StructuredOutputs.from_dict(structured.get("init_args", structured))
+    elif structured:
+        test_options["structured_outputs"] = True
     validation_options = (
         test_options
         if settings["validation_requests"] is None
         else {**test_options, "max_requests": settings["validation_requests"]}
     )
-    return {
-        split: measurement_plan(tokenizer, data.requests(split), baseline, **options)
-        for split, options in (("validation", validation_options), ("test", test_options))
-    }
+    options: dict[SplitName, dict[str, Any]] = {"validation": validation_options, "test": test_options}
+    return {split: measurement_plan(tokenizer, data.requests(split), baseline, **options[split]) for split in options}
 
 
 def execute(folder: Path) -> list[RunResult]:
@@ -77,14 +87,14 @@ def execute(folder: Path) -> list[RunResult]:
     run = PlannedRun(**plan["run"])
     savings = plan["settings"]["savings"]
     cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
-    data: Any = cli.datamodule
+    data: PairDataModule = cli.datamodule
     data.load_rows()
     data.reorder(run.seed)  # not the seed of the held-out split, so that all methods and seeds train on the same rows
     if run.size is not None:
         data.splits.sample("train", run.size)
     plans = measurement_plans(data.share_tokenizer(cli.model), data, plan["settings"])
 
-    def answer(name: str, split: str) -> Callable[[Any], ArmRecords]:
+    def answer(name: str, split: str) -> Callable[[CausalLM], ArmRecords]:
         options = {"batch_size": savings.get("batch_size", 64), "progress": False}
         timed = savings.get("timed_requests", 3) if split == "test" else 0
         return lambda model: run_arm(name, model, cli.model.tokenizer, plans[split], timed_requests=timed, **options)
@@ -142,7 +152,7 @@ def execute(folder: Path) -> list[RunResult]:
     ]
 
 
-def _exported_bytes(module: Any, folder: Path) -> int:
+def _exported_bytes(module: FineTuning, folder: Path) -> int:
     exported: Path = module.export(folder / "export", overwrite=True)
     size = sum(file.stat().st_size for file in exported.glob("*.safetensors"))
     shutil.rmtree(exported)

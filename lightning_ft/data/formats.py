@@ -10,8 +10,12 @@ from typing import ClassVar
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.fields import FieldReader, Origin
 from lightning_ft.data.keys import REFUSED_IN_PAIRS, Refusal, is_nonempty
+from lightning_ft.data.tool_calls import parsed
 from lightning_ft.data.turns import RowError, check_order, check_text
 from lightning_ft.types import Message
+
+MEASURED = ("prompt_context", "structured_output")
+"""Optional fields that aren't trained on: token savings are measured with them, see `lightning_ft.types.Request`."""
 
 FORMATS = Formats(
     required={
@@ -23,9 +27,11 @@ FORMATS = Formats(
         "text": ("text",),
     },
     extra={
-        "instruction": ("input", "history"),
-        "input_output": ("history",),
-        "prompt_completion": ("history",),
+        "messages": MEASURED,
+        "conversations": MEASURED,
+        "instruction": ("input", "history", *MEASURED),
+        "input_output": ("history", *MEASURED),
+        "prompt_completion": ("history", *MEASURED),
     },
 )
 """Row formats of pairs, conversations and plain texts."""
@@ -43,6 +49,8 @@ class Conversation:
         id: The row's `id` field, or ``source:row``.
         cluster: The row's `cluster` field, if any.
         template_kwargs: Variables of the chat template besides the messages: `tools`, `enable_thinking`, ...
+        prompt_context: The row's `prompt_context` field, if any, see `lightning_ft.types.Request`.
+        structured_output: The row's `structured_output` field, if any.
     """
 
     messages: tuple[Message, ...]
@@ -51,6 +59,8 @@ class Conversation:
     id: str
     cluster: str | None = None
     template_kwargs: Mapping[str, object] = field(default_factory=dict)
+    prompt_context: str | None = None
+    structured_output: Mapping[str, object] | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -123,7 +133,26 @@ class RowFormat(FieldReader[Conversation]):
         check_order(messages, answered=self.answered)
         if self.answered and not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
             raise RowError(None, "no answer is trained on", "all of them are excluded", "Leave the row out.")
-        return Conversation(tuple(messages), template_kwargs=self.template_kwargs(row), **origin)
+        return Conversation(
+            tuple(messages),
+            template_kwargs=self.template_kwargs(row),
+            prompt_context=self.optional(row, "prompt_context"),
+            structured_output=self._structured_output(row),
+            **origin,
+        )
+
+    def _structured_output(self, row: Mapping[str, object]) -> Mapping[str, object] | None:
+        column = self.column("structured_output")
+        value = parsed(row.get(column))
+        if value is None and "structured_output" in self.columns and column not in row:
+            raise self.missing(row, "structured_output")
+        if not is_nonempty(value):
+            return None
+        if not isinstance(value, Mapping):
+            fix = "Expected an object, such as {'choices': ['yes', 'no']}, or JSON text of one."
+            raise RowError(column, "wrong type", f"found {type(value).__name__}", fix)
+        # Rows of one table share their columns, so a cell may have None for what another row sets.
+        return {str(name): content for name, content in value.items() if content is not None}
 
     def _whole(self, row: Mapping[str, object]) -> str:
         value, column = self.value(row, "text"), self.column("text")

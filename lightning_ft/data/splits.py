@@ -317,7 +317,18 @@ class Splits(Generic[RowT]):
             answer = row.messages[-1]
             whole_answer = answer if {"tool_calls", "reasoning_content"} & answer.keys() else None
             reference, cluster = answer["content"], row.cluster or None
-            requests.append(Request(unique, row.prompt_messages, reference, cluster, row.template_kwargs, whole_answer))
+            requests.append(
+                Request(
+                    unique,
+                    row.prompt_messages,
+                    reference,
+                    cluster,
+                    row.template_kwargs,
+                    whole_answer,
+                    row.prompt_context,
+                    row.structured_output,
+                )
+            )
         return requests
 
 

@@ -288,3 +288,21 @@ def test_pair_data_module_subclass_may_take_other_arguments():
             self.limit = limit
 
     assert Shortened([TURNS], limit=3).limit == 3
+
+
+def test_requests_have_the_fields_that_only_measurements_use(tokenizer):
+    rows = [
+        {"input": "a", "output": "b", "context": "only prompted", "structured_output": {"choices": ["b", "c"]}},
+        {"input": "c", "output": "d", "context": "", "structured_output": '{"regex": "d+"}'},
+        {"input": "e", "output": "f", "context": None, "structured_output": {"choices": None}},
+    ]
+    data = PairDataModule(
+        rows[:1], test=rows, columns={"prompt_context": "context"}, tokenizer=tokenizer, cache_dir=False
+    )
+    data.setup("test")
+    requests = data.requests("test")
+    assert [r.prompt_context for r in requests] == ["only prompted", None, None]
+    assert [r.structured_output for r in requests] == [{"choices": ["b", "c"]}, {"regex": "d+"}, None]
+    with pytest.raises(DataError, match=r"structured_output.*found list"):
+        data = PairDataModule([{"input": "a", "output": "b", "structured_output": ["b"]}], tokenizer=tokenizer)
+        data.setup("fit")

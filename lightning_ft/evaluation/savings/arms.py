@@ -21,8 +21,10 @@ from lightning_ft.evaluation.scorers import grade_answers
 from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.shard import is_sharded
+from lightning_ft.models.vocabulary import embedding_rows
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Completion
+from lightning_ft.rollout.structured import GrammarMasks
 
 
 def run_arm(
@@ -68,6 +70,9 @@ def run_arm(
     if is_sharded(model):
         ranks = 1
     mine = range(rank if ranks > 1 else 0, len(arm.prompts), ranks)
+    grammars = None
+    if plan.grammars is not None and len(mine):
+        grammars = GrammarMasks([plan.grammars[i] for i in mine], tokenizer, ends, embedding_rows(model))
     show_bar = progress and rank == 0
     with tqdm(total=len(mine), desc=f"Token savings, {name}", unit="request", disable=not show_bar, leave=False) as bar:
         completions = _gather(
@@ -77,6 +82,7 @@ def run_arm(
                     max_new_tokens=plan.max_new_tokens,
                     on_answered=bar.update,
                     prefix=arm.prefix_length,
+                    grammars=grammars,
                 ).completions
             ),
             mine,

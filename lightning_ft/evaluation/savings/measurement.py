@@ -25,6 +25,7 @@ from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
+from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
 
@@ -42,6 +43,8 @@ class SavingsMeasurement:
             than the untuned one, and than always giving the most frequent reference; if it isn't, the verdict is VOID.
         prices: Prices of tokens and of training.
         max_new_tokens: Maximum number of tokens per answer. The share of answers that hit it is reported.
+        structured_outputs: Format of all answers, which every arm is restricted to as a server would; True for the
+            `structured_output` of each request. By default answers are free text.
         max_requests: Maximum number of requests, sampled with `seed` if there are more; None for all.
         batch_size: Number of prompts per batch.
         share_prefix: Whether to compute the common prefix of the prompts only once; the answers are the same.
@@ -77,6 +80,7 @@ class SavingsMeasurement:
         min_quality: float | None = None,
         prices: Prices | None = None,
         max_new_tokens: int = 128,
+        structured_outputs: StructuredOutputs | bool = False,
         max_requests: int | None = None,
         batch_size: int = 32,
         share_prefix: bool = True,
@@ -103,6 +107,7 @@ class SavingsMeasurement:
             max_new_tokens=max_new_tokens,
             max_requests=max_requests,
             seed=seed,
+            structured_outputs=structured_outputs,
         )
         self._run = {
             "batch_size": batch_size,
@@ -217,7 +222,7 @@ class SavingsMeasurement:
             "requests_in_training": "not checked: pass train_rows=" if overlap is None else len(overlap.in_training),
             "scorer": plan.scorer_name,
             "max_new_tokens": plan.max_new_tokens,
-            "decoding": "greedy",
+            "decoding": "greedy" if plan.grammars is None else "greedy, structured outputs",
             "seed": self.seed,
             "resamples": self.resamples,
             "versions": {

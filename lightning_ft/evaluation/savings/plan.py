@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.templates import chat_template
-from lightning_ft.errors import SavingsError, TokenizerError
+from lightning_ft.errors import ConfigError, SavingsError, TokenizerError
 from lightning_ft.evaluation.savings.prompt import PromptBaseline, check_no_overlap, content_hash
 from lightning_ft.evaluation.scorers import Scorer, resolve_scorer
 from lightning_ft.rollout.protocol import common_prefix
+from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
 
@@ -47,6 +48,7 @@ class MeasurementPlan:
         scorer_name: Name of the scorer in messages and reports.
         max_new_tokens: Maximum number of tokens per answer.
         baseline_hash: Hash of the baseline.
+        grammars: Grammar of the answers to each request; None if they are free text.
         tokenizer: Name of the tokenizer.
     """
 
@@ -59,6 +61,7 @@ class MeasurementPlan:
     max_new_tokens: int
     baseline_hash: str
     tokenizer: str
+    grammars: tuple[str, ...] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -69,6 +72,7 @@ class MeasurementPlan:
                 [[r.id, r.reference, r.cluster] for r in self.requests],
                 self.scorer_name,
                 self.max_new_tokens,
+                *([] if self.grammars is None else [list(self.grammars)]),
             ]
         )
 
@@ -101,6 +105,7 @@ def measurement_plan(
     max_new_tokens: int = 128,
     max_requests: int | None = None,
     seed: int = 0,
+    structured_outputs: StructuredOutputs | bool = False,
 ) -> MeasurementPlan:
     """Sample the requests, encode the prompts of the arms and check everything that doesn't depend on the model.
 
@@ -112,6 +117,7 @@ def measurement_plan(
         max_new_tokens: Maximum number of tokens per answer.
         max_requests: Maximum number of requests, sampled with `seed` if there are more; None for all.
         seed: Seed of the sample.
+        structured_outputs: Format of all answers of all arms; True for the `structured_output` of each request.
 
     Raises:
         SavingsError: If there is no baseline or no request, an id is missing or not unique, a few-shot example is also
@@ -130,6 +136,7 @@ def measurement_plan(
         indices = sorted(random.Random(seed).sample(range(len(chosen)), max_requests))
         chosen = [chosen[i] for i in indices]
     check_no_overlap(baseline, chosen)
+    grammars = _grammars(chosen, structured_outputs)
     name, grade = resolve_scorer(scorer, [r.reference for r in chosen])
     template = chat_template(tokenizer)
     prompted, bare = [], []
@@ -140,9 +147,9 @@ def measurement_plan(
                 "such rows out of the split, or pass requests= whose reference is the text that the model should write."
             )
         try:
-            kwargs = request.template_kwargs
+            kwargs, messages = request.template_kwargs, baseline.messages(request.messages, request.prompt_context)
             bare.append(tuple(encode_prompt(tokenizer, request.messages, template, kwargs)))
-            prompted.append(tuple(encode_prompt(tokenizer, baseline.messages(request.messages), template, kwargs)))
+            prompted.append(tuple(encode_prompt(tokenizer, messages, template, kwargs)))
         except TokenizerError as error:
             raise SavingsError(f"Request {request.id!r}: {error}") from error
         if prompted[-1] == bare[-1]:
@@ -160,7 +167,27 @@ def measurement_plan(
         max_new_tokens=max_new_tokens,
         baseline_hash=baseline.hash,
         tokenizer=str(getattr(tokenizer, "name_or_path", "")),
+        grammars=grammars,
     )
+
+
+def _grammars(requests: Sequence[Request], structured_outputs: StructuredOutputs | bool) -> tuple[str, ...] | None:
+    if isinstance(structured_outputs, StructuredOutputs):
+        return (structured_outputs.grammar(),) * len(requests)
+    if not structured_outputs:
+        return None
+    grammars = []
+    for request in requests:
+        if not request.structured_output:
+            raise SavingsError(
+                f"Request {request.id!r} has no structured_output, which structured_outputs=True takes from each "
+                "request. Add it to the row, such as {'choices': ['yes', 'no']}, or pass one StructuredOutputs for all."
+            )
+        try:
+            grammars.append(StructuredOutputs.from_dict(request.structured_output).grammar())
+        except ConfigError as error:
+            raise SavingsError(f"Request {request.id!r}: {error}") from error
+    return tuple(grammars)
 
 
 def _check_ids(requests: Sequence[Request]) -> None:
@@ -177,6 +204,13 @@ def _check_ids(requests: Sequence[Request]) -> None:
         )
 
 
+def _system_tokens(baseline: PromptBaseline, requests: Sequence[Request], tokens: Callable[[list[str]], int]) -> int:
+    """Number of tokens in the system prompts, with the context of each request."""
+    contexts = [request.prompt_context for request in requests if request.prompt_context]
+    same = len(requests) * tokens([baseline.system]) if baseline.system else 0
+    return same + (tokens(contexts) if contexts else 0)
+
+
 def _arm(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
@@ -187,7 +221,7 @@ def _arm(
         return sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
 
     parts = {
-        "system": 0 if baseline is None or not baseline.system else len(prompts) * tokens([baseline.system]),
+        "system": 0 if baseline is None else _system_tokens(baseline, requests, tokens),
         "few_shot": 0
         if baseline is None or not baseline.few_shot
         else len(prompts) * tokens([turn["content"] for turn in baseline.examples()]),

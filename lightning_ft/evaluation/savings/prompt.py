@@ -22,7 +22,8 @@ class PromptBaseline:
     Use the best prompt that you have, and fix it before you look at results of the tuned model.
 
     Args:
-        system: System prompt. It precedes the system turn of a request that has one.
+        system: System prompt. It precedes the system turn of a request that has one, and the `prompt_context` of one
+            that has it.
         few_shot: Few-shot examples, as ``{"input": ..., "output": ...}``, or as messages ``{"role": ..., "content":
             ...}`` that end with an assistant's message.
 
@@ -83,11 +84,16 @@ class PromptBaseline:
             )
         return turns
 
-    def messages(self, request: Sequence[Message]) -> list[Message]:
-        """Prepend the system prompt and the few-shot examples to the messages of a request."""
+    def messages(self, request: Sequence[Message], context: str | None = None) -> list[Message]:
+        """Prepend the system prompt and the few-shot examples to the messages of a request.
+
+        Args:
+            request: Messages of the request. Its own system turn follows the system prompt.
+            context: Text for this request only, such as candidates or a schema; it ends the system prompt.
+        """
         has_own = bool(request) and request[0]["role"] == "system"
         own, rest = (request[0]["content"], list(request[1:])) if has_own else ("", list(request))
-        system = "\n\n".join(text for text in (self.system, own) if text)
+        system = "\n\n".join(text for text in (self.system, own, context) if text)
         head = [Message(role="system", content=system)] if system else []
         return [*head, *self.examples(), *rest]
 
