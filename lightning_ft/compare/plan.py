@@ -9,12 +9,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.savings.prompt import content_hash
+
+if TYPE_CHECKING:
+    from lightning_ft.modules.base import FineTuning
 
 GRID = (1 / 3, 1.0, 3.0)
 """Multiples of the configured learning rate that are tried by default."""
@@ -211,7 +214,7 @@ def config_hash(config: Mapping[str, Any], settings: Settings, size: int | None,
     return content_hash(json.loads(json.dumps(hashed, default=str)))  # default=str for the dates of YAML
 
 
-def weights_hash(model: Any) -> str:
+def weights_hash(model: object) -> str:
     """Hash the contents of a model's folder; a hub name is returned unchanged, since its revision identifies them."""
     folder = Path(str(model))
     if not folder.is_dir():
@@ -228,7 +231,7 @@ def weights_hash(model: Any) -> str:
 def _built_in(name: str, config: Mapping[str, Any], path: str, grids: Mapping[str, Sequence[float]]) -> Method:
     from lightning_ft.modules.sft import FullFineTuning, LoRAFineTuning
 
-    target: Any = {"full": FullFineTuning, "lora": LoRAFineTuning}[name]
+    target: type[FineTuning] = {"full": FullFineTuning, "lora": LoRAFineTuning}[name]
     configured = str(config["model"].get("class_path", "")).rpartition(".")[2]
     if configured not in (FullFineTuning.__name__, LoRAFineTuning.__name__):
         raise ComparisonError(
@@ -273,12 +276,12 @@ def round_rate(rate: float) -> float:
 
 
 def _check_comparable(methods: Sequence[Method]) -> None:
-    def data(method: Method) -> Any:
+    def data(method: Method) -> list[object]:
         section = method.config["data"]
         arguments = {k: v for k, v in section.get("init_args", {}).items() if k not in _BATCHING}
         return [str(section.get("class_path", "")).rpartition(".")[2], arguments]
 
-    def precision(method: Method) -> dict[str, Any]:
+    def precision(method: Method) -> dict[str, object]:
         return {
             "trainer.precision": str(method.config.get("trainer", {}).get("precision", "32-true")),
             "model.init_args.dtype": method.config["model"].get("init_args", {}).get("dtype", "the class's default"),
@@ -306,5 +309,5 @@ def _callbacks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(found)] if isinstance(found, Mapping) else list(found)
 
 
-def _class_name(callback: Mapping[str, Any]) -> str:
+def _class_name(callback: Mapping[str, object]) -> str:
     return str(callback.get("class_path", "")).rpartition(".")[2]

@@ -6,13 +6,16 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_ft._lightning import Callback
+from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.callbacks.compute import ComputeMeter
 from lightning_ft.compare.run_files import CHECKPOINT
 from lightning_ft.evaluation.comparison.result import CurvePoint
 from lightning_ft.modules.base import FineTuning
+
+if TYPE_CHECKING:
+    from lightning_ft.models.head import CausalLM
 
 
 class RunRecorder(Callback):
@@ -30,7 +33,7 @@ class RunRecorder(Callback):
         self,
         folder: Path,
         meter: ComputeMeter,
-        quality: Callable[[Any], float],
+        quality: Callable[[CausalLM], float],
         evaluations: int,
         config_hash: str = "",
     ) -> None:
@@ -43,23 +46,25 @@ class RunRecorder(Callback):
         self._started = time.perf_counter()
         self._planned_steps: set[int] = set()
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Spread the measurements over the steps of the run."""
         total = pl_module._total_steps() if isinstance(pl_module, FineTuning) else None
         count = self.evaluations
         self._planned_steps = set() if total is None else {math.ceil(total * (i + 1) / count) for i in range(count)}
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         """Measure if the step is one of those planned."""
         if trainer.global_step in self._planned_steps and not self._measured(trainer.global_step):
             self._measure(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure after each epoch if the number of steps isn't known in advance."""
         if not self._planned_steps and not self._measured(trainer.global_step):
             self._measure(trainer, pl_module)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the final weights, unless the last step was measured."""
         if not self._measured(trainer.global_step):
             self._measure(trainer, pl_module)
@@ -80,7 +85,7 @@ class RunRecorder(Callback):
     def _measured(self, step: int) -> bool:
         return any(point.step == step for point in self.curve)
 
-    def _measure(self, trainer: Any, module: Any) -> None:
+    def _measure(self, trainer: Trainer, module: Any) -> None:
         so_far = self.meter.so_far()
         quality = self.quality(module.model)
         self.curve.append(CurvePoint(trainer.global_step, so_far.flops, so_far.train_seconds, quality))

@@ -7,12 +7,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import yaml
 
@@ -35,6 +34,7 @@ from lightning_ft.compare.plan import (
 )
 from lightning_ft.compare.run_files import CONFIG, PLAN, read_plan, read_results, write_plan
 from lightning_ft.compare.worker import measurement_plans
+from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
@@ -42,6 +42,7 @@ from lightning_ft.evaluation.savings.arms import constant_scores
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.gate import overlap_text
 from lightning_ft.evaluation.savings.overlap import request_overlap
+from lightning_ft.evaluation.savings.plan import MeasurementPlan
 from lightning_ft.evaluation.savings.prompt import content_hash
 from lightning_ft.importing import import_object
 from lightning_ft.printable import json_text
@@ -135,7 +136,7 @@ def parse_duration(text: str) -> float:
     return float(found[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def _split(value: str | Sequence[Any]) -> list[str]:
+def _split(value: str | Sequence[object]) -> list[str]:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else [str(part) for part in value]
 
 
@@ -186,13 +187,13 @@ class _Comparer:
         self.metrics = None if metrics is None else import_object(metrics, argument="metrics", error=ComparisonError)
         self.complete = True
         self.results: dict[PlannedRun, list[RunResult]] = {}
-        self._weights: dict[Any, str] = {}
+        self._weights: dict[Hashable, str] = {}
         self.plan, self.rows, self.data_report = self._check()
         if too_large := [size for size in sizes if size >= self.rows]:
             print(f"Sizes {too_large} are skipped, since runs on all {self.rows:,} training rows are included anyway.")
         self.sizes = sorted({size for size in sizes if size < self.rows})
 
-    def _check(self) -> tuple[Any, int, dict[str, Any]]:
+    def _check(self) -> tuple[MeasurementPlan, int, dict[str, dict[str, int]]]:
         """Load rows and prompts before anything is trained.
 
         Returns:
@@ -206,7 +207,7 @@ class _Comparer:
         first = next(iter(self.methods.values()))
         write_text(folder / CONFIG, yaml.safe_dump(run_config(first, ORIGINAL, folder), sort_keys=False))
         cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
-        data: Any = cli.datamodule
+        data: PairDataModule = cli.datamodule
         data.load_rows()
         for split in ("validation", "test"):
             if split not in data.splits.rows:
@@ -220,6 +221,7 @@ class _Comparer:
             for name, r in data.report.items()
         }
         index = data.splits.training_index()
+        assert index is not None  # the training rows were loaded
         self.overlap = {split: request_overlap(plan.requests, index) for split, plan in plans.items()}
         train = [[[dict(turn) for turn in r.messages], r.reference] for r in data.requests("train")]
         self.data_hashes = [content_hash(train), *(plan.fingerprint for plan in plans.values())]
@@ -406,7 +408,7 @@ class _Comparer:
             *([f"Of the validation rows, on which learning rates are chosen, {overlap}."] if overlap else ()),
         )
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, object]:
         first = next(iter(self.methods.values()))
         return {
             "model": first.config["model"].get("init_args", {}).get("model"),

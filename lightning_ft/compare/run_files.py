@@ -27,7 +27,7 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+def write_plan(folder: Path, plan: Mapping[str, object]) -> None:
     """Write the plan of a run.
 
     Raises:

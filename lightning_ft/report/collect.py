@@ -170,5 +170,5 @@ def _comparison(values: Mapping[str, Any]) -> Comparison:
     return Comparison.from_dict(values)
 
 
-def _undefined(values: Mapping[str, Any]) -> FailedMeasurement:
+def _undefined(values: Mapping[str, object]) -> FailedMeasurement:
     return FailedMeasurement(str(values["measurement"]), str(values["reason"]))

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lightning_ft.atomic_files import atomic_write
 from lightning_ft.document.blocks import NO_PLOTS, Document
@@ -80,7 +79,7 @@ def write_files(report: RunReport, folder: Path) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def report_json(report: RunReport, document: Document, plots: Mapping[str, RenderedPlot]) -> dict[str, Any]:
+def report_json(report: RunReport, document: Document, plots: Mapping[str, RenderedPlot]) -> dict[str, object]:
     """Convert a report and its results to JSON types.
 
     Args:
