@@ -143,7 +143,7 @@ def test_checkpoint_within_a_rollout_is_reported(model_folder, trainer_options, 
     saver = _pl.callbacks.OnExceptionCheckpoint(tmp_path, filename="half")
     train(module, data, trainer_options, callbacks=[saver])
     module, data = make("grpo", model_folder, tmp_path)
-    with pytest.warns(UserWarning, match="in the middle of the optimizer steps of batch 1 of epoch 0"):
+    with pytest.warns(UserWarning, match="between the optimizer steps of batch 1 of epoch 0"):
         trainer = train(module, data, trainer_options, ckpt_path=tmp_path / "half.ckpt")
     assert trainer.global_step == 36 - 2
 
