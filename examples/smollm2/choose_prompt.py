@@ -1,0 +1,143 @@
+"""Chooses the prompt that fine-tuning has to beat: `python examples/smollm2/choose_prompt.py DOMAIN`.
+
+At least eight prompts are tried on validation rows: each system prompt without examples, and then the best one with
+several numbers and draws of examples from the training rows. Answers are generated and graded as in the prompted arm of
+the domain's configuration. The test rows are never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_ft import PairDataModule, PromptBaseline
+from lightning_ft.evaluation.savings.arms import run_arm
+from lightning_ft.evaluation.savings.plan import measurement_plan
+from lightning_ft.rollout.structured import StructuredOutputs
+
+HERE = Path(__file__).parent
+
+SYSTEMS = {
+    "legal_citation": (
+        "Rewrite the citation of a court decision in Bluebook form: volume, abbreviation of the reporter, page, and in "
+        "parentheses the abbreviation of the court and the year. Reply with the citation only.",
+        "You correct legal citations. Keep volume, page and year. Abbreviate the reporter and the court as the "
+        "Bluebook does, and write the court and the year in parentheses. Answer with the corrected citation alone.",
+        "Citation as written -> citation in Bluebook form.",
+    ),
+    "medical_coding": (
+        "Give the ICD-10-CM code of the medical term. Choose one of the candidates below. Reply with the code only.",
+        "You are a medical coder. Which of these ICD-10-CM codes describes the user's term? Answer with the code.",
+        "Medical term -> ICD-10-CM code, one of these candidates:",
+    ),
+    "api_calls": (
+        "Call one of the functions below to answer the user. Reply with JSON only: "
+        '{"name": ..., "arguments": {...}}. Leave out optional arguments that the user doesn\'t mention.',
+        "You translate questions to function calls. Choose the function and its arguments from the list. Answer with "
+        'one line of JSON, {"name": <function>, "arguments": {<argument>: <value>}}, and nothing else.',
+        'Question -> {"name": ..., "arguments": {...}}, with one of these functions:',
+    ),
+    "support": (
+        "{policy}\n\nRead the ticket and the readings of the device, and reply with the actions that solve the "
+        "problem, in alphabetical order and separated by commas. The actions are: {actions}.",
+        "You are a technician. Reply to each ticket with the actions that solve it, in alphabetical order, separated "
+        "by commas, out of: {actions}.\n\n{policy}",
+        "Ticket and readings of the device -> actions, separated by commas, out of: {actions}.",
+    ),
+}
+"""System prompts to try, the same task in several wordings."""
+
+EXAMPLES = {"legal_citation": (4, 8, 16), "medical_coding": (2, 4, 8), "api_calls": (1, 2, 3), "support": (1, 2, 4)}
+"""Numbers of examples to try."""
+
+DRAWS = 2
+
+
+def system_prompts(domain: str) -> list[str]:
+    """System prompts of a domain, filled with its policy and actions where it has them."""
+    folder = HERE / "data" / domain
+    fields = {}
+    if domain == "support":
+        source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+        policy = (folder / "policy.txt").read_text(encoding="utf-8")
+        fields = {"{policy}": policy, "{actions}": ", ".join(source["actions"])}
+    prompts = []
+    for system in SYSTEMS[domain]:
+        for name, text in fields.items():
+            system = system.replace(name, text)
+        prompts.append(system)
+    return prompts
+
+
+def candidates(
+    domain: str, train: list[dict[str, str]], best: list[PromptBaseline]
+) -> Iterator[tuple[str, PromptBaseline]]:
+    """Prompts to try; `best` gets the best system prompt once the first ones have been tried."""
+    for number, system in enumerate(system_prompts(domain)):
+        yield f"wording {number}, no examples", PromptBaseline(system)
+    system = best[0].system
+    for count in EXAMPLES[domain]:
+        for draw in range(DRAWS):
+            chosen = random.Random(f"{count} {draw}").sample(train, count)
+            few_shot = [{key: row[key] for key in ("input", "output")} for row in chosen]
+            yield f"{count} examples, draw {draw}", PromptBaseline(system, few_shot)
+
+
+def main() -> None:
+    """Try the prompts of a domain and write the best one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("domain", choices=sorted(SYSTEMS))
+    parser.add_argument("--requests", type=int, default=100, help="Number of validation rows to answer.")
+    parser.add_argument("--threads", type=int, default=2, help="Number of threads.")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = yaml.safe_load((HERE / f"{options.domain}.yaml").read_text(encoding="utf-8"))
+    savings: dict[str, Any] = config["trainer"]["callbacks"][0]["init_args"]
+    base = config["model"]["init_args"]["model"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    data = PairDataModule(**config["data"]["init_args"], tokenizer=tokenizer)
+    data.setup("validate")
+    requests = data.requests("validation")
+    lines = Path(config["data"]["init_args"]["train"]).read_text(encoding="utf-8").splitlines()
+    train = [json.loads(line) for line in lines]
+    structured = savings.get("structured_outputs")
+
+    def quality(baseline: PromptBaseline) -> float:
+        plan = measurement_plan(
+            tokenizer,
+            requests,
+            baseline,
+            scorer=savings["scorer"],
+            max_new_tokens=savings["max_new_tokens"],
+            max_requests=options.requests,
+            structured_outputs=StructuredOutputs.from_dict(structured) if structured else False,
+        )
+        plan.check_context(model.config.max_position_embeddings)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run_arm("prompted", model, tokenizer, plan, timed_requests=0, progress=False).quality
+
+    tried: list[tuple[float, str, PromptBaseline]] = []
+    best: list[PromptBaseline] = [PromptBaseline(system_prompts(options.domain)[0])]
+    for name, baseline in candidates(options.domain, train, best):
+        tried.append((quality(baseline), name, baseline))
+        print(f"{tried[-1][0]:.3f}  {name}", flush=True)
+        best[0] = max(tried, key=lambda entry: entry[0])[2]
+    found, name, baseline = max(tried, key=lambda entry: entry[0])
+    output = HERE / "baselines" / f"{options.domain}.json"
+    output.parent.mkdir(exist_ok=True)
+    content = {"system": baseline.system, "few_shot": baseline.few_shot}
+    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
+    print(f"{output}: {name}, {found:.3f} of {min(options.requests, len(requests))} validation rows")
+
+
+if __name__ == "__main__":
+    main()
