@@ -19,7 +19,7 @@ import os
 import sys
 import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_ft.errors import ConfigError, NamespaceError
 
@@ -54,8 +54,11 @@ _both = [sys.modules[module] for module in _MODULES.values() if module in sys.mo
 _both.sort(key=lambda module: module is not _pl)
 
 if TYPE_CHECKING:
+    import torch
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+    from pytorch_lightning.plugins import CheckpointIO as CheckpointIO
     from pytorch_lightning.plugins import TorchCheckpointIO
+    from pytorch_lightning.utilities.types import OptimizerLRScheduler as OptimizerLRScheduler
 
     restricted_classmethod = classmethod
 else:
@@ -76,14 +79,14 @@ def cli_module() -> ModuleType:
     return importlib.import_module(_MODULES[NAMESPACE] + ".cli")
 
 
-def available_flops(device: Any, dtype: Any) -> float | None:
+def available_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOPs per second of a device for a dtype, from Lightning's table; None if the table doesn't list it."""
     fabric = "lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric"
     found = importlib.import_module(f"{fabric}.utilities.throughput").get_available_flops(device, dtype)
     return None if found is None else float(found)
 
 
-def check_same_namespace(trainer: Any, module: Any) -> None:
+def check_same_namespace(trainer: object, module: object) -> None:
     """Refuse to combine a Trainer of one Lightning package with a LightningModule of the other.
 
     Raises:

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from fsspec.core import url_to_fs
@@ -21,6 +21,9 @@ from lightning_ft.atomic_files import atomic_write
 from lightning_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from lightning_ft.read_errors import first_line
 
+if TYPE_CHECKING:
+    from torch.serialization import MAP_LOCATION as MapLocation
+
 Source: TypeAlias = "str | Path | IO[bytes]"
 """A path, a URL (http, https or any scheme that fsspec knows), or an open file."""
 VERSION = "pytorch-lightning_version"
@@ -28,7 +31,7 @@ VERSION = "pytorch-lightning_version"
 _REMEDY = "Use another checkpoint of the run, or start the run again."
 
 
-def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+def write_checkpoint(checkpoint: Mapping[str, object], path: str | Path) -> None:
     """Write a checkpoint to a local file.
 
     Args:
@@ -49,7 +52,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 
 def read_checkpoint(
-    source: Source, map_location: Any = "cpu", *, from_trainer: bool = False, name: str | None = None
+    source: Source, map_location: MapLocation = "cpu", *, from_trainer: bool = False, name: str | None = None
 ) -> dict[str, Any]:
     """Read a checkpoint after verifying its checksums, without running any code that it contains.
 
@@ -70,7 +73,7 @@ def read_checkpoint(
     with local_file(source) as file:
         _check_whole(file, name)
         try:
-            checkpoint = torch.load(cast(Any, file), map_location=map_location, weights_only=True)
+            checkpoint = torch.load(file, map_location=map_location, weights_only=True)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except pickle.UnpicklingError as error:
@@ -231,7 +234,7 @@ def _why_refused(name: str, error: pickle.UnpicklingError) -> str:
     )
 
 
-def _check_content(checkpoint: Any, name: str, *, from_trainer: bool) -> None:
+def _check_content(checkpoint: object, name: str, *, from_trainer: bool) -> None:
     """Check that the contents are those of a checkpoint of Lightning."""
     problem = f"{name!r} isn't a Lightning checkpoint: "
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:

@@ -14,7 +14,7 @@ import shutil
 import uuid
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,10 +43,16 @@ def sequence_digest(input_ids: Tensor) -> bytes:
     return hashlib.blake2b(input_ids.contiguous().numpy().tobytes(), digest_size=16).digest()
 
 
+class _Slice(Protocol):
+    """A tensor in an open safetensors file, which is read by slices."""
+
+    def __getitem__(self, index: slice) -> Tensor: ...
+
+
 class _Position(NamedTuple):
     """Where the states of a sequence are stored."""
 
-    states: Any  # a slice of an open safetensors file
+    states: _Slice
     start: int
     stop: int
     checksum: int

@@ -20,7 +20,7 @@ from lightning_ft.models.load_report import shortened, warn_on_first_rank, why_u
 from lightning_ft.models.lora_checks import check_adapter
 from lightning_ft.read_errors import READ_ERRORS
 
-DEFAULT_LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+DEFAULT_LORA: dict[str, object] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 """Rank 16 on every linear layer but the head: adapting all layers, not attention alone, is what reaches full
 fine-tuning's quality (QLoRA, https://arxiv.org/abs/2305.14314, section 4)."""
 
@@ -69,7 +69,7 @@ def _nested_configs() -> dict[str, type]:
     return {"loftq_config": peft.LoftQConfig, "eva_config": peft.EvaConfig}
 
 
-def as_json(config: LoraConfig) -> dict[str, Any]:
+def as_json(config: LoraConfig) -> dict[str, object]:
     """The configuration as JSON values: rank, alpha, and what differs from PEFT's defaults.
 
     A checkpoint that holds it can be loaded with `weights_only=True`, and :func:`lora_config` restores it.
@@ -88,7 +88,7 @@ def as_json(config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def _json(value: Any) -> Any:
+def _json(value: object) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -66,7 +66,7 @@ class Adaptation:
         """``"full"``, ``"lora"`` for a new adapter, or ``"adapter"`` for a saved one."""
         return "adapter" if self.adapter is not None else ("full" if self.lora is None else "lora")
 
-    def as_json(self) -> dict[str, Any] | None:
+    def as_json(self) -> dict[str, object] | None:
         """The new adapter's configuration as JSON values."""
         return None if self.lora is None else as_json(self.lora)
 

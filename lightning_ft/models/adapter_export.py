@@ -160,7 +160,7 @@ def differences_to(initial: dict[str, Tensor], trained: dict[str, Tensor]) -> di
     return doubled
 
 
-def _twice_the_rank(config: dict[str, Any]) -> dict[str, Any]:
+def _twice_the_rank(config: dict[str, Any]) -> dict[str, object]:
     """Settings for twice the rank at the same scale, which is ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA."""
     factor = math.sqrt(2) if config.get("use_rslora") else 2
     return {

@@ -6,13 +6,16 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers.utils.generic import ModelOutput
 
 Backbone = Callable[..., Any]
 """Callable that computes a model's last hidden states, in its output's `last_hidden_state`."""
@@ -28,7 +31,7 @@ def accepts(module: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(module.forward).parameters
 
 
-def first_tensor(out: Any) -> Tensor:
+def first_tensor(out: Tensor | tuple[object, ...] | ModelOutput) -> Tensor:
     """The first tensor of a forward pass's output: hidden states of a backbone, logits of a whole model.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,9 @@ from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import length_switch
 from lightning_ft.models.numerics import are_close, tolerance_of
 from lightning_ft.read_errors import first_line
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -169,7 +172,7 @@ def _forced_logits(model: CausalLM, prompts: Sequence[list[int]], pad_token_id: 
     ids, mask = left_padded(prompts, pad_token_id)
     forced = _ForcedTokens(some_tokens(base_of(model), (_STEPS,))[0].tolist())
     with own_generation_config(model):
-        cast(Any, model).generate(
+        cast("GenerationMixin", model).generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=GenerationConfig(

@@ -22,7 +22,7 @@ from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.lora_checks import check_merge
 from lightning_ft.models.merge import merged
-from lightning_ft.models.model_card import model_card
+from lightning_ft.models.model_card import BaseOptions, model_card
 from lightning_ft.models.numerics import first_nonfinite
 from lightning_ft.models.shard import is_sharded
 
@@ -56,7 +56,7 @@ def export(
     check_prompts: list[list[int]] | None = None,
     overwrite: bool = False,
     write: bool = True,
-    base_options: Mapping[str, Any] | None = None,
+    base_options: BaseOptions | None = None,
 ) -> Path:
     """Write an adapter or model folder with the tokenizer, its chat template, end tokens and a model card.
 

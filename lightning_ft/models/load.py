@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 import transformers
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import BitsAndBytesConfig
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
+    from typing_extensions import Unpack
 
     AutoClass = type[_BaseAutoModelClass]
 
@@ -34,7 +35,18 @@ _MULTIMODAL = getattr(transformers, "AutoModelForMultimodalLM", None)  # missing
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
+class LoadOptions(TypedDict, total=False):
+    """Options of :func:`load_model`, which documents them and has their defaults."""
+
+    dtype: str | torch.dtype
+    attn_implementation: str | None
+    quantization: str | dict[str, Any] | None
+    revision: str | None
+    trust_remote_code: bool
+    device: torch.device | None
+
+
+def load_causal_lm(name: str, **options: Unpack[LoadOptions]) -> PreTrainedModel:
     """Load a causal language model, in train mode.
 
     Args:
@@ -45,10 +57,10 @@ def load_causal_lm(name: str, **options: Any) -> PreTrainedModel:
         ModelError: If it can't be loaded, or isn't a causal language model.
         MissingDependencyError: For quantization without bitsandbytes.
     """
-    known = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    revision, trust = options.get("revision"), options.get("trust_remote_code", False)
     config: PreTrainedConfig | None
     try:
-        config = load_config(name, **known)
+        config = load_config(name, revision=revision, trust_remote_code=trust)
     except ModelError:
         config = None  # loading the model will report what is wrong with it
     first, *others = text_model_classes(config)
@@ -115,7 +127,7 @@ def _text_classes(config: PreTrainedConfig) -> list[tuple[AutoClass, tuple[type[
     return classes
 
 
-def load_reward_model(name: str, **options: Any) -> PreTrainedModel:
+def load_reward_model(name: str, **options: Unpack[LoadOptions]) -> PreTrainedModel:
     """Load a sequence-classification model with one label, in train mode.
 
     From a causal language model only the backbone is loaded; the reward head is new, drawn from the global generator.
@@ -163,7 +175,7 @@ def load_model(
         ModelError: If the model can't be loaded, or weights are missing from the checkpoint or have unexpected sizes.
         MissingDependencyError: For quantization without bitsandbytes.
     """
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "dtype": resolve_dtype(dtype),
         "revision": revision,
         "trust_remote_code": trust_remote_code,
@@ -292,7 +304,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return resolved
 
 
-def quantization_options(quantization: str | dict[str, Any]) -> dict[str, Any]:
+def quantization_options(quantization: str | dict[str, Any]) -> dict[str, object]:
     """Return the arguments of `transformers.BitsAndBytesConfig` for ``"4bit"``, ``"8bit"`` or a dict of them.
 
     Raises:
@@ -302,7 +314,7 @@ def quantization_options(quantization: str | dict[str, Any]) -> dict[str, Any]:
         >>> quantization_options("8bit")
         {'load_in_8bit': True}
     """
-    named: dict[str, dict[str, Any]] = {
+    named: dict[str, dict[str, object]] = {
         "4bit": {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",

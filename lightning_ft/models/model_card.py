@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from peft import PeftModel
@@ -16,6 +15,22 @@ from lightning_ft.models.load import text_class_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
+
+
+class BaseOptions(TypedDict, total=False):
+    """Further arguments that the base of an adapter is loaded with.
+
+    Args:
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code of the base's repository runs.
+        dtype: Name of the dtype of its weights.
+        quantization: Arguments of `transformers.BitsAndBytesConfig`.
+    """
+
+    revision: str
+    trust_remote_code: bool
+    dtype: str
+    quantization: dict[str, object]
 
 
 def hub_name(name: str | None) -> str | None:
@@ -42,7 +57,7 @@ def model_card(
     model: CausalLM,
     *,
     merge: bool = False,
-    base_options: Mapping[str, Any] | None = None,
+    base_options: BaseOptions | None = None,
     end_tokens: list[int] | None = None,
 ) -> str:
     """Write a model card in Markdown, without any local path.
@@ -101,15 +116,16 @@ def _auto(base: PreTrainedModel) -> str:
     return text_class_name(base) if base.can_generate() else "AutoModelForSequenceClassification"
 
 
-def _adapter_code(folder: str, base: PreTrainedModel, source: str, options: Mapping[str, Any]) -> list[str]:
+def _adapter_code(folder: str, base: PreTrainedModel, source: str, options: BaseOptions) -> list[str]:
     auto, name = _auto(base), hub_name(source)
     imports = [auto, "AutoTokenizer", *(["GenerationConfig"] if base.can_generate() else [])]
+    classifier: dict[str, object] = {}
     if not base.can_generate():
         # without the tokenizer's pad token, rewards of padded batches would be read at other tokens
-        options = {"num_labels": 1, "pad_token_id": base.config.get_text_config().pad_token_id, **options}
-    arguments = [f"{key}={value!r}" for key, value in options.items() if key != "quantization"]
-    if options.get("quantization"):
-        settings = ", ".join(f"{key}={_literal(value)}" for key, value in options["quantization"].items())
+        classifier = {"num_labels": 1, "pad_token_id": base.config.get_text_config().pad_token_id}
+    arguments = [f"{key}={value!r}" for key, value in {**classifier, **options}.items() if key != "quantization"]
+    if quantization := options.get("quantization"):
+        settings = ", ".join(f"{key}={_literal(value)}" for key, value in quantization.items())
         arguments.append(f"quantization_config=BitsAndBytesConfig({settings})")
         imports.append("BitsAndBytesConfig")
     remark = "" if name else "  # it was a local folder: its path, or the base's name on the hub, goes here"

@@ -235,7 +235,7 @@ def _calls(model: nn.Module, called: set[int]) -> Iterator[None]:
 def _outputs(model: nn.Module, odd: set[int]) -> Iterator[None]:
     """Record the linear layers whose output isn't a tensor with one number per row of their matrix."""
 
-    def note(module: nn.Module, args: tuple[object, ...], out: object) -> None:
+    def note(module: nn.Linear | Conv1D, args: tuple[object, ...], out: object) -> None:
         rows = args[0].shape[:-1] if args and isinstance(args[0], Tensor) else None
         if not isinstance(out, Tensor) or (rows is not None and out.shape != (*rows, _outputs_of(module))):
             odd.add(id(module))
@@ -248,7 +248,7 @@ def _outputs(model: nn.Module, odd: set[int]) -> Iterator[None]:
             hook.remove()
 
 
-def _outputs_of(module: Any) -> int:
+def _outputs_of(module: nn.Linear | Conv1D) -> int:
     return int(module.nf if isinstance(module, Conv1D) else module.out_features)
 
 

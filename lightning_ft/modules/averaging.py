@@ -9,7 +9,7 @@ when there is nothing to average.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from torch import Tensor
@@ -49,7 +49,7 @@ class AveragedWeights(LightningModule):
                     frozen.add(theirs.data_ptr())
             _leave_out(callback, frozen)
 
-    def _averages(self) -> Iterator[tuple[Any, Any]]:
+    def _averages(self) -> Iterator[tuple[Any, AveragedWeights]]:
         """Callbacks that average weights, with their copies of this module."""
         for callback in cast(Any, self.trainer).callbacks:
             average = getattr(callback, "_average_model", None)
@@ -98,7 +98,9 @@ def _leave_out(callback: Any, frozen: set[int]) -> None:
             continue
         average = getattr(average, "of_trained", average)
 
-        def of_trained_only(averaged: Tensor, current: Tensor, count: Any, average: Any = average) -> Any:
+        def of_trained_only(
+            averaged: Tensor, current: Tensor, count: object, average: Callable[..., Tensor] = average
+        ) -> Tensor:
             return averaged if averaged.data_ptr() in frozen else average(averaged, current, count)
 
         of_trained_only.of_trained = average  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,16 +18,18 @@ from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.adapter_export import check_base
+from lightning_ft.models.backbone import Backbone
 from lightning_ft.models.export import check_export, export
 from lightning_ft.models.generate import generate_text
-from lightning_ft.models.head import CausalLM, base_of
-from lightning_ft.models.load import load_causal_lm
-from lightning_ft.models.logprob_model import LogProbModel
+from lightning_ft.models.head import CausalLM, Reduction, base_of
+from lightning_ft.models.load import LoadOptions, load_causal_lm
+from lightning_ft.models.logprob_model import LogProbModel, LogProbOptions
 from lightning_ft.models.numerics import refuse_nonfinite
-from lightning_ft.models.optim import Schedule, adamw, parameter_groups, schedule_factor, set_first_rate
+from lightning_ft.models.optim import ParameterGroup, Schedule, adamw, parameter_groups, schedule_factor, set_first_rate
 from lightning_ft.models.router import OwnLoss, find_own_loss
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.averaging import AveragedWeights
@@ -35,12 +37,15 @@ from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_other_
 from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.evaluation import EvaluatedModule
 from lightning_ft.modules.nonfinite import FiniteSteps
-from lightning_ft.modules.options import ModelOptions, OptimizerOptions, complete
+from lightning_ft.modules.options import ModelOptions, OptimizerOptions, Unpack, complete
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.tokenizer import ModuleTokenizer
 from lightning_ft.modules.trainer_checks import check_strategy, warn_lost_steps
 from lightning_ft.rewards.function import OnNonFinite
 from lightning_ft.types import Message, Request
+
+if TYPE_CHECKING:
+    from lightning_ft._lightning import OptimizerLRScheduler
 
 
 class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModule):
@@ -75,7 +80,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
     trains_router_loss: ClassVar[bool] = False
     """Whether the loss includes the load-balancing term of a mixture of experts."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         complete(cls)
 
@@ -157,7 +162,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
             }
         )
 
-    def record_arguments(self, arguments: dict[str, Any]) -> None:
+    def record_arguments(self, arguments: dict[str, object]) -> None:
         """Add constructor arguments to `hparams`, from which `load_from_checkpoint` builds the module again.
 
         Args:
@@ -227,6 +232,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
             raise ModelError("No parameter of the model is trainable.")
         if self.sharded:
             self._warn_misfits()
+            assert self._device_mesh is not None
             shard(base_of(self.model), self._device_mesh)
         self._logprob_model = LogProbModel(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
 
@@ -241,7 +247,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
             return cast(PreTrainedModel, model.train())
         return load_causal_lm(self._base_name(), **self._load_options())
 
-    def _load_options(self) -> dict[str, Any]:
+    def _load_options(self) -> LoadOptions:
         """Arguments of the functions in `lightning_ft.models.load`."""
         options = self.model_options
         return {
@@ -260,7 +266,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
         model, self._initial = self._adaptation.apply(base, seed=self.model_options.seed)
         return model
 
-    def _compiled(self) -> Any:
+    def _compiled(self) -> Backbone | None:
         compile_options = self.model_options.torch_compile
         if not compile_options:
             return None
@@ -270,7 +276,9 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
         self.configure_model()
         return cast(LogProbModel, self._logprob_model)
 
-    def compute_logprobs(self, batch: TokenBatch, reduction: Any = "none", **options: Any) -> Any:
+    def compute_logprobs(
+        self, batch: TokenBatch, reduction: Reduction = "none", **options: Unpack[LogProbOptions]
+    ) -> SelectedLogProbs:
         """Log-probabilities of the supervised tokens of a batch, see `lightning_ft.models.head.completion_logprobs`.
 
         Args:
@@ -334,7 +342,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
                 )
             set_first_rate(scheduler)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW without decay of norms and biases, linear warm-up, and `lr_schedule`."""
         optimizer = self._optimizer()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
@@ -344,7 +352,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
         groups = parameter_groups(self.model, self.optimizer_options.weight_decay)
         return self._adamw(groups, self.optimizer_options.learning_rate)
 
-    def _adamw(self, groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
+    def _adamw(self, groups: list[ParameterGroup], learning_rate: float) -> torch.optim.Optimizer:
         scaled = self._trainer is None or "mixed" in str(self._trainer.precision)  # Fabric's precision isn't known here
         return adamw(groups, learning_rate, self.optimizer_options.betas, scaled=scaled)
 

@@ -6,9 +6,9 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ft._lightning import LightningModule, TorchCheckpointIO, restricted_classmethod
 from lightning_ft.atomic_files import is_temporary_path
@@ -23,6 +23,11 @@ from lightning_ft.checkpoint_file import (
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch.serialization import MAP_LOCATION as MapLocation
+
+    from lightning_ft._lightning import CheckpointIO
+
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Replaces Lightning's `TorchCheckpointIO`.
@@ -35,11 +40,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
         inner: Plugin that the user passed to the Trainer; it reads and writes, and is asked to read data only.
     """
 
-    def __init__(self, trainer: Any, inner: Any = None) -> None:
+    def __init__(self, trainer: Any, inner: CheckpointIO | None = None) -> None:
         super().__init__()
         self._trainer, self._inner = trainer, inner
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Write a checkpoint.
 
         Raises:
@@ -53,14 +58,16 @@ class WholeCheckpointIO(TorchCheckpointIO):
         else:
             write_checkpoint(checkpoint, local)
 
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint."""
         if self._inner is None:
             super().remove_checkpoint(path)
         else:
             self._inner.remove_checkpoint(path)
 
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: MapLocation = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Read a checkpoint; in place of a damaged last one of the run, its newest whole one.
 
         Raises:
@@ -73,7 +80,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return checkpoint
         return self.whole(path, map_location)[1]
 
-    def whole(self, path: Any, map_location: Any = "cpu") -> tuple[Any, dict[str, Any]]:
+    def whole(self, path: str | Path, map_location: MapLocation = "cpu") -> tuple[str | Path, dict[str, Any]]:
         """The path of a checkpoint, or of another in its place, and its content.
 
         Raises:
@@ -91,7 +98,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 return other, checkpoint
             raise
 
-    def _read(self, path: Any, map_location: Any) -> dict[str, Any]:
+    def _read(self, path: str | Path, map_location: MapLocation) -> dict[str, Any]:
         checkpoint = read_checkpoint(path, map_location, from_trainer=True)
         if self._trainer.state.fn == "fit" and not _is_resumable(checkpoint):
             raise CheckpointError(
@@ -101,7 +108,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             )
         return checkpoint
 
-    def _others(self, path: Any) -> Iterator[Path]:
+    def _others(self, path: str | Path) -> Iterator[Path]:
         """Checkpoints next to the last one of a run, the newest first.
 
         ``ckpt_path="last"`` is already a path here. So it counts as a last checkpoint if a callback of the Trainer
@@ -134,7 +141,7 @@ def _is_resumable(checkpoint: Mapping[str, Any]) -> bool:
     )
 
 
-def refuse_other_shapes(module: nn.Module, weights: Mapping[str, Any]) -> None:
+def refuse_other_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Refuse weights whose shape differs from that of the parameter of the same name.
 
     Args:
@@ -152,7 +159,7 @@ def refuse_other_shapes(module: nn.Module, weights: Mapping[str, Any]) -> None:
             )
 
 
-def _data_only(plugin: Any) -> dict[str, Any]:
+def _data_only(plugin: CheckpointIO) -> dict[str, bool]:
     """The argument that makes a plugin read data only, where it has one: Lightning had none before 2.6."""
     parameters = inspect.signature(plugin.load_checkpoint).parameters
     takes = "weights_only" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -184,7 +191,7 @@ def _check_before_loading(strategy: Any, io: WholeCheckpointIO) -> None:
     """Let a strategy that loads sharded weights, bypassing its plugin, load only a checked file."""
     load = strategy.load_checkpoint
 
-    def checked(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+    def checked(checkpoint_path: str | Path, weights_only: bool | None = None) -> object:
         refuse_pickle(weights_only)
         path, checkpoint = io.whole(checkpoint_path)
         refuse_other_shapes(strategy.lightning_module, checkpoint["state_dict"])

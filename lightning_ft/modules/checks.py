@@ -18,6 +18,7 @@ from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.extremes import Extreme, largest_token, longest_row, rows_with
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.module import RowDataModule
+from lightning_ft.data.row_types import RowT
 from lightning_ft.data.splits import Splits
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import ConfigError, ModelError, TokenizerError
@@ -40,7 +41,7 @@ _MOST_NAMED = 5
 
 
 def check_rows(
-    model: CausalLM, tokenizer: PreTrainedTokenizerBase, splits: Splits[Any], *, new_tokens: int = 0
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, splits: Splits[RowT], *, new_tokens: int = 0
 ) -> None:
     """Refuse encoded rows that a model can't read.
 
@@ -89,7 +90,7 @@ def _check_length(model: CausalLM, tokens: int, where: str, new_tokens: int) -> 
 
 
 def check_prompts(
-    model: CausalLM, tokenizer: PreTrainedTokenizerBase, splits: Splits[Any], split: str, *, new_tokens: int
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, splits: Splits[RowT], split: str, *, new_tokens: int
 ) -> None:
     """Refuse prompts that a model can't answer; the rows aren't encoded yet.
 
@@ -135,7 +136,7 @@ def check_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: S
 def check_batch(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    batch: Any,
+    batch: object,
     *,
     new_tokens: int = 0,
     name: str = "A row of this batch",
@@ -165,7 +166,7 @@ def check_batch(
     _check_length(model, longest, name, new_tokens)
 
 
-def _sequences(batch: Any) -> Iterator[tuple[Tensor, int]]:
+def _sequences(batch: object) -> Iterator[tuple[Tensor, int]]:
     """Pairs of token ids and the length of the sequence that ends with them."""
     if isinstance(batch, TokenBatch) and batch.input_ids.numel():
         real = batch.segment_ids >= 0
@@ -183,7 +184,7 @@ def _sequences(batch: Any) -> Iterator[tuple[Tensor, int]]:
 def warn_untrained_tokens(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    splits: Splits[Any],
+    splits: Splits[RowT],
     *,
     own: PreTrainedTokenizerBase | None = None,
 ) -> None:
@@ -251,7 +252,7 @@ class CheckedRows(LightningModule):
     model_options: ModelOptions
     generation_options: dict[str, Any]
     """Arguments of `generate` for `predict_step`."""
-    _checked: Any = None
+    _checked: object = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -291,7 +292,7 @@ class CheckedRows(LightningModule):
         if (data := self._row_data()) is not None:
             warn_untrained_tokens(self.model, data.tokenizer, data.splits, own=own)
 
-    def _check_batch(self, batch: Any) -> None:
+    def _check_batch(self, batch: object) -> None:
         if self._row_data() is None:
             check_batch(self.model, self.tokenizer, batch, new_tokens=self._new_tokens)
 
@@ -309,14 +310,14 @@ class CheckedRows(LightningModule):
             new_tokens = int(self.generation_options.get("max_new_tokens") or 0)
             check_prompts(self.model, self.tokenizer, data.splits, "predict", new_tokens=new_tokens)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Refuse what the model can't read in a batch of a user's own loader."""
         self._check_batch(batch)
 
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Refuse what the model can't read in a batch of a user's own loader."""
         self._check_batch(batch)
 
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_start(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Refuse what the model can't read in a batch of a user's own loader."""
         self._check_batch(batch)

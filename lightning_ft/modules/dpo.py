@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -88,7 +88,7 @@ class DPO(LogRatioLearning):
         """As in `FineTuning`; precompute the reference's log-probabilities where that is configured."""
         super().on_fit_start()
         if self._ref is not None and self.precompute_reference:
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
             self._ref.precompute(data, self._precomputed_logprobs, self.device, precision=str(self.trainer.precision))
 
     def compute_loss(self, batch: PreferenceBatch) -> BatchLosses:

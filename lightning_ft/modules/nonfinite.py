@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from lightning_ft.data.loader import TokenLoader, name_rows
 from lightning_ft.distributed import all_gather_objects, is_distributed, rank_zero_warn, sum_over_ranks
@@ -58,7 +60,7 @@ class FiniteSteps(ResumableModule):
             gradient.mul_(factor)
         return gradients
 
-    def log_optimizer(self, optimizer: Any, gradients: list[Tensor], loss: float) -> None:
+    def log_optimizer(self, optimizer: Optimizer, gradients: list[Tensor], loss: float) -> None:
         """Check the step, and log the learning rate and the norm of the gradients before clipping.
 
         Args:
@@ -84,7 +86,7 @@ class FiniteSteps(ResumableModule):
 
     # ---------------------------------------------------------------- the decision
 
-    def check_step(self, optimizer: Any, norm: Tensor, loss: Tensor, *, unusable: str | None = None) -> None:
+    def check_step(self, optimizer: Optimizer, norm: Tensor, loss: Tensor, *, unusable: str | None = None) -> None:
         """Refuse or skip the next optimizer step if its loss or gradients are not finite on any rank.
 
         To skip a step its gradients are dropped, so that no weight and no optimizer state changes and nothing decays.
@@ -126,7 +128,7 @@ class FiniteSteps(ResumableModule):
         if self.skipped_steps & (self.skipped_steps - 1) == 0:  # the first, second, fourth, eighth, ...
             rank_zero_warn(f"{problem}It is skipped (on_nonfinite='skip'), {self.skipped_steps} so far.")
 
-    def _drop_gradients(self, optimizer: Any, scaler: Any) -> None:
+    def _drop_gradients(self, optimizer: Optimizer, scaler: GradScaler | None) -> None:
         """Skip the next step; a gradient scaler already knows whether to lower its scale."""
         self.skipped_steps += 1
         if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -174,7 +176,7 @@ class FiniteSteps(ResumableModule):
 
     # ---------------------------------------------------------------- resuming
 
-    def resume_state(self) -> dict[str, Any]:
+    def resume_state(self) -> dict[str, object]:
         """As in `ResumableModule`, with the count of skipped steps."""
         return {**super().resume_state(), _SKIPPED: self.skipped_steps}
 
@@ -195,4 +197,4 @@ class FiniteSteps(ResumableModule):
 
 def whole_norm(norm: Tensor) -> Tensor:
     """A norm over all shards, ``[]``."""
-    return cast(Any, norm).full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
+    return cast(Tensor, norm.full_tensor()) if hasattr(norm, "full_tensor") else norm

@@ -19,6 +19,7 @@ from typing_extensions import Required
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.load import quantization_options, resolve_dtype
+from lightning_ft.models.model_card import BaseOptions
 from lightning_ft.models.optim import Schedule
 from lightning_ft.rewards.function import OnNonFinite
 from lightning_ft.rollout.protocol import RolloutEngine
@@ -140,9 +141,9 @@ class ModelOptions:
         if self.quantization is not None:
             quantization_options(self.quantization)
 
-    def card_options(self) -> dict[str, Any]:
+    def card_options(self) -> BaseOptions:
         """Arguments with which the code of a model card loads the base."""
-        options: dict[str, Any] = {}
+        options: BaseOptions = {}
         if self.revision:
             options["revision"] = self.revision
         if self.trust_remote_code:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
@@ -324,7 +325,7 @@ class PolicyOptimization(SampledCompletions):
             returns=concatenated(rollout_batch.returns, micro_batch, logprobs),
         )
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients, which are already unscaled and summed over ranks."""
         gradients = [p for p in self.parameters() if p.grad is not None]
         limit = self.max_grad_norm

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
@@ -61,7 +62,7 @@ class PreferenceLearning(AdaptedFineTuning):
         self.note_loss(batch_idx, loss)
         return loss
 
-    def _checked_loss(self, batch: Any) -> BatchLosses:
+    def _checked_loss(self, batch: object) -> BatchLosses:
         if not isinstance(batch, PreferenceBatch):
             raise ConfigError(
                 f"{type(self).__name__} trains on preferences and got a {type(batch).__name__}: pass a "
@@ -69,7 +70,7 @@ class PreferenceLearning(AdaptedFineTuning):
             )
         return self.compute_loss(batch)
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the sum of the step's gradients into their mean over examples, before they are clipped."""
         examples = sum_over_ranks(torch.tensor(float(self._examples)), self.device)
         self._examples = 0
@@ -122,6 +123,7 @@ class LogRatioLearning(PreferenceLearning):
         scored = self.compute_logprobs(tokens, entropy=True)
         count = sum(map(len, completions))
         logprobs = per_completion(scored.logprobs, tokens, count)  # [c]
+        assert scored.entropy is not None
         lengths = per_completion(torch.ones_like(scored.logprobs), tokens, count)
         reference = None
         if self._ref is not None:
@@ -129,7 +131,7 @@ class LogRatioLearning(PreferenceLearning):
             reference = (self._reference_logprobs(batch) if cached is None else cached).to(logprobs)
         return SequenceLogProbs(logprobs, reference, lengths), scored.entropy, tokens.groups
 
-    def _data_source(self) -> tuple[Any, str]:
+    def _data_source(self) -> tuple[object, str]:
         """The DataModule of the current batch, and the name of its split."""
         split = "train" if self.trainer.training else ("test" if self.trainer.testing else "validation")
         return self.trainer.datamodule, split  # type: ignore[attr-defined]

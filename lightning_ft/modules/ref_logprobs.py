@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,11 @@ from lightning_ft.models.reference import Reference
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.models.tensors import read_tensors, write_tensors
 
-SPLITS = ("train", "validation", "test")
+if TYPE_CHECKING:
+    from lightning_ft.data.preferences import PreferenceDataModule
+    from lightning_ft.data.splits import SplitName
+
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 _BATCH_SIZE = 8
 
 
@@ -41,9 +45,9 @@ class ReferenceLogProbs:
         self.reference = reference
         self._folder = Path(folder) if folder is not None else default_folder() / "reference"
         self._logprobs: dict[str, Tensor] = {}
-        self._data: Any = None
+        self._data: object = None
 
-    def lookup(self, batch: PreferenceBatch, data: Any, split: str) -> Tensor | None:
+    def lookup(self, batch: PreferenceBatch, data: object, split: str) -> Tensor | None:
         """Summed log-probabilities of a batch's completions, ``[c]``; None where they were not precomputed.
 
         Args:
@@ -56,7 +60,12 @@ class ReferenceLogProbs:
         return self._logprobs[split][batch.rows.cpu()].flatten()
 
     def precompute(
-        self, data: Any, compute: Callable[[PreferenceBatch], Tensor], device: torch.device, *, precision: str
+        self,
+        data: PreferenceDataModule,
+        compute: Callable[[PreferenceBatch], Tensor],
+        device: torch.device,
+        *,
+        precision: str,
     ) -> None:
         """Read or compute the log-probabilities of every split; no copy of the weights is needed afterwards.
 
@@ -101,7 +110,11 @@ class ReferenceLogProbs:
             rank_zero_warn(f"{error} The reference's log-probabilities are computed again in the next run.")
 
     def _compute(
-        self, data: Any, split: str, compute: Callable[[PreferenceBatch], Tensor], device: torch.device
+        self,
+        data: PreferenceDataModule,
+        split: SplitName,
+        compute: Callable[[PreferenceBatch], Tensor],
+        device: torch.device,
     ) -> Tensor:
         rank, ranks = rank_and_world_size()
         with self.reference.use() as model:

@@ -13,16 +13,70 @@ loads them, and lead the loop through its first batch.
 from __future__ import annotations
 
 import random
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_ft.distributed import all_gather_objects, rank_zero_warn
 from lightning_ft.modules.checks import CheckedRows
 
 
-def own_rng_state() -> dict[str, Any]:
+class RngState(TypedDict):
+    """State of the random streams of a process, in types that `torch.load(weights_only=True)` can load.
+
+    Args:
+        torch: State of PyTorch's generator for the CPU.
+        cuda: States of its generators for the GPUs.
+        python: Version, internal state and next Gaussian of Python's generator.
+        numpy: Name, keys and counters of NumPy's generator.
+    """
+
+    torch: Tensor
+    cuda: list[Tensor]
+    python: list[Any]
+    numpy: list[Any]
+
+
+class _Plateau(TypedDict, total=False):
+    plateau: bool
+
+
+class Position(_Plateau):
+    """Position of a training loop in its data.
+
+    Args:
+        epoch: Index of the epoch.
+        batch: Number of its batches that are in the weights.
+        last: Whether the last of them ends the epoch.
+        opened: Whether the loop is inside an accumulation window, whose micro-batches are not in the weights.
+        half: Whether only some of a batch's optimizer steps were taken.
+        then: What the loop does next: ``"start"``, ``"batch_end"`` or ``"validation_end"``.
+        metrics: The Trainer's `callback_metrics`.
+        plateau: Whether `ReduceLROnPlateau` schedulers haven't taken the step at the end of the previous epoch yet;
+            only between two epochs.
+    """
+
+    epoch: int
+    batch: int
+    last: bool
+    opened: bool
+    half: bool
+    then: str
+    metrics: dict[str, float]
+
+
+class _Window(TypedDict):
+    """An accumulation window: its first batch, and the optimizer steps and random streams before it."""
+
+    batch: int
+    step: int
+    rng: RngState
+
+
+def own_rng_state() -> RngState:
     """State of the random streams of this process: PyTorch, Python and NumPy."""
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
@@ -34,7 +88,7 @@ def own_rng_state() -> dict[str, Any]:
     }
 
 
-def rng_state(world_size: int = 1, own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def rng_state(world_size: int = 1, own: RngState | None = None) -> list[RngState]:
     """State of the random streams of every rank, in order; all ranks must call it.
 
     Args:
@@ -45,7 +99,7 @@ def rng_state(world_size: int = 1, own: dict[str, Any] | None = None) -> list[di
     return [own] if world_size == 1 else all_gather_objects(own)
 
 
-def set_rng_state(states: Any, rank: int) -> None:
+def set_rng_state(states: Sequence[RngState], rank: int) -> None:
     """Restore what :func:`rng_state` returned; ranks beyond those saved keep their streams."""
     if rank >= len(states):
         return
@@ -70,7 +124,7 @@ class ResumableModule(CheckedRows):
     optimization this happens by itself.
     """
 
-    _opened: dict[str, Any] | None = None  # the open accumulation window: its first batch, and the state before it
+    _opened: _Window | None = None  # the open accumulation window: its first batch, and the state before it
     _begun = 0  # batches of this epoch that were started
     _validated = False  # whether the running validation has seen all of its batches
     _resumed_at: dict[str, Any] | None = None
@@ -78,7 +132,7 @@ class ResumableModule(CheckedRows):
 
     # ---------------------------------------------------------------- what is in the weights
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
         """Open an accumulation window, where none is open."""
         super().on_train_batch_start(batch, batch_idx)
         if self._resumed_at is not None and self._resumed_at["opened"]:
@@ -106,7 +160,7 @@ class ResumableModule(CheckedRows):
 
     # ---------------------------------------------------------------- saving
 
-    def resume_state(self) -> dict[str, Any]:
+    def resume_state(self) -> dict[str, object]:
         """Position and random streams for a checkpoint; all ranks must call it."""
         trainer = self._trainer
         if trainer is None:
@@ -115,7 +169,7 @@ class ResumableModule(CheckedRows):
         opened = self._opened["rng"] if position["opened"] and self._opened is not None else None
         return {"rng": rng_state(trainer.world_size, own=opened), "position": position}
 
-    def _position(self) -> dict[str, Any]:
+    def _position(self) -> Position:
         """Epoch, number of its batches that are in the weights, and what the loop has still to do.
 
         ``then`` is ``batch_end`` where the validation after the last batch is due, ``validation_end`` where that was
@@ -124,20 +178,27 @@ class ResumableModule(CheckedRows):
         trainer = cast(Any, self.trainer)
         epochs, progress = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
         batches = progress.current
-        position = {"epoch": max(epochs.started - 1, 0), "last": False, "opened": False, "half": False, "then": "start"}
-        position["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        position: Position = {
+            "epoch": max(epochs.started - 1, 0),
+            "batch": 0,
+            "last": False,
+            "opened": False,
+            "half": False,
+            "then": "start",
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        }
         if epochs.started == epochs.processed and (progress.is_last_batch or not epochs.started):
             plateau = epochs.completed < epochs.processed  # saved at the epoch's end, before such schedulers step
-            return position | {"epoch": epochs.started, "batch": 0, "plateau": plateau}
+            return {**position, "epoch": epochs.started, "batch": 0, "plateau": plateau}
         if self._opened is not None and trainer.global_step == self._opened["step"]:
-            return position | {"batch": self._opened["batch"], "opened": True}
+            return {**position, "batch": self._opened["batch"], "opened": True}
         half = self._opened is not None  # of several optimizer steps of one batch, some were taken
         done = max(self._begun, batches.processed)
         due = batches.completed < done or (trainer.validating and not self._validated)
         last = progress.is_last_batch and done == batches.ready
         made = trainer.validating or (last and epochs.processed < epochs.started)
         then = "batch_end" if due else "validation_end" if made else "start"
-        return position | {"batch": done, "last": last, "half": half, "then": then}
+        return {**position, "batch": done, "last": last, "half": half, "then": then}
 
     # ---------------------------------------------------------------- loading
 
@@ -147,7 +208,7 @@ class ResumableModule(CheckedRows):
         self._resumed = True
         self._resumed_at = {"rng": state.get("rng"), "opened": True}
         loop = checkpoint.get("loops", {}).get("fit_loop")
-        position = state.get("position")
+        position: Position | None = state.get("position")
         if position is None or loop is None or self._trainer is None or self._trainer.state.fn != "fit":
             return
         self._resumed_at |= position
@@ -176,7 +237,7 @@ class ResumableModule(CheckedRows):
         loops = [trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.val_loop]
         loop = loops[1]
 
-        def first(fetcher: Any) -> None:
+        def first(fetcher: object) -> None:
             del loop.advance  # the loop's own method from now on
             for each in loops:
                 each._restarting = False
@@ -213,7 +274,7 @@ class ResumableModule(CheckedRows):
                 self.lr_scheduler_step(config.scheduler, metric)
 
 
-def _set_counters(loop: dict[str, Any], position: dict[str, Any]) -> None:
+def _set_counters(loop: dict[str, Any], position: Position) -> None:
     """Write a position into the saved state of a fit loop, as if it had stopped between two batches."""
     epoch, batch = position["epoch"], position["batch"]
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.encode import encode_conversation
@@ -139,11 +139,11 @@ class RewardModeling(PreferenceLearning):
         with evaluating(self.model):
             return last_token_rewards(self.model, rows, pad_token_id(self.tokenizer), batch_size=batch_size)
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[float]:  # type: ignore[override]
+    def predict_step(self, batch: Sequence[Sequence[Message]], batch_idx: int, dataloader_idx: int = 0) -> list[float]:  # type: ignore[override]
         """Rewards of a batch of conversations."""
         return [float(reward) for reward in self.score_conversations(batch)]
 
-    def generate(self, inputs: Any, **options: Any) -> list[str]:
+    def generate(self, inputs: object, **options: object) -> list[str]:
         """Refused: a reward model generates nothing.
 
         Raises:
@@ -176,7 +176,7 @@ def _is_reward_adapter(model: Any) -> bool:
     return str(getattr(PeftConfig.from_pretrained(model), "task_type", "")) in ("SEQ_CLS", "TaskType.SEQ_CLS")
 
 
-def _set_pad_token(base: PreTrainedModel, tokenizer: Any) -> None:
+def _set_pad_token(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set a pad token in the model's configuration that is not an end token.
 
     An export is used with transformers' own forward pass, which reads the reward at the last token that isn't the pad

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import Example
-from lightning_ft.rewards.batch import Rewards
+from lightning_ft.rewards.batch import Prompt, Rewards
 from lightning_ft.rollout.protocol import Rollouts
 
 
@@ -79,7 +78,7 @@ class RolloutBatch:
         return self.rewards.total
 
     @property
-    def repeated_prompts(self) -> list[Any]:
+    def repeated_prompts(self) -> list[Prompt]:
         """The prompt of each completion as in its row, `p * g`."""
         return [prompt for prompt in self.source.prompts for _ in range(self.num_completions)]
 

@@ -371,7 +371,7 @@ def _rollout_sums(rollout_batch: RolloutBatch, rewards: Rewards) -> dict[str, Te
     }
 
 
-def _as_json(rewards: Any) -> Any:
+def _as_json(rewards: object) -> object:
     """Reward functions as JSON values: the import path of a function, not the function."""
     if isinstance(rewards, (list, tuple)):
         return [_as_json(reward) for reward in rewards]

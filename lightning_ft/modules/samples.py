@@ -8,12 +8,29 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.printable import json_text
-from lightning_ft.rewards.batch import Rewards
+from lightning_ft.rewards.batch import Prompt, Rewards
 from lightning_ft.types import Message
+
+
+class _Logged(TypedDict, total=False):
+    extra: dict[str, object]
+
+
+class SampleRow(_Logged):
+    """A completion as JSON values; `extra` has what reward functions logged, if anything. NaN and infinity are None."""
+
+    step: int
+    prompt: str | list[Message]
+    completion: str
+    rewards: dict[str, float | None]
+    reward: float | None
+    advantage: float | None
+    truncated: bool
+    length: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +51,7 @@ class RolloutSamples:
     """
 
     step: int
-    prompts: list[str] | list[list[Message]]
+    prompts: Sequence[Prompt]
     completions: list[str]
     rewards: Rewards
     advantages: list[float]
@@ -49,7 +66,7 @@ class RolloutSamples:
     def __len__(self) -> int:
         return len(self.completions)
 
-    def rows(self, num_samples: int | None = None) -> list[dict[str, Any]]:
+    def rows(self, num_samples: int | None = None) -> list[SampleRow]:
         """Return completions as JSON values, evenly spaced so that many prompts are included.
 
         Args:
@@ -69,9 +86,9 @@ class RolloutSamples:
         count = len(self) if num_samples is None else min(num_samples, len(self))
         return [self._row(i * len(self) // count) for i in range(count)]
 
-    def _row(self, i: int) -> dict[str, Any]:
+    def _row(self, i: int) -> SampleRow:
         by_function = zip(self.rewards.names, self.rewards.per_function[i].tolist(), strict=True)
-        row = {
+        row: SampleRow = {
             "step": self.step,
             "prompt": self.prompts[i],
             "completion": self.completions[i],
@@ -90,7 +107,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _json(value: Any) -> Any:
+def _json(value: object) -> object:
     """Convert a value that a function logged to a JSON value."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
@@ -105,7 +122,7 @@ def _json(value: Any) -> Any:
     return str(value)
 
 
-def write_samples(samples: RolloutSamples, path: str | Path, *, num_samples: int | None = None) -> list[dict[str, Any]]:
+def write_samples(samples: RolloutSamples, path: str | Path, *, num_samples: int | None = None) -> list[SampleRow]:
     """Append completions to a file.
 
     Args:
@@ -131,7 +148,7 @@ def write_samples(samples: RolloutSamples, path: str | Path, *, num_samples: int
     return rows
 
 
-def append_samples(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+def append_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
     """Append rows to a file: all of them, or none if writing fails.
 
     Args:
@@ -149,19 +166,19 @@ def append_samples(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
             raise
 
 
-def read_samples(path: str | Path) -> list[dict[str, Any]]:
+def read_samples(path: str | Path) -> list[SampleRow]:
     """Read the rows of a file, except for an incomplete last line, as killed runs leave.
 
     Raises:
         ConfigError: If another line isn't a row.
     """
     lines = Path(path).read_text(encoding="utf-8").split("\n")
-    rows = []
+    rows: list[SampleRow] = []
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            row = json.loads(line)
+            row: SampleRow | None = json.loads(line)
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
@@ -217,5 +234,5 @@ def set_aside(path: str | Path) -> Path | None:
     return path.rename(free)
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: SampleRow) -> str:
     return json_text(row) + "\n"

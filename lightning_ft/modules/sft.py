@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import TokenBatch
@@ -64,7 +65,7 @@ class SupervisedFineTuning(FineTuning):
             loss = -result.logprobs
             self.note_loss(batch_idx, loss)
             self._step_metrics.add(loss, result.correct, batch)
-            return cast(Tensor, loss)
+            return loss
         result, router_loss = self._logprobs_and_router_loss(batch)
         loss = -result.logprobs
         self._step_metrics.add(loss, result.correct, batch)
@@ -81,7 +82,7 @@ class SupervisedFineTuning(FineTuning):
             result = self.compute_logprobs(batch, "sum")
         return result, recorded.value(batch)
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped.
 
         Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last accumulation window), and
@@ -90,7 +91,7 @@ class SupervisedFineTuning(FineTuning):
         totals = self._step_metrics.reduce(self.device)
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, totals.targets)
         gradients = self.scale_gradients(factor)
-        metrics: dict[str, Any] = {"train/loss": totals.loss, "train/token_accuracy": totals.accuracy}
+        metrics = {"train/loss": totals.loss, "train/token_accuracy": totals.accuracy}
         self.log_dict(metrics, prog_bar=True, batch_size=1)
         self.log_dict(
             {
@@ -336,7 +337,7 @@ class LoRAFineTuning(SupervisedFineTuning):
         return self._adaptation.lora is not None and needs_data(self._adaptation.lora)
 
     def _starts_fit(self) -> bool:
-        trainer = cast(Any, self._trainer)
+        trainer = self._trainer
         return trainer is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -364,7 +365,7 @@ class LoRAFineTuning(SupervisedFineTuning):
         )
 
 
-def _without_paths(option: bool | str | Path | dict[str, Any] | None) -> bool | str | dict[str, Any] | None:
+def _without_paths(option: bool | str | Path | dict[str, object] | None) -> bool | str | dict[str, object] | None:
     """Paths as strings: a checkpoint that holds a `Path` can't be loaded with `weights_only=True`."""
     if isinstance(option, dict):
         return {name: str(value) if isinstance(value, Path) else value for name, value in option.items()}

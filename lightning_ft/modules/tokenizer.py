@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.tokenizer_state import differences, tokenizer_from_state, tokenizer_state
+from lightning_ft.models.tokenizer_state import TokenizerState, differences, tokenizer_from_state, tokenizer_state
 
 
 class ModuleTokenizer:
@@ -31,9 +30,9 @@ class ModuleTokenizer:
         self._configured = configured is not None
         self._load, self._trust_remote_code = load, trust_remote_code
         self._current = None if configured is None or isinstance(configured, str) else configured
-        self._as_loaded: tuple[int, Any] | None = None
+        self._as_loaded: tuple[int, dict[str, str]] | None = None
         self._rows: bool | None = None
-        self._kept: tuple[Any, dict[str, Any]] | None = None
+        self._kept: tuple[object, TokenizerState] | None = None
 
     @property
     def current(self) -> PreTrainedTokenizerBase:
@@ -70,7 +69,7 @@ class ModuleTokenizer:
                 )
         self._current, self._as_loaded = tokenizer, None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> TokenizerState:
         """State for a checkpoint: with its files, unless it can be loaded again by its name."""
         tokenizer = self.current
         roles = dict(tokenizer.special_tokens_map)
@@ -80,7 +79,7 @@ class ModuleTokenizer:
             self._kept = (key, tokenizer_state(tokenizer, whole=whole))
         return self._kept[1]
 
-    def restore(self, state: dict[str, Any], *, rows_encoded: bool) -> None:
+    def restore(self, state: TokenizerState, *, rows_encoded: bool) -> None:
         """Restore the tokenizer that a checkpoint was trained with.
 
         Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -34,7 +34,7 @@ class PatientRanks:
     """
 
     def __init__(self) -> None:
-        self._group: Any = None
+        self._group: torch.distributed.ProcessGroup | None = None
 
     def run(self, work: Callable[[], T]) -> T:
         """Run the work; all ranks must call this.
