@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +62,7 @@ class RewardBatch:
     state: TrainerState = field(default_factory=TrainerState)
 
     def __post_init__(self) -> None:
-        others: dict[str, list[Any]] = {"prompts": self.prompts, "completion_ids": self.completion_ids, **self.columns}
+        others: dict[str, Sized] = {"prompts": self.prompts, "completion_ids": self.completion_ids, **self.columns}
         for name, values in others.items():
             if len(values) != len(self.texts):
                 raise RewardError(
@@ -80,13 +80,12 @@ class RewardBatch:
         return RewardBatch(self.prompts[part], self.texts[part], self.completion_ids[part], columns, self.state)
 
     @property
-    def completions(self) -> list[str] | list[list[Message]]:
+    def completions(self) -> list[Prompt]:
         """The completions in the type of their prompts: strings, or a conversation of one message."""
-        completions: list[Any] = [
+        return [
             text if isinstance(prompt, str) else [Message(role="assistant", content=text)]
             for prompt, text in zip(self.prompts, self.texts, strict=True)
         ]
-        return completions
 
     @property
     def conversations(self) -> list[list[Message]]:
@@ -142,7 +141,7 @@ class Rewards:
     per_function: Tensor
     total: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra: dict[str, list[object]] = field(default_factory=dict)
     nonfinite: int = 0
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lightning_ft.data.batches import RESERVED
 from lightning_ft.errors import RewardError
 from lightning_ft.rewards.batch import RewardBatch
 
+T = TypeVar("T")
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -40,7 +41,7 @@ class Arguments:
         {'completions': ['4'], 'answer': ['4']}
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., object]) -> None:
         self.name = name
         try:
             parameters = list(inspect.signature(function).parameters.values())
@@ -72,7 +73,7 @@ class Arguments:
                 f"{available}) nor one of {', '.join(RESERVED)}."
             )
 
-    def select(self, available: Mapping[str, Any]) -> dict[str, Any]:
+    def select(self, available: Mapping[str, T]) -> dict[str, T]:
         """Return those of the available arguments that the function accepts."""
         return {name: value for name, value in available.items() if self.takes_all or name in self.named}
 
@@ -92,7 +93,7 @@ class BackgroundLoop:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def gather(self, awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    def gather(self, awaitables: Sequence[Awaitable[T]]) -> list[T | BaseException]:
         """Run awaitables concurrently and wait for all of them.
 
         Returns:
@@ -119,7 +120,7 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-async def _gathered(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+async def _gathered(awaitables: Sequence[Awaitable[T]]) -> list[T | BaseException]:
     return list(await asyncio.gather(*awaitables, return_exceptions=True))
 
 
@@ -130,7 +131,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def as_rewards(
-    name: str, returned: Any, completions: Sequence[str], *, nonfinite: OnNonFinite = "error"
+    name: str, returned: object, completions: Sequence[str], *, nonfinite: OnNonFinite = "error"
 ) -> tuple[Tensor, int]:
     """Convert what a reward function returned to a tensor.
 
@@ -183,10 +184,10 @@ def quoted(index: int, completion: str) -> str:
     return f"completion {index} ({shown if len(completion) <= 80 else shown[:-1] + '...'})"
 
 
-def _number(name: str, index: int, value: Any, completion: str) -> Any:
+def _number(name: str, index: int, value: object, completion: str) -> Any:
     if value is None:
         return None
-    number: Any = value
+    number = value
     if not isinstance(number, Real) and getattr(number, "ndim", None) == 0 and hasattr(number, "item"):
         number = number.item()  # a PyTorch or NumPy scalar
     if not isinstance(number, Real):
@@ -214,17 +215,17 @@ class FunctionReward:
         [-4]
     """
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., object]) -> None:
         self.function = function
         self.arguments = Arguments(name, function.forward if isinstance(function, nn.Module) else function)
 
-    def __call__(self, batch: RewardBatch, **log: Callable[..., None]) -> Any:
+    def __call__(self, batch: RewardBatch, **log: Callable[..., None]) -> object:
         """Return what the function returns: rewards, or an awaitable of them.
 
         The function gets copies of prompts, messages and columns, one per completion, so that it may modify them: the
         completions of a prompt share one row, which other rewards and later epochs read, too.
         """
-        per_completion: dict[str, list[Any]] = {
+        per_completion: dict[str, Sequence[object]] = {
             "prompts": batch.prompts,
             "completions": batch.completions,
             "completion_ids": batch.completion_ids,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -14,11 +14,10 @@ from torch import Tensor
 from lightning_ft.distributed import warn
 from lightning_ft.errors import RewardError
 from lightning_ft.losses.advantages import combine_rewards
-from lightning_ft.rewards.batch import RewardBatch, Rewards, TrainerState, check_columns
+from lightning_ft.rewards.batch import Prompt, RewardBatch, Rewards, TrainerState, check_columns
 from lightning_ft.rewards.function import BackgroundLoop, FunctionReward, OnNonFinite, as_rewards, quoted
-from lightning_ft.rewards.model import ModelReward
+from lightning_ft.rewards.model import ConversationScorer, ModelReward
 from lightning_ft.rewards.resolve import NamedReward, RewardLike, resolve_rewards
-from lightning_ft.types import Message
 
 
 class RewardLog:
@@ -39,9 +38,9 @@ class RewardLog:
     def __init__(self, name: str, count: int) -> None:
         self.name, self.count = name, count
         self.metrics: dict[str, list[float]] = {}
-        self.columns: dict[str, list[Any]] = {}
+        self.columns: dict[str, list[object]] = {}
 
-    def metric(self, name: str, value: Any) -> None:
+    def metric(self, name: str, value: object) -> None:
         """Log a number; reward functions get this as `log_metric`.
 
         Raises:
@@ -52,7 +51,7 @@ class RewardLog:
             raise RewardError(f"log_metric({name!r}, {value!r:.80}): expected a finite number.")
         self.metrics.setdefault(name, []).append(float(number))
 
-    def extra(self, column: str, values: Iterable[Any]) -> None:
+    def extra(self, column: str, values: Iterable[object]) -> None:
         """Log the values of a column, or more of them; reward functions get this as `log_extra`."""
         self.columns.setdefault(column, []).extend(values)
 
@@ -66,13 +65,13 @@ def logged_metrics(logs: Sequence[RewardLog]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in metrics.items()}
 
 
-def logged_columns(logs: Sequence[RewardLog]) -> dict[str, list[Any]]:
+def logged_columns(logs: Sequence[RewardLog]) -> dict[str, list[object]]:
     """Return the columns of all rewards. If two rewards log the same name, the later one's is prefixed with its reward.
 
     Raises:
         RewardError: If a column doesn't have one value per completion.
     """
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[object]] = {}
     for log in logs:
         for column, values in log.columns.items():
             if len(values) != log.count:
@@ -143,7 +142,8 @@ class RewardFunctions:
         self._loop = BackgroundLoop()
         self._warned = False
 
-    def __reduce__(self) -> Any:  # without loaded models and the thread, which the arguments suffice to create again
+    def __reduce__(self) -> tuple[object, ...]:
+        # Without loaded models and the thread, which the arguments suffice to create again.
         return type(self), self._init_args
 
     @property
@@ -171,7 +171,7 @@ class RewardFunctions:
             if isinstance(reward.reward, FunctionReward):
                 reward.reward.arguments.check_columns(columns)
 
-    def models(self) -> list[tuple[str, Any]]:
+    def models(self) -> list[tuple[str, ConversationScorer]]:
         """Return the name and the model of each reward model, loading those that aren't loaded yet."""
         return [
             (reward.name, reward.reward.load()) for reward in self._rewards if isinstance(reward.reward, ModelReward)
@@ -187,10 +187,10 @@ class RewardFunctions:
     @torch.no_grad()
     def compute(
         self,
-        prompts: Sequence[str] | Sequence[list[Message]],
+        prompts: Sequence[Prompt],
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
-        columns: dict[str, list[Any]] | None = None,
+        columns: Mapping[str, list[Any]] | None = None,
         state: TrainerState | None = None,
     ) -> Rewards:
         """Compute the rewards of completions.
@@ -238,17 +238,17 @@ class RewardFunctions:
         self._warn_unrewarded(rewards, batch)
         return rewards
 
-    def _call(self, rewards: Sequence[NamedReward], batch: RewardBatch, logs: Sequence[RewardLog]) -> list[Any]:
+    def _call(self, rewards: Sequence[NamedReward], batch: RewardBatch, logs: Sequence[RewardLog]) -> list[object]:
         """Return what each reward returned, or the exception that it raised."""
-        results: list[Any] = []
+        results: list[object] = []
         for reward, log in zip(rewards, logs, strict=True):
             try:
                 results.append(reward(batch, log_metric=log.metric, log_extra=log.extra))
             except Exception as error:  # any exception of a user's function; the error must name the function
                 results.append(error)
-        pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+        pending = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
         if pending:
-            for i, result in zip(pending, self._loop.gather([results[i] for i in pending]), strict=True):
+            for i, result in zip(pending, self._loop.gather(list(pending.values())), strict=True):
                 results[i] = result
         return results
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,8 +19,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from lightning_ft.data.encode import AnswerLostError, encode_conversation
 from lightning_ft.data.extremes import Extreme
+from lightning_ft.data.row_types import RowT
 from lightning_ft.data.splits import Splits
-from lightning_ft.data.templates import chat_template
+from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, RewardError
@@ -28,6 +29,7 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import base_of, input_device
 from lightning_ft.models.load import (
     ADAPTER_CONFIG,
+    LoadOptions,
     adapter_base,
     context_length,
     load_config,
@@ -87,7 +89,7 @@ def load_reward_model(
             f"The model in {str(folder)!r} has no trained score head, so its rewards would be random. Use an export of "
             "RewardModeling, or another AutoModelForSequenceClassification with num_labels=1."
         )
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options: LoadOptions = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     base = adapter_base(str(folder))
     if base is None:
         labels = load_config(str(folder), trust_remote_code=trust_remote_code).num_labels
@@ -95,7 +97,9 @@ def load_reward_model(
             raise RewardError(
                 f"{str(folder)!r} contains a classifier with {labels} labels, but a reward model has num_labels=1."
             )
-        model: Any = load_model(AutoModelForSequenceClassification, str(folder), num_labels=1, **options)
+        model: PreTrainedModel | PeftModel = load_model(
+            AutoModelForSequenceClassification, str(folder), num_labels=1, **options
+        )
     else:
         base_model = load_model(AutoModelForSequenceClassification, base, num_labels=1, **options)
         model = PeftModel.from_pretrained(base_model, str(folder))
@@ -249,15 +253,15 @@ class ModelReward:
 
     def __init__(self, load: Callable[[], ConversationScorer]) -> None:
         self._load = load
-        self._scorer: Any = None
+        self._scorer: ConversationScorer | None = None
 
-    def load(self) -> Any:
+    def load(self) -> ConversationScorer:
         """Return the model, loading it on the first call."""
         if self._scorer is None:
             # Loading initializes weights at random before saved ones replace them. The policy's samples must not
             # depend on when that happens.
             with torch.random.fork_rng(devices=[]):
-                scorer: Any = self._load()
+                scorer = self._load()
                 if hasattr(scorer, "configure_model"):  # a LightningModule loads its weights there
                     scorer.configure_model()
             self._scorer = scorer
@@ -269,7 +273,7 @@ class ModelReward:
         if hasattr(scorer, "to"):
             scorer.to(device)
 
-    def __call__(self, batch: RewardBatch, **unused: Any) -> Tensor:
+    def __call__(self, batch: RewardBatch, **unused: object) -> Tensor:
         """Return the reward of each completion, ``[c]``, independent of the precision of the Trainer."""
         scorer = self.load()
         device = getattr(scorer, "device", None)
@@ -278,13 +282,13 @@ class ModelReward:
                 around.enter_context(evaluating(scorer))
             if device is not None:
                 around.enter_context(torch.autocast(torch.device(device).type, enabled=False))
-            return cast(Tensor, scorer.score_conversations(batch.conversations))
+            return scorer.score_conversations(batch.conversations)
 
 
 _ANSWER = Message(role="assistant", content="x")
 
 
-def check_context_length(models: Iterable[tuple[str, Any]], splits: Splits[Any], new_tokens: int) -> None:
+def check_context_length(models: Iterable[tuple[str, object]], splits: Splits[RowT], new_tokens: int) -> None:
     """Check that prompts fit, together with a completion, into the context of each reward model.
 
     Otherwise training might fail on such a prompt hours later. Rows whose number of bytes shows that they fit aren't
@@ -299,14 +303,19 @@ def check_context_length(models: Iterable[tuple[str, Any]], splits: Splits[Any],
         ConfigError: If a prompt doesn't fit; the message names the reward model and the row.
     """
     for name, scorer in models:
-        if getattr(scorer, "model", None) is None or getattr(scorer, "tokenizer", None) is None:
+        model, tokenizer = getattr(scorer, "model", None), getattr(scorer, "tokenizer", None)
+        if model is None or tokenizer is None:
             continue
-        base, tokenizer = base_of(scorer.model), scorer.tokenizer
+        base = base_of(model)
         if (limit := context_length(base)) is None:
             continue
         template = chat_template(tokenizer)
 
-        def tokens(prompt: list[Message], tokenizer: Any = tokenizer, template: Any = template) -> int:
+        def tokens(
+            prompt: list[Message],
+            tokenizer: PreTrainedTokenizerBase = tokenizer,
+            template: ChatTemplate = template,
+        ) -> int:
             try:
                 return len(encode_conversation(tokenizer, [*prompt, _ANSWER], template)) - 1 + new_tokens
             except AnswerLostError:  # the reward model warns about it when it is used

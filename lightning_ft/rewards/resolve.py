@@ -48,7 +48,7 @@ class NamedReward:
     weight: float
     reward: FunctionReward | ModelReward
 
-    def __call__(self, batch: RewardBatch, **log: Callable[..., None]) -> Any:
+    def __call__(self, batch: RewardBatch, **log: Callable[..., None]) -> object:
         """Compute the rewards of a batch."""
         return self.reward(batch, **log)
 
@@ -58,11 +58,11 @@ class _Resolved:
     """A function or a `ModelReward`, and its default name."""
 
     name: str
-    reward: Any
+    reward: ModelReward | Callable[..., object]
 
 
 def resolve_rewards(
-    rewards: Any, weights: Sequence[float] | None = None, taken: Sequence[str] = ()
+    rewards: object, weights: Sequence[float] | None = None, taken: Sequence[str] = ()
 ) -> tuple[NamedReward, ...]:
     """Resolve rewards to named and weighted ones.
 
@@ -97,7 +97,7 @@ def resolve_rewards(
     return tuple(map(NamedReward, names, map(float, weights), callables))
 
 
-def callable_name(function: Any) -> str:
+def callable_name(function: object) -> str:
     """Return the default name of a function: ``reward`` for lambdas, the function of a partial, the class of an object.
 
     Example:
@@ -111,7 +111,7 @@ def callable_name(function: Any) -> str:
     return "reward" if name == "<lambda>" else str(name)
 
 
-def _option(reward: Any, key: str) -> Any:
+def _option(reward: object, key: str) -> Any:
     return reward.get(key) if isinstance(reward, dict) else None
 
 
@@ -133,7 +133,7 @@ def _unique_names(configured: Sequence[str | None], defaults: Sequence[str], oth
     return names
 
 
-def _resolve(reward: Any) -> _Resolved:
+def _resolve(reward: object) -> _Resolved:
     if isinstance(reward, str):
         return _from_string(reward)
     if isinstance(reward, dict):

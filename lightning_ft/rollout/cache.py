@@ -6,8 +6,6 @@ of a decoding step goes into copying it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -30,7 +28,9 @@ class GrowingLayer(DynamicLayer):
         self._room = _ROOM
         self._length = 0 if prefix is None else prefix[0].shape[-2]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append keys and values, ``[b, kv_heads, t, head_dim]`` each, and return all of them."""
         start, stop = self._length, self._length + key_states.shape[-2]
         if self._buffers is None:

@@ -169,5 +169,5 @@ class _StopStrings(StoppingCriteria):
     def __init__(self, recorder: _Recorder) -> None:
         self._recorder = recorder
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.BoolTensor:
         return cast(torch.BoolTensor, self._recorder.record_tokens(input_ids))
