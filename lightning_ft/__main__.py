@@ -6,7 +6,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -67,7 +66,7 @@ def run_command(name: str, args: Sequence[str]) -> None:
         SystemExit: For arguments that the subcommand doesn't accept.
     """
     parser = ArgumentParser(prog=f"lightning-ft {name}", description=COMMANDS[name])
-    function: Callable[..., Any]
+    function: Callable[..., object]
     if name == "report":
         parser.add_argument("folder", type=str, help="folder of a run, of several runs, or of a comparison")
         parser.add_argument("--output", type=str, help="folder to write to; `report` in that folder by default")

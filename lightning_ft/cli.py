@@ -160,7 +160,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             run=run,
         )
 
-    def init_parser(self, **kwargs: Any) -> Any:
+    def init_parser(self, **kwargs: object) -> object:
         """Build a parser that suggests the closest name, if this version of Lightning supports `parser_class`."""
         self.parser_class = FineTuningParser
         return super().init_parser(**kwargs)
@@ -205,7 +205,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             return
         own, cli = self.model.configure_optimizers, type(self)
 
-        def configure_optimizers(module: LightningModule) -> Any:
+        def configure_optimizers(module: LightningModule) -> object:
             if optimizer:
                 trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
                 built = _cli.instantiate_class(trainable, optimizer)

@@ -43,7 +43,7 @@ def all_gather_objects(value: Value) -> list[Value]:
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return [value]
-    values: list[Any] = [None] * world_size
+    values = [value] * world_size
     dist.all_gather_object(values, value)
     return values
 
@@ -129,7 +129,7 @@ if getattr(rank_zero_only, "rank", None) is None:  # Lightning sets it in the sa
     rank_zero_only.rank = next((int(os.environ[name]) for name in _RANKS if name in os.environ), 0)  # type: ignore[attr-defined]
 
 
-def rank_zero_info(message: object, *, stacklevel: int = 4, **options: Any) -> None:
+def rank_zero_info(message: object, *, stacklevel: int = 4, **options: object) -> None:
     """Log a message on rank 0.
 
     Args:
@@ -140,7 +140,7 @@ def rank_zero_info(message: object, *, stacklevel: int = 4, **options: Any) -> N
     lightning.rank_zero_info(printable(str(message)), stacklevel=stacklevel + 1, **options)
 
 
-def rank_zero_warn(message: object, *, stacklevel: int = 4, **options: Any) -> None:
+def rank_zero_warn(message: object, *, stacklevel: int = 4, **options: object) -> None:
     """Issue a warning on rank 0.
 
     Args:

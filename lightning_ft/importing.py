@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,8 +32,8 @@ def without_imports() -> Iterator[None]:
         _DISABLED.reset(token)
 
 
-def _placeholder(path: str) -> Any:
-    def placeholder(*_: Any, **__: Any) -> Any:
+def _placeholder(path: str) -> Callable[..., object]:
+    def placeholder(*_: object, **__: object) -> object:
         return placeholder
 
     placeholder.__name__ = re.split(r"[.:]", path)[-1]

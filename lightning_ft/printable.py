@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
 _UNSAFE = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters except tab and line feed: escape sequences begin with one
@@ -38,7 +37,7 @@ def printable(text: str, *, one_line: bool = False) -> str:
     return (_IN_LINE if one_line else _CHARACTER).sub(_escaped, text)
 
 
-def json_text(value: Any, *, indent: int | None = None) -> str:
+def json_text(value: object, *, indent: int | None = None) -> str:
     r"""Serialize a value to JSON that is safe to print on a terminal and keeps every script readable.
 
     Args:
