@@ -54,10 +54,6 @@ IDENTIFIERS = {
 OF_OTHERS = {("kind", ".")}  # inspect.Parameter.kind
 
 
-# Files whose text is still to be rewritten; each that passes is taken off the list.
-NOT_YET = (ROOT / "tests" / "words_not_yet.txt").read_text(encoding="utf-8").split()
-
-
 def names(text):
     """Each identifier of a Python file as (line, name), but for attributes of other libraries."""
     previous = ""
@@ -82,8 +78,6 @@ def refused_names(path):
 
 @pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for path in SOURCES + PAGES])
 def test_text_uses_the_words_of_the_field(path):
-    if path in NOT_YET:
-        pytest.skip("its text is still to be rewritten")
     path = ROOT / path
     refused = list(refused_prose(path)) + (list(refused_names(path)) if path.suffix == ".py" else [])
     assert not refused, "\n".join(refused)

@@ -292,7 +292,7 @@ score = Scorer()
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("limit", "status"), [(8, 1), (99, GATE_FAILED)])
+@pytest.mark.parametrize(("limit", "status"), [(12, 1), (99, GATE_FAILED)])
 def test_main_exit_status_reflects_failures_and_gates(tmp_path, model_folder, monkeypatch, capsys, limit, status):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TESTS))
