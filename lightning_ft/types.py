@@ -39,8 +39,8 @@ class Request:
             are resampled by cluster.
         template_kwargs: Variables for the chat template in addition to the messages: `tools`, `enable_thinking`, ...
         answer: Reference answer as an assistant turn, if it has more than text, such as reasoning or tool calls.
-        prompt_context: Text that only the prompted arm of token savings gets, at the end of its system prompt: retrieved
-            passages, candidates, a schema.
+        prompt_context: Text that only the prompted arm of token savings gets, at the end of its system prompt:
+            retrieved passages, candidates, a schema.
         structured_output: Format of the answers to this request, where structured outputs are used:
             ``{"choices": [...]}``, ``{"json_schema": {...}}`` or ``{"regex": ...}``.
     """

@@ -303,6 +303,6 @@ def test_requests_have_the_fields_that_only_measurements_use(tokenizer):
     requests = data.requests("test")
     assert [r.prompt_context for r in requests] == ["only prompted", None, None]
     assert [r.structured_output for r in requests] == [{"choices": ["b", "c"]}, {"regex": "d+"}, None]
+    data = PairDataModule([{"input": "a", "output": "b", "structured_output": ["b"]}], tokenizer=tokenizer)
     with pytest.raises(DataError, match=r"structured_output.*found list"):
-        data = PairDataModule([{"input": "a", "output": "b", "structured_output": ["b"]}], tokenizer=tokenizer)
         data.setup("fit")
