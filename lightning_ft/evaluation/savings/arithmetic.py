@@ -40,6 +40,7 @@ __all__ = [
     "token_savings",
 ]
 
+_WEAK_QUALITY = 0.5  # quality of the prompted arm below which the result has a warning
 _MAX_TRUNCATED_RATE = 0.05  # share of truncated answers above which the result has a warning
 
 
@@ -159,7 +160,11 @@ def token_savings(
         costs=None if prices is None else compute_costs(prompted, tuned, prices),
         confidence=confidence,
         provenance=dict(provenance or {}),
-        warnings=(*overlap_warnings(in_training or (), prompted, tuned), *_warnings(gate, found["diff"], arms)),
+        warnings=(
+            *_weak_prompt_warnings(gate, prompted, min_quality),
+            *overlap_warnings(in_training or (), prompted, tuned),
+            *_warnings(gate, found["diff"], arms),
+        ),
         in_training=None if in_training is None else _ordered(in_training, prompted.ids),
     )
 
@@ -187,6 +192,16 @@ def _per_success_saving(sums: Mapping[str, Array]) -> Array:
     """``1 - (T_t / S_t) / (T_p / S_p)``, tokens over successes: -inf if `S_t` is 0, 1 if `S_p` is, NaN if both are."""
     ratio = (_total(sums, "tuned") * sums["prompted_score"]) / (_total(sums, "prompted") * sums["tuned_score"])
     return np.asarray(1 - ratio)
+
+
+def _weak_prompt_warnings(gate: Gate, prompted: ArmRecords, min_quality: float | None) -> list[str]:
+    if gate.void or min_quality is not None or prompted.quality >= _WEAK_QUALITY:
+        return []
+    return [
+        f"The prompted arm's quality is only {prompted.quality:.3f}, so being no worse is easy and means little. "
+        "Try other wordings, more examples, structured outputs or a larger model for it; if this quality is of use, say "
+        "so with min_quality."
+    ]
 
 
 def _warnings(gate: Gate, difference: Interval, arms: Mapping[str, ArmRecords]) -> list[str]:

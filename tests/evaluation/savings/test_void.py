@@ -118,3 +118,9 @@ def test_measurement_grades_the_most_frequent_reference():
     restored = SavingsMeasurement(measurement.tokenizer, requests, PromptBaseline("Say a color."), max_new_tokens=2)
     restored.load_state_dict(measurement.state_dict())
     assert restored._constant == measurement._constant
+
+
+def test_weak_prompt_is_the_first_warning():
+    assert measured(120, 200).warnings[0].startswith("The prompted arm's quality is only 0.300")
+    for result in (measured(220, 300), measured(120, 200, min_quality=0.2), measured(0, 45)):
+        assert not any("prompted arm's quality" in warning for warning in result.warnings)
