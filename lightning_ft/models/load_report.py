@@ -104,6 +104,13 @@ def why_unreadable(name: str, error: BaseException, *, revision: str | None = No
         error: The error that the library raised.
         revision: Branch, tag or commit on the hub.
     """
+    if Path(name).is_file() or name.endswith(".gguf"):
+        if not name.endswith(".gguf"):
+            return "it is a file. Pass the folder that it is in."
+        return (
+            "weights of a GGUF file can't be trained, and no adapter can name it as its base. Dequantize it once into "
+            "a folder (examples/smollm2/prepare.py is a script for that), and pass the folder."
+        )
     folder = _folder(name, revision)
     if folder is None:
         missing = name.startswith((".", "~", "/")) or name.count("/") > 1

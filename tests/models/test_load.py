@@ -273,3 +273,10 @@ def test_load_adapter_accepts_every_lora_variant(tmp_path, lora, tie):
     assert isinstance(again.active_peft_config, LoraConfig)
     trained = [{n for n, p in model.named_parameters() if p.requires_grad} for model in (first, again)]
     assert trained[0] == trained[1]
+
+
+def test_file_in_place_of_a_folder_is_named(tmp_path):
+    for name, message in (("weights.gguf", "GGUF file can't be trained"), ("model.safetensors", "it is a file")):
+        (tmp_path / name).write_bytes(b"GGUF")
+        with pytest.raises(ModelError, match=message):
+            load_causal_lm(str(tmp_path / name))

@@ -199,8 +199,8 @@ def _weak_prompt_warnings(gate: Gate, prompted: ArmRecords, min_quality: float |
         return []
     return [
         f"The prompted arm's quality is only {prompted.quality:.3f}, so being no worse is easy and means little. "
-        "Try other wordings, more examples, structured outputs or a larger model for it; if this quality is of use, say "
-        "so with min_quality."
+        "Try other wordings, more examples, structured outputs or a larger model for it; if this quality is of use, "
+        "say so with min_quality."
     ]
 
 
