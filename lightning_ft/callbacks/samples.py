@@ -16,7 +16,7 @@ from lightning_ft.callbacks.base import describe_error
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.document.markdown import markdown_table
 from lightning_ft.errors import ConfigError
-from lightning_ft.modules.samples import RolloutSamples, append_samples, drop_samples, set_aside
+from lightning_ft.modules.samples import RolloutSamples, append_samples, drop_samples, rename_existing
 from lightning_ft.printable import printable
 from lightning_ft.types import Message
 
@@ -163,7 +163,7 @@ class SampleCompletions(Callback):
             return
         if trainer.global_step > 0:
             drop_samples(self.written_to, trainer.global_step)
-        elif (renamed := set_aside(self.written_to)) is not None:
+        elif (renamed := rename_existing(self.written_to)) is not None:
             rank_zero_info(f"The completions of an earlier run were moved to {renamed}")
 
     def on_train_batch_end(

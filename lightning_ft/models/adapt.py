@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.load import adapter_config
-from lightning_ft.models.load_report import shortened, warn_on_first_rank, why_unreadable
+from lightning_ft.models.load_report import shortened, warn_on_rank_zero, why_unreadable
 from lightning_ft.models.lora_checks import check_adapter
 from lightning_ft.read_errors import READ_ERRORS
 
@@ -220,7 +220,7 @@ def _warn_of_other_base(model: PreTrainedModel, config: LoraConfig, path: str) -
     """Warn if an adapter was trained on a base of another name, which may have the same sizes all the same."""
     trained_on, base = config.base_model_name_or_path, getattr(model.config, "_name_or_path", None)
     if trained_on and base and Path(trained_on).name != Path(base).name:
-        warn_on_first_rank(
+        warn_on_rank_zero(
             f"The adapter in {path!r} was trained on {trained_on!r} and is continued on {base!r}. Unless those are the "
             "same weights, the adapter is meaningless there: pass its own base as model=."
         )

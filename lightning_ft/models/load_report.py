@@ -69,13 +69,13 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], name: str, *, 
             "would be random. Download the whole checkpoint again, or check that config.json belongs to these weights."
         )
     if left_out:
-        warn_on_first_rank(
+        warn_on_rank_zero(
             f"The checkpoint {name!r} contains {_count(left_out)} that {class_name} doesn't have; not "
             f"loaded: {shortened(left_out)}. If they matter, use the config.json that was saved with these weights."
         )
 
 
-def warn_on_first_rank(message: str) -> None:
+def warn_on_rank_zero(message: str) -> None:
     """Warn on the first rank only, whether or not Lightning has been imported."""
     if getattr(rank_zero_only, "rank", 0) in (0, None):
         warn(message, stacklevel=3)

@@ -166,7 +166,7 @@ def _data_only(plugin: CheckpointIO) -> dict[str, bool]:
     return {"weights_only": True} if takes else {}
 
 
-def use_whole_files(trainer: Any) -> None:
+def use_atomic_files(trainer: Any) -> None:
     """Let a Trainer read and write checkpoints with :class:`WholeCheckpointIO`.
 
     Args:
@@ -207,7 +207,7 @@ class CheckpointedModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Take over the reading and writing of checkpoints, before the first is read."""
         super().setup(stage)
-        use_whole_files(self.trainer)
+        use_atomic_files(self.trainer)
 
     @restricted_classmethod
     def load_from_checkpoint(

@@ -24,7 +24,7 @@ from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import ConfigError, ModelError, TokenizerError
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
-from lightning_ft.models.load_report import warn_on_first_rank
+from lightning_ft.models.load_report import warn_on_rank_zero
 from lightning_ft.models.positions import reads_position
 from lightning_ft.models.vocabulary import (
     beyond_embeddings,
@@ -82,7 +82,7 @@ def _check_length(model: CausalLM, tokens: int, where: str, new_tokens: int) -> 
             f"{where} has {tokens:,} tokens, and {architecture} has {limit:,} positions. Set max_length={limit} "
             f"in the DataModule {remedy}"
         )
-    warn_on_first_rank(
+    warn_on_rank_zero(
         f"{where} has {tokens:,} tokens, more than the {limit:,} positions that {architecture} was trained on: it can "
         f"read them, but never learned to. Set max_length={limit} in the DataModule {remedy} Or extend the model's "
         "rotary positions (rope_parameters in its configuration)."
@@ -207,7 +207,7 @@ def warn_untrained_tokens(
         return
     names = ", ".join(f"{token_name(tokenizer, token)} in {counts[token]:,} rows" for token in untrained[:_MOST_NAMED])
     more = f" and {len(untrained) - _MOST_NAMED:,} more" if len(untrained) > _MOST_NAMED else ""
-    warn_on_first_rank(
+    warn_on_rank_zero(
         f"The training rows hold tokens whose embedding was never trained, and the adapter leaves embeddings frozen: "
         f"{names}{more}. To train these embeddings too, pass "
         f"lora={{'trainable_token_indices': {trainable_tokens(model, untrained)}}}."
@@ -228,14 +228,14 @@ def warn_other_vocabulary(
         ours, theirs = tokenizer.get_vocab(), own.get_vocab()
         other = sum(ours.get(text) != token for text, token in theirs.items())
         if other > len(theirs) // 100:
-            warn_on_first_rank(
+            warn_on_rank_zero(
                 f"The tokenizer isn't the model's: of the {len(theirs):,} tokens of the checkpoint's own tokenizer it "
                 f"lacks {other:,} or gives them other ids. What the model has learned about them would be lost: leave "
                 "out `tokenizer`, or pass the model's."
             )
             return
     for token in ends_at_ordinary_tokens(model, tokenizer)[:1]:
-        warn_on_first_rank(
+        warn_on_rank_zero(
             f"The model's generation_config ends answers at {token_name(tokenizer, token)}, which is ordinary text in "
             "this tokenizer, so answers would stop early. Set model.generation_config.eos_token_id, or use the model's "
             "own tokenizer."

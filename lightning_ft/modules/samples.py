@@ -215,7 +215,7 @@ def drop_samples(path: str | Path, step: int) -> int:
     return len(rows) - len(kept)
 
 
-def set_aside(path: str | Path) -> Path | None:
+def rename_existing(path: str | Path) -> Path | None:
     """Rename a file of an earlier run, so that a new run doesn't append to it.
 
     Args:

@@ -16,7 +16,7 @@ from lightning_ft.callbacks.samples import (
     samples_markdown,
 )
 from lightning_ft.errors import ConfigError
-from lightning_ft.modules.samples import RolloutSamples, drop_samples, read_samples, set_aside, write_samples
+from lightning_ft.modules.samples import RolloutSamples, drop_samples, read_samples, rename_existing, write_samples
 from lightning_ft.rewards.batch import Rewards
 
 PER_STEP, STEPS = 4, 6
@@ -154,10 +154,10 @@ def test_drop_samples_refuses_other_files(tmp_path, line):
 
 def test_set_aside_renames_with_number(tmp_path):
     path = tmp_path / "samples.jsonl"
-    assert set_aside(path) is None
+    assert rename_existing(path) is None
     for number in (1, 2):
         path.write_text(str(number))
-        assert set_aside(path) == tmp_path / f"samples.{number}.jsonl"
+        assert rename_existing(path) == tmp_path / f"samples.{number}.jsonl"
         assert (tmp_path / f"samples.{number}.jsonl").read_text() == str(number)
     assert not path.exists()
 
