@@ -146,13 +146,13 @@ class RowFormat(FieldReader[Conversation]):
         value = parsed(row.get(column))
         if value is None and "structured_output" in self.columns and column not in row:
             raise self.missing(row, "structured_output")
-        if not is_nonempty(value):
+        if not isinstance(value, Mapping) and not is_nonempty(value):
             return None
         if not isinstance(value, Mapping):
             fix = "Expected an object, such as {'choices': ['yes', 'no']}, or JSON text of one."
             raise RowError(column, "wrong type", f"found {type(value).__name__}", fix)
         # Rows of one table share their columns, so a cell may have None for what another row sets.
-        return {str(name): content for name, content in value.items() if content is not None}
+        return {str(name): content for name, content in value.items() if content is not None} or None
 
     def _whole(self, row: Mapping[str, object]) -> str:
         value, column = self.value(row, "text"), self.column("text")

@@ -14,6 +14,7 @@ RowFunction: TypeAlias = Callable[[dict[str, Any]], dict[str, Any] | list[Any]]
 """Maps a source row to a list of messages, or to a row of a known format."""
 
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*(\.[^\W\d]\w*)*")
+_KEPT = ("id", "cluster", "prompt_context", "structured_output")  # fields about a row, not part of its messages
 _FIX = "Fix the function or the row."
 
 
@@ -53,8 +54,8 @@ def map_rows(
 ) -> Iterator[RawRow]:
     """Call the function once per row; a row for which it fails gets a problem instead of a value.
 
-    Messages become the row ``{"messages": [...]}``, which keeps the `id` and the `cluster` of the source row. A dict is
-    the whole row: nothing of the source row is added to it.
+    Messages become the row ``{"messages": [...]}``, which keeps the `id`, the `cluster`, the `prompt_context` and the
+    `structured_output` of the source row. A dict is the whole row: nothing of the source row is added to it.
 
     Args:
         rows: The source rows. Those that are already bad, or aren't objects, pass through.
@@ -69,7 +70,7 @@ def map_rows(
         >>> good.value["messages"][1]["content"], str(bad.problem)
         ('4', "train, row 2: format= raised KeyError ('a'). Fix the function or the row.")
     """
-    names = {field: (columns or {}).get(field, field) for field in ("messages", "id", "cluster")}
+    names = {field: (columns or {}).get(field, field) for field in ("messages", *_KEPT)}
     mapped = (_map_row(raw, function, names) for raw in rows)
     return check_values(mapped, filled=False)
 
@@ -78,7 +79,7 @@ def _map_row(raw: RawRow, function: RowFunction, names: Mapping[str, str]) -> Ra
     if raw.problem is not None or not isinstance(raw.value, Mapping):
         return raw
     row = dict(raw.value)
-    kept = {names[field]: row[names[field]] for field in ("id", "cluster") if names[field] in row}
+    kept = {names[field]: row[names[field]] for field in _KEPT if names[field] in row}
     try:
         result: object = function(row)
     except Exception as error:  # whatever the user's code raises

@@ -54,14 +54,14 @@ class Interval:
 
 
 def json_number(value: T) -> T | str:
-    """Convert infinite numbers, which JSON lacks, to ``"Infinity"`` and ``"-Infinity"``; return other values unchanged.
+    """Convert numbers that JSON lacks to ``"Infinity"``, ``"-Infinity"`` and ``"NaN"``; return other values unchanged.
 
     Example:
         >>> json_number(float("-inf")), json_number(3)
         ('-Infinity', 3)
     """
     if isinstance(value, float) and not math.isfinite(value):
-        return "Infinity" if value > 0 else "-Infinity"
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 

@@ -26,11 +26,11 @@ class StructuredOutputs:
         regex: Regular expression that the whole completion matches, in the syntax of Rust's crate ``regex``.
 
     Raises:
-        ConfigError: If not exactly one field is set, `choices` is empty, or a choice is an empty string.
+        ConfigError: If not exactly one field is set, or it has the wrong type; if `choices` is empty, or a choice is.
 
     Example:
-        >>> StructuredOutputs(choices=["yes", "no"]).grammar()
-        'start: "yes" | "no"'
+        >>> StructuredOutputs(choices=["yes", "no"]).choices
+        ('yes', 'no')
     """
 
     choices: Sequence[str] | None = None
@@ -42,12 +42,19 @@ class StructuredOutputs:
         if len(set_fields) != 1:
             found = " and ".join(set_fields) or "none of them"
             raise ConfigError(f"StructuredOutputs takes one of choices, json_schema and regex; got {found}.")
-        if self.choices is not None and (
-            isinstance(self.choices, str)
-            or not self.choices
-            or not all(isinstance(choice, str) and choice for choice in self.choices)
-        ):
-            raise ConfigError(f"choices={self.choices!r}: expected a list of strings that aren't empty.")
+        if self.choices is not None:
+            choices = None if isinstance(self.choices, (str, Mapping)) else _as_tuple(self.choices)
+            if not choices or not all(isinstance(choice, str) and choice for choice in choices):
+                quoted = " Quote words such as yes, no, on and off in YAML." if _has_bool(choices) else ""
+                found = repr(self.choices if choices is None else list(choices))[:80]
+                raise ConfigError(f"choices={found}: expected a list of strings that aren't empty.{quoted}")
+            object.__setattr__(self, "choices", choices)  # an iterator could be read only once
+        if isinstance(self.json_schema, str):
+            object.__setattr__(self, "json_schema", _parsed_schema(self.json_schema))
+        if not isinstance(self.json_schema, (Mapping, type(None))):
+            raise ConfigError(f"json_schema is a {type(self.json_schema).__name__}: expected a JSON schema as a dict.")
+        if not isinstance(self.regex, (str, type(None))):
+            raise ConfigError(f"regex={self.regex!r:.80}: expected a string.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StructuredOutputs:
@@ -56,6 +63,10 @@ class StructuredOutputs:
         Raises:
             ConfigError: If a key is unknown, and as the constructor.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"Structured outputs are a {type(values).__name__}: expected an object, such as {{'choices': [...]}}."
+            )
         if unknown := set(values) - {"choices", "json_schema", "regex"}:
             raise ConfigError(
                 f"Structured outputs have no {min(unknown)!r}: expected one of choices, json_schema and regex."
@@ -68,14 +79,64 @@ class StructuredOutputs:
         Raises:
             MissingDependencyError: If llguidance isn't installed, for a schema or a regular expression.
         """
-        if self.choices is not None:  # a string of Lark's grammars has the escapes of JSON
-            return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in self.choices)
         matcher = _llguidance().LLMatcher
+        if self.choices is not None:
+            # One expression, since a grammar may have 2,000 items at most.
+            return str(matcher.grammar_from_regex("|".join(map(_escaped, self.choices))))
         if self.json_schema is not None:
             # Otherwise any number of spaces and line breaks may follow each token, and some models write nothing else.
             schema = {"x-guidance": {"whitespace_flexible": False}, **self.json_schema}
             return str(matcher.grammar_from_json_schema(json.dumps(schema)))
         return str(matcher.grammar_from_regex(self.regex))
+
+
+def check_grammar(grammar: str) -> None:
+    """Check that a grammar can be matched, without a tokenizer.
+
+    Args:
+        grammar: Grammar from :meth:`StructuredOutputs.grammar`.
+
+    Raises:
+        ConfigError: If it is invalid.
+        MissingDependencyError: If llguidance isn't installed.
+    """
+    if error := _llguidance().LLMatcher.validate_grammar(grammar):
+        raise ConfigError(f"Structured outputs can't be matched: {_reason(error)}")
+
+
+def _as_tuple(values: Any) -> tuple[Any, ...] | None:
+    try:
+        return tuple(values)
+    except TypeError:
+        return None
+
+
+def _has_bool(choices: tuple[Any, ...] | None) -> bool:
+    return any(isinstance(choice, bool) for choice in choices or ())
+
+
+def _parsed_schema(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"json_schema={text!r:.80} isn't JSON: {error}. Pass a dict, or JSON text.") from error
+
+
+def _escaped(choice: str) -> str:
+    r"""A regular expression for a text, in the syntax of Rust's crate ``regex``.
+
+    Example:
+        >>> _escaped("a.b c")
+        'a\\.b c'
+    """
+    return "".join(
+        f"\\{c}" if c in r"\.+*?()|[]{}^$#&-~/" else c if c.isprintable() else f"\\u{{{ord(c):x}}}" for c in choice
+    )
+
+
+def _reason(error: str) -> str:
+    """The first line of an error of llguidance, without its position in our text."""
+    return error.strip().splitlines()[0]
 
 
 class GrammarMasks:
@@ -116,7 +177,7 @@ class GrammarMasks:
             if grammar not in compiled:
                 compiled[grammar] = library.LLMatcher(known, grammar)
                 if error := compiled[grammar].get_error():
-                    raise ConfigError(f"Structured outputs can't be matched: {error.splitlines()[0]}")
+                    raise ConfigError(f"Structured outputs can't be matched: {_reason(error)}")
         self._compiled, self._grammars = compiled, tuple(grammars)
         self._end_token_ids, self._vocabulary = tuple(end_token_ids), vocabulary
 
@@ -165,6 +226,8 @@ class GrammarMask:
                 if not matcher.is_stopped():
                     matcher.consume_token(token)
             self._consumed[index] = len(completions[index])
+            if error := matcher.get_error():
+                raise ConfigError(f"Structured outputs can't be matched: {_reason(error)}")
             if not matcher.is_stopped():
                 llguidance.torch.fill_next_token_bitmask(matcher, bits, row)
             elif not completions[index] or completions[index][-1] not in self._end_token_ids:

@@ -110,6 +110,11 @@ def test_masks_leave_other_rows_and_ended_ones_alone(tokenizer):
         ({"choices": []}, "expected a list of strings that aren't empty"),
         ({"choices": "abc"}, "expected a list of strings that aren't empty"),
         ({"choices": ["a", ""]}, "expected a list of strings that aren't empty"),
+        ({"choices": 3}, "choices=3: expected a list"),
+        ({"choices": [True, False]}, "Quote words such as yes, no, on and off in YAML"),
+        ({"json_schema": True}, "json_schema is a bool"),
+        ({"json_schema": "{"}, "isn't JSON"),
+        ({"regex": 5}, "regex=5: expected a string"),
     ],
 )
 def test_structured_outputs_refuse_invalid_options(options, message):
@@ -120,6 +125,22 @@ def test_structured_outputs_refuse_invalid_options(options, message):
 def test_structured_outputs_name_an_unknown_key():
     with pytest.raises(ConfigError, match="no 'choice': expected one of choices"):
         StructuredOutputs.from_dict({"choice": ["a"]})
+
+
+def test_thousands_of_choices_can_be_matched(tokenizer):
+    choices = [f"item number {i}" for i in range(3000)]
+    engine = next(engines(tokenizer))
+    assert set(generate(engine, tokenizer, [StructuredOutputs(choices=choices)] * 2)[2]) <= set(choices)
+
+
+def test_choices_of_an_iterator_are_kept(tokenizer):
+    format_ = StructuredOutputs(choices=(word for word in ("fox", "row")))
+    assert format_.choices == ("fox", "row")
+    assert format_.grammar() == StructuredOutputs(choices=["fox", "row"]).grammar()
+
+
+def test_schema_may_be_text():
+    assert StructuredOutputs(json_schema=json.dumps(SCHEMA)) == StructuredOutputs(json_schema=SCHEMA)
 
 
 def test_invalid_schema_is_refused_before_generation(tokenizer):

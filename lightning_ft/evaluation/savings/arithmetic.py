@@ -7,6 +7,7 @@ what training added.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,10 +18,12 @@ from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootst
 from lightning_ft.evaluation.savings.cost import Costs, Prices, compute_costs
 from lightning_ft.evaluation.savings.gate import (
     Gate,
+    Lead,
     check_margin,
     check_min_quality,
     overlap_warnings,
     quality_gate,
+    quality_shortfall,
     required_requests,
     why_void,
 )
@@ -88,7 +91,8 @@ def token_savings(
             untuned one and than `constant`, see :func:`lightning_ft.evaluation.savings.gate.why_void`.
 
     Raises:
-        SavingsError: If the arms answered different requests, or `in_training` has ids that no request has.
+        SavingsError: If the arms answered different requests or have different clusters, or `in_training` has ids that
+            no request has.
         NoSuccessError: If all scores of both arms are 0, so that tokens per success are undefined.
 
     Example:
@@ -112,6 +116,11 @@ def token_savings(
             "may be too strict, or max_new_tokens too small."
         )
     clusters = prompted.clusters or None
+    for name, arm in (("tuned", tuned), ("untuned", untuned)):
+        if arm is not None and arm.clusters != prompted.clusters:
+            raise SavingsError(
+                f"The {name} arm has other clusters than the prompted one. Pass a request's cluster to every arm."
+            )
     arms = {"prompted": prompted, "tuned": tuned, **({} if untuned is None else {"untuned": untuned})}
     columns: dict[str, Sequence[float]] = {"n": [1.0] * len(prompted.ids)}
     for name, arm in arms.items():
@@ -131,25 +140,30 @@ def token_savings(
         columns, statistics, clusters=clusters, confidence=confidence, resamples=resamples, seed=seed
     )
     difference = found["diff"]
-    tested: dict[str, Interval] = {}
-    leads = {name: _lead(name) for name in ("untuned", "constant") if f"{name}_score" in columns}
+    others = {"untuned": None if untuned is None else untuned.scores, "constant": constant}
+    tests = {name: _lead(name) for name, scores in others.items() if scores is not None}
     if confidence != 0.95:
-        leads["diff"] = statistics["diff"]
-    if leads:  # the gate's bounds are always those of 95% intervals
-        tested = bootstrap_intervals(columns, leads, clusters=clusters, resamples=resamples, seed=seed)
+        tests["diff"] = statistics["diff"]
+    tested: dict[str, Interval] = {}
+    if tests:  # the gate's bounds are always those of 95% intervals
+        tested = bootstrap_intervals(columns, tests, clusters=clusters, resamples=resamples, seed=seed)
         difference = tested.get("diff", difference)
+    leads = {
+        name: Lead(float(np.mean(scores)), tested[name], _count_wins(prompted.scores, scores, clusters))
+        for name, scores in others.items()
+        if scores is not None
+    }
     discordant = float(np.mean((np.array(tuned.scores) - np.array(prompted.scores)) ** 2))
     gate = replace(
         quality_gate(difference, discordant, len(set(clusters or prompted.ids)), margin),
         void=why_void(
             prompted.quality,
-            untuned=None if untuned is None else untuned.quality,
-            over_untuned=tested.get("untuned"),
-            constant=None if constant is None else float(np.mean(constant)),
-            over_constant=tested.get("constant"),
+            successes=_count_wins(prompted.scores, [0.0] * len(prompted.ids), clusters),
+            untuned=leads.get("untuned"),
+            constant=leads.get("constant"),
             min_quality=min_quality,
         ),
-        shortfall=0.0 if min_quality is None else max(0.0, min_quality - tuned.quality),
+        shortfall=quality_shortfall(tuned.quality, min_quality),
     )
     return SavingsResult(
         arms=arms,
@@ -181,6 +195,14 @@ def _total(sums: Mapping[str, Array], arm: str) -> Array:
 
 def _quality(arm: str) -> Statistic:
     return lambda s: s[f"{arm}_score"] / s["n"]
+
+
+def _count_wins(scores: Sequence[float], others: Sequence[float], clusters: Sequence[str] | None) -> int:
+    """Number of requests, or of clusters, in which the sum of `scores` is above that of `others`."""
+    ahead: Counter[object] = Counter()
+    for unit, score, other in zip(clusters or range(len(scores)), scores, others, strict=True):
+        ahead[unit] += score - other  # type: ignore[assignment]
+    return sum(difference > 0 for difference in ahead.values())
 
 
 def _lead(arm: str) -> Statistic:

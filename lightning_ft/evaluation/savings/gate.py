@@ -12,6 +12,7 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.savings.records import ArmRecords
 
+_ROUNDING = 1e-9  # of a mean of scores
 _Z = 1.96 + 0.84  # normal quantiles for one-sided 97.5% confidence and 80% power, to two decimals
 
 
@@ -101,47 +102,87 @@ def quality_gate(difference: Interval, discordant: float, n: int, margin: float)
     return Gate(margin, difference.lo, discordant, n, required_requests(discordant, margin))
 
 
+MIN_WINS = 6
+"""Requests or clusters in which one arm must be ahead before it can be better: with fewer, all of them ahead and none
+behind, an exact sign test has a p-value above 2.5%, and a bootstrap over so few differences can't be trusted."""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How far the prompted arm is ahead of another one.
+
+    Args:
+        quality: Quality of the other arm, from 0 to 1.
+        interval: Prompted minus other quality, with its 95% interval.
+        wins: Number of requests, or of clusters, in which the prompted arm has the higher score.
+    """
+
+    quality: float
+    interval: Interval
+    wins: int
+
+    @property
+    def shown(self) -> bool:
+        """Whether the prompted arm is shown to be better."""
+        return self.interval.lo > 0 and self.wins >= MIN_WINS
+
+
 def why_void(
     prompted: float,
     *,
-    untuned: float | None = None,
-    over_untuned: Interval | None = None,
-    constant: float | None = None,
-    over_constant: Interval | None = None,
+    successes: int,
+    untuned: Lead | None = None,
+    constant: Lead | None = None,
     min_quality: float | None = None,
 ) -> str:
     """Why replacing the prompt saves nothing that was worth its tokens; an empty string if it was worth them.
 
     A tuned model is easily as good as a prompt that doesn't work. Unless `min_quality` says which quality is of use,
-    the prompted arm must be shown to be better than the same model without the prompt, and than a program that always
-    gives the most frequent answer.
+    the prompted arm must have some success, and be shown to be better than the same model without the prompt, and than
+    a program that always gives the most frequent answer.
 
     Args:
         prompted: Quality of the prompted arm, from 0 to 1.
-        untuned: Quality of the original weights without the prompt; None if it was not measured.
-        over_untuned: Prompted minus untuned quality, with its 95% interval; None if it was not measured.
-        constant: Quality of giving the most frequent reference to every request; None if no reference is frequent.
-        over_constant: Prompted minus constant quality, with its 95% interval.
-        min_quality: Quality below which an arm is of no use. It replaces the two comparisons.
+        successes: Number of requests, or of clusters, in which the prompted arm's score is above 0.
+        untuned: Lead over the original weights without the prompt; None if they were not measured.
+        constant: Lead over giving the most frequent reference to every request; None if no reference is frequent.
+        min_quality: Quality below which an arm is of no use. It replaces the other conditions.
 
     Example:
-        >>> why_void(0.0, untuned=0.0, over_untuned=Interval(0.0, 0.0, 0.0))
-        "the prompt isn't shown to work on this model: quality 0.000 with it, 0.000 without it"
-        >>> why_void(0.7, untuned=0.1, over_untuned=Interval(0.6, 0.5, 0.7))
+        >>> why_void(0.0, successes=0)
+        "the prompt isn't shown to work on this model: quality 0.000"
+        >>> why_void(0.7, successes=70, untuned=Lead(0.1, Interval(0.6, 0.5, 0.7), wins=60))
         ''
-        >>> why_void(0.7, min_quality=0.9)
+        >>> why_void(0.7, successes=70, min_quality=0.9)
         "the prompt's quality, 0.700, is below min_quality=0.9"
     """
     if min_quality is not None:
-        return "" if prompted >= min_quality else f"the prompt's quality, {prompted:.3f}, is below {min_quality=:g}"
-    if over_untuned is not None and not over_untuned.lo > 0:
-        return f"the prompt isn't shown to work on this model: quality {prompted:.3f} with it, {untuned:.3f} without it"
-    if over_constant is not None and not over_constant.lo > 0:
+        enough = prompted >= min_quality - _ROUNDING
+        return "" if enough else f"the prompt's quality, {prompted:.3f}, is below {min_quality=:g}"
+    if untuned is not None and not untuned.shown:
         return (
-            f"the prompt isn't shown to beat a fixed answer: quality {prompted:.3f}, against {constant:.3f} for always "
-            "giving the most frequent answer"
+            f"the prompt isn't shown to work on this model: quality {prompted:.3f} with it, {untuned.quality:.3f} "
+            "without it"
+        )
+    if successes < MIN_WINS:
+        return f"the prompt isn't shown to work on this model: quality {prompted:.3f}"
+    if constant is not None and not constant.shown:
+        return (
+            f"the prompt isn't shown to beat a fixed answer: quality {prompted:.3f}, against {constant.quality:.3f} "
+            "for always giving the most frequent answer"
         )
     return ""
+
+
+def quality_shortfall(tuned: float, min_quality: float | None) -> float:
+    """By how much a quality is below the minimum; 0 if it reaches it or there is none.
+
+    Example:
+        >>> quality_shortfall(0.5, 0.75), quality_shortfall(0.8, 0.75), quality_shortfall(0.1, None)
+        (0.25, 0.0, 0.0)
+    """
+    missing = 0.0 if min_quality is None else min_quality - tuned
+    return missing if missing > _ROUNDING else 0.0
 
 
 def check_min_quality(min_quality: float | None) -> None:

@@ -198,14 +198,16 @@ class SavingsMeasurement:
         """
         if state["before"] and state["fingerprint"] != self.plan.fingerprint:
             raise SavingsError(
-                "The checkpoint's prompted arm was measured with other requests, another baseline, scorer or "
-                "max_new_tokens. It can't be measured again, since the weights have been trained. Use the settings "
-                "of the run that wrote the checkpoint."
+                "The checkpoint's prompted arm was measured with other requests, another baseline, scorer, format of "
+                "structured outputs or max_new_tokens. It can't be measured again, since the weights are trained. Use "
+                "the settings of the run that wrote the checkpoint."
             )
         self._original = str(state["original"])
         self._before = {name: ArmRecords.from_dict(arm) for name, arm in state["before"].items()}
-        constant = state.get("constant")
-        self._constant = None if constant is None else tuple(constant)
+        if "constant" in state:
+            self._constant = None if state["constant"] is None else tuple(state["constant"])
+        elif self._before:
+            self._constant = constant_scores(self.plan)
 
     def _arm(self, name: str, model: CausalLM) -> ArmRecords:
         return run_arm(name, model, self.tokenizer, self.plan, **self._run)  # type: ignore[arg-type]

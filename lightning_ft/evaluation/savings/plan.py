@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +13,9 @@ from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.templates import chat_template
 from lightning_ft.errors import ConfigError, SavingsError, TokenizerError
 from lightning_ft.evaluation.savings.prompt import PromptBaseline, check_no_overlap, content_hash
-from lightning_ft.evaluation.scorers import Scorer, resolve_scorer
+from lightning_ft.evaluation.scorers import Scorer, normalize_text, resolve_scorer
 from lightning_ft.rollout.protocol import common_prefix
-from lightning_ft.rollout.structured import StructuredOutputs
+from lightning_ft.rollout.structured import StructuredOutputs, check_grammar
 from lightning_ft.types import Request
 
 
@@ -105,7 +105,7 @@ def measurement_plan(
     max_new_tokens: int = 128,
     max_requests: int | None = None,
     seed: int = 0,
-    structured_outputs: StructuredOutputs | bool = False,
+    structured_outputs: StructuredOutputs | Mapping[str, object] | bool = False,
 ) -> MeasurementPlan:
     """Sample the requests, encode the prompts of the arms and check everything that doesn't depend on the model.
 
@@ -171,11 +171,26 @@ def measurement_plan(
     )
 
 
-def _grammars(requests: Sequence[Request], structured_outputs: StructuredOutputs | bool) -> tuple[str, ...] | None:
-    if isinstance(structured_outputs, StructuredOutputs):
-        return (structured_outputs.grammar(),) * len(requests)
-    if not structured_outputs:
+def _grammars(
+    requests: Sequence[Request], structured_outputs: StructuredOutputs | Mapping[str, object] | bool | None
+) -> tuple[str, ...] | None:
+    if structured_outputs is None or structured_outputs is False:
         return None
+    try:
+        if isinstance(structured_outputs, Mapping):
+            structured_outputs = StructuredOutputs.from_dict(structured_outputs)
+        if isinstance(structured_outputs, StructuredOutputs):
+            grammar = structured_outputs.grammar()
+            check_grammar(grammar)
+            _check_reachable(requests, structured_outputs)
+            return (grammar,) * len(requests)
+    except ConfigError as error:
+        raise SavingsError(f"structured_outputs: {error}") from error
+    if structured_outputs is not True:
+        raise SavingsError(
+            f"structured_outputs={structured_outputs!r:.80}: expected StructuredOutputs(choices=[...]) or the like, "
+            "True for the structured_output of each request, or False."
+        )
     grammars = []
     for request in requests:
         if not request.structured_output:
@@ -185,9 +200,23 @@ def _grammars(requests: Sequence[Request], structured_outputs: StructuredOutputs
             )
         try:
             grammars.append(StructuredOutputs.from_dict(request.structured_output).grammar())
+            check_grammar(grammars[-1])
         except ConfigError as error:
             raise SavingsError(f"Request {request.id!r}: {error}") from error
     return tuple(grammars)
+
+
+def _check_reachable(requests: Sequence[Request], structured_outputs: StructuredOutputs) -> None:
+    """Refuse choices of which none is a reference, up to case and white space."""
+    if structured_outputs.choices is None:
+        return
+    choices = {normalize_text(choice) for choice in structured_outputs.choices}
+    if not any(normalize_text(request.reference) in choices for request in requests):
+        first = requests[0]
+        raise SavingsError(
+            f"structured_outputs: none of the {len(choices):,} choices is the reference of any request, such as "
+            f"{first.reference[:60]!r} of {first.id!r}, so no answer could be right. Pass the possible answers."
+        )
 
 
 def _check_ids(requests: Sequence[Request]) -> None:

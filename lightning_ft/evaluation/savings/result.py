@@ -237,5 +237,7 @@ def _to_json(record: Interval | Gate | Costs) -> dict[str, object]:
 def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """Inverse of :func:`_to_json`; nested values are left out."""
     return {
-        name: float(v) if v in ("Infinity", "-Infinity") else v for name, v in values.items() if not isinstance(v, dict)
+        name: float(v) if v in ("Infinity", "-Infinity", "NaN") else v
+        for name, v in values.items()
+        if not isinstance(v, dict)
     }

@@ -100,9 +100,9 @@ def test_comparison_reads_the_format_from_a_configuration(tokenizer, value):
         data.setup(stage)
     savings = {"baseline": {"system": "Pick."}, "structured_outputs": value}
     plans = measurement_plans(tokenizer, data, {"savings": savings, "validation_requests": None})
-    expected = {True: ('start: "fox"',), None: None}.get(value if isinstance(value, bool | None) else 0)
-    assert plans["test"].grammars == plans["validation"].grammars
-    assert plans["test"].grammars == (('start: "fox" | "row"',) if isinstance(value, dict) else expected)
+    choices = ["fox"] if value is True else (value or {}).get("choices")
+    expected = None if choices is None else (StructuredOutputs(choices=choices).grammar(),)
+    assert plans["test"].grammars == plans["validation"].grammars == expected
 
 
 def test_callback_takes_the_format(tokenizer, trainer_options, tmp_path):
@@ -111,3 +111,32 @@ def test_callback_takes_the_format(tokenizer, trainer_options, tmp_path):
     )
     measurement = callback._new_measurement(None, None)
     assert len(set(measurement.plan.grammars)) == 1
+
+
+@pytest.mark.parametrize("structured_outputs", [{"choices": ["fox", "row"]}, StructuredOutputs(choices=["fox", "row"])])
+def test_one_format_for_all_may_be_a_dict(tokenizer, structured_outputs):
+    rows = requests(structured_output={"choices": ["lamp"]})
+    plan = measurement_plan(tokenizer, rows, BASELINE, structured_outputs=structured_outputs)
+    assert set(plan.grammars) == {StructuredOutputs(choices=["fox", "row"]).grammar()}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("yes", r"structured_outputs='yes': expected StructuredOutputs\(choices"),
+        (["fox"], r"structured_outputs=\['fox'\]: expected"),
+        ({"choice": ["fox"]}, "structured_outputs: Structured outputs have no 'choice'"),
+        ({"choices": ["up", "down"]}, "none of the 2 choices is the reference of any request, such as 'fox' of '0'"),
+        ({"regex": "("}, "structured_outputs: Structured outputs can't be matched"),
+    ],
+)
+def test_format_that_cannot_work_is_refused_before_training(tokenizer, value, message):
+    with pytest.raises(SavingsError, match=message):
+        measurement_plan(tokenizer, requests(), BASELINE, structured_outputs=value)
+
+
+def test_request_whose_format_cannot_be_matched_is_named(tokenizer):
+    rows = requests(structured_output={"choices": ["fox"]})
+    rows[2] = replace(rows[2], structured_output={"regex": "("})
+    with pytest.raises(SavingsError, match="Request '2': Structured outputs can't be matched"):
+        measurement_plan(tokenizer, rows, BASELINE, structured_outputs=True)

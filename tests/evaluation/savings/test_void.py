@@ -1,5 +1,7 @@
 """A prompt that is of no use gives no saving to claim, however well the tuned model keeps its quality."""
 
+from dataclasses import replace
+
 import pytest
 from tiny import make_model, make_tokenizer
 
@@ -8,7 +10,7 @@ from lightning_ft.document.markdown import markdown_document
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, token_savings
-from lightning_ft.evaluation.savings.gate import why_void
+from lightning_ft.evaluation.savings.gate import Lead, why_void
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.result import SavingsResult
@@ -85,8 +87,45 @@ def test_options_are_checked():
 
 
 def test_lead_that_is_undefined_is_no_lead():
-    nothing = Interval(0.0, float("nan"), float("nan"))
-    assert why_void(0.5, untuned=0.5, over_untuned=nothing)
+    nothing = Lead(0.5, Interval(0.0, float("nan"), float("nan")), wins=9)
+    assert why_void(0.5, successes=9, untuned=nothing)
+
+
+@pytest.mark.parametrize(("right", "verdict"), [(0, "VOID"), (3, "VOID"), (5, "VOID"), (6, "PASS")])
+def test_few_lucky_answers_do_not_make_a_prompt_work(right, verdict):
+    """Five wins against none have a p-value of 1/32 in an exact sign test, six of 1/64."""
+    for untuned in (arm(0), None):
+        result = token_savings(arm(right, 1000), arm(max(right, 1)), untuned, margin=0.05, resamples=999)
+        assert result.gate.verdict == verdict
+
+
+def test_answers_of_one_cluster_are_one_success():
+    clusters = tuple(str(i // 100) for i in range(N))
+    arms = [replace(a, clusters=clusters) for a in (arm(300, 1000), arm(300), arm(0))]
+    assert token_savings(*arms, resamples=999).gate.void
+
+
+def test_clusters_that_differ_between_arms_are_refused():
+    clusters = tuple(str(i // 2) for i in range(N))
+    with pytest.raises(SavingsError, match="The tuned arm has other clusters than the prompted one"):
+        token_savings(arm(300), replace(arm(300), clusters=clusters), resamples=99)
+
+
+def test_min_quality_is_not_missed_by_rounding():
+    tenth = replace(arm(0, 1000), scores=(0.1,) * N)
+    assert token_savings(tenth, tenth, min_quality=0.1, resamples=99).gate.verdict == "PASS"
+
+
+def test_state_without_fixed_answer_measures_it_again():
+    requests = [Request(str(i), (Message(role="user", content=f"fox {i}"),), "red") for i in range(8)]
+    options = {"max_new_tokens": 2, "timed_requests": 0, "resamples": 99}
+    measurement = SavingsMeasurement(make_tokenizer(), requests, PromptBaseline("Say a color."), **options)
+    measurement.before(make_model())
+    state = measurement.state_dict()
+    del state["constant"]
+    restored = SavingsMeasurement(measurement.tokenizer, requests, PromptBaseline("Say a color."), **options)
+    restored.load_state_dict(state)
+    assert restored.state_dict()["constant"] == [1.0] * 8
 
 
 def test_void_result_survives_json_and_every_format_shows_it():
