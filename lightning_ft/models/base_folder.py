@@ -7,6 +7,7 @@ name.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +44,9 @@ def base_fingerprint(folder: str | Path) -> str | None:
 def find_base(adapter: str | Path, name: str) -> str:
     """The base of a saved adapter: the name in its configuration, or the matching local folder of that name.
 
-    A folder with the adapter's fingerprint is searched for in the current folder, next to the adapter, and next to each
-    folder above it.
+    A folder of that name with the adapter's fingerprint is searched for in the current folder, next to the adapter and
+    next to each folder above it; then, as in ``models/base``, up to two levels below the current folder, and one level
+    below the nearest folders above the adapter.
 
     Args:
         adapter: Folder of the adapter.
@@ -61,16 +63,29 @@ def find_base(adapter: str | Path, name: str) -> str:
     if Path(name).is_absolute() and (Path(name) / "config.json").is_file():
         return name  # an absolute path was written by the user
     raise ModelError(
-        f"The adapter in {str(adapter)!r} was trained on a local folder called {name!r}, which is neither in the "
-        "current folder nor next to the adapter or above it. Pass that folder as model= and the adapter as adapter=, "
-        "or write its path into adapter_config.json as base_model_name_or_path."
+        f"The adapter in {str(adapter)!r} was trained on a local folder called {name!r}, but that folder is neither in "
+        f"the current folder ({str(Path.cwd())!r}) or up to two levels below it, nor next to the adapter or above it. "
+        "Write its path into adapter_config.json as base_model_name_or_path, copy it next to the adapter, or export "
+        "with merge=True. A module also takes that folder as model= and the adapter as adapter=."
     )
 
 
+_NEAR = 4  # folders above the adapter that are searched below, enough for lightning_logs/version_0/export/last
+
+
 def _candidates(adapter: Path, name: str) -> Iterator[Path]:
+    """Folders that may be the base, the likeliest first; listing folders comes last, since they may be large."""
     yield Path(name)
-    for parent in adapter.resolve().parents:
+    parents = list(adapter.resolve().parents)
+    for parent in parents:
         yield parent / name
+    last = glob.escape(Path(name).name)
+    if not last:
+        return
+    yield from sorted(Path().glob(f"[!.]*/{last}"))
+    yield from sorted(Path().glob(f"[!.]*/[!.]*/{last}"))
+    for parent in parents[:-1][:_NEAR]:  # never below the root of the file system
+        yield from sorted(parent.glob(f"[!.]*/{last}"))
 
 
 def _saved_fingerprint(adapter: Path) -> str | None:

@@ -46,8 +46,33 @@ def test_base_folder_ignores_another_folder_of_that_name(adapter, tmp_path):
     make_model(seed=5).save_pretrained(other)
     assert adapter_base(str(adapter)) == str(tmp_path / "work" / "base")
     shutil.rmtree(tmp_path / "work" / "base")
-    with pytest.raises(ModelError, match=r"local folder called 'base', .*model= .*adapter_config\.json"):
+    with pytest.raises(
+        ModelError, match=r"local folder called 'base', .*adapter_config\.json .*merge=True\. .*model= "
+    ):
         adapter_base(str(adapter))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
     assert adapter_base(str(adapter)) == str(other)  # as the user passed it
+
+
+@pytest.mark.parametrize("levels", ["models", "models/small"])
+def test_base_folder_is_found_below_the_current_folder(adapter, tmp_path, monkeypatch, levels):
+    parent = tmp_path / "project" / levels
+    parent.mkdir(parents=True)
+    shutil.move(tmp_path / "work" / "base", parent / "base")
+    monkeypatch.chdir(tmp_path / "project")
+    assert adapter_base(str(adapter)) == f"{levels}/base"
+
+
+def test_base_folder_is_found_next_to_folders_above_the_adapter(adapter, tmp_path):
+    (tmp_path / "work" / "models").mkdir()
+    base = shutil.move(tmp_path / "work" / "base", tmp_path / "work" / "models" / "base")
+    assert adapter_base(str(adapter)) == str(base)
+
+
+def test_base_folder_with_glob_characters_is_found(model_folder, tmp_path, monkeypatch):
+    shutil.copytree(model_folder, tmp_path / "models" / "base [v2]")
+    model = load_causal_lm(str(tmp_path / "models" / "base [v2]"))
+    save_adapter(get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM")), tmp_path / "last")
+    monkeypatch.chdir(tmp_path)
+    assert adapter_base("last") == "models/base [v2]"

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_ft import DPO, PairDataModule, PreferenceDataModule, RewardModeling
+from lightning_ft import DPO, GRPO, PairDataModule, PreferenceDataModule, RewardModeling
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.data.batches import PreferenceBatch
-from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.errors import ConfigError, ModelError, RewardError
 from lightning_ft.models.load import adapter_base
 from lightning_ft.models.reward_head import reward_head
 from lightning_ft.rewards.model import RewardModel
@@ -309,6 +310,19 @@ def test_reward_export_scores_equally_in_transformers(model_folder, trainer_opti
     assert own.std() > 0.1
     shown = runpy.run_path(str(card_code(folder)))["model"]
     torch.testing.assert_close(plain_scores(shown, tokenizer, PAIRS), own, rtol=0, atol=1e-5)
+
+
+def test_exported_adapter_rewards_a_policy_of_the_same_folder(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder, "models/base")
+    reward = RewardModeling("models/base", lora=LORA)
+    reward.export("reward/")
+    ((_, scorer),) = GRPO("models/base", rewards=["reward/"]).rewards.models()
+    rows = conversations(PAIRS[:2])
+    torch.testing.assert_close(scorer.score_conversations(rows), reward.score_conversations(rows), rtol=0, atol=1e-5)
+    shutil.rmtree("models")
+    with pytest.raises(RewardError, match=r"rewards='reward/': .*local folder called 'base'.*adapter_config\.json"):
+        GRPO("models/base", rewards=["reward/"])
 
 
 def test_reward_adapter_continues_with_its_head(model_folder, trainer_options, tmp_path):
