@@ -89,7 +89,7 @@ def draw(probabilities: Tensor) -> Tensor:
 def _draw_index(weights: Tensor) -> Tensor:
     """Draw one index per row with probability proportional to its weight, ``int64 [b]``."""
     sums = weights.cumsum(-1)
-    total = sums[:, -1:]
+    total = sums[:, -1:].contiguous()  # searchsorted warns otherwise
     found = torch.searchsorted(sums, torch.rand_like(total) * total, right=True)
     last = torch.searchsorted(sums, total)  # last index with a positive weight, in case rounding reaches the total
     return torch.minimum(found, last)[:, 0]

@@ -83,6 +83,17 @@ def test_draw_follows_the_probabilities():
     torch.testing.assert_close(counts, wide, atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("tokens", [6, 2000])
+def test_draw_raises_no_warning(tokens, recwarn):
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch repeats most of its warnings only then
+    try:
+        draw(torch.full((3, tokens), 1 / tokens))
+    finally:
+        torch.set_warn_always(always)
+    assert not recwarn.list
+
+
 def test_draw_never_returns_probability_zero_at_the_ends(monkeypatch):
     monkeypatch.setattr(torch, "rand_like", lambda total: torch.ones_like(total))
     assert draw(torch.tensor([[0.25, 0.75, 0.0, 0.0]])).tolist() == [1]
