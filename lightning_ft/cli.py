@@ -27,9 +27,11 @@ _UNKNOWN_OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?
 _UNKNOWN_NAME = re.compile(r"module '(?P<path>[\w.]+)' has no attribute '(?P<name>\w+)'")
 _UNKNOWN_KEY = re.compile(r"(?:Option '|unrecognized arguments: --)(?P<name>\w+\.[\w.]+)(?:' is not accepted|[^\n]*)")
 
+_NO_ENGINE = re.compile(r"Import path [\w.]+ does not implement protocol RolloutEngine(?!\. Its)")
+
 
 class FineTuningParser(_cli.LightningArgumentParser):  # type: ignore[name-defined,misc]
-    """Lightning's parser, with the closest valid name in errors about a misspelled one."""
+    """Lightning's parser, with hints in its errors: the closest valid name, and what an engine needs."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Print the error and exit.
@@ -40,7 +42,7 @@ class FineTuningParser(_cli.LightningArgumentParser):  # type: ignore[name-defin
         """
         parser = getattr(ex, "subcommand_parser", None) or self
         keys = [action.dest for action in parser._actions]
-        super().error(_with_nearest_names(message, keys), ex)
+        super().error(_with_hint_for_engines(_with_nearest_names(message, keys)), ex)
 
 
 def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
@@ -62,6 +64,17 @@ def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
 def _suggest(match: re.Match[str], names: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(match["name"], list(names), 1)
     return f"{match[0]}. Did you mean {nearest[0]!r}?" if nearest else match[0]
+
+
+def _with_hint_for_engines(message: str) -> str:
+    """Add to a message about a class of an engine that its annotations are compared, which the parser leaves out."""
+    return _NO_ENGINE.sub(
+        lambda match: (
+            f"{match[0]}. Its methods are compared with those of lightning_ft.rollout.protocol.RolloutEngine, types "
+            "included: annotate their parameters and returned values as there"
+        ),
+        message,
+    )
 
 
 class FineTuningTrainer(Trainer):

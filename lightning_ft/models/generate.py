@@ -20,20 +20,34 @@ from lightning_ft.models.load import context_length
 
 
 @contextmanager
+def restoring_modes(model: nn.Module) -> Iterator[None]:
+    """Restore the train or eval mode of every module of a model afterwards.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with restoring_modes(model):
+        ...     _ = model.eval()
+        >>> [module.training for module in model.modules()]
+        [True, True, False]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode is restored afterwards.
 
     In train mode with gradient checkpointing, transformers drops the cache and generates wrong tokens from the second
     token on.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with restoring_modes(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 def end_token_ids(model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -16,7 +16,7 @@ from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ConfigError, NonFiniteError, RolloutError
 from lightning_ft.losses.statistics import mean_and_std, power_sums
-from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids
+from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids, restoring_modes
 from lightning_ft.models.vocabulary import embedding_rows
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.options import AdaptedOptions, Unpack
@@ -27,7 +27,7 @@ from lightning_ft.rewards.batch import Rewards, TrainerState
 from lightning_ft.rewards.functions import RewardFunctions
 from lightning_ft.rewards.model import check_context_length
 from lightning_ft.rollout.local import LocalEngine
-from lightning_ft.rollout.protocol import RolloutEngine, Sampling, check_rollouts
+from lightning_ft.rollout.protocol import RolloutEngine, Sampling, check_engine, check_rollouts
 from lightning_ft.types import Message, Request
 
 _VALIDATION_SEED = 0
@@ -86,12 +86,8 @@ class SampledCompletions(AdaptedFineTuning):
                 raise ConfigError(f"{name}={number}: expected at least 1.")
         if engine is not None and vllm:
             raise ConfigError("Both engine= and vllm= say what samples the completions: pass only one of them.")
-        if engine is not None and not isinstance(engine, RolloutEngine):
-            missing = [name for name in ("generate", "sync_weights") if not hasattr(engine, name)]
-            raise ConfigError(
-                f"engine= got an object of type {type(engine).__name__}, which has no {' and no '.join(missing)}. Give "
-                "it the methods of lightning_ft.rollout.protocol.RolloutEngine."
-            )
+        if engine is not None:
+            check_engine(engine)
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.sampling = Sampling(float(temperature), float(top_p), int(top_k), float(min_p), stops)
         on_nonfinite = self.optimizer_options.on_nonfinite
@@ -193,14 +189,15 @@ class SampledCompletions(AdaptedFineTuning):
                 "PromptDataModule to the Trainer."
             )
         engine = self.engine
-        if hasattr(engine, "sync_weights"):  # the `engine` of a subclass may do without
-            engine.sync_weights(self.model)
-        rollouts = engine.generate(
-            [ids.tolist() for ids in batch.input_ids],
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            num_completions=count,
-        )
+        with restoring_modes(self.model):  # an engine may leave the model in eval mode
+            if hasattr(engine, "sync_weights"):  # the `engine` of a subclass may do without
+                engine.sync_weights(self.model)
+            rollouts = engine.generate(
+                [ids.tolist() for ids in batch.input_ids],
+                max_new_tokens=self.max_new_tokens,
+                sampling=self.sampling,
+                num_completions=count,
+            )
         if engine is self._engine_argument[0]:
             self._check_rollouts(rollouts, type(engine).__name__, len(batch.input_ids) * count)
         ids = [list(completion.tokens) for completion in rollouts.completions]
@@ -219,6 +216,7 @@ class SampledCompletions(AdaptedFineTuning):
                 expected=expected,
                 max_new_tokens=self.max_new_tokens,
                 vocabulary=embedding_rows(self.model),
+                end_token_ids=end_token_ids(self.model, self.tokenizer),
                 finite=self.optimizer_options.on_nonfinite == "error",
             )
         except RolloutError as error:

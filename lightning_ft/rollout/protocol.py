@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 from lightning_ft.errors import ConfigError, RolloutError
@@ -78,7 +80,8 @@ class Completion:
     """Tokens that a model generated after a prompt.
 
     Args:
-        tokens: Token ids, including the end token (or the token that completed a stop string) if there is one.
+        tokens: Token ids, including the end token (or the token that completed a stop string) if there is one, and
+            nothing after it.
         truncated: Whether it reached the limit of new tokens before an end token or a stop string.
         logprobs: Log-probability of each token in nats, under ``softmax(logits / temperature)`` over the whole
             vocabulary, regardless of top-p, top-k and min-p; empty for greedy tokens.
@@ -117,6 +120,8 @@ class RolloutEngine(Protocol):
     run, since a checkpoint contains the state of that generator, and validation sets its seed. An engine with a random
     generator of its own doesn't.
 
+    Modes: after each of these calls the module restores the train or eval mode of every submodule of the model.
+
     Errors: what an engine raises stops the run. `lightning_ft.errors.RolloutError` is meant for it.
 
     Example:
@@ -151,7 +156,8 @@ class RolloutEngine(Protocol):
 
         Returns:
             ``len(prompts) * num_completions`` completions, those of a prompt next to each other, each of 1 to
-            `max_new_tokens` tokens of the model's vocabulary, with as many log-probabilities or none.
+            `max_new_tokens` tokens of the model's vocabulary, none of them after an end token, with as many
+            log-probabilities or none.
         """
         ...
 
@@ -166,8 +172,63 @@ class RolloutEngine(Protocol):
         ...
 
 
+def check_engine(engine: object) -> None:
+    """Check that an engine has the methods of `RolloutEngine`, and that they take the arguments that modules pass.
+
+    Args:
+        engine: Value of the argument `engine` of a module.
+
+    Raises:
+        ConfigError: For a class instead of an object, a missing method, or parameters that don't take the arguments.
+
+    Example:
+        >>> class Mine:
+        ...     def generate(self, prompts): ...
+        ...
+        ...     def sync_weights(self, model): ...
+        >>> check_engine(Mine())
+        Traceback (most recent call last):
+        lightning_ft.errors.ConfigError: engine= got an object of type Mine, whose generate(prompts) can't be called ...
+    """
+    if isinstance(engine, type):
+        name = engine.__name__
+        raise ConfigError(f"engine= got the class {name} instead of an object: pass engine={name}(...).")
+    found = f"engine= got an object of type {type(engine).__name__}"
+    missing = [name for name in ("generate", "sync_weights") if not callable(getattr(engine, name, None))]
+    if missing:
+        raise ConfigError(
+            f"{found}, which has no {' and no '.join(missing)}. Give it the methods of "
+            "lightning_ft.rollout.protocol.RolloutEngine."
+        )
+    passed: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+        "generate": (("prompts",), ("max_new_tokens", "sampling", "num_completions")),
+        "sync_weights": (("model",), ()),
+    }
+    for name, (positional, keywords) in passed.items():
+        try:
+            signature = inspect.signature(getattr(engine, name))
+        except (TypeError, ValueError):  # a callable without a signature, such as one written in C
+            continue
+        try:
+            signature.bind(*positional, **dict.fromkeys(keywords))
+        except TypeError as error:
+            call = ", ".join([*positional, *(f"{keyword}=..." for keyword in keywords)])
+            parameters = signature.replace(return_annotation=inspect.Signature.empty)
+            raise ConfigError(
+                f"{found}, whose {name}{parameters} can't be called as {name}({call}): {error}. Give it the parameters "
+                f"of lightning_ft.rollout.protocol.RolloutEngine.{name}."
+            ) from None
+
+
 def check_rollouts(
-    rollouts: object, engine: str, *, expected: int, max_new_tokens: int, vocabulary: int, finite: bool
+    rollouts: object,
+    engine: str,
+    *,
+    expected: int,
+    max_new_tokens: int,
+    vocabulary: int,
+    end_token_ids: Collection[int],
+    finite: bool,
 ) -> None:
     """Check that what an engine returned is what the protocol promises.
 
@@ -177,14 +238,17 @@ def check_rollouts(
         expected: Number of completions that were requested.
         max_new_tokens: Largest number of tokens per completion.
         vocabulary: Number of embeddings of the model.
+        end_token_ids: Ids of the tokens that end a completion.
         finite: Whether log-probabilities must be finite.
 
     Raises:
-        RolloutError: For another type, count or length, or a token or log-probability that can't be one.
+        RolloutError: For another type, count or length, a token or log-probability that can't be one, or tokens after
+            an end token.
 
     Example:
         >>> rollouts = Rollouts((Completion((5, 40), truncated=False),), 0, 0)
-        >>> check_rollouts(rollouts, "Mine", expected=1, max_new_tokens=8, vocabulary=32, finite=True)
+        >>> limits = {"max_new_tokens": 8, "vocabulary": 32, "end_token_ids": [2]}
+        >>> check_rollouts(rollouts, "Mine", expected=1, finite=True, **limits)
         Traceback (most recent call last):
         lightning_ft.errors.RolloutError: The engine Mine returned token 40 in completion 0, but the model has 32 ...
     """
@@ -193,20 +257,49 @@ def check_rollouts(
             f"The engine {engine} returned a {type(rollouts).__name__}: `generate` returns a "
             "lightning_ft.rollout.protocol.Rollouts."
         )
+    if not isinstance(rollouts.completions, (tuple, list)):
+        raise RolloutError(
+            f"The engine {engine} returned Rollouts whose completions are of type "
+            f"{type(rollouts.completions).__name__}: expected a tuple of lightning_ft.rollout.protocol.Completion."
+        )
     if (count := len(rollouts.completions)) != expected:
         raise RolloutError(
             f"The engine {engine} returned {count} completions instead of {expected}: `generate` returns "
             "num_completions for each prompt, those of a prompt next to each other."
         )
+    ends = frozenset(end_token_ids)
     for index, completion in enumerate(rollouts.completions):
-        if (problem := _problem_of(completion, max_new_tokens, vocabulary, finite)) is not None:
+        if not isinstance(completion, Completion):
+            raise RolloutError(
+                f"The engine {engine} returned an object of type {type(completion).__name__} as completion {index}: "
+                "expected a lightning_ft.rollout.protocol.Completion."
+            )
+        if (problem := _problem_of(completion, max_new_tokens, vocabulary, ends, finite)) is not None:
             start, remedy = problem
             raise RolloutError(f"The engine {engine} returned {start} in completion {index}{remedy}")
 
 
-def _problem_of(completion: Completion, max_new_tokens: int, vocabulary: int, finite: bool) -> tuple[str, str] | None:
+_LOGPROB_TOLERANCE = 1e-3  # rounding error of a log-probability of nearly 0 in float32, with room to spare
+
+
+def _problem_of(
+    completion: Completion, max_new_tokens: int, vocabulary: int, ends: frozenset[int], finite: bool
+) -> tuple[str, str] | None:
     """Return what is wrong with a completion and what is expected, the two halves of a message; None if it is valid."""
-    tokens, logprobs = completion.tokens, completion.logprobs
+    types = {"tokens": "ints", "logprobs": "floats, empty if there are none"}
+    for name, items in types.items():
+        if not isinstance(values := getattr(completion, name), (tuple, list)):
+            return f"{name} of type {type(values).__name__}", f": expected a tuple of {items}."
+    if not isinstance(completion.truncated, bool):
+        return f"truncated={completion.truncated!r:.80}", ": expected True or False."
+    return _problem_of_tokens(completion.tokens, max_new_tokens, vocabulary, ends) or _problem_of_logprobs(
+        completion.logprobs, len(completion.tokens), finite
+    )
+
+
+def _problem_of_tokens(
+    tokens: Sequence[int], max_new_tokens: int, vocabulary: int, ends: frozenset[int]
+) -> tuple[str, str] | None:
     if not 1 <= len(tokens) <= max_new_tokens:
         return f"{len(tokens)} tokens", f": expected 1 to max_new_tokens={max_new_tokens}, the end token included."
     for token in tokens:
@@ -214,11 +307,28 @@ def _problem_of(completion: Completion, max_new_tokens: int, vocabulary: int, fi
             return f"{token!r:.80}, a {type(token).__name__}, as a token", ": expected ints."
         if not 0 <= token < vocabulary:
             return f"token {token}", f", but the model has {vocabulary:,} embeddings: does it use another tokenizer?"
-    if logprobs and len(logprobs) != len(tokens):
-        return (
-            f"{len(logprobs)} log-probabilities for {len(tokens)} tokens",
-            ": expected one per token, or none at all.",
-        )
+    for token in tokens[:-1]:
+        if token in ends:
+            return (
+                f"tokens after the end token {token}",
+                f": cut each completion after its first end token (any of {sorted(ends)}), so that padding isn't "
+                "trained on.",
+            )
+    return None
+
+
+def _problem_of_logprobs(logprobs: Sequence[float], count: int, finite: bool) -> tuple[str, str] | None:
+    if logprobs and len(logprobs) != count:
+        return f"{len(logprobs)} log-probabilities for {count} tokens", ": expected one per token, or none at all."
+    for logprob in logprobs:
+        if not isinstance(logprob, Real) or isinstance(logprob, bool):
+            return f"{logprob!r:.80}, a {type(logprob).__name__}, as a log-probability", ": expected floats."
+        if math.isfinite(logprob) and logprob > _LOGPROB_TOLERANCE:
+            return (
+                f"the log-probability {logprob:g}",
+                ", which is above 0: expected natural logarithms of probabilities, under the softmax over the whole "
+                "vocabulary.",
+            )
     if finite and not all(math.isfinite(logprob) for logprob in logprobs):
         return (
             "a log-probability that is not finite",
