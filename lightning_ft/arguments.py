@@ -1,12 +1,18 @@
-"""Errors for keyword arguments that a class does not accept."""
+"""Checks of arguments: names that a class does not accept, and values of another type or out of range."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import TypeVar
 
-from lightning_ft.errors import UnknownArgumentError
+from lightning_ft.errors import LightningFTError, UnknownArgumentError
+from lightning_ft.types import Request
+
+ClassT = TypeVar("ClassT", bound="CheckedArguments")
 
 
 def unknown_argument(cls: type, name: str) -> UnknownArgumentError:
@@ -47,3 +53,91 @@ def check_arguments(cls: type, names: Iterable[str]) -> None:
     for name in names:
         if name not in parameters:
             raise unknown_argument(cls, name)
+
+
+class CheckedArguments:
+    """Base of classes that name the closest argument for a misspelled one, before any constructor runs.
+
+    Raises:
+        UnknownArgumentError: For an argument that the class does not take.
+
+    Example:
+        >>> class Meter(CheckedArguments):
+        ...     def __init__(self, *, every: int = 1) -> None:
+        ...         self.every = every
+        >>> inspect.signature(Meter)
+        <Signature (*, every: int = 1) -> None>
+        >>> Meter(evry=2)
+        Traceback (most recent call last):
+        lightning_ft.errors.UnknownArgumentError: Meter has no argument 'evry'. Did you mean 'every'?
+    """
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # `inspect` would show __new__'s
+
+    def __new__(cls: type[ClassT], *args: object, **options: object) -> ClassT:
+        """Check argument names."""
+        check_arguments(cls, options)
+        return super().__new__(cls)
+
+
+def check_integer(argument: str, value: object, minimum: int, error: type[LightningFTError]) -> None:
+    """Check that an argument is an integer of at least `minimum`.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Value of the argument.
+        minimum: Smallest allowed value.
+        error: Exception class to raise.
+
+    Raises:
+        LightningFTError: An `error`, for another type or a smaller number.
+
+    Example:
+        >>> from lightning_ft.errors import ConfigError
+        >>> check_integer("batch_size", "8", 1, ConfigError)
+        Traceback (most recent call last):
+        lightning_ft.errors.ConfigError: batch_size='8': expected an integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise error(f"{argument}={value!r}: expected an integer of at least {minimum}.")
+    if value < minimum:
+        raise error(f"{argument}={value}: expected at least {minimum}.")
+
+
+def check_number(argument: str, value: object, error: type[LightningFTError]) -> None:
+    """Check that an argument is a number other than NaN.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Value of the argument.
+        error: Exception class to raise.
+
+    Raises:
+        LightningFTError: An `error`, for another type.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise error(f"{argument}={value!r}: expected a number, not a value of type {type(value).__name__}.")
+
+
+def check_requests(requests: object, error: type[LightningFTError]) -> None:
+    """Check that `requests` is a sequence of `Request` objects.
+
+    Args:
+        requests: Value of the argument.
+        error: Exception class to raise.
+
+    Raises:
+        LightningFTError: An `error`, for anything else; the message says how to make requests of rows.
+    """
+    remedy = (
+        "Request objects are the rows of PairDataModule.requests('test'), or are built with "
+        "lightning_ft.types.Request(id=..., messages=(...), reference=...)."
+    )
+    if isinstance(requests, str) or not isinstance(requests, Sequence):
+        raise error(f"requests={requests!r:.80}: expected a list of Request objects. {remedy}")
+    for index, request in enumerate(requests):
+        if not isinstance(request, Request):
+            raise error(f"requests[{index}] is a value of type {type(request).__name__}, not a Request. {remedy}")

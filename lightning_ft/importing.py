@@ -136,8 +136,30 @@ def import_object(path: str, *, argument: str, error: type[LightningFTError]) ->
         return from_file(path, argument=argument, error=error)
     try:
         return from_import_path(path, argument=argument, error=error)
-    except (ImportError, AttributeError) as cause:
+    except ImportError as cause:
+        raise error(not_importable(argument, path, str(cause))) from cause
+    except AttributeError as cause:
         raise error(f"{argument}={path!r} can't be imported: {cause}") from cause
+
+
+def not_importable(argument: str, path: str, reason: str) -> str:
+    """Message for a module that can't be imported, with the form for a function in a file.
+
+    Args:
+        argument: Name of the argument that holds the path.
+        path: Import path of the object.
+        reason: Reason why it can't be imported.
+    """
+    module, _, name = path.rpartition(":" if ":" in path else ".")
+    file = f"{module.replace('.', '/')}.py"
+    if Path(file).is_file():
+        remedy = f"There is a file {file!r}: write {file}:{name or 'function'}"
+    else:
+        remedy = "For a function in a file, write path/to/file.py:function"
+    return (
+        f"{argument}={path!r} can't be imported: {reason.removesuffix('.')}. {remedy}; for one in a package, install "
+        "the package or add its folder to PYTHONPATH."
+    )
 
 
 def is_file_path(path: str) -> bool:

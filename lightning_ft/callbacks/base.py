@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeGuard
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
+from lightning_ft.arguments import CheckedArguments
 from lightning_ft.distributed import all_gather_objects, rank_zero_warn
 from lightning_ft.errors import ConfigError, LightningFTError
 from lightning_ft.printable import printable
@@ -104,7 +105,7 @@ def check_results_folder(folder: Path | None, name: str) -> None:
 _log = logging.getLogger(__name__)
 
 
-class EndOfTraining(Callback):
+class EndOfTraining(CheckedArguments, Callback):
     """Base class of callbacks that work on the final weights.
 
     A subclass overrides :meth:`finish`. A Trainer calls it after the `on_train_end` of all callbacks; with Fabric, this

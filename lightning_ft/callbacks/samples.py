@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
+from lightning_ft.arguments import CheckedArguments
 from lightning_ft.callbacks.base import describe_error
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.document.markdown import markdown_table
@@ -92,7 +93,7 @@ def _short(cell: object) -> str:
     )
 
 
-class SampleCompletions(Callback):
+class SampleCompletions(CheckedArguments, Callback):
     """Shows completions of the policy with their prompts, rewards and advantages.
 
     They are appended to a JSONL file, and logged as a table (Weights & Biases, MLflow) or as text (TensorBoard). A

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft.arguments import check_integer, check_number, check_requests
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.data.sources import Sources
@@ -21,7 +22,7 @@ from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
 from lightning_ft.evaluation.savings.overlap import TrainRows
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.evaluation.scorers import Scorer
+from lightning_ft.evaluation.scorers import Scorer, check_scorer
 from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint
 from lightning_ft.report.collect import SAVINGS
 from lightning_ft.rollout.structured import StructuredOutputs
@@ -70,7 +71,9 @@ class TokenSavings(MeasuringCallback):
         name: Prefix of the logged names, and name of the folder.
 
     Raises:
-        SavingsError: For a measurement that would be misleading; raised before training if possible.
+        SavingsError: For an argument of another type or out of range, and for a measurement that would be misleading;
+            raised before training if possible.
+        UnknownArgumentError: For an argument that TokenSavings does not take, with the nearest name.
 
     Example:
         >>> baseline = PromptBaseline("Answer with the name of one department.")
@@ -82,7 +85,7 @@ class TokenSavings(MeasuringCallback):
 
     def __init__(
         self,
-        baseline: PromptBaseline | str | None = None,
+        baseline: PromptBaseline | str | Path | None = None,
         *,
         scorer: str | Scorer = "normalized",
         margin: float = 0.02,
@@ -114,11 +117,27 @@ class TokenSavings(MeasuringCallback):
             raise SavingsError(
                 f"split={split!r}: expected 'test' or 'validation'; training rows would measure memorization."
             )
-        if every_n_epochs is not None and every_n_epochs < 1:
-            raise SavingsError(f"every_n_epochs={every_n_epochs}: expected at least 1.")
+        for argument, value, minimum in (
+            ("max_new_tokens", max_new_tokens, 1),
+            ("batch_size", batch_size, 1),
+            ("timed_requests", timed_requests, 0),
+            ("resamples", resamples, 1),
+            ("seed", seed, 0),
+        ):
+            check_integer(argument, value, minimum, SavingsError)
+        for argument, optional in (("max_requests", max_requests), ("every_n_epochs", every_n_epochs)):
+            if optional is not None:
+                check_integer(argument, optional, 1, SavingsError)
+        check_number("margin", margin, SavingsError)
         check_margin(margin)
-        check_min_quality(min_quality)
-        self.baseline = PromptBaseline.from_file(baseline) if isinstance(baseline, str) else baseline
+        if min_quality is not None:
+            check_number("min_quality", min_quality, SavingsError)
+            check_min_quality(min_quality)
+        check_scorer(scorer)
+        if requests is not None:
+            check_requests(requests, SavingsError)
+        _check_objects(baseline, prices, structured_outputs, tokenizer)
+        self.baseline = PromptBaseline.from_file(baseline) if isinstance(baseline, (str, Path)) else baseline
         self.split, self.requests, self.train_rows, self.tokenizer = split, requests, train_rows, tokenizer
         self.every_n_epochs, self.output_dir, self.progress, self.name = every_n_epochs, output_dir, progress, name
         self._options: dict[str, Any] = {
@@ -290,4 +309,27 @@ class TokenSavings(MeasuringCallback):
         raise SavingsError(
             f"TokenSavings has no rows to measure on; training rows would measure memorization. {' '.join(reasons)} "
             "Set test= or validation= of the PairDataModule."
+        )
+
+
+def _check_objects(baseline: object, prices: object, structured_outputs: object, tokenizer: object) -> None:
+    """Refuse values of types that would fail only when they are used, such as dicts."""
+    if not isinstance(baseline, (PromptBaseline, str, Path)):
+        raise SavingsError(
+            f"baseline is a value of type {type(baseline).__name__}: expected PromptBaseline(system=..., "
+            "few_shot=[...]), or the path of a JSON file with these two keys."
+        )
+    if prices is not None and not isinstance(prices, Prices):
+        raise SavingsError(
+            f"prices is a value of type {type(prices).__name__}: expected Prices(input=..., output=..., currency=..., "
+            "date=...)."
+        )
+    if not isinstance(structured_outputs, (bool, StructuredOutputs)):
+        raise SavingsError(
+            f"structured_outputs is a value of type {type(structured_outputs).__name__}: expected "
+            "StructuredOutputs(choices=[...]), with json_schema= or regex= in its place, or True or False."
+        )
+    if isinstance(tokenizer, str):
+        raise SavingsError(
+            f"tokenizer={tokenizer!r}: expected a loaded tokenizer. Pass AutoTokenizer.from_pretrained({tokenizer!r})."
         )

@@ -10,7 +10,7 @@ from typing import IO, Any, TypeVar, cast, get_args
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningDataModule, check_same_namespace, restricted_classmethod
-from lightning_ft.arguments import check_arguments
+from lightning_ft.arguments import CheckedArguments
 from lightning_ft.checkpoint_file import checked_file
 from lightning_ft.data import cache
 from lightning_ft.data.loader import Collate, TokenLoader, token_loader
@@ -36,7 +36,7 @@ _NEEDS: dict[str, tuple[SplitName, ...]] = {
 }
 
 
-class RowDataModule(LightningDataModule, ABC):
+class RowDataModule(CheckedArguments, LightningDataModule, ABC):
     """Base of the DataModules: a subclass names the type of its rows and collates them into batches.
 
     Args:
@@ -75,16 +75,6 @@ class RowDataModule(LightningDataModule, ABC):
     """
 
     row_type: RowType[Any]
-
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        super().__init_subclass__(**kwargs)
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # `inspect` would show __new__'s
-
-    def __new__(cls: type[DataModuleT], *args: object, **options: object) -> DataModuleT:
-        """Check argument names before any constructor runs."""
-        check_arguments(cls, options)
-        return super().__new__(cls)
 
     def __init__(
         self,

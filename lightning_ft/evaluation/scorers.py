@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import json
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from lightning_ft.errors import SavingsError
-from lightning_ft.importing import import_object
+from lightning_ft.importing import import_object, is_file_path, not_importable
 
 Scorer = Callable[[str, str], float]
 """Function of an answer and its reference that returns a score from 0 (wrong) to 1 (right)."""
@@ -151,12 +154,59 @@ def resolve_scorer(scorer: str | Scorer, references: Sequence[str]) -> tuple[str
         return scorer, LabelMatch(references)
     if scorer in SCORERS:
         return scorer, SCORERS[scorer]
-    is_import_path = "." in scorer or ":" in scorer
-    imported: object = import_object(scorer, argument="scorer", error=SavingsError) if is_import_path else None
+    imported: object = import_object(scorer, argument="scorer", error=SavingsError) if _is_import_path(scorer) else None
     if not callable(imported):
-        names = ", ".join(map(repr, [*SCORERS, "label"]))
-        raise SavingsError(f"scorer={scorer!r}: expected {names}, a function, or the import path of one.")
+        raise _no_scorer(scorer)
     return scorer, cast(Scorer, imported)
+
+
+def check_scorer(scorer: object) -> None:
+    """Check a scorer without running code of its author: that its name exists, or its file or package.
+
+    Args:
+        scorer: Scorer, name or import path, see :func:`resolve_scorer`.
+
+    Raises:
+        SavingsError: If there is certainly no such scorer.
+
+    Example:
+        >>> check_scorer("label"), check_scorer("operator.eq"), check_scorer(max)
+        (None, None, None)
+    """
+    if callable(scorer) or scorer == "label" or (isinstance(scorer, str) and scorer in SCORERS):
+        return
+    if not isinstance(scorer, str) or not _is_import_path(scorer):
+        raise _no_scorer(scorer)
+    file, _, name = scorer.rpartition(":" if ":" in scorer else ".")
+    if is_file_path(scorer):
+        if not Path(file).is_file():
+            raise SavingsError(
+                f"scorer={scorer!r}: there is no file {file!r} (looked for {str(Path(file).resolve())!r})."
+            )
+        return
+    package = file.partition(".")[0]
+    if not name or not package or not _is_package(package):
+        raise SavingsError(not_importable("scorer", scorer, f"No module named {package!r}"))
+
+
+def _is_package(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # `__main__` of a script has no spec
+        return True
+
+
+def _is_import_path(scorer: str) -> bool:
+    return "." in scorer or ":" in scorer
+
+
+def _no_scorer(scorer: object) -> SavingsError:
+    names = [*SCORERS, "label"]
+    near = difflib.get_close_matches(scorer, names, 1) if isinstance(scorer, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return SavingsError(
+        f"scorer={scorer!r}: expected {', '.join(map(repr, names))}, a function, or the import path of one.{hint}"
+    )
 
 
 def grade_answers(

@@ -6,12 +6,14 @@ The formulas are in `pairwise`. A custom loss is a function with the same signat
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_ft.errors import ConfigError
@@ -71,10 +73,13 @@ class PreferenceLoss:
     Args:
         compute: Function of ``(chosen, rejected)``, the `SequenceLogProbs` of `p` pairs, that returns their losses,
             ``[p]``. The settings `beta`, `label_smoothing` and `gamma` are passed to it by keyword if its signature
-            names them.
+            (that of `forward` for an `nn.Module`) names them. A setting that a `functools.partial` binds is kept.
         needs_reference: Whether the loss uses log-probabilities under the reference.
         takes_label_smoothing: Whether the loss uses `label_smoothing`.
-        name: Name in messages and in `hparams`: a name of the registry, or an import path.
+        name: Name in messages: a name of the registry, an import path, or any other that no second loss has.
+
+    Raises:
+        ConfigError: If `compute` can't be called in this way.
 
     Example:
         >>> def margin(chosen, rejected, *, beta):
@@ -88,21 +93,70 @@ class PreferenceLoss:
     takes_label_smoothing: bool = False
     name: str = ""
 
+    def __post_init__(self) -> None:
+        name = self.name or _import_path(self.compute)
+        if not callable(self.compute):
+            raise ConfigError(
+                f"loss={name!r} is of type {type(self.compute).__name__}: expected a function of (chosen, rejected)."
+            )
+        try:
+            signature = _signature(self.compute)
+            signature.bind("chosen", "rejected", **{n: 0.0 for n in SETTINGS if n in signature.parameters})
+        except (TypeError, ValueError) as cause:
+            raise ConfigError(
+                f"loss={name!r} can't be called with (chosen, rejected) and the settings {', '.join(SETTINGS)}: "
+                f"{cause}. Let it take the two sides first, and give its other parameters defaults."
+            ) from cause
+
+    @property
+    def hparams_name(self) -> str:
+        """Name in `hparams`; only for the registry's own losses is it a name of the registry."""
+        entry = PREFERENCE_LOSSES.get(self.name)
+        registered = entry is not None and replace(entry, name=self.name) == self
+        return self.name if registered or _is_import_path(self.name) else f"custom {self.name}"
+
     def __call__(self, chosen: SequenceLogProbs, rejected: SequenceLogProbs, **settings: float) -> Tensor:
         """Loss of each pair, ``[p]``.
 
         Raises:
-            ConfigError: If the function doesn't return one float per pair.
+            ConfigError: If the function doesn't return one float per pair, or returns them without gradient although
+                the log-probabilities of both sides have one.
         """
-        parameters = inspect.signature(self.compute).parameters.values()
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        names = {p.name for p in parameters}
-        losses = self.compute(chosen, rejected, **{n: v for n, v in settings.items() if takes_all or n in names})
+        losses = self.compute(chosen, rejected, **{n: v for n, v in settings.items() if _takes(self.compute, n)})
         expected = chosen.logprobs.shape
         if not isinstance(losses, Tensor) or losses.shape != expected or not losses.is_floating_point():
             shape = f"{losses.dtype} {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ConfigError(f"Loss {self.name!r} returned {shape}: expected one float per pair, {tuple(expected)}.")
+        learns = torch.is_grad_enabled() and chosen.logprobs.requires_grad and rejected.logprobs.requires_grad
+        if learns and not losses.requires_grad:
+            raise ConfigError(
+                f"Loss {self.name!r} returned losses without gradient, so nothing can be learned from it. Compute them "
+                "from chosen.logprobs or rejected.logprobs, without detach(), item() or torch.no_grad()."
+            )
         return losses
+
+
+def _signature(compute: Callable[..., Any]) -> inspect.Signature:
+    """Signature of a loss: that of `forward` for an `nn.Module`, without the keywords that a `partial` binds."""
+    if isinstance(compute, functools.partial):
+        signature = inspect.signature(functools.partial(_called(compute.func), *compute.args, **compute.keywords))
+        free = [p for p in signature.parameters.values() if p.name not in compute.keywords]
+        return signature.replace(parameters=free)
+    return inspect.signature(_called(compute))
+
+
+def _called(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of an `nn.Module`, also of a compiled one, since the `__call__` of modules takes any argument."""
+    module = getattr(compute, "_orig_mod", compute)
+    return module.forward if isinstance(module, torch.nn.Module) else compute
+
+
+def _takes(compute: Callable[..., Any], setting: str) -> bool:
+    """Whether a loss gets a setting: its signature names it or has `**kwargs`, and no `partial` binds it."""
+    if isinstance(compute, functools.partial) and setting in compute.keywords:
+        return False
+    parameters = _signature(compute).parameters
+    return setting in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _sigmoid(chosen: SequenceLogProbs, rejected: SequenceLogProbs, *, beta: float, label_smoothing: float) -> Tensor:
@@ -167,24 +221,37 @@ def resolve_preference_losses(loss: LossLike | Mapping[LossLike, float]) -> list
 
     Raises:
         ConfigError: If a name is unknown, a value has another type, a function has a parameter that can't be filled,
-            the mapping is empty, or a weight isn't a number of at least 0.
+            the mapping is empty, two losses have the same name, a weight isn't a finite number of at least 0, or all
+            weights are 0.
 
     Example:
         >>> [(loss.name, weight) for loss, weight in resolve_preference_losses({"sigmoid": 0.8, "sft": 0.2})]
         [('sigmoid', 0.8), ('sft', 0.2)]
     """
-    weights: Mapping[LossLike, float] = loss if isinstance(loss, Mapping) else {_hashable(loss): 1.0}
+    weights = list(loss.items()) if isinstance(loss, Mapping) else [(loss, 1.0)]
     if not weights:
         raise ConfigError(f"`loss` is empty: expected at least one of {', '.join(PREFERENCE_LOSSES)}.")
-    return [(_resolve(one), _weight(one, weight)) for one, weight in weights.items()]
+    losses = [(_resolve(_checked_type(one)), _weight(one, weight)) for one, weight in weights]
+    names = [one.name for one, _ in losses]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"Two losses are named {repeated[0]!r}, and `hparams` would keep one of them only. Give each a name of its "
+            "own: PreferenceLoss(function, name=...)."
+        )
+    if not any(weight for _, weight in losses):
+        raise ConfigError(
+            f"The weights of {', '.join(names)} are all 0, so nothing would be learned. Give at least one loss a "
+            "weight above 0."
+        )
+    return losses
 
 
 def _weighted(losses: WeightedLosses | LossLike | Mapping[LossLike, float]) -> WeightedLosses:
-    resolved = isinstance(losses, (list, tuple)) and all(isinstance(item, tuple) for item in losses)
+    resolved = isinstance(losses, (list, tuple)) and losses and all(isinstance(item, tuple) for item in losses)
     return losses if resolved else resolve_preference_losses(losses)  # type: ignore[arg-type, return-value]
 
 
-def _hashable(loss: object) -> LossLike:
+def _checked_type(loss: object) -> LossLike:
     if isinstance(loss, (str, PreferenceLoss)) or callable(loss):
         return loss  # type: ignore[return-value]
     raise ConfigError(f"loss={loss!r}: expected a name, a function, or a dict of names with their weights.")
@@ -192,50 +259,42 @@ def _hashable(loss: object) -> LossLike:
 
 def _resolve(loss: LossLike) -> PreferenceLoss:
     if isinstance(loss, str) and loss in PREFERENCE_LOSSES:
-        return PREFERENCE_LOSSES[loss]
+        return replace(PREFERENCE_LOSSES[loss], name=loss)
     if isinstance(loss, str):
-        if "." not in loss and ":" not in loss:  # not an import path
+        if not _is_import_path(loss):
             near = difflib.get_close_matches(loss, PREFERENCE_LOSSES, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
                 f"loss={loss!r}: expected one of {', '.join(PREFERENCE_LOSSES)}, or an import path.{hint}"
             )
-        path, loss = loss, import_object(loss, argument="loss", error=ConfigError)
-        if not isinstance(loss, PreferenceLoss):
-            return _of_function(loss, path)
+        imported = import_object(loss, argument="loss", error=ConfigError)
+        if not isinstance(imported, PreferenceLoss):
+            return _of_function(imported, loss)
+        loss = imported
     if isinstance(loss, PreferenceLoss):
-        return loss if loss.name else _of_function(loss.compute, _import_path(loss.compute), loss)
+        return loss if loss.name else replace(loss, name=_import_path(loss.compute))
     return _of_function(loss, _import_path(loss))
 
 
-def _of_function(compute: object, name: str, known: PreferenceLoss | None = None) -> PreferenceLoss:
-    if not callable(compute):
-        raise ConfigError(
-            f"loss={name!r} is of type {type(compute).__name__}: expected a function of (chosen, rejected)."
-        )
-    try:
-        signature = inspect.signature(compute)
-        signature.bind(
-            "chosen", "rejected", **{setting: 0.0 for setting in SETTINGS if setting in signature.parameters}
-        )
-    except (TypeError, ValueError) as cause:
-        raise ConfigError(
-            f"loss={name!r} can't be called with (chosen, rejected) and the settings {', '.join(SETTINGS)}: {cause}. "
-            "Give its other parameters defaults."
-        ) from cause
-    if known is not None:
-        return PreferenceLoss(compute, known.needs_reference, known.takes_label_smoothing, name)
-    return PreferenceLoss(compute, takes_label_smoothing="label_smoothing" in signature.parameters, name=name)
+def _of_function(compute: Callable[..., Any], name: str) -> PreferenceLoss:
+    loss = PreferenceLoss(compute, name=name)
+    return replace(loss, takes_label_smoothing="label_smoothing" in _signature(compute).parameters)
+
+
+def _is_import_path(name: str) -> bool:
+    return "." in name or ":" in name
 
 
 def _import_path(function: object) -> str:
+    if isinstance(function, functools.partial):
+        return f"partial({_import_path(function.func)})"
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 def _weight(loss: object, weight: object) -> float:
     if isinstance(weight, (int, float)) and 0 <= weight < math.inf:
         return float(weight)
-    raise ConfigError(f"Weight {weight!r} of loss {loss!r}: expected a number of at least 0.")
+    raise ConfigError(f"Weight {weight!r} of loss {loss!r}: expected a finite number of at least 0.")
 
 
 def preference_loss(

@@ -379,6 +379,59 @@ def test_savings_refuse_missing_baseline_tokenizer_model_or_start(trainer_option
         SavingsMeasurement(tokenizer, make_requests(), BASELINE).after(make_model())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_requests": "3"}, "max_requests='3': expected an integer of at least 1"),
+        ({"max_requests": 0}, "max_requests=0: expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected at least 1"),
+        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+        ({"batch_size": 8.0}, r"batch_size=8\.0: expected an integer"),
+        ({"resamples": 0}, "resamples=0: expected at least 1"),
+        ({"timed_requests": -1}, "timed_requests=-1: expected at least 0"),
+        ({"seed": "a"}, "seed='a': expected an integer of at least 0"),
+        ({"every_n_epochs": 0}, "every_n_epochs=0: expected at least 1"),
+        ({"margin": "0.02"}, r"margin='0\.02': expected a number"),
+        ({"margin": True}, "margin=True: expected a number"),
+        ({"min_quality": "0.5"}, r"min_quality='0\.5': expected a number"),
+        ({"scorer": "exactt"}, "scorer='exactt': expected .*Did you mean 'exact'"),
+        ({"scorer": None}, "scorer=None: expected 'exact'"),
+        ({"scorer": "no_such_package_of_mine.f"}, r"No module named 'no_such_package_of_mine'\. .*file\.py:function"),
+        ({"scorer": "no/such/file.py:f"}, "there is no file 'no/such/file.py'"),
+        ({"requests": "x.jsonl"}, r"requests='x.jsonl': expected a list of Request .*PairDataModule\.requests"),
+        ({"requests": [{"id": "a"}]}, r"requests\[0\] is a value of type dict, not a Request"),
+        ({"prices": {"input": 1.0}}, r"prices is a value of type dict: expected Prices\("),
+        ({"structured_outputs": {"choices": ["a"]}}, r"of type dict: expected StructuredOutputs\("),
+        ({"tokenizer": "gpt2"}, r"tokenizer='gpt2': expected a loaded tokenizer"),
+    ],
+)
+def test_savings_refuse_invalid_arguments_at_construction(options, message):
+    with pytest.raises(SavingsError, match=message):
+        TokenSavings(BASELINE, **options)
+
+
+def test_savings_refuse_a_dict_as_baseline():
+    with pytest.raises(SavingsError, match=r"baseline is a value of type dict: expected PromptBaseline\("):
+        TokenSavings({"system": "Be brief."})
+
+
+def test_savings_read_the_baseline_of_a_path(tmp_path):
+    (tmp_path / "baseline.json").write_text('{"system": "Be brief."}')
+    for path in (tmp_path / "baseline.json", str(tmp_path / "baseline.json")):
+        assert TokenSavings(path).baseline == PromptBaseline("Be brief.")
+
+
+def test_savings_check_a_scorer_without_running_its_code(tmp_path):
+    (tmp_path / "scorers.py").write_text("raise SystemExit('imported')")
+    TokenSavings(BASELINE, scorer=f"{tmp_path}/scorers.py:grade")
+    TokenSavings(BASELINE, scorer="__main__.grade")  # which has no import spec in a script
+
+
+def test_measurement_refuses_rows_that_are_no_requests(tokenizer):
+    with pytest.raises(SavingsError, match=r"requests\[1\] is a value of type dict, not a Request\. .*Request\(id="):
+        SavingsMeasurement(tokenizer, [*make_requests()[:1], {"input": "a", "output": "b"}], BASELINE)
+
+
 def test_savings_name_failing_scorer(trainer_options, tmp_path, tokenizer):
     callback = TokenSavings(BASELINE, scorer="operator:truediv", requests=make_requests(), **QUICK)
     with pytest.raises(SavingsError, match=r"Scorer 'operator:truediv' failed on request 'r0': TypeError"):

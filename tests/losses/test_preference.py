@@ -1,5 +1,6 @@
 """Preference losses, KTO and the reward model's loss against the formulas of their papers, and custom losses."""
 
+import functools
 import math
 
 import pytest
@@ -155,6 +156,10 @@ def test_preference_loss_accepts_no_pairs_and_no_tokens():
         ({"dpo": 1.0}, {}, "'dpo': expected one of sigmoid, ipo"),
         ({}, {}, "`loss` is empty"),
         ({"sigmoid": -1.0}, {}, "Weight -1.0 of loss 'sigmoid'"),
+        ({"sigmoid": math.nan}, {}, "Weight nan of loss 'sigmoid': expected a finite number of at least 0"),
+        ({"sigmoid": math.inf}, {}, "Weight inf of loss 'sigmoid': expected a finite number of at least 0"),
+        ({"sigmoid": 0}, {}, "The weights of sigmoid are all 0"),
+        ({"sigmoid": 0, "sft": 0.0}, {}, "The weights of sigmoid, sft are all 0"),
         ({"sigmoid": 1.0}, {"beta": 0.0}, "beta=0.0"),
         ({"sigmoid": 1.0}, {"label_smoothing": 0.5}, "label_smoothing=0.5"),
         ({"robust": 1.0}, {"label_smoothing": -0.1}, "label_smoothing=-0.1"),
@@ -257,3 +262,109 @@ def test_preference_loss_declares_reference_and_smoothing():
 def test_preference_loss_rejects_invalid_loss(loss, message):
     with pytest.raises(ConfigError, match=message):
         preference_loss(loss, side(CHOSEN), side(REJECTED))
+
+
+def scaled(chosen, rejected, *, beta, label_smoothing=0.0):
+    return beta * (rejected.average - chosen.average) + 0 * label_smoothing
+
+
+def all_settings(chosen, rejected, **settings):
+    return chosen.average * settings["beta"] + settings["gamma"]
+
+
+def test_partial_keeps_the_settings_it_binds():
+    sides = side(CHOSEN), side(REJECTED)
+    bound = functools.partial(scaled, beta=3.0)
+    torch.testing.assert_close(preference_loss(bound, *sides, beta=0.1), 3.0 * preference_loss(scaled, *sides, beta=1))
+    bound = functools.partial(all_settings, beta=3.0)
+    torch.testing.assert_close(preference_loss(bound, *sides, gamma=0.7), 3.0 * sides[0].average + 0.7)
+    named = PreferenceLoss(functools.partial(scaled, beta=3.0), name="scaled")
+    torch.testing.assert_close(preference_loss(named, *sides), 3.0 * preference_loss(scaled, *sides, beta=1))
+
+
+def test_partial_that_binds_label_smoothing_does_not_take_it():
+    ((loss, _),) = resolve_preference_losses(functools.partial(scaled, label_smoothing=0.2))
+    assert (loss.takes_label_smoothing, loss.name) == (False, f"partial({__name__}.scaled)")
+    with pytest.raises(ConfigError, match=r"label_smoothing=0\.1 has no meaning for partial"):
+        check_preference_losses(loss, label_smoothing=0.1)
+
+
+class Margin(torch.nn.Module):
+    """A loss that uses no setting."""
+
+    def forward(self, chosen, rejected):
+        return rejected.average - chosen.average
+
+
+class ScaledMargin(Margin):
+    """A loss that uses `beta`."""
+
+    def forward(self, chosen, rejected, *, beta):
+        return beta * super().forward(chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda module: module, functools.partial, functools.partial(torch.compile, backend="eager")],
+    ids=["module", "partial", "compiled"],
+)
+def test_module_as_loss_gets_the_settings_that_forward_names(wrap):
+    sides = side(CHOSEN), side(REJECTED)
+    expected = sides[1].average - sides[0].average
+    torch.testing.assert_close(preference_loss(wrap(Margin()), *sides), expected)
+    torch.testing.assert_close(preference_loss(wrap(ScaledMargin()), *sides, beta=0.3), 0.3 * expected)
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (lambda chosen, rejected, alpha: chosen.logprobs, "loss='x' can't be called .* argument: 'alpha'"),
+        (lambda chosen: chosen.logprobs, "loss='x' can't be called .* too many positional arguments"),
+        (3, "loss='x' is of type int: expected a function"),
+    ],
+)
+def test_preference_loss_checks_signature_at_construction(compute, message):
+    with pytest.raises(ConfigError, match=message):
+        PreferenceLoss(compute, name="x")
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {lambda chosen, rejected: chosen.logprobs: 1.0, lambda chosen, rejected: rejected.logprobs: 1.0},
+        {PreferenceLoss(margin_loss, name="x"): 1.0, PreferenceLoss(scaled, name="x"): 1.0},
+        {"sigmoid": 1.0, PreferenceLoss(margin_loss, name="sigmoid"): 1.0},
+        {functools.partial(scaled, beta=1.0): 1.0, functools.partial(scaled, beta=2.0): 1.0},
+    ],
+)
+def test_losses_of_one_name_are_refused(losses):
+    with pytest.raises(ConfigError, match=r"Two losses are named .* Give each a name of its own"):
+        resolve_preference_losses(losses)
+
+
+def test_loss_without_gradient_is_refused_by_name():
+    chosen, rejected = side(CHOSEN), side(REJECTED)
+    detached = PreferenceLoss(lambda chosen, rejected: (rejected.average - chosen.average).detach(), name="detached")
+    assert preference_loss(detached, chosen, rejected).shape == (4,)
+    for one in (chosen, rejected):
+        one.logprobs.requires_grad_()
+    with torch.no_grad():  # validation
+        assert preference_loss(detached, chosen, rejected).shape == (4,)
+    with pytest.raises(ConfigError, match="Loss 'detached' returned losses without gradient"):
+        preference_loss(detached, chosen, rejected)
+    with pytest.raises(ConfigError, match="Loss 'detached' returned losses without gradient"):
+        weighted_preference_loss({"sigmoid": 1.0, detached: 1.0}, chosen, rejected)
+
+
+def test_hparams_name_is_a_registered_name_for_registered_losses_only(monkeypatch):
+    for name, loss in PREFERENCE_LOSSES.items():
+        assert loss.hparams_name == name
+    assert PreferenceLoss(margin_loss, name="sigmoid").hparams_name == "custom sigmoid"
+    margin = PreferenceLoss(margin_loss, name="margin")
+    assert margin.hparams_name == "custom margin"
+    monkeypatch.setitem(PREFERENCE_LOSSES, "margin", margin)
+    monkeypatch.setitem(PREFERENCE_LOSSES, "unnamed", PreferenceLoss(margin_loss))
+    assert [loss.hparams_name for loss, _ in resolve_preference_losses({"margin": 1, "unnamed": 1})] == [
+        "margin",
+        "unnamed",
+    ]

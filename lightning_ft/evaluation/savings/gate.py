@@ -103,8 +103,11 @@ def quality_gate(difference: Interval, discordant: float, n: int, margin: float)
 
 
 MIN_WINS = 6
-"""Requests or clusters in which one arm must be ahead before it can be better: with fewer, all of them ahead and none
-behind, an exact sign test has a p-value above 2.5%, and a bootstrap over so few differences can't be trusted."""
+"""Number of requests or clusters in which an arm must be ahead to count as better.
+
+With fewer, even if the arm is ahead in every request in which the two differ, an exact sign test has a p-value above
+2.5%, and a bootstrap over a handful of differences can't be trusted.
+"""
 
 
 @dataclass(frozen=True)

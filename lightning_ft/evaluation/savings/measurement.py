@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft import __version__
+from lightning_ft.arguments import CheckedArguments
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.arms import constant_scores, run_arm
@@ -29,7 +30,7 @@ from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
 
-class SavingsMeasurement:
+class SavingsMeasurement(CheckedArguments):
     """Measures the prompted, untuned and tuned arms around a training loop.
 
     Args:

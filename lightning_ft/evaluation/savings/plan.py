@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.arguments import check_requests
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.templates import chat_template
 from lightning_ft.errors import ConfigError, SavingsError, TokenizerError
@@ -220,6 +221,7 @@ def _check_reachable(requests: Sequence[Request], structured_outputs: Structured
 
 
 def _check_ids(requests: Sequence[Request]) -> None:
+    check_requests(requests, SavingsError)
     if not requests:
         raise SavingsError("No requests: there is nothing to measure. Pass at least one.")
     for index, request in enumerate(requests):
