@@ -1,0 +1,54 @@
+"""Misspelled arguments of the public callbacks and measurements, and their help on the command line."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from lightning_ft import ComputeMeter, ExportModel, PromptBaseline, Retention, SampleCompletions, TokenSavings
+from lightning_ft.errors import UnknownArgumentError
+from lightning_ft.evaluation.savings.measurement import measure_token_savings
+
+CALLBACKS = [ComputeMeter, ExportModel, Retention, SampleCompletions, TokenSavings]
+MISSPELLED = [
+    (ComputeMeter, (), "every_n_step", "every_n_steps"),
+    (ExportModel, (), "overwrit", "overwrite"),
+    (Retention, (["a b"],), "max_ppl_ration", "max_ppl_ratio"),
+    (SampleCompletions, (), "num_sample", "num_samples"),
+    (TokenSavings, (PromptBaseline("Be brief."),), "min_qualty", "min_quality"),
+]
+
+
+@pytest.mark.parametrize(("callback", "args", "name", "nearest"), MISSPELLED)
+def test_callbacks_name_the_nearest_argument(callback, args, name, nearest):
+    message = f"{callback.__name__} has no argument '{name}'. Did you mean '{nearest}'"
+    with pytest.raises(UnknownArgumentError, match=message):
+        callback(*args, **{name: 1})
+
+
+def test_measure_token_savings_names_the_nearest_argument():
+    with pytest.raises(UnknownArgumentError, match=r"has no argument 'marginn'\. Did you mean 'margin'"):
+        measure_token_savings(None, None, [], PromptBaseline("Be brief."), marginn=0.02)
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_help_lists_every_argument_of_callbacks(callback):
+    parser = ArgumentParser()
+    parser.add_class_arguments(callback, "callback")
+    text, names = parser.format_help(), list(inspect.signature(callback.__init__).parameters)[1:]
+    assert list(inspect.signature(callback).parameters) == names
+    assert [name for name in names if f"--callback.{name}" not in text] == []
+
+
+def test_subclass_of_a_callback_may_take_other_arguments():
+    class Verbose(ComputeMeter):
+        def __init__(self, level, **options):
+            super().__init__(**options)
+            self.level = level
+
+    meter = Verbose(level=2, every_n_steps=5)
+    for same in (copy.deepcopy(meter), Verbose(2, every_n_steps=5)):
+        assert (same.level, same._options) == (meter.level, meter._options)
+    assert pickle.loads(pickle.dumps(ComputeMeter(every_n_steps=5)))._options == meter._options
