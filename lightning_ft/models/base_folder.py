@@ -46,7 +46,7 @@ def find_base(adapter: str | Path, name: str) -> str:
 
     A folder of that name with the adapter's fingerprint is searched for in the current folder, next to the adapter and
     next to each folder above it; then, as in ``models/base``, up to two levels below the current folder, and one level
-    below the nearest folders above the adapter.
+    below the two nearest folders above the adapter.
 
     Args:
         adapter: Folder of the adapter.
@@ -70,9 +70,6 @@ def find_base(adapter: str | Path, name: str) -> str:
     )
 
 
-_NEAR = 4  # folders above the adapter that are searched below, enough for lightning_logs/version_0/export/last
-
-
 def _candidates(adapter: Path, name: str) -> Iterator[Path]:
     """Folders that may be the base, the likeliest first; listing folders comes last, since they may be large."""
     yield Path(name)
@@ -84,7 +81,7 @@ def _candidates(adapter: Path, name: str) -> Iterator[Path]:
         return
     yield from sorted(Path().glob(f"[!.]*/{last}"))
     yield from sorted(Path().glob(f"[!.]*/[!.]*/{last}"))
-    for parent in parents[:-1][:_NEAR]:  # never below the root of the file system
+    for parent in parents[:-1][:2]:  # never below the root of the file system
         yield from sorted(parent.glob(f"[!.]*/{last}"))
 
 

@@ -224,7 +224,8 @@ def adapter_base(name: str) -> str | None:
     base = adapter_config(name).base_model_name_or_path
     if not base:
         raise ModelError(
-            f"{folder / ADAPTER_CONFIG} doesn't name a base model. Pass the base as model= and this folder as adapter=."
+            f"{folder / ADAPTER_CONFIG} doesn't name a base model. Write its name or path there as "
+            "base_model_name_or_path. A module also takes the base as model= and this folder as adapter=."
         )
     return find_base(folder, str(base))
 

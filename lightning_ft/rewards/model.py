@@ -24,7 +24,7 @@ from lightning_ft.data.splits import Splits
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
 from lightning_ft.distributed import warn
-from lightning_ft.errors import ConfigError, RewardError
+from lightning_ft.errors import ConfigError, ModelError, RewardError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import base_of, input_device
 from lightning_ft.models.load import (
@@ -69,6 +69,29 @@ def local_folder(name: str, *, revision: str | None = None, trust_remote_code: b
         raise RewardError(f"There is no folder {name!r}, and no model of that name on the hub: {reason}") from error
 
 
+def check_folder(folder: Path) -> str | None:
+    """Check a reward model without loading it: that its score head is saved, and that an adapter's base is found.
+
+    Args:
+        folder: Folder of a sequence-classification model, or of a PEFT adapter for one.
+
+    Returns:
+        Base model of an adapter; None for a whole model.
+
+    Raises:
+        RewardError: If there is no trained score head, or no base.
+    """
+    if not any(_HEAD.match(name) for name in _saved_names(folder)):
+        raise RewardError(
+            f"The model in {str(folder)!r} has no trained score head, so its rewards would be random. Use an export of "
+            "RewardModeling, or another AutoModelForSequenceClassification with num_labels=1."
+        )
+    try:
+        return adapter_base(str(folder))
+    except ModelError as error:
+        raise RewardError(f"The reward model in {str(folder)!r} can't be loaded: {error}") from error
+
+
 def load_reward_model(
     folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel | PeftModel:
@@ -84,13 +107,8 @@ def load_reward_model(
             labels.
         ModelError: If it can't be loaded.
     """
-    if not any(_HEAD.match(name) for name in _saved_names(folder)):
-        raise RewardError(
-            f"The model in {str(folder)!r} has no trained score head, so its rewards would be random. Use an export of "
-            "RewardModeling, or another AutoModelForSequenceClassification with num_labels=1."
-        )
+    base = check_folder(folder)
     options: LoadOptions = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    base = adapter_base(str(folder))
     if base is None:
         labels = load_config(str(folder), trust_remote_code=trust_remote_code).num_labels
         if labels != 1:

@@ -21,10 +21,9 @@ from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import ConfigError, ModelError, RewardError
 from lightning_ft.importing import from_file, from_import_path, import_object, is_file_path
-from lightning_ft.models.load import adapter_base
 from lightning_ft.rewards.batch import RewardBatch
 from lightning_ft.rewards.function import FunctionReward
-from lightning_ft.rewards.model import ConversationScorer, ModelReward, RewardModel, local_folder
+from lightning_ft.rewards.model import ConversationScorer, ModelReward, RewardModel, check_folder, local_folder
 
 RewardLike = str | dict[str, Any] | Callable[..., Any] | nn.Module | ConversationScorer
 """What a user may pass as a reward; see `RewardFunctions`."""
@@ -245,11 +244,7 @@ def _model_named(name: str, options: dict[str, Any]) -> _Resolved:
             )
         return _Resolved(Path(name).stem, ModelReward(lambda: _load_checkpoint(name)))
     if Path(name).is_dir():
-        local_folder(name)  # raises now what would otherwise be raised when the model is loaded
-        try:
-            adapter_base(name)
-        except ModelError as error:
-            raise RewardError(f"rewards={name!r}: {error}") from error
+        check_folder(local_folder(name))  # raises now what would otherwise be raised when the model is loaded
     return _Resolved(_last_part(name), ModelReward(lambda: RewardModel.from_pretrained(name, **options)))
 
 

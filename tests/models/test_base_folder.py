@@ -76,3 +76,12 @@ def test_base_folder_with_glob_characters_is_found(model_folder, tmp_path, monke
     save_adapter(get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM")), tmp_path / "last")
     monkeypatch.chdir(tmp_path)
     assert adapter_base("last") == "models/base [v2]"
+
+
+def test_adapter_without_a_base_says_where_to_write_it(adapter):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(
+        ModelError, match=r"doesn't name a base model\. Write its name or path there as base_model_name"
+    ):
+        adapter_base(str(adapter))
