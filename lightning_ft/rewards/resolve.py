@@ -97,6 +97,28 @@ def resolve_rewards(
     return tuple(map(NamedReward, names, map(float, weights), callables))
 
 
+def find_function(rewards: object) -> str | None:
+    """Find a reward among strings and dicts whose resolution would run code of its author; None if there is none.
+
+    Args:
+        rewards: A reward or a list of rewards, as a checkpoint stores them.
+
+    Example:
+        >>> find_function(["owner/reward-model", {"model": "folder"}]), find_function(["my_package.rewards.length"])
+        (None, 'my_package.rewards.length')
+    """
+    for reward in rewards if isinstance(rewards, (list, tuple)) else [rewards]:
+        if isinstance(reward, dict):
+            found = next((str(reward[key]) for key in _FUNCTION if key in reward), None)
+        elif not isinstance(reward, str) or reward.endswith(".ckpt") or Path(reward).is_dir():
+            found = None
+        else:
+            found = reward if is_file_path(reward) or _is_import_path(reward) else None
+        if found is not None:
+            return found
+    return None
+
+
 def callable_name(function: object) -> str:
     """Return the default name of a function: ``reward`` for lambdas, the function of a partial, the class of an object.
 

@@ -1,6 +1,8 @@
 """Checkpoints of policy-gradient modules: exact resuming and contents."""
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_ft import GRPO, PPO, PromptDataModule
 from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import add_lora, lora_config
 
 
@@ -144,3 +147,33 @@ def test_bf16_reference_is_rounded_like_the_policy(trainer_options):
     module = make(GRPO, lora=None, kl_coef=0.1, lr_schedule="constant", warmup_ratio=0.0)
     run(module, [draw_prompts(2)], {**trainer_options, "precision": "bf16-true"})
     assert module.trainer.callback_metrics["train/kl"] == 0.0
+
+
+@pytest.mark.parametrize("argument", ["rewards", "validation_rewards"])
+@pytest.mark.parametrize("form", ["{}.reward", ["{}.reward"], {"function": "{}.reward"}, "{}.py:reward"])
+def test_checkpoint_runs_no_code_of_its_rewards(argument, form, model_folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"rewards_{argument}_{type(form).__name__}_{len(str(form))}"
+    code = "open('ran', 'a')\n\ndef reward(completions, **_): return [0.0 for _ in completions]\n"
+    (tmp_path / f"{name}.py").write_text(code)
+
+    def named(value):
+        if isinstance(value, str):
+            return value.format(name)
+        return [named(v) for v in value] if isinstance(value, list) else {k: named(v) for k, v in value.items()}
+
+    options = {"model": model_folder, "tokenizer": tokenizer, "num_completions": 2, "max_new_tokens": 2}
+    module = GRPO(**{"rewards": by_tokens, **options, argument: named(form)})
+    trainer = Trainer(accelerator="cpu", devices=1, max_steps=1, logger=False, enable_progress_bar=False)
+    trainer.fit(module, PromptDataModule([{"prompt": "fox"}], tokenizer=tokenizer, batch_size=1, cache_dir=False))
+    trainer.save_checkpoint("a.ckpt")
+    Path("ran").unlink()
+    sys.modules.pop(name, None)
+    kept = {} if argument == "rewards" else {"rewards": by_tokens}
+    with pytest.raises(
+        ConfigError, match=rf"The checkpoint names {argument}=.*Pass {argument}= to load_from"
+    ):
+        GRPO.load_from_checkpoint("a.ckpt", **kept)
+    assert not Path("ran").exists()
+    assert GRPO.load_from_checkpoint("a.ckpt", **{"rewards": by_tokens, argument: named(form)}).max_new_tokens == 2
