@@ -67,9 +67,9 @@ class CheckedArguments:
         ...         self.every = every
         >>> list(inspect.signature(Meter).parameters)
         ['every']
-        >>> Meter(evry=2)
+        >>> Meter(everyy=2)
         Traceback (most recent call last):
-        lightning_ft.errors.UnknownArgumentError: Meter has no argument 'evry'. Did you mean 'every'?
+        lightning_ft.errors.UnknownArgumentError: Meter has no argument 'everyy'. Did you mean 'every'?
     """
 
     def __init_subclass__(cls, **kwargs: object) -> None:

@@ -171,9 +171,7 @@ def test_checkpoint_runs_no_code_of_its_rewards(argument, form, model_folder, to
     Path("ran").unlink()
     sys.modules.pop(name, None)
     kept = {} if argument == "rewards" else {"rewards": by_tokens}
-    with pytest.raises(
-        ConfigError, match=rf"The checkpoint names {argument}=.*Pass {argument}= to load_from"
-    ):
+    with pytest.raises(ConfigError, match=rf"The checkpoint names {argument}=.*Pass {argument}= to load_from"):
         GRPO.load_from_checkpoint("a.ckpt", **kept)
     assert not Path("ran").exists()
     assert GRPO.load_from_checkpoint("a.ckpt", **{"rewards": by_tokens, argument: named(form)}).max_new_tokens == 2
