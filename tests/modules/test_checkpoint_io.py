@@ -168,6 +168,23 @@ def test_load_from_checkpoint_executes_no_code(fit, module, tmp_path, monkeypatc
         trained.load_from_checkpoint("good.ckpt")
 
 
+def test_checkpoint_names_no_instantiator(fit, module, tmp_path, monkeypatch):
+    """Lightning's own instantiator is allowed by Lightning, and imports every class that the arguments name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "named_by_file.py").write_text("open('ran', 'a')\n\nclass Config: ...\n")
+    fit(module(), ROWS, max_steps=1).save_checkpoint("good.ckpt")
+    saved = torch.load("good.ckpt", weights_only=True)
+    named = {"_instantiator": f"{_pl.__name__}.cli.instantiate_module", "_class_path": "lightning_ft.LoRAFineTuning"}
+    saved["hyper_parameters"] |= {**named, "lora": {"class_path": "named_by_file.Config"}}
+    saved["datamodule_hyper_parameters"] |= named
+    torch.save(saved, "evil.ckpt")
+    for kind in (LoRAFineTuning, PairDataModule):
+        with pytest.raises(CheckpointError, match="name an instantiator"):
+            kind.load_from_checkpoint("evil.ckpt")
+    assert not os.path.exists("ran")
+
+
 class Own(_pl.plugins.TorchCheckpointIO):
     """A user's checkpoint plugin that counts its calls."""
 
