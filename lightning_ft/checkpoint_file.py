@@ -120,8 +120,8 @@ def checked_file(
         if "_instantiator" in checkpoint.get(kept, {}):
             raise CheckpointError(
                 f"The {kept!r} of the checkpoint {_name(source)!r} name an instantiator, with which Lightning would "
-                "import every class that they name. A checkpoint doesn't decide which code runs: build the module yourself and "
-                "call load_checkpoint(path), or fit with ckpt_path=."
+                "import every class that they name. A checkpoint doesn't decide which code runs: build the module "
+                "yourself and call load_checkpoint(path), or fit with ckpt_path=."
             )
         del checkpoint
         if not isinstance(file, Path):
