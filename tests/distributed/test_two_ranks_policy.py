@@ -93,7 +93,7 @@ def run_all(rank, strategy, model, out, port):
         for name, lora in (("full", None), ("lora", LORA)):
             found[f"sampled-{name}"], found[f"uneven-{name}"] = with_sampled_completions(strategy, model, out, lora)
     if strategy == "fsdp":
-        with pytest.raises(ConfigError, match="PPO's critic can't be sharded yet"):
+        with pytest.raises(ConfigError, match="The critic of PPO can't be sharded yet"):
             Trainer(**trainer_options(strategy, out)).fit(make(PPO, model), prompts(strategy))
     torch.save(found, f"{out}/{rank}.pt")
 
