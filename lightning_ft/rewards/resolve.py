@@ -110,10 +110,8 @@ def find_function(rewards: object) -> str | None:
     for reward in rewards if isinstance(rewards, (list, tuple)) else [rewards]:
         if isinstance(reward, dict):
             found = next((str(reward[key]) for key in _FUNCTION if key in reward), None)
-        elif not isinstance(reward, str) or reward.endswith(".ckpt") or Path(reward).is_dir():
-            found = None
         else:
-            found = reward if is_file_path(reward) or _is_import_path(reward) else None
+            found = reward if isinstance(reward, str) and _names_function(reward) else None
         if found is not None:
             return found
     return None
@@ -227,7 +225,7 @@ def _from_string(reward: str) -> _Resolved:
     """Resolve a string: a function in a file, a checkpoint, a folder, an import path or a hub name, in this order."""
     if is_file_path(reward):
         return _from_object(from_file(reward, argument="rewards", error=RewardError))
-    if reward.endswith(".ckpt") or (reward and Path(reward).is_dir()):
+    if _is_model_path(reward):
         return _model_named(reward, {})
     tried = [f"a folder ({str(Path(reward).resolve())!r} doesn't exist)"]
     if _is_import_path(reward):
@@ -250,6 +248,15 @@ def _imported(path: str) -> Any:
     if not is_file_path(path) and not _is_import_path(path):
         raise RewardError(f"rewards={path!r}: expected package.module.function or path/to/file.py:function.")
     return import_object(path, argument="rewards", error=RewardError)
+
+
+def _names_function(text: str) -> bool:
+    """Whether :func:`_from_string` would import a string."""
+    return is_file_path(text) or (_is_import_path(text) and not _is_model_path(text))
+
+
+def _is_model_path(text: str) -> bool:
+    return text.endswith(".ckpt") or bool(text and Path(text).is_dir())
 
 
 def _is_import_path(text: str) -> bool:
@@ -304,7 +311,8 @@ def _load_checkpoint(path: str) -> ConversationScorer:
     # Imported by name: `lightning_ft.modules` is built on this package, so importing it here would be circular.
     reward_modeling = import_module("lightning_ft").RewardModeling
     try:
-        module = reward_modeling(**hparams)
+        # A file doesn't decide whether a repository's code runs.
+        module = reward_modeling(**{**hparams, "trust_remote_code": False})
         module.load_checkpoint(path)
     except (TypeError, ModelError) as error:
         raise RewardError(f"rewards={path!r} isn't a checkpoint of RewardModeling: {error}") from error

@@ -18,6 +18,7 @@ from lightning_ft.modules.reward import RewardModeling
 from lightning_ft.rewards import model as reward_models
 from lightning_ft.rewards.functions import RewardFunctions
 from lightning_ft.rewards.model import RewardModel
+from lightning_ft.rewards.resolve import _load_checkpoint
 
 PROMPTS = ["where is my parcel", "where is my parcel", "refund please"]
 MESSAGES = [[{"role": "system", "content": "answer in one line"}, {"role": "user", "content": p}] for p in PROMPTS]
@@ -363,6 +364,14 @@ def test_checkpoint_refuses_options_and_other_modules(trained, tmp_path):
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
     with pytest.raises(RewardError, match="isn't a checkpoint of RewardModeling"):
         RewardFunctions(str(tmp_path / "other.ckpt")).to("cpu")
+
+
+def test_checkpoint_does_not_request_remote_code(trained, tmp_path):
+    _, checkpoint, _ = trained
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["hyper_parameters"]["trust_remote_code"] = True
+    torch.save(saved, tmp_path / "asks.ckpt")
+    assert _load_checkpoint(str(tmp_path / "asks.ckpt")).hparams["trust_remote_code"] is False
 
 
 def test_saved_head_is_named_score(adapter):

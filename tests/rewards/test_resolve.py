@@ -10,6 +10,7 @@ from trl.rewards import think_format_reward
 
 from lightning_ft.errors import ConfigError, RewardError
 from lightning_ft.rewards.functions import RewardFunctions
+from lightning_ft.rewards.resolve import find_function
 
 FILE = '''
 """A file that imports another one in its folder."""
@@ -245,3 +246,25 @@ def test_default_names_are_unique():
 def test_mismatched_weights_and_names_are_refused(rewards, weights, message):
     with pytest.raises(ConfigError, match=message):
         RewardFunctions(rewards, weights)
+
+
+@pytest.mark.parametrize(
+    ("reward", "function"),
+    [
+        ("package.module.name", True),
+        ("file.py:name", True),
+        ("file.py:name.ckpt", True),  # imported, whatever its end
+        ({"function": "package.name"}, True),
+        ({"class_path": "package.Name"}, True),
+        (["owner/model", "package.name"], True),
+        ("model.ckpt", False),
+        ("folder.of.a.model", False),
+        ("owner/model", False),
+        ({"model": "package.name"}, False),
+        (None, False),
+    ],
+)
+def test_find_function_knows_what_would_be_imported(reward, function, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.of.a.model").mkdir()
+    assert (find_function(reward) is not None) == function
