@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,12 +22,35 @@ from lightning_ft.checkpoint_file import (
     write_checkpoint,
 )
 from lightning_ft.distributed import rank_zero_warn
-from lightning_ft.errors import CheckpointError
+from lightning_ft.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch.serialization import MAP_LOCATION as MapLocation
 
     from lightning_ft._lightning import CheckpointIO
+
+
+_PASSED_BY_CALLER: ContextVar[frozenset[str] | None] = ContextVar("_PASSED_BY_CALLER", default=None)
+"""Arguments that the caller of `load_from_checkpoint` passed; None outside it."""
+
+
+def refuse_code_of_checkpoint(argument: str, name: str | None, detail: str = "") -> None:
+    """Refuse the name of code that a constructor got from `load_from_checkpoint` and not from its caller.
+
+    Args:
+        argument: Argument of the constructor.
+        name: What its value would import; None if it would import nothing.
+        detail: Text that describes the name in the message.
+
+    Raises:
+        ConfigError: If there is a name, and the caller of `load_from_checkpoint` did not pass the argument.
+    """
+    passed = _PASSED_BY_CALLER.get()
+    if name is not None and passed is not None and argument not in passed:
+        raise ConfigError(
+            f"The checkpoint names {argument}={name!r}{detail}, and a checkpoint doesn't decide which code runs. Pass "
+            f"{argument}= to load_from_checkpoint: that of the run, if you trust it, or another."
+        )
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -232,10 +256,15 @@ class CheckpointedModule(LightningModule):
 
         Raises:
             CheckpointError: If it can't be read.
-            ConfigError: For ``weights_only=False``.
+            ConfigError: For ``weights_only=False``, and if it names a loss or a reward function that would have to be
+                imported, and that argument isn't passed.
         """
         required = "model" if hparams_file is None else None
         with checked_file(
             checkpoint_path, weights_only, kept="hyper_parameters", required=required, arguments=kwargs
         ) as file:
-            return super().load_from_checkpoint(file, map_location, hparams_file, strict, **kwargs)
+            token = _PASSED_BY_CALLER.set(frozenset(kwargs))
+            try:
+                return super().load_from_checkpoint(file, map_location, hparams_file, strict, **kwargs)
+            finally:
+                _PASSED_BY_CALLER.reset(token)

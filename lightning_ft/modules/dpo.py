@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextvars import ContextVar
-from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_ft._lightning import restricted_classmethod
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.preference import (
@@ -20,11 +17,9 @@ from lightning_ft.losses.preference import (
     resolve_preference_losses,
     weighted_preference_loss,
 )
+from lightning_ft.modules.checkpoint_io import refuse_code_of_checkpoint
 from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.preferences import BatchLosses, LogRatioLearning, reward_metrics, select
-
-_LOSS_OF_CHECKPOINT = ContextVar("_LOSS_OF_CHECKPOINT", default=False)
-"""Whether a module is being built whose `loss` is the one that its checkpoint names."""
 
 
 class DPO(LogRatioLearning):
@@ -73,8 +68,7 @@ class DPO(LogRatioLearning):
         super().__init__(model, **options)
         if "kto" in ((loss,) if isinstance(loss, str) else loss if isinstance(loss, Mapping) else ()):
             raise ConfigError("KTO is a module of its own: use lightning_ft.KTO.")
-        if _LOSS_OF_CHECKPOINT.get():
-            _refuse_unregistered(loss)
+        refuse_code_of_checkpoint("loss", _find_unregistered(loss), ", which is not a built-in loss")
         self.losses = resolve_preference_losses(loss)
         """Losses with their weights."""
         self.beta, self.label_smoothing, self.gamma = float(beta), float(label_smoothing), float(gamma)
@@ -92,19 +86,6 @@ class DPO(LogRatioLearning):
                 "cache_dir": cache_dir,
             }
         )
-
-    @restricted_classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path | IO[bytes], *args: Any, **kwargs: Any) -> Any:
-        """See `FineTuning.load_from_checkpoint`; a checkpoint's `loss` is used if the registry of losses has it.
-
-        Raises:
-            ConfigError: If the checkpoint names another loss, and `loss` isn't passed.
-        """
-        token = _LOSS_OF_CHECKPOINT.set("loss" not in kwargs)
-        try:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        finally:
-            _LOSS_OF_CHECKPOINT.reset(token)
 
     def on_fit_start(self) -> None:
         """As in `FineTuning`; precompute the reference's log-probabilities where that is configured."""
@@ -136,11 +117,7 @@ class DPO(LogRatioLearning):
             return self._reference_logprobs(batch)
 
 
-def _refuse_unregistered(loss: LossLike | Mapping[LossLike, float]) -> None:
-    """Refuse names that aren't in the registry; a function comes from the code of a subclass, not from a checkpoint."""
-    for name in loss if isinstance(loss, Mapping) else (loss,):
-        if isinstance(name, str) and name not in PREFERENCE_LOSSES:
-            raise ConfigError(
-                f"The checkpoint names loss={name!r}, which is not a built-in loss, and a checkpoint doesn't decide "
-                "which code runs. Pass loss= to load_from_checkpoint: the loss of the run, if you trust it, or another."
-            )
+def _find_unregistered(loss: LossLike | Mapping[LossLike, float]) -> str | None:
+    """Find a name that isn't in the registry; a function comes from the code of a subclass, not from a checkpoint."""
+    names = loss if isinstance(loss, Mapping) else (loss,)
+    return next((name for name in names if isinstance(name, str) and name not in PREFERENCE_LOSSES), None)

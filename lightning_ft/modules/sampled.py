@@ -5,15 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_ft._lightning import restricted_classmethod
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn, sum_over_ranks
@@ -22,6 +19,7 @@ from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import NEUTRAL_SETTINGS, altering_settings, end_token_ids, restoring_modes
 from lightning_ft.models.vocabulary import embedding_rows
 from lightning_ft.modules.adapted import AdaptedFineTuning
+from lightning_ft.modules.checkpoint_io import refuse_code_of_checkpoint
 from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.rollout_batch import RolloutBatch
 from lightning_ft.modules.samples import RolloutSamples
@@ -33,9 +31,6 @@ from lightning_ft.rewards.resolve import find_function
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import RolloutEngine, Sampling, check_engine, check_rollouts
 from lightning_ft.types import Message, Request
-
-_FROM_CHECKPOINT: ContextVar[frozenset[str]] = ContextVar("_FROM_CHECKPOINT", default=frozenset())
-"""Arguments that `load_from_checkpoint` takes from the checkpoint."""
 
 _VALIDATION_SEED = 0
 
@@ -98,11 +93,7 @@ class SampledCompletions(AdaptedFineTuning):
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.sampling = Sampling(float(temperature), float(top_p), int(top_k), float(min_p), stops)
         for argument, value in (("rewards", rewards), ("validation_rewards", validation_rewards)):
-            if argument in _FROM_CHECKPOINT.get() and (function := find_function(value)) is not None:
-                raise ConfigError(
-                    f"The checkpoint names {argument}={function!r}, and a checkpoint doesn't decide which code runs. "
-                    f"Pass {argument}= to load_from_checkpoint: that of the run, if you trust it, or another."
-                )
+            refuse_code_of_checkpoint(argument, find_function(value))
         on_nonfinite = self.optimizer_options.on_nonfinite
         self.rewards = RewardFunctions(rewards, reward_weights, on_nonfinite=on_nonfinite)
         self.validation_rewards = (
@@ -136,20 +127,6 @@ class SampledCompletions(AdaptedFineTuning):
         self._warned_settings = False
 
     # ---------------------------------------------------------------- sampling
-
-    @restricted_classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | Path | IO[bytes], *args: Any, **kwargs: Any) -> Any:
-        """See `FineTuning.load_from_checkpoint`; reward models of a checkpoint are used, reward functions are not.
-
-        Raises:
-            ConfigError: If the checkpoint names a function in `rewards` or `validation_rewards`, and that argument
-                isn't passed.
-        """
-        token = _FROM_CHECKPOINT.set(frozenset({"rewards", "validation_rewards"}) - kwargs.keys())
-        try:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        finally:
-            _FROM_CHECKPOINT.reset(token)
 
     @property
     def engine(self) -> RolloutEngine:
