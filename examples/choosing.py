@@ -65,20 +65,45 @@ def choose(
         answers = tokenizer.batch_decode([list(c.tokens) for c in found], skip_special_tokens=True)
         return sum(scorer(a, row["output"]) for a, row in zip(answers, validation, strict=True)) / len(validation)
 
+    search(systems, examples, train, quality, folder / "baseline.json", draw=draw)
+
+
+def search(
+    systems: Sequence[str],
+    examples: Sequence[int],
+    train: Sequence[Row],
+    quality: Callable[[PromptBaseline], float],
+    output: Path,
+    *,
+    draws: int = DRAWS,
+    draw: Callable[[str, Sequence[Row], int, int], PromptBaseline] = with_examples,
+) -> None:
+    """Try system prompts zero-shot, then few-shot prompts with the best one, and write the winner.
+
+    Args:
+        systems: System prompts to try.
+        examples: Numbers of few-shot examples to try.
+        train: Training rows, from which examples are drawn.
+        quality: Function that measures a prompt on validation rows.
+        output: JSON file to write.
+        draws: Number of draws of each number of examples.
+        draw: Function that draws a few-shot prompt, see :func:`choose`.
+    """
     tried = []
     for system in systems:
         tried.append((quality(PromptBaseline(system)), PromptBaseline(system)))
-        print(f"{tried[-1][0]:.3f}  no examples  {system.splitlines()[0]}  {system.splitlines()[1]} ...", flush=True)
+        print(f"{tried[-1][0]:.3f}  no examples  {'  '.join(system.splitlines()[:2])} ...", flush=True)
     system = max(tried, key=lambda pair: pair[0])[1].system
     for count in examples:
-        for number in range(DRAWS):
+        for number in range(draws):
             baseline = draw(system, train, count, number)
             tried.append((quality(baseline), baseline))
             print(f"{tried[-1][0]:.3f}  {count} examples, draw {number}", flush=True)
     best, baseline = max(tried, key=lambda pair: pair[0])
     content = json.dumps({"system": baseline.system, "few_shot": baseline.few_shot}, indent=1)
-    (folder / "baseline.json").write_text(content + "\n", encoding="utf-8", newline="\n")
-    print(f"baseline.json: {best:.3f} of the validation rows")
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(content + "\n", encoding="utf-8", newline="\n")
+    print(f"{output.name}: {best:.3f} of the validation rows")
 
 
 def read(folder: Path, split: str) -> list[Row]:

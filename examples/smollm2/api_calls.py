@@ -52,15 +52,6 @@ CONTRADICTING = "questions that another row has with another answer"
 CONFLICTING = "answers that another row has with other alternatives"
 
 
-def splits() -> dict[str, list[Row]]:
-    """Rows of each split.
-
-    Raises:
-        SystemExit: If the package isn't installed or has another file.
-    """
-    return load().numbered
-
-
 def load() -> Domain:
     """Make the domain's data.
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_ft import PairDataModule, PromptBaseline
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import measurement_plan
-from lightning_ft.rollout.structured import StructuredOutputs
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent)]
+
+from choosing import search  # noqa: E402
 
 SYSTEMS = {
     "legal_citation": (
@@ -77,20 +78,6 @@ def system_prompts(domain: str) -> list[str]:
     return prompts
 
 
-def candidates(
-    domain: str, train: list[dict[str, str]], best: list[PromptBaseline]
-) -> Iterator[tuple[str, PromptBaseline]]:
-    """Prompts to try; `best` gets the best system prompt once the first ones have been tried."""
-    for number, system in enumerate(system_prompts(domain)):
-        yield f"wording {number}, no examples", PromptBaseline(system)
-    system = best[0].system
-    for count in EXAMPLES[domain]:
-        for draw in range(DRAWS):
-            chosen = random.Random(f"{count} {draw}").sample(train, count)
-            few_shot = [{key: row[key] for key in ("input", "output")} for row in chosen]
-            yield f"{count} examples, draw {draw}", PromptBaseline(system, few_shot)
-
-
 def main() -> None:
     """Try the prompts of a domain and write the best one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -109,7 +96,6 @@ def main() -> None:
     requests = data.requests("validation")
     lines = Path(config["data"]["init_args"]["train"]).read_text(encoding="utf-8").splitlines()
     train = [json.loads(line) for line in lines]
-    structured = savings.get("structured_outputs")
 
     def quality(baseline: PromptBaseline) -> float:
         plan = measurement_plan(
@@ -119,24 +105,14 @@ def main() -> None:
             scorer=savings["scorer"],
             max_new_tokens=savings["max_new_tokens"],
             max_requests=options.requests,
-            structured_outputs=StructuredOutputs.from_dict(structured) if structured else False,
+            structured_outputs=savings.get("structured_outputs", False),
         )
         plan.check_context(model.config.max_position_embeddings)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return run_arm("prompted", model, tokenizer, plan, timed_requests=0, progress=False).quality
 
-    tried: list[tuple[float, str, PromptBaseline]] = []
-    best: list[PromptBaseline] = [PromptBaseline(system_prompts(options.domain)[0])]
-    for name, baseline in candidates(options.domain, train, best):
-        tried.append((quality(baseline), name, baseline))
-        print(f"{tried[-1][0]:.3f}  {name}", flush=True)
-        best[0] = max(tried, key=lambda entry: entry[0])[2]
-    found, name, baseline = max(tried, key=lambda entry: entry[0])
     output = HERE / "baselines" / f"{options.domain}.json"
-    output.parent.mkdir(exist_ok=True)
-    content = {"system": baseline.system, "few_shot": baseline.few_shot}
-    output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
-    print(f"{output}: {name}, {found:.3f} of {min(options.requests, len(requests))} validation rows")
+    search(system_prompts(options.domain), EXAMPLES[options.domain], train, quality, output, draws=DRAWS)
 
 
 if __name__ == "__main__":

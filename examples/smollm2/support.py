@@ -47,15 +47,6 @@ SHARES = {"test": 0.2, "validation": 0.1}
 """Shares of the sets of faults; the others are for training."""
 
 
-def splits() -> dict[str, list[Row]]:
-    """Rows of each split.
-
-    Raises:
-        SystemExit: If the package isn't installed or has another file.
-    """
-    return load().numbered
-
-
 def load() -> Domain:
     """Make the domain's data.
 
