@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
-from lightning_ft.arguments import check_integer, check_number, check_requests
+from lightning_ft.arguments import check_integer, check_requests
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.data.sources import Sources
@@ -17,8 +17,7 @@ from lightning_ft.data.splits import Splits
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.cost import Prices
-from lightning_ft.evaluation.savings.gate import check_margin, check_min_quality
-from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
+from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, check_numbers
 from lightning_ft.evaluation.savings.overlap import TrainRows
 from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.result import SavingsResult
@@ -117,22 +116,13 @@ class TokenSavings(MeasuringCallback):
             raise SavingsError(
                 f"split={split!r}: expected 'test' or 'validation'; training rows would measure memorization."
             )
-        for argument, value, minimum in (
-            ("max_new_tokens", max_new_tokens, 1),
-            ("batch_size", batch_size, 1),
-            ("timed_requests", timed_requests, 0),
-            ("resamples", resamples, 1),
-            ("seed", seed, 0),
-        ):
-            check_integer(argument, value, minimum, SavingsError)
+        check_integer("max_new_tokens", max_new_tokens, 1, SavingsError)
         for argument, optional in (("max_requests", max_requests), ("every_n_epochs", every_n_epochs)):
             if optional is not None:
                 check_integer(argument, optional, 1, SavingsError)
-        check_number("margin", margin, SavingsError)
-        check_margin(margin)
-        if min_quality is not None:
-            check_number("min_quality", min_quality, SavingsError)
-            check_min_quality(min_quality)
+        check_numbers(
+            margin, min_quality, batch_size=batch_size, timed_requests=timed_requests, resamples=resamples, seed=seed
+        )
         check_scorer(scorer)
         if requests is not None:
             check_requests(requests, SavingsError)

@@ -33,9 +33,8 @@ from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.models.head import CausalLM
 from lightning_ft.modules.base import FineTuning
-from lightning_ft.rollout.structured import StructuredOutputs
 
-_PLAN_OPTIONS = ("scorer", "max_new_tokens", "max_requests", "seed")
+_PLAN_OPTIONS = ("scorer", "max_new_tokens", "max_requests", "seed", "structured_outputs")
 
 
 def measurement_plans(
@@ -59,12 +58,8 @@ def measurement_plans(
     if isinstance(baseline, str):
         baseline = PromptBaseline.from_file(baseline)
     elif isinstance(baseline, dict):
-        baseline = PromptBaseline(**baseline.get("init_args", baseline))
-    test_options = {name: savings[name] for name in _PLAN_OPTIONS if name in savings}
-    if isinstance(structured := savings.get("structured_outputs"), dict):
-        test_options["structured_outputs"] = StructuredOutputs.from_dict(structured.get("init_args", structured))
-    elif structured:
-        test_options["structured_outputs"] = True
+        baseline = PromptBaseline(**_without_class(baseline))
+    test_options = {name: _without_class(savings[name]) for name in _PLAN_OPTIONS if name in savings}
     validation_options = (
         test_options
         if settings["validation_requests"] is None
@@ -72,6 +67,11 @@ def measurement_plans(
     )
     options: dict[SplitName, dict[str, Any]] = {"validation": validation_options, "test": test_options}
     return {split: measurement_plan(tokenizer, data.requests(split), baseline, **options[split]) for split in options}
+
+
+def _without_class(value: Any) -> Any:
+    """The arguments of an object in a configuration; other values are returned unchanged."""
+    return value.get("init_args", value) if isinstance(value, dict) else value
 
 
 def execute(folder: Path) -> list[RunResult]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
+from lightning_ft.arguments import check_number
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.savings.records import ArmRecords
@@ -194,7 +195,10 @@ def check_min_quality(min_quality: float | None) -> None:
     Raises:
         SavingsError: If it is neither None nor from 0 to 1.
     """
-    if min_quality is not None and not 0 <= min_quality <= 1:
+    if min_quality is None:
+        return
+    check_number("min_quality", min_quality, SavingsError)
+    if not 0 <= min_quality <= 1:
         raise SavingsError(f"min_quality={min_quality}: expected a share from 0 to 1, such as 0.5, or None.")
 
 
@@ -204,6 +208,7 @@ def check_margin(margin: float) -> None:
     Raises:
         SavingsError: If it isn't.
     """
+    check_number("margin", margin, SavingsError)
     if not 0 < margin < 1:
         raise SavingsError(f"margin={margin}: expected a share between 0 and 1, such as 0.02 for two points.")
 

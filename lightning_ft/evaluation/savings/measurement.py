@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft import __version__
-from lightning_ft.arguments import CheckedArguments
+from lightning_ft.arguments import CheckedArguments, check_integer
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.arms import constant_scores, run_arm
@@ -91,12 +91,9 @@ class SavingsMeasurement(CheckedArguments):
         progress: bool = True,
         train_rows: TrainRows | None = None,
     ) -> None:
-        check_margin(margin)
-        check_min_quality(min_quality)
-        numbers = (("batch_size", batch_size, 1), ("resamples", resamples, 1), ("timed_requests", timed_requests, 0))
-        for argument, value, least in (*numbers, ("seed", seed, 0)):
-            if value < least:  # fail before training, not after it
-                raise SavingsError(f"{argument}={value}: expected at least {least}.")
+        check_numbers(
+            margin, min_quality, batch_size=batch_size, timed_requests=timed_requests, resamples=resamples, seed=seed
+        )
         self.tokenizer = tokenizer
         self.margin, self.prices, self.resamples, self.seed = margin, prices, resamples, seed
         self.min_quality = min_quality
@@ -233,6 +230,22 @@ class SavingsMeasurement(CheckedArguments):
                 **{name: version(name) for name in ("torch", "transformers", "peft")},
             },
         }
+
+
+def check_numbers(
+    margin: float, min_quality: float | None, *, batch_size: int, timed_requests: int, resamples: int, seed: int
+) -> None:
+    """Check numbers that would otherwise fail after training; see `SavingsMeasurement` for what they are.
+
+    Raises:
+        SavingsError: For the first one of another type or out of its range.
+    """
+    check_margin(margin)
+    check_min_quality(min_quality)
+    check_integer("batch_size", batch_size, 1, SavingsError)
+    check_integer("timed_requests", timed_requests, 0, SavingsError)
+    check_integer("resamples", resamples, 1, SavingsError)
+    check_integer("seed", seed, 0, SavingsError)
 
 
 def _last_user_turn(request: Request) -> str:

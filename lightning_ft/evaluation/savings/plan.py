@@ -192,7 +192,8 @@ def _grammars(
             f"structured_outputs={structured_outputs!r:.80}: expected StructuredOutputs(choices=[...]) or the like, "
             "True for the structured_output of each request, or False."
         )
-    grammars = []
+    grammars: list[str] = []
+    checked: set[str] = set()  # many requests may have the same format
     for request in requests:
         if not request.structured_output:
             raise SavingsError(
@@ -201,7 +202,9 @@ def _grammars(
             )
         try:
             grammars.append(StructuredOutputs.from_dict(request.structured_output).grammar())
-            check_grammar(grammars[-1])
+            if grammars[-1] not in checked:
+                check_grammar(grammars[-1])
+                checked.add(grammars[-1])
         except ConfigError as error:
             raise SavingsError(f"Request {request.id!r}: {error}") from error
     return tuple(grammars)
