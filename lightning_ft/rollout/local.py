@@ -234,8 +234,8 @@ class LocalEngine:
             prefix_cache = self._prefill(prompts[0][:shared], request) if shared else None
             for batch in batches:
                 suffixes = [list(prompts[i][shared:]) for i in batch]
-                start = None if grammars is None else partial(grammars.start, batch)
-                groups = self._complete_batch(suffixes, prefix_cache, part_sizes, request, start)
+                new_mask = (lambda _: None) if grammars is None else partial(grammars.start, batch)
+                groups = self._complete_batch(suffixes, prefix_cache, part_sizes, request, new_mask)
                 for i, completions in zip(batch, groups, strict=True):
                     by_prompt[i] = completions * (num_completions // group)
                 if on_answered is not None:
@@ -294,15 +294,11 @@ class LocalEngine:
         prefix: GrowingCache | None,
         part_sizes: list[int],
         request: _Request,
-        new_mask: Callable[[int], GrammarMask] | None,
+        new_mask: Callable[[int], GrammarMask | None],
     ) -> list[list[Completion]]:
         """Generate the completions of each prompt of a batch; the prompts' tokens are those after the prefix."""
-
-        def mask(size: int) -> GrammarMask | None:
-            return None if new_mask is None else new_mask(size)
-
         if request.layers is None:
-            parts = [self._generate_with_transformers(prompts, size, request, mask(size)) for size in part_sizes]
+            parts = [self._generate_with_transformers(prompts, size, request, new_mask(size)) for size in part_sizes]
         else:
             forward = partial(self._forward, request.rank_sync)
             sampler = TokenSampler(request.sampling)
@@ -322,7 +318,7 @@ class LocalEngine:
                     sampler,
                     request.stop_checker,
                     request.max_new_tokens,
-                    mask(len(shared_rows.logits) // len(prompts)),
+                    new_mask(len(shared_rows.logits) // len(prompts)),
                 ),
                 max_new_tokens=request.max_new_tokens,
                 sequences_per_row=None if self._can_share_rows else 1,
