@@ -25,6 +25,7 @@ from lightning_ft.data.templates import set_chat_template
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, TokenizerError
+from lightning_ft.signatures import complete
 
 DataModuleT = TypeVar("DataModuleT", bound="RowDataModule")
 
@@ -75,6 +76,10 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
     """
 
     row_type: RowType[Any]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        complete(cls)
 
     def __init__(
         self,

@@ -38,13 +38,9 @@ class PairDataModule(RowDataModule):
     are loaded. Rows are held in memory as text; their tokens are memory-mapped.
 
     Args:
-        train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
-            `datasets.Dataset` or `IterableDataset` (finite; it is read to its end once), a list of dicts, or a list of
-            several of these.
         validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same question
             (whatever its system turn and answer), from one conversation exported turn by turn, or from one `cluster`
             stay together.
-        test: Test rows, in the same forms as `train`.
         predict: Rows to answer, in the same forms; they need no output.
         columns: Mapping from field names of the format to columns of your data, such as ``{"input": "question",
             "cluster": "customer"}``.
@@ -52,29 +48,13 @@ class PairDataModule(RowDataModule):
             above; or its import path, ``package.module.function`` or ``path/to/file.py:function``. It is called before
             the checks, for the rows of every split, `predict` included. A row for which it raises, or returns anything
             else, is a bad row. A row of messages keeps the `id` and `cluster` of its source row.
-        mixing: For several training sources, how often the rows of each appear per epoch. For a fraction, rows are
-            drawn again in every epoch.
         tokenizer: Hub name, local folder or tokenizer; by default the module's. The module generates and exports with
             it, too. It needs no pad token: padding, which no token attends to, is EOS then.
-        chat_template: Chat template that replaces the tokenizer's own, in generation and export too: ``plain``
-            (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
-        chat_template_kwargs: Variables that the chat template gets for every row in addition to the messages, such as
-            ``{"enable_thinking": False}``. A row's own ``chat_template_kwargs`` take precedence.
         supervise: Which answers of a conversation are supervised: ``all``, or the ``last`` one only.
         max_length: Maximum number of tokens per row, answer included.
         batch_size: Number of rows per batch on each rank, packed or not.
         packing: Whether several rows share one sequence, kept apart by the attention mask, with hardly any padding. It
             changes the speed, never what is learned.
-        on_overlong: What happens to rows longer than `max_length`: ``error`` lists them, ``drop`` counts them,
-            ``truncate_prompt`` cuts user turns of the prompt from their left, the earliest first. Answers, system turns
-            and the template's own tokens are never cut; a row that is too long without any user text is a bad row.
-        on_bad_row: What happens to bad rows: ``error`` lists them all, ``skip`` leaves them out and counts them by
-            reason.
-        shuffle: Whether each epoch has an order of its own, drawn from `seed` and the epoch.
-        seed: Seed of the epochs' orders, the held-out rows and the mixing.
-        num_workers: Number of processes that make batches.
-        cache_dir: Folder for tokenized rows; by default one in the `datasets` library's cache, False for no cache.
-        trust_remote_code: Whether code from the tokenizer's repository may run.
 
     Raises:
         ConfigError: For arguments that contradict each other.

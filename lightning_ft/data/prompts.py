@@ -178,34 +178,8 @@ class PromptDataModule(RowDataModule):
     or a system turn. Where the prompt is truncated to `max_length`, they get the whole prompt.
 
     Args:
-        train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
-            `datasets.Dataset` or `IterableDataset` (finite; it is read to its end once), a list of dicts, or a list of
-            several of these.
-        validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same prompt
-            (whatever its system turn), from one conversation or from one `cluster` stay together.
-        test: Test rows, in the same forms as `train`.
-        columns: Mapping from field names of the format to columns of your data, such as ``{"prompt": "question",
-            "cluster": "customer"}``.
-        mixing: For several training sources, how often the rows of each appear per epoch. For a fraction, rows are
-            drawn again in every epoch.
-        tokenizer: Hub name, local folder or tokenizer; by default the module's. The module generates and exports with
-            it, too. It needs no pad token.
-        chat_template: Chat template that replaces the tokenizer's own, in generation and export too: ``plain``
-            (``User:`` and ``Assistant:`` lines), ``text`` (prompt and completion without markup), a file, or Jinja.
-        chat_template_kwargs: Variables that the chat template gets for every row in addition to the messages, such as
-            ``{"enable_thinking": False}``. A row's own ``chat_template_kwargs`` take precedence.
         max_length: Maximum number of tokens per prompt.
         batch_size: Number of prompts per batch on each rank.
-        on_overlong: What happens to rows longer than `max_length`: ``error`` lists them, ``drop`` counts them,
-            ``truncate_prompt`` cuts user turns of the prompt from their left, the earliest first. Answers, system turns
-            and the template's own tokens are never cut; a row that is too long without any user text is a bad row.
-        on_bad_row: What happens to bad rows: ``error`` lists them all, ``skip`` leaves them out and counts them by
-            reason.
-        shuffle: Whether each epoch has an order of its own, drawn from `seed` and the epoch.
-        seed: Seed of the epochs' orders, the held-out rows and the mixing.
-        num_workers: Number of processes that make batches.
-        cache_dir: Folder for tokenized rows; by default one in the `datasets` library's cache, False for no cache.
-        trust_remote_code: Whether code from the tokenizer's repository may run.
 
     Raises:
         ConfigError: For arguments that contradict each other.

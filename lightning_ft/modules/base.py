@@ -37,11 +37,12 @@ from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_other_
 from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.evaluation import EvaluatedModule
 from lightning_ft.modules.nonfinite import FiniteSteps
-from lightning_ft.modules.options import ModelOptions, OptimizerOptions, Unpack, complete
+from lightning_ft.modules.options import ModelOptions, OptimizerOptions, Unpack
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.tokenizer import ModuleTokenizer
 from lightning_ft.modules.trainer_checks import check_strategy, warn_lost_steps
 from lightning_ft.rewards.function import OnNonFinite
+from lightning_ft.signatures import complete
 from lightning_ft.types import Message, Request
 
 if TYPE_CHECKING:

@@ -1,6 +1,8 @@
 """PairDataModule in a Trainer."""
 
+import inspect
 import json
+import re
 import warnings
 
 import datasets
@@ -306,3 +308,9 @@ def test_requests_have_the_fields_that_only_measurements_use(tokenizer):
     data = PairDataModule([{"input": "a", "output": "b", "structured_output": ["b"]}], tokenizer=tokenizer)
     with pytest.raises(DataError, match=r"structured_output.*found list"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize("kind", [PairDataModule, PreferenceDataModule, PromptDataModule])
+def test_docstring_describes_every_argument(kind):
+    described = re.findall(r"^    (\w+): ", kind.__doc__.partition("\nArgs:\n")[2].partition("\n\n")[0], re.MULTILINE)
+    assert described == list(inspect.signature(kind).parameters)
