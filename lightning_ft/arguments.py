@@ -15,6 +15,21 @@ from lightning_ft.types import Request
 ClassT = TypeVar("ClassT", bound="CheckedArguments")
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest the closest known name, as a sentence that continues a message; an empty string if none is close.
+
+    Args:
+        name: Unknown name.
+        known: Known names.
+
+    Example:
+        >>> did_you_mean("simgoid", ["hinge", "sigmoid"]), did_you_mean("x", ["hinge"])
+        (" Did you mean 'sigmoid'?", '')
+    """
+    nearest = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
 def unknown_argument(cls: type, name: str) -> UnknownArgumentError:
     """Build the error for an argument that a class's constructor does not accept, with the closest accepted name.
 
@@ -32,9 +47,8 @@ def unknown_argument(cls: type, name: str) -> UnknownArgumentError:
         for parameter in inspect.signature(cls).parameters.values()
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
-    nearest = difflib.get_close_matches(name, parameters, 1)
-    hint = f"Did you mean {nearest[0]!r}?" if nearest else f"It accepts {', '.join(parameters)}."
-    return UnknownArgumentError(f"{cls.__name__} has no argument {name!r}. {hint}")
+    hint = did_you_mean(name, parameters) or f" It accepts {', '.join(parameters)}."
+    return UnknownArgumentError(f"{cls.__name__} has no argument {name!r}.{hint}")
 
 
 def check_arguments(cls: type, names: Iterable[str]) -> None:

@@ -6,7 +6,6 @@ the DataModule takes its tokenizer from the model.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import pydoc
 import re
@@ -17,6 +16,7 @@ from types import MethodType
 from typing import Any
 
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
+from lightning_ft.arguments import did_you_mean
 from lightning_ft.errors import ConfigError, GateError, MeasurementError
 from lightning_ft.importing import without_imports
 from lightning_ft.printable import printable
@@ -62,8 +62,8 @@ def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
 
 
 def _suggest(match: re.Match[str], names: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(match["name"], list(names), 1)
-    return f"{match[0]}. Did you mean {nearest[0]!r}?" if nearest else match[0]
+    hint = did_you_mean(match["name"], names)
+    return f"{match[0]}.{hint}" if hint else match[0]
 
 
 def _with_hint_for_engines(message: str) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_ft.arguments import did_you_mean
 from lightning_ft.data.column_advice import (
     TEXT_FIELDS,
     Column,
@@ -168,8 +169,7 @@ class Formats:
         known = {known for name in self.required for known in self.fields(name)}
         for field in columns:
             if field not in known:
-                near = difflib.get_close_matches(field, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(field, known)
                 raise ConfigError(f"columns: no format has a field {field!r}.{hint} Known: {', '.join(sorted(known))}.")
         possible = {
             name: [columns.get(field, field) for field in fields]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import math
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from lightning_ft.arguments import did_you_mean
 from lightning_ft.errors import SavingsError
 from lightning_ft.importing import import_object, is_file_path, not_importable
 
@@ -202,8 +202,7 @@ def _is_import_path(scorer: str) -> bool:
 
 def _no_scorer(scorer: object) -> SavingsError:
     names = [*SCORERS, "label"]
-    near = difflib.get_close_matches(scorer, names, 1) if isinstance(scorer, str) else []
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(scorer, names) if isinstance(scorer, str) else ""
     return SavingsError(
         f"scorer={scorer!r}: expected {', '.join(map(repr, names))}, a function, or the import path of one.{hint}"
     )

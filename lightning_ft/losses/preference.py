@@ -5,7 +5,6 @@ The formulas are in `pairwise`. A custom loss is a function with the same signat
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ft.arguments import did_you_mean
 from lightning_ft.errors import ConfigError
 from lightning_ft.importing import import_object
 from lightning_ft.losses.pairwise import (
@@ -262,8 +262,7 @@ def _resolve(loss: LossLike) -> PreferenceLoss:
         return replace(PREFERENCE_LOSSES[loss], name=loss)
     if isinstance(loss, str):
         if not _is_import_path(loss):
-            near = difflib.get_close_matches(loss, PREFERENCE_LOSSES, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(loss, PREFERENCE_LOSSES)
             raise ConfigError(
                 f"loss={loss!r}: expected one of {', '.join(PREFERENCE_LOSSES)}, or an import path.{hint}"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from transformers import PreTrainedModel
 
+from lightning_ft.arguments import did_you_mean
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.load import adapter_config
 from lightning_ft.models.load_report import shortened, warn_on_rank_zero, why_unreadable
@@ -51,9 +51,8 @@ def lora_config(lora: LoraConfig | dict[str, Any] | bool | None) -> LoraConfig:
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"lora has no argument {name!r}. {hint}See peft.LoraConfig for all of them.")
+            hint = did_you_mean(name, known)
+            raise ConfigError(f"lora has no argument {name!r}.{hint} See peft.LoraConfig for all of them.")
     for name, nested_class in _nested_configs().items():
         if isinstance(arguments.get(name), dict):
             arguments[name] = nested_class(**arguments[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import math
@@ -17,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_ft.arguments import did_you_mean
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import ConfigError, ModelError, RewardError
@@ -193,9 +193,8 @@ def _from_dict(reward: dict[str, Any]) -> _Resolved:
     known = (*(_MODEL_KEYS if source == _MODEL else _FUNCTION_KEYS), *_COMMON_KEYS)
     for key in reward:
         if key not in known:
-            similar = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"Did you mean {similar[0]!r}? " if similar else ""
-            raise RewardError(f"A reward with {source!r} has no option {key!r}. {hint}It takes {', '.join(known)}.")
+            hint = did_you_mean(str(key), known)
+            raise RewardError(f"A reward with {source!r} has no option {key!r}.{hint} It takes {', '.join(known)}.")
     value = reward[source]
     if source == _MODEL:
         options = {key: reward[key] for key in _MODEL_KEYS[1:] if key in reward}
