@@ -172,6 +172,16 @@ def is_file_path(path: str) -> bool:
     return path.rpartition(":")[0].endswith(".py")
 
 
+def is_import_path(text: str) -> bool:
+    """Whether a text has the form ``package.module.name`` or ``package.module:name``.
+
+    Example:
+        >>> is_import_path("package.module:name"), is_import_path("owner/model"), is_import_path("name")
+        (True, False, False)
+    """
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*(\.[^\W\d]\w*)*", text) is not None
+
+
 def _module(file: Path) -> ModuleType:
     name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if name in sys.modules:

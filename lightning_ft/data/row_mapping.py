@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from lightning_ft.data.raw_rows import RawRow, bad_row, check_values
 from lightning_ft.errors import ConfigError
-from lightning_ft.importing import import_object, is_file_path
+from lightning_ft.importing import import_object, is_file_path, is_import_path
 
 RowFunction: TypeAlias = Callable[[dict[str, Any]], dict[str, Any] | list[Any]]
 """Maps a source row to a list of messages, or to a row of a known format."""
 
-_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*(\.[^\W\d]\w*)*")
 _KEPT = ("id", "cluster", "prompt_context", "structured_output")  # fields about a row, not part of its messages
 _FIX = "Fix the function or the row."
 
@@ -26,7 +24,7 @@ def check_row_function(function: object) -> None:
     """
     if function is None or callable(function):
         return
-    if not isinstance(function, str) or not (is_file_path(function) or _IMPORT_PATH.fullmatch(function)):
+    if not isinstance(function, str) or not (is_file_path(function) or is_import_path(function)):
         raise ConfigError(
             f"format={function!r}: expected a function that maps a row to its messages, or the import path of one: "
             "package.module.function or path/to/file.py:function."

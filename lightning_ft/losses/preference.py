@@ -108,6 +108,11 @@ class PreferenceLoss:
                 f"{cause}. Let it take the two sides first, and give its other parameters defaults."
             ) from cause
 
+    @functools.cached_property
+    def _settings(self) -> frozenset[str]:
+        """The settings that are passed to the function."""
+        return frozenset(name for name in SETTINGS if _takes(self.compute, name))
+
     @property
     def hparams_name(self) -> str:
         """Name in `hparams`; only for the registry's own losses is it a name of the registry."""
@@ -122,7 +127,7 @@ class PreferenceLoss:
             ConfigError: If the function doesn't return one float per pair, or returns them without gradient although
                 the log-probabilities of both sides have one.
         """
-        losses = self.compute(chosen, rejected, **{n: v for n, v in settings.items() if _takes(self.compute, n)})
+        losses = self.compute(chosen, rejected, **{n: v for n, v in settings.items() if n in self._settings})
         expected = chosen.logprobs.shape
         if not isinstance(losses, Tensor) or losses.shape != expected or not losses.is_floating_point():
             shape = f"{losses.dtype} {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__

@@ -20,7 +20,7 @@ from lightning_ft.arguments import did_you_mean
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import ConfigError, ModelError, RewardError
-from lightning_ft.importing import from_file, from_import_path, import_object, is_file_path
+from lightning_ft.importing import from_file, from_import_path, import_object, is_file_path, is_import_path
 from lightning_ft.rewards.batch import RewardBatch
 from lightning_ft.rewards.function import FunctionReward
 from lightning_ft.rewards.model import ConversationScorer, ModelReward, RewardModel, check_folder, local_folder
@@ -227,7 +227,7 @@ def _from_string(reward: str) -> _Resolved:
     if _is_model_path(reward):
         return _model_named(reward, {})
     tried = [f"a folder ({str(Path(reward).resolve())!r} doesn't exist)"]
-    if _is_import_path(reward):
+    if is_import_path(reward):
         try:
             return _from_object(from_import_path(reward, argument="rewards", error=RewardError))
         except (ModuleNotFoundError, AttributeError) as error:
@@ -244,22 +244,18 @@ def _from_string(reward: str) -> _Resolved:
 
 
 def _imported(path: str) -> Any:
-    if not is_file_path(path) and not _is_import_path(path):
+    if not is_file_path(path) and not is_import_path(path):
         raise RewardError(f"rewards={path!r}: expected package.module.function or path/to/file.py:function.")
     return import_object(path, argument="rewards", error=RewardError)
 
 
 def _names_function(text: str) -> bool:
     """Whether :func:`_from_string` would import a string."""
-    return is_file_path(text) or (_is_import_path(text) and not _is_model_path(text))
+    return is_file_path(text) or (is_import_path(text) and not _is_model_path(text))
 
 
 def _is_model_path(text: str) -> bool:
     return text.endswith(".ckpt") or bool(text and Path(text).is_dir())
-
-
-def _is_import_path(text: str) -> bool:
-    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*[.:][^\W\d]\w*(\.[^\W\d]\w*)*", text) is not None
 
 
 def _model_named(name: str, options: dict[str, Any]) -> _Resolved:
