@@ -12,6 +12,7 @@ another program. So the results are not BFCL scores, and may never be called so.
 - `test_unseen_functions`: sets of functions that are held out as a whole; no other split calls any of theirs.
 
 The column `functions` has the row's set of functions: the prompt of an application without fine-tuning.
+`structured_output` has their schema, which a server enforces in strict calls and which costs no tokens.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from calls import agree, compact, first_values, is_allowed, parse
 from packages import DATA, INSTALL, Domain, PackageFile, Row
+from schemas import call_schema
 
 QUESTIONS = (
     ("data/BFCL_v4_live_simple.json", "1af2ac87dca47556db7b7e37e51e28b459a38b594e3c7b3c792b4903598ca0c4"),
@@ -101,6 +103,7 @@ def _rows(questions: Sequence[dict], answers: dict[str, dict]) -> tuple[list[Row
                 "output": reference,
                 "cluster": ", ".join(sorted(functions)),
                 "functions": compact(entry["function"]),
+                "structured_output": {"json_schema": call_schema(entry["function"])},
             }
     return list(rows.values()), alternatives, left_out
 

@@ -9,7 +9,8 @@ are those with at least four terms. Where a code takes a seventh character, that
 - `test_unseen_codes`: all terms of codes that no other split has. Only a prompt that lists them can help there.
 
 The column `candidates` lists the twelve codes that a tf-idf search over all titles finds for the term: the prompt of
-an application without fine-tuning.
+an application without fine-tuning. `structured_output` has them as the only answers that the server allows, which costs
+no tokens and is open to a model without the prompt as well.
 """
 
 from __future__ import annotations
@@ -131,11 +132,17 @@ def _split(usable: dict[str, list[str]], titles: dict[str, str]) -> dict[str, li
 def _row(term: str, code: str, titles: dict[str, str], search: Search) -> Row:
     candidates = search.find(term, CANDIDATES)
     lines = "\n".join(f"{candidate} {titles[candidate]}" for candidate in candidates)
-    return {"input": term, "output": code, "cluster": code, "candidates": lines}
+    return {
+        "input": term,
+        "output": code,
+        "cluster": code,
+        "candidates": lines,
+        "structured_output": {"choices": candidates},
+    }
 
 
 def _is_candidate(row: Row) -> bool:
-    return any(line.split(" ", 1)[0] == row["output"] for line in row["candidates"].splitlines())
+    return row["output"] in row["structured_output"]["choices"]
 
 
 def codes(text: str) -> frozenset[str]:

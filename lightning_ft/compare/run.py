@@ -60,6 +60,7 @@ def compare(
     output: str,
     learning_rates: dict[str, list[float]] | None = None,
     seeds: str | list[int] = "0,1,2",
+    search_rows: int | None = None,
     sizes: str | list[int] | None = None,
     curve_seeds: int | None = None,
     budget: str | None = None,
@@ -82,6 +83,8 @@ def compare(
         output: Folder of the runs, the result and the report.
         learning_rates: Learning rates to try for each method; by default 1/3, 1 and 3 times the configured one. If the
             best is at the edge, the grid is extended up to twice.
+        search_rows: Number of training rows of the runs that try learning rates, where trying them on all rows would
+            take too long; each takes the configured epochs over these rows. All rows by default.
         seeds: Seeds of the runs with the best learning rate. Use at least three: with fewer, differences between
             methods may be chance.
         sizes: Numbers of training rows of a learning curve, such as ``100,500,1000``.
@@ -106,6 +109,7 @@ def compare(
         Path(output),
         grids=learning_rates or {},
         seeds=_integers("seeds", seeds),
+        search_rows=search_rows,
         sizes=_integers("sizes", sizes or []),
         curve_seeds=curve_seeds,
         budget=None if budget is None else parse_duration(budget),
@@ -166,6 +170,7 @@ class _Comparer:
         *,
         grids: Mapping[str, Sequence[float]],
         seeds: Sequence[int],
+        search_rows: int | None,
         sizes: Sequence[int],
         curve_seeds: int | None,
         budget: float | None,
@@ -189,6 +194,7 @@ class _Comparer:
         self.results: dict[PlannedRun, list[RunResult]] = {}
         self._weights: dict[Hashable, str] = {}
         self.plan, self.rows, self.data_report = self._check()
+        self.search_rows = self._check_search_rows(search_rows)
         if too_large := [size for size in sizes if size >= self.rows]:
             print(f"Sizes {too_large} are skipped, since runs on all {self.rows:,} training rows are included anyway.")
         self.sizes = sorted({size for size in sizes if size < self.rows})
@@ -231,30 +237,40 @@ class _Comparer:
         """Execute the missing runs, and compare."""
         names = list(self.methods)
         self._execute([ORIGINAL])
-        grid = [PlannedRun(m, rate, self.seeds[0]) for m in names for rate in self.methods[m].rates]
-        self._execute(grid)
+        self._execute([self._search_run(m, rate) for m in names for rate in self.methods[m].rates])
         for _ in range(EXTENSIONS):
             extended = [run for name in names if (run := self._extend_grid(name)) is not None]
             if not extended:
                 break
             self._execute(extended)
         chosen = choose_learning_rates(self._all_results())
-        self._execute([PlannedRun(m, chosen[m], seed) for seed in self.seeds[1:] for m in names if m in chosen])
+        self._execute([PlannedRun(m, chosen[m], seed) for seed in self.seeds for m in names if m in chosen])
         curve = [(seed, m, size) for seed in self.curve_seeds for size in self.sizes for m in names if m in chosen]
         self._execute([PlannedRun(m, chosen[m], seed, size) for seed, m, size in curve])
         return self._finish()
+
+    def _check_search_rows(self, count: int | None) -> int | None:
+        if count is not None and not 1 <= count <= self.rows:
+            raise ComparisonError(
+                f"--search_rows {count}: expected a number from 1 to the {self.rows:,} training rows."
+            )
+        return count
+
+    def _search_run(self, method: str, rate: float) -> PlannedRun:
+        """The run that tries a learning rate: one of the final runs if all rows are used."""
+        return PlannedRun(method, rate, self.seeds[0], self.search_rows, search=self.search_rows is not None)
 
     def _extend_grid(self, name: str) -> PlannedRun | None:
         """Return a run with the next learning rate if the best so far is at the edge of those tried."""
         tried = [
             run.learning_rate
             for run in self.results
-            if run.method == name and run.size is None and run.seed == self.seeds[0] and run.learning_rate is not None
+            if run.method == name and run.learning_rate is not None and run == self._search_run(name, run.learning_rate)
         ]
         best = choose_learning_rates(self._all_results()).get(name)
         if best is None or len(tried) < 2 or best not in (min(tried), max(tried)):
             return None
-        return PlannedRun(name, round_rate(best / 3 if best == min(tried) else best * 3), self.seeds[0])
+        return self._search_run(name, round_rate(best / 3 if best == min(tried) else best * 3))
 
     def _all_results(self) -> list[RunResult]:
         return [result for results in self.results.values() for result in results]
@@ -315,7 +331,7 @@ class _Comparer:
         """
         folder = self._folder(run)
         method = self.methods.get(run.method) or next(iter(self.methods.values()))
-        factor = 1.0 if run.size is None else min(EPOCHS_CAP, self.rows / run.size)
+        factor = 1.0 if run.size is None or run.search else min(EPOCHS_CAP, self.rows / run.size)
         config = run_config(method, run, folder, factor)
         digest = config_hash(config, self.settings, run.size, self._input_hashes(method))
         written = yaml.safe_dump(config, sort_keys=False)

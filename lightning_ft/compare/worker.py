@@ -17,6 +17,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import NAMESPACE
+from lightning_ft.callbacks.base import precision_of
 from lightning_ft.callbacks.compute import ComputeMeter
 from lightning_ft.callbacks.retention import Retention
 from lightning_ft.cli import FineTuningCLI
@@ -97,7 +98,12 @@ def execute(folder: Path) -> list[RunResult]:
     def answer(name: str, split: str) -> Callable[[CausalLM], ArmRecords]:
         options = {"batch_size": savings.get("batch_size", 64), "progress": False}
         timed = savings.get("timed_requests", 3) if split == "test" else 0
-        return lambda model: run_arm(name, model, cli.model.tokenizer, plans[split], timed_requests=timed, **options)
+
+        def measure(model: CausalLM) -> ArmRecords:
+            with precision_of(cli.trainer):  # as in training: the arms of the original weights, too
+                return run_arm(name, model, cli.model.tokenizer, plans[split], timed_requests=timed, **options)
+
+        return measure
 
     def result(method: str, earlier: float = 0.0, **fields: Any) -> RunResult:
         return RunResult(
@@ -107,6 +113,7 @@ def execute(folder: Path) -> list[RunResult]:
             plan["rows"] if run.learning_rate is not None else None,
             wall_seconds=time.perf_counter() - started + earlier,
             config_hash=plan["hash"],
+            search=run.search,
             **fields,
         )
 
@@ -126,7 +133,7 @@ def execute(folder: Path) -> list[RunResult]:
         folder,
         meter,
         lambda model: answer("tuned", "validation")(model).quality,
-        plan["settings"]["evaluations"],
+        1 if run.search else plan["settings"]["evaluations"],
         plan["hash"],
     )
     trainer: Any = cli.trainer
@@ -143,7 +150,7 @@ def execute(folder: Path) -> list[RunResult]:
             run.method,
             earlier=recorder.earlier_seconds,
             validation_quality=recorder.curve[-1].quality,
-            test=answer("tuned", "test")(cli.model.model),
+            test=None if run.search else answer("tuned", "test")(cli.model.model),
             curve=tuple(recorder.curve),
             compute=meter.result,
             retention=retention.result if retention else None,

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from forked import ForkedProcess
 from tiny import make_rows
@@ -13,6 +14,7 @@ from lightning_ft.compare.run import FILE_NAME, _Comparer, compare
 from lightning_ft.compare.run_files import RESULT
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.result import Comparison
+from lightning_ft.evaluation.savings import arms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 QUICK = {"seeds": "0,1", "learning_rates": {"full": [1e-3], "lora": [5e-3]}, "evaluations": 2, "threads": 1}
@@ -112,6 +114,52 @@ def test_compare_measures_prompt_full_and_lora(tmp_path, config, capsys, forked)
     assert again.quality == result.quality
 
 
+def test_compare_tries_learning_rates_on_fewer_rows(tmp_path, config, forked):
+    output = tmp_path / "out"
+    options = {**QUICK, "learning_rates": {"lora": [1e-3, 5e-3]}, "seeds": "0,1"}
+    result = compare(config, "lora", str(output), search_rows=8, **options)
+
+    chosen = result.chosen["lora"]
+    completed = {path.parent.relative_to(output / "runs").as_posix() for path in output.rglob(RESULT)}
+    searched = {name for name in completed if name.endswith("-search8")}
+    assert {"lora/lr0.001-seed0-search8", "lora/lr0.005-seed0-search8"} <= searched
+    assert completed - searched == {"original", *(f"lora/lr{chosen:g}-seed{seed}" for seed in (0, 1))}
+    config_of_search = yaml.safe_load((output / "runs/lora/lr0.005-seed0-search8/config.yaml").read_text())
+    assert config_of_search["trainer"]["max_epochs"] == 2  # as configured: a search is meant to be cheap
+    runs = [run for run in result.runs if run.search]
+    assert {run.size for run in runs} == {8}
+    assert all(run.test is None and len(run.curve) == 1 for run in runs)
+    assert [run.size for run in result.final_runs("lora")] == [24, 24]
+    assert chosen == max(runs, key=lambda run: (run.validation_quality, -run.learning_rate)).learning_rate
+    assert set(result.learning_curve["lora"]) == {24}
+    assert result.sweep_flops == sum(run.compute.flops for run in runs)
+    written = json.loads((output / FILE_NAME).read_text())
+    assert Comparison.from_dict(written).to_dict() == written
+
+
+@pytest.mark.parametrize("count", [0, 25])
+def test_compare_refuses_search_on_more_rows_than_there_are(tmp_path, config, count):
+    with pytest.raises(ComparisonError, match=f"--search_rows {count}: expected a number from 1 to the 24"):
+        compare(config, "full,lora", str(tmp_path / "out"), search_rows=count, **QUICK)
+
+
+def test_compare_measures_every_arm_in_the_precision_of_training(tmp_path, config, forked, monkeypatch):
+    content = yaml.safe_load(Path(config).read_text())
+    content["trainer"]["precision"] = "bf16-mixed"
+    Path(config).write_text(yaml.safe_dump(content))
+    measured = tmp_path / "measured.txt"
+
+    def run_arm(name, *args, **options):
+        with measured.open("a") as file:
+            file.write(f"{name} {torch.is_autocast_enabled('cpu')}\n")
+        return original(name, *args, **options)
+
+    original = arms.run_arm
+    monkeypatch.setattr(arms, "run_arm", run_arm)  # a run imports it from there
+    compare(config, "full,lora", str(tmp_path / "out"), **{**QUICK, "seeds": "0"})
+    assert set(measured.read_text().splitlines()) == {"untuned True", "prompted True", "tuned True"}
+
+
 def test_compare_resumes_killed_run(tmp_path, config, forked, monkeypatch):
     folders = [tmp_path / "uninterrupted", tmp_path / "killed"]
     options = {**QUICK, "seeds": "0", "evaluations": 6, "learning_rates": {"lora": [5e-3]}}
@@ -195,7 +243,15 @@ def test_comparer_finds_requests_in_training_rows_before_any_run(tmp_path, confi
     (tmp_path / "test.jsonl").write_text(
         "".join(json.dumps({**row, "cluster": "Ann" if n == 7 else n}) + "\n" for n, row in enumerate(test))
     )
-    options = {"grids": {}, "seeds": [0], "sizes": [], "curve_seeds": None, "budget": None, "metrics": None}
+    options = {
+        "grids": {},
+        "seeds": [0],
+        "search_rows": None,
+        "sizes": [],
+        "curve_seeds": None,
+        "budget": None,
+        "metrics": None,
+    }
     options |= {"evaluations": 2, "validation_requests": None, "workers": 1, "threads": 1}
     comparer = _Comparer(config, ["lora"], tmp_path / "out", **options)
     assert comparer.overlap["test"].in_training == ("test-0", "test-1")

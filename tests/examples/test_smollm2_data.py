@@ -13,7 +13,7 @@ import pytest
 
 SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"
 MODULES = (
-    *("packages", "data", "candidates", "courts", "reporters", "calls", "phone"),
+    *("packages", "data", "candidates", "courts", "reporters", "calls", "schemas", "phone"),
     *("medical_coding", "legal_citation", "api_calls", "support"),
 )
 DOMAINS = ("medical_coding", "legal_citation", "api_calls", "support")
@@ -297,6 +297,7 @@ class TestMedicalCoding:
             lines = row["candidates"].splitlines()
             assert len(lines) == len(set(lines)) <= 12
             assert sum(line.startswith(row["output"] + " ") for line in lines) == 1
+            assert row["structured_output"] == {"choices": [line.split(" ")[0] for line in lines]}
         assert domain.facts["candidates_recall"]["test"] == 1.0
 
     def test_metrics_need_the_list_of_codes(self, modules, monkeypatch, tmp_path):
@@ -374,6 +375,31 @@ class TestApiCalls:
         assert right["input"] == "Function 7, please, to city 1 (system)\n\nFunction 7, please, to city 1 (user)"
         assert [function["name"] for function in json.loads(right["functions"])] == ["f7", "f7.other"]
         assert right["cluster"] == "f7, f7.other"
+        calls = right["structured_output"]["json_schema"]["anyOf"]
+        assert [call["properties"]["name"] for call in calls] == [{"const": "f7"}, {"const": "f7.other"}]
+        assert all(call["required"] == ["name", "arguments"] for call in calls)
+
+    @pytest.mark.parametrize(
+        ("described", "schema"),
+        [
+            ({"type": "any", "description": "Anything."}, {}),
+            ({"type": "tuple", "items": {"type": "float"}}, {"type": "array", "items": {"type": "number"}}),
+            ({"type": "array", "enum": ["a", "b"]}, {"type": "array", "items": {"enum": ["a", "b"]}}),
+            ({"type": "array", "enum": [["a"], ["b"]]}, {"enum": [["a"], ["b"]]}),
+            ({"type": "dict"}, {"type": "object"}),
+            (
+                {"type": "dict", "properties": {"x": {"type": "integer"}}, "required": ["x", "gone"]},
+                {
+                    "type": "object",
+                    "properties": {"x": {"type": "integer"}},
+                    "required": ["x"],
+                    "additionalProperties": False,
+                },
+            ),
+        ],
+    )
+    def test_schemas_have_the_types_of_the_data(self, described, schema, modules):
+        assert modules["schemas"].value_schema(described) == schema
 
     @pytest.mark.parametrize(
         ("output", "right"),

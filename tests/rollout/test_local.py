@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 from architectures import ENDS, NOT_SHARING, SHARING, make_prompts, one_by_one
@@ -5,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_model
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.rollout.local import LocalEngine
+from lightning_ft.rollout.local import LocalEngine, split_by_length
 from lightning_ft.rollout.protocol import common_prefix
 
 
@@ -86,6 +88,39 @@ def test_completions_do_not_depend_on_batch_size_and_progress_is_reported():
     assert results[0] == results[1] == results[2]
     assert sum(progress) == 3 * len(prompts)
     assert {(len(c.tokens), c.truncated) for c in results[0].completions} == {(70, True)}
+
+
+def test_engine_does_not_pad_short_prompts_to_the_length_of_a_long_one():
+    model, prompts = SHARING["llama"]().eval(), make_prompts()
+    prompts = [[*prompts[0], *prompts[1] * 6], *(prompt[20:] for prompt in prompts)]
+    expected = one_by_one(model, prompts, 3)
+    shapes = []
+    model.model.register_forward_pre_hook(lambda m, a, k: shapes.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    engine = LocalEngine(model, end_token_ids=ENDS)
+    engine._layers(3)  # probes the model before passes are recorded
+    shapes.clear()
+    assert [c.tokens for c in engine.generate(prompts, max_new_tokens=3).completions] == expected
+    prefills = [shape for shape in shapes if shape[1] > 1]
+    assert prefills[0] == (1, len(prompts[0]))
+    assert sum(rows for rows, _ in prefills) == len(prompts)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_split_by_length_costs_least_of_all_splits(seed):
+    rng = random.Random(seed)
+    lengths = sorted((rng.randint(1, 200) for _ in range(rng.randint(1, 9))), reverse=True)
+    step_tokens = rng.choice([0, 10, 100, 1000])
+
+    def cost(sizes):
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return sum(lengths[start] * size + step_tokens for start, size in zip(starts, sizes, strict=True))
+
+    def splits(count):
+        return [[]] if not count else [[n, *rest] for n in range(1, count + 1) for rest in splits(count - n)]
+
+    found = split_by_length(lengths, step_tokens)
+    assert sum(found) == len(lengths)
+    assert cost(found) == min(map(cost, splits(len(lengths))))
 
 
 def test_engine_accepts_identical_prompts_and_no_prompts():

@@ -58,7 +58,8 @@ class EvaluationSet:
 def choose_learning_rates(runs: Iterable[RunResult]) -> dict[str, float]:
     """Choose the learning rate of each method with the best validation quality; the smaller one of equals.
 
-    Only the grid counts: runs of the method's smallest seed on all of its training rows.
+    Only the grid counts: the runs of a search on fewer rows, or else runs of the method's smallest seed on all of its
+    training rows.
 
     Args:
         runs: Runs of all methods.
@@ -74,7 +75,8 @@ def choose_learning_rates(runs: Iterable[RunResult]) -> dict[str, float]:
     chosen: dict[str, float] = {}
     for method, method_runs in _trained(runs).items():
         size, seed = max(run.size or 0 for run in method_runs), min(run.seed for run in method_runs)
-        grid = [run for run in method_runs if run.size == size and run.seed == seed]
+        searched = [run for run in method_runs if run.search]
+        grid = searched or [run for run in method_runs if run.size == size and run.seed == seed]
         best = max(grid, key=lambda run: (run.validation_quality, -(run.learning_rate or 0.0)))
         assert best.learning_rate is not None
         chosen[method] = best.learning_rate
@@ -160,7 +162,10 @@ def compare_methods(
                 if method != FULL:
                     ratios[method] = _ratios(finals[method], finals[FULL], untuned, **bootstrap)
     sweep = [
-        run for method, method_runs in trained.items() for run in method_runs if run.learning_rate != chosen[method]
+        run
+        for method, method_runs in trained.items()
+        for run in method_runs
+        if run.search or run.learning_rate != chosen[method]
     ]
     result = replace(
         draft,
@@ -198,7 +203,7 @@ def _test(run: RunResult) -> ArmRecords:
 
 
 def _keeps_answers(run: RunResult, chosen: Mapping[str, float]) -> bool:
-    return run.method in BASELINES or run.learning_rate == chosen[run.method]
+    return run.method in BASELINES or (run.learning_rate == chosen[run.method] and not run.search)
 
 
 def _check_comparable(runs: Sequence[RunResult]) -> None:

@@ -49,6 +49,7 @@ class RunResult:
         checkpoint_bytes: Size in bytes of the weights that `export` writes.
         wall_seconds: Duration of the whole run in seconds: loading, training and measuring.
         config_hash: Hash of the configuration.
+        search: Whether the run only served the choice of the learning rate, on fewer rows than the others.
     """
 
     method: str
@@ -63,6 +64,7 @@ class RunResult:
     checkpoint_bytes: int | None = None
     wall_seconds: float = 0.0
     config_hash: str = ""
+    search: bool = False
 
     def to_dict(self, *, answers: bool = True) -> dict[str, Any]:
         """Convert to JSON types.
@@ -82,7 +84,7 @@ class RunResult:
     def from_dict(cls, values: Mapping[str, Any]) -> RunResult:
         """Restore a result from :meth:`to_dict`."""
         return cls(
-            **{name: values[name] for name in _JSON_FIELDS},
+            **{name: values[name] for name in _JSON_FIELDS if name in values},
             test=None if values["test"] is None else ArmRecords.from_dict(values["test"]),
             curve=tuple(CurvePoint(**point) for point in values["curve"]),
             compute=None if values["compute"] is None else ComputeResult.from_dict(values["compute"]),
@@ -99,6 +101,7 @@ _JSON_FIELDS = (
     "checkpoint_bytes",
     "wall_seconds",
     "config_hash",
+    "search",
 )
 
 
@@ -138,7 +141,7 @@ class Comparison:
         learning_curve: Quality on the test requests, by method and number of training rows.
         metrics: Task-specific metrics, by method; intervals span the minimum and the maximum over seeds.
         claims: Usual claims about fine-tuning, with their verdicts.
-        sweep_seconds: Training time in seconds of the runs whose learning rate wasn't chosen.
+        sweep_seconds: Training time in seconds of the runs that only served the choice of the learning rate.
         sweep_flops: Floating-point operations of those runs.
         complete: Whether all planned runs have finished.
         warnings: Warnings that affect how the results may be read.
@@ -162,7 +165,11 @@ class Comparison:
 
     def final_runs(self, method: str) -> list[RunResult]:
         """Return the runs of a method on all training rows with its chosen learning rate, sorted by seed."""
-        found = [run for run in self.runs if run.method == method and run.learning_rate == self.chosen.get(method)]
+        found = [
+            run
+            for run in self.runs
+            if run.method == method and run.learning_rate == self.chosen.get(method) and not run.search
+        ]
         largest = max((run.size or 0 for run in found), default=0)
         return sorted((run for run in found if (run.size or 0) == largest), key=lambda run: run.seed)
 
