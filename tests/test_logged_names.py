@@ -25,6 +25,7 @@ from lightning_ft import (
     TokenSavings,
 )
 from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.evaluation.retention.choices import ChoiceQuestion
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 NOT_RUN = {"train/router_loss"}  # only for mixtures of experts, tested in tests/modules/test_training.py
@@ -67,7 +68,7 @@ def callbacks():
         progress=False,
     )
     texts = ["the quick brown fox jumps over the lazy dog " * 3] * 2
-    retention = Retention(texts, output_dir=False, progress=False)
+    retention = Retention(texts, choices=[ChoiceQuestion("Q:", ("a", "b"), 0)], output_dir=False, progress=False)
     return [ComputeMeter(peak_flops=1e12, output_dir=False), savings, retention]
 
 

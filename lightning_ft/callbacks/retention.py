@@ -15,6 +15,7 @@ from lightning_ft.callbacks.measuring import MeasuringCallback
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, RetentionError
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
+from lightning_ft.evaluation.retention.choices import ChoiceQuestion
 from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
 from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint
 from lightning_ft.report.collect import RETENTION
@@ -37,6 +38,9 @@ class Retention(MeasuringCallback):
     Args:
         texts: General texts, not the training data: path of a JSONL file whose rows have a ``text``, path of a ``.txt``
             file with a blank line between texts, or a list of texts.
+        choices: Multiple-choice questions, answered by likelihood before and after training: path of a JSONL file whose
+            rows have ``input``, ``choices``, ``answer`` (the index of the correct one) and optionally ``set``, or a
+            list of `ChoiceQuestion`.
         max_texts: Largest number of texts to use, from the first.
         max_tokens: Largest number of tokens per text; longer texts are truncated.
         base: Weights to compare with: ``adapter_off`` (exact), ``step_0`` (the model at the start of training, of whose
@@ -76,6 +80,7 @@ class Retention(MeasuringCallback):
         self,
         texts: str | list[str] | None = None,
         *,
+        choices: str | list[ChoiceQuestion] | None = None,
         max_texts: int = 64,
         max_tokens: int = 256,
         base: Literal["auto", "adapter_off", "step_0"] = "auto",
@@ -122,6 +127,7 @@ class Retention(MeasuringCallback):
         self.max_kl, self.max_ppl_ratio, self.min_top1_agreement = max_kl, max_ppl_ratio, min_top1_agreement
         self.on_breach, self.output_dir, self.progress, self.name = on_breach, output_dir, progress, name
         self._options: dict[str, Any] = {
+            "choices": choices,
             "max_texts": max_texts,
             "max_tokens": max_tokens,
             "base": base,

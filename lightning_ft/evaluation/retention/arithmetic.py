@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_ft.atomic_files import write_json
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootstrap_intervals
+from lightning_ft.evaluation.retention.choices import ALL, ChoiceResult
 
 BaseType = Literal["adapter_off", "step_0", "model"]
 """Base that a tuned model is compared with, see `RetentionResult.base`."""
@@ -170,6 +171,7 @@ class RetentionResult:
         task_tokens: Number of predicted tokens in the answers of task rows.
         texts_hash: Hash of the general texts.
         step: Optimizer step of the measurement; None outside training.
+        choices: Answers to multiple-choice questions, by set and for ``"all"``; empty if there were none.
         provenance: Models, texts, settings and versions of the measurement, as JSON values.
     """
 
@@ -185,6 +187,7 @@ class RetentionResult:
     task_tokens: int
     texts_hash: str
     step: int | None = None
+    choices: Mapping[str, ChoiceResult] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -198,6 +201,12 @@ class RetentionResult:
         kl, ratio, same = self.kl_general, self.ppl_ratio, self.top1_agreement
         sign = "at least " if self.lower_bound else ""
         task = "" if self.kl_task is None else f"; on task answers KL {sign}{self.kl_task.value:.4g}"
+        if ALL in self.choices:
+            answered = self.choices[ALL]
+            task += (
+                f"; of {answered.questions:,} multiple-choice questions {answered.tuned.value:.1%} correct, by the base "
+                f"{answered.base.value:.1%}"
+            )
         return (
             f"On {self.texts:,} general texts ({self.tokens:,} tokens): KL from the base {sign}{kl.value:.4g} nats per "
             f"token ({kl.lo:.4g} to {kl.hi:.4g}), perplexity times {ratio.value:.4g} ({ratio.lo:.4g} to "
@@ -211,6 +220,14 @@ class RetentionResult:
             interval: Interval | None = getattr(self, name)
             if interval is not None:
                 metrics |= {name: interval.value, f"{name}_lo": interval.lo, f"{name}_hi": interval.hi}
+        if ALL in self.choices:
+            for name in ("base", "tuned", "lost"):
+                interval = getattr(self.choices[ALL], name)
+                metrics |= {
+                    f"choices_{name}": interval.value,
+                    f"choices_{name}_lo": interval.lo,
+                    f"choices_{name}_hi": interval.hi,
+                }
         return metrics | {"kl_lower_bound": float(self.lower_bound), "tokens": float(self.tokens)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,7 +235,8 @@ class RetentionResult:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in INTERVALS:
             values[name] = None if values[name] is None else values[name].to_dict()
-        return {**values, "provenance": dict(self.provenance), "lower_bound": self.lower_bound}
+        choices = {name: result.to_dict() for name, result in self.choices.items()}
+        return {**values, "choices": choices, "provenance": dict(self.provenance), "lower_bound": self.lower_bound}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RetentionResult:
@@ -227,6 +245,7 @@ class RetentionResult:
         for name in INTERVALS:
             interval = known[name]
             known[name] = None if interval is None else Interval.from_dict(interval)
+        known["choices"] = {name: ChoiceResult.from_dict(result) for name, result in known["choices"].items()}
         return cls(**known)
 
     def save(self, folder: str | Path) -> Path:
@@ -244,6 +263,7 @@ def retention(
     top_k: int | None,
     texts_hash: str,
     step: int | None = None,
+    choices: Mapping[str, ChoiceResult] | None = None,
     resamples: int = 9999,
     seed: int = 0,
     provenance: Mapping[str, object] | None = None,
@@ -260,6 +280,7 @@ def retention(
         top_k: Number of tokens stored per position, if `kl` is a lower bound.
         texts_hash: Hash of the general texts.
         step: Optimizer step of the measurement.
+        choices: Answers to multiple-choice questions, by set.
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
         provenance: Models, texts, settings and versions of the measurement, as JSON values.
@@ -300,6 +321,7 @@ def retention(
         task_tokens=0 if task is None else sum(task.tokens),
         texts_hash=texts_hash,
         step=step,
+        choices=choices or {},
         provenance=provenance or {},
     )
 

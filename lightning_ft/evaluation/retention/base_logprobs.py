@@ -71,6 +71,11 @@ class LiveModel:
     def __init__(self, model: CausalLM, *, adapter: bool = True) -> None:
         self._model, self._adapter = model, adapter
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's inputs."""
+        return input_device(self._model)
+
     def _active(self) -> AbstractContextManager[None]:
         # around each call, since the head may be adapted too
         return nullcontext() if self._adapter else active_adapter(cast(PeftModel, self._model), None)

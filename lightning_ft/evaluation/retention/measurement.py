@@ -38,6 +38,13 @@ from lightning_ft.evaluation.retention.base_logprobs import (
     chunk_slices,
     tolerance,
 )
+from lightning_ft.evaluation.retention.choices import (
+    ChoiceQuestion,
+    compare_choices,
+    correct_answers,
+    encode_choices,
+    load_choices,
+)
 from lightning_ft.evaluation.retention.texts import TaskRow, encode_task, encode_texts, load_texts
 from lightning_ft.evaluation.savings.prompt import content_hash
 from lightning_ft.models.generate import evaluating
@@ -52,6 +59,7 @@ class RetentionMeasurement:
         tokenizer: Tokenizer of the model.
         texts: General texts: a JSONL file with ``text``, a ``.txt`` file with a blank line between texts, or a list.
         task: Rows of the task, for the divergence on their answers: requests, or pairs of token ids.
+        choices: Multiple-choice questions, see :func:`~lightning_ft.evaluation.retention.choices.load_choices`.
         max_texts: Number of texts to read from the start; None reads all.
         max_tokens: Largest number of tokens per text; later ones are cut off.
         base: Base of the comparison: ``"adapter_off"``, the model with its adapter disabled (exact); ``"step_0"``, the
@@ -84,6 +92,7 @@ class RetentionMeasurement:
         texts: str | Path | Sequence[str] | None = None,
         task: Sequence[TaskRow] | None = None,
         *,
+        choices: str | Path | Sequence[ChoiceQuestion] | None = None,
         max_texts: int | None = 64,
         max_tokens: int = 256,
         base: Literal["auto", "adapter_off", "step_0"] = "auto",
@@ -103,6 +112,8 @@ class RetentionMeasurement:
         chosen = load_texts(texts, max_texts=max_texts)
         self.general, cut = encode_texts(tokenizer, chosen, max_tokens=max_tokens)
         self.task = encode_task(tokenizer, task) if task else []
+        self.questions = [] if choices is None else load_choices(choices)
+        self.choices = encode_choices(tokenizer, self.questions)
         self.base, self.top_k = base, top_k
         self._pad, self._batch_size, self._progress = pad_token_id(tokenizer), batch_size, progress
         self._bootstrap = {"resamples": resamples, "seed": seed}
@@ -121,6 +132,7 @@ class RetentionMeasurement:
         self._base_type: BaseType | None = None
         self._stored: tuple[StoredBase, ...] = ()
         self._original: dict[str, object] = {}
+        self._base_correct: tuple[bool, ...] = ()
 
     @property
     def has_before(self) -> bool:
@@ -130,9 +142,9 @@ class RetentionMeasurement:
     @property
     def fingerprint(self) -> str:
         """Hash of the tokens of all texts and rows."""
-        return content_hash(
-            [[e.input_ids.tolist(), e.supervised.tolist()] for e in [*self.general, *self.task]] + [len(self.general)]
-        )
+        examples = [*self.general, *self.task, *self.choices]
+        counts = [len(self.general), *([len(self.task)] if self.choices else [])]
+        return content_hash([[e.input_ids.tolist(), e.supervised.tolist()] for e in examples] + counts)
 
     def check_model(self, model: CausalLM) -> None:
         """Check that the model can be measured, and that the texts fit into its context.
@@ -151,7 +163,7 @@ class RetentionMeasurement:
                 "Retention can't measure adapters that add tokens of their own to the prompt. Use LoRA, for example."
             )
         limit = context_length(base)
-        for name, examples in (("General text", self.general), ("Task row", self.task)):
+        for name, examples in (("General text", self.general), ("Task row", self.task), ("Choice", self.choices)):
             for index, example in enumerate(examples):
                 if limit is not None and len(example) > limit:
                     raise RetentionError(
@@ -184,6 +196,7 @@ class RetentionMeasurement:
         }
         with evaluating(model):
             check_head(model, self.general[0])
+            self._base_correct = self._correct(LiveModel(model, adapter=not trained))
         if trained:
             self._base_type, self._stored = "adapter_off", ()
             return
@@ -255,6 +268,7 @@ class RetentionMeasurement:
                 check_head(candidate, self.general[0])
         self._original = {"model": base_of(original).config._name_or_path or base_of(original).config.model_type}
         with evaluating(original):
+            self._base_correct = self._correct(LiveModel(original))
             return self._compare(model, LiveModel(original), "model", None, None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,6 +278,7 @@ class RetentionMeasurement:
             "base": self._base_type,
             "original": dict(self._original),
             "kept": [stored.state_dict() for stored in self._stored],
+            "base_correct": list(self._base_correct),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -284,6 +299,7 @@ class RetentionMeasurement:
             raise RetentionError(f"The checkpoint compares with base={state['base']!r}. Pass that, or 'auto'.")
         self._base_type, self._original = state["base"], dict(state["original"])
         self._stored = tuple(StoredBase(**stored) for stored in state["kept"])
+        self._base_correct = tuple(state["base_correct"])
 
     def _compare(
         self,
@@ -298,6 +314,8 @@ class RetentionMeasurement:
             for name, examples in (("general texts", self.general), ("task rows", self.task)):
                 base = live if live is not None else self._stored[len(sums)] if examples else None
                 sums.append(self._sums(f"Retention, {name}", model, base, examples) if base and examples else None)
+            tuned = self._correct(LiveModel(model))
+        choices = compare_choices(self.questions, self._base_correct, tuned, **self._bootstrap) if tuned else {}
         return retention(
             cast(PositionSums, sums[0]),
             sums[1],
@@ -305,6 +323,7 @@ class RetentionMeasurement:
             top_k=None if live is not None else self._stored[0].ids.shape[1],
             texts_hash=self.texts_hash,
             step=step,
+            choices=choices,
             provenance={**self._original, **self._provenance, **(provenance or {})},
             **self._bootstrap,
         )
@@ -312,7 +331,7 @@ class RetentionMeasurement:
     def _sums(self, title: str, model: CausalLM, base: Base, examples: Sequence[Example]) -> PositionSums:
         tuned = LiveModel(model)
         rows: list[Tensor] = []
-        for batch, first in self._batches(title, model, examples):
+        for batch, first in self._batches(title, input_device(model), examples):
             states, compare = tuned.states(batch), base.prepare(batch, first)
             measured = []
             for positions in chunk_slices(batch.num_targets):
@@ -329,9 +348,23 @@ class RetentionMeasurement:
             tuple(map(int, tokens)), tuple(kls), tuple(base_nlls), tuple(tuned_nlls), tuple(map(int, agrees))
         )
 
+    def _correct(self, model: LiveModel) -> tuple[bool, ...]:
+        """Whether the model answers each multiple-choice question correctly."""
+        order = sorted(range(len(self.choices)), key=lambda i: len(self.choices[i]))  # little padding
+        nll = torch.zeros(len(order), dtype=torch.float64)
+        done = 0
+        for batch, _ in self._batches("Retention, choices", model.device, [self.choices[i] for i in order]):
+            states, sums = model.states(batch), torch.zeros(batch.num_groups, dtype=torch.float64)
+            for positions in chunk_slices(batch.num_targets):
+                found = model.logprobs(states[positions]).gather(-1, batch.targets[positions, None])[:, 0]
+                sums.index_add_(0, batch.groups[positions].cpu(), -found.cpu().double())
+            nll[torch.tensor(order[done : done + batch.num_groups])] = sums
+            done += batch.num_groups
+        return correct_answers(self.questions, nll.tolist())
+
     def _store(self, model: CausalLM, examples: Sequence[Example]) -> StoredBase:
         live, parts = LiveModel(model), []
-        for batch, _ in self._batches("Retention, base", model, examples):
+        for batch, _ in self._batches("Retention, base", input_device(model), examples):
             states = live.states(batch)
             for positions in chunk_slices(batch.num_targets):
                 logprobs = live.logprobs(states[positions])
@@ -343,9 +376,11 @@ class RetentionMeasurement:
                 parts.append([t.cpu() for t in (top_k.ids, top_k.logprobs, top_k.tail, nll, top)])
         return StoredBase(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _batches(self, title: str, model: CausalLM, examples: Sequence[Example]) -> Iterator[tuple[TokenBatch, int]]:
+    def _batches(
+        self, title: str, device: torch.device, examples: Sequence[Example]
+    ) -> Iterator[tuple[TokenBatch, int]]:
         """Yield batches with one example per row, and the index of their first target among those of all examples."""
-        first, device = 0, input_device(model)
+        first = 0
         hidden = not self._progress or rank_and_world_size()[0] != 0
         with tqdm(total=len(examples), desc=title, unit="text", disable=hidden, leave=False) as bar:
             for start in range(0, len(examples), self._batch_size):

@@ -68,7 +68,23 @@ def retention_table(results: Mapping[str, RetentionResult]) -> tuple[Block, ...]
         row("general texts", [f"{r.texts:,} ({r.tokens:,} tokens)" for r in values]),
         row("task answers", [f"{r.task_rows:,} ({r.task_tokens:,} tokens)" for r in values]),
     ]
-    return runs_table(list(results), rows, "Intervals are 95%, over texts")
+    for name in dict.fromkeys(name for r in values for name in r.choices):
+        answered = [r.choices.get(name) for r in values]
+        rows += [
+            row(
+                f"{name} questions correct ({next(a.questions for a in answered if a):,}; chance "
+                f"{next(a.chance for a in answered if a):.0%}), base to tuned",
+                ["not measured" if a is None else f"{a.base.value:.1%} to {a.tuned.value:.1%}" for a in answered],
+            ),
+            row(
+                f"{name} questions, points lost",
+                [
+                    "not measured" if a is None else format_interval(a.lost, lambda x: f"{100 * x:+.1f}")
+                    for a in answered
+                ],
+            ),
+        ]
+    return runs_table(list(results), rows, "Intervals are 95%, over texts or questions")
 
 
 def forgetting_blocks(runs: Sequence[Tradeoff], name: str = "forgetting") -> tuple[Block, ...]:
