@@ -50,7 +50,7 @@ class Search:
         }
 
     def find(self, query: str, count: int) -> list[str]:
-        """The `count` most similar keys, best first; equal ones in the order of their names."""
+        """The `count` most similar keys, best first; equal ones (also unlike the query) in the order of their names."""
         scores = np.zeros(len(self._keys))
         for feature, occurrences in features(query).items():
             if feature in self._postings:
@@ -58,4 +58,4 @@ class Search:
                 scores[numbers] += occurrences * self._idf[feature] * weights
         # Sums of floats are rounded, so that the last bits of a platform's logarithm don't change the order.
         best = np.argsort(-scores.round(9), kind="stable")[:count]
-        return [self._keys[number] for number in best if scores[number] > 0]
+        return [self._keys[number] for number in best]

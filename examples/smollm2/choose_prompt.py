@@ -109,7 +109,9 @@ def main() -> None:
         )
         plan.check_context(model.config.max_position_embeddings)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return run_arm("prompted", model, tokenizer, plan, timed_requests=0, progress=False).quality
+            batch_size = savings.get("batch_size", 64)
+            arm = run_arm("prompted", model, tokenizer, plan, timed_requests=0, batch_size=batch_size, progress=False)
+        return arm.quality
 
     output = HERE / "baselines" / f"{options.domain}.json"
     search(system_prompts(options.domain), EXAMPLES[options.domain], train, quality, output, draws=DRAWS)

@@ -100,6 +100,10 @@ def load() -> Domain:
             "terms": total,
             "unseen_codes": len({code for code, _ in chosen["test_unseen_codes"]}),
             "candidates": CANDIDATES,
+            "first_candidate_accuracy": {
+                split: round(sum(_first(row) == row["output"] for row in made) / max(len(made), 1), 4)
+                for split, made in rows.items()
+            },
             "candidates_recall": {split: round(found[split] / max(len(made), 1), 4) for split, made in rows.items()},
         },
         files={CODES_FILE.name: "".join(f"{code}\n" for code in everything)},
@@ -139,6 +143,10 @@ def _row(term: str, code: str, titles: dict[str, str], search: Search) -> Row:
         "candidates": lines,
         "structured_output": {"choices": candidates},
     }
+
+
+def _first(row: Row) -> str:
+    return row["structured_output"]["choices"][0]
 
 
 def _is_candidate(row: Row) -> bool:

@@ -98,20 +98,46 @@ class Settings:
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read a configuration of `lightning-ft fit`.
 
+    Args:
+        path: Path of a file, or of several, separated by commas: later ones replace values of earlier ones, and a key
+            such as ``callbacks+`` extends a list, as with several ``--config`` on the command line.
+
     Raises:
-        ComparisonError: If the file can't be read, or isn't a configuration.
+        ComparisonError: If a file can't be read, or they aren't a configuration.
     """
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ComparisonError(f"The configuration {str(path)!r} can't be read: {error}") from error
-    missing = {"model", "data"} - set(found if isinstance(found, dict) else {})
-    if missing:
+    config: dict[str, Any] = {}
+    for name in str(path).split(","):
+        try:
+            found = yaml.safe_load(Path(name.strip()).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise ComparisonError(f"The configuration {name.strip()!r} can't be read: {error}") from error
+        if not isinstance(found, dict):
+            raise ComparisonError(f"{name.strip()!r} isn't a configuration of `lightning-ft fit`: expected a mapping.")
+        config = _merged(config, found.get("fit", found))
+    if missing := {"model", "data"} - set(config):
         raise ComparisonError(
             f"{str(path)!r} has no {' and no '.join(sorted(missing))}. Pass a configuration of `lightning-ft fit`."
         )
-    config: dict[str, Any] = found.get("fit", found)
     return config
+
+
+def _merged(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the values of another one added."""
+    merged = dict(config)
+    for key, value in other.items():
+        name = key.removesuffix("+")
+        earlier = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(earlier, Mapping):
+            merged[name] = _merged(earlier, value)
+        elif key != name:
+            merged[name] = [*_as_list(earlier), *_as_list(value)]
+        else:
+            merged[name] = value if not isinstance(value, Mapping) else _merged({}, value)
+    return merged
+
+
+def _as_list(value: object) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def read_settings(

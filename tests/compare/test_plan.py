@@ -118,7 +118,10 @@ def test_read_settings_requires_token_savings():
         read_settings(config, "c.yaml", 8)
 
 
-@pytest.mark.parametrize(("text", "message"), [("model: 1", "has no data"), ("[1]", "has no data and no model")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: 1", "has no data"), ("trainer: {}", "has no data and no model"), ("[1]", "expected a mapping")],
+)
 def test_read_config_refuses_other_files(tmp_path, text, message):
     file = tmp_path / "c.yaml"
     file.write_text(text)
@@ -126,6 +129,20 @@ def test_read_config_refuses_other_files(tmp_path, text, message):
         read_config(file)
     with pytest.raises(ComparisonError, match="can't be read"):
         read_config(tmp_path / "none.yaml")
+
+
+def test_read_config_merges_files_as_the_command_line_does(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(yaml.safe_dump({"fit": CONFIG}))
+    second.write_text(
+        yaml.safe_dump({"trainer": {"max_epochs": 5, "callbacks+": [{"class_path": "lightning_ft.Retention"}]}})
+    )
+    merged = read_config(f"{first}, {second}")
+    names = [callback["class_path"].rpartition(".")[2] for callback in merged["trainer"]["callbacks"]]
+    assert names == ["TokenSavings", "ExportModel", "EarlyStopping", "Retention"]
+    assert merged["trainer"]["max_epochs"] == 5
+    assert {**merged, "trainer": None} == {**CONFIG, "trainer": None}
+    assert read_config(first) == CONFIG
 
 
 def test_run_config_keeps_own_callbacks_and_sets_seed_and_epochs():

@@ -204,8 +204,8 @@ class RetentionResult:
         if ALL in self.choices:
             answered = self.choices[ALL]
             task += (
-                f"; of {answered.questions:,} multiple-choice questions {answered.tuned.value:.1%} correct, by the base "
-                f"{answered.base.value:.1%}"
+                f"; of {answered.questions:,} multiple-choice questions {answered.tuned.value:.1%} correct, by the "
+                f"base {answered.base.value:.1%}"
             )
         return (
             f"On {self.texts:,} general texts ({self.tokens:,} tokens): KL from the base {sign}{kl.value:.4g} nats per "
