@@ -21,6 +21,24 @@ results-%: $(INSTALLED)
 		--curve_seeds 1 --evaluations 4 --validation_requests 200 --workers 2 --threads 1 \
 		--metrics examples/$*/$(METRICS_$*).py:metrics --output runs/results/$*
 
+# The same on a real model and real data (examples/smollm2): `make results-smollm2-medical_coding`, and so on. Hours each;
+# a run that is interrupted is resumed by the next `make`.
+SMOLLM2_ROWS_medical_coding := 800
+SMOLLM2_ROWS_legal_citation := 1000
+SMOLLM2_ROWS_api_calls := 350
+SMOLLM2_ROWS_support := 400
+BIGBENCH := runs/downloads/bigbench-1.0.0.tar.gz
+GENERAL := examples/smollm2/data/general/texts.jsonl
+results-smollm2-%: smollm2 $(GENERAL)
+	$(BIN)/lightning-ft compare --config examples/smollm2/$*.yaml,examples/smollm2/general.yaml --methods prompted,full,lora \
+		--learning_rates '{full: [3.0e-5, 1.0e-4, 3.0e-4], lora: [5.0e-4, 1.0e-3, 2.0e-3]}' \
+		--search_rows $(SMOLLM2_ROWS_$*) --evaluations 2 --validation_requests 150 --workers 2 --threads 1 \
+		--metrics examples/smollm2/$*.py:metrics --output runs/results/smollm2/$*
+
+$(GENERAL): | $(INSTALLED)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest $(dir $(BIGBENCH)) bigbench==1.0.0
+	$(BIN)/python examples/smollm2/general.py $(BIGBENCH)
+
 # The numbers of docs/performance.md: `make bench-sft`, `bench-head`, `bench-pairs`, ...; each runs benchmarks/<name>.py, on a
 # machine that does nothing else, and leaves runs/benchmarks/<name>.json for benchmarks/tables.py.
 bench-%: $(INSTALLED)

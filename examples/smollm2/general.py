@@ -70,7 +70,7 @@ def questions(name: str, task: dict[str, Any], count: int) -> list[dict[str, Any
 
     Example:
         >>> questions("sums", {"examples": [{"input": "1 + 1?", "target_scores": {"3": 0, "2": 1}}]}, 5)
-        [{'set': 'sums', 'input': 'Q: 1 + 1?\\nA:', 'choices': ['3', '2'], 'answer': 1}]
+        [{'set': 'sums', 'input': 'Q: 1 + 1?\nA:', 'choices': ['3', '2'], 'answer': 1}]
     """
     before, after = task.get("example_input_prefix", "\nQ: "), task.get("example_output_prefix", "\nA: ")
     found = []

@@ -2,18 +2,24 @@
 
 import doctest
 import gzip
+import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import sys
+import tarfile
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 
+from lightning_ft.evaluation.retention.choices import load_choices
+
 SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"
 MODULES = (
-    *("packages", "data", "candidates", "courts", "reporters", "calls", "schemas", "phone"),
+    *("packages", "data", "candidates", "courts", "reporters", "calls", "schemas", "phone", "general"),
     *("medical_coding", "legal_citation", "api_calls", "support"),
 )
 DOMAINS = ("medical_coding", "legal_citation", "api_calls", "support")
@@ -506,3 +512,46 @@ class TestSupport:
     def test_metrics_refuse_fewer_answers_than_references(self, modules):
         with pytest.raises(ValueError, match="0 answers and 1 references"):
             modules["support"].metrics([], ["toggle_data"])
+
+
+class TestGeneral:
+    @pytest.fixture
+    def archive(self, modules, monkeypatch, tmp_path):
+        """A small archive with the files that are read, and others that aren't."""
+        general = modules["general"]
+        stories = [
+            {"source": source, "story": f"{source} {n}  told\nagain " + "word " * (300 if n else 1)}
+            for source in (*general.KINDS, "race")
+            for n in range(4)
+        ]
+        examples = [{"input": f"{n}?", "target_scores": {" yes": n % 2, "no ": 1 - n % 2}} for n in range(120)]
+        odd = [{"input": "both?", "target_scores": {"yes": 1, "no": 1}}, {"input": "one?", "target_scores": {"a": 1}}]
+        files = {general.TEXTS: {"data": stories}, "other/task.json": {}}
+        files |= {f"{name}/task.json": {"examples": [*odd, *examples]} for name in general.QUESTIONS}
+        path = tmp_path / "archive.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            for name, content in files.items():
+                data = json.dumps(content).encode()
+                member = tarfile.TarInfo(f"{general.TASKS}/{name}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        monkeypatch.setattr(general, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+        return path
+
+    def test_texts_of_each_kind_and_questions_of_each_set_are_written(self, modules, archive, tmp_path):
+        modules["general"].main([str(archive), "--output", str(tmp_path / "general")])
+        texts, questions = (
+            [json.loads(line) for line in (tmp_path / "general" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+            for name in ("texts", "questions")
+        )
+        assert Counter(row["kind"] for row in texts) == dict.fromkeys(modules["general"].KINDS.values(), 3)
+        assert all("told again word" in row["text"] for row in texts)
+        counts = {name: min(count, 120) for name, count in modules["general"].QUESTIONS.items()}
+        assert Counter(row["set"] for row in questions) == counts
+        assert load_choices(tmp_path / "general" / "questions.jsonl")[0].choices == ("yes", "no")
+        assert all(int(row["input"][3:-4]) % 2 == 1 - row["answer"] for row in questions)
+
+    def test_another_archive_is_refused(self, modules, tmp_path):
+        (tmp_path / "archive.tar.gz").write_bytes(b"other")
+        with pytest.raises(SystemExit, match=r"SHA-256 d9298a10.* instead of 1bb398a5.*Is it bigbench 1.0.0"):
+            modules["general"].main([str(tmp_path / "archive.tar.gz")])
