@@ -22,9 +22,9 @@ from harness import quiet, write_json
 from training import silent_trainer
 
 from lightning_ft import ComputeMeter, FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import measurement_plan
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 
 MODEL, DATA = "examples/tiny_base", Path("examples/support/data")
 LAYERS = 4

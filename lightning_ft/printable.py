@@ -7,6 +7,7 @@ programs read are written with :func:`json_text`, which uses the escapes of JSON
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
@@ -67,3 +68,14 @@ def _json_escaped(match: re.Match[str]) -> str:
     if code < 0x10000:
         return f"\\u{code:04x}"
     return f"\\u{0xD800 + ((code - 0x10000) >> 10):04x}\\u{0xDC00 + ((code - 0x10000) & 0x3FF):04x}"
+
+
+def content_hash(value: object) -> str:
+    """Hash a value of JSON types; returns 16 hexadecimal digits.
+
+    Example:
+        >>> content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
+        True
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.arguments import check_integer, check_requests
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import MeasuringCallback
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.data.sources import Sources
 from lightning_ft.data.splits import Splits
 from lightning_ft.distributed import rank_zero_warn
@@ -19,7 +20,6 @@ from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, check_numbers
 from lightning_ft.evaluation.savings.overlap import TrainRows
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer, check_scorer
 from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint

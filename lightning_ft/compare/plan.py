@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lightning_ft.errors import ComparisonError
-from lightning_ft.evaluation.savings.prompt import content_hash
+from lightning_ft.printable import content_hash
 
 if TYPE_CHECKING:
     from lightning_ft.modules.base import FineTuning

@@ -43,9 +43,8 @@ from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.gate import overlap_text
 from lightning_ft.evaluation.savings.overlap import request_overlap
 from lightning_ft.evaluation.savings.plan import MeasurementPlan
-from lightning_ft.evaluation.savings.prompt import content_hash
 from lightning_ft.importing import import_object
-from lightning_ft.printable import json_text
+from lightning_ft.printable import content_hash, json_text
 from lightning_ft.report.write import write_report
 
 EXTENSIONS = 2

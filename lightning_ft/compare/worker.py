@@ -25,12 +25,12 @@ from lightning_ft.compare.plan import PlannedRun
 from lightning_ft.compare.recorder import RunRecorder
 from lightning_ft.compare.run_files import CHECKPOINT, CONFIG, PLAN, RESULT, find_checkpoint, read_plan, write_results
 from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.data.splits import SplitName
 from lightning_ft.errors import ComparisonError, LightningFTError
 from lightning_ft.evaluation.comparison.result import RunResult
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import MeasurementPlan, measurement_plan
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.models.head import CausalLM
 from lightning_ft.modules.base import FineTuning

@@ -380,7 +380,7 @@ def test_config_runs(run_config):
 
 
 def test_config_uses_the_examples_baseline_and_scorer(rows):
-    from lightning_ft.evaluation.savings.prompt import PromptBaseline
+    from lightning_ft.data.prompt_baseline import PromptBaseline
     from lightning_ft.evaluation.scorers import resolve_scorer
 
     root = MEDICAL.parents[1]

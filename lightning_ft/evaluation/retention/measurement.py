@@ -46,10 +46,10 @@ from lightning_ft.evaluation.retention.choices import (
     load_choices,
 )
 from lightning_ft.evaluation.retention.texts import TaskRow, encode_task, encode_texts, load_texts
-from lightning_ft.evaluation.savings.prompt import content_hash
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import context_length
+from lightning_ft.printable import content_hash
 
 
 class RetentionMeasurement:

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootstrap_intervals
 from lightning_ft.evaluation.savings.cost import Costs, Prices, compute_costs
@@ -27,7 +28,6 @@ from lightning_ft.evaluation.savings.gate import (
     required_requests,
     why_void,
 )
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft import __version__
 from lightning_ft.arguments import CheckedArguments, check_integer
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.arms import constant_scores, run_arm
@@ -20,7 +21,6 @@ from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.gate import check_margin, check_min_quality
 from lightning_ft.evaluation.savings.overlap import TrainRows, request_overlap, training_index
 from lightning_ft.evaluation.savings.plan import measurement_plan
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer

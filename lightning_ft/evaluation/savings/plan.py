@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.arguments import check_requests
 from lightning_ft.data.encode import encode_prompt
+from lightning_ft.data.prompt_baseline import PromptBaseline, check_no_overlap
 from lightning_ft.data.templates import chat_template
 from lightning_ft.errors import ConfigError, SavingsError, TokenizerError
-from lightning_ft.evaluation.savings.prompt import PromptBaseline, check_no_overlap, content_hash
 from lightning_ft.evaluation.scorers import Scorer, normalize_text, resolve_scorer
+from lightning_ft.printable import content_hash
 from lightning_ft.rollout.protocol import common_prefix
 from lightning_ft.rollout.structured import StructuredOutputs, check_grammar
 from lightning_ft.types import Request

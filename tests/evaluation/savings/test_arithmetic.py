@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lightning_ft.data.prompt_baseline import check_no_overlap
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval, bootstrap_intervals
 from lightning_ft.evaluation.savings.arithmetic import (
@@ -18,7 +19,6 @@ from lightning_ft.evaluation.savings.arithmetic import (
 )
 from lightning_ft.evaluation.savings.cost import break_even_requests
 from lightning_ft.evaluation.savings.gate import quality_gate
-from lightning_ft.evaluation.savings.prompt import check_no_overlap
 from lightning_ft.types import Message, Request
 
 

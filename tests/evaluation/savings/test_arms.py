@@ -7,9 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import MambaConfig, MambaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.serving import model_shape
 from lightning_ft.models.shard import is_sharded, shard
 from lightning_ft.types import Message, Request

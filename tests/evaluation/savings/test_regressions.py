@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 from tiny import make_model
 
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, token_savings
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.regressions import count_regressions, worst_regressions
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.types import Message, Request

@@ -9,10 +9,10 @@ from lightning_ft import TokenSavings
 from lightning_ft.compare.worker import measurement_plans
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
 from lightning_ft.evaluation.savings.plan import measurement_plan
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Message, Request
 

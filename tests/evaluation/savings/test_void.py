@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from tiny import make_model, make_tokenizer
 
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.document.html import html_page
 from lightning_ft.document.markdown import markdown_document
 from lightning_ft.errors import SavingsError
@@ -12,7 +13,6 @@ from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, token_savings
 from lightning_ft.evaluation.savings.gate import Lead, why_void
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
-from lightning_ft.evaluation.savings.prompt import PromptBaseline
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.sections import savings_document
 from lightning_ft.types import Message, Request

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ft.errors import SavingsError
+from lightning_ft.printable import content_hash
 from lightning_ft.types import Message, Request
 
 _ROLES = ("system", "user", "assistant")
@@ -101,17 +101,6 @@ class PromptBaseline:
     def hash(self) -> str:
         """Hash of the content for reports, 16 hexadecimal digits."""
         return content_hash(asdict(self))
-
-
-def content_hash(value: object) -> str:
-    """Hash a value of JSON types; returns 16 hexadecimal digits.
-
-    Example:
-        >>> content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
-        True
-    """
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_no_overlap(baseline: PromptBaseline, requests: Sequence[Request]) -> None:
