@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from lightning_ft.callbacks.token_savings import TokenSavings
     from lightning_ft.data.pairs import PairDataModule
     from lightning_ft.data.preferences import PreferenceDataModule
+    from lightning_ft.data.prompt_baseline import PromptBaseline
     from lightning_ft.data.prompts import PromptDataModule
-    from lightning_ft.evaluation.savings.arithmetic import Prices, PromptBaseline
+    from lightning_ft.evaluation.savings.arithmetic import Prices
+    from lightning_ft.modules.distillation import PromptDistillation
     from lightning_ft.modules.dpo import DPO
     from lightning_ft.modules.grpo import GRPO
     from lightning_ft.modules.kto import KTO
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 _HOME = {
     "FullFineTuning": "lightning_ft.modules.sft",
     "LoRAFineTuning": "lightning_ft.modules.sft",
+    "PromptDistillation": "lightning_ft.modules.distillation",
     "RewardModeling": "lightning_ft.modules.reward",
     "DPO": "lightning_ft.modules.dpo",
     "KTO": "lightning_ft.modules.kto",
@@ -41,7 +44,7 @@ _HOME = {
     "PreferenceDataModule": "lightning_ft.data.preferences",
     "PromptDataModule": "lightning_ft.data.prompts",
     "TokenSavings": "lightning_ft.callbacks.token_savings",
-    "PromptBaseline": "lightning_ft.evaluation.savings.arithmetic",
+    "PromptBaseline": "lightning_ft.data.prompt_baseline",
     "Prices": "lightning_ft.evaluation.savings.arithmetic",
     "Retention": "lightning_ft.callbacks.retention",
     "ComputeMeter": "lightning_ft.callbacks.compute",
@@ -52,6 +55,7 @@ _HOME = {
 __all__ = [
     "FullFineTuning",
     "LoRAFineTuning",
+    "PromptDistillation",
     "RewardModeling",
     "DPO",
     "KTO",

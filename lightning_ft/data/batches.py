@@ -6,7 +6,7 @@ the frozen examples of a batch, round its margins to bf16 and rebuild the column
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,7 @@ class PromptBatch:
             any row has messages or a system turn. They are complete even if `input_ids` are cut.
         input_ids: Tokens that generation starts from, ``int64 [t]`` each.
         columns: Values of every other column by its name, one per prompt; None if a row lacks the column.
+        template_kwargs: Variables of the chat template besides the messages, for each prompt; by default none.
 
     Raises:
         ConfigError: If these don't have the same length.
@@ -109,6 +110,7 @@ class PromptBatch:
         prompts: list[str] | list[list[Message]],
         input_ids: Sequence[Tensor],
         columns: dict[str, list[Any]],
+        template_kwargs: Sequence[Mapping[str, object]] | None = None,
     ) -> None:
         wrong = [name for name, values in columns.items() if len(values) != len(prompts)]
         if len(input_ids) != len(prompts) or wrong:
@@ -117,6 +119,7 @@ class PromptBatch:
         self.prompts = prompts
         self.input_ids = list(input_ids)
         self.columns = columns
+        self.template_kwargs = [{} for _ in prompts] if template_kwargs is None else list(template_kwargs)
 
     def __len__(self) -> int:
         return len(self.prompts)

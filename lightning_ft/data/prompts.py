@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,8 +23,8 @@ from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import SplitName
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.data.turns import RowError, check_order
-from lightning_ft.errors import DataError
-from lightning_ft.types import Message
+from lightning_ft.errors import ConfigError, DataError
+from lightning_ft.types import Message, Request
 
 FORMATS = Formats(
     required={name: (name,) for name in ("prompt", "messages", "conversations", "instruction", "input")},
@@ -194,6 +194,33 @@ class PromptDataModule(RowDataModule):
 
     row_type = PROMPTS
 
+    def requests(self, split: SplitName) -> list[Request]:
+        """The rows of a split as requests, whose references are in the column `output`.
+
+        Raises:
+            ConfigError: If there is no such split, or a row has no `output`.
+        """
+        rows = self.splits.kept_rows(split)
+        missing = next((row for row in rows if not isinstance(row.columns.get("output"), str)), None)
+        if missing is not None:
+            raise ConfigError(
+                f"{split} rows can't be requests: {missing.source}, row {missing.row}, has no 'output' to compare "
+                "answers with. Add it, or pass questions with their answers as requests=."
+            )
+        return [
+            Request(
+                name,
+                row.messages,
+                str(row.columns["output"]),
+                None if row.columns.get("cluster") is None else str(row.columns["cluster"]),
+                row.template_kwargs,
+                None,
+                cast("str | None", row.columns.get("prompt_context")),
+                cast("Mapping[str, object] | None", row.columns.get("structured_output")),
+            )
+            for name, row in zip(self.splits.unique_ids(rows), rows, strict=True)
+        ]
+
     def collate(self, split: SplitName) -> Collate:
         """A collate function that makes a `PromptBatch` of rows, of which there may be none."""
         return _Batch([row for part in self.splits.rows[split] for row in part])
@@ -213,4 +240,5 @@ class _Batch:
             prompts=prompts,
             input_ids=[example.input_ids for _, (example,) in rows],
             columns={name: [row.columns[name] for row in sources] for name in self._columns},
+            template_kwargs=[row.template_kwargs for row in sources],
         )

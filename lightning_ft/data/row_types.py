@@ -32,6 +32,10 @@ class Row(Protocol):
         """Line or number of the row in its source."""
 
     @property
+    def id(self) -> str:
+        """Id of the row, or its source and number."""
+
+    @property
     def cluster(self) -> str | None:
         """Group that the row belongs to, if it names one."""
 

@@ -19,7 +19,7 @@ from lightning_ft.data.overlap import TrainingIndex
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.raw_rows import Problem, raise_problems
 from lightning_ft.data.row_mapping import RowFunction
-from lightning_ft.data.row_types import PAIRS, RowT, RowType
+from lightning_ft.data.row_types import PAIRS, Row, RowT, RowType
 from lightning_ft.data.rows import OnBadRow, count_duplicates, load_source
 from lightning_ft.data.sources import as_sources
 from lightning_ft.data.split_report import SplitReport
@@ -292,6 +292,22 @@ class Splits(Generic[RowT]):
                 f"{tokenizer.model_max_length:,}. Lower max_length if that is the model's limit."
             )
 
+    def kept_rows(self, name: str) -> list[RowT]:
+        """The rows of a split.
+
+        Raises:
+            ConfigError: If there is no such split, or it wasn't loaded.
+        """
+        if name not in self.rows:
+            reason = "setup() hasn't run for it" if name in self.sources else f"pass {name}="
+            raise ConfigError(f"There are no {name} rows: {reason}.")
+        return [row for part in self.rows[name] for row in part]
+
+    @staticmethod
+    def unique_ids(rows: Sequence[Row]) -> list[str]:
+        """A unique id of each row: its own, or its source and number."""
+        return _unique([row.id if row.id.strip() else f"{row.source}:{row.row}" for row in rows])
+
     def requests(self: Splits[Conversation], name: str) -> list[Request]:
         """Pairs of a split as requests with their reference answers.
 
@@ -301,13 +317,9 @@ class Splits(Generic[RowT]):
         Raises:
             ConfigError: If there is no such split, it wasn't loaded, or a row has no question or no answer.
         """
-        if name not in self.rows:
-            reason = "setup() hasn't run for it" if name in self.sources else f"pass {name}="
-            raise ConfigError(f"There are no {name} rows: {reason}.")
-        rows = [row for part in self.rows[name] for row in part]
-        ids = _unique([row.id if row.id.strip() else f"{row.source}:{row.row}" for row in rows])
+        rows = self.kept_rows(name)
         requests = []
-        for unique, row in zip(ids, rows, strict=True):
+        for unique, row in zip(self.unique_ids(rows), rows, strict=True):
             if not row.prompt_messages or row.messages[-1]["role"] != "assistant":
                 missing = "no answer to compare with" if row.prompt_messages else "no question, as a plain text"
                 raise ConfigError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
-from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -18,6 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_ft.data.layout import TokenBatch, attention_mask
 from lightning_ft.errors import ModelError
+from lightning_ft.losses.distillation import (
+    DistillationLoss,
+    Divergence,
+    TeacherLogits,
+    linear_distillation,
+    module_distillation,
+)
 from lightning_ft.losses.logprobs import (
     LogitTransform,
     SelectedLogProbs,
@@ -165,12 +172,7 @@ def project(
     Raises:
         ModelError: If the model has no head.
     """
-    head = base.get_output_embeddings()
-    if isinstance(head, ModulesToSaveWrapper):  # the active adapter's trained copy of the head
-        head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
-    transform = logit_transform(base.config, temperature)
-    if not isinstance(head, nn.Module):
-        raise ModelError(f"{type(base).__name__} has no output embeddings, so it isn't a causal language model.")
+    head, transform = active_head(base), logit_transform(base.config, temperature)
     if type(head) is not nn.Linear:
         result = module_logprobs(selected, head, targets, transform=transform, chunk=chunk, entropy=entropy)
         return result if reduction == "none" else result._replace(logprobs=result.logprobs.sum())
@@ -179,6 +181,55 @@ def project(
     return linear_logprobs(
         selected, head.weight, targets, bias=head.bias, transform=transform, chunk=chunk, entropy=entropy
     )
+
+
+def active_head(base: PreTrainedModel) -> nn.Module:
+    """The head in use: where PEFT keeps trained copies of it, that of the active adapter.
+
+    Raises:
+        ModelError: If the model has no head.
+    """
+    head = base.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
+    if not isinstance(head, nn.Module):
+        raise ModelError(f"{type(base).__name__} has no output embeddings, so it isn't a causal language model.")
+    return head
+
+
+def distill(
+    model: CausalLM,
+    selected: Tensor,
+    targets: Tensor,
+    teacher_states: Tensor,
+    teacher_logits: TeacherLogits,
+    *,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    ce_coef: float = 0.0,
+) -> DistillationLoss:
+    """Loss of distilling a teacher into a model, from the hidden states of both.
+
+    Args:
+        model: The student, adapted or not.
+        selected: Its hidden states that predict the targets, ``[n, d]``.
+        targets: Token ids, ``int64 [n]``.
+        teacher_states: Hidden states of the teacher, ``[n, d_teacher]``.
+        teacher_logits: Function from a chunk of them to the teacher's logits.
+        divergence: As in :func:`lightning_ft.losses.distillation.token_divergence`.
+        beta: Share of the teacher in the mixture of ``jsd``.
+        ce_coef: Weight of the cross-entropy of the targets.
+    """
+
+    def compute(base: PreTrainedModel) -> DistillationLoss:
+        head, transform = active_head(base), logit_transform(base.config)
+        arguments = (teacher_states, teacher_logits, targets)
+        options: dict[str, Any] = {"transform": transform, "divergence": divergence, "beta": beta, "ce_coef": ce_coef}
+        if type(head) is not nn.Linear:
+            return module_distillation(selected, head, *arguments, **options)
+        return linear_distillation(selected, head.weight, *arguments, bias=head.bias, **options)
+
+    return as_forward(base_of(model), compute)
 
 
 def hidden_states(base: PreTrainedModel, batch: TokenBatch, backbone: Backbone | None = None) -> Tensor:

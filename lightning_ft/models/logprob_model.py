@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lightning_ft.data.layout import Example, TokenBatch, in_one_row, unpack
 from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.distributed import warn
-from lightning_ft.errors import LightningFTError
+from lightning_ft.errors import LightningFTError, ModelError
 from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.models.backbone import Backbone
 from lightning_ft.models.exactness import Exactness, forward_fails, own_logits, probe
@@ -24,6 +24,7 @@ from lightning_ft.models.head import (
     as_forward,
     base_of,
     completion_logprobs,
+    hidden_states,
     input_device,
     refuse_several_passes,
 )
@@ -134,6 +135,35 @@ class LogProbModel:
             return self._one_pass(model, batch, reduction, options)
         return _merged([self._one_pass(model, part.batch, reduction, options) for part in parts], parts)
 
+    def states(self, model: CausalLM, batch: TokenBatch) -> Tensor:
+        """Hidden states that predict a batch's targets, ``[n, d]``, in the order of its targets.
+
+        Raises:
+            ModelError: If the logits of the model aren't a function of its last hidden states.
+        """
+        exactness, base = self.exactness(model), base_of(model)
+        if exactness.head is not None:
+            raise ModelError(f"{type(base).__name__}: {exactness.head}, so its hidden states can't be used alone.")
+        batch = self.arranged(model, batch)
+        parts = self._parts(model, batch)
+        backbone = self._backbone(model)
+
+        def run(part: TokenBatch) -> Tensor:
+            hidden = as_forward(base, hidden_states, part, backbone)
+            return hidden.flatten(0, 1).index_select(0, part.predictors)
+
+        if parts is None:
+            return run(batch)
+        order = torch.cat([part.targets for part in parts]).argsort()
+        return torch.cat([run(part.batch) for part in parts])[order]
+
+    def _backbone(self, model: CausalLM) -> Backbone | None:
+        """The compiled backbone, where it is the model's own and exact, or the one that is."""
+        backbone = self.exactness(model).backbone
+        if getattr(self.backbone, "_orig_mod", None) is base_of(model).base_model and backbone is None:
+            return self.backbone  # a reference has its own
+        return backbone
+
     def _one_pass(
         self, model: CausalLM, batch: TokenBatch, reduction: Reduction, options: LogProbOptions
     ) -> SelectedLogProbs:
@@ -143,11 +173,8 @@ class LogProbModel:
                 switch.forget()
                 batch = padding_within(batch, switch)
             return full_logits_logprobs(model, batch, reduction, positions=exactness.positions, **options)
-        backbone = exactness.backbone
-        if getattr(self.backbone, "_orig_mod", None) is base.base_model and backbone is None:  # a reference has its own
-            backbone = self.backbone
         try:
-            return completion_logprobs(model, batch, reduction=reduction, backbone=backbone, **options)
+            return completion_logprobs(model, batch, reduction=reduction, backbone=self._backbone(model), **options)
         except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
             if isinstance(error, LightningFTError):
                 raise

@@ -46,6 +46,8 @@ class SupervisedFineTuning(FineTuning):
     """
 
     trains_router_loss: ClassVar[bool] = True
+    accuracy_name: ClassVar[str] = "token_accuracy"
+    """Logged name of the share of supervised tokens that were predicted."""
 
     def __init__(self, model: str | PreTrainedModel, **options: Any) -> None:
         super().__init__(model, **options)
@@ -91,7 +93,7 @@ class SupervisedFineTuning(FineTuning):
         totals = self._step_metrics.reduce(self.device)
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, totals.targets)
         gradients = self.scale_gradients(factor)
-        metrics = {"train/loss": totals.loss, "train/token_accuracy": totals.accuracy}
+        metrics = {"train/loss": totals.loss, f"train/{self.accuracy_name}": totals.accuracy}
         self.log_dict(metrics, prog_bar=True, batch_size=1)
         self.log_dict(
             {
