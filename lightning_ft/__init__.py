@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_ft.callbacks.compute import ComputeMeter
     from lightning_ft.callbacks.export import ExportModel
+    from lightning_ft.callbacks.frontier import RetentionFrontier
     from lightning_ft.callbacks.retention import Retention
     from lightning_ft.callbacks.samples import SampleCompletions
     from lightning_ft.callbacks.token_savings import TokenSavings
@@ -47,6 +48,7 @@ _HOME = {
     "PromptBaseline": "lightning_ft.data.prompt_baseline",
     "Prices": "lightning_ft.evaluation.savings.arithmetic",
     "Retention": "lightning_ft.callbacks.retention",
+    "RetentionFrontier": "lightning_ft.callbacks.frontier",
     "ComputeMeter": "lightning_ft.callbacks.compute",
     "SampleCompletions": "lightning_ft.callbacks.samples",
     "ExportModel": "lightning_ft.callbacks.export",
@@ -68,6 +70,7 @@ __all__ = [
     "PromptBaseline",
     "Prices",
     "Retention",
+    "RetentionFrontier",
     "ComputeMeter",
     "SampleCompletions",
     "ExportModel",

@@ -20,7 +20,9 @@ from lightning_ft import (
     Prices,
     PromptBaseline,
     PromptDataModule,
+    PromptDistillation,
     Retention,
+    RetentionFrontier,
     RewardModeling,
     TokenSavings,
 )
@@ -69,7 +71,8 @@ def callbacks():
     )
     texts = ["the quick brown fox jumps over the lazy dog " * 3] * 2
     retention = Retention(texts, choices=[ChoiceQuestion("Q:", ("a", "b"), 0)], output_dir=False, progress=False)
-    return [ComputeMeter(peak_flops=1e12, output_dir=False), savings, retention]
+    frontier = RetentionFrontier(texts, scorer=lambda output, reference: 0.5, scales=(1.0,), max_new_tokens=4)
+    return [ComputeMeter(peak_flops=1e12, output_dir=False), savings, retention, frontier]
 
 
 def make_run(name):
@@ -92,6 +95,8 @@ def make_run(name):
         data = PreferenceDataModule(rows[:8], validation=rows[8:12], test=rows[12:], **data)
         return (DPO if name == "dpo" else KTO)(make_model(), **options), data, []
     data = PromptDataModule(prompts[:4], validation=prompts[4:6], test=prompts[6:], **{**data, "batch_size": 2})
+    if name == "distillation":
+        return PromptDistillation(make_model(), prompt={"system": "Say it."}, max_new_tokens=4, **options), data, []
     if name == "ppo":
         sampled.pop("num_completions")
     return (GRPO if name == "grpo" else PPO)(make_model(), **sampled), data, []
@@ -101,7 +106,7 @@ def make_run(name):
 def logged(tmp_path_factory):
     """Names that each module logs in a small run, keyed by module."""
     names = {}
-    for run in ("sft", "reward", "dpo", "kto", "grpo", "ppo"):
+    for run in ("sft", "reward", "distillation", "dpo", "kto", "grpo", "ppo"):
         module, data, extra = make_run(run)
         logger = NameLogger()
         trainer = Trainer(

@@ -3,8 +3,8 @@
     python examples/support/distill_compare.py
 
 Neither method reads an answer of the training rows. Both start from the requests and the prompt: one learns the
-prompted model's distributions (`PromptDistillation`), the other its most probable answers (`LoRAFineTuning`). The second
-is run for as many epochs, and once more for as many FLOPs as the first took, which include what the teacher computes.
+prompted model's distributions (`PromptDistillation`), the other its most probable answers (`LoRAFineTuning`). The
+second is run for as many epochs, and once more for as many FLOPs as the first took, what the teacher computes included.
 Quality is the share of the 600 test answers that are right, agreement the share that are those of the prompted model.
 """
 
@@ -71,11 +71,14 @@ def main() -> None:
     base.configure_model()
     rows = PairDataModule(train=files["train"], test=files["test"], tokenizer=base.tokenizer)
     rows.load_rows()
+    examples = {example["input"] for example in BASELINE.few_shot}  # not trained on, since the prompt has their answers
+    requests = {
+        "train": [request for request in rows.requests("train") if request.messages[-1]["content"] not in examples],
+        "test": rows.requests("test"),
+    }
     plans = {
-        split: measurement_plan(
-            base.tokenizer, rows.requests(split), BASELINE, scorer="exact", max_new_tokens=MAX_NEW_TOKENS
-        )
-        for split in ("train", "test")
+        split: measurement_plan(base.tokenizer, found, BASELINE, scorer="exact", max_new_tokens=MAX_NEW_TOKENS)
+        for split, found in requests.items()
     }
     taught = run_arm("prompted", base.model, base.tokenizer, plans["train"], timed_requests=0, batch_size=128)
     pairs = [
@@ -83,6 +86,7 @@ def main() -> None:
         for request, answer in zip(plans["train"].requests, taught.outputs, strict=True)
         if answer.strip()
     ]
+    bare = [{"prompt": request.messages[-1]["content"]} for request in requests["train"]]
     prompted, untuned = (
         run_arm(name, base.model, base.tokenizer, plans["test"], timed_requests=0, batch_size=128)
         for name in ("prompted", "untuned")
@@ -115,7 +119,7 @@ def main() -> None:
 
     for seed in options.seeds:
         module = PromptDistillation(**{**settings, "model": BASE, "prompt": BASELINE, "seed": seed})
-        flops = fit(module, PromptDataModule(files["train"], batch_size=batch_size), epochs, seed)
+        flops = fit(module, PromptDataModule(bare, batch_size=batch_size), epochs, seed)
         record("distillation", seed, module, epochs, flops)
         spent = 0.0
         for count in (epochs, None):

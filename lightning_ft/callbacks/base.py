@@ -112,8 +112,9 @@ class EndOfTraining(CheckedArguments, Callback):
     callback's own `on_train_end` calls it.
     """
 
-    finishes_first: ClassVar[bool] = False
-    """Whether :meth:`finish` runs before that of other callbacks, so that it is done even if one of them is killed."""
+    finish_order: ClassVar[int] = 2
+    """When :meth:`finish` runs: 0 chooses the final weights, 1 exports them, so that this is done even if a measurement
+    is killed, and 2 measures them."""
     failures: tuple[str, ...] = ()
     """Descriptions of failures that did not stop the run; with any, the command line exits with a nonzero status."""
 
@@ -182,7 +183,7 @@ class RunsLast(Callback):
     """Runs after all other callbacks of a Trainer, ModelCheckpoint included, and calls those of this package."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish exports, then measurements, each in the order of the callbacks."""
+        """Choose weights, export them, then measure them, each in the order of the callbacks."""
         for callback in _in_order(trainer):
             callback.finish(trainer, pl_module)
 
@@ -208,4 +209,4 @@ def first_over_ranks(reason: str | None) -> str | None:
 
 def _in_order(trainer: Trainer) -> list[EndOfTraining]:
     ours = [callback for callback in callbacks_of(trainer) if isinstance(callback, EndOfTraining)]
-    return sorted(ours, key=lambda callback: not callback.finishes_first)
+    return sorted(ours, key=lambda callback: callback.finish_order)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks
@@ -39,7 +39,7 @@ class ExportModel(EndOfTraining):
         True
     """
 
-    finishes_first = True
+    finish_order: ClassVar[int] = 1
 
     def __init__(
         self, output: str | None = None, *, merge: bool = False, best: bool = True, overwrite: bool = False

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from lightning_ft.evaluation.comparison.result import Comparison
     from lightning_ft.evaluation.compute.arithmetic import ComputeResult
     from lightning_ft.evaluation.retention.arithmetic import RetentionResult
+    from lightning_ft.evaluation.retention.frontier import FrontierResult
 
 SAVINGS, RETENTION, COMPUTE, COMPARISON = "token_savings.json", "retention.json", "compute.json", "comparison.json"
+FRONTIER = "retention_frontier.json"
 UNDEFINED = "undefined.json"
 """Name of the file that a failed measurement writes instead of its result."""
 _Result = TypeVar("_Result")
@@ -45,6 +47,7 @@ class RunReport:
         savings: Token savings by folder.
         retention: Retention results by folder.
         compute: Compute results by folder.
+        frontiers: Retention frontiers by folder.
         comparison: Comparison of methods, if there is one.
         undefined: Failed measurements by folder.
     """
@@ -52,13 +55,16 @@ class RunReport:
     savings: Mapping[str, SavingsResult] = field(default_factory=dict)
     retention: Mapping[str, RetentionResult] = field(default_factory=dict)
     compute: Mapping[str, ComputeResult] = field(default_factory=dict)
+    frontiers: Mapping[str, FrontierResult] = field(default_factory=dict)
     comparison: Comparison | None = None
     undefined: Mapping[str, FailedMeasurement] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
         """Whether no result was found."""
-        return not (self.savings or self.retention or self.compute or self.comparison or self.undefined)
+        return not (
+            self.savings or self.retention or self.compute or self.frontiers or self.comparison or self.undefined
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
@@ -66,6 +72,7 @@ class RunReport:
             "savings": {name: result.to_dict() for name, result in self.savings.items()},
             "retention": {name: result.to_dict() for name, result in self.retention.items()},
             "compute": {name: result.to_dict() for name, result in self.compute.items()},
+            "frontiers": {name: result.to_dict() for name, result in self.frontiers.items()},
             "comparison": None if self.comparison is None else self.comparison.to_dict(),
             "undefined": {name: asdict(failed) for name, failed in self.undefined.items()},
         }
@@ -98,6 +105,7 @@ def collect(folder: str | Path, within: Iterable[str] | None = None) -> RunRepor
         savings=_read_all(root, roots, SAVINGS, SavingsResult.from_dict),
         retention=_read_all(root, roots, RETENTION, _retention),
         compute=_read_all(root, roots, COMPUTE, _compute),
+        frontiers=_read_all(root, roots, FRONTIER, _frontier),
         comparison=read_result(comparisons[0], _comparison) if comparisons else None,
         undefined=_read_all(root, roots, UNDEFINED, _undefined),
     )
@@ -156,6 +164,12 @@ def _retention(values: Mapping[str, Any]) -> RetentionResult:
     from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 
     return RetentionResult.from_dict(values)
+
+
+def _frontier(values: Mapping[str, Any]) -> FrontierResult:
+    from lightning_ft.evaluation.retention.frontier import FrontierResult
+
+    return FrontierResult.from_dict(values)
 
 
 def _compute(values: Mapping[str, Any]) -> ComputeResult:

@@ -10,7 +10,13 @@ from lightning_ft.document.blocks import Block, Document, Fact, Headline, Sectio
 from lightning_ft.evaluation.bootstrap import format_interval
 from lightning_ft.evaluation.comparison.sections import comparison_sections, final_runs, tradeoffs
 from lightning_ft.evaluation.compute.sections import compute_table
-from lightning_ft.evaluation.retention.sections import Tradeoff, forgetting_blocks, retention_facts, retention_table
+from lightning_ft.evaluation.retention.sections import (
+    Tradeoff,
+    forgetting_blocks,
+    frontier_blocks,
+    retention_facts,
+    retention_table,
+)
 from lightning_ft.evaluation.savings.intervals import gain_interval
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.sections import (
@@ -142,6 +148,8 @@ def _retention(report: RunReport) -> list[Section]:
             if kept is not None and "untuned" in result.arms
         )
     blocks: tuple[Block, ...] = forgetting_blocks(runs)
+    for name, frontier in _named(report.frontiers).items():
+        blocks = (*blocks, *frontier_blocks(frontier, name if len(report.frontiers) > 1 else ""))
     if found:
         blocks = (*blocks, *retention_table(found))
     return [Section("Forgetting", blocks)] if blocks else []

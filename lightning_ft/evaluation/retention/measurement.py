@@ -140,6 +140,11 @@ class RetentionMeasurement:
         return self._base_type is not None
 
     @property
+    def base_type(self) -> BaseType | None:
+        """Base of the comparison, see :class:`RetentionResult`; None before it is known."""
+        return self._base_type
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the tokens of all texts and rows."""
         examples = [*self.general, *self.task, *self.choices]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lightning_ft.document.blocks import Block, Fact, Plot, runs_table
+from lightning_ft.document.blocks import Block, Fact, Plot, Table, runs_table
 from lightning_ft.document.plotting import add_legend_below, error_bar, marker_styles
 from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from lightning_ft.evaluation.retention.arithmetic import RetentionResult
+    from lightning_ft.evaluation.retention.frontier import FrontierResult
 
 _COMPARED = {
     "adapter_off": "adapter off",
@@ -113,6 +115,80 @@ def forgetting_blocks(runs: Sequence[Tradeoff], name: str = "forgetting") -> tup
         ),
         *([left_out] if left_out else []),
     )
+
+
+def frontier_blocks(result: FrontierResult, of: str = "") -> tuple[Block, ...]:
+    """Build the sentence, plot and table of a retention frontier.
+
+    Args:
+        result: The frontier.
+        of: Name of its run, where there are several.
+    """
+    seen = "; ".join(
+        f"scale {p.scale:g}: quality {p.quality.value:.3f}, KL {p.retention.kl_general.value:.4f}"
+        for p in result.points
+    )
+    slug = re.sub(r"[^a-z0-9]+", "-", of.lower()).strip("-")
+    rows = tuple(
+        (
+            f"{point.scale:g}{', chosen' if point.scale == result.chosen else ''}",
+            format_interval(point.quality, "{:.3f}".format),
+            ("at least " if point.retention.lower_bound else "")
+            + format_interval(point.retention.kl_general, "{:.4f}".format),
+            format_interval(point.retention.ppl_ratio, "{:.3f}".format),
+        )
+        for point in result.points
+    )
+    columns = ("scale of the update", "quality", "KL on general text, nats per token", "perplexity, tuned over base")
+    return (
+        f"{of}: {result.headline}" if of else result.headline,
+        Plot(
+            f"frontier{'-' if slug else ''}{slug}",
+            f"Quality against forgetting by scale of the update. {seen}.",
+            "One training, several scales of what it changed: 1 is the trained model, smaller ones are closer to the "
+            "original. The upper left is best. Bars are 95% intervals.",
+            partial(draw_frontier, result=result),
+        ),
+        Table(columns, rows, f"Quality is the mean score of {result.requests:,} validation requests"),
+    )
+
+
+def draw_frontier(axes: Axes, result: FrontierResult) -> None:
+    """Draw quality against KL over the scales, with the budget and the choice.
+
+    Args:
+        axes: Matplotlib axes to draw on.
+        result: The frontier.
+    """
+    kl = [point.retention.kl_general for point in result.points]
+    quality = [point.quality for point in result.points]
+    axes.plot([i.value for i in kl], [i.value for i in quality], color="#555555", linewidth=1)
+    styles = marker_styles(["scale of the update", "chosen"])
+    for x, y, point in zip(kl, quality, result.points, strict=True):
+        chosen = point.scale == result.chosen
+        style = styles["chosen" if chosen else "scale of the update"]
+        axes.errorbar(
+            [x.value],
+            [y.value],
+            xerr=error_bar(x.value, x.lo, x.hi),
+            yerr=error_bar(y.value, y.lo, y.hi),
+            fmt=style.marker,
+            color=style.color,
+            markersize=9,
+            capsize=4,
+            markeredgecolor="black",
+            label="chosen" if chosen else None,
+        )
+        axes.annotate(f"{point.scale:g}", (x.value, y.value), textcoords="offset points", xytext=(6, 6))
+    if "kl" in result.budget:
+        axes.axvline(result.budget["kl"], color="#555555", linestyle="--", linewidth=1, label="budget")
+    axes.set_xlim(left=0)
+    axes.margins(0.12)
+    axes.set_xlabel("forgotten: KL on general text (nats per token), lower is better")
+    axes.set_ylabel("quality on validation rows")
+    axes.set_title("Quality against forgetting by scale of the update")
+    if axes.get_legend_handles_labels()[1]:
+        add_legend_below(axes)
 
 
 def _any_lower_bound(runs: Sequence[Tradeoff]) -> bool:

@@ -58,6 +58,8 @@ def run_arm(
         SavingsError: If the scorer fails on an answer.
     """
     arm = plan.prompted if name == "prompted" else plan.bare
+    if arm is None:
+        raise SavingsError("The plan has no prompt for the prompted arm. Make it with measurement_plan(baseline=...).")
     ends = end_token_ids(model, tokenizer)
     engine = LocalEngine(
         model,

@@ -5,20 +5,20 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.arguments import check_requests
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.prompt_baseline import PromptBaseline, check_no_overlap
-from lightning_ft.data.templates import chat_template
+from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.errors import ConfigError, SavingsError, TokenizerError
 from lightning_ft.evaluation.scorers import Scorer, normalize_text, resolve_scorer
 from lightning_ft.printable import content_hash
 from lightning_ft.rollout.protocol import common_prefix
 from lightning_ft.rollout.structured import StructuredOutputs, check_grammar
-from lightning_ft.types import Request
+from lightning_ft.types import Message, Request
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class MeasurementPlan:
     Args:
         requests: Requests to measure, ``n``.
         available: Number of requests from which these were sampled.
-        prompted: Prompts of the prompted arm, with system prompt and few-shot examples.
+        prompted: Prompts of the prompted arm, with system prompt and few-shot examples; None if only answers to the
+            requests alone are measured.
         bare: Prompts of the tuned and untuned arms, with the request alone.
         scorer: Function that grades an answer against its reference.
         scorer_name: Name of the scorer in messages and reports.
@@ -56,7 +57,7 @@ class MeasurementPlan:
 
     requests: tuple[Request, ...]
     available: int
-    prompted: ArmPrompts
+    prompted: ArmPrompts | None
     bare: ArmPrompts
     scorer: Scorer
     scorer_name: str
@@ -70,13 +71,18 @@ class MeasurementPlan:
         """Hash of everything that has to be the same for all arms: prompts, references, clusters, scorer and limit."""
         return content_hash(
             [
-                [list(map(list, arm.prompts)) for arm in (self.prompted, self.bare)],
+                [[list(prompt) for prompt in arm.prompts] for arm in self._arms.values()],
                 [[r.id, r.reference, r.cluster] for r in self.requests],
                 self.scorer_name,
                 self.max_new_tokens,
                 *([] if self.grammars is None else [list(self.grammars)]),
             ]
         )
+
+    @property
+    def _arms(self) -> dict[str, ArmPrompts]:
+        arms = {} if self.prompted is None else {"prompted": self.prompted}
+        return {**arms, "tuned": self.bare}
 
     def check_context(self, limit: int | None) -> None:
         """Check that each prompt and its answer fit into the model's context; prompts are never truncated.
@@ -87,7 +93,7 @@ class MeasurementPlan:
         Raises:
             SavingsError: If a request doesn't fit; the message names the first one.
         """
-        for name, arm in (("prompted", self.prompted), ("tuned", self.bare)):
+        for name, arm in self._arms.items():
             for request, prompt in zip(self.requests, arm.prompts, strict=True):
                 if limit is not None and len(prompt) + self.max_new_tokens > limit:
                     raise SavingsError(
@@ -130,6 +136,45 @@ def measurement_plan(
             "Token savings need a baseline to compare with: pass baseline=PromptBaseline(system=..., few_shot=[...]) "
             "with the prompt that you would use without training."
         )
+    plan = answer_plan(
+        tokenizer,
+        requests,
+        scorer=scorer,
+        max_new_tokens=max_new_tokens,
+        max_requests=max_requests,
+        seed=seed,
+        structured_outputs=structured_outputs,
+    )
+    check_no_overlap(baseline, plan.requests)
+    template, prompted = chat_template(tokenizer), []
+    for request, bare in zip(plan.requests, plan.bare.prompts, strict=True):
+        messages = baseline.messages(request.messages, request.prompt_context)
+        prompted.append(_encode(tokenizer, request, messages, template))
+        if prompted[-1] == bare:
+            raise SavingsError(
+                f"Request {request.id!r}: its prompt is the same in both arms, so there is nothing to save. Check "
+                "whether the chat template ignores the system prompt."
+            )
+    return replace(plan, prompted=_arm(tokenizer, plan.requests, prompted, baseline), baseline_hash=baseline.hash)
+
+
+def answer_plan(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    scorer: str | Scorer = "normalized",
+    max_new_tokens: int = 128,
+    max_requests: int | None = None,
+    seed: int = 0,
+    structured_outputs: StructuredOutputs | Mapping[str, object] | bool = False,
+) -> MeasurementPlan:
+    """Plan the measurement of answers to the requests alone, without a prompt to compare with.
+
+    Takes the arguments of :func:`measurement_plan`, but no baseline.
+
+    Raises:
+        SavingsError: If there is no request, an id is missing or not unique, or a prompt is refused by the template.
+    """
     if max_new_tokens < 1 or (max_requests is not None and max_requests < 1):
         raise SavingsError(f"max_new_tokens={max_new_tokens}, max_requests={max_requests}: expected at least 1.")
     _check_ids(requests)
@@ -137,40 +182,37 @@ def measurement_plan(
     if max_requests is not None and max_requests < len(chosen):
         indices = sorted(random.Random(seed).sample(range(len(chosen)), max_requests))
         chosen = [chosen[i] for i in indices]
-    check_no_overlap(baseline, chosen)
     grammars = _grammars(chosen, structured_outputs)
     name, grade = resolve_scorer(scorer, [r.reference for r in chosen])
-    template = chat_template(tokenizer)
-    prompted, bare = [], []
+    template, bare = chat_template(tokenizer), []
     for request in chosen:
         if request.answer is not None and request.answer.get("tool_calls"):
             raise SavingsError(
                 f"Request {request.id!r}: its reference answer calls tools, but answers are compared as text. Leave "
                 "such rows out of the split, or pass requests= whose reference is the text that the model should write."
             )
-        try:
-            kwargs, messages = request.template_kwargs, baseline.messages(request.messages, request.prompt_context)
-            bare.append(tuple(encode_prompt(tokenizer, request.messages, template, kwargs)))
-            prompted.append(tuple(encode_prompt(tokenizer, messages, template, kwargs)))
-        except TokenizerError as error:
-            raise SavingsError(f"Request {request.id!r}: {error}") from error
-        if prompted[-1] == bare[-1]:
-            raise SavingsError(
-                f"Request {request.id!r}: its prompt is the same in both arms, so there is nothing to save. Check "
-                "whether the chat template ignores the system prompt."
-            )
+        bare.append(_encode(tokenizer, request, request.messages, template))
     return MeasurementPlan(
         requests=tuple(chosen),
         available=len(requests),
-        prompted=_arm(tokenizer, chosen, prompted, baseline),
+        prompted=None,
         bare=_arm(tokenizer, chosen, bare, None),
         scorer=grade,
         scorer_name=name,
         max_new_tokens=max_new_tokens,
-        baseline_hash=baseline.hash,
+        baseline_hash="",
         tokenizer=str(getattr(tokenizer, "name_or_path", "")),
         grammars=grammars,
     )
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, request: Request, messages: Sequence[Message], template: ChatTemplate
+) -> tuple[int, ...]:
+    try:
+        return tuple(encode_prompt(tokenizer, messages, template, request.template_kwargs))
+    except TokenizerError as error:
+        raise SavingsError(f"Request {request.id!r}: {error}") from error
 
 
 def _grammars(
