@@ -85,7 +85,8 @@ def make_run(name):
     if name == "sft":
         rows = make_rows(60)
         data = PairDataModule(train=rows[:16], validation=rows[20:28], test=rows[30:], **data)
-        return FullFineTuning(make_model(), **options), data, callbacks()
+        anchor = {"texts": ["the quick brown fox jumps over the lazy dog"]}
+        return FullFineTuning(make_model(), anchor=anchor, **options), data, callbacks()
     if name == "reward":
         pairs = make_pairs(16)
         data = PreferenceDataModule(pairs[:8], validation=pairs[8:12], test=pairs[12:], **data)

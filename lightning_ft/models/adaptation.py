@@ -10,8 +10,16 @@ from transformers import PreTrainedModel
 
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, ModelError
-from lightning_ft.models.adapt import InitialAdapter, add_lora, as_json, load_adapter, lora_config, splits_base
-from lightning_ft.models.head import base_of
+from lightning_ft.models.adapt import (
+    InitialAdapter,
+    add_lora,
+    as_json,
+    load_adapter,
+    lora_config,
+    rounds_base,
+    splits_base,
+)
+from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.layers import refuse_adapters_below
 from lightning_ft.models.load import adapter_base
 from lightning_ft.models.parts import base_name, count_parts, expert_tensors, find_parts, parts_table
@@ -99,6 +107,19 @@ class Adaptation:
         if self._top_layers is not None:
             refuse_adapters_below(model, self._top_layers)
         return model, InitialAdapter(model) if splits_base(self.lora) else None
+
+    def starting_adapter(self, model: CausalLM, initial: InitialAdapter | None) -> InitialAdapter | None:
+        """The adapter at the start of training, where disabling it wouldn't give the model that training starts from.
+
+        Call it before the first step, and before the model is sharded.
+
+        Args:
+            model: The adapted model.
+            initial: Adapter that was kept when its initialization changed the base weights, if it did.
+        """
+        if initial is None and isinstance(model, PeftModel) and (self.lora is None or rounds_base(self.lora)):
+            return InitialAdapter(model)
+        return initial
 
     def describe(self, model: PreTrainedModel | PeftModel) -> str:
         """A table of the trained weights by part of the model, followed by the modules that text doesn't reach.

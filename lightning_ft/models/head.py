@@ -6,6 +6,7 @@ Supervised fine-tuning, preference losses and policy gradients all call :func:`c
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
@@ -195,6 +196,34 @@ def active_head(base: PreTrainedModel) -> nn.Module:
     if not isinstance(head, nn.Module):
         raise ModelError(f"{type(base).__name__} has no output embeddings, so it isn't a causal language model.")
     return head
+
+
+def head_logits(base: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits of hidden states, ``[c, d]`` to ``fp32 [c, v]``. Call it through :func:`as_forward`."""
+    head = active_head(base)
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():  # packed weights take the states unchanged
+        states = states.to(weight.dtype)
+    with torch.autocast(states.device.type, enabled=False):  # as in the losses: autocast would round the logits
+        return logit_transform(base.config)(head(states))
+
+
+def frozen_logits(use: Callable[[], AbstractContextManager[CausalLM]]) -> TeacherLogits:
+    """Function from hidden states of a frozen model to its logits.
+
+    Args:
+        use: Function that returns a context in which the model can be used. It is entered for each call only if the
+            head has an adapter, which would otherwise be active.
+    """
+    with use() as model:
+        base = base_of(model)
+        plain = type(base.get_output_embeddings()) is nn.Linear
+
+    def compute(states: Tensor) -> Tensor:
+        with nullcontext() if plain else use():
+            return as_forward(base, head_logits, states)
+
+    return compute
 
 
 def distill(

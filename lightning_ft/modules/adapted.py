@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.layout import Example, TokenBatch
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.adapt import InitialAdapter, needs_data, rounds_base
+from lightning_ft.models.adapt import InitialAdapter, needs_data
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
@@ -91,10 +91,7 @@ class AdaptedFineTuning(FineTuning):
         model = super()._adapt(base)
         if self.disable_dropout:
             without_dropout(model)
-        lora = self._adaptation.lora
-        self._starting_adapter = self._initial
-        if self._initial is None and isinstance(model, PeftModel) and (lora is None or rounds_base(lora)):
-            self._starting_adapter = InitialAdapter(model)  # now: once it is sharded it can't be saved
+        self._starting_adapter = self._adaptation.starting_adapter(model, self._initial)
         return model
 
     def new_reference(self) -> Reference:

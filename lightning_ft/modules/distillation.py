@@ -23,7 +23,7 @@ from lightning_ft.models.head import CausalLM, distill
 from lightning_ft.models.load import LoadOptions, load_causal_lm
 from lightning_ft.models.reference import Reference
 from lightning_ft.modules.adapted import AdaptedFineTuning
-from lightning_ft.modules.options import AdaptedOptions, Unpack
+from lightning_ft.modules.options import DistillationOptions, Unpack
 from lightning_ft.modules.sft import SupervisedFineTuning
 from lightning_ft.modules.step_metrics import TokenMetrics
 from lightning_ft.modules.teacher import PromptedTeacher
@@ -88,7 +88,7 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
         beta: float = 0.5,
         ce_coef: float = 0.0,
         rollout_batch_size: int = 64,
-        **options: Unpack[AdaptedOptions],
+        **options: Unpack[DistillationOptions],
     ) -> None:
         super().__init__(model, **options)
         for name, number in (("max_new_tokens", max_new_tokens), ("rollout_batch_size", rollout_batch_size)):
@@ -178,8 +178,9 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
         """Summed divergence; `on_before_optimizer_step` divides by the tokens of the whole step."""
         tokens, result = self.compare(batch, self.sampling, own=self.answers == "student")
         self._step_metrics.add(result.loss, result.agreed, tokens)
-        self.note_loss(batch_idx, result.loss)
-        return result.loss
+        loss = self.anchored(result.loss, tokens.num_targets, batch_idx)
+        self.note_loss(batch_idx, loss)
+        return loss
 
     def compare(
         self, batch: PromptBatch, sampling: Sampling | None = None, *, own: bool = False

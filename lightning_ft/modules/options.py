@@ -20,6 +20,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.models.load import quantization_options, resolve_dtype
 from lightning_ft.models.model_card import BaseOptions
 from lightning_ft.models.optim import Schedule
+from lightning_ft.modules.anchor import AnchorOptions
 from lightning_ft.rewards.function import OnNonFinite
 from lightning_ft.rollout.protocol import RolloutEngine
 
@@ -59,6 +60,12 @@ class FineTuningOptions(CommonOptions, total=False):
     dtype: str | None
 
 
+class SupervisedOptions(FineTuningOptions, total=False):
+    """Arguments of `lightning_ft.modules.sft.SupervisedFineTuning`."""
+
+    anchor: AnchorOptions | dict[str, Any] | None
+
+
 class AdaptedOptions(FineTuningOptions, total=False):
     """Arguments of `lightning_ft.modules.adapted.AdaptedFineTuning`."""
 
@@ -66,6 +73,12 @@ class AdaptedOptions(FineTuningOptions, total=False):
     quantization: str | dict[str, Any] | None
     disable_dropout: bool
     share_prompts: bool
+
+
+class DistillationOptions(AdaptedOptions, total=False):
+    """Arguments that `lightning_ft.modules.distillation.PromptDistillation` passes on."""
+
+    anchor: AnchorOptions | dict[str, Any] | None
 
 
 class SampledOptions(AdaptedOptions, total=False):

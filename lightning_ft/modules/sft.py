@@ -29,8 +29,9 @@ from lightning_ft.models.load import adapter_base
 from lightning_ft.models.logprob_model import for_attention
 from lightning_ft.models.router import RouterLoss
 from lightning_ft.modules.activation_cache import ActivationCache
+from lightning_ft.modules.anchor import Anchor, AnchorOptions
 from lightning_ft.modules.base import FineTuning
-from lightning_ft.modules.options import FineTuningOptions, Unpack
+from lightning_ft.modules.options import SupervisedOptions, Unpack
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics
 
@@ -42,22 +43,46 @@ class SupervisedFineTuning(FineTuning):
     ranks. A mixture of experts that is configured with a router loss adds it with the configured coefficient: the loss
     of each forward pass is over all of its tokens, and a pass is weighted by its number of supervised tokens.
 
-    Its arguments are those of `FineTuning`.
+    Args:
+        model: Hub name, local folder, or a loaded model.
+        anchor: Penalty on forgetting: the KL divergence from the original model on general texts, weighted by ``coef``
+            (1 by default) or held near a ``target`` in nats per token. A dict such as ``{"texts": "general.jsonl",
+            "coef": 1.0}``, with ``"samples"`` in place of the file for texts that the original model writes, or
+            `lightning_ft.modules.anchor.AnchorOptions`.
+        options: Arguments of `FineTuning`.
     """
 
     trains_router_loss: ClassVar[bool] = True
     accuracy_name: ClassVar[str] = "token_accuracy"
     """Logged name of the share of supervised tokens that were predicted."""
 
-    def __init__(self, model: str | PreTrainedModel, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        anchor: AnchorOptions | dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(model, **options)
         self._step_metrics = TokenMetrics()
         self._router_metrics = MeanMetrics()
+        anchor_options = AnchorOptions.of(anchor)
+        self._anchor = None if anchor_options is None else Anchor(anchor_options)
+        self.record_arguments({"anchor": None if anchor_options is None else anchor_options.as_json()})
+
+    def configure_model(self) -> None:
+        """As in `FineTuning`, and keep the original model where an anchor needs it."""
+        if self.model is None:
+            super().configure_model()
+            if self._anchor is not None:
+                self._anchor.keep_original(self)
 
     def on_train_start(self) -> None:
         """As in `FineTuning`, and start counting."""
         super().on_train_start()
         self._step_metrics.start()
+        if self._anchor is not None:
+            self._anchor.start(self)
         self._router_metrics = MeanMetrics()
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
@@ -65,17 +90,28 @@ class SupervisedFineTuning(FineTuning):
         if not self._own_loss.router:
             result = self.compute_logprobs(batch, "sum")
             loss = -result.logprobs
-            self.note_loss(batch_idx, loss)
             self._step_metrics.add(loss, result.correct, batch)
+            loss = self.anchored(loss, batch.num_targets, batch_idx)
+            self.note_loss(batch_idx, loss)
             return loss
         result, router_loss = self._logprobs_and_router_loss(batch)
         loss = -result.logprobs
         self._step_metrics.add(loss, result.correct, batch)
         weighted = router_loss * batch.num_targets
         self._router_metrics.add({"router_loss": weighted}, {"router_loss": batch.num_targets})
-        loss = loss + self._own_loss.router * weighted.to(loss.device)
+        loss = self.anchored(loss + self._own_loss.router * weighted.to(loss.device), batch.num_targets, batch_idx)
         self.note_loss(batch_idx, loss)
         return loss
+
+    def anchored(self, loss: Tensor, targets: int, batch_idx: int) -> Tensor:
+        """Add the penalty of the anchor, if there is one, to the summed loss of a micro-batch.
+
+        Args:
+            loss: Loss, summed over the supervised tokens.
+            targets: Number of these tokens.
+            batch_idx: Number of the micro-batch.
+        """
+        return loss if self._anchor is None else loss + self._anchor.penalty(self, targets, batch_idx)
 
     def _logprobs_and_router_loss(self, batch: TokenBatch) -> tuple[SelectedLogProbs, Tensor]:
         """Log-probabilities as `compute_logprobs` gives them, and the router's loss of the same forward pass."""
@@ -103,6 +139,8 @@ class SupervisedFineTuning(FineTuning):
             },
             batch_size=1,
         )
+        if self._anchor is not None:
+            self.log_dict(self._anchor.close_step(self.device), batch_size=1)
         for name, mean in self._router_metrics.reduce(self.device).items():
             self.log(f"train/{name}", mean, batch_size=1)
         self.log_optimizer(optimizer, gradients, totals.loss)
@@ -127,11 +165,15 @@ class SupervisedFineTuning(FineTuning):
         """As in `FineTuning`, with the count of tokens."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[STATE]["tokens_seen"] = self._step_metrics.tokens_seen
+        if self._anchor is not None:
+            checkpoint[STATE]["anchor_coef"] = self._anchor.coef
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As in `FineTuning`, with the count of tokens."""
         super().on_load_checkpoint(checkpoint)
         self._step_metrics.tokens_seen = int(checkpoint.get(STATE, {}).get("tokens_seen", 0))
+        if self._anchor is not None and "anchor_coef" in checkpoint.get(STATE, {}):
+            self._anchor.coef = float(checkpoint[STATE]["anchor_coef"])
 
 
 LoRAOptimizer = Literal["adamw", "loraplus", "lorafa"]
@@ -158,7 +200,7 @@ class FullFineTuning(SupervisedFineTuning):
     default_learning_rate: ClassVar[float] = 2e-5
     default_dtype: ClassVar[str] = "float32"
 
-    def __init__(self, model: str | PreTrainedModel, **options: Unpack[FineTuningOptions]) -> None:
+    def __init__(self, model: str | PreTrainedModel, **options: Unpack[SupervisedOptions]) -> None:
         super().__init__(model, **options)
         if isinstance(model, str) and adapter_base(model) is not None:
             raise ConfigError(
@@ -213,7 +255,7 @@ class LoRAFineTuning(SupervisedFineTuning):
         optimizer: LoRAOptimizer = "adamw",
         loraplus_lr_ratio: float = 16.0,
         quantization: str | dict[str, Any] | None = None,
-        **options: Unpack[FineTuningOptions],
+        **options: Unpack[SupervisedOptions],
     ) -> None:
         if (earlier_name := cast("dict[str, Any]", options).pop("trunk_cache", None)) is not None:
             rank_zero_warn("`trunk_cache` is now called `activation_cache`.")
@@ -229,6 +271,10 @@ class LoRAFineTuning(SupervisedFineTuning):
         """Cache of the activations of frozen layers; None without one."""
         if self._activations is not None and self.model_options.torch_compile:
             raise ConfigError("activation_cache skips layers, which compiled code can't: leave out torch_compile.")
+        if self._activations is not None and self._anchor is not None:
+            raise ConfigError(
+                "activation_cache keeps activations of training rows, and an anchor runs other texts: leave one out."
+            )
         self._adaptation = Adaptation(model, True if lora is None else lora, adapter, top_layers)
         self.record_arguments(
             {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.data.batches import PromptBatch
@@ -18,9 +18,9 @@ from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.distillation import TeacherLogits
-from lightning_ft.models.backbone import backbone_of
+from lightning_ft.models.backbone import accepts, backbone_of
 from lightning_ft.models.generate import end_token_ids
-from lightning_ft.models.head import CausalLM, active_head, as_forward, base_of, input_device, logit_transform
+from lightning_ft.models.head import CausalLM, as_forward, base_of, frozen_logits, input_device
 from lightning_ft.models.load import context_length
 from lightning_ft.models.logprob_model import LogProbModel
 from lightning_ft.rollout.cache import GrowingCache
@@ -132,15 +132,7 @@ class PromptedTeacher:
 
     def logits(self) -> TeacherLogits:
         """Function from hidden states to the logits of the model, ``[c, d]`` to ``fp32 [c, v]``."""
-        with self._use() as model:
-            base = base_of(model)
-            plain = type(base.get_output_embeddings()) is nn.Linear  # without an adapter, which would be active
-
-        def compute(states: Tensor) -> Tensor:
-            with nullcontext() if plain else self._use():
-                return as_forward(base, _head_logits, states)
-
-        return compute
+        return frozen_logits(self._use)
 
     # ---------------------------------------------------------------- helpers
 
@@ -183,19 +175,11 @@ def _cached_states(base: PreTrainedModel, ids: Tensor, cache: GrowingCache, star
     """Last hidden states of tokens that follow a cache, ``[b, t, d]``. Padding comes last, so no token sees it."""
     device = input_device(base)
     positions = torch.arange(start, start + ids.shape[1], device=device).expand(len(ids), -1)
+    name = "cache" if accepts(base.base_model, "cache") else "past_key_values"  # transformers renamed it in 5.24
     out = backbone_of(base)(
-        input_ids=ids.to(device), position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
+        input_ids=ids.to(device), position_ids=positions, use_cache=True, return_dict=True, **{name: cache}
     )
     return cast(Tensor, out.last_hidden_state)
-
-
-def _head_logits(base: PreTrainedModel, states: Tensor) -> Tensor:
-    head = active_head(base)
-    weight = getattr(head, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
-        states = states.to(weight.dtype)
-    with torch.autocast(states.device.type, enabled=False):  # as in the losses: autocast would round the logits
-        return logit_transform(base.config)(head(states))
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:

@@ -7,8 +7,8 @@ from tiny import make_model
 
 from lightning_ft import FullFineTuning, PromptBaseline, TokenSavings
 from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.texts import encode_task
 from lightning_ft.errors import ConfigError, RetentionError, SavingsError
-from lightning_ft.evaluation.retention.texts import encode_task
 from lightning_ft.evaluation.savings.plan import measurement_plan
 from lightning_ft.types import Message, Request
 

@@ -5,14 +5,15 @@ import typing
 
 import pytest
 
-from lightning_ft import DPO, GRPO, KTO, PPO, FullFineTuning, LoRAFineTuning, RewardModeling
+from lightning_ft import DPO, GRPO, KTO, PPO, FullFineTuning, LoRAFineTuning, PromptDistillation, RewardModeling
 from lightning_ft.errors import ConfigError, UnknownArgumentError
 from lightning_ft.modules import options
 
-MODULES = (FullFineTuning, LoRAFineTuning, RewardModeling, DPO, KTO, GRPO, PPO)
+MODULES = (FullFineTuning, LoRAFineTuning, PromptDistillation, RewardModeling, DPO, KTO, GRPO, PPO)
 TYPED = {
-    FullFineTuning: options.FineTuningOptions,
-    LoRAFineTuning: options.FineTuningOptions,
+    FullFineTuning: options.SupervisedOptions,
+    LoRAFineTuning: options.SupervisedOptions,
+    PromptDistillation: options.DistillationOptions,
     RewardModeling: options.AdaptedOptions,
     DPO: options.AdaptedOptions,
     KTO: options.AdaptedOptions,

@@ -15,7 +15,7 @@ from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.retention.arithmetic import TopK, kl_divergence, kl_lower_bound
 from lightning_ft.losses.logprobs import CHUNK
-from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states, input_device, logit_transform
+from lightning_ft.models.head import CausalLM, as_forward, base_of, head_logits, hidden_states, input_device
 from lightning_ft.models.reference import active_adapter
 
 FP32_TOLERANCE, REDUCED_TOLERANCE = 1e-4, 1e-2
@@ -148,14 +148,7 @@ def _selected_states(base: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 
 def _head_logprobs(base: PreTrainedModel, states: Tensor) -> Tensor:
-    head = base.get_output_embeddings()
-    weight = getattr(head, "weight", None)  # of the active copy, if PEFT keeps several
-    if (
-        isinstance(weight, Tensor) and weight.is_floating_point()
-    ):  # packed (quantized) weights take the states unchanged
-        states = states.to(weight.dtype)
-    with torch.autocast(states.device.type, enabled=False):  # as in the losses: autocast would round the logits
-        return logit_transform(base.config)(head(states)).log_softmax(-1)
+    return head_logits(base, states).log_softmax(-1)
 
 
 def chunk_slices(count: int) -> list[slice]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft import __version__
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
+from lightning_ft.data.texts import TaskRow, encode_task, encode_texts, load_texts
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_and_world_size
 from lightning_ft.errors import RetentionError
@@ -45,7 +46,6 @@ from lightning_ft.evaluation.retention.choices import (
     encode_choices,
     load_choices,
 )
-from lightning_ft.evaluation.retention.texts import TaskRow, encode_task, encode_texts, load_texts
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import context_length

@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from tiny import TEXT, make_model
 from torch.nn.functional import kl_div
 
+from lightning_ft.data.texts import encode_task, encode_texts, load_texts
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.retention import base_logprobs as module
 from lightning_ft.evaluation.retention.measurement import RetentionMeasurement, measure_retention
-from lightning_ft.evaluation.retention.texts import encode_task, encode_texts, load_texts
 from lightning_ft.types import Message, Request
 
 TEXTS = [f"{line} {n}" for n, line in enumerate(TEXT * 2)]

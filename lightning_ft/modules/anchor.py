@@ -1,0 +1,207 @@
+"""An anchor in training: a penalty on the KL divergence from the original model, on texts or on its own samples."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_ft.data.layout import Example, collate_examples
+from lightning_ft.data.texts import encode_texts, load_texts
+from lightning_ft.data.tokenizers import pad_token_id
+from lightning_ft.distributed import rank_and_world_size, rank_zero_info, sum_over_ranks
+from lightning_ft.errors import ConfigError
+from lightning_ft.losses.kl import AdaptiveKL
+from lightning_ft.models.head import distill, frozen_logits, input_device
+from lightning_ft.models.reference import Reference
+from lightning_ft.rollout.local import LocalEngine
+from lightning_ft.rollout.protocol import Sampling
+
+if TYPE_CHECKING:
+    from lightning_ft.modules.sft import SupervisedFineTuning
+
+SAMPLES = "samples"
+"""Value of `texts` for samples of the original model."""
+
+
+@dataclass(frozen=True)
+class AnchorOptions:
+    """Options of an anchor.
+
+    Args:
+        texts: General texts, as for `Retention`: a JSONL file with ``text``, a ``.txt`` file, or a list; or
+            ``samples``, for texts that the original model writes before the first step, starting from nothing.
+        coef: Weight of the divergence, which is a mean in nats per token, next to the loss of the rows.
+        target: Divergence to stay near, in nats per token: the weight then rises while more is measured and falls while
+            less is, as PPO's does (https://arxiv.org/abs/1909.08593); None for a fixed weight.
+        horizon: Number of texts over which the weight changes by about a fifth.
+        texts_per_batch: Number of texts drawn for each micro-batch.
+        max_texts: Largest number of texts to use, from the first; number of samples.
+        max_tokens: Largest number of tokens per text; longer texts are truncated.
+
+    Raises:
+        ConfigError: For a number out of its range.
+
+    Example:
+        >>> AnchorOptions(["It was a bright cold day in April."], coef=0.5).texts_per_batch
+        4
+    """
+
+    texts: str | list[str]
+    coef: float = 1.0
+    target: float | None = None
+    horizon: int = 2000
+    texts_per_batch: int = 4
+    max_texts: int = 256
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("coef", "target", "horizon", "texts_per_batch", "max_texts"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"anchor: {name}={value!r}, expected a number above 0.")
+        if self.max_tokens < 2:
+            raise ConfigError(f"anchor: max_tokens={self.max_tokens}, expected at least 2.")
+
+    @classmethod
+    def of(cls, anchor: AnchorOptions | Mapping[str, Any] | None) -> AnchorOptions | None:
+        """Convert the argument of a module.
+
+        Raises:
+            ConfigError: If it is neither None, options nor a mapping of their names.
+        """
+        if anchor is None or isinstance(anchor, AnchorOptions):
+            return anchor
+        if not isinstance(anchor, Mapping):
+            raise ConfigError(
+                f"anchor is a {type(anchor).__name__}: expected a dict such as {{'texts': 'general.jsonl', 'coef': 1}}."
+            )
+        names = [item.name for item in fields(cls)]
+        if unknown := [name for name in anchor if name not in names]:
+            raise ConfigError(f"anchor has no {unknown[0]!r}: expected {', '.join(names)}.")
+        if "texts" not in anchor:
+            raise ConfigError("anchor has no texts: pass a file, a list of texts, or 'samples'.")
+        return cls(**anchor)
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as JSON types."""
+        values = asdict(self)
+        return {**values, "texts": str(self.texts) if isinstance(self.texts, Path) else values["texts"]}
+
+
+class Anchor:
+    """The penalty of a module: its texts, the original model, and the weight.
+
+    Args:
+        options: Options.
+    """
+
+    def __init__(self, options: AnchorOptions) -> None:
+        self.options, self.coef = options, float(options.coef)
+        self._reference: Reference | None = None
+        self._examples: list[Example] = []
+        self._kl = torch.zeros(2, dtype=torch.float64)  # sum over tokens of this step, and their number
+        self._texts = 0
+
+    def keep_original(self, module: SupervisedFineTuning) -> None:
+        """Keep the model as it is now; call it before the first step.
+
+        Raises:
+            ConfigError: If the model is sharded.
+        """
+        if module.sharded:
+            raise ConfigError("anchor can't be used with a sharded model (ModelParallelStrategy): leave it out.")
+        starting = module._adaptation.starting_adapter(module.model, module._initial)
+        self._reference = Reference(module.model, initial=starting)
+
+    def start(self, module: SupervisedFineTuning) -> None:
+        """Encode the texts, or let the original model write them.
+
+        Raises:
+            RetentionError: If texts can't be read.
+        """
+        assert self._reference is not None
+        self._reference.to(module.device)
+        options = self.options
+        if options.texts == SAMPLES:
+            self._examples = self._samples(module)
+        else:
+            texts = load_texts(options.texts, max_texts=options.max_texts)
+            self._examples, cut = encode_texts(module.tokenizer, texts, max_tokens=options.max_tokens)
+            rank_zero_info(
+                f"Anchor: {len(texts):,} texts, {sum(map(len, self._examples)):,} tokens, {cut:,} of them truncated to "
+                f"{options.max_tokens:,}."
+            )
+        self._kl.zero_()
+
+    def _samples(self, module: SupervisedFineTuning) -> list[Example]:
+        assert self._reference is not None
+        options, tokenizer = self.options, module.tokenizer
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        with self._reference.use() as model, torch.random.fork_rng(devices=_cuda_devices(module)):
+            torch.manual_seed(module.model_options.seed)
+            # only padding ends a sample: the end token may also be what texts start with
+            engine = LocalEngine(
+                model, end_token_ids=[len(tokenizer)], pad_token_id=pad_token_id(tokenizer), batch_size=64
+            )
+            rollouts = engine.generate(
+                [[first]],
+                max_new_tokens=options.max_tokens - 1,
+                sampling=Sampling(1.0),
+                num_completions=options.max_texts,
+            )
+        ids = [torch.tensor([first, *completion.tokens]) for completion in rollouts.completions]
+        rank_zero_info(f"Anchor: the original model wrote {len(ids):,} texts of {options.max_tokens:,} tokens.")
+        return [Example(tokens, torch.arange(len(tokens)) >= 1) for tokens in ids]
+
+    def penalty(self, module: SupervisedFineTuning, targets: int, batch_idx: int) -> Tensor:
+        """The weighted divergence of a micro-batch, times its number of supervised tokens, as its loss is summed.
+
+        Texts are drawn by step, micro-batch and rank, so that a resumed run draws the same.
+
+        Args:
+            module: The module.
+            targets: Number of supervised tokens of the micro-batch.
+            batch_idx: Number of the micro-batch.
+        """
+        assert self._reference is not None
+        rank = rank_and_world_size()[0]
+        rng = random.Random(f"{module.model_options.seed} {module.trainer.global_step} {batch_idx} {rank}")
+        chosen = rng.sample(range(len(self._examples)), min(self.options.texts_per_batch, len(self._examples)))
+        logprob_model = module._required_logprob_model()
+        batch = collate_examples(
+            [self._examples[i] for i in chosen], packing=False, pad_token_id=logprob_model.pad_token_id
+        ).to(input_device(module.model))
+        with self._reference.use() as original:
+            original_states = logprob_model.states(original, batch)
+        states = logprob_model.states(module.model, batch)
+        result = distill(module.model, states, batch.targets, original_states, frozen_logits(self._reference.use))
+        self._kl += torch.tensor([float(result.divergence.sum()), float(batch.num_targets)], dtype=torch.float64)
+        self._texts += len(chosen)
+        return self.coef * targets * result.loss / batch.num_targets
+
+    def close_step(self, device: torch.device) -> dict[str, float]:
+        """Adapt the weight to what the micro-batches of a step measured on all ranks.
+
+        Returns:
+            Metrics to log by name: the divergence in nats per token, and the weight in this step.
+        """
+        count = torch.tensor([float(self._texts)], dtype=torch.float64)
+        total, tokens, texts = sum_over_ranks(torch.cat([self._kl, count]), device).tolist()
+        kl, used = total / max(tokens, 1.0), self.coef
+        self._kl.zero_()
+        self._texts = 0
+        if self.options.target is not None and math.isfinite(kl):
+            controller = AdaptiveKL(self.coef, self.options.target, self.options.horizon)
+            self.coef = controller.update(kl, steps=min(int(texts), self.options.horizon)).coef
+        return {"train/anchor_kl": kl, "train/anchor_coef": used}
+
+
+def _cuda_devices(module: SupervisedFineTuning) -> Sequence[torch.device]:
+    return [module.device] if module.device.type == "cuda" else []
