@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 
 
 def complete(cls: type) -> None:
@@ -14,7 +15,7 @@ def complete(cls: type) -> None:
     Args:
         cls: The class.
     """
-    parameters = _parameters(cls)
+    parameters = _parameters(cls.__mro__)
     cls.__signature__ = inspect.Signature(parameters[1:])  # type: ignore[attr-defined]
     if "__doc__" in cls.__dict__ and cls.__doc__:
         before, own, after = _split_args(inspect.cleandoc(cls.__doc__))
@@ -27,13 +28,18 @@ def complete(cls: type) -> None:
             cls.__doc__ = "\n".join([before.rstrip(), "", "Args:", *entries, "", after.lstrip()]).rstrip() + "\n"
 
 
-def _parameters(cls: type) -> list[inspect.Parameter]:
-    """Parameters of the constructor, `self` first, with those that ``**options`` represents."""
-    owner = next(base for base in cls.__mro__ if "__init__" in base.__dict__)
+def _parameters(bases: Sequence[type]) -> list[inspect.Parameter]:
+    """Parameters of the constructor, `self` first, with those that ``**options`` represents.
+
+    Args:
+        bases: The class and its bases in the order in which ``super().__init__`` calls them.
+    """
+    index = next(i for i, base in enumerate(bases) if "__init__" in base.__dict__)
+    owner = bases[index]
     own = list(inspect.signature(owner.__dict__["__init__"]).parameters.values())
     if own[-1].kind is not inspect.Parameter.VAR_KEYWORD or not owner.__module__.startswith("lightning_ft."):
         return own  # the constructor of a user's class may do anything with its **kwargs
-    inherited = _parameters(owner.__mro__[1])
+    inherited = _parameters(bases[index + 1 :])
     names = {p.name for p in own}
     return [*own[:-1], *(p for p in inherited if p.name not in names)]
 
