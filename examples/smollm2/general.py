@@ -29,10 +29,10 @@ TEXTS_PER_KIND = 36
 MIN_CHARACTERS = 1000
 QUESTIONS = {
     "general_knowledge": 70,
-    "intent_recognition": 100,
+    "intent_recognition": 70,
     "phrase_relatedness": 100,
     "similarities_abstraction": 76,
-    "social_iqa": 200,
+    "social_iqa": 150,
 }
 """Largest number of questions of each set."""
 SOURCE = {

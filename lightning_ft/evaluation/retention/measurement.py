@@ -52,6 +52,10 @@ from lightning_ft.models.load import context_length
 from lightning_ft.printable import content_hash
 
 
+_CHECKED_TEXTS = 16
+"""Number of texts on which a divergence of 0 is checked before the first step."""
+
+
 class RetentionMeasurement:
     """Comparison of the model before a training loop with the model after it.
 
@@ -207,7 +211,7 @@ class RetentionMeasurement:
             return
         if self.base != "step_0" and isinstance(model, PeftModel):
             self._base_type, self._stored = "adapter_off", ()
-            kl = self.after(model).kl_general.value
+            kl = self._kl_before_training(model, LiveModel(model, adapter=False))
             self._original["step_0_kl"] = kl
             if kl <= (FP32_TOLERANCE if self.base == "auto" else tolerance(model)):
                 return
@@ -222,7 +226,7 @@ class RetentionMeasurement:
         with evaluating(model):
             self._stored = tuple(self._store(model, examples) for examples in (self.general, self.task) if examples)
         self._base_type = "step_0"
-        kl = self.after(model).kl_general.value
+        kl = self._kl_before_training(model, self._stored[0])
         self._original["step_0_kl"] = kl
         if kl > tolerance(model):
             self._base_type = None
@@ -332,6 +336,12 @@ class RetentionMeasurement:
             provenance={**self._original, **self._provenance, **(provenance or {})},
             **self._bootstrap,
         )
+
+    def _kl_before_training(self, model: CausalLM, base: Base) -> float:
+        """KL between the model and its base before the first step, in nats per token, on the first texts."""
+        with evaluating(model):
+            sums = self._sums("Retention, check", model, base, self.general[:_CHECKED_TEXTS])
+        return sum(sums.kl) / sum(sums.tokens)
 
     def _sums(self, title: str, model: CausalLM, base: Base, examples: Sequence[Example]) -> PositionSums:
         tuned = LiveModel(model)
