@@ -51,7 +51,6 @@ from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import context_length
 from lightning_ft.printable import content_hash
 
-
 _CHECKED_TEXTS = 16
 """Number of texts on which a divergence of 0 is checked before the first step."""
 
