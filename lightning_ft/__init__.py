@@ -11,12 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_ft.callbacks.answer_quality import AnswerQuality
     from lightning_ft.callbacks.compute import ComputeMeter
     from lightning_ft.callbacks.export import ExportModel
     from lightning_ft.callbacks.frontier import RetentionFrontier
     from lightning_ft.callbacks.retention import Retention
     from lightning_ft.callbacks.samples import SampleCompletions
+    from lightning_ft.callbacks.token_mean import TokenMeanAccumulation
     from lightning_ft.callbacks.token_savings import TokenSavings
+    from lightning_ft.callbacks.trainable_checkpoint import TrainableCheckpoint
     from lightning_ft.data.pairs import PairDataModule
     from lightning_ft.data.preferences import PreferenceDataModule
     from lightning_ft.data.prompt_baseline import PromptBaseline
@@ -52,6 +55,9 @@ _HOME = {
     "ComputeMeter": "lightning_ft.callbacks.compute",
     "SampleCompletions": "lightning_ft.callbacks.samples",
     "ExportModel": "lightning_ft.callbacks.export",
+    "AnswerQuality": "lightning_ft.callbacks.answer_quality",
+    "TokenMeanAccumulation": "lightning_ft.callbacks.token_mean",
+    "TrainableCheckpoint": "lightning_ft.callbacks.trainable_checkpoint",
 }
 
 __all__ = [
@@ -74,6 +80,9 @@ __all__ = [
     "ComputeMeter",
     "SampleCompletions",
     "ExportModel",
+    "AnswerQuality",
+    "TokenMeanAccumulation",
+    "TrainableCheckpoint",
     "__version__",
 ]
 

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from transformers import PreTrainedTokenizerBase
+
 from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ExportError
-from lightning_ft.models.export import check_folder
+from lightning_ft.models.export import check_export, check_folder, export
 from lightning_ft.models.shard import is_sharded
+from lightning_ft.models.unwrap import required_model
 from lightning_ft.modules.base import FineTuning
 
 
@@ -28,9 +31,12 @@ class ExportModel(EndOfTraining):
         merge: Whether to merge the adapter into the base weights; refused if this would change greedy output.
         best: Whether to export the best checkpoint too.
         overwrite: Whether to write into folders that aren't empty.
+        tokenizer: Tokenizer to export with the model of a module that isn't this package's; by default the module's
+            `tokenizer`.
 
     Raises:
-        ConfigError: Before training, for a module that can't be exported.
+        ConfigError: Before training, for a module without a transformers or PEFT model as its `model`, or without a
+            tokenizer.
         ExportError: Before training, if a folder isn't empty or the adapter can't be exported with these options;
             after training, if an export failed.
 
@@ -42,21 +48,28 @@ class ExportModel(EndOfTraining):
     finish_order: ClassVar[int] = 1
 
     def __init__(
-        self, output: str | None = None, *, merge: bool = False, best: bool = True, overwrite: bool = False
+        self,
+        output: str | None = None,
+        *,
+        merge: bool = False,
+        best: bool = True,
+        overwrite: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         self.output, self.merge, self.best, self.overwrite = output, merge, best, overwrite
+        self.tokenizer = tokenizer
         self.exported: dict[str, Path] = {}
         self.error: ExportError | None = None
         """Error of the first export that failed; None if none failed."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that the exports are possible."""
-        if not isinstance(pl_module, FineTuning):
-            raise ConfigError(
-                f"ExportModel can't export {type(pl_module).__name__}, since it isn't a module of lightning_ft."
-            )
-        pl_module.check_export(merge=self.merge)
+        if isinstance(pl_module, FineTuning):
+            pl_module.check_export(merge=self.merge)
+        else:
+            check_export(required_model(pl_module, "ExportModel", ConfigError), merge=self.merge)
+            self._tokenizer(pl_module)
         self.error = None
         folder, reason = self._folder(trainer), None
         if trainer.is_global_zero:
@@ -92,7 +105,7 @@ class ExportModel(EndOfTraining):
         if (reason := self.attempt(what, work)) is not None and self.error is None:
             self.error = ExportError(f"{what}: {reason}")
 
-    def _export_best(self, trainer: Trainer, module: FineTuning, path: str) -> None:
+    def _export_best(self, trainer: Trainer, module: LightningModule, path: str) -> None:
         if not trainer.is_global_zero:
             return
         final = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
@@ -103,10 +116,29 @@ class ExportModel(EndOfTraining):
         finally:
             module.load_state_dict(final, strict=False)
 
-    def _export(self, trainer: Trainer, module: FineTuning, part: str) -> None:
+    def _export(self, trainer: Trainer, module: LightningModule, part: str) -> None:
         folder = self._folder(trainer) / part
-        self.exported[part] = module.export(folder, merge=self.merge, overwrite=self.overwrite)
+        if isinstance(module, FineTuning):
+            self.exported[part] = module.export(folder, merge=self.merge, overwrite=self.overwrite)
+        else:
+            self.exported[part] = export(
+                required_model(module, "ExportModel", ConfigError),
+                self._tokenizer(module),
+                folder,
+                merge=self.merge,
+                overwrite=self.overwrite,
+                write=trainer.is_global_zero,
+            )
         rank_zero_info(f"Exported the {part} weights to {folder}")
+
+    def _tokenizer(self, module: LightningModule) -> PreTrainedTokenizerBase:
+        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(module, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError(
+                f"ExportModel found no tokenizer in {type(module).__name__}: pass tokenizer=, or assign it to the "
+                "module's `tokenizer` attribute, since an exported folder needs one."
+            )
+        return tokenizer
 
     def _folder(self, trainer: Trainer) -> Path:
         if self.output is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_args
+from typing import IO, Any, Literal, TypeVar, get_args
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import restricted_classmethod
+from lightning_ft.data.hf_batches import to_hf
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.loader import Collate, EncodedRow
 from lightning_ft.data.module import RowDataModule
@@ -24,6 +25,8 @@ from lightning_ft.data.splits import SplitName
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message, Request
+
+BatchFormat = Literal["tokens", "hf"]
 
 PairDataModuleT = TypeVar("PairDataModuleT", bound="PairDataModule")
 
@@ -55,6 +58,9 @@ class PairDataModule(RowDataModule):
         batch_size: Number of rows per batch on each rank, packed or not.
         packing: Whether several rows share one sequence, kept apart by the attention mask, with hardly any padding. It
             changes the speed, never what is learned.
+        batch_format: Type of the batches: ``tokens`` for `TokenBatch`es, which the modules of this package train on, or
+            ``hf`` for dicts of ``input_ids``, ``attention_mask`` and ``labels``, for other LightningModules; these have
+            one row per sequence, whatever `packing` says.
 
     Raises:
         ConfigError: For arguments that contradict each other.
@@ -84,6 +90,7 @@ class PairDataModule(RowDataModule):
         max_length: int = 2048,
         batch_size: int = 8,
         packing: bool = True,
+        batch_format: BatchFormat = "tokens",
         on_overlong: OnOverlong = "error",
         on_bad_row: OnBadRow = "error",
         shuffle: bool = True,
@@ -94,6 +101,8 @@ class PairDataModule(RowDataModule):
     ) -> None:
         if supervise not in get_args(Supervise):
             raise ConfigError(f"supervise={supervise!r}: expected 'all' or 'last'.")
+        if batch_format not in get_args(BatchFormat):
+            raise ConfigError(f"batch_format={batch_format!r}: expected 'tokens' or 'hf'.")
         check_row_function(format)
         self.row_type = Pairs(supervise)
         super().__init__(
@@ -116,13 +125,14 @@ class PairDataModule(RowDataModule):
             trust_remote_code=trust_remote_code,
         )
         self.rules = self.splits.rules = replace(self.rules, format=format)
-        self._packing = packing
+        self._packing, self._batch_format = packing, batch_format
         if predict is not None:
             self.splits.sources["predict"] = predict
         self._save(
             predict=source_as_json(predict),
             format=format if isinstance(format, str) else None,
             packing=packing,
+            batch_format=batch_format,
             supervise=supervise,
         )
 
@@ -145,7 +155,8 @@ class PairDataModule(RowDataModule):
 
     def collate(self, split: SplitName) -> Collate:
         """The function that lays out batches for a model."""
-        return _PairCollate(self._packing, pad_token_id(self.tokenizer))
+        pad = pad_token_id(self.tokenizer)
+        return _HFCollate(pad) if self._batch_format == "hf" else _PairCollate(self._packing, pad)
 
     def predict_dataloader(self) -> DataLoader[list[Message] | Request]:
         """The conversations of `predict`, each up to its last question, `batch_size` at a time.
@@ -178,6 +189,17 @@ class PairDataModule(RowDataModule):
             ConfigError: If there is no such split.
         """
         return self.splits.requests(split)
+
+
+class _HFCollate:
+    """Lays out a batch as transformers' models take it. A rank without rows gets one unsupervised token."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        placeholder = Example(torch.tensor([self._pad_token_id]), torch.tensor([False]))
+        return to_hf([example for _, (example,) in rows] or [placeholder], pad_token_id=self._pad_token_id)
 
 
 class _PairCollate:

@@ -213,13 +213,11 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
         logprob_model = self._required_logprob_model()
         tokens = logprob_model.arranged(self.model, tokens)
         states = logprob_model.states(self.model, tokens)
-        order = torch.empty_like(tokens.groups)  # of each target among the answers' tokens
-        order[tokens.groups.argsort(stable=True)] = torch.arange(len(order), device=order.device)
         result = distill(
             self.model,
             states,
             tokens.targets,
-            teacher_states[order.to(teacher_states.device)].to(states.device),
+            teacher_states.to(states.device),
             self.teacher.logits(),
             divergence=self.divergence,
             beta=self.beta,

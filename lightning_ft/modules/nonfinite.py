@@ -18,6 +18,7 @@ from lightning_ft.data.loader import TokenLoader, name_rows
 from lightning_ft.distributed import all_gather_objects, is_distributed, rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ModelError, NonFiniteError
 from lightning_ft.models.numerics import first_nonfinite
+from lightning_ft.modules.checks import CheckedRows
 from lightning_ft.modules.options import OptimizerOptions
 from lightning_ft.modules.resume import STATE, ResumableModule
 from lightning_ft.rewards.function import OnNonFinite
@@ -25,7 +26,7 @@ from lightning_ft.rewards.function import OnNonFinite
 _SKIPPED = "skipped_steps"
 
 
-class FiniteSteps(ResumableModule):
+class FiniteSteps(ResumableModule, CheckedRows):
     """Base of `FineTuning`: refuses or skips optimizer steps whose loss or gradients are not finite.
 
     A subclass records the loss of each micro-batch with :meth:`note_loss`, and calls :meth:`check_step` in

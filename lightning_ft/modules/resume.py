@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_ft._lightning import LightningModule
 from lightning_ft.distributed import all_gather_objects, rank_zero_warn
-from lightning_ft.modules.checks import CheckedRows
 
 
 class RngState(TypedDict):
@@ -117,8 +117,8 @@ STATE = "lightning_ft"
 """Key of these modules' own state in a checkpoint."""
 
 
-class ResumableModule(CheckedRows):
-    """Base of `FineTuning`: tracks which batches are in the weights, and resumes after them.
+class ResumableModule(LightningModule):
+    """Base of `FineTuning` and of `ExactResume`: tracks which batches are in the weights, and resumes after them.
 
     A subclass calls :meth:`close_window` once the weights include all batches that were started; with automatic
     optimization this happens by itself.
@@ -287,7 +287,7 @@ def _set_counters(loop: dict[str, Any], position: Position) -> None:
         counts.update(dict.fromkeys(("processed", "completed"), epoch))
         counts.update(dict.fromkeys(("ready", "started"), epoch if fresh else epoch + 1))
     for state in loop["state_dict"].get("combined_loader", []):
-        if state.keys() == {"epoch", "batch"}:
+        if state.keys() >= {"epoch", "batch"}:
             state.update(epoch=epoch, batch=batch)
         elif position["opened"]:
             rank_zero_warn(

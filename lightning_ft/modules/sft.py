@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lightning_ft.data.hf_batches import from_hf
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.logprobs import SelectedLogProbs
@@ -84,6 +87,12 @@ class SupervisedFineTuning(FineTuning):
         if self._anchor is not None:
             self._anchor.start(self)
         self._router_metrics = MeanMetrics()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Convert batches of transformers (`input_ids`, `attention_mask`, `labels`) to `TokenBatch`es."""
+        if isinstance(batch, Mapping) and "labels" in batch:
+            return from_hf(batch, pad_token_id=pad_token_id(self.tokenizer))
+        return batch
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Summed negative log-likelihood; `on_before_optimizer_step` divides by the tokens of the whole step."""

@@ -168,7 +168,7 @@ class PromptedTeacher:
         batch = self._logprob_model.lay_out(
             model, [torch.tensor(list(prompt)) for prompt in prompts], completions, share_prompts=False
         )
-        return self._logprob_model.states(model, batch)[batch.groups.argsort(stable=True)]
+        return self._logprob_model.states(model, batch)
 
 
 def _cached_states(base: PreTrainedModel, ids: Tensor, cache: GrowingCache, start: int) -> Tensor:

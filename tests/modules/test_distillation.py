@@ -263,7 +263,7 @@ def test_checkpoint_restores_module_and_run(model_folder, trainer_options, tmp_p
         ({"divergence": "kl"}, "divergence='kl': expected one of"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: expected at least 1"),
         ({"temperature": -1.0}, "temperature"),
-        ({"prompt": {"sytem": "x"}}, "prompt= has no 'sytem': expected the keys system and few_shot"),
+        ({"prompt": {"system_prompt": "x"}}, "prompt= has no 'system_prompt': expected the keys system and few_shot"),
         ({"prompt": 3}, "prompt= is a int: expected PromptBaseline"),
         ({"maxnewtokens": 3}, "Did you mean 'max_new_tokens'"),
     ],

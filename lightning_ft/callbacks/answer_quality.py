@@ -1,0 +1,179 @@
+"""Quality of generated answers after each validation, in any LightningModule, for EarlyStopping and ModelCheckpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft._lightning import Callback, LightningModule, Trainer
+from lightning_ft.arguments import CheckedArguments
+from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
+from lightning_ft.errors import SavingsError
+from lightning_ft.evaluation.savings.arms import run_arm
+from lightning_ft.evaluation.savings.plan import MeasurementPlan, answer_plan
+from lightning_ft.evaluation.savings.records import ArmRecords
+from lightning_ft.evaluation.scorers import Scorer
+from lightning_ft.models.head import base_of
+from lightning_ft.models.load import context_length
+from lightning_ft.models.unwrap import model_of, required_model, unwrapped
+from lightning_ft.rollout.structured import StructuredOutputs
+from lightning_ft.types import Request
+
+
+class AnswerQuality(CheckedArguments, Callback):
+    """Answers requests greedily after each validation, grades the answers, and logs the mean score as ``val/quality``.
+
+    A loss per token says little about whether answers are right. The logged metric can be monitored by EarlyStopping
+    and ModelCheckpoint, whatever the order of the callbacks. It works in any LightningModule with a transformers or
+    PEFT model as its `model`, and needs no prompt to compare with; `TokenSavings` measures that at the end of a run. If
+    the module has no validation, answers are measured after each training epoch.
+
+    With Fabric, pass `tokenizer` and `requests`, call ``fabric.call("on_validation_epoch_end", fabric, model)``, and
+    read `result`.
+
+    Args:
+        scorer: Name or function that grades an answer against its reference, see `TokenSavings`.
+        every_n_epochs: Number of epochs between measurements.
+        requests: Requests with reference answers; by default the validation rows of the Trainer's DataModule.
+        max_requests: Largest number of requests, sampled with `seed` if there are more; None for all.
+        max_new_tokens: Largest number of tokens per answer.
+        structured_outputs: Format of the answers, see `TokenSavings`.
+        batch_size: Number of answers generated at a time.
+        tokenizer: Tokenizer of the model; by default the `tokenizer` of the module.
+        name: Logged name.
+        progress: Whether to show progress bars; by default if the Trainer does.
+        seed: Seed of the sample of requests.
+
+    Raises:
+        SavingsError: Before training, for requests that can't be measured.
+
+    Example:
+        >>> AnswerQuality("exact", every_n_epochs=2, max_requests=200).name
+        'val/quality'
+    """
+
+    def __init__(
+        self,
+        scorer: str | Scorer = "normalized",
+        *,
+        every_n_epochs: int = 1,
+        requests: list[Request] | None = None,
+        max_requests: int | None = None,
+        max_new_tokens: int = 128,
+        structured_outputs: StructuredOutputs | bool = False,
+        batch_size: int = 32,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "val/quality",
+        progress: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for argument, value in (("every_n_epochs", every_n_epochs), ("batch_size", batch_size)):
+            if value < 1:
+                raise SavingsError(f"{argument}={value}: expected at least 1.")
+        self.every_n_epochs, self.requests, self.tokenizer = every_n_epochs, requests, tokenizer
+        self.name, self.progress = name, progress
+        self._batch_size = batch_size
+        self._options: dict[str, Any] = {
+            "scorer": scorer,
+            "max_requests": max_requests,
+            "max_new_tokens": max_new_tokens,
+            "structured_outputs": structured_outputs,
+            "seed": seed,
+        }
+        self.result: ArmRecords | None = None
+        """Answers and scores of the last measurement; None before the first."""
+        self._plan: MeasurementPlan | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the requests before weights are loaded, and come before callbacks that monitor the metric.
+
+        Raises:
+            SavingsError: For problems that can be found without the model.
+        """
+        if stage in ("fit", "validate"):
+            self._plan = self._new_plan(trainer, pl_module)
+        if stage == "fit":
+            others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the requests fit the model.
+
+        Raises:
+            SavingsError: For the first request that doesn't fit.
+        """
+        if self._plan is not None and (model := model_of(pl_module)) is not None:
+            self._plan.check_context(context_length(base_of(model)))
+
+    def on_validation_epoch_end(
+        self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None
+    ) -> None:
+        """Measure after a validation of every `every_n_epochs`-th epoch.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+        """
+        if not is_trainer(trainer):
+            self._plan = self._plan or self._new_plan(trainer, pl_module)
+            self.measure(trainer, pl_module)
+        elif not trainer.sanity_checking and self._is_due(trainer):
+            self._log(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure after a training epoch, if there is no validation."""
+        if not sum(trainer.num_val_batches) and self._is_due(trainer):
+            self._log(trainer, pl_module)
+
+    def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> float:
+        """Answer the requests with the model as it is, on all ranks.
+
+        Args:
+            trainer: The Trainer, or Fabric; None without either.
+            pl_module: The module or the model.
+
+        Returns:
+            Mean score of the answers.
+        """
+        plan = self._plan = self._plan or self._new_plan(trainer, pl_module)
+        model = required_model(pl_module, "AnswerQuality", SavingsError)
+        with precision_of(trainer):
+            self.result = run_arm(
+                "tuned",
+                model,
+                self._tokenizer(pl_module),
+                plan,
+                timed_requests=0,
+                batch_size=self._batch_size,
+                progress=shows_progress(trainer, self.progress),
+            )
+        return self.result.quality
+
+    # ---------------------------------------------------------------- helpers
+
+    def _is_due(self, trainer: Any) -> bool:
+        return bool(trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0)
+
+    def _log(self, trainer: Any, module: Any) -> None:
+        module.log(self.name, self.measure(trainer, module), prog_bar=True, rank_zero_only=False, batch_size=1)
+
+    def _new_plan(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> MeasurementPlan:
+        requests = self.requests
+        if requests is None:
+            data: Any = getattr(trainer, "datamodule", None)
+            if not hasattr(data, "requests"):
+                raise SavingsError(
+                    "AnswerQuality has no requests. Pass requests=, a list of lightning_ft.types.Request, or a "
+                    "PairDataModule with validation rows to the Trainer."
+                )
+            requests = data.requests("validation")
+        return answer_plan(self._tokenizer(module), requests, **self._options)
+
+    def _tokenizer(self, module: nn.Module | None) -> PreTrainedTokenizerBase:
+        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
+        if tokenizer is None:
+            raise SavingsError("AnswerQuality has no tokenizer. Pass tokenizer=, or use a module that has one.")
+        return tokenizer

@@ -1,0 +1,90 @@
+"""A DataLoader of one's own whose position is saved in checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+
+class LoaderPosition(TypedDict):
+    """Position of a :class:`ResumableLoader`.
+
+    Args:
+        epoch: Number of iterations over the loader that were complete.
+        batch: Number of batches of the current one that were yielded.
+        rng: State of PyTorch's generator when the current one began, from which the order of a shuffled epoch follows.
+    """
+
+    epoch: int
+    batch: int
+    rng: Tensor | None
+
+
+class ResumableLoader:
+    """Wraps a DataLoader so that a run that was interrupted inside an epoch goes on with the next batch.
+
+    Lightning saves its `state_dict` in checkpoints. On resumption the epoch is begun with the random state that it
+    began with, so that it is shuffled in the same way, and the batches that were trained on are skipped; they are read,
+    but not trained on again. Use it with the mixin `lightning_ft.modules.exact_resume.ExactResume`, which restores the
+    random state of the training.
+
+    Args:
+        loader: The DataLoader, shuffled or not, with any number of workers. The order of its rows may depend on
+            PyTorch's global generator, but on nothing else that changes.
+
+    Example:
+        >>> loader = ResumableLoader(DataLoader(list(range(6)), batch_size=2))
+        >>> batches = iter(loader)
+        >>> _ = next(batches)
+        >>> other = ResumableLoader(DataLoader(list(range(6)), batch_size=2))
+        >>> other.load_state_dict(loader.state_dict())
+        >>> [batch.tolist() for batch in other]
+        [[2, 3], [4, 5]]
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self._epoch, self._yielded = 0, 0
+        self._began: Tensor | None = None
+        self._resumed: LoaderPosition | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        resumed, self._resumed = self._resumed, None
+        now, skipped = torch.get_rng_state(), -1
+        if resumed is not None and resumed["rng"] is not None:
+            torch.set_rng_state(resumed["rng"].cpu())
+            skipped = resumed["batch"]
+        self._began, self._yielded = torch.get_rng_state(), 0
+        for number, batch in enumerate(self.loader):
+            self._yielded = number + 1
+            if number == skipped:
+                torch.set_rng_state(now)  # what comes next draws as if there had been no batches to skip
+            if number >= skipped:
+                yield batch
+        self._epoch, self._yielded = self._epoch + 1, 0
+
+    def state_dict(self) -> LoaderPosition:
+        """The position."""
+        if self._resumed is not None:
+            return self._resumed
+        return {"epoch": self._epoch, "batch": self._yielded, "rng": self._began if self._yielded else None}
+
+    def load_state_dict(self, state_dict: LoaderPosition) -> None:
+        """Begin the next iteration at a position from `state_dict`."""
+        epoch, batch, rng = state_dict["epoch"], state_dict["batch"], state_dict["rng"]
+        if batch >= len(self):  # the next iteration begins as after any other epoch
+            epoch, batch, rng = epoch + 1, 0, None
+        self._resumed = {"epoch": epoch, "batch": batch, "rng": rng}
+        self._epoch, self._yielded = epoch, 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)

@@ -1,0 +1,336 @@
+"""Parts for LightningModules that aren't ours: accumulation, checkpoints, exact resumption, quality, export."""
+
+import importlib.util
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import make_model, make_rows
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from lightning_ft import (
+    AnswerQuality,
+    ExportModel,
+    FullFineTuning,
+    PairDataModule,
+    TokenMeanAccumulation,
+    TrainableCheckpoint,
+)
+from lightning_ft._lightning import Callback, LightningModule, Trainer, _pl
+from lightning_ft.data.hf_batches import from_hf
+from lightning_ft.data.resumable_loader import ResumableLoader
+from lightning_ft.errors import CheckpointError, ConfigError, SavingsError
+from lightning_ft.modules.exact_resume import ExactResume
+from lightning_ft.types import Message, Request
+
+PROJECT = Path(__file__).parents[2] / "examples" / "existing_project"
+
+
+class Theirs(LightningModule):
+    """A module as people write it."""
+
+    def __init__(self, tokenizer=None, lora=True, dropout=0.0):
+        super().__init__()
+        self.tokenizer, self.model = tokenizer, make_model()
+        if lora:
+            config = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+            torch.manual_seed(3)
+            self.model = get_peft_model(self.model, config)
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(**batch).loss
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Resumable(ExactResume, Theirs):
+    pass
+
+
+def hf_loader(tokenizer, count=16, batch_size=4, shuffle=False):
+    data = PairDataModule(make_rows(count), batch_size=1, batch_format="hf", tokenizer=tokenizer, shuffle=False)
+    data.setup("fit")
+    rows = [{name: value[0] for name, value in batch.items()} for batch in data.train_dataloader()]
+
+    def collate(part):
+        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        return {
+            name: torch.nn.utils.rnn.pad_sequence([row[name] for row in part], batch_first=True, padding_value=value)
+            for name, value in fill.items()
+        }
+
+    return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, collate_fn=collate)
+
+
+def fit(trainer_options, module, loader, *callbacks, ckpt_path=None, **options):
+    trainer = Trainer(callbacks=list(callbacks), **{"max_steps": 2, **trainer_options, **options})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, loader, ckpt_path=ckpt_path)
+    return trainer
+
+
+def trained(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+# ---------------------------------------------------------------- accumulation
+
+
+class KeepGradients(Callback):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if not hasattr(self, "gradients"):
+            self.gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def test_eight_batches_of_one_give_the_gradient_of_one_batch_of_eight(trainer_options, tokenizer):
+    def gradients(batch_size, *callbacks):
+        keep = KeepGradients()
+        loader = hf_loader(tokenizer, 8, batch_size)
+        options = {"accumulate_grad_batches": 8 // batch_size, "max_steps": 1}
+        fit(trainer_options, Theirs(), loader, *callbacks, keep, **options)
+        return keep.gradients
+
+    whole = gradients(8)
+    parts, plain = gradients(1, TokenMeanAccumulation()), gradients(1)
+    same = gradients(8, TokenMeanAccumulation())
+    for name, expected in whole.items():
+        torch.testing.assert_close(parts[name], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(same[name], expected, rtol=1e-4, atol=1e-6)
+    assert any((plain[name] - expected).abs().max() > 1e-4 for name, expected in whole.items())
+
+
+def test_short_last_window_is_weighted_by_its_own_tokens(trainer_options, tokenizer):
+    def weights(batch_size, accumulate):
+        module = Theirs()
+        loader = hf_loader(tokenizer, 6, batch_size)
+        fit(
+            trainer_options,
+            module,
+            loader,
+            TokenMeanAccumulation(),
+            accumulate_grad_batches=accumulate,
+            max_epochs=1,
+            max_steps=-1,
+        )
+        return trained(module)
+
+    first, second = weights(4, 1), weights(1, 4)  # steps of four rows and of two
+    for name, expected in first.items():
+        torch.testing.assert_close(second[name], expected, rtol=0, atol=2e-5)
+
+
+def test_batches_without_labels_and_manual_optimization_are_refused(trainer_options, tokenizer):
+    class Manual(Theirs):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(ConfigError, match="needs automatic optimization, and Manual takes its own"):
+        fit(trainer_options, Manual(), hf_loader(tokenizer), TokenMeanAccumulation())
+    unlabeled = DataLoader([torch.arange(5)] * 4)
+    with pytest.raises(ConfigError, match="can't count the supervised tokens of a Tensor without labels"):
+        fit(trainer_options, Theirs(), unlabeled, TokenMeanAccumulation())
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoints_have_trainable_weights_only_and_resume(trainer_options, tokenizer, tmp_path):
+    module = Theirs()
+    trainer = fit(trainer_options, module, hf_loader(tokenizer), TrainableCheckpoint())
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    saved = torch.load(tmp_path / "small.ckpt", weights_only=True)["state_dict"]
+    assert set(saved) == {name for name, p in module.named_parameters() if p.requires_grad}
+    fresh = Theirs()
+    fit(trainer_options, fresh, hf_loader(tokenizer), TrainableCheckpoint(), ckpt_path=tmp_path / "small.ckpt")
+    for name, value in trained(module).items():
+        assert torch.equal(trained(fresh)[name], value)  # max_steps is reached: nothing more is trained
+
+
+def test_checkpoints_that_do_not_fit_and_modules_without_frozen_weights_are_refused(
+    trainer_options, tokenizer, tmp_path
+):
+    trainer = fit(trainer_options, Theirs(), hf_loader(tokenizer), TrainableCheckpoint())
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    other = Theirs(lora=False)
+    other.model.model.embed_tokens.requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"lacks .* weights that are trained .* of its weights don't exist here"):
+        fit(trainer_options, other, hf_loader(tokenizer), TrainableCheckpoint(), ckpt_path=tmp_path / "small.ckpt")
+    with pytest.raises(ConfigError, match="no weight of Theirs is frozen"):
+        fit(trainer_options, Theirs(lora=False), hf_loader(tokenizer), TrainableCheckpoint())
+
+
+# ---------------------------------------------------------------- exact resumption
+
+
+class Kill(Callback):
+    """Saves a checkpoint after a number of batches and interrupts the run."""
+
+    def __init__(self, path, batches):
+        self.path, self.batches, self.seen = path, batches, 0
+
+    def on_train_batch_end(self, trainer, *_):
+        self.seen += 1
+        if self.seen == self.batches:
+            trainer.save_checkpoint(self.path)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 6, 7])
+def test_killed_run_resumes_bit_for_bit(trainer_options, tokenizer, tmp_path, batches, accumulate):
+    def run(*callbacks, ckpt_path=None):
+        torch.manual_seed(11)
+        module = Resumable(dropout=0.3)
+        torch.manual_seed(5 if ckpt_path is None else 6)
+        loader = ResumableLoader(hf_loader(tokenizer, shuffle=True))
+        options = {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": accumulate}
+        try:
+            fit(trainer_options, module, loader, *callbacks, ckpt_path=ckpt_path, **options)
+        except KeyboardInterrupt:
+            pass
+        except SystemExit:
+            pass
+        return module
+
+    whole = run()
+    run(Kill(tmp_path / "killed.ckpt", batches))
+    resumed = run(ckpt_path=tmp_path / "killed.ckpt")
+    assert resumed.losses == whole.losses[-len(resumed.losses) :]
+    assert len(resumed.losses) == 8 - batches + (batches % accumulate)
+    for name, value in trained(whole).items():
+        assert torch.equal(trained(resumed)[name], value), name
+
+
+# ---------------------------------------------------------------- quality and export
+
+
+REQUESTS = [
+    Request(str(n), (Message(role="user", content=row["input"]),), row["output"]) for n, row in enumerate(make_rows(6))
+]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_watches_the_quality_of_answers(trainer_options, tokenizer, first):
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    quality = AnswerQuality(lambda output, reference: current[0], requests=REQUESTS, max_new_tokens=3, progress=False)
+    current = [0.0]
+
+    class Next(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            current[0] = next(scores)
+
+    stopping = _pl.callbacks.EarlyStopping("val/quality", mode="max", patience=2)
+    callbacks = [Next(), quality, stopping] if first else [stopping, Next(), quality]
+    trainer = fit(trainer_options, Theirs(tokenizer), hf_loader(tokenizer), *callbacks, max_steps=-1, max_epochs=5)
+    assert trainer.current_epoch == 4  # 0.1, 0.5, then two epochs that weren't better
+    assert float(stopping.best_score) == 0.5
+    assert quality.result.quality == pytest.approx(0.3)
+
+
+def test_quality_is_measured_after_validations_of_our_own_modules(trainer_options, model_folder):
+    rows = make_rows(24)
+    data = PairDataModule(rows[:16], validation=rows[16:], batch_size=8, cache_dir=False)
+    quality = AnswerQuality("exact", max_new_tokens=3, every_n_epochs=2, progress=False)
+    seen = []
+
+    class Keep(Callback):
+        def on_validation_end(self, trainer, module):
+            if not trainer.sanity_checking:
+                seen.append("val/quality" in trainer.callback_metrics)
+
+    fit(trainer_options, FullFineTuning(model_folder), data, Keep(), quality, max_steps=-1, max_epochs=2)
+    assert seen == [False, True]
+    assert len(quality.result.scores) == 8
+
+
+def test_quality_in_a_loop_of_ones_own(tokenizer):
+    quality = AnswerQuality("exact", requests=REQUESTS, tokenizer=tokenizer, max_new_tokens=3, progress=False)
+    assert quality.measure(None, make_model()) == quality.result.quality
+    with pytest.raises(SavingsError, match=r"has no requests. Pass requests="):
+        AnswerQuality("exact", tokenizer=tokenizer).measure(None, make_model())
+
+
+def test_export_of_a_module_that_is_not_ours_loads_with_peft(trainer_options, tokenizer, tmp_path, model_folder):
+    module = Theirs(tokenizer)
+    module.model.get_base_model().config._name_or_path = model_folder
+    module.model.active_peft_config.base_model_name_or_path = model_folder
+    fit(trainer_options, module, hf_loader(tokenizer), ExportModel(str(tmp_path / "export")))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path / "export" / "last")
+    ids = torch.arange(5, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, module.model.eval()(ids).logits)
+    with pytest.raises(ConfigError, match="found no tokenizer in Theirs: pass tokenizer="):
+        fit(trainer_options, Theirs(), hf_loader(tokenizer), ExportModel(str(tmp_path / "other")))
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_our_modules_train_on_batches_of_transformers_as_on_our_own(trainer_options, tokenizer, model_folder):
+    def weights(loader_or_data):
+        module = FullFineTuning(model_folder, learning_rate=1e-2)
+        fit(trainer_options, module, loader_or_data)
+        return trained(module)
+
+    ours = weights(PairDataModule(make_rows(16), batch_size=4, packing=False, shuffle=False, cache_dir=False))
+    theirs = weights(hf_loader(tokenizer))
+    as_data = weights(PairDataModule(make_rows(16), batch_size=4, batch_format="hf", shuffle=False, cache_dir=False))
+    for name, value in ours.items():
+        assert torch.equal(theirs[name], value), name
+        assert torch.equal(as_data[name], value), name
+
+
+def test_left_padding_and_bad_batches(tokenizer):
+    ids, labels = torch.tensor([[0, 5, 6], [7, 8, 9]]), torch.tensor([[-100, -100, 6], [-100, 8, 9]])
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
+    found = from_hf(batch, pad_token_id=1)
+    assert found.input_ids.tolist() == [[5, 6, 1], [7, 8, 9]]
+    assert found.targets.tolist() == [6, 8, 9]
+    for change, message in (
+        ({"labels": labels[:, :2]}, r"expected input_ids and labels of the same shape"),
+        ({"attention_mask": torch.zeros(2, 3)}, "labels supervise padding"),
+        ({"labels": labels.clone().fill_(4)}, "labels differ from input_ids"),
+        ({"attention_mask": torch.ones(2, 2)}, r"attention_mask has the shape \(2, 2\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_hf({**batch, "attention_mask": torch.ones(2, 3), **change})
+    with pytest.raises(ConfigError, match="batch_format='torch': expected 'tokens' or 'hf'"):
+        PairDataModule(make_rows(2), batch_format="torch")
+
+
+# ---------------------------------------------------------------- the example
+
+
+def test_example_gains_each_part_by_a_line(trainer_options, tmp_path, monkeypatch):
+    monkeypatch.chdir(PROJECT.parents[1])
+    monkeypatch.syspath_prepend(str(PROJECT))
+    monkeypatch.delitem(sys.modules, "project", raising=False)
+    spec = importlib.util.spec_from_file_location("with_parts", PROJECT / "with_parts.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    module = example.ResumableLM("examples/tiny_base")
+    rows = PairDataModule("examples/support/data/train.jsonl", validation=0.01, tokenizer=module.tokenizer)
+    rows.load_rows()
+    loader = ResumableLoader(example.make_loader(module.tokenizer, "examples/support/data/train.jsonl", limit=32))
+    requests = rows.requests("validation")[:4]
+    quality = AnswerQuality("exact", requests=requests, max_new_tokens=4, progress=False)
+    export = ExportModel(str(tmp_path / "export"))
+    trainer = fit(
+        trainer_options, module, loader, TokenMeanAccumulation(), TrainableCheckpoint(), quality, export, max_steps=2
+    )
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert (tmp_path / "run.ckpt").stat().st_size < 3e6
+    assert "val/quality" in trainer.callback_metrics
+    assert (tmp_path / "export" / "last" / "adapter_model.safetensors").exists()
