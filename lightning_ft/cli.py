@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
 from lightning_ft.arguments import did_you_mean
@@ -119,6 +119,8 @@ class FineTuningTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         merge: bool = False,
         overwrite: bool = False,
+        format: Literal["safetensors", "gguf"] = "safetensors",
+        gguf_dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f16",
     ) -> None:
         """Write a checkpoint as a folder that transformers and PEFT can load.
 
@@ -129,13 +131,15 @@ class FineTuningTrainer(Trainer):
             datamodule: Unused; accepted so that a configuration of `fit` can be reused.
             merge: Whether to merge the adapter into the base weights; refused if this would change greedy output.
             overwrite: Whether to write into a folder that isn't empty.
+            format: ``safetensors``, or ``gguf`` for a ``model.gguf`` of llama.cpp, into which an adapter is merged.
+            gguf_dtype: Type of the matrices in it.
         """
         from lightning_ft.modules.base import FineTuning
 
         if not isinstance(model, FineTuning):
             raise ConfigError(f"{type(model).__name__} can't be exported, since it isn't a module of lightning_ft.")
         model.load_checkpoint(ckpt_path)
-        folder = model.export(output, merge=merge, overwrite=overwrite)
+        folder = model.export(output, merge=merge, overwrite=overwrite, format=format, gguf_dtype=gguf_dtype)
         print(printable(f"Exported to {folder}"))
 
 

@@ -13,7 +13,8 @@ from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ExportError
-from lightning_ft.models.export import check_export, check_folder, export
+from lightning_ft.models.export import ExportFormat, check_export, check_folder, export
+from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.models.unwrap import required_model
 from lightning_ft.modules.base import FineTuning
@@ -31,6 +32,8 @@ class ExportModel(EndOfTraining):
         merge: Whether to merge the adapter into the base weights; refused if this would change greedy output.
         best: Whether to export the best checkpoint too.
         overwrite: Whether to write into folders that aren't empty.
+        format: ``safetensors``, or ``gguf`` for a ``model.gguf`` of llama.cpp, into which an adapter is merged.
+        gguf_dtype: Type of the matrices in it: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
         tokenizer: Tokenizer to export with the model of a module that isn't this package's; by default the module's
             `tokenizer`.
 
@@ -54,11 +57,13 @@ class ExportModel(EndOfTraining):
         merge: bool = False,
         best: bool = True,
         overwrite: bool = False,
+        format: ExportFormat = "safetensors",
+        gguf_dtype: GGUFType = "f16",
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
         self.output, self.merge, self.best, self.overwrite = output, merge, best, overwrite
-        self.tokenizer = tokenizer
+        self.tokenizer, self.format, self.gguf_dtype = tokenizer, format, gguf_dtype
         self.exported: dict[str, Path] = {}
         self.error: ExportError | None = None
         """Error of the first export that failed; None if none failed."""
@@ -66,9 +71,10 @@ class ExportModel(EndOfTraining):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that the exports are possible."""
         if isinstance(pl_module, FineTuning):
-            pl_module.check_export(merge=self.merge)
+            pl_module.check_export(merge=self.merge, format=self.format)
         else:
-            check_export(required_model(pl_module, "ExportModel", ConfigError), merge=self.merge)
+            model = required_model(pl_module, "ExportModel", ConfigError)
+            check_export(model, merge=self.merge, format=self.format)
             self._tokenizer(pl_module)
         self.error = None
         folder, reason = self._folder(trainer), None
@@ -118,16 +124,21 @@ class ExportModel(EndOfTraining):
 
     def _export(self, trainer: Trainer, module: LightningModule, part: str) -> None:
         folder = self._folder(trainer) / part
+        options: dict[str, Any] = {
+            "merge": self.merge,
+            "overwrite": self.overwrite,
+            "format": self.format,
+            "gguf_dtype": self.gguf_dtype,
+        }
         if isinstance(module, FineTuning):
-            self.exported[part] = module.export(folder, merge=self.merge, overwrite=self.overwrite)
+            self.exported[part] = module.export(folder, **options)
         else:
             self.exported[part] = export(
                 required_model(module, "ExportModel", ConfigError),
                 self._tokenizer(module),
                 folder,
-                merge=self.merge,
-                overwrite=self.overwrite,
                 write=trainer.is_global_zero,
+                **options,
             )
         rank_zero_info(f"Exported the {part} weights to {folder}")
 

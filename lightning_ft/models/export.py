@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,6 +19,7 @@ from lightning_ft.errors import ExportError, TokenizerError
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adapter_export import check_adapter_export, save_adapter
 from lightning_ft.models.generate import end_token_ids
+from lightning_ft.models.gguf_export import GGUFType, check_gguf, export_gguf
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.lora_checks import check_merge
 from lightning_ft.models.merge import merged
@@ -29,7 +30,10 @@ from lightning_ft.models.shard import is_sharded
 _FIRST_READ = ("config.json", "adapter_config.json")
 """Files that transformers and PEFT look for first: without them a folder can't be loaded."""
 
+ExportFormat = Literal["safetensors", "gguf"]
+
 _WRITTEN = (
+    "*.gguf",
     "*.safetensors",
     "*.safetensors.index.json",
     "pytorch_model*",
@@ -57,6 +61,8 @@ def export(
     overwrite: bool = False,
     write: bool = True,
     base_options: BaseOptions | None = None,
+    format: ExportFormat = "safetensors",
+    gguf_dtype: GGUFType = "f16",
 ) -> Path:
     """Write an adapter or model folder with the tokenizer, its chat template, end tokens and a model card.
 
@@ -77,6 +83,9 @@ def export(
         write: False on ranks that only take part in gathering the weights of a sharded model.
         base_options: Arguments that the base was loaded with, for the model card's code: `revision`,
             `trust_remote_code`, `dtype`, `quantization`.
+        format: ``safetensors``, or ``gguf`` for a single ``model.gguf`` (an adapter is merged), see
+            :func:`lightning_ft.models.gguf_export.export_gguf`.
+        gguf_dtype: Type of the matrices in it: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
 
     Returns:
         `folder`.
@@ -86,7 +95,8 @@ def export(
             names, or the merged model's greedy output differs.
     """
     path, options = Path(folder), base_options or {}
-    check_export(model, merge=merge, initial=initial)
+    merge = merge or format == "gguf"
+    check_export(model, merge=merge, initial=initial, format=format)
     _refuse_nonfinite(model, merge=merge)
     gathered = {} if not is_sharded(model) else {"state_dict": _gathered(model)}
     if not write:
@@ -95,6 +105,10 @@ def export(
     base = base_of(model)
     ends = _ends(model, tokenizer) if base.can_generate() else []
     with _written_aside(path) as aside:
+        if format == "gguf":
+            whole = merged(model, check_prompts) if isinstance(model, PeftModel) else model
+            export_gguf(whole, tokenizer, aside, dtype=gguf_dtype)
+            return path
         if isinstance(model, PeftModel) and not merge:
             save_adapter(model, aside, initial=initial, revision=options.get("revision"), **gathered)
         else:
@@ -109,17 +123,28 @@ def export(
     return path
 
 
-def check_export(model: CausalLM, *, merge: bool, initial: InitialAdapter | None = None) -> None:
+def check_export(
+    model: CausalLM, *, merge: bool, initial: InitialAdapter | None = None, format: ExportFormat = "safetensors"
+) -> None:
     """Refuse a model that can't be exported, before training if possible. Call it on all ranks.
 
     Args:
         model: The model, before or after training.
         merge: Whether the adapter will be folded into the base weights.
         initial: The adapter as initialized, if that changed the base weights.
+        format: ``safetensors`` or ``gguf``.
 
     Raises:
         ExportError: With the reason and the alternative.
+        MissingDependencyError: If `gguf` is needed and isn't installed.
     """
+    if format not in get_args(ExportFormat):
+        raise ExportError(f"format={format!r}: expected {' or '.join(map(repr, get_args(ExportFormat)))}.")
+    if format == "gguf":
+        if is_sharded(model):
+            raise ExportError("A sharded model can't be exported as GGUF: run `lightning-ft export` on its checkpoint.")
+        check_gguf(base_of(model))
+        merge = True
     adapted = isinstance(model, PeftModel)
     if is_sharded(model) and adapted and (merge or initial is not None):
         raise ExportError(

@@ -23,8 +23,9 @@ from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.adapter_export import check_base
 from lightning_ft.models.backbone import Backbone
-from lightning_ft.models.export import check_export, export
+from lightning_ft.models.export import ExportFormat, check_export, export
 from lightning_ft.models.generate import generate_text
+from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.head import CausalLM, Reduction, base_of
 from lightning_ft.models.load import LoadOptions, load_causal_lm
 from lightning_ft.models.logprob_model import LogProbModel, LogProbOptions
@@ -456,13 +457,23 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 
-    def export(self, folder: str | Path, *, merge: bool = False, overwrite: bool = False) -> Path:
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        merge: bool = False,
+        overwrite: bool = False,
+        format: ExportFormat = "safetensors",
+        gguf_dtype: GGUFType = "f16",
+    ) -> Path:
         """Write a folder that plain transformers (and PEFT) load; on several ranks, call it on all of them.
 
         Args:
             folder: Folder to write.
             merge: Fold an adapter into the base weights; refused where greedy output would change.
             overwrite: Write into a folder that isn't empty.
+            format: ``safetensors``, or ``gguf`` for a ``model.gguf`` of llama.cpp, into which an adapter is merged.
+            gguf_dtype: Type of the matrices in it: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
 
         Returns:
             The folder.
@@ -481,16 +492,19 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
             initial=self._initial,
             write=self._trainer is None or self._trainer.is_global_zero,
             base_options=self.model_options.card_options(),
+            format=format,
+            gguf_dtype=gguf_dtype,
         )
 
-    def check_export(self, *, merge: bool = False) -> None:
+    def check_export(self, *, merge: bool = False, format: ExportFormat = "safetensors") -> None:
         """Refuse an export that would fail, as far as that is known before training; call it on all ranks.
 
         Args:
             merge: Whether the adapter will be folded into the base weights.
+            format: Format of the export, as in :meth:`export`.
 
         Raises:
             ExportError: With what to do instead.
         """
         self.configure_model()
-        check_export(self.model, merge=merge, initial=self._initial)
+        check_export(self.model, merge=merge, initial=self._initial, format=format)
