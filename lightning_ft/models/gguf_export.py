@@ -22,6 +22,7 @@ from lightning_ft.errors import ExportError, MissingDependencyError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import input_device
 from lightning_ft.models.load import context_length
+from lightning_ft.read_errors import first_line
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -100,11 +101,11 @@ def export_gguf(
         values = weight.detach().cpu().float().numpy()
         if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
             values = _reordered(values, _heads(model, queries=".q_proj." in name))
-        kind = gguf.GGMLQuantizationType[("f32" if values.ndim == 1 else dtype).upper()]
-        if kind == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:  # blocks of 32 values
-            kind = gguf.GGMLQuantizationType.F16
-        stored = values if kind == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(values, kind)
-        writer.add_tensor(target, stored, raw_dtype=kind)
+        tensor_type = gguf.GGMLQuantizationType[("f32" if values.ndim == 1 else dtype).upper()]
+        if tensor_type == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:  # blocks of 32 values
+            tensor_type = gguf.GGMLQuantizationType.F16
+        stored = values if tensor_type == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(values, tensor_type)
+        writer.add_tensor(target, stored, raw_dtype=tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -113,10 +114,10 @@ def export_gguf(
 
 
 def _architecture(model: PreTrainedModel) -> str:
-    kind = str(model.config.model_type)
-    if kind not in _ARCHITECTURES:
+    model_type = str(model.config.model_type)
+    if model_type not in _ARCHITECTURES:
         raise ExportError(
-            f"A GGUF export supports {', '.join(_ARCHITECTURES)}; {type(model).__name__} is {kind!r}. Export the "
+            f"A GGUF export supports {', '.join(_ARCHITECTURES)}; {type(model).__name__} is {model_type!r}. Export the "
             "folder, and convert it with llama.cpp's convert_hf_to_gguf.py."
         )
     rope = dict(getattr(model.config, "rope_parameters", None) or {})
@@ -128,7 +129,7 @@ def _architecture(model: PreTrainedModel) -> str:
     window = getattr(model.config, "sliding_window", None)
     if window and getattr(model.config, "use_sliding_window", True) and window < model.config.max_position_embeddings:
         raise ExportError(f"A GGUF export doesn't write attention windows (sliding_window={window:,}).")
-    return _ARCHITECTURES[kind]
+    return _ARCHITECTURES[model_type]
 
 
 def _heads(model: PreTrainedModel, *, queries: bool) -> int:
@@ -184,14 +185,14 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, model
     import gguf
 
     core = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {}
-    kind = core.get("model", {}).get("type")
+    encoding = core.get("model", {}).get("type")
     steps = core.get("pre_tokenizer") or {}
     parts: Sequence[Mapping[str, Any]] = steps.get("pretokenizers", [steps])
-    byte_level = kind == "BPE" and any(part.get("type") == "ByteLevel" for part in parts)
+    byte_level = encoding == "BPE" and any(part.get("type") == "ByteLevel" for part in parts)
     if not byte_level or (core.get("normalizer") or {}).get("type") not in (None, "NFC"):
         raise ExportError(
-            f"A GGUF export writes byte-level BPE tokenizers; this one is {kind or type(tokenizer).__name__}. Convert "
-            "the exported folder with llama.cpp's convert_hf_to_gguf.py."
+            f"A GGUF export writes byte-level BPE tokenizers; this one is {encoding or type(tokenizer).__name__}. "
+            "Convert the exported folder with llama.cpp's convert_hf_to_gguf.py."
         )
     if any(part.get("add_prefix_space") for part in parts):
         raise ExportError(
@@ -253,7 +254,13 @@ def _compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: P
                 f"The tokenizer of {path.name} encodes {text!r} as {found[:8]}... instead of {expected[:8]}..., so it "
                 "would misread requests. Convert the exported folder with llama.cpp's convert_hf_to_gguf.py."
             )
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    try:
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    except (RuntimeError, ValueError, KeyError) as error:  # transformers doesn't read every size of an architecture
+        raise ExportError(
+            f"transformers can't read {path.name} back, so it isn't known whether its answers are right: "
+            f"{first_line(error)}. Export the folder."
+        ) from error
     agreed = total = 0
     with evaluating(model):
         for text in _TEXTS:

@@ -41,7 +41,7 @@ MODELS = {
     "llama untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False, head_dim=32)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=128, tie_word_embeddings=True)),
 }
 
 
@@ -100,9 +100,9 @@ def test_tokenizer_and_template_are_in_the_file(tmp_path):
     assert (read.eos_token, read.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
 
 
-@pytest.mark.parametrize("kind", [LoRAFineTuning, FullFineTuning])
-def test_modules_and_callback_export_it(model_folder, tmp_path, trainer_options, kind):
-    module = kind(model_folder, dtype="float32", learning_rate=1e-2)
+@pytest.mark.parametrize("module_type", [LoRAFineTuning, FullFineTuning])
+def test_modules_and_callback_export_it(model_folder, tmp_path, trainer_options, module_type):
+    module = module_type(model_folder, dtype="float32", learning_rate=1e-2)
     data = PairDataModule(make_rows(16), batch_size=8, cache_dir=False)
     export = ExportModel(str(tmp_path / "out"), format="gguf", gguf_dtype="f32")
     with warnings.catch_warnings():
@@ -142,5 +142,8 @@ def test_what_cannot_be_written_is_refused(model_folder, tmp_path, trainer_optio
         export_gguf(make_model(), spaced, tmp_path)
     with pytest.raises(ExportError, match="dtype='int4': a GGUF export writes f32, f16, bf16, q8_0"):
         export_gguf(make_model(), tokenizer, tmp_path, dtype="int4")
+    unread = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32))  # transformers reads Qwen3 with 128 only
+    with pytest.raises(ExportError, match=r"transformers can't read model.gguf back"):
+        export_gguf(unread, tokenizer_of("qwen3"), tmp_path)
     with pytest.raises(ExportError, match="format='onnx': expected 'safetensors' or 'gguf'"):
         FullFineTuning(model_folder).export(tmp_path / "x", format="onnx")
