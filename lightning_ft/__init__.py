@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_ft.data.prompt_baseline import PromptBaseline
     from lightning_ft.data.prompts import PromptDataModule
     from lightning_ft.evaluation.savings.arithmetic import Prices
+    from lightning_ft.evaluation.savings.endpoint import Endpoint
     from lightning_ft.modules.distillation import PromptDistillation
     from lightning_ft.modules.dpo import DPO
     from lightning_ft.modules.grpo import GRPO
@@ -50,6 +51,7 @@ _HOME = {
     "TokenSavings": "lightning_ft.callbacks.token_savings",
     "PromptBaseline": "lightning_ft.data.prompt_baseline",
     "Prices": "lightning_ft.evaluation.savings.arithmetic",
+    "Endpoint": "lightning_ft.evaluation.savings.endpoint",
     "Retention": "lightning_ft.callbacks.retention",
     "RetentionFrontier": "lightning_ft.callbacks.frontier",
     "ComputeMeter": "lightning_ft.callbacks.compute",
@@ -75,6 +77,7 @@ __all__ = [
     "TokenSavings",
     "PromptBaseline",
     "Prices",
+    "Endpoint",
     "Retention",
     "RetentionFrontier",
     "ComputeMeter",

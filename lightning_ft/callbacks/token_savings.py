@@ -18,6 +18,7 @@ from lightning_ft.data.splits import Splits
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.cost import Prices
+from lightning_ft.evaluation.savings.endpoint import Endpoint
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, check_numbers
 from lightning_ft.evaluation.savings.overlap import TrainRows
 from lightning_ft.evaluation.savings.result import SavingsResult
@@ -48,6 +49,9 @@ class TokenSavings(MeasuringCallback):
         margin: Largest acceptable loss of quality, chosen beforehand: 0.02 for two percentage points.
         min_quality: Quality below which an arm is of no use. By default the prompted arm must be shown to be better
             than the untuned one, and than always giving the most frequent reference; if it isn't, the verdict is VOID.
+        endpoint: Endpoint that answers in the prompted arm: the model that you pay for now, with your prompt, against
+            the tuned one. Its tokens are those that it counts; pass its prices as `input`, `cached_input` and `output`,
+            and those of the tuned model as `tuned_input` and so on. By default the original weights answer.
         prices: Prices of tokens and of training.
         split: Split of the DataModule to measure on. Without test rows, validation rows are used; never training rows.
         requests: Requests to measure on, instead of those of the DataModule.
@@ -86,6 +90,7 @@ class TokenSavings(MeasuringCallback):
         self,
         baseline: PromptBaseline | str | Path | None = None,
         *,
+        endpoint: Endpoint | None = None,
         scorer: str | Scorer = "normalized",
         margin: float = 0.02,
         min_quality: float | None = None,
@@ -131,6 +136,7 @@ class TokenSavings(MeasuringCallback):
         self.split, self.requests, self.train_rows, self.tokenizer = split, requests, train_rows, tokenizer
         self.every_n_epochs, self.output_dir, self.progress, self.name = every_n_epochs, output_dir, progress, name
         self._options: dict[str, Any] = {
+            "endpoint": endpoint,
             "scorer": scorer,
             "margin": margin,
             "min_quality": min_quality,

@@ -98,7 +98,7 @@ def run_arm(
         ids=tuple(r.id for r in plan.requests),
         input_tokens=tuple(map(len, arm.prompts)),
         output_tokens=tuple(len(c.tokens) for c in completions),
-        scores=_scores(plan, outputs),
+        scores=graded(plan, outputs),
         truncated=tuple(c.truncated for c in completions),
         cached_prefix_tokens=(arm.prefix_length,) * n,
         clusters=tuple(clusters) if any(r.cluster is not None for r in plan.requests) else (),
@@ -125,7 +125,7 @@ def constant_scores(plan: MeasurementPlan) -> tuple[float, ...] | None:
         A score per request; None if every reference appears only once.
     """
     answer, count = Counter(request.reference for request in plan.requests).most_common(1)[0]
-    return _scores(plan, [answer] * len(plan.requests)) if count > 1 else None
+    return graded(plan, [answer] * len(plan.requests)) if count > 1 else None
 
 
 def _gather(answer: Callable[[], Sequence[Completion]], mine: Sequence[int], ranks: int) -> list[Completion]:
@@ -144,7 +144,7 @@ def _gather(answer: Callable[[], Sequence[Completion]], mine: Sequence[int], ran
     return [answered[i] for i in sorted(answered)]
 
 
-def _scores(plan: MeasurementPlan, outputs: Sequence[str]) -> tuple[float, ...]:
+def graded(plan: MeasurementPlan, outputs: Sequence[str]) -> tuple[float, ...]:
     """Grade the answers on rank 0 and broadcast the scores, or the error, which all ranks then raise.
 
     If rank 0 raised alone, the others would wait for it in the broadcast.

@@ -18,6 +18,7 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.arms import constant_scores, run_arm
 from lightning_ft.evaluation.savings.cost import Prices
+from lightning_ft.evaluation.savings.endpoint import Endpoint, endpoint_arm
 from lightning_ft.evaluation.savings.gate import check_margin, check_min_quality
 from lightning_ft.evaluation.savings.overlap import TrainRows, request_overlap, training_index
 from lightning_ft.evaluation.savings.plan import measurement_plan
@@ -26,6 +27,7 @@ from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
+from lightning_ft.printable import content_hash
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
@@ -37,6 +39,8 @@ class SavingsMeasurement(CheckedArguments):
         tokenizer: Tokenizer of the model.
         requests: Requests with their reference answers. They must not be training rows.
         baseline: System prompt and few-shot examples that training should make unnecessary.
+        endpoint: Endpoint that answers in the prompted arm, such as the model that you pay for now; by default the
+            original weights do.
         scorer: Name of a scorer (``"exact"``, ``"normalized"``, ``"label"`` or ``"json"``), import path of one, or a
             function ``f(output, reference)`` that returns a score from 0 to 1.
         margin: Largest acceptable loss of quality, between 0 and 1: 0.02 for two points.
@@ -76,6 +80,7 @@ class SavingsMeasurement(CheckedArguments):
         requests: Sequence[Request],
         baseline: PromptBaseline | None,
         *,
+        endpoint: Endpoint | None = None,
         scorer: str | Scorer = "normalized",
         margin: float = 0.02,
         min_quality: float | None = None,
@@ -115,6 +120,7 @@ class SavingsMeasurement(CheckedArguments):
         }
         self.overlap = None if train_rows is None else request_overlap(self.plan.requests, training_index(train_rows))
         """Overlap between requests and training rows; None if the training rows aren't known."""
+        self.endpoint, self._baseline = endpoint, baseline
         self._before: dict[str, ArmRecords] = {}
         self._constant: tuple[float, ...] | None = None
         self._original = ""
@@ -130,7 +136,7 @@ class SavingsMeasurement(CheckedArguments):
         Raises:
             SavingsError: If a request doesn't fit; the message names the first one.
         """
-        self.plan.check_context(context_length(base_of(model)))
+        self.plan.check_context(context_length(base_of(model)), prompted=self.endpoint is None)
 
     def before(self, model: CausalLM) -> None:
         """Measure the prompted and the untuned arm with the original weights; must be called before training.
@@ -140,7 +146,8 @@ class SavingsMeasurement(CheckedArguments):
         """
         self.check_model(model)
         self._original = base_of(model).config._name_or_path or base_of(model).config.model_type
-        self._before = {name: self._arm(name, model) for name in ("prompted", "untuned")}
+        prompted = self._arm("prompted", model) if self.endpoint is None else self._endpoint_arm(self.endpoint)
+        self._before = {"prompted": prompted, "untuned": self._arm("untuned", model)}
         self._constant = constant_scores(self.plan)
 
     def after(self, model: CausalLM, provenance: Mapping[str, object] | None = None) -> SavingsResult:
@@ -176,13 +183,17 @@ class SavingsMeasurement(CheckedArguments):
             result,
             requests=tuple(_last_user_turn(request) for request in requests),
             references=tuple(request.reference for request in requests),
-            warnings=(*result.warnings, *(self.overlap.cluster_warnings if self.overlap is not None else ())),
+            warnings=(
+                *result.warnings,
+                *self._endpoint_warning(),
+                *(self.overlap.cluster_warnings if self.overlap is not None else ()),
+            ),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """State for checkpoints: the arms of the original weights as JSON types, with which a resumed run compares."""
         return {
-            "fingerprint": self.plan.fingerprint,
+            "fingerprint": self._fingerprint,
             "original": self._original,
             "before": {name: arm.to_dict() for name, arm in self._before.items()},
             "constant": None if self._constant is None else list(self._constant),
@@ -194,7 +205,7 @@ class SavingsMeasurement(CheckedArguments):
         Raises:
             SavingsError: If they were measured with other requests, prompts, scorer or `max_new_tokens`.
         """
-        if state["before"] and state["fingerprint"] != self.plan.fingerprint:
+        if state["before"] and state["fingerprint"] != self._fingerprint:
             raise SavingsError(
                 "The checkpoint's prompted arm was measured with other requests, another baseline, scorer, format of "
                 "structured outputs or max_new_tokens. It can't be measured again, since the weights are trained. Use "
@@ -210,12 +221,30 @@ class SavingsMeasurement(CheckedArguments):
     def _arm(self, name: str, model: CausalLM) -> ArmRecords:
         return run_arm(name, model, self.tokenizer, self.plan, **self._run)  # type: ignore[arg-type]
 
+    def _endpoint_arm(self, endpoint: Endpoint) -> ArmRecords:
+        return endpoint_arm(endpoint, self.plan, self._baseline, progress=bool(self._run["progress"]))
+
+    @property
+    def _fingerprint(self) -> str:
+        if self.endpoint is None:
+            return self.plan.fingerprint
+        return content_hash([self.plan.fingerprint, self.endpoint.url, self.endpoint.model])
+
+    def _endpoint_warning(self) -> tuple[str, ...]:
+        if self.endpoint is None:
+            return ()
+        return (
+            f"The prompted arm was answered by {self.endpoint.model} at {self.endpoint.url}, which counts its own "
+            "tokens: where its tokenizer differs, compare costs rather than tokens.",
+        )
+
     def _provenance(self) -> dict[str, object]:
         plan, overlap = self.plan, self.overlap
         return {
             "model": self._original,
             "tokenizer": plan.tokenizer,
             "baseline": plan.baseline_hash,
+            **({} if self.endpoint is None else {"prompted_by": f"{self.endpoint.model} at {self.endpoint.url}"}),
             "measured": plan.fingerprint,
             "requests": len(plan.requests),
             "requests_available": plan.available,

@@ -84,16 +84,19 @@ class MeasurementPlan:
         arms = {} if self.prompted is None else {"prompted": self.prompted}
         return {**arms, "tuned": self.bare}
 
-    def check_context(self, limit: int | None) -> None:
+    def check_context(self, limit: int | None, *, prompted: bool = True) -> None:
         """Check that each prompt and its answer fit into the model's context; prompts are never truncated.
 
         Args:
             limit: Number of tokens in the model's context; None if it is unknown.
+            prompted: Whether the prompted arm is answered by this model.
 
         Raises:
             SavingsError: If a request doesn't fit; the message names the first one.
         """
         for name, arm in self._arms.items():
+            if name == "prompted" and not prompted:
+                continue
             for request, prompt in zip(self.requests, arm.prompts, strict=True):
                 if limit is not None and len(prompt) + self.max_new_tokens > limit:
                     raise SavingsError(
