@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.arguments import CheckedArguments
-from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
-from lightning_ft.errors import SavingsError
+from lightning_ft.callbacks.base import TrainerOrFabric, callbacks_of, is_trainer, precision_of, shows_progress
+from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import MeasurementPlan, answer_plan
 from lightning_ft.evaluation.savings.records import ArmRecords
@@ -35,7 +35,8 @@ class AnswerQuality(CheckedArguments, Callback):
 
     Args:
         scorer: Name or function that grades an answer against its reference, see `TokenSavings`.
-        every_n_epochs: Number of epochs between measurements.
+        every_n_epochs: Number of epochs between measurements. Where EarlyStopping or ModelCheckpoint monitors the
+            metric, leave it out and set the Trainer's `check_val_every_n_epoch`.
         requests: Requests with reference answers; by default the validation rows of the Trainer's DataModule.
         max_requests: Largest number of requests, sampled with `seed` if there are more; None for all.
         max_new_tokens: Largest number of tokens per answer.
@@ -100,11 +101,19 @@ class AnswerQuality(CheckedArguments, Callback):
             trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the requests fit the model.
+        """Check that the requests fit the model, and that what monitors the metric doesn't look more often.
 
         Raises:
             SavingsError: For the first request that doesn't fit.
+            ConfigError: If a callback monitors the metric, which isn't measured in every epoch.
         """
+        monitoring = [c for c in callbacks_of(trainer) if getattr(c, "monitor", None) == self.name]
+        if self.every_n_epochs > 1 and monitoring:
+            raise ConfigError(
+                f"{type(monitoring[0]).__name__} monitors {self.name} in every epoch, and AnswerQuality measures it "
+                f"every {self.every_n_epochs} epochs: an old value would count again. Leave out every_n_epochs, and "
+                f"set check_val_every_n_epoch={self.every_n_epochs} in the Trainer instead."
+            )
         if self._plan is not None and (model := model_of(pl_module)) is not None:
             self._plan.check_context(context_length(base_of(model)))
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
@@ -13,6 +14,7 @@ from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ExportError
+from lightning_ft.models.adapter_export import check_adapter_is_whole_update
 from lightning_ft.models.export import ExportFormat, check_export, check_folder, export
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.shard import is_sharded
@@ -75,6 +77,8 @@ class ExportModel(EndOfTraining):
         else:
             model = required_model(pl_module, "ExportModel", ConfigError)
             check_export(model, merge=self.merge, format=self.format)
+            if isinstance(model, PeftModel) and not self.merge and self.format == "safetensors":
+                check_adapter_is_whole_update(model)
             self._tokenizer(pl_module)
         self.error = None
         folder, reason = self._folder(trainer), None

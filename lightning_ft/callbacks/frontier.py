@@ -34,8 +34,9 @@ class RetentionFrontier(MeasuringCallback):
     One training gives a whole frontier: at a smaller scale the model is closer to the original, so it has forgotten
     less and usually answers a little worse. When training ends, each scale is measured on the validation rows and on
     general texts; the weights are then those of the chosen scale, which `ExportModel` exports and `TokenSavings`
-    measures, whatever the order of the callbacks. Checkpoints keep the trained weights. If no scale is within the
-    budget, the trained weights are kept, and `gate_failed` is True.
+    measures, whatever the order of the callbacks. Checkpoints keep the trained weights, and so does ``best/``, which
+    `ExportModel` makes of one. If no scale is within the budget, the trained weights are kept, and `gate_failed` is
+    True.
 
     Works for a new LoRA adapter and for full fine-tuning, whose original weights it keeps in the memory of the CPU. For
     loops without a Trainer there is `lightning_ft.evaluation.retention.frontier.sweep_scales`.
@@ -136,6 +137,8 @@ class RetentionFrontier(MeasuringCallback):
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            if self._measurement is not None and trainer.global_step > 0:  # the same Trainer continues
+                self._loaded = self.state_dict()
             self._prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
@@ -156,13 +159,19 @@ class RetentionFrontier(MeasuringCallback):
         model = required_model(pl_module, "RetentionFrontier", RetentionError)
         self._plan.check_context(context_length(base_of(model)))
         trained = is_trainer(trainer) and trainer.global_step > 0
-        self._original = self._original_weights(model, pl_module, trained=trained)
+        if trained and self._loaded is None:
+            raise RetentionError(
+                "RetentionFrontier measures from the first step on, and this run has already been trained: put it "
+                "among the callbacks from the start, and begin a new run."
+            )
+        if not (trained and self._original):
+            self._original = self._original_weights(model, pl_module, trained=trained)
         if self._loaded is not None:
             self._measurement.load_state_dict(self._loaded)
             self._loaded = None
         if not self._measurement.has_before:
             with precision_of(trainer):
-                self._measurement.before(model, trained=trained)
+                self._measurement.before(model)
         if isinstance(model, PeftModel) and self._measurement.base_type != "adapter_off":
             raise RetentionError(
                 "The adapter didn't start at zero: it was trained before, or its initialization changed the base "

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.distributed import sum_over_ranks
 from lightning_ft.errors import ConfigError
+from lightning_ft.modules.base import FineTuning
 
 TokenCount = Callable[[Any], int]
 """Function from a batch to its number of supervised tokens."""
@@ -71,8 +72,13 @@ class TokenMeanAccumulation(Callback):
         """Refuse modules that take their own steps.
 
         Raises:
-            ConfigError: For manual optimization.
+            ConfigError: For manual optimization, and for a module of this package, which weights its loss itself.
         """
+        if isinstance(pl_module, FineTuning):
+            raise ConfigError(
+                f"{type(pl_module).__name__} weights its loss by token itself, so TokenMeanAccumulation would do it "
+                "twice: leave the callback out."
+            )
         if not pl_module.automatic_optimization:
             raise ConfigError(
                 f"TokenMeanAccumulation needs automatic optimization, and {type(pl_module).__name__} takes its own "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
+from lightning_ft.callbacks.base import callbacks_of
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import CheckpointError, ConfigError
 
@@ -17,7 +18,7 @@ class TrainableCheckpoint(Callback):
 
     A checkpoint of a LoRA adapter is then as large as the adapter, not as the model: the frozen weights are those that
     the module loads anyway. Buffers are kept. It works in any LightningModule; the modules of this package do it by
-    themselves.
+    themselves. Outside of a Trainer, pass ``strict=False``: ``MyModule.load_from_checkpoint(path, strict=False)``.
 
     Raises:
         CheckpointError: For a checkpoint that lacks a weight that is trained now.
@@ -35,8 +36,13 @@ class TrainableCheckpoint(Callback):
         """Refuse a module without frozen weights, whose checkpoints would not become smaller.
 
         Raises:
-            ConfigError: If nothing is frozen.
+            ConfigError: If nothing is frozen, and for weight averaging.
         """
+        if any(type(c).__name__.endswith("WeightAveraging") for c in callbacks_of(trainer)):
+            raise ConfigError(
+                "TrainableCheckpoint can't be used with WeightAveraging, which saves and loads all weights: leave one "
+                "of them out, or use a module of this package, whose checkpoints average trainable weights only."
+            )
         frozen = _frozen_names(pl_module)
         if not frozen:
             raise ConfigError(

@@ -127,7 +127,10 @@ def _merged(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
     for key, value in other.items():
         name = key.removesuffix("+")
         earlier = merged.get(name)
-        if isinstance(value, Mapping) and isinstance(earlier, Mapping):
+        if isinstance(value, Mapping) and "class_path" in value and isinstance(earlier, Mapping):
+            same = value["class_path"] == earlier.get("class_path")  # arguments belong to their class
+            merged[name] = _merged(earlier, value) if same else dict(value)
+        elif isinstance(value, Mapping) and isinstance(earlier, Mapping):
             merged[name] = _merged(earlier, value)
         elif key != name:
             merged[name] = [*_as_list(earlier), *_as_list(value)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.errors import ConfigError
 
+_KNOWN = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "special_tokens_mask", "length"}
 IGNORED = -100
 """Label of a token that isn't supervised."""
 
@@ -19,7 +20,8 @@ def from_hf(batch: Mapping[str, Tensor], *, pad_token_id: int = 0) -> TokenBatch
 
     Args:
         batch: ``input_ids``, ``int64 [b, s]``, ``labels`` of the same shape with -100 where a token isn't supervised,
-            and ``attention_mask``, ``[b, s]``, with 0 for padding; without one all tokens count.
+            and ``attention_mask``, ``[b, s]``, with 0 for padding; without one all tokens count. Where ``position_ids``
+            begin again within a row, it holds several sequences.
         pad_token_id: Id that shorter rows are padded with.
 
     Raises:
@@ -41,6 +43,12 @@ def from_hf(batch: Mapping[str, Tensor], *, pad_token_id: int = 0) -> TokenBatch
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if real.shape != ids.shape:
         raise ConfigError(f"attention_mask has the shape {tuple(real.shape)}: expected {tuple(ids.shape)}.")
+    if unknown := [name for name, value in batch.items() if isinstance(value, Tensor) and name not in _KNOWN]:
+        raise ConfigError(
+            f"A batch has {unknown[0]!r}, which these modules don't pass to the model: leave it out, or train with a "
+            "module of your own."
+        )
+    positions = batch.get("position_ids")
     supervised = labels != IGNORED
     if bool((supervised & ~real).any()):
         raise ConfigError("labels supervise padding: set them to -100 where attention_mask is 0.")
@@ -49,9 +57,15 @@ def from_hf(batch: Mapping[str, Tensor], *, pad_token_id: int = 0) -> TokenBatch
             "labels differ from input_ids at supervised tokens: pass labels that are not shifted, as the models of "
             "transformers take them."
         )
-    examples = [
-        Example(row[kept].cpu(), which[kept].cpu()) for row, which, kept in zip(ids, supervised, real, strict=True)
-    ]
+    examples = []
+    for number, kept in enumerate(real):
+        row, which = ids[number][kept].cpu(), supervised[number][kept].cpu()
+        starts = [0]
+        if positions is not None:  # rows that were packed: positions begin again
+            within = positions.expand_as(ids)[number][kept].tolist()
+            starts += [i for i in range(1, len(within)) if within[i] <= within[i - 1]]
+        for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
+            examples.append(Example(row[start:stop], which[start:stop]))
     return collate_examples(examples, packing=False, pad_token_id=pad_token_id).to(ids.device)
 
 

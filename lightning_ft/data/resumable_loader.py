@@ -7,7 +7,10 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from lightning_ft.distributed import rank_and_world_size
+from lightning_ft.errors import ConfigError
 
 
 class LoaderPosition(TypedDict):
@@ -34,7 +37,12 @@ class ResumableLoader:
 
     Args:
         loader: The DataLoader, shuffled or not, with any number of workers. The order of its rows may depend on
-            PyTorch's global generator, but on nothing else that changes.
+            PyTorch's global generator, but on nothing else that changes. On several ranks it needs a
+            DistributedSampler. Rows that draw random numbers when they are read draw the same ones again, except in an
+            accumulation window that was open.
+
+    Raises:
+        ConfigError: For an IterableDataset.
 
     Example:
         >>> loader = ResumableLoader(DataLoader(list(range(6)), batch_size=2))
@@ -47,6 +55,11 @@ class ResumableLoader:
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
+        if isinstance(loader.dataset, IterableDataset):
+            raise ConfigError(
+                "ResumableLoader can't return to a position of an IterableDataset: use a dataset with a length, or a "
+                "loader with a state_dict of its own."
+            )
         self.loader = loader
         self._epoch, self._yielded = 0, 0
         self._began: Tensor | None = None
@@ -56,18 +69,26 @@ class ResumableLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
+        if rank_and_world_size()[1] > 1 and not isinstance(self.loader.sampler, DistributedSampler):
+            raise ConfigError(
+                "Every rank would read all rows: Lightning distributes the rows of a DataLoader, but not of one that "
+                "is wrapped. Pass sampler=DistributedSampler(dataset, shuffle=...) to the DataLoader."
+            )
         resumed, self._resumed = self._resumed, None
         now, skipped = torch.get_rng_state(), -1
         if resumed is not None and resumed["rng"] is not None:
             torch.set_rng_state(resumed["rng"].cpu())
             skipped = resumed["batch"]
         self._began, self._yielded = torch.get_rng_state(), 0
-        for number, batch in enumerate(self.loader):
-            self._yielded = number + 1
-            if number == skipped:
-                torch.set_rng_state(now)  # what comes next draws as if there had been no batches to skip
-            if number >= skipped:
-                yield batch
+        batches = iter(self.loader)
+        for _ in range(skipped):
+            next(batches)
+            self._yielded += 1
+        if skipped > 0:
+            torch.set_rng_state(now)  # what comes next draws as if there had been no batches to skip
+        for batch in batches:
+            self._yielded += 1
+            yield batch
         self._epoch, self._yielded = self._epoch + 1, 0
 
     def state_dict(self) -> LoaderPosition:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ExportError, ModelError
-from lightning_ft.models.adapt import InitialAdapter, rounds_base
+from lightning_ft.models.adapt import InitialAdapter, rounds_base, splits_base
 from lightning_ft.models.base_folder import KEY, base_fingerprint
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_config
@@ -86,6 +86,37 @@ def check_adapter_export(model: PeftModel) -> None:
             f"The base has {sizes[0]:,} embeddings, and {base_of(model).config._name_or_path!r} has {sizes[1]:,}: the "
             "adapter can't be loaded on that. Export with merge=True; or save the resized model and its tokenizer with "
             "save_pretrained before training, and pass that folder as model=."
+        )
+
+
+def check_adapter_is_whole_update(model: PeftModel) -> None:
+    """Refuse an adapter that isn't all that training changes, where nothing is known about how it was made.
+
+    Args:
+        model: The adapted model of a module that isn't this package's.
+
+    Raises:
+        ExportError: If the adapter's initialization changed the base weights, or weights outside the adapter are
+            trained.
+    """
+    config = cast(LoraConfig, model.active_peft_config)
+    if splits_base(config) or rounds_base(config):
+        raise ExportError(
+            f"init_lora_weights={config.init_lora_weights!r} changed the base weights, so the adapter alone doesn't "
+            "fit the original base. Export with merge=True, or train with LoRAFineTuning, which exports the difference."
+        )
+    own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    adapter = model.active_adapter
+    outside = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name.replace(f".{adapter}", "").replace("modules_to_save.", "") not in own
+    ]
+    if outside:
+        raise ExportError(
+            f"{len(outside)} weights outside the adapter are trained (first: {outside[0]}), and an exported adapter "
+            "wouldn't have them. Name their modules in the adapter's modules_to_save, freeze them, or export with "
+            "merge=True."
         )
 
 

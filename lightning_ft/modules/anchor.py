@@ -18,7 +18,8 @@ from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_and_world_size, rank_zero_info, sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.kl import AdaptiveKL
-from lightning_ft.models.head import distill, frozen_logits, input_device
+from lightning_ft.models.head import base_of, distill, frozen_logits, input_device
+from lightning_ft.models.load import context_length
 from lightning_ft.models.reference import Reference
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
@@ -62,10 +63,18 @@ class AnchorOptions:
     max_tokens: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("coef", "target", "horizon", "texts_per_batch", "max_texts"):
+        for name, types in (("coef", (int, float)), ("target", (int, float, type(None)))):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, types)
+                or (value is not None and not 0 < value < math.inf)
+            ):
                 raise ConfigError(f"anchor: {name}={value!r}, expected a number above 0.")
+        for name in ("horizon", "texts_per_batch", "max_texts", "max_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"anchor: {name}={value!r}, expected a whole number of at least 1.")
         if self.max_tokens < 2:
             raise ConfigError(f"anchor: max_tokens={self.max_tokens}, expected at least 2.")
 
@@ -128,7 +137,11 @@ class Anchor:
         """
         assert self._reference is not None
         self._reference.to(module.device)
-        options = self.options
+        options, limit = self.options, context_length(base_of(module.model))
+        if limit is not None and options.max_tokens > limit:
+            raise ConfigError(
+                f"anchor: max_tokens={options.max_tokens:,} exceeds the model's context of {limit:,} tokens. Lower it."
+            )
         if options.texts == SAMPLES:
             self._examples = self._samples(module)
         else:

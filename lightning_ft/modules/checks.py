@@ -310,9 +310,10 @@ class CheckedRows(LightningModule):
             new_tokens = int(self.generation_options.get("max_new_tokens") or 0)
             check_prompts(self.model, self.tokenizer, data.splits, "predict", new_tokens=new_tokens)
 
-    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Refuse what the model can't read in a batch of a user's own loader."""
         self._check_batch(batch)
+        return None
 
     def on_validation_batch_start(self, batch: object, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Refuse what the model can't read in a batch of a user's own loader."""

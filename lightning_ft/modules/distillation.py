@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import Example, TokenBatch
 from lightning_ft.data.prompt_baseline import PromptBaseline
+from lightning_ft.data.prompts import Prompt
 from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
 from lightning_ft.distributed import sum_over_ranks
 from lightning_ft.errors import ConfigError
@@ -22,6 +23,7 @@ from lightning_ft.models.generate import end_token_ids, evaluating, restoring_mo
 from lightning_ft.models.head import CausalLM, distill
 from lightning_ft.models.load import LoadOptions, load_causal_lm
 from lightning_ft.models.reference import Reference
+from lightning_ft.models.vocabulary import embedding_rows
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.options import DistillationOptions, Unpack
 from lightning_ft.modules.sft import SupervisedFineTuning
@@ -31,6 +33,8 @@ from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 
 Answers = Literal["teacher", "student"]
+_LONGEST = 16
+"""Number of rows, the longest by their characters, whose lengths with the prompt are checked before training."""
 
 
 class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
@@ -92,8 +96,8 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
     ) -> None:
         super().__init__(model, **options)
         for name, number in (("max_new_tokens", max_new_tokens), ("rollout_batch_size", rollout_batch_size)):
-            if number < 1:
-                raise ConfigError(f"{name}={number}: expected at least 1.")
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ConfigError(f"{name}={number!r}: expected a whole number of at least 1.")
         if answers not in ("teacher", "student"):
             raise ConfigError(f"answers={answers!r}: expected 'teacher' or 'student'.")
         check_divergence(divergence, beta, ce_coef)
@@ -143,14 +147,35 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
             check_same_vocabulary(self.tokenizer, own, teacher)
             options: LoadOptions = {**self._load_options(), "revision": None, "quantization": None}
             teacher = load_causal_lm(teacher, **options)
+        elif teacher is self._model_argument[0]:
+            raise ConfigError(
+                "teacher= is the model that is trained: leave it out, since by default the model as it was before "
+                "training is the teacher."
+            )
+        if (rows := embedding_rows(teacher)) < len(self.tokenizer):
+            raise ConfigError(
+                f"teacher= has embeddings for {rows:,} tokens, and the tokenizer of the student has "
+                f"{len(self.tokenizer):,}: pass a teacher with the same tokenizer."
+            )
         self._teacher_model.append(cast(PreTrainedModel, teacher.requires_grad_(False).eval()))
 
     def on_fit_start(self) -> None:
         """As in `FineTuning`; move the teacher to the device."""
         super().on_fit_start()
         self._move_teacher()
+        self._check_lengths()
         if self.global_rank and not self._resumed:
             torch.manual_seed(torch.initial_seed() + self.global_rank)  # other samples than the other ranks
+
+    def _check_lengths(self) -> None:
+        """Refuse requests that don't fit the teacher's context with the prompt, before the first step."""
+        data = self._row_data()
+        for parts in data.splits.rows.values() if data is not None else ():
+            rows = [row for part in parts for row in part if isinstance(row, Prompt)]
+            rows.sort(key=lambda row: -len(str(row.columns.get("prompt_context") or "")) - len(str(row.prompt)))
+            for row in rows[:_LONGEST]:
+                context = cast("str | None", row.columns.get("prompt_context"))
+                self.teacher.check_request(row.prompt, context, self.max_new_tokens)
 
     def _move_teacher(self) -> None:
         if self._reference is not None:

@@ -132,14 +132,15 @@ class ResumableModule(LightningModule):
 
     # ---------------------------------------------------------------- what is in the weights
 
-    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Open an accumulation window, where none is open."""
-        super().on_train_batch_start(batch, batch_idx)
+        result: int | None = super().on_train_batch_start(batch, batch_idx)
         if self._resumed_at is not None and self._resumed_at["opened"]:
             self._restore_rng()
         if self._opened is None:
             self._opened = {"batch": batch_idx, "step": self.trainer.global_step, "rng": own_rng_state()}
         self._begun, self._validated = batch_idx + 1, False
+        return result
 
     def close_window(self) -> None:
         """Close the accumulation window: all batches started so far are in the weights."""
@@ -152,10 +153,12 @@ class ResumableModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Count batches from the first one of the epoch."""
+        super().on_train_epoch_start()
         self._begun = 0
 
     def on_validation_epoch_end(self) -> None:
         """Mark the validation as complete."""
+        super().on_validation_epoch_end()
         self._validated = True
 
     # ---------------------------------------------------------------- saving
@@ -286,9 +289,13 @@ def _set_counters(loop: dict[str, Any], position: Position) -> None:
     for counts in (epochs["current"], epochs["total"]):
         counts.update(dict.fromkeys(("processed", "completed"), epoch))
         counts.update(dict.fromkeys(("ready", "started"), epoch if fresh else epoch + 1))
-    for state in loop["state_dict"].get("combined_loader", []):
+    loaders = loop["state_dict"].get("combined_loader", [])
+    for state in loaders:
         if state.keys() >= {"epoch", "batch"}:
-            state.update(epoch=epoch, batch=batch)
+            if position["last"]:  # also of an epoch that is shorter than the loader (limit_train_batches)
+                state.update(epoch=epoch + 1, batch=0, **({"rng": None} if "rng" in state else {}))
+            elif len(loaders) == 1 or position["opened"]:  # several loaders may be at positions of their own
+                state.update(epoch=epoch, batch=batch)
         elif position["opened"]:
             rank_zero_warn(
                 "The checkpoint was written inside an accumulation window, whose first micro-batches are not in the "

@@ -136,6 +136,14 @@ class PromptedTeacher:
 
     # ---------------------------------------------------------------- helpers
 
+    def check_request(self, request: str | list[Message], context: str | None, max_new_tokens: int) -> None:
+        """Check that a request with the prompt, and its answer, fit the model's context.
+
+        Raises:
+            ConfigError: If they don't.
+        """
+        self._check_length([self._encode(request, context)], max_new_tokens)
+
     def _check_length(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         limit, longest = context_length(base_of(self._engine.model)), max(map(len, prompts), default=0)
         if limit is not None and longest + new_tokens > limit:

@@ -197,9 +197,36 @@ def test_adapters_that_did_not_start_at_zero_are_refused(model_folder, trainer_o
         fit(trainer_options, pissa, RetentionFrontier(TEXTS, output_dir=False, **QUICK))
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_second_fit_keeps_the_original_model(model_folder, trainer_options, kind):
+    frontier = RetentionFrontier(TEXTS, budget={"kl": 1e6}, scales=(0.5, 1.0), output_dir=False, **QUICK)
+    tuned = module(model_folder, kind)
+    trainer = fit(trainer_options, tuned, frontier, max_epochs=1)
+    first = frontier.result.points[-1].retention.kl_general.value
+    trainer.fit_loop.max_epochs = 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(tuned, data())
+    points = frontier.result.points
+    assert points[-1].retention.kl_general.value > first
+    assert points[0].retention.kl_general.value < points[1].retention.kl_general.value
+
+
+def test_frontier_cannot_be_added_to_a_run_that_was_trained(model_folder, trainer_options, tmp_path):
+    trainer = fit(trainer_options, module(model_folder, "lora"), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    late = Trainer(
+        callbacks=[RetentionFrontier(TEXTS, output_dir=False, **QUICK)], **{"max_epochs": 3, **trainer_options}
+    )
+    with pytest.raises(RetentionError, match="put it among the callbacks from the start"):
+        late.fit(module(model_folder, "lora"), data(), ckpt_path=tmp_path / "run.ckpt")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"budget": 0.1}, "budget=0.1: expected a dict such as"),
+        ({"budget": {"kl": -1}}, "budget: kl is -1, expected a number of at least 0"),
         ({"budget": {"nats": 1.0}}, "budget has no 'nats': expected kl, ppl_ratio, choices_lost"),
         ({"budget": {"kl": "much"}}, "budget: kl is 'much', expected a number"),
         ({"budget": {"choices_lost": 0.1}}, "needs multiple-choice questions"),

@@ -1,5 +1,6 @@
 """Parts for LightningModules that aren't ours: accumulation, checkpoints, exact resumption, quality, export."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -25,7 +26,7 @@ from lightning_ft import (
 from lightning_ft._lightning import Callback, LightningModule, Trainer, _pl
 from lightning_ft.data.hf_batches import from_hf
 from lightning_ft.data.resumable_loader import ResumableLoader
-from lightning_ft.errors import CheckpointError, ConfigError, SavingsError
+from lightning_ft.errors import CheckpointError, ConfigError, ExportError, SavingsError
 from lightning_ft.modules.exact_resume import ExactResume
 from lightning_ft.types import Message, Request
 
@@ -213,6 +214,80 @@ def test_killed_run_resumes_bit_for_bit(trainer_options, tokenizer, tmp_path, ba
         assert torch.equal(trained(resumed)[name], value), name
 
 
+def test_hooks_of_the_module_are_called_after_those_of_the_mixin(trainer_options, tokenizer):
+    class Mine(Theirs):
+        def __init__(self):
+            super().__init__()
+            self.called = []
+
+        def on_train_epoch_start(self):
+            self.called.append("epoch")
+
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 2 else None
+
+    class Mixed(ExactResume, Mine):
+        pass
+
+    module = Mixed()
+    fit(trainer_options, module, hf_loader(tokenizer), max_epochs=2, max_steps=-1)
+    assert module.called == ["epoch"] * 2
+    assert len(module.losses) == 4  # two batches of each epoch
+
+
+@pytest.mark.parametrize("batches", [2, 3, 4])
+def test_epochs_shorter_than_the_loader_resume(trainer_options, tokenizer, tmp_path, batches):
+    def run(*callbacks, ckpt_path=None):
+        torch.manual_seed(11)
+        module = Resumable()
+        torch.manual_seed(5 if ckpt_path is None else 6)
+        loader = ResumableLoader(hf_loader(tokenizer, shuffle=True))
+        options = {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 3}
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            fit(trainer_options, module, loader, *callbacks, ckpt_path=ckpt_path, **options)
+        return module
+
+    whole = run()
+    run(Kill(tmp_path / "killed.ckpt", batches))
+    resumed = run(ckpt_path=tmp_path / "killed.ckpt")
+    assert resumed.losses == whole.losses[batches:]
+
+
+def test_rows_that_draw_random_numbers_draw_the_same_after_a_resumption():
+    def collate(rows):
+        return torch.stack(rows) + torch.rand(())
+
+    def make():
+        return ResumableLoader(DataLoader(list(torch.arange(12.0)), batch_size=2, shuffle=True, collate_fn=collate))
+
+    torch.manual_seed(0)
+    loader, seen, state, rng = make(), [], None, None
+    for epoch in range(2):
+        for number, batch in enumerate(loader):
+            seen.append(batch.tolist())
+            if (epoch, number) == (0, 2):
+                state, rng = loader.state_dict(), torch.get_rng_state()
+    torch.manual_seed(1)
+    resumed = make()
+    resumed.load_state_dict(state)
+    torch.set_rng_state(rng)
+    assert [batch.tolist() for _ in range(2) for batch in resumed] == seen[3:]
+
+
+def test_loaders_that_cannot_be_resumed_are_refused(monkeypatch):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(range(3))
+
+    with pytest.raises(ConfigError, match="can't return to a position of an IterableDataset"):
+        ResumableLoader(DataLoader(Endless()))
+    monkeypatch.setattr("lightning_ft.data.resumable_loader.rank_and_world_size", lambda: (0, 2))
+    with pytest.raises(ConfigError, match="Every rank would read all rows"):
+        next(iter(ResumableLoader(DataLoader(list(range(4))))))
+    sampler = torch.utils.data.DistributedSampler(list(range(4)), num_replicas=2, rank=0, shuffle=False)
+    assert [int(batch) for batch in ResumableLoader(DataLoader(list(range(4)), sampler=sampler))] == [0, 2]
+
+
 # ---------------------------------------------------------------- quality and export
 
 
@@ -275,6 +350,41 @@ def test_export_of_a_module_that_is_not_ours_loads_with_peft(trainer_options, to
         fit(trainer_options, Theirs(), hf_loader(tokenizer), ExportModel(str(tmp_path / "other")))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: None, "changed the base weights, so the adapter alone doesn't fit"),
+        (
+            lambda model: model.base_model.model.model.norm.requires_grad_(True),
+            "1 weights outside the adapter are trained",
+        ),
+    ],
+)
+def test_adapters_that_an_export_would_not_hold_are_refused(trainer_options, tokenizer, tmp_path, change, message):
+    module = Theirs(tokenizer)
+    if "changed" in message:
+        config = LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj"], task_type="CAUSAL_LM")
+        module.model = get_peft_model(make_model(), config)
+    change(module.model)
+    with pytest.raises(ExportError, match=message):
+        fit(trainer_options, module, hf_loader(tokenizer), ExportModel(str(tmp_path / "out")))
+
+
+def test_metric_that_is_not_measured_in_every_epoch_cannot_be_monitored(trainer_options, tokenizer):
+    quality = AnswerQuality("exact", requests=REQUESTS, every_n_epochs=2, max_new_tokens=3, progress=False)
+    stopping = _pl.callbacks.EarlyStopping("val/quality", mode="max")
+    with pytest.raises(ConfigError, match="set check_val_every_n_epoch=2 in the Trainer"):
+        fit(trainer_options, Theirs(tokenizer), hf_loader(tokenizer), quality, stopping)
+
+
+def test_parts_that_contradict_each_other_are_refused(trainer_options, tokenizer, model_folder):
+    averaging = _pl.callbacks.WeightAveraging()
+    with pytest.raises(ConfigError, match="can't be used with WeightAveraging"):
+        fit(trainer_options, Theirs(), hf_loader(tokenizer), TrainableCheckpoint(), averaging)
+    with pytest.raises(ConfigError, match="FullFineTuning weights its loss by token itself"):
+        fit(trainer_options, FullFineTuning(model_folder), hf_loader(tokenizer), TokenMeanAccumulation())
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -306,6 +416,10 @@ def test_left_padding_and_bad_batches(tokenizer):
     ):
         with pytest.raises(ConfigError, match=message):
             from_hf({**batch, "attention_mask": torch.ones(2, 3), **change})
+    with pytest.raises(ConfigError, match="A batch has 'pixel_values', which these modules don't pass"):
+        from_hf({**batch, "pixel_values": torch.ones(1)})
+    packed = {"input_ids": ids[1:], "labels": labels[1:], "position_ids": torch.tensor([[0, 0, 1]])}
+    assert from_hf(packed).targets.tolist() == [9]  # the first token of a sequence isn't predicted
     with pytest.raises(ConfigError, match="batch_format='torch': expected 'tokens' or 'hf'"):
         PairDataModule(make_rows(2), batch_format="torch")
 

@@ -143,6 +143,10 @@ def test_read_config_merges_files_as_the_command_line_does(tmp_path):
     assert merged["trainer"]["max_epochs"] == 5
     assert {**merged, "trainer": None} == {**CONFIG, "trainer": None}
     assert read_config(first) == CONFIG
+    second.write_text(
+        yaml.safe_dump({"model": {"class_path": "lightning_ft.FullFineTuning", "init_args": {"model": "m"}}})
+    )
+    assert read_config(f"{first},{second}")["model"]["init_args"] == {"model": "m"}  # arguments belong to their class
 
 
 def test_run_config_keeps_own_callbacks_and_sets_seed_and_epochs():

@@ -151,6 +151,8 @@ def test_original_model_can_write_the_texts(model_folder, trainer_options):
     [
         ({"texts": TEXTS, "coef": 0}, "anchor: coef=0, expected a number above 0"),
         ({"texts": TEXTS, "target": -1.0}, r"anchor: target=-1.0"),
+        ({"texts": TEXTS, "texts_per_batch": 2.5}, "texts_per_batch=2.5, expected a whole number"),
+        ({"texts": TEXTS, "coef": "1"}, "coef='1', expected a number above 0"),
         ({"texts": TEXTS, "max_tokens": 1}, "anchor: max_tokens=1, expected at least 2"),
         ({"text": TEXTS}, "anchor has no 'text': expected texts, coef"),
         ({"coef": 1.0}, "anchor has no texts"),
@@ -165,3 +167,9 @@ def test_bad_options_are_refused(anchor, message):
 def test_anchor_is_refused_with_an_activation_cache():
     with pytest.raises(ConfigError, match="activation_cache keeps activations of training rows"):
         LoRAFineTuning("model", anchor=ANCHOR, activation_cache=True, top_layers=1)
+
+
+@pytest.mark.parametrize("texts", [TEXTS, "samples"])
+def test_texts_beyond_the_context_are_refused(model_folder, trainer_options, texts):
+    with pytest.raises(ConfigError, match="anchor: max_tokens=900 exceeds the model's context of 512"):
+        fit(trainer_options, make(model_folder, "lora", anchor={"texts": texts, "max_tokens": 900}))

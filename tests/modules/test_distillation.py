@@ -256,12 +256,33 @@ def test_checkpoint_restores_module_and_run(model_folder, trainer_options, tmp_p
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())  # the same samples, too
 
 
+def test_loaded_teachers_are_checked(model_folder, trainer_options):
+    small = PromptDistillation(model_folder, prompt=PROMPT, teacher=make_model(vocab_size=300))
+    with pytest.raises(ConfigError, match="embeddings for 300 tokens"):
+        small.configure_model()
+    model = make_model()
+    same = PromptDistillation(model, tokenizer=make_tokenizer(), prompt=PROMPT, teacher=model)
+    with pytest.raises(ConfigError, match="teacher= is the model that is trained"):
+        same.configure_model()
+
+
+def test_requests_that_do_not_fit_with_the_prompt_are_refused_before_training(model_folder, trainer_options):
+    rows = [{"prompt": text} for text in REQUESTS]
+    for long in ({"prompt": "fox " * 480}, {"prompt": "fox", "prompt_context": "lamp " * 500}):
+        module = PromptDistillation(model_folder, prompt=PROMPT, lora=LORA, **QUICK)
+        trainer = Trainer(max_steps=9, **trainer_options)
+        with pytest.raises(ConfigError, match="exceeds the context of 512 tokens"):
+            trainer.fit(module, PromptDataModule([*rows, long], batch_size=1, shuffle=False))
+        assert trainer.global_step == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected a whole number"),
         ({"answers": "both"}, "answers='both': expected 'teacher' or 'student'"),
         ({"divergence": "kl"}, "divergence='kl': expected one of"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0: expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: expected a whole number of at least 1"),
         ({"temperature": -1.0}, "temperature"),
         ({"prompt": {"system_prompt": "x"}}, "prompt= has no 'system_prompt': expected the keys system and few_shot"),
         ({"prompt": 3}, "prompt= is a int: expected PromptBaseline"),

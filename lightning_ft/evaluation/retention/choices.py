@@ -116,14 +116,20 @@ def encode_choices(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Choic
     """
     examples = []
     for index, question in enumerate(questions):
-        start = len(tokenizer(question.input, verbose=False)["input_ids"])
+        before = _without_end(tokenizer, tokenizer(question.input, verbose=False)["input_ids"])
+        start = len(before)
         for choice in question.choices:
-            ids = tokenizer(f"{question.input} {choice}", verbose=False)["input_ids"]
+            ids = _without_end(tokenizer, tokenizer(f"{question.input} {choice}", verbose=False)["input_ids"])
             if len(ids) <= start or not start:
                 raise RetentionError(f"Question {index}: the choice {choice!r:.80} has no token after the question's.")
             supervised = torch.arange(len(ids)) >= start
             examples.append(Example(torch.tensor(ids, dtype=torch.int64), supervised))
     return examples
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Token ids without an end token that the tokenizer appends to every text."""
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def correct_answers(questions: Sequence[ChoiceQuestion], nll: Sequence[float]) -> tuple[bool, ...]:

@@ -142,11 +142,15 @@ def check_budget(budget: Mapping[str, float] | None, scales: Sequence[float], *,
     Example:
         >>> check_budget({"kl": 0.05}, (0.5, 1.0), choices=False)
     """
+    if budget is not None and not isinstance(budget, Mapping):
+        raise RetentionError(f"budget={budget!r}: expected a dict such as {{'kl': 0.05}}.")
     for name, limit in (budget or {}).items():
         if name not in BUDGETS:
             raise RetentionError(f"budget has no {name!r}: expected {', '.join(BUDGETS)}.")
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit != limit:
             raise RetentionError(f"budget: {name} is {limit!r}, expected a number.")
+        if name != "choices_lost" and limit < 0:
+            raise RetentionError(f"budget: {name} is {limit!r}, expected a number of at least 0.")
         if name == "choices_lost" and not choices:
             raise RetentionError("budget: choices_lost needs multiple-choice questions. Pass choices=.")
     if not scales or any(not 0 < scale <= 1 for scale in scales) or max(scales) != 1 or len(set(scales)) < len(scales):

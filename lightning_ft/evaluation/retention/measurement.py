@@ -307,7 +307,7 @@ class RetentionMeasurement:
             raise RetentionError(f"The checkpoint compares with base={state['base']!r}. Pass that, or 'auto'.")
         self._base_type, self._original = state["base"], dict(state["original"])
         self._stored = tuple(StoredBase(**stored) for stored in state["kept"])
-        self._base_correct = tuple(state["base_correct"])
+        self._base_correct = tuple(state.get("base_correct", ()))
 
     def _compare(
         self,

@@ -1,15 +1,17 @@
 """Multiple-choice questions as a measure of forgetting: against a plain loop, in all measurements, and errors."""
 
+import copy
 import json
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import TEXT, make_model
+from tokenizers.processors import TemplateProcessing
 
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
-from lightning_ft.evaluation.retention.choices import ChoiceQuestion, compare_choices, load_choices
+from lightning_ft.evaluation.retention.choices import ChoiceQuestion, compare_choices, encode_choices, load_choices
 from lightning_ft.evaluation.retention.measurement import RetentionMeasurement, measure_retention
 from lightning_ft.evaluation.retention.sections import retention_table
 
@@ -147,3 +149,15 @@ def test_questions_beyond_the_context_are_refused(tokenizer):
     measurement = RetentionMeasurement(tokenizer, TEXTS, choices=questions, **QUICK)
     with pytest.raises(RetentionError, match=r"Choice 0 has .* tokens, the model's context is 512"):
         measurement.before(make_model())
+
+
+def test_tokenizers_that_append_an_end_token_score_the_choice(tokenizer):
+    ended = copy.deepcopy(tokenizer)
+    ended.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", ended.convert_tokens_to_ids("<|im_end|>"))]
+    )
+    assert ended("fox")["input_ids"][-1] == ended.eos_token_id
+    expected, found = encode_choices(tokenizer, QUESTIONS), encode_choices(ended, QUESTIONS)
+    for plain, example in zip(expected, found, strict=True):
+        assert example.input_ids.tolist() == plain.input_ids.tolist()
+        assert example.supervised.tolist() == plain.supervised.tolist()
