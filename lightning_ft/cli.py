@@ -12,14 +12,18 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
+from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
+import lightning_ft
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
 from lightning_ft.arguments import did_you_mean
-from lightning_ft.errors import ConfigError, GateError, MeasurementError
+from lightning_ft.atomic_files import write_text
+from lightning_ft.errors import ConfigError, GateError, LightningFTError, MeasurementError
 from lightning_ft.importing import without_imports
-from lightning_ft.printable import printable
+from lightning_ft.printable import json_text, printable
+from lightning_ft.types import Request
 
 _cli = cli_module()
 
@@ -143,6 +147,24 @@ class FineTuningTrainer(Trainer):
         print(printable(f"Exported to {folder}"))
 
 
+def _own_error(error: BaseException | None) -> LightningFTError | None:
+    """The error of this package that the parser wrapped in its own, which would list the whole configuration."""
+    while error is not None and not isinstance(error, LightningFTError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _messages(request: object) -> object:
+    """The messages of a request that was answered."""
+    return list(request.messages) if isinstance(request, Request) else request
+
+
+def _import_public_classes() -> None:
+    """Import this package's classes, so that the parser knows their short names (``--model LoRAFineTuning``)."""
+    for name in lightning_ft.__all__:
+        getattr(lightning_ft, name)
+
+
 class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
     """Command line of this package.
 
@@ -164,6 +186,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         save_config: bool = True,
         description: str = "Fine-tune language models.",
     ) -> None:
+        _import_public_classes()
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -191,7 +214,12 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
     def instantiate_classes(self) -> None:
         """Build the configured classes; for `preview`, reward functions and scorers are not imported."""
         with without_imports() if self.subcommand == "preview" else nullcontext():
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                if (own := _own_error(error)) is not None:
+                    raise own from None
+                raise
 
     def after_fit(self) -> None:
         """Raise an error for failures that did not stop the run.
@@ -206,6 +234,23 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             raise MeasurementError(f"Training completed, but some results are missing: {' '.join(failures)}")
         if gates := [callback.name for callback in callbacks if getattr(callback, "gate_failed", False)]:
             raise GateError(f"Training completed, but the limits of these callbacks don't hold: {', '.join(gates)}.")
+
+    def after_predict(self) -> None:
+        """Write the answers, each with its request, to ``predictions.jsonl`` in the run's folder, and say where."""
+        trainer: Any = self.trainer
+        batches = trainer.predict_loop.predictions
+        answers = [answer for batch in batches or () for answer in (batch if isinstance(batch, list) else [batch])]
+        loader = self.datamodule.predict_dataloader() if self.datamodule is not None else ()
+        requests = [request for batch in loader for request in batch]
+        whole = trainer.world_size == 1 and len(requests) == len(answers)
+        name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
+        path = Path(trainer.log_dir or trainer.default_root_dir) / name
+        rows = [
+            {**({"request": _messages(requests[i])} if whole else {}), "answer": answer}
+            for i, answer in enumerate(answers)
+        ]
+        write_text(path, "".join(json_text(row) + "\n" for row in rows))
+        print(printable(f"{len(answers):,} answers written to {path}"))
 
     def _parse_ckpt_path(self) -> None:
         """Take no arguments from the checkpoint; the module checks that it fits the configured ones."""

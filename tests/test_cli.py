@@ -74,6 +74,11 @@ def test_cli_runs_fit_validate_test_and_predict(run, config, tmp_path):
     run("validate", "--config", path, "--ckpt_path", str(checkpoint))
     run("test", "--config", path, "--ckpt_path", str(checkpoint))
     run("predict", "--config", path, "--ckpt_path", str(checkpoint))
+    (written,) = tmp_path.rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert len(rows) == 24
+    assert all(isinstance(row["answer"], str) for row in rows)
+    assert [row["request"][-1]["content"] for row in rows] == [row["input"] for row in make_rows(24)]
 
 
 def test_export_writes_adapter_and_chat_template(run, config, tmp_path, capsys):
@@ -194,6 +199,33 @@ def test_main_prints_package_errors_without_traceback(config, tmp_path, monkeypa
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "output": ""}')
     with pytest.raises(SystemExit, match=r"lightning-ft: DataError: (?s:.*)rows\.jsonl.*empty output"):
         main_with("fit", "--config", path)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [("model", "learning_rate", -1.0), ("data", "batch_size", 0), ("data", "max_length", 1)],
+)
+def test_main_prints_refused_settings_without_the_configuration(config, section, name, value):
+    path = Path(config())
+    content = yaml.safe_load(path.read_text())
+    content[section]["init_args"][name] = value
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit, match=rf"lightning-ft: ConfigError: {name}={value!r}") as error:
+        main_with("fit", "--config", str(path))
+    assert len(str(error.value).splitlines()) < 4
+
+
+def test_short_class_names_are_known(tmp_path, model_folder):
+    """In a fresh process, since other tests import the classes."""
+    arguments = ["fit", "--model", "LoRAFineTuning", f"--model.model={model_folder}", "--data", "PairDataModule"]
+    arguments += ["--data.train=rows.jsonl", "--trainer.callbacks+=Retention", "--print_config"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_ft", *arguments], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    printed = yaml.safe_load(done.stdout)
+    assert printed["model"]["class_path"] == "lightning_ft.LoRAFineTuning"
+    assert printed["data"]["class_path"] == "lightning_ft.PairDataModule"
+    assert printed["trainer"]["callbacks"][0]["class_path"] == "lightning_ft.Retention"
 
 
 @pytest.mark.parametrize("path", ["{folder}/strange_code.py:reward", "strange_code.reward"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast, get_args
+from typing import IO, Any, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +18,7 @@ from lightning_ft.data.loader import Collate, TokenLoader, token_loader
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.row_types import RowType
 from lightning_ft.data.rows import OnBadRow
-from lightning_ft.data.sampler import BatchPlan
+from lightning_ft.data.sampler import BatchPlan, FixedBatchPlan
 from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import RowRules, SplitName, Splits
@@ -107,7 +108,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         self._mixing, self._chat_template, self._trust_remote_code = mixing, chat_template, trust_remote_code
         self._tokenizer_option = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._batch_size, self._shuffle = batch_size, shuffle
+        self._shuffle = shuffle
         self._seed, self._num_workers = seed, num_workers
         folder = Path(cache_dir) if isinstance(cache_dir, str) else cache.default_folder()
         self.rules = RowRules(
@@ -295,11 +296,25 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
 
     def val_dataloader(self) -> TokenLoader | list[TokenLoader]:
         """Batches of the validation rows; an empty list if there are no such rows."""
-        return self._loader("validation") if "validation" in self.splits.sources else []
+        if "validation" in self.splits.sources:
+            return self._loader("validation")
+        warnings.filterwarnings("ignore", f"Total length of `{NoLoaders.__name__}` across ranks is zero")
+        return NoLoaders()
 
     def test_dataloader(self) -> TokenLoader:
         """Batches of the test rows."""
         return self._loader("test")
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows per batch on each rank, as in `hparams`, where Lightning's Tuner sets it."""
+        return int(self.hparams["batch_size"])
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        if value < 1:
+            raise ConfigError(f"batch_size={value}: expected at least 1.")
+        self.hparams["batch_size"] = value
 
     def _require(self, name: str) -> None:
         if name not in self.splits.sources:
@@ -313,17 +328,19 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
     def _loader(self, name: SplitName, *, shuffle: bool = False) -> TokenLoader:
         self._encode(name)
         parts = self.splits.encoded[name]
-        plan = BatchPlan(
+        trainer: Any = self.trainer
+        fixed = trainer is not None and trainer.overfit_batches > 0
+        plan = (FixedBatchPlan if fixed else BatchPlan)(
             [part.num_rows for part in parts],
             self._mixing if name == "train" and self._mixing is not None else [1.0] * len(parts),
-            batch_size=self._batch_size,
-            shuffle=shuffle,
+            batch_size=self.batch_size,
+            shuffle=shuffle and not fixed,
             seed=self._seed,
-            rank=self.trainer.global_rank if self.trainer is not None else 0,
-            world_size=self.trainer.world_size if self.trainer is not None else 1,
+            rank=trainer.global_rank if trainer is not None else 0,
+            world_size=trainer.world_size if trainer is not None else 1,
         )
-        if name == "train" and self.trainer is not None:  # a run resumed at an epoch's end iterates before set_epoch
-            plan.set_epoch(cast(Any, self.trainer).fit_loop.epoch_progress.current.processed)
+        if name == "train" and trainer is not None:  # a run resumed at an epoch's end iterates before set_epoch
+            plan.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
         loader = token_loader(parts, plan, self.collate(name), num_workers=self._num_workers)
         self._loaders.append(loader)
         return loader
@@ -333,6 +350,10 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         for loader in self._loaders:
             loader.close()
         self._loaders.clear()
+
+
+class NoLoaders(list[TokenLoader]):
+    """What `val_dataloader` returns without validation rows: a list of its own name, so that no one is warned of it."""
 
 
 def _check_choices(

@@ -172,7 +172,7 @@ class PairDataModule(RowDataModule):
             for part in self.splits.rows["predict"]
             for row in part
         ]
-        return DataLoader(prompts, batch_size=self._batch_size, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(prompts, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
 
     def requests(self, split: SplitName) -> list[Request]:
         """The rows of a split that are kept, as requests with their reference answers.

@@ -54,7 +54,9 @@ class PromptBaseline:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise SavingsError(f"PromptBaseline can't be read from {str(path)!r}: {error}") from error
+            text = isinstance(path, str) and not path.endswith(".json")
+            hint = " If it is the prompt itself, pass PromptBaseline(system=...)." if text else ""
+            raise SavingsError(f"PromptBaseline can't be read from {str(path)[:200]!r}: {error}.{hint}") from error
         if not isinstance(found, dict) or not set(found) <= {"system", "few_shot"}:
             raise SavingsError(f"{str(path)!r}: expected a JSON object with the keys system and few_shot.")
         return cls(found.get("system", ""), found.get("few_shot", []))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_ft.errors import ConfigError
 
@@ -139,3 +139,10 @@ class BatchPlan(DistributedSampler[list[int]]):
         """Begin further iterators at the start of an epoch; a loader with workers makes two iterators for one pass."""
         if self._start is not None:
             self._offset, self._start = self._start[0] - self.epoch, None
+
+
+class FixedBatchPlan(BatchPlan, SequentialSampler):  # type: ignore[misc]
+    """A plan whose batches are the same in every epoch, for ``Trainer(overfit_batches=...)``.
+
+    It is a `SequentialSampler` so that the Trainer, which expects one there, does not replace it.
+    """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_ft.arguments import did_you_mean
 from lightning_ft.errors import TokenizerError
 from lightning_ft.read_errors import READ_ERRORS, first_line
 
@@ -24,10 +27,29 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except READ_ERRORS as error:
+        if (missing := missing_folder(name)) is not None:
+            raise TokenizerError(missing) from error
         raise TokenizerError(
             f"No tokenizer could be loaded from {name!r}: {first_line(error)} "
             "Pass tokenizer= if the tokenizer is stored apart from the model."
         ) from error
+
+
+def missing_folder(name: str) -> str | None:
+    """Say that a folder doesn't exist, for a name that can only be one; None for what may be a hub name.
+
+    Args:
+        name: Hub name or path.
+
+    Example:
+        >>> missing_folder("Qwen/Qwen3-0.6B") is None, missing_folder("/no/such/model")
+        (True, "The model '/no/such/model' could not be loaded: there is no such folder.")
+    """
+    path = Path(name)
+    if path.exists() or (len(path.parts) <= 2 and not path.is_absolute() and not name.startswith(".")):
+        return None
+    near = did_you_mean(path.name, [other.name for other in path.parent.iterdir()]) if path.parent.is_dir() else ""
+    return f"The model {name!r} could not be loaded: there is no such folder.{near}"
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

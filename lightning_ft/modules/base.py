@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -346,6 +346,8 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW without decay of norms and biases, linear warm-up, and `lr_schedule`."""
+        rate = float(self.hparams["learning_rate"])  # a Tuner sets it there
+        self.optimizer_options = replace(self.optimizer_options, learning_rate=rate)
         optimizer = self._optimizer()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -357,21 +359,6 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
     def _adamw(self, groups: list[ParameterGroup], learning_rate: float) -> torch.optim.Optimizer:
         scaled = self._trainer is None or "mixed" in str(self._trainer.precision)  # Fabric's precision isn't known here
         return adamw(groups, learning_rate, self.optimizer_options.betas, scaled=scaled)
-
-    def _total_steps(self) -> int | None:
-        """Optimizer steps of the run, None if unknown; `estimated_stepping_batches` would rewind a loader."""
-        if self._trainer is None:
-            return None
-        trainer = self.trainer
-        batches = trainer.num_training_batches
-        limits = [trainer.max_steps] if trainer.max_steps != -1 else []
-        if trainer.max_epochs not in (None, -1) and not math.isinf(batches):
-            limits.append(sum(self._steps_of_epoch(int(batches), epoch) for epoch in range(trainer.max_epochs)))
-        return min(limits) if limits else None
-
-    def _steps_of_epoch(self, batches: int, epoch: int) -> int:
-        """Number of optimizer steps in an epoch of `batches` batches."""
-        return math.ceil(batches / self._accumulation(epoch))
 
     # ---------------------------------------------------------------- generation
 

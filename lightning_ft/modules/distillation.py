@@ -27,7 +27,7 @@ from lightning_ft.models.vocabulary import embedding_rows
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.options import DistillationOptions, Unpack
 from lightning_ft.modules.sft import SupervisedFineTuning
-from lightning_ft.modules.step_metrics import TokenMetrics
+from lightning_ft.modules.step_metrics import TokenMetrics, with_mean_value
 from lightning_ft.modules.teacher import PromptedTeacher
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
@@ -200,12 +200,12 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
     # ---------------------------------------------------------------- steps
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
-        """Summed divergence; `on_before_optimizer_step` divides by the tokens of the whole step."""
+        """Mean divergence per token, with the gradients of the sum, as in `SupervisedFineTuning`."""
         tokens, result = self.compare(batch, self.sampling, own=self.answers == "student")
         self._step_metrics.add(result.loss, result.agreed, tokens)
         loss = self.anchored(result.loss, tokens.num_targets, batch_idx)
         self.note_loss(batch_idx, loss)
-        return loss
+        return with_mean_value(loss, tokens.num_targets)
 
     def compare(
         self, batch: PromptBatch, sampling: Sampling | None = None, *, own: bool = False

@@ -75,7 +75,8 @@ class FiniteSteps(ResumableModule, CheckedRows):
         norm = whole_norm(torch.nn.utils.get_total_norm(gradients))
         self.check_step(optimizer, norm, torch.tensor(loss))
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
-        if (self.trainer.global_step + 1) % cast(Any, self.trainer).log_every_n_steps == 0:
+        every = int(cast(Any, self.trainer).log_every_n_steps)  # 0 if nothing is logged, as with barebones=True
+        if every and (self.trainer.global_step + 1) % every == 0:
             self.log("train/grad_norm", norm, batch_size=1)
         for name, count in self.skipped_metrics().items():
             self.log(f"train/{name}", count, batch_size=1)

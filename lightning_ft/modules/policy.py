@@ -123,6 +123,25 @@ class PolicyOptimization(SampledCompletions):
 
     # ---------------------------------------------------------------- setup
 
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse settings of the Trainer that have another name here, before Lightning refuses them.
+
+        Raises:
+            ConfigError: For ``gradient_clip_val`` and ``accumulate_grad_batches``.
+        """
+        trainer = cast(Any, self.trainer)
+        refused = f"doesn't work with {type(self).__name__}, which takes several steps per batch"
+        if limit := trainer.gradient_clip_val:
+            raise ConfigError(
+                f"Trainer(gradient_clip_val={limit}) {refused}: pass max_grad_norm={limit} to the module instead."
+            )
+        if (count := trainer.accumulate_grad_batches) != 1:
+            raise ConfigError(
+                f"Trainer(accumulate_grad_batches={count}) {refused}: use a DataModule with a {count} times larger "
+                "batch_size, and micro_batch_size of the module for what fits into memory."
+            )
+        return cast("list[Any]", super().configure_callbacks())
+
     def configure_model(self) -> None:
         """As in `FineTuning`, and keep the reference while the weights are the original ones.
 
@@ -263,7 +282,7 @@ class PolicyOptimization(SampledCompletions):
 
     def _take_step(self, rollout_batch: RolloutBatch, groups: Sequence[Sequence[int]]) -> None:
         """Take an optimizer step on groups of completions, unless no rank has any (in a short last batch)."""
-        optimizer, scheduler = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
+        optimizer = cast(Any, self.optimizers())
         micro_batches = self._micro_batches(groups)
         kept = ~rollout_batch.truncated if self.mask_truncated else torch.ones_like(rollout_batch.truncated)
         lengths = rollout_batch.lengths * kept
@@ -293,8 +312,32 @@ class PolicyOptimization(SampledCompletions):
         self.note_loss(self._batch_idx, whole)
         self._step_loss, self._unusable = whole, rollout_batch.nonfinite
         optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
+        self._step_schedulers("step")
+
+    def _step_schedulers(self, interval: str) -> None:
+        """Step the schedulers of an interval, ``step`` or ``epoch``, as often as their configuration says."""
+        trainer = cast(Any, self.trainer)
+        count = trainer.global_step if interval == "step" else trainer.current_epoch + 1
+        for config in trainer.lr_scheduler_configs:
+            if config.interval != interval or count % config.frequency:
+                continue
+            if isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                # Lightning drops `monitor` from the configuration of a module that takes its own steps.
+                monitor, metrics = getattr(config.scheduler, "monitor", None), trainer.callback_metrics
+                if monitor not in metrics:
+                    raise ConfigError(
+                        f"ReduceLROnPlateau monitors {monitor!r}, which isn't logged when {type(self).__name__} steps "
+                        f"it, once per {interval}. Use pytorch_lightning.cli.ReduceLROnPlateau(optimizer, monitor), "
+                        f"with one of {', '.join(sorted(metrics))}."
+                    )
+                config.scheduler.step(metrics[monitor])
+            else:
+                config.scheduler.step()
+
+    def on_train_epoch_end(self) -> None:
+        """Step schedulers whose interval is the epoch."""
+        super().on_train_epoch_end()
+        self._step_schedulers("epoch")
 
     def _policy_batch(
         self, rollout_batch: RolloutBatch, micro_batch: Sequence[int], kept: Tensor, weights: Tensor

@@ -16,7 +16,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.losses.preference import SequenceLogProbs, implicit_rewards
 from lightning_ft.modules.adapted import AdaptedFineTuning, per_completion
 from lightning_ft.modules.ref_logprobs import ReferenceLogProbs
-from lightning_ft.modules.step_metrics import MeanMetrics
+from lightning_ft.modules.step_metrics import MeanMetrics, with_mean_value
 
 Completions = Sequence[tuple[Example, ...]]
 """The completions of each prompt."""
@@ -54,13 +54,16 @@ class PreferenceLearning(AdaptedFineTuning):
         raise NotImplementedError
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Sum of the losses; `on_before_optimizer_step` divides by the number of examples of the whole step."""
+        """Mean loss of the examples, with the gradients of the sum.
+
+        `on_before_optimizer_step` divides these by the number of examples of the whole step.
+        """
         result = self._checked_loss(batch)
         self._step_metrics.add({"loss": result.losses, **result.metrics})
         self._examples += result.losses.numel()
         loss = result.losses.sum()
         self.note_loss(batch_idx, loss)
-        return loss
+        return with_mean_value(loss, result.losses.numel())
 
     def _checked_loss(self, batch: object) -> BatchLosses:
         if not isinstance(batch, PreferenceBatch):

@@ -12,6 +12,7 @@ loads them, and lead the loop through its first batch.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any, TypedDict, cast
@@ -259,6 +260,21 @@ class ResumableModule(LightningModule):
         if self._resumed_at["rng"] is not None:
             set_rng_state(self._resumed_at["rng"], self.global_rank)
         self._resumed_at = None
+
+    def _total_steps(self) -> int | None:
+        """Optimizer steps of the run, None if unknown; `estimated_stepping_batches` would rewind a loader."""
+        if self._trainer is None:
+            return None
+        trainer = self.trainer
+        batches = trainer.num_training_batches
+        limits = [trainer.max_steps] if trainer.max_steps != -1 else []
+        if trainer.max_epochs not in (None, -1) and not math.isinf(batches):
+            limits.append(sum(self._steps_of_epoch(int(batches), epoch) for epoch in range(trainer.max_epochs)))
+        return min(limits) if limits else None
+
+    def _steps_of_epoch(self, batches: int, epoch: int) -> int:
+        """Number of optimizer steps in an epoch of `batches` batches."""
+        return math.ceil(batches / self._accumulation(epoch))
 
     def _accumulation(self, epoch: int) -> int:
         """Micro-batches per optimizer step in an epoch; a GradientAccumulationScheduler changes it between epochs."""

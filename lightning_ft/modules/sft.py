@@ -36,7 +36,7 @@ from lightning_ft.modules.anchor import Anchor, AnchorOptions
 from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.options import SupervisedOptions, Unpack
 from lightning_ft.modules.resume import STATE
-from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics
+from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics, with_mean_value
 
 
 class SupervisedFineTuning(FineTuning):
@@ -95,14 +95,17 @@ class SupervisedFineTuning(FineTuning):
         return batch
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """Summed negative log-likelihood; `on_before_optimizer_step` divides by the tokens of the whole step."""
+        """Mean negative log-likelihood per supervised token, with the gradients of the sum.
+
+        `on_before_optimizer_step` divides these by the tokens of the whole step.
+        """
         if not self._own_loss.router:
             result = self.compute_logprobs(batch, "sum")
             loss = -result.logprobs
             self._step_metrics.add(loss, result.correct, batch)
             loss = self.anchored(loss, batch.num_targets, batch_idx)
             self.note_loss(batch_idx, loss)
-            return loss
+            return with_mean_value(loss, batch.num_targets)
         result, router_loss = self._logprobs_and_router_loss(batch)
         loss = -result.logprobs
         self._step_metrics.add(loss, result.correct, batch)
@@ -110,7 +113,7 @@ class SupervisedFineTuning(FineTuning):
         self._router_metrics.add({"router_loss": weighted}, {"router_loss": batch.num_targets})
         loss = self.anchored(loss + self._own_loss.router * weighted.to(loss.device), batch.num_targets, batch_idx)
         self.note_loss(batch_idx, loss)
-        return loss
+        return with_mean_value(loss, batch.num_targets)
 
     def anchored(self, loss: Tensor, targets: int, batch_idx: int) -> Tensor:
         """Add the penalty of the anchor, if there is one, to the summed loss of a micro-batch.

@@ -46,6 +46,26 @@ class Totals:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
+def with_mean_value(loss: Tensor, count: int) -> Tensor:
+    """A summed loss whose value is the mean, ``[]``; its gradients are still those of the sum.
+
+    A step's gradients are summed over batches of different sizes and divided once, by the whole step's count. Callbacks
+    that read ``outputs["loss"]``, such as `LearningRateFinder`, expect the mean.
+
+    Args:
+        loss: Loss, summed, ``[]``.
+        count: Number of tokens or examples that it is summed over.
+
+    Example:
+        >>> weight = torch.tensor(2.0, requires_grad=True)
+        >>> loss = with_mean_value(weight * 10, 5)
+        >>> loss.backward()
+        >>> loss.item(), weight.grad.item()
+        (4.0, 10.0)
+    """
+    return loss - loss.detach() + loss.detach() / max(1, count)
+
+
 class TokenMetrics:
     """Sums token metrics over the micro-batches of a step.
 

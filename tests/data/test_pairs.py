@@ -111,6 +111,35 @@ def test_pair_data_module_works_without_validation(trainer, tokenizer, pairs):
     assert len(module.seen) == 3
 
 
+def test_no_validation_rows_are_no_reason_to_warn(trainer, tokenizer, pairs, recwarn):
+    trainer(max_epochs=1, num_sanity_val_steps=2).fit(Recorder(tokenizer), PairDataModule(pairs))
+    assert not [str(w.message) for w in recwarn if "across ranks is zero" in str(w.message)]
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_overfit_batches_repeats_the_same_batches(trainer, tokenizer, pairs, batches):
+    module = Recorder(tokenizer)
+    data = PairDataModule(pairs[:16], validation=pairs[16:], batch_size=4, shuffle=True)
+    trainer(max_epochs=3, overfit_batches=batches).fit(module, data)
+    seen = [epoch_of_rows for stage, *epoch_of_rows in module.seen if stage != "validation"]
+    assert len(seen) == 3 * batches
+    assert seen[:batches] == seen[batches : 2 * batches] == seen[2 * batches :]
+
+
+def test_batch_size_of_hparams_is_used(trainer, tokenizer, pairs):
+    """BatchSizeFinder writes it there."""
+    data = PairDataModule(pairs[:12], tokenizer=tokenizer, batch_size=4)
+    assert len(data.train_dataloader()) == 3
+    data.hparams["batch_size"] = 6
+    assert data.batch_size == 6
+    assert len(data.train_dataloader()) == 2
+    data.batch_size = 3
+    assert data.hparams["batch_size"] == 3
+    assert len(data.train_dataloader()) == 4
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        data.batch_size = 0
+
+
 def test_missing_splits_and_tokenizer_are_named_in_errors(tokenizer, pairs, trainer):
     data = PairDataModule(pairs, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="no test rows: pass test="):

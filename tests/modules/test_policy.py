@@ -2,6 +2,7 @@
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from predrawn_rollouts import (
 from tiny import make_rows
 
 from lightning_ft import GRPO, PPO, PromptDataModule
-from lightning_ft._lightning import Trainer, _pl
+from lightning_ft._lightning import Trainer, _pl, cli_module
 from lightning_ft.errors import ConfigError, RewardError
 from lightning_ft.modules.samples import RolloutSamples
 from lightning_ft.rollout.protocol import Completion, Rollouts
@@ -105,10 +106,76 @@ def test_policy_clips_gradients(trainer_options):
     assert norms[1][1] == pytest.approx(norms[0][1], rel=1e-5)  # the logged one is that before clipping
 
 
-@pytest.mark.parametrize("option", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
-def test_policy_refuses_accumulation_and_clipping_of_the_trainer(option, trainer_options):
-    with pytest.raises(Exception, match="not supported for manual optimization"):
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ({"gradient_clip_val": 0.5}, r"max_grad_norm=0\.5"),
+        ({"accumulate_grad_batches": 2}, "2 times larger"),
+    ],
+)
+def test_policy_refuses_accumulation_and_clipping_of_the_trainer(option, instead, trainer_options):
+    with pytest.raises(ConfigError, match=instead):
         run(make(Policy), BATCHES, trainer_options, rollouts=PREDRAWN, **option)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, [0.1, 0.1, 0.01, 0.01]),  # Lightning's default interval is the epoch
+        ({"frequency": 2}, [0.1, 0.1, 0.1, 0.1, 0.01, 0.01]),
+        ({"interval": "step"}, [0.1, 0.01]),
+        ({"interval": "step", "frequency": 3}, [0.1, 0.1, 0.1, 0.01]),
+    ],
+)
+def test_policy_steps_schedulers_at_their_interval(config, expected, trainer_options):
+    rates = []
+
+    class Scheduled(Policy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **config}}
+
+        def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    epochs = -(-len(expected) // len(BATCHES))
+    run(make(Scheduled), BATCHES, trainer_options, rollouts=PREDRAWN * epochs, max_epochs=epochs)
+    assert rates[: len(expected)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("plateau", "monitor"),
+    [
+        (torch.optim.lr_scheduler.ReduceLROnPlateau, None),
+        (partial(cli_module().ReduceLROnPlateau, monitor="val/los"), "'val/los'"),
+    ],
+)
+def test_policy_names_a_monitored_metric_that_is_not_logged(plateau, monitor, trainer_options):
+    class Scheduled(Policy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+            return [optimizer], [plateau(optimizer)]
+
+    with pytest.raises(ConfigError, match=rf"monitors {monitor}.*train/reward"):
+        run(make(Scheduled), BATCHES, trainer_options, rollouts=PREDRAWN)
+
+
+@pytest.mark.parametrize(("values", "lowered"), [([1.0, 2.0, 3.0], True), ([3.0, 2.0, 1.0], False)])
+def test_policy_lowers_its_rate_on_a_plateau_of_the_monitored_metric(values, lowered, trainer_options):
+    class Scheduled(Policy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+            scheduler = cli_module().ReduceLROnPlateau(optimizer, "watched", factor=0.5, patience=1)
+            return [optimizer], [scheduler]
+
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            self.log("watched", values[self.trainer.current_epoch])
+
+    trainer = run(make(Scheduled), BATCHES, trainer_options, rollouts=PREDRAWN * 3, max_epochs=3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 if lowered else 0.1)
 
 
 # ---------------------------------------------------------------- metrics

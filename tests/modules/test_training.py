@@ -9,7 +9,7 @@ from tiny import make_model, make_rows, make_tokenizer
 
 from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import Trainer, _pl
-from lightning_ft.errors import ConfigError, ModelError
+from lightning_ft.errors import ConfigError, ModelError, TokenizerError
 
 ROWS = make_rows(24)
 
@@ -177,6 +177,43 @@ def test_bad_rows_are_reported_before_weights_are_loaded(fit, tmp_path):
 def test_missing_model_is_an_error(fit, tmp_path):
     with pytest.raises(ModelError, match="could not be loaded"):
         fit(FullFineTuning(str(tmp_path / "no"), tokenizer=make_tokenizer()), ROWS)
+
+
+def test_missing_folder_is_named_with_the_nearest_one(fit, tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(TokenizerError, match=r"no such folder.*'base'") as error:
+        fit(FullFineTuning(str(tmp_path / "bsae")), ROWS)
+    assert "repo_type" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"barebones": True}, {"log_every_n_steps": 0}])
+def test_sft_trains_where_nothing_is_logged(trainer_options, model_folder, options):
+    names = ("accelerator", "devices", "default_root_dir") if "barebones" in options else tuple(trainer_options)
+    trainer = Trainer(**{name: trainer_options[name] for name in names}, max_epochs=1, **options)
+    trainer.fit(LoRAFineTuning(model_folder), PairDataModule(ROWS, batch_size=8, cache_dir=False))
+    assert trainer.global_step == 3
+
+
+def test_sft_trains_at_the_rate_of_its_hparams(fit, model_folder):
+    """LearningRateFinder writes it there."""
+    module = LoRAFineTuning(model_folder, learning_rate=1e-2, lr_schedule="constant", warmup_ratio=0.0)
+    module.hparams["learning_rate"] = 3e-3
+    trainer = fit(module, ROWS)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
+def test_callbacks_see_the_mean_loss_that_is_logged(fit, model_folder, kind):
+    seen = []
+
+    class Look(_pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append((float(outputs["loss"]), float(trainer.callback_metrics["train/loss"])))
+
+    fit(kind(model_folder), ROWS, callbacks=[Look()])
+    assert len(seen) == 6
+    for loss, logged in seen:
+        assert loss == pytest.approx(logged, rel=1e-5)
 
 
 def test_quantization_requires_bitsandbytes(fit, model_folder, monkeypatch):

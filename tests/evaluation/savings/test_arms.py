@@ -76,6 +76,14 @@ def test_two_sharded_ranks_match_one(tmp_path):
     mp.start_processes(two_sharded_ranks, (tmp_path / "store", measure()), nprocs=2, start_method="fork")
 
 
+def test_a_prompt_given_as_text_is_told_from_a_file():
+    with pytest.raises(SavingsError, match=r"PromptBaseline\(system=\.\.\.\)"):
+        PromptBaseline.from_file("You are a router. Answer with a department.")
+    with pytest.raises(SavingsError) as error:
+        PromptBaseline.from_file("no/such/prompt.json")
+    assert "system=" not in str(error.value)
+
+
 def test_progress_bar_can_be_disabled(capsys):
     requests = [Request("r0", (Message(role="user", content="where is the lamp"),), "here")]
     for progress in (False, True):
