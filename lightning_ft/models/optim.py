@@ -108,6 +108,29 @@ def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
     scheduler._last_lr = rates
 
 
+def scale_rates(scheduler: torch.optim.lr_scheduler.LambdaLR, factor: float) -> None:
+    """Multiply the learning rates of all parameter groups, now and in later steps; their ratios stay as they are.
+
+    Args:
+        scheduler: Scheduler of the optimizer.
+        factor: New learning rate divided by the old one.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+        >>> scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+        >>> scale_rates(scheduler, 4.0)
+        >>> optimizer.param_groups[0]["lr"], scheduler.base_lrs
+        (1.0, [2.0])
+    """
+    scheduler.base_lrs = [base * factor for base in scheduler.base_lrs]
+    scheduler._last_lr = []
+    for group, base, shape in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["initial_lr"], group["lr"] = base, base * shape(scheduler.last_epoch)
+        scheduler._last_lr.append(group["lr"])
+
+
 def adamw(
     groups: Iterable[ParameterGroup], learning_rate: float, betas: tuple[float, float], *, scaled: bool = False
 ) -> torch.optim.AdamW:

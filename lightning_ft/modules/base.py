@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +15,7 @@ from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
-from lightning_ft.distributed import rank_zero_info, rank_zero_warn
+from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.models.adapt import InitialAdapter
@@ -30,27 +29,27 @@ from lightning_ft.models.head import CausalLM, Reduction, base_of
 from lightning_ft.models.load import LoadOptions, load_causal_lm
 from lightning_ft.models.logprob_model import LogProbModel, LogProbOptions
 from lightning_ft.models.numerics import refuse_nonfinite
-from lightning_ft.models.optim import ParameterGroup, Schedule, adamw, parameter_groups, schedule_factor, set_first_rate
+from lightning_ft.models.optim import (
+    Schedule,
+    schedule_factor,
+)
 from lightning_ft.models.router import OwnLoss, find_own_loss
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.averaging import AveragedWeights
 from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_other_shapes
 from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.evaluation import EvaluatedModule
-from lightning_ft.modules.nonfinite import FiniteSteps
+from lightning_ft.modules.optimization import OptimizedModule
 from lightning_ft.modules.options import ModelOptions, OptimizerOptions, Unpack
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.tokenizer import ModuleTokenizer
-from lightning_ft.modules.trainer_checks import check_strategy, warn_lost_steps
+from lightning_ft.modules.trainer_checks import check_callbacks, check_strategy, warn_lost_steps, warn_own_loss
 from lightning_ft.rewards.function import OnNonFinite
 from lightning_ft.signatures import complete
 from lightning_ft.types import Message, Request
 
-if TYPE_CHECKING:
-    from lightning_ft._lightning import OptimizerLRScheduler
 
-
-class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModule):
+class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, CheckpointedModule):
     """Base of the fine-tuning modules; a subclass adds the training step and says how a batch is evaluated.
 
     Args:
@@ -297,6 +296,11 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
 
     # ---------------------------------------------------------------- training
 
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse callbacks that would change weights before they are loaded."""
+        check_callbacks(self.trainer, self)
+        return cast("list[Any]", super().configure_callbacks())
+
     def setup(self, stage: str) -> None:
         """Refuse a strategy that these modules can't train with."""
         super().setup(stage)
@@ -311,54 +315,12 @@ class FineTuning(EvaluatedModule, AveragedWeights, FiniteSteps, CheckpointedModu
             self._warn_misfits()
         warn_lost_steps(self.model, self.optimizer_options.learning_rate, str(self.trainer.precision))
         rank_zero_info(self.what_is_trained())
-        self._warn_own_loss()
-
-    def _warn_own_loss(self) -> None:
-        """Warn of terms in the model's own loss that this module leaves out."""
-        if self._own_loss.router and not self.trains_router_loss:
-            rank_zero_warn(
-                f"{type(base_of(self.model)).__name__} is configured with a router loss (output_router_logits), which "
-                f"is not part of {type(self).__name__}'s loss: set output_router_logits=False in the model's "
-                "configuration to silence this."
-            )
-        if self._own_loss.unknown is not None and self.trains_router_loss:
-            rank_zero_warn(self._own_loss.unknown)
+        warn_own_loss(self._own_loss, base_of(self.model), type(self).__name__, trained=self.trains_router_loss)
 
     def what_is_trained(self) -> str:
         """A table of trained, adapted and frozen weights by part of the model, and what no row of text reaches."""
         self.configure_model()
         return self._adaptation.describe(self.model)
-
-    def on_train_start(self) -> None:
-        """Check that the schedule knows its end, and set the rate of the first step."""
-        super().on_train_start()
-        schedulers: list[Any] = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        for scheduler in schedulers:
-            if self._factor not in getattr(scheduler, "lr_lambdas", ()):
-                continue
-            if self.optimizer_options.lr_schedule != "constant" and self._total_steps() is None:
-                raise ConfigError(
-                    f"lr_schedule={self.optimizer_options.lr_schedule!r} needs the length of the training: set "
-                    "max_steps or max_epochs in the Trainer (max_steps where the data has no length), or "
-                    "lr_schedule='constant'."
-                )
-            set_first_rate(scheduler)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW without decay of norms and biases, linear warm-up, and `lr_schedule`."""
-        rate = float(self.hparams["learning_rate"])  # a Tuner sets it there
-        self.optimizer_options = replace(self.optimizer_options, learning_rate=rate)
-        optimizer = self._optimizer()
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.model, self.optimizer_options.weight_decay)
-        return self._adamw(groups, self.optimizer_options.learning_rate)
-
-    def _adamw(self, groups: list[ParameterGroup], learning_rate: float) -> torch.optim.Optimizer:
-        scaled = self._trainer is None or "mixed" in str(self._trainer.precision)  # Fabric's precision isn't known here
-        return adamw(groups, learning_rate, self.optimizer_options.betas, scaled=scaled)
 
     # ---------------------------------------------------------------- generation
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lightning_ft._lightning import _pl
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.distributed import max_over_ranks, sum_over_ranks
@@ -127,7 +128,8 @@ class PolicyOptimization(SampledCompletions):
         """Refuse settings of the Trainer that have another name here, before Lightning refuses them.
 
         Raises:
-            ConfigError: For ``gradient_clip_val`` and ``accumulate_grad_batches``.
+            ConfigError: For ``gradient_clip_val``, ``accumulate_grad_batches``, `GradientAccumulationScheduler` and
+                `LearningRateFinder`.
         """
         trainer = cast(Any, self.trainer)
         refused = f"doesn't work with {type(self).__name__}, which takes several steps per batch"
@@ -140,7 +142,17 @@ class PolicyOptimization(SampledCompletions):
                 f"Trainer(accumulate_grad_batches={count}) {refused}: use a DataModule with a {count} times larger "
                 "batch_size, and micro_batch_size of the module for what fits into memory."
             )
-        return cast("list[Any]", super().configure_callbacks())
+        for callback in trainer.callbacks:
+            if isinstance(callback, _pl.callbacks.GradientAccumulationScheduler):
+                raise ConfigError(
+                    f"{type(callback).__name__} {refused}: change micro_batch_size of the module instead."
+                )
+            if isinstance(callback, _pl.callbacks.LearningRateFinder):
+                raise ConfigError(
+                    f"{type(callback).__name__} reads the loss of a batch, which says nothing of the reward that "
+                    f"{type(self).__name__} trains for: compare runs at several values of learning_rate instead."
+                )
+        return super().configure_callbacks()
 
     def configure_model(self) -> None:
         """As in `FineTuning`, and keep the reference while the weights are the original ones.

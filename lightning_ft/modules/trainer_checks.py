@@ -1,4 +1,4 @@
-"""Checks of the Trainer's strategy and precision, made before training."""
+"""Checks of the Trainer's strategy, callbacks and precision, and of the model's own loss, made before training."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lightning_ft._lightning import LightningModule, _pl
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM
+from lightning_ft.models.router import OwnLoss
 
 _SAMPLED_WEIGHTS = 4096  # of each tensor
 
@@ -42,6 +44,50 @@ def check_strategy(strategy: Any) -> None:
             f"ModelParallelStrategy(data_parallel_size={strategy.num_nodes * strategy.num_processes}, "
             "tensor_parallel_size=1, save_distributed_checkpoint=False)."
         )
+
+
+def check_callbacks(trainer: Any, module: LightningModule) -> None:
+    """Refuse callbacks that would have no effect, or another one, since they work before the weights are loaded.
+
+    Args:
+        trainer: The Trainer.
+        module: The module that is trained.
+
+    Raises:
+        ConfigError: For `BaseFinetuning` and `ModelPruning` with a module that has no weights yet, and for
+            `ModelPruning` with an adapter.
+    """
+    for callback in trainer.callbacks:
+        if not isinstance(callback, (_pl.callbacks.BaseFinetuning, _pl.callbacks.ModelPruning)):
+            continue
+        name = type(callback).__name__
+        if next(module.parameters(), None) is None:
+            raise ConfigError(
+                f"{name} looks at the weights before they are loaded: call `configure_model()` of the module before "
+                "the Trainer's `fit`. (`FullFineTuning(top_layers=...)` freezes lower layers without a callback.)"
+            )
+        if isinstance(callback, _pl.callbacks.ModelPruning) and any(
+            isinstance(m, PeftModel) for m in module.children()
+        ):
+            raise ConfigError(f"{name} would prune weights under an adapter, which are frozen: use full fine-tuning.")
+
+
+def warn_own_loss(own_loss: OwnLoss, model: torch.nn.Module, module: str, *, trained: bool) -> None:
+    """Warn of terms in a model's own loss that are left out.
+
+    Args:
+        own_loss: These terms.
+        model: The model.
+        module: Name of the module's class.
+        trained: Whether the module trains on the loss of a router.
+    """
+    if own_loss.router and not trained:
+        rank_zero_warn(
+            f"{type(model).__name__} is configured with a router loss (output_router_logits), which is not part of "
+            f"{module}'s loss: set output_router_logits=False in the model's configuration to silence this."
+        )
+    if own_loss.unknown is not None and trained:
+        rank_zero_warn(own_loss.unknown)
 
 
 def warn_lost_steps(model: CausalLM, learning_rate: float, precision: str) -> None:

@@ -1,0 +1,66 @@
+"""Optimizer and schedule of a module, and the learning rate that others set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from lightning_ft.errors import ConfigError
+from lightning_ft.models.head import CausalLM
+from lightning_ft.models.optim import ParameterGroup, adamw, parameter_groups, scale_rates, set_first_rate
+from lightning_ft.modules.nonfinite import FiniteSteps
+
+if TYPE_CHECKING:
+    from lightning_ft._lightning import OptimizerLRScheduler
+
+
+class OptimizedModule(FiniteSteps):
+    """Base of `FineTuning`: AdamW with warm-up and a schedule, at the learning rate in `hparams`."""
+
+    model: CausalLM
+    _factor: Callable[[int], float]
+
+    def on_train_start(self) -> None:
+        """Check that the schedule knows its end, and set the rate of the first step."""
+        super().on_train_start()
+        schedulers: list[Any] = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for scheduler in schedulers:
+            if self._factor not in getattr(scheduler, "lr_lambdas", ()):
+                continue
+            if self.optimizer_options.lr_schedule != "constant" and self._total_steps() is None:
+                raise ConfigError(
+                    f"lr_schedule={self.optimizer_options.lr_schedule!r} needs the length of the training: set "
+                    "max_steps or max_epochs in the Trainer (max_steps where the data has no length), or "
+                    "lr_schedule='constant'."
+                )
+            set_first_rate(scheduler)
+
+    def on_train_epoch_start(self) -> None:
+        """Follow a learning rate that `LearningRateFinder` has set after the optimizer was built."""
+        super().on_train_epoch_start()
+        rate, before = float(self.hparams["learning_rate"]), self.optimizer_options.learning_rate
+        if rate == before:
+            return
+        self.optimizer_options = replace(self.optimizer_options, learning_rate=rate)
+        for config in self.trainer.lr_scheduler_configs:
+            if self._factor in getattr(config.scheduler, "lr_lambdas", ()):
+                scale_rates(cast(Any, config.scheduler), rate / before)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW without decay of norms and biases, linear warm-up, and `lr_schedule`."""
+        rate = float(self.hparams["learning_rate"])  # a Tuner sets it there
+        self.optimizer_options = replace(self.optimizer_options, learning_rate=rate)
+        optimizer = self._optimizer()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.model, self.optimizer_options.weight_decay)
+        return self._adamw(groups, self.optimizer_options.learning_rate)
+
+    def _adamw(self, groups: list[ParameterGroup], learning_rate: float) -> torch.optim.Optimizer:
+        scaled = self._trainer is None or "mixed" in str(self._trainer.precision)  # Fabric's precision isn't known here
+        return adamw(groups, learning_rate, self.optimizer_options.betas, scaled=scaled)

@@ -1,0 +1,433 @@
+"""Features of Lightning's Trainer, each as a function that uses one with a module and checks its effect."""
+
+import io
+
+import torch
+from preference_runs import make_pairs
+from tiny import make_model, make_rows, make_tokenizer
+from tiny_scorer import make_scorer
+
+from lightning_ft import (
+    DPO,
+    GRPO,
+    PPO,
+    FullFineTuning,
+    LoRAFineTuning,
+    PairDataModule,
+    PreferenceDataModule,
+    PromptDataModule,
+    RewardModeling,
+)
+from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.types import Message
+
+BATCHES = 4
+MODULES = {
+    "full": FullFineTuning,
+    "lora": LoRAFineTuning,
+    "reward": RewardModeling,
+    "dpo": DPO,
+    "grpo": GRPO,
+    "ppo": PPO,
+}
+"""Classes by the name of a column."""
+
+
+def length(completion_ids, **_):
+    return [len(ids) / 8 for ids in completion_ids]
+
+
+class Run:
+    """A module, its rows, and a Trainer in a folder.
+
+    Args:
+        name: One of `MODULES`.
+        folder: Folder of the run.
+        changed: Function that derives the module's class from the given one.
+    """
+
+    def __init__(self, name, folder, changed=lambda kind: kind):
+        self.name, self.folder = name, folder
+        self.sampled = name in ("grpo", "ppo")
+        self.monitor = "val/reward" if self.sampled else "val/loss"
+        options = {"tokenizer": make_tokenizer(), "learning_rate": 1e-2, "lr_schedule": "constant", "warmup_ratio": 0.0}
+        if self.sampled:
+            options |= {"rewards": length, "max_new_tokens": 4}
+        if name == "grpo":
+            options |= {"num_completions": 2}
+        if name == "ppo":
+            options |= {"epochs_per_rollout": 1, "steps_per_rollout": 1}
+        self.options = options
+        self.kind = changed(MODULES[name])
+        self.module = self.new()
+        self.data = self.new_data()
+
+    def new(self):
+        return self.kind(make_scorer() if self.name == "reward" else make_model(), **self.options)
+
+    def new_data(self, batch_size=2):
+        settings = {"cache_dir": False, "batch_size": batch_size}
+        if self.name in ("full", "lora"):
+            rows = make_rows(20)
+            return PairDataModule(rows[:8], validation=rows[8:12], test=rows[12:16], **settings)
+        if self.sampled:
+            rows = [{"prompt": row["input"]} for row in make_rows(12)]
+            return PromptDataModule(rows[:8], validation=rows[8:10], test=rows[10:], **settings)
+        rows = make_pairs(12)
+        return PreferenceDataModule(rows[:8], validation=rows[8:10], test=rows[10:], **settings)
+
+    def trainer(self, *callbacks, **options):
+        quiet = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "max_epochs": 1,
+            "num_sanity_val_steps": 0,
+        }
+        if options.get("barebones"):
+            quiet = {"max_epochs": 1}
+        fixed = {"accelerator": "cpu", "devices": 1, "default_root_dir": str(self.folder)}
+        options = {**fixed, **quiet, **({"callbacks": list(callbacks)} if callbacks else {}), **options}
+        return Trainer(**options)
+
+    def fit(self, *callbacks, ckpt_path=None, module=None, **options):
+        trainer = self.trainer(*callbacks, **options)
+        trainer.fit(module or self.module, self.data, ckpt_path=ckpt_path)
+        return trainer
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def content(batch):
+    """The tensors of a batch, as bytes."""
+    file = io.BytesIO()
+    torch.save(batch, file)
+    return file.getvalue()
+
+
+class Seen(_pl.Callback):
+    """Records batches, validations, gradient norms after clipping, and learning rates."""
+
+    def __init__(self):
+        self.batches, self.validations, self.norms, self.rates = [], 0, [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batches.append(content(batch))
+
+    def on_validation_end(self, trainer, module):
+        self.validations += 1
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if gradients:
+            self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+
+# ---------------------------------------------------------------- features
+
+
+def limits(run):
+    seen = Seen()
+    assert run.fit(seen, max_epochs=2, limit_train_batches=2, limit_val_batches=1).current_epoch == 2
+    assert len(seen.batches) == 4
+
+
+def max_steps(run):
+    assert run.fit(max_epochs=-1, max_steps=3).global_step == 3
+
+
+def val_check_interval(run):
+    seen = Seen()
+    run.fit(seen, val_check_interval=2)
+    assert seen.validations == BATCHES // 2
+
+
+def check_val_every_n_epoch(run):
+    seen = Seen()
+    run.fit(seen, max_epochs=2, check_val_every_n_epoch=2)
+    assert seen.validations == 1
+
+
+def overfit_batches(run):
+    seen = Seen()
+    run.fit(seen, max_epochs=3, overfit_batches=1)
+    assert len(seen.batches) == 3
+    assert len(set(seen.batches)) == 1
+
+
+def fast_dev_run(run):
+    assert run.fit(fast_dev_run=True).global_step == 1
+
+
+def barebones(run):
+    assert run.fit(barebones=True).global_step == BATCHES
+
+
+def reload_dataloaders(run):
+    seen = Seen()
+    run.fit(seen, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    assert len(seen.batches) == 2 * BATCHES
+
+
+def accumulation(run):
+    assert run.fit(accumulate_grad_batches=2).global_step == BATCHES // 2
+
+
+def accumulation_scheduler(run):
+    scheduler = _pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+    assert run.fit(scheduler, max_epochs=2).global_step == BATCHES + BATCHES // 2
+
+
+def clipping(run):
+    seen = Seen()
+    run.fit(seen, gradient_clip_val=1e-3)
+    assert max(seen.norms) <= 1e-3 * 1.001
+
+
+def bf16_mixed(run):
+    run.fit(precision="bf16-mixed")
+    assert {p.dtype for p in run.module.parameters() if p.requires_grad} == {torch.float32}
+
+
+def bf16_true(run):
+    run.fit(precision="bf16-true")
+    assert torch.bfloat16 in {p.dtype for p in run.module.parameters()}
+
+
+def early_stopping(run):
+    stopping = _pl.callbacks.EarlyStopping(run.monitor, patience=1, min_delta=1e9)
+    assert run.fit(stopping, max_epochs=9).current_epoch < 4
+
+
+def best_checkpoint(run):
+    saver = _pl.callbacks.ModelCheckpoint(run.folder / "best", monitor=run.monitor, save_top_k=1)
+    run.fit(saver, enable_checkpointing=True)
+    assert saver.best_model_path
+    assert float(saver.best_model_score) == float(saver.current_score)
+
+
+def checkpoints_by_step(run):
+    saver = _pl.callbacks.ModelCheckpoint(run.folder / "steps", every_n_train_steps=2, save_top_k=-1)
+    run.fit(saver, enable_checkpointing=True)
+    assert len(list((run.folder / "steps").glob("*.ckpt"))) == BATCHES // 2
+
+
+def resume_from_last(run):
+    saver = _pl.callbacks.ModelCheckpoint(run.folder / "last", save_last=True)
+    run.fit(saver, enable_checkpointing=True, max_epochs=2)
+    whole = weights(run.module)
+    half, rest = run.new(), run.new()
+    first = _pl.callbacks.ModelCheckpoint(run.folder / "half", save_last=True)
+    run.fit(first, enable_checkpointing=True, max_epochs=1, module=half)
+    run.fit(max_epochs=2, module=rest, ckpt_path=str(run.folder / "half" / "last.ckpt"))
+    assert same(weights(rest), whole)
+
+
+def load_from_checkpoint(run):
+    trainer = run.fit()
+    path = str(run.folder / "end.ckpt")
+    trainer.save_checkpoint(path)
+    base = make_scorer() if run.name == "reward" else make_model()
+    given = {"rewards": length} if run.sampled else {}
+    loaded = run.kind.load_from_checkpoint(path, model=base, tokenizer=make_tokenizer(), **given)
+    assert same(weights(loaded), weights(run.module))
+
+
+def two_fits(run):
+    run.fit()
+    before = weights(run.module)
+    run.fit()
+    assert not same(weights(run.module), before)
+
+
+def validate_and_test(run):
+    trainer = run.trainer()
+    assert run.monitor in trainer.validate(run.module, run.data, verbose=False)[0]
+    assert run.monitor.replace("val", "test") in trainer.test(run.module, run.data, verbose=False)[0]
+
+
+def predict(run):
+    questions = [{"input": row["input"]} for row in make_rows(3)]
+    if run.name == "reward":  # whole conversations, which are scored
+        turns = [[Message(role="user", content="a"), Message(role="assistant", content=text)] for text in "bcd"]
+        predicted = run.trainer().predict(run.module, torch.utils.data.DataLoader(turns, 2, collate_fn=list))
+    else:
+        data = PairDataModule(make_rows(3), predict=questions, cache_dir=False, batch_size=2)
+        predicted = run.trainer().predict(run.module, data)
+    assert sum(len(batch) for batch in predicted) == 3
+
+
+def own_optimizer(run):
+    def changed(kind):
+        class Own(kind):
+            def configure_optimizers(self):
+                return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
+
+        return Own
+
+    run = Run(run.name, run.folder, changed)
+    trainer = run.fit()
+    assert isinstance(trainer.optimizers[0], torch.optim.SGD)
+    assert trainer.global_step == BATCHES
+
+
+def scheduler_per_epoch(run):
+    def changed(kind):
+        class Own(kind):
+            def configure_optimizers(self):
+                optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
+                return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)]
+
+        return Own
+
+    seen = Seen()
+    Run(run.name, run.folder, changed).fit(seen, max_epochs=2)
+    wanted = [0.1] * BATCHES + [0.01] * BATCHES
+    assert all(abs(rate - want) < 1e-9 for rate, want in zip(seen.rates, wanted, strict=True))
+
+
+def own_loaders(run):
+    run.data.share_tokenizer(run.module)
+    run.data.setup("fit")
+    trainer = run.trainer()
+    trainer.fit(run.module, run.data.train_dataloader(), run.data.val_dataloader())
+    assert trainer.global_step == BATCHES
+
+
+def learning_rate_monitor(run):
+    monitor = _pl.callbacks.LearningRateMonitor("step")
+    run.fit(monitor, logger=_pl.loggers.CSVLogger(run.folder), log_every_n_steps=1)
+    assert len(next(iter(monitor.lrs.values()))) == BATCHES
+
+
+def several_loggers(run):
+    loggers = [_pl.loggers.CSVLogger(run.folder / "csv"), _pl.loggers.TensorBoardLogger(run.folder / "tb")]
+    run.fit(logger=loggers, log_every_n_steps=1)
+    assert "train/learning_rate" in next((run.folder / "csv").rglob("metrics.csv")).read_text()
+    assert list((run.folder / "tb").rglob("events.out*"))
+
+
+def profiler(run):
+    trainer = run.fit(profiler="simple")
+    assert trainer.profiler.recorded_durations
+
+
+def model_summary(run):
+    found = []
+
+    class Summary(_pl.callbacks.ModelSummary):
+        @staticmethod
+        def summarize(summary_data, total_parameters, trainable_parameters, *rest, **options):
+            found.append((total_parameters, trainable_parameters))
+
+    run.fit(Summary(), enable_model_summary=True)
+    assert found == [
+        (sum(p.numel() for p in run.module.parameters()), sum(p.numel() for p in weights(run.module).values()))
+    ]
+
+
+def progress_bar(run):
+    bar = _pl.callbacks.TQDMProgressBar()
+    run.fit(bar, enable_progress_bar=True)
+    assert bar.train_progress_bar.n == BATCHES
+
+
+def ema(run):
+    run.fit(_pl.callbacks.EMAWeightAveraging(decay=0.9))
+    averaged, plain = weights(run.module), run.new()
+    run.fit(module=plain)
+    assert not same(averaged, weights(plain))
+
+
+def swa(run):
+    options = {"swa_epoch_start": 1, "annealing_epochs": 1}
+    run.fit(_pl.callbacks.StochasticWeightAveraging(1e-2, **options), max_epochs=3)
+    averaged, plain = weights(run.module), run.new()
+    run.fit(module=plain, max_epochs=3)
+    assert not same(averaged, weights(plain))
+
+
+def learning_rate_finder(run):
+    finder = _pl.callbacks.LearningRateFinder(min_lr=1e-4, max_lr=1.0, num_training_steps=20)
+    trainer = run.fit(finder, max_epochs=8, enable_checkpointing=True)
+    rate = run.module.hparams["learning_rate"]
+    assert rate != 1e-2
+    assert abs(trainer.optimizers[0].param_groups[0]["lr"] - rate) < 1e-9
+
+
+def batch_size_finder(run):
+    seen = Seen()
+    finder = _pl.callbacks.BatchSizeFinder("power", steps_per_trial=1, init_val=1, max_trials=3)
+    trainer = run.fit(finder, seen, enable_checkpointing=True)
+    assert run.data.hparams["batch_size"] != 2
+    assert trainer.num_training_batches == -(-8 // run.data.hparams["batch_size"])
+
+
+def finetuning_callback(run):
+    class Freeze(_pl.callbacks.BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze([m for name, m in module.named_modules() if "layers.0" in name])
+
+        def finetune_function(self, module, epoch, optimizer):
+            pass
+
+    run.module.configure_model()
+    run.fit(Freeze())
+    assert not any(p.requires_grad for name, p in run.module.named_parameters() if "layers.0" in name)
+
+
+def pruning(run):
+    run.module.configure_model()
+    run.fit(_pl.callbacks.ModelPruning("l1_unstructured", amount=0.5))
+    zeros = [float((p == 0).float().mean()) for p in run.module.parameters() if p.dim() == 2]
+    assert max(zeros) > 0.3
+
+
+FEATURES = {
+    "`limit_train_batches`, `limit_val_batches`": limits,
+    "`max_steps`": max_steps,
+    "`val_check_interval`": val_check_interval,
+    "`check_val_every_n_epoch`": check_val_every_n_epoch,
+    "`overfit_batches`": overfit_batches,
+    "`fast_dev_run`": fast_dev_run,
+    "`barebones`": barebones,
+    "`reload_dataloaders_every_n_epochs`": reload_dataloaders,
+    "`accumulate_grad_batches`": accumulation,
+    "`GradientAccumulationScheduler`": accumulation_scheduler,
+    "`gradient_clip_val`": clipping,
+    '`precision="bf16-mixed"`': bf16_mixed,
+    '`precision="bf16-true"`': bf16_true,
+    "`EarlyStopping`": early_stopping,
+    "`ModelCheckpoint(monitor=...)`": best_checkpoint,
+    "`ModelCheckpoint(every_n_train_steps=...)`": checkpoints_by_step,
+    "resuming from `last.ckpt`, exactly": resume_from_last,
+    "`load_from_checkpoint`": load_from_checkpoint,
+    "two fits of one module": two_fits,
+    "`validate` and `test` before training": validate_and_test,
+    "`predict`": predict,
+    "`configure_optimizers` of a subclass": own_optimizer,
+    "a scheduler stepped per epoch": scheduler_per_epoch,
+    "loaders instead of a DataModule": own_loaders,
+    "`LearningRateMonitor`": learning_rate_monitor,
+    "CSV and TensorBoard loggers together": several_loggers,
+    '`profiler="simple"`': profiler,
+    "`ModelSummary`": model_summary,
+    "`TQDMProgressBar`": progress_bar,
+    "`EMAWeightAveraging`": ema,
+    "`StochasticWeightAveraging`": swa,
+    "`LearningRateFinder`": learning_rate_finder,
+    "`BatchSizeFinder`": batch_size_finder,
+    "`BaseFinetuning`": finetuning_callback,
+    "`ModelPruning`": pruning,
+}
+"""Features by the name that `docs/lightning.md` gives them."""
