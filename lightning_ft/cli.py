@@ -236,21 +236,33 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             raise GateError(f"Training completed, but the limits of these callbacks don't hold: {', '.join(gates)}.")
 
     def after_predict(self) -> None:
-        """Write the answers, each with its request, to ``predictions.jsonl`` in the run's folder, and say where."""
+        """Write the answers, each with its request, to ``predictions.jsonl`` in the run's folder, and say where.
+
+        For modules of this package, whose answers are text or rewards; nothing with ``--return_predictions false``.
+        """
+        from lightning_ft.modules.base import FineTuning
+
         trainer: Any = self.trainer
-        batches = trainer.predict_loop.predictions
-        answers = [answer for batch in batches or () for answer in (batch if isinstance(batch, list) else [batch])]
-        loader = self.datamodule.predict_dataloader() if self.datamodule is not None else ()
-        requests = [request for batch in loader for request in batch]
-        whole = trainer.world_size == 1 and len(requests) == len(answers)
+        if not isinstance(self.model, FineTuning) or not (batches := trainer.predict_loop.predictions):
+            return
+        answers = [answer for batch in batches for answer in batch]
+        requests = self._predicted_requests() if trainer.world_size == 1 else []
         name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
         path = Path(trainer.log_dir or trainer.default_root_dir) / name
-        rows = [
-            {**({"request": _messages(requests[i])} if whole else {}), "answer": answer}
-            for i, answer in enumerate(answers)
-        ]
+        if len(requests) == len(answers):
+            rows = [{"request": request, "answer": answer} for request, answer in zip(requests, answers, strict=True)]
+        else:
+            rows = [{"answer": answer} for answer in answers]
         write_text(path, "".join(json_text(row) + "\n" for row in rows))
         print(printable(f"{len(answers):,} answers written to {path}"))
+
+    def _predicted_requests(self) -> list[object]:
+        """Messages of the requests that were answered; empty for a DataModule that isn't this package's."""
+        from lightning_ft.data.pairs import PairDataModule
+
+        if not isinstance(self.datamodule, PairDataModule):
+            return []
+        return [_messages(request) for batch in self.datamodule.predict_dataloader() for request in batch]
 
     def _parse_ckpt_path(self) -> None:
         """Take no arguments from the checkpoint; the module checks that it fits the configured ones."""

@@ -74,6 +74,7 @@ def test_cli_runs_fit_validate_test_and_predict(run, config, tmp_path):
     run("validate", "--config", path, "--ckpt_path", str(checkpoint))
     run("test", "--config", path, "--ckpt_path", str(checkpoint))
     run("predict", "--config", path, "--ckpt_path", str(checkpoint))
+    run("predict", "--config", path, "--ckpt_path", str(checkpoint), "--return_predictions", "false")
     (written,) = tmp_path.rglob("predictions.jsonl")
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     assert len(rows) == 24
