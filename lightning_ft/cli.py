@@ -7,14 +7,17 @@ the DataModule takes its tokenizer from the model.
 from __future__ import annotations
 
 import inspect
+import logging
 import pydoc
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
+
+from lightning_utilities.core import rank_zero
 
 import lightning_ft
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
@@ -147,6 +150,18 @@ class FineTuningTrainer(Trainer):
         print(printable(f"Exported to {folder}"))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what Lightning tells at level INFO."""
+    log = rank_zero.log
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def _own_error(error: BaseException | None) -> LightningFTError | None:
     """The error of this package that the parser wrapped in its own, which would list the whole configuration."""
     while error is not None and not isinstance(error, LightningFTError):
@@ -212,8 +227,16 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         return {**_cli.LightningCLI.subcommands(), **own}
 
     def instantiate_classes(self) -> None:
-        """Build the configured classes; for `preview`, reward functions and scorers are not imported."""
-        with without_imports() if self.subcommand == "preview" else nullcontext():
+        """Build the configured classes.
+
+        For `preview`, reward functions and scorers are not imported. For it and for `export`, which don't train, the
+        Trainer doesn't list accelerators.
+        """
+        with ExitStack() as stack:
+            if self.subcommand == "preview":
+                stack.enter_context(without_imports())
+            if self.subcommand in ("preview", "export"):
+                stack.enter_context(_quiet())
             try:
                 super().instantiate_classes()
             except ValueError as error:

@@ -111,6 +111,14 @@ def test_preview_loads_no_weights(run, config, capsys, monkeypatch):
     assert "«" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("command", "told"), [("preview", False), ("validate", True)])
+def test_preview_does_not_list_accelerators(config, command, told):
+    """In a process of its own, since Lightning's log writes to the stderr that it was imported with."""
+    call = [sys.executable, "-m", "lightning_ft", command, "--config", config()]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert ("GPU available" in done.stderr) == told
+
+
 def test_preview_prints_trainable_weights(run, config, capsys):
     run("preview", "--config", config(), "--examples", "1", "--weights", "true")
     printed = capsys.readouterr().out
