@@ -260,7 +260,7 @@ def predict(run):
     questions = [{"input": row["input"]} for row in make_rows(3)]
     if run.name == "reward":  # whole conversations, which are scored
         turns = [[Message(role="user", content="a"), Message(role="assistant", content=text)] for text in "bcd"]
-        predicted = run.trainer().predict(run.module, torch.utils.data.DataLoader(turns, 2, collate_fn=list))
+        predicted = run.trainer().predict(run.module, torch.utils.data.DataLoader(turns, batch_size=2, collate_fn=list))
     else:
         data = PairDataModule(make_rows(3), predict=questions, cache_dir=False, batch_size=2)
         predicted = run.trainer().predict(run.module, data)
