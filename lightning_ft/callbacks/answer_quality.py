@@ -8,8 +8,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
-from lightning_ft.arguments import CheckedArguments
-from lightning_ft.callbacks.base import TrainerOrFabric, callbacks_of, is_trainer, precision_of, shows_progress
+from lightning_ft.arguments import CheckedArguments, check_integer
+from lightning_ft.callbacks.base import (
+    TrainerOrFabric,
+    callbacks_of,
+    is_trainer,
+    precision_of,
+    shows_progress,
+    validation_requests,
+)
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import MeasurementPlan, answer_plan
@@ -17,7 +24,7 @@ from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import base_of
 from lightning_ft.models.load import context_length
-from lightning_ft.models.unwrap import model_of, required_model, unwrapped
+from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
@@ -72,8 +79,7 @@ class AnswerQuality(CheckedArguments, Callback):
     ) -> None:
         super().__init__()
         for argument, value in (("every_n_epochs", every_n_epochs), ("batch_size", batch_size)):
-            if value < 1:
-                raise SavingsError(f"{argument}={value}: expected at least 1.")
+            check_integer(argument, value, 1, SavingsError)
         self.every_n_epochs, self.requests, self.tokenizer = every_n_epochs, requests, tokenizer
         self.name, self.progress = name, progress
         self._batch_size = batch_size
@@ -170,19 +176,8 @@ class AnswerQuality(CheckedArguments, Callback):
         module.log(self.name, self.measure(trainer, module), prog_bar=True, rank_zero_only=False, batch_size=1)
 
     def _new_plan(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> MeasurementPlan:
-        requests = self.requests
-        if requests is None:
-            data: Any = getattr(trainer, "datamodule", None)
-            if not hasattr(data, "requests"):
-                raise SavingsError(
-                    "AnswerQuality has no requests. Pass requests=, a list of lightning_ft.types.Request, or a "
-                    "PairDataModule with validation rows to the Trainer."
-                )
-            requests = data.requests("validation")
+        requests = validation_requests(self.requests, trainer, "AnswerQuality", SavingsError)
         return answer_plan(self._tokenizer(module), requests, **self._options)
 
     def _tokenizer(self, module: nn.Module | None) -> PreTrainedTokenizerBase:
-        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
-        if tokenizer is None:
-            raise SavingsError("AnswerQuality has no tokenizer. Pass tokenizer=, or use a module that has one.")
-        return tokenizer
+        return required_tokenizer(self.tokenizer, module, "AnswerQuality", SavingsError)

@@ -21,6 +21,7 @@ from lightning_ft.arguments import CheckedArguments
 from lightning_ft.distributed import all_gather_objects, rank_zero_warn
 from lightning_ft.errors import ConfigError, LightningFTError
 from lightning_ft.printable import printable
+from lightning_ft.types import Request
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -100,6 +101,32 @@ def check_results_folder(folder: Path | None, name: str) -> None:
         raise ConfigError(
             f"{name} can't write its results into {str(folder)!r}: {str(existing)!r} isn't writable. {remedy}"
         )
+
+
+def validation_requests(
+    requests: list[Request] | None, trainer: object, name: str, error: type[LightningFTError]
+) -> list[Request]:
+    """Return the requests that were passed, or the validation rows of the Trainer's DataModule.
+
+    Args:
+        requests: Requests that were passed to the callback; None for those rows.
+        trainer: The Trainer, or Fabric.
+        name: Name of the callback's class, for the message.
+        error: Class of the error to raise.
+
+    Raises:
+        LightningFTError: An `error`, if there are neither.
+    """
+    if requests is not None:
+        return requests
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "requests"):
+        raise error(
+            f"{name} has no requests. Pass requests=, a list of lightning_ft.types.Request, or a PairDataModule with "
+            "validation rows to the Trainer."
+        )
+    rows: list[Request] = data.requests("validation")
+    return rows
 
 
 _log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
-from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
-from lightning_ft.callbacks.measuring import MeasuringCallback
+from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress, validation_requests
+from lightning_ft.callbacks.measuring import ComparingCallback
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.retention.choices import ChoiceQuestion
@@ -22,13 +22,13 @@ from lightning_ft.evaluation.savings.plan import MeasurementPlan, answer_plan
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
-from lightning_ft.models.unwrap import required_model, unwrapped
+from lightning_ft.models.unwrap import required_model, required_tokenizer
 from lightning_ft.models.update_scale import UpdateScale, copy_weights
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
 
-class RetentionFrontier(MeasuringCallback):
+class RetentionFrontier(ComparingCallback):
     """Sweeps the scale of a trained update, and keeps the one with the best quality that forgets no more than allowed.
 
     One training gives a whole frontier: at a smaller scale the model is closer to the original, so it has forgotten
@@ -119,7 +119,6 @@ class RetentionFrontier(MeasuringCallback):
         self._plan: MeasurementPlan | None = None
         self._measurement: RetentionMeasurement | None = None
         self._original: dict[str, Tensor] = {}
-        self._loaded: dict[str, Any] | None = None
 
     @property
     def state_key(self) -> str:
@@ -137,8 +136,7 @@ class RetentionFrontier(MeasuringCallback):
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if self._measurement is not None and trainer.global_step > 0:  # the same Trainer continues
-                self._loaded = self.state_dict()
+            self.keep_state(trainer)
             self._prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
@@ -223,28 +221,11 @@ class RetentionFrontier(MeasuringCallback):
         """Whether no scale is within the budget."""
         return self.result is not None and self.result.chosen is None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the original model, which may include tensors."""
-        if self._measurement is not None and self._measurement.has_before:
-            return self._measurement.state_dict()
-        return self._loaded or {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the original model of a checkpoint for the start of training."""
-        self._loaded = state_dict or None
-
     # ---------------------------------------------------------------- helpers
 
     def _prepare(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> None:
-        tokenizer, requests = self._tokenizer(module), self.requests
-        data: Any = getattr(trainer, "datamodule", None)
-        if requests is None:
-            if not hasattr(data, "requests"):
-                raise RetentionError(
-                    "RetentionFrontier has no requests. Pass requests=, or a PairDataModule with validation rows to "
-                    "the Trainer."
-                )
-            requests = data.requests("validation")
+        tokenizer = self._tokenizer(module)
+        requests = validation_requests(self.requests, trainer, "RetentionFrontier", RetentionError)
         self._plan = answer_plan(tokenizer, requests, **self._answers)
         self._measurement = RetentionMeasurement(
             tokenizer,
@@ -255,10 +236,7 @@ class RetentionFrontier(MeasuringCallback):
         )
 
     def _tokenizer(self, module: nn.Module | None) -> PreTrainedTokenizerBase:
-        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
-        if tokenizer is None:
-            raise RetentionError("RetentionFrontier has no tokenizer. Pass tokenizer=, or use a module that has one.")
-        return tokenizer
+        return required_tokenizer(self.tokenizer, module, "RetentionFrontier", RetentionError)
 
     @staticmethod
     def _original_weights(model: CausalLM, module: Any, *, trained: bool) -> dict[str, Tensor]:

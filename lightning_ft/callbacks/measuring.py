@@ -145,6 +145,34 @@ class MeasuringCallback(EndOfTraining):
         write_json(folder / UNDEFINED, {"measurement": self.title, "reason": self.undefined})
 
 
+class ComparingCallback(MeasuringCallback):
+    """Base class of the callbacks that compare the final weights with what was measured before the first step.
+
+    That is part of checkpoints, so that a resumed run, whose weights are no longer the original ones, has it too.
+    """
+
+    _measurement: Any = None
+    """Has `has_before`, `state_dict` and `load_state_dict`; None before it is prepared."""
+    _loaded: dict[str, Any] | None = None
+    """State of a checkpoint, until the start of training."""
+
+    def keep_state(self, trainer: Any) -> None:
+        """Keep what was measured before the first step, if the same Trainer continues; call it in `setup`."""
+        if self._measurement is not None and trainer.global_step > 0:
+            self._loaded = self.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured before the first step, which may include tensors."""
+        if self._measurement is not None and self._measurement.has_before:
+            state: dict[str, Any] = self._measurement.state_dict()
+            return state
+        return self._loaded or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state of a checkpoint for the start of training."""
+        self._loaded = state_dict or None
+
+
 def report_at_end(trainer: Trainer, callback: Callback) -> list[Path]:
     """Write the report of a fit, once, when it is called for the last of the callbacks that measure.
 

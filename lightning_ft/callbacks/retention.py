@@ -11,18 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
-from lightning_ft.callbacks.measuring import MeasuringCallback
+from lightning_ft.callbacks.measuring import ComparingCallback
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, RetentionError
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 from lightning_ft.evaluation.retention.choices import ChoiceQuestion
 from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
-from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint
+from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer, weights_fingerprint
 from lightning_ft.report.collect import RETENTION
 from lightning_ft.types import Request
 
 
-class Retention(MeasuringCallback):
+class Retention(ComparingCallback):
     """Measures how far training moves a model on general text: KL from the base, perplexity, and top-1 agreement.
 
     The base to compare with is determined before the first step: with ``adapter_off`` the model without its adapter,
@@ -141,7 +141,6 @@ class Retention(MeasuringCallback):
         self.breached: tuple[str, ...] = ()
         """Descriptions of the limits that the last result exceeds."""
         self._measurement: RetentionMeasurement | None = None
-        self._loaded: dict[str, Any] | None = None
         self._measured: tuple[float, ...] = ()
         self._last_step = 0
 
@@ -160,8 +159,7 @@ class Retention(MeasuringCallback):
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if self._measurement is not None and trainer.global_step > 0:  # the same Trainer continues
-                self._loaded = self.state_dict()
+            self.keep_state(trainer)
             self._measurement = self._new_measurement(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -251,22 +249,10 @@ class Retention(MeasuringCallback):
         """Whether a limit is exceeded and `on_breach` is ``stop``."""
         return self.on_breach == "stop" and bool(self.breached)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the base to compare with, which may include tensors."""
-        if self._measurement is not None and self._measurement.has_before:
-            return self._measurement.state_dict()
-        return self._loaded or {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the base of a checkpoint for the start of training."""
-        self._loaded = state_dict or None
-
     # ---------------------------------------------------------------- helpers
 
     def _new_measurement(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> RetentionMeasurement:
-        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
-        if tokenizer is None:
-            raise RetentionError("Retention has no tokenizer. Pass tokenizer=, or use a module that has one.")
+        tokenizer = required_tokenizer(self.tokenizer, module, "Retention", RetentionError)
         rows = self._task_rows(trainer)
         return RetentionMeasurement(
             tokenizer, self.texts, rows, progress=shows_progress(trainer, self.progress), **self._options

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.arguments import check_integer, check_requests
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
-from lightning_ft.callbacks.measuring import MeasuringCallback
+from lightning_ft.callbacks.measuring import ComparingCallback
 from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.data.sources import Sources
 from lightning_ft.data.splits import Splits
@@ -23,13 +23,13 @@ from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, chec
 from lightning_ft.evaluation.savings.overlap import TrainRows
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer, check_scorer
-from lightning_ft.models.unwrap import model_of, required_model, unwrapped, weights_fingerprint
+from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer, weights_fingerprint
 from lightning_ft.report.collect import SAVINGS
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
 
-class TokenSavings(MeasuringCallback):
+class TokenSavings(ComparingCallback):
     """Measures how many tokens per request training saves, and whether the quality of the answers is kept.
 
     The measurement has three arms. Before the first step the original weights answer with the baseline's prompt
@@ -152,7 +152,6 @@ class TokenSavings(MeasuringCallback):
         self.result: SavingsResult | None = None
         """The last result; None before the first measurement."""
         self._measurement: SavingsMeasurement | None = None
-        self._loaded: dict[str, Any] | None = None
         self._measured: tuple[float, ...] = ()
         self._split_used = ""
 
@@ -171,8 +170,7 @@ class TokenSavings(MeasuringCallback):
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            if self._measurement is not None and trainer.global_step > 0:  # the same Trainer continues
-                self._loaded = self.state_dict()
+            self.keep_state(trainer)
             self._measurement = self._new_measurement(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,22 +253,10 @@ class TokenSavings(MeasuringCallback):
         """Whether quality was not shown to be kept, or the prompt is not worth replacing."""
         return self.result is not None and not self.result.gate.passed
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the arms of the original weights, as JSON types."""
-        if self._measurement is not None and self._measurement.has_before:
-            return self._measurement.state_dict()
-        return self._loaded or {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the arms of a checkpoint for the start of training."""
-        self._loaded = state_dict or None
-
     # ---------------------------------------------------------------- helpers
 
     def _new_measurement(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> SavingsMeasurement:
-        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
-        if tokenizer is None:
-            raise SavingsError("TokenSavings has no tokenizer. Pass tokenizer=, or use a module that has one.")
+        tokenizer = required_tokenizer(self.tokenizer, module, "TokenSavings", SavingsError)
         requests = self.requests if self.requests is not None else self._rows(trainer)
         return SavingsMeasurement(
             tokenizer,

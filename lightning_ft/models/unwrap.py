@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.errors import LightningFTError
 
@@ -44,6 +44,26 @@ def required_model(module: object, measuring: str, error: type[LightningFTError]
             '`model` attribute; with Fabric pass it: fabric.call("on_train_start", fabric, model).'
         )
     return model
+
+
+def required_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, module: object, measuring: str, error: type[LightningFTError]
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that was passed, or that of the module.
+
+    Args:
+        tokenizer: Tokenizer that was passed to the caller; None for the module's.
+        module: The module.
+        measuring: Name of the caller, for the message.
+        error: Class of the error to raise.
+
+    Raises:
+        LightningFTError: An `error`, if there is neither.
+    """
+    found = tokenizer if tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
+    if found is None:
+        raise error(f"{measuring} has no tokenizer. Pass tokenizer=, or use a module that has one.")
+    return found
 
 
 def weights_fingerprint(model: nn.Module) -> tuple[float, ...]:
