@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 from lightning_utilities.core import rank_zero
 
@@ -25,6 +25,8 @@ from lightning_ft.arguments import did_you_mean
 from lightning_ft.atomic_files import write_text
 from lightning_ft.errors import ConfigError, GateError, LightningFTError, MeasurementError
 from lightning_ft.importing import without_imports
+from lightning_ft.models.export import ExportFormat
+from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.printable import json_text, printable
 from lightning_ft.types import Request
 
@@ -126,8 +128,8 @@ class FineTuningTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         merge: bool = False,
         overwrite: bool = False,
-        format: Literal["safetensors", "gguf"] = "safetensors",
-        gguf_dtype: Literal["f32", "f16", "bf16", "q8_0"] = "f16",
+        format: ExportFormat = "safetensors",
+        gguf_dtype: GGUFType = "f16",
     ) -> None:
         """Write a checkpoint as a folder that transformers and PEFT can load.
 

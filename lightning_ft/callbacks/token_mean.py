@@ -13,6 +13,7 @@ from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.distributed import sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.modules.base import FineTuning
+from lightning_ft.modules.step_metrics import mean_factor
 
 TokenCount = Callable[[Any], int]
 """Function from a batch to its number of supervised tokens."""
@@ -99,13 +100,10 @@ class TokenMeanAccumulation(Callback):
         loss.mul_(float(self._tokens))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Divide the gradients by the tokens of the whole step, on all ranks.
-
-        Lightning divided each micro-batch by `accumulate_grad_batches`, and DDP averaged over ranks.
-        """
+        """Divide the gradients by the tokens of the whole step, on all ranks."""
         total = float(sum_over_ranks(torch.tensor(float(self._window)), pl_module.device))
         self._window = 0
-        factor = trainer.accumulate_grad_batches * trainer.world_size / max(total, 1.0)
+        factor = mean_factor(trainer, total)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -183,3 +183,38 @@ def error_bar(value: float, lo: float, hi: float) -> list[list[float]]:
         [[0.25], [0.25]]
     """
     return [[max(0.0, value - lo)], [max(0.0, hi - value)]]
+
+
+def draw_marker(
+    axes: Axes,
+    x: float,
+    y: float,
+    style: MarkerStyle,
+    *,
+    xerr: list[list[float]] | None = None,
+    yerr: list[list[float]] | None = None,
+    label: str | None = None,
+) -> None:
+    """Draw a single value as a marker with error bars.
+
+    Args:
+        axes: Matplotlib axes to draw on.
+        x: Position.
+        y: Position.
+        style: Style of the marker.
+        xerr: Horizontal bar, see :func:`error_bar`; None for none.
+        yerr: Vertical bar.
+        label: Entry in the legend; None for none.
+    """
+    axes.errorbar(
+        [x],
+        [y],
+        xerr=xerr,
+        yerr=yerr,
+        fmt=style.marker,
+        color=style.color,
+        markersize=9,
+        capsize=4,
+        markeredgecolor="black",
+        label=label,
+    )

@@ -21,6 +21,7 @@ from lightning_ft.losses.kl import AdaptiveKL
 from lightning_ft.models.head import base_of, distill, frozen_logits, input_device
 from lightning_ft.models.load import context_length
 from lightning_ft.models.reference import Reference
+from lightning_ft.modules.step_metrics import MeanMetrics
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 
@@ -115,7 +116,7 @@ class Anchor:
         self.options, self.coef = options, float(options.coef)
         self._reference: Reference | None = None
         self._examples: list[Example] = []
-        self._kl = torch.zeros(2, dtype=torch.float64)  # sum over tokens of this step, and their number
+        self._divergence = MeanMetrics()  # over the tokens of this step
         self._texts = 0
 
     def keep_original(self, module: SupervisedFineTuning) -> None:
@@ -151,7 +152,7 @@ class Anchor:
                 f"Anchor: {len(texts):,} texts, {sum(map(len, self._examples)):,} tokens, {cut:,} of them truncated to "
                 f"{options.max_tokens:,}."
             )
-        self._kl.zero_()
+        self._divergence, self._texts = MeanMetrics(), 0
 
     def _samples(self, module: SupervisedFineTuning) -> list[Example]:
         assert self._reference is not None
@@ -195,7 +196,7 @@ class Anchor:
             original_states = logprob_model.states(original, batch)
         states = logprob_model.states(module.model, batch)
         result = distill(module.model, states, batch.targets, original_states, frozen_logits(self._reference.use))
-        self._kl += torch.tensor([float(result.divergence.sum()), float(batch.num_targets)], dtype=torch.float64)
+        self._divergence.add({"kl": result.divergence})
         self._texts += len(chosen)
         return self.coef * targets * result.loss / batch.num_targets
 
@@ -205,10 +206,8 @@ class Anchor:
         Returns:
             Metrics to log by name: the divergence in nats per token, and the weight in this step.
         """
-        count = torch.tensor([float(self._texts)], dtype=torch.float64)
-        total, tokens, texts = sum_over_ranks(torch.cat([self._kl, count]), device).tolist()
-        kl, used = total / max(tokens, 1.0), self.coef
-        self._kl.zero_()
+        kl, used = self._divergence.reduce(device).get("kl", 0.0), self.coef
+        texts = sum_over_ranks(torch.tensor(float(self._texts)), device).item()
         self._texts = 0
         if self.options.target is not None and math.isfinite(kl):
             controller = AdaptiveKL(self.coef, self.options.target, self.options.horizon)

@@ -16,7 +16,6 @@ from lightning_ft.data.layout import Example, TokenBatch
 from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.data.prompts import Prompt
 from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
-from lightning_ft.distributed import sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.distillation import DistillationLoss, Divergence, check_divergence
 from lightning_ft.models.generate import end_token_ids, evaluating, restoring_modes
@@ -27,7 +26,7 @@ from lightning_ft.models.vocabulary import embedding_rows
 from lightning_ft.modules.adapted import AdaptedFineTuning
 from lightning_ft.modules.options import DistillationOptions, Unpack
 from lightning_ft.modules.sft import SupervisedFineTuning
-from lightning_ft.modules.step_metrics import TokenMetrics, with_mean_value
+from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics, with_mean_value
 from lightning_ft.modules.teacher import PromptedTeacher
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
@@ -164,8 +163,7 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
         super().on_fit_start()
         self._move_teacher()
         self._check_lengths()
-        if self.global_rank and not self._resumed:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)  # other samples than the other ranks
+        self.seed_by_rank()
 
     def _check_lengths(self) -> None:
         """Refuse requests that don't fit the teacher's context with the prompt, before the first step."""
@@ -286,8 +284,7 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
         with evaluating(self.model):
             tokens, result = self.compare(batch)
         sums = _Agreement() if sums is None else sums
-        sums.tokens.add(result.loss, result.agreed, tokens)
-        sums.add_answers(result.agreed, tokens, len(batch))
+        sums.add(result, tokens, len(batch))
         return sums
 
     def evaluation_metrics(self, sums: Any) -> dict[str, float]:
@@ -298,8 +295,8 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
             most probable; ``answer_agreement``, the share of answers for which that holds at every token, so that the
             student's most probable answer is the same.
         """
-        totals, answers = sums.tokens.reduce(self.device), sums.reduce(self.device)
-        return {"loss": totals.loss, "token_agreement": totals.accuracy, "answer_agreement": answers}
+        totals, answers = sums.tokens.reduce(self.device), sums.answers.reduce(self.device)
+        return {"loss": totals.loss, "token_agreement": totals.accuracy, "answer_agreement": 0.0, **answers}
 
 
 class _Agreement:
@@ -307,18 +304,14 @@ class _Agreement:
 
     def __init__(self) -> None:
         self.tokens = TokenMetrics()
-        self._answers = torch.zeros(2, dtype=torch.float64)  # agreed on, and in all
+        self.answers = MeanMetrics()
 
-    def add_answers(self, agreed: Tensor, batch: TokenBatch, count: int) -> None:
-        """Add a batch of `count` answers; `agreed` is ``bool [n]``, for each of their tokens."""
-        disagreements = torch.zeros(max(count, batch.num_groups), device=agreed.device)
-        disagreements.index_add_(0, batch.groups, (~agreed).float())
-        self._answers += torch.tensor([float((disagreements[:count] == 0).sum()), float(count)], dtype=torch.float64)
-
-    def reduce(self, device: torch.device) -> float:
-        """Share of the answers of all ranks that are agreed on."""
-        agreed, count = sum_over_ranks(self._answers, device).tolist()
-        return float(agreed / max(count, 1.0))
+    def add(self, result: DistillationLoss, batch: TokenBatch, count: int) -> None:
+        """Add a batch of `count` answers."""
+        self.tokens.add(result.loss, result.agreed, batch)
+        disagreements = torch.zeros(max(count, batch.num_groups), device=result.agreed.device)
+        disagreements.index_add_(0, batch.groups, (~result.agreed).float())
+        self.answers.add({"answer_agreement": (disagreements[:count] == 0).float()})
 
 
 @contextmanager

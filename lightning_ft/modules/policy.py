@@ -171,8 +171,7 @@ class PolicyOptimization(SampledCompletions):
         self._check_steps_per_rollout()
         if self._reference is not None:
             self._reference.to(self.device)
-        if self.global_rank and not self._resumed:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
+        self.seed_by_rank()
 
     def _check_steps_per_rollout(self) -> None:
         """Refuse more optimizer steps than a rollout has completions: the others would be empty."""

@@ -255,6 +255,11 @@ class ResumableModule(LightningModule):
 
         loop.advance = first
 
+    def seed_by_rank(self) -> None:
+        """Let each rank sample other tokens than the others; a resumed run has its random states already."""
+        if self.global_rank and not self._resumed:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
     def _restore_rng(self) -> None:
         assert self._resumed_at is not None
         if self._resumed_at["rng"] is not None:

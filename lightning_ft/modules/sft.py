@@ -36,7 +36,7 @@ from lightning_ft.modules.anchor import Anchor, AnchorOptions
 from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.options import SupervisedOptions, Unpack
 from lightning_ft.modules.resume import STATE
-from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics, with_mean_value
+from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics, mean_factor, with_mean_value
 
 
 class SupervisedFineTuning(FineTuning):
@@ -133,14 +133,9 @@ class SupervisedFineTuning(FineTuning):
         return result, recorded.value(batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped.
-
-        Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last accumulation window), and
-        DDP averaged over ranks.
-        """
+        """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped."""
         totals = self._step_metrics.reduce(self.device)
-        factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(1, totals.targets)
-        gradients = self.scale_gradients(factor)
+        gradients = self.scale_gradients(mean_factor(self.trainer, totals.targets))
         metrics = {"train/loss": totals.loss, f"train/{self.accuracy_name}": totals.accuracy}
         self.log_dict(metrics, prog_bar=True, batch_size=1)
         self.log_dict(

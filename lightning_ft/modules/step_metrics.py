@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,19 @@ def with_mean_value(loss: Tensor, count: int) -> Tensor:
         (4.0, 10.0)
     """
     return loss - loss.detach() + loss.detach() / max(1, count)
+
+
+def mean_factor(trainer: Any, count: float) -> float:
+    """What the gradients of a step are multiplied by, so that a sum of losses becomes their mean.
+
+    Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last accumulation window), and DDP
+    averaged over ranks.
+
+    Args:
+        trainer: The Trainer.
+        count: Number of tokens or examples of the step over all ranks.
+    """
+    return float(trainer.accumulate_grad_batches * trainer.world_size / max(1.0, count))
 
 
 class TokenMetrics:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_ft.document.numbers import format_si
-from lightning_ft.document.plotting import add_legend_below, error_bar, marker_styles, set_log_scale
+from lightning_ft.document.plotting import add_legend_below, draw_marker, error_bar, marker_styles, set_log_scale
 from lightning_ft.evaluation.bootstrap import Interval
 
 if TYPE_CHECKING:
@@ -64,16 +64,8 @@ def draw_methods(axes: Axes, quality: Mapping[str, Interval], seeds: Mapping[str
     names, styles = list(quality), marker_styles(list(quality))
     for row, name in enumerate(names):
         interval, style = quality[name], styles[name]
-        axes.errorbar(
-            [interval.value],
-            [row],
-            xerr=error_bar(interval.value, interval.lo, interval.hi),
-            fmt=style.marker,
-            color=style.color,
-            markersize=9,
-            capsize=4,
-            markeredgecolor="black",
-        )
+        bar = error_bar(interval.value, interval.lo, interval.hi)
+        draw_marker(axes, interval.value, row, style, xerr=bar)
         axes.annotate(
             f"{interval.value:.3f}", (interval.value, row), (0, 9), textcoords="offset points", ha="center", fontsize=10
         )

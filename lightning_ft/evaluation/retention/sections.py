@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_ft.document.blocks import Block, Fact, Plot, Table, runs_table
-from lightning_ft.document.plotting import add_legend_below, error_bar, marker_styles
+from lightning_ft.document.plotting import MarkerStyle, add_legend_below, draw_marker, error_bar, marker_styles
 from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
 
 if TYPE_CHECKING:
@@ -167,18 +167,7 @@ def draw_frontier(axes: Axes, result: FrontierResult) -> None:
     for x, y, point in zip(kl, quality, result.points, strict=True):
         chosen = point.scale == result.chosen
         style = styles["chosen" if chosen else "scale of the update"]
-        axes.errorbar(
-            [x.value],
-            [y.value],
-            xerr=error_bar(x.value, x.lo, x.hi),
-            yerr=error_bar(y.value, y.lo, y.hi),
-            fmt=style.marker,
-            color=style.color,
-            markersize=9,
-            capsize=4,
-            markeredgecolor="black",
-            label="chosen" if chosen else None,
-        )
+        _draw_point(axes, x, y, style, "chosen" if chosen else None)
         axes.annotate(f"{point.scale:g}", (x.value, y.value), textcoords="offset points", xytext=(6, 6))
     if "kl" in result.budget:
         axes.axvline(result.budget["kl"], color="#555555", linestyle="--", linewidth=1, label="budget")
@@ -189,6 +178,11 @@ def draw_frontier(axes: Axes, result: FrontierResult) -> None:
     axes.set_title("Quality against forgetting by scale of the update")
     if axes.get_legend_handles_labels()[1]:
         add_legend_below(axes)
+
+
+def _draw_point(axes: Axes, x: Interval, y: Interval, style: MarkerStyle, label: str | None) -> None:
+    bars = {"xerr": error_bar(x.value, x.lo, x.hi), "yerr": error_bar(y.value, y.lo, y.hi)}
+    draw_marker(axes, x.value, y.value, style, **bars, label=label)
 
 
 def _any_lower_bound(runs: Sequence[Tradeoff]) -> bool:
@@ -225,18 +219,7 @@ def draw_forgetting(axes: Axes, runs: Sequence[Tradeoff]) -> None:
         x, y, style = run.forgotten, run.gained, styles[run.name]
         bound = " (KL: lower bound)" if run.lower_bound else ""
         label = f"{run.name}{bound}"
-        axes.errorbar(
-            [x.value],
-            [y.value],
-            xerr=error_bar(x.value, x.lo, x.hi),
-            yerr=error_bar(y.value, y.lo, y.hi),
-            fmt=style.marker,
-            color=style.color,
-            markersize=9,
-            capsize=4,
-            markeredgecolor="black",
-            label=None if label in named else label,
-        )
+        _draw_point(axes, x, y, style, None if label in named else label)
         named.add(label)
     axes.axhline(0, color="#555555", linewidth=1)
     axes.set_xlim(left=0)

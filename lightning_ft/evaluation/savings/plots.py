@@ -15,6 +15,7 @@ from lightning_ft.document.plotting import (
     PARTS,
     STYLE,
     add_legend_below,
+    draw_marker,
     error_bar,
     escape_unprintable,
     marker_styles,
@@ -89,17 +90,14 @@ def draw_quality(axes: Axes, arms: Mapping[str, Arm], confidence: float = 0.95) 
     for name, arm in arms.items():
         x, y, mark = arm.per_success, arm.quality, look[name]
         succeeded = math.isfinite(x.value)
-        axes.errorbar(
-            [x.value if succeeded else edge],
-            [y.value],
+        draw_marker(
+            axes,
+            x.value if succeeded else edge,
+            y.value,
+            mark,
             xerr=error_bar(x.value, x.lo, min(x.hi, edge * 2)) if succeeded else None,
             yerr=error_bar(y.value, y.lo, y.hi),
-            fmt=mark.marker,
-            color=mark.color,
-            markersize=9,
-            capsize=4,
             label=name if succeeded else f"{name} (no success)",
-            markeredgecolor="black",
         )
     if not all(map(math.isfinite, ends)):
         high = edge
