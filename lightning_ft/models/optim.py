@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -108,26 +108,23 @@ def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
     scheduler._last_lr = rates
 
 
-def scale_rates(scheduler: torch.optim.lr_scheduler.LambdaLR, factor: float) -> None:
-    """Multiply the learning rates of all parameter groups, now and in later steps; their ratios stay as they are.
+def set_peak_rates(scheduler: torch.optim.lr_scheduler.LambdaLR, rates: Sequence[float]) -> None:
+    """Replace the learning rates at the peak of a schedule; the rates of the next step follow.
 
     Args:
         scheduler: Scheduler of the optimizer.
-        factor: New learning rate divided by the old one.
+        rates: Learning rate of each parameter group at the peak.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
         >>> scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-        >>> scale_rates(scheduler, 4.0)
+        >>> set_peak_rates(scheduler, [2.0])
         >>> optimizer.param_groups[0]["lr"], scheduler.base_lrs
         (1.0, [2.0])
     """
-    scheduler.base_lrs = [base * factor for base in scheduler.base_lrs]
-    scheduler._last_lr = []
-    for group, base, shape in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["initial_lr"], group["lr"] = base, base * shape(scheduler.last_epoch)
+    scheduler.base_lrs, scheduler._last_lr = list(rates), []
+    for group, peak, factor in zip(scheduler.optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = peak, peak * factor(scheduler.last_epoch)
         scheduler._last_lr.append(group["lr"])
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM
-from lightning_ft.models.optim import ParameterGroup, adamw, parameter_groups, scale_rates, set_first_rate
+from lightning_ft.models.optim import ParameterGroup, adamw, parameter_groups, set_first_rate, set_peak_rates
 from lightning_ft.modules.nonfinite import FiniteSteps
 
 if TYPE_CHECKING:
@@ -41,21 +41,26 @@ class OptimizedModule(FiniteSteps):
     def on_train_epoch_start(self) -> None:
         """Follow a learning rate that `LearningRateFinder` has set after the optimizer was built."""
         super().on_train_epoch_start()
-        rate, before = float(self.hparams["learning_rate"]), self.optimizer_options.learning_rate
-        if rate == before:
+        if not self._follow_learning_rate():
             return
-        self.optimizer_options = replace(self.optimizer_options, learning_rate=rate)
         for config in self.trainer.lr_scheduler_configs:
             if self._factor in getattr(config.scheduler, "lr_lambdas", ()):
-                scale_rates(cast(Any, config.scheduler), rate / before)
+                rates = [group["lr"] for group in self._optimizer().param_groups]  # not all groups scale with it
+                set_peak_rates(cast(Any, config.scheduler), rates)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW without decay of norms and biases, linear warm-up, and `lr_schedule`."""
-        rate = float(self.hparams["learning_rate"])  # a Tuner sets it there
-        self.optimizer_options = replace(self.optimizer_options, learning_rate=rate)
+        self._follow_learning_rate()
         optimizer = self._optimizer()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _follow_learning_rate(self) -> bool:
+        """Take the learning rate from `hparams`, where Lightning's Tuner sets it; True if it is another one."""
+        rate = float(self.hparams["learning_rate"])
+        changed = rate != self.optimizer_options.learning_rate
+        self.optimizer_options = replace(self.optimizer_options, learning_rate=rate)
+        return changed
 
     def _optimizer(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.model, self.optimizer_options.weight_decay)

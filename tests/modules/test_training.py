@@ -202,6 +202,20 @@ def test_sft_trains_at_the_rate_of_its_hparams(fit, model_folder):
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(3e-3)
 
 
+def test_each_group_has_the_rate_that_an_optimizer_at_the_found_rate_has(fit, model_folder):
+    """The rates of LoRA+ aren't all multiples of the learning rate."""
+    options = {"optimizer": "loraplus", "lr_schedule": "constant", "warmup_ratio": 0.0}
+    module = LoRAFineTuning(model_folder, learning_rate=1e-2, **options)
+    finder = _pl.callbacks.LearningRateFinder(min_lr=1e-4, max_lr=1.0, num_training_steps=20)
+    trainer = fit(module, ROWS, max_epochs=5, callbacks=[finder], enable_checkpointing=True)
+    found = module.hparams["learning_rate"]
+    assert found != 1e-2
+    fresh = fit(LoRAFineTuning(model_folder, learning_rate=found, **options), ROWS)
+    rates = [[group["lr"] for group in each.optimizers[0].param_groups] for each in (trainer, fresh)]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+    assert len(set(rates[0])) > 2
+
+
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
 def test_callbacks_see_the_mean_loss_that_is_logged(fit, model_folder, kind):
     seen = []
