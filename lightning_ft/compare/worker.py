@@ -127,7 +127,8 @@ def execute(folder: Path) -> list[RunResult]:
             results.append(result(name, -counted, validation_quality=validation.quality, test=test))
         return results
     meter = ComputeMeter(output_dir=False)
-    settings = plan["settings"]["retention"]
+    # A search only chooses the learning rate, and measuring forgetting would take longer than its training.
+    settings = None if run.search else plan["settings"]["retention"]
     retention = Retention(**{**settings, "output_dir": False}) if settings else None
     recorder = RunRecorder(
         folder,

@@ -16,7 +16,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ft.errors import ConfigError
-from lightning_ft.losses.logprobs import IDENTITY, LogitTransform, _accumulate, _buffer, _raw_products, chunk_size
+from lightning_ft.losses.head_products import HeadGradients, logits_buffer, product_dtype, raw_products
+from lightning_ft.losses.logprobs import IDENTITY, LogitTransform, chunk_size
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 TeacherLogits = Callable[[Tensor], Tensor]
@@ -133,11 +134,10 @@ class _Distillation(torch.autograd.Function):
         ce_coef: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        factor = weight.to(hidden.dtype)  # in the dtype of the products
         total, divergences, agreed = hidden.new_zeros((), dtype=torch.float32), [], []
-        buffer = _buffer(hidden, weight, chunk)
+        buffer = logits_buffer(hidden, factor, chunk)
         for states, teacher, ids, start in zip(
             hidden.split(chunk),
             teacher_hidden.split(chunk),
@@ -145,7 +145,7 @@ class _Distillation(torch.autograd.Function):
             range(0, len(targets), chunk),
             strict=True,
         ):
-            logits = transform(_raw_products(states, weight, bias, buffer))
+            logits = transform(raw_products(states, factor, bias, buffer))
             p, q = teacher_logits(teacher)[:, : len(weight)].float().log_softmax(-1), logits.log_softmax(-1)
             agreed.append(p.argmax(-1) == q.argmax(-1))
             values, grad = _with_gradient(p, q, divergence, beta)
@@ -156,9 +156,8 @@ class _Distillation(torch.autograd.Function):
                 total -= ce_coef * q[rows, ids].sum()
                 grad += q.exp_().mul_(ce_coef)
                 grad[rows, ids] -= ce_coef
-            grad = transform.backward_(grad, logits).to(weight.dtype)
-            _accumulate(grad, states, weight, start, grad_hidden, grad_weight, grad_bias)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            grads.add(transform.backward_(grad, logits), states, factor, start)
+        ctx.save_for_backward(*grads.results(weight, bias))
         result = total, torch.cat(divergences), torch.cat(agreed)
         ctx.mark_non_differentiable(*result[1:])
         return result
@@ -211,22 +210,22 @@ def linear_distillation(
     """
     if not len(targets):
         return _no_positions(hidden, weight, bias)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return DistillationLoss(
-            *_Distillation.apply(
-                hidden.to(weight.dtype),
-                weight,
-                bias,
-                teacher_hidden,
-                teacher_logits,
-                targets,
-                transform,
-                divergence,
-                beta,
-                ce_coef,
-                chunk_size(hidden.device, chunk),
-            )
+    # Autocast stays on, since `teacher_logits` multiplies in its dtype, too.
+    return DistillationLoss(
+        *_Distillation.apply(
+            hidden.to(product_dtype(weight)),
+            weight,
+            bias,
+            teacher_hidden,
+            teacher_logits,
+            targets,
+            transform,
+            divergence,
+            beta,
+            ce_coef,
+            chunk_size(hidden.device, chunk),
         )
+    )
 
 
 def module_distillation(

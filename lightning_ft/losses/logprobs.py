@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from lightning_ft.losses.head_products import HeadGradients, logits_buffer, product_dtype, raw_products
+
 CHUNK = 1024
 """Number of targets per chunk, whose logits are ``[CHUNK, v]`` in fp32."""
 _CPU_CHUNK = 128
@@ -83,18 +85,6 @@ def chunk_size(device: torch.device, chunk: int | None = None) -> int:
     return chunk if chunk is not None else (_CPU_CHUNK if device.type == "cpu" else CHUNK)
 
 
-def _buffer(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:
-    """Buffer that every chunk's products overwrite, ``[chunk, v]``: new tensors would take twice the memory."""
-    return weight.new_empty(min(chunk, len(hidden)), len(weight))
-
-
-def _raw_products(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    out = buffer[: len(hidden)]
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
-
-
 def _logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities, whether none is larger, and the log normalizers, all ``[n]``."""
     normalizers = logits.logsumexp(-1)
@@ -153,11 +143,12 @@ class _SelectedLogProbs(torch.autograd.Function):
         frozen_head = ctx.needs_input_grad[0] and not head_trains
         jacobian = torch.empty_like(hidden) if frozen_head else None
         logprobs, correct, normalizers, entropies = [], [], [], []
-        buffer = _buffer(hidden, weight, chunk)
+        factor = weight.to(hidden.dtype)  # in the dtype of the products
+        buffer = logits_buffer(hidden, factor, chunk)
         for states, ids, start in zip(
             hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
         ):
-            logits = transform(_raw_products(states, weight, bias, buffer))
+            logits = transform(raw_products(states, factor, bias, buffer))
             if jacobian is not None and not entropy:
                 target_logprobs, is_largest, log_normalizers, grad = _logprobs_with_gradient_(logits, ids, transform)
             else:
@@ -170,7 +161,7 @@ class _SelectedLogProbs(torch.autograd.Function):
             correct.append(is_largest)
             normalizers.append(log_normalizers)
             if jacobian is not None:
-                jacobian[start : start + len(ids)] = grad.to(weight.dtype) @ weight
+                jacobian[start : start + len(ids)] = grad.to(factor.dtype) @ factor
         ctx.transform, ctx.chunk, ctx.has_bias = transform, chunk, bias is not None
         ctx.save_for_backward(jacobian, hidden, weight, bias, targets, torch.cat(normalizers))
         result = torch.cat(logprobs), torch.cat(correct), torch.cat(entropies or [hidden.new_zeros(0)])
@@ -183,19 +174,17 @@ class _SelectedLogProbs(torch.autograd.Function):
         jacobian, hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         if jacobian is not None:
             return (jacobian * grad_logprobs[:, None]).to(hidden.dtype), None, None, None, None, None, None
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
-        buffer = _buffer(hidden, weight, ctx.chunk)
+        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        factor = weight.to(hidden.dtype)
+        buffer = logits_buffer(hidden, factor, ctx.chunk)
         chunks = (t.split(ctx.chunk) for t in (hidden, targets, normalizers, grad_logprobs))
         for start, (states, ids, log_normalizers, upstream) in zip(
             range(0, len(targets), ctx.chunk), zip(*chunks, strict=True), strict=True
         ):
-            logits = ctx.transform(_raw_products(states, weight, bias, buffer))
+            logits = ctx.transform(raw_products(states, factor, bias, buffer))
             grad = _logprob_gradient_(logits, ids, log_normalizers, ctx.transform)
-            grad = grad.mul_(upstream[:, None]).to(weight.dtype)
-            _accumulate(grad, states, weight, start, grad_hidden, grad_weight, grad_bias)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+            grads.add(grad.mul_(upstream[:, None]), states, factor, start)
+        return *grads.results(weight, bias), None, None, None, None
 
 
 class _SummedLogProbs(torch.autograd.Function):
@@ -211,24 +200,22 @@ class _SummedLogProbs(torch.autograd.Function):
         transform: LogitTransform,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        needs_gradient = grad_hidden is not None or grad_weight is not None or grad_bias is not None
+        grads = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         total, correct = hidden.new_zeros((), dtype=torch.float32), []
-        buffer = _buffer(hidden, weight, chunk)
+        factor = weight.to(hidden.dtype)  # in the dtype of the products
+        buffer = logits_buffer(hidden, factor, chunk)
         for states, ids, start in zip(
             hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
         ):
-            logits = transform(_raw_products(states, weight, bias, buffer))
-            if needs_gradient:
+            logits = transform(raw_products(states, factor, bias, buffer))
+            if grads.needed:
                 logprobs, is_largest, _, grad = _logprobs_with_gradient_(logits, ids, transform)
-                _accumulate(grad.to(weight.dtype), states, weight, start, grad_hidden, grad_weight, grad_bias)
+                grads.add(grad, states, factor, start)
             else:
                 logprobs, is_largest, _ = _logprobs(logits, ids)
             total += logprobs.sum()
             correct.append(is_largest)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.save_for_backward(*grads.results(weight, bias))
         result = total, torch.cat(correct)
         ctx.mark_non_differentiable(result[1])
         return result
@@ -238,24 +225,6 @@ class _SummedLogProbs(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grads = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)  # type: ignore[attr-defined]
         return (*grads, None, None, None)
-
-
-def _accumulate(
-    grad: Tensor,
-    states: Tensor,
-    weight: Tensor,
-    start: int,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    """Add the gradient of a chunk's raw products, ``[chunk, v]``, to the gradients of the head's inputs."""
-    if grad_hidden is not None:
-        grad_hidden[start : start + len(states)] = grad @ weight
-    if grad_weight is not None:
-        grad_weight.addmm_(grad.T, states.to(weight.dtype))
-    if grad_bias is not None:
-        grad_bias += grad.sum(0)
 
 
 def linear_logprobs(
@@ -288,9 +257,10 @@ def linear_logprobs(
     """
     if not len(targets):
         return _no_targets(hidden, weight, bias, summed=False)
+    states = hidden.to(product_dtype(weight))
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs, correct, entropies = _SelectedLogProbs.apply(
-            hidden.to(weight.dtype), weight, bias, targets, transform, chunk_size(hidden.device, chunk), entropy
+            states, weight, bias, targets, transform, chunk_size(hidden.device, chunk), entropy
         )
     return SelectedLogProbs(logprobs, correct, entropies if entropy else None)
 
@@ -320,9 +290,9 @@ def linear_logprob_sum(
     """
     if not len(targets):
         return _no_targets(hidden, weight, bias, summed=True)
-    size = chunk_size(hidden.device, chunk)
+    states, size = hidden.to(product_dtype(weight)), chunk_size(hidden.device, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
-        return SelectedLogProbs(*_SummedLogProbs.apply(hidden.to(weight.dtype), weight, bias, targets, transform, size))
+        return SelectedLogProbs(*_SummedLogProbs.apply(states, weight, bias, targets, transform, size))
 
 
 def module_logprobs(

@@ -181,6 +181,7 @@ def policy_loss(
     clip_high: float | None = None,
     delta: float | None = None,
     bias_corrected_kl: bool = True,
+    correction: Tensor | None = None,
 ) -> PolicyLoss:
     """Loss of a micro-batch: a surrogate plus ``kl_coef`` times k3 against the reference, weighted per token.
 
@@ -206,6 +207,8 @@ def policy_loss(
         delta: Largest ratio of tokens whose advantage is negative, see :func:`clipped_surrogate`.
         bias_corrected_kl: Whether to multiply the KL term by the importance ratio, which makes its gradient that of the
             KL divergence (DeepSeek-V3.2, https://arxiv.org/abs/2512.02556). This is TRL's default.
+        correction: Factor of each token's surrogate, but not of its KL term, ``[n]``: the weights of
+            :func:`lightning_ft.losses.sampling_correction.sampling_correction`. None means 1.
 
     Returns:
         The loss, and metrics to log.
@@ -250,6 +253,8 @@ def policy_loss(
         low = (ratio < 1 - clip_low) & (advantages < 0)
         above = (ratio > 1 + high) & (advantages > 0)
 
+    if correction is not None:
+        per_token = per_token * (correction if mask is None else _zero_masked(correction, mask))
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         kl = k3(logprobs, ref_logprobs)

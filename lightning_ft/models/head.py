@@ -26,6 +26,7 @@ from lightning_ft.losses.distillation import (
     linear_distillation,
     module_distillation,
 )
+from lightning_ft.losses.head_products import product_dtype, raw_products
 from lightning_ft.losses.logprobs import (
     LogitTransform,
     SelectedLogProbs,
@@ -198,18 +199,33 @@ def active_head(base: PreTrainedModel) -> nn.Module:
     return head
 
 
-def head_logits(base: PreTrainedModel, states: Tensor) -> Tensor:
-    """Logits of hidden states, ``[c, d]`` to ``fp32 [c, v]``. Call it through :func:`as_forward`."""
-    head = active_head(base)
-    weight = getattr(head, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():  # packed weights take the states unchanged
-        states = states.to(weight.dtype)
-    with torch.autocast(states.device.type, enabled=False):  # as in the losses: autocast would round the logits
-        return logit_transform(base.config)(head(states))
+def head_logits(base: PreTrainedModel, states: Tensor, casts: dict[torch.dtype, Tensor] | None = None) -> Tensor:
+    """Logits of hidden states, ``[c, d]`` to ``fp32 [c, v]``. Call it through :func:`as_forward`.
+
+    The products have the dtype of those of the losses.
+
+    Args:
+        base: The transformers model.
+        states: Hidden states.
+        casts: Casts of the head's weight by dtype, which are used and added to; only for a weight that doesn't change.
+    """
+    head, transform = active_head(base), logit_transform(base.config)
+    if type(head) is nn.Linear:
+        weight, dtype = head.weight, product_dtype(head.weight)
+        if weight.dtype != dtype:
+            casts = {} if casts is None else casts
+            if dtype not in casts:
+                casts[dtype] = weight.to(dtype)
+            weight = casts[dtype]
+        return transform(raw_products(states.to(dtype), weight, head.bias))
+    other = getattr(head, "weight", None)
+    if isinstance(other, Tensor) and other.is_floating_point():  # packed weights take the states unchanged
+        states = states.to(other.dtype)
+    return transform(head(states))
 
 
 def frozen_logits(use: Callable[[], AbstractContextManager[CausalLM]]) -> TeacherLogits:
-    """Function from hidden states of a frozen model to its logits.
+    """Function from hidden states of a frozen model to its logits, for the time of a step.
 
     Args:
         use: Function that returns a context in which the model can be used. It is entered for each call only if the
@@ -218,10 +234,11 @@ def frozen_logits(use: Callable[[], AbstractContextManager[CausalLM]]) -> Teache
     with use() as model:
         base = base_of(model)
         plain = type(base.get_output_embeddings()) is nn.Linear
+    casts: dict[torch.dtype, Tensor] = {}  # chunks share one
 
     def compute(states: Tensor) -> Tensor:
         with nullcontext() if plain else use():
-            return as_forward(base, head_logits, states)
+            return as_forward(base, head_logits, states, casts)
 
     return compute
 

@@ -128,19 +128,30 @@ def set_peak_rates(scheduler: torch.optim.lr_scheduler.LambdaLR, rates: Sequence
         scheduler._last_lr.append(group["lr"])
 
 
-def adamw(
-    groups: Iterable[ParameterGroup], learning_rate: float, betas: tuple[float, float], *, scaled: bool = False
-) -> torch.optim.AdamW:
-    """Create AdamW for parameter groups, fused on CPUs, where that is three to six times as fast.
+def adamw(groups: Iterable[ParameterGroup], learning_rate: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Create AdamW for parameter groups, fused where its kernel exists: one pass over the weights instead of several.
+
+    On a CPU that is three to six times as fast.
 
     Args:
         groups: Parameter groups.
         learning_rate: Learning rate at the peak of the schedule.
         betas: Decay rates of AdamW's running averages of the gradient and its square.
-        scaled: Whether a gradient scaler may be used. Lightning doesn't clip gradients of an optimizer that unscales
-            them itself, as the fused kernel does.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+        >>> adamw([{"params": [weight]}], 1e-3, (0.9, 0.999)).param_groups[0]["fused"]
+        True
     """
     groups = list(groups)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    plain = all(p.device.type == "cpu" and p.is_floating_point() and not hasattr(p, "full_tensor") for p in parameters)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True if plain and not scaled else None)
+    fused = all(_has_fused_kernel(parameter) for group in groups for parameter in group["params"])
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True if fused else None)
+    # The fused kernel offers to unscale gradients itself, and Lightning refuses to clip those of an optimizer that does
+    # so, with a gradient scaler (16-mixed) or without (bf16-mixed). Without the offer the scaler unscales them first.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _has_fused_kernel(parameter: nn.Parameter) -> bool:
+    sharded = hasattr(parameter, "full_tensor")
+    return parameter.is_floating_point() and parameter.device.type in (("cuda",) if sharded else ("cpu", "cuda"))

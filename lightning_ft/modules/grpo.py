@@ -161,4 +161,5 @@ class GRPO(PolicyOptimization):
             clip_high=self.clip_high,
             delta=self.delta,
             bias_corrected_kl=self.bias_corrected_kl,
+            correction=batch.correction,
         )

@@ -10,7 +10,7 @@ import torch
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM
-from lightning_ft.models.optim import ParameterGroup, adamw, parameter_groups, set_first_rate, set_peak_rates
+from lightning_ft.models.optim import adamw, parameter_groups, set_first_rate, set_peak_rates
 from lightning_ft.modules.nonfinite import FiniteSteps
 
 if TYPE_CHECKING:
@@ -64,8 +64,4 @@ class OptimizedModule(FiniteSteps):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.model, self.optimizer_options.weight_decay)
-        return self._adamw(groups, self.optimizer_options.learning_rate)
-
-    def _adamw(self, groups: list[ParameterGroup], learning_rate: float) -> torch.optim.Optimizer:
-        scaled = self._trainer is None or "mixed" in str(self._trainer.precision)  # Fabric's precision isn't known here
-        return adamw(groups, learning_rate, self.optimizer_options.betas, scaled=scaled)
+        return adamw(groups, self.optimizer_options.learning_rate, self.optimizer_options.betas)

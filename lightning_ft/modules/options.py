@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Required
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.losses.sampling_correction import CorrectionMode
 from lightning_ft.models.load import quantization_options, resolve_dtype
 from lightning_ft.models.model_card import BaseOptions
 from lightning_ft.models.optim import Schedule
@@ -111,6 +112,9 @@ class CriticOptions(SampledOptions, total=False):
     micro_batch_size: int | None
     max_grad_norm: float | None
     mask_truncated: bool
+    sampling_correction: CorrectionMode | Literal["auto"] | None
+    sampling_ratio_max: float | None
+    sampling_ratio_min: float | None
 
 
 class PolicyOptions(CriticOptions, total=False):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from lightning_ft._lightning import _pl
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.distributed import max_over_ranks, sum_over_ranks
+from lightning_ft.distributed import max_over_ranks, rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.kl import k1, k3
 from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.losses.policy import LossType, PolicyLoss, token_weights
+from lightning_ft.losses.sampling_correction import CorrectionMode, check_correction, sampling_correction
 from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM
@@ -54,6 +55,13 @@ class PolicyOptimization(SampledCompletions):
             and ``accumulate_grad_batches`` don't work with modules that take their own steps.)
         mask_truncated: Leave completions that `max_new_tokens` stopped out of the loss.
         kl_coef: Weight of the KL divergence from the reference.
+        sampling_correction: Weighting of tokens that corrects for an engine whose probabilities differ from the
+            model's: the ratio of each ``token`` or of the whole ``sequence``, where ratios out of bounds are set to the
+            bound (``truncate``) or leave the tokens out (``mask``). ``auto`` is ``sequence_mask`` with `vllm` or
+            `engine`, as far as they report log-probabilities, and none with the built-in engine, which samples with the
+            model itself. None for no correction.
+        sampling_ratio_max: Upper bound of those ratios; None for no bound.
+        sampling_ratio_min: Lower bound of those ratios; None for no bound.
         options: Arguments of `SampledCompletions`, `AdaptedFineTuning` and `FineTuning`.
     """
 
@@ -70,6 +78,9 @@ class PolicyOptimization(SampledCompletions):
         max_grad_norm: float | None = 1.0,
         mask_truncated: bool = False,
         kl_coef: float = 0.0,
+        sampling_correction: CorrectionMode | Literal["auto"] | None = "auto",
+        sampling_ratio_max: float | None = 3.0,
+        sampling_ratio_min: float | None = None,
         **options: Unpack[SamplingOptions],
     ) -> None:
         super().__init__(model, **options)
@@ -89,6 +100,9 @@ class PolicyOptimization(SampledCompletions):
         self.epochs_per_rollout, self.steps_per_rollout = epochs_per_rollout, steps_per_rollout
         self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
         self.mask_truncated = mask_truncated
+        self.sampling_ratio_max, self.sampling_ratio_min = sampling_ratio_max, sampling_ratio_min
+        self.correction_mode = self._correction_mode(sampling_correction)
+        """How tokens are weighted to correct for the engine; None where they aren't."""
         self.record_arguments(
             {
                 **counts,
@@ -96,6 +110,9 @@ class PolicyOptimization(SampledCompletions):
                 "max_grad_norm": max_grad_norm,
                 "mask_truncated": mask_truncated,
                 "kl_coef": self.kl_coef,
+                "sampling_correction": sampling_correction,
+                "sampling_ratio_max": sampling_ratio_max,
+                "sampling_ratio_min": sampling_ratio_min,
             }
         )
         self.needs_reference = bool(self.kl_coef)
@@ -104,6 +121,30 @@ class PolicyOptimization(SampledCompletions):
         self._batch_idx = 0
         self._step_loss = torch.zeros(())
         self._unusable: str | None = None
+
+    def _correction_mode(self, argument: CorrectionMode | Literal["auto"] | None) -> CorrectionMode | None:
+        """Check the settings of the correction.
+
+        Raises:
+            ConfigError: For settings that contradict each other.
+        """
+        if argument is None:
+            return None
+        mode: CorrectionMode = "sequence_mask" if argument == "auto" else argument
+        check_correction(mode, self.sampling_ratio_max, self.sampling_ratio_min)
+        if self._vllm and self.sampling.filters:
+            missing = (
+                "With top_p, top_k or min_p a vLLM server reports log-probabilities of the filtered distribution, so "
+                "the difference between its probabilities and the model's can't be corrected"
+            )
+            if argument != "auto":
+                raise ConfigError(
+                    f"sampling_correction={argument!r}: {missing}. Leave out the filters, or set it to None."
+                )
+            rank_zero_warn(f"{missing}. Leave out the filters, or set sampling_correction=None to accept that.")
+            return None
+        elsewhere = self._vllm or self._engine_argument[0] is not None
+        return mode if elsewhere or argument != "auto" else None
 
     # ---------------------------------------------------------------- for subclasses
 
@@ -363,21 +404,54 @@ class PolicyOptimization(SampledCompletions):
             old = cast(Tensor, concatenated(rollout_batch.old_logprobs, micro_batch, logprobs))
         reported = all(len(rollout_batch.sampling_logprobs[c]) for c in micro_batch)  # not by every engine
         sampled = concatenated(rollout_batch.sampling_logprobs, micro_batch if reported else [], logprobs)
-        gap = old - cast(Tensor, sampled) if reported else cast(Tensor, sampled)
-        self._step_metrics.add({"sampling_gap": gap.abs()})
+        mask = kept[list(micro_batch)].to(logprobs.device)[sequences]
         return PolicyBatch(
             logprobs=logprobs,
             old_logprobs=old,
             ref_logprobs=concatenated(rollout_batch.ref_logprobs, micro_batch, logprobs),
             advantages=cast(Tensor, concatenated(advantages, micro_batch, logprobs)),
             sequences=sequences,
-            mask=kept[list(micro_batch)].to(logprobs.device)[sequences],
+            mask=mask,
             weights=weights.to(logprobs),
             entropy=cast(Tensor, computed.entropy),
             values=values,
             old_values=concatenated(rollout_batch.values, micro_batch, logprobs),
             returns=concatenated(rollout_batch.returns, micro_batch, logprobs),
+            correction=self._sampling_correction(old, cast(Tensor, sampled), sequences, len(micro_batch), mask),
         )
+
+    def _sampling_correction(
+        self, old: Tensor, sampled: Tensor, sequences: Tensor, count: int, mask: Tensor
+    ) -> Tensor | None:
+        """Measure the difference between the policy and the engine that sampled, and weight tokens to correct for it.
+
+        Args:
+            old: Log-probabilities under the policy at the time of the rollout, ``[n]``.
+            sampled: Log-probabilities that the engine reported, ``[n]``; empty if it reported none.
+            sequences: Index of the completion of each token, ``[n]``.
+            count: Number of completions.
+            mask: Whether each token counts, ``[n]``.
+
+        Returns:
+            Factor of each token's loss, ``[n]``; None if nothing is corrected.
+        """
+        if len(sampled) < len(old):
+            old, sequences, mask = old[:0], sequences[:0], mask[:0]
+        self._step_metrics.add({"sampling_gap": (old - sampled).abs()})
+        if self.correction_mode is None:
+            return None
+        weights, out_of_bounds = sampling_correction(
+            old,
+            sampled,
+            sequences,
+            count,
+            mask,
+            mode=self.correction_mode,
+            largest=self.sampling_ratio_max,
+            smallest=self.sampling_ratio_min,
+        )
+        self._step_metrics.add({"sampling_ratio": weights[mask], "sampling_out_of_bounds": out_of_bounds[mask].float()})
+        return weights if len(weights) else None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients, which are already unscaled and summed over ranks."""

@@ -25,7 +25,7 @@ from lightning_ft.losses.kl import AdaptiveKL, k1
 from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.losses.policy import PolicyLoss, check_policy_loss, policy_loss
 from lightning_ft.models.critic import Critic
-from lightning_ft.models.optim import parameter_groups
+from lightning_ft.models.optim import adamw, parameter_groups
 from lightning_ft.modules.adapted import without_dropout
 from lightning_ft.modules.options import CriticOptions, Unpack
 from lightning_ft.modules.policy import PolicyOptimization
@@ -170,7 +170,7 @@ class PPO(PolicyOptimization):
             for which in (False, True)
             if (chosen := [parameter for parameter in group["params"] if (id(parameter) in own) == which])
         ]
-        return self._adamw(groups, rate)
+        return adamw(groups, rate, self.optimizer_options.betas)
 
     def policy_logprobs(self, tokens: TokenBatch) -> tuple[SelectedLogProbs, Tensor | None]:
         """Log-probabilities of a micro-batch under the policy, and the critic's values, ``[n]`` each."""
@@ -229,6 +229,7 @@ class PPO(PolicyOptimization):
             mask=batch.mask,
             clip_low=self.clip_low,
             clip_high=self.clip_high,
+            correction=batch.correction,
         )
         old_values, returns = cast(Tensor, batch.old_values), cast(Tensor, batch.returns)
         errors = clipped_value_loss(cast(Tensor, batch.values), old_values, returns, self.value_clip)

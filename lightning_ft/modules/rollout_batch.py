@@ -164,6 +164,7 @@ class PolicyBatch:
         values: The critic's value of each token, with gradient, ``[n]``; None without a critic.
         old_values: The critic's values at the time of the rollout, ``[n]``.
         returns: The critic's targets, ``[n]``.
+        correction: Factor of each token's loss that corrects for the engine that sampled it, ``[n]``; None without one.
     """
 
     logprobs: Tensor
@@ -177,6 +178,7 @@ class PolicyBatch:
     values: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
+    correction: Tensor | None = None
 
 
 def concatenated(

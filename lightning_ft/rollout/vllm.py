@@ -42,9 +42,10 @@ class VLLMEngine:
     own random generators, so a resumed run does not repeat the completions of an uninterrupted one.
 
     Log-probabilities are the server's, computed by other kernels and in its dtype: they differ slightly from those of
-    the model in training. A policy loss takes `old_logprobs` from the training model and uses these only to correct
-    for the difference. With top-k, top-p or min-p the server renormalizes them over the tokens that are kept, which
-    isn't what :class:`~lightning_ft.rollout.protocol.Completion` promises, so with such filters there are none.
+    the model in training. A policy loss takes `old_logprobs` from the training model and uses these only to correct for
+    the difference (`sampling_correction` of the modules). With top-k, top-p or min-p the server renormalizes them over
+    the tokens that are kept, which isn't what :class:`~lightning_ft.rollout.protocol.Completion` promises, so with such
+    filters there are none.
 
     Every rank of a run calls it, with its own prompts; only rank 0 talks to the server, for all ranks. It connects on
     first use.

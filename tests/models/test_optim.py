@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tiny import make_model
+from torch._subclasses import FakeTensorMode
 from transformers import get_scheduler
 
 from lightning_ft import FullFineTuning, PairDataModule
@@ -13,17 +14,20 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.models.optim import adamw, parameter_groups, schedule_factor
 
 
-def test_optimizer_is_fused_on_cpu_unless_gradients_are_scaled():
+def test_optimizer_is_fused_where_a_kernel_exists():
     groups = parameter_groups(make_model(), 0.1)
     assert adamw(groups, 1e-3, (0.9, 0.99)).defaults["fused"] is True
-    assert adamw(groups, 1e-3, (0.9, 0.99), scaled=True).defaults["fused"] is None
+    with FakeTensorMode():  # stands in for weights on a GPU
+        on_gpu = [{"params": [torch.nn.Parameter(torch.empty(2, 2, device="cuda"))]}]
+        assert adamw(on_gpu, 1e-3, (0.9, 0.99)).defaults["fused"] is True
     whole = [{"params": [torch.nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)]}]
     assert adamw(whole, 1e-3, (0.9, 0.99)).defaults["fused"] is None
 
 
 def test_optimizer_matches_adamw():
     models = [make_model() for _ in range(2)]
-    made = [adamw(parameter_groups(m, 0.1), 1e-2, (0.9, 0.99), scaled=s) for m, s in zip(models, (0, 1), strict=True)]
+    groups = [parameter_groups(model, 0.1) for model in models]
+    made = [adamw(groups[0], 1e-2, (0.9, 0.99)), torch.optim.AdamW(groups[1], lr=1e-2, betas=(0.9, 0.99))]
     for step in range(5):
         for model, optimizer in zip(models, made, strict=True):
             ids = torch.randint(0, 400, (2, 9), generator=torch.Generator().manual_seed(step))
@@ -34,8 +38,27 @@ def test_optimizer_matches_adamw():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", None)])
-def test_gradients_can_be_clipped_in_every_precision(precision, fused, model_folder, rows, tmp_path):
+def test_fused_optimizer_steps_with_a_gradient_scaler():
+    """The scaler unscales the gradients, skips a step that is not finite, and takes the others unchanged."""
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    scaled, plain = (adamw([{"params": [weight]}], 0.1, (0.9, 0.99)) for weight in weights)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for factor in (1.0, math.inf, 0.5):
+        scaler.scale((weights[0] ** 2).sum() * factor).backward()
+        scaler.unscale_(scaled)
+        scaler.step(scaled)
+        scaler.update()
+        if math.isfinite(factor):
+            ((weights[1] ** 2).sum() * factor).backward()
+            plain.step()
+        scaled.zero_grad()
+        plain.zero_grad()
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
+    assert weights[0].max() < 0.9
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_can_be_clipped_in_every_precision(precision, model_folder, rows, tmp_path):
     module = FullFineTuning(str(model_folder), learning_rate=1e-3)
     trainer = Trainer(
         accelerator="cpu",
@@ -48,7 +71,7 @@ def test_gradients_can_be_clipped_in_every_precision(precision, fused, model_fol
         default_root_dir=tmp_path,
     )
     trainer.fit(module, PairDataModule(rows[:8], batch_size=4, cache_dir=False))
-    assert trainer.optimizers[0].defaults["fused"] is fused
+    assert trainer.optimizers[0].defaults["fused"] is True
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

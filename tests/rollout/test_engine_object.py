@@ -69,7 +69,7 @@ def test_engine_object_trains_as_the_built_in_engine(module_class, trainer_optio
     built_in = make(module_class)
     fit(built_in, trainer_options)
     engine = WrappingEngine()
-    module = make(module_class, engine=engine)
+    module = make(module_class, engine=engine, sampling_correction=None)  # its log-probabilities differ by rounding
     trainer = fit(module, trainer_options)
     assert trainer.global_step >= 2
     assert engine.synced == 2
