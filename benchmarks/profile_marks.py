@@ -57,7 +57,6 @@ def parts() -> list[tuple[Any, str, str]]:
 
 def marked(stack: ExitStack, trainer: Any) -> None:
     """Mark the parts of the code until the stack is closed."""
-    from lightning_ft.data.layout import TokenBatch
     from lightning_ft.rollout import local
 
     def timed(function: Any, label: str) -> Any:
@@ -69,9 +68,6 @@ def marked(stack: ExitStack, trainer: Any) -> None:
 
     for owner, name, label in parts():
         stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), label)))
-    for name in ("num_tokens", "has_shared_prefixes"):
-        getter = getattr(TokenBatch, name).fget
-        stack.enter_context(patch.object(TokenBatch, name, property(timed(getter, f"TokenBatch.{name}"))))
     plugin = type(trainer.precision_plugin)  # its closure runs the whole training step inside the optimizer's
     stack.enter_context(patch.object(plugin, "_wrap_closure", timed(plugin._wrap_closure, CLOSURE)))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ft.data.layout import Example
+from lightning_ft.data.layout import Example, copied
 from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message
 
@@ -72,15 +72,15 @@ class PreferenceBatch:
         """Whether every prompt has two completions, the chosen one first; True for a batch without prompts."""
         return all(len(completions) == 2 for completions in self.completions)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> PreferenceBatch:
         """Copy with labels, margins and rows on `device`; token ids are moved once they are laid out."""
-        margins = None if self.margins is None else self.margins.to(device, non_blocking=non_blocking)
+        margins = None if self.margins is None else copied(self.margins, device, non_blocking)
         return PreferenceBatch(
             self.prompts,
             self.completions,
-            self.labels.to(device, non_blocking=non_blocking),
+            copied(self.labels, device, non_blocking),
             margins,
-            self.rows.to(device, non_blocking=non_blocking),
+            copied(self.rows, device, non_blocking),
         )
 
 
@@ -124,6 +124,6 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PromptBatch:
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> PromptBatch:
         """This batch itself: token ids are moved once they are laid out or generated from."""
         return self

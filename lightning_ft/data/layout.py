@@ -71,7 +71,13 @@ class TokenBatch:
         targets: Token to predict there, ``int64 [n]``.
         groups: Index of the example that each target belongs to, ``int64 [n]``.
         num_groups: Number of examples, `g`.
+        num_tokens: Number of tokens, padding excluded; a number, since reading it from a tensor would wait for a GPU.
         packed: Whether rows hold several segments; otherwise each row is one right-padded sequence.
+        has_shared_prefixes: Whether any segment continues another.
+        boundaries: Start of each sequence in the flattened ``[b * s]``, where padding belongs to the sequence before
+            it, and the end of the last one, ``int32 [sequences + 1]``; None with shared prefixes. FlashAttention's
+            kernels for sequences of different lengths take them as ``cu_seqlens``.
+        longest: Largest number of tokens between two of them.
         explicit_mask: Whether the model gets a mask (:func:`attention_mask`) even where it could tell segments apart by
             their position ids. Shared prefixes always need one.
     """
@@ -84,7 +90,11 @@ class TokenBatch:
     targets: Tensor
     groups: Tensor
     num_groups: int
+    num_tokens: int
     packed: bool
+    has_shared_prefixes: bool = False
+    boundaries: Tensor | None = None
+    longest: int = 0
     explicit_mask: bool = False
 
     @property
@@ -93,23 +103,19 @@ class TokenBatch:
         return self.targets.numel()
 
     @property
-    def num_tokens(self) -> int:
-        """Number of tokens, padding excluded."""
-        return int((self.segment_ids >= 0).sum())
-
-    @property
     def padding_fraction(self) -> float:
         """Share of positions that are padding."""
         return 1.0 - self.num_tokens / self.input_ids.numel()
 
-    @property
-    def has_shared_prefixes(self) -> bool:
-        """Whether any segment continues another."""
-        return bool((self.parents >= 0).any())
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> TokenBatch:
+        """Copy of this batch on `device`.
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
-        """Copy of this batch on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        Args:
+            device: The device.
+            non_blocking: Whether to go on before the copies are complete; by default where they are from page-locked
+                memory. (Lightning passes it for tensors only.)
+        """
+        return self._map(lambda tensor: copied(tensor, device, non_blocking))
 
     def pin_memory(self) -> TokenBatch:
         """Copy of this batch in page-locked memory."""
@@ -118,6 +124,11 @@ class TokenBatch:
     def _map(self, function) -> TokenBatch:  # type: ignore[no-untyped-def]
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+
+def copied(tensor: Tensor, device: torch.device | str, non_blocking: bool | None = None) -> Tensor:
+    """Copy of a tensor on a device; by default the host waits only for copies from pageable memory."""
+    return tensor.to(device, non_blocking=tensor.is_pinned() if non_blocking is None else non_blocking)
 
 
 def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> TokenBatch:
@@ -141,8 +152,8 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
         >>> a = Example(torch.tensor([5, 6, 7]), torch.tensor([False, False, True]))
         >>> b = Example(torch.tensor([8, 9]), torch.tensor([False, True]))
         >>> batch = lay_out([[Segment(a, group=0), Segment(b, group=1)]])
-        >>> batch.position_ids.tolist(), batch.predictors.tolist(), batch.targets.tolist()
-        ([[0, 1, 2, 0, 1]], [1, 3], [7, 9])
+        >>> batch.position_ids.tolist(), batch.predictors.tolist(), batch.targets.tolist(), batch.boundaries.tolist()
+        ([[0, 1, 2, 0, 1]], [1, 3], [7, 9], [0, 3, 5])
 
         A prompt with two completions that share it; both are predicted from the prompt's last token:
 
@@ -191,6 +202,8 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
         if start < length:  # position ids go on: padding must not look like the start of another packed sequence
             position_ids[r, start:] = position_ids[r, start - 1] + 1 + torch.arange(length - start)
     order = torch.cat(groups).argsort(stable=True)
+    shared = any(segment.parent is not None for row in rows for segment in row)
+    boundaries = None if shared else _boundaries(rows, length)
     return TokenBatch(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -200,8 +213,24 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
         targets=torch.cat(targets)[order],
         groups=torch.cat(groups)[order],
         num_groups=1 + max(segment.group for row in rows for segment in row),
+        num_tokens=sum(len(segment.example) for row in rows for segment in row),
         packed=any(len(row) > 1 for row in rows),
+        has_shared_prefixes=shared,
+        boundaries=boundaries,
+        longest=0 if boundaries is None else int(boundaries.diff().max()),
     )
+
+
+def _boundaries(rows: Sequence[Sequence[Segment]], length: int) -> Tensor:
+    """Start of each sequence of rows of `length` positions, and the end of the last one, ``int32 [sequences + 1]``."""
+    starts = [0]
+    for number, row in enumerate(rows):
+        start = number * length
+        for segment in row:
+            if len(segment.example) and start:
+                starts.append(start)
+            start += len(segment.example)
+    return torch.tensor([*starts, len(rows) * length], dtype=torch.int32)
 
 
 def collate_examples(examples: Sequence[Example], *, packing: bool = True, pad_token_id: int = 0) -> TokenBatch:

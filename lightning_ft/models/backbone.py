@@ -53,6 +53,11 @@ def takes_positions(module: nn.Module) -> bool:
     return any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def takes_keywords(module: nn.Module) -> bool:
+    """Whether a module's forward pass takes any keyword, which transformers passes on to the attention."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
+
+
 def head_of(base: PreTrainedModel) -> nn.Module | None:
     """The module that maps hidden states to logits; None for a model without one."""
     try:

@@ -34,7 +34,7 @@ from lightning_ft.losses.logprobs import (
     linear_logprobs,
     module_logprobs,
 )
-from lightning_ft.models.backbone import Backbone, backbone_of, takes_positions
+from lightning_ft.models.backbone import Backbone, backbone_of, takes_keywords, takes_positions
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.passes import padding_within, put_back, switched_parts
 
@@ -332,8 +332,24 @@ def _one_pass(base: PreTrainedModel, batch: TokenBatch, *, run: Backbone, switch
     mask = attention_bias(base, attention_mask(batch)) if batch.explicit_mask or batch.has_shared_prefixes else None
     options = {} if mask is None else {"attention_mask": mask}
     options |= {"position_ids": batch.position_ids} if takes_positions(base.base_model) else {}
+    options |= _sequence_boundaries(base, batch)
     out = run(input_ids=batch.input_ids, use_cache=False, return_dict=True, **options)
     return cast(Tensor, out.last_hidden_state)
+
+
+def _sequence_boundaries(base: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
+    """Arguments that tell FlashAttention where sequences start: transformers would look for them in every layer."""
+    flash = "flash" in str(base.config._attn_implementation)
+    if not flash or not batch.packed or batch.boundaries is None or len(batch.input_ids) > 1:
+        return {}
+    if not takes_keywords(base.base_model):
+        return {}
+    return {
+        "cu_seq_lens_q": batch.boundaries,
+        "cu_seq_lens_k": batch.boundaries,
+        "max_length_q": batch.longest,
+        "max_length_k": batch.longest,
+    }
 
 
 def takes_explicit_masks(base: PreTrainedModel) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,27 @@ def mean_factor(trainer: Any, count: float) -> float:
     return float(trainer.accumulate_grad_batches * trainer.world_size / max(1.0, count))
 
 
+def to_host(values: Sequence[Tensor]) -> Tensor:
+    """Copy scalars to the CPU, with one copy per device: each copy waits for the device.
+
+    Args:
+        values: Scalars, on any devices.
+
+    Returns:
+        ``float64 [n]``.
+
+    Example:
+        >>> to_host([torch.tensor(1), torch.tensor(2.5)])
+        tensor([1.0000, 2.5000], dtype=torch.float64)
+    """
+    found = torch.zeros(len(values), dtype=torch.float64)
+    for device in dict.fromkeys(value.device for value in values):
+        indices = [i for i, value in enumerate(values) if value.device == device]
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        found[indices] = torch.stack([values[i].to(dtype) for i in indices]).cpu().double()
+    return found
+
+
 class TokenMetrics:
     """Sums token metrics over the micro-batches of a step.
 
@@ -117,12 +138,10 @@ class TokenMetrics:
 
     def reduce(self, device: torch.device) -> Totals:
         """Sum over all ranks, and start the next step."""
-        zero = torch.zeros((), dtype=torch.float64)
-        loss = sum((value.cpu() for value in self._losses), zero)
-        correct = sum((value.cpu() for value in self._correct), zero)
-        sums = torch.stack(
-            [loss, correct.double(), *(zero + n for n in (self._targets, self._tokens, self._positions))]
-        )
+        on_host = to_host([*self._losses, *self._correct])
+        loss, correct = (part.sum() for part in (on_host[: len(self._losses)], on_host[len(self._losses) :]))
+        counts = torch.tensor([self._targets, self._tokens, self._positions], dtype=torch.float64)
+        sums = torch.cat([torch.stack([loss, correct]), counts])
         total, hits, targets, tokens, positions = sum_over_ranks(sums, device).tolist()
         now = time.perf_counter()
         seconds = 0.0 if self._started is None else now - self._started
@@ -165,10 +184,10 @@ class MeanMetrics:
 
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Mean per name over all ranks, without names that no rank added a value to; then start the next step."""
-        zero = torch.zeros((), dtype=torch.float64)
-        sums = [sum((value.cpu() for value in values), zero) for values in self._sums.values()]
-        counts = [zero + count for count in self._counts.values()]
-        names = list(self._sums)
+        names, sizes = list(self._sums), [len(values) for values in self._sums.values()]
+        on_host = to_host([value for values in self._sums.values() for value in values])
+        sums = [part.sum() for part in on_host.split(sizes)] if names else []
+        counts = [torch.tensor(count, dtype=torch.float64) for count in self._counts.values()]
         self._sums, self._counts = {}, {}
         if not names:
             return {}
