@@ -296,7 +296,44 @@ def _rows(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> t
         rows[row].append(i)
         heapreplace(filled, (tokens + lengths[i], row))
     longest, _ = max(filled)
-    return rows, count * longest * (_SQUARE + longest)
+    return rows, rows_cost(count, longest)
+
+
+def rows_cost(count: int, length: int) -> int:
+    """Cost of `count` rows of `length` positions in a forward pass: that of products plus that of attention."""
+    return count * length * (_SQUARE + length)
+
+
+def contiguous_rows(lengths: Sequence[int], count: int) -> list[range]:
+    """Distribute sequences over rows in their order, so that the longest row is as short as possible.
+
+    Args:
+        lengths: Number of tokens of each sequence; at least one sequence.
+        count: Largest number of rows.
+
+    Returns:
+        Range of the sequences in each row.
+
+    Example:
+        >>> contiguous_rows([600, 150, 300, 450], 2)
+        [range(0, 2), range(2, 4)]
+    """
+    low, high = max(lengths), sum(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_filled(lengths, middle)) <= count else (middle + 1, high)
+    return _filled(lengths, low)
+
+
+def _filled(lengths: Sequence[int], capacity: int) -> list[range]:
+    """Ranges of sequences in rows that are filled one after the other, up to `capacity` tokens each."""
+    rows, start, tokens = [], 0, 0
+    for index, length in enumerate(lengths):
+        if tokens + length > capacity and index > start:
+            rows.append(range(start, index))
+            start, tokens = index, 0
+        tokens += length
+    return [*rows, range(start, len(lengths))]
 
 
 def in_one_row(batch: TokenBatch) -> TokenBatch:

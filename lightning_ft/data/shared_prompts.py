@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from lightning_ft.data.layout import Example, Segment, TokenBatch, lay_out
+from lightning_ft.data.layout import Example, Segment, TokenBatch, contiguous_rows, lay_out, rows_cost
 from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message
 
@@ -22,15 +24,23 @@ def lay_out_completions(
 ) -> TokenBatch:
     """Lay out prompts and their completions for one forward pass.
 
-    Whether prompts are shared or repeated, targets are in the order of the completions, prompt by prompt, and `groups`
-    numbers the completions in that order.
+    Targets are in the order of the completions, prompt by prompt, and `groups` numbers the completions in that order,
+    whichever row they are in.
+
+    A prompt is computed once for completions in the same row, but the attention of a row grows with the square of its
+    length. So the completions of a prompt are in one row, or in several that each have the prompt, or in a row each:
+
+        prompt 400, 4 completions of 50      1 row of 600          [p a b c d]
+        prompt 16, 8 completions of 240      8 rows of 256         [p a] [p b] [p c] ...
+
+    Of several such layouts the cheapest is chosen.
 
     Args:
         prompts: Token ids, ``int64 [t]`` each, at least one.
         completions: Completions of each prompt. Prompt tokens are never supervised.
-        shared: Whether each prompt is computed once, as the parent of its completions in one row; otherwise it is
-            repeated before each completion.
-        packing: Whether sequences with repeated prompts share one row, or have one row each.
+        shared: Whether completions in the same row may share their prompt as their parent; otherwise it is repeated
+            before each completion.
+        packing: Whether rows may hold several sequences with repeated prompts, or one each.
         pad_token_id: Token id that fills shorter rows.
 
     Raises:
@@ -45,28 +55,72 @@ def lay_out_completions(
         >>> lay_out_completions([torch.tensor([5, 6])], [yes], shared=False).input_ids.tolist()
         [[5, 6, 7, 5, 6, 8, 9]]
     """
-    rows: list[list[Segment]] = []
-    group = 0
     for number, (prompt, children) in enumerate(zip(prompts, completions, strict=True)):
         if not len(prompt) or not children:
             raise ConfigError(f"Prompt {number} of a batch has no {'completions' if len(prompt) else 'tokens'}.")
-        unsupervised = Example(prompt, torch.zeros(len(prompt), dtype=torch.bool))
-        if shared:
-            rows.append([Segment(unsupervised, group=group)])
-            rows[-1] += [Segment(completion, 0, group + i) for i, completion in enumerate(children)]
-        else:
-            sequences = [_joined(unsupervised, completion) for completion in children]
-            rows += [[Segment(sequence, group=group + i)] for i, sequence in enumerate(sequences)]
+    # Per prompt, its completions divided over 1, 2, 4, ... trees, or each a tree of its own.
+    choices: list[list[list[Tree]]] = []
+    group = 0
+    for prompt, children in zip(prompts, completions, strict=True):
+        numbers = [1 << power for power in range((len(children) - 1).bit_length())] if shared else []
+        choices.append([_trees(prompt, children, number, group) for number in (*numbers, len(children))])
         group += len(children)
-    if not shared and packing:
-        rows = [[segment for row in rows for segment in row]]
+    alike = [[each[min(n, len(each) - 1)] for each in choices] for n in range(max(map(len, choices)))]
+    cheapest = [min(each, key=lambda trees: sum(_cost([tree]) for tree in trees)) for each in choices]
+    layouts = [_rows(list(chain(*trees)), packing=packing) for trees in (*alike, cheapest)]
+    rows = min(layouts, key=_cost)
     return lay_out(rows, pad_token_id=pad_token_id)
 
 
-def _joined(prompt: Example, completion: Example) -> Example:
-    return Example(
-        torch.cat([prompt.input_ids, completion.input_ids]), torch.cat([prompt.supervised, completion.supervised])
+Tree = list[Segment]
+"""A prompt and completions that share it, or one completion with its prompt as a single segment."""
+
+
+def _cost(rows: Sequence[Tree]) -> int:
+    return rows_cost(len(rows), max(map(_length, rows)))
+
+
+def _length(tree: Tree) -> int:
+    return sum(len(segment.example) for segment in tree)
+
+
+def _trees(prompt: Tensor, children: Sequence[Example], number: int, group: int) -> list[Tree]:
+    """Divide the completions of a prompt over at most `number` trees, in their order; `group` numbers the first."""
+    parent = Segment(Example(prompt, torch.zeros(len(prompt), dtype=torch.bool)), group=group)
+    parts = [range(i, i + 1) for i in range(len(children))]
+    if number < len(children):
+        parts = contiguous_rows([len(completion) for completion in children], number)
+    return [
+        [Segment(_joined(prompt, children[part[0]]), group=group + part[0])]
+        if len(part) == 1
+        else [parent, *(Segment(children[i], 0, group + i) for i in part)]
+        for part in parts
+    ]
+
+
+def _rows(trees: Sequence[Tree], *, packing: bool) -> list[Tree]:
+    """Distribute trees over rows, in their order: several to a row where that is cheaper."""
+    if not packing:
+        return list(trees)
+    lengths = [_length(tree) for tree in trees]
+    counts = sorted({round(len(trees) / 1.25**k) for k in range(32)} - {0})
+    return min(
+        ([_joined_trees(trees[r.start : r.stop]) for r in contiguous_rows(lengths, n)] for n in counts), key=_cost
     )
+
+
+def _joined_trees(trees: Sequence[Tree]) -> Tree:
+    """Segments of several trees in one row, whose parents are counted from the row's first segment."""
+    row: Tree = []
+    for tree in trees:
+        first = len(row)
+        row += [replace(s, parent=None if s.parent is None else s.parent + first) for s in tree]
+    return row
+
+
+def _joined(prompt: Tensor, completion: Example) -> Example:
+    unsupervised = torch.zeros(len(prompt), dtype=torch.bool)
+    return Example(torch.cat([prompt, completion.input_ids]), torch.cat([unsupervised, completion.supervised]))
 
 
 def last_positions(batch: TokenBatch) -> Tensor:

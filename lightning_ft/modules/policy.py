@@ -49,8 +49,8 @@ class PolicyOptimization(SampledCompletions):
         epochs_per_rollout: Number of passes over the completions of a rollout.
         steps_per_rollout: Number of optimizer steps per pass. Prompts with all of their completions are distributed
             over them, or single completions where there are fewer prompts than steps.
-        micro_batch_size: Number of completions per forward and backward pass on a rank; None for all of a step at once.
-            Smaller ones take less memory and give the same step.
+        micro_batch_size: Number of completions per forward and backward pass on a rank; None for as many as have 8,192
+            tokens with their prompts. Smaller ones take less memory and give the same step.
         max_grad_norm: Norm that gradients are clipped to; None for no clipping. (The Trainer's ``gradient_clip_val``
             and ``accumulate_grad_batches`` don't work with modules that take their own steps.)
         mask_truncated: Leave completions that `max_new_tokens` stopped out of the loss.
@@ -289,7 +289,7 @@ class PolicyOptimization(SampledCompletions):
         """Log-probability of every token, ``[t]`` per completion, and with a critic its value."""
         logprobs: dict[int, Tensor] = {}
         values: dict[int, Tensor] | None = None
-        for micro_batch in self._micro_batches(rollout_batch.groups()):
+        for micro_batch in self._micro_batches(rollout_batch, rollout_batch.groups()):
             computed, critic = compute(self.lay_out(*rollout_batch.rows(micro_batch)))
             logprobs.update(zip(micro_batch, rollout_batch.split(computed.logprobs, micro_batch), strict=True))
             if critic is not None:  # also on a rank that has no completions
@@ -312,9 +312,9 @@ class PolicyOptimization(SampledCompletions):
         kl = [k1(policy, reference).sum() for policy, reference in zip(logprobs, ref_logprobs, strict=True)]
         return {"kl_completion": power_sums(torch.stack(kl) if kl else torch.zeros(0))}
 
-    def _micro_batches(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _micro_batches(self, rollout_batch: RolloutBatch, groups: Sequence[Sequence[int]]) -> list[list[int]]:
         """Micro-batches of the groups, the same number on every rank so that ranks run in step; some may be empty."""
-        micro_batches = RolloutBatch.micro_batches(groups, self.micro_batch_size)
+        micro_batches = RolloutBatch.micro_batches(groups, self.micro_batch_size or rollout_batch.micro_batch_size())
         return micro_batches + [[]] * (max_over_ranks(len(micro_batches), self.device) - len(micro_batches))
 
     def learn(self, rollout_batch: RolloutBatch) -> None:
@@ -335,7 +335,7 @@ class PolicyOptimization(SampledCompletions):
     def _take_step(self, rollout_batch: RolloutBatch, groups: Sequence[Sequence[int]]) -> None:
         """Take an optimizer step on groups of completions, unless no rank has any (in a short last batch)."""
         optimizer = cast(Any, self.optimizers())
-        micro_batches = self._micro_batches(groups)
+        micro_batches = self._micro_batches(rollout_batch, groups)
         kept = ~rollout_batch.truncated if self.mask_truncated else torch.ones_like(rollout_batch.truncated)
         lengths = rollout_batch.lengths * kept
         chosen = [c for micro_batch in micro_batches for c in micro_batch]

@@ -13,6 +13,9 @@ from lightning_ft.data.layout import Example
 from lightning_ft.rewards.batch import Prompt, Rewards
 from lightning_ft.rollout.protocol import Rollouts
 
+TOKENS_PER_PASS = 8192
+"""Largest number of tokens of a micro-batch whose size isn't set: memory doesn't grow with the size of a rollout."""
+
 
 @dataclass
 class RolloutBatch:
@@ -109,20 +112,25 @@ class RolloutBatch:
         g = self.num_completions if steps <= len(self.prompts) else 1
         return [list(range(start, start + g)) for start in range(0, len(self.prompts) * self.num_completions, g)]
 
+    def micro_batch_size(self) -> int:
+        """Largest number of completions that have at most `TOKENS_PER_PASS` tokens with their prompts, at least 1."""
+        sequences = [len(self.prompts[c // self.num_completions]) + len(e) for c, e in enumerate(self.completions)]
+        return max(1, TOKENS_PER_PASS // max([1, *sequences]))
+
     @staticmethod
-    def micro_batches(groups: Sequence[Sequence[int]], size: int | None) -> list[list[int]]:
+    def micro_batches(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
         """Split groups of completions into micro-batches, keeping each group together where it fits.
 
         Args:
             groups: Indices of completions, all groups of one size.
-            size: Largest number of completions per micro-batch; None for all at once.
+            size: Largest number of completions per micro-batch.
 
         Example:
             >>> RolloutBatch.micro_batches([[4, 5], [0, 1]], 3)
             [[4, 5], [0, 1]]
         """
-        if size is None or not groups:
-            return [[c for group in groups for c in group]] if groups else []
+        if not groups:
+            return []
         g = len(groups[0])
         if size < g:
             return [list(group[start : start + size]) for group in groups for start in range(0, g, size)]

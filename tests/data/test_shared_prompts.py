@@ -1,9 +1,11 @@
 """All layouts of prompts and completions have the same targets, and every completion's last token is found."""
 
+import itertools
+
 import pytest
 import torch
 
-from lightning_ft.data.layout import Example, attention_mask
+from lightning_ft.data.layout import Example, attention_mask, contiguous_rows, rows_cost
 from lightning_ft.data.shared_prompts import last_positions, lay_out_completions
 from lightning_ft.errors import ConfigError
 
@@ -74,7 +76,6 @@ def test_lay_out_completions_contains_a_shared_prompt_once():
     shared = lay_out_completions(prompts, completions)
     assert shared.num_tokens == sum(map(len, prompts)) + sum(map(len, every(completions)))
     assert shared.has_shared_prefixes
-    assert len(shared.input_ids) == len(prompts)
     repeated = lay_out_completions(prompts, completions, shared=False)
     extra = sum(len(p) * (len(behind) - 1) for p, behind in zip(prompts, completions, strict=True))
     assert repeated.num_tokens == shared.num_tokens + extra
@@ -84,6 +85,51 @@ def test_lay_out_completions_contains_a_shared_prompt_once():
     assert len(apart.input_ids) == len(every(completions))
     assert not apart.packed
     assert (apart.input_ids == 9_999).sum() == apart.input_ids.numel() - apart.num_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rows", "tokens", "shares"),
+    [
+        (((400, (50,) * 4),), 1, 600, True),  # a long prompt once
+        (((16, (240,) * 8),), 8, 8 * 256, False),  # a short one before each long completion
+        (((300, (400,) * 8),), 4, 4 * (300 + 800), True),  # in between: two completions to a row
+        (((600, (40, 50)), (20, (900, 900))), 3, 690 + 2 * 920, True),  # per prompt
+        (((4, (3, 1)), (1, (2,)), (6, (5, 2, 7))), 1, 31, True),  # short ones together, without padding
+        (((5, (2000,)),), 1, 2005, False),
+    ],
+)
+def test_completions_share_their_prompt_where_that_is_cheaper(shapes, rows, tokens, shares):
+    batch = lay_out_completions(*make(shapes))
+    assert len(batch.input_ids) == rows
+    assert batch.num_tokens == tokens
+    assert batch.has_shared_prefixes == shares
+
+
+@pytest.mark.parametrize("shapes", [((16, (240,) * 8),), ((5, (90, 400, 3, 77)), (300, (20, 30)), (2, (600,)))])
+def test_layout_is_the_cheapest_of_all_numbers_of_rows(shapes):
+    """Compared with a row per prompt, a row per completion, and all in one row."""
+    prompts, completions = make(shapes)
+
+    def cost(batch):
+        return rows_cost(*batch.input_ids.shape)
+
+    chosen = cost(lay_out_completions(prompts, completions))
+    per_prompt = [len(p) + sum(map(len, children)) for p, children in zip(prompts, completions, strict=True)]
+    each = [len(p) + len(c) for p, children in zip(prompts, completions, strict=True) for c in children]
+    for count, length in ((len(per_prompt), max(per_prompt)), (len(each), max(each)), (1, sum(each))):
+        assert chosen <= rows_cost(count, length)
+    assert chosen <= cost(lay_out_completions(prompts, completions, shared=False))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_contiguous_rows_are_as_short_as_possible(count):
+    lengths = [5, 1, 9, 2, 2, 6, 0]
+    rows = contiguous_rows(lengths, count)
+    assert [i for row in rows for i in row] == list(range(7))
+    cuts = itertools.combinations(range(1, 7), min(count, 7) - 1)
+    parts = [[range(a, b) for a, b in itertools.pairwise((0, *cut, 7))] for cut in cuts]
+    longest = min(max(sum(lengths[i] for i in row) for row in part) for part in parts)
+    assert max(sum(lengths[i] for i in row) for row in rows) == longest
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

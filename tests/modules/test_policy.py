@@ -19,6 +19,7 @@ from tiny import make_rows
 from lightning_ft import GRPO, PPO, PromptDataModule
 from lightning_ft._lightning import Trainer, _pl, cli_module
 from lightning_ft.errors import ConfigError, RewardError
+from lightning_ft.modules import rollout_batch
 from lightning_ft.modules.samples import RolloutSamples
 from lightning_ft.rollout.protocol import Completion, Rollouts
 
@@ -49,6 +50,23 @@ def test_policy_steps_do_not_depend_on_micro_batches_and_sharing(kind, options, 
         for a, b in zip(other.gradients, found[0].gradients, strict=True):
             assert largest_difference(a, b) < 1e-6 * max(1.0, *(float(g.abs().max()) for g in b.values()))
         assert largest_difference(weights(other), weights(found[0])) < 1e-6
+
+
+def test_micro_batches_have_a_bounded_number_of_tokens_by_default(trainer_options, monkeypatch):
+    found = []
+    for limit in (None, 40, 1):
+        if limit is not None:
+            monkeypatch.setattr(rollout_batch, "TOKENS_PER_PASS", limit)
+        module = make(Policy)
+        run(module, BATCHES[:1], trainer_options, rollouts=PREDRAWN)
+        found.append(module)
+    longest = max(len(p) for p in BATCHES[0].input_ids) + 9
+    sizes = [max(len(batch.weights) for batch, _ in module.results) for module in found]
+    assert sizes[0] == 12
+    assert 1 < sizes[1] <= max(1, 40 // (longest - 9))
+    assert sizes[2] == 1
+    for other in found[1:]:
+        assert largest_difference(other.gradients[0], found[0].gradients[0]) < 1e-6
 
 
 @pytest.mark.parametrize("kind", [Policy, Actor])
