@@ -17,6 +17,7 @@ GATE_FAILED = 3
 
 COMMANDS = {
     "compare": "compare methods trained on the same rows: quality, tokens, cost, forgetting, resources",
+    "plan": "forecast what fine-tuning saves, takes and reaches, before any training",
     "report": "rewrite the report of a run's folder: HTML, PNG, Markdown, JSON",
 }
 """Help text of each subcommand that needs no Trainer."""
@@ -72,8 +73,10 @@ def run_command(name: str, args: Sequence[str]) -> None:
         parser.add_argument("--output", type=str, help="folder to write to; `report` in that folder by default")
         function = report
     else:
-        from lightning_ft.compare.run import compare as function
-
+        if name == "plan":
+            from lightning_ft.planning.command import plan as function
+        else:
+            from lightning_ft.compare.run import compare as function
         parser.add_function_arguments(function, sub_configs=False)
     function(**parser.parse_args(list(args)).as_dict())
 

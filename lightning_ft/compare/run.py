@@ -102,7 +102,7 @@ def compare(
     Raises:
         ComparisonError: For methods that can't be compared, and for a run that failed.
     """
-    return _Comparer(
+    return Comparer(
         config,
         _split(methods),
         Path(output),
@@ -158,7 +158,7 @@ def _read_text(path: Path) -> str | None:
         return None
 
 
-class _Comparer:
+class Comparer:
     """State of one call of :func:`compare`."""
 
     def __init__(
@@ -220,7 +220,11 @@ class _Comparer:
                     f"{self.config_path!r} has no {split} rows. Add them, since learning rates are chosen on "
                     "validation rows and methods are compared on test rows."
                 )
-        plans = measurement_plans(data.share_tokenizer(cli.model), data, asdict(self.settings))
+        tokenizer = data.share_tokenizer(cli.model)
+        plans = measurement_plans(tokenizer, data, asdict(self.settings))
+        references = tokenizer([r.reference for r in plans["test"].requests], add_special_tokens=False, verbose=False)
+        self.reference_tokens = sum(len(ids) + 1 for ids in references["input_ids"])
+        self.validation_count = len(plans["validation"].requests)
         report = {
             name: {"read": r.read, "kept": r.kept, **{what: count for count, what in r.overlap}}
             for name, r in data.report.items()
@@ -235,17 +239,17 @@ class _Comparer:
     def run(self) -> Comparison:
         """Execute the missing runs, and compare."""
         names = list(self.methods)
-        self._execute([ORIGINAL])
-        self._execute([self._search_run(m, rate) for m in names for rate in self.methods[m].rates])
+        self.execute([ORIGINAL])
+        self.execute([self._search_run(m, rate) for m in names for rate in self.methods[m].rates])
         for _ in range(EXTENSIONS):
             extended = [run for name in names if (run := self._extend_grid(name)) is not None]
             if not extended:
                 break
-            self._execute(extended)
+            self.execute(extended)
         chosen = choose_learning_rates(self._all_results())
-        self._execute([PlannedRun(m, chosen[m], seed) for seed in self.seeds for m in names if m in chosen])
+        self.execute([PlannedRun(m, chosen[m], seed) for seed in self.seeds for m in names if m in chosen])
         curve = [(seed, m, size) for seed in self.curve_seeds for size in self.sizes for m in names if m in chosen]
-        self._execute([PlannedRun(m, chosen[m], seed, size) for seed, m, size in curve])
+        self.execute([PlannedRun(m, chosen[m], seed, size) for seed, m, size in curve])
         return self._finish()
 
     def _check_search_rows(self, count: int | None) -> int | None:
@@ -276,7 +280,7 @@ class _Comparer:
 
     # ---------------------------------------------------------------- runs
 
-    def _execute(self, runs: Iterable[PlannedRun]) -> None:
+    def execute(self, runs: Iterable[PlannedRun]) -> None:
         """Execute the runs without results, `workers` at a time, while the budget lasts."""
         waiting: list[PlannedRun] = []
         for run in runs:

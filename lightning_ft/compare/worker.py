@@ -122,7 +122,8 @@ def execute(folder: Path) -> list[RunResult]:
         model = cli.model.model  # a new adapter doesn't change the output yet
         results: list[RunResult] = []
         for name in ("untuned", "prompted"):
-            validation, test = answer(name, "validation")(model), answer(name, "test")(model)
+            validation = answer(name, "validation")(model)
+            test = None if run.search else answer(name, "test")(model)
             counted = sum(each.wall_seconds for each in results)  # so that the time of the first arm counts once
             results.append(result(name, -counted, validation_quality=validation.quality, test=test))
         return results

@@ -114,7 +114,7 @@ def assert_same(ours, theirs, *, learned):
     for name, expected in their_weights.items():
         # A gradient near 0 moves a weight by Adam's whole step, so a few show how the processor rounds.
         torch.testing.assert_close(
-            our_weights[name], expected, rtol=0, atol=3 * TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
+            our_weights[name], expected, rtol=0, atol=5 * TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 

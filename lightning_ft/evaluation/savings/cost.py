@@ -114,7 +114,10 @@ class Costs:
 
 
 def request_cost(
-    input_tokens: Sequence[int], cached: Sequence[int], output_tokens: Sequence[int], rates: tuple[float, float, float]
+    input_tokens: Sequence[float],
+    cached: Sequence[float],
+    output_tokens: Sequence[float],
+    rates: tuple[float, float, float],
 ) -> float:
     """Mean cost per request: ``p_in (I - cached) + p_cached cached + p_out O``.
 

@@ -1,0 +1,121 @@
+"""Process that measures a few training steps: `python -m lightning_ft.planning.probe FOLDER STEPS`.
+
+The folder contains `config.yaml`, a configuration of `lightning-ft fit`; the probe writes `probe.json`. It trains on
+batches of a real epoch: the largest one, which decides about memory, and others evenly spread over the sizes. It is a
+process of its own, so that the memory it measures is that of the training alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_ft.atomic_files import write_text
+from lightning_ft.callbacks.compute import ComputeMeter
+from lightning_ft.cli import FineTuningCLI
+from lightning_ft.compare.run_files import CONFIG
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.errors import ComparisonError, LightningFTError
+from lightning_ft.evaluation.forecast import Resources
+
+RESULT = "probe.json"
+
+
+def measure_steps(folder: Path, steps: int) -> Resources:
+    """Measure a few steps of the run that a folder configures, and extrapolate to the whole run.
+
+    Args:
+        folder: Folder with the run's configuration.
+        steps: Number of micro-batches to measure.
+
+    Raises:
+        ComparisonError: If the run has no end, or its data are no batches of tokens.
+    """
+    cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
+    data: PairDataModule = cli.datamodule
+    data.load_rows()
+    data.share_tokenizer(cli.model)
+    data.setup("fit")
+    epoch = [batch for batch in data.train_dataloader() if isinstance(batch, TokenBatch)]
+    if not epoch:
+        raise ComparisonError("The training rows make no batches of tokens, so no step can be measured.")
+    trainer: Any = cli.trainer
+    accumulation = int(trainer.accumulate_grad_batches)
+    micro_batches = _micro_batches(trainer, len(epoch), accumulation)
+    chosen = choose_batches(epoch, max(steps, 2 * accumulation))
+    # Operations of every third step are counted, and the time of the others; the first step does work only once.
+    meter = ComputeMeter(output_dir=False, every_n_steps=3)
+    trainer.callbacks = [meter, *trainer.callbacks]
+    trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 1, -1
+    # A generator of its own: the loader would draw from the stream that initializes the adapter.
+    trainer.fit(cli.model, DataLoader(chosen, batch_size=None, generator=torch.Generator()))  # type: ignore[arg-type]
+    result = meter.result
+    if result is None or meter.undefined:
+        raise ComparisonError(f"The steps could not be measured: {meter.undefined or 'training was interrupted'}.")
+    positions = round(sum(batch.input_ids.numel() for batch in epoch) / len(epoch) * micro_batches)
+    return Resources(
+        rows=data.report["train"].kept,
+        tokens=positions,
+        seconds=result.train_seconds / result.tokens * positions,
+        flops=result.flops / result.tokens * positions,
+        peak_memory_bytes=result.peak_memory_bytes,
+        measured_steps=len(chosen),
+        device=result.device,
+    )
+
+
+def choose_batches(epoch: Sequence[TokenBatch], count: int) -> list[TokenBatch]:
+    """Choose batches of all sizes, the largest one second to last, when the optimizer's state exists.
+
+    Args:
+        epoch: Batches of an epoch.
+        count: Number of batches; all of them if there are fewer.
+
+    Example:
+        >>> from lightning_ft.data.layout import Example, collate_examples
+        >>> examples = [Example(torch.arange(n), torch.ones(n, dtype=torch.bool)) for n in range(2, 22)]
+        >>> chosen = choose_batches([collate_examples([example]) for example in examples], 5)
+        >>> [batch.input_ids.numel() for batch in chosen]
+        [3, 7, 11, 21, 15]
+    """
+    by_size = sorted(epoch, key=lambda batch: batch.input_ids.numel())
+    if count >= len(by_size):
+        spread = by_size[:-1]
+    else:
+        share = (len(by_size) - 1) / count
+        spread = [by_size[int((i + 0.5) * share)] for i in range(count - 1)]
+    return [*spread[:-1], by_size[-1], *spread[-1:]]
+
+
+def _micro_batches(trainer: Any, of_epoch: int, accumulation: int) -> int:
+    """Number of micro-batches of the whole run."""
+    steps, epochs = int(trainer.max_steps), trainer.max_epochs
+    limits = []
+    if epochs is not None and epochs >= 0:
+        limits.append(of_epoch * int(epochs))
+    if steps >= 0:
+        limits.append(steps * accumulation)
+    if not limits:
+        raise ComparisonError("The run has no end: set trainer.max_epochs or trainer.max_steps.")
+    return min(limits)
+
+
+def main() -> None:
+    """Measure, and write the result."""
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    try:
+        resources = measure_steps(folder, steps)
+    except LightningFTError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    write_text(folder / RESULT, json.dumps(vars(resources)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

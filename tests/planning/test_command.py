@@ -1,0 +1,142 @@
+"""`lightning-ft plan`: exact tokens, measured steps, a pilot, and refused configurations."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from comparable_config import write_config
+from forked import ForkedProcess
+from transformers import AutoTokenizer
+
+from lightning_ft import ComputeMeter, LoRAFineTuning, PairDataModule
+from lightning_ft.__main__ import main
+from lightning_ft._lightning import Trainer
+from lightning_ft.compare.run import compare
+from lightning_ft.data.layout import Example, collate_examples
+from lightning_ft.errors import ComparisonError
+from lightning_ft.planning.command import FILE_NAME, plan
+from lightning_ft.planning.probe import choose_batches
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
+
+
+@pytest.fixture
+def config(tmp_path, model_folder):
+    return write_config(tmp_path, model_folder)
+
+
+def changed(config, **sections):
+    content = yaml.safe_load(Path(config).read_text())
+    for path, value in sections.items():
+        *parents, name = path.split("__")
+        target = content
+        for parent in parents:
+            target = target[parent]
+        target[name] = value
+    file = Path(config).with_name("changed.yaml")
+    file.write_text(yaml.safe_dump(content))
+    return str(file)
+
+
+def test_plan_counts_the_tokens_that_token_savings_measures(config, tmp_path, monkeypatch):
+    forecast = plan(config, str(tmp_path / "plan"), steps=0)
+    monkeypatch.setattr(subprocess, "Popen", ForkedProcess)
+    options = {"learning_rates": {"lora": [5e-3]}, "evaluations": 1, "threads": 1, "seeds": "0"}
+    measured = compare(config, "prompted,lora", str(tmp_path / "compare"), **options).savings["lora"]
+    for arm, tokens in (("prompted", forecast.tokens.prompted), ("tuned", forecast.tokens.tuned)):
+        assert sum(measured.arms[arm].input_tokens) / measured.n == tokens
+    assert forecast.tokens.requests == measured.n
+    assert forecast.tokens.prefix == measured.arms["prompted"].cached_prefix_tokens[0]
+    assert forecast.resources is None
+    assert forecast.advice == "pilot first"
+
+
+def test_plan_with_a_pilot_trains_on_few_rows_and_leaves_test_rows_unanswered(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "Popen", ForkedProcess)
+    output = tmp_path / "plan"
+    options = {"pilot": "8,16", "steps": 0, "threads": 1, "requests_planned": 10}
+    forecast = plan(config, str(output), **options)
+    assert set(forecast.pilot.tuned) == {8, 16}
+    assert forecast.pilot.requests == 8
+    assert forecast.quality.rows == 24
+    assert forecast.quality.low <= forecast.quality.value <= forecast.quality.high
+    for result in output.rglob("result.json"):
+        assert all(run["test"] is None for run in json.loads(result.read_text()))
+    assert json.loads((output / FILE_NAME).read_text())["advice"] == forecast.advice
+    text = capsys.readouterr().out
+    assert f"{forecast.advice}: " in text
+    assert "after 16 rows" in text
+    assert "10% less" not in text.split("\n")[0]
+    times = [path.stat().st_mtime_ns for path in sorted(output.rglob("result.json"))]
+    assert plan(config, str(output), **options).pilot == forecast.pilot  # complete runs are not repeated
+    assert times == [path.stat().st_mtime_ns for path in sorted(output.rglob("result.json"))]
+
+
+def test_plan_predicts_operations_and_memory(config, tmp_path, model_folder):
+    """Predicted from four steps, measured in the whole run."""
+    forecast = plan(config, str(tmp_path / "plan"), steps=4, threads=1)
+    meter = ComputeMeter(output_dir=False, every_n_steps=1)
+    data = PairDataModule(train=str(tmp_path / "train.jsonl"), batch_size=8, cache_dir=False)
+    torch.manual_seed(0)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=[meter],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(LoRAFineTuning(str(model_folder), dtype="float32", learning_rate=5e-3, lora={"r": 2}), data)
+    resources = forecast.resources
+    assert resources.rows == 24
+    assert resources.tokens == pytest.approx(meter.result.tokens, rel=0.1)  # batches are drawn anew in each epoch
+    assert resources.flops == pytest.approx(meter.result.flops, rel=0.15)
+    assert resources.peak_memory_bytes > 0
+    assert resources.seconds > 0
+
+
+def test_command_line_prints_the_forecast(config, tmp_path, capsys):
+    main(["plan", "--config", config, "--output", str(tmp_path / "plan"), "--steps", "0", "--hourly", "2.5"])
+    out = capsys.readouterr().out
+    assert "pilot first: " in out
+    assert "input with the prompt" in out
+
+
+def test_plan_counts_references_with_their_end_token(config, tmp_path, model_folder):
+    forecast = plan(config, str(tmp_path / "plan"), steps=0)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    assert forecast.tokens.output == len(tokenizer("parcel", add_special_tokens=False)["input_ids"]) + 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "options", "message"),
+    [
+        ({}, {"pilot": "8"}, "--pilot '8': expected at least two numbers"),
+        ({}, {"pilot": "0,8"}, "expected at least two numbers"),
+        ({}, {"pilot": "8,400"}, "there are only 24 training rows"),
+        ({"model__class_path": "lightning_ft.GRPO"}, {}, "trains GRPO: a forecast is for supervised fine-tuning"),
+        ({"trainer__callbacks": []}, {}, "has no TokenSavings"),
+        ({"trainer__max_epochs": -1}, {"steps": 2}, "The run has no end"),
+    ],
+)
+def test_plan_refuses(config, tmp_path, sections, options, message):
+    with pytest.raises(ComparisonError, match=message):
+        plan(changed(config, **sections), str(tmp_path / "plan"), **{"steps": 0, "threads": 1, **options})
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 50])
+def test_chosen_batches_include_the_largest_before_the_last(count):
+    epoch = [collate_examples([Example(torch.arange(n), torch.ones(n, dtype=torch.bool))]) for n in range(2, 32)]
+    sizes = [batch.input_ids.numel() for batch in choose_batches(epoch, count)]
+    assert len(sizes) == min(count, 30)
+    assert sizes[-2] == 31
+    assert len(set(sizes)) == len(sizes)
+
+
+def test_chosen_batch_of_a_single_one():
+    batch = collate_examples([Example(torch.arange(3), torch.ones(3, dtype=torch.bool))])
+    assert choose_batches([batch], 8) == [batch]
