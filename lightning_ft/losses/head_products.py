@@ -23,9 +23,9 @@ def product_dtype(weight: Tensor) -> torch.dtype:
         ...     print(product_dtype(weight), product_dtype(weight.double()))
         torch.bfloat16 torch.float64
     """
-    kind = weight.device.type
-    if weight.dtype in (torch.float32, *_HALF) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    device_type = weight.device.type
+    if weight.dtype in (torch.float32, *_HALF) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
     return weight.dtype
 
 
