@@ -20,6 +20,8 @@ from lightning_ft.compare import run as compare_run
 L = import_module(NAMESPACE if NAMESPACE != "lightning" else "lightning.pytorch")
 Fabric = import_module("lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric").Fabric
 
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+
 NOT_RUN = 0
 """Blocks with a comment that says why they aren't run. Each needs a reason that a reader would accept."""
 
@@ -36,7 +38,12 @@ def folder(monkeypatch, tmp_path):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("page", [path for path in PAGES if list(blocks(path, "python"))], ids=lambda path: path.stem)
+WITH_PYTHON = [
+    path for path in PAGES if list(blocks(path, "python")) and path.stem != "tutorial"
+]  # it has its own test
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda path: path.stem)
 def test_python_of_the_page_runs(page, folder):
     namespace = {"__name__": "guide"}
     for block in blocks(page, "python"):
