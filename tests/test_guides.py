@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 import yaml
-from guide_code import LANGUAGES, PAGES, ROOT, all_blocks, blocks, commands, runnable, write_files
+from guide_code import LANGUAGES, PAGES, ROOT, WITH_COMMANDS, all_blocks, blocks, commands, runnable, write_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ft import PairDataModule, PromptBaseline
@@ -118,7 +118,10 @@ def test_configuration_is_accepted(block, folder, capsys):
     assert_parses(["fit", *configs], capsys)
 
 
-@pytest.mark.parametrize("block", [block for block in all_blocks("") if list(commands(block))], ids=lambda b: b.name)
+COMMANDS = [block for block in all_blocks("", pages=WITH_COMMANDS) if list(commands(block))]
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block.name)
 def test_commands_are_accepted(block, folder, capsys, monkeypatch):
     for path in PAGES:
         write_titled(path, folder)

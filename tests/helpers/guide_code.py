@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("examples/*/README.md"))]
 SUPPORT = ROOT / "examples" / "support" / "data"
 
 # What a page writes for a reader, and what the tests run: a model that is here, and fewer steps.
@@ -54,8 +55,8 @@ def blocks(path, *languages):
             yield Block(page, line, match["language"], match["code"], match["title"], match["reason"])
 
 
-def all_blocks(*languages):
-    return [block for path in PAGES for block in blocks(path, *languages)]
+def all_blocks(*languages, pages=PAGES):
+    return [block for path in pages for block in blocks(path, *languages)]
 
 
 def runnable(code):
