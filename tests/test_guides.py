@@ -116,7 +116,30 @@ def test_configuration_is_accepted(block, folder, capsys):
     if not whole:
         configs = ["--config", "examples/support/lora.yaml", *configs]
     assert_parses(["fit", *configs], capsys)
+    printed = capsys.readouterr().out
+    (folder / "printed.yaml").write_text(printed)
+    assert_parses(["fit", "--config", "printed.yaml"], capsys)
+    assert capsys.readouterr().out == printed
 
+
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=lambda block: block.name)
+def test_configuration_runs(block, folder):
+    """A whole configuration trains for a step; of a part of one, the rows are shown."""
+    if "accelerator: gpu" in block.code or block.page == "docs/tutorial.md":
+        pytest.skip("needs GPUs, or is trained in test_tutorial.py")
+    (folder / "part.yaml").write_text(runnable(block.code))
+    if {"model", "data"} <= yaml.safe_load(block.code).keys():
+        command_line.main(["fit", "--config", "part.yaml", *ONE_STEP])
+    else:
+        command_line.main(["preview", "--config", "examples/support/lora.yaml", "--config", "part.yaml"])
+
+
+ONE_STEP = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.accelerator=cpu",
+]
 
 COMMANDS = [block for block in all_blocks("", pages=WITH_COMMANDS) if list(commands(block))]
 

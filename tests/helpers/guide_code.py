@@ -18,6 +18,7 @@ SUBSTITUTES = {
     "max_steps=500": "max_steps=1",
     "max_epochs=3": "max_epochs=1",
     "reward_model/": "my_package.rewards.format",
+    "user/alpaca_data": "support.jsonl",
 }
 
 LANGUAGES = ("python", "yaml", "json", "csv", "")
