@@ -44,7 +44,7 @@ $(GENERAL): | $(INSTALLED)
 bench-%: $(INSTALLED)
 	$(BIN)/python benchmarks/$*.py --json runs/benchmarks/$*.json $(OPTIONS)
 
-.PHONY: install demo smollm2 test lint types check check-lightning coverage oldest clean
+.PHONY: install demo smollm2 test lint types docs check check-lightning coverage oldest clean
 
 install: $(INSTALLED)
 
@@ -63,7 +63,7 @@ smollm2: $(INSTALLED)
 	$(BIN)/python examples/smollm2/prepare.py
 	$(BIN)/python examples/smollm2/data.py
 
-test: lint types check coverage check-lightning
+test: lint types docs check coverage check-lightning
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -73,6 +73,10 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
+
+# The site, in site/; needs no network. A link that leads nowhere or a docstring that can't be read is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Everything but the losses, which `coverage` runs.
 check: $(INSTALLED)
@@ -97,4 +101,4 @@ oldest:
 		tests/data/test_sources.py tests/modules/test_training.py tests/test_logged_names.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -64,7 +64,7 @@ def check_callbacks(trainer: Any, module: LightningModule) -> None:
         if next(module.parameters(), None) is None:
             raise ConfigError(
                 f"{name} looks at the weights before they are loaded: call `configure_model()` of the module before "
-                "the Trainer's `fit`. (`FullFineTuning(top_layers=...)` freezes lower layers without a callback.)"
+                "the Trainer's `fit`. (`LoRAFineTuning(top_layers=...)` leaves lower layers frozen without a callback.)"
             )
         if isinstance(callback, _pl.callbacks.ModelPruning) and any(
             isinstance(m, PeftModel) for m in module.children()
