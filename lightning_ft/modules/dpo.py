@@ -57,7 +57,7 @@ class DPO(LogRatioLearning):
         self,
         model: str | PreTrainedModel,
         *,
-        loss: LossLike | Mapping[LossLike, float] = "sigmoid",
+        loss: dict[str, float] | LossLike | Mapping[LossLike, float] = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         gamma: float = 0.5,
