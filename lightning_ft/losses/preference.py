@@ -212,11 +212,13 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
 # Not `Callable[..., Tensor]`: jsonargparse would read a mapping of losses as the arguments of that class.
 LossLike = str | PreferenceLoss | Callable[..., Any]
 """A preference loss as a name, an import path, a function or a `PreferenceLoss`."""
+WeightedLike = dict[str, float] | LossLike | Mapping[LossLike, float]
+"""A loss, or several with their weights. (Names come first, so that jsonargparse can write them to a file.)"""
 
 WeightedLosses = Sequence[tuple[PreferenceLoss, float]]
 
 
-def resolve_preference_losses(loss: LossLike | Mapping[LossLike, float]) -> list[tuple[PreferenceLoss, float]]:
+def resolve_preference_losses(loss: WeightedLike) -> list[tuple[PreferenceLoss, float]]:
     """Preference losses and their weights, from the value of an argument `loss`.
 
     Args:
@@ -251,7 +253,7 @@ def resolve_preference_losses(loss: LossLike | Mapping[LossLike, float]) -> list
     return losses
 
 
-def _weighted(losses: WeightedLosses | LossLike | Mapping[LossLike, float]) -> WeightedLosses:
+def _weighted(losses: WeightedLosses | WeightedLike) -> WeightedLosses:
     resolved = isinstance(losses, (list, tuple)) and losses and all(isinstance(item, tuple) for item in losses)
     return losses if resolved else resolve_preference_losses(losses)  # type: ignore[arg-type, return-value]
 
@@ -345,7 +347,7 @@ def preference_loss(
 
 
 def weighted_preference_loss(
-    losses: WeightedLosses | LossLike | Mapping[LossLike, float],
+    losses: WeightedLosses | WeightedLike,
     chosen: SequenceLogProbs,
     rejected: SequenceLogProbs,
     *,
@@ -404,7 +406,7 @@ def implicit_rewards(logprobs: SequenceLogProbs, *, beta: float = 0.1) -> Tensor
 
 
 def check_preference_losses(
-    losses: WeightedLosses | LossLike | Mapping[LossLike, float], *, beta: float = 0.1, label_smoothing: float = 0.0
+    losses: WeightedLosses | WeightedLike, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> None:
     """Check the settings of :func:`weighted_preference_loss` before any log-probabilities are computed.
 

@@ -12,7 +12,7 @@ from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.preference import (
     PREFERENCE_LOSSES,
-    LossLike,
+    WeightedLike,
     check_preference_losses,
     resolve_preference_losses,
     weighted_preference_loss,
@@ -57,7 +57,7 @@ class DPO(LogRatioLearning):
         self,
         model: str | PreTrainedModel,
         *,
-        loss: dict[str, float] | LossLike | Mapping[LossLike, float] = "sigmoid",
+        loss: WeightedLike = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         gamma: float = 0.5,
@@ -117,7 +117,7 @@ class DPO(LogRatioLearning):
             return self._reference_logprobs(batch)
 
 
-def _find_unregistered(loss: LossLike | Mapping[LossLike, float]) -> str | None:
+def _find_unregistered(loss: WeightedLike) -> str | None:
     """Find a name that isn't in the registry; a function comes from the code of a subclass, not from a checkpoint."""
     names = loss if isinstance(loss, Mapping) else (loss,)
     return next((name for name in names if isinstance(name, str) and name not in PREFERENCE_LOSSES), None)
