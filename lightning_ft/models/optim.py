@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.importing import import_object
 
 ParameterGroup = dict[str, Any]
 """Parameters and their settings, as `torch.optim` takes them."""
@@ -155,3 +157,69 @@ def adamw(groups: Iterable[ParameterGroup], learning_rate: float, betas: tuple[f
 def _has_fused_kernel(parameter: nn.Parameter) -> bool:
     sharded = hasattr(parameter, "full_tensor")
     return parameter.is_floating_point() and parameter.device.type in (("cuda",) if sharded else ("cpu", "cuda"))
+
+
+ADAMW = "adamw"
+OptimizerLike = str | dict[str, Any]
+"""``adamw``, the import path of an optimizer class, or a dict of its ``class_path`` and ``init_args``."""
+
+
+def named_class(optimizer: OptimizerLike, names: Sequence[str] = (ADAMW,)) -> str | None:
+    """Import path of the optimizer class that an argument names; None for one of `names`.
+
+    Args:
+        optimizer: Value of the argument `optimizer`.
+        names: Names that are no import paths.
+
+    Raises:
+        ConfigError: If it is neither.
+
+    Example:
+        >>> named_class("adamw"), named_class({"class_path": "torch.optim.RMSprop"})
+        (None, 'torch.optim.RMSprop')
+    """
+    path = optimizer.get("class_path") if isinstance(optimizer, dict) else optimizer
+    unknown = set(optimizer) - {"class_path", "init_args"} if isinstance(optimizer, dict) else set()
+    if not isinstance(path, str) or unknown or (path not in names and not {".", ":"} & set(path)):
+        raise ConfigError(
+            f"optimizer={optimizer!r}: expected {', '.join(map(repr, names))} or the import path of an optimizer "
+            "class, such as 'bitsandbytes.optim.PagedAdamW8bit'; a dict has class_path and init_args."
+        )
+    return None if path in names else path
+
+
+def make_optimizer(
+    optimizer: OptimizerLike, groups: Iterable[ParameterGroup], learning_rate: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """Create the optimizer that an argument names, for groups that say which parameters don't decay.
+
+    Args:
+        optimizer: ``adamw``, an import path, or a dict of ``class_path`` and ``init_args``, which come last.
+        groups: Parameter groups.
+        learning_rate: Learning rate at the peak of the schedule.
+        betas: Decay rates of running averages, for a class that takes them.
+
+    Raises:
+        ConfigError: If there is no such class, it is no optimizer, or it refuses its arguments.
+
+    Example:
+        >>> groups = parameter_groups(nn.Linear(2, 3), 0.1)
+        >>> named = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}
+        >>> optimizer = make_optimizer(named, groups, 1e-2, (0.9, 0.99))
+        >>> [(group["lr"], group["momentum"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(0.01, 0.9, 0.1), (0.01, 0.9, 0.0)]
+    """
+    path = named_class(optimizer)
+    if path is None:
+        return adamw(groups, learning_rate, betas)
+    found = import_object(path, argument="optimizer", error=ConfigError)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ConfigError(f"optimizer={path!r} is no subclass of torch.optim.Optimizer.")
+    options: dict[str, Any] = {"lr": learning_rate}
+    if "betas" in inspect.signature(found).parameters:
+        options["betas"] = betas
+    options |= (optimizer.get("init_args") or {}) if isinstance(optimizer, dict) else {}
+    try:
+        return found(list(groups), **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer={path!r} refuses {options}: {error}") from error

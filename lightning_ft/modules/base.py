@@ -30,13 +30,16 @@ from lightning_ft.models.load import LoadOptions, load_causal_lm
 from lightning_ft.models.logprob_model import LogProbModel, LogProbOptions
 from lightning_ft.models.numerics import refuse_nonfinite
 from lightning_ft.models.optim import (
+    ADAMW,
+    OptimizerLike,
     Schedule,
+    named_class,
     schedule_factor,
 )
 from lightning_ft.models.router import OwnLoss, find_own_loss
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.averaging import AveragedWeights
-from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_other_shapes
+from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_code_of_checkpoint, refuse_other_shapes
 from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.evaluation import EvaluatedModule
 from lightning_ft.modules.optimization import OptimizedModule
@@ -60,6 +63,10 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         betas: Decay rates of AdamW's running averages of the gradient and of its square.
         lr_schedule: Shape of the learning rate after the warm-up: ``cosine``, ``linear`` or ``constant``.
         warmup_ratio: Share of all optimizer steps in which the learning rate rises linearly to its peak, rounded up.
+        optimizer: Optimizer: ``adamw`` (fused where possible); the import path of another class, such as
+            ``bitsandbytes.optim.PagedAdamW8bit``; or a dict of its ``class_path`` and ``init_args``. `LoRAFineTuning`
+            also has ``loraplus`` (LoRA+, https://arxiv.org/abs/2402.12354) and ``lorafa`` (LoRA-FA,
+            https://arxiv.org/abs/2308.03303).
         dtype: Dtype of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: Attention implementation in transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ...
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
@@ -78,6 +85,8 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
 
     default_learning_rate: ClassVar[float]
     default_dtype: ClassVar[str]
+    optimizer_names: ClassVar[tuple[str, ...]] = (ADAMW,)
+    """Values of `optimizer` that are no import paths."""
     trains_router_loss: ClassVar[bool] = False
     """Whether the loss includes the load-balancing term of a mixture of experts."""
 
@@ -95,6 +104,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         betas: tuple[float, float] = (0.9, 0.999),
         lr_schedule: Schedule = "cosine",
         warmup_ratio: float = 0.03,
+        optimizer: OptimizerLike = ADAMW,
         dtype: str | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
@@ -126,8 +136,9 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         )
         rate = self.default_learning_rate if learning_rate is None else float(learning_rate)
         self.optimizer_options = OptimizerOptions(
-            rate, float(weight_decay), (betas[0], betas[1]), lr_schedule, float(warmup_ratio), on_nonfinite
+            rate, float(weight_decay), (betas[0], betas[1]), lr_schedule, float(warmup_ratio), on_nonfinite, optimizer
         )
+        refuse_code_of_checkpoint("optimizer", named_class(optimizer, self.optimizer_names))
         self.generation_options = {"max_new_tokens": 64, "do_sample": False, **(generation or {})}
         self.model_name = model if isinstance(model, str) else model.config._name_or_path or None
         """Hub name or folder of the model; None for a loaded model that has neither."""
@@ -151,6 +162,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
                 "betas": list(betas),
                 "lr_schedule": lr_schedule,
                 "warmup_ratio": self.optimizer_options.warmup_ratio,
+                "optimizer": optimizer,
                 "dtype": dtype,
                 "attn_implementation": attn_implementation,
                 "gradient_checkpointing": gradient_checkpointing,

@@ -10,7 +10,7 @@ import torch
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM
-from lightning_ft.models.optim import adamw, parameter_groups, set_first_rate, set_peak_rates
+from lightning_ft.models.optim import make_optimizer, parameter_groups, set_first_rate, set_peak_rates
 from lightning_ft.modules.nonfinite import FiniteSteps
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class OptimizedModule(FiniteSteps):
                 set_peak_rates(cast(Any, config.scheduler), rates)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW without decay of norms and biases, linear warm-up, and `lr_schedule`."""
+        """The optimizer, without decay of norms and biases, with linear warm-up and `lr_schedule`."""
         self._follow_learning_rate()
         optimizer = self._optimizer()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
@@ -64,4 +64,5 @@ class OptimizedModule(FiniteSteps):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.model, self.optimizer_options.weight_decay)
-        return adamw(groups, self.optimizer_options.learning_rate, self.optimizer_options.betas)
+        options = self.optimizer_options
+        return make_optimizer(options.optimizer, groups, options.learning_rate, options.betas)

@@ -20,7 +20,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.losses.sampling_correction import CorrectionMode
 from lightning_ft.models.load import quantization_options, resolve_dtype
 from lightning_ft.models.model_card import BaseOptions
-from lightning_ft.models.optim import Schedule
+from lightning_ft.models.optim import ADAMW, OptimizerLike, Schedule
 from lightning_ft.modules.anchor import AnchorOptions
 from lightning_ft.rewards.function import OnNonFinite
 from lightning_ft.rollout.protocol import RolloutEngine
@@ -44,6 +44,7 @@ class CommonOptions(TypedDict, total=False):
     betas: tuple[float, float]
     lr_schedule: Schedule
     warmup_ratio: float
+    optimizer: OptimizerLike
     attn_implementation: str | None
     gradient_checkpointing: bool
     torch_compile: bool | dict[str, Any]
@@ -182,6 +183,7 @@ class OptimizerOptions:
         lr_schedule: Shape of the schedule after the warm-up.
         warmup_ratio: Share of all optimizer steps that warm up.
         on_nonfinite: What happens to a step whose loss or gradients are not finite.
+        optimizer: Name or class of the optimizer.
 
     Raises:
         ConfigError: For a number out of its range.
@@ -193,6 +195,7 @@ class OptimizerOptions:
     lr_schedule: Schedule = "cosine"
     warmup_ratio: float = 0.03
     on_nonfinite: OnNonFinite = "error"
+    optimizer: OptimizerLike = ADAMW
 
     def __post_init__(self) -> None:
         if self.on_nonfinite not in ("error", "skip"):

@@ -25,7 +25,7 @@ from lightning_ft.losses.kl import AdaptiveKL, k1
 from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.losses.policy import PolicyLoss, check_policy_loss, policy_loss
 from lightning_ft.models.critic import Critic
-from lightning_ft.models.optim import adamw, parameter_groups
+from lightning_ft.models.optim import make_optimizer, parameter_groups
 from lightning_ft.modules.adapted import without_dropout
 from lightning_ft.modules.options import CriticOptions, Unpack
 from lightning_ft.modules.policy import PolicyOptimization
@@ -170,7 +170,7 @@ class PPO(PolicyOptimization):
             for which in (False, True)
             if (chosen := [parameter for parameter in group["params"] if (id(parameter) in own) == which])
         ]
-        return adamw(groups, rate, self.optimizer_options.betas)
+        return make_optimizer(self.optimizer_options.optimizer, groups, rate, self.optimizer_options.betas)
 
     def policy_logprobs(self, tokens: TokenBatch) -> tuple[SelectedLogProbs, Tensor | None]:
         """Log-probabilities of a micro-batch under the policy, and the critic's values, ``[n]`` each."""

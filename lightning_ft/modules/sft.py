@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
@@ -30,6 +30,7 @@ from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import adapter_base
 from lightning_ft.models.logprob_model import for_attention
+from lightning_ft.models.optim import ADAMW
 from lightning_ft.models.router import RouterLoss
 from lightning_ft.modules.activation_cache import ActivationCache
 from lightning_ft.modules.anchor import Anchor, AnchorOptions
@@ -183,9 +184,6 @@ class SupervisedFineTuning(FineTuning):
             self._anchor.coef = float(checkpoint[STATE]["anchor_coef"])
 
 
-LoRAOptimizer = Literal["adamw", "loraplus", "lorafa"]
-
-
 class FullFineTuning(SupervisedFineTuning):
     """Fine-tune every weight of a causal language model on supervised tokens.
 
@@ -230,8 +228,6 @@ class LoRAFineTuning(SupervisedFineTuning):
             the `datasets` library; or a dict of ``folder`` and ``max_gib`` (50 by default; the longest unused entries
             make room). Refused where it would not be exact: adapters or dropout below, layers that depend on more than
             the one before.
-        optimizer: Optimizer: ``adamw``, ``loraplus`` (LoRA+, https://arxiv.org/abs/2402.12354) or ``lorafa`` (LoRA-FA,
-            https://arxiv.org/abs/2308.03303).
         loraplus_lr_ratio: Learning rate of B divided by that of A in LoRA+.
         learning_rate: Learning rate at the peak of the schedule; the default is ten times that of full fine-tuning.
         dtype: Dtype of the frozen base: ``auto`` (the checkpoint's, the default), ``float32``, ``bfloat16`` or
@@ -249,6 +245,7 @@ class LoRAFineTuning(SupervisedFineTuning):
     """
 
     default_learning_rate: ClassVar[float] = 10 * FullFineTuning.default_learning_rate
+    optimizer_names: ClassVar[tuple[str, ...]] = (ADAMW, "loraplus", "lorafa")
     default_dtype: ClassVar[str] = "auto"
 
     def __init__(
@@ -259,7 +256,6 @@ class LoRAFineTuning(SupervisedFineTuning):
         adapter: str | None = None,
         top_layers: int | None = None,
         activation_cache: bool | str | Path | dict[str, Any] | None = None,
-        optimizer: LoRAOptimizer = "adamw",
         loraplus_lr_ratio: float = 16.0,
         quantization: str | dict[str, Any] | None = None,
         **options: Unpack[SupervisedOptions],
@@ -271,9 +267,7 @@ class LoRAFineTuning(SupervisedFineTuning):
         self.model_options = replace(self.model_options, quantization=quantization)
         if lora is False:
             raise ConfigError("LoRAFineTuning trains an adapter, and lora=False asks for none: use FullFineTuning.")
-        if optimizer not in get_args(LoRAOptimizer):
-            raise ConfigError(f"optimizer={optimizer!r}: expected {', '.join(map(repr, get_args(LoRAOptimizer)))}.")
-        self.optimizer_type, self.loraplus_lr_ratio = optimizer, float(loraplus_lr_ratio)
+        self.loraplus_lr_ratio = float(loraplus_lr_ratio)
         self._activations = ActivationCache.of(activation_cache)
         """Cache of the activations of frozen layers; None without one."""
         if self._activations is not None and self.model_options.torch_compile:
@@ -289,7 +283,6 @@ class LoRAFineTuning(SupervisedFineTuning):
                 "adapter": adapter,
                 "top_layers": top_layers,
                 "activation_cache": _without_paths(activation_cache),
-                "optimizer": optimizer,
                 "loraplus_lr_ratio": self.loraplus_lr_ratio,
                 "quantization": quantization,
             }
@@ -397,10 +390,10 @@ class LoRAFineTuning(SupervisedFineTuning):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         options = self.optimizer_options
-        if self.optimizer_type == "adamw":
+        if options.optimizer not in ("loraplus", "lorafa"):
             return super()._optimizer()
         model = cast(PeftModel, self.model)
-        if self.optimizer_type == "loraplus":
+        if options.optimizer == "loraplus":
             return create_loraplus_optimizer(
                 model,
                 torch.optim.AdamW,

@@ -8,10 +8,10 @@ from tiny import make_model
 from torch._subclasses import FakeTensorMode
 from transformers import get_scheduler
 
-from lightning_ft import FullFineTuning, PairDataModule
+from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import Trainer
 from lightning_ft.errors import ConfigError
-from lightning_ft.models.optim import adamw, parameter_groups, schedule_factor
+from lightning_ft.models.optim import adamw, make_optimizer, parameter_groups, schedule_factor
 
 
 def test_optimizer_is_fused_where_a_kernel_exists():
@@ -127,3 +127,63 @@ def test_first_step_uses_its_own_learning_rate(length, model_folder, rows, train
     module = Watched(model_folder, learning_rate=1.0, lr_schedule="linear", warmup_ratio=0.5)
     Trainer(**trainer_options, **length).fit(module, PairDataModule(rows[:24], batch_size=8, cache_dir=False))
     assert module.rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 2 / 3, 1 / 3])
+
+
+class Plain(torch.optim.SGD):
+    """An optimizer of one's own, with a required option."""
+
+    def __init__(self, params, lr, *, momentum):
+        super().__init__(params, lr=lr, momentum=momentum)
+
+
+OWN = f"{__file__}:Plain"
+
+
+@pytest.mark.parametrize("module_class", [FullFineTuning, LoRAFineTuning])
+def test_module_trains_with_an_optimizer_class_of_its_own(module_class, model_folder, rows, tmp_path):
+    """Given by its import path, without decay of norms, and again after loading a checkpoint, if it is passed."""
+    optimizer = {"class_path": OWN, "init_args": {"momentum": 0.5}}
+    module = module_class(str(model_folder), learning_rate=1e-2, optimizer=optimizer, weight_decay=0.2)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    trainer.fit(module, PairDataModule(rows[:8], batch_size=4, cache_dir=False))
+    (used,) = trainer.optimizers
+    assert type(used).__name__ == "Plain"
+    assert all(group["momentum"] == 0.5 for group in used.param_groups)
+    decays = {p.ndim >= 2: group["weight_decay"] for group in used.param_groups for p in group["params"]}
+    assert decays[True] == 0.2
+    assert decays.get(False, 0.0) == 0.0
+    checkpoint = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(checkpoint)
+    with pytest.raises(ConfigError, match="a checkpoint doesn't decide which code runs"):
+        module_class.load_from_checkpoint(checkpoint)
+    assert module_class.load_from_checkpoint(checkpoint, optimizer=optimizer).hparams["optimizer"] == optimizer
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("sgd", "expected 'adamw' or the import path"),
+        ({"class_path": "torch.optim.SGD", "options": {}}, "a dict has class_path and init_args"),
+        ({"init_args": {}}, "expected 'adamw'"),
+        ("loraplus", "expected 'adamw' or the import path"),
+    ],
+)
+def test_module_refuses_what_is_no_optimizer(optimizer, message):
+    with pytest.raises(ConfigError, match=message):
+        FullFineTuning("some/model", optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("torch.nn.Linear", "is no subclass of torch.optim.Optimizer"),
+        ("torch.optim.Missing", "Missing"),
+        ({"class_path": "torch.optim.SGD", "init_args": {"momentum": -1.0}}, "refuses .*momentum"),
+        (OWN, "refuses"),
+    ],
+)
+def test_optimizer_classes_are_checked(optimizer, message):
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(optimizer, parameter_groups(make_model(), 0.1), 1e-3, (0.9, 0.99))
