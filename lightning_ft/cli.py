@@ -23,6 +23,7 @@ import lightning_ft
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
 from lightning_ft.arguments import did_you_mean
 from lightning_ft.atomic_files import write_text
+from lightning_ft.console import WARNINGS_WITHOUT_FIT, hide_warnings
 from lightning_ft.errors import ConfigError, GateError, LightningFTError, MeasurementError
 from lightning_ft.importing import without_imports
 from lightning_ft.models.export import ExportFormat
@@ -204,6 +205,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         description: str = "Fine-tune language models.",
     ) -> None:
         _import_public_classes()
+        self._run = run
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -216,6 +218,17 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             args=args,
             run=run,
         )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse the arguments.
+
+        Without a subcommand, they come from a program whose own arguments (`lightning-ft compare ...`) are none of
+        LightningCLI's, so it has no reason to warn that the two differ.
+        """
+        if self._run or not isinstance(args, list):
+            super().parse_arguments(parser, args)
+        else:
+            self.config = parser.parse_args(args)
 
     def init_parser(self, **kwargs: object) -> object:
         """Build a parser that suggests the closest name, if this version of Lightning supports `parser_class`."""
@@ -234,6 +247,8 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         For `preview`, reward functions and scorers are not imported. For it and for `export`, which don't train, the
         Trainer doesn't list accelerators.
         """
+        if self.subcommand not in (None, "fit"):
+            hide_warnings(WARNINGS_WITHOUT_FIT)
         with ExitStack() as stack:
             if self.subcommand == "preview":
                 stack.enter_context(without_imports())
