@@ -6,6 +6,7 @@ the DataModule takes its tokenizer from the model.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import logging
 import pydoc
@@ -23,6 +24,7 @@ import lightning_ft
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
 from lightning_ft.arguments import did_you_mean
 from lightning_ft.atomic_files import write_text
+from lightning_ft.completion import SHELLS, Parsers, PrintCompletion
 from lightning_ft.console import WARNINGS_WITHOUT_FIT, hide_warnings
 from lightning_ft.errors import ConfigError, GateError, LightningFTError, MeasurementError
 from lightning_ft.importing import without_imports
@@ -191,6 +193,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         run: Whether to run the subcommand. If False, only `trainer`, `model` and `datamodule` are built.
         save_config: Whether to write the configuration into the logger's folder when training starts.
         description: First line of the help text.
+        other_parsers: Function that returns the parsers of further subcommands of the program, for shell completion.
 
     Example:
         >>> sorted(FineTuningCLI.subcommands())
@@ -203,9 +206,10 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         run: bool = True,
         save_config: bool = True,
         description: str = "Fine-tune language models.",
+        other_parsers: Parsers = dict,
     ) -> None:
         _import_public_classes()
-        self._run = run
+        self._run, self._other_parsers = run, other_parsers
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -218,6 +222,21 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             args=args,
             run=run,
         )
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Build the parsers, with an option for shell completion."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        if add_subcommands:
+            self.parser.add_argument(
+                "--print_completion",
+                action=PrintCompletion,
+                parsers=lambda: {**self._subcommand_parsers, **self._other_parsers()},
+                default=argparse.SUPPRESS,
+                choices=SHELLS,
+                help="Print a script that completes this command in a shell, and exit.",
+            )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the arguments.
