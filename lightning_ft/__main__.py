@@ -37,6 +37,7 @@ def main(args: list[str] | None = None) -> None:
             FineTuningCLI(
                 args=args,
                 description=f"Fine-tune language models. Also: {also}",
+                parser_kwargs={"prog": "lightning-ft"},
                 other_parsers=lambda: {name: command_parser(name)[0] for name in COMMANDS},
             )
     except GateError as error:

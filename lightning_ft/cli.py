@@ -186,17 +186,33 @@ def _import_public_classes() -> None:
 
 
 class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
-    """Command line of this package.
+    """Command line of this package, and the base of a command line of your own.
+
+    A subclass overrides the hooks of `LightningCLI`: `add_arguments_to_parser` for arguments and links between them,
+    `before_fit` and `after_fit`, ... In a link, arguments of the module and of the data are named
+    ``model.init_args.<name>`` and ``data.init_args.<name>``.
 
     Args:
         args: Command-line arguments; those of the process by default.
         run: Whether to run the subcommand. If False, only `trainer`, `model` and `datamodule` are built.
         save_config: Whether to write the configuration into the logger's folder when training starts.
         description: First line of the help text.
+        trainer_defaults: Arguments of the Trainer that replace its defaults.
+        parser_kwargs: Further arguments of the parser, such as ``{"default_env": True}`` for options in environment
+            variables.
         other_parsers: Function that returns the parsers of further subcommands of the program, for shell completion.
 
     Example:
-        >>> sorted(FineTuningCLI.subcommands())
+        >>> class SupportCLI(FineTuningCLI):
+        ...     def add_arguments_to_parser(self, parser):
+        ...         parser.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate.")
+        ...         parser.link_arguments("learning_rate", "model.init_args.learning_rate")
+        >>> model = ["--model=FullFineTuning", "--model.model=base/"]
+        >>> data = ["--data=PairDataModule", "--data.train=a.jsonl"]
+        >>> cli = SupportCLI([*model, *data, "--learning_rate=1e-5"], run=False)
+        >>> cli.model.hparams["learning_rate"]
+        1e-05
+        >>> sorted(SupportCLI.subcommands())
         ['export', 'fit', 'predict', 'preview', 'test', 'validate']
     """
 
@@ -206,6 +222,8 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         run: bool = True,
         save_config: bool = True,
         description: str = "Fine-tune language models.",
+        trainer_defaults: dict[str, Any] | None = None,
+        parser_kwargs: dict[str, Any] | None = None,
         other_parsers: Parsers = dict,
     ) -> None:
         _import_public_classes()
@@ -218,7 +236,8 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-ft", "description": description} if run else {},
+            trainer_defaults=trainer_defaults,
+            parser_kwargs={"description": description, **(parser_kwargs or {})},
             args=args,
             run=run,
         )
