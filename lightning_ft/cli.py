@@ -26,11 +26,12 @@ from lightning_ft.arguments import did_you_mean
 from lightning_ft.atomic_files import write_text
 from lightning_ft.completion import SHELLS, Parsers, PrintCompletion
 from lightning_ft.console import WARNINGS_WITHOUT_FIT, hide_warnings
-from lightning_ft.errors import ConfigError, GateError, LightningFTError, MeasurementError
+from lightning_ft.errors import CheckpointNotFoundError, ConfigError, GateError, LightningFTError, MeasurementError
 from lightning_ft.importing import without_imports
 from lightning_ft.models.export import ExportFormat
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.printable import json_text, printable
+from lightning_ft.run_checkpoints import BEST, LAST, find_checkpoint
 from lightning_ft.types import Request
 
 _cli = cli_module()
@@ -138,7 +139,7 @@ class FineTuningTrainer(Trainer):
 
         Args:
             model: Module of the run that wrote the checkpoint.
-            ckpt_path: Path of the checkpoint.
+            ckpt_path: Path of the checkpoint; ``last`` or ``best`` for that of the newest run with this configuration.
             output: Folder to write to.
             datamodule: Unused; accepted so that a configuration of `fit` can be reused.
             merge: Whether to merge the adapter into the base weights; refused if this would change greedy output.
@@ -298,6 +299,24 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
                 if (own := _own_error(error)) is not None:
                     raise own from None
                 raise
+        self._resolve_ckpt_path()
+
+    def _resolve_ckpt_path(self) -> None:
+        """Replace ``last`` and ``best`` by the path of a checkpoint of an earlier run, and print it.
+
+        For `fit`, ``last`` may be set before the first run, as in Lightning, which says that it starts from scratch.
+        """
+        config = self.config_init[self.subcommand] if self.subcommand else {}
+        if (name := config.get("ckpt_path")) not in (LAST, BEST):
+            return
+        try:
+            path = find_checkpoint(self.trainer, name)
+        except CheckpointNotFoundError:
+            if self.subcommand == "fit" and name == LAST:
+                return
+            raise
+        config["ckpt_path"] = str(path)
+        print(printable(f"ckpt_path={name!r}: {path}"))
 
     def after_fit(self) -> None:
         """Raise an error for failures that did not stop the run.

@@ -72,7 +72,7 @@ def completion_script(prog: str, parsers: Mapping[str, argparse.ArgumentParser],
     return str(shtab.complete(root, shell))
 
 
-def _copy(source: argparse.ArgumentParser, target: argparse.ArgumentParser, files: dict[str, str]) -> None:
+def _copy(source: argparse.ArgumentParser, target: argparse.ArgumentParser, files: Any) -> None:
     """Add to a parser the arguments of another, and those of the classes that they may name."""
     for action in source._actions:
         if action.dest == "help" or action.help == argparse.SUPPRESS:
