@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import os
 import pydoc
 import re
 import sys
@@ -22,7 +23,7 @@ from lightning_utilities.core import rank_zero
 
 import lightning_ft
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
-from lightning_ft.arguments import did_you_mean
+from lightning_ft.arguments import did_you_mean, did_you_mean_path
 from lightning_ft.atomic_files import write_text
 from lightning_ft.completion import SHELLS, Parsers, PrintCompletion
 from lightning_ft.console import WARNINGS_WITHOUT_FIT, hide_warnings
@@ -39,6 +40,7 @@ _cli = cli_module()
 _UNKNOWN_OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<name>\w+)' is not accepted")
 _UNKNOWN_NAME = re.compile(r"module '(?P<path>[\w.]+)' has no attribute '(?P<name>\w+)'")
 _UNKNOWN_KEY = re.compile(r"(?:Option '|unrecognized arguments: --)(?P<name>\w+\.[\w.]+)(?:' is not accepted|[^\n]*)")
+_NO_FILE = re.compile(r"File does not exist: '(?P<path>[^']+)'")
 
 _NO_ENGINE = re.compile(r"Import path [\w.]+ does not implement protocol RolloutEngine(?!\. Its)")
 
@@ -69,6 +71,7 @@ def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
         module = sys.modules.get(path)
         return getattr(module, "__all__", None) or dir(module)
 
+    message = _NO_FILE.sub(lambda match: f"{match[0]}.{did_you_mean_path(os.path.relpath(match['path']))}", message)
     message = _UNKNOWN_OPTION.sub(lambda match: _suggest(match, arguments(match["path"])), message)
     message = _UNKNOWN_NAME.sub(lambda match: _suggest(match, names(match["path"])), message)
     return _UNKNOWN_KEY.sub(lambda match: _suggest(match, keys), message)
