@@ -31,6 +31,7 @@ from lightning_ft.errors import CheckpointNotFoundError, ConfigError, GateError,
 from lightning_ft.importing import without_imports
 from lightning_ft.models.export import ExportFormat
 from lightning_ft.models.gguf_export import GGUFType
+from lightning_ft.models.load import ADAPTER_CONFIG
 from lightning_ft.printable import json_text, printable
 from lightning_ft.run_checkpoints import BEST, LAST, find_checkpoint
 from lightning_ft.types import Request
@@ -157,6 +158,8 @@ class FineTuningTrainer(Trainer):
         model.load_checkpoint(ckpt_path)
         folder = model.export(output, merge=merge, overwrite=overwrite, format=format, gguf_dtype=gguf_dtype)
         print(printable(f"Exported to {folder}"))
+        if (folder / ADAPTER_CONFIG).exists():
+            print("It is an adapter. For `transformers serve`, which loads a whole model, export with --merge true.")
 
 
 @contextmanager
