@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lightning_ft import console
+
 if TYPE_CHECKING:
     from lightning_ft.callbacks.answer_quality import AnswerQuality
     from lightning_ft.callbacks.compute import ComputeMeter
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from lightning_ft.modules.sft import FullFineTuning, LoRAFineTuning
 
 __version__ = "0.1.0"
+
+console.hide_log_messages()
+console.hide_warnings()
 
 _HOME = {
     "FullFineTuning": "lightning_ft.modules.sft",

@@ -35,7 +35,12 @@ def main(args: list[str] | None = None) -> None:
             from lightning_ft.cli import FineTuningCLI
 
             also = "; ".join(f"`{name}`: {text}" for name, text in COMMANDS.items())
-            FineTuningCLI(args=args, description=f"Fine-tune language models. Also: {also}")
+            FineTuningCLI(
+                args=args,
+                description=f"Fine-tune language models. Also: {also}",
+                parser_kwargs={"prog": "lightning-ft"},
+                other_parsers=lambda: {name: command_parser(name)[0] for name in COMMANDS},
+            )
     except GateError as error:
         print(f"lightning-ft: {error}", file=sys.stderr)
         sys.exit(GATE_FAILED)
@@ -66,19 +71,28 @@ def run_command(name: str, args: Sequence[str]) -> None:
     Raises:
         SystemExit: For arguments that the subcommand doesn't accept.
     """
+    parser, function = command_parser(name)
+    function(**parser.parse_args(list(args)).as_dict())
+
+
+def command_parser(name: str) -> tuple[ArgumentParser, Callable[..., object]]:
+    """The parser of a subcommand, and the function that takes what it parses.
+
+    Args:
+        name: One of :data:`COMMANDS`.
+    """
     parser = ArgumentParser(prog=f"lightning-ft {name}", description=COMMANDS[name])
-    function: Callable[..., object]
     if name == "report":
         parser.add_argument("folder", type=str, help="folder of a run, of several runs, or of a comparison")
         parser.add_argument("--output", type=str, help="folder to write to; `report` in that folder by default")
-        function = report
+        return parser, report
+    function: Callable[..., object]
+    if name == "plan":
+        from lightning_ft.planning.command import plan as function
     else:
-        if name == "plan":
-            from lightning_ft.planning.command import plan as function
-        else:
-            from lightning_ft.compare.run import compare as function
-        parser.add_function_arguments(function, sub_configs=False)
-    function(**parser.parse_args(list(args)).as_dict())
+        from lightning_ft.compare.run import compare as function
+    parser.add_function_arguments(function, sub_configs=False)
+    return parser, function
 
 
 def _print_traceback(error_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -103,6 +103,17 @@ def check_same_namespace(trainer: object, module: object) -> None:
         )
 
 
+def warn_of_late_import() -> None:
+    """Warn that the other Lightning package was imported after the choice, since its Trainer refuses these modules."""
+    late = [module for module in _MODULES.values() if module in sys.modules and module != _MODULES[NAMESPACE]]
+    if late and len(_both) == 1 and not os.environ.get(VARIABLE):
+        warnings.warn(
+            f"{late[0]} was imported after lightning_ft, which uses {_MODULES[NAMESPACE]}. Its Trainer doesn't take "
+            f"modules of the other package: import {late[0]} before lightning_ft, or set {VARIABLE}.",
+            stacklevel=4,
+        )
+
+
 __all__ = [
     "NAMESPACE",
     "Callback",
@@ -114,4 +125,5 @@ __all__ = [
     "check_same_namespace",
     "cli_module",
     "restricted_classmethod",
+    "warn_of_late_import",
 ]

@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TypeVar
 
 from lightning_ft.errors import LightningFTError, UnknownArgumentError
@@ -28,6 +29,28 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     nearest = difflib.get_close_matches(name, list(known), 1)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def did_you_mean_path(path: str | Path) -> str:
+    """Suggest the closest existing path, as :func:`did_you_mean` does; an empty string if none is close.
+
+    Args:
+        path: Path, of which any part may be misspelled; nothing is suggested if it exists.
+
+    Example:
+        >>> did_you_mean_path("Qwen/Qwen3-0.6B")  # in a folder that contains nothing of a similar name
+        ''
+    """
+    found = Path()
+    try:
+        for part in Path(path).parts:
+            if not (found / part).exists():
+                near = difflib.get_close_matches(part, [other.name for other in found.iterdir()], 1)
+                part = near[0] if near else part
+            found /= part
+        return f" Did you mean {str(found)!r}?" if found.exists() and found != Path(path) else ""
+    except (OSError, ValueError):  # a folder that can't be listed, a file in place of a folder, a NUL character
+        return ""
 
 
 def unknown_argument(cls: type, name: str) -> UnknownArgumentError:

@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.atomic_files import atomic_write
 from lightning_ft.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from lightning_ft.read_errors import first_line
@@ -163,7 +164,8 @@ def local_file(source: Source) -> Iterator[Path | IO[bytes]]:
                 f"The checkpoint {str(path)!r} is a folder. Pass a checkpoint file, such as one in that folder."
             )
         if not path.is_file():
-            raise CheckpointNotFoundError(f"The checkpoint {str(path)!r} doesn't exist. Check the path.")
+            hint = did_you_mean_path(path) or " Check the path."
+            raise CheckpointNotFoundError(f"The checkpoint {str(path)!r} doesn't exist.{hint}")
         yield path
     else:
         files, name = url_to_fs(str(source))

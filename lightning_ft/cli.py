@@ -6,8 +6,10 @@ the DataModule takes its tokenizer from the model.
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import logging
+import os
 import pydoc
 import re
 import sys
@@ -21,13 +23,17 @@ from lightning_utilities.core import rank_zero
 
 import lightning_ft
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
-from lightning_ft.arguments import did_you_mean
+from lightning_ft.arguments import did_you_mean, did_you_mean_path
 from lightning_ft.atomic_files import write_text
-from lightning_ft.errors import ConfigError, GateError, LightningFTError, MeasurementError
+from lightning_ft.completion import SHELLS, Parsers, PrintCompletion
+from lightning_ft.console import WARNINGS_WITHOUT_FIT, hide_warnings
+from lightning_ft.errors import CheckpointNotFoundError, ConfigError, GateError, LightningFTError, MeasurementError
 from lightning_ft.importing import without_imports
 from lightning_ft.models.export import ExportFormat
 from lightning_ft.models.gguf_export import GGUFType
+from lightning_ft.models.load import ADAPTER_CONFIG
 from lightning_ft.printable import json_text, printable
+from lightning_ft.run_checkpoints import BEST, LAST, find_checkpoint
 from lightning_ft.types import Request
 
 _cli = cli_module()
@@ -35,6 +41,7 @@ _cli = cli_module()
 _UNKNOWN_OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<name>\w+)' is not accepted")
 _UNKNOWN_NAME = re.compile(r"module '(?P<path>[\w.]+)' has no attribute '(?P<name>\w+)'")
 _UNKNOWN_KEY = re.compile(r"(?:Option '|unrecognized arguments: --)(?P<name>\w+\.[\w.]+)(?:' is not accepted|[^\n]*)")
+_NO_FILE = re.compile(r"File does not exist: '(?P<path>[^']+)'")
 
 _NO_ENGINE = re.compile(r"Import path [\w.]+ does not implement protocol RolloutEngine(?!\. Its)")
 
@@ -65,6 +72,7 @@ def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
         module = sys.modules.get(path)
         return getattr(module, "__all__", None) or dir(module)
 
+    message = _NO_FILE.sub(lambda match: f"{match[0]}.{did_you_mean_path(os.path.relpath(match['path']))}", message)
     message = _UNKNOWN_OPTION.sub(lambda match: _suggest(match, arguments(match["path"])), message)
     message = _UNKNOWN_NAME.sub(lambda match: _suggest(match, names(match["path"])), message)
     return _UNKNOWN_KEY.sub(lambda match: _suggest(match, keys), message)
@@ -135,7 +143,7 @@ class FineTuningTrainer(Trainer):
 
         Args:
             model: Module of the run that wrote the checkpoint.
-            ckpt_path: Path of the checkpoint.
+            ckpt_path: Path of the checkpoint; ``last`` or ``best`` for that of the newest run with this configuration.
             output: Folder to write to.
             datamodule: Unused; accepted so that a configuration of `fit` can be reused.
             merge: Whether to merge the adapter into the base weights; refused if this would change greedy output.
@@ -150,6 +158,8 @@ class FineTuningTrainer(Trainer):
         model.load_checkpoint(ckpt_path)
         folder = model.export(output, merge=merge, overwrite=overwrite, format=format, gguf_dtype=gguf_dtype)
         print(printable(f"Exported to {folder}"))
+        if (folder / ADAPTER_CONFIG).exists():
+            print("It is an adapter. For `transformers serve`, which loads a whole model, export with --merge true.")
 
 
 @contextmanager
@@ -183,16 +193,33 @@ def _import_public_classes() -> None:
 
 
 class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
-    """Command line of this package.
+    """Command line of this package, and the base of a command line of your own.
+
+    A subclass overrides the hooks of `LightningCLI`: `add_arguments_to_parser` for arguments and links between them,
+    `before_fit` and `after_fit`, ... In a link, arguments of the module and of the data are named
+    ``model.init_args.<name>`` and ``data.init_args.<name>``.
 
     Args:
         args: Command-line arguments; those of the process by default.
         run: Whether to run the subcommand. If False, only `trainer`, `model` and `datamodule` are built.
         save_config: Whether to write the configuration into the logger's folder when training starts.
         description: First line of the help text.
+        trainer_defaults: Arguments of the Trainer that replace its defaults.
+        parser_kwargs: Further arguments of the parser, such as ``{"default_env": True}`` for options in environment
+            variables.
+        other_parsers: Function that returns the parsers of further subcommands of the program, for shell completion.
 
     Example:
-        >>> sorted(FineTuningCLI.subcommands())
+        >>> class SupportCLI(FineTuningCLI):
+        ...     def add_arguments_to_parser(self, parser):
+        ...         parser.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate.")
+        ...         parser.link_arguments("learning_rate", "model.init_args.learning_rate")
+        >>> model = ["--model=FullFineTuning", "--model.model=base/"]
+        >>> data = ["--data=PairDataModule", "--data.train=a.jsonl"]
+        >>> cli = SupportCLI([*model, *data, "--learning_rate=1e-5"], run=False)
+        >>> cli.model.hparams["learning_rate"]
+        1e-05
+        >>> sorted(SupportCLI.subcommands())
         ['export', 'fit', 'predict', 'preview', 'test', 'validate']
     """
 
@@ -202,8 +229,12 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         run: bool = True,
         save_config: bool = True,
         description: str = "Fine-tune language models.",
+        trainer_defaults: dict[str, Any] | None = None,
+        parser_kwargs: dict[str, Any] | None = None,
+        other_parsers: Parsers = dict,
     ) -> None:
         _import_public_classes()
+        self._run, self._other_parsers = run, other_parsers
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -212,10 +243,37 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
-            parser_kwargs={"prog": "lightning-ft", "description": description} if run else {},
+            trainer_defaults=trainer_defaults,
+            parser_kwargs={"description": description, **(parser_kwargs or {})},
             args=args,
             run=run,
         )
+
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
+        """Build the parsers, with an option for shell completion."""
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        if add_subcommands:
+            self.parser.add_argument(
+                "--print_completion",
+                action=PrintCompletion,
+                parsers=lambda: {**self._subcommand_parsers, **self._other_parsers()},
+                default=argparse.SUPPRESS,
+                choices=SHELLS,
+                help="Print a script that completes this command in a shell, and exit.",
+            )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse the arguments.
+
+        Without a subcommand, they come from a program whose own arguments (`lightning-ft compare ...`) are none of
+        LightningCLI's, so it has no reason to warn that the two differ.
+        """
+        if self._run or not isinstance(args, list):
+            super().parse_arguments(parser, args)
+        else:
+            self.config = parser.parse_args(args)
 
     def init_parser(self, **kwargs: object) -> object:
         """Build a parser that suggests the closest name, if this version of Lightning supports `parser_class`."""
@@ -234,6 +292,8 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         For `preview`, reward functions and scorers are not imported. For it and for `export`, which don't train, the
         Trainer doesn't list accelerators.
         """
+        if self.subcommand not in (None, "fit"):
+            hide_warnings(WARNINGS_WITHOUT_FIT)
         with ExitStack() as stack:
             if self.subcommand == "preview":
                 stack.enter_context(without_imports())
@@ -245,6 +305,24 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
                 if (own := _own_error(error)) is not None:
                     raise own from None
                 raise
+        self._resolve_ckpt_path()
+
+    def _resolve_ckpt_path(self) -> None:
+        """Replace ``last`` and ``best`` by the path of a checkpoint of an earlier run, and print it.
+
+        For `fit`, ``last`` may be set before the first run, as in Lightning, which says that it starts from scratch.
+        """
+        config = self.config_init[self.subcommand] if self.subcommand else {}
+        if (name := config.get("ckpt_path")) not in (LAST, BEST):
+            return
+        try:
+            path = find_checkpoint(self.trainer, name)
+        except CheckpointNotFoundError:
+            if self.subcommand == "fit" and name == LAST:
+                return
+            raise
+        config["ckpt_path"] = str(path)
+        print(printable(f"ckpt_path={name!r}: {path}"))
 
     def after_fit(self) -> None:
         """Raise an error for failures that did not stop the run.

@@ -8,6 +8,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lightning_ft import ComputeMeter, ExportModel, PromptBaseline, Retention, SampleCompletions, TokenSavings
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.errors import UnknownArgumentError
 from lightning_ft.evaluation.savings.measurement import measure_token_savings
 
@@ -52,3 +53,19 @@ def test_subclass_of_a_callback_may_take_other_arguments():
     for same in (copy.deepcopy(meter), Verbose(2, every_n_steps=5)):
         assert (same.level, same._options) == (meter.level, meter._options)
     assert pickle.loads(pickle.dumps(ComputeMeter(every_n_steps=5)))._options == meter._options
+
+
+@pytest.mark.parametrize("path", ["suport/data/train.jsonl", "support/date/train.jsonl", "support/data/trainn.jsonl"])
+def test_did_you_mean_path_corrects_any_part(tmp_path, monkeypatch, path):
+    (tmp_path / "support" / "data").mkdir(parents=True)
+    (tmp_path / "support" / "data" / "train.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert did_you_mean_path(path) == " Did you mean 'support/data/train.jsonl'?"
+    assert did_you_mean_path(tmp_path / path) == f" Did you mean {str(tmp_path / 'support/data/train.jsonl')!r}?"
+    assert did_you_mean_path("support/data/train.jsonl") == ""
+
+
+def test_did_you_mean_path_suggests_nothing_without_a_similar_name(tmp_path):
+    (tmp_path / "file").touch()
+    for path in ("Qwen/Qwen3-0.6B", "a\0b", str(tmp_path / "fil" / "b")):
+        assert did_you_mean_path(path) == ""

@@ -87,7 +87,9 @@ def test_export_writes_adapter_and_chat_template(run, config, tmp_path, capsys):
     cli = run("fit", "--config", path, "--data.chat_template", "plain")
     (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
     run("export", "--config", path, "--ckpt_path", str(checkpoint), "--output", str(tmp_path / "out"))
-    assert "Exported to" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Exported to" in printed
+    assert "export with --merge true" in printed
     from safetensors.torch import load_file
 
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")

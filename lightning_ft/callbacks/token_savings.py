@@ -236,10 +236,8 @@ class TokenSavings(ComparingCallback):
         return self.with_prefix(self.result.metrics())
 
     def show(self, folder: Path | None) -> None:
-        """Print the table and write the files."""
+        """Print the table with its notes, and write the files."""
         assert self.result is not None
-        for warning in self.result.warnings:
-            rank_zero_warn(f"Token savings: {warning}")
         self.result.print()
         if folder is not None:
             self.report_written(*self.result.save(folder))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.errors import ComparisonError
 from lightning_ft.printable import content_hash
 
@@ -110,7 +111,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         try:
             found = yaml.safe_load(Path(name.strip()).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
-            raise ComparisonError(f"The configuration {name.strip()!r} can't be read: {error}") from error
+            hint = did_you_mean_path(name.strip())
+            raise ComparisonError(f"The configuration {name.strip()!r} can't be read: {error}.{hint}") from error
         if not isinstance(found, dict):
             raise ComparisonError(f"{name.strip()!r} isn't a configuration of `lightning-ft fit`: expected a mapping.")
         config = _merged(config, found.get("fit", found))

@@ -24,7 +24,7 @@ from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import RowRules, SplitName, Splits
 from lightning_ft.data.templates import set_chat_template
 from lightning_ft.data.tokenizers import load_tokenizer
-from lightning_ft.distributed import rank_zero_warn
+from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, TokenizerError
 from lightning_ft.signatures import complete
 
@@ -123,6 +123,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         sources = {"train": train, "validation": validation, "test": test}
         self.splits: Splits[Any] = Splits(sources, self.rules, self.row_type)
         self._loaders: list[TokenLoader] = []
+        self._is_compared = False  # with the batch size
         self._save(
             **{name: source_as_json(source) for name, source in sources.items()},
             columns=columns,
@@ -173,6 +174,12 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self._chat_template is not None:
             set_chat_template(tokenizer, self._chat_template)
+        elif not tokenizer.chat_template:
+            rank_zero_info(
+                "The tokenizer has no chat template, so conversations are written with 'User:' and 'Assistant:' on "
+                "lines of their own (chat_template='plain'), and exports keep that. Pass chat_template= for another "
+                "markup, or 'text' for none."
+            )
         self._tokenizer = tokenizer
 
     def _find_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -339,11 +346,24 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
         )
+        if name == "train":
+            self._compare_with_batch(plan)
         if name == "train" and trainer is not None:  # a run resumed at an epoch's end iterates before set_epoch
             plan.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
         loader = token_loader(parts, plan, self.collate(name), num_workers=self._num_workers)
         self._loaders.append(loader)
         return loader
+
+    def _compare_with_batch(self, plan: BatchPlan) -> None:
+        """Say once that an epoch is a single batch, which is rarely meant."""
+        rows, batch = sum(plan.sizes), plan.batch_size * plan.num_replicas
+        if rows < batch and not self._is_compared:
+            ranks = "" if plan.num_replicas == 1 else f" on each of {plan.num_replicas} ranks"
+            rank_zero_info(
+                f"batch_size={plan.batch_size}{ranks} is more than the {rows:,} training rows, so an epoch is one "
+                "batch. Lower batch_size for more steps."
+            )
+            self._is_compared = True
 
     def teardown(self, stage: str | None = None) -> None:
         """Stop the loaders' workers."""

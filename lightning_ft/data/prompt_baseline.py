@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.errors import SavingsError
 from lightning_ft.printable import content_hash
 from lightning_ft.types import Message, Request
@@ -55,8 +56,9 @@ class PromptBaseline:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             text = isinstance(path, str) and not path.endswith(".json")
-            hint = " If it is the prompt itself, pass PromptBaseline(system=...)." if text else ""
-            raise SavingsError(f"PromptBaseline can't be read from {str(path)[:200]!r}: {error}.{hint}") from error
+            hint = " If it is the prompt itself, pass PromptBaseline(system=...)." if text else did_you_mean_path(path)
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
+            raise SavingsError(f"PromptBaseline can't be read from {str(path)[:200]!r}: {reason}.{hint}") from error
         if not isinstance(found, dict) or not set(found) <= {"system", "few_shot"}:
             raise SavingsError(f"{str(path)!r}: expected a JSON object with the keys system and few_shot.")
         return cls(found.get("system", ""), found.get("few_shot", []))

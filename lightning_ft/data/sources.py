@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 import datasets
 
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.data.files import COMPRESSED, SUFFIXES, read_file
 from lightning_ft.data.raw_rows import RawRow, check_values, numbered
 from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
@@ -207,7 +208,7 @@ def _missing_file_hint(path: Path) -> str:
     if path.exists():
         return "It isn't a regular file: write its rows to one."
     if not path.parent.is_dir():
-        return f"The folder {str(path.parent)!r} doesn't exist."
+        return f"The folder {str(path.parent)!r} doesn't exist.{did_you_mean_path(path)}"
     others = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES)
     near = difflib.get_close_matches(path.name, others, n=1)
     if near:

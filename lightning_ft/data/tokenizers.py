@@ -6,9 +6,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_ft.arguments import did_you_mean
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.errors import TokenizerError
 from lightning_ft.read_errors import READ_ERRORS, first_line
+
+_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "tekken")
+"""Beginnings of the names of files that a tokenizer is loaded from."""
 
 
 def load_tokenizer(
@@ -29,8 +32,13 @@ def load_tokenizer(
     except READ_ERRORS as error:
         if (missing := missing_folder(name)) is not None:
             raise TokenizerError(missing) from error
+        if Path(name).is_dir() and not any(file.name.startswith(_FILES) for file in Path(name).iterdir()):
+            raise TokenizerError(
+                f"The folder {name!r} contains no tokenizer. Pass tokenizer= with the name or folder of the model that "
+                f"it was trained from, or save that tokenizer in it: tokenizer.save_pretrained({name!r})."
+            ) from error
         raise TokenizerError(
-            f"No tokenizer could be loaded from {name!r}: {first_line(error)} "
+            f"No tokenizer could be loaded from {name!r}: {first_line(error)}{did_you_mean_path(name)} "
             "Pass tokenizer= if the tokenizer is stored apart from the model."
         ) from error
 
@@ -48,8 +56,7 @@ def missing_folder(name: str) -> str | None:
     path = Path(name)
     if path.exists() or (len(path.parts) <= 2 and not path.is_absolute() and not name.startswith(".")):
         return None
-    near = did_you_mean(path.name, [other.name for other in path.parent.iterdir()]) if path.parent.is_dir() else ""
-    return f"The model {name!r} could not be loaded: there is no such folder.{near}"
+    return f"The model {name!r} could not be loaded: there is no such folder.{did_you_mean_path(name)}"
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ExportError, ModelError
 from lightning_ft.models.adapt import InitialAdapter, rounds_base, splits_base
-from lightning_ft.models.base_folder import KEY, base_fingerprint
+from lightning_ft.models.base_folder import KEY, MERGE, base_fingerprint
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_config
 from lightning_ft.models.model_card import hub_name
@@ -80,11 +80,11 @@ def check_adapter_export(model: PeftModel) -> None:
         ExportError: If LoftQ rounded the base weights, or the base's embeddings were resized.
     """
     if rounds_base(cast(LoraConfig, model.active_peft_config)):
-        raise ExportError("LoftQ rounded the base weights, so its adapter fits no other base. Export with merge=True.")
+        raise ExportError(f"LoftQ rounded the base weights, so its adapter fits no other base. Export with {MERGE}.")
     if (sizes := resized(base_of(model))) is not None:
         raise ExportError(
             f"The base has {sizes[0]:,} embeddings, and {base_of(model).config._name_or_path!r} has {sizes[1]:,}: the "
-            "adapter can't be loaded on that. Export with merge=True; or save the resized model and its tokenizer with "
+            f"adapter can't be loaded on that. Export with {MERGE}; or save the resized model and its tokenizer with "
             "save_pretrained before training, and pass that folder as model=."
         )
 
@@ -103,7 +103,7 @@ def check_adapter_is_whole_update(model: PeftModel) -> None:
     if splits_base(config) or rounds_base(config):
         raise ExportError(
             f"init_lora_weights={config.init_lora_weights!r} changed the base weights, so the adapter alone doesn't "
-            "fit the original base. Export with merge=True, or train with LoRAFineTuning, which exports the difference."
+            f"fit the original base. Export with {MERGE}, or train with LoRAFineTuning, which exports the difference."
         )
     own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     adapter = model.active_adapter
@@ -116,7 +116,7 @@ def check_adapter_is_whole_update(model: PeftModel) -> None:
         raise ExportError(
             f"{len(outside)} weights outside the adapter are trained (first: {outside[0]}), and an exported adapter "
             "wouldn't have them. Name their modules in the adapter's modules_to_save, freeze them, or export with "
-            "merge=True."
+            f"{MERGE}."
         )
 
 
@@ -137,7 +137,7 @@ def check_base(model: CausalLM) -> None:
     remedy = "save the resized model and its tokenizer with save_pretrained, and pass that folder as model="
     if getattr(base, "is_quantized", False):
         raise ModelError(f"{problem}Nor can it be merged into quantized weights: {remedy}.")
-    rank_zero_warn(f"{problem}Export it with merge=True, or first {remedy}.")
+    rank_zero_warn(f"{problem}Export it with {MERGE}, or first {remedy}.")
 
 
 def resized(base: PreTrainedModel) -> tuple[int, int] | None:

@@ -20,6 +20,9 @@ KEY = "base_fingerprint"
 """Key of the fingerprint in the metadata of ``adapter_model.safetensors``."""
 _EDGE = 2**20  # bytes hashed at the start and end of each file: two trainings of one model differ everywhere
 
+MERGE = "merge=True (`--merge true` on the command line; `transformers serve` loads that)"
+"""What messages propose for an adapter that can't be used without its base."""
+
 
 def base_fingerprint(folder: str | Path) -> str | None:
     """A hash of a model folder's weights and configuration; None if the folder contains no model.
@@ -66,7 +69,7 @@ def find_base(adapter: str | Path, name: str) -> str:
         f"The adapter in {str(adapter)!r} was trained on a local folder called {name!r}, but that folder is neither in "
         f"the current folder ({str(Path.cwd())!r}) or up to two levels below it, nor next to the adapter or above it. "
         "Write its path into adapter_config.json as base_model_name_or_path, copy it next to the adapter, or export "
-        "with merge=True. A module also takes that folder as model= and the adapter as adapter=."
+        f"with {MERGE}. A module also takes that folder as model= and the adapter as adapter=."
     )
 
 

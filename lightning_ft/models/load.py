@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError
 from lightning_ft.models.base_folder import find_base
@@ -243,7 +244,8 @@ def adapter_config(name: str) -> PeftConfig:
     except READ_ERRORS as error:
         file = Path(name) / ADAPTER_CONFIG
         if not file.is_file():
-            raise ModelError(f"No adapter could be loaded from {name!r}: {first_line(error)}") from error
+            hint = did_you_mean_path(name)
+            raise ModelError(f"No adapter could be loaded from {name!r}: {first_line(error)}.{hint}") from error
         raise ModelError(
             f"{str(file)!r} isn't a configuration that PEFT can read: {type(error).__name__}: {first_line(error)}. "
             "Export the adapter again, or install the version of peft that wrote it."
@@ -286,7 +288,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
             name, revision=revision, trust_remote_code=trust_remote_code
         )
     except READ_ERRORS as error:
-        raise ModelError(f"The model {name!r} could not be found: {first_line(error)}") from error
+        hint = did_you_mean_path(name)
+        raise ModelError(f"The model {name!r} could not be found: {first_line(error)}{hint}") from error
     return config
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.distributed import rank_zero_only, warn
 from lightning_ft.errors import ModelError
 from lightning_ft.read_errors import first_line
@@ -114,7 +115,7 @@ def why_unreadable(name: str, error: BaseException, *, revision: str | None = No
     folder = _folder(name, revision)
     if folder is None:
         missing = name.startswith((".", "~", "/")) or name.count("/") > 1
-        return "there is no such folder." if missing else first_line(error)
+        return ("there is no such folder." if missing else first_line(error)) + did_you_mean_path(name)
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         if (reason := _why_damaged(file, error)) is not None:
             return f"the file {str(file)!r} {reason}"

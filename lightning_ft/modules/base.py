@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_ft._lightning import warn_of_late_import
 from lightning_ft.arguments import unknown_argument
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.encode import encode_prompt
@@ -118,6 +119,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
     ) -> None:
         if unknown:
             raise unknown_argument(type(self), next(iter(unknown)))
+        warn_of_late_import()
         super().__init__()
         if not isinstance(model, (str, PreTrainedModel)):
             raise ConfigError(

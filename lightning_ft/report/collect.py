@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.errors import DataError, DataNotFoundError
 from lightning_ft.evaluation.result_files import read_result
 from lightning_ft.evaluation.savings.result import SavingsResult
@@ -92,7 +93,8 @@ def collect(folder: str | Path, within: Iterable[str] | None = None) -> RunRepor
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataNotFoundError(f"{str(root)!r} is not a folder. Pass the folder that a run wrote its results to.")
+        hint = did_you_mean_path(root) or " Pass the folder that a run wrote its results to."
+        raise DataNotFoundError(f"{str(root)!r} is not a folder.{hint}")
     roots = [root] if within is None else [root / name for name in within]
     comparisons = _files(roots, COMPARISON)
     if len(comparisons) > 1:

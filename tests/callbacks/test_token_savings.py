@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -291,13 +292,15 @@ def fit_rows(trainer_options, tokenizer, callback, data, **options):
 
 
 @pytest.mark.filterwarnings("ignore:test has")
-def test_savings_count_requests_in_training_rows(trainer_options, tmp_path, tokenizer):
+def test_savings_count_requests_in_training_rows(trainer_options, tmp_path, tokenizer, capsys):
     rows = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
     data = PairDataModule([{**rows[0], "output": "there"}, *rows[1:4]], test=rows, cache_dir=False)
     callback = TokenSavings(BASELINE, scorer=overlap, **QUICK)
     counted = r"4 of 8 requests \(50%\) also appear in the training rows"
-    with pytest.warns(UserWarning, match=f"Token savings: {counted}"):
+    with warnings.catch_warnings(record=True) as caught:
         result = fit_rows(trainer_options, tokenizer, callback, data)
+    assert re.search(f"Note: {counted}", " ".join(capsys.readouterr().out.split()))
+    assert not [warning for warning in caught if "Token savings:" in str(warning.message)]  # not told twice
     assert result.in_training == tuple(request.id for request in data.requests("test")[:4])
     folder = tmp_path / "token_savings"
     assert len(re.findall(counted, (folder / "token_savings.md").read_text())) == 2

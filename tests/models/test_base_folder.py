@@ -47,7 +47,7 @@ def test_base_folder_ignores_another_folder_of_that_name(adapter, tmp_path):
     assert adapter_base(str(adapter)) == str(tmp_path / "work" / "base")
     shutil.rmtree(tmp_path / "work" / "base")
     with pytest.raises(
-        ModelError, match=r"local folder called 'base', .*adapter_config\.json .*merge=True\. .*model= "
+        ModelError, match=r"local folder called 'base', .*adapter_config\.json .*`--merge true`.*model= "
     ):
         adapter_base(str(adapter))
     config = json.loads((adapter / "adapter_config.json").read_text())

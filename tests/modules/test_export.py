@@ -234,10 +234,10 @@ def test_unmerged_export_of_a_resized_model_is_refused(exports, fit, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(root / "plain")
     model.resize_token_embeddings(size, mean_resizing=False)
     module = LoRAFineTuning(model, tokenizer=tokenizer, lora={"r": 4})
-    with pytest.warns(UserWarning, match=rf"{size:,} embeddings, .* has {size - 1}: .*merge=True, or first save"):
+    with pytest.warns(UserWarning, match=rf"{size:,} embeddings, .* has {size - 1}: .*merge=True.*, or first save"):
         fit(module, ROWS, max_steps=1)
     with pytest.raises(
-        ExportError, match=rf"has {size} embeddings, .* has {size - 1}: .* merge=True; or save the resized"
+        ExportError, match=rf"has {size} embeddings, .* has {size - 1}: .*`--merge true`.*; or save the resized"
     ):
         module.export(tmp_path / "out")
     whole = AutoModelForCausalLM.from_pretrained(module.export(tmp_path / "merged", merge=True))

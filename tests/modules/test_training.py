@@ -181,7 +181,7 @@ def test_missing_model_is_an_error(fit, tmp_path):
 
 def test_missing_folder_is_named_with_the_nearest_one(fit, tmp_path):
     (tmp_path / "base").mkdir()
-    with pytest.raises(TokenizerError, match=r"no such folder.*'base'") as error:
+    with pytest.raises(TokenizerError, match=r"no such folder.*base'") as error:
         fit(FullFineTuning(str(tmp_path / "bsae")), ROWS)
     assert "repo_type" not in str(error.value)
 

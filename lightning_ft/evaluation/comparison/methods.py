@@ -112,10 +112,12 @@ def compare_methods(
         raise ComparisonError(
             f"There is no measurement of the original weights, {' and '.join(missing)}. Add these runs."
         )
+    runs = _without_unfinished_methods(runs)
     trained = _trained(runs)
     if not trained:
+        remedy = "Add runs of at least one method." if complete else "Raise the budget: complete runs aren't repeated."
         raise ComparisonError(
-            "No run trained anything, so there is nothing to compare. Add runs of at least one method."
+            f"No run trained a method with its chosen learning rate, so there is nothing to compare. {remedy}"
         )
     _check_comparable(runs)
     chosen = choose_learning_rates(runs)
@@ -184,6 +186,12 @@ def compare_methods(
         provenance=dict(provenance or {}),
     )
     return replace(result, claims=evaluate_claims(result, margin=test_set.margin))
+
+
+def _without_unfinished_methods(runs: Sequence[RunResult]) -> list[RunResult]:
+    """Leave out methods of which only runs that tried learning rates were complete when the budget ended."""
+    draft = Comparison(tuple(runs), {}, {}, {}, {}, choose_learning_rates(runs))
+    return [run for run in runs if run.method in BASELINES or draft.final_runs(run.method)]
 
 
 def _trained(runs: Iterable[RunResult]) -> dict[str, list[RunResult]]:

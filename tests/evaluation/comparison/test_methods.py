@@ -166,6 +166,14 @@ def test_compare_methods_needs_original_weights_and_a_trained_method():
         compared(original_runs())
 
 
+def test_compare_methods_leaves_out_methods_that_the_budget_ended_in_their_search():
+    search = replace(run("full", 0, 70), search=True)
+    result = compared([*original_runs(), run("lora", 0, 70), search], complete=False)
+    assert set(result.savings) == {"lora"}
+    with pytest.raises(ComparisonError, match=r"nothing to compare\. Raise the budget"):
+        compared([*original_runs(), search], complete=False)
+
+
 def test_compare_methods_warns_of_budget_seeds_and_grid_edge():
     runs = [run("lora", 0, 70, rate=rate) for rate in (1e-3, 2e-3)]
     warnings = compared([*original_runs(), runs[0], replace(runs[1], validation_quality=0.8)], complete=False).warnings

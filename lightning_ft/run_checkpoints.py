@@ -1,0 +1,87 @@
+"""Checkpoints of earlier runs, by the folders that a Trainer's configuration writes to.
+
+Lightning takes ``last`` and ``best`` to be checkpoints of the run that the Trainer has just done. A command is a
+process of its own, and its logger starts a new version, so they are looked for in the versions that are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_ft.atomic_files import is_temporary_path
+from lightning_ft.checkpoint_file import local_path, read_checkpoint
+from lightning_ft.errors import CheckpointNotFoundError
+
+LAST, BEST = "last", "best"
+
+
+def find_checkpoint(trainer: Any, name: str) -> Path:
+    """Find the newest checkpoint of the newest run, or the one that it names as its best.
+
+    Args:
+        trainer: Trainer with the loggers and callbacks of the runs.
+        name: ``last`` or ``best``.
+
+    Raises:
+        CheckpointNotFoundError: If there is none; the message names the folders.
+        CheckpointError: If the newest one can't be read.
+    """
+    searched = searched_files(trainer)
+    found = [path for root, pattern in searched for path in root.glob(pattern) if path.is_file()]
+    found = [path for path in found if not is_temporary_path(path)]
+    looked = ", ".join(repr(str(root / pattern)) for root, pattern in searched)
+    if not found:
+        raise CheckpointNotFoundError(
+            f"ckpt_path={name!r}: no file matches {looked}. Train with the same `trainer` section first, or "
+            "pass the path of a checkpoint."
+        )
+    last = max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return last if name == LAST else _best(last)
+
+
+def searched_files(trainer: Any) -> list[tuple[Path, str]]:
+    """Where checkpoints of earlier runs are, each as a folder and a pattern of files below it.
+
+    Args:
+        trainer: Trainer with the loggers and callbacks of the runs.
+    """
+    chosen = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    folders = [path for folder in chosen if folder is not None and (path := local_path(folder)) is not None]
+    return [(folder, "*.ckpt") for folder in folders] or [_default(trainer)]
+
+
+def _default(trainer: Any) -> tuple[Path, str]:
+    """Where Lightning's `ModelCheckpoint` writes to unless it is told otherwise, in any version of the logger."""
+    root = Path(trainer.default_root_dir)
+    if not trainer.loggers:
+        return root / "checkpoints", "*.ckpt"
+    logger = trainer.loggers[0]
+    root = Path(logger.save_dir or root) / str(logger.name)
+    version = logger.version
+    folder = root / (version if isinstance(version, str) else f"version_{version}")
+    if isinstance(version, str) or folder.exists():  # chosen by the user: a logger counts further
+        return folder / "checkpoints", "*.ckpt"
+    return root, "*/checkpoints/*.ckpt"
+
+
+def _best(last: Path) -> Path:
+    """The checkpoint that the run which wrote another one had found to be its best by then."""
+    states = read_checkpoint(last).get("callbacks", {}).values()
+    named = [path for state in states if isinstance(state, Mapping) and (path := state.get("best_model_path"))]
+    if not named:
+        raise CheckpointNotFoundError(
+            f"ckpt_path='best': {str(last)!r} names no best checkpoint, since no ModelCheckpoint was in its run. Use "
+            "ckpt_path='last', or pass the path of a checkpoint."
+        )
+    for path in (Path(named[0]), last.parent / Path(named[0]).name):  # the folder may have been moved
+        if path.is_file():
+            return path
+    raise CheckpointNotFoundError(
+        f"ckpt_path='best': {str(last)!r} names {named[0]!r} as the best checkpoint of its run, which doesn't exist. "
+        "Use ckpt_path='last', or pass the path of a checkpoint."
+    )
+
+
+__all__ = ["BEST", "LAST", "find_checkpoint", "searched_files"]

@@ -1,0 +1,110 @@
+"""`--ckpt_path last` and `best` in commands that are processes of their own."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import make_rows
+
+from lightning_ft._lightning import Trainer
+from lightning_ft.cli import FineTuningCLI
+from lightning_ft.errors import CheckpointNotFoundError
+from lightning_ft.run_checkpoints import find_checkpoint
+
+
+@pytest.fixture
+def command(tmp_path, model_folder, monkeypatch):
+    """Function that runs a subcommand in a folder with rows, a configuration, and a logger that counts versions."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in make_rows(8)))
+    rows = dict.fromkeys(("train", "validation", "test", "predict"), "rows.jsonl")
+    trainer = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "support"}},
+    }
+    config = {
+        "trainer": trainer,
+        "model": {"class_path": "lightning_ft.LoRAFineTuning", "init_args": {"model": model_folder}},
+        "data": {"class_path": "lightning_ft.PairDataModule", "init_args": {**rows, "cache_dir": False}},
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    return lambda name, *more: FineTuningCLI([name, "--config", "run.yaml", *more])
+
+
+def checkpoint(folder, *, best="", age=0):
+    """Write a checkpoint that names another as the best of its run."""
+    path = Path(folder) / "a.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {}, "callbacks": {"ModelCheckpoint{}": {"best_model_path": str(best)}}}, path)
+    os.utime(path, (1e9 - age, 1e9 - age))
+    return path
+
+
+@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+def test_evaluation_uses_checkpoint_of_earlier_run(command, capsys, name):
+    trained = command("fit", "--model.learning_rate=0.1").model.model.state_dict()
+    evaluated = command(name, "--ckpt_path=last")
+    for key, value in evaluated.model.model.state_dict().items():
+        assert torch.equal(value, trained[key])
+    (found,) = Path("runs").rglob("*.ckpt")
+    assert f"ckpt_path='last': {found}" in capsys.readouterr().out
+
+
+def test_export_writes_best_checkpoint(command, capsys):
+    command("fit")
+    command("export", "--ckpt_path=best", "--output=out")
+    assert Path("out", "adapter_model.safetensors").is_file()
+
+
+def test_fit_resumes_from_last_checkpoint_and_starts_without_one(command):
+    assert command("fit", "--ckpt_path=last").trainer.global_step == 1
+    assert command("fit", "--ckpt_path=last", "--trainer.max_epochs=3").trainer.global_step == 3
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict", "export"])
+def test_missing_checkpoint_names_the_folder(command, subcommand, name):
+    more = ["--output=out"] if subcommand == "export" else []
+    with pytest.raises(CheckpointNotFoundError, match=rf"ckpt_path='{name}': no file matches 'runs/support/\*/check"):
+        command(subcommand, f"--ckpt_path={name}", *more)
+
+
+def make_trainer(folder, **options):
+    return Trainer(accelerator="cpu", default_root_dir=folder, enable_progress_bar=False, **options)
+
+
+def test_newest_checkpoint_is_the_last_and_names_the_best(tmp_path):
+    best = checkpoint(tmp_path / "lightning_logs" / "version_0" / "checkpoints", age=50)
+    moved = checkpoint(tmp_path / "lightning_logs" / "version_10" / "checkpoints", best="/gone/a.ckpt", age=40)
+    last = checkpoint(tmp_path / "lightning_logs" / "version_9" / "checkpoints", best=best)
+    trainer = make_trainer(tmp_path)
+    assert find_checkpoint(trainer, "last") == last
+    assert find_checkpoint(trainer, "best") == best
+    last.unlink()
+    assert find_checkpoint(trainer, "best") == moved  # the file of that name next to it
+
+
+@pytest.mark.parametrize(("best", "message"), [("", "names no best checkpoint"), ("/gone/b.ckpt", "doesn't exist")])
+def test_best_checkpoint_that_is_not_there_is_refused(tmp_path, best, message):
+    checkpoint(tmp_path / "checkpoints", best=best)
+    with pytest.raises(CheckpointNotFoundError, match=message):
+        find_checkpoint(make_trainer(tmp_path, logger=False), "best")
+
+
+def test_folders_and_versions_chosen_by_the_user_are_the_only_ones(tmp_path):
+    from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.loggers import CSVLogger
+
+    checkpoint(tmp_path / "runs" / "x" / "other" / "checkpoints")
+    version = checkpoint(tmp_path / "runs" / "x" / "mine" / "checkpoints", age=9)
+    folder = checkpoint(tmp_path / "mine", age=99)
+    logger = CSVLogger(tmp_path / "runs", name="x", version="mine")
+    assert find_checkpoint(make_trainer(tmp_path, logger=logger), "last") == version
+    callback = ModelCheckpoint(dirpath=tmp_path / "mine")
+    assert find_checkpoint(make_trainer(tmp_path, logger=logger, callbacks=[callback]), "last") == folder
