@@ -56,7 +56,7 @@ class PlannedRun:
         learning_rate: Learning rate at the peak of the schedule; None for ``original``.
         seed: Seed of all random draws.
         size: Number of training rows; None for all.
-        search: Whether the run only serves the choice of the learning rate, on `size` rows.
+        search: Whether the run only serves a choice, on `size` rows: it answers validation rows, and no test rows.
     """
 
     method: str
@@ -74,7 +74,7 @@ class PlannedRun:
             'lora/lr0.002-seed1-n500'
         """
         if self.learning_rate is None:
-            return self.method
+            return f"{self.method}-search" if self.search else self.method
         rows = "" if self.size is None else f"-{'search' if self.search else 'n'}{self.size}"
         return f"{self.method}/lr{self.learning_rate:g}-seed{self.seed}{rows}"
 

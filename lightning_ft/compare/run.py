@@ -107,9 +107,9 @@ def compare(
         _split(methods),
         Path(output),
         grids=learning_rates or {},
-        seeds=_integers("seeds", seeds),
+        seeds=integers("seeds", seeds),
         search_rows=search_rows,
-        sizes=_integers("sizes", sizes or []),
+        sizes=integers("sizes", sizes or []),
         curve_seeds=curve_seeds,
         budget=None if budget is None else parse_duration(budget),
         metrics=metrics,
@@ -143,7 +143,20 @@ def _split(value: str | Sequence[object]) -> list[str]:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else [str(part) for part in value]
 
 
-def _integers(name: str, value: str | Sequence[int]) -> list[int]:
+def integers(name: str, value: str | Sequence[int]) -> list[int]:
+    """Convert an option such as ``0,1,2`` to numbers.
+
+    Args:
+        name: Name of the option.
+        value: Its value.
+
+    Raises:
+        ComparisonError: If `value` isn't a list of whole numbers.
+
+    Example:
+        >>> integers("seeds", "0, 1,2")
+        [0, 1, 2]
+    """
     try:
         return [int(part) for part in _split(value)]
     except ValueError as error:
@@ -178,6 +191,7 @@ class Comparer:
         validation_requests: int | None,
         workers: int,
         threads: int | None,
+        needs_test: bool = True,
     ) -> None:
         if not seeds or len(set(seeds)) < len(seeds) or workers < 1 or evaluations < 1:
             raise ComparisonError(
@@ -192,13 +206,13 @@ class Comparer:
         self.complete = True
         self.results: dict[PlannedRun, list[RunResult]] = {}
         self._weights: dict[Hashable, str] = {}
-        self.plan, self.rows, self.data_report = self._check()
+        self.plan, self.rows, self.data_report = self._check(needs_test=needs_test)
         self.search_rows = self._check_search_rows(search_rows)
         if too_large := [size for size in sizes if size >= self.rows]:
             print(f"Sizes {too_large} are skipped, since runs on all {self.rows:,} training rows are included anyway.")
         self.sizes = sorted({size for size in sizes if size < self.rows})
 
-    def _check(self) -> tuple[MeasurementPlan, int, dict[str, dict[str, int]]]:
+    def _check(self, *, needs_test: bool) -> tuple[MeasurementPlan, int, dict[str, dict[str, int]]]:
         """Load rows and prompts before anything is trained.
 
         Returns:
@@ -214,15 +228,19 @@ class Comparer:
         cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
         data: PairDataModule = cli.datamodule
         data.load_rows()
-        for split in ("validation", "test"):
+        for split, reason in (
+            ("validation", "since choices are made on them"),
+            *([("test", "since methods are compared on them")] if needs_test else []),
+        ):
             if split not in data.splits.rows:
                 raise ComparisonError(
-                    f"{self.config_path!r} has no {split} rows. Add them, since learning rates are chosen on "
-                    "validation rows and methods are compared on test rows."
+                    f"{self.config_path!r} has no {split} rows. Add them, {reason}: a file, or a share of the training "
+                    f"rows ({split}: 0.1)."
                 )
         tokenizer = data.share_tokenizer(cli.model)
         plans = measurement_plans(tokenizer, data, asdict(self.settings))
-        references = tokenizer([r.reference for r in plans["test"].requests], add_special_tokens=False, verbose=False)
+        plan = plans.get("test", plans["validation"])
+        references = tokenizer([r.reference for r in plan.requests], add_special_tokens=False, verbose=False)
         self.reference_tokens = sum(len(ids) + 1 for ids in references["input_ids"])
         self.validation_count = len(plans["validation"].requests)
         report = {
@@ -234,7 +252,7 @@ class Comparer:
         self.overlap = {split: request_overlap(plan.requests, index) for split, plan in plans.items()}
         train = [[[dict(turn) for turn in r.messages], r.reference] for r in data.requests("train")]
         self.data_hashes = [content_hash(train), *(plan.fingerprint for plan in plans.values())]
-        return plans["test"], data.report["train"].kept, report
+        return plan, data.report["train"].kept, report
 
     def run(self) -> Comparison:
         """Execute the missing runs, and compare."""

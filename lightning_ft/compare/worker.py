@@ -49,7 +49,7 @@ def measurement_plans(
         settings: `Settings` as JSON types.
 
     Returns:
-        The plan of each split, ``validation`` and ``test``.
+        The plan of each split that has rows, ``validation`` and ``test``.
 
     Raises:
         SavingsError: For problems that can be found without the model.
@@ -67,7 +67,11 @@ def measurement_plans(
         else {**test_options, "max_requests": settings["validation_requests"]}
     )
     options: dict[SplitName, dict[str, Any]] = {"validation": validation_options, "test": test_options}
-    return {split: measurement_plan(tokenizer, data.requests(split), baseline, **options[split]) for split in options}
+    return {
+        split: measurement_plan(tokenizer, data.requests(split), baseline, **options[split])
+        for split in options
+        if split in data.splits.rows
+    }
 
 
 def _without_class(value: Any) -> Any:

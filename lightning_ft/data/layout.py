@@ -92,7 +92,7 @@ class TokenBatch:
     num_groups: int
     num_tokens: int
     packed: bool
-    has_shared_prefixes: bool = False
+    has_shared_prefixes: bool
     boundaries: Tensor | None = None
     longest: int = 0
     explicit_mask: bool = False
@@ -282,9 +282,10 @@ def balanced_rows(lengths: Sequence[int]) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-_SQUARE = 1500
+SQUARE = 1500
 """Number of positions that cost as much in attention as one position costs in matrix products; measured on a CPU at
-width 256."""
+width 256. It grows with the width `d` of a model: products of a layer take about ``24 d^2`` operations per position,
+and attention ``4 d`` per position and position that it sees, so it is about ``6 d``."""
 
 
 def _rows(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> tuple[list[list[int]], int]:
@@ -299,9 +300,15 @@ def _rows(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> t
     return rows, rows_cost(count, longest)
 
 
-def rows_cost(count: int, length: int) -> int:
-    """Cost of `count` rows of `length` positions in a forward pass: that of products plus that of attention."""
-    return count * length * (_SQUARE + length)
+def rows_cost(count: int, length: int, square: int = SQUARE) -> int:
+    """Cost of `count` rows of `length` positions in a forward pass: that of products plus that of attention.
+
+    Args:
+        count: Number of rows.
+        length: Number of positions of a row.
+        square: Number of positions that cost as much in attention as one position costs in products.
+    """
+    return count * length * (square + length)
 
 
 def contiguous_rows(lengths: Sequence[int], count: int) -> list[range]:

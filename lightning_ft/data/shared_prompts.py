@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_ft.data.layout import Example, Segment, TokenBatch, contiguous_rows, lay_out, rows_cost
+from lightning_ft.data.layout import SQUARE, Example, Segment, TokenBatch, contiguous_rows, lay_out, rows_cost
 from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message
 
@@ -21,6 +21,7 @@ def lay_out_completions(
     shared: bool = True,
     packing: bool = True,
     pad_token_id: int = 0,
+    square: int = SQUARE,
 ) -> TokenBatch:
     """Lay out prompts and their completions for one forward pass.
 
@@ -42,6 +43,7 @@ def lay_out_completions(
             before each completion.
         packing: Whether rows may hold several sequences with repeated prompts, or one each.
         pad_token_id: Token id that fills shorter rows.
+        square: See :func:`lightning_ft.data.layout.rows_cost`.
 
     Raises:
         ConfigError: For a prompt without tokens or without completions.
@@ -58,64 +60,67 @@ def lay_out_completions(
     for number, (prompt, children) in enumerate(zip(prompts, completions, strict=True)):
         if not len(prompt) or not children:
             raise ConfigError(f"Prompt {number} of a batch has no {'completions' if len(prompt) else 'tokens'}.")
-    # Per prompt, its completions divided over 1, 2, 4, ... trees, or each a tree of its own.
-    choices: list[list[list[Tree]]] = []
-    group = 0
-    for prompt, children in zip(prompts, completions, strict=True):
+    choices: list[list[list[_Tree]]] = []
+    for number, (prompt, children) in enumerate(zip(prompts, completions, strict=True)):
+        sizes = [len(completion) for completion in children]
         numbers = [1 << power for power in range((len(children) - 1).bit_length())] if shared else []
-        choices.append([_trees(prompt, children, number, group) for number in (*numbers, len(children))])
-        group += len(children)
+        choices.append([_trees(number, len(prompt), sizes, count) for count in (*numbers, len(children))])
+
+    def cost(rows: Sequence[Sequence[_Tree]]) -> int:
+        return rows_cost(len(rows), max(sum(tree.length for tree in row) for row in rows), square)
+
     alike = [[each[min(n, len(each) - 1)] for each in choices] for n in range(max(map(len, choices)))]
-    cheapest = [min(each, key=lambda trees: sum(_cost([tree]) for tree in trees)) for each in choices]
-    layouts = [_rows(list(chain(*trees)), packing=packing) for trees in (*alike, cheapest)]
-    rows = min(layouts, key=_cost)
+    cheapest = [min(each, key=lambda trees: sum(cost([[tree]]) for tree in trees)) for each in choices]
+    layouts = [rows for trees in (*alike, cheapest) for rows in _rows(list(chain(*trees)), packing=packing)]
+    starts = [0, *accumulate(len(children) for children in completions)]
+    rows = [_segments(row, prompts, completions, starts) for row in min(layouts, key=cost)]
     return lay_out(rows, pad_token_id=pad_token_id)
 
 
-Tree = list[Segment]
-"""A prompt and completions that share it, or one completion with its prompt as a single segment."""
+class _Tree(NamedTuple):
+    """A prompt and completions that share it, or one completion with its prompt as a single segment.
+
+    Args:
+        prompt: Index of the prompt.
+        completions: Indices of the completions among those of the prompt.
+        length: Number of tokens.
+    """
+
+    prompt: int
+    completions: range
+    length: int
 
 
-def _cost(rows: Sequence[Tree]) -> int:
-    return rows_cost(len(rows), max(map(_length, rows)))
+def _trees(prompt: int, prompt_length: int, sizes: Sequence[int], count: int) -> list[_Tree]:
+    """Divide the completions of a prompt over at most `count` trees, in their order."""
+    parts = [range(i, i + 1) for i in range(len(sizes))] if count == len(sizes) else contiguous_rows(sizes, count)
+    return [_Tree(prompt, part, prompt_length + sum(sizes[i] for i in part)) for part in parts]
 
 
-def _length(tree: Tree) -> int:
-    return sum(len(segment.example) for segment in tree)
-
-
-def _trees(prompt: Tensor, children: Sequence[Example], number: int, group: int) -> list[Tree]:
-    """Divide the completions of a prompt over at most `number` trees, in their order; `group` numbers the first."""
-    parent = Segment(Example(prompt, torch.zeros(len(prompt), dtype=torch.bool)), group=group)
-    parts = [range(i, i + 1) for i in range(len(children))]
-    if number < len(children):
-        parts = contiguous_rows([len(completion) for completion in children], number)
-    return [
-        [Segment(_joined(prompt, children[part[0]]), group=group + part[0])]
-        if len(part) == 1
-        else [parent, *(Segment(children[i], 0, group + i) for i in part)]
-        for part in parts
-    ]
-
-
-def _rows(trees: Sequence[Tree], *, packing: bool) -> list[Tree]:
-    """Distribute trees over rows, in their order: several to a row where that is cheaper."""
+def _rows(trees: list[_Tree], *, packing: bool) -> list[list[list[_Tree]]]:
+    """Ways to distribute trees over rows, in their order."""
     if not packing:
-        return list(trees)
-    lengths = [_length(tree) for tree in trees]
+        return [[[tree] for tree in trees]]
+    lengths = [tree.length for tree in trees]
     counts = sorted({round(len(trees) / 1.25**k) for k in range(32)} - {0})
-    return min(
-        ([_joined_trees(trees[r.start : r.stop]) for r in contiguous_rows(lengths, n)] for n in counts), key=_cost
-    )
+    return [[trees[r.start : r.stop] for r in contiguous_rows(lengths, count)] for count in counts]
 
 
-def _joined_trees(trees: Sequence[Tree]) -> Tree:
-    """Segments of several trees in one row, whose parents are counted from the row's first segment."""
-    row: Tree = []
-    for tree in trees:
-        first = len(row)
-        row += [replace(s, parent=None if s.parent is None else s.parent + first) for s in tree]
-    return row
+def _segments(
+    row: Sequence[_Tree], prompts: Sequence[Tensor], completions: Sequence[Sequence[Example]], starts: Sequence[int]
+) -> list[Segment]:
+    """Segments of a row; `starts` numbers the first completion of each prompt."""
+    segments: list[Segment] = []
+    for tree in row:
+        prompt, children, first = prompts[tree.prompt], completions[tree.prompt], starts[tree.prompt]
+        if len(tree.completions) == 1:
+            (i,) = tree.completions
+            segments.append(Segment(_joined(prompt, children[i]), group=first + i))
+        else:
+            parent = len(segments)
+            segments.append(Segment(Example(prompt, torch.zeros(len(prompt), dtype=torch.bool)), group=first))
+            segments += [Segment(children[i], parent, first + i) for i in tree.completions]
+    return segments
 
 
 def _joined(prompt: Tensor, completion: Example) -> Example:

@@ -7,11 +7,12 @@ on a few rows, with an assumption that is stated (see :func:`extrapolate`). The 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lightning_ft.errors import SavingsError
+from lightning_ft.evaluation.bootstrap import json_number
 from lightning_ft.evaluation.savings.cost import Prices, break_even_requests, request_cost
 
 Advice = Literal["go", "more rows", "don't", "pilot first"]
@@ -151,8 +152,11 @@ class Forecast:
     provenance: Mapping[str, object] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The forecast as JSON values."""
-        return asdict(self)
+        """The forecast as JSON values, with infinite numbers as ``"Infinity"``."""
+        values: dict[str, Any] = asdict(self)
+        if self.money is not None:
+            values["money"]["break_even"] = [json_number(number) for number in self.money.break_even]
+        return values
 
 
 def forecast_money(
@@ -274,11 +278,15 @@ def advise(
         which = int(has_price if cached is None else cached)
         how = "with the prompt cached" if which else "without a cached prompt"
         saved, needed = money.saved[which], money.break_even[which]
-        if saved < (_CACHED_THRESHOLD if which else 0.0):
-            return "don't", (f"Your prompt is cached: training saves {saved:.0%} of the costs.",) if which else (
-                f"A tuned request costs {-saved:.0%} more than a prompted one.",
-            )
-        reasons.append(f"A tuned request costs {saved:.0%} less {how}; training pays off after {_requests(needed)}.")
+        if saved <= 0:
+            return "don't", (f"A tuned request costs {_compared(saved)} {how}.",)
+        if which and saved < _CACHED_THRESHOLD:
+            return "don't", (f"Your prompt is cached: training saves {saved:.0%} of the costs.",)
+        reasons.append(f"A tuned request costs {_compared(saved)} {how}.")
+        if money.invested:
+            reasons.append(f"Training pays off after {_requests(needed)}.")
+        else:
+            reasons.append("What training costs isn't known: set training in the prices, or --hourly.")
         if requests_planned is not None and requests_planned < needed:
             return "don't", (*reasons, f"You plan {_requests(requests_planned)}.")
     else:
@@ -301,10 +309,9 @@ def advise(
     )
 
 
+def _compared(saved: float) -> str:
+    return f"{saved:.0%} less" if saved > 0 else f"{-saved:.0%} more" if saved < 0 else "as much as a prompted one"
+
+
 def _requests(number: float) -> str:
-    return "no number of requests" if math.isinf(number) else f"{math.ceil(number):,} requests"
-
-
-def cost_per_success(costs: tuple[float, float], qualities: Sequence[float]) -> list[tuple[float, float]]:
-    """Cost per correct answer for assumed qualities, without and with a cached prefix; infinite for a quality of 0."""
-    return [tuple(cost / quality if quality else math.inf for cost in costs) for quality in qualities]  # type: ignore[misc]
+    return f"{math.ceil(number):,} requests"

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_ft.data.layout import Example, TokenBatch, in_one_row, unpack
+from lightning_ft.data.layout import SQUARE, Example, TokenBatch, in_one_row, unpack
 from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.distributed import warn
 from lightning_ft.errors import LightningFTError, ModelError
@@ -256,8 +256,14 @@ class LogProbModel:
             if reason is not None:
                 self._warn_once(model, f"computes each prompt once for each completion, because {reason}.")
             shared = reason is None
+        width = getattr(base_of(model).config.get_text_config(), "hidden_size", None)
         batch = lay_out_completions(
-            prompts, completions, shared=shared, packing=exactness.packing is None, pad_token_id=self.pad_token_id
+            prompts,
+            completions,
+            shared=shared,
+            packing=exactness.packing is None,
+            pad_token_id=self.pad_token_id,
+            square=SQUARE if width is None else 6 * int(width),
         )
         return batch.to(input_device(model))
 

@@ -50,7 +50,8 @@ class PolicyOptimization(SampledCompletions):
         steps_per_rollout: Number of optimizer steps per pass. Prompts with all of their completions are distributed
             over them, or single completions where there are fewer prompts than steps.
         micro_batch_size: Number of completions per forward and backward pass on a rank; None for as many as have 8,192
-            tokens with their prompts. Smaller ones take less memory and give the same step.
+            tokens with their prompts. Smaller ones take less memory and give the same step (except for ``bnpo``, which
+            by its definition depends on them).
         max_grad_norm: Norm that gradients are clipped to; None for no clipping. (The Trainer's ``gradient_clip_val``
             and ``accumulate_grad_batches`` don't work with modules that take their own steps.)
         mask_truncated: Leave completions that `max_new_tokens` stopped out of the loss.
@@ -402,8 +403,6 @@ class PolicyOptimization(SampledCompletions):
         old = logprobs.detach()
         if rollout_batch.old_logprobs is not None:
             old = cast(Tensor, concatenated(rollout_batch.old_logprobs, micro_batch, logprobs))
-        reported = all(len(rollout_batch.sampling_logprobs[c]) for c in micro_batch)  # not by every engine
-        sampled = concatenated(rollout_batch.sampling_logprobs, micro_batch if reported else [], logprobs)
         mask = kept[list(micro_batch)].to(logprobs.device)[sequences]
         return PolicyBatch(
             logprobs=logprobs,
@@ -417,41 +416,59 @@ class PolicyOptimization(SampledCompletions):
             values=values,
             old_values=concatenated(rollout_batch.values, micro_batch, logprobs),
             returns=concatenated(rollout_batch.returns, micro_batch, logprobs),
-            correction=self._sampling_correction(old, cast(Tensor, sampled), sequences, len(micro_batch), mask),
+            correction=self._sampling_correction(rollout_batch, micro_batch, old, sequences, mask, kept),
         )
 
     def _sampling_correction(
-        self, old: Tensor, sampled: Tensor, sequences: Tensor, count: int, mask: Tensor
+        self,
+        rollout_batch: RolloutBatch,
+        micro_batch: Sequence[int],
+        old: Tensor,
+        sequences: Tensor,
+        mask: Tensor,
+        kept: Tensor,
     ) -> Tensor | None:
         """Measure the difference between the policy and the engine that sampled, and weight tokens to correct for it.
 
+        Completions without reported log-probabilities, which an engine may leave out, have a weight of 1.
+
         Args:
+            rollout_batch: The rollout.
+            micro_batch: Indices of its completions in this micro-batch, `s`.
             old: Log-probabilities under the policy at the time of the rollout, ``[n]``.
-            sampled: Log-probabilities that the engine reported, ``[n]``; empty if it reported none.
-            sequences: Index of the completion of each token, ``[n]``.
-            count: Number of completions.
+            sequences: Index in the micro-batch of the completion of each token, ``[n]``.
             mask: Whether each token counts, ``[n]``.
+            kept: Whether each completion of the rollout counts.
 
         Returns:
             Factor of each token's loss, ``[n]``; None if nothing is corrected.
         """
-        if len(sampled) < len(old):
-            old, sequences, mask = old[:0], sequences[:0], mask[:0]
-        self._step_metrics.add({"sampling_gap": (old - sampled).abs()})
+        found = {c: rollout_batch.sampling_logprobs[c] for c in micro_batch}
+        lengths = {c: len(rollout_batch.completions[c]) for c in micro_batch}
+        reported = torch.tensor([len(found[c]) > 0 for c in micro_batch], dtype=torch.bool).to(old.device)[sequences]
+        padded = {c: found[c] if len(found[c]) else torch.zeros(lengths[c]) for c in micro_batch}
+        sampled = torch.where(reported, cast(Tensor, concatenated(padded, micro_batch, old)), old)
+        count = float(sum(lengths[c] for c in micro_batch if len(found[c])))
+        self._step_metrics.add({"sampling_gap": (old - sampled).abs().sum()}, {"sampling_gap": count})
         if self.correction_mode is None:
             return None
         weights, out_of_bounds = sampling_correction(
             old,
             sampled,
             sequences,
-            count,
+            len(micro_batch),
             mask,
             mode=self.correction_mode,
             largest=self.sampling_ratio_max,
             smallest=self.sampling_ratio_min,
         )
-        self._step_metrics.add({"sampling_ratio": weights[mask], "sampling_out_of_bounds": out_of_bounds[mask].float()})
-        return weights if len(weights) else None
+        counted, counts = mask & reported, float(sum(lengths[c] for c in micro_batch if len(found[c]) and kept[c]))
+        sums = {
+            "sampling_ratio": (weights * counted).sum(),
+            "sampling_out_of_bounds": (out_of_bounds & counted).sum(),
+        }
+        self._step_metrics.add(sums, dict.fromkeys(sums, counts))
+        return weights if count else None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients, which are already unscaled and summed over ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -115,7 +116,8 @@ class RolloutBatch:
     def micro_batch_size(self) -> int:
         """Largest number of completions that have at most `TOKENS_PER_PASS` tokens with their prompts, at least 1."""
         sequences = [len(self.prompts[c // self.num_completions]) + len(e) for c, e in enumerate(self.completions)]
-        return max(1, TOKENS_PER_PASS // max([1, *sequences]))
+        size, g = max(1, TOKENS_PER_PASS // max([1, *sequences])), self.num_completions
+        return math.ceil(g / math.ceil(g / size)) if size < g else size  # parts of a group are of equal size
 
     @staticmethod
     def micro_batches(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:

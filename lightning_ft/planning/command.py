@@ -15,7 +15,7 @@ from lightning_ft import __version__
 from lightning_ft._lightning import NAMESPACE, VARIABLE
 from lightning_ft.atomic_files import write_text
 from lightning_ft.compare.plan import PlannedRun, read_config, run_config
-from lightning_ft.compare.run import Comparer
+from lightning_ft.compare.run import Comparer, integers
 from lightning_ft.compare.run_files import CONFIG
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.forecast import (
@@ -54,7 +54,8 @@ def plan(
     """Forecast what fine-tuning saves, takes and reaches, before any training, and say whether it is worth it.
 
     Tokens per request are counted exactly, time and memory are extrapolated from a few real steps, and with `pilot`
-    quality is extrapolated from runs on a few rows. Only validation rows are answered; test rows are counted in tokens.
+    quality is extrapolated from runs on a few rows. Only validation rows are answered. Tokens are those of the test
+    rows, if there are any, or else of the validation rows. Steps are measured without callbacks and validation.
 
     Args:
         config: Path of a configuration of `lightning-ft fit` with TokenSavings among its callbacks, whose prompt,
@@ -75,7 +76,9 @@ def plan(
         ComparisonError: For a configuration that isn't one of supervised fine-tuning, and for a run that failed.
     """
     folder = Path(output)
-    sizes = sorted({int(n) for n in (pilot.split(",") if isinstance(pilot, str) else pilot or [])})
+    sizes = sorted(set(integers("pilot", pilot or [])))
+    if hourly is not None and not steps:
+        raise ComparisonError(f"--hourly {hourly:g} is the price of measured time: leave out --steps 0.")
     if len(sizes) == 1 or (sizes and sizes[0] < 1):
         raise ComparisonError(f"--pilot {pilot!r}: expected at least two numbers of rows, such as 100,300.")
     name, rate = _method(config)
@@ -94,17 +97,23 @@ def plan(
         validation_requests=validation_requests,
         workers=1,
         threads=threads,
+        needs_test=False,
     )
     if sizes and sizes[-1] > comparer.rows:
         raise ComparisonError(f"--pilot {sizes[-1]}: there are only {comparer.rows:,} training rows.")
+    savings = comparer.settings.savings
+    prices = None if savings.get("prices") is None else Prices(**savings["prices"])
+    if prices is None and (hourly is not None or cached is not None):
+        raise ComparisonError("--hourly and --cached need prices: add them to TokenSavings in the configuration.")
+    if cached and prices is not None and prices.cached_input is None:
+        raise ComparisonError("--cached true needs the price of cached tokens: add cached_input to the prices.")
     tokens = request_tokens(comparer.plan, comparer.reference_tokens)
     resources = _probe(comparer, PlannedRun(name, rate), folder / "probe", steps) if steps else None
-    savings = comparer.settings.savings
     margin = float(savings.get("margin", 0.02))
     money: MoneyForecast | None = None
-    if savings.get("prices") is not None:
+    if prices is not None:
         seconds = None if resources is None else resources.seconds
-        money = forecast_money(tokens, Prices(**savings["prices"]), hourly=hourly, seconds=seconds)
+        money = forecast_money(tokens, prices, hourly=hourly, seconds=seconds)
     found: Pilot | None = None
     quality: QualityForecast | None = None
     if sizes:
@@ -174,6 +183,10 @@ def _probe(comparer: Comparer, run: PlannedRun, folder: Path, steps: int) -> Res
     """Measure a few training steps in a process of their own."""
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = run_config(comparer.methods[run.method], run, folder)
+    trainer = config["trainer"]  # callbacks may monitor a validation, and stop or tune the run
+    trainer |= {"callbacks": [], "num_sanity_val_steps": 0}
+    for name in ("val_check_interval", "check_val_every_n_epoch", "fast_dev_run", "max_time"):
+        trainer.pop(name, None)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
     print(f"measuring {steps} training steps ...", flush=True)
     environment = {**os.environ, VARIABLE: NAMESPACE}

@@ -48,12 +48,13 @@ def measure_steps(folder: Path, steps: int) -> Resources:
         raise ComparisonError("The training rows make no batches of tokens, so no step can be measured.")
     trainer: Any = cli.trainer
     accumulation = int(trainer.accumulate_grad_batches)
-    micro_batches = _micro_batches(trainer, len(epoch), accumulation)
+    micro_batches = _micro_batches(trainer, _limited(trainer, len(epoch)), accumulation)
     chosen = choose_batches(epoch, max(steps, 2 * accumulation))
     # Operations of every third step are counted, and the time of the others; the first step does work only once.
     meter = ComputeMeter(output_dir=False, every_n_steps=3)
     trainer.callbacks = [meter, *trainer.callbacks]
     trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 1, -1
+    trainer.limit_train_batches, trainer.overfit_batches, trainer.limit_val_batches = 1.0, 0, 0
     # A generator of its own: the loader would draw from the stream that initializes the adapter.
     trainer.fit(cli.model, DataLoader(chosen, batch_size=None, generator=torch.Generator()))  # type: ignore[arg-type]
     result = meter.result
@@ -92,6 +93,16 @@ def choose_batches(epoch: Sequence[TokenBatch], count: int) -> list[TokenBatch]:
         share = (len(by_size) - 1) / count
         spread = [by_size[int((i + 0.5) * share)] for i in range(count - 1)]
     return [*spread[:-1], by_size[-1], *spread[-1:]]
+
+
+def _limited(trainer: Any, of_epoch: int) -> int:
+    """Number of batches of an epoch that the Trainer uses."""
+    for limit in (trainer.overfit_batches, trainer.limit_train_batches):
+        if isinstance(limit, int) and limit:
+            return min(of_epoch, limit)
+        if isinstance(limit, float) and 0 < limit < 1:
+            return max(1, int(of_epoch * limit))
+    return of_epoch
 
 
 def _micro_batches(trainer: Any, of_epoch: int, accumulation: int) -> int:

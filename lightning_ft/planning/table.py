@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning_ft.document.numbers import format_bytes, format_count, format_duration, format_si
-from lightning_ft.evaluation.forecast import Forecast, cost_per_success
+from lightning_ft.evaluation.forecast import Forecast
 
 _RELATIVE = (0.9, 1.0, 1.1)
 """Assumed qualities, relative to the prompt's."""
@@ -45,25 +47,30 @@ def _money(forecast: Forecast) -> list[tuple[str, str]]:
     currency = money.prices.currency
     rows = [("training and data", f"{money.invested:,.2f} {currency} (prices of {money.prices.date})")]
     for index, name in enumerate(("no cache", "prompt cached")):
+        needed = money.break_even[index]
+        pays = "never pays off" if math.isinf(needed) else f"pays off after {format_count(needed)} requests"
         rows.append(
             (
                 f"1,000 requests, {name}",
                 f"{1000 * money.prompted[index]:,.4f} to {1000 * money.tuned[index]:,.4f} {currency}, "
-                f"{money.saved[index]:.0%} less; pays off after {format_count(money.break_even[index])} requests",
+                f"{_change(money.saved[index])}{f'; {pays}' if money.invested else ''}",
             )
         )
     base = forecast.pilot.prompted if forecast.pilot is not None else 1.0
+    if not base or not all(money.prompted):
+        return rows
     for relative in _RELATIVE:
-        ((plain, cached),) = cost_per_success(money.tuned, [base * relative])
-        ((before, before_cached),) = cost_per_success(money.prompted, [base])
-        if base:
-            rows.append(
-                (
-                    f"per correct answer, if {relative:.0%} as good",
-                    f"{1 - plain / before:.0%} less; {1 - cached / before_cached:.0%} with the prompt cached",
-                )
-            )
+        plain, cached = (
+            1 - tuned / (base * relative) / (prompted / base)
+            for tuned, prompted in zip(money.tuned, money.prompted, strict=True)
+        )
+        label = f"per correct answer, if {relative:.0%} as good"
+        rows.append((label, f"{_change(plain)}; {_change(cached)} with the prompt cached"))
     return rows
+
+
+def _change(saved: float) -> str:
+    return f"{saved:.0%} less" if saved >= 0 else f"{-saved:.0%} more"
 
 
 def _resources(forecast: Forecast) -> list[tuple[str, str]]:

@@ -105,9 +105,16 @@ def test_completions_share_their_prompt_where_that_is_cheaper(shapes, rows, toke
     assert batch.has_shared_prefixes == shares
 
 
-@pytest.mark.parametrize("shapes", [((16, (240,) * 8),), ((5, (90, 400, 3, 77)), (300, (20, 30)), (2, (600,)))])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((16, (240,) * 8),),
+        ((5, (90, 400, 3, 77)), (300, (20, 30)), (2, (600,))),
+        ((600, (300, 380)), (50, (390, 400)), (200, (350, 350)), (600, (100, 390))),
+    ],
+)
 def test_layout_is_the_cheapest_of_all_numbers_of_rows(shapes):
-    """Compared with a row per prompt, a row per completion, and all in one row."""
+    """Compared with a row per prompt, a row per completion, all in one row, and packed prompts or completions."""
     prompts, completions = make(shapes)
 
     def cost(batch):
@@ -118,6 +125,10 @@ def test_layout_is_the_cheapest_of_all_numbers_of_rows(shapes):
     each = [len(p) + len(c) for p, children in zip(prompts, completions, strict=True) for c in children]
     for count, length in ((len(per_prompt), max(per_prompt)), (len(each), max(each)), (1, sum(each))):
         assert chosen <= rows_cost(count, length)
+    for lengths in (per_prompt, each):
+        for count in range(1, len(lengths) + 1):
+            rows = contiguous_rows(lengths, count)
+            assert chosen <= rows_cost(len(rows), max(sum(lengths[i] for i in row) for row in rows)) * 1.1
     assert chosen <= cost(lay_out_completions(prompts, completions, shared=False))
 
 

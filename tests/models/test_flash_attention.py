@@ -6,6 +6,7 @@ from tiny import make_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_ft.data.layout import Example, Segment, collate_examples, lay_out
+from lightning_ft.models.head import hidden_states
 from lightning_ft.models.logprob_model import LogProbModel
 
 FLASH = "flash_attention_2"
@@ -61,6 +62,16 @@ def test_packed_rows_pass_their_boundaries_and_match_single_rows(lengths, calls)
         assert boundaries.dtype == torch.int32
         assert torch.equal(boundaries, of_keys)
         assert sorted(boundaries.diff().tolist())[-1] == longest >= max(lengths)
+
+
+def test_boundaries_are_passed_for_a_single_row_only(calls):
+    model = make_model()
+    model.config._attn_implementation = FLASH
+    rows = [[Segment(example, group=i)] for i, example in enumerate(examples([9, 4, 7]))]
+    two_rows = lay_out([rows[0], [*rows[1], *rows[2]]])
+    hidden_states(model, two_rows)
+    assert calls
+    assert all(boundaries is None for _, _, boundaries, _, _ in calls)
 
 
 def test_boundaries_cover_padding_and_skip_empty_segments():

@@ -18,6 +18,8 @@ from tiny import make_rows
 
 from lightning_ft import GRPO, PPO, PromptDataModule
 from lightning_ft._lightning import Trainer, _pl, cli_module
+from lightning_ft.data.batches import PromptBatch
+from lightning_ft.data.layout import Example
 from lightning_ft.errors import ConfigError, RewardError
 from lightning_ft.modules import rollout_batch
 from lightning_ft.modules.samples import RolloutSamples
@@ -67,6 +69,17 @@ def test_micro_batches_have_a_bounded_number_of_tokens_by_default(trainer_option
     assert sizes[2] == 1
     for other in found[1:]:
         assert largest_difference(other.gradients[0], found[0].gradients[0]) < 1e-6
+
+
+def test_parts_of_a_group_are_of_equal_size_by_default(monkeypatch):
+    nothing = torch.zeros(0)
+    completion = Example(torch.ones(100, dtype=torch.int64), torch.ones(100, dtype=torch.bool))
+    one = rollout_batch.RolloutBatch(
+        PromptBatch([], [], {}), [], [torch.ones(30, dtype=torch.int64)], [completion] * 8, 8, nothing, []
+    )
+    for limit, size in ((130 * 8, 8), (130 * 8 - 1, 4), (130 * 3, 3), (130 * 2, 2), (100, 1), (10**6, 10**6 // 130)):
+        monkeypatch.setattr(rollout_batch, "TOKENS_PER_PASS", limit)
+        assert one.micro_batch_size() == size
 
 
 @pytest.mark.parametrize("kind", [Policy, Actor])

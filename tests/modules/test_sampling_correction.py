@@ -86,6 +86,27 @@ def test_correction_of_a_step_is_that_of_the_loss(micro_batch_size, trainer_opti
     assert 0 < outside < tokens
 
 
+@pytest.mark.parametrize("module_class", [Policy, Actor])
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+def test_completions_without_log_probabilities_have_a_weight_of_one(module_class, mode, trainer_options):
+    """Completion by completion, so that the step doesn't depend on micro-batches."""
+    rollouts = rollouts_with(0.3)
+    completions = list(rollouts[0].completions)
+    completions[5] = dataclasses.replace(completions[5], logprobs=())
+    rollouts[0] = Rollouts(tuple(completions), 0, 0)
+    found = []
+    for size in (None, 3, 1):
+        options = {"sampling_correction": mode, "sampling_ratio_max": 5.0, "micro_batch_size": size}
+        module, trainer = trained(module_class, rollouts, trainer_options, **options)
+        found.append((module, float(trainer.callback_metrics["train/sampling_ratio"])))
+    whole, _ = found[0][0].results[0]
+    assert (whole.correction[whole.sequences == 5] == 1).all()
+    assert (whole.correction[whole.sequences != 5] != 1).all()
+    for module, ratio in found[1:]:
+        assert largest_difference(module.gradients[0], found[0][0].gradients[0]) < 1e-5
+        assert ratio == pytest.approx(found[0][1], rel=1e-4)
+
+
 def test_built_in_engine_is_not_corrected_unless_requested(trainer_options):
     module = make(Policy)
     trainer = run(module, BATCHES[:1], trainer_options, rollouts=rollouts_with(0.3))

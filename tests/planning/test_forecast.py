@@ -11,7 +11,6 @@ from lightning_ft.evaluation.forecast import (
     QualityForecast,
     RequestTokens,
     advise,
-    cost_per_success,
     extrapolate,
     forecast_money,
 )
@@ -52,8 +51,10 @@ def test_training_never_pays_off_where_the_tuned_model_costs_more():
     assert "93% more" in reason
 
 
-def test_cost_per_success_divides_by_quality():
-    assert cost_per_success((0.5, 0.2), [0.5, 0.0]) == [(1.0, 0.4), (math.inf, math.inf)]
+def test_nothing_saved_is_no_reason_to_train():
+    money = forecast_money(TOKENS, prices(input=0.0, output=0.0))
+    quality = QualityForecast(4000, 0.7, 0.6, 0.8)
+    assert advise(TOKENS, money=money, pilot=PILOT, quality=quality)[0] == "don't"
 
 
 @pytest.mark.parametrize(
@@ -120,13 +121,13 @@ def test_extrapolation_needs_two_sizes_and_requests(tuned, requests):
             QualityForecast(4000, 0.7, 0.6, 0.8),
             {"money": forecast_money(TOKENS, prices(training=9.0)), "requests_planned": 5000},
             "go",
-            "83% less without a cached prompt; training pays off after 1,000 requests",
+            r"83% less without a cached prompt. Training pays off after 1,000 requests",
         ),
         (
             QualityForecast(4000, 0.7, 0.6, 0.8),
             {"money": forecast_money(TOKENS, prices(cached_input=0.1, tuned_input=10.0, tuned_cached_input=10.0))},
             "don't",
-            "Your prompt is cached: training saves",
+            "Your prompt is cached: training saves 14% of the costs",
         ),
         (
             QualityForecast(4000, 0.7, 0.6, 0.8),
