@@ -29,7 +29,7 @@ def script(tmp_path_factory):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([""], "fit validate test predict preview export compare report"),
+        ([""], "fit validate test predict preview export compare plan report"),
         (["fit", "--model", "Lo"], "LoRAFineTuning"),
         (["fit", "--model.learning_r"], "--model.learning_rate"),
         (["fit", "--data", ""], "PairDataModule PreferenceDataModule PromptDataModule"),

@@ -31,8 +31,8 @@ USES = [
     ("vllm", "vllm", lambda: VLLMEngine(end_token_ids=[2])),
     ("completion", "shtab", lambda: completion_script("lightning-ft", {"fit": argparse.ArgumentParser()}, "bash")),
 ]
-WITHOUT_CODE = {"ray"}
-"""Extras that install what runs a script of the user's; no code of the package imports it."""
+WITHOUT_CODE = {"ray", "docs"}
+"""Extras of what runs the package's code or its documentation; no code of the package imports it."""
 
 
 @pytest.mark.parametrize(("extra", "package", "use"), USES)

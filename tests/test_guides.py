@@ -16,6 +16,7 @@ from lightning_ft import PairDataModule, PromptBaseline
 from lightning_ft import __main__ as command_line
 from lightning_ft._lightning import NAMESPACE
 from lightning_ft.compare import run as compare_run
+from lightning_ft.planning import command as plan_command
 
 L = import_module(NAMESPACE if NAMESPACE != "lightning" else "lightning.pytorch")
 Fabric = import_module("lightning.fabric" if NAMESPACE == "lightning" else "lightning_fabric").Fabric
@@ -170,7 +171,7 @@ def check_lightning_ft(arguments, capsys, monkeypatch):
         assert_parses(arguments, capsys)
         return
     called = []
-    for module, name in ((compare_run, "compare"), (command_line, "report")):
+    for module, name in ((compare_run, "compare"), (plan_command, "plan"), (command_line, "report")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, functools.wraps(function)(lambda **options: called.append(options)))
     command_line.main(arguments)

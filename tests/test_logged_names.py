@@ -100,6 +100,7 @@ def make_run(name):
         return PromptDistillation(make_model(), prompt={"system": "Say it."}, max_new_tokens=4, **options), data, []
     if name == "ppo":
         sampled.pop("num_completions")
+    sampled["sampling_correction"] = "token_truncate"  # as for engines of one's own
     return (GRPO if name == "grpo" else PPO)(make_model(), **sampled), data, []
 
 

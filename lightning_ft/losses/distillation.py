@@ -210,22 +210,23 @@ def linear_distillation(
     """
     if not len(targets):
         return _no_positions(hidden, weight, bias)
-    # Autocast stays on, since `teacher_logits` multiplies in its dtype, too.
-    return DistillationLoss(
-        *_Distillation.apply(
-            hidden.to(product_dtype(weight)),
-            weight,
-            bias,
-            teacher_hidden,
-            teacher_logits,
-            targets,
-            transform,
-            divergence,
-            beta,
-            ce_coef,
-            chunk_size(hidden.device, chunk),
+    states = hidden.to(product_dtype(weight))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return DistillationLoss(
+            *_Distillation.apply(
+                states,
+                weight,
+                bias,
+                teacher_hidden,
+                teacher_logits,
+                targets,
+                transform,
+                divergence,
+                beta,
+                ce_coef,
+                chunk_size(hidden.device, chunk),
+            )
         )
-    )
 
 
 def module_distillation(

@@ -1,9 +1,10 @@
 """Matrix products of a linear head, in the dtype of the run's other products and accumulated in fp32.
 
 Under autocast (``bf16-mixed``) weights are fp32, but products run in half precision, which takes less than half of the
-time. On a GPU the logits leave the product in fp32; on a CPU, whose products round their result to the dtype of the
-inputs, they are rounded as those of a transformers model are. Gradients of the weight are summed over chunks in fp32.
-Shapes: `c` targets of a chunk, hidden size `d`, vocabulary `v`.
+time. On a GPU the logits leave the product in fp32. Elsewhere PyTorch rounds them to half precision, as those of a
+transformers model are. That is good enough for a cross-entropy, but not for differences of log-probabilities, of which
+a model that hasn't moved should have none: those are computed in fp32 there. Gradients of the weight are summed over
+chunks in fp32. Shapes: `c` targets of a chunk, hidden size `d`, vocabulary `v`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from torch import Tensor
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def product_dtype(weight: Tensor) -> torch.dtype:
+def product_dtype(weight: Tensor, *, rounded: bool = False) -> torch.dtype:
     """Dtype of the products with a weight: autocast's where it is on, otherwise that of the weight.
+
+    Args:
+        weight: Weight of the head.
+        rounded: Whether logits may be rounded to half precision, where products can't have fp32 results.
 
     Example:
         >>> weight = torch.zeros(3, 2)
         >>> with torch.autocast("cpu", dtype=torch.bfloat16):
-        ...     print(product_dtype(weight), product_dtype(weight.double()))
-        torch.bfloat16 torch.float64
+        ...     print(product_dtype(weight), product_dtype(weight, rounded=True))
+        torch.float32 torch.bfloat16
     """
     device_type = weight.device.type
-    if weight.dtype in (torch.float32, *_HALF) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return weight.dtype
+    half = weight.dtype in (torch.float32, *_HALF) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if half and (rounded or weight.is_cuda) else weight.dtype
 
 
 def logits_buffer(hidden: Tensor, weight: Tensor, chunk: int) -> Tensor:

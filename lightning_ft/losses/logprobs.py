@@ -290,7 +290,7 @@ def linear_logprob_sum(
     """
     if not len(targets):
         return _no_targets(hidden, weight, bias, summed=True)
-    states, size = hidden.to(product_dtype(weight)), chunk_size(hidden.device, chunk)
+    states, size = hidden.to(product_dtype(weight, rounded=True)), chunk_size(hidden.device, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         return SelectedLogProbs(*_SummedLogProbs.apply(states, weight, bias, targets, transform, size))
 

@@ -199,33 +199,43 @@ def active_head(base: PreTrainedModel) -> nn.Module:
     return head
 
 
-def head_logits(base: PreTrainedModel, states: Tensor, casts: dict[torch.dtype, Tensor] | None = None) -> Tensor:
+def head_logits(
+    base: PreTrainedModel,
+    states: Tensor,
+    dtype: torch.dtype | None = None,
+    casts: dict[torch.dtype, Tensor] | None = None,
+) -> Tensor:
     """Logits of hidden states, ``[c, d]`` to ``fp32 [c, v]``. Call it through :func:`as_forward`.
-
-    The products have the dtype of those of the losses.
 
     Args:
         base: The transformers model.
         states: Hidden states.
+        dtype: Dtype of the products with a linear head; by default as in the losses.
         casts: Casts of the head's weight by dtype, which are used and added to; only for a weight that doesn't change.
     """
     head, transform = active_head(base), logit_transform(base.config)
-    if type(head) is nn.Linear:
-        weight, dtype = head.weight, product_dtype(head.weight)
-        if weight.dtype != dtype:
-            casts = {} if casts is None else casts
-            if dtype not in casts:
-                casts[dtype] = weight.to(dtype)
-            weight = casts[dtype]
-        return transform(raw_products(states.to(dtype), weight, head.bias))
-    other = getattr(head, "weight", None)
-    if isinstance(other, Tensor) and other.is_floating_point():  # packed weights take the states unchanged
-        states = states.to(other.dtype)
-    return transform(head(states))
+    linear = cast(nn.Linear, head) if type(head) is nn.Linear else None
+    if linear is not None and dtype is None:
+        dtype = product_dtype(linear.weight)
+    with torch.autocast(states.device.type, enabled=False):  # as in the losses
+        if linear is not None and dtype is not None:
+            weight: Tensor = linear.weight
+            if weight.dtype != dtype:
+                casts = {} if casts is None else casts
+                if dtype not in casts:
+                    casts[dtype] = weight.to(dtype)
+                weight = casts[dtype]
+            return transform(raw_products(states.to(dtype), weight, linear.bias))
+        other = getattr(head, "weight", None)
+        if isinstance(other, Tensor) and other.is_floating_point():  # packed weights take the states unchanged
+            states = states.to(other.dtype)
+        return transform(head(states))
 
 
 def frozen_logits(use: Callable[[], AbstractContextManager[CausalLM]]) -> TeacherLogits:
     """Function from hidden states of a frozen model to its logits, for the time of a step.
+
+    Its products have the dtype of the student's, which depends on autocast where this is called.
 
     Args:
         use: Function that returns a context in which the model can be used. It is entered for each call only if the
@@ -233,12 +243,14 @@ def frozen_logits(use: Callable[[], AbstractContextManager[CausalLM]]) -> Teache
     """
     with use() as model:
         base = base_of(model)
-        plain = type(base.get_output_embeddings()) is nn.Linear
+        head = base.get_output_embeddings()
+        plain = type(head) is nn.Linear
+        dtype = product_dtype(cast(nn.Linear, head).weight) if plain else None
     casts: dict[torch.dtype, Tensor] = {}  # chunks share one
 
     def compute(states: Tensor) -> Tensor:
         with nullcontext() if plain else use():
-            return as_forward(base, head_logits, states, casts)
+            return as_forward(base, head_logits, states, dtype, casts)
 
     return compute
 

@@ -54,7 +54,10 @@ def distilled(hidden, weight, bias, targets):
 
 
 @pytest.mark.parametrize("loss", [summed, selected, distilled])
-def test_products_run_in_the_dtype_of_autocast(loss):
+def test_products_run_in_the_dtype_of_autocast(loss, monkeypatch):
+    """On a CPU where logits may be rounded; with a stand-in for a GPU everywhere."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", loss is not summed)
+    monkeypatch.setattr(head_products, "_wide", lambda weight: False)
     results = []
     for enabled in (False, True):
         hidden, weight, bias, targets = inputs()
@@ -86,11 +89,20 @@ def test_gradients_of_half_precision_weights_are_summed_in_fp32():
 
 def test_products_follow_the_weight_without_autocast():
     weight = torch.zeros(3, 2)
-    assert product_dtype(weight) == torch.float32
+    assert product_dtype(weight, rounded=True) == torch.float32
     assert product_dtype(weight.bfloat16()) == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert product_dtype(weight) == torch.bfloat16
-        assert product_dtype(weight.double()) == torch.float64
+        assert product_dtype(weight, rounded=True) == torch.bfloat16
+        assert product_dtype(weight) == torch.float32  # a CPU's products would round the logits
+        assert product_dtype(weight.double(), rounded=True) == torch.float64
+
+
+def test_differences_of_log_probabilities_are_not_rounded_on_a_cpu():
+    hidden, weight, bias, targets = inputs()
+    expected = linear_logprobs(hidden, weight, targets, bias=bias).logprobs
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_logprobs(hidden, weight, targets, bias=bias).logprobs
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])

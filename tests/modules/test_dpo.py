@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import DataLoader
 
 from lightning_ft import DPO, KTO, PairDataModule
-from lightning_ft._lightning import Trainer
+from lightning_ft._lightning import NAMESPACE, Trainer
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.errors import ConfigError
 
@@ -271,7 +271,8 @@ def test_dpo_plain_loader_matches_datamodule(model_folder, trainer_options):
     assert "val/rewards/margins" in trainer.callback_metrics
 
 
-def test_dpo_run_emits_no_warning(model_folder, trainer_options):
+def test_dpo_run_emits_no_warning(model_folder, trainer_options, monkeypatch):
+    monkeypatch.setenv("LIGHTNING_FT_NAMESPACE", NAMESPACE)  # another test may have imported the other package
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*does not have many workers|.*litlogger|.*isinstance")
