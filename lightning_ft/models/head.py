@@ -214,7 +214,7 @@ def head_logits(
         casts: Casts of the head's weight by dtype, which are used and added to; only for a weight that doesn't change.
     """
     head, transform = active_head(base), logit_transform(base.config)
-    linear = cast(nn.Linear, head) if type(head) is nn.Linear else None
+    linear = head if type(head) is nn.Linear else None
     if linear is not None and dtype is None:
         dtype = product_dtype(linear.weight)
     with torch.autocast(states.device.type, enabled=False):  # as in the losses
