@@ -47,7 +47,13 @@ from lightning_ft.modules.optimization import OptimizedModule
 from lightning_ft.modules.options import ModelOptions, OptimizerOptions, Unpack
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.tokenizer import ModuleTokenizer
-from lightning_ft.modules.trainer_checks import check_callbacks, check_strategy, warn_lost_steps, warn_own_loss
+from lightning_ft.modules.trainer_checks import (
+    check_callbacks,
+    check_strategy,
+    warn_lost_steps,
+    warn_own_loss,
+    warn_slow_precision,
+)
 from lightning_ft.rewards.function import OnNonFinite
 from lightning_ft.signatures import complete
 from lightning_ft.types import Message, Request
@@ -328,6 +334,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         if not self.sharded:
             self._warn_misfits()
         warn_lost_steps(self.model, self.optimizer_options.learning_rate, str(self.trainer.precision))
+        warn_slow_precision(self.model, self.device, str(self.trainer.precision))
         rank_zero_info(self.what_is_trained())
         warn_own_loss(self._own_loss, base_of(self.model), type(self).__name__, trained=self.trains_router_loss)
 

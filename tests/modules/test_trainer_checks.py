@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from tiny import make_model
 
 from lightning_ft._lightning import _pl
 from lightning_ft.errors import ConfigError
-from lightning_ft.modules.trainer_checks import check_strategy
+from lightning_ft.modules.trainer_checks import check_strategy, warn_slow_precision
 
 
 def sharded(**options):
@@ -34,3 +35,17 @@ def test_deepspeed_is_refused():
 
     with pytest.raises(ConfigError, match="DeepSpeed keeps its gradients"):
         check_strategy(DeepSpeedStrategy())
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "dtype", "warned"),
+    [
+        ("cuda", "32-true", "float32", True),
+        ("cuda", "bf16-mixed", "float32", False),
+        ("cuda", "32-true", "bfloat16", False),  # a frozen base in half precision
+        ("cpu", "32-true", "float32", False),
+    ],
+)
+def test_float32_products_on_a_gpu_are_warned_of(device, precision, dtype, warned, recwarn):
+    warn_slow_precision(make_model().to(getattr(torch, dtype)), torch.device(device), precision)
+    assert [("bf16-mixed" in str(w.message)) for w in recwarn.list] == [True] * warned
