@@ -18,16 +18,17 @@ from transformers import PreTrainedModel
 from lightning_ft._lightning import _pl
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import TokenBatch
-from lightning_ft.distributed import max_over_ranks, rank_zero_warn, sum_over_ranks
+from lightning_ft.distributed import max_over_ranks, sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.kl import k1, k3
 from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.losses.policy import LossType, PolicyLoss, token_weights
-from lightning_ft.losses.sampling_correction import CorrectionMode, check_correction, sampling_correction
+from lightning_ft.losses.sampling_correction import CorrectionMode
 from lightning_ft.losses.statistics import mean_and_std, power_sums
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
+from lightning_ft.modules.engine_correction import EngineCorrection
 from lightning_ft.modules.nonfinite import whole_norm
 from lightning_ft.modules.options import SamplingOptions, Unpack
 from lightning_ft.modules.rollout_batch import PolicyBatch, RolloutBatch, concatenated
@@ -101,9 +102,15 @@ class PolicyOptimization(SampledCompletions):
         self.epochs_per_rollout, self.steps_per_rollout = epochs_per_rollout, steps_per_rollout
         self.micro_batch_size, self.max_grad_norm = micro_batch_size, max_grad_norm
         self.mask_truncated = mask_truncated
-        self.sampling_ratio_max, self.sampling_ratio_min = sampling_ratio_max, sampling_ratio_min
-        self.correction_mode = self._correction_mode(sampling_correction)
-        """How tokens are weighted to correct for the engine; None where they aren't."""
+        self.correction = EngineCorrection.of(
+            sampling_correction,
+            sampling_ratio_max,
+            sampling_ratio_min,
+            vllm=bool(self._vllm),
+            own_engine=self._engine_argument[0] is not None,
+            filters=self.sampling.filters,
+        )
+        """How tokens are weighted to correct for the engine that sampled."""
         self.record_arguments(
             {
                 **counts,
@@ -122,30 +129,6 @@ class PolicyOptimization(SampledCompletions):
         self._batch_idx = 0
         self._step_loss = torch.zeros(())
         self._unusable: str | None = None
-
-    def _correction_mode(self, argument: CorrectionMode | Literal["auto"] | None) -> CorrectionMode | None:
-        """Check the settings of the correction.
-
-        Raises:
-            ConfigError: For settings that contradict each other.
-        """
-        if argument is None:
-            return None
-        mode: CorrectionMode = "sequence_mask" if argument == "auto" else argument
-        check_correction(mode, self.sampling_ratio_max, self.sampling_ratio_min)
-        if self._vllm and self.sampling.filters:
-            missing = (
-                "With top_p, top_k or min_p a vLLM server reports log-probabilities of the filtered distribution, so "
-                "the difference between its probabilities and the model's can't be corrected"
-            )
-            if argument != "auto":
-                raise ConfigError(
-                    f"sampling_correction={argument!r}: {missing}. Leave out the filters, or set it to None."
-                )
-            rank_zero_warn(f"{missing}. Leave out the filters, or set sampling_correction=None to accept that.")
-            return None
-        elsewhere = self._vllm or self._engine_argument[0] is not None
-        return mode if elsewhere or argument != "auto" else None
 
     # ---------------------------------------------------------------- for subclasses
 
@@ -250,6 +233,7 @@ class PolicyOptimization(SampledCompletions):
         self.learn(rollout_batch)
         self.close_window()
         metrics = {f"train/{name}": mean for name, mean in self._step_metrics.reduce(self.device).items()}
+        self.correction.warn(metrics)
         metrics |= self.rollout_metrics(rollout_batch)
         metrics |= {f"train/{name}": count for name, count in self.skipped_metrics().items()}
         metrics["train/learning_rate"] = rate  # of the first step
@@ -416,59 +400,10 @@ class PolicyOptimization(SampledCompletions):
             values=values,
             old_values=concatenated(rollout_batch.values, micro_batch, logprobs),
             returns=concatenated(rollout_batch.returns, micro_batch, logprobs),
-            correction=self._sampling_correction(rollout_batch, micro_batch, old, sequences, mask, kept),
+            correction=self.correction.weights(
+                rollout_batch, micro_batch, old, sequences, mask, kept, self._step_metrics
+            ),
         )
-
-    def _sampling_correction(
-        self,
-        rollout_batch: RolloutBatch,
-        micro_batch: Sequence[int],
-        old: Tensor,
-        sequences: Tensor,
-        mask: Tensor,
-        kept: Tensor,
-    ) -> Tensor | None:
-        """Measure the difference between the policy and the engine that sampled, and weight tokens to correct for it.
-
-        Completions without reported log-probabilities, which an engine may leave out, have a weight of 1.
-
-        Args:
-            rollout_batch: The rollout.
-            micro_batch: Indices of its completions in this micro-batch, `s`.
-            old: Log-probabilities under the policy at the time of the rollout, ``[n]``.
-            sequences: Index in the micro-batch of the completion of each token, ``[n]``.
-            mask: Whether each token counts, ``[n]``.
-            kept: Whether each completion of the rollout counts.
-
-        Returns:
-            Factor of each token's loss, ``[n]``; None if nothing is corrected.
-        """
-        found = {c: rollout_batch.sampling_logprobs[c] for c in micro_batch}
-        lengths = {c: len(rollout_batch.completions[c]) for c in micro_batch}
-        reported = torch.tensor([len(found[c]) > 0 for c in micro_batch], dtype=torch.bool).to(old.device)[sequences]
-        padded = {c: found[c] if len(found[c]) else torch.zeros(lengths[c]) for c in micro_batch}
-        sampled = torch.where(reported, cast(Tensor, concatenated(padded, micro_batch, old)), old)
-        count = float(sum(lengths[c] for c in micro_batch if len(found[c])))
-        self._step_metrics.add({"sampling_gap": (old - sampled).abs().sum()}, {"sampling_gap": count})
-        if self.correction_mode is None:
-            return None
-        weights, out_of_bounds = sampling_correction(
-            old,
-            sampled,
-            sequences,
-            len(micro_batch),
-            mask,
-            mode=self.correction_mode,
-            largest=self.sampling_ratio_max,
-            smallest=self.sampling_ratio_min,
-        )
-        counted, counts = mask & reported, float(sum(lengths[c] for c in micro_batch if len(found[c]) and kept[c]))
-        sums = {
-            "sampling_ratio": (weights * counted).sum(),
-            "sampling_out_of_bounds": (out_of_bounds & counted).sum(),
-        }
-        self._step_metrics.add(sums, dict.fromkeys(sums, counts))
-        return weights if count else None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients, which are already unscaled and summed over ranks."""

@@ -127,12 +127,17 @@ def test_sampling_correction_is_on_for_vllm():
     def module(**options):
         return GRPO(make_model(), tokenizer=make_tokenizer(), rewards=by_tokens, vllm=True, **options)
 
-    assert module().correction_mode == "sequence_mask"
-    assert module(sampling_correction=None).correction_mode is None
+    assert module().correction.mode == "sequence_mask"
+    assert module(sampling_correction=None).correction.mode is None
     with pytest.warns(UserWarning, match="can't be corrected"):
-        assert module(top_p=0.9).correction_mode is None
+        assert module(top_p=0.9).correction.mode is None
     with pytest.raises(ConfigError, match="sampling_correction='token_mask': With top_p, top_k or min_p"):
         module(top_k=5, sampling_correction="token_mask")
+
+
+def test_warning_if_most_tokens_are_out_of_bounds(trainer_options):
+    with pytest.warns(UserWarning, match=r"For \d+% of the tokens of a rollout .* so they don't count"):
+        trained(Policy, rollouts_with(4.0), trainer_options, sampling_correction="token_mask", sampling_ratio_max=1.01)
 
 
 @pytest.mark.parametrize(
