@@ -53,7 +53,7 @@ def searched_files(trainer: Any) -> list[tuple[Path, str]]:
 
 
 def _default(trainer: Any) -> tuple[Path, str]:
-    """Where Lightning's `ModelCheckpoint` writes to unless it is told otherwise, in any version of the logger."""
+    """Where Lightning's `ModelCheckpoint` writes to by default, in any version of the logger."""
     root = Path(trainer.default_root_dir)
     if not trainer.loggers:
         return root / "checkpoints", "*.ckpt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from statistics import mean
 import yaml
 
 from lightning_ft import __version__
-from lightning_ft._lightning import NAMESPACE, VARIABLE
 from lightning_ft.atomic_files import write_text
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.compare.plan import (
@@ -32,6 +30,7 @@ from lightning_ft.compare.plan import (
     run_config,
     weights_hash,
 )
+from lightning_ft.compare.processes import LOG, last_lines, run_environment
 from lightning_ft.compare.run_files import CONFIG, PLAN, read_plan, read_results, write_plan
 from lightning_ft.compare.worker import measurement_plans
 from lightning_ft.data.pairs import PairDataModule
@@ -182,15 +181,15 @@ class Comparer:
         *,
         grids: Mapping[str, Sequence[float]],
         seeds: Sequence[int],
-        search_rows: int | None,
-        sizes: Sequence[int],
-        curve_seeds: int | None,
-        budget: float | None,
-        metrics: str | None,
-        evaluations: int,
-        validation_requests: int | None,
-        workers: int,
-        threads: int | None,
+        search_rows: int | None = None,
+        sizes: Sequence[int] = (),
+        curve_seeds: int | None = None,
+        budget: float | None = None,
+        metrics: str | None = None,
+        evaluations: int = 1,
+        validation_requests: int | None = None,
+        workers: int = 1,
+        threads: int | None = None,
         needs_test: bool = True,
     ) -> None:
         if not seeds or len(set(seeds)) < len(seeds) or workers < 1 or evaluations < 1:
@@ -237,12 +236,8 @@ class Comparer:
                     f"{self.config_path!r} has no {split} rows. Add them, {reason}: a file, or a share of the training "
                     f"rows ({split}: 0.1)."
                 )
-        tokenizer = data.share_tokenizer(cli.model)
-        plans = measurement_plans(tokenizer, data, asdict(self.settings))
-        plan = plans.get("test", plans["validation"])
-        references = tokenizer([r.reference for r in plan.requests], add_special_tokens=False, verbose=False)
-        self.reference_tokens = sum(len(ids) + 1 for ids in references["input_ids"])
-        self.validation_count = len(plans["validation"].requests)
+        self.tokenizer = data.share_tokenizer(cli.model)
+        self.plans = plans = measurement_plans(self.tokenizer, data, asdict(self.settings))
         report = {
             name: {"read": r.read, "kept": r.kept, **{what: count for count, what in r.overlap}}
             for name, r in data.report.items()
@@ -252,7 +247,7 @@ class Comparer:
         self.overlap = {split: request_overlap(plan.requests, index) for split, plan in plans.items()}
         train = [[[dict(turn) for turn in r.messages], r.reference] for r in data.requests("train")]
         self.data_hashes = [content_hash(train), *(plan.fingerprint for plan in plans.values())]
-        return plan, data.report["train"].kept, report
+        return plans.get("test", plans["validation"]), data.report["train"].kept, report
 
     def run(self) -> Comparison:
         """Execute the missing runs, and compare."""
@@ -383,21 +378,14 @@ class Comparer:
     def _start(self, run: PlannedRun) -> subprocess.Popen[bytes]:
         folder = self._folder(run)
         print(f"{run.name} ...", flush=True)
-        environment = {**os.environ, VARIABLE: NAMESPACE}
-        if self.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(self.threads)
-        with (folder / "log.txt").open("ab") as log:
+        with (folder / LOG).open("ab") as log:
             command = [sys.executable, "-m", "lightning_ft.compare.worker", str(folder)]
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=run_environment(self.threads))
 
     def _collect(self, run: PlannedRun, code: int) -> None:
         folder = self._folder(run)
         if code != 0 or not self._read(run):
-            lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-            raise ComparisonError(
-                f"The run {run.name} ended with exit status {code}. Last lines of {folder / 'log.txt'}:\n"
-                + "\n".join(lines[-12:])
-            )
+            raise ComparisonError(f"The run {run.name} ended with exit status {code}. {last_lines(folder)}")
         for result in self.results[run]:
             print(
                 f"{run.name}: {result.method} reached quality {result.validation_quality:.4f} on validation rows in "

@@ -274,12 +274,20 @@ def balanced_rows(lengths: Sequence[int]) -> list[list[int]]:
         >>> balanced_rows([600, 150, 300, 450])
         [[0, 1], [2, 3]]
     """
-    count = len(lengths)
-    options = {round(count / 1.25**k) for k in range(32)} - {0}
-    longest_first = sorted(range(count), key=lambda i: -lengths[i])
-    layouts = (_rows(lengths, longest_first, number) for number in sorted(options))
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    layouts = (_rows(lengths, longest_first, count) for count in row_counts(len(lengths)))
     rows, _ = min(layouts, key=lambda rows_and_cost: rows_and_cost[1])
     return [sorted(row) for row in rows]
+
+
+def row_counts(most: int) -> list[int]:
+    """Numbers of rows to try for a layout, up to `most`, each about a quarter larger than the one before.
+
+    Example:
+        >>> row_counts(8)
+        [1, 2, 3, 4, 5, 6, 8]
+    """
+    return sorted({round(most / 1.25**k) for k in range(32)} - {0})
 
 
 SQUARE = 1500

@@ -9,7 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ft.data.layout import SQUARE, Example, Segment, TokenBatch, contiguous_rows, lay_out, rows_cost
+from lightning_ft.data.layout import (
+    SQUARE,
+    Example,
+    Segment,
+    TokenBatch,
+    contiguous_rows,
+    lay_out,
+    row_counts,
+    rows_cost,
+)
 from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message
 
@@ -102,8 +111,8 @@ def _rows(trees: list[_Tree], *, packing: bool) -> list[list[list[_Tree]]]:
     if not packing:
         return [[[tree] for tree in trees]]
     lengths = [tree.length for tree in trees]
-    counts = sorted({round(len(trees) / 1.25**k) for k in range(32)} - {0})
-    return [[trees[r.start : r.stop] for r in contiguous_rows(lengths, count)] for count in counts]
+    ways = (contiguous_rows(lengths, count) for count in row_counts(len(trees)))
+    return [[trees[row.start : row.stop] for row in way] for way in ways]
 
 
 def _segments(

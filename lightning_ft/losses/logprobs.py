@@ -162,7 +162,7 @@ class _SelectedLogProbs(torch.autograd.Function):
             normalizers.append(log_normalizers)
             if jacobian is not None:
                 jacobian[start : start + len(ids)] = grad.to(factor.dtype) @ factor
-        ctx.transform, ctx.chunk, ctx.has_bias = transform, chunk, bias is not None
+        ctx.transform, ctx.chunk = transform, chunk
         ctx.save_for_backward(jacobian, hidden, weight, bias, targets, torch.cat(normalizers))
         result = torch.cat(logprobs), torch.cat(correct), torch.cat(entropies or [hidden.new_zeros(0)])
         ctx.mark_non_differentiable(*result[1:])

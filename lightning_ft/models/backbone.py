@@ -49,8 +49,7 @@ def first_tensor(out: Tensor | tuple[object, ...] | ModelOutput) -> Tensor:
 
 def takes_positions(module: nn.Module) -> bool:
     """Whether position ids can be passed to a module, which may still ignore them."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return accepts(module, "position_ids") or takes_keywords(module)
 
 
 def takes_keywords(module: nn.Module) -> bool:

@@ -214,21 +214,19 @@ def head_logits(
         casts: Casts of the head's weight by dtype, which are used and added to; only for a weight that doesn't change.
     """
     head, transform = active_head(base), logit_transform(base.config)
-    linear = head if type(head) is nn.Linear else None
-    if linear is not None and dtype is None:
-        dtype = product_dtype(linear.weight)
-    with torch.autocast(states.device.type, enabled=False):  # as in the losses
-        if linear is not None and dtype is not None:
-            weight: Tensor = linear.weight
-            if weight.dtype != dtype:
-                casts = {} if casts is None else casts
-                if dtype not in casts:
-                    casts[dtype] = weight.to(dtype)
-                weight = casts[dtype]
-            return transform(raw_products(states.to(dtype), weight, linear.bias))
-        other = getattr(head, "weight", None)
-        if isinstance(other, Tensor) and other.is_floating_point():  # packed weights take the states unchanged
-            states = states.to(other.dtype)
+    if type(head) is nn.Linear:
+        weight, dtype = head.weight, product_dtype(head.weight) if dtype is None else dtype
+        if weight.dtype != dtype:
+            casts = {} if casts is None else casts
+            if dtype not in casts:
+                casts[dtype] = weight.to(dtype)
+            weight = casts[dtype]
+        with torch.autocast(states.device.type, enabled=False):  # as in the losses
+            return transform(raw_products(states.to(dtype), weight, head.bias))
+    other = getattr(head, "weight", None)
+    if isinstance(other, Tensor) and other.is_floating_point():  # packed weights take the states unchanged
+        states = states.to(other.dtype)
+    with torch.autocast(states.device.type, enabled=False):
         return transform(head(states))
 
 
@@ -351,10 +349,9 @@ def _one_pass(base: PreTrainedModel, batch: TokenBatch, *, run: Backbone, switch
 
 def _sequence_boundaries(base: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     """Arguments that tell FlashAttention where sequences start: transformers would look for them in every layer."""
+    one_packed_row = batch.packed and batch.boundaries is not None and len(batch.input_ids) == 1
     flash = "flash" in str(base.config._attn_implementation)
-    if not flash or not batch.packed or batch.boundaries is None or len(batch.input_ids) > 1:
-        return {}
-    if not takes_keywords(base.base_model):
+    if not (flash and one_packed_row and takes_keywords(base.base_model)):
         return {}
     return {
         "cu_seq_lens_q": batch.boundaries,

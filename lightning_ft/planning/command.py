@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ft import __version__
-from lightning_ft._lightning import NAMESPACE, VARIABLE
 from lightning_ft.atomic_files import write_text
 from lightning_ft.compare.plan import PlannedRun, read_config, run_config
+from lightning_ft.compare.processes import LOG, last_lines, run_environment
 from lightning_ft.compare.run import Comparer, integers
 from lightning_ft.compare.run_files import CONFIG
 from lightning_ft.errors import ComparisonError
@@ -88,14 +88,7 @@ def plan(
         folder,
         grids={name: [rate]},
         seeds=[0],
-        search_rows=None,
-        sizes=[],
-        curve_seeds=None,
-        budget=None,
-        metrics=None,
-        evaluations=1,
         validation_requests=validation_requests,
-        workers=1,
         threads=threads,
         needs_test=False,
     )
@@ -107,7 +100,7 @@ def plan(
         raise ComparisonError("--hourly and --cached need prices: add them to TokenSavings in the configuration.")
     if cached and prices is not None and prices.cached_input is None:
         raise ComparisonError("--cached true needs the price of cached tokens: add cached_input to the prices.")
-    tokens = request_tokens(comparer.plan, comparer.reference_tokens)
+    tokens = request_tokens(comparer.plan, comparer.tokenizer)
     resources = _probe(comparer, PlannedRun(name, rate), folder / "probe", steps) if steps else None
     margin = float(savings.get("margin", 0.02))
     money: MoneyForecast | None = None
@@ -145,13 +138,14 @@ def plan(
     return forecast
 
 
-def request_tokens(plan: MeasurementPlan, reference_tokens: int) -> RequestTokens:
-    """Count the tokens of requests.
+def request_tokens(plan: MeasurementPlan, tokenizer: PreTrainedTokenizerBase) -> RequestTokens:
+    """Count the tokens of requests, and of their reference answers with the token that ends each.
 
     Args:
         plan: Requests with the prompts of both arms.
-        reference_tokens: Number of tokens of all reference answers, with those that end them.
+        tokenizer: Tokenizer of the model.
     """
+    references = tokenizer([request.reference for request in plan.requests], add_special_tokens=False, verbose=False)
     assert plan.prompted is not None  # a comparison needs a prompt
     n = len(plan.requests)
     return RequestTokens(
@@ -160,7 +154,7 @@ def request_tokens(plan: MeasurementPlan, reference_tokens: int) -> RequestToken
         tuned=sum(map(len, plan.bare.prompts)) / n,
         prefix=float(plan.prompted.prefix_length),
         tuned_prefix=float(plan.bare.prefix_length),
-        output=reference_tokens / n,
+        output=sum(len(ids) + 1 for ids in references["input_ids"]) / n,
     )
 
 
@@ -189,17 +183,12 @@ def _probe(comparer: Comparer, run: PlannedRun, folder: Path, steps: int) -> Res
         trainer.pop(name, None)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
     print(f"measuring {steps} training steps ...", flush=True)
-    environment = {**os.environ, VARIABLE: NAMESPACE}
-    if comparer.threads is not None:
-        environment["OMP_NUM_THREADS"] = str(comparer.threads)
     command = [sys.executable, "-m", "lightning_ft.planning.probe", str(folder), str(steps)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
-    write_text(folder / "log.txt", done.stdout + done.stderr)
+    with (folder / LOG).open("wb") as log:
+        environment = run_environment(comparer.threads)
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:
-        lines = (done.stdout + done.stderr).splitlines()[-12:]
-        raise ComparisonError(
-            f"The training steps could not be measured. Last lines of {folder / 'log.txt'}:\n" + "\n".join(lines)
-        )
+        raise ComparisonError(f"The training steps could not be measured. {last_lines(folder)}")
     return Resources(**json.loads((folder / RESULT).read_text(encoding="utf-8")))
 
 
@@ -209,7 +198,7 @@ def _pilot(comparer: Comparer, name: str, rate: float, sizes: list[int]) -> Pilo
     comparer.execute([_PROMPTS, *runs.values()])
     original = {result.method: result.validation_quality for result in comparer.results[_PROMPTS]}
     return Pilot(
-        requests=comparer.validation_count,
+        requests=len(comparer.plans["validation"].requests),
         prompted=original["prompted"],
         untuned=original["untuned"],
         tuned={size: comparer.results[run][0].validation_quality for size, run in runs.items()},

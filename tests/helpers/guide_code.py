@@ -1,4 +1,4 @@
-"""Code blocks of the README and of docs/, and what those that name files or models of a reader's get in their place."""
+"""Code blocks of the README and of docs/, with stand-ins for the reader's own files and models that they name."""
 
 import itertools
 import json

@@ -140,13 +140,11 @@ OWN = f"{__file__}:Plain"
 
 
 @pytest.mark.parametrize("module_class", [FullFineTuning, LoRAFineTuning])
-def test_module_trains_with_an_optimizer_class_of_its_own(module_class, model_folder, rows, tmp_path):
+def test_module_trains_with_an_optimizer_class_of_its_own(module_class, model_folder, rows, trainer_options, tmp_path):
     """Given by its import path, without decay of norms, and again after loading a checkpoint, if it is passed."""
     optimizer = {"class_path": OWN, "init_args": {"momentum": 0.5}}
     module = module_class(str(model_folder), learning_rate=1e-2, optimizer=optimizer, weight_decay=0.2)
-    trainer = Trainer(
-        accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
-    )
+    trainer = Trainer(**trainer_options, max_steps=2)
     trainer.fit(module, PairDataModule(rows[:8], batch_size=4, cache_dir=False))
     (used,) = trainer.optimizers
     assert type(used).__name__ == "Plain"

@@ -44,7 +44,7 @@ class Waits(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("module_class", [LoRAFineTuning, FullFineTuning])
-def test_supervised_step_waits_rarely(module_class, model_folder, tmp_path, monkeypatch):
+def test_supervised_step_waits_rarely(module_class, model_folder, trainer_options, monkeypatch):
     """At most 3 times in a micro-batch, from its copy to the end of its backward pass, and 3 times more in a step."""
     waits, in_batches, in_steps = Waits(), [], []
 
@@ -62,16 +62,7 @@ def test_supervised_step_waits_rarely(module_class, model_folder, tmp_path, monk
             in_steps.append(waits.reads)  # copies of numbers that Lightning logs aren't waited for
 
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, *_: True)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=2,
-        accumulate_grad_batches=4,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = Trainer(**trainer_options, max_steps=2, accumulate_grad_batches=4, gradient_clip_val=1.0)
     with waits:
         trainer.fit(Watched(str(model_folder)), PairDataModule(make_rows(32), batch_size=4, cache_dir=False))
     assert len(in_batches) == 8

@@ -74,21 +74,13 @@ def test_plan_with_a_pilot_trains_on_few_rows_and_leaves_test_rows_unanswered(co
     assert times == [path.stat().st_mtime_ns for path in sorted(output.rglob("result.json"))]
 
 
-def test_plan_predicts_operations_and_memory(config, tmp_path, model_folder):
+def test_plan_predicts_operations_and_memory(config, tmp_path, model_folder, trainer_options):
     """Predicted from four steps, measured in the whole run."""
     forecast = plan(config, str(tmp_path / "plan"), steps=4, threads=1)
     meter = ComputeMeter(output_dir=False, every_n_steps=1)
     data = PairDataModule(train=str(tmp_path / "train.jsonl"), batch_size=8, cache_dir=False)
     torch.manual_seed(0)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        callbacks=[meter],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-    )
+    trainer = Trainer(**trainer_options, max_epochs=2, callbacks=[meter])
     trainer.fit(LoRAFineTuning(str(model_folder), dtype="float32", learning_rate=5e-3, lora={"r": 2}), data)
     resources = forecast.resources
     assert resources.rows == 24
