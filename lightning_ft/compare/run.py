@@ -31,8 +31,8 @@ from lightning_ft.compare.plan import (
     weights_hash,
 )
 from lightning_ft.compare.processes import LOG, last_lines, run_environment
-from lightning_ft.compare.run_files import CONFIG, PLAN, read_plan, read_results, write_plan
-from lightning_ft.compare.worker import measurement_plans
+from lightning_ft.compare.run_files import CONFIG, EXPORT, PLAN, read_plan, read_results, write_plan
+from lightning_ft.compare.worker import KEEP_MODEL, measurement_plans
 from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
@@ -67,6 +67,7 @@ def compare(
     validation_requests: int | None = None,
     workers: int = 1,
     threads: int | None = None,
+    keep_models: bool = False,
 ) -> Comparison:
     """Compare methods trained on the same rows: quality, tokens and cost, training compute, and forgetting.
 
@@ -94,6 +95,8 @@ def compare(
         validation_requests: Number of validation rows to measure on, drawn with TokenSavings' seed; all by default.
         workers: Number of runs at the same time. With more than one, all are slower and wall times less meaningful.
         threads: Number of threads per run; torch's default if None.
+        keep_models: Whether to keep the exported model of each run on all rows, in ``export/`` in its folder. By
+            default only its size is measured.
 
     Returns:
         The comparison, which is also written to ``comparison.json``, next to a report.
@@ -116,6 +119,7 @@ def compare(
         validation_requests=validation_requests,
         workers=workers,
         threads=threads,
+        keep_models=keep_models,
     ).run()
 
 
@@ -190,6 +194,7 @@ class Comparer:
         validation_requests: int | None = None,
         workers: int = 1,
         threads: int | None = None,
+        keep_models: bool = False,
         needs_test: bool = True,
     ) -> None:
         if not seeds or len(set(seeds)) < len(seeds) or workers < 1 or evaluations < 1:
@@ -198,7 +203,7 @@ class Comparer:
             )
         self.config, self.output, self.budget = read_config(config), output, budget
         self.config_path, self.seeds, self.curve_seeds = config, list(seeds), list(seeds)[:curve_seeds]
-        self.workers, self.threads = workers, threads
+        self.workers, self.threads, self.keep_models = workers, threads, keep_models
         self.settings: Settings = read_settings(self.config, config, evaluations, validation_requests)
         self.methods = {m.name: m for m in planned_methods(self.config, config, names, grids)}
         self.metrics = None if metrics is None else import_object(metrics, argument="metrics", error=ComparisonError)
@@ -300,8 +305,11 @@ class Comparer:
             digest = self._prepare(run)
             if not self._read(run):
                 waiting.append(run)
-            elif any(result.config_hash != digest for result in self.results[run]):
+                continue
+            if any(result.config_hash != digest for result in self.results[run]):
                 raise self._other_configuration(run)
+            if self._keeps_model(run) and not (self._folder(run) / EXPORT).exists():
+                print(f"The model of {run.name} wasn't kept when it ran. Remove {self._folder(run)} to train it again.")
         running: dict[PlannedRun, subprocess.Popen[bytes]] = {}
         started: dict[PlannedRun, float] = {}
         try:
@@ -321,6 +329,9 @@ class Comparer:
         finally:
             for process in running.values():
                 process.terminate()
+
+    def _keeps_model(self, run: PlannedRun) -> bool:
+        return self.keep_models and run.learning_rate is not None and run.size is None and not run.search
 
     def _fits_budget(self, run: PlannedRun, elapsed: Sequence[float]) -> bool:
         if self.budget is None:
@@ -380,6 +391,7 @@ class Comparer:
         print(f"{run.name} ...", flush=True)
         with (folder / LOG).open("ab") as log:
             command = [sys.executable, "-m", "lightning_ft.compare.worker", str(folder)]
+            command += [KEEP_MODEL] if self._keeps_model(run) else []
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=run_environment(self.threads))
 
     def _collect(self, run: PlannedRun, code: int) -> None:

@@ -14,7 +14,7 @@ from lightning_ft.errors import CheckpointError
 from lightning_ft.evaluation.comparison.result import RunResult
 from lightning_ft.read_errors import first_line
 
-PLAN, CONFIG, RESULT, CHECKPOINT = "plan.json", "config.yaml", "result.json", "last.ckpt"
+PLAN, CONFIG, RESULT, CHECKPOINT, EXPORT = "plan.json", "config.yaml", "result.json", "last.ckpt", "export"
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 

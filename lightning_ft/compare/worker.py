@@ -23,7 +23,16 @@ from lightning_ft.callbacks.retention import Retention
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.compare.plan import PlannedRun
 from lightning_ft.compare.recorder import RunRecorder
-from lightning_ft.compare.run_files import CHECKPOINT, CONFIG, PLAN, RESULT, find_checkpoint, read_plan, write_results
+from lightning_ft.compare.run_files import (
+    CHECKPOINT,
+    CONFIG,
+    EXPORT,
+    PLAN,
+    RESULT,
+    find_checkpoint,
+    read_plan,
+    write_results,
+)
 from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.data.splits import SplitName
@@ -35,6 +44,8 @@ from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.models.head import CausalLM
 from lightning_ft.modules.base import FineTuning
 
+KEEP_MODEL = "--keep_model"
+"""Argument of the process that keeps the exported model."""
 _PLAN_OPTIONS = ("scorer", "max_new_tokens", "max_requests", "seed", "structured_outputs")
 
 
@@ -79,8 +90,12 @@ def _without_class(value: Any) -> Any:
     return value.get("init_args", value) if isinstance(value, dict) else value
 
 
-def execute(folder: Path) -> list[RunResult]:
+def execute(folder: Path, *, keep_model: bool = False) -> list[RunResult]:
     """Execute the planned run of a folder.
+
+    Args:
+        folder: Folder of the run.
+        keep_model: Whether to keep the exported model.
 
     Returns:
         The result; for the original weights, one for each of their two arms.
@@ -160,15 +175,16 @@ def execute(folder: Path) -> list[RunResult]:
             curve=tuple(recorder.curve),
             compute=meter.result,
             retention=retention.result if retention else None,
-            checkpoint_bytes=_exported_bytes(cli.model, folder),
+            checkpoint_bytes=_exported_bytes(cli.model, folder, keep=keep_model),
         )
     ]
 
 
-def _exported_bytes(module: FineTuning, folder: Path) -> int:
-    exported: Path = module.export(folder / "export", overwrite=True)
+def _exported_bytes(module: FineTuning, folder: Path, *, keep: bool) -> int:
+    exported: Path = module.export(folder / EXPORT, overwrite=True)
     size = sum(file.stat().st_size for file in exported.glob("*.safetensors"))
-    shutil.rmtree(exported)
+    if not keep:
+        shutil.rmtree(exported)
     return size
 
 
@@ -179,7 +195,7 @@ def main() -> None:
         if (folder / RESULT).exists():
             return
         try:
-            write_results(folder, execute(folder))
+            write_results(folder, execute(folder, keep_model=KEEP_MODEL in sys.argv[2:]))
         except LightningFTError as error:
             sys.exit(f"{type(error).__name__}: {error}")
         (folder / CHECKPOINT).unlink(missing_ok=True)

@@ -9,6 +9,8 @@ import torch
 import yaml
 from comparable_config import write_config
 from forked import ForkedProcess
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from lightning_ft.compare.run import FILE_NAME, Comparer, compare
 from lightning_ft.compare.run_files import RESULT
@@ -72,7 +74,7 @@ def test_compare_measures_prompt_full_and_lora(tmp_path, config, capsys, forked)
     assert again.quality == result.quality
 
 
-def test_compare_tries_learning_rates_on_fewer_rows(tmp_path, config, forked):
+def test_compare_tries_learning_rates_on_fewer_rows(tmp_path, config, forked, capsys):
     output = tmp_path / "out"
     options = {**QUICK, "learning_rates": {"lora": [1e-3, 5e-3]}, "seeds": "0,1"}
     result = compare(config, "lora", str(output), search_rows=8, **options)
@@ -93,6 +95,23 @@ def test_compare_tries_learning_rates_on_fewer_rows(tmp_path, config, forked):
     assert result.sweep_flops == sum(run.compute.flops for run in runs)
     written = json.loads((output / FILE_NAME).read_text())
     assert Comparison.from_dict(written).to_dict() == written
+    assert not list(output.rglob("export"))
+
+    again = compare(config, "lora", str(output), search_rows=8, **options, keep_models=True)
+    assert again.quality == result.quality
+    assert f"The model of lora/lr{chosen:g}-seed0 wasn't kept when it ran" in capsys.readouterr().out
+
+
+def test_compare_keeps_models_of_runs_on_all_rows(tmp_path, config, forked, model_folder):
+    output = tmp_path / "out"
+    options = {**QUICK, "learning_rates": {"lora": [5e-3]}, "seeds": "0"}
+    result = compare(config, "lora", str(output), sizes="8", keep_models=True, **options)
+    exported = output / "runs/lora/lr0.005-seed0/export"
+    assert list(output.rglob("export")) == [exported]
+    size = sum(file.stat().st_size for file in exported.glob("*.safetensors"))
+    assert size == result.final_runs("lora")[0].checkpoint_bytes
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert PeftModel.from_pretrained(base, exported).active_adapter == "default"
 
 
 @pytest.mark.parametrize("count", [0, 25])
