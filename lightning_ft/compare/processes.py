@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_ft._lightning import NAMESPACE, VARIABLE
@@ -29,3 +34,19 @@ def last_lines(folder: Path) -> str:
     """
     lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     return f"Last lines of {folder / LOG}:\n" + "\n".join(lines[-12:])
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raise SystemExit on SIGTERM, which schedulers send: by default Python ends at once and leaves the runs behind.
+
+    Does nothing outside the main thread, which alone may handle signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

@@ -30,7 +30,7 @@ from lightning_ft.compare.plan import (
     run_config,
     weights_hash,
 )
-from lightning_ft.compare.processes import LOG, last_lines, run_environment
+from lightning_ft.compare.processes import LOG, exit_on_sigterm, last_lines, run_environment
 from lightning_ft.compare.run_files import CONFIG, EXPORT, PLAN, read_plan, read_results, write_plan
 from lightning_ft.compare.worker import KEEP_MODEL, measurement_plans
 from lightning_ft.data.pairs import PairDataModule
@@ -311,24 +311,28 @@ class Comparer:
             if self._keeps_model(run) and not (self._folder(run) / EXPORT).exists():
                 print(f"The model of {run.name} wasn't kept when it ran. Remove {self._folder(run)} to train it again.")
         running: dict[PlannedRun, subprocess.Popen[bytes]] = {}
-        started: dict[PlannedRun, float] = {}
         try:
-            while waiting or running:
-                while waiting and len(running) < self.workers:
-                    if not self._fits_budget(waiting[0], [time.monotonic() - t for t in started.values()]):
-                        self.complete = False
-                        waiting.clear()
-                        break
-                    run = waiting.pop(0)
-                    running[run], started[run] = self._start(run), time.monotonic()
-                for run, process in list(running.items()):
-                    if process.poll() is not None:
-                        del running[run], started[run]
-                        self._collect(run, process.returncode)
-                time.sleep(0.2 if running else 0)
+            with exit_on_sigterm():
+                self._execute(waiting, running)
         finally:
             for process in running.values():
                 process.terminate()
+
+    def _execute(self, waiting: list[PlannedRun], running: dict[PlannedRun, subprocess.Popen[bytes]]) -> None:
+        started: dict[PlannedRun, float] = {}
+        while waiting or running:
+            while waiting and len(running) < self.workers:
+                if not self._fits_budget(waiting[0], [time.monotonic() - t for t in started.values()]):
+                    self.complete = False
+                    waiting.clear()
+                    break
+                run = waiting.pop(0)
+                running[run], started[run] = self._start(run), time.monotonic()
+            for run, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[run], started[run]
+                    self._collect(run, process.returncode)
+            time.sleep(0.2 if running else 0)
 
     def _keeps_model(self, run: PlannedRun) -> bool:
         return self.keep_models and run.learning_rate is not None and run.size is None and not run.search

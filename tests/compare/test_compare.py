@@ -1,6 +1,8 @@
 """Complete comparisons of small models: results, resumption after a kill, budgets, and refused configurations."""
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -135,6 +137,28 @@ def test_compare_measures_every_arm_in_the_precision_of_training(tmp_path, confi
     monkeypatch.setattr(arms, "run_arm", run_arm)  # a run imports it from there
     compare(config, "full,lora", str(tmp_path / "out"), **{**QUICK, "seeds": "0"})
     assert set(measured.read_text().splitlines()) == {"untuned True", "prompted True", "tuned True"}
+
+
+def test_compare_ends_its_runs_when_it_is_terminated(tmp_path, config, monkeypatch):
+    ended = []
+
+    class Endless:
+        def __init__(self, command, **options):
+            pass
+
+        def poll(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def terminate(self):
+            ended.append(self)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Endless)
+        with pytest.raises(SystemExit, match="143"):
+            compare(config, "full,lora", str(tmp_path / "out"), **QUICK)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(ended) == 1
 
 
 def test_compare_resumes_killed_run(tmp_path, config, forked, monkeypatch):
