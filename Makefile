@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 check coverage check-lightning oldest: export OMP_NUM_THREADS := 1
 
-# The numbers of docs/results.md: `make results-support`, `results-medical_coding`, `results-legal_citation` and
+# The numbers of docs/small_models.md: `make results-support`, `results-medical_coding`, `results-legal_citation` and
 # `results-api_calls`; each ends with runs/results/<domain>/report/report.html. About a quarter of an hour on two cores.
 CONFIG_support := results
 METRICS_support := support_metrics

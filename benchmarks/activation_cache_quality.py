@@ -228,7 +228,7 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     runs = Runs(options.epochs, options.json)
-    full = runs.over_seeds([Point(None, None, 5e-4)], options.seeds)  # the best learning rate in docs/results.md
+    full = runs.over_seeds([Point(None, None, 5e-4)], options.seeds)  # the best learning rate in docs/small_models.md
     summaries = [full] + [
         runs.over_seeds([Point(top, rank, rate) for rate in options.rates], options.seeds)
         for rank in options.ranks

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from lightning_ft.data.layout import Example, Segment, TokenBatch, lay_out
 from lightning_ft.data.tokenizers import load_tokenizer
@@ -23,12 +23,21 @@ class Size:
         hidden: Width of the hidden states.
         layers: Number of layers.
         tied: Whether the head shares the weights of the embeddings.
+        folder: Folder of a model with trained weights, whose shape this is; empty for random weights.
     """
 
     vocabulary: int = 32_000
     hidden: int = 256
     layers: int = 8
     tied: bool = True
+    folder: str = ""
+
+    @classmethod
+    def of(cls, folder: str) -> Size:
+        """The shape of a model in a folder."""
+        config = AutoConfig.from_pretrained(folder)
+        shape = (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.tie_word_embeddings)
+        return cls(*shape, folder=folder)
 
     @property
     def no_token(self) -> int:
@@ -36,7 +45,8 @@ class Size:
         return self.vocabulary
 
     def __str__(self) -> str:
-        return f"vocabulary {self.vocabulary:,}, hidden {self.hidden}, {self.layers} layers"
+        name = f"{self.folder}, " if self.folder else ""
+        return f"{name}vocabulary {self.vocabulary:,}, hidden {self.hidden}, {self.layers} layers"
 
 
 UNTIED = Size(tied=False)
@@ -44,7 +54,12 @@ UNTIED = Size(tied=False)
 
 
 def model(size: Size, *, attention: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
-    """Build a Llama in fp32, with the same random weights for the same seed."""
+    """Build a Llama in fp32, with the same random weights for the same seed, or load one."""
+    if size.folder:
+        loaded: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(
+            size.folder, dtype=torch.float32, attn_implementation=attention
+        )
+        return loaded
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,

@@ -1,4 +1,4 @@
-"""Write the tables of `docs/results.md` from the results of `make results-<domain>`.
+"""Write tables for `docs/results.md` and `docs/small_models.md` from the results of `make results-<domain>`.
 
 python docs/results.py runs/results/support runs/results/medical_coding ... > tables.md
 """

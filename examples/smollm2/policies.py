@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="exported adapters; the first is the start")
     parser.add_argument("--kl-prompts", type=int, default=100, help="number of requests that answers are sampled for")
     parser.add_argument("--samples", type=int, default=2, help="number of samples for each of them")
+    parser.add_argument("--test", help="another file of test rows than the configuration's")
     parser.add_argument("--texts", help="JSONL file of general texts; leaves kl_general out by default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
@@ -86,7 +87,8 @@ def main() -> None:
     named = dict(model.split("=", 1) for model in options.models)
     start, *_ = named
     first = load(named[start])
-    data = PairDataModule(**config["data"]["init_args"], tokenizer=first.tokenizer)
+    rows = config["data"]["init_args"] | ({} if options.test is None else {"test": options.test})
+    data = PairDataModule(**rows, tokenizer=first.tokenizer)
     data.load_rows()
     plan = answer_plan(
         first.tokenizer,
