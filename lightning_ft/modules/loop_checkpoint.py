@@ -1,0 +1,139 @@
+"""Checkpoints of a loop of one's own, with Fabric or without: trainable weights only, resumed bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_ft.checkpoint_file import read_checkpoint, write_checkpoint
+from lightning_ft.distributed import on_rank_zero, rank_and_world_size
+from lightning_ft.errors import CheckpointError, ConfigError
+from lightning_ft.models.unwrap import unwrapped
+from lightning_ft.modules.resume import RngState, own_rng_state, set_rng_state
+
+_OPTIMIZER, _LOADERS, _RNG, _VALUES = "optimizer", "loaders", "rng", "values"
+
+
+class Positioned(Protocol):
+    """A loader whose position can be saved: that of a DataModule of this package, or a `ResumableLoader`."""
+
+    def state_dict(self) -> Any:
+        """The position."""
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Begin the next iteration at a position."""
+
+
+def save_loop(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: Positioned | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a loop between two optimizer steps. Every rank must call it; rank 0 writes.
+
+    The file has the trainable weights, the optimizer, the position of the loader, and the random states of Python,
+    NumPy and PyTorch on every rank. Frozen weights are left out: load or initialize them in the same way before
+    `load_loop`.
+
+    Args:
+        path: File to write; an existing one is replaced once the new one is complete.
+        model: Model, or what Fabric or DDP made of it.
+        optimizer: Optimizer, or Fabric's wrapper of it.
+        loader: Loader of the training batches; it must be a `ResumableLoader` or that of a DataModule of this package.
+        values: Tensors and plain values of your own, such as the step or a scheduler's ``state_dict()``.
+
+    Raises:
+        ConfigError: If nothing is trainable, the weights are sharded, or the loader can't tell its position.
+        FileWriteError: On every rank, if the file can't be written.
+    """
+    module = _unwrapped(model)
+    weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    if not weights:
+        raise ConfigError(f"save_loop: no weight of {type(module).__name__} is trainable, so there is nothing to save.")
+    _check_loader(loader, "save_loop")
+
+    def write(states: list[tuple[Any, RngState]]) -> list[None]:
+        positions, rng = zip(*states, strict=True)
+        own = {_OPTIMIZER: optimizer.state_dict(), _LOADERS: list(positions), _RNG: list(rng)}
+        write_checkpoint({"state_dict": weights, **own, _VALUES: dict(values or {})}, Path(path))
+        return [None] * len(states)
+
+    on_rank_zero(write, (None if loader is None else loader.state_dict(), own_rng_state()))
+
+
+def load_loop(
+    path: str | Path, model: nn.Module, optimizer: Optimizer, loader: Positioned | None = None
+) -> dict[str, Any]:
+    """Restore what :func:`save_loop` saved. Every rank must call it.
+
+    Args:
+        path: Path or URL of the checkpoint.
+        model: Model, or what Fabric or DDP made of it, with the same trainable weights.
+        optimizer: Optimizer over the same weights.
+        loader: Loader of the same batches.
+
+    Returns:
+        The values of your own that were saved.
+
+    Raises:
+        CheckpointError: If it can't be read, wasn't written by `save_loop`, has other weights than are trainable here,
+            or is of another number of ranks with a loader.
+        ConfigError: If the weights are sharded, or the loader can't be set to a position.
+    """
+    checkpoint, module = read_checkpoint(path), _unwrapped(model)
+    _check_loader(loader, "load_loop")
+    if missing := {_OPTIMIZER, _LOADERS, _RNG, _VALUES} - checkpoint.keys():
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} wasn't written by save_loop: it has no {', '.join(sorted(missing))}. A "
+            "Trainer's checkpoint is resumed with ckpt_path=."
+        )
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    weights = checkpoint["state_dict"]
+    other = {name for name, w in weights.items() if name in trainable and w.shape != trainable[name].shape}
+    if missing := sorted((trainable.keys() ^ weights.keys()) | other):
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} doesn't fit {type(module).__name__}: {len(missing)} weights are trainable "
+            f"in only one of them or have another shape (first: {missing[:2]}). Build the model as in the run that "
+            "wrote it."
+        )
+    rank, ranks = rank_and_world_size()
+    positions = checkpoint[_LOADERS]
+    if loader is not None:
+        if positions[0] is None:
+            raise CheckpointError(f"The checkpoint {str(path)!r} has no position of a loader: pass it to save_loop.")
+        if len(positions) != ranks:
+            raise CheckpointError(
+                f"The checkpoint {str(path)!r} is of {len(positions)} ranks, and there are {ranks} now, which read "
+                "other batches. Start as many, or leave the loader out to begin an epoch."
+            )
+        loader.load_state_dict(positions[rank])
+    module.load_state_dict(weights, strict=False)
+    optimizer.load_state_dict(checkpoint[_OPTIMIZER])
+    set_rng_state(checkpoint[_RNG], rank)
+    values: dict[str, Any] = checkpoint[_VALUES]
+    return values
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    module = unwrapped(model)
+    assert isinstance(module, nn.Module)
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        raise ConfigError(
+            "The weights are sharded, and a checkpoint of a loop holds whole ones: use fabric.save and fabric.load."
+        )
+    return module
+
+
+def _check_loader(loader: object, caller: str) -> None:
+    if loader is not None and not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+        raise ConfigError(
+            f"{caller}: a {type(loader).__name__} can't tell its position. Wrap it in ResumableLoader, before "
+            "fabric.setup_dataloaders, and pass the ResumableLoader."
+        )

@@ -1,0 +1,101 @@
+"""The loss of an optimizer step as the mean over its supervised tokens, for modules and loops that aren't ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ft.distributed import rank_and_world_size, sum_over_ranks
+from lightning_ft.errors import ConfigError
+
+TokenCount = Callable[[Any], int]
+"""Function from a batch to its number of supervised tokens."""
+
+
+def supervised_tokens(batch: object) -> int:
+    """Number of supervised tokens of a batch: labels other than -100, the first of each row excluded.
+
+    The first label of a row isn't a target, since models shift labels by one.
+
+    Args:
+        batch: A mapping with ``labels``, ``[b, s]``, or an object of this package with `num_targets`.
+
+    Raises:
+        ConfigError: If it is neither.
+
+    Example:
+        >>> supervised_tokens({"labels": torch.tensor([[-100, 5, 6], [7, 8, -100]])})
+        3
+    """
+    if isinstance(count := getattr(batch, "num_targets", None), int):
+        return count
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        raise ConfigError(
+            f"The supervised tokens of a {type(batch).__name__} without labels can't be counted: pass count=, a "
+            "function from a batch to their number."
+        )
+    return int((labels[..., 1:] != -100).sum())
+
+
+class TokenMean:
+    """Weighs the micro-batches of an optimizer step by their supervised tokens, in a loop of one's own.
+
+    `TokenMeanAccumulation` does the same in a Trainer.
+
+    Args:
+        count: Function from a batch to its number of supervised tokens.
+
+    Example:
+        The gradient is the mean over three tokens, and not the mean of two means.
+
+        >>> weight = torch.nn.Parameter(torch.ones(()))
+        >>> optimizer, mean = torch.optim.SGD([weight], lr=1.0), TokenMean(count=len)
+        >>> for batch in ([6.0, 6.0], [3.0]):
+        ...     mean.weigh(weight * sum(batch) / len(batch), batch).backward()
+        >>> mean.divide(optimizer)
+        >>> weight.grad.item()
+        5.0
+    """
+
+    def __init__(self, count: TokenCount = supervised_tokens) -> None:
+        self.count = count
+        self._tokens = 0
+
+    def weigh(self, loss: Tensor, batch: object) -> Tensor:
+        """Turn the mean loss of a micro-batch into a sum; call it before each backward pass.
+
+        Args:
+            loss: Mean over the supervised tokens of the micro-batch, as transformers' models return it.
+            batch: The micro-batch.
+        """
+        tokens = self.count(batch)
+        self.add(tokens)
+        return loss * tokens
+
+    def add(self, tokens: int) -> None:
+        """Count the supervised tokens of a micro-batch whose loss is a sum already.
+
+        Args:
+            tokens: Their number.
+        """
+        self._tokens += tokens
+
+    def divide(self, optimizer: Optimizer, micro_batches: int = 1) -> None:
+        """Divide the gradients by the tokens of the step on all ranks; call it before clipping, on every rank.
+
+        Args:
+            optimizer: Optimizer of the weights, or Fabric's wrapper of it.
+            micro_batches: What each loss was divided by already, as Lightning does; 1 if it wasn't.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        total = float(sum_over_ranks(torch.tensor(float(self._tokens)), device))
+        self._tokens = 0
+        factor = micro_batches * rank_and_world_size()[1] / max(1.0, total)  # DDP averages over ranks
+        for parameter in parameters:
+            parameter.grad.mul_(factor)

@@ -1,0 +1,124 @@
+"""Token means and checkpoints in loops without a Trainer: Fabric's and hand-written ones."""
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from peft import LoraConfig, get_peft_model
+from tiny import make_model
+from torch.utils.data import DataLoader
+
+from lightning_ft.checkpoint_file import read_checkpoint
+from lightning_ft.data.resumable_loader import ResumableLoader
+from lightning_ft.errors import CheckpointError, ConfigError
+from lightning_ft.modules.loop_checkpoint import load_loop, save_loop
+from lightning_ft.modules.token_mean import TokenMean
+
+LENGTHS = (5, 9, 3, 12, 7, 4, 10, 6)
+
+
+def adapted(r=4, dropout=0.1):
+    torch.manual_seed(3)
+    config = LoraConfig(r=r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(make_model(), config)
+
+
+def rows(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocabulary, (length,), generator=generator) for length in LENGTHS]
+
+
+def collate(examples):
+    ids = torch.nn.utils.rnn.pad_sequence(examples, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(e) for e in examples], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+class Loop:
+    """A loop as people write it, with a loader, an adapter and dropout."""
+
+    def __init__(self, fabric=None):
+        self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
+        self.model = adapted()
+        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+        self.module, self.optimizer = self.fabric.setup(self.model, optimizer)
+        examples = rows(self.model.config.vocab_size)
+        self.loader = ResumableLoader(DataLoader(examples, batch_size=2, shuffle=True, collate_fn=collate))
+
+    def steps(self, save_after=None, path=None):
+        self.module.train()
+        for number, batch in enumerate(self.loader):
+            self.fabric.backward(self.module(**batch).loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if number + 1 == save_after:
+                save_loop(path, self.module, self.optimizer, self.loader, {"step": number + 1})
+                return
+
+    def weights(self):
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+def test_gradient_with_fabric_does_not_depend_on_micro_batches(micro_batch):
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = adapted(dropout=0.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    module, fabric_optimizer = fabric.setup(model, optimizer)
+    examples, mean = rows(model.config.vocab_size), TokenMean()
+    batches = [collate(examples[i : i + micro_batch]) for i in range(0, len(examples), micro_batch)]
+    for _ in range(2):  # the second step starts from zero again
+        fabric_optimizer.zero_grad()
+        for batch in batches:
+            fabric.backward(mean.weigh(module(**batch).loss, batch))
+        mean.divide(fabric_optimizer)
+    found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    fabric_optimizer.zero_grad()
+    model(**collate(examples)).loss.backward()
+    expected = [p.grad for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_loop_resumes_bit_for_bit(tmp_path):
+    torch.manual_seed(5)
+    whole = Loop()
+    whole.steps()
+
+    torch.manual_seed(5)
+    Loop().steps(save_after=2, path=tmp_path / "loop.ckpt")
+    torch.manual_seed(99)  # of another process
+    resumed = Loop()
+    assert load_loop(tmp_path / "loop.ckpt", resumed.module, resumed.optimizer, resumed.loader) == {"step": 2}
+    resumed.steps()
+    for name, weight in resumed.weights().items():
+        assert torch.equal(weight, whole.weights()[name]), name
+
+
+def test_checkpoint_of_a_loop_has_trainable_weights_only(tmp_path):
+    loop = Loop()
+    loop.steps(save_after=1, path=tmp_path / "loop.ckpt")
+    assert set(read_checkpoint(tmp_path / "loop.ckpt")["state_dict"]) == set(loop.weights())
+
+
+def test_load_loop_refuses_what_does_not_fit(tmp_path):
+    path = tmp_path / "loop.ckpt"
+    loop = Loop()
+    loop.steps(save_after=1, path=path)
+    with pytest.raises(CheckpointError, match="doesn't fit PeftModelForCausalLM"):
+        load_loop(path, adapted(r=8), loop.optimizer)
+    torch.save({"state_dict": loop.weights()}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="wasn't written by save_loop: it has no loaders"):
+        load_loop(tmp_path / "other.ckpt", loop.module, loop.optimizer)
+    save_loop(path, loop.module, loop.optimizer)
+    with pytest.raises(CheckpointError, match="has no position of a loader"):
+        load_loop(path, loop.module, loop.optimizer, loop.loader)
+
+
+def test_save_loop_refuses_what_it_could_not_restore(tmp_path):
+    loop = Loop()
+    with pytest.raises(ConfigError, match=r"a DataLoader can't tell its position\. Wrap it in ResumableLoader"):
+        save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer, loop.loader.loader)
+    loop.model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no weight of PeftModelForCausalLM is trainable"):
+        save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer)
+    assert not (tmp_path / "loop.ckpt").exists()
