@@ -140,7 +140,7 @@ def test_batches_without_labels_and_manual_optimization_are_refused(trainer_opti
     with pytest.raises(ConfigError, match="needs automatic optimization, and Manual takes its own"):
         fit(trainer_options, Manual(), hf_loader(tokenizer), TokenMeanAccumulation())
     unlabeled = DataLoader([torch.arange(5)] * 4)
-    with pytest.raises(ConfigError, match="can't count the supervised tokens of a Tensor without labels"):
+    with pytest.raises(ConfigError, match="supervised tokens of a Tensor without labels can't be counted"):
         fit(trainer_options, Theirs(), unlabeled, TokenMeanAccumulation())
 
 
