@@ -9,12 +9,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MethodType
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import torch
 from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_ft.data.layout import TokenBatch, attention_mask
@@ -38,8 +39,12 @@ from lightning_ft.models.backbone import Backbone, backbone_of, takes_keywords, 
 from lightning_ft.models.lengths import LengthSwitch, length_switch
 from lightning_ft.models.passes import padding_within, put_back, switched_parts
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 CausalLM = PreTrainedModel | PeftModel
 Reduction = Literal["none", "sum"]
+M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
 T = TypeVar("T")
 _AS_FORWARD = "_lightning_ft_as_forward"
@@ -108,29 +113,31 @@ def completion_logprobs(
     return SelectedLogProbs(*result)
 
 
-def as_forward(
-    base: PreTrainedModel, function: Callable[Concatenate[PreTrainedModel, P], T], *args: P.args, **options: P.kwargs
-) -> T:
-    """Call ``function(base, ...)`` as a forward pass of `base`.
+def as_forward(module: M, function: Callable[Concatenate[M, P], T], *args: P.args, **options: P.kwargs) -> T:
+    """Call ``function(module, ...)`` as a forward pass of `module`, a model or its head.
 
-    FSDP2 gathers the root's parameters only around methods that are registered with it.
+    FSDP2 gathers the parameters of a module only around methods that are registered with it.
     """
-    registered = getattr(base, _AS_FORWARD, None)
-    return function(base, *args, **options) if registered is None else registered(function, *args, **options)
+    registered = getattr(module, _AS_FORWARD, None)
+    return function(module, *args, **options) if registered is None else registered(function, *args, **options)
 
 
-def register_sharded(base: PreTrainedModel) -> None:
-    """Register :func:`as_forward`'s calls with FSDP2 as forward passes of its root module `base`."""
+def register_sharded(module: nn.Module) -> None:
+    """Register :func:`as_forward`'s calls with FSDP2 as forward passes of `module`, which it shards."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    setattr(base, _AS_FORWARD, MethodType(_call, base))
-    register_fsdp_forward_method(base, _AS_FORWARD)
+    setattr(module, _AS_FORWARD, MethodType(_call, module))
+    register_fsdp_forward_method(module, _AS_FORWARD)
 
 
-def _call(
-    base: PreTrainedModel, function: Callable[Concatenate[PreTrainedModel, P], T], *args: P.args, **options: P.kwargs
-) -> T:
-    return function(base, *args, **options)
+def _call(module: M, function: Callable[Concatenate[M, P], T], *args: P.args, **options: P.kwargs) -> T:
+    return function(module, *args, **options)
+
+
+def gathered_dtype(module: nn.Module) -> torch.dtype | None:
+    """Dtype that FSDP2 gathers the weights of a module in; None for their own, or without sharding."""
+    state: Any = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+    return None if state is None else state._mp_policy.param_dtype
 
 
 def _target_logprobs(
@@ -174,15 +181,40 @@ def project(
     Raises:
         ModelError: If the model has no head.
     """
-    head, transform = active_head(base), logit_transform(base.config, temperature)
-    if type(head) is not nn.Linear:
-        result = module_logprobs(selected, head, targets, transform=transform, chunk=chunk, entropy=entropy)
-        return result if reduction == "none" else result._replace(logprobs=result.logprobs.sum())
-    if reduction == "sum":
-        return linear_logprob_sum(selected, head.weight, targets, bias=head.bias, transform=transform, chunk=chunk)
-    return linear_logprobs(
-        selected, head.weight, targets, bias=head.bias, transform=transform, chunk=chunk, entropy=entropy
-    )
+    transform = logit_transform(base.config, temperature)
+
+    def compute(outer: nn.Module, selected: Tensor) -> SelectedLogProbs:
+        head = active_head(base)
+        if not is_plain_linear(head):
+            result = module_logprobs(selected, head, targets, transform=transform, chunk=chunk, entropy=entropy)
+            return result if reduction == "none" else result._replace(logprobs=result.logprobs.sum())
+        if reduction == "sum":
+            return linear_logprob_sum(selected, head.weight, targets, bias=head.bias, transform=transform, chunk=chunk)
+        return linear_logprobs(
+            selected, head.weight, targets, bias=head.bias, transform=transform, chunk=chunk, entropy=entropy
+        )
+
+    return as_forward(_outer_head(base), compute, selected)
+
+
+def is_plain_linear(module: nn.Module) -> TypeIs[nn.Linear]:
+    """Whether a module is `nn.Linear` itself, sharded or not, and no subclass that computes something else.
+
+    Example:
+        >>> is_plain_linear(nn.Linear(1, 1)), is_plain_linear(nn.Bilinear(1, 1, 1))
+        (True, False)
+    """
+    kind = type(module)
+    # FSDP2 replaces the class of a module by one that derives from `FSDPModule` and the class that it had.
+    return (kind.__mro__[2] if isinstance(module, FSDPModule) else kind) is nn.Linear
+
+
+def _outer_head(base: PreTrainedModel) -> nn.Module:
+    """The head with what PEFT has put around it: the module that FSDP2 may have sharded as a group of its own."""
+    head = base.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise ModelError(f"{type(base).__name__} has no output embeddings, so it isn't a causal language model.")
+    return head
 
 
 def active_head(base: PreTrainedModel) -> nn.Module:
@@ -191,12 +223,10 @@ def active_head(base: PreTrainedModel) -> nn.Module:
     Raises:
         ModelError: If the model has no head.
     """
-    head = base.get_output_embeddings()
+    head = _outer_head(base)
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
-    if not isinstance(head, nn.Module):
-        raise ModelError(f"{type(base).__name__} has no output embeddings, so it isn't a causal language model.")
-    return head
+    return cast(nn.Module, head)
 
 
 def head_logits(
@@ -214,7 +244,7 @@ def head_logits(
         casts: Casts of the head's weight by dtype, which are used and added to; only for a weight that doesn't change.
     """
     head, transform = active_head(base), logit_transform(base.config)
-    if type(head) is nn.Linear:
+    if is_plain_linear(head):
         weight, dtype = head.weight, product_dtype(head.weight) if dtype is None else dtype
         if weight.dtype != dtype:
             casts = {} if casts is None else casts
@@ -242,8 +272,8 @@ def frozen_logits(use: Callable[[], AbstractContextManager[CausalLM]]) -> Teache
     with use() as model:
         base = base_of(model)
         head = base.get_output_embeddings()
-        plain = type(head) is nn.Linear
-        dtype = product_dtype(cast(nn.Linear, head).weight) if plain else None
+        plain = is_plain_linear(head)
+        dtype = product_dtype(head.weight) if plain else None
     casts: dict[torch.dtype, Tensor] = {}  # chunks share one
 
     def compute(states: Tensor) -> Tensor:
@@ -281,7 +311,7 @@ def distill(
         head, transform = active_head(base), logit_transform(base.config)
         arguments = (teacher_states, teacher_logits, targets)
         options: dict[str, Any] = {"transform": transform, "divergence": divergence, "beta": beta, "ce_coef": ce_coef}
-        if type(head) is not nn.Linear:
+        if not is_plain_linear(head):
             return module_distillation(selected, head, *arguments, **options)
         return linear_distillation(selected, head.weight, *arguments, bias=head.bias, **options)
 
@@ -383,7 +413,8 @@ def attention_bias(base: PreTrainedModel, allowed: Tensor) -> Tensor:
         raise ModelError(
             f"Shared prefixes need attn_implementation 'sdpa' or 'eager', not {base.config._attn_implementation!r}."
         )
-    device_type, embedded = allowed.device.type, cast(Tensor, base.get_input_embeddings().weight).dtype
+    device_type = allowed.device.type
+    embedded = gathered_dtype(base) or cast(Tensor, base.get_input_embeddings().weight).dtype
     # On a GPU the bias must have the dtype of the queries; adapters may have another one.
     states = embedded if embedded.is_floating_point else base.dtype
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else states

@@ -1,25 +1,58 @@
-"""Shard a Hugging Face model with FSDP2."""
+"""Shard a Hugging Face model with FSDP2: which weights are gathered together, in which dtype, and when."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_ft.errors import ModelError
+from lightning_ft.models.backbone import head_of
 from lightning_ft.models.head import register_sharded
+
+_GATHERED_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the weights are sharded over ranks (FSDP), so that all ranks must run the model together."""
     return any(isinstance(p, DTensor) for p in model.parameters()) or any(
-        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+        isinstance(module, FSDPModule) or type(module).__name__ == "FullyShardedDataParallel"
+        for module in model.modules()
     )
 
 
-def shard(base: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard a model over the data-parallel dimension of a device mesh, one decoder layer at a time.
+def mixed_precision(precision: str) -> MixedPrecisionPolicy:
+    """Return FSDP2's policy for a precision of the Trainer.
+
+    Under ``bf16-mixed`` and ``16-mixed``, weights are gathered in half precision, which is what the products take, and
+    half as much to send. Gradients are summed over ranks in fp32 (fp64 under ``64-true``) in any precision.
+
+    Args:
+        precision: The Trainer's precision.
+
+    Example:
+        >>> mixed_precision("bf16-mixed").param_dtype, mixed_precision("bf16-true").param_dtype
+        (torch.bfloat16, None)
+        >>> mixed_precision("bf16-true").reduce_dtype
+        torch.float32
+    """
+    reduced = torch.float64 if precision.startswith("64") else torch.float32
+    return MixedPrecisionPolicy(param_dtype=_GATHERED_DTYPES.get(precision), reduce_dtype=reduced)
+
+
+def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -> None:
+    """Shard a model over the data-parallel dimension of a device mesh.
+
+    Each decoder layer is a group, whose weights are gathered for its pass and freed after it. So are the embeddings and
+    the head, which are the largest of all in a model with a large vocabulary: as part of the root, they would be in
+    memory from the start of the forward pass to the end of the backward pass. Tied ones are, since the first and the
+    last thing that a pass needs is the same tensor.
 
     The root is the transformers model and not the PEFT wrapper around it, whose `generate` would not gather the
     weights.
@@ -27,21 +60,65 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh) -> None:
     Args:
         base: Model, with its adapters if any.
         mesh: The `device_mesh` of Lightning's ModelParallelStrategy.
+        precision: The Trainer's precision, which decides the dtypes of what is sent; see :func:`mixed_precision`.
 
     Raises:
         ModelError: For tensor parallelism, which isn't supported, or if transformers doesn't name the model's layers.
     """
-    from torch.distributed.fsdp import fully_shard
-
     names = mesh.mesh_dim_names or ()
     if "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1:
         raise ModelError("Tensor parallelism isn't supported. Pass tensor_parallel_size=1 to ModelParallelStrategy.")
     data_mesh = mesh["data_parallel"] if "data_parallel" in names else mesh
+    policy = mixed_precision(precision)
     layer_names = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in layer_names]
     if not layers:
         raise ModelError(f"{type(base).__name__} doesn't name its layers (_no_split_modules), so it can't be sharded.")
     for layer in layers:
-        fully_shard(layer, mesh=data_mesh)
-    fully_shard(base, mesh=data_mesh)
+        fully_shard(layer, mesh=data_mesh, mp_policy=policy)
+    embeddings, head = base.get_input_embeddings(), head_of(base)
+    if head is not None and not _shares_weights(embeddings, head):
+        fully_shard(embeddings, mesh=data_mesh, mp_policy=policy)
+        embeddings.set_unshard_in_backward(False)  # the gradient of a lookup doesn't depend on the weights
+        # Its backward pass is the next thing after its forward pass, so it isn't freed in between.
+        fully_shard(head, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
+        register_sharded(head)
+    fully_shard(base, mesh=data_mesh, mp_policy=policy)
     register_sharded(base)
+
+
+def sharded_parts(model: nn.Module) -> list[FSDPModule]:
+    """The modules of a model whose weights are gathered together, each with its own; none without sharding."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free all gathered weights of a model, so that its parameters are the shards again.
+
+    FSDP2 keeps those of the root and of the head for a backward pass. After a pass without one they would take memory,
+    and be used by a pass after the weights have changed.
+    """
+    for part in sharded_parts(model):
+        part.reshard()
+
+
+@contextmanager
+def gradients_kept_apart(model: nn.Module) -> Iterator[None]:
+    """Let backward passes add up the gradients of each rank; the first one after the block sums them over ranks.
+
+    Args:
+        model: Sharded model. For the time of an accumulation window, each rank has the gradients of all trained
+            weights, in fp32.
+    """
+    parts = sharded_parts(model)
+    for part in parts:
+        part.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_requires_gradient_sync(True, recurse=False)
+
+
+def _shares_weights(one: nn.Module, other: nn.Module) -> bool:
+    return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())

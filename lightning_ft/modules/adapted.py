@@ -18,7 +18,6 @@ from lightning_ft.models.adapt import InitialAdapter, needs_data
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.reference import Reference
-from lightning_ft.models.shard import shard
 from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.options import CommonOptions, Unpack
 
@@ -111,12 +110,11 @@ class AdaptedFineTuning(FineTuning):
         load: Callable[[], PreTrainedModel] | None = self._load_base
         if isinstance(self._model_argument[0], PreTrainedModel):
             load = self._unsharded.pop if self._unsharded else None
-        mesh = self._device_mesh if self.sharded else None
         return Reference(
             self.model,
             initial=self._starting_adapter,
             load=load,
-            prepare_copy=(lambda copied: shard(copied, mesh)) if mesh is not None else lambda copied: None,
+            prepare_copy=self.shard if self.sharded else lambda copied: None,
         )
 
     def lay_out(self, prompts: Sequence[Tensor], completions: Sequence[Sequence[Example]]) -> TokenBatch:

@@ -46,6 +46,7 @@ from lightning_ft.modules.evaluation import EvaluatedModule
 from lightning_ft.modules.optimization import OptimizedModule
 from lightning_ft.modules.options import ModelOptions, OptimizerOptions, Unpack
 from lightning_ft.modules.resume import STATE
+from lightning_ft.modules.sharded_strategy import adopt
 from lightning_ft.modules.tokenizer import ModuleTokenizer
 from lightning_ft.modules.trainer_checks import (
     check_callbacks,
@@ -253,14 +254,22 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
             raise ModelError("No parameter of the model is trainable.")
         if self.sharded:
             self._warn_misfits()
-            assert self._device_mesh is not None
-            shard(base_of(self.model), self._device_mesh)
+            self.shard(base_of(self.model))
         self._logprob_model = LogProbModel(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
 
     @property
     def sharded(self) -> bool:
         """Whether the strategy shards the weights (FSDP2)."""
         return getattr(self, "_device_mesh", None) is not None
+
+    def shard(self, base: PreTrainedModel) -> None:
+        """Shard a model as the strategy and the precision of the Trainer say.
+
+        Args:
+            base: The module's model or a copy of it, with its adapters if any.
+        """
+        assert self._device_mesh is not None
+        shard(base, self._device_mesh, "32-true" if self._trainer is None else str(self._trainer.precision))
 
     def _load_base(self) -> PreTrainedModel:
         model = self._model_argument[0]
@@ -317,15 +326,12 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
     # ---------------------------------------------------------------- training
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse callbacks that would change weights before they are loaded."""
+        """Refuse callbacks that would change weights before they are loaded, and strategies that can't train these."""
         check_callbacks(self.trainer, self)
-        return cast("list[Any]", super().configure_callbacks())
-
-    def setup(self, stage: str) -> None:
-        """Refuse a strategy that these modules can't train with."""
-        super().setup(stage)
-        if stage == "fit":
+        adopt(self.trainer.strategy)
+        if self.trainer.state.fn == "fit":
             check_strategy(self.trainer.strategy)
+        return cast("list[Any]", super().configure_callbacks())
 
     def on_fit_start(self) -> None:
         """Refuse rows and bases that would train silently wrong, and report what is trained."""

@@ -14,35 +14,38 @@ from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.router import OwnLoss
+from lightning_ft.modules.sharded_strategy import ShardedStrategy
 
 _SAMPLED_WEIGHTS = 4096  # of each tensor
 
 
 def check_strategy(strategy: Any) -> None:
-    """Refuse a strategy that these modules can't train with, before any weight is loaded.
+    """Refuse a strategy that these modules can't train with, before its processes communicate.
 
     Args:
         strategy: The Trainer's strategy.
 
     Raises:
-        ConfigError: For DeepSpeed, tensor parallelism and checkpoints that are spread over files; one error lists all
+        ConfigError: For DeepSpeed, and for sizes of a ModelParallelStrategy that don't fit; one error lists all
             arguments to change.
     """
     if "DeepSpeed" in type(strategy).__name__:
         raise ConfigError(
-            "DeepSpeed keeps its gradients to itself, so the token-weighted mean can't be formed: use DDP or "
-            "ModelParallelStrategy (FSDP2)."
+            "DeepSpeed divides and reduces gradients by itself, while the loss of a step is a mean over the tokens of "
+            "all its micro-batches and ranks. It would take the number of these tokens before the first of its "
+            "backward passes, and checkpoints of trainable weights in DeepSpeed's format. Use ModelParallelStrategy() "
+            "(FSDP2), which shards weights, gradients and optimizer states as ZeRO-3 does, or DDP."
         )
+    tensor, data = (getattr(strategy, f"_{name}_parallel_size", 1) for name in ("tensor", "data"))
     problems = []
-    if getattr(strategy, "_tensor_parallel_size", 1) != 1:
-        problems.append("tensor parallelism isn't supported")
-    if getattr(strategy, "_save_distributed_checkpoint", False):
-        problems.append("checkpoints hold trainable weights only, which checkpoints spread over files can't")
+    if tensor != 1:
+        problems.append(f"tensor_parallel_size={tensor}, but tensor parallelism isn't supported")
+    if isinstance(strategy, ShardedStrategy) and data != (ranks := strategy.num_nodes * strategy.num_processes):
+        problems.append(f"data_parallel_size={data}, but the Trainer has {ranks} processes")
     if problems:
         raise ConfigError(
-            f"{type(strategy).__name__}: {', and '.join(problems)}. Pass "
-            f"ModelParallelStrategy(data_parallel_size={strategy.num_nodes * strategy.num_processes}, "
-            "tensor_parallel_size=1, save_distributed_checkpoint=False)."
+            f"{type(strategy).__name__}: {', and '.join(problems)}. Leave both arguments out: every process is then "
+            "part of the data parallelism."
         )
 
 

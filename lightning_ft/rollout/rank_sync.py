@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from lightning_ft.distributed import rank_and_world_size
 from lightning_ft.errors import ConfigError, RolloutError
-from lightning_ft.models.head import CausalLM, base_of, input_device
-from lightning_ft.models.shard import is_sharded
+from lightning_ft.models.head import CausalLM, input_device
+from lightning_ft.models.shard import is_sharded, reshard
 
 
 class RankSync:
@@ -70,14 +69,8 @@ class RankSync:
             idle()
 
     def release(self) -> None:
-        """Free the gathered weights of the root module.
-
-        FSDP2 keeps them for a backward pass, but none follows a generation: they would take memory, and be used by a
-        pass after the weights have changed.
-        """
-        base = base_of(self._model)
-        if isinstance(base, FSDPModule):
-            base.reshard()
+        """Free gathered weights that FSDP2 keeps for a backward pass: none follows a generation."""
+        reshard(self._model)
 
     def _count_running(self, running: int) -> Tensor:
         """Count the ranks that are about to run a pass; `running` is 1 on those, 0 on the others."""
