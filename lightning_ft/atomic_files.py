@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
 import shutil
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -114,6 +116,36 @@ def is_temporary_path(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None
 
 
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename a folder to `path`, and remove what had that name.
+
+    Linux exchanges the two in one step. Elsewhere there is none for folders, so for a moment neither has the name.
+
+    Args:
+        new: A complete folder, in the folder of `path`.
+        path: Its name from now on.
+    """
+    if path.exists():
+        if not _exchange(new, path):
+            aside = temporary_path(path.parent)
+            os.replace(path, aside)
+            os.replace(new, path)
+            new = aside
+        remove(new)
+    else:
+        os.replace(new, path)
+    flush_to_disk(path.parent, deep=False)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders in one step; False where the system can't."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder if possible; do nothing if it doesn't exist."""
     _IN_USE.discard(path.name)
@@ -200,6 +232,7 @@ __all__ = [
     "temporary_path",
     "remove",
     "remove_leftovers",
+    "replace_folder",
     "write_failure",
     "write_json",
     "write_text",

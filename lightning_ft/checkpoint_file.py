@@ -80,7 +80,7 @@ def read_checkpoint(
         except pickle.UnpicklingError as error:
             raise CheckpointError(_why_refused(name, error)) from error
         except Exception as error:  # a malformed file can make the unpickler raise anything
-            raise _damaged(name, first_line(error)) from error
+            raise damaged(name, first_line(error)) from error
     _check_content(checkpoint, name, from_trainer=from_trainer)
     return cast("dict[str, Any]", checkpoint)
 
@@ -204,7 +204,13 @@ def _name(source: Source) -> str:
     return str(source) if isinstance(source, (str, Path)) else str(getattr(source, "name", "an open file"))
 
 
-def _damaged(name: str, reason: str) -> CheckpointError:
+def damaged(name: str, reason: str) -> CheckpointError:
+    """Error for a checkpoint that isn't intact.
+
+    Args:
+        name: Path or URL of the checkpoint.
+        reason: What is wrong with it.
+    """
     return CheckpointError(f"The checkpoint {name!r} is damaged or isn't a checkpoint ({reason}). {_REMEDY}")
 
 
@@ -214,15 +220,15 @@ def _check_whole(file: Path | IO[bytes], name: str) -> None:
         if not zipfile.is_zipfile(file):  # a zip archive ends with its directory
             if _size(file) == 0:
                 raise CheckpointError(f"The checkpoint {name!r} is empty. {_REMEDY}")
-            raise _damaged(name, "it isn't a zip archive, the format that torch writes, or its end is missing")
+            raise damaged(name, "it isn't a zip archive, the format that torch writes, or its end is missing")
         if isinstance(file, Path):  # checking a remote file would transfer it twice
             with zipfile.ZipFile(file) as archive:
                 if (member := archive.testzip()) is not None:
-                    raise _damaged(name, f"the checksum of {member!r} doesn't match")
+                    raise damaged(name, f"the checksum of {member!r} doesn't match")
     except CheckpointError:
         raise
     except Exception as error:  # zipfile raises many types for damaged archives
-        raise _damaged(name, first_line(error)) from error
+        raise damaged(name, first_line(error)) from error
     if not isinstance(file, Path):
         file.seek(0)
 
@@ -234,7 +240,7 @@ def _size(file: Path | IO[bytes]) -> int:
 def _why_refused(name: str, error: pickle.UnpicklingError) -> str:
     match = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(error))
     if match is None:
-        return str(_damaged(name, first_line(error)))
+        return str(damaged(name, first_line(error)))
     return (
         f"The checkpoint {name!r} contains {match[1] or match[2]}, which is neither a tensor nor a plain value and "
         "could run code, so nothing was loaded. If you trust its author and need that object, allow it by name with "
@@ -266,6 +272,7 @@ __all__ = [
     "VERSION",
     "Source",
     "checked_file",
+    "damaged",
     "local_file",
     "local_path",
     "read_checkpoint",

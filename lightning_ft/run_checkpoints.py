@@ -13,6 +13,7 @@ from typing import Any
 from lightning_ft.atomic_files import is_temporary_path
 from lightning_ft.checkpoint_file import local_path, read_checkpoint
 from lightning_ft.errors import CheckpointNotFoundError
+from lightning_ft.sharded_checkpoint import is_sharded_checkpoint, open_sharded_checkpoint
 
 LAST, BEST = "last", "best"
 
@@ -29,8 +30,7 @@ def find_checkpoint(trainer: Any, name: str) -> Path:
         CheckpointError: If the newest one can't be read.
     """
     searched = searched_files(trainer)
-    found = [path for root, pattern in searched for path in root.glob(pattern) if path.is_file()]
-    found = [path for path in found if not is_temporary_path(path)]
+    found = [path for root, pattern in searched for path in root.glob(pattern) if _is_checkpoint(path)]
     looked = ", ".join(repr(str(root / pattern)) for root, pattern in searched)
     if not found:
         raise CheckpointNotFoundError(
@@ -66,9 +66,14 @@ def _default(trainer: Any) -> tuple[Path, str]:
     return root, "*/checkpoints/*.ckpt"
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return (path.is_file() or is_sharded_checkpoint(path)) and not is_temporary_path(path)
+
+
 def _best(last: Path) -> Path:
     """The checkpoint that the run which wrote another one had found to be its best by then."""
-    states = read_checkpoint(last).get("callbacks", {}).values()
+    header = open_sharded_checkpoint(last).rest if is_sharded_checkpoint(last) else read_checkpoint(last)
+    states = header.get("callbacks", {}).values()
     named = [path for state in states if isinstance(state, Mapping) and (path := state.get("best_model_path"))]
     if not named:
         raise CheckpointNotFoundError(
@@ -76,7 +81,7 @@ def _best(last: Path) -> Path:
             "ckpt_path='last', or pass the path of a checkpoint."
         )
     for path in (Path(named[0]), last.parent / Path(named[0]).name):  # the folder may have been moved
-        if path.is_file():
+        if _is_checkpoint(path):
             return path
     raise CheckpointNotFoundError(
         f"ckpt_path='best': {str(last)!r} names {named[0]!r} as the best checkpoint of its run, which doesn't exist. "

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import warn_of_late_import
 from lightning_ft.arguments import unknown_argument
-from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
@@ -40,13 +39,13 @@ from lightning_ft.models.optim import (
 from lightning_ft.models.router import OwnLoss, find_own_loss
 from lightning_ft.models.shard import shard
 from lightning_ft.modules.averaging import AveragedWeights
-from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_code_of_checkpoint, refuse_other_shapes
+from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_code_of_checkpoint
 from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.evaluation import EvaluatedModule
 from lightning_ft.modules.optimization import OptimizedModule
 from lightning_ft.modules.options import ModelOptions, OptimizerOptions, Unpack
 from lightning_ft.modules.resume import STATE
-from lightning_ft.modules.sharded_strategy import adopt
+from lightning_ft.modules.sharded_strategy import adopt, refuse_other_names, refuse_other_shapes
 from lightning_ft.modules.tokenizer import ModuleTokenizer
 from lightning_ft.modules.trainer_checks import (
     check_callbacks,
@@ -56,6 +55,7 @@ from lightning_ft.modules.trainer_checks import (
     warn_slow_precision,
 )
 from lightning_ft.rewards.function import OnNonFinite
+from lightning_ft.sharded_checkpoint import read_any_checkpoint
 from lightning_ft.signatures import complete
 from lightning_ft.types import Message, Request
 
@@ -402,7 +402,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         """Check that the checkpoint fits before anything is loaded from it.
 
         Raises:
-            ModelError: If the checkpoint lacks trainable weights, or has others.
+            CheckpointError: If the checkpoint lacks trainable weights, or has others.
         """
         if (tokenizer := checkpoint.get(STATE, {}).get("tokenizer")) is not None:
             predicts = self._trainer is None or self._trainer.state.fn == "predict"
@@ -410,26 +410,22 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         self.configure_model()
         self._follow_tokenizer()
         # ModelParallelStrategy has already taken the weights out, and loads them itself.
-        expected, saved = self._trainable_names(), set(checkpoint.get("state_dict", self._trainable_names()))
-        if expected != saved:
-            missing, unknown = sorted(expected - saved), sorted(saved - expected)
-            raise ModelError(
-                f"The checkpoint doesn't fit this module: it lacks {len(missing)} trainable weights (first: "
-                f"{missing[:3]}), and {len(unknown)} of its weights are not trainable here (first: {unknown[:3]}). Use "
-                "the model and lora settings of the run that wrote it."
-            )
+        trainable = self._trainable_names()
+        refuse_other_names(trainable, set(checkpoint.get("state_dict", trainable)))
         self.fill_frozen_averages(checkpoint)
-        refuse_other_shapes(self, checkpoint.get("state_dict", {}))
+        refuse_other_shapes(self, {name: w.shape for name, w in checkpoint.get("state_dict", {}).items()})
         self.load_resume_state(checkpoint)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Load the trainable weights of a checkpoint into this module, outside of a Trainer.
 
+        Args:
+            path: Path or URL of a checkpoint file, or the folder of a sharded one.
+
         Raises:
-            CheckpointError: If it can't be read.
-            ModelError: If it doesn't fit.
+            CheckpointError: If it can't be read, or doesn't fit.
         """
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_any_checkpoint(path, optimizers=False)
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
 

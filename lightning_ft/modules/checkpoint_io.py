@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-from torch import Tensor, nn
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from lightning_ft._lightning import LightningModule, TorchCheckpointIO, restricted_classmethod
 from lightning_ft.atomic_files import is_temporary_path
@@ -17,19 +15,26 @@ from lightning_ft.checkpoint_file import (
     checked_file,
     local_file,
     local_path,
-    read_checkpoint,
     refuse_pickle,
     write_checkpoint,
 )
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import CheckpointError, ConfigError
+from lightning_ft.modules.sharded_strategy import ShardedStrategy, refuse_other_shapes
+from lightning_ft.sharded_checkpoint import (
+    ShardedCheckpoint,
+    as_file,
+    is_sharded_checkpoint,
+    open_sharded_checkpoint,
+    read_any_checkpoint,
+)
 
 if TYPE_CHECKING:
     from torch.serialization import MAP_LOCATION as MapLocation
 
     from lightning_ft._lightning import CheckpointIO
 
-
+Content = TypeVar("Content", dict[str, Any], ShardedCheckpoint, dict[str, Any] | ShardedCheckpoint)
 _PASSED_BY_CALLER: ContextVar[frozenset[str] | None] = ContextVar("_PASSED_BY_CALLER", default=None)
 """Arguments that the caller of `load_from_checkpoint` passed; None outside it."""
 
@@ -102,29 +107,34 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if self._inner is not None:
             checkpoint: dict[str, Any] = self._inner.load_checkpoint(path, **_data_only(self._inner))
             return checkpoint
-        return self.whole(path, map_location)[1]
+        return self.whole(path, lambda path: read_any_checkpoint(path, map_location, from_trainer=True))[1]
 
-    def whole(self, path: str | Path, map_location: MapLocation = "cpu") -> tuple[str | Path, dict[str, Any]]:
+    def whole(self, path: str | Path, read: Callable[[str | Path], Content]) -> tuple[str | Path, Content]:
         """The path of a checkpoint, or of another in its place, and its content.
+
+        Args:
+            path: Path or URL of the checkpoint.
+            read: Function that reads it.
 
         Raises:
             CheckpointError: If neither it nor another can be read.
         """
         try:
-            return path, self._read(path, map_location)
+            return path, self._read(path, read)
         except CheckpointError as error:
             for other in self._others(path):
                 try:
-                    checkpoint = self._read(other, map_location)
+                    checkpoint = self._read(other, read)
                 except CheckpointError:
                     continue
                 rank_zero_warn(f"{error} The newest whole checkpoint of the run is used instead: {str(other)!r}.")
                 return other, checkpoint
             raise
 
-    def _read(self, path: str | Path, map_location: MapLocation) -> dict[str, Any]:
-        checkpoint = read_checkpoint(path, map_location, from_trainer=True)
-        if self._trainer.state.fn == "fit" and not _is_resumable(checkpoint):
+    def _read(self, path: str | Path, read: Callable[[str | Path], Content]) -> Content:
+        checkpoint = read(path)
+        content = checkpoint.rest if isinstance(checkpoint, ShardedCheckpoint) else checkpoint
+        if self._trainer.state.fn == "fit" and not _is_resumable(content):
             raise CheckpointError(
                 f"The checkpoint {str(path)!r} contains weights only (save_weights_only=True), or an incomplete state "
                 "of a run, so training can't resume from it: load it with load_checkpoint() of the module, and fit "
@@ -139,7 +149,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         writes such files into its folder.
         """
         broken = local_path(path)
-        if broken is None or not broken.is_file():
+        if broken is None or not (broken.is_file() or is_sharded_checkpoint(broken)):
             return
         for callback in self._trainer.callbacks:
             folder = getattr(callback, "dirpath", None)
@@ -147,8 +157,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 continue
             last = re.escape(getattr(callback, "CHECKPOINT_NAME_LAST", "last"))
             if re.match(rf"{last}(-|$)", broken.stem) or broken.stem == getattr(callback, "filename", None):
-                others = [p for p in broken.parent.glob("*.ckpt") if p.is_file() and not is_temporary_path(p)]
-                others = [p for p in others if not p.samefile(broken)]
+                others = [p for p in broken.parent.glob("*.ckpt") if p.is_file() or is_sharded_checkpoint(p)]
+                others = [p for p in others if not is_temporary_path(p) and not p.samefile(broken)]
                 yield from sorted(others, key=lambda p: (p.stat().st_mtime, p.name), reverse=True)
                 return
 
@@ -163,24 +173,6 @@ def _is_resumable(checkpoint: Mapping[str, Any]) -> bool:
         and isinstance(schedulers, Sequence)
         and isinstance(checkpoint.get("loops", {}).get("fit_loop"), Mapping)
     )
-
-
-def refuse_other_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights whose shape differs from that of the parameter of the same name.
-
-    Args:
-        module: Module that the weights are loaded into.
-        weights: Weights by name.
-
-    Raises:
-        CheckpointError: With the first such weight.
-    """
-    for name, parameter in module.named_parameters():
-        if name in weights and weights[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"The checkpoint doesn't fit this module: {name} is {tuple(weights[name].shape)} in it and "
-                f"{tuple(parameter.shape)} here. Use the model and lora settings of the run that wrote it."
-            )
 
 
 def _data_only(plugin: CheckpointIO) -> dict[str, bool]:
@@ -212,13 +204,20 @@ def use_atomic_files(trainer: Any) -> None:
 
 
 def _check_before_loading(strategy: Any, io: WholeCheckpointIO) -> None:
-    """Let a strategy that loads sharded weights, bypassing its plugin, load only a checked file."""
+    """Let a strategy that loads sharded weights, bypassing its plugin, load only a checked file or folder."""
     load = strategy.load_checkpoint
+
+    def read(path: str | Path) -> dict[str, Any] | ShardedCheckpoint:
+        if isinstance(strategy, ShardedStrategy) and is_sharded_checkpoint(path):
+            return open_sharded_checkpoint(path, together=True)
+        return read_any_checkpoint(path, from_trainer=True)
 
     def checked(checkpoint_path: str | Path, weights_only: bool | None = None) -> object:
         refuse_pickle(weights_only)
-        path, checkpoint = io.whole(checkpoint_path)
-        refuse_other_shapes(strategy.lightning_module, checkpoint["state_dict"])
+        path, checkpoint = io.whole(strategy.broadcast(checkpoint_path), read)
+        if isinstance(checkpoint, ShardedCheckpoint):
+            return strategy.load_sharded(checkpoint)
+        refuse_other_shapes(strategy.lightning_module, {n: w.shape for n, w in checkpoint["state_dict"].items()})
         with local_file(path) as file:
             return load(file)
 
@@ -246,7 +245,7 @@ class CheckpointedModule(LightningModule):
         """Build a module from the arguments and weights of a checkpoint.
 
         Args:
-            checkpoint_path: Path, URL or open file of the checkpoint.
+            checkpoint_path: Path, URL or open file of the checkpoint; a folder if a sharded model wrote it.
             map_location: Device of the weights, as in `torch.load`.
             hparams_file: YAML or CSV file with arguments of the module, which override the checkpoint's.
             strict: Not used: a checkpoint must have exactly the module's trainable weights.
@@ -260,9 +259,10 @@ class CheckpointedModule(LightningModule):
                 imported, and that argument isn't passed.
         """
         required = "model" if hparams_file is None else None
-        with checked_file(
-            checkpoint_path, weights_only, kept="hyper_parameters", required=required, arguments=kwargs
-        ) as file:
+        with (
+            as_file(checkpoint_path) as source,
+            checked_file(source, weights_only, kept="hyper_parameters", required=required, arguments=kwargs) as file,
+        ):
             token = _PASSED_BY_CALLER.set(frozenset(kwargs))
             try:
                 return super().load_from_checkpoint(file, map_location, hparams_file, strict, **kwargs)

@@ -1,14 +1,27 @@
-"""What Lightning's ModelParallelStrategy leaves to its users: data parallelism by default, one reduction of gradients
-per accumulation window, and checkpoints of trainable weights only, which any number of ranks can resume from."""
+"""What Lightning's ModelParallelStrategy leaves to its users.
+
+That is data parallelism by default, one reduction of gradients per accumulation window, and checkpoints of trainable
+weights only, which any number of ranks can resume from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_ft._lightning import _pl
-from lightning_ft.models.shard import gradients_kept_apart
+from lightning_ft.checkpoint_file import local_path
+from lightning_ft.errors import CheckpointError, ConfigError
+from lightning_ft.models.numerics import first_nonfinite
+from lightning_ft.models.shard import gradients_kept_apart, reshard
+from lightning_ft.sharded_checkpoint import ShardedCheckpoint, write_sharded_checkpoint
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import ModelParallelStrategy
@@ -25,6 +38,144 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         with gradients_kept_apart(self.model):
             yield
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        """Trainable weights: each rank's shards of them, or for a checkpoint in one file all of them on rank 0.
+
+        Lightning's own includes the frozen base, which would be gathered, or copied, and then left out.
+        """
+        weights = self._trained()
+        if self._save_distributed_checkpoint:
+            return weights
+        found = {}
+        for name, weight in weights.items():
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if self.is_global_zero:
+                found[name] = whole.cpu()
+        return found
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of an optimizer, with names of parameters in a sharded checkpoint, and as in Lightning in a file."""
+        if not self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        names = {id(parameter): name for name, parameter in self._parameters()}
+        groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+        return {"state": {names[id(p)]: dict(v) for p, v in optimizer.state.items()}, "param_groups": groups}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: object = None) -> None:
+        """Write a checkpoint; with ``save_distributed_checkpoint=True`` a folder, see `sharded_checkpoint`.
+
+        Raises:
+            ConfigError: For a folder that isn't in a file system.
+            FileWriteError: If it can't be written; an earlier one of its name is still there.
+        """
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = local_path(self.broadcast(str(filepath)))
+        if path is None or storage_options is not None:
+            raise ConfigError(
+                f"The checkpoint {str(filepath)!r} isn't in a file system that all ranks share, where each of them "
+                "could write its part: choose another `dirpath`, or ModelParallelStrategy("
+                "save_distributed_checkpoint=False), which gathers trainable weights on rank 0 and writes one file."
+            )
+        write_sharded_checkpoint(checkpoint, path)
+
+    def load_sharded(self, checkpoint: ShardedCheckpoint) -> dict[str, Any]:
+        """Load weights and states of optimizers, each rank its own shards, whatever number of ranks wrote them.
+
+        Returns:
+            The rest of the checkpoint.
+
+        Raises:
+            CheckpointError: If it doesn't fit the module or its optimizers, or holds weights that are not finite.
+        """
+        weights = self._trained()
+        refuse_other_names(set(weights), set(checkpoint.shapes))
+        refuse_other_shapes(self.lightning_module, checkpoint.shapes)
+        into: dict[str, Tensor] = {f"state_dict.{name}": weight for name, weight in weights.items()}
+        loaded = [self._optimizer_state(checkpoint, *each, into) for each in enumerate(self.optimizers)]
+        checkpoint.load(into)
+        for optimizer, state in zip(self.optimizers, loaded, strict=True):
+            optimizer.load_state_dict(state)
+        if (name := first_nonfinite(weights.items())) is not None:
+            raise CheckpointError(
+                f"The checkpoint's weight {name} holds values that are not finite, so every output would be NaN: use "
+                "an earlier checkpoint."
+            )
+        return {key: value for key, value in checkpoint.rest.items() if key != "state_dict"}
+
+    def _optimizer_state(
+        self, checkpoint: ShardedCheckpoint, index: int, optimizer: Optimizer, into: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """State that the optimizer will load; its tensors, sharded like their weights, are added to `into`."""
+        saved = checkpoint.rest["optimizer_states"][index]
+        names = {id(parameter): name for name, parameter in self._parameters()}
+        groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        if groups != [group["params"] for group in saved["param_groups"]]:
+            raise CheckpointError(
+                f"The checkpoint {str(checkpoint.path)!r} was written with other parameter groups of the optimizer. "
+                "Use the optimizer of the run that wrote it, or load the weights alone with load_checkpoint()."
+            )
+        parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+        number = {name: i for i, name in enumerate(name for group in groups for name in group)}
+        state: dict[int, dict[str, Any]] = {number[name]: dict(plain) for name, plain in saved["state"].items()}
+        for (name, entry), key in checkpoint.optimizer_tensors(index).items():
+            stored, parameter = checkpoint.tensors[key], parameters[name]
+            dtype = stored.properties.dtype
+            alike = stored.size == parameter.shape
+            into[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(stored.size, dtype=dtype)
+            state.setdefault(number[name], {})[entry] = into[key]
+        numbered = [{**group, "params": [number[n] for n in group["params"]]} for group in saved["param_groups"]]
+        return {"state": state, "param_groups": numbered}
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and shards of all parameters."""
+        module = cast(nn.Module, self.lightning_module)
+        reshard(module)
+        return module.named_parameters()
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._parameters() if parameter.requires_grad}
+
+
+def refuse_other_names(expected: set[str], saved: set[str]) -> None:
+    """Refuse a checkpoint whose weights aren't the trainable ones of the module.
+
+    Args:
+        expected: Names of the module's trainable weights.
+        saved: Names of the checkpoint's weights.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    if expected != saved:
+        missing, unknown = sorted(expected - saved), sorted(saved - expected)
+        raise CheckpointError(
+            f"The checkpoint doesn't fit this module: it lacks {len(missing)} trainable weights (first: "
+            f"{missing[:3]}), and {len(unknown)} of its weights are not trainable here (first: {unknown[:3]}). Use "
+            "the model and lora settings of the run that wrote it."
+        )
+
+
+def refuse_other_shapes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse weights whose shape differs from that of the parameter of the same name.
+
+    Args:
+        module: Module that the weights are loaded into.
+        shapes: Shapes of the weights by name.
+
+    Raises:
+        CheckpointError: With the first such weight.
+    """
+    for name, parameter in module.named_parameters():
+        if name in shapes and shapes[name] != parameter.shape:
+            raise CheckpointError(
+                f"The checkpoint doesn't fit this module: {name} is {tuple(shapes[name])} in it and "
+                f"{tuple(parameter.shape)} here. Use the model and lora settings of the run that wrote it."
+            )
 
 
 def adopt(strategy: Any) -> None:

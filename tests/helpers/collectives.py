@@ -24,13 +24,10 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func._opname:
+        sends = any(word in func._opname for word in ("gather", "reduce", "scatter", "broadcast", "all_to_all"))
+        if func.namespace in ("c10d", "_c10d_functional") and sends:
             tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, torch.Tensor)]
             if tensors:
                 largest = max(tensors, key=torch.Tensor.numel)
                 self.seen.append(Collective(func._opname, largest.dtype, largest.numel()))
         return out
-
-    def named(self, part):
-        """Those whose name contains `part`, such as ``reduce_scatter`` or ``allgather``."""
-        return [one for one in self.seen if part in one.name.replace("_", "")]

@@ -6,6 +6,7 @@ from tiny import make_model
 
 from lightning_ft._lightning import _pl
 from lightning_ft.errors import ConfigError
+from lightning_ft.modules.sharded_strategy import ShardedStrategy, adopt
 from lightning_ft.modules.trainer_checks import check_strategy, warn_slow_precision
 
 
@@ -15,26 +16,55 @@ def sharded(**options):
     return strategy
 
 
+def checked(strategy):
+    adopt(strategy)
+    check_strategy(strategy)
+    return strategy
+
+
 def test_trainer_checks_list_all_problems():
     with pytest.raises(ConfigError) as error:
-        check_strategy(sharded())
-    assert "tensor parallelism isn't supported, and checkpoints" in str(error.value)
-    assert "data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False" in str(error.value)
+        checked(sharded(data_parallel_size=3, tensor_parallel_size=2))
+    assert "tensor_parallel_size=2, but tensor parallelism isn't supported, and data_parallel_size=3" in str(
+        error.value
+    )
+    assert "the Trainer has 2 processes. Leave both arguments out" in str(error.value)
 
 
 def test_trainer_checks_name_a_single_problem():
-    with pytest.raises(ConfigError, match=r"^ModelParallelStrategy: checkpoints hold"):
-        check_strategy(sharded(tensor_parallel_size=1))
-    check_strategy(sharded(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False))
-    check_strategy(_pl.strategies.DDPStrategy())
+    with pytest.raises(ConfigError, match=r"^ModelParallelStrategy: tensor_parallel_size=2, but.* supported\. Leave"):
+        checked(sharded(data_parallel_size=2, tensor_parallel_size=2))
+    checked(_pl.strategies.DDPStrategy())
 
 
-def test_deepspeed_is_refused():
+@pytest.mark.parametrize("options", [{}, {"tensor_parallel_size": 1}, {"data_parallel_size": 2}])
+def test_adopted_strategy_shares_weights_among_all_ranks(options):
+    strategy = checked(sharded(**options))
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (2, 1)
+
+
+def test_adopted_strategy_keeps_methods_of_the_users_own():
+    class Own(_pl.strategies.ModelParallelStrategy):
+        def barrier(self, name=None):
+            return "mine"
+
+    strategy = Own()
+    strategy.parallel_devices = [torch.device("cpu")]
+    adopt(strategy)
+    adopt(strategy)
+    assert isinstance(strategy, Own)
+    assert isinstance(strategy, ShardedStrategy)
+    assert type(strategy).__name__ == "Own"
+    assert strategy.barrier() == "mine"
+
+
+def test_deepspeed_is_refused_with_what_it_would_take():
     class DeepSpeedStrategy:
         pass
 
-    with pytest.raises(ConfigError, match="DeepSpeed keeps its gradients"):
+    with pytest.raises(ConfigError, match="It would take the number of these tokens before") as error:
         check_strategy(DeepSpeedStrategy())
+    assert "ModelParallelStrategy()" in str(error.value)
 
 
 @pytest.mark.parametrize(
