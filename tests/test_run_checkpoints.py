@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny import make_rows
 
 from lightning_ft._lightning import Trainer
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.errors import CheckpointNotFoundError
 from lightning_ft.run_checkpoints import find_checkpoint
+from lightning_ft.sharded_checkpoint import write_sharded_checkpoint
 
 
 @pytest.fixture
@@ -60,6 +62,21 @@ def test_export_writes_best_checkpoint(command, capsys):
     command("fit")
     command("export", "--ckpt_path=best", "--output=out")
     assert Path("out", "adapter_model.safetensors").is_file()
+
+
+def test_export_reads_checkpoint_of_a_sharded_model(command):
+    command("fit")
+    (file,) = Path("runs").rglob("*.ckpt")
+    command("export", f"--ckpt_path={file}", "--output=from_file")
+    checkpoint = torch.load(file, weights_only=True)
+    del checkpoint["optimizer_states"]  # which would name parameters in a sharded one
+    file.unlink()
+    write_sharded_checkpoint(checkpoint, file)
+    for name in ("last", "best"):
+        command("export", f"--ckpt_path={name}", f"--output={name}")
+        expected, found = (load_file(Path(folder, "adapter_model.safetensors")) for folder in ("from_file", name))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
 def test_fit_resumes_from_last_checkpoint_and_starts_without_one(command):
