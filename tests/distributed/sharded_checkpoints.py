@@ -1,6 +1,7 @@
-"""Checkpoints of a sharded model, which its strategy loads: `python sharded_checkpoints.py MODEL OUT`."""
+"""Checkpoints of a sharded model, which its strategy loads: `python sharded_checkpoints.py MODEL OUT file|folder`."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,10 +23,8 @@ class Code:
         return os.system, ("touch ran",)
 
 
-def fit(model, steps, ckpt_path=None):
-    strategy = _pl.strategies.ModelParallelStrategy(
-        data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False, process_group_backend="gloo"
-    )
+def fit(model, steps, kind, ckpt_path=None):
+    strategy = _pl.strategies.ModelParallelStrategy(save_distributed_checkpoint=kind == "folder")
     checkpointing = _pl.callbacks.ModelCheckpoint(
         dirpath="k", save_last=True, every_n_train_steps=1, save_top_k=-1, filename="{step}"
     )
@@ -46,20 +45,34 @@ def fit(model, steps, ckpt_path=None):
     return {name: p.full_tensor().detach().clone() for name, p in module.named_parameters()}
 
 
-def main(model, out):
+def damage(last, kind):
+    """Cut a checkpoint in half, or put code in place of its weights; returns its content if it is a file."""
+    if kind == "file":
+        content = last.read_bytes()
+        torch.save({"state_dict": Code()}, last)
+        return content
+    shards = last / "__0_0.distcp"
+    shards.write_bytes(shards.read_bytes()[:-100])
+    return None
+
+
+def main(model, out, kind):
     torch.set_num_threads(1)
     os.chdir(out)
-    uninterrupted = fit(model, 3)
-    last = Path("k/last.ckpt")
-    content = last.read_bytes()
-    Path("k/step=3.ckpt").unlink()
-    torch.save({"state_dict": Code()}, last)
-    resumed = fit(model, 3, "last")
+    uninterrupted = fit(model, 3, kind)
+    last, newest = Path("k/last.ckpt"), Path("k/step=3.ckpt")
+    content = damage(last, kind)
+    shutil.rmtree(newest) if newest.is_dir() else newest.unlink()
+    resumed = fit(model, 3, kind, "last")
     print("same", all(torch.equal(value, resumed[name]) for name, value in uninterrupted.items()))
-    Path("some.ckpt").write_bytes(content[: len(content) // 2])
+    if content is not None:
+        Path("some.ckpt").write_bytes(content[: len(content) // 2])
+    else:
+        shutil.copytree("k/step=2.ckpt", "some.ckpt")
+        damage(Path("some.ckpt"), kind)
     for path in ("some.ckpt", "k"):
         try:
-            fit(model, 4, path)
+            fit(model, 4, kind, path)
         except CheckpointError as error:
             print("refused", error)
     print("ran", Path("ran").exists(), sorted(path.name for path in Path("k").iterdir()))

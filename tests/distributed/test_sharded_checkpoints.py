@@ -10,10 +10,10 @@ SCRIPT = Path(__file__).parent / "sharded_checkpoints.py"
 
 
 @pytest.mark.slow
-def test_sharded_model_resumes_from_intact_checkpoints_only(model_folder, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), model_folder, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_sharded_model_resumes_from_intact_checkpoints_only(model_folder, tmp_path, kind):
+    call = [sys.executable, str(SCRIPT), model_folder, str(tmp_path), kind]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert "same True" in lines
