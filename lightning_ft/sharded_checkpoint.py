@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from lightning_ft.atomic_files import flush_to_disk, remove, remove_leftovers, replace_folder, temporary_path
 from lightning_ft.atomic_files import write_failure as failed_write
@@ -84,7 +86,7 @@ def write_sharded_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     problem = None
     try:
         with _quiet():
-            dcp.save(tensors, storage_writer=_Writer(temporary))
+            save_tensors(tensors, storage_writer=_Writer(temporary))
         names = [file.name for file in temporary.glob(f"__{rank}_*")] + ([_METADATA] if rank == 0 else [])
         checksums = {name: _checksum(temporary / name) for name in names}
     except (CheckpointException, OSError, RuntimeError) as error:
@@ -153,7 +155,7 @@ class ShardedCheckpoint:
         """
         try:
             with _quiet(), torch.no_grad():
-                dcp.load(dict(into), storage_reader=_Reader(self.path), no_dist=alone)
+                load_tensors(dict(into), storage_reader=_Reader(self.path), no_dist=alone)
         except CheckpointException as error:
             raise damaged(str(self.path), _reason(error)) from error
 
@@ -264,14 +266,14 @@ def _numbered(
 # ---------------------------------------------------------------- files
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """Leaves the folder's temporary path out of what it writes."""
 
     def storage_meta(self) -> StorageMeta | None:
         return None
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """Reads ``.metadata`` without importing anything that it names."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -294,9 +296,11 @@ def _read_metadata(file: Path) -> Metadata:
         raise
     except Exception as error:  # a malformed pickle can raise anything
         raise damaged(str(file), first_line(error)) from error
-    described = metadata.state_dict_metadata if isinstance(metadata, Metadata) else {None: None}
-    if not all(isinstance(name, str) and isinstance(t, TensorStorageMetadata) for name, t in described.items()):
-        raise damaged(str(file), "it describes more than tensors")
+    if not isinstance(metadata, Metadata) or not all(
+        isinstance(name, str) and isinstance(stored, TensorStorageMetadata)
+        for name, stored in metadata.state_dict_metadata.items()
+    ):
+        raise damaged(str(file), "it describes something other than tensors")
     return metadata
 
 
@@ -314,7 +318,7 @@ def _open(folder: Path, rank: int, ranks: int) -> ShardedCheckpoint:
     metadata = _read_metadata(folder / _METADATA)
     if any(stored.relative_path not in checksums for stored in metadata.storage_data.values()):
         raise damaged(str(folder), f"{_METADATA} names other files")
-    return ShardedCheckpoint(folder, rest, metadata.state_dict_metadata)
+    return ShardedCheckpoint(folder, rest, cast("dict[str, TensorStorageMetadata]", metadata.state_dict_metadata))
 
 
 def _prepare(path: Path) -> str:

@@ -226,7 +226,7 @@ def active_head(base: PreTrainedModel) -> nn.Module:
     head = _outer_head(base)
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save[head.active_adapters[0]] if not head.disable_adapters else head.original_module
-    return cast(nn.Module, head)
+    return head
 
 
 def head_logits(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ModelError
 from lightning_ft.models.backbone import head_of
-from lightning_ft.models.head import register_sharded
+from lightning_ft.models.head import gathered_dtype, register_sharded
 
 _GATHERED_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -77,9 +77,9 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -
     for layer in layers:
         fully_shard(layer, mesh=data_mesh, mp_policy=policy)
     embeddings, head = base.get_input_embeddings(), head_of(base)
-    if head is not None and not _shares_weights(embeddings, head):
-        fully_shard(embeddings, mesh=data_mesh, mp_policy=policy)
-        embeddings.set_unshard_in_backward(False)  # the gradient of a lookup doesn't depend on the weights
+    if isinstance(embeddings, nn.Module) and head is not None and not _shares_weights(embeddings, head):
+        # The gradient of a lookup doesn't depend on the weights.
+        fully_shard(embeddings, mesh=data_mesh, mp_policy=policy).set_unshard_in_backward(False)
         # Its backward pass is the next thing after its forward pass, so it isn't freed in between.
         fully_shard(head, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
         register_sharded(head)
@@ -100,6 +100,31 @@ def reshard(model: nn.Module) -> None:
     """
     for part in sharded_parts(model):
         part.reshard()
+
+
+@contextmanager
+def kept_gathered(base: PreTrainedModel) -> Iterator[None]:
+    """Keep weights that the passes in the block gather until its end; each is gathered once.
+
+    Args:
+        base: Sharded model, as :func:`shard` was passed it. No weight may change in the block.
+    """
+    parts = sharded_parts(base)
+    ends: tuple[object, ...] = (base, head_of(base))
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        reshard(base)
+        for part in parts:
+            part.set_reshard_after_forward(part not in ends, recurse=False)
+
+
+def gathered_bytes(base: PreTrainedModel) -> int:
+    """Bytes of all weights of a model in the dtype that they are gathered in, in addition to the shards."""
+    size = gathered_dtype(base)
+    return sum(p.numel() * (p.element_size() if size is None else size.itemsize) for p in base.parameters())
 
 
 @contextmanager

@@ -94,7 +94,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         weights = self._trained()
         refuse_other_names(set(weights), set(checkpoint.shapes))
-        refuse_other_shapes(self.lightning_module, checkpoint.shapes)
+        refuse_other_shapes(cast(nn.Module, self.lightning_module), checkpoint.shapes)
         into: dict[str, Tensor] = {f"state_dict.{name}": weight for name, weight in weights.items()}
         loaded = [self._optimizer_state(checkpoint, *each, into) for each in enumerate(self.optimizers)]
         checkpoint.load(into)

@@ -259,7 +259,7 @@ class LocalEngine:
         shared = common_prefix(prompts) if self.share_prefix else 0
         shared = shared if prefix is None else min(prefix, shared)
         by_prompt: list[list[Completion]] = [[] for _ in prompts]
-        with evaluating(self.model):
+        with evaluating(self.model), rank_sync.gathered():
             layers, why_not = self._layers(longest + max_new_tokens)
             plan = None
             if why_not is not None:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from lightning_ft.distributed import rank_and_world_size
 from lightning_ft.errors import ConfigError, RolloutError
-from lightning_ft.models.head import CausalLM, input_device
-from lightning_ft.models.shard import is_sharded, reshard
+from lightning_ft.models.head import CausalLM, base_of, input_device
+from lightning_ft.models.memory import free_bytes
+from lightning_ft.models.shard import gathered_bytes, is_sharded, kept_gathered, reshard, sharded_parts
+from lightning_ft.rollout.decode import idle_pass
+
+
+def fits(base: PreTrainedModel) -> bool:
+    """Whether all weights of a sharded model fit into half of the memory that is free on this rank's device.
+
+    Args:
+        base: The transformers model.
+    """
+    free = free_bytes(input_device(base))
+    return free is not None and gathered_bytes(base) <= free // 2
 
 
 class RankSync:
@@ -21,6 +36,9 @@ class RankSync:
     different prompts, whose completions end after different numbers of passes. So each pass is announced: ranks that
     still generate run theirs, the others an idle one, until all ranks have finished. The ranks' batches and steps
     don't have to coincide.
+
+    Where all weights fit into memory, :meth:`gathered` gathers them once for all passes. Then ranks need not wait for
+    each other.
 
     With an unsharded model, or in a single process, the methods do nothing.
 
@@ -39,6 +57,28 @@ class RankSync:
         maxima = torch.tensor(list(numbers), device=input_device(self._model))
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         return [int(number) for number in maxima.tolist()]
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Gather all weights of a sharded model once for the passes in the block, where they fit on every rank.
+
+        They may take half of the memory that is free; the rest is for activations and the cache. Where they don't
+        fit, each pass gathers each layer.
+        """
+        base = base_of(self._model)
+        if not isinstance(base, FSDPModule) or any(self.agree([not fits(base)])):
+            yield
+            return
+        needed = self.needed
+        with kept_gathered(base):
+            idle_pass(self._model)
+            for part in sharded_parts(base):  # what a pass over text may have left out
+                part.unshard()
+            self.needed = False
+            try:
+                yield
+            finally:
+                self.needed = needed
 
     def check(self, problem: ConfigError | None) -> None:
         """Raise on every rank if the request of any rank is invalid.

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from architectures import ENDS, SIZES, make_prompts
+from collectives import Collectives
 from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -69,7 +70,7 @@ def both(engine, model, rank):
     return first, answers(engine, rank)
 
 
-def two_ranks(rank, path, name, expected):
+def two_ranks(rank, path, name, expected, fitting):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     limit = datetime.timedelta(seconds=60)
@@ -81,6 +82,12 @@ def two_ranks(rank, path, name, expected):
     found = both(engine, model, rank)
     assert found == expected[rank]
     assert found[0] != found[1]
+    with Collectives() as sent:
+        engine.generate(PROMPTS[: 1 + rank], max_new_tokens=9, sampling=Sampling(), num_completions=3)
+    gathers = len([one for one in sent.seen if "allgather" in one.name])
+    groups = SIZES["num_hidden_layers"] + 3  # embeddings, head, and the last norm
+    assert gathers == groups if fitting else gathers > 5 * SIZES["num_hidden_layers"]
+    assert all(isinstance(p, DTensor) for p in model.parameters())  # and freed
 
     with pytest.raises(ConfigError if rank else RolloutError, match="no tokens" if rank else "Another rank"):
         engine.generate([[]] if rank else PROMPTS, max_new_tokens=2)
@@ -89,13 +96,18 @@ def two_ranks(rank, path, name, expected):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["full", pytest.param("lora", marks=pytest.mark.slow), "window"])
+@pytest.mark.parametrize(
+    ("name", "fitting"),
+    [("full", True), ("full", False), pytest.param("lora", True, marks=pytest.mark.slow), ("window", False)],
+)
 @pytest.mark.filterwarnings("ignore:.*only slower")
-def test_sharded_ranks_sample_different_prompts_exactly(tmp_path, name):
+def test_sharded_ranks_sample_different_prompts_exactly(tmp_path, monkeypatch, name, fitting):
+    if not fitting:
+        monkeypatch.setattr("lightning_ft.rollout.rank_sync.free_bytes", lambda device: 1000)
     expected = []
     for rank in range(2):
         model = make(name)
         expected.append(both(LocalEngine(model, end_token_ids=ENDS, batch_size=4), model, rank))
     lengths = {len(c.tokens) for rollouts in expected[0][0] for c in rollouts.completions}
     assert len(lengths) > 4
-    mp.start_processes(two_ranks, (tmp_path / "store", name, expected), nprocs=2, start_method="fork")
+    mp.start_processes(two_ranks, (tmp_path / "store", name, expected, fitting), nprocs=2, start_method="fork")

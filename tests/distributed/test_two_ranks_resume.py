@@ -52,6 +52,7 @@ def both(method, strategy, model, folder, killed_at=None):
     [
         ("lora", "ddp", 4),
         pytest.param("lora", "fsdp", 5, marks=pytest.mark.slow),
+        pytest.param("full", "folders", 5, marks=pytest.mark.slow),
         pytest.param("dpo", "ddp", 7, marks=pytest.mark.slow),
         pytest.param("grpo", "ddp", 9, marks=pytest.mark.slow),
     ],

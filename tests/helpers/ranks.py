@@ -20,11 +20,15 @@ _STRATEGIES = {
         save_distributed_checkpoint=False,
         process_group_backend="gloo",
     ),
+    "folders": lambda: _pl.strategies.ModelParallelStrategy(),
 }
 
 
 def trainer_options(how, folder):
-    """Arguments of a quiet Trainer on one process (`one`), or on two by DDP or FSDP2 (`ddp`, `fsdp`)."""
+    """Arguments of a quiet Trainer on one process (`one`), or on two by DDP or FSDP2 (`ddp`, `fsdp`, and `folders`).
+
+    FSDP2 writes checkpoints to a file each, or with its defaults to folders.
+    """
     return {
         "accelerator": "cpu",
         "devices": 1 if how == "one" else 2,
