@@ -74,6 +74,12 @@ class Adaptation:
         """``"full"``, ``"lora"`` for a new adapter, or ``"adapter"`` for a saved one."""
         return "adapter" if self.adapter is not None else ("full" if self.lora is None else "lora")
 
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the model without what is trained stays as loaded, so that no starting adapter has to be kept."""
+        lora = self.lora
+        return self.mode == "full" or (lora is not None and not (splits_base(lora) or rounds_base(lora)))
+
     def as_json(self) -> dict[str, object] | None:
         """The new adapter's configuration as JSON values."""
         return None if self.lora is None else as_json(self.lora)

@@ -12,9 +12,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from lightning_ft.distributed import max_over_ranks
 from lightning_ft.errors import ModelError
 from lightning_ft.models.backbone import head_of
 from lightning_ft.models.head import gathered_dtype, register_sharded
+from lightning_ft.models.load_once import receive_weights
 
 _GATHERED_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -47,12 +49,14 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 
 def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -> None:
-    """Shard a model over the data-parallel dimension of a device mesh.
+    """Shard a model over the data-parallel dimension of a device mesh; all ranks must call it.
 
     Each decoder layer is a group, whose weights are gathered for its pass and freed after it. So are the embeddings and
     the head, which are the largest of all in a model with a large vocabulary: as part of the root, they would be in
     memory from the start of the forward pass to the end of the backward pass. Tied ones are, since the first and the
     last thing that a pass needs is the same tensor.
+
+    Weights that only rank 0 has loaded (`lightning_ft.models.load_once`) are sent to the others one group at a time.
 
     The root is the transformers model and not the PEFT wrapper around it, whose `generate` would not gather the
     weights.
@@ -74,16 +78,24 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -
     layers = [module for module in base.modules() if type(module).__name__ in layer_names]
     if not layers:
         raise ModelError(f"{type(base).__name__} doesn't name its layers (_no_split_modules), so it can't be sharded.")
+    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    send = max_over_ranks(int(any(p.is_meta for p in base.parameters())), device)
+
+    def share(part: nn.Module, reshard_after_forward: bool | None = None) -> FSDPModule:
+        if send:
+            receive_weights(part, device)
+        return fully_shard(part, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+
     for layer in layers:
-        fully_shard(layer, mesh=data_mesh, mp_policy=policy)
+        share(layer)
     embeddings, head = base.get_input_embeddings(), head_of(base)
     if isinstance(embeddings, nn.Module) and head is not None and not _shares_weights(embeddings, head):
         # The gradient of a lookup doesn't depend on the weights.
-        fully_shard(embeddings, mesh=data_mesh, mp_policy=policy).set_unshard_in_backward(False)
+        share(embeddings).set_unshard_in_backward(False)
         # Its backward pass is the next thing after its forward pass, so it isn't freed in between.
-        fully_shard(head, mesh=data_mesh, mp_policy=policy, reshard_after_forward=False)
+        share(head, reshard_after_forward=False)
         register_sharded(head)
-    fully_shard(base, mesh=data_mesh, mp_policy=policy)
+    share(base)
     register_sharded(base)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import InitialAdapter, needs_data
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.head import CausalLM
+from lightning_ft.models.load_once import load_once
 from lightning_ft.models.reference import Reference
 from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.options import CommonOptions, Unpack
@@ -108,6 +110,8 @@ class AdaptedFineTuning(FineTuning):
                     "of the adapter), or train every weight with lora=None."
                 )
         load: Callable[[], PreTrainedModel] | None = self._load_base
+        if self._loads_once:
+            load = partial(load_once, self._load_base)
         if isinstance(self._model_argument[0], PreTrainedModel):
             load = self._unsharded.pop if self._unsharded else None
         return Reference(

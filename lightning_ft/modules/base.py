@@ -27,6 +27,7 @@ from lightning_ft.models.generate import generate_text
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.head import CausalLM, Reduction, base_of
 from lightning_ft.models.load import LoadOptions, load_causal_lm
+from lightning_ft.models.load_once import load_once
 from lightning_ft.models.logprob_model import LogProbModel, LogProbOptions
 from lightning_ft.models.numerics import refuse_nonfinite
 from lightning_ft.models.optim import (
@@ -241,6 +242,15 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         """Load the weights, adapt them, and shard them where the strategy shards."""
         if self.model is not None:
             return
+        load = self._load_and_adapt
+        loaded = load_once(load) if self._loads_once else load()
+        self.model, self._adaptation, self._own_loss = loaded
+        if self.sharded:
+            self.shard(base_of(self.model))
+        self._logprob_model = LogProbModel(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
+
+    def _load_and_adapt(self) -> tuple[CausalLM, Adaptation, OwnLoss]:
+        """The model as it is trained, what is trained of it, and what its own loss adds."""
         base = self._load_base()
         self._check_rows(base)
         if self.model_options.gradient_checkpointing:
@@ -248,14 +258,18 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         model = self._adapt(base)
         refuse_nonfinite(model)
         self.model = model.train()
-        if base.can_generate():
-            self._own_loss = find_own_loss(self.model)
+        own_loss = find_own_loss(self.model) if base.can_generate() else OwnLoss()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ModelError("No parameter of the model is trainable.")
         if self.sharded:
-            self._warn_misfits()
-            self.shard(base_of(self.model))
-        self._logprob_model = LogProbModel(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
+            self._warn_misfits()  # which reads weights
+        return self.model, self._adaptation, own_loss
+
+    @property
+    def _loads_once(self) -> bool:
+        """Whether rank 0 loads the weights for all ranks, each of which will hold a part of them."""
+        named = isinstance(self._model_argument[0], str) and not self.model_options.trust_remote_code
+        return self.sharded and named and self._adaptation.keeps_base
 
     @property
     def sharded(self) -> bool:
