@@ -78,7 +78,8 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -
     layers = [module for module in base.modules() if type(module).__name__ in layer_names]
     if not layers:
         raise ModelError(f"{type(base).__name__} doesn't name its layers (_no_split_modules), so it can't be sharded.")
-    device = torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    on_gpu = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
     send = max_over_ranks(int(any(p.is_meta for p in base.parameters())), device)
 
     def share(part: nn.Module, reshard_after_forward: bool | None = None) -> FSDPModule:

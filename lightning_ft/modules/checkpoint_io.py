@@ -199,7 +199,8 @@ def use_atomic_files(trainer: Any) -> None:
         strategy.checkpoint_io = ours
     else:
         outer._checkpoint_io = ours  # its setter ignores a second plugin
-    if strategy.restore_checkpoint_after_setup and type(io) is TorchCheckpointIO:
+    reads_itself = isinstance(strategy, ShardedStrategy) or type(io) is TorchCheckpointIO
+    if strategy.restore_checkpoint_after_setup and reads_itself:
         _check_before_loading(strategy, ours)
 
 

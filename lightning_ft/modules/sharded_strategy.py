@@ -57,7 +57,14 @@ class ShardedStrategy(ModelParallelStrategy):
         return found
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of an optimizer, with names of parameters in a sharded checkpoint, and as in Lightning in a file."""
+        """State of an optimizer, with names of parameters in a sharded checkpoint, and as in Lightning in a file.
+
+        Raises:
+            ConfigError: For an optimizer whose state isn't sharded like its weights: each rank has a part that no other
+                knows of.
+        """
+        for parameter, values in optimizer.state.items():
+            _refuse_local_state(optimizer, parameter, values)
         if not self._save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         names = {id(parameter): name for name, parameter in self._parameters()}
@@ -139,6 +146,16 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._parameters() if parameter.requires_grad}
+
+
+def _refuse_local_state(optimizer: Optimizer, parameter: Tensor, values: Mapping[str, object]) -> None:
+    several = isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1
+    local = [n for n, v in values.items() if isinstance(v, Tensor) and not isinstance(v, DTensor) and v.ndim]
+    if several and local:
+        raise ConfigError(
+            f"optimizer={type(optimizer).__name__!r} keeps {local[0]!r} of sharded weights as a tensor of each rank, "
+            "which no checkpoint can put together: use optimizer='adamw', or DDP."
+        )
 
 
 def refuse_other_names(expected: set[str], saved: set[str]) -> None:

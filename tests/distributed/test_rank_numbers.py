@@ -10,6 +10,7 @@ from tiny import make_rows
 
 from lightning_ft import LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import Callback, Trainer, _pl
+from lightning_ft.errors import ConfigError
 from lightning_ft.sharded_checkpoint import is_sharded_checkpoint, read_any_checkpoint
 
 WITHIN = 5e-5
@@ -74,6 +75,10 @@ def on_two(rank, model, folder, port):
         with Collectives() as sent:
             trainer.save_checkpoint(folder / f"again.{kind}")
         found[kind] = sum(one.numel for one in sent.seen if one.dtype.is_floating_point)
+    state = next(iter(trainer.optimizers[0].state.values()))
+    state["quantized"] = torch.zeros(3)  # as optimizers do that know nothing of sharded weights
+    with pytest.raises(ConfigError, match="keeps 'quantized' of sharded weights as a tensor of each rank"):
+        trainer.save_checkpoint(folder / "local.ckpt")
     trainer, module = fit(model, folder, "one on two", 2, "sharded", ckpt_path=folder / "one" / "last.ckpt")
     found |= {"end": end(trainer, module), "losses": module.losses}
     torch.save(found, folder / f"rank{rank}.pt")
