@@ -243,21 +243,31 @@ def head_logits(
         dtype: Dtype of the products with a linear head; by default as in the losses.
         casts: Casts of the head's weight by dtype, which are used and added to; only for a weight that doesn't change.
     """
-    head, transform = active_head(base), logit_transform(base.config)
-    if is_plain_linear(head):
-        weight, dtype = head.weight, product_dtype(head.weight) if dtype is None else dtype
-        if weight.dtype != dtype:
-            casts = {} if casts is None else casts
-            if dtype not in casts:
-                casts[dtype] = weight.to(dtype)
-            weight = casts[dtype]
+    transform = logit_transform(base.config)
+
+    def compute(outer: nn.Module, states: Tensor) -> Tensor:
+        head = active_head(base)
+        wanted = product_dtype(head.weight) if dtype is None and is_plain_linear(head) else dtype
         with torch.autocast(states.device.type, enabled=False):  # as in the losses
-            return transform(raw_products(states.to(dtype), weight, head.bias))
-    other = getattr(head, "weight", None)
-    if isinstance(other, Tensor) and other.is_floating_point():  # packed weights take the states unchanged
-        states = states.to(other.dtype)
-    with torch.autocast(states.device.type, enabled=False):
-        return transform(head(states))
+            if is_plain_linear(head):
+                weight = _cast_once(head.weight, wanted, casts)
+                return transform(raw_products(states.to(weight.dtype), weight, head.bias))
+            other = getattr(head, "weight", None)
+            if isinstance(other, Tensor) and other.is_floating_point():  # packed weights take the states unchanged
+                states = states.to(other.dtype)
+            return transform(head(states))
+
+    return as_forward(_outer_head(base), compute, states)
+
+
+def _cast_once(weight: Tensor, dtype: torch.dtype | None, casts: dict[torch.dtype, Tensor] | None) -> Tensor:
+    """A weight in a dtype, from `casts` if it is there, where it is put otherwise."""
+    if dtype is None or weight.dtype == dtype:
+        return weight
+    casts = {} if casts is None else casts
+    if dtype not in casts:
+        casts[dtype] = weight.to(dtype)
+    return casts[dtype]
 
 
 def frozen_logits(use: Callable[[], AbstractContextManager[CausalLM]]) -> TeacherLogits:
@@ -308,7 +318,7 @@ def distill(
     """
 
     def compute(base: PreTrainedModel) -> DistillationLoss:
-        head, transform = active_head(base), logit_transform(base.config)
+        head, transform = active_head(base), logit_transform(base.config)  # of a model that isn't sharded
         arguments = (teacher_states, teacher_logits, targets)
         options: dict[str, Any] = {"transform": transform, "divergence": divergence, "beta": beta, "ce_coef": ce_coef}
         if not is_plain_linear(head):

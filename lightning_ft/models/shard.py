@@ -90,7 +90,7 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -
     for layer in layers:
         share(layer)
     embeddings, head = base.get_input_embeddings(), head_of(base)
-    if isinstance(embeddings, nn.Module) and head is not None and not _shares_weights(embeddings, head):
+    if isinstance(embeddings, nn.Module) and head is not None and _are_apart(embeddings, head):
         # The gradient of a lookup doesn't depend on the weights.
         share(embeddings).set_unshard_in_backward(False)
         # Its backward pass is the next thing after its forward pass, so it isn't freed in between.
@@ -158,5 +158,7 @@ def gradients_kept_apart(model: nn.Module) -> Iterator[None]:
             part.set_requires_gradient_sync(True, recurse=False)
 
 
-def _shares_weights(one: nn.Module, other: nn.Module) -> bool:
-    return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
+def _are_apart(embeddings: nn.Module, head: nn.Module) -> bool:
+    """Whether two modules share no weight, and none of them is part of a layer, whose weights are sharded already."""
+    weights = [*embeddings.parameters(), *head.parameters()]
+    return len({id(p) for p in weights}) == len(weights) and not any(isinstance(p, DTensor) for p in weights)

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lightning_ft.errors import ConfigError, RolloutError
-from lightning_ft.models.head import base_of
-from lightning_ft.models.shard import is_sharded, shard
+from lightning_ft.models.head import as_forward, base_of, head_logits
+from lightning_ft.models.shard import is_sharded, reshard, shard
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
 
@@ -88,6 +88,12 @@ def two_ranks(rank, path, name, expected, fitting):
     groups = SIZES["num_hidden_layers"] + 3  # embeddings, head, and the last norm
     assert gathers == groups if fitting else gathers > 5 * SIZES["num_hidden_layers"]
     assert all(isinstance(p, DTensor) for p in model.parameters())  # and freed
+
+    base, states = base_of(model), torch.rand(3, SIZES["hidden_size"])
+    with torch.no_grad():
+        logits = as_forward(base, head_logits, states)
+    reshard(base)
+    torch.testing.assert_close(logits, states @ base.lm_head.weight.full_tensor().T)
 
     with pytest.raises(ConfigError if rank else RolloutError, match="no tokens" if rank else "Another rank"):
         engine.generate([[]] if rank else PROMPTS, max_new_tokens=2)
