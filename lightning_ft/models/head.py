@@ -204,9 +204,9 @@ def is_plain_linear(module: nn.Module) -> TypeIs[nn.Linear]:
         >>> is_plain_linear(nn.Linear(1, 1)), is_plain_linear(nn.Bilinear(1, 1, 1))
         (True, False)
     """
-    kind = type(module)
+    found = type(module)
     # FSDP2 replaces the class of a module by one that derives from `FSDPModule` and the class that it had.
-    return (kind.__mro__[2] if isinstance(module, FSDPModule) else kind) is nn.Linear
+    return (found.__mro__[2] if isinstance(module, FSDPModule) else found) is nn.Linear
 
 
 def _outer_head(base: PreTrainedModel) -> nn.Module:

@@ -206,9 +206,9 @@ def adopt(strategy: Any) -> None:
     """
     if not isinstance(strategy, ModelParallelStrategy) or isinstance(strategy, ShardedStrategy):
         return
-    kind = type(strategy)
-    bases = (ShardedStrategy,) if kind is ModelParallelStrategy else (ShardedStrategy, kind)
-    strategy.__class__ = type(kind.__name__, bases, {})
+    own = type(strategy)
+    bases = (ShardedStrategy,) if own is ModelParallelStrategy else (ShardedStrategy, own)
+    strategy.__class__ = type(own.__name__, bases, {})
     if strategy._tensor_parallel_size == "auto":
         strategy._tensor_parallel_size = 1
     if strategy._data_parallel_size == "auto" and strategy._tensor_parallel_size == 1:
