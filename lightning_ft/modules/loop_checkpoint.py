@@ -97,10 +97,10 @@ def load_loop(
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     weights = checkpoint["state_dict"]
     other = {name for name, w in weights.items() if name in trainable and w.shape != trainable[name].shape}
-    if missing := sorted((trainable.keys() ^ weights.keys()) | other):
+    if unfit := sorted((trainable.keys() ^ weights.keys()) | other):
         raise CheckpointError(
-            f"The checkpoint {str(path)!r} doesn't fit {type(module).__name__}: {len(missing)} weights are trainable "
-            f"in only one of them or have another shape (first: {missing[:2]}). Build the model as in the run that "
+            f"The checkpoint {str(path)!r} doesn't fit {type(module).__name__}: {len(unfit)} weights are trainable "
+            f"in only one of them or have another shape (first: {unfit[:2]}). Build the model as in the run that "
             "wrote it."
         )
     rank, ranks = rank_and_world_size()
