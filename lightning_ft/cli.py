@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -138,6 +139,10 @@ class FineTuningTrainer(Trainer):
         overwrite: bool = False,
         format: ExportFormat = "safetensors",
         gguf_dtype: GGUFType = "f16",
+        results: str | None = None,
+        push_to_hub: str | None = None,
+        private: bool = True,
+        hub_overwrite: bool = False,
     ) -> None:
         """Write a checkpoint as a folder that transformers and PEFT can load.
 
@@ -150,14 +155,31 @@ class FineTuningTrainer(Trainer):
             overwrite: Whether to write into a folder that isn't empty.
             format: ``safetensors``, or ``gguf`` for a ``model.gguf`` of llama.cpp, into which an adapter is merged.
             gguf_dtype: Type of the matrices in it.
+            results: Folder with results for the model card; by default that of the run that wrote the checkpoint. Only
+                those that were measured with the same weights are used.
+            push_to_hub: Repository on the Hugging Face hub to upload to, such as ``organization/name``.
+            private: Whether a repository that is created is private.
+            hub_overwrite: Whether to commit over the files of a repository that isn't empty.
         """
+        from lightning_ft.models.hub import check_hub
         from lightning_ft.modules.base import FineTuning
+        from lightning_ft.report.for_card import results_of_run
 
         if not isinstance(model, FineTuning):
             raise ConfigError(f"{type(model).__name__} can't be exported, since it isn't a module of lightning_ft.")
+        if push_to_hub is not None:
+            check_hub(push_to_hub, overwrite=hub_overwrite, format=format)
         model.load_checkpoint(ckpt_path)
-        folder = model.export(output, merge=merge, overwrite=overwrite, format=format, gguf_dtype=gguf_dtype)
+        facts = replace(model.card_facts(), results=results_of_run(results, ckpt_path))
+        folder = model.export(
+            output, merge=merge, overwrite=overwrite, format=format, gguf_dtype=gguf_dtype, facts=facts
+        )
         print(printable(f"Exported to {folder}"))
+        if push_to_hub is not None:
+            url = model.upload(
+                folder, push_to_hub, merge=merge, private=private, hub_overwrite=hub_overwrite, facts=facts
+            )
+            print(printable(f"Uploaded to {url}"))
         if (folder / ADAPTER_CONFIG).exists():
             print("It is an adapter. For `transformers serve`, which loads a whole model, export with --merge true.")
 

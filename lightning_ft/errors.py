@@ -59,6 +59,10 @@ class ExportError(LightningFTError, RuntimeError):
     """An export that would not produce the same output as the model in memory, or can't be written."""
 
 
+class HubError(ExportError):
+    """An upload to the Hugging Face hub that is refused or failed. The export in its folder is unchanged."""
+
+
 class NonFiniteError(LightningFTError, FloatingPointError):
     """A loss, gradients, logits or weights with NaN or infinite values. The weights are those before the step."""
 

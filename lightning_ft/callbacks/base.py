@@ -173,6 +173,14 @@ class EndOfTraining(CheckedArguments, Callback):
         """
         raise NotImplementedError
 
+    def after_measurements(self, trainer: Trainer, pl_module: Any) -> None:
+        """Work on the final weights, on all ranks, when everything has been measured; failures are recorded likewise.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+        """
+
     def finish_fit(self, trainer: Trainer, pl_module: Any) -> None:
         """Work after the Trainer's teardown, when weights have left their devices; failures are recorded likewise.
 
@@ -213,6 +221,8 @@ class RunsLast(Callback):
         """Choose weights, export them, then measure them, each in the order of the callbacks."""
         for callback in _in_order(trainer):
             callback.finish(trainer, pl_module)
+        for callback in _in_order(trainer):
+            callback.after_measurements(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the fit after the Trainer's teardown, then raise the error of a failed export."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks
@@ -15,11 +16,16 @@ from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ExportError
 from lightning_ft.models.adapter_export import check_adapter_is_whole_update
-from lightning_ft.models.export import ExportFormat, check_export, check_folder, export
+from lightning_ft.models.card_facts import CardFacts, TrainingRecord
+from lightning_ft.models.export import ExportFormat, card_text, check_export, check_folder, export, write_card
 from lightning_ft.models.gguf_export import GGUFType
+from lightning_ft.models.hub import check_hub, upload_export, warn_of_local_base
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.models.unwrap import required_model
 from lightning_ft.modules.base import FineTuning
+from lightning_ft.modules.exporting import RECORD
+from lightning_ft.modules.resume import STATE
+from lightning_ft.modules.training_record import facts_of_run
 
 
 class ExportModel(EndOfTraining):
@@ -27,7 +33,8 @@ class ExportModel(EndOfTraining):
 
     The final weights are those after weight averaging, whatever the order of the callbacks. The best checkpoint is that
     of the Trainer's ModelCheckpoint; without a ``monitor`` there is none. If an export fails, the error is raised after
-    all other work at the end of training is done.
+    all other work at the end of training is done. The model card has what TokenSavings and Retention measured with the
+    exported weights.
 
     Args:
         output: Folder to write exports to; ``export/`` in the logger's folder by default.
@@ -38,12 +45,18 @@ class ExportModel(EndOfTraining):
         gguf_dtype: Type of the matrices in it: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
         tokenizer: Tokenizer to export with the model of a module that isn't this package's; by default the module's
             `tokenizer`.
+        push_to_hub: Repository on the Hugging Face hub, such as ``organization/name``, to which the best weights are
+            uploaded, or the final ones if there are no best ones; None for no upload. If the upload fails, a warning
+            says so, and the exports stay where they are.
+        private: Whether a repository that is created is private.
+        hub_overwrite: Whether to commit over the files of a repository that isn't empty.
 
     Raises:
         ConfigError: Before training, for a module without a transformers or PEFT model as its `model`, or without a
             tokenizer.
         ExportError: Before training, if a folder isn't empty or the adapter can't be exported with these options;
             after training, if an export failed.
+        HubError: Before training, if an upload would be refused: offline, no token, or a repository with files.
 
     Example:
         >>> ExportModel("out", merge=True).merge
@@ -62,53 +75,72 @@ class ExportModel(EndOfTraining):
         format: ExportFormat = "safetensors",
         gguf_dtype: GGUFType = "f16",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        push_to_hub: str | None = None,
+        private: bool = True,
+        hub_overwrite: bool = False,
     ) -> None:
         super().__init__()
+        self.push_to_hub, self.private, self.hub_overwrite = push_to_hub, private, hub_overwrite
         self.output, self.merge, self.best, self.overwrite = output, merge, best, overwrite
         self.tokenizer, self.format, self.gguf_dtype = tokenizer, format, gguf_dtype
         self.exported: dict[str, Path] = {}
+        self.uploaded: str | None = None
+        """Address of the repository after an upload."""
         self.error: ExportError | None = None
         """Error of the first export that failed; None if none failed."""
+        self._hub_cards: dict[str, str] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that the exports are possible."""
         if isinstance(pl_module, FineTuning):
             pl_module.check_export(merge=self.merge, format=self.format)
         else:
-            model = required_model(pl_module, "ExportModel", ConfigError)
+            model = self._model(pl_module)
             check_export(model, merge=self.merge, format=self.format)
             if isinstance(model, PeftModel) and not self.merge and self.format == "safetensors":
                 check_adapter_is_whole_update(model)
             self._tokenizer(pl_module)
-        self.error = None
-        folder, reason = self._folder(trainer), None
+        self.error, self.uploaded, self.exported = None, None, {}
+        folder, reason, refused = self._folder(trainer), None, ExportError
         if trainer.is_global_zero:
             try:
                 for part in ("last", "best"):
                     check_folder(folder / part, overwrite=self.overwrite)
+                if self.push_to_hub is not None:
+                    check_hub(self.push_to_hub, overwrite=self.hub_overwrite, format=self.format)
+                    warn_of_local_base(self._model(pl_module), self.push_to_hub, merge=self.merge)
             except ExportError as error:
-                reason = str(error)
+                reason, refused = str(error), type(error)
         if (
             reason := first_over_ranks(reason)
         ) is not None:  # raised on all ranks, since the others would wait for this one
-            raise ExportError(reason)
+            raise refused(reason)
 
     def finish(self, trainer: Trainer, pl_module: Any) -> None:
         """Export the final weights, while they are still on their devices."""
         self._try(trainer, "last", lambda: self._export(trainer, pl_module, "last"))
 
+    def after_measurements(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the card of the final weights again, with what was measured of them."""
+        if "last" not in self.exported or self.format != "safetensors":
+            return
+        self.attempt(
+            f"The model card in {self.exported['last']} lacks the results",
+            lambda: self._write_card(trainer, pl_module),
+        )
+
     def finish_fit(self, trainer: Trainer, pl_module: Any) -> None:
-        """Export the best checkpoint, after every ModelCheckpoint has saved its last one."""
+        """Export the best checkpoint, after every ModelCheckpoint has saved its last one, and upload."""
         checkpoint = trainer.checkpoint_callback
         path = getattr(checkpoint, "best_model_path", "") if getattr(checkpoint, "monitor", None) else ""
-        if not self.best or not path:
-            return
-        if is_sharded(pl_module):
+        if self.best and path and is_sharded(pl_module):
             rank_zero_info(
                 f"The best checkpoint of a sharded model isn't exported. Run `lightning-ft export` with {path}"
             )
-            return
-        self._try(trainer, "best", lambda: self._export_best(trainer, pl_module, path))
+        elif self.best and path:
+            self._try(trainer, "best", lambda: self._export_best(trainer, pl_module, path))
+        if self.push_to_hub is not None and self.exported and self.error is None:
+            self.attempt(f"There was no upload to {self.push_to_hub!r}", lambda: self._upload(trainer))
 
     def _try(self, trainer: Trainer, part: str, work: Callable[[], None]) -> None:
         what = f"The {part} weights were not exported to {self._folder(trainer) / part}"
@@ -119,32 +151,72 @@ class ExportModel(EndOfTraining):
         if not trainer.is_global_zero:
             return
         final = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
-        best = read_checkpoint(path)["state_dict"]
+        best = read_checkpoint(path)
         try:
-            module.load_state_dict(best, strict=False)
-            self._export(trainer, module, "best")
+            module.load_state_dict(best["state_dict"], strict=False)
+            facts = facts_of_run(module, trainer)
+            if (record := best.get(STATE, {}).get(RECORD)) is not None:
+                facts = replace(facts, training=TrainingRecord.from_dict(record))
+            self._export(trainer, module, "best", facts)
         finally:
             module.load_state_dict(final, strict=False)
 
-    def _export(self, trainer: Trainer, module: LightningModule, part: str) -> None:
-        folder = self._folder(trainer) / part
+    def _export(self, trainer: Trainer, module: LightningModule, part: str, facts: CardFacts | None = None) -> None:
+        folder, facts = self._folder(trainer) / part, facts or facts_of_run(module, trainer)
         options: dict[str, Any] = {
             "merge": self.merge,
             "overwrite": self.overwrite,
             "format": self.format,
             "gguf_dtype": self.gguf_dtype,
+            "facts": facts,
         }
         if isinstance(module, FineTuning):
             self.exported[part] = module.export(folder, **options)
         else:
             self.exported[part] = export(
-                required_model(module, "ExportModel", ConfigError),
-                self._tokenizer(module),
-                folder,
-                write=trainer.is_global_zero,
-                **options,
+                self._model(module), self._tokenizer(module), folder, write=trainer.is_global_zero, **options
             )
+        self._render_cards(module, part, facts)
         rank_zero_info(f"Exported the {part} weights to {folder}")
+
+    def _write_card(self, trainer: Trainer, module: LightningModule) -> None:
+        card = self._render_cards(module, "last", facts_of_run(module, trainer))
+        if trainer.is_global_zero:
+            write_card(self.exported["last"], card)
+
+    def _render_cards(self, module: LightningModule, part: str, facts: CardFacts) -> str:
+        """The card of the weights that the module has now; one that names the repository is kept for the upload."""
+        if self.format != "safetensors":
+            return ""
+        base_options = module.model_options.card_options() if isinstance(module, FineTuning) else None
+        card, self._hub_cards[part] = (
+            card_text(
+                name,
+                self._model(module),
+                self._tokenizer(module),
+                merge=self.merge,
+                base_options=base_options,
+                facts=facts,
+            )
+            for name in (part, self.push_to_hub or part)
+        )
+        return card
+
+    def _upload(self, trainer: Trainer) -> None:
+        part = "best" if "best" in self.exported else "last"
+        if not trainer.is_global_zero or self.push_to_hub is None:
+            return
+        self.uploaded = upload_export(
+            self.exported[part],
+            self.push_to_hub,
+            card=self._hub_cards[part],
+            private=self.private,
+            overwrite=self.hub_overwrite,
+        )
+        rank_zero_info(f"Uploaded the {part} weights to {self.uploaded}")
+
+    def _model(self, module: LightningModule) -> PreTrainedModel | PeftModel:
+        return required_model(module, "ExportModel", ConfigError)
 
     def _tokenizer(self, module: LightningModule) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer if self.tokenizer is not None else getattr(module, "tokenizer", None)

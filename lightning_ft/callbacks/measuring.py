@@ -20,6 +20,7 @@ from lightning_ft.callbacks.base import (
     results_folder,
 )
 from lightning_ft.distributed import rank_zero_info
+from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.report.collect import UNDEFINED, collect
 from lightning_ft.report.write import FOLDER, write_files
 
@@ -76,6 +77,10 @@ class MeasuringCallback(EndOfTraining):
             folder: Folder to write to; None to write no files.
         """
         raise NotImplementedError
+
+    def for_card(self) -> MeasuredResult | None:
+        """The result as a model card reports it; None if there is none, or cards don't report it."""
+        return None
 
     def undefined_metrics(self) -> dict[str, float]:
         """Metrics to log if the result is undefined."""

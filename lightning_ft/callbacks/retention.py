@@ -15,8 +15,10 @@ from lightning_ft.callbacks.measuring import ComparingCallback
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, RetentionError
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
+from lightning_ft.evaluation.retention.card import retention_for_card
 from lightning_ft.evaluation.retention.choices import ChoiceQuestion
 from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
+from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer, weights_fingerprint
 from lightning_ft.report.collect import RETENTION
 from lightning_ft.types import Request
@@ -243,6 +245,10 @@ class Retention(ComparingCallback):
         rank_zero_info(f"Retention. {self.result.headline}")
         if folder is not None:
             self.report_written(self.result.save(folder))
+
+    def for_card(self) -> MeasuredResult | None:
+        """The last result as a model card reports it; None if there is none."""
+        return None if self.result is None else retention_for_card(self.result)
 
     @property
     def gate_failed(self) -> bool:

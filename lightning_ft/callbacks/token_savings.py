@@ -12,17 +12,20 @@ from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.arguments import check_integer, check_requests
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import ComparingCallback
+from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.data.sources import Sources
 from lightning_ft.data.splits import Splits
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, SavingsError
+from lightning_ft.evaluation.savings.card import savings_for_card
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.endpoint import Endpoint
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, check_numbers
 from lightning_ft.evaluation.savings.overlap import TrainRows
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer, check_scorer
+from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer, weights_fingerprint
 from lightning_ft.report.collect import SAVINGS
 from lightning_ft.rollout.structured import StructuredOutputs
@@ -230,6 +233,8 @@ class TokenSavings(ComparingCallback):
         if self.result is None or weights != self._measured:
             self.result = None
             provenance = {"split": self._split_used} if self._split_used else {}
+            if data := training_data(trainer):
+                provenance["training_data"] = data
             with precision_of(trainer):
                 self.result = self._measurement.after(model, provenance)
             self._measured = weights
@@ -245,6 +250,10 @@ class TokenSavings(ComparingCallback):
     def undefined_metrics(self) -> dict[str, float]:
         """Return a gate that isn't passed."""
         return {"gate_passed": 0.0}
+
+    def for_card(self) -> MeasuredResult | None:
+        """The last result as a model card reports it; None if there is none."""
+        return None if self.result is None else savings_for_card(self.result)
 
     @property
     def gate_failed(self) -> bool:
@@ -290,6 +299,19 @@ class TokenSavings(ComparingCallback):
             f"TokenSavings has no rows to measure on; training rows would measure memorization. {' '.join(reasons)} "
             "Set test= or validation= of the PairDataModule."
         )
+
+
+def training_data(trainer: object) -> str:
+    """Sources and number of a run's training rows; empty if they aren't known.
+
+    Args:
+        trainer: The Trainer, or Fabric.
+    """
+    data: object = getattr(trainer, "datamodule", None)
+    if not isinstance(data, RowDataModule):
+        return ""
+    rows, _ = data.training_rows()
+    return f"{rows['training data']} ({rows['training rows']:,} rows)" if "training rows" in rows else ""
 
 
 def _check_objects(baseline: object, prices: object, structured_outputs: object, tokenizer: object) -> None:

@@ -16,6 +16,7 @@ from lightning_ft.checkpoint_file import checked_file
 from lightning_ft.data import cache
 from lightning_ft.data.loader import Collate, TokenLoader, token_loader
 from lightning_ft.data.overlong import OnOverlong
+from lightning_ft.data.provenance import describe_training_rows
 from lightning_ft.data.row_types import RowType
 from lightning_ft.data.rows import OnBadRow
 from lightning_ft.data.sampler import BatchPlan, FixedBatchPlan
@@ -124,6 +125,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         self.splits: Splits[Any] = Splits(sources, self.rules, self.row_type)
         self._loaders: list[TokenLoader] = []
         self._is_compared = False  # with the batch size
+        self._described: tuple[object, tuple[dict[str, str | int], tuple[str, ...]]] | None = None
         self._save(
             **{name: source_as_json(source) for name, source in sources.items()},
             columns=columns,
@@ -288,6 +290,13 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             DataError: With every bad row.
         """
         self.splits.load(list(self.splits.sources))
+
+    def training_rows(self) -> tuple[dict[str, str | int], tuple[str, ...]]:
+        """Sources, number and hash of the training rows, see `lightning_ft.data.provenance`."""
+        parts = self.splits.encoded.get("train")
+        if self._described is None or self._described[0] is not parts:  # to hash all tokens takes time
+            self._described = (parts, describe_training_rows(self.splits))
+        return self._described[1]
 
     def reorder(self, seed: int) -> None:
         """Draw the order of each epoch from another seed; each split keeps its rows.

@@ -239,6 +239,40 @@ def _from_hub(name: str, argument: str) -> datasets.Dataset:
         ) from error
 
 
+def published_name(source: Source) -> str:
+    """Name of a source for others to read: that of a hub data set, or of a file without its folder.
+
+    Args:
+        source: The source.
+
+    Returns:
+        ``rows in memory`` for a source without a name.
+
+    Example:
+        >>> published_name("/home/me/support.jsonl"), published_name("user/data:train"), published_name([{}])
+        ('support.jsonl', 'user/data:train', 'rows in memory')
+    """
+    if not isinstance(source, (str, Path)):
+        return "rows in memory"
+    return str(source) if is_hub_name(source) else Path(source).name
+
+
+def is_hub_name(source: Source) -> bool:
+    """Whether a source is a data set on the hub, as :func:`read_rows` decides it.
+
+    Args:
+        source: The source.
+
+    Example:
+        >>> is_hub_name("user/data"), is_hub_name("data/support.jsonl"), is_hub_name([{}])
+        (True, False, False)
+    """
+    if not isinstance(source, str) or _looks_like_path(source):
+        return False
+    path = _as_path(source)
+    return path is not None and not path.exists()
+
+
 def source_as_json(source: object) -> list[str] | str | int | float | None:
     """A source as it is saved in the hyperparameters: names and shares; None for rows in memory."""
     if isinstance(source, (list, tuple)):

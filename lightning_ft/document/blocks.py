@@ -99,11 +99,13 @@ class Headline:
         verdict: ``PASS``, ``FAIL`` or ``VOID``; empty for a sentence without a verdict.
         text: The sentence, without the verdict.
         of: Name of the result, if the report has several.
+        advice: What to do, in one sentence for whoever decides; empty if it doesn't follow from the result.
     """
 
     verdict: str
     text: str
     of: str = ""
+    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,14 @@ class Document:
         warnings: Caveats that a reader needs in order to interpret the metrics.
         facts: Key metrics at the top.
         sections: Sections in reading order.
+        about: Model, data and date, each as a label and a text.
     """
 
     headlines: tuple[Headline, ...]
     warnings: tuple[str, ...]
     facts: tuple[Fact, ...]
     sections: tuple[Section, ...]
+    about: tuple[tuple[str, str], ...] = ()
 
     @property
     def plots(self) -> tuple[Plot, ...]:

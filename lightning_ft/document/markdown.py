@@ -33,7 +33,11 @@ def markdown_document(document: Document, title: str, plots: Iterable[str], *, b
     """
     drawn = frozenset(plots)
     lines = [f"# {markdown_text(title)}", ""]
+    if document.about:
+        lines += [" · ".join(f"{label}: {markdown_text(text)}" for label, text in document.about), ""]
     for headline in document.headlines:
+        if headline.advice:
+            lines += [f"**{markdown_text(headline.advice)}**", ""]
         verdict = f"{headline.verdict}: " if headline.verdict else ""
         of = f"{markdown_text(headline.of)}: " if headline.of else ""
         lines += [f"**{of}{verdict}{markdown_text(headline.text)}**", ""]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 _LARGE = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_TINY = 1e-4
 _TIMES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
 
 
@@ -65,15 +67,40 @@ def format_count(number: float) -> str:
     return f"{float(f'{number:.3g}'):,.0f}" if math.isfinite(number) else "never"
 
 
-def format_number(value: float) -> str:
-    """Format a number with three significant digits, without an exponent if it is readable without one.
+def format_number(value: float, digits: int = 3) -> str:
+    """Format a number with a few significant digits, without an exponent.
+
+    Args:
+        value: The number.
+        digits: Number of significant digits, at most 4.
 
     Example:
-        >>> format_number(1234.5), format_number(0.01234), format_number(2.0), format_number(1.2e-9)
-        ('1,234', '0.0123', '2', '1.2e-09')
+        >>> format_number(1234.5), format_number(0.01234), format_number(2.0), format_number(999.9)
+        ('1,234', '0.0123', '2', '1,000')
+        >>> format_number(1.2e-9), format_number(float("inf")), format_number(float("nan"))
+        ('under 0.0001', 'infinite', 'unknown')
     """
     if not math.isfinite(value):
-        return "infinite" if value > 0 else "-infinite" if value < 0 else "unknown"
-    if abs(value) >= 1000:
+        return _not_finite(value)
+    if 0 < abs(value) < _TINY:
+        return f"under {_TINY:.4f}" if value > 0 else f"above -{_TINY:.4f}"
+    if abs(float(f"{value:.{digits}g}")) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:.{digits}g}"
+
+
+def finite(form: str) -> Callable[[float], str]:
+    """Return a function that formats numbers, with words for those that aren't finite.
+
+    Args:
+        form: Format string, such as ``"{:.3f}"``.
+
+    Example:
+        >>> [finite("{:+.1%}")(value) for value in (0.125, float("inf"), float("-inf"), float("nan"))]
+        ['+12.5%', 'infinite', '-infinite', 'unknown']
+    """
+    return lambda value: form.format(value) if math.isfinite(value) else _not_finite(value)
+
+
+def _not_finite(value: float) -> str:
+    return "unknown" if math.isnan(value) else "infinite" if value > 0 else "-infinite"

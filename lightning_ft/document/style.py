@@ -16,6 +16,10 @@ h2 { font-size: 1.25rem; margin: 2.4rem 0 .8rem; padding-top: .8rem; border-top:
 h1, h2, p, li, dd, dt, summary, figcaption, caption { overflow-wrap: anywhere; }
 .headline { font-size: 1.12rem; padding: .9rem 1.1rem; margin: .6rem 0; background: var(--card);
   border-left: 6px solid var(--line); border-radius: 4px; }
+.advice { display: block; font-size: 1.3rem; margin: 0 0 .4rem; }
+.about { color: var(--soft); margin: -.4rem 0 1rem; overflow-wrap: anywhere; }
+.about span { display: inline-block; margin-right: 1.6rem; }
+.about b { color: var(--text); font-weight: 600; }
 .headline.pass { border-color: var(--pass); }
 .headline.fail { border-color: var(--fail); }
 .headline.void { border-color: var(--warn-line); }

@@ -18,7 +18,11 @@ def terminal_document(document: Document) -> Group:
     Args:
         document: The document.
     """
-    parts: list[RichTable | Text] = [_headline(headline) for headline in document.headlines]
+    parts: list[RichTable | Text] = []
+    for headline in document.headlines:
+        parts.append(_headline(headline))
+        if headline.advice:
+            parts.append(Text(printable(headline.advice), style=_STYLES.get(headline.verdict, "bold")))
     for section in document.sections:
         for block in section.blocks if section.brief else ():
             if isinstance(block, str):

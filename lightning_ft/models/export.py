@@ -13,11 +13,19 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_ft.atomic_files import flush_to_disk, remove, remove_leftovers, temporary_path, write_failure
+from lightning_ft.atomic_files import (
+    flush_to_disk,
+    remove,
+    remove_leftovers,
+    temporary_path,
+    write_failure,
+    write_text,
+)
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ExportError, TokenizerError
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adapter_export import check_adapter_export, save_adapter
+from lightning_ft.models.card_facts import CardFacts, weights_hash
 from lightning_ft.models.generate import end_token_ids
 from lightning_ft.models.gguf_export import GGUFType, check_gguf, export_gguf
 from lightning_ft.models.head import CausalLM, base_of
@@ -29,6 +37,9 @@ from lightning_ft.models.shard import is_sharded
 
 _FIRST_READ = ("config.json", "adapter_config.json")
 """Files that transformers and PEFT look for first: without them a folder can't be loaded."""
+
+CARD = "README.md"
+"""Name of the model card, which the hub shows."""
 
 ExportFormat = Literal["safetensors", "gguf"]
 
@@ -45,7 +56,7 @@ _WRITTEN = (
     "vocab.*",
     "merges.txt",
     "chat_template.*",
-    "README.md",
+    CARD,
 )
 """Files that an export may have written, and that a later export over it must remove."""
 
@@ -63,6 +74,7 @@ def export(
     base_options: BaseOptions | None = None,
     format: ExportFormat = "safetensors",
     gguf_dtype: GGUFType = "f16",
+    facts: CardFacts | None = None,
 ) -> Path:
     """Write an adapter or model folder with the tokenizer, its chat template, end tokens and a model card.
 
@@ -86,6 +98,7 @@ def export(
         format: ``safetensors``, or ``gguf`` for a single ``model.gguf`` (an adapter is merged), see
             :func:`lightning_ft.models.gguf_export.export_gguf`.
         gguf_dtype: Type of the matrices in it: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+        facts: What the model card says about training and measurements; results of other weights are left out.
 
     Returns:
         `folder`.
@@ -99,6 +112,7 @@ def export(
     check_export(model, merge=merge, initial=initial, format=format)
     _refuse_nonfinite(model, merge=merge)
     gathered = {} if not is_sharded(model) else {"state_dict": _gathered(model)}
+    weights = weights_hash(model)
     if not write:
         return path
     check_folder(path, overwrite=overwrite)
@@ -116,11 +130,53 @@ def export(
         if base.can_generate():
             _write_generation_config(base, ends, aside)
         tokenizer.save_pretrained(aside)
-        own = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
-        missing = ends if set(ends) - set(own if isinstance(own, list) else [own]) else None
-        card = model_card(path.name, model, merge=merge, base_options=options, end_tokens=missing)
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        card = _card(path.name, model, ends, merge=merge, base_options=options, facts=facts, weights=weights)
+        (aside / CARD).write_text(card, encoding="utf-8")
     return path
+
+
+def card_text(
+    name: str,
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    merge: bool = False,
+    base_options: BaseOptions | None = None,
+    facts: CardFacts | None = None,
+) -> str:
+    """Text of the model card of an export. All ranks of a sharded model must make this call.
+
+    Args:
+        name: Name or folder that the card's code loads the export from.
+        model: The exported model.
+        tokenizer: Its tokenizer.
+        merge: Whether the adapter was folded into the base weights.
+        base_options: As in :func:`export`.
+        facts: What the card says about training and measurements; results of other weights are left out.
+    """
+    weights = weights_hash(model)
+    ends = _ends(model, tokenizer) if base_of(model).can_generate() else []
+    return _card(name, model, ends, merge=merge, base_options=base_options, facts=facts, weights=weights)
+
+
+def _card(name: str, model: CausalLM, ends: list[int], **options: Any) -> str:
+    """The model card; it names the end tokens if the base itself lacks some of them."""
+    own = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
+    missing = ends if set(ends) - set(own if isinstance(own, list) else [own]) else None
+    return model_card(name, model, end_tokens=missing, **options)
+
+
+def write_card(folder: str | Path, card: str) -> None:
+    """Replace the model card of an export, when more is known about its weights.
+
+    Args:
+        folder: Folder of the export.
+        card: Text of the card.
+
+    Raises:
+        FileWriteError: If it can't be written; the earlier card is unchanged.
+    """
+    write_text(Path(folder) / CARD, card)
 
 
 def check_export(

@@ -1,4 +1,4 @@
-"""Model card of an export, with code that loads and runs the model."""
+"""Model card of an export: code that loads and runs the model, how it was trained, and what was measured."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lightning_ft.models.card_facts import CardFacts
+from lightning_ft.models.card_sections import card_metadata, card_sections
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import text_class_name
 
@@ -59,8 +62,10 @@ def model_card(
     merge: bool = False,
     base_options: BaseOptions | None = None,
     end_tokens: list[int] | None = None,
+    facts: CardFacts | None = None,
+    weights: str | None = None,
 ) -> str:
-    """Write a model card in Markdown, without any local path.
+    """Write a model card in Markdown, without any local path and any text of rows.
 
     Args:
         folder: Last part of the path of the export's folder.
@@ -68,6 +73,8 @@ def model_card(
         merge: Whether its adapter was folded into the base.
         base_options: Further arguments that the base was loaded with, such as ``{"revision": "main"}``.
         end_tokens: Ids of the tokens that end an answer, if the base itself doesn't stop at all of them.
+        facts: How the weights were trained and what was measured; by default neither is known.
+        weights: :func:`lightning_ft.models.card_facts.weights_hash` of the trained weights.
 
     Returns:
         Text of the card.
@@ -79,11 +86,11 @@ def model_card(
     shown = f"`{name or Path(source).name or type(base).__name__}`"
     generates = base.can_generate()
     remote = ", trust_remote_code=True" if (base_options or {}).get("trust_remote_code") else ""
+    facts = facts or CardFacts()
+    metadata = card_metadata(folder, model, facts, weights, base=name, adapter=adapter)
     lines = [
         "---",
-        *([f"base_model: {name}"] if name else []),
-        f"library_name: {'peft' if adapter else 'transformers'}",
-        f"pipeline_tag: {'text-generation' if generates else 'text-classification'}",
+        yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000).rstrip(),
         "---",
         "",
         f"# {folder}",
@@ -109,7 +116,7 @@ def model_card(
             "`stop_token_ids`).",
             "",
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *card_sections(model, facts, weights)])
 
 
 def _auto(base: PreTrainedModel) -> str:

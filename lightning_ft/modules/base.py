@@ -22,9 +22,7 @@ from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.adaptation import Adaptation
 from lightning_ft.models.adapter_export import check_base
 from lightning_ft.models.backbone import Backbone
-from lightning_ft.models.export import ExportFormat, check_export, export
 from lightning_ft.models.generate import generate_text
-from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.head import CausalLM, Reduction, base_of
 from lightning_ft.models.load import LoadOptions, load_causal_lm
 from lightning_ft.models.load_once import load_once
@@ -43,6 +41,7 @@ from lightning_ft.modules.averaging import AveragedWeights
 from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_code_of_checkpoint
 from lightning_ft.modules.checks import check_tokens
 from lightning_ft.modules.evaluation import EvaluatedModule
+from lightning_ft.modules.exporting import ExportedModule
 from lightning_ft.modules.optimization import OptimizedModule
 from lightning_ft.modules.options import ModelOptions, OptimizerOptions, Unpack
 from lightning_ft.modules.resume import STATE
@@ -61,7 +60,7 @@ from lightning_ft.signatures import complete
 from lightning_ft.types import Message, Request
 
 
-class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, CheckpointedModule):
+class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, CheckpointedModule, ExportedModule):
     """Base of the fine-tuning modules; a subclass adds the training step and says how a batch is evaluated.
 
     Args:
@@ -398,7 +397,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
         return encode_prompt(self.tokenizer, turns)
 
-    # ---------------------------------------------------------------- checkpoints and export
+    # ---------------------------------------------------------------- checkpoints
 
     def _trainable_names(self) -> set[str]:
         """Names of the weights that a checkpoint holds."""
@@ -410,7 +409,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         kept = self._trainable_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
         self.drop_frozen_averages(checkpoint, kept)
-        checkpoint[STATE] = {**self.resume_state(), "tokenizer": self._tokenizer.state()}
+        checkpoint[STATE] = {**self.resume_state(), "tokenizer": self._tokenizer.state(), **self.record_state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits before anything is loaded from it.
@@ -421,6 +420,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         if (tokenizer := checkpoint.get(STATE, {}).get("tokenizer")) is not None:
             predicts = self._trainer is None or self._trainer.state.fn == "predict"
             self._tokenizer.restore(tokenizer, rows_encoded=not predicts)
+        self.load_record(checkpoint.get(STATE, {}))
         self.configure_model()
         self._follow_tokenizer()
         # ModelParallelStrategy has already taken the weights out, and loads them itself.
@@ -442,55 +442,3 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         checkpoint = read_any_checkpoint(path, optimizers=False)
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
-
-    def export(
-        self,
-        folder: str | Path,
-        *,
-        merge: bool = False,
-        overwrite: bool = False,
-        format: ExportFormat = "safetensors",
-        gguf_dtype: GGUFType = "f16",
-    ) -> Path:
-        """Write a folder that plain transformers (and PEFT) load; on several ranks, call it on all of them.
-
-        Args:
-            folder: Folder to write.
-            merge: Fold an adapter into the base weights; refused where greedy output would change.
-            overwrite: Write into a folder that isn't empty.
-            format: ``safetensors``, or ``gguf`` for a ``model.gguf`` of llama.cpp, into which an adapter is merged.
-            gguf_dtype: Type of the matrices in it: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ExportError: If the export would give other output or could not be loaded over its base, or if the folder
-                isn't empty.
-        """
-        self.configure_model()
-        return export(
-            self.model,
-            self.tokenizer,
-            folder,
-            merge=merge,
-            overwrite=overwrite,
-            initial=self._initial,
-            write=self._trainer is None or self._trainer.is_global_zero,
-            base_options=self.model_options.card_options(),
-            format=format,
-            gguf_dtype=gguf_dtype,
-        )
-
-    def check_export(self, *, merge: bool = False, format: ExportFormat = "safetensors") -> None:
-        """Refuse an export that would fail, as far as that is known before training; call it on all ranks.
-
-        Args:
-            merge: Whether the adapter will be folded into the base weights.
-            format: Format of the export, as in :meth:`export`.
-
-        Raises:
-            ExportError: With what to do instead.
-        """
-        self.configure_model()
-        check_export(self.model, merge=merge, initial=self._initial, format=format)

@@ -24,6 +24,7 @@ from lightning_ft.evaluation.savings.sections import (
     cost_blocks,
     quality_plot,
     regression_blocks,
+    savings_about,
     savings_facts,
     savings_headline,
     savings_provenance,
@@ -78,6 +79,7 @@ def compose_document(report: RunReport) -> Document:
         warnings=_warnings(report, savings, names),
         facts=_facts(report, savings),
         sections=tuple(sections),
+        about=_about(report, savings),
     )
 
 
@@ -115,6 +117,19 @@ def _headlines(
         for name, failed in report.undefined.items()
     ]
     return tuple(found) or (Headline("", "Token savings were not measured, so there is no verdict."),)
+
+
+def _about(report: RunReport, savings: Mapping[str, SavingsResult]) -> tuple[tuple[str, str], ...]:
+    """Model, data and date: what all results have in common; of dates, the latest one."""
+    found = [dict(savings_about(result)) for result in (*savings.values(), *report.savings.values())]
+    dates = [entry["Date"] for entry in found if "Date" in entry]
+    dates += [result.date for result in report.retention.values() if result.date]
+    shared = {
+        label: text
+        for label in ("Model", "Data")
+        if len(texts := {entry.get(label, "") for entry in found[: len(savings)]}) == 1 and (text := texts.pop())
+    }
+    return (*shared.items(), *([("Date", max(dates))] if dates else []))
 
 
 def _facts(report: RunReport, savings: Mapping[str, SavingsResult]) -> tuple[Fact, ...]:

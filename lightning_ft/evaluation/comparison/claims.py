@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.document.numbers import finite
+from lightning_ft.evaluation.bootstrap import Interval, format_interval
 from lightning_ft.evaluation.comparison.result import Claim, Comparison, Verdict
 
 MAX_PERPLEXITY_RISE = 0.05
@@ -100,7 +101,7 @@ def _compute_relative_to_full(comparison: Comparison) -> Iterator[Claim]:
             continue
         within = [label for label, ratio in resources.items() if ratio.value <= 0.10]
         verdict: Verdict = "held" if len(within) == len(resources) else "held if" if within else "not held"
-        evidence = ", ".join(f"{label} {ratio.value:.1%}" for label, ratio in resources.items())
+        evidence = ", ".join(f"{label} {finite('{:.1%}')(ratio.value)}" for label, ratio in resources.items())
         condition = f"compute means {' or '.join(within)}" if verdict == "held if" else ""
         yield Claim(f"{method}: compute", "at 1-10% of full fine-tuning's compute", verdict, evidence, condition)
 
@@ -118,8 +119,9 @@ def _abilities_kept(comparison: Comparison) -> Iterator[Claim]:
             max(result.ppl_ratio.hi for result in results) - 1,
         )
         evidence = (
-            f"perplexity on general text {interval.value:+.1%} ({interval.lo:+.1%} to {interval.hi:+.1%}), KL "
-            f"{kl:.3f} nats per token{' (a lower bound)' if any(result.lower_bound for result in results) else ''}"
+            f"perplexity on general text {format_interval(interval, finite('{:+.1%}'))}, KL "
+            f"{finite('{:.3f}')(kl)} nats per token"
+            f"{' (a lower bound)' if any(result.lower_bound for result in results) else ''}"
         )
         verdict = _verdict(Interval(-interval.value, -interval.hi, -interval.lo), -MAX_PERPLEXITY_RISE)
         claimed = f"the base keeps its general abilities (perplexity rises by at most {MAX_PERPLEXITY_RISE:.0%})"
@@ -147,4 +149,4 @@ def _verdict(interval: Interval, threshold: float) -> Verdict:
 
 
 def _percent(interval: Interval) -> str:
-    return f"{interval.value:.1%} ({interval.lo:.1%} to {interval.hi:.1%})"
+    return format_interval(interval, finite("{:.1%}"))

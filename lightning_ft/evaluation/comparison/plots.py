@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_ft.document.numbers import format_si
+from lightning_ft.document.numbers import format_number, format_si
 from lightning_ft.document.plotting import add_legend_below, draw_marker, error_bar, marker_styles, set_log_scale
 from lightning_ft.evaluation.bootstrap import Interval
 
@@ -166,7 +166,7 @@ def _ratio(value: float) -> str:
         >>> _ratio(0.0123), _ratio(0.7142), _ratio(12.0)
         ('0.0123x', '0.714x', '12x')
     """
-    return f"{value:.3g}x"
+    return f"{format_number(value)}x"
 
 
 @dataclass(frozen=True)

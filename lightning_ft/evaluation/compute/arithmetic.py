@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_ft.atomic_files import write_json
+from lightning_ft.document.numbers import format_si
 from lightning_ft.errors import ConfigError
 
 MemorySource = Literal["cuda", "resident", "process"]
@@ -212,7 +213,7 @@ class ComputeResult:
         used = "" if self.mfu is None else f", {self.mfu:.1%} of the peak"
         peak, start = self.peak_memory_bytes / 2**30, self.memory_at_start_bytes / 2**30
         return (
-            f"Training took {self.flops:.3g} operations ({how}), {self.steps:,} steps, {self.train_seconds:,.1f} s"
+            f"Training took {format_si(self.flops, 'FLOP')} ({how}), {self.steps:,} steps, {self.train_seconds:,.1f} s"
             f"{speed}{used}; peak memory {peak:.2f} GiB ({start:.2f} GiB at the start); "
             f"{self.trainable_parameters:,} of {self.parameters:,} parameters trained."
         )

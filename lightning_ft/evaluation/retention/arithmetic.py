@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from lightning_ft.atomic_files import write_json
+from lightning_ft.document.numbers import format_number
 from lightning_ft.errors import RetentionError
-from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootstrap_intervals
+from lightning_ft.evaluation.bootstrap import (
+    Array,
+    Interval,
+    Statistic,
+    bootstrap_intervals,
+    format_interval,
+    format_range,
+)
 from lightning_ft.evaluation.retention.choices import ALL, ChoiceResult
 
 BaseType = Literal["adapter_off", "step_0", "model"]
@@ -173,6 +181,9 @@ class RetentionResult:
         step: Optimizer step of the measurement; None outside training.
         choices: Answers to multiple-choice questions, by set and for ``"all"``; empty if there were none.
         provenance: Models, texts, settings and versions of the measurement, as JSON values.
+        date: Day of the measurement, such as ``2026-01-31``; empty if not recorded. Ignored in comparisons.
+        weights: Hash of the tuned model's weights, see `lightning_ft.models.card_facts.weights_hash`; None if not
+            recorded. Ignored in comparisons.
     """
 
     kl_general: Interval
@@ -189,6 +200,8 @@ class RetentionResult:
     step: int | None = None
     choices: Mapping[str, ChoiceResult] = field(default_factory=dict)
     provenance: Mapping[str, object] = field(default_factory=dict)
+    date: str = field(default="", compare=False)
+    weights: str | None = field(default=None, compare=False)
 
     @property
     def lower_bound(self) -> bool:
@@ -200,7 +213,7 @@ class RetentionResult:
         """Summary in one sentence, with intervals."""
         kl, ratio, same = self.kl_general, self.ppl_ratio, self.top1_agreement
         sign = "at least " if self.lower_bound else ""
-        task = "" if self.kl_task is None else f"; on task answers KL {sign}{self.kl_task.value:.4g}"
+        task = "" if self.kl_task is None else f"; on task answers KL {sign}{_digits(self.kl_task.value)}"
         if ALL in self.choices:
             answered = self.choices[ALL]
             task += (
@@ -208,9 +221,9 @@ class RetentionResult:
                 f"base {answered.base.value:.1%}"
             )
         return (
-            f"On {self.texts:,} general texts ({self.tokens:,} tokens): KL from the base {sign}{kl.value:.4g} nats per "
-            f"token ({kl.lo:.4g} to {kl.hi:.4g}), perplexity times {ratio.value:.4g} ({ratio.lo:.4g} to "
-            f"{ratio.hi:.4g}), same most probable token at {same.value:.1%} of positions{task}."
+            f"On {self.texts:,} general texts ({self.tokens:,} tokens): KL from the base {sign}{_digits(kl.value)} "
+            f"nats per token ({format_range(kl, _digits)}), perplexity times {format_interval(ratio, _digits)}, same "
+            f"most probable token at {same.value:.1%} of positions{task}."
         )
 
     def metrics(self) -> dict[str, float]:
@@ -241,7 +254,8 @@ class RetentionResult:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RetentionResult:
         """Restore a result from :meth:`to_dict`."""
-        known = {name: values[name] for name in cls.__dataclass_fields__}
+        since = {"date": "", "weights": None}  # older files lack both
+        known = {name: {**since, **values}[name] for name in cls.__dataclass_fields__}
         for name in INTERVALS:
             interval = known[name]
             known[name] = None if interval is None else Interval.from_dict(interval)
@@ -324,6 +338,10 @@ def retention(
         choices=choices or {},
         provenance=provenance or {},
     )
+
+
+def _digits(value: float) -> str:
+    return format_number(value, 4)
 
 
 def _exp(exponent: Array) -> Array:

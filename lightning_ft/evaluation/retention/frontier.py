@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ft.atomic_files import write_json
+from lightning_ft.document.numbers import format_number
 from lightning_ft.errors import RetentionError
 from lightning_ft.evaluation.bootstrap import Interval, bootstrap_intervals
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
@@ -78,12 +79,13 @@ class FrontierResult:
             least = self.points[0]
             return (
                 f"No scale from {least.scale:g} to {full.scale:g} is within the budget ({limits}): at {least.scale:g} "
-                f"the KL is {least.retention.kl_general.value:.3g} nats per token."
+                f"the KL is {format_number(least.retention.kl_general.value)} nats per token."
             )
         return (
             f"Scale {point.scale:g} of the update has the highest quality within the budget ({limits}): quality "
-            f"{point.quality.value:.3f} and KL {point.retention.kl_general.value:.3g} nats per token, instead of "
-            f"{full.quality.value:.3f} and {full.retention.kl_general.value:.3g} at {full.scale:g}."
+            f"{point.quality.value:.3f} and KL {format_number(point.retention.kl_general.value)} nats per token, "
+            f"instead of {full.quality.value:.3f} and {format_number(full.retention.kl_general.value)} at "
+            f"{full.scale:g}."
         )
 
     def metrics(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ a sharded model run its forward passes together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -46,6 +47,7 @@ from lightning_ft.evaluation.retention.choices import (
     encode_choices,
     load_choices,
 )
+from lightning_ft.models.card_facts import today, weights_hash
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import context_length
@@ -324,7 +326,7 @@ class RetentionMeasurement:
                 sums.append(self._sums(f"Retention, {name}", model, base, examples) if base and examples else None)
             tuned = self._correct(LiveModel(model))
         choices = compare_choices(self.questions, self._base_correct, tuned, **self._bootstrap) if tuned else {}
-        return retention(
+        result = retention(
             cast(PositionSums, sums[0]),
             sums[1],
             base=base_type,
@@ -335,6 +337,7 @@ class RetentionMeasurement:
             provenance={**self._original, **self._provenance, **(provenance or {})},
             **self._bootstrap,
         )
+        return replace(result, date=today(), weights=weights_hash(model))
 
     def _kl_before_training(self, model: CausalLM, base: Base) -> float:
         """KL between the model and its base before the first step, in nats per token, on the first texts."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lightning_ft.document.blocks import Block, Fact, Plot, Table, runs_table
+from lightning_ft.document.numbers import finite, format_number
 from lightning_ft.document.plotting import MarkerStyle, add_legend_below, draw_marker, error_bar, marker_styles
 from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
 
@@ -32,8 +33,8 @@ def retention_facts(result: RetentionResult) -> tuple[Fact, ...]:
     return (
         Fact(
             "change of perplexity on general text",
-            f"{rise.value:+.1%}",
-            f"95% interval {format_range(rise, '{:+.1%}'.format)}; "
+            finite("{:+.1%}")(rise.value),
+            f"95% interval {format_range(rise, finite('{:+.1%}'))}; "
             f"same next token at {result.top1_agreement.value:.1%} of positions",
         ),
     )
@@ -53,16 +54,16 @@ def retention_table(results: Mapping[str, RetentionResult]) -> tuple[Block, ...]
     rows = [
         row(
             "KL on general text, nats per token",
-            [("at least " if r.lower_bound else "") + format_interval(r.kl_general, "{:.4f}".format) for r in values],
+            [("at least " if r.lower_bound else "") + format_interval(r.kl_general, finite("{:.4f}")) for r in values],
         ),
-        row("perplexity, tuned over base", [format_interval(r.ppl_ratio, "{:.3f}".format) for r in values]),
-        row("same most likely token", [format_interval(r.top1_agreement, "{:.1%}".format) for r in values]),
+        row("perplexity, tuned over base", [format_interval(r.ppl_ratio, finite("{:.3f}")) for r in values]),
+        row("same most likely token", [format_interval(r.top1_agreement, finite("{:.1%}")) for r in values]),
         row(
             "KL on task answers, nats per token",
             [
                 "not measured"
                 if r.kl_task is None
-                else ("at least " if r.lower_bound else "") + format_interval(r.kl_task, "{:.4f}".format)
+                else ("at least " if r.lower_bound else "") + format_interval(r.kl_task, finite("{:.4f}"))
                 for r in values
             ],
         ),
@@ -125,17 +126,17 @@ def frontier_blocks(result: FrontierResult, of: str = "") -> tuple[Block, ...]:
         of: Name of its run, where there are several.
     """
     seen = "; ".join(
-        f"scale {p.scale:g}: quality {p.quality.value:.3f}, KL {p.retention.kl_general.value:.4f}"
+        f"scale {p.scale:g}: quality {p.quality.value:.3f}, KL {format_number(p.retention.kl_general.value)}"
         for p in result.points
     )
     slug = re.sub(r"[^a-z0-9]+", "-", of.lower()).strip("-")
     rows = tuple(
         (
             f"{point.scale:g}{', chosen' if point.scale == result.chosen else ''}",
-            format_interval(point.quality, "{:.3f}".format),
+            format_interval(point.quality, finite("{:.3f}")),
             ("at least " if point.retention.lower_bound else "")
-            + format_interval(point.retention.kl_general, "{:.4f}".format),
-            format_interval(point.retention.ppl_ratio, "{:.3f}".format),
+            + format_interval(point.retention.kl_general, finite("{:.4f}")),
+            format_interval(point.retention.ppl_ratio, finite("{:.3f}")),
         )
         for point in result.points
     )

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _WEAK_QUALITY = 0.5  # quality of the prompted arm below which the result has a warning
+_WEAK_PROMPT = "The prompted arm's quality is only"  # the beginning of that warning
 _MAX_TRUNCATED_RATE = 0.05  # share of truncated answers above which the result has a warning
 
 
@@ -216,11 +217,16 @@ def _per_success_saving(sums: Mapping[str, Array]) -> Array:
     return np.asarray(1 - ratio)
 
 
+def is_weak(result: SavingsResult) -> bool:
+    """Whether a result has the warning that its prompt is weak, so that being no worse means little."""
+    return any(warning.startswith(_WEAK_PROMPT) for warning in result.warnings)
+
+
 def _weak_prompt_warnings(gate: Gate, prompted: ArmRecords, min_quality: float | None) -> list[str]:
     if gate.void or min_quality is not None or prompted.quality >= _WEAK_QUALITY:
         return []
     return [
-        f"The prompted arm's quality is only {prompted.quality:.3f}, so being no worse is easy and means little. "
+        f"{_WEAK_PROMPT} {prompted.quality:.3f}, so being no worse is easy and means little. "
         "Try other wordings, more examples, structured outputs or a larger model for it; if this quality is of use, "
         "say so with min_quality."
     ]

@@ -25,6 +25,7 @@ from lightning_ft.evaluation.savings.plan import measurement_plan
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer
+from lightning_ft.models.card_facts import today, weights_hash
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
 from lightning_ft.printable import content_hash
@@ -183,6 +184,8 @@ class SavingsMeasurement(CheckedArguments):
             result,
             requests=tuple(_last_user_turn(request) for request in requests),
             references=tuple(request.reference for request in requests),
+            date=today(),
+            weights=weights_hash(model),
             warnings=(
                 *result.warnings,
                 *self._endpoint_warning(),

@@ -30,7 +30,7 @@ _COST_METRICS = {
 class SavingsResult:
     """Token savings of the tuned over the prompted arm, with quality, gate and costs.
 
-    Measured times are ignored in comparisons for equality.
+    Measured times, `date` and `weights` are ignored in comparisons for equality.
 
     Args:
         arms: Records of ``prompted``, ``tuned`` and, if it was measured, ``untuned``.
@@ -46,6 +46,9 @@ class SavingsResult:
         references: Reference answer of each request, in the same order; empty if not recorded.
         in_training: Ids of the requests whose question also appears in the training rows; None if the training rows
             aren't known.
+        date: Day of the measurement, such as ``2026-01-31``; empty if not recorded.
+        weights: Hash of the weights of the tuned arm, see `lightning_ft.models.card_facts.weights_hash`; None if not
+            recorded.
 
     Raises:
         SavingsError: If the number of `requests` or `references` is neither 0 nor that of the arms' ids, or
@@ -64,6 +67,8 @@ class SavingsResult:
     requests: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     in_training: tuple[str, ...] | None = None
+    date: str = field(default="", compare=False)
+    weights: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if unknown := set(self.in_training or ()) - set(self.arms["prompted"].ids):
@@ -101,7 +106,7 @@ class SavingsResult:
             "quality kept"
             if gate.passed
             else "too few requests to assess quality"
-            if self._undecided
+            if self.undecided
             else "quality below min_quality"
             if gate.shortfall
             else "quality not kept"
@@ -118,7 +123,8 @@ class SavingsResult:
         return overlap_text(len(self.in_training or ()), self.n)
 
     @property
-    def _undecided(self) -> bool:
+    def undecided(self) -> bool:
+        """Whether the gate failed only because there are too few requests."""
         gate = self.gate
         return gate.underpowered and not gate.shortfall and self.difference.value > -gate.margin
 
@@ -162,6 +168,8 @@ class SavingsResult:
             "gate": _to_json(self.gate),
             "costs": None if self.costs is None else _to_json(self.costs),
             "confidence": self.confidence,
+            "date": self.date,
+            "weights": self.weights,
             "provenance": dict(self.provenance),
             "warnings": list(self.warnings),
             "requests": list(self.requests),
@@ -191,6 +199,8 @@ class SavingsResult:
             requests=tuple(values.get("requests", ())),  # older files lack both
             references=tuple(values.get("references", ())),
             in_training=None if (found := values.get("in_training")) is None else tuple(found),
+            date=values.get("date", ""),
+            weights=values.get("weights"),
         )
 
     def __rich__(self) -> Group:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from lightning_ft.document.blocks import (
     Block,
@@ -22,11 +23,22 @@ from lightning_ft.document.blocks import (
 )
 from lightning_ft.document.numbers import format_count
 from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
+from lightning_ft.evaluation.savings.advice import advice
 from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_unbounded, per_success_intervals
 from lightning_ft.evaluation.savings.plots import Arm, Caching, draw_cost, draw_quality, draw_tokens
 from lightning_ft.evaluation.savings.regressions import count_regressions, worst_regressions
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.evaluation.savings.table import PARTS, SAVINGS, arm_rows, cost_rows, cost_title, format_percent
+from lightning_ft.evaluation.savings.table import (
+    NONE_RIGHT,
+    PARTS,
+    SAVINGS,
+    arm_rows,
+    cost_rows,
+    cost_title,
+    format_percent,
+    saved_share,
+)
+from lightning_ft.models.model_card import hub_name
 
 _CACHING: tuple[tuple[Caching, str], ...] = (
     ("cached", "with prefix caching"),
@@ -43,6 +55,7 @@ _LABELS = {
     "requests_in_training": "requests that appear in the training rows",
     "max_new_tokens": "max_new_tokens",
     "split": "split",
+    "training_data": "training data",
 }
 
 
@@ -60,7 +73,7 @@ def savings_document(result: SavingsResult, plot: Plot | None = None) -> Documen
     if result.provenance:
         table = provenance_table("Measured with", result.provenance, _LABELS)
         sections.append(Section("Provenance", (table,), brief=False))
-    return Document((savings_headline(result),), result.warnings, (), tuple(sections))
+    return Document((savings_headline(result),), result.warnings, (), tuple(sections), savings_about(result))
 
 
 def savings_provenance(result: SavingsResult) -> dict[str, object]:
@@ -76,11 +89,25 @@ def savings_provenance(result: SavingsResult) -> dict[str, object]:
         entries["prices"] = f"of {prices.date}, in {prices.currency} per million tokens"
         for label, tuned in (("prompted", False), ("tuned", True)):
             full, cached, out = prices.rates(tuned=tuned)
-            entries[f"prices, {label}"] = f"input {full:g}, cached input {cached:g}, output {out:g}"
+            entries[f"prices, {label}"] = f"input {_price(full)}, cached input {_price(cached)}, output {_price(out)}"
         entries["invested"] = (
             f"training {prices.training:,.2f}, data {prices.data:,.2f}, sweep {prices.sweep:,.2f} {prices.currency}"
         )
     return {_LABELS.get(name, name): value for name, value in entries.items()}
+
+
+def savings_about(result: SavingsResult) -> tuple[tuple[str, str], ...]:
+    """Model, data and date of a result, as labels and texts; what wasn't recorded is left out.
+
+    Args:
+        result: The result.
+    """
+    found = result.provenance
+    model, trained, split = (str(found.get(name, "")) for name in ("model", "training_data", "split"))
+    measured = f"{result.n:,} {split} requests" if split else f"{result.n:,} requests"
+    data = f"trained on {trained}; measured on {measured}" if trained else f"measured on {measured}"
+    entries = (("Model", hub_name(model) or Path(model).name), ("Data", data), ("Date", result.date))
+    return tuple((label, text) for label, text in entries if text)
 
 
 def savings_headline(result: SavingsResult, of: str = "") -> Headline:
@@ -90,7 +117,7 @@ def savings_headline(result: SavingsResult, of: str = "") -> Headline:
         result: The result.
         of: Name of the result, if there are several.
     """
-    return Headline(result.gate.verdict, result.headline.split(": ", 1)[1], of)
+    return Headline(result.gate.verdict, result.headline.split(": ", 1)[1], of, advice(result))
 
 
 def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
@@ -99,12 +126,8 @@ def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
     total, per_success = result.savings["total"], result.savings["per_success"]
     quality = result.quality
     facts = [
-        Fact("tokens saved per request", format_percent(total.value), f"{level} {format_range(total, format_percent)}"),
-        Fact(
-            "tokens saved per success",
-            format_percent(per_success.value),
-            f"{level} {format_range(per_success, format_percent)}",
-        ),
+        Fact("tokens saved per request", saved_share(total)[0], f"{level} {saved_share(total)[1]}"),
+        Fact("tokens saved per success", saved_share(per_success)[0], f"{level} {saved_share(per_success)[1]}"),
         Fact(
             "quality, tuned",
             f"{quality['tuned'].value:.3f}",
@@ -146,7 +169,7 @@ def quality_plot(results: Mapping[str, SavingsResult], name: str = "quality") ->
                 arms[label] = Arm(result.quality[arm], per_success[arm])
     level = next(iter(results.values())).confidence
     points = "; ".join(
-        f"{label}: quality {arm.quality.value:.3f} at {_tokens(arm.per_success)} tokens per success"
+        f"{label}: quality {arm.quality.value:.3f}, tokens per success: {_tokens(arm.per_success)}"
         for label, arm in arms.items()
     )
     return Plot(
@@ -182,10 +205,7 @@ def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
         result: The result.
     """
     level = f"{result.confidence:.0%}"
-    savings = tuple(
-        (SAVINGS[name], format_percent(interval.value), format_range(interval, format_percent))
-        for name, interval in result.savings.items()
-    )
+    savings = tuple((SAVINGS[name], *saved_share(interval)) for name, interval in result.savings.items())
     blocks: list[Block] = [
         Table(
             ("", "saved", f"{level} interval"), savings, "Savings of the tuned over the prompted arm, ratios of sums"
@@ -212,8 +232,14 @@ def gate_text(result: SavingsResult) -> str:
         f"Gate {'passed' if gate.passed else 'failed'}: the one-sided 97.5% lower bound of tuned minus prompted "
         f"quality is {gate.bound:+.4f}, and must be above {-gate.margin:+.4f}. Requests: {gate.n:,}{pooled}; "
         f"required with {gate.discordant:.1%} discordant answers: {gate.required_n:,}. At least half of the tokens "
-        f"saved: {'yes' if result.saves_half else 'not shown'}."
+        f"saved: {_saves_half(result)}."
     )
+
+
+def _saves_half(result: SavingsResult) -> str:
+    if result.saves_half:
+        return "yes"
+    return "not shown" if result.savings["total"].lo < 0.5 else "yes, but quality isn't shown to be kept"
 
 
 def cost_blocks(result: SavingsResult, prefix: str = "") -> tuple[Block, ...]:
@@ -267,7 +293,13 @@ def _requests(number: float) -> str:
     return "never" if math.isinf(number) else f"{number:,.0f}"
 
 
+def _price(price: float) -> str:
+    """Format a price: all of its digits, with separators and without an exponent."""
+    whole, _, cents = f"{price:,.10f}".partition(".")
+    return f"{whole}.{cents}".rstrip("0").rstrip(".")
+
+
 def _tokens(interval: Interval) -> str:
     if math.isinf(interval.value):
-        return "infinitely many"
+        return NONE_RIGHT
     return f"{interval.value:,.0f}" if is_unbounded(interval) else format_interval(interval, "{:,.0f}".format)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+from lightning_ft.document.numbers import finite, format_number
+from lightning_ft.evaluation.bootstrap import Interval, format_range
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
+
+NONE_RIGHT = "none right"
+"""What tables have in place of a number of tokens per success if no answer was right."""
 
 SAVINGS = {
     "input": "input tokens",
@@ -31,7 +37,7 @@ def arm_rows(result: SavingsResult) -> list[list[str]]:
         row("output tokens", lambda arm: f"{sum(arm.output_tokens) / n:,.1f}"),
         ["quality", *(f"{i.value:.3f}" for i in result.quality.values())],
         [f"{result.confidence:.0%} interval", *(f"{i.lo:.3f} to {i.hi:.3f}" for i in result.quality.values())],
-        row("tokens per success", lambda arm: f"{arm.tokens_per_success:,.1f}"),
+        row("tokens per success", lambda arm: tokens_per_success(arm.tokens_per_success)),
         row("truncated answers", lambda arm: f"{arm.truncated_rate:.1%}"),
         row("prefill, GFLOP", lambda arm: _scaled(arm.prefill_flops, 1e9)),
         row("KV cache, MiB", lambda arm: _scaled(arm.kv_cache_bytes, 2**20)),
@@ -67,14 +73,33 @@ def cost_rows(result: SavingsResult) -> list[list[str]]:
     ]
 
 
-def format_percent(share: float) -> str:
-    """Format a share as a percentage.
+format_percent = finite("{:.1%}")
+"""Format a share as a percentage."""
+
+
+def tokens_per_success(tokens: float) -> str:
+    """Format a number of tokens per success.
 
     Example:
-        >>> format_percent(0.875), format_percent(float("-inf"))
-        ('87.5%', '-infinite')
+        >>> tokens_per_success(3130.25), tokens_per_success(float("inf"))
+        ('3,130.2', 'none right')
     """
-    return f"{share:.1%}" if abs(share) != float("inf") else ("-infinite" if share < 0 else "infinite")
+    return f"{tokens:,.1f}" if math.isfinite(tokens) else NONE_RIGHT
+
+
+def saved_share(interval: Interval) -> tuple[str, str]:
+    """Format a saving and its interval. A saving per success is undefined if no answer was right.
+
+    Example:
+        >>> saved_share(Interval(0.5, 0.25, 0.75)), saved_share(Interval(0.5, float("-inf"), 0.75))
+        (('50.0%', '25.0% to 75.0%'), ('50.0%', 'at most 75.0%'))
+        >>> saved_share(Interval(float("-inf"), float("-inf"), 0.75))
+        ('none right', 'at most 75.0%')
+    """
+    value = format_percent(interval.value) if math.isfinite(interval.value) else NONE_RIGHT
+    if math.isfinite(interval.lo):
+        return value, format_range(interval, format_percent)
+    return value, f"at most {format_percent(interval.hi)}" if math.isfinite(interval.hi) else "not known"
 
 
 def _requests(number: float) -> str:
@@ -82,4 +107,4 @@ def _requests(number: float) -> str:
 
 
 def _scaled(value: float | None, unit: float) -> str:
-    return "unknown" if value is None else f"{value / unit:,.3g}"
+    return "unknown" if value is None else format_number(value / unit)

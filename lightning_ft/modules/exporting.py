@@ -1,0 +1,220 @@
+"""Exports of a module: folders for transformers and PEFT, their model cards, and uploads to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_ft._lightning import LightningModule
+from lightning_ft.models.adapt import InitialAdapter
+from lightning_ft.models.card_facts import CardFacts, TrainingRecord
+from lightning_ft.models.export import ExportFormat, card_text, check_export, export, write_card
+from lightning_ft.models.gguf_export import GGUFType
+from lightning_ft.models.hub import check_hub, upload_export, warn_of_local_base
+from lightning_ft.modules.options import ModelOptions
+from lightning_ft.modules.training_record import facts_of_run, training_record
+
+RECORD = "training_record"
+"""Key of the record in what a module of this package keeps in a checkpoint."""
+
+
+class ExportedModule(LightningModule):
+    """Base of `FineTuning`: exports, and how the weights were trained, which checkpoints keep for the model card."""
+
+    model: Any
+    model_options: ModelOptions
+    _initial: InitialAdapter | None
+    _loaded_record: TrainingRecord | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of exports."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- what the card says
+
+    def record_state(self) -> dict[str, Any]:
+        """How the weights have been trained so far, as a checkpoint keeps it; empty if that isn't known."""
+        record = self._training_record()
+        return {} if record is None else {RECORD: record.to_dict()}
+
+    def load_record(self, state: Mapping[str, Any]) -> None:
+        """Restore it from a checkpoint.
+
+        Args:
+            state: What a module of this package keeps in a checkpoint.
+        """
+        found = state.get(RECORD)
+        self._loaded_record = None if found is None else TrainingRecord.from_dict(found)
+
+    def _training_record(self) -> TrainingRecord | None:
+        trainer = self._trainer
+        trained = trainer is not None and trainer.global_step > 0
+        return training_record(self, trainer) if trained else self._loaded_record
+
+    def card_facts(self) -> CardFacts:
+        """What a model card can say: how the weights were trained, and what the Trainer's callbacks measured."""
+        if self._trainer is None:
+            return CardFacts(self._loaded_record)
+        return CardFacts(self._training_record(), facts_of_run(self, self._trainer).results)
+
+    # ---------------------------------------------------------------- exports
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        merge: bool = False,
+        overwrite: bool = False,
+        format: ExportFormat = "safetensors",
+        gguf_dtype: GGUFType = "f16",
+        facts: CardFacts | None = None,
+    ) -> Path:
+        """Write a folder that plain transformers (and PEFT) load; on several ranks, call it on all of them.
+
+        Args:
+            folder: Folder to write.
+            merge: Fold an adapter into the base weights; refused where greedy output would change.
+            overwrite: Write into a folder that isn't empty.
+            format: ``safetensors``, or ``gguf`` for a ``model.gguf`` of llama.cpp, into which an adapter is merged.
+            gguf_dtype: Type of the matrices in it: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+            facts: What the model card says about training and measurements; by default :meth:`card_facts`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ExportError: If the export would give other output or could not be loaded over its base, or if the folder
+                isn't empty.
+        """
+        self.configure_model()
+        return export(
+            self.model,
+            self.tokenizer,
+            folder,
+            merge=merge,
+            overwrite=overwrite,
+            initial=self._initial,
+            write=self._writes,
+            base_options=self.model_options.card_options(),
+            format=format,
+            gguf_dtype=gguf_dtype,
+            facts=self.card_facts() if facts is None else facts,
+        )
+
+    def check_export(self, *, merge: bool = False, format: ExportFormat = "safetensors") -> None:
+        """Refuse an export that would fail, as far as that is known before training; call it on all ranks.
+
+        Args:
+            merge: Whether the adapter will be folded into the base weights.
+            format: Format of the export, as in :meth:`export`.
+
+        Raises:
+            ExportError: With what to do instead.
+        """
+        self.configure_model()
+        check_export(self.model, merge=merge, initial=self._initial, format=format)
+
+    def write_card(self, folder: str | Path, *, merge: bool = False, facts: CardFacts | None = None) -> None:
+        """Write the model card of an export again, when more has been measured; call it on all ranks.
+
+        Args:
+            folder: Folder of an export of these weights.
+            merge: Whether an adapter was folded into the base weights.
+            facts: What the card says about training and measurements; by default :meth:`card_facts`.
+        """
+        card = self.card_text(Path(folder).name, merge=merge, facts=facts)
+        if self._writes:
+            write_card(folder, card)
+
+    def card_text(self, name: str, *, merge: bool = False, facts: CardFacts | None = None) -> str:
+        """Text of the model card of an export of these weights; call it on all ranks.
+
+        Args:
+            name: Name or folder that the card's code loads the export from.
+            merge: Whether an adapter was folded into the base weights.
+            facts: What the card says about training and measurements; by default :meth:`card_facts`.
+        """
+        return card_text(
+            name,
+            self.model,
+            self.tokenizer,
+            merge=merge,
+            base_options=self.model_options.card_options(),
+            facts=self.card_facts() if facts is None else facts,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        merge: bool = False,
+        private: bool = True,
+        hub_overwrite: bool = False,
+        facts: CardFacts | None = None,
+    ) -> str:
+        """Export to the Hugging Face hub, as safetensors, in one commit; on several ranks, call it on all of them.
+
+        Args:
+            repo_id: Repository, such as ``organization/name``; created if it doesn't exist.
+            merge: Fold an adapter into the base weights; refused where greedy output would change.
+            private: Whether a repository that is created is private.
+            hub_overwrite: Commit over the files of a repository that isn't empty.
+            facts: What the model card says about training and measurements; by default :meth:`card_facts`.
+
+        Returns:
+            Address of the repository; an empty string on ranks other than 0.
+
+        Raises:
+            HubError: If the upload is refused (offline, no token, a repository with files) or fails.
+            ExportError: As :meth:`export`.
+        """
+        if self._writes:
+            check_hub(repo_id, overwrite=hub_overwrite)
+        with TemporaryDirectory() as folder:
+            path = self.export(Path(folder) / "export", merge=merge, facts=facts)
+            return self.upload(
+                path, repo_id, merge=merge, private=private, hub_overwrite=hub_overwrite, facts=facts, kept=False
+            )
+
+    def upload(
+        self,
+        folder: str | Path,
+        repo_id: str,
+        *,
+        merge: bool = False,
+        private: bool = True,
+        hub_overwrite: bool = False,
+        facts: CardFacts | None = None,
+        kept: bool = True,
+    ) -> str:
+        """Upload a folder that :meth:`export` wrote from these weights, with a card that names the repository.
+
+        Args:
+            folder: Folder of the export.
+            repo_id: Repository; created if it doesn't exist.
+            merge: Whether an adapter was folded into the base weights.
+            private: Whether a repository that is created is private.
+            hub_overwrite: Commit over the files of a repository that isn't empty.
+            facts: What the model card says about training and measurements; by default :meth:`card_facts`.
+            kept: Whether the folder is kept, so that errors point to it.
+
+        Returns:
+            Address of the repository; an empty string on ranks other than 0.
+
+        Raises:
+            HubError: If the upload is refused or fails; the folder stays as it is.
+        """
+        card = self.card_text(repo_id, merge=merge, facts=facts)
+        if not self._writes:
+            return ""
+        warn_of_local_base(self.model, repo_id, merge=merge)
+        return upload_export(folder, repo_id, card=card, private=private, overwrite=hub_overwrite, kept=kept)
+
+    @property
+    def _writes(self) -> bool:
+        return self._trainer is None or self._trainer.is_global_zero
