@@ -89,6 +89,7 @@ def report_json(report: RunReport, document: Document, plots: Mapping[str, Rende
     """
     return {
         "schema_version": SCHEMA_VERSION,
+        "about": {label.lower(): text for label, text in document.about},
         "headlines": [{**asdict(headline), "verdict": headline.verdict or None} for headline in document.headlines],
         "warnings": list(document.warnings),
         "facts": [asdict(fact) for fact in document.facts],

@@ -30,19 +30,20 @@ def _if_passed(result: SavingsResult) -> str:
             "rows, so the result says little about new ones."
         )
     if total.value <= 0:
-        return f"Don't ship to save tokens: quality was kept, but requests take {-total.value:.0%} more tokens."
+        amount = f"{-total.value:.1%} more tokens" if total.value < 0 else "as many tokens as before"
+        return f"Don't ship to save tokens: quality was kept, but requests take {amount}."
     if total.lo <= 0:
         return "Measure more requests: quality was kept, but a saving isn't shown yet."
     if costs is not None and math.isinf(costs.break_even_uncached):
         return (
-            f"Don't ship to save money: requests take {total.value:.0%} fewer tokens, but at these prices a tuned one "
+            f"Don't ship to save money: requests take {total.value:.1%} fewer tokens, but at these prices a tuned one "
             "isn't cheaper."
         )
     loss = "at no loss of quality" if gate.bound >= 0 else f"at a loss of quality of at most {_points(-gate.bound)}"
     condition = f" if a quality of {result.quality['tuned'].value:.3f} is enough" if is_weak(result) else ""
     cached = costs is not None and math.isinf(costs.break_even_cached)
     exception = "; where the prompt is cached, it doesn't save money" if cached else ""
-    return f"Ship{condition}: {total.value:.0%} fewer tokens per request, {loss}{exception}."
+    return f"Ship{condition}: {total.value:.1%} fewer tokens per request, {loss}{exception}."
 
 
 def _if_failed(result: SavingsResult) -> str:

@@ -27,23 +27,23 @@ def measured(prompted, tuned, *, n=400, tokens=(1000, 50), cached=0, **options):
 def test_advice_is_to_ship_at_no_loss():
     result = measured(300, 320)
     assert result.gate.verdict == "PASS"
-    assert advice(result) == "Ship: 95% fewer tokens per request, at no loss of quality."
+    assert advice(result) == "Ship: 94.5% fewer tokens per request, at no loss of quality."
 
 
 def test_advice_names_the_loss_that_is_not_ruled_out():
     result = measured(380, 376, n=1000)
     assert result.gate.passed
     assert result.gate.bound < 0
-    condition, loss = advice(result).split(": 95% fewer tokens per request, ")
+    condition, loss = advice(result).split(": 94.5% fewer tokens per request, ")
     assert condition == "Ship if a quality of 0.376 is enough"
     assert loss.startswith("at a loss of quality of at most ")
-    assert -100 * result.gate.bound <= float(loss.split()[7]) < -100 * result.gate.bound + 0.1
+    assert -100 * result.gate.bound <= float(loss.split()[8]) < -100 * result.gate.bound + 0.1
 
 
 def test_advice_of_a_weak_prompt_has_its_condition():
     result = measured(100, 120)
     assert result.warnings[0].startswith("The prompted arm's quality is only 0.250")
-    assert advice(result).startswith("Ship if a quality of 0.300 is enough: 95% fewer tokens per request, at no loss")
+    assert advice(result).startswith("Ship if a quality of 0.300 is enough: 94.5% fewer tokens per request, at no loss")
 
 
 def test_advice_is_not_to_ship_if_quality_was_not_kept():
@@ -89,8 +89,8 @@ def test_advice_of_requests_that_were_trained_on():
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
-        ((50, 100), "Don't ship to save tokens: quality was kept, but requests take 91% more tokens."),
-        ((50, 50), "Don't ship to save tokens: quality was kept, but requests take 0% more tokens."),
+        ((50, 100), "Don't ship to save tokens: quality was kept, but requests take 90.9% more tokens."),
+        ((50, 50), "Don't ship to save tokens: quality was kept, but requests take as many tokens as before."),
     ],
 )
 def test_advice_without_a_saving(tokens, expected):
@@ -107,12 +107,13 @@ def test_advice_of_a_saving_that_is_not_shown():
 def test_advice_of_fewer_tokens_that_cost_more():
     expensive = replace(PRICES, tuned_input=1000.0)
     assert advice(measured(300, 320, prices=expensive)) == (
-        "Don't ship to save money: requests take 95% fewer tokens, but at these prices a tuned one isn't cheaper."
+        "Don't ship to save money: requests take 94.5% fewer tokens, but at these prices a tuned one isn't cheaper."
     )
 
 
 def test_advice_of_a_prompt_that_is_cached_cheaply():
     found = advice(measured(300, 320, prices=PRICES, cached=990))
     assert found == (
-        "Ship: 95% fewer tokens per request, at no loss of quality; where the prompt is cached, it doesn't save money."
+        "Ship: 94.5% fewer tokens per request, at no loss of quality; where the prompt is cached, it doesn't save "
+        "money."
     )
