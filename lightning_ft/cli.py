@@ -158,7 +158,7 @@ class FineTuningTrainer(Trainer):
             results: Folder with results for the model card; by default that of the run that wrote the checkpoint. Only
                 those that were measured with the same weights are used.
             push_to_hub: Repository on the Hugging Face hub to upload to, such as ``organization/name``.
-            private: Whether a repository that is created is private.
+            private: Whether the repository is private; an existing public one is refused.
             hub_overwrite: Whether to commit over the files of a repository that isn't empty.
         """
         from lightning_ft.models.hub import check_hub
@@ -168,7 +168,7 @@ class FineTuningTrainer(Trainer):
         if not isinstance(model, FineTuning):
             raise ConfigError(f"{type(model).__name__} can't be exported, since it isn't a module of lightning_ft.")
         if push_to_hub is not None:
-            check_hub(push_to_hub, overwrite=hub_overwrite, format=format)
+            check_hub(push_to_hub, private=private, overwrite=hub_overwrite, format=format)
         model.load_checkpoint(ckpt_path)
         facts = replace(model.card_facts(), results=results_of_run(results, ckpt_path))
         folder = model.export(

@@ -48,7 +48,7 @@ class ExportModel(EndOfTraining):
         push_to_hub: Repository on the Hugging Face hub, such as ``organization/name``, to which the best weights are
             uploaded, or the final ones if there are no best ones; None for no upload. If the upload fails, a warning
             says so, and the exports stay where they are.
-        private: Whether a repository that is created is private.
+        private: Whether the repository is private; an existing public one is refused.
         hub_overwrite: Whether to commit over the files of a repository that isn't empty.
 
     Raises:
@@ -107,7 +107,7 @@ class ExportModel(EndOfTraining):
                 for part in ("last", "best"):
                     check_folder(folder / part, overwrite=self.overwrite)
                 if self.push_to_hub is not None:
-                    check_hub(self.push_to_hub, overwrite=self.hub_overwrite, format=self.format)
+                    check_hub(self.push_to_hub, private=self.private, overwrite=self.hub_overwrite, format=self.format)
                     warn_of_local_base(self._model(pl_module), self.push_to_hub, merge=self.merge)
             except ExportError as error:
                 reason, refused = str(error), type(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
@@ -41,13 +41,16 @@ _OF_THE_HUB = (".gitattributes",)
 """Files that a new repository has."""
 
 
-def check_hub(repo_id: str, *, overwrite: bool = False, format: ExportFormat = "safetensors") -> None:
+def check_hub(
+    repo_id: str, *, private: bool = True, overwrite: bool = False, format: ExportFormat = "safetensors"
+) -> None:
     """Refuse an upload that would fail, as far as that is known.
 
     A hub that can't be reached now may be reached later, so that is a warning.
 
     Args:
         repo_id: Repository, such as ``organization/name``.
+        private: Whether it is to be private.
         overwrite: Whether it may have files.
         format: Format of the export.
 
@@ -75,7 +78,7 @@ def check_hub(repo_id: str, *, overwrite: bool = False, format: ExportFormat = "
     api = HfApi()
     try:
         api.whoami()
-        _refuse_files(repo_id, _files(api, repo_id), overwrite=overwrite)
+        _refuse(repo_id, _existing(api, repo_id), private=private, overwrite=overwrite)
     except LightningFTError:
         raise
     except Exception as error:
@@ -120,7 +123,7 @@ def upload_export(
         folder: Folder of the export. Files that an export doesn't write stay where they are.
         repo_id: Repository; created if it doesn't exist.
         card: Text of the model card.
-        private: Whether a repository that is created is private.
+        private: Whether the repository is private; an existing public one is refused.
         overwrite: Whether the repository may have files.
         kept: Whether the folder is kept, so that errors point to it.
 
@@ -131,12 +134,13 @@ def upload_export(
         HubError: If nothing was uploaded, with the reason. The folder is unchanged.
     """
     path = Path(folder)
-    check_hub(repo_id, overwrite=overwrite)
+    check_hub(repo_id, private=private, overwrite=overwrite)
     api, files = HfApi(), list(_exported(path))
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
-        there = _files(api, url.repo_id)
-        _refuse_files(repo_id, there, overwrite=overwrite)  # others may have written since the check
+        repository = _existing(api, url.repo_id)
+        _refuse(repo_id, repository, private=private, overwrite=overwrite)  # others may have written since the check
+        there = [] if repository is None else repository.files
         additions = [CommitOperationAdd(file.name, file) for file in files]
         additions.append(CommitOperationAdd(CARD, card.encode()))
         new = {addition.path_in_repo for addition in additions}
@@ -159,19 +163,37 @@ def _is_exported(name: str) -> bool:
     return "/" not in name and any(fnmatch(name, pattern) for pattern in _UPLOADED)
 
 
-def _files(api: HfApi, repo_id: str) -> list[str]:
-    """Names of the files in a repository; empty if there is no such repository."""
+class _Repository(NamedTuple):
+    """A repository on the hub."""
+
+    private: bool
+    files: list[str]
+
+
+def _existing(api: HfApi, repo_id: str) -> _Repository | None:
+    """The repository of that name; None if there is none, or the token may not see it."""
     try:
-        return [name for name in api.list_repo_files(repo_id) if name not in _OF_THE_HUB]
+        info = api.model_info(repo_id)
     except RepositoryNotFoundError:
-        return []
+        return None
+    files = [file.rfilename for file in info.siblings or () if file.rfilename not in _OF_THE_HUB]
+    return _Repository(bool(info.private), files)
 
 
-def _refuse_files(repo_id: str, files: list[str], *, overwrite: bool) -> None:
-    if files and not overwrite:
+def _refuse(repo_id: str, repository: _Repository | None, *, private: bool, overwrite: bool) -> None:
+    """Refuse a repository that has files, or that everyone can read, unless that was asked for."""
+    if repository is None:
+        return
+    if repository.files and not overwrite:
         raise HubError(
-            f"The repository {repo_id!r} has {len(files)} files already (first: {files[0]}). Choose another name, or "
-            "pass hub_overwrite=True to commit this export over them; earlier commits stay in its history."
+            f"The repository {repo_id!r} has files already ({len(repository.files)}, first: {repository.files[0]}). "
+            "Choose another name, or pass hub_overwrite=True to commit this export over them; earlier commits stay in "
+            "its history."
+        )
+    if private and not repository.private:
+        raise HubError(
+            f"The repository {repo_id!r} is public. Make it private on its settings page, or pass private=False to "
+            "upload to it as it is."
         )
 
 

@@ -162,7 +162,7 @@ class ExportedModule(LightningModule):
         Args:
             repo_id: Repository, such as ``organization/name``; created if it doesn't exist.
             merge: Fold an adapter into the base weights; refused where greedy output would change.
-            private: Whether a repository that is created is private.
+            private: Whether the repository is private; an existing public one is refused.
             hub_overwrite: Commit over the files of a repository that isn't empty.
             facts: What the model card says about training and measurements; by default :meth:`card_facts`.
 
@@ -174,7 +174,7 @@ class ExportedModule(LightningModule):
             ExportError: As :meth:`export`.
         """
         if self._writes:
-            check_hub(repo_id, overwrite=hub_overwrite)
+            check_hub(repo_id, private=private, overwrite=hub_overwrite)
         with TemporaryDirectory() as folder:
             path = self.export(Path(folder) / "export", merge=merge, facts=facts)
             return self.upload(
@@ -198,7 +198,7 @@ class ExportedModule(LightningModule):
             folder: Folder of the export.
             repo_id: Repository; created if it doesn't exist.
             merge: Whether an adapter was folded into the base weights.
-            private: Whether a repository that is created is private.
+            private: Whether the repository is private; an existing public one is refused.
             hub_overwrite: Commit over the files of a repository that isn't empty.
             facts: What the model card says about training and measurements; by default :meth:`card_facts`.
             kept: Whether the folder is kept, so that errors point to it.

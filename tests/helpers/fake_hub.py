@@ -21,8 +21,8 @@ class FakeHub:
         self.repos, self.objects, self.calls = {}, {}, []
         self.failing = None
 
-    def add(self, name, **files):
-        self.repos[name] = {"files": {".gitattributes": b"", **files}, "visibility": "public", "commits": 1}
+    def add(self, name, visibility="private", **files):
+        self.repos[name] = {"files": {".gitattributes": b"", **files}, "visibility": visibility, "commits": 1}
 
     def files(self, name):
         return {path: data for path, data in self.repos[name]["files"].items() if path != ".gitattributes"}
@@ -44,12 +44,13 @@ class FakeHub:
             return self.create(json.loads(body))
         if match := re.fullmatch(r"/(\w+/[\w-]+)\.git/info/lfs/objects/batch", path):
             return 200, {"transfer": "basic", "objects": [self.upload(o) for o in json.loads(body)["objects"]]}
-        match = re.fullmatch(r"/api/models/(\w+/[\w-]+)(?:/(tree|preupload|commit)/main)?", path)
+        match = re.fullmatch(r"/api/models/(\w+/[\w-]+)(?:/(preupload|commit)/main)?", path)
         if match is None or match[1] not in self.repos:
             return 404, {"error": "Repository not found"}
-        if match[2] == "tree":
-            files = self.repos[match[1]]["files"]
-            return 200, [{"type": "file", "path": p, "size": len(data), "oid": "0"} for p, data in files.items()]
+        if match[2] is None:
+            repo = self.repos[match[1]]
+            files = [{"rfilename": path} for path in repo["files"]]
+            return 200, {"id": match[1], "private": repo["visibility"] == "private", "siblings": files, "tags": []}
         if match[2] == "preupload":
             return 200, {"files": [self.mode(file["path"]) for file in json.loads(body)["files"]]}
         return self.commit(match[1], [json.loads(line) for line in body.splitlines()])

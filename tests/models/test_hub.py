@@ -60,7 +60,7 @@ def test_push_to_hub_can_make_a_public_repository(hub, module):
 
 def test_push_to_hub_refuses_a_repository_with_files_unless_asked(hub, module):
     hub.add("org/name", **{"model.safetensors": b"old", "notes.txt": b"mine"})
-    with pytest.raises(HubError, match=r"'org/name' has 2 files already .*hub_overwrite=True"):
+    with pytest.raises(HubError, match=r"'org/name' has files already \(2, .*hub_overwrite=True"):
         module.push_to_hub("org/name")
     assert hub.files("org/name") == {"model.safetensors": b"old", "notes.txt": b"mine"}
     with pytest.warns(UserWarning, match="an adapter whose base is the local folder"):
@@ -70,6 +70,15 @@ def test_push_to_hub_refuses_a_repository_with_files_unless_asked(hub, module):
     assert "model.safetensors" not in files  # of the earlier export: both would be loaded
     assert files["notes.txt"] == b"mine"
     assert hub.repos["org/name"]["commits"] == 2
+
+
+def test_push_to_hub_refuses_a_public_repository_unless_asked(hub, module):
+    hub.add("org/name", visibility="public")
+    with pytest.raises(HubError, match=r"'org/name' is public. Make it private .* private=False"):
+        module.push_to_hub("org/name", merge=True)
+    assert not hub.files("org/name")
+    module.push_to_hub("org/name", merge=True, private=False)
+    assert "model.safetensors" in hub.files("org/name")
 
 
 def test_upload_leaves_the_users_own_files_alone(hub, module, tmp_path):
@@ -134,7 +143,7 @@ def test_export_callback_uploads_at_the_end(hub, model_folder, trainer_options, 
 def test_export_callback_refuses_before_training(hub, model_folder, trainer_options, tmp_path):
     hub.add("org/name", **{"config.json": b"{}"})
     module = LoRAFineTuning(model_folder, lora={"r": 4}, dtype="float32")
-    with pytest.raises(HubError, match="has 1 files already"):
+    with pytest.raises(HubError, match=r"has files already \(1, first: config.json\)"):
         fit(module, trainer_options, output=str(tmp_path / "out"), push_to_hub="org/name")
     assert module.trainer.global_step == 0
 
