@@ -231,6 +231,7 @@ class Comparer:
         write_text(folder / CONFIG, yaml.safe_dump(run_config(first, ORIGINAL, folder), sort_keys=False))
         cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
         data: PairDataModule = cli.datamodule
+        data.require_rows("lightning-ft compare")
         data.load_rows()
         for split, reason in (
             ("validation", "since choices are made on them"),

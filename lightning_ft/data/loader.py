@@ -85,15 +85,19 @@ class TokenLoader(DataLoader[list[EncodedRow]]):
         if self._iterator_now is None and not self._yielded:
             epoch, batch = self.plan.next_position()
         else:
-            epoch, batch = self._epoch, self._yielded
-        return {"epoch": epoch + 1, "batch": 0} if batch >= len(self.plan) else {"epoch": epoch, "batch": batch}
+            epoch, batch = self._epoch, self._done()
+        return {"epoch": epoch + 1, "batch": 0} if self.plan.is_over(epoch, batch) else {"epoch": epoch, "batch": batch}
+
+    def _done(self) -> int:
+        """Number of batches of the epoch that a saved position counts as done."""
+        return self._yielded
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Begin the next iterator at a position from `state_dict`."""
         self.close()
         self._yielded = 0
         epoch, batch = state_dict["epoch"], state_dict["batch"]
-        self._loaded = (epoch, batch) if batch < len(self.plan) else None
+        self._loaded = None if self.plan.is_over(epoch, batch) else (epoch, batch)
         self.plan.start_at(epoch, batch)
 
     def close(self) -> None:
@@ -126,6 +130,23 @@ def token_loader(parts: Sequence[EncodedRows], plan: BatchPlan, collate: Collate
 _SHOWN = 20
 
 
+def name_origins(origins: Sequence[tuple[str, int]]) -> str:
+    """Name rows by source, for messages.
+
+    Args:
+        origins: Source and number of each row.
+
+    Example:
+        >>> name_origins([("train", 3), ("train", 4), ("a.jsonl", 1)])
+        'rows 3, 4 of train; rows 1 of a.jsonl'
+    """
+    sources: dict[str, list[str]] = {}
+    for source, number in origins[:_SHOWN]:
+        sources.setdefault(source, []).append(f"{number:,}")
+    named = "; ".join(f"rows {', '.join(numbers)} of {source}" for source, numbers in sources.items())
+    return named + (f" and {len(origins) - _SHOWN} more" if len(origins) > _SHOWN else "")
+
+
 def name_rows(loader: TokenLoader, splits: Splits[RowT], split: SplitName, epoch: int, batch: int) -> str:
     """Name the rows in a batch of this rank, by source, for messages.
 
@@ -148,9 +169,4 @@ def name_rows(loader: TokenLoader, splits: Splits[RowT], split: SplitName, epoch
     """
     rows = loader.plan.rows(loader.plan.order(epoch), batch)
     origins = [row for part in splits.rows.get(split, []) for row in part]
-    sources: dict[str, list[str]] = {}
-    for number in rows[:_SHOWN]:
-        origin = origins[number]
-        sources.setdefault(origin.source, []).append(f"{origin.row:,}")
-    named = "; ".join(f"rows {', '.join(numbers)} of {source}" for source, numbers in sources.items())
-    return named + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+    return name_origins([(origins[number].source, origins[number].row) for number in rows])

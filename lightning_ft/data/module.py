@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_args
 
@@ -23,6 +24,10 @@ from lightning_ft.data.sampler import BatchPlan, FixedBatchPlan
 from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import RowRules, SplitName, Splits
+from lightning_ft.data.stream_loader import stream_loader
+from lightning_ft.data.stream_plan import StreamPlan
+from lightning_ft.data.stream_rows import RowStream
+from lightning_ft.data.stream_sources import RowFactory, RowIterable, is_streamed, stream_sources
 from lightning_ft.data.templates import set_chat_template
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
@@ -44,8 +49,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
 
     Args:
         train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
-            `datasets.Dataset` or `IterableDataset` (finite; it is read to its end once), a list of dicts, or a list of
-            several of these.
+            `datasets.Dataset` or `IterableDataset`, a list of dicts, or a list of several of these. With `streaming`
+            also any iterable of dicts, a function that returns one, or the import path of such a function.
         validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same prompt
             (whatever its system turn), from one conversation or from one `cluster` stay together.
         test: Test rows, in the same forms as `train`.
@@ -66,6 +71,10 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             and the template's own tokens are never cut; a row that is too long without any user text is a bad row.
         on_bad_row: What happens to bad rows: ``error`` lists them all, ``skip`` leaves them out and counts them by
             reason.
+        streaming: Whether training rows are read, checked and tokenized while training, rather than before it, and
+            never held in memory; by default only those of an `IterableDataset`, another iterable or a function. An
+            endless source needs `max_steps`. A row that is left out makes its batch smaller.
+        shuffle_buffer: Number of rows of a stream that are shuffled together.
         shuffle: Whether each epoch has an order of its own, drawn from `seed` and the epoch.
         seed: Seed of the epochs' orders, the held-out rows and the mixing.
         num_workers: Number of processes that make batches.
@@ -85,7 +94,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
 
     def __init__(
         self,
-        train: Sources,
+        train: Sources | RowIterable | RowFactory,
         validation: float | Sources | None = None,
         test: Sources | None = None,
         *,
@@ -98,6 +107,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         batch_size: int = 8,
         on_overlong: OnOverlong = "error",
         on_bad_row: OnBadRow = "error",
+        streaming: bool | None = None,
+        shuffle_buffer: int = 1000,
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
@@ -122,7 +133,20 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             template_kwargs=dict(chat_template_kwargs or {}),
         )
         sources = {"train": train, "validation": validation, "test": test}
-        self.splits: Splits[Any] = Splits(sources, self.rules, self.row_type)
+        streamed = is_streamed(train, streaming)
+        if streamed:
+            _check_streamed(validation, mixing)
+        self.splits: Splits[Any] = Splits(
+            {name: source for name, source in sources.items() if name != "train" or not streamed},
+            self.rules,
+            self.row_type,
+        )
+        self.stream: RowStream[Any] | None = None
+        """The training rows, if they are read while training."""
+        if streamed:
+            self.stream = RowStream(stream_sources(train, "train"), self.splits)
+            self.splits.streamed.add("train")
+        self._shuffle_buffer = shuffle_buffer
         self._loaders: list[TokenLoader] = []
         self._is_compared = False  # with the batch size
         self._described: tuple[object, tuple[dict[str, str | int], tuple[str, ...]]] | None = None
@@ -137,6 +161,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             batch_size=batch_size,
             on_overlong=on_overlong,
             on_bad_row=on_bad_row,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
             shuffle=shuffle,
             seed=seed,
             num_workers=num_workers,
@@ -153,13 +179,36 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         self.save_hyperparameters(hyper, logger=False, frame=outermost)
 
     @abstractmethod
+    def collate_rows(self, rows: Sequence[Any]) -> Collate:
+        """The function that makes batches of rows, which are numbered as in `rows`."""
+
     def collate(self, split: SplitName) -> Collate:
         """The function that makes batches from the rows of an encoded split."""
+        return self.collate_rows([row for part in self.splits.rows[split] for row in part])
 
     @property
     def report(self) -> dict[str, SplitReport]:
-        """Counts of the rows in each split, by its name: read, kept, dropped, truncated, and why."""
-        return self.splits.report
+        """Counts of the rows in each split, by its name: read, kept, dropped, truncated, and why.
+
+        Of training rows that are streamed, those that this rank has used in the current pass.
+        """
+        streamed: dict[str, SplitReport] = {} if self.stream is None else {"train": self.stream.report}
+        return {**streamed, **self.splits.report}
+
+    def require_rows(self, purpose: str) -> None:
+        """Refuse training rows that are streamed, where all of them have to be read before training.
+
+        Args:
+            purpose: What they are read for; begins the message.
+
+        Raises:
+            ConfigError: If they are streamed.
+        """
+        if self.stream is not None:
+            raise ConfigError(
+                f"{purpose} needs all training rows before training, and they are streamed. Pass streaming=False, or "
+                "train= with a file of as many rows as it should read."
+            )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -282,9 +331,11 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         for name in names:
             if name != "predict":
                 self.splits.encode(name, tokenizer)
+        if self.stream is not None and "train" in names:
+            self.stream.start(tokenizer, self.row_type)
 
     def load_rows(self) -> None:
-        """Read and check every split without tokenizing it, so no tokenizer is needed.
+        """Read and check every split without tokenizing it, so no tokenizer is needed; streamed rows are not read.
 
         Raises:
             DataError: With every bad row.
@@ -308,6 +359,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
 
     def train_dataloader(self) -> TokenLoader:
         """Batches of the training rows, in a new order every epoch."""
+        if self.stream is not None:
+            return self._stream_loader(self.stream)
         return self._loader("train", shuffle=self._shuffle)
 
     def val_dataloader(self) -> TokenLoader | list[TokenLoader]:
@@ -333,6 +386,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         self.hparams["batch_size"] = value
 
     def _require(self, name: str) -> None:
+        if name in self.splits.streamed:
+            self.require_rows("This")
         if name not in self.splits.sources:
             raise ConfigError(f"{type(self).__name__} has no {name} rows: pass {name}=.")
 
@@ -363,6 +418,34 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         self._loaders.append(loader)
         return loader
 
+    def _stream_loader(self, stream: RowStream[Any]) -> TokenLoader:
+        stream.start(self.tokenizer, self.row_type)
+        trainer: Any = self.trainer
+        if trainer is not None and trainer.overfit_batches:
+            raise ConfigError(
+                "overfit_batches repeats the first batches of rows that are read before training: pass "
+                "streaming=False, or train= with as many rows."
+            )
+        plan = StreamPlan(
+            stream.sources,
+            batch_size=self.batch_size,
+            shuffle=self._shuffle,
+            buffer=self._shuffle_buffer,
+            seed=self._seed,
+            rank=trainer.global_rank if trainer is not None else 0,
+            world_size=trainer.world_size if trainer is not None else 1,
+        )
+        if trainer is not None:  # a run resumed at an epoch's end iterates before set_epoch
+            plan.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+
+        def trained() -> int | None:
+            fits = trainer is not None and trainer.state.fn == "fit"
+            return trainer.fit_loop.epoch_loop.batch_progress.current.ready if fits else None
+
+        loader = stream_loader(stream, plan, self.collate_rows, num_workers=self._num_workers, trained=trained)
+        self._loaders.append(loader)
+        return loader
+
     def _compare_with_batch(self, plan: BatchPlan) -> None:
         """Say once that an epoch is a single batch, which is rarely meant."""
         rows, batch = sum(plan.sizes), plan.batch_size * plan.num_replicas
@@ -383,6 +466,20 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
 
 class NoLoaders(list[TokenLoader]):
     """What `val_dataloader` returns without validation rows: a list of its own name, so that no one is warned of it."""
+
+
+def _check_streamed(validation: object, mixing: object) -> None:
+    """Refuse what can't be done with training rows that are read while training."""
+    if isinstance(validation, (int, float)):
+        raise ConfigError(
+            f"validation={validation} holds out a share of the training rows, whose number isn't known while they are "
+            "streamed. Pass separate rows as validation=, or streaming=False for rows that fit on disk."
+        )
+    if mixing is not None:
+        raise ConfigError(
+            f"mixing={mixing}: streamed sources are read one after the other. Mix them with "
+            "datasets.interleave_datasets, or pass streaming=False."
+        )
 
 
 def _check_choices(

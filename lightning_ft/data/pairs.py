@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import restricted_classmethod
+from lightning_ft.data.formats import Conversation
 from lightning_ft.data.hf_batches import to_hf
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.loader import Collate, EncodedRow
@@ -22,6 +23,7 @@ from lightning_ft.data.row_types import Pairs, Supervise
 from lightning_ft.data.rows import OnBadRow
 from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.splits import SplitName
+from lightning_ft.data.stream_sources import RowFactory, RowIterable
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message, Request
@@ -75,7 +77,7 @@ class PairDataModule(RowDataModule):
 
     def __init__(
         self,
-        train: Sources,
+        train: Sources | RowIterable | RowFactory,
         validation: float | Sources | None = None,
         test: Sources | None = None,
         *,
@@ -93,6 +95,8 @@ class PairDataModule(RowDataModule):
         batch_format: BatchFormat = "tokens",
         on_overlong: OnOverlong = "error",
         on_bad_row: OnBadRow = "error",
+        streaming: bool | None = None,
+        shuffle_buffer: int = 1000,
         shuffle: bool = True,
         seed: int = 0,
         num_workers: int = 0,
@@ -118,6 +122,8 @@ class PairDataModule(RowDataModule):
             batch_size=batch_size,
             on_overlong=on_overlong,
             on_bad_row=on_bad_row,
+            streaming=streaming,
+            shuffle_buffer=shuffle_buffer,
             shuffle=shuffle,
             seed=seed,
             num_workers=num_workers,
@@ -153,7 +159,7 @@ class PairDataModule(RowDataModule):
             )
         return data
 
-    def collate(self, split: SplitName) -> Collate:
+    def collate_rows(self, rows: Sequence[Conversation]) -> Collate:
         """The function that lays out batches for a model."""
         pad = pad_token_id(self.tokenizer)
         return _HFCollate(pad) if self._batch_format == "hf" else _PairCollate(self._packing, pad)

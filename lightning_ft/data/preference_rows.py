@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -311,6 +312,22 @@ class Preferences(RowType[Preference]):
             return parts
         report.notes["no margin, treated as 0"] += without
         return [[row if row.margin is not None else replace(row, margin=0.0) for row in part] for part in parts]
+
+    def follow(self, name: str, first: Sequence[Preference]) -> Callable[[Preference], Preference]:
+        """Pairs or single completions, with or without a margin, as the first rows are."""
+        self.complete(name, [list(first)], SplitReport())
+        return partial(_as_first, len(first[0].completions), any(row.margin is not None for row in first))
+
+
+def _as_first(completions: int, has_margin: bool, row: Preference) -> Preference:
+    if len(row.completions) != completions:
+        found, expected = ("a pair", "completions with a label") if completions == 1 else ("a single completion", "pairs")
+        fix = "They have different losses: put them into separate DataModules."
+        raise RowError(None, f"{found} in a stream of {expected}", "", fix)
+    if row.margin is not None and not has_margin:
+        fix = "Give the first rows a margin, too, such as 0, or remove the column."
+        raise RowError("margin", "a margin in a stream whose first rows have none", f"{row.margin}", fix)
+    return replace(row, margin=0.0) if has_margin and row.margin is None else row
 
 
 PREFERENCES = Preferences()

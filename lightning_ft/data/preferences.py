@@ -47,9 +47,9 @@ class PreferenceDataModule(RowDataModule):
 
     row_type = PREFERENCES
 
-    def collate(self, split: SplitName) -> Callable[[list[EncodedRow]], PreferenceBatch]:
+    def collate_rows(self, rows: Sequence[Preference]) -> Callable[[list[EncodedRow]], PreferenceBatch]:
         """The function that makes a `PreferenceBatch` from any number of rows, none included."""
-        return _PreferenceCollate([row for part in self.splits.rows[split] for row in part])
+        return _PreferenceCollate(rows)
 
     def row_batches(self, split: SplitName, batch_size: int) -> Iterable[PreferenceBatch]:
         """Yield all rows of a split once, in order, on every rank, for computations on each row before training.
@@ -63,7 +63,8 @@ class PreferenceDataModule(RowDataModule):
             DataError: If its rows can't be used.
         """
         self._encode(split)
-        rows, collate = SplitRows(self.splits.encoded[split]), self.collate(split)
+        rows = SplitRows(self.splits.encoded[split])
+        collate = self.collate_rows([row for part in self.splits.rows[split] for row in part])
         for start in range(0, len(rows), batch_size):
             yield collate(rows[range(start, min(start + batch_size, len(rows)))])
 

@@ -69,7 +69,13 @@ def preview(
     lenient = replace(
         rules, on_bad_row="skip", on_overlong="drop" if rules.on_overlong == "error" else rules.on_overlong
     )
-    splits: Splits[Any] = Splits(datamodule.splits.sources, lenient, datamodule.row_type)
+    sources = dict(datamodule.splits.sources)
+    if datamodule.stream is not None:
+        first = [raw.value for raw in datamodule.stream.head() if raw.problem is None]
+        lenient = replace(lenient, format=None)  # it was applied to them
+        console.print(f"train is streamed: its first {len(first):,} rows are shown.")
+        sources = {"train": first, **sources}
+    splits: Splits[Any] = Splits(sources, lenient, datamodule.row_type)
     splits.notes_reported |= set(NOTES_WITH_REMEDY)  # they are printed below
     names = [name for name in ("train", "validation", "test") if name in splits.sources]
     splits.load(names)

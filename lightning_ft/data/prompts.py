@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -146,12 +147,7 @@ class Prompts(RowType[Prompt]):
     def complete(self, name: str, parts: list[list[Prompt]], report: SplitReport) -> list[list[Prompt]]:
         """Give all rows the same columns, and all prompts the same type."""
         rows = [row for part in parts for row in part]
-        counts = Counter(column for row in rows for column in row.columns)
-        if taken := [column for column in RESERVED if column in counts]:
-            raise DataError(
-                f"{name}: the column {taken[0]!r} is named like an argument of reward functions "
-                f"({', '.join(RESERVED)}). Rename or remove it."
-            )
+        counts = _columns(name, rows)
         for column, count in counts.items():
             if count < len(rows):
                 report.notes[f"no {column!r} column, treated as None"] += len(rows) - count
@@ -160,6 +156,31 @@ class Prompts(RowType[Prompt]):
         empty = dict.fromkeys(counts)
         text = all(row.text for row in rows)
         return [[replace(row, text=text, columns={**empty, **row.columns}) for row in part] for part in parts]
+
+    def follow(self, name: str, first: Sequence[Prompt]) -> Callable[[Prompt], Prompt]:
+        """Give each row the columns of the first rows, and its prompt their type."""
+        return partial(_as_first, tuple(_columns(name, first)), all(row.text for row in first))
+
+
+def _columns(name: str, rows: Sequence[Prompt]) -> Counter[str]:
+    """Columns of the rows, with the number of rows that have each."""
+    counts = Counter(column for row in rows for column in row.columns)
+    if taken := [column for column in RESERVED if column in counts]:
+        raise DataError(
+            f"{name}: the column {taken[0]!r} is named like an argument of reward functions "
+            f"({', '.join(RESERVED)}). Rename or remove it."
+        )
+    return counts
+
+
+def _as_first(columns: Sequence[str], text: bool, row: Prompt) -> Prompt:
+    if text and not row.text:
+        fix = "Reward functions get prompts of one type: give one of the first rows a list of messages, too."
+        raise RowError("prompt", "messages in a stream whose first prompts are texts", "", fix)
+    if other := next((column for column in row.columns if column not in columns), None):
+        fix = "Give one of the first rows the column, too; it may be None."
+        raise RowError(other, f"column {other!r} isn't in the first rows of the stream", "", fix)
+    return replace(row, text=text, columns={**dict.fromkeys(columns), **row.columns})
 
 
 PROMPTS = Prompts()
@@ -221,9 +242,9 @@ class PromptDataModule(RowDataModule):
             for name, row in zip(self.splits.unique_ids(rows), rows, strict=True)
         ]
 
-    def collate(self, split: SplitName) -> Collate:
+    def collate_rows(self, rows: Sequence[Prompt]) -> Collate:
         """A collate function that makes a `PromptBatch` of rows, of which there may be none."""
-        return _Batch([row for part in self.splits.rows[split] for row in part])
+        return _Batch(rows)
 
 
 class _Batch:

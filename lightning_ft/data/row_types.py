@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -121,6 +121,25 @@ class RowType(ABC, Generic[RowT]):
             DataError: If the rows don't fit together.
         """
         return parts
+
+    def follow(self, name: str, first: Sequence[RowT]) -> Callable[[RowT], RowT]:
+        """What `complete` does, for rows of which only the first are known: those of a stream.
+
+        Args:
+            name: Name of the split.
+            first: The first rows, at least one.
+
+        Returns:
+            A function that checks and completes each row, and raises a `RowError` if it doesn't fit the first ones.
+
+        Raises:
+            DataError: If the first rows don't fit together.
+        """
+        return _unchanged
+
+
+def _unchanged(row: RowT) -> RowT:
+    return row
 
 
 class Pairs(RowType[Conversation]):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, Literal
 
 from rich.progress import track
 
+from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.raw_rows import Problem, RawRow
 from lightning_ft.data.row_mapping import RowFunction, load_row_function, map_rows
 from lightning_ft.data.row_types import PAIRS, Row, RowType
@@ -24,7 +25,8 @@ OnBadRow = Literal["error", "skip"]
 SHOW_FROM = 20_000
 """Number of rows from which a progress bar is shown."""
 
-_DETECTED_FROM = 100  # first rows of a source, from which its row format is detected
+DETECTED_FROM = 100
+"""Number of first rows of a source from which its row format is detected."""
 
 
 def load_source(
@@ -71,30 +73,19 @@ def load_source(
     raw_rows = read_rows(source, name, argument, report.notes)
     if format is not None:
         raw_rows = map_rows(raw_rows, load_row_function(format), columns)
-    first = list(islice(raw_rows, _DETECTED_FROM))
+    first = list(islice(raw_rows, DETECTED_FROM))
     if not first:
         raise DataError(f"{name}: it contains no rows.")
-    readable = [raw.value for raw in first if isinstance(raw.value, Mapping)]
-    try:
-        reader = row_type.reader(readable, columns, answered=answered)
-    except RowError as error:  # of all rows: no row format has their columns
-        raise DataError(str(Problem(name, None, error.field, error.reason, error.detail, error.fix))) from None
-    reader.defaults = dict(template_kwargs or {})
-    report.formats[name] = reader.name if readable else "none"
+    reader = reader_for(first, name, row_type, columns, answered=answered, template_kwargs=template_kwargs)
+    report.formats[name] = reader.name if any(isinstance(raw.value, Mapping) for raw in first) else "none"
 
     rows: list[Any] = []
     problems: list[Problem] = []
     read = 0
     for raw in _with_progress(chain(first, raw_rows), f"Reading {name}"):
         read += 1
-        if raw.problem is not None:
-            problems.append(raw.problem)
-            continue
-        try:
-            rows.append(reader.read(raw.value, raw.source, raw.number))
-        except RowError as error:
-            problem = Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
-            problems.append(problem)
+        row = read_row(reader, raw)
+        (problems if isinstance(row, Problem) else rows).append(row)
     if reader.ignored:
         rank_zero_info(printable(f"{name}: ignored columns: {', '.join(sorted(reader.ignored))}", one_line=True))
         report.ignored += sorted(reader.ignored.difference(report.ignored))
@@ -106,6 +97,47 @@ def load_source(
             raise DataError(f"{name}: all of its {read:,} rows are bad. The first: {problems[0]}")
         problems = []
     return rows, problems
+
+
+def reader_for(
+    first: Sequence[RawRow],
+    name: str,
+    row_type: RowType[Any],
+    columns: Mapping[str, str] | None,
+    *,
+    answered: bool = True,
+    template_kwargs: Mapping[str, object] | None = None,
+) -> FieldReader[Any]:
+    """The reader for the rows of a source, whose row format is detected from the first ones.
+
+    Args:
+        first: First rows of the source, up to :data:`DETECTED_FROM`.
+        name: Name of the source in errors.
+        row_type: Type of the rows.
+        columns: Field names of the format to those in the data.
+        answered: Whether rows must have an answer.
+        template_kwargs: Variables of the chat template for rows that don't set them.
+
+    Raises:
+        DataError: If no row format has their columns.
+    """
+    readable = [raw.value for raw in first if isinstance(raw.value, Mapping)]
+    try:
+        reader = row_type.reader(readable, columns, answered=answered)
+    except RowError as error:
+        raise DataError(str(Problem(name, None, error.field, error.reason, error.detail, error.fix))) from None
+    reader.defaults = dict(template_kwargs or {})
+    return reader
+
+
+def read_row(reader: FieldReader[Any], raw: RawRow) -> Any | Problem:
+    """Check a row; returns the checked row, or its problem."""
+    if raw.problem is not None:
+        return raw.problem
+    try:
+        return reader.read(raw.value, raw.source, raw.number)
+    except RowError as error:
+        return Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
 
 
 def _with_progress(rows: Iterable[RawRow], description: str) -> Iterator[RawRow]:
@@ -128,4 +160,4 @@ def count_duplicates(rows: Iterable[Row]) -> int:
     return sum(count - 1 for count in Counter(row.key for row in rows).values())
 
 
-__all__ = ["OnBadRow", "SHOW_FROM", "count_duplicates", "is_rank_zero", "load_source"]
+__all__ = ["DETECTED_FROM", "OnBadRow", "SHOW_FROM", "count_duplicates", "is_rank_zero", "load_source", "read_row", "reader_for"]

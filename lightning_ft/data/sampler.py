@@ -41,15 +41,64 @@ def _times(size: int, weight: float) -> int:
     return size * int(weight) + round((weight - int(weight)) * size)
 
 
-class BatchPlan(DistributedSampler[list[int]]):
+class EpochPlan(DistributedSampler[Any]):
+    """Base of the plans: the epoch and the batch at which the next iterator begins.
+
+    The epoch is the one set by `set_epoch`, after a resume too: :meth:`start_at` sets where the next iterator begins,
+    and a caller that counts epochs from 0 again is corrected from there on. It is a `DistributedSampler` so that a
+    Trainer does not replace it.
+
+    Args:
+        length: Number of rows per epoch; 0 if it isn't known.
+        batch_size: Number of rows per batch on each rank.
+        shuffle: Whether each epoch has an order of its own.
+        seed: Seed of the orders.
+        rank: Index of this rank.
+        world_size: Number of ranks.
+
+    Raises:
+        ConfigError: For a `batch_size` below 1.
+    """
+
+    def __init__(
+        self, length: int, *, batch_size: int, shuffle: bool, seed: int, rank: int, world_size: int
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
+        dataset: Any = range(length)  # only its length is read
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        self.batch_size = batch_size
+        self._start: tuple[int, int] | None = None  # epoch and batch at which the next iterator begins
+        self._offset = 0  # epochs missing from the caller's count since a resume
+
+    def is_over(self, epoch: int, batch: int) -> bool:
+        """Whether an epoch is known to have no batch of this index."""
+        raise NotImplementedError
+
+    def next_position(self) -> tuple[int, int]:
+        """Epoch and batch at which the next iterator begins."""
+        return self._start if self._start is not None else (self.epoch + self._offset, 0)
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Begin the next iterator in the middle of an epoch, or at its end, where it is empty.
+
+        Args:
+            epoch: Epoch whose order is used.
+            batch: Number of batches of the epoch to skip.
+        """
+        self._start = (epoch, batch)
+
+    def started(self) -> None:
+        """Begin further iterators at the start of an epoch; a loader with workers makes two iterators for one pass."""
+        if self._start is not None:
+            self._offset, self._start = self._start[0] - self.epoch, None
+
+
+class BatchPlan(EpochPlan):
     """Yields the row numbers of each batch on this rank.
 
     Batches are slices of the epoch's order across ranks: two ranks with batches of 4 see what one rank with batches of
-    8 sees. The last step divides what is left, so no row is dropped or repeated; a rank may then get an empty batch. It
-    is a `DistributedSampler` so that a Trainer does not replace it.
-
-    The order is that of the epoch set by `set_epoch`, after a resume too: :meth:`start_at` sets where the next iterator
-    begins, and a caller that counts epochs from 0 again is corrected from there on.
+    8 sees. The last step divides what is left, so no row is dropped or repeated; a rank may then get an empty batch.
 
     Args:
         sizes: Number of rows of each source.
@@ -83,13 +132,14 @@ class BatchPlan(DistributedSampler[list[int]]):
         if len(sizes) != len(weights) or not sizes or any(w < 0 for w in weights) or not sum(weights):
             expected = f"expected one weight for each of {len(sizes)} sources, none below 0 and one above"
             raise ConfigError(f"mixing={list(weights)}: {expected}.")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
-        dataset: Any = range(sum(sizes))  # only its length is read
-        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
-        self.sizes, self.weights, self.batch_size = list(sizes), list(weights), batch_size
-        self._start: tuple[int, int] | None = None  # epoch and batch at which the next iterator begins
-        self._offset = 0  # epochs missing from the caller's count since a resume
+        super().__init__(
+            sum(sizes), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
+        )
+        self.sizes, self.weights = list(sizes), list(weights)
+
+    def is_over(self, epoch: int, batch: int) -> bool:
+        """See `EpochPlan`."""
+        return batch >= len(self)
 
     def order(self, epoch: int) -> np.ndarray:
         """Row numbers of an epoch, for all ranks together."""
@@ -121,24 +171,6 @@ class BatchPlan(DistributedSampler[list[int]]):
     def __len__(self) -> int:
         rows = sum(_times(size, weight) for size, weight in zip(self.sizes, self.weights, strict=True))
         return -(-rows // (self.batch_size * self.num_replicas))
-
-    def next_position(self) -> tuple[int, int]:
-        """Epoch and batch at which the next iterator begins."""
-        return self._start if self._start is not None else (self.epoch + self._offset, 0)
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Begin the next iterator in the middle of an epoch, or at its end, where it is empty.
-
-        Args:
-            epoch: Epoch whose order is used.
-            batch: Number of batches of the epoch to skip.
-        """
-        self._start = (epoch, batch)
-
-    def started(self) -> None:
-        """Begin further iterators at the start of an epoch; a loader with workers makes two iterators for one pass."""
-        if self._start is not None:
-            self._offset, self._start = self._start[0] - self.epoch, None
 
 
 class FixedBatchPlan(BatchPlan, SequentialSampler):  # type: ignore[misc]

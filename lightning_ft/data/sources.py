@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -105,11 +105,11 @@ def as_sources(sources: Sources, argument: str) -> dict[str, Source]:
     Raises:
         ConfigError: If anything in it isn't a source.
     """
-    several = isinstance(sources, (list, tuple)) and not _is_row_list(sources)
+    several = isinstance(sources, (list, tuple)) and not is_row_list(sources)
     named: dict[str, Source] = {}
     single: list[Any] = list(sources) if several else [sources]  # type: ignore[arg-type]
     for index, source in enumerate(single):
-        if not _is_source(source):
+        if not (is_map_style(source) or isinstance(source, datasets.IterableDataset)):
             raise ConfigError(
                 f"{argument}: expected a path, a hub name, a dataset, a pandas or polars DataFrame or a list of dicts, "
                 f"or a list of those, got {type(source).__name__}{_hint(source)}"
@@ -121,14 +121,15 @@ def as_sources(sources: Sources, argument: str) -> dict[str, Source]:
     return named
 
 
-def _is_row_list(source: object) -> bool:
+def is_row_list(source: object) -> bool:
     """Whether a list contains rows rather than sources; whatever else is in it will be reported as a bad row."""
     return isinstance(source, (list, tuple)) and (not source or any(isinstance(row, Mapping) for row in source))
 
 
-def _is_source(source: object) -> bool:
-    known = (str, Path, datasets.Dataset, datasets.IterableDataset)
-    return _is_row_list(source) or isinstance(source, known) or library_of(source) is not None
+def is_map_style(source: object) -> bool:
+    """Whether a source has a known number of rows, or is named by a string."""
+    known = (str, Path, datasets.Dataset)
+    return is_row_list(source) or isinstance(source, known) or library_of(source) is not None
 
 
 def _hint(source: object) -> str:
@@ -136,7 +137,9 @@ def _hint(source: object) -> str:
         return f": pass one of its splits ({', '.join(map(str, list(source)[:5]))})."
     if isinstance(source, Mapping):
         return ": pass a list of rows, or a list of sources."
-    return ": pass its .collect()." if library_of(source, "LazyFrame") else "."
+    if library_of(source, "LazyFrame"):
+        return ": pass its .collect()."
+    return ": pass list(rows)." if isinstance(source, Iterable) else "."
 
 
 def read_rows(source: Source, name: str, argument: str, notes: Counter[str]) -> Iterator[RawRow]:
@@ -158,22 +161,27 @@ def read_rows(source: Source, name: str, argument: str, notes: Counter[str]) -> 
         elif isinstance(source, (list, tuple)):
             yield from check_values(numbered(source, name), filled=False)
         else:
-            yield from check_values(numbered(_dataset_rows(source, name), name), filled=True)
+            yield from check_values(numbered(dataset_rows(source, name), name), filled=True)
         return
-    path = _as_path(str(source))
+    path = path_of(str(source))
     if path is not None and path.is_file():
         yield from read_file(path, name, notes)
-    elif path is None or _looks_like_path(str(source)) or path.exists():
+    elif path is None or looks_like_path(str(source)) or path.exists():
         hint = "It can't be a path." if path is None else _missing_file_hint(path)
         shown = str(source) if len(str(source)) < 200 else f"{str(source)[:80]}..."
         raise DataNotFoundError(f"{argument}={shown!r}: there is no such file. {hint}")
     else:
-        yield from check_values(numbered(_dataset_rows(_from_hub(str(source), argument), name), name), filled=True)
+        yield from check_values(numbered(dataset_rows(from_hub(str(source), argument), name), name), filled=True)
 
 
-def _dataset_rows(dataset: Any, name: str) -> Iterator[object]:
-    """Rows of a dataset; an exception while it is read is raised with the dataset's name."""
-    read = 0
+def dataset_rows(dataset: Any, name: str, read: int = 0) -> Iterator[object]:
+    """Rows of a dataset; an exception while it is read is raised with the dataset's name.
+
+    Args:
+        dataset: Any iterable.
+        name: Name of the source in errors.
+        read: Number of rows that were read before its first row.
+    """
     try:
         for row in dataset:
             read += 1
@@ -184,7 +192,7 @@ def _dataset_rows(dataset: Any, name: str) -> Iterator[object]:
         raise DataError(f"{name}: reading the dataset failed {where} with {type(error).__name__}: {reason}") from error
 
 
-def _as_path(source: str) -> Path | None:
+def path_of(source: str) -> Path | None:
     """A string as a path; None if it can't be the name of a file."""
     try:
         path = Path(source).expanduser()
@@ -196,7 +204,7 @@ def _as_path(source: str) -> Path | None:
     return path
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
     return (
         Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSED) or name.startswith((".", "/", "~")) or name.count("/") > 1
     )
@@ -226,10 +234,20 @@ def _folder_hint(path: Path) -> str:
     return f"It is a dataset saved by save_to_disk: pass {load}, or save it as Parquet with its to_parquet()."
 
 
-def _from_hub(name: str, argument: str) -> datasets.Dataset:
+def from_hub(name: str, argument: str, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a dataset of the Hub by its name, ``user/data`` or ``user/data:split``.
+
+    Args:
+        name: The name.
+        argument: Name of the argument it was passed as.
+        streaming: Whether its rows are downloaded as they are read.
+
+    Raises:
+        DataNotFoundError: If it can't be loaded.
+    """
     repository, _, split = name.partition(":")
     try:
-        return datasets.load_dataset(repository, split=split or "train")
+        return datasets.load_dataset(repository, split=split or "train", **({"streaming": True} if streaming else {}))
     except Exception as error:  # datasets, huggingface_hub and the network raise many types
         lines = str(error).strip().splitlines()
         raise DataNotFoundError(

@@ -76,6 +76,10 @@ class SplitReport:
         ]
         return [(count, what) for count, what in counts if count]
 
+    def token_counts(self) -> tuple[int, int, int] | None:
+        """Numbers of tokens and of supervised tokens, and the largest number in a row; None if nothing is encoded."""
+        return (sum(self.lengths), sum(self.supervised), max(self.lengths)) if self.lengths else None
+
     def summary(self, name: str) -> str:
         """One line for the log.
 
@@ -84,9 +88,9 @@ class SplitReport:
             'train: 2 of 3 rows, 10 tokens (0 supervised), longest 6; left out: 1 x empty output'
         """
         text = f"{name}: {self.kept:,} of {self.read:,} rows"
-        if self.lengths:
-            tokens, supervised = sum(self.lengths), sum(self.supervised)
-            text += f", {tokens:,} tokens ({supervised:,} supervised), longest {max(self.lengths):,}"
+        if (counts := self.token_counts()) is not None:
+            tokens, supervised, longest = counts
+            text += f", {tokens:,} tokens ({supervised:,} supervised), longest {longest:,}"
         if self.skipped:
             text += "; left out: " + ", ".join(f"{n:,} x {reason}" for reason, n in self.skipped.most_common())
         for count, what in (

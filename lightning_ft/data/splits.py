@@ -23,7 +23,7 @@ from lightning_ft.data.row_types import PAIRS, Row, RowT, RowType
 from lightning_ft.data.rows import OnBadRow, count_duplicates, load_source
 from lightning_ft.data.sources import as_sources
 from lightning_ft.data.split_report import SplitReport
-from lightning_ft.data.templates import chat_template
+from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.data.tokenize import tokenize
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, DataError
@@ -85,6 +85,8 @@ class Splits(Generic[RowT]):
         self.report: dict[str, SplitReport] = {}
         self.rows: dict[str, list[list[RowT]]] = {}
         self.encoded: dict[str, list[EncodedRows]] = {}
+        self.streamed: set[str] = set()
+        """Splits that are read while training, and are not among the rows."""
         self._index: TrainingIndex | None = None
         self._overlap_reported: set[str] = set()
         self.notes_reported: set[str] = set()
@@ -271,26 +273,22 @@ class Splits(Generic[RowT]):
         """Log the summary of an encoded split, and warn of notes that have a remedy."""
         report = self.report[name]
         rank_zero_info(report.summary(name))
-        template = chat_template(tokenizer)
-        for note, count in report.notes.items():
-            remedy = None if note in self.notes_reported else remedy_for(note, template)
-            self.notes_reported.add(note)  # once, not for every split
-            if remedy is not None:
-                rank_zero_warn(f"{name}: {count:,} x {note}. {remedy}")
+        self.warn_of_notes(name, report.notes, chat_template(tokenizer))
         if report.other_prompt and report.mismatch is not None:
-            row, prompt = report.mismatch
-            rank_zero_warn(
-                f"{name}: in {report.other_prompt:,} of {report.kept:,} rows the tokens before the last answer aren't "
-                f"those that generation starts from: the first row has {row!r} where generation has {prompt!r}. The "
-                "model would be trained on other prompts than it gets in use. Where the prompt opens reasoning, add it "
-                "to the rows (reasoning_content) or switch it off (chat_template_kwargs={'enable_thinking': False}, if "
-                "the template reads that); otherwise pass a chat_template= that writes both the same way."
-            )
+            warn_other_prompt(name, f"in {report.other_prompt:,} of {report.kept:,} rows", report.mismatch)
         if max(report.lengths) > tokenizer.model_max_length:
             rank_zero_warn(
                 f"{name}: the longest row has {max(report.lengths):,} tokens, but the tokenizer's model_max_length is "
                 f"{tokenizer.model_max_length:,}. Lower max_length if that is the model's limit."
             )
+
+    def warn_of_notes(self, name: str, notes: Mapping[str, int], template: ChatTemplate) -> None:
+        """Warn of notes that have a remedy, of each once and not for every split."""
+        for note, count in notes.items():
+            remedy = None if note in self.notes_reported else remedy_for(note, template)
+            self.notes_reported.add(note)
+            if remedy is not None:
+                rank_zero_warn(f"{name}: {count:,} x {note}. {remedy}")
 
     def kept_rows(self, name: str) -> list[RowT]:
         """The rows of a split.
@@ -300,6 +298,8 @@ class Splits(Generic[RowT]):
         """
         if name not in self.rows:
             reason = "setup() hasn't run for it" if name in self.sources else f"pass {name}="
+            if name in self.streamed:
+                reason = "they are read while training. Pass streaming=False to read them before"
             raise ConfigError(f"There are no {name} rows: {reason}.")
         return [row for part in self.rows[name] for row in part]
 
@@ -342,6 +342,24 @@ class Splits(Generic[RowT]):
                 )
             )
         return requests
+
+
+def warn_other_prompt(name: str, where: str, mismatch: tuple[str, str]) -> None:
+    """Warn of rows whose tokens before the last answer aren't those that generation starts from.
+
+    Args:
+        name: Name of the split.
+        where: Which rows.
+        mismatch: Text of the first such row, and the text that generation starts from.
+    """
+    row, prompt = mismatch
+    rank_zero_warn(
+        f"{name}: {where} the tokens before the last answer aren't those that generation starts from: the first row "
+        f"has {row!r} where generation has {prompt!r}. The model would be trained on other prompts than it gets in "
+        "use. Where the prompt opens reasoning, add it to the rows (reasoning_content) or switch it off "
+        "(chat_template_kwargs={'enable_thinking': False}, if the template reads that); otherwise pass a "
+        "chat_template= that writes both the same way."
+    )
 
 
 def _unique(ids: Sequence[str]) -> list[str]:

@@ -105,7 +105,7 @@ class ActivationCache:
         with module.trainer.precision_plugin.forward_context():
             reader = self._open(module)
         data = getattr(module.trainer, "datamodule", None)
-        report = data.report.get("train") if isinstance(data, RowDataModule) else None
+        report = data.report.get("train") if isinstance(data, RowDataModule) and data.stream is None else None
         reader.announce(None if report is None else sum(report.lengths))
 
     def around(self, module: FineTuning, batch: TokenBatch) -> AbstractContextManager[None]:

@@ -245,7 +245,8 @@ def warn_other_vocabulary(
 class CheckedRows(LightningModule):
     """Base of `FineTuning`: refuses rows that its model can't read.
 
-    All rows of a DataModule of this package are checked when a run starts; those of another loader batch by batch.
+    All rows of a DataModule of this package are checked when a run starts; those of a stream, or of another loader,
+    batch by batch.
     """
 
     model: Any
@@ -293,7 +294,8 @@ class CheckedRows(LightningModule):
             warn_untrained_tokens(self.model, data.tokenizer, data.splits, own=own)
 
     def _check_batch(self, batch: object) -> None:
-        if self._row_data() is None:
+        data = self._row_data()
+        if data is None or data.stream is not None:
             check_batch(self.model, self.tokenizer, batch, new_tokens=self._new_tokens)
 
     def on_validation_start(self) -> None:

@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_ft.data.loader import TokenLoader, name_rows
+from lightning_ft.data.stream_loader import StreamLoader
 from lightning_ft.distributed import all_gather_objects, is_distributed, rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ModelError, NonFiniteError
 from lightning_ft.models.numerics import first_nonfinite
@@ -155,7 +156,9 @@ class FiniteSteps(ResumableModule, CheckedRows):
     def _named(self, batch: int) -> tuple[str, str]:
         loader, data = self.trainer.train_dataloader, self._row_data()
         rows = ""
-        if isinstance(loader, TokenLoader) and data is not None:
+        if isinstance(loader, StreamLoader):
+            rows = loader.row_names(self.trainer.current_epoch, batch)
+        elif isinstance(loader, TokenLoader) and data is not None:
             rows = name_rows(loader, data.splits, "train", self.trainer.current_epoch, batch)
         return f"batch {batch} of epoch {self.trainer.current_epoch}", rows
 

@@ -82,6 +82,7 @@ class ReferenceLogProbs:
             raise ConfigError(
                 "precompute_reference=True reads all rows before training: pass a PreferenceDataModule to the Trainer."
             )
+        data.require_rows("precompute_reference=True")
         self._data, self._logprobs = data, {}
         rank, ranks = rank_and_world_size()
         weights = self.reference.to(device).fingerprint()

@@ -40,6 +40,7 @@ def measure_steps(folder: Path, steps: int) -> Resources:
     """
     cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
     data: PairDataModule = cli.datamodule
+    data.require_rows("A forecast")
     data.load_rows()
     data.share_tokenizer(cli.model)
     data.setup("fit")

@@ -195,7 +195,7 @@ def test_sources_are_mixed_by_weight(tokenizer, pairs):
         data.train_dataloader()
 
 
-def test_generators_are_read_once(trainer, tokenizer, pairs):
+def test_iterable_dataset_is_read_once_before_training(trainer, tokenizer, pairs):
     read = []
 
     def stream():
@@ -204,7 +204,7 @@ def test_generators_are_read_once(trainer, tokenizer, pairs):
             yield row
 
     module = Recorder(tokenizer)
-    data = PairDataModule(datasets.IterableDataset.from_generator(stream), batch_size=8)
+    data = PairDataModule(datasets.IterableDataset.from_generator(stream), streaming=False, batch_size=8)
     trainer().fit(module, data)
     assert len(module.seen) == 6
     assert len(read) == 24

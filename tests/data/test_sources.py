@@ -111,7 +111,7 @@ def iterable_dataset(rows):
 def test_keys_that_arrow_adds_are_removed(source):
     calls = [{"name": "f", "arguments": {"city": "Paris"}}, {"name": "g", "arguments": {"day": 3}}]
     rows = [{"prompt": "q", "calls": calls, "none": None}, {"prompt": "r", "calls": [], "none": 1}]
-    data = PromptDataModule(source(rows))
+    data = PromptDataModule(source(rows), streaming=False)
     data.load_rows()
     first, _ = data.splits.rows["train"][0]
     assert first.columns == {"calls": calls, "none": None}
