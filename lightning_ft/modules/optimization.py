@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM
 from lightning_ft.models.optim import make_optimizer, parameter_groups, set_first_rate, set_peak_rates
@@ -30,13 +31,23 @@ class OptimizedModule(FiniteSteps):
         for scheduler in schedulers:
             if self._factor not in getattr(scheduler, "lr_lambdas", ()):
                 continue
-            if self.optimizer_options.lr_schedule != "constant" and self._total_steps() is None:
-                raise ConfigError(
-                    f"lr_schedule={self.optimizer_options.lr_schedule!r} needs the length of the training: set "
-                    "max_steps or max_epochs in the Trainer (max_steps where the data has no length), or "
-                    "lr_schedule='constant'."
-                )
+            if self._total_steps() is None:
+                self._refuse_unknown_end()
             set_first_rate(scheduler)
+
+    def _refuse_unknown_end(self) -> None:
+        """Refuse a schedule whose end isn't known, and warn of a warm-up that isn't made."""
+        options = self.optimizer_options
+        if options.lr_schedule != "constant":
+            raise ConfigError(
+                f"lr_schedule={options.lr_schedule!r} needs the length of the training: set max_steps or max_epochs in "
+                "the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
+            )
+        if options.warmup_ratio:
+            rank_zero_warn(
+                f"warmup_ratio={options.warmup_ratio} is a share of all optimizer steps, whose number isn't known, so "
+                "the learning rate starts at its peak. Set max_steps in the Trainer, or warmup_ratio=0."
+            )
 
     def on_train_epoch_start(self) -> None:
         """Follow a learning rate that `LearningRateFinder` has set after the optimizer was built."""

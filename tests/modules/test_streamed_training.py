@@ -12,7 +12,7 @@ from tiny import make_rows
 from lightning_ft import DPO, GRPO, FullFineTuning, LoRAFineTuning
 from lightning_ft import PairDataModule, PreferenceDataModule, PromptDataModule
 from lightning_ft._lightning import _pl
-from lightning_ft.errors import ConfigError
+from lightning_ft.errors import ConfigError, NonFiniteError
 
 SOURCES = {
     "function": lambda rows: lambda: iter(rows),
@@ -72,12 +72,19 @@ def test_schedule_without_an_end_is_refused(model_folder, tmp_path, trainer_opti
         run(model_folder, tmp_path, trainer_options, source="function", max_epochs=1, max_steps=-1)
 
 
+def test_warm_up_without_an_end_is_told(model_folder, trainer_options):
+    module = FullFineTuning(model_folder, lr_schedule="constant")
+    data = PairDataModule(lambda: iter(make_rows(8)), batch_size=4)
+    with pytest.warns(UserWarning, match="warmup_ratio=0.03 is a share of all optimizer steps, whose number isn't"):
+        train(module, data, trainer_options, max_epochs=1)
+
+
 def test_batches_are_those_of_rows_read_before(model_folder, tmp_path, trainer_options):
     """The same steps, whether rows are streamed or not."""
 
     def final(streaming):
         data = PairDataModule(make_rows(23), batch_size=4, shuffle=False, streaming=streaming, cache_dir=False)
-        module = FullFineTuning(model_folder, learning_rate=1e-2, dtype="float32")
+        module = FullFineTuning(model_folder, learning_rate=1e-2, dtype="float32", lr_schedule="constant", warmup_ratio=0)
         return end(train(module, data, trainer_options, max_epochs=2, accumulate_grad_batches=4))
 
     assert not differences(final(True), final(False))
@@ -90,7 +97,7 @@ def test_empty_batch_takes_part_in_a_window(model_folder, trainer_options):
         data = PairDataModule(
             rows, batch_size=1, shuffle=False, streaming=True, max_length=64, on_overlong="drop", cache_dir=False
         )
-        module = FullFineTuning(model_folder, learning_rate=1e-2, dtype="float32")
+        module = FullFineTuning(model_folder, learning_rate=1e-2, dtype="float32", lr_schedule="constant", warmup_ratio=0)
         return end(train(module, data, trainer_options, max_epochs=1, **settings))
 
     rows, long = make_rows(4), {"input": "a " * 300, "output": "b"}
@@ -103,16 +110,14 @@ def test_empty_batch_takes_part_in_a_window(model_folder, trainer_options):
 
 def test_row_that_the_model_cant_read_is_named(model_folder, trainer_options):
     """It is checked with its batch, since it isn't known before."""
-    module = FullFineTuning(model_folder)
+    module = FullFineTuning(model_folder, lr_schedule="constant")
     rows = [*make_rows(20) * 6, {"input": "plus " * 500, "output": "b"}]
     data = PairDataModule(lambda: iter(rows), max_length=4096, batch_size=8, shuffle=False)
-    with pytest.warns(UserWarning, match="A row of this batch has 1?,?[0-9]+ tokens, more than the 256 positions"):
+    with pytest.warns(UserWarning, match="A row of this batch has 515 tokens, more than the 512 positions"):
         train(module, data, trainer_options, max_epochs=1)
 
 
 def test_nonfinite_step_names_rows_of_the_stream(model_folder, trainer_options):
-    from lightning_ft.errors import NonFiniteError
-
     class Breaks(_pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             if batch_idx == 2:
@@ -120,7 +125,7 @@ def test_nonfinite_step_names_rows_of_the_stream(model_folder, trainer_options):
 
     data = PairDataModule(lambda: iter(make_rows(20)), batch_size=4, shuffle=False)
     with pytest.raises(NonFiniteError, match="batch 2 of epoch 0: rows 9, 10, 11, 12 of train"):
-        train(FullFineTuning(model_folder), data, trainer_options, callbacks=[Breaks()])
+        train(FullFineTuning(model_folder, lr_schedule="constant"), data, trainer_options, callbacks=[Breaks()])
 
 
 def test_precomputed_reference_is_refused(model_folder, trainer_options):
@@ -132,7 +137,7 @@ def test_precomputed_reference_is_refused(model_folder, trainer_options):
 
 def test_preferences_and_prompts_train(model_folder, trainer_options):
     rows = [{"prompt": row["input"], "chosen": row["output"], "rejected": "no"} for row in make_rows(8)]
-    trainer = train(DPO(model_folder), PreferenceDataModule(lambda: iter(rows), batch_size=4), trainer_options)
+    trainer = train(DPO(model_folder, lr_schedule="constant"), PreferenceDataModule(lambda: iter(rows), batch_size=4), trainer_options)
     assert trainer.global_step == 6
     rewards = [lambda completions, output, **_: [float(len(a) - len(b)) for a, b in zip(completions, output, strict=True)]]
     module = GRPO(model_folder, rewards=rewards, num_completions=2, max_new_tokens=4)
