@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from lightning_ft.data.overlap import row_questions
+from lightning_ft.data.row_store import ChainedRows, SelectedRows
 from lightning_ft.data.row_types import Row, RowT
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import DataError
@@ -180,7 +181,7 @@ def _short(text: str) -> str:
     return repr(flat if len(flat) <= _SHOWN else flat[: _SHOWN - 3] + "...")
 
 
-def hold_out(parts: Sequence[Sequence[RowT]], share: float, seed: int) -> tuple[list[list[RowT]], list[RowT]]:
+def hold_out(parts: Sequence[Sequence[RowT]], share: float, seed: int) -> tuple[list[Sequence[RowT]], Sequence[RowT]]:
     """Hold out a share of the training rows, keeping those of one question, conversation or cluster together.
 
     Warns if the share can't be met, or if one group has more rows than are to be held out.
@@ -196,16 +197,18 @@ def hold_out(parts: Sequence[Sequence[RowT]], share: float, seed: int) -> tuple[
     Raises:
         DataError: If all rows belong together.
     """
-    rows = [row for part in parts for row in part]
+    rows = ChainedRows(parts)
     groups = group_rows(rows)
     if len(groups) < 2:
         raise DataError(_nothing_to_hold_out(rows, share))
     chosen = choose_groups([len(group) for group in groups], share, seed)
     out = {i for k in chosen for i in groups[k]}
     _warn_of_groups(rows, share, len(out), [rows[i] for i in max(groups, key=len)])
-    indices = iter(range(len(rows)))
-    left = [[row for row in part if next(indices) not in out] for part in parts]
-    return left, [rows[i] for i in sorted(out)]
+    left, start = [], 0
+    for part in parts:
+        left.append(SelectedRows(part, [i for i in range(len(part)) if start + i not in out]))
+        start += len(part)
+    return left, SelectedRows(rows, sorted(out))
 
 
 def _nothing_to_hold_out(rows: Sequence[RowT], share: float) -> str:

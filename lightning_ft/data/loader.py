@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ft.data.cache import EncodedRows
 from lightning_ft.data.layout import Example
+from lightning_ft.data.row_store import ChainedRows
 from lightning_ft.data.row_types import RowT
 from lightning_ft.data.sampler import BatchPlan
 from lightning_ft.data.splits import SplitName, Splits
@@ -168,5 +169,5 @@ def name_rows(loader: TokenLoader, splits: Splits[RowT], split: SplitName, epoch
         'rows 3, 4 of train'
     """
     rows = loader.plan.rows(loader.plan.order(epoch), batch)
-    origins = [row for part in splits.rows.get(split, []) for row in part]
+    origins = ChainedRows(splits.rows.get(split, []))
     return name_origins([(origins[number].source, origins[number].row) for number in rows])

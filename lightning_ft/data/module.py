@@ -18,6 +18,7 @@ from lightning_ft.data import cache
 from lightning_ft.data.loader import Collate, TokenLoader, token_loader
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.provenance import describe_training_rows
+from lightning_ft.data.row_store import ChainedRows
 from lightning_ft.data.row_types import RowType
 from lightning_ft.data.rows import OnBadRow
 from lightning_ft.data.sampler import BatchPlan, FixedBatchPlan
@@ -184,7 +185,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
 
     def collate(self, split: SplitName) -> Collate:
         """The function that makes batches from the rows of an encoded split."""
-        return self.collate_rows([row for part in self.splits.rows[split] for row in part])
+        return self.collate_rows(ChainedRows(self.splits.rows[split]))
 
     @property
     def report(self) -> dict[str, SplitReport]:

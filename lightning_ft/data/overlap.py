@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from lightning_ft.data.row_types import Row
+from lightning_ft.data.row_types import Row, row_digest
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.types import Request
 
@@ -51,13 +51,13 @@ def question_keys(messages: Sequence[Mapping[str, object]]) -> list[bytes]:
 
 
 def row_questions(row: Row) -> list[Hashable]:
-    """The keys of a row's conversation; for a row without a question, such as a plain text, the row's own key.
+    """The keys of a row's conversation; for a row without a question, such as a plain text, the row's own.
 
     Args:
         row: A checked row.
     """
     keys = question_keys(row.prompt_messages)
-    return [*keys] if keys else [("no question", row.key)]
+    return [*keys] if keys else [("no question", row_digest(row))]
 
 
 def _turn(message: Mapping[str, Any]) -> str:
@@ -77,7 +77,7 @@ class TrainingIndex:
     """Rows, questions, conversations and clusters that are trained on.
 
     Args:
-        rows: Keys of whole rows.
+        rows: Digests of whole rows.
         questions: Keys of all questions, those of earlier turns included.
         last_questions: Keys of the questions that the last turn of a row answers.
         clusters: Clusters of the rows.
@@ -90,7 +90,7 @@ class TrainingIndex:
         [True, False]
     """
 
-    rows: set[tuple[object, ...]] = field(default_factory=set)
+    rows: set[bytes] = field(default_factory=set)
     questions: set[Hashable] = field(default_factory=set)
     last_questions: set[Hashable] = field(default_factory=set)
     clusters: set[str] = field(default_factory=set)
@@ -109,7 +109,7 @@ class TrainingIndex:
             keys: Sequence[Hashable] = question_keys(row.messages)
         else:
             keys = row_questions(row)
-            self.rows.add(row.key)
+            self.rows.add(row_digest(row))
         self.questions.update(keys)
         self.last_questions.update(keys[-1:])
         if row.cluster:
@@ -136,7 +136,7 @@ class TrainingIndex:
         for row in rows:
             keys = row_questions(row)
             is_known = keys[-1] in self.questions
-            report.also_in_train += row.key in self.rows
+            report.also_in_train += row_digest(row) in self.rows
             report.question_in_train += is_known
             report.conversation_in_train += not is_known and any(key in self.last_questions for key in keys)
             report.cluster_in_train += row.cluster in self.clusters

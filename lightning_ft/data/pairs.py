@@ -40,7 +40,7 @@ class PairDataModule(RowDataModule):
     or ``{conversations}`` (ShareGPT), each with an optional ``system``, ``tools``, ``chat_template_kwargs``, ``id`` and
     ``cluster``; or ``{text}`` for continued pretraining, where every token is supervised. Messages may have
     ``tool_calls``, ``reasoning_content`` and a ``weight`` of 0. All bad rows are reported together before any weights
-    are loaded. Rows are held in memory as text; their tokens are memory-mapped.
+    are loaded. Rows and their tokens are memory-mapped files.
 
     Args:
         validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same question

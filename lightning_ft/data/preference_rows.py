@@ -18,6 +18,7 @@ from lightning_ft.data.fields import CONVERSATIONS, FieldReader, Origin
 from lightning_ft.data.formats import kwargs_key, turns_key
 from lightning_ft.data.keys import REFUSED_IN_CONVERSATIONS, Refusal, is_nonempty
 from lightning_ft.data.layout import Example
+from lightning_ft.data.row_store import MappedRows
 from lightning_ft.data.row_types import RowType
 from lightning_ft.data.shared_prompts import shared_text, shared_turns
 from lightning_ft.data.split_report import SplitReport
@@ -298,7 +299,7 @@ class Preferences(RowType[Preference]):
             fix = "The chat template starts them differently: pass another chat_template=."
             raise RowError(None, "no token is shared before the answers", "", fix)
 
-    def complete(self, name: str, parts: list[list[Preference]], report: SplitReport) -> list[list[Preference]]:
+    def complete(self, name: str, parts: list[Sequence[Preference]], report: SplitReport) -> list[Sequence[Preference]]:
         """Refuse a mix of pairs and single completions. Where only some have a margin, others get 0 and a note."""
         first_rows = {len(row.completions): row for part in reversed(parts) for row in reversed(part)}
         if len(first_rows) > 1:
@@ -311,12 +312,16 @@ class Preferences(RowType[Preference]):
         if not without or without == sum(map(len, parts)):
             return parts
         report.notes["no margin, treated as 0"] += without
-        return [[row if row.margin is not None else replace(row, margin=0.0) for row in part] for part in parts]
+        return [MappedRows(part, _with_margin) for part in parts]
 
     def follow(self, name: str, first: Sequence[Preference]) -> Callable[[Preference], Preference]:
         """Pairs or single completions, with or without a margin, as the first rows are."""
         self.complete(name, [list(first)], SplitReport())
         return partial(_as_first, len(first[0].completions), any(row.margin is not None for row in first))
+
+
+def _with_margin(row: Preference) -> Preference:
+    return row if row.margin is not None else replace(row, margin=0.0)
 
 
 def _as_first(completions: int, has_margin: bool, row: Preference) -> Preference:
@@ -327,7 +332,7 @@ def _as_first(completions: int, has_margin: bool, row: Preference) -> Preference
     if row.margin is not None and not has_margin:
         fix = "Give the first rows a margin, too, such as 0, or remove the column."
         raise RowError("margin", "a margin in a stream whose first rows have none", f"{row.margin}", fix)
-    return replace(row, margin=0.0) if has_margin and row.margin is None else row
+    return _with_margin(row) if has_margin else row
 
 
 PREFERENCES = Preferences()

@@ -11,6 +11,7 @@ from lightning_ft.data.cache import content_hash
 from lightning_ft.data.loader import EncodedRow, SplitRows
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.preference_rows import PREFERENCES, Preference, split_shared
+from lightning_ft.data.row_store import ChainedRows
 from lightning_ft.data.splits import SplitName
 
 
@@ -64,7 +65,7 @@ class PreferenceDataModule(RowDataModule):
         """
         self._encode(split)
         rows = SplitRows(self.splits.encoded[split])
-        collate = self.collate_rows([row for part in self.splits.rows[split] for row in part])
+        collate = self.collate_rows(ChainedRows(self.splits.rows[split]))
         for start in range(0, len(rows), batch_size):
             yield collate(rows[range(start, min(start + batch_size, len(rows)))])
 

@@ -19,6 +19,7 @@ from lightning_ft.data.formats import kwargs_key, turns_key
 from lightning_ft.data.layout import Example
 from lightning_ft.data.loader import Collate, EncodedRow
 from lightning_ft.data.module import RowDataModule
+from lightning_ft.data.row_store import ChainedRows, MappedRows
 from lightning_ft.data.row_types import RowType
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import SplitName
@@ -144,18 +145,17 @@ class Prompts(RowType[Prompt]):
         if not len(encoded.example):
             raise RowError(None, "no token in the prompt", "", "Pass another chat_template=.")
 
-    def complete(self, name: str, parts: list[list[Prompt]], report: SplitReport) -> list[list[Prompt]]:
+    def complete(self, name: str, parts: list[Sequence[Prompt]], report: SplitReport) -> list[Sequence[Prompt]]:
         """Give all rows the same columns, and all prompts the same type."""
-        rows = [row for part in parts for row in part]
+        rows = ChainedRows(parts)
         counts = _columns(name, rows)
         for column, count in counts.items():
             if count < len(rows):
                 report.notes[f"no {column!r} column, treated as None"] += len(rows) - count
         if answered := sum(row.answered for row in rows):
             report.notes["answer after the last question, left out"] += answered
-        empty = dict.fromkeys(counts)
-        text = all(row.text for row in rows)
-        return [[replace(row, text=text, columns={**empty, **row.columns}) for row in part] for part in parts]
+        complete = partial(_as_first, tuple(counts), all(row.text for row in rows))
+        return [MappedRows(part, complete) for part in parts]
 
     def follow(self, name: str, first: Sequence[Prompt]) -> Callable[[Prompt], Prompt]:
         """Give each row the columns of the first rows, and its prompt their type."""

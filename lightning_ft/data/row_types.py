@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -58,6 +60,11 @@ class Row(Protocol):
 RowT = TypeVar("RowT", bound=Row)
 
 
+def row_digest(row: Row) -> bytes:
+    """16 bytes that are equal for duplicate rows, to remember a row by."""
+    return blake2b(json.dumps(row.key).encode(), digest_size=16).digest()
+
+
 class RowType(ABC, Generic[RowT]):
     """Base of the row types.
 
@@ -106,7 +113,7 @@ class RowType(ABC, Generic[RowT]):
             RowError: With the reason.
         """
 
-    def complete(self, name: str, parts: list[list[RowT]], report: SplitReport) -> list[list[RowT]]:
+    def complete(self, name: str, parts: list[Sequence[RowT]], report: SplitReport) -> list[Sequence[RowT]]:
         """Check and complete the rows of a split together.
 
         Args:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, Literal
@@ -12,7 +11,8 @@ from rich.progress import track
 from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.raw_rows import Problem, RawRow
 from lightning_ft.data.row_mapping import RowFunction, load_row_function, map_rows
-from lightning_ft.data.row_types import PAIRS, Row, RowType
+from lightning_ft.data.row_store import StoredRows
+from lightning_ft.data.row_types import PAIRS, Row, RowType, row_digest
 from lightning_ft.data.sources import Source, read_rows
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.turns import RowError
@@ -41,7 +41,8 @@ def load_source(
     report: SplitReport | None = None,
     row_type: RowType[Any] = PAIRS,
     template_kwargs: Mapping[str, object] | None = None,
-) -> tuple[list[Any], list[Problem]]:
+    store: StoredRows[Any] | None = None,
+) -> tuple[Sequence[Any], list[Problem]]:
     """Read and check one source.
 
     Args:
@@ -55,6 +56,7 @@ def load_source(
         report: Report of the split, to which the counts are added.
         row_type: Type of the rows.
         template_kwargs: Variables of the chat template for rows that don't set them.
+        store: Where the good rows are written; by default a list.
 
     Returns:
         The good rows, and the problems (none with ``"skip"``).
@@ -79,13 +81,16 @@ def load_source(
     reader = reader_for(first, name, row_type, columns, answered=answered, template_kwargs=template_kwargs)
     report.formats[name] = reader.name if any(isinstance(raw.value, Mapping) for raw in first) else "none"
 
-    rows: list[Any] = []
+    rows: list[Any] | StoredRows[Any] = [] if store is None else store
     problems: list[Problem] = []
     read = 0
     for raw in _with_progress(chain(first, raw_rows), f"Reading {name}"):
         read += 1
         row = read_row(reader, raw)
-        (problems if isinstance(row, Problem) else rows).append(row)
+        if isinstance(row, Problem):
+            problems.append(row)
+        else:
+            rows.append(row)
     if reader.ignored:
         rank_zero_info(printable(f"{name}: ignored columns: {', '.join(sorted(reader.ignored))}", one_line=True))
         report.ignored += sorted(reader.ignored.difference(report.ignored))
@@ -157,7 +162,11 @@ def is_rank_zero() -> bool:
 
 def count_duplicates(rows: Iterable[Row]) -> int:
     """Number of rows that repeat an earlier row."""
-    return sum(count - 1 for count in Counter(row.key for row in rows).values())
+    count, different = 0, set()
+    for row in rows:
+        count += 1
+        different.add(row_digest(row))
+    return count - len(different)
 
 
 __all__ = ["DETECTED_FROM", "OnBadRow", "SHOW_FROM", "count_duplicates", "is_rank_zero", "load_source", "read_row", "reader_for"]

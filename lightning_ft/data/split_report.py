@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass, field
 
 from lightning_ft.data.raw_rows import Problem
@@ -50,8 +51,8 @@ class SplitReport:
     ignored: list[str] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
-    supervised: list[int] = field(default_factory=list)
+    lengths: MutableSequence[int] = field(default_factory=lambda: array("q"))
+    supervised: MutableSequence[int] = field(default_factory=lambda: array("q"))
 
     def skip(self, problems: Iterable[Problem]) -> None:
         """Count rows that are left out."""

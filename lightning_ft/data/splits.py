@@ -19,6 +19,7 @@ from lightning_ft.data.overlap import TrainingIndex
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.raw_rows import Problem, raise_problems
 from lightning_ft.data.row_mapping import RowFunction
+from lightning_ft.data.row_store import SelectedRows, StoredRows
 from lightning_ft.data.row_types import PAIRS, Row, RowT, RowType
 from lightning_ft.data.rows import OnBadRow, count_duplicates, load_source
 from lightning_ft.data.sources import as_sources
@@ -83,7 +84,7 @@ class Splits(Generic[RowT]):
         self.sources = {name: value for name, value in sources.items() if value is not None}
         self.rules, self.row_type = rules, row_type
         self.report: dict[str, SplitReport] = {}
-        self.rows: dict[str, list[list[RowT]]] = {}
+        self.rows: dict[str, list[Sequence[RowT]]] = {}
         self.encoded: dict[str, list[EncodedRows]] = {}
         self.streamed: set[str] = set()
         """Splits that are read while training, and are not among the rows."""
@@ -110,7 +111,7 @@ class Splits(Generic[RowT]):
         new = [name for name in self.sources if name in required and name not in self.rows]
         if self.held_out is not None:
             new = [name for name in new if name != "validation"]
-        rows: dict[str, list[list[RowT]]] = {}
+        rows: dict[str, list[Sequence[RowT]]] = {}
         reports: dict[str, SplitReport] = {}
         problems: list[Problem] = []
         for name in new:
@@ -128,6 +129,7 @@ class Splits(Generic[RowT]):
                     report=reports[name],
                     row_type=self.row_type,
                     template_kwargs=self.rules.template_kwargs,
+                    store=StoredRows(self.rules.cache),
                 )
                 rows[name].append(good)
                 problems += bad
@@ -176,7 +178,8 @@ class Splits(Generic[RowT]):
             raise ConfigError(f"{name}: {count:,} of {len(positions):,} rows can't be drawn before they are encoded.")
         kept = set(random.Random(self.rules.seed).sample(positions, len(positions))[:count])
         self.rows[name] = [
-            [row for i, row in enumerate(part) if (k, i) in kept] for k, part in enumerate(self.rows[name])
+            SelectedRows(part, [i for i in range(len(part)) if (k, i) in kept])
+            for k, part in enumerate(self.rows[name])
         ]
         self.report[name].kept = count
         self.report[name].notes["row not drawn"] += len(positions) - count
@@ -252,12 +255,13 @@ class Splits(Generic[RowT]):
             report.other_prompt += rows.about["other_prompt"]
             report.mismatch = report.mismatch or rows.about["mismatch"]
             report.notes.update(rows.about["notes"])
-            report.lengths += rows.lengths
-            report.supervised += rows.supervised
+            report.lengths.extend(rows.lengths)
+            report.supervised.extend(rows.supervised)
         self.encoded[name] = encoded
         before = sum(map(len, self.rows[name]))
         self.rows[name] = [
-            [part[i] for i in e.rows[:: e.per_row]] for part, e in zip(self.rows[name], encoded, strict=True)
+            part if len(part) == e.num_rows else SelectedRows(part, e.rows[:: e.per_row])
+            for part, e in zip(self.rows[name], encoded, strict=True)
         ]
         if kept < before:
             self._recount(name)

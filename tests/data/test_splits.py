@@ -175,8 +175,8 @@ def test_report_has_lengths_of_rows(tokenizer, pairs):
     made.encode("train", tokenizer)
     report = made.report["train"]
     (rows,) = made.encoded["train"]
-    assert report.lengths == [len(rows[i]) for i in range(24)]
-    assert report.supervised == [int(rows[i].supervised.sum()) for i in range(24)]
+    assert list(report.lengths) == [len(rows[i]) for i in range(24)]
+    assert list(report.supervised) == [int(rows[i].supervised.sum()) for i in range(24)]
 
 
 def test_requests_have_references_and_clusters():

@@ -1,0 +1,129 @@
+"""Checked rows are on disk, not in the memory of every rank."""
+
+import gc
+import io
+import pickle
+import tracemalloc
+
+import pytest
+
+from lightning_ft.data import row_store
+from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.preferences import PreferenceDataModule
+from lightning_ft.data.prompts import PromptDataModule
+from lightning_ft.data.row_store import ChainedRows, MappedRows, SelectedRows, StoredRows
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request, tmp_path):
+    return tmp_path / "cache" if request.param == "disk" else None
+
+
+@pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001, 2500])
+def test_stored_rows_are_read_back(folder, count):
+    rows, expected = StoredRows(folder), [{"input": f"{n} ä", "n": n} for n in range(count)]
+    for row in expected:
+        rows.append(row)
+    assert len(rows) == count
+    assert list(rows) == list(rows) == expected
+    assert [rows[i] for i in range(-count, 0)] == rows[:] == expected
+    assert rows[5:2000:7] == expected[5:2000:7]
+    for index in (count, -count - 1):
+        with pytest.raises(IndexError, match=f"Row {index} is out of range: there are {count}"):
+            rows[index]
+
+
+def test_nothing_is_left_in_the_folder(tmp_path):
+    rows = StoredRows(tmp_path)
+    rows.append("a")
+    assert list(rows) == ["a"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stored_rows_can_be_sent_to_another_process(folder):
+    rows = StoredRows(folder)
+    for n in range(1200):
+        rows.append(n)
+    assert list(pickle.loads(pickle.dumps(rows))) == list(range(1200))
+
+
+def test_rows_are_kept_in_memory_where_the_folder_cant_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="Rows can't be written to the cache's folder .*pass another cache_dir="):
+        rows = StoredRows(tmp_path / "file" / "folder")
+    rows.append("a")
+    assert list(rows) == ["a"]
+
+
+class FullFile(io.FileIO):
+    """Takes the rows of two chunks, then the disk is full."""
+
+    left = 60_000
+
+    def write(self, data):
+        if len(memoryview(data).cast("B")) > self.left:
+            raise OSError(28, "No space left on device")
+        self.left -= len(memoryview(data).cast("B"))
+        return super().write(data)
+
+
+def test_rows_are_kept_in_memory_where_the_disk_becomes_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_store.tempfile, "TemporaryFile", lambda dir: FullFile(dir / "a", "w+"))
+    rows = StoredRows(tmp_path)
+    with pytest.warns(UserWarning, match=r"Rows can't be written to the cache's folder"):
+        for n in range(6500):
+            rows.append(n)
+        assert list(rows) == list(range(6500))
+
+
+def test_views_of_rows_are_as_lists():
+    rows = StoredRows()
+    for n in range(10):
+        rows.append(n)
+    selected = SelectedRows(rows, [7, 2, 2])
+    assert (len(selected), list(selected), selected[-1]) == (3, [7, 2, 2], 2)
+    chained = ChainedRows([[], selected, [], rows, []])
+    assert list(chained) == [7, 2, 2, *range(10)] == [chained[i] for i in range(len(chained))]
+    mapped = MappedRows(chained, lambda n: -n)
+    assert (len(mapped), mapped[0], list(mapped)[3:5]) == (13, -7, [0, -1])
+
+
+KINDS = {
+    "pairs": (PairDataModule, {}),
+    "held out": (PairDataModule, {"validation": 0.1}),
+    "preferences": (PreferenceDataModule, {}),
+    "prompts": (PromptDataModule, {}),
+}
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["on disk", "in memory"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_take_few_bytes_of_memory(tokenizer, pairs, write, tmp_path, kind, cached):
+    """In Python's memory: 2 x 8 bytes for lengths, 8 where rows are selected; as objects they take 900 to 1,400."""
+    cls, options = KINDS[kind]
+
+    def held(count):
+        rows = [
+            {"prompt": f"{n} {pairs[n % 24]['input']}", "chosen": f"{n} a", "rejected": f"{n} b"}
+            if cls is PreferenceDataModule
+            else {"input": f"{n} {pairs[n % 24]['input']} " + "please " * 20, "output": f"{n} here"}
+            for n in range(count)
+        ]
+        path = write(f"{count}.jsonl", rows)
+        del rows
+        cache_dir = str(tmp_path / "cache") if cached else False
+        gc.collect()
+        tracemalloc.start()
+        data = cls(path, tokenizer=tokenizer, cache_dir=cache_dir, **options)
+        data.setup("fit")
+        batch = data.collate("train")
+        gc.collect()
+        used = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(ChainedRows(data.splits.rows["train"])) > 0.8 * count
+        assert batch is not None
+        return used
+
+    held(100)  # what is made once
+    few, many = held(1000), held(3000)
+    assert (many - few) / 2000 < (60 if cached else 900)
