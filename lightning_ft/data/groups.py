@@ -204,7 +204,8 @@ def hold_out(parts: Sequence[Sequence[RowT]], share: float, seed: int) -> tuple[
     chosen = choose_groups([len(group) for group in groups], share, seed)
     out = {i for k in chosen for i in groups[k]}
     _warn_of_groups(rows, share, len(out), [rows[i] for i in max(groups, key=len)])
-    left, start = [], 0
+    left: list[Sequence[RowT]] = []
+    start = 0
     for part in parts:
         left.append(SelectedRows(part, [i for i in range(len(part)) if start + i not in out]))
         start += len(part)

@@ -326,7 +326,9 @@ def _with_margin(row: Preference) -> Preference:
 
 def _as_first(completions: int, has_margin: bool, row: Preference) -> Preference:
     if len(row.completions) != completions:
-        found, expected = ("a pair", "completions with a label") if completions == 1 else ("a single completion", "pairs")
+        found, expected = (
+            ("a pair", "completions with a label") if completions == 1 else ("a single completion", "pairs")
+        )
         fix = "They have different losses: put them into separate DataModules."
         raise RowError(None, f"{found} in a stream of {expected}", "", fix)
     if row.margin is not None and not has_margin:

@@ -67,7 +67,7 @@ class StoredRows(LazyRows[RowT]):
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._count = 0
+        self._count = self._written = 0  # numbers of rows, and of chunks in the file
         self._pending: list[bytes] = []
         self._file: IO[bytes] = _unnamed_file(folder)
         self._stream = pa.ipc.new_stream(self._file, _SCHEMA)
@@ -100,11 +100,12 @@ class StoredRows(LazyRows[RowT]):
         except OSError as error:
             self._move_to_memory(error)
             self._stream.write_batch(batch)
+        self._written += 1
 
     def _move_to_memory(self, error: OSError) -> None:
         """Go on in memory, where the disk is full."""
         _warn_of_memory(error)
-        chunks, in_memory = self._finish(), io.BytesIO()
+        chunks, in_memory = self._read_written(), io.BytesIO()
         self._stream = pa.ipc.new_stream(in_memory, _SCHEMA)
         for chunk in chunks:
             self._stream.write_batch(pa.record_batch([chunk], schema=_SCHEMA))
@@ -114,16 +115,17 @@ class StoredRows(LazyRows[RowT]):
         """The chunks that are written, of :data:`_ROWS_PER_CHUNK` rows each but the last."""
         if self._pending:
             self._flush()
-        self._file.flush()
+        return self._read_written()
+
+    def _read_written(self) -> list[pa.LargeBinaryArray]:
+        if not self._written:
+            return []
         if isinstance(self._file, io.BytesIO):
             buffer = pa.py_buffer(self._file.getbuffer())
         else:
             buffer = pa.py_buffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
-        chunks: list[pa.LargeBinaryArray] = []
         reader = pa.ipc.open_stream(buffer)
-        while len(chunks) * _ROWS_PER_CHUNK < self._count:
-            chunks.append(reader.read_next_batch().column(0))
-        return chunks
+        return [reader.read_next_batch().column(0) for _ in range(self._written)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rows": list(self)}  # for a process that isn't forked, which can't map the file
@@ -139,7 +141,7 @@ def _unnamed_file(folder: Path | None) -> IO[bytes]:
         return io.BytesIO()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 it is open as long as its rows are used
+        return tempfile.TemporaryFile(dir=folder)
     except OSError as error:
         _warn_of_memory(error)
         return io.BytesIO()

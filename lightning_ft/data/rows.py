@@ -12,7 +12,7 @@ from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.raw_rows import Problem, RawRow
 from lightning_ft.data.row_mapping import RowFunction, load_row_function, map_rows
 from lightning_ft.data.row_store import StoredRows
-from lightning_ft.data.row_types import PAIRS, Row, RowType, row_digest
+from lightning_ft.data.row_types import PAIRS, Row, RowT, RowType, row_digest
 from lightning_ft.data.sources import Source, read_rows
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.turns import RowError
@@ -135,7 +135,7 @@ def reader_for(
     return reader
 
 
-def read_row(reader: FieldReader[Any], raw: RawRow) -> Any | Problem:
+def read_row(reader: FieldReader[RowT], raw: RawRow) -> RowT | Problem:
     """Check a row; returns the checked row, or its problem."""
     if raw.problem is not None:
         return raw.problem
@@ -169,4 +169,13 @@ def count_duplicates(rows: Iterable[Row]) -> int:
     return count - len(different)
 
 
-__all__ = ["DETECTED_FROM", "OnBadRow", "SHOW_FROM", "count_duplicates", "is_rank_zero", "load_source", "read_row", "reader_for"]
+__all__ = [
+    "DETECTED_FROM",
+    "OnBadRow",
+    "SHOW_FROM",
+    "count_duplicates",
+    "is_rank_zero",
+    "load_source",
+    "read_row",
+    "reader_for",
+]

@@ -60,9 +60,7 @@ class EpochPlan(DistributedSampler[Any]):
         ConfigError: For a `batch_size` below 1.
     """
 
-    def __init__(
-        self, length: int, *, batch_size: int, shuffle: bool, seed: int, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, length: int, *, batch_size: int, shuffle: bool, seed: int, rank: int, world_size: int) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
         dataset: Any = range(length)  # only its length is read

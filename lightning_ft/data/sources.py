@@ -205,6 +205,7 @@ def path_of(source: str) -> Path | None:
 
 
 def looks_like_path(name: str) -> bool:
+    """Whether a name can only be that of a file, by its suffix, its start or its number of slashes."""
     return (
         Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSED) or name.startswith((".", "/", "~")) or name.count("/") > 1
     )

@@ -201,10 +201,12 @@ class Splits(Generic[RowT]):
             self._count_overlap()
 
     def _count_overlap(self) -> None:
-        index = self.training_index() if {"validation", "test"} & self.rows.keys() else None
         for name in ("validation", "test"):
-            if index is None or name not in self.rows or (name == "validation" and self.held_out is not None):
+            if name not in self.rows or (name == "validation" and self.held_out is not None):
                 continue  # held-out rows never overlap with train
+            index = self.training_index()
+            if index is None:
+                return
             report = self.report[name]
             index.count((row for part in self.rows[name] for row in part), report)
             if report.overlap and name not in self._overlap_reported:

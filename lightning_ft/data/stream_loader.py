@@ -82,9 +82,7 @@ class _StreamCollate:
     def __init__(self, make: Callable[[Sequence[Any]], Collate], first: object) -> None:
         self._make, self._first = make, first
 
-    def __call__(
-        self, item: tuple[list[tuple[Any, tuple[Example, ...]]], StreamBatch]
-    ) -> tuple[object, StreamBatch]:
+    def __call__(self, item: tuple[list[tuple[Any, tuple[Example, ...]]], StreamBatch]) -> tuple[object, StreamBatch]:
         rows, result = item
         collate = self._make([self._first, *(row for row, _ in rows)])
         return collate([(number, examples) for number, (_, examples) in enumerate(rows, start=1)]), result
@@ -111,7 +109,7 @@ def stream_loader(
         cast(Any, stream.rows),
         batch_size=None,
         sampler=plan,
-        collate_fn=_StreamCollate(make_collate, stream.first),
+        collate_fn=cast(Any, _StreamCollate(make_collate, stream.first)),
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(plan.seed),  # a generator of its own leaves the global one untouched
         pin_memory=torch.cuda.is_available(),

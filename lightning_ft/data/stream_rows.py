@@ -99,7 +99,7 @@ class StreamRows(torch.utils.data.Dataset[tuple[list[Any], StreamBatch]], Generi
 
     Args:
         readers: Reader of each source, by its name.
-        checks_values: Of each source whose values are still to be checked, whether it fills nested objects.
+        checks_values: Whether each source whose values are still to be checked fills nested objects.
         encoder: Encoder of the rows.
         follow: Function that completes a row; see `RowType.follow`.
         format: Function that maps source rows.
@@ -135,12 +135,16 @@ class StreamRows(torch.utils.data.Dataset[tuple[list[Any], StreamBatch]], Generi
         self, raw: RawRow, reader: FieldReader[RowT], result: StreamBatch
     ) -> tuple[RowT, tuple[Example, ...]] | None:
         row = read_row(reader, raw)
-        if not isinstance(row, Problem):
-            try:
-                row = self._follow(row)
-            except RowError as error:
-                row = Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
-        outcome = row if isinstance(row, Problem) else self._encoder(row)
+        if isinstance(row, Problem):
+            result.problems.append(row)
+            return None
+        try:
+            row = self._follow(row)
+        except RowError as error:
+            problem = Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
+            result.problems.append(problem)
+            return None
+        outcome = self._encoder(row)
         if isinstance(outcome, Problem):
             result.problems.append(outcome)
             return None
@@ -178,7 +182,7 @@ class RowStream(Generic[RowT]):
         self.rows: StreamRows[RowT] | None = None
         self.first: RowT | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def head(self) -> list[RawRow]:
         """The first rows of all sources, with plain values, and mapped by `format=`."""
@@ -213,9 +217,7 @@ class RowStream(Generic[RowT]):
             if not raw_rows:
                 raise DataError(f"{source.name}: it contains no rows.")
             first = list(prepared(raw_rows, source.checks_values, format, rules.columns))
-            reader = reader_for(
-                first, source.name, row_type, rules.columns, template_kwargs=rules.template_kwargs
-            )
+            reader = reader_for(first, source.name, row_type, rules.columns, template_kwargs=rules.template_kwargs)
             readers[source.name] = reader
             good += [row for row in (read_row(reader, raw) for raw in first) if not isinstance(row, Problem)]
             self.report.formats[source.name] = reader.name
@@ -234,7 +236,9 @@ class RowStream(Generic[RowT]):
             problems += result.problems
         raise_problems([problem for problem in problems if not self._splits.may_drop(problem)])
         if not kept:
-            raise DataError(f"{self.name}: none of the first {len(problems):,} rows can be used. The first: {problems[0]}")
+            raise DataError(
+                f"{self.name}: none of the first {len(problems):,} rows can be used. The first: {problems[0]}"
+            )
         self.first, self._tokenizer = kept[0][0], tokenizer
         formats = ", ".join(f"{format} ({source})" for source, format in self.report.formats.items())
         rank_zero_info(f"{self.name}: row format {formats}; rows are read, checked and tokenized while training")
@@ -252,11 +256,11 @@ class RowStream(Generic[RowT]):
         raise_problems([problem for problem in result.problems if not self._splits.may_drop(problem)])
         self.report.add(result)
         for problem in result.problems:
-            if problem.reason not in self._told:
-                self._told.add(problem.reason)
+            if problem.reason not in self._reported:
+                self._reported.add(problem.reason)
                 rank_zero_warn(f"{self.name}: a row is left out, and all others like it, which are counted. {problem}")
-        if result.mismatch is not None and "mismatch" not in self._told:
-            self._told.add("mismatch")
+        if result.mismatch is not None and "mismatch" not in self._reported:
+            self._reported.add("mismatch")
             warn_other_prompt(self.name, f"in {result.other_prompt:,} of {len(result.origins):,} rows", result.mismatch)
         assert self._tokenizer is not None  # the rows were encoded
         if result.notes:

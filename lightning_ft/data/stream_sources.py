@@ -63,8 +63,9 @@ def is_streamed(sources: object, streaming: bool | None) -> bool:
     """
     if streaming is not None:
         return streaming
-    several = isinstance(sources, (list, tuple)) and not is_row_list(sources)
-    return any(map(has_no_length, sources)) if several else has_no_length(sources)  # type: ignore[arg-type]
+    if isinstance(sources, (list, tuple)) and not is_row_list(sources):
+        return any(map(has_no_length, sources))
+    return has_no_length(sources)
 
 
 def stream_sources(sources: object, argument: str) -> list[StreamSource]:
@@ -136,8 +137,6 @@ class StreamSource:
             self._head = list(islice(rows, count))
             if self.is_once:
                 self._rest = rows
-            else:
-                rows.close()
         return self._head
 
     def open(self, epoch: int, state: State | None = None, number: int = 0) -> Iterator[RawRow]:

@@ -46,6 +46,7 @@ EXACT_STATE = ("dataset", "mapped dataset", "interleaved datasets")
 )
 def test_streams_resume_mid_epoch(trainer_options, tokenizer, pairs, tmp_path, name, stop, num_workers):
     """24 rows in batches of 4 are 6 steps per epoch, in blocks of 7 rows."""
+
     def run(steps, checkpoint=None):
         module = Recorder(tokenizer)
         source = SOURCES[name](pairs)

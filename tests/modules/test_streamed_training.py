@@ -9,8 +9,15 @@ import torch
 from resumed_runs import DROPOUT, Stops, differences, end, train
 from tiny import make_rows
 
-from lightning_ft import DPO, GRPO, FullFineTuning, LoRAFineTuning
-from lightning_ft import PairDataModule, PreferenceDataModule, PromptDataModule
+from lightning_ft import (
+    DPO,
+    GRPO,
+    FullFineTuning,
+    LoRAFineTuning,
+    PairDataModule,
+    PreferenceDataModule,
+    PromptDataModule,
+)
 from lightning_ft._lightning import _pl
 from lightning_ft.errors import ConfigError, NonFiniteError
 
@@ -84,7 +91,9 @@ def test_batches_are_those_of_rows_read_before(model_folder, tmp_path, trainer_o
 
     def final(streaming):
         data = PairDataModule(make_rows(23), batch_size=4, shuffle=False, streaming=streaming, cache_dir=False)
-        module = FullFineTuning(model_folder, learning_rate=1e-2, dtype="float32", lr_schedule="constant", warmup_ratio=0)
+        module = FullFineTuning(
+            model_folder, learning_rate=1e-2, dtype="float32", lr_schedule="constant", warmup_ratio=0
+        )
         return end(train(module, data, trainer_options, max_epochs=2, accumulate_grad_batches=4))
 
     assert not differences(final(True), final(False))
@@ -97,7 +106,9 @@ def test_empty_batch_takes_part_in_a_window(model_folder, trainer_options):
         data = PairDataModule(
             rows, batch_size=1, shuffle=False, streaming=True, max_length=64, on_overlong="drop", cache_dir=False
         )
-        module = FullFineTuning(model_folder, learning_rate=1e-2, dtype="float32", lr_schedule="constant", warmup_ratio=0)
+        module = FullFineTuning(
+            model_folder, learning_rate=1e-2, dtype="float32", lr_schedule="constant", warmup_ratio=0
+        )
         return end(train(module, data, trainer_options, max_epochs=1, **settings))
 
     rows, long = make_rows(4), {"input": "a " * 300, "output": "b"}
@@ -137,9 +148,15 @@ def test_precomputed_reference_is_refused(model_folder, trainer_options):
 
 def test_preferences_and_prompts_train(model_folder, trainer_options):
     rows = [{"prompt": row["input"], "chosen": row["output"], "rejected": "no"} for row in make_rows(8)]
-    trainer = train(DPO(model_folder, lr_schedule="constant"), PreferenceDataModule(lambda: iter(rows), batch_size=4), trainer_options)
+    trainer = train(
+        DPO(model_folder, lr_schedule="constant"),
+        PreferenceDataModule(lambda: iter(rows), batch_size=4),
+        trainer_options,
+    )
     assert trainer.global_step == 6
-    rewards = [lambda completions, output, **_: [float(len(a) - len(b)) for a, b in zip(completions, output, strict=True)]]
+    rewards = [
+        lambda completions, output, **_: [float(len(a) - len(b)) for a, b in zip(completions, output, strict=True)]
+    ]
     module = GRPO(model_folder, rewards=rewards, num_completions=2, max_new_tokens=4)
     data = PromptDataModule(lambda: iter(make_rows(8)), batch_size=4)
     trainer = train(module, data, trainer_options, max_steps=3, max_epochs=-1)
