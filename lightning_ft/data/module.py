@@ -347,7 +347,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         """Sources, number and hash of the training rows, see `lightning_ft.data.provenance`."""
         parts = self.splits.encoded.get("train")
         if self._described is None or self._described[0] is not parts:  # to hash all tokens takes time
-            self._described = (parts, describe_training_rows(self.splits))
+            streamed = None if self.stream is None else [source.path for source in self.stream.sources]
+            self._described = (parts, describe_training_rows(self.splits, streamed))
         return self._described[1]
 
     def reorder(self, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_ft.data.cache import content_hash
@@ -9,11 +10,15 @@ from lightning_ft.data.sources import as_sources, is_hub_name, published_name
 from lightning_ft.data.splits import Splits
 
 
-def describe_training_rows(splits: Splits[Any]) -> tuple[dict[str, str | int], tuple[str, ...]]:
+def describe_training_rows(
+    splits: Splits[Any], streamed: Sequence[str | None] | None = None
+) -> tuple[dict[str, str | int], tuple[str, ...]]:
     """Describe the training rows that are used.
 
     Args:
         splits: Rows, whose training split was tokenized.
+        streamed: Paths and names of sources that are read while training instead, None for those without one; their
+            rows have no number and hash.
 
     Returns:
         Sources, number of rows, number of supervised tokens and hash of the tokens, by label; and the names of the data
@@ -27,6 +32,13 @@ def describe_training_rows(splits: Splits[Any]) -> tuple[dict[str, str | int], t
         >>> describe_training_rows(splits)
         ({'training data': 'rows in memory', 'training rows': 1}, ())
     """
+    if streamed is not None:
+        named = [source for source in streamed if source is not None]
+        names = dict.fromkeys([*map(published_name, named), *["a stream"] * (len(named) < len(streamed))])
+        return (
+            {"training data": f"{', '.join(names)}, read while training"},
+            tuple(dict.fromkeys(name.partition(":")[0] for name in named if is_hub_name(name))),
+        )
     sources = list(as_sources(splits.sources["train"], "train").values())  # type: ignore[arg-type]
     names = dict.fromkeys(published_name(source) for source in sources)
     found: dict[str, str | int] = {"training data": ", ".join(names)}

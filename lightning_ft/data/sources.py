@@ -286,9 +286,9 @@ def is_hub_name(source: Source) -> bool:
         >>> is_hub_name("user/data"), is_hub_name("data/support.jsonl"), is_hub_name([{}])
         (True, False, False)
     """
-    if not isinstance(source, str) or _looks_like_path(source):
+    if not isinstance(source, str) or looks_like_path(source):
         return False
-    path = _as_path(source)
+    path = path_of(source)
     return path is not None and not path.exists()
 
 

@@ -117,6 +117,8 @@ class StreamSource:
         self.notes: Counter[str] = Counter()
         self.is_once = isinstance(source, Iterator)
         self._source: Any = source
+        self.path = str(source) if isinstance(source, (str, Path)) else None
+        """Path, hub name or import path; None for rows in another form."""
         self._head: list[RawRow] | None = None
         self._opened: Any = None  # what is being read, if it has a state
         self._is_used = False
