@@ -14,6 +14,7 @@ from heapq import heapreplace
 import torch
 from torch import Tensor
 
+from lightning_ft.data.row_costs import SQUARE, rows_cost
 from lightning_ft.errors import ConfigError
 
 
@@ -77,7 +78,7 @@ class TokenBatch:
         boundaries: Start of each sequence in the flattened ``[b * s]``, where padding belongs to the sequence before
             it, and the end of the last one, ``int32 [sequences + 1]``; None with shared prefixes. FlashAttention's
             kernels for sequences of different lengths take them as ``cu_seqlens``.
-        longest: Largest number of tokens between two of them.
+        longest: Number of tokens of the longest sequence; 0 with shared prefixes.
         explicit_mask: Whether the model gets a mask (:func:`attention_mask`) even where it could tell segments apart by
             their position ids. Shared prefixes always need one.
     """
@@ -172,6 +173,7 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
     segment_ids = torch.full(shape, -1, dtype=torch.int64)
     parents = torch.full((len(rows), max(len(row) for row in rows)), -1, dtype=torch.int64)
     predictors, targets, groups = [], [], []
+    last = 0  # largest position of a token
     for r, row in enumerate(rows):
         start = 0
         ends: list[tuple[int, int]] = []  # per segment: column of its last token, and the position id after it
@@ -198,9 +200,12 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
             targets.append(ids[indices])
             groups.append(torch.full_like(indices, segment.group))
             ends.append((stop - 1 if len(ids) else (preceding or 0), offset + len(ids)))
+            last = max(last, offset + len(ids) - 1)
             start = stop
         if start < length:  # position ids go on: padding must not look like the start of another packed sequence
             position_ids[r, start:] = position_ids[r, start - 1] + 1 + torch.arange(length - start)
+    # Up to that of the last token of any sequence: a table of positions may end there.
+    position_ids.clamp_(max=last)
     order = torch.cat(groups).argsort(stable=True)
     shared = any(segment.parent is not None for row in rows for segment in row)
     boundaries = None if shared else _boundaries(rows, length)
@@ -217,7 +222,7 @@ def lay_out(rows: Sequence[Sequence[Segment]], *, pad_token_id: int = 0) -> Toke
         packed=any(len(row) > 1 for row in rows),
         has_shared_prefixes=shared,
         boundaries=boundaries,
-        longest=0 if boundaries is None else int(boundaries.diff().max()),
+        longest=0 if shared else max(len(segment.example) for row in rows for segment in row),
     )
 
 
@@ -233,7 +238,9 @@ def _boundaries(rows: Sequence[Sequence[Segment]], length: int) -> Tensor:
     return torch.tensor([*starts, len(rows) * length], dtype=torch.int32)
 
 
-def collate_examples(examples: Sequence[Example], *, packing: bool = True, pad_token_id: int = 0) -> TokenBatch:
+def collate_examples(
+    examples: Sequence[Example], *, packing: bool = True, pad_token_id: int = 0, square: int | None = SQUARE
+) -> TokenBatch:
     """Lay out examples several to a row, almost without padding, or as one right-padded row each.
 
     Both layouts hold the same tokens and targets: the choice changes speed and memory, never what is learned. The cost
@@ -244,6 +251,7 @@ def collate_examples(examples: Sequence[Example], *, packing: bool = True, pad_t
         examples: Examples of the batch.
         packing: Whether rows hold several examples, or one each.
         pad_token_id: See :func:`lay_out`.
+        square: See :class:`lightning_ft.data.row_costs.RowCosts`.
 
     Example:
         >>> import torch
@@ -254,11 +262,12 @@ def collate_examples(examples: Sequence[Example], *, packing: bool = True, pad_t
         [[0, 1, 2], [0, 1, 9]]
     """
     segments = [Segment(example, group=index) for index, example in enumerate(examples)]
-    rows = balanced_rows([len(example) for example in examples]) if packing else [[i] for i in range(len(segments))]
+    lengths = [len(example) for example in examples]
+    rows = balanced_rows(lengths, square) if packing else [[i] for i in range(len(segments))]
     return lay_out([[segments[i] for i in row] for row in rows], pad_token_id=pad_token_id)
 
 
-def balanced_rows(lengths: Sequence[int]) -> list[list[int]]:
+def balanced_rows(lengths: Sequence[int], square: int | None = SQUARE) -> list[list[int]]:
     """Distribute sequences over rows so that rows are short and hardly padded.
 
     Each sequence, the longest first, goes into the row that is shortest so far. Several numbers of rows are tried, and
@@ -266,6 +275,7 @@ def balanced_rows(lengths: Sequence[int]) -> list[list[int]]:
 
     Args:
         lengths: Number of tokens of each sequence; at least one sequence.
+        square: See :class:`lightning_ft.data.row_costs.RowCosts`.
 
     Returns:
         Indices of the sequences in each row, in ascending order.
@@ -275,7 +285,7 @@ def balanced_rows(lengths: Sequence[int]) -> list[list[int]]:
         [[0, 1], [2, 3]]
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    layouts = (_rows(lengths, longest_first, count) for count in row_counts(len(lengths)))
+    layouts = (_rows(lengths, longest_first, count, square) for count in row_counts(len(lengths)))
     rows, _ = min(layouts, key=lambda rows_and_cost: rows_and_cost[1])
     return [sorted(row) for row in rows]
 
@@ -290,13 +300,9 @@ def row_counts(most: int) -> list[int]:
     return sorted({round(most / 1.25**k) for k in range(32)} - {0})
 
 
-SQUARE = 1500
-"""Number of positions that cost as much in attention as one position costs in matrix products; measured on a CPU at
-width 256. It grows with the width `d` of a model: products of a layer take about ``24 d^2`` operations per position,
-and attention ``4 d`` per position and position that it sees, so it is about ``6 d``."""
-
-
-def _rows(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> tuple[list[list[int]], int]:
+def _rows(
+    lengths: Sequence[int], longest_first: Sequence[int], count: int, square: int | None
+) -> tuple[list[list[int]], int]:
     """Distribute sequences over `count` rows; also returns the cost."""
     rows: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, row) for row in range(count)]  # a heap
@@ -305,18 +311,7 @@ def _rows(lengths: Sequence[int], longest_first: Sequence[int], count: int) -> t
         rows[row].append(i)
         heapreplace(filled, (tokens + lengths[i], row))
     longest, _ = max(filled)
-    return rows, rows_cost(count, longest)
-
-
-def rows_cost(count: int, length: int, square: int = SQUARE) -> int:
-    """Cost of `count` rows of `length` positions in a forward pass: that of products plus that of attention.
-
-    Args:
-        count: Number of rows.
-        length: Number of positions of a row.
-        square: Number of positions that cost as much in attention as one position costs in products.
-    """
-    return count * length * (square + length)
+    return rows, rows_cost(count, longest, square)
 
 
 def contiguous_rows(lengths: Sequence[int], count: int) -> list[range]:
@@ -349,95 +344,3 @@ def _filled(lengths: Sequence[int], capacity: int) -> list[range]:
             start, tokens = index, 0
         tokens += length
     return [*rows, range(start, len(lengths))]
-
-
-def in_one_row(batch: TokenBatch) -> TokenBatch:
-    """Join the rows of a batch of roots end to end, for kernels that keep sequences apart only within a single row.
-
-    Args:
-        batch: A batch without shared prefixes. Padding becomes the end of the sequence before it.
-
-    Example:
-        >>> import torch
-        >>> examples = [Example(torch.arange(n), torch.ones(n, dtype=torch.bool)) for n in (3, 3)]
-        >>> in_one_row(collate_examples(examples)).position_ids.tolist()
-        [[0, 1, 2, 0, 1, 2]]
-    """
-    count = batch.parents.shape[1]
-    offsets = torch.arange(len(batch.parents), device=batch.segment_ids.device)[:, None] * count
-    return replace(
-        batch,
-        input_ids=batch.input_ids.reshape(1, -1),
-        position_ids=batch.position_ids.reshape(1, -1),
-        segment_ids=torch.where(batch.segment_ids < 0, batch.segment_ids, batch.segment_ids + offsets).reshape(1, -1),
-        parents=batch.parents.reshape(1, -1),
-    )
-
-
-def attention_mask(batch: TokenBatch) -> Tensor:
-    """Attention mask: a token sees itself and the tokens before it in its own segment and in that segment's ancestors.
-
-    Returns:
-        ``bool [b, 1, s, s]``, True where the query (third dimension) may attend to the key (fourth). Padding sees only
-        itself, since a softmax over nothing is not a number.
-
-    Example:
-        >>> import torch
-        >>> prompt = Example(torch.tensor([5]), torch.tensor([False]))
-        >>> answer = Example(torch.tensor([7]), torch.tensor([True]))
-        >>> batch = lay_out([[Segment(prompt), Segment(answer, 0, 0), Segment(answer, 0, 1)]])
-        >>> attention_mask(batch)[0, 0].int().tolist()
-        [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
-    """
-    rows, count = batch.parents.shape
-    related = torch.zeros(
-        rows, count, count, dtype=torch.bool, device=batch.parents.device
-    )  # [b, descendant, ancestor]
-    row_index = torch.arange(rows, device=batch.parents.device)
-    for child in range(count):  # parents precede their children, so a parent's row is complete by now
-        parent = batch.parents[:, child]
-        inherited = related[row_index, parent.clamp(min=0)]
-        related[:, child] = inherited & (parent >= 0)[:, None]
-        related[:, child, child] = True
-    segments = batch.segment_ids.clamp(min=0)
-    allowed = related.gather(1, segments[:, :, None].expand(-1, -1, count))  # [b, s, segments]
-    allowed = allowed.gather(2, segments[:, None, :].expand(-1, segments.shape[1], -1))  # [b, s, s]
-    columns = torch.arange(segments.shape[1], device=segments.device)
-    real = batch.segment_ids >= 0
-    allowed &= (columns[:, None] >= columns[None, :]) & real[:, :, None] & real[:, None, :]
-    return (allowed | torch.eye(len(columns), dtype=torch.bool, device=segments.device))[:, None]
-
-
-def unpack(batch: TokenBatch, *, pad_token_id: int = 0) -> TokenBatch:
-    """Give each example a right-padded row of its own, for models that can't keep packed segments apart.
-
-    Args:
-        batch: A batch without shared prefixes.
-        pad_token_id: See :func:`lay_out`.
-
-    Raises:
-        ConfigError: For a batch whose segments share prefixes.
-
-    Example:
-        >>> import torch
-        >>> examples = [Example(torch.arange(n), torch.ones(n, dtype=torch.bool)) for n in (3, 2)]
-        >>> unpack(collate_examples(examples)).input_ids.tolist()
-        [[0, 1, 2], [0, 1, 0]]
-    """
-    if batch.has_shared_prefixes:
-        raise ConfigError("Only batches without shared prefixes can be unpacked.")
-    device = batch.input_ids.device
-    supervised = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=device)
-    supervised[batch.predictors + 1] = True
-    group_of = torch.zeros(batch.input_ids.numel(), dtype=torch.int64, device=device)
-    group_of[batch.predictors + 1] = batch.groups
-    rows = []
-    length = batch.input_ids.shape[1]
-    for r, segments in enumerate(batch.segment_ids):
-        for segment in segments[segments >= 0].unique_consecutive().tolist():
-            indices = (segments == segment).nonzero().flatten() + r * length
-            example = Example(batch.input_ids.flatten()[indices].cpu(), supervised[indices].cpu())
-            group = int(group_of[indices][supervised[indices]][:1].sum())  # 0 where no token is supervised
-            rows.append([Segment(example, group=group)])
-    unpacked = replace(lay_out(rows, pad_token_id=pad_token_id), num_groups=batch.num_groups)
-    return unpacked.to(device)

@@ -18,6 +18,7 @@ from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.loader import Collate, EncodedRow
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.overlong import OnOverlong
+from lightning_ft.data.row_costs import RowCosts
 from lightning_ft.data.row_mapping import RowFunction, check_row_function
 from lightning_ft.data.row_types import Pairs, Supervise
 from lightning_ft.data.rows import OnBadRow
@@ -162,7 +163,10 @@ class PairDataModule(RowDataModule):
     def collate_rows(self, rows: Sequence[Conversation]) -> Collate:
         """The function that lays out batches for a model."""
         pad = pad_token_id(self.tokenizer)
-        return _HFCollate(pad) if self._batch_format == "hf" else _PairCollate(self._packing, pad)
+        if self._batch_format == "hf":
+            return _HFCollate(pad)
+        costs = getattr(getattr(self.trainer, "lightning_module", None), "row_costs", None)
+        return _PairCollate(self._packing, pad, costs if isinstance(costs, RowCosts) else RowCosts())
 
     def predict_dataloader(self) -> DataLoader[list[Message] | Request]:
         """The conversations of `predict`, each up to its last question, `batch_size` at a time.
@@ -211,10 +215,12 @@ class _HFCollate:
 class _PairCollate:
     """Lays out a batch. A rank without rows gets one unsupervised token, so that it still takes part in the step."""
 
-    def __init__(self, packing: bool, pad_token_id: int) -> None:
-        self._packing, self._pad_token_id = packing, pad_token_id
+    def __init__(self, packing: bool, pad_token_id: int, costs: RowCosts) -> None:
+        self._packing, self._pad_token_id, self._square = packing, pad_token_id, costs.square
 
     def __call__(self, rows: Sequence[EncodedRow]) -> TokenBatch:
         examples = [example for _, (example,) in rows]
         placeholder = Example(torch.tensor([self._pad_token_id]), torch.tensor([False]))
-        return collate_examples(examples or [placeholder], packing=self._packing, pad_token_id=self._pad_token_id)
+        return collate_examples(
+            examples or [placeholder], packing=self._packing, pad_token_id=self._pad_token_id, square=self._square
+        )

@@ -9,16 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ft.data.layout import (
-    SQUARE,
-    Example,
-    Segment,
-    TokenBatch,
-    contiguous_rows,
-    lay_out,
-    row_counts,
-    rows_cost,
-)
+from lightning_ft.data.layout import Example, Segment, TokenBatch, contiguous_rows, lay_out, row_counts
+from lightning_ft.data.row_costs import SQUARE, rows_cost
 from lightning_ft.errors import ConfigError
 from lightning_ft.types import Message
 
@@ -30,7 +22,7 @@ def lay_out_completions(
     shared: bool = True,
     packing: bool = True,
     pad_token_id: int = 0,
-    square: int = SQUARE,
+    square: int | None = SQUARE,
 ) -> TokenBatch:
     """Lay out prompts and their completions for one forward pass.
 
@@ -52,7 +44,7 @@ def lay_out_completions(
             before each completion.
         packing: Whether rows may hold several sequences with repeated prompts, or one each.
         pad_token_id: Token id that fills shorter rows.
-        square: See :func:`lightning_ft.data.layout.rows_cost`.
+        square: See :class:`lightning_ft.data.row_costs.RowCosts`.
 
     Raises:
         ConfigError: For a prompt without tokens or without completions.

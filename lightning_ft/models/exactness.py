@@ -21,6 +21,7 @@ from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.errors import LightningFTError, ModelError
 from lightning_ft.models.backbone import Backbone, head_of, takes_positions, up_to_head, without_positions
+from lightning_ft.models.block_mask import takes_block_masks
 from lightning_ft.models.head import (
     CausalLM,
     as_forward,
@@ -236,9 +237,9 @@ class _Probe:
         return "equal" if self._differs(lambda: together([first, other]), expected) is None else "one"
 
     def _why_no_sharing(self, features: Callable[[TokenBatch], Tensor], alone: list[Tensor]) -> str | None:
-        if not takes_explicit_masks(self._base):
+        if not (takes_explicit_masks(self._base) or takes_block_masks(self._base)):
             attention = self._base.config._attn_implementation
-            return f"attn_implementation={attention!r} takes no explicit mask ('sdpa' and 'eager' do)"
+            return f"attn_implementation={attention!r} takes no explicit mask ('sdpa', 'eager' and 'flex_attention' do)"
         completions = [_supervised(completion) for completion in self._completions]
         shared = lay_out_completions([self._prompt], [completions]).to(self._device)
         expected = torch.cat([alone[0], *(states[len(self._prompt) :] for states in alone[1:])])

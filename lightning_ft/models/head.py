@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lightning_ft.data.layout import TokenBatch, attention_mask
+from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.masks import attention_mask
 from lightning_ft.errors import ModelError
 from lightning_ft.losses.distillation import (
     DistillationLoss,
@@ -36,8 +37,9 @@ from lightning_ft.losses.logprobs import (
     module_logprobs,
 )
 from lightning_ft.models.backbone import Backbone, backbone_of, takes_keywords, takes_positions
+from lightning_ft.models.block_mask import block_mask, takes_block_masks
 from lightning_ft.models.lengths import LengthSwitch, length_switch
-from lightning_ft.models.passes import padding_within, put_back, switched_parts
+from lightning_ft.models.passes import put_back, switched_parts
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -378,9 +380,10 @@ def refuse_several_passes(base: PreTrainedModel, why: str) -> None:
 def _one_pass(base: PreTrainedModel, batch: TokenBatch, *, run: Backbone, switch: LengthSwitch | None = None) -> Tensor:
     if switch is not None:
         switch.forget()
-        batch = padding_within(batch, switch)
-    mask = attention_bias(base, attention_mask(batch)) if batch.explicit_mask or batch.has_shared_prefixes else None
-    options = {} if mask is None else {"attention_mask": mask}
+    options: dict[str, Any] = {}
+    if batch.explicit_mask or batch.has_shared_prefixes:
+        flex = takes_block_masks(base)
+        options["attention_mask"] = block_mask(batch) if flex else attention_bias(base, attention_mask(batch))
     options |= {"position_ids": batch.position_ids} if takes_positions(base.base_model) else {}
     options |= _sequence_boundaries(base, batch)
     out = run(input_ids=batch.input_ids, use_cache=False, return_dict=True, **options)
@@ -402,7 +405,7 @@ def _sequence_boundaries(base: PreTrainedModel, batch: TokenBatch) -> dict[str, 
 
 
 def takes_explicit_masks(base: PreTrainedModel) -> bool:
-    """Whether a model's attention accepts a mask of which tokens see which others."""
+    """Whether a model's attention accepts a dense mask of which tokens see which others."""
     return base.config._attn_implementation in ("sdpa", "eager")
 
 
@@ -421,7 +424,8 @@ def attention_bias(base: PreTrainedModel, allowed: Tensor) -> Tensor:
     """
     if not takes_explicit_masks(base):
         raise ModelError(
-            f"Shared prefixes need attn_implementation 'sdpa' or 'eager', not {base.config._attn_implementation!r}."
+            "Shared prefixes need attn_implementation 'sdpa', 'eager' or 'flex_attention', not "
+            f"{base.config._attn_implementation!r}."
         )
     device_type = allowed.device.type
     embedded = gathered_dtype(base) or cast(Tensor, base.get_input_embeddings().weight).dtype

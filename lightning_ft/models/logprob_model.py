@@ -11,12 +11,15 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_ft.data.layout import SQUARE, Example, TokenBatch, in_one_row, unpack
+from lightning_ft.data.layout import Example, TokenBatch
+from lightning_ft.data.rearrange import in_one_row, padded_to_multiple, unpack
+from lightning_ft.data.row_costs import RowCosts, computes_seen_only
 from lightning_ft.data.shared_prompts import lay_out_completions
 from lightning_ft.distributed import warn
 from lightning_ft.errors import LightningFTError, ModelError
 from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.models.backbone import Backbone
+from lightning_ft.models.block_mask import takes_block_masks
 from lightning_ft.models.exactness import Exactness, forward_fails, own_logits, probe
 from lightning_ft.models.head import (
     CausalLM,
@@ -29,32 +32,26 @@ from lightning_ft.models.head import (
     refuse_several_passes,
 )
 from lightning_ft.models.lengths import LengthSwitch, length_switch
-from lightning_ft.models.passes import Part, padding_within, parts_of, sequence_lengths
+from lightning_ft.models.passes import Part, parts_of, sequence_lengths
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_ANY_ROWS = ("sdpa", "eager", "flex_attention")
-"""Attention implementations for which transformers derives a mask from the positions of each row."""
-
 
 def for_attention(base: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
-    """Packed rows merged into one, if the attention isolates sequences within a single row only (FlashAttention)."""
-    one = not batch.packed or len(batch.input_ids) == 1 or batch.has_shared_prefixes
-    return batch if one or base.config._attn_implementation in _ANY_ROWS else in_one_row(batch)
+    """Rows that hold several sequences joined to one, if the attention computes only what each token sees.
 
-
-def _masked_once(base: PreTrainedModel, batch: TokenBatch, exactness: Exactness) -> TokenBatch:
-    """A packed batch with an explicit mask, if the model takes one, its sliding windows allow it and it is cheaper.
-
-    SDPA converts the mask that transformers derives from positions in every layer, and keeps each result for the
-    backward pass. An explicit mask in the right dtype is shared by all layers.
+    FlashAttention also keeps sequences apart within a single row only. It can't express shared prefixes.
     """
-    ours = batch.packed and exactness.sharing is None and base.config._attn_implementation == "sdpa"
-    window = exactness.sliding_window
-    if ours and (window is None or int(batch.position_ids.max()) < window):
-        return replace(batch, explicit_mask=True)
-    return batch
+    attention = base.config._attn_implementation
+    several = batch.packed or (batch.has_shared_prefixes and takes_block_masks(base))
+    return in_one_row(batch) if several and len(batch.input_ids) > 1 and computes_seen_only(attention) else batch
+
+
+def row_costs(base: PreTrainedModel, device: torch.device) -> RowCosts:
+    """Constants that layouts for a model on a device depend on."""
+    width = getattr(base.config.get_text_config(), "hidden_size", None)
+    return RowCosts.of(device.type, base.config._attn_implementation, None if width is None else int(width))
 
 
 def full_logits_logprobs(
@@ -107,6 +104,7 @@ class LogProbModel:
         self.backbone = backbone
         self._exactness: Exactness | None = None
         self._warned: set[str] = set()
+        self._compiled_with_mask = False
 
     def exactness(self, model: PreTrainedModel | PeftModel) -> Exactness:
         """Which fast paths are exact for the model, probed once.
@@ -171,7 +169,6 @@ class LogProbModel:
         if exactness.head is not None:
             if (switch := self._switch(model)) is not None:
                 switch.forget()
-                batch = padding_within(batch, switch)
             return full_logits_logprobs(model, batch, reduction, positions=exactness.positions, **options)
         try:
             return completion_logprobs(model, batch, reduction=reduction, backbone=self._backbone(model), **options)
@@ -197,7 +194,37 @@ class LogProbModel:
             self._warn_once(model, f"{reason}, so batches are unpacked and padded. Set packing=False to silence this.")
             return unpack(batch, pad_token_id=self.pad_token_id)
         base = base_of(model)
-        return _masked_once(base, for_attention(base, batch), exactness)
+        return self._aligned(base, self._masked_once(base, for_attention(base, batch)))
+
+    def _masked_once(self, base: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
+        """A packed batch with an explicit mask, if the model takes one and its sliding windows allow it.
+
+        SDPA converts the mask that transformers derives from positions in every layer, and keeps each result for the
+        backward pass. An explicit mask in the right dtype is shared by all layers. For FlexAttention, transformers
+        compiles a function that forms a mask, for every new length.
+
+        Code that is compiled with a mask is another than that without one. So once a compiled backbone has had one, all
+        of its batches get one, also those whose rows happen to hold one sequence each.
+        """
+        if batch.has_shared_prefixes:
+            self._compiled_with_mask = self.backbone is not None
+            return batch
+        exactness = self.exactness(base)
+        attention = base.config._attn_implementation
+        takes_one = exactness.sharing is None and (attention == "sdpa" or takes_block_masks(base))
+        window = exactness.sliding_window
+        if not takes_one or not (batch.packed or self._compiled_with_mask):
+            return batch
+        if window is not None and int(batch.position_ids.max()) >= window:
+            return batch
+        self._compiled_with_mask = self.backbone is not None
+        return replace(batch, explicit_mask=True)
+
+    def _aligned(self, base: PreTrainedModel, batch: TokenBatch) -> TokenBatch:
+        """A batch whose rows have a length that masks are fast for on its device, if it gets a mask."""
+        masked = batch.packed or batch.explicit_mask or batch.has_shared_prefixes
+        multiple = row_costs(base, batch.input_ids.device).multiple if masked else 1
+        return padded_to_multiple(batch, multiple, pad_token_id=self.pad_token_id)
 
     def takes_one_pass(self, model: CausalLM, batch: TokenBatch) -> bool:
         """Whether the sequences of an arranged batch can go through the model together."""
@@ -256,16 +283,16 @@ class LogProbModel:
             if reason is not None:
                 self._warn_once(model, f"computes each prompt once for each completion, because {reason}.")
             shared = reason is None
-        width = getattr(base_of(model).config.get_text_config(), "hidden_size", None)
+        base, device = base_of(model), input_device(model)
         batch = lay_out_completions(
             prompts,
             completions,
             shared=shared,
             packing=exactness.packing is None,
             pad_token_id=self.pad_token_id,
-            square=SQUARE if width is None else 6 * int(width),
+            square=row_costs(base, device).square,
         )
-        return batch.to(input_device(model))
+        return self._aligned(base, batch.to(device))
 
     def _why_no_sharing(self, model: CausalLM, lengths: Sequence[int]) -> str | None:
         exactness, switch, longest = self.exactness(model), self._switch(model), max(lengths)

@@ -134,12 +134,3 @@ def put_back(parts: Sequence[Part], states: Sequence[Tensor], batch: TokenBatch)
     flat = torch.cat([hidden.flatten(0, 1) for hidden in states])[real]
     whole = flat.new_zeros(batch.input_ids.numel(), flat.shape[-1]).index_copy(0, every[real], flat)
     return whole.view(*batch.input_ids.shape, -1)
-
-
-def padding_within(batch: TokenBatch, switch: LengthSwitch) -> TokenBatch:
-    """Limit the position ids of padding to those of the tokens, so that padding doesn't make a pass long."""
-    padding = batch.segment_ids < 0
-    longest = batch.position_ids.masked_fill(padding, 0).max()
-    if int(batch.position_ids.max()) < switch.at or not bool((batch.position_ids > longest).any()):
-        return batch
-    return replace(batch, position_ids=torch.where(padding, batch.position_ids.clamp(max=longest), batch.position_ids))

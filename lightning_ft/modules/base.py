@@ -14,6 +14,7 @@ from lightning_ft._lightning import warn_of_late_import
 from lightning_ft.arguments import unknown_argument
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.row_costs import RowCosts
 from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ModelError
@@ -26,7 +27,7 @@ from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, Reduction, base_of
 from lightning_ft.models.load import LoadOptions, load_causal_lm
 from lightning_ft.models.load_once import load_once
-from lightning_ft.models.logprob_model import LogProbModel, LogProbOptions
+from lightning_ft.models.logprob_model import LogProbModel, LogProbOptions, row_costs
 from lightning_ft.models.numerics import refuse_nonfinite
 from lightning_ft.models.optim import (
     ADAMW,
@@ -271,6 +272,13 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         return self.sharded and named and self._adaptation.keeps_base
 
     @property
+    def row_costs(self) -> RowCosts:
+        """Constants of the model and its device, by which a DataModule chooses how batches are packed."""
+        if self.model is None:
+            return RowCosts()
+        return row_costs(base_of(self.model), self.device)
+
+    @property
     def sharded(self) -> bool:
         """Whether the strategy shards the weights (FSDP2)."""
         return getattr(self, "_device_mesh", None) is not None
@@ -313,7 +321,9 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         compile_options = self.model_options.torch_compile
         if not compile_options:
             return None
-        return torch.compile(base_of(self.model).base_model, **({} if compile_options is True else compile_options))
+        # Batches differ in both dimensions: compiled for fixed sizes, each new shape would first be compiled again.
+        options = {"dynamic": True, **({} if compile_options is True else compile_options)}
+        return torch.compile(base_of(self.model).base_model, **options)
 
     def _required_logprob_model(self) -> LogProbModel:
         self.configure_model()

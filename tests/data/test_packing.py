@@ -6,7 +6,9 @@ from tiny import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_ft.data.encode import encode_conversation
-from lightning_ft.data.layout import Example, attention_mask, balanced_rows, collate_examples, in_one_row
+from lightning_ft.data.layout import Example, balanced_rows, collate_examples
+from lightning_ft.data.masks import attention_mask
+from lightning_ft.data.rearrange import in_one_row
 from lightning_ft.models.logprob_model import for_attention
 
 

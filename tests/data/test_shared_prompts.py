@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
-from lightning_ft.data.layout import Example, attention_mask, contiguous_rows, rows_cost
+from lightning_ft.data.layout import Example, contiguous_rows
+from lightning_ft.data.masks import attention_mask
+from lightning_ft.data.row_costs import rows_cost
 from lightning_ft.data.shared_prompts import last_positions, lay_out_completions
 from lightning_ft.errors import ConfigError
 

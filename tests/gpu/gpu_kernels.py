@@ -97,7 +97,7 @@ def device_events(setup: Setup, events: Iterable[Any]) -> list[Any]:
 
 
 def syncs(setup: Setup) -> Outcome:
-    """Times that the host waits for the GPU in a micro-batch and, in addition, in a step, by PyTorch's sync debugging."""
+    """Times that the host waits for the GPU in a micro-batch, and in a step beyond those, by PyTorch's count."""
     outcome = Outcome()
     counter = _SyncCounter(setup)
     module = _watched(sft_module(setup, lora=True), counter)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 if str(ROOT / "benchmarks") not in sys.path:
     sys.path.append(str(ROOT / "benchmarks"))
 
-from lightning_ft.data.layout import Example, TokenBatch, collate_examples
+from lightning_ft.data.layout import Example, TokenBatch, collate_examples  # noqa: E402
 
 VARLEN = ("flash_attention_3", "flash_attention_2")
 """Attention implementations for sequences of different lengths in one row, the best one first."""

@@ -6,6 +6,7 @@ from tiny import make_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_ft.data.layout import Example, Segment, collate_examples, lay_out
+from lightning_ft.data.rearrange import in_one_row
 from lightning_ft.models.head import hidden_states
 from lightning_ft.models.logprob_model import LogProbModel
 
@@ -78,7 +79,12 @@ def test_boundaries_cover_padding_and_skip_empty_segments():
     a, b, c, nothing = (*examples([3, 2, 4]), *examples([0]))
     batch = lay_out([[Segment(a), Segment(b)], [Segment(nothing), Segment(c, group=1)]])
     assert batch.boundaries.tolist() == [0, 3, 5, 10]  # one position of padding belongs to the last sequence
-    assert batch.longest == 5
+    assert batch.longest == 4
+    joined = in_one_row(batch)
+    assert joined.boundaries.tolist() == [0, 3, 5, 9]
+    assert joined.boundaries.dtype == torch.int32
+    assert joined.input_ids.shape == (1, 9)
+    assert joined.input_ids.flatten()[joined.predictors + 1].tolist() == batch.targets.tolist()
     assert batch.num_tokens == 9
     shared = lay_out([[Segment(a), Segment(b, parent=0), Segment(c, parent=0)]])
     assert shared.boundaries is None
