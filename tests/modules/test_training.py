@@ -104,7 +104,7 @@ def test_sft_logs_its_metrics(fit, model_folder, tmp_path):
         assert len(columns[f"train/{name}"]) == 12, name
     for name in ("loss", "perplexity", "token_accuracy"):
         assert len(columns[f"val/{name}"]) == 2, name
-    assert all(0 <= float(x) < 0.05 for x in columns["train/padding_fraction"])
+    assert all(0 <= float(x) < 0.12 for x in columns["train/padding_fraction"])
     tokens = sum(batch.num_tokens for batch in _loader(module))
     assert float(columns["train/tokens_seen"][-1]) == 2 * tokens
     assert max(float(x) for x in columns["train/learning_rate"]) == pytest.approx(2e-4, rel=0.1)
