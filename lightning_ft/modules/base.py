@@ -77,9 +77,10 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
             also has ``loraplus`` (LoRA+, https://arxiv.org/abs/2402.12354) and ``lorafa`` (LoRA-FA,
             https://arxiv.org/abs/2308.03303).
         dtype: Dtype of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: Attention implementation in transformers: ``sdpa``, ``eager``, ``flash_attention_2``, ...
+        attn_implementation: Attention implementation in transformers: ``sdpa``, ``eager``, ``flash_attention_2`` (packs
+            without padding or a mask, shares no prompts), ``flex_attention`` (packs and shares, on a GPU), ...
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
-        torch_compile: Compile the backbone: True, or a dict of arguments for `torch.compile`.
+        torch_compile: Compile the backbone, for batches of any shape: True, or a dict of arguments for `torch.compile`.
         generation: Arguments of `generate` for `predict_step`, such as ``{"max_new_tokens": 128}``.
         on_nonfinite: What happens before an optimizer step whose loss or gradients are not finite: ``error`` stops the
             run, ``skip`` leaves the step out and counts it (``train/skipped_steps``).

@@ -138,7 +138,7 @@ def _recorded(module: Any) -> list[float]:
     class Recording(type(module)):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
-            losses.append(float(loss) / batch.num_targets)
+            losses.append(float(loss))
             return loss
 
     module.__class__ = Recording

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from gpu_runner import Outcome
 from gpu_setup import Setup, lora_options, tokenizer
-from gpu_timing import Clock, Timing, compare, needed_flops, timed_fit, utilisation
+from gpu_timing import Clock, Timing, compare, needed_flops, timed_fit, utilization
 
 from lightning_ft import DPO, GRPO, FullFineTuning, LoRAFineTuning
 from lightning_ft.data.batches import PreferenceBatch, PromptBatch
@@ -118,7 +118,7 @@ def sft(setup: Setup, *, lora: bool) -> Outcome:
     batches = setup.batches(work.warm + work.timed)
     module = sft_module(setup, lora=lora)
     ours = timed_fit(setup, module, batches, [batch.num_tokens for batch in batches])
-    utilisation(outcome, ours, needed_flops(module.model, batches[work.warm :]), LEAST_MFU[lora], setup.device)
+    utilization(outcome, ours, needed_flops(module.model, batches[work.warm :]), LEAST_MFU[lora], setup.device)
     del module
     _free(setup)
     compare(outcome, ours, _trl_sft(setup, lora=lora), "tokens")

@@ -161,7 +161,7 @@ def compare(outcome: Outcome, ours: Timing, theirs: Timing, unit: str, *, peer: 
         outcome.require(memory <= 1.0, f"{memory:.2f} times the peak memory of {peer}, at most 1.0 is allowed")
 
 
-def utilisation(outcome: Outcome, timing: Timing, flops: float, least: float, device: str) -> None:
+def utilization(outcome: Outcome, timing: Timing, flops: float, least: float, device: str) -> None:
     """Note the share of the device's peak that needed FLOPs took, and require a least share where a peak is known."""
     outcome.measured["tflops_per_second"] = flops / timing.seconds / 1e12
     peak = known_peak(torch.device(device), torch.bfloat16)
