@@ -44,15 +44,11 @@ $(GENERAL): | $(INSTALLED)
 bench-%: $(INSTALLED)
 	$(BIN)/python benchmarks/$*.py --json runs/benchmarks/$*.json $(OPTIONS)
 
-<<<<<<< HEAD
-.PHONY: install demo demo-real smollm2 test lint types docs check check-lightning coverage oldest clean
-=======
 # One GPU in at most ten minutes: kernels, syncs, exactness, speed and memory against TRL; `make gpu-check DRY=1` lists them.
 gpu-check: $(INSTALLED)
 	$(BIN)/python tests/gpu/gpu_check.py $(if $(DRY),--dry) $(OPTIONS)
 
-.PHONY: install demo smollm2 test lint types docs check check-lightning coverage oldest gpu-check clean
->>>>>>> 520b352 (make gpu-check: one script that checks a GPU in ten minutes, each check in a process of its own)
+.PHONY: install demo demo-real smollm2 test lint types docs check check-lightning coverage oldest gpu-check clean
 
 install: $(INSTALLED)
 
