@@ -118,7 +118,7 @@ class ExportModel(EndOfTraining):
 
     def finish(self, trainer: Trainer, pl_module: Any) -> None:
         """Export the final weights, while they are still on their devices."""
-        self._try(trainer, "last", lambda: self._export(trainer, pl_module, "last"))
+        self._try(trainer, "last", lambda folder: self._export(trainer, pl_module, folder))
 
     def after_measurements(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the card of the final weights again, with what was measured of them."""
@@ -138,16 +138,19 @@ class ExportModel(EndOfTraining):
                 f"The best checkpoint of a sharded model isn't exported. Run `lightning-ft export` with {path}"
             )
         elif self.best and path:
-            self._try(trainer, "best", lambda: self._export_best(trainer, pl_module, path))
+            self._try(trainer, "best", lambda folder: self._export_best(trainer, pl_module, folder, path))
         if self.push_to_hub is not None and self.exported and self.error is None:
             self.attempt(f"There was no upload to {self.push_to_hub!r}", lambda: self._upload(trainer))
 
-    def _try(self, trainer: Trainer, part: str, work: Callable[[], None]) -> None:
-        what = f"The {part} weights were not exported to {self._folder(trainer) / part}"
-        if (reason := self.attempt(what, work)) is not None and self.error is None:
+    def _try(self, trainer: Trainer, part: str, work: Callable[[Path], None]) -> None:
+        folder = self._folder(trainer) / part  # ranks communicate for it, and rank 0 alone exports the best weights
+        what = f"The {part} weights were not exported to {folder}"
+        if (reason := self.attempt(what, lambda: work(folder))) is not None and self.error is None:
             self.error = ExportError(f"{what}: {reason}")
+        if reason is not None:
+            self.exported.pop(part, None)  # only the rank that writes may have failed: the others would wait for it
 
-    def _export_best(self, trainer: Trainer, module: LightningModule, path: str) -> None:
+    def _export_best(self, trainer: Trainer, module: LightningModule, folder: Path, path: str) -> None:
         if not trainer.is_global_zero:
             return
         final = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
@@ -155,14 +158,14 @@ class ExportModel(EndOfTraining):
         try:
             module.load_state_dict(best["state_dict"], strict=False)
             facts = facts_of_run(module, trainer)
-            if (record := best.get(STATE, {}).get(RECORD)) is not None:
-                facts = replace(facts, training=TrainingRecord.from_dict(record))
-            self._export(trainer, module, "best", facts)
+            record = best.get(STATE, {}).get(RECORD)  # None where the steps of these weights aren't known
+            facts = replace(facts, training=None if record is None else TrainingRecord.from_dict(record))
+            self._export(trainer, module, folder, facts)
         finally:
             module.load_state_dict(final, strict=False)
 
-    def _export(self, trainer: Trainer, module: LightningModule, part: str, facts: CardFacts | None = None) -> None:
-        folder, facts = self._folder(trainer) / part, facts or facts_of_run(module, trainer)
+    def _export(self, trainer: Trainer, module: LightningModule, folder: Path, facts: CardFacts | None = None) -> None:
+        part, facts = folder.name, facts or facts_of_run(module, trainer)
         options: dict[str, Any] = {
             "merge": self.merge,
             "overwrite": self.overwrite,
@@ -170,13 +173,13 @@ class ExportModel(EndOfTraining):
             "gguf_dtype": self.gguf_dtype,
             "facts": facts,
         }
+        self._render_cards(module, part, facts)  # all ranks communicate for it; a rank that can't write doesn't later
         if isinstance(module, FineTuning):
             self.exported[part] = module.export(folder, **options)
         else:
             self.exported[part] = export(
                 self._model(module), self._tokenizer(module), folder, write=trainer.is_global_zero, **options
             )
-        self._render_cards(module, part, facts)
         rank_zero_info(f"Exported the {part} weights to {folder}")
 
     def _write_card(self, trainer: Trainer, module: LightningModule) -> None:

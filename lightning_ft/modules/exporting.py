@@ -10,13 +10,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule
+from lightning_ft.distributed import on_rank_zero
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.card_facts import CardFacts, TrainingRecord
 from lightning_ft.models.export import ExportFormat, card_text, check_export, export, write_card
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.hub import check_hub, upload_export, warn_of_local_base
 from lightning_ft.modules.options import ModelOptions
-from lightning_ft.modules.training_record import facts_of_run, training_record
+from lightning_ft.modules.training_record import results_of_callbacks, training_record
 
 RECORD = "training_record"
 """Key of the record in what a module of this package keeps in a checkpoint."""
@@ -29,6 +30,8 @@ class ExportedModule(LightningModule):
     model_options: ModelOptions
     _initial: InitialAdapter | None
     _loaded_record: TrainingRecord | None = None
+    _loaded_after: tuple[Any, int] | None = None
+    """Trainer, and its step, after which other weights were loaded than those that it had trained."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -50,17 +53,20 @@ class ExportedModule(LightningModule):
         """
         found = state.get(RECORD)
         self._loaded_record = None if found is None else TrainingRecord.from_dict(found)
+        self._loaded_after = None if self._trainer is None else (self._trainer, self._trainer.global_step)
 
     def _training_record(self) -> TrainingRecord | None:
         trainer = self._trainer
         trained = trainer is not None and trainer.global_step > 0
-        return training_record(self, trainer) if trained else self._loaded_record
+        if not trained or self._loaded_after == (trainer, trainer.global_step):
+            return self._loaded_record
+        return training_record(self, trainer)
 
     def card_facts(self) -> CardFacts:
         """What a model card can say: how the weights were trained, and what the Trainer's callbacks measured."""
         if self._trainer is None:
             return CardFacts(self._loaded_record)
-        return CardFacts(self._training_record(), facts_of_run(self, self._trainer).results)
+        return CardFacts(self._training_record(), results_of_callbacks(self._trainer))
 
     # ---------------------------------------------------------------- exports
 
@@ -173,13 +179,19 @@ class ExportedModule(LightningModule):
             HubError: If the upload is refused (offline, no token, a repository with files) or fails.
             ExportError: As :meth:`export`.
         """
-        if self._writes:
+
+        def check(ranks: list[None]) -> list[None]:
             check_hub(repo_id, private=private, overwrite=hub_overwrite)
+            return ranks
+
+        on_rank_zero(check, None)
+        self.configure_model()
+        card = self.card_text(
+            repo_id, merge=merge, facts=facts
+        )  # all ranks communicate for it, and not after a failure
         with TemporaryDirectory() as folder:
             path = self.export(Path(folder) / "export", merge=merge, facts=facts)
-            return self.upload(
-                path, repo_id, merge=merge, private=private, hub_overwrite=hub_overwrite, facts=facts, kept=False
-            )
+            return self._upload(path, repo_id, card, merge=merge, private=private, overwrite=hub_overwrite, kept=False)
 
     def upload(
         self,
@@ -190,7 +202,6 @@ class ExportedModule(LightningModule):
         private: bool = True,
         hub_overwrite: bool = False,
         facts: CardFacts | None = None,
-        kept: bool = True,
     ) -> str:
         """Upload a folder that :meth:`export` wrote from these weights, with a card that names the repository.
 
@@ -201,7 +212,6 @@ class ExportedModule(LightningModule):
             private: Whether the repository is private; an existing public one is refused.
             hub_overwrite: Commit over the files of a repository that isn't empty.
             facts: What the model card says about training and measurements; by default :meth:`card_facts`.
-            kept: Whether the folder is kept, so that errors point to it.
 
         Returns:
             Address of the repository; an empty string on ranks other than 0.
@@ -210,10 +220,13 @@ class ExportedModule(LightningModule):
             HubError: If the upload is refused or fails; the folder stays as it is.
         """
         card = self.card_text(repo_id, merge=merge, facts=facts)
+        return self._upload(folder, repo_id, card, merge=merge, private=private, overwrite=hub_overwrite)
+
+    def _upload(self, folder: str | Path, repo_id: str, card: str, *, merge: bool, **options: bool) -> str:
         if not self._writes:
             return ""
         warn_of_local_base(self.model, repo_id, merge=merge)
-        return upload_export(folder, repo_id, card=card, private=private, overwrite=hub_overwrite, kept=kept)
+        return upload_export(folder, repo_id, card=card, **options)
 
     @property
     def _writes(self) -> bool:

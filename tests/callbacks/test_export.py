@@ -7,6 +7,7 @@ from tiny import make_rows
 
 from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import LightningModule, Trainer, _pl
+from lightning_ft.callbacks import base as callbacks_base
 from lightning_ft.errors import ConfigError, ExportError
 
 ROWS = make_rows(24)
@@ -96,3 +97,14 @@ def fit_module(trainer_options, model_folder):
     module = LoRAFineTuning(model_folder, learning_rate=1e-2)
     Trainer(**trainer_options, max_epochs=2).fit(module, PairDataModule(ROWS, cache_dir=False))
     return module
+
+
+def test_export_that_failed_on_another_rank_is_not_listed(trainer_options, tmp_path, model_folder, monkeypatch):
+    """Only the rank that writes fails; the others would go on to write cards with it, and wait forever."""
+    monkeypatch.setattr(callbacks_base, "first_over_ranks", lambda reason: "disk full on rank 0")
+    callback = ExportModel(str(tmp_path / "out"))
+    trainer = Trainer(**trainer_options, max_steps=1, callbacks=[callback])
+    with pytest.raises(ExportError, match="disk full on rank 0"):
+        trainer.fit(FullFineTuning(model_folder), PairDataModule(ROWS, cache_dir=False))
+    assert callback.exported == {}
+    assert len(callback.failures) == 1
