@@ -8,6 +8,7 @@ from typing import Any
 from lightning_ft.data.cache import content_hash
 from lightning_ft.data.sources import as_sources, is_hub_name, published_name
 from lightning_ft.data.splits import Splits
+from lightning_ft.importing import is_file_path, is_import_path
 
 
 def describe_training_rows(
@@ -33,7 +34,8 @@ def describe_training_rows(
         ({'training data': 'rows in memory', 'training rows': 1}, ())
     """
     if streamed is not None:
-        named = [source for source in streamed if source is not None]
+        # A function's import path says where somebody keeps their code, and looks like the name of a data set.
+        named = [s for s in streamed if s is not None and not (is_import_path(s) or is_file_path(s))]
         names = dict.fromkeys([*map(published_name, named), *["a stream"] * (len(named) < len(streamed))])
         return (
             {"training data": f"{', '.join(names)}, read while training"},

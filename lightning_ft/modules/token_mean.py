@@ -64,7 +64,7 @@ class TokenMean:
 
     def __init__(self, count: TokenCount = supervised_tokens) -> None:
         self.count = count
-        self._tokens = 0
+        self._tokens = self._batches = 0
 
     def weigh(self, loss: Tensor, batch: object) -> Tensor:
         """Turn the mean loss of a micro-batch into a sum; call it before each backward pass.
@@ -84,6 +84,7 @@ class TokenMean:
             tokens: Their number.
         """
         self._tokens += tokens
+        self._batches += 1
 
     def divide(self, optimizer: Optimizer, micro_batches: int = 1) -> None:
         """Divide the gradients by the tokens of the step on all ranks; call it before clipping, on every rank.
@@ -91,11 +92,22 @@ class TokenMean:
         Args:
             optimizer: Optimizer of the weights, or Fabric's wrapper of it.
             micro_batches: What each loss was divided by already, as Lightning does; 1 if it wasn't.
+
+        Raises:
+            ConfigError: On all ranks with gradients, if no micro-batch was weighed since the last call, which would
+                leave sums undivided.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        device = parameters[0].device if parameters else torch.device("cpu")
-        total = float(sum_over_ranks(torch.tensor(float(self._tokens)), device))
-        self._tokens = 0
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for p in every if p.grad is not None]
+        device = every[0].device  # of all ranks, also of one without gradients
+        counted = sum_over_ranks(torch.tensor([self._tokens, self._batches], dtype=torch.float64), device)
+        total, batches = counted.tolist()
+        self._tokens = self._batches = 0
+        if not batches and any(bool(p.grad.any()) for p in parameters):
+            raise ConfigError(
+                "TokenMean.divide: there are gradients, but no micro-batch was weighed since the last call. Call "
+                "weigh() or add() for each, and with several optimizers use one TokenMean for each of them."
+            )
         factor = micro_batches * rank_and_world_size()[1] / max(1.0, total)  # DDP averages over ranks
         for parameter in parameters:
             parameter.grad.mul_(factor)

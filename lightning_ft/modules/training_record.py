@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lightning_ft import __version__
@@ -32,11 +32,18 @@ def training_record(module: Any, trainer: Any) -> TrainingRecord:
         settings={"method": type(module).__name__, **_run(module, trainer), **_numbers(module)},
         versions={
             "lightning-ft": __version__,
-            **{name: version(name) for name in ("torch", "transformers", "peft", NAMESPACE.replace("_", "-"))},
+            **{name: _version(name) for name in ("torch", "transformers", "peft", NAMESPACE.replace("_", "-"))},
         },
         datasets=datasets,
         date=today(),
     )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # installed without metadata; a checkpoint doesn't depend on it
+        return "unknown"
 
 
 def _run(module: Any, trainer: Any) -> dict[str, Setting]:
@@ -76,6 +83,15 @@ def facts_of_run(module: Any, trainer: Any) -> CardFacts:
         module: The module.
         trainer: Its Trainer.
     """
+    return CardFacts(training_record(module, trainer), results_of_callbacks(trainer))
+
+
+def results_of_callbacks(trainer: Any) -> tuple[MeasuredResult, ...]:
+    """What the callbacks of a Trainer measured, of whichever weights.
+
+    Args:
+        trainer: The Trainer.
+    """
     callbacks = [callback for callback in trainer.callbacks if hasattr(callback, "for_card")]
     results: list[MeasuredResult | None] = [callback.for_card() for callback in callbacks]
-    return CardFacts(training_record(module, trainer), tuple(result for result in results if result is not None))
+    return tuple(result for result in results if result is not None)

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ from lightning_ft import (
 )
 from lightning_ft import __main__ as command_line
 from lightning_ft._lightning import Trainer, _pl
+from lightning_ft.data.provenance import describe_training_rows
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.card import savings_for_card
 from lightning_ft.models.card_facts import CardFacts, TrainingRecord, weights_hash
 from lightning_ft.models.model_card import model_card
+from lightning_ft.modules import training_record
 
 SECRET = "the safe opens with 4711"
 ROWS = [{"input": f"{row['input']} {SECRET}", "output": row["output"]} for row in make_rows(24)]
@@ -204,3 +207,31 @@ def test_savings_on_a_card_have_the_warning_of_a_weak_prompt_and_no_address():
     text = " ".join((*found.sentences, *found.notes, *map(str, found.provenance.values())))
     assert "an endpoint" in text
     assert not re.search("internal.example|gpt-x|/home/me", text)
+
+
+def test_card_of_loaded_weights_is_not_that_of_the_last_step(model_folder, trainer_options, tmp_path):
+    """Of weights that were loaded after training, the card says how those were trained."""
+    module = FullFineTuning(model_folder, learning_rate=1e-2)
+    saver = _pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    options = {**trainer_options, "enable_checkpointing": True}
+    trainer = Trainer(**options, max_steps=3, callbacks=[saver])
+    trainer.fit(module, PairDataModule(ROWS, batch_size=4, cache_dir=False))
+    assert module.card_facts().training.settings["optimizer steps"] == 3
+    module.load_checkpoint(next(tmp_path.glob("*step=1.ckpt")))
+    assert module.card_facts().training.settings["optimizer steps"] == 1
+
+
+def test_card_names_no_import_path_of_a_stream_as_a_data_set():
+    stream = ["company/secret/rows.py:make", "company.rows", "user/data:train", None]
+    found, datasets = describe_training_rows(None, stream)
+    assert found == {"training data": "user/data:train, a stream, read while training"}
+    assert datasets == ("user/data",)
+
+
+def test_record_needs_no_metadata_of_packages(run, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(training_record, "version", missing)
+    _, module, _ = run
+    assert module.record_state()["training_record"]["versions"]["torch"] == "unknown"

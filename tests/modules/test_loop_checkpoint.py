@@ -122,3 +122,13 @@ def test_save_loop_refuses_what_it_could_not_restore(tmp_path):
     with pytest.raises(ConfigError, match="no weight of PeftModelForCausalLM is trainable"):
         save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer)
     assert not (tmp_path / "loop.ckpt").exists()
+
+
+def test_divide_refuses_gradients_of_micro_batches_that_it_divided_already():
+    first, second = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in (first, second)]
+    mean = TokenMean(count=len)
+    mean.weigh(first * second, [1.0] * 4).backward()
+    mean.divide(optimizers[0])
+    with pytest.raises(ConfigError, match="one TokenMean for each"):  # and not the sum of four tokens
+        mean.divide(optimizers[1])

@@ -25,10 +25,7 @@ def advice(result: SavingsResult) -> str:
 def _if_passed(result: SavingsResult) -> str:
     total, gate, costs = result.savings["total"], result.gate, result.costs
     if result.in_training:
-        return (
-            f"Measure again before you ship: {len(result.in_training):,} of {result.n:,} requests were in the training "
-            "rows, so the result says little about new ones."
-        )
+        return f"Measure again before you ship: {result.overlap}, so quality on new ones may be lower."
     if total.value <= 0:
         amount = f"{-total.value:.1%} more tokens" if total.value < 0 else "as many tokens as before"
         return f"Don't ship to save tokens: quality was kept, but requests take {amount}."

@@ -83,7 +83,8 @@ def test_advice_of_a_void_gate():
 def test_advice_of_requests_that_were_trained_on():
     result = measured(300, 320, in_training=["1", "2"])
     assert result.gate.passed
-    assert advice(result).startswith("Measure again before you ship: 2 of 400 requests were in the training rows")
+    assert advice(result).startswith("Measure again before you ship: 2 of 400 requests (0.5%) also appear")
+    assert advice(result).endswith("so quality on new ones may be lower.")
 
 
 @pytest.mark.parametrize(
