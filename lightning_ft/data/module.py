@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_args
 
@@ -180,12 +180,15 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         self.save_hyperparameters(hyper, logger=False, frame=outermost)
 
     @abstractmethod
-    def collate_rows(self, rows: Sequence[Any]) -> Collate:
-        """The function that makes batches of rows, which are numbered as in `rows`."""
+    def make_collate(self) -> Callable[[Sequence[Any]], Collate]:
+        """A function from rows to the function that makes batches of them by their numbers.
+
+        It is pickled for the workers of a stream, which may have been started without a copy of this process.
+        """
 
     def collate(self, split: SplitName) -> Collate:
         """The function that makes batches from the rows of an encoded split."""
-        return self.collate_rows(ChainedRows(self.splits.rows[split]))
+        return self.make_collate()(ChainedRows(self.splits.rows[split]))
 
     @property
     def report(self) -> dict[str, SplitReport]:
@@ -444,7 +447,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             fits = trainer is not None and trainer.state.fn == "fit"
             return trainer.fit_loop.epoch_loop.batch_progress.current.ready if fits else None
 
-        loader = stream_loader(stream, plan, self.collate_rows, num_workers=self._num_workers, trained=trained)
+        loader = stream_loader(stream, plan, self.make_collate(), num_workers=self._num_workers, trained=trained)
         self._loaders.append(loader)
         return loader
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar, get_args
 
@@ -160,13 +161,14 @@ class PairDataModule(RowDataModule):
             )
         return data
 
-    def collate_rows(self, rows: Sequence[Conversation]) -> Collate:
-        """The function that lays out batches for a model."""
+    def make_collate(self) -> Callable[[Sequence[Conversation]], Collate]:
+        """The function that lays out batches for a model, the same for all rows."""
         pad = pad_token_id(self.tokenizer)
         if self._batch_format == "hf":
-            return _HFCollate(pad)
+            return partial(_for_all_rows, _HFCollate(pad))
         costs = getattr(getattr(self.trainer, "lightning_module", None), "row_costs", None)
-        return _PairCollate(self._packing, pad, costs if isinstance(costs, RowCosts) else RowCosts())
+        costs = costs if isinstance(costs, RowCosts) else RowCosts()
+        return partial(_for_all_rows, _PairCollate(self._packing, pad, costs))
 
     def predict_dataloader(self) -> DataLoader[list[Message] | Request]:
         """The conversations of `predict`, each up to its last question, `batch_size` at a time.
@@ -199,6 +201,10 @@ class PairDataModule(RowDataModule):
             ConfigError: If there is no such split.
         """
         return self.splits.requests(split)
+
+
+def _for_all_rows(collate: Collate, rows: Sequence[Conversation]) -> Collate:
+    return collate
 
 
 class _HFCollate:

@@ -48,9 +48,9 @@ class PreferenceDataModule(RowDataModule):
 
     row_type = PREFERENCES
 
-    def collate_rows(self, rows: Sequence[Preference]) -> Callable[[list[EncodedRow]], PreferenceBatch]:
-        """The function that makes a `PreferenceBatch` from any number of rows, none included."""
-        return _PreferenceCollate(rows)
+    def make_collate(self) -> Callable[[Sequence[Preference]], Callable[[list[EncodedRow]], PreferenceBatch]]:
+        """The function that makes a `PreferenceBatch` from any number of rows, none included, by the rows."""
+        return _PreferenceCollate
 
     def row_batches(self, split: SplitName, batch_size: int) -> Iterable[PreferenceBatch]:
         """Yield all rows of a split once, in order, on every rank, for computations on each row before training.
@@ -65,7 +65,7 @@ class PreferenceDataModule(RowDataModule):
         """
         self._encode(split)
         rows = SplitRows(self.splits.encoded[split])
-        collate = self.collate_rows(ChainedRows(self.splits.rows[split]))
+        collate = self.make_collate()(ChainedRows(self.splits.rows[split]))
         for start in range(0, len(rows), batch_size):
             yield collate(rows[range(start, min(start + batch_size, len(rows)))])
 

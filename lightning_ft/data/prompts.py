@@ -242,9 +242,9 @@ class PromptDataModule(RowDataModule):
             for name, row in zip(self.splits.unique_ids(rows), rows, strict=True)
         ]
 
-    def collate_rows(self, rows: Sequence[Prompt]) -> Collate:
-        """A collate function that makes a `PromptBatch` of rows, of which there may be none."""
-        return _Batch(rows)
+    def make_collate(self) -> Callable[[Sequence[Prompt]], Collate]:
+        """The function that makes a `PromptBatch` of rows, of which there may be none, by the rows."""
+        return _Batch
 
 
 class _Batch:

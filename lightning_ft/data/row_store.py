@@ -13,6 +13,7 @@ import pickle
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar, overload
@@ -54,7 +55,8 @@ class LazyRows(Sequence[RowT], Generic[RowT]):
 class StoredRows(LazyRows[RowT]):
     """Rows that are written to a file without a name, which disappears with the process. Nothing is added after a read.
 
-    Only this process can read the file, so its rows are pickled.
+    Only this process can read the file, so its rows are pickled. Few rows stay in memory, and of many one file is open,
+    not two: a process has 1,024 on many systems, and each of hundreds of sources has rows of its own.
 
     Args:
         folder: Folder of the file; None for memory.
@@ -69,7 +71,8 @@ class StoredRows(LazyRows[RowT]):
     def __init__(self, folder: Path | None = None) -> None:
         self._count = self._written = 0  # numbers of rows, and of chunks in the file
         self._pending: list[bytes] = []
-        self._file: IO[bytes] = _unnamed_file(folder)
+        self._folder = folder
+        self._file: IO[bytes] = io.BytesIO()
         self._stream = pa.ipc.new_stream(self._file, _SCHEMA)
         self._chunks: list[pa.LargeBinaryArray] | None = None
 
@@ -81,6 +84,9 @@ class StoredRows(LazyRows[RowT]):
         self._pending.append(pickle.dumps(row, protocol=pickle.HIGHEST_PROTOCOL))
         self._count += 1
         if len(self._pending) == _ROWS_PER_CHUNK:
+            if not self._written:
+                self._file = _unnamed_file(self._folder)
+                self._stream = pa.ipc.new_stream(self._file, _SCHEMA)
             self._flush()
 
     def row(self, index: int) -> RowT:
@@ -109,13 +115,18 @@ class StoredRows(LazyRows[RowT]):
         self._stream = pa.ipc.new_stream(in_memory, _SCHEMA)
         for chunk in chunks:
             self._stream.write_batch(pa.record_batch([chunk], schema=_SCHEMA))
+        with suppress(OSError):  # what is still to be written doesn't fit
+            self._file.close()
         self._file = in_memory
 
     def _finish(self) -> list[pa.LargeBinaryArray]:
         """The chunks that are written, of :data:`_ROWS_PER_CHUNK` rows each but the last."""
         if self._pending:
             self._flush()
-        return self._read_written()
+        chunks = self._read_written()
+        if not isinstance(self._file, io.BytesIO):
+            self._file.close()  # the map has a descriptor of its own
+        return chunks
 
     def _read_written(self) -> list[pa.LargeBinaryArray]:
         if not self._written:

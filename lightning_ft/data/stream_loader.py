@@ -101,7 +101,7 @@ def stream_loader(
     Args:
         stream: The stream, started.
         plan: Source rows of each batch.
-        make_collate: Returns a function that makes a batch of given rows.
+        make_collate: Returns a function that makes a batch of given rows; pickled for workers that aren't forked.
         num_workers: Number of processes that check and encode rows and make batches.
         trained: Number of batches of the epoch that were trained on, if known.
     """

@@ -122,6 +122,7 @@ class StreamSource:
         self._head: list[RawRow] | None = None
         self._opened: Any = None  # what is being read, if it has a state
         self._is_used = False
+        self._iterator: object = None  # the last iterator that a function returned
 
     @property
     def checks_values(self) -> bool | None:
@@ -155,19 +156,16 @@ class StreamSource:
         if not self.is_once:
             return self._read(epoch, state, number)
         if self._is_used:
-            raise DataError(
-                f"{self.name}: an iterator can be read only once. Pass a function that returns a new one, such as the "
-                "generator function itself, or an iterable that isn't an iterator."
-            )
+            raise self._read_twice()
         self._is_used = True
         return self._read(epoch, None, 0) if self._head is None else chain(self._head, self._rest)
 
     def state(self) -> State | None:
         """State after the last row that was read; None if it can't be returned to exactly."""
-        if self._opened is None or _has_shuffle_buffer(getattr(self._opened, "_ex_iterable", None)):
-            return None
+        if self.is_once or self._opened is None or _has_shuffle_buffer(getattr(self._opened, "_ex_iterable", None)):
+            return None  # an iterator's state is also that after the first rows, which were read before
         state = self._opened.state_dict()
-        return state if isinstance(state, dict) and _is_plain(state) else None
+        return copy.deepcopy(state) if isinstance(state, dict) and _is_plain(state) else None
 
     def _read(self, epoch: int, state: State | None, number: int) -> Iterator[RawRow]:
         self._opened = None
@@ -176,6 +174,10 @@ class StreamSource:
             return read_rows(source, self.name, self.argument, self.notes)
         if not isinstance(source, Iterable):
             source = source()
+        if isinstance(source, Iterator):
+            if source is self._iterator:  # the first rows were read from it, and would be missing now
+                raise self._read_twice()
+            self._iterator = source
         if isinstance(source, datasets.IterableDataset):
             source = copy.copy(source)  # a state that is loaded would stay for all later iterations
         if hasattr(source, "set_epoch"):
@@ -185,6 +187,12 @@ class StreamSource:
             if state is not None:
                 source.load_state_dict(state)
         return self._numbered(source, number)
+
+    def _read_twice(self) -> DataError:
+        return DataError(
+            f"{self.name}: an iterator can be read only once. Pass a function that returns a new one, such as the "
+            "generator function itself, or an iterable that isn't an iterator."
+        )
 
     def _numbered(self, rows: Iterable[object], number: int) -> Iterator[RawRow]:
         for index, row in enumerate(dataset_rows(rows, self.name, number), start=number + 1):

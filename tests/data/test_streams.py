@@ -2,6 +2,7 @@
 
 import gc
 import json
+import pickle
 import tracemalloc
 from itertools import count, islice
 
@@ -76,6 +77,20 @@ def test_workers_make_the_same_batches(stream, pairs):
     assert batches(stream(lambda: iter(pairs), num_workers=2)) == expected
     dataset = datasets.Dataset.from_list(pairs).to_iterable_dataset(num_shards=4)  # divides its shards over workers
     assert batches(stream(dataset, num_workers=2)) == expected
+
+
+@pytest.mark.parametrize("kind", [PairDataModule, PreferenceDataModule, PromptDataModule])
+def test_workers_need_no_copy_of_the_process(stream, pairs, preferences, kind):
+    """A worker that isn't forked gets what it needs pickled, which a generator can't be."""
+    rows = preferences if kind is PreferenceDataModule else pairs
+    data = stream((row for row in rows), kind)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    dataset, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    raw_rows = next(iter(loader.sampler))
+    batch, result = collate(dataset[raw_rows])
+    assert type(batch) is type(loader.collate_fn(loader.dataset[raw_rows])[0])
+    assert result.read == 5
 
 
 def test_shuffling_is_within_blocks_and_new_in_every_epoch(tokenizer, pairs, trainer_options):
@@ -257,6 +272,15 @@ def test_iterator_is_refused_in_the_second_epoch(tokenizer, pairs, trainer_optio
     with pytest.raises(DataError, match=r"train: an iterator can be read only once. Pass a function"):
         Trainer(**trainer_options, max_epochs=2).fit(module, PairDataModule(iter(pairs), batch_size=8))
     assert len(module.seen) == 3
+
+
+def test_function_that_returns_the_same_iterator_is_refused(stream, pairs, tmp_path):
+    """The rows that are checked before training would be missing."""
+    rows = iter(pairs)
+    (tmp_path / "own_rows.py").write_text(f"rows = iter({pairs!r})\n")
+    for source in (lambda: rows, f"{tmp_path / 'own_rows.py'}:rows"):
+        with pytest.raises(DataError, match="an iterator can be read only once"):
+            batches(stream(source, streaming=True))
 
 
 def test_endless_source_stops_at_max_steps(tokenizer, pairs, trainer_options):

@@ -96,6 +96,57 @@ def test_state_of_a_source_is_used_where_it_is_exact(pairs, name, caplog):
         assert "function" not in name or len(READ) == len(pairs)
 
 
+class Counter:
+    """A source with a state, which `state_dict` doesn't copy; as an iterator it is read once."""
+
+    def __init__(self):
+        self.state = {"next": 0}
+
+    def __iter__(self):
+        while self.state["next"] < 40:
+            self.state["next"] += 1
+            yield {"input": str(self.state["next"]), "output": "a"}
+        self.state["next"] = 0
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = dict(state)
+
+
+class CounterIterator(Counter):
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.state["next"] += 1
+        if self.state["next"] > 40:
+            raise StopIteration
+        return {"input": str(self.state["next"]), "output": "a"}
+
+
+@pytest.mark.parametrize(("kind", "marked"), [(Counter, [7, 14]), (CounterIterator, [])])
+def test_state_of_another_source(kind, marked):
+    options = {"batch_size": 4, "shuffle": True, "buffer": 7, "seed": 0, "rank": 0, "world_size": 1}
+
+    def plan():
+        source = StreamSource(kind(), "train", "train")
+        if marked == []:
+            source.head(10)  # is read from the iterator itself
+        return StreamPlan([source], **options)
+
+    one = plan()
+    expected = [[row.value for row in rows] for rows in one]
+    assert len(expected) == 10
+    marks = one.bookmarks(4)
+    assert [mark["row"] for mark in marks] == marked
+    other = plan()
+    other.load_bookmarks(marks)
+    other.start_at(0, 4)
+    assert [[row.value for row in rows] for rows in other] == expected[4:]
+
+
 def test_stream_that_is_shorter_than_the_position_is_refused(pairs):
     source = StreamSource(lambda: iter(pairs), "train", "train")
     options = {"batch_size": 4, "shuffle": False, "buffer": 4, "seed": 0, "rank": 0, "world_size": 1}
