@@ -15,6 +15,7 @@ from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.data.files import COMPRESSED, SUFFIXES, read_file
 from lightning_ft.data.raw_rows import RawRow, check_values, numbered
 from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
+from lightning_ft.importing import is_file_path
 
 _LIBRARIES = ("pandas", "polars")
 
@@ -166,8 +167,11 @@ def read_rows(source: Source, name: str, argument: str, notes: Counter[str]) -> 
     path = path_of(str(source))
     if path is not None and path.is_file():
         yield from read_file(path, name, notes)
-    elif path is None or looks_like_path(str(source)) or path.exists():
-        hint = "It can't be a path." if path is None else _missing_file_hint(path)
+    elif path is None or is_file_path(str(source)) or looks_like_path(str(source)) or path.exists():
+        if is_file_path(str(source)):
+            hint = "A function that returns training rows needs streaming=True."
+        else:
+            hint = "It can't be a path." if path is None else _missing_file_hint(path)
         shown = str(source) if len(str(source)) < 200 else f"{str(source)[:80]}..."
         raise DataNotFoundError(f"{argument}={shown!r}: there is no such file. {hint}")
     else:
@@ -286,7 +290,7 @@ def is_hub_name(source: Source) -> bool:
         >>> is_hub_name("user/data"), is_hub_name("data/support.jsonl"), is_hub_name([{}])
         (True, False, False)
     """
-    if not isinstance(source, str) or looks_like_path(source):
+    if not isinstance(source, str) or looks_like_path(source) or is_file_path(source):
         return False
     path = path_of(source)
     return path is not None and not path.exists()

@@ -45,7 +45,7 @@ class StreamLoader(TokenLoader):
                 self._yielded += 1
                 if number:  # a Trainer fetches one batch ahead, so the first one is dropped with an unused iterator
                     self._loaded = None
-                self.stream_plan.bookmarks(self._yielded)  # forgets older ones
+                self.stream_plan.bookmarks(self._done())  # forgets older ones, of batches fetched ahead none
             yield batch
         if iterator is self._iterator_now:
             self._loaded = None

@@ -267,6 +267,13 @@ def test_import_path_of_a_function(stream, pairs, write, tmp_path):
 # ---------------------------------------------------------------- epochs and refusals
 
 
+def test_import_path_without_streaming_is_refused(stream, tmp_path):
+    with pytest.raises(DataNotFoundError, match="A function that returns training rows needs streaming=True"):
+        stream(f"{tmp_path / 'rows.py'}:endless").setup("fit")
+    with pytest.raises(DataNotFoundError, match="A function that returns training rows needs streaming=True"):
+        stream("rows.py:endless").setup("fit")
+
+
 def test_iterator_is_refused_in_the_second_epoch(tokenizer, pairs, trainer_options):
     module = Recorder(tokenizer)
     with pytest.raises(DataError, match=r"train: an iterator can be read only once. Pass a function"):
@@ -472,3 +479,8 @@ def test_provenance_of_a_stream_names_its_sources_only(tmp_path):
     rows = ({"input": str(n), "output": "b"} for n in range(3))
     both = PairDataModule(["user/data:train", rows]).training_rows()
     assert both == ({"training data": "user/data:train, a stream, read while training"}, ("user/data",))
+    functions = PairDataModule(["mine/rows.py:endless", "mine.rows.endless"], streaming=True).training_rows()
+    assert functions == (
+        {"training data": "rows.py:endless, mine.rows.endless, read while training"},
+        (),
+    )  # no data sets

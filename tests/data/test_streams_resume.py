@@ -147,6 +147,19 @@ def test_state_of_another_source(kind, marked):
     assert [[row.value for row in rows] for rows in other] == expected[4:]
 
 
+def test_position_before_a_batch_fetched_ahead_has_a_bookmark(tokenizer, pairs):
+    """Blocks of one row: there are as many bookmarks as rows, and a Trainer saves the batch before the last fetched."""
+    data = PairDataModule(sharded(pairs), tokenizer=tokenizer, batch_size=6, shuffle_buffer=1, cache_dir=False)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    batches = iter(loader)
+    for number in range(3):
+        loader.trained = lambda number=number: number
+        next(batches)
+    assert loader.state_dict()["batch"] == 2
+    assert [mark["row"] for mark in loader.state_dict()["bookmarks"]][-1] == 12
+
+
 def test_stream_that_is_shorter_than_the_position_is_refused(pairs):
     source = StreamSource(lambda: iter(pairs), "train", "train")
     options = {"batch_size": 4, "shuffle": False, "buffer": 4, "seed": 0, "rank": 0, "world_size": 1}
