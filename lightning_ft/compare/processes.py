@@ -38,7 +38,7 @@ def last_lines(folder: Path) -> str:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM, which schedulers send: by default Python ends at once and leaves the runs behind.
+    """Raise SystemExit on SIGTERM, which schedulers send: by default Python ends at once, and its runs go on.
 
     Does nothing outside the main thread, which alone may handle signals.
     """

@@ -78,8 +78,13 @@ class TokenLoader(DataLoader[list[EncodedRow]]):
     def _counted(self, iterator: Iterator[object]) -> Iterator[object]:
         for batch in iterator:
             if iterator is self._iterator_now:
-                self._yielded, self._loaded = self._yielded + 1, None
+                self._count_batch()
+                object.__setattr__(self, "_loaded", None)
             yield batch
+
+    def _count_batch(self) -> None:
+        # Lightning records every attribute that is set on a DataLoader, forever, which would grow with each batch.
+        object.__setattr__(self, "_yielded", self._yielded + 1)
 
     def state_dict(self) -> dict[str, int]:
         """The position: the epoch and the number of its batches that were yielded."""

@@ -187,7 +187,7 @@ def test_export_raises_after_other_work_is_done(trainer_options, tmp_path, model
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lightning_ft.modules.base.export", full)
+    monkeypatch.setattr("lightning_ft.modules.exporting.export", full)
     savings, *_ = measuring_callbacks(Scorer())
     with pytest.raises(ExportError, match=r"The last weights were not exported to .*No space left"):
         fit(trainer_options, model_folder, [ExportModel(str(tmp_path / "out")), savings])
