@@ -57,8 +57,7 @@ class ExportedModule(LightningModule):
 
     def _training_record(self) -> TrainingRecord | None:
         trainer = self._trainer
-        trained = trainer is not None and trainer.global_step > 0
-        if not trained or self._loaded_after == (trainer, trainer.global_step):
+        if trainer is None or not trainer.global_step or self._loaded_after == (trainer, trainer.global_step):
             return self._loaded_record
         return training_record(self, trainer)
 
