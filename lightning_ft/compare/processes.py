@@ -49,4 +49,4 @@ def exit_on_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if earlier is None else earlier)  # None: set outside of Python

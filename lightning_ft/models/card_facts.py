@@ -50,7 +50,12 @@ class TrainingRecord:
             >>> TrainingRecord.from_dict(record.to_dict()) == record
             True
         """
-        return cls(**{**values, "datasets": tuple(values["datasets"])})
+        # of another version, or of somebody else: what isn't understood is left out, since a card must not stop a run
+        known = {name: values.get(name) for name in ("data", "settings", "versions")}
+        maps = {name: dict(value) for name, value in known.items() if isinstance(value, Mapping)}
+        datasets, date = values.get("datasets"), values.get("date")
+        names = tuple(map(str, datasets)) if isinstance(datasets, (list, tuple)) else ()
+        return cls(**maps, datasets=names, date=date if isinstance(date, str) else "")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class ExportedModule(LightningModule):
             state: What a module of this package keeps in a checkpoint.
         """
         found = state.get(RECORD)
-        self._loaded_record = None if found is None else TrainingRecord.from_dict(found)
+        self._loaded_record = TrainingRecord.from_dict(found) if isinstance(found, Mapping) else None
         self._loaded_after = None if self._trainer is None else (self._trainer, self._trainer.global_step)
 
     def _training_record(self) -> TrainingRecord | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -50,7 +52,8 @@ def save_loop(
         values: Tensors and plain values of your own, such as the step or a scheduler's ``state_dict()``.
 
     Raises:
-        ConfigError: If nothing is trainable, the weights are sharded, or the loader can't tell its position.
+        ConfigError: If nothing is trainable, the weights are sharded, the loader can't tell its position, or a value
+            isn't a tensor or plain, so that `load_loop` would refuse it.
         FileWriteError: On every rank, if the file can't be written.
     """
     module = _unwrapped(model)
@@ -58,6 +61,7 @@ def save_loop(
     if not weights:
         raise ConfigError(f"save_loop: no weight of {type(module).__name__} is trainable, so there is nothing to save.")
     _check_loader(loader, "save_loop")
+    _check_plain(values or {})
 
     def write(states: list[tuple[Any, RngState]]) -> list[None]:
         positions, rng = zip(*states, strict=True)
@@ -129,6 +133,20 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             "The weights are sharded, and a checkpoint of a loop holds whole ones: use fabric.save and fabric.load."
         )
     return module
+
+
+def _check_plain(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        file = io.BytesIO()
+        try:
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:  # of pickle, or of what refuses to be pickled
+            raise ConfigError(
+                f"save_loop: values[{name!r}] is a {type(value).__name__} or contains something that isn't a tensor or "
+                "a plain value, so load_loop would refuse it. Convert it, as float() and str() do."
+            ) from error
 
 
 def _check_loader(loader: object, caller: str) -> None:

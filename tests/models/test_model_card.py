@@ -235,3 +235,8 @@ def test_record_needs_no_metadata_of_packages(run, monkeypatch):
     monkeypatch.setattr(training_record, "version", missing)
     _, module, _ = run
     assert module.record_state()["training_record"]["versions"]["torch"] == "unknown"
+
+
+def test_record_of_another_version_is_read_as_far_as_it_is_understood():
+    values = {"data": {"training rows": 3}, "settings": ["method"], "of a later version": 1, "datasets": None}
+    assert TrainingRecord.from_dict(values) == TrainingRecord(data={"training rows": 3})

@@ -118,6 +118,8 @@ def test_save_loop_refuses_what_it_could_not_restore(tmp_path):
     loop = Loop()
     with pytest.raises(ConfigError, match=r"a DataLoader can't tell its position\. Wrap it in ResumableLoader"):
         save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer, loop.loader.loader)
+    with pytest.raises(ConfigError, match=r"values\['folder'\] is a PosixPath"):
+        save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer, values={"step": 1, "folder": tmp_path})
     loop.model.requires_grad_(False)
     with pytest.raises(ConfigError, match="no weight of PeftModelForCausalLM is trainable"):
         save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer)
