@@ -131,6 +131,7 @@ def weights_hash(model: nn.Module) -> str | None:
             whole = parameter.detach()
             values = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
             digest.update(f"{name} {tuple(values.shape)}".encode())
-            digest.update(values.flatten()[:_HASHED].float().cpu().numpy().tobytes())
+            # a copy, since FSDP2 can't free a gathered weight whose memory NumPy has seen
+            digest.update(values.flatten()[:_HASHED].float().cpu().clone().numpy().tobytes())
             found = True
     return digest.hexdigest()[:16] if found else None

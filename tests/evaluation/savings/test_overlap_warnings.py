@@ -89,7 +89,7 @@ def test_requests_in_training_appear_in_every_format():
     found.print(console)
     page = html_page(report, {})
     for text in (savings_markdown(found), report_markdown(report, ()), page, console.export_text()):
-        assert text.count(COUNTED) == 2  # in the verdict and as a warning
+        assert text.count(COUNTED) == 3  # in the advice, in the verdict and as a warning
         assert "quality is 0.900 tuned against 0.800 prompted" in text
     before, after = page.split("Before you rely on this", 1)
     assert COUNTED in before
