@@ -143,6 +143,21 @@ class ShardedCheckpoint:
         keys = {key: key.removeprefix(prefix).rpartition(".") for key in self.tensors if key.startswith(prefix)}
         return {(name, entry): key for key, (name, _, entry) in keys.items()}
 
+    def optimizer_state(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """State of an optimizer as its own `state_dict` gives it, with numbers for the names of parameters.
+
+        Args:
+            index: Index of the optimizer.
+            tensors: Its tensors by key.
+        """
+        saved = self.rest["optimizer_states"][index]
+        number = {name: i for i, name in enumerate(n for group in saved["param_groups"] for n in group["params"])}
+        state: dict[int, dict[str, Any]] = {number[name]: dict(plain) for name, plain in saved["state"].items()}
+        for (name, entry), key in self.optimizer_tensors(index).items():
+            state.setdefault(number[name], {})[entry] = tensors[key]
+        groups = [{**group, "params": [number[name] for name in group["params"]]} for group in saved["param_groups"]]
+        return {"state": state, "param_groups": groups}
+
     def load(self, into: Mapping[str, Tensor], *, alone: bool = False) -> None:
         """Read tensors, each rank its own shards.
 
@@ -205,10 +220,10 @@ def read_any_checkpoint(
     tensors = {key: torch.empty(t.size, dtype=t.properties.dtype) for key, t in wanted.items()}
     opened.load(tensors, alone=True)
     weights = {name: tensors[f"{_WEIGHTS}.{name}"] for name in opened.shapes}
-    states = opened.rest.pop("optimizer_states", None)
     found = {**opened.rest, "state_dict": weights}
+    states = found.pop("optimizer_states", None)
     if optimizers and states is not None:
-        found["optimizer_states"] = [_numbered(opened, index, state, tensors) for index, state in enumerate(states)]
+        found["optimizer_states"] = [opened.optimizer_state(index, tensors) for index in range(len(states))]
     return found
 
 
@@ -249,18 +264,6 @@ def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     if "optimizer_states" in checkpoint:
         rest["optimizer_states"] = plain_states
     return tensors, rest
-
-
-def _numbered(
-    opened: ShardedCheckpoint, index: int, state: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """State of an optimizer as its own `state_dict` gives it, with numbers for the names of parameters."""
-    number = {name: i for i, name in enumerate(n for group in state["param_groups"] for n in group["params"])}
-    values: dict[int, dict[str, Any]] = {number[name]: dict(plain) for name, plain in state["state"].items()}
-    for (name, entry), key in opened.optimizer_tensors(index).items():
-        values.setdefault(number[name], {})[entry] = tensors[key]
-    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": values, "param_groups": groups}
 
 
 # ---------------------------------------------------------------- files

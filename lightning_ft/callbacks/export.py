@@ -173,7 +173,7 @@ class ExportModel(EndOfTraining):
             "gguf_dtype": self.gguf_dtype,
             "facts": facts,
         }
-        self._render_cards(module, part, facts)  # all ranks communicate for it; a rank that can't write doesn't later
+        self._keep_hub_card(module, part, facts)  # all ranks communicate for it; one that can't write doesn't later
         if isinstance(module, FineTuning):
             self.exported[part] = module.export(folder, **options)
         else:
@@ -183,27 +183,21 @@ class ExportModel(EndOfTraining):
         rank_zero_info(f"Exported the {part} weights to {folder}")
 
     def _write_card(self, trainer: Trainer, module: LightningModule) -> None:
-        card = self._render_cards(module, "last", facts_of_run(module, trainer))
+        facts = facts_of_run(module, trainer)
+        self._keep_hub_card(module, "last", facts)
+        card = self._card(module, "last", facts)
         if trainer.is_global_zero:
             write_card(self.exported["last"], card)
 
-    def _render_cards(self, module: LightningModule, part: str, facts: CardFacts) -> str:
-        """The card of the weights that the module has now; one that names the repository is kept for the upload."""
-        if self.format != "safetensors":
-            return ""
+    def _keep_hub_card(self, module: LightningModule, part: str, facts: CardFacts) -> None:
+        """Keep the card of the weights that the module has now, with the repository's name, for the upload."""
+        if self.push_to_hub is not None:
+            self._hub_cards[part] = self._card(module, self.push_to_hub, facts)
+
+    def _card(self, module: LightningModule, name: str, facts: CardFacts) -> str:
         base_options = module.model_options.card_options() if isinstance(module, FineTuning) else None
-        card, self._hub_cards[part] = (
-            card_text(
-                name,
-                self._model(module),
-                self._tokenizer(module),
-                merge=self.merge,
-                base_options=base_options,
-                facts=facts,
-            )
-            for name in (part, self.push_to_hub or part)
-        )
-        return card
+        model, tokenizer = self._model(module), self._tokenizer(module)
+        return card_text(name, model, tokenizer, merge=self.merge, base_options=base_options, facts=facts)
 
     def _upload(self, trainer: Trainer) -> None:
         part = "best" if "best" in self.exported else "last"

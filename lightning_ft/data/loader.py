@@ -78,13 +78,13 @@ class TokenLoader(DataLoader[list[EncodedRow]]):
     def _counted(self, iterator: Iterator[object]) -> Iterator[object]:
         for batch in iterator:
             if iterator is self._iterator_now:
-                self._count_batch()
-                object.__setattr__(self, "_loaded", None)
+                self._set(_yielded=self._yielded + 1, _loaded=None)
             yield batch
 
-    def _count_batch(self) -> None:
-        # Lightning records every attribute that is set on a DataLoader, forever, which would grow with each batch.
-        object.__setattr__(self, "_yielded", self._yielded + 1)
+    def _set(self, **attributes: object) -> None:
+        """Set attributes that change with every batch: Lightning would record each change of a DataLoader, forever."""
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)
 
     def state_dict(self) -> dict[str, int]:
         """The position: the epoch and the number of its batches that were yielded."""

@@ -21,14 +21,14 @@ from lightning_ft.data.provenance import describe_training_rows
 from lightning_ft.data.row_store import ChainedRows
 from lightning_ft.data.row_types import RowType
 from lightning_ft.data.rows import OnBadRow
-from lightning_ft.data.sampler import BatchPlan, FixedBatchPlan
+from lightning_ft.data.sampler import BatchPlan, EpochPlan, FixedBatchPlan
 from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import RowRules, SplitName, Splits
 from lightning_ft.data.stream_loader import stream_loader
 from lightning_ft.data.stream_plan import StreamPlan
 from lightning_ft.data.stream_rows import RowStream
-from lightning_ft.data.stream_sources import RowFactory, RowIterable, is_streamed, stream_sources
+from lightning_ft.data.stream_sources import RowFactory, RowIterable, check_streamed, is_streamed, stream_sources
 from lightning_ft.data.templates import set_chat_template
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
@@ -136,7 +136,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         sources = {"train": train, "validation": validation, "test": test}
         streamed = is_streamed(train, streaming)
         if streamed:
-            _check_streamed(validation, mixing)
+            check_streamed(validation, mixing)
         self.splits: Splits[Any] = Splits(
             {name: source for name, source in sources.items() if name != "train" or not streamed},
             self.rules,
@@ -409,16 +409,12 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         plan = (FixedBatchPlan if fixed else BatchPlan)(
             [part.num_rows for part in parts],
             self._mixing if name == "train" and self._mixing is not None else [1.0] * len(parts),
-            batch_size=self.batch_size,
             shuffle=shuffle and not fixed,
-            seed=self._seed,
-            rank=trainer.global_rank if trainer is not None else 0,
-            world_size=trainer.world_size if trainer is not None else 1,
+            **self._plan_options(),
         )
         if name == "train":
             self._compare_with_batch(plan)
-        if name == "train" and trainer is not None:  # a run resumed at an epoch's end iterates before set_epoch
-            plan.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+            self._continue_epoch(plan)
         loader = token_loader(parts, plan, self.collate(name), num_workers=self._num_workers)
         self._loaders.append(loader)
         return loader
@@ -431,17 +427,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
                 "overfit_batches repeats the first batches of rows that are read before training: pass "
                 "streaming=False, or train= with as many rows."
             )
-        plan = StreamPlan(
-            stream.sources,
-            batch_size=self.batch_size,
-            shuffle=self._shuffle,
-            buffer=self._shuffle_buffer,
-            seed=self._seed,
-            rank=trainer.global_rank if trainer is not None else 0,
-            world_size=trainer.world_size if trainer is not None else 1,
-        )
-        if trainer is not None:  # a run resumed at an epoch's end iterates before set_epoch
-            plan.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+        plan = StreamPlan(stream.sources, shuffle=self._shuffle, buffer=self._shuffle_buffer, **self._plan_options())
+        self._continue_epoch(plan)
 
         def trained() -> int | None:
             fits = trainer is not None and trainer.state.fn == "fit"
@@ -450,6 +437,16 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         loader = stream_loader(stream, plan, self.make_collate(), num_workers=self._num_workers, trained=trained)
         self._loaders.append(loader)
         return loader
+
+    def _plan_options(self) -> dict[str, int]:
+        trainer: Any = self.trainer
+        rank, ranks = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        return {"batch_size": self.batch_size, "seed": self._seed, "rank": rank, "world_size": ranks}
+
+    def _continue_epoch(self, plan: EpochPlan) -> None:
+        trainer: Any = self.trainer
+        if trainer is not None:  # a run resumed at an epoch's end iterates before set_epoch
+            plan.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
 
     def _compare_with_batch(self, plan: BatchPlan) -> None:
         """Say once that an epoch is a single batch, which is rarely meant."""
@@ -471,20 +468,6 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
 
 class NoLoaders(list[TokenLoader]):
     """What `val_dataloader` returns without validation rows: a list of its own name, so that no one is warned of it."""
-
-
-def _check_streamed(validation: object, mixing: object) -> None:
-    """Refuse what can't be done with training rows that are read while training."""
-    if isinstance(validation, (int, float)):
-        raise ConfigError(
-            f"validation={validation} holds out a share of the training rows, whose number isn't known while they are "
-            "streamed. Pass separate rows as validation=, or streaming=False for rows that fit on disk."
-        )
-    if mixing is not None:
-        raise ConfigError(
-            f"mixing={mixing}: streamed sources are read one after the other. Mix them with "
-            "datasets.interleave_datasets, or pass streaming=False."
-        )
 
 
 def _check_choices(

@@ -67,7 +67,7 @@ class RowEncoder(Generic[RowT]):
             fix = "Change the row's turns, or pass a chat_template= that accepts them."
             return Problem(row.source, row.row, None, "refused by the chat template", str(error), fix)
         except RowError as error:
-            return Problem(row.source, row.row, error.field, error.reason, error.detail, error.fix)
+            return Problem.of(error, row.source, row.row)
 
     def _fit(self, row: RowT) -> tuple[Encoded, RowT] | Problem:
         encoded = self._encode(row)

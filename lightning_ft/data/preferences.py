@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 
@@ -11,7 +12,6 @@ from lightning_ft.data.cache import content_hash
 from lightning_ft.data.loader import EncodedRow, SplitRows
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.preference_rows import PREFERENCES, Preference, split_shared
-from lightning_ft.data.row_store import ChainedRows
 from lightning_ft.data.splits import SplitName
 
 
@@ -64,10 +64,9 @@ class PreferenceDataModule(RowDataModule):
             DataError: If its rows can't be used.
         """
         self._encode(split)
-        rows = SplitRows(self.splits.encoded[split])
-        collate = self.make_collate()(ChainedRows(self.splits.rows[split]))
+        rows, collate = SplitRows(self.splits.encoded[split]), self.collate(split)
         for start in range(0, len(rows), batch_size):
-            yield collate(rows[range(start, min(start + batch_size, len(rows)))])
+            yield cast(PreferenceBatch, collate(rows[range(start, min(start + batch_size, len(rows)))]))
 
     def encoded_key(self, split: SplitName) -> str:
         """Hash the tokens of a split in row order: equal keys mean equal tokens from :meth:`row_batches`.

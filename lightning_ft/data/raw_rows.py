@@ -91,6 +91,17 @@ class Problem:
     detail: str
     fix: str
 
+    @classmethod
+    def of(cls, error: RowError, source: str, row: int | None) -> Problem:
+        """The problem that an error found in a row.
+
+        Args:
+            error: The error.
+            source: Source of the row.
+            row: Number of the row; None for the whole source.
+        """
+        return cls(source, row, error.field, error.reason, error.detail, error.fix)
+
     def __str__(self) -> str:
         origin = self.source
         origin += "" if self.row is None else f", row {self.row}"

@@ -130,7 +130,7 @@ def reader_for(
     try:
         reader = row_type.reader(readable, columns, answered=answered)
     except RowError as error:
-        raise DataError(str(Problem(name, None, error.field, error.reason, error.detail, error.fix))) from None
+        raise DataError(str(Problem.of(error, name, None))) from None
     reader.defaults = dict(template_kwargs or {})
     return reader
 
@@ -142,7 +142,7 @@ def read_row(reader: FieldReader[RowT], raw: RawRow) -> RowT | Problem:
     try:
         return reader.read(raw.value, raw.source, raw.number)
     except RowError as error:
-        return Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
+        return Problem.of(error, raw.source, raw.number)
 
 
 def _with_progress(rows: Iterable[RawRow], description: str) -> Iterator[RawRow]:

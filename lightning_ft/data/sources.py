@@ -106,20 +106,30 @@ def as_sources(sources: Sources, argument: str) -> dict[str, Source]:
     Raises:
         ConfigError: If anything in it isn't a source.
     """
-    several = isinstance(sources, (list, tuple)) and not is_row_list(sources)
-    named: dict[str, Source] = {}
-    single: list[Any] = list(sources) if several else [sources]  # type: ignore[arg-type]
-    for index, source in enumerate(single):
+    named = named_sources(sources, argument)
+    for _, source in named:
         if not (is_map_style(source) or isinstance(source, datasets.IterableDataset)):
             raise ConfigError(
                 f"{argument}: expected a path, a hub name, a dataset, a pandas or polars DataFrame or a list of dicts, "
                 f"or a list of those, got {type(source).__name__}{_hint(source)}"
             )
-        label = f"{argument}[{index}]" if several else argument
-        name = str(source) if isinstance(source, (str, Path)) else label
-        copies = sum(other == source for other in named.values()) if isinstance(source, (str, Path)) else 0
-        named[f"{name} ({copies + 1})" if copies else name] = source
-    return named
+    return dict(named)
+
+
+def named_sources(sources: object, argument: str) -> list[tuple[str, Any]]:
+    """What an argument holds, each with a name of its own: whatever it is, or a list of several.
+
+    Args:
+        sources: Value of the argument.
+        argument: Its name.
+    """
+    if not isinstance(sources, (list, tuple)) or is_row_list(sources):
+        return [(str(sources) if isinstance(sources, (str, Path)) else argument, sources)]
+    names: list[str] = []
+    for index, source in enumerate(sources):
+        names.append(str(source) if isinstance(source, (str, Path)) else f"{argument}[{index}]")
+    copies = [names[:index].count(name) for index, name in enumerate(names)]
+    return [(f"{name} ({n + 1})" if n else name, s) for name, n, s in zip(names, copies, sources, strict=True)]
 
 
 def is_row_list(source: object) -> bool:

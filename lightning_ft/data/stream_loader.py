@@ -42,9 +42,9 @@ class StreamLoader(TokenLoader):
             self.stream.count(result)
             if iterator is self._iterator_now:
                 self._origins.append((self._epoch, self._yielded, result.origins))
-                self._count_batch()
+                self._set(_yielded=self._yielded + 1)
                 if number:  # a Trainer fetches one batch ahead, so the first one is dropped with an unused iterator
-                    object.__setattr__(self, "_loaded", None)
+                    self._set(_loaded=None)
                 self.stream_plan.bookmarks(self._done())  # forgets older ones, of batches fetched ahead none
             yield batch
         if iterator is self._iterator_now:

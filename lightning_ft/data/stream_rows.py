@@ -16,7 +16,7 @@ from lightning_ft.data.layout import Example
 from lightning_ft.data.overlong import RowEncoder
 from lightning_ft.data.raw_rows import SHOWN, Problem, RawRow, check_values, raise_problems
 from lightning_ft.data.row_mapping import RowFunction, load_row_function, map_rows
-from lightning_ft.data.row_types import RowT, RowType
+from lightning_ft.data.row_types import RowT, RowType, unchanged
 from lightning_ft.data.rows import DETECTED_FROM, read_row, reader_for
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.splits import Splits, warn_other_prompt
@@ -141,8 +141,7 @@ class StreamRows(torch.utils.data.Dataset[tuple[list[Any], StreamBatch]], Generi
         try:
             row = self._follow(row)
         except RowError as error:
-            problem = Problem(raw.source, raw.number, error.field, error.reason, error.detail, error.fix)
-            result.problems.append(problem)
+            result.problems.append(Problem.of(error, raw.source, raw.number))
             return None
         outcome = self._encoder(row)
         if isinstance(outcome, Problem):
@@ -186,13 +185,16 @@ class RowStream(Generic[RowT]):
 
     def head(self) -> list[RawRow]:
         """The first rows of all sources, with plain values, and mapped by `format=`."""
-        rules = self._splits.rules
-        format = None if rules.format is None else load_row_function(rules.format)
-        return [
-            raw
-            for source in self.sources
-            for raw in prepared(source.head(DETECTED_FROM), source.checks_values, format, rules.columns)
-        ]
+        format = self._row_function()
+        return [raw for source in self.sources for raw in self._head(source, format)]
+
+    def _row_function(self) -> RowFunction | None:
+        format = self._splits.rules.format
+        return None if format is None else load_row_function(format)
+
+    def _head(self, source: StreamSource, format: RowFunction | None) -> list[RawRow]:
+        head = source.head(DETECTED_FROM)
+        return list(prepared(head, source.checks_values, format, self._splits.rules.columns))
 
     def start(self, tokenizer: PreTrainedTokenizerBase, row_type: RowType[RowT]) -> None:
         """Detect the row formats, and check and encode the first rows of each source.
@@ -206,17 +208,13 @@ class RowStream(Generic[RowT]):
         """
         if self._tokenizer is tokenizer:
             return
-        rules = self._splits.rules
-        format = None if rules.format is None else load_row_function(rules.format)
+        rules, format = self._splits.rules, self._row_function()
         readers: dict[str, FieldReader[RowT]] = {}
         good: list[RowT] = []
-        heads: dict[str, list[RawRow]] = {}
         for source in self.sources:
-            raw_rows = source.head(DETECTED_FROM)
-            heads[source.name] = raw_rows
-            if not raw_rows:
+            first = self._head(source, format)
+            if not first:
                 raise DataError(f"{source.name}: it contains no rows.")
-            first = list(prepared(raw_rows, source.checks_values, format, rules.columns))
             reader = reader_for(first, source.name, row_type, rules.columns, template_kwargs=rules.template_kwargs)
             readers[source.name] = reader
             good += [row for row in (read_row(reader, raw) for raw in first) if not isinstance(row, Problem)]
@@ -225,13 +223,13 @@ class RowStream(Generic[RowT]):
             readers,
             {source.name: source.checks_values for source in self.sources if source.checks_values is not None},
             RowEncoder(tokenizer, rules.max_length, rules.on_overlong, row_type),
-            row_type.follow(self.name, good) if good else _unchanged,
+            row_type.follow(self.name, good) if good else unchanged,
             format,
             rules.columns,
         )
         kept, problems = [], []
-        for raw_rows in heads.values():
-            rows, result = self.rows[raw_rows]
+        for source in self.sources:
+            rows, result = self.rows[source.head(DETECTED_FROM)]
             kept += rows
             problems += result.problems
         raise_problems([problem for problem in problems if not self._splits.may_drop(problem)])
@@ -271,7 +269,3 @@ class RowStream(Generic[RowT]):
         if self.report.read:
             whose = self.name if world_size == 1 else f"{self.name} (rows of rank {rank} of {world_size})"
             rank_zero_info(self.report.summary(whose))
-
-
-def _unchanged(row: RowT) -> RowT:
-    return row

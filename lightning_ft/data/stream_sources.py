@@ -18,6 +18,7 @@ from lightning_ft.data.sources import (
     is_map_style,
     is_row_list,
     looks_like_path,
+    named_sources,
     path_of,
     read_rows,
 )
@@ -74,14 +75,29 @@ def stream_sources(sources: object, argument: str) -> list[StreamSource]:
     Raises:
         ConfigError: If anything in it isn't a source.
     """
-    several = isinstance(sources, (list, tuple)) and not is_row_list(sources)
-    single: list[Any] = list(sources) if several else [sources]  # type: ignore[call-overload]
-    named: list[StreamSource] = []
-    for index, source in enumerate(single):
-        name = str(source) if isinstance(source, (str, Path)) else f"{argument}[{index}]" if several else argument
-        copies = sum(other.name.split(" (")[0] == name for other in named)
-        named.append(StreamSource(source, f"{name} ({copies + 1})" if copies else name, argument))
-    return named
+    return [StreamSource(source, name, argument) for name, source in named_sources(sources, argument)]
+
+
+def check_streamed(validation: object, mixing: object) -> None:
+    """Refuse what can't be done with training rows that are read while training.
+
+    Args:
+        validation: Validation rows, or a share of the training rows to hold out.
+        mixing: Weights of the sources.
+
+    Raises:
+        ConfigError: For a share, and for weights.
+    """
+    if isinstance(validation, (int, float)):
+        raise ConfigError(
+            f"validation={validation} holds out a share of the training rows, whose number isn't known while they are "
+            "streamed. Pass separate rows as validation=, or streaming=False for rows that fit on disk."
+        )
+    if mixing is not None:
+        raise ConfigError(
+            f"mixing={mixing}: streamed sources are read one after the other. Mix them with "
+            "datasets.interleave_datasets, or pass streaming=False."
+        )
 
 
 class StreamSource:
@@ -229,4 +245,12 @@ def _is_plain(value: object) -> bool:
     return all(map(_is_plain, value)) if isinstance(value, list) else type(value) in (int, float, str, bool, type(None))
 
 
-__all__ = ["RowFactory", "RowIterable", "StreamSource", "has_no_length", "is_streamed", "stream_sources"]
+__all__ = [
+    "RowFactory",
+    "RowIterable",
+    "StreamSource",
+    "check_streamed",
+    "has_no_length",
+    "is_streamed",
+    "stream_sources",
+]

@@ -35,7 +35,7 @@ from lightning_ft.models.model_card import BaseOptions, model_card
 from lightning_ft.models.numerics import first_nonfinite
 from lightning_ft.models.shard import is_sharded
 
-_FIRST_READ = ("config.json", "adapter_config.json")
+FIRST_READ = ("config.json", "adapter_config.json")
 """Files that transformers and PEFT look for first: without them a folder can't be loaded."""
 
 CARD = "README.md"
@@ -43,12 +43,9 @@ CARD = "README.md"
 
 ExportFormat = Literal["safetensors", "gguf"]
 
-_WRITTEN = (
-    "*.gguf",
+LOADED = (
     "*.safetensors",
     "*.safetensors.index.json",
-    "pytorch_model*",
-    "adapter_model.bin",
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -56,8 +53,9 @@ _WRITTEN = (
     "vocab.*",
     "merges.txt",
     "chat_template.*",
-    CARD,
 )
+"""Files of an export that transformers and PEFT load, besides the configuration that they look for first."""
+_WRITTEN = (*LOADED, "*.gguf", "pytorch_model*", "adapter_model.bin", CARD)
 """Files that an export may have written, and that a later export over it must remove."""
 
 
@@ -293,11 +291,11 @@ def _written_aside(path: Path) -> Iterator[Path]:
         ) from error
     try:
         files = [file.relative_to(aside) for file in aside.rglob("*") if file.is_file()]
-        for name in _FIRST_READ:
+        for name in FIRST_READ:
             (path / name).unlink(missing_ok=True)
         for old in {old for pattern in _WRITTEN for old in path.glob(pattern) if old.is_file()}:
             old.unlink()
-        for file in sorted(files, key=lambda file: file.name in _FIRST_READ):
+        for file in sorted(files, key=lambda file: file.name in FIRST_READ):
             (path / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(aside / file, path / file)
         flush_to_disk(path, deep=False)

@@ -18,24 +18,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import HubError, LightningFTError
-from lightning_ft.models.adapter_export import CONFIG
-from lightning_ft.models.export import CARD, ExportFormat
+from lightning_ft.models.export import CARD, FIRST_READ, LOADED, ExportFormat
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.model_card import hub_name
 
-_UPLOADED = (
-    "config.json",
-    CONFIG,
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.*",
-)
+_UPLOADED = (*FIRST_READ, *LOADED)
 """Files of an export next to its card. Other files in its folder are the user's own and are never uploaded."""
 _OF_THE_HUB = (".gitattributes",)
 """Files that a new repository has."""

@@ -185,9 +185,8 @@ class ExportedModule(LightningModule):
 
         on_rank_zero(check, None)
         self.configure_model()
-        card = self.card_text(
-            repo_id, merge=merge, facts=facts
-        )  # all ranks communicate for it, and not after a failure
+        # All ranks communicate for it, which they couldn't after a failure on one of them.
+        card = self.card_text(repo_id, merge=merge, facts=facts)
         with TemporaryDirectory() as folder:
             path = self.export(Path(folder) / "export", merge=merge, facts=facts)
             return self._upload(path, repo_id, card, merge=merge, private=private, overwrite=hub_overwrite, kept=False)

@@ -22,6 +22,7 @@ from lightning_ft.models.numerics import first_nonfinite
 from lightning_ft.modules.checks import CheckedRows
 from lightning_ft.modules.options import OptimizerOptions
 from lightning_ft.modules.resume import STATE, ResumableModule
+from lightning_ft.modules.step_metrics import mean_factor
 from lightning_ft.rewards.function import OnNonFinite
 
 _SKIPPED = "skipped_steps"
@@ -55,8 +56,14 @@ class FiniteSteps(ResumableModule, CheckedRows):
         """
         self._recorded.append((batch_idx, loss.detach()))
 
-    def scale_gradients(self, factor: float) -> list[Tensor]:
-        """Multiply the gradients of all parameters in place, and return them."""
+    def average_gradients(self, count: float) -> list[Tensor]:
+        """Turn the gradients of a step's sum of losses into those of their mean, in place, and return them.
+
+        Args:
+            count: Number of tokens or examples of the step over all ranks.
+        """
+        trainer = self.trainer
+        factor = mean_factor(count, micro_batches=trainer.accumulate_grad_batches, ranks=trainer.world_size)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         for gradient in gradients:
             gradient.mul_(factor)

@@ -16,7 +16,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.losses.preference import SequenceLogProbs, implicit_rewards
 from lightning_ft.modules.adapted import AdaptedFineTuning, per_completion
 from lightning_ft.modules.ref_logprobs import ReferenceLogProbs
-from lightning_ft.modules.step_metrics import MeanMetrics, mean_factor, with_mean_value
+from lightning_ft.modules.step_metrics import MeanMetrics, with_mean_value
 
 Completions = Sequence[tuple[Example, ...]]
 """The completions of each prompt."""
@@ -77,7 +77,7 @@ class PreferenceLearning(AdaptedFineTuning):
         """Turn the sum of the step's gradients into their mean over examples, before they are clipped."""
         examples = sum_over_ranks(torch.tensor(float(self._examples)), self.device)
         self._examples = 0
-        gradients = self.scale_gradients(mean_factor(self.trainer, examples.item()))
+        gradients = self.average_gradients(examples.item())
         means = self._step_metrics.reduce(self.device)
         loss = means.pop("loss")
         self.log("train/loss", loss, prog_bar=True, batch_size=1)

@@ -37,7 +37,7 @@ from lightning_ft.modules.anchor import Anchor, AnchorOptions
 from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.options import SupervisedOptions, Unpack
 from lightning_ft.modules.resume import STATE
-from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics, mean_factor, with_mean_value
+from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics, with_mean_value
 
 
 class SupervisedFineTuning(FineTuning):
@@ -136,7 +136,7 @@ class SupervisedFineTuning(FineTuning):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the sum of the step's gradients into their token-weighted mean, before they are clipped."""
         totals = self._step_metrics.reduce(self.device)
-        gradients = self.scale_gradients(mean_factor(self.trainer, totals.targets))
+        gradients = self.average_gradients(totals.targets)
         metrics = {"train/loss": totals.loss, f"train/{self.accuracy_name}": totals.accuracy}
         self.log_dict(metrics, prog_bar=True, batch_size=1)
         self.log_dict(

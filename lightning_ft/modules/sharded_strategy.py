@@ -127,16 +127,12 @@ class ShardedStrategy(ModelParallelStrategy):
                 "Use the optimizer of the run that wrote it, or load the weights alone with load_checkpoint()."
             )
         parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-        number = {name: i for i, name in enumerate(name for group in groups for name in group)}
-        state: dict[int, dict[str, Any]] = {number[name]: dict(plain) for name, plain in saved["state"].items()}
-        for (name, entry), key in checkpoint.optimizer_tensors(index).items():
+        for (name, _), key in checkpoint.optimizer_tensors(index).items():
             stored, parameter = checkpoint.tensors[key], parameters[name]
             dtype = stored.properties.dtype
             alike = stored.size == parameter.shape
             into[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(stored.size, dtype=dtype)
-            state.setdefault(number[name], {})[entry] = into[key]
-        numbered = [{**group, "params": [number[n] for n in group["params"]]} for group in saved["param_groups"]]
-        return {"state": state, "param_groups": numbered}
+        return checkpoint.optimizer_state(index, into)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and shards of all parameters."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,17 +66,16 @@ def with_mean_value(loss: Tensor, count: int) -> Tensor:
     return loss - loss.detach() + loss.detach() / max(1, count)
 
 
-def mean_factor(trainer: Any, count: float) -> float:
+def mean_factor(count: float, *, micro_batches: int, ranks: int) -> float:
     """What the gradients of a step are multiplied by, so that a sum of losses becomes their mean.
 
-    Lightning divided each micro-batch by `accumulate_grad_batches` (also in a short last accumulation window), and DDP
-    averaged over ranks.
-
     Args:
-        trainer: The Trainer.
         count: Number of tokens or examples of the step over all ranks.
+        micro_batches: What each loss was divided by: Lightning divides by `accumulate_grad_batches`, also in a short
+            last accumulation window.
+        ranks: Number of ranks, over which DDP averaged.
     """
-    return float(trainer.accumulate_grad_batches * trainer.world_size / max(1.0, count))
+    return micro_batches * ranks / max(1.0, count)
 
 
 def to_host(values: Sequence[Tensor]) -> Tensor:

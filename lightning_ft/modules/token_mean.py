@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_ft.distributed import rank_and_world_size, sum_over_ranks
 from lightning_ft.errors import ConfigError
+from lightning_ft.modules.step_metrics import mean_factor
 
 TokenCount = Callable[[Any], int]
 """Function from a batch to its number of supervised tokens."""
@@ -108,6 +109,6 @@ class TokenMean:
                 "TokenMean.divide: there are gradients, but no micro-batch was weighed since the last call. Call "
                 "weigh() or add() for each, and with several optimizers use one TokenMean for each of them."
             )
-        factor = micro_batches * rank_and_world_size()[1] / max(1.0, total)  # DDP averages over ranks
+        factor = mean_factor(total, micro_batches=micro_batches, ranks=rank_and_world_size()[1])
         for parameter in parameters:
             parameter.grad.mul_(factor)
