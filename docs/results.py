@@ -1,6 +1,6 @@
-"""Write tables for `docs/results.md` and `docs/small_models.md` from the results of `make results-<domain>`.
+"""Write tables for `docs/results.md` and `docs/small_model.md` from the results of `make results-<domain>`.
 
-python docs/results.py runs/results/support runs/results/medical_coding ... > tables.md
+python docs/results.py runs/results/small runs/results/legal_citation ... > tables.md
 """
 
 from __future__ import annotations

@@ -279,8 +279,10 @@ class Comparer:
         return count
 
     def _search_run(self, method: str, rate: float) -> PlannedRun:
-        """The run that tries a learning rate: one of the final runs if all rows are used."""
-        return PlannedRun(method, rate, self.seeds[0], self.search_rows, search=self.search_rows is not None)
+        """The run that tries a learning rate: one of the final runs if all rows are used, or no other rate is tried."""
+        if self.search_rows is None or len(self.methods[method].rates) < 2:
+            return PlannedRun(method, rate, self.seeds[0])
+        return PlannedRun(method, rate, self.seeds[0], self.search_rows, search=True)
 
     def _extend_grid(self, name: str) -> PlannedRun | None:
         """Return a run with the next learning rate if the best so far is at the edge of those tried."""

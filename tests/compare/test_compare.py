@@ -107,7 +107,8 @@ def test_compare_tries_learning_rates_on_fewer_rows(tmp_path, config, forked, ca
 def test_compare_keeps_models_of_runs_on_all_rows(tmp_path, config, forked, model_folder):
     output = tmp_path / "out"
     options = {**QUICK, "learning_rates": {"lora": [5e-3]}, "seeds": "0"}
-    result = compare(config, "lora", str(output), sizes="8", keep_models=True, **options)
+    result = compare(config, "lora", str(output), sizes="8", search_rows=8, keep_models=True, **options)
+    assert not list(output.rglob("*-search8"))  # of one learning rate there is nothing to choose
     exported = output / "runs/lora/lr0.005-seed0/export"
     assert list(output.rglob("export")) == [exported]
     size = sum(file.stat().st_size for file in exported.glob("*.safetensors"))

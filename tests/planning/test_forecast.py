@@ -83,7 +83,7 @@ def test_interval_includes_the_sampling_error():
 
 
 def test_extrapolation_brackets_measured_learning_curves():
-    """Curves of docs/small_models.md as they were measured: 100 and 500 rows, then all of them."""
+    """Curves of docs/small_model.md as they were measured: 100 and 500 rows, then all of them."""
     for curve, rows, reached in (
         ({100: 0.277, 500: 0.742}, 4000, 0.779),
         ({100: 0.152, 500: 0.742}, 4000, 0.746),
