@@ -22,9 +22,11 @@ from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import measurement_plan
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from choosing import search  # noqa: E402
+from packages import DATA  # noqa: E402
+from support import fill  # noqa: E402
 
 SYSTEMS = {
     "legal_citation": (
@@ -62,20 +64,14 @@ EXAMPLES = {"legal_citation": (4, 8, 16), "medical_coding": (2, 4, 8), "api_call
 DRAWS = 2
 
 
-def system_prompts(domain: str) -> list[str]:
-    """System prompts of a domain, filled with its policy and actions where it has them."""
-    folder = HERE / "data" / domain
-    fields = {}
-    if domain == "support":
-        source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-        policy = (folder / "policy.txt").read_text(encoding="utf-8")
-        fields = {"{policy}": policy, "{actions}": ", ".join(source["actions"])}
-    prompts = []
-    for system in SYSTEMS[domain]:
-        for name, text in fields.items():
-            system = system.replace(name, text)
-        prompts.append(system)
-    return prompts
+def filled(domain: str, prompt: str) -> str:
+    """A system prompt with the policy and the actions of its domain, where it names them."""
+    if domain != "support":
+        return prompt
+    folder = DATA / domain
+    source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
+    policy = (folder / "policy.txt").read_text(encoding="utf-8")
+    return fill(prompt, {"policy": policy, "actions": ", ".join(source["actions"])})
 
 
 def main() -> None:
@@ -101,7 +97,7 @@ def main() -> None:
         plan = measurement_plan(
             tokenizer,
             requests,
-            baseline,
+            PromptBaseline(filled(options.domain, baseline.system), baseline.few_shot),
             scorer=savings["scorer"],
             max_new_tokens=savings["max_new_tokens"],
             max_requests=options.requests,
@@ -114,7 +110,9 @@ def main() -> None:
         return arm.quality
 
     output = HERE / "baselines" / f"{options.domain}.json"
-    search(system_prompts(options.domain), EXAMPLES[options.domain], train, quality, output, draws=DRAWS)
+    search(SYSTEMS[options.domain], EXAMPLES[options.domain], train, quality, output, draws=DRAWS)
+    if options.domain == "support":
+        print("python examples/smollm2/data.py support  # puts the policy into data/support/baseline.json")
 
 
 if __name__ == "__main__":

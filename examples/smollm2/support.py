@@ -5,8 +5,9 @@
 The rows are the telecom tasks of tau2-bench, where an agent finds the faults by calling tools, turn by turn. Here the
 readings are already in the input, so that one answer solves a task: results can't be compared with the benchmark's.
 The output is the benchmark's own list of actions, sorted, with the arguments that differ between tasks. What to do is
-said by the benchmark's policy and its troubleshooting workflow: they go to `policy.txt`, the prompt of an application
-without fine-tuning.
+said by the benchmark's policy and its troubleshooting workflow: they go to `policy.txt`, and into the prompt of an
+application without fine-tuning, `baseline.json`. `baselines/support.json` has its wording, with `{policy}`
+   for the text.
 
 Each set of faults is in one split only, so that a test has new combinations of faults that training has one by one.
 """
@@ -18,7 +19,8 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from packages import Domain, PackageFile, Row
 from phone import readings
@@ -43,6 +45,8 @@ WORKFLOW = PackageFile(
     license="MIT",
 )
 SOURCES = (TASKS, POLICY, WORKFLOW)
+CHOICE = Path(__file__).parent / "baselines" / "support.json"
+"""The prompt that `choose_prompt.py` chose."""
 SHARES = {"test": 0.2, "validation": 0.1}
 """Shares of the sets of faults; the others are for training."""
 
@@ -68,12 +72,24 @@ def load() -> Domain:
     }
     actions = sorted({action for row in rows for action in parse(row["output"])})
     policy = "\n\n".join(file.read().decode("utf-8").strip() for file in (POLICY, WORKFLOW)) + "\n"
+    choice = json.loads(CHOICE.read_text(encoding="utf-8"))
+    baseline = choice | {"system": fill(choice["system"], {"policy": policy, "actions": ", ".join(actions)})}
     return Domain(
         splits=_split(rows),
         left_out=left_out,
         facts={"tasks": len(tasks), "actions": actions, "policy_in_characters": len(policy)},
-        files={"policy.txt": policy},
+        files={"policy.txt": policy, "baseline.json": json.dumps(baseline, indent=1) + "\n"},
     )
+
+
+def fill(prompt: str, texts: Mapping[str, str]) -> str:
+    """Put texts in the place of their names.
+
+    Example:
+        >>> fill("{policy} Actions: {actions}.", {"policy": "Be {kind}.", "actions": "toggle_data"})
+        'Be {kind}. Actions: toggle_data.'
+    """
+    return re.sub("|".join(rf"{{{name}}}" for name in texts), lambda found: texts[found[0][1:-1]], prompt)
 
 
 def _varying_arguments(tasks: Sequence[dict]) -> set[tuple[str, str]]:

@@ -8,7 +8,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FOLDERS = (".", "tiny_base", "support")
 EXAMPLE_MODULES = (
-    *("english", "corpus", "build", "choosing"),
+    *("english", "corpus", "build", "choosing", "distilling"),
     *("wording", "generate", "choose_baseline", "replies", "rewards", "preferences", "evaluate", "support_metrics"),
 )
 

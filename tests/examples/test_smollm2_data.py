@@ -19,7 +19,7 @@ from lightning_ft.evaluation.retention.choices import load_choices
 
 SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"
 MODULES = (
-    *("packages", "data", "candidates", "courts", "reporters", "calls", "schemas", "phone", "general"),
+    *("packages", "data", "candidates", "courts", "reporters", "calls", "schemas", "phone", "general", "distill"),
     *("medical_coding", "legal_citation", "api_calls", "support"),
 )
 DOMAINS = ("medical_coding", "legal_citation", "api_calls", "support")
@@ -367,7 +367,13 @@ class TestSupport:
         assert row["output"] == "grant_app_permission sms, grant_app_permission storage, refuel_data"
 
     def test_policy_has_both_texts(self, domain):
-        assert domain.files == {"policy.txt": "# Policy\n\n# Workflow\n"}
+        assert domain.files["policy.txt"] == "# Policy\n\n# Workflow\n"
+
+    def test_prompt_has_the_policy_and_the_actions(self, domain):
+        prompt = json.loads(domain.files["baseline.json"])
+        assert prompt["system"].startswith("# Policy\n\n# Workflow\n")
+        assert prompt["system"].endswith(f"The actions are: {', '.join(domain.facts['actions'])}.")
+        assert prompt["few_shot"] == []
 
     def test_readings_refuse_an_unknown_action(self, modules):
         with pytest.raises(ValueError, match="'explode', whose effect isn't known"):
