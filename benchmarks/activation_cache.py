@@ -53,8 +53,8 @@ def batch_of(case: Case) -> TokenBatch:
 
 def step(module: Any, optimizer: torch.optim.Optimizer, batch: TokenBatch) -> Mapping[str, Any]:
     """Run forward, backward, and an optimizer step with a learning rate of 0, so that all repetitions are equal."""
-    loss = module.training_step(batch, 0) / batch.num_targets
-    loss.backward()
+    loss = module.training_step(batch, 0)
+    (loss / batch.num_targets).backward()
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss.item()}

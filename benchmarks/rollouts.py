@@ -103,6 +103,7 @@ def plain_generate(case: Case) -> Repeat:
 
 def trl(case: Case) -> Repeat:
     trainer = grpo_trainer(case, max_steps=1, generation_kwargs={"eos_token_id": case.size.no_token})
+    trainer.eos_token_ids = [case.size.no_token]  # it cuts completions at them, too
     repeated = [ids for ids in prompts(case) for _ in range(case.group)]  # TRL's sampler repeats rows in this order
     trainer.generation_config.do_sample = trainer.generation_kwargs["do_sample"] = False
     greedy = trainer._generate_single_turn(repeated[:: case.group], None, {}, 1)[0]

@@ -106,7 +106,7 @@ def training(case: Case) -> Repeat:
 
 
 class _Recording(LoRAFineTuning):
-    """LoRAFineTuning that collects the summed loss of each step."""
+    """LoRAFineTuning that collects the mean loss of each step."""
 
     losses: list[float]
 

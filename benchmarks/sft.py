@@ -141,7 +141,7 @@ def _recording(module_class: type) -> Any:
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             loss = super().training_step(batch, batch_idx)
-            self.losses.append(loss.item() / batch.num_targets)
+            self.losses.append(loss.item())
             return loss
 
     return Recording
