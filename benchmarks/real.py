@@ -61,10 +61,10 @@ def cases(size: Size) -> list[tuple[str, Any, Build, Build, dict[str, float]]]:
     pair = pairs.Case("dpo", lora=True, size=size, prompt=PROMPT, answer=ANSWER, batch=8, steps=1)
     found.append(("DPO", pair, pairs.ours, pairs.trl, pairs.AGREE["dpo"]))
     update = grpo.Case(lora=True, kl=0.0, size=size, prompt=PROMPT, completion=ANSWER, prompts=2, steps=1)
-    found.append(("GRPO update", update, grpo.ours, grpo.trl, grpo.AGREE))
+    agree = {**grpo.AGREE, "logprobs": 1e-4}  # trained weights have larger logits than random ones
+    found.append(("GRPO update", update, grpo.ours, grpo.trl, agree))
     rollout = rollouts.Case(PROMPT, 48, size=size, prompts=4)
-    agree = {"greedy": 0.0, "lengths": 0.0}
-    found.append(("rollouts", rollout, rollouts.ours, rollouts.trl, agree))
+    found.append(("rollouts", rollout, rollouts.ours, rollouts.trl, {"greedy": 0.0, "lengths": 0.0}))
     return found
 
 
