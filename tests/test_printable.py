@@ -135,6 +135,7 @@ def test_pages_and_markdown_are_printable():
         assert "<img" not in page
     for page in pages[1:]:
         assert "[a](b)" not in page  # links, or images that would be downloaded
+    assert r"&lt;img src=x> \[a\](b)" in pages[1]  # of an answer, too
     assert "&lt;b>\\[a\\](b)<br>" in pages[2]
     assert markdown_text("a\n b") == "a b"
 

@@ -21,6 +21,7 @@ from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.card import savings_for_card
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.endpoint import Endpoint
+from lightning_ft.evaluation.savings.first_token import TIMED_REQUESTS
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, check_numbers
 from lightning_ft.evaluation.savings.overlap import TrainRows
 from lightning_ft.evaluation.savings.result import SavingsResult
@@ -108,7 +109,7 @@ class TokenSavings(ComparingCallback):
         every_n_epochs: int | None = None,
         output_dir: str | Path | bool | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        timed_requests: int = 3,
+        timed_requests: int = TIMED_REQUESTS,
         resamples: int = 9999,
         seed: int = 0,
         progress: bool | None = None,

@@ -39,6 +39,7 @@ from lightning_ft.data.splits import SplitName
 from lightning_ft.errors import ComparisonError, LightningFTError
 from lightning_ft.evaluation.comparison.result import RunResult
 from lightning_ft.evaluation.savings.arms import run_arm
+from lightning_ft.evaluation.savings.first_token import TIMED_REQUESTS
 from lightning_ft.evaluation.savings.plan import MeasurementPlan, measurement_plan
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.models.head import CausalLM
@@ -116,7 +117,7 @@ def execute(folder: Path, *, keep_model: bool = False) -> list[RunResult]:
 
     def answer(name: str, split: str) -> Callable[[CausalLM], ArmRecords]:
         options = {"batch_size": savings.get("batch_size", 64), "progress": False}
-        timed = savings.get("timed_requests", 3) if split == "test" else 0
+        timed = savings.get("timed_requests", TIMED_REQUESTS) if split == "test" else 0
 
         def measure(model: CausalLM) -> ArmRecords:
             with precision_of(cli.trainer):  # as in training: the arms of the original weights, too

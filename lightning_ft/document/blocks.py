@@ -113,7 +113,7 @@ class SideBySide:
     """Answers of both arms, side by side.
 
     Args:
-        answers: Answers to each request, the largest loss of quality first.
+        answers: Answers to each request, the largest change of quality first.
         caption: How the requests were selected.
     """
 

@@ -9,6 +9,7 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
 import jinja2
 from markupsafe import Markup
@@ -25,11 +26,11 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 @dataclass(frozen=True)
 class _Group:
-    """A block of a section, or consecutive plots, which the page shows side by side if the window is wide enough."""
+    """A block of a section, or consecutive plots or lists of answers, which the page shows in columns if it is wide."""
 
     text: str | None = None
     table: Table | None = None
-    answers: SideBySide | None = None
+    answers: tuple[SideBySide, ...] = ()
     images: tuple[Plot, ...] = ()
 
 
@@ -86,20 +87,15 @@ def _finalize(value: object) -> object:
 
 
 def _groups(blocks: Sequence[Block], images: Mapping[str, str]) -> Iterator[_Group]:
-    plots: list[Plot] = []
-    for block in blocks:
-        if isinstance(block, Plot):
-            if block.name in images:
-                plots.append(block)
-            continue
-        if plots:
-            yield _Group(images=tuple(plots))
-            plots = []
-        if isinstance(block, str):
-            yield _Group(text=block)
-        elif isinstance(block, Table):
-            yield _Group(table=block)
-        else:
-            yield _Group(answers=block)
-    if plots:
-        yield _Group(images=tuple(plots))
+    drawn = [block for block in blocks if not isinstance(block, Plot) or block.name in images]
+    for _, consecutive in groupby(drawn, type):
+        found = tuple(consecutive)
+        if plots := tuple(block for block in found if isinstance(block, Plot)):
+            yield _Group(images=plots)
+        elif answers := tuple(block for block in found if isinstance(block, SideBySide)):
+            yield _Group(answers=answers)
+        for block in found:
+            if isinstance(block, str):
+                yield _Group(text=block)
+            elif isinstance(block, Table):
+                yield _Group(table=block)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from lightning_ft.document.blocks import NO_PLOTS, Block, Document, Plot, SideBySide, Table
+from lightning_ft.document.blocks import NO_PLOTS, Answers, Block, Document, Plot, SideBySide, Table
 from lightning_ft.printable import printable
 
+_MAX_EXAMPLES = 3  # requests of each list of answers in a brief document
+_MAX_EXAMPLE_LENGTH = 120  # characters of each text of an example
 _MARKUP = re.compile(r"[\\`*_\[\]|~]")
 
 
@@ -61,11 +63,33 @@ def _block(block: Block, drawn: frozenset[str], *, brief: bool) -> Iterator[str]
         if block.name in drawn:
             yield from (f"![{markdown_text(block.alt)}]({block.name}.png)", "")
     elif isinstance(block, SideBySide):
-        yield from (f"{markdown_text(block.caption).rstrip(':')}: see the page.", "")
+        shown = block.answers[:_MAX_EXAMPLES] if brief else block.answers
+        yield from (markdown_text(block.caption), "", *_answers_table(shown, shorten=brief), "")
     elif isinstance(block, Table) and (block.brief or not brief):
         if block.caption:
             yield from (f"{markdown_text(block.caption)}:", "")
         yield from (*markdown_table(block.columns, block.rows, block.text_columns), "")
+
+
+def _answers_table(answers: Sequence[Answers], *, shorten: bool) -> list[str]:
+    def text(value: str | None) -> str:
+        line = " ".join((value or "").split())
+        return f"{line[:_MAX_EXAMPLE_LENGTH]}..." if shorten and len(line) > _MAX_EXAMPLE_LENGTH else line
+
+    columns = ("id", "request", "reference answer", "prompted", "score", "tuned", "score")
+    rows = [
+        (
+            text(found.id),
+            text(found.request),
+            text(found.reference),
+            text(found.prompted),
+            f"{found.prompted_score:g}",
+            text(found.tuned),
+            f"{found.tuned_score:g}",
+        )
+        for found in answers
+    ]
+    return markdown_table(columns, rows, text_columns=(0, 1, 2, 3, 5))
 
 
 def markdown_table(

@@ -51,6 +51,7 @@ th[scope="row"] { font-weight: 400; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; padding: .35rem 0 .35rem 1.4rem; }
 th.number { white-space: normal; vertical-align: bottom; }
 .wide .number { white-space: normal; min-width: 6.6rem; }
+.changes { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 24px; }
 details { border: 1px solid var(--line); border-radius: 4px; margin: .5rem 0; padding: .5rem .8rem; }
 summary { cursor: pointer; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 12px;

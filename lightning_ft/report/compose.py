@@ -17,13 +17,13 @@ from lightning_ft.evaluation.retention.sections import (
     retention_facts,
     retention_table,
 )
+from lightning_ft.evaluation.savings.changes import change_blocks
 from lightning_ft.evaluation.savings.intervals import gain_interval
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.sections import (
     arms_tables,
     cost_blocks,
     quality_plot,
-    regression_blocks,
     savings_about,
     savings_facts,
     savings_headline,
@@ -71,7 +71,10 @@ def compose_document(report: RunReport) -> Document:
             if comparison is not None and report.savings
             else []
         ),
-        *(Section(_title("Regressions", names[name]), regression_blocks(result)) for name, result in savings.items()),
+        *(
+            Section(_title("Answers that changed", names[name]), change_blocks(result))
+            for name, result in savings.items()
+        ),
         *_provenance(report, savings, names),
     ]
     return Document(

@@ -18,7 +18,7 @@ from lightning_ft.printable import json_text
 from lightning_ft.report.collect import COMPARISON, COMPUTE, RETENTION, SAVINGS, RunReport, collect
 from lightning_ft.report.compose import compose_document
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the schema of ``report.json``, increased with each incompatible change."""
 FOLDER = "report"
 _log = logging.getLogger(__name__)  # only rank 0 writes reports, so only rank 0 logs
@@ -110,7 +110,7 @@ def report_markdown(document: Document, plots: Iterable[str]) -> str:
         plots: Names of the rendered plots.
     """
     text = markdown_document(document, "Fine-tuning report", plots, brief=True)
-    return f"{text}Regressions and provenance: [report.html](report.html).\n"
+    return f"{text}\nMore answers, in full, and provenance: [report.html](report.html).\n"
 
 
 def _contents(report: RunReport, document: Document, plots: Mapping[str, RenderedPlot]) -> dict[str, bytes]:

@@ -472,4 +472,4 @@ def test_savings_measure_time_to_first_token(monkeypatch, tokenizer):
     clock = iter(range(1000))
     monkeypatch.setattr("lightning_ft.evaluation.savings.serving.time.perf_counter", lambda: next(clock))
     result = manual_loop(tokenizer)
-    assert dict(result.arms["prompted"].first_token_seconds) == {"cold": 1, "warm": 1}
+    assert dict(result.arms["prompted"].first_token_seconds) == {"cold": (1,), "warm": (1,)}

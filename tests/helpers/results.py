@@ -42,7 +42,9 @@ def make_arm(name, quality, *, n=300, seed=0, hostile=False):
             "template": template * n,
             "request": sum(request_tokens),
         },
-        first_token_seconds={"cold": 0.0412 if name == "prompted" else 0.0063},
+        first_token_seconds={
+            "cold": tuple((0.0412 if name == "prompted" else 0.0063) * (1 + k / 50) for k in range(6))
+        },
         prefill_flops=2.1e9 if name == "prompted" else 1.9e8,
         kv_cache_bytes=3.3e6 if name == "prompted" else 3.1e5,
     )

@@ -26,9 +26,13 @@ def arm(right, tokens=50, *, n=300, **more):
 
 def extremes():
     """Arms without any success, large and tiny numbers, prices in a currency of small units."""
-    large = {"prefill_flops": 3.13e12, "kv_cache_bytes": 3.28e9, "first_token_seconds": {"cold": 3.1304, "warm": 1e-9}}
+    large = {
+        "prefill_flops": 3.13e12,
+        "kv_cache_bytes": 3.28e9,
+        "first_token_seconds": {"cold": (3.1304,) * 6, "warm": (1e-9,) * 6},
+    }
     prompted = arm(240, 999_950, **large)
-    untuned = arm(0, 12, prefill_flops=0.99996e12, first_token_seconds={"cold": 0.9999, "warm": 0.0})
+    untuned = arm(0, 12, prefill_flops=0.99996e12, first_token_seconds={"cold": (0.9999, 1e4), "warm": (0.0,)})
     yield token_savings(prompted, arm(0, 12), untuned, resamples=99, prices=BILLIONS)
     yield token_savings(prompted, arm(1, 12), untuned, resamples=99, prices=replace(BILLIONS, tuned_input=1e15))
     yield token_savings(arm(0, 50), arm(40, 50), untuned, resamples=99)

@@ -58,7 +58,9 @@ def test_page_has_every_section(files, run_folder):
         "0.0310 (0.0267 to 0.0363)",  # KL
         "240 TFLOP",
         "counted in 9 micro-batches",
-        "Regressions",
+        "Answers that changed",
+        "Worse: ",
+        "Better: ",
         "9d2b1f0c44aa8e05",  # hash of the data
         "77aa10c2d3e4f506",  # hash of the texts
         "requests left out",
@@ -86,6 +88,44 @@ def test_markdown_is_brief(files):
     assert set(re.findall(r"\]\((\w+\.png)\)", markdown)) == {name for name in files if name.endswith(".png")}
     assert "9d2b1f0c44aa8e05" not in markdown  # provenance is only in the page
     assert len(markdown) < 9000
+
+
+def test_page_and_markdown_show_answers_that_changed_in_both_directions(files, run_folder):
+    result = SavingsResult.from_dict(json.loads((run_folder / "token_savings/token_savings.json").read_text()))
+    before, after = (result.arms[name].scores for name in ("prompted", "tuned"))
+    pairs = list(zip(before, after, strict=True))
+    worse, better = sum(a < b for b, a in pairs), sum(a > b for b, a in pairs)
+    assert worse > 0
+    assert better > 3
+    counts = (
+        f"{worse} ({worse / 300:.1%}) scored lower tuned than prompted, {better} ({better / 300:.1%}) scored higher"
+    )
+    page, markdown = files["report.html"].decode(), files["report.md"].decode()
+    columns = page.split('<div class="changes">')[1].split("</section>")[0].split("<p>")
+    summaries = [re.findall(r"prompted scored ([\d.]+), tuned ([\d.]+)", column) for column in columns[1:]]
+    assert [len(column) for column in summaries] == [min(worse, 10), min(better, 10)]
+    assert set(summaries[0]) == {("1", "0")}
+    assert set(summaries[1]) == {("0", "1")}
+    assert counts in page
+    assert counts in markdown
+    for caption, scores in (
+        (
+            "Worse: ",
+            "1 | ",
+        ),
+        ("Better: ", "0 | "),
+    ):
+        table = markdown.split(caption)[1].split("\n\n")[1].splitlines()
+        assert table[0] == "| id | request | reference answer | prompted | score | tuned | score |"
+        assert len(table) == 2 + 3
+        assert all(f" | {scores}" in row for row in table[2:])
+
+
+def test_markdown_escapes_answers(files):
+    markdown = files["report.md"].decode()
+    assert "<script" not in markdown
+    assert '&lt;script>document.title="hacked"&lt;/script>' in markdown
+    assert "&lt;b>It's urgent &amp; late&lt;/b>" in markdown
 
 
 def test_json_contains_all_results(files, run_folder):

@@ -14,6 +14,7 @@ from lightning_ft.data.cores import without_reasoning
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import all_gather_objects, rank_and_world_size
 from lightning_ft.errors import SavingsError
+from lightning_ft.evaluation.savings.first_token import TIMED_REQUESTS
 from lightning_ft.evaluation.savings.plan import MeasurementPlan
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.serving import first_token_seconds, model_shape
@@ -35,7 +36,7 @@ def run_arm(
     *,
     batch_size: int = 32,
     share_prefix: bool = True,
-    timed_requests: int = 3,
+    timed_requests: int = TIMED_REQUESTS,
     progress: bool = True,
 ) -> ArmRecords:
     """Generate and grade the answers of one arm to all requests of a plan.

@@ -19,6 +19,7 @@ from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.arms import constant_scores, run_arm
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.endpoint import Endpoint, endpoint_arm
+from lightning_ft.evaluation.savings.first_token import TIMED_REQUESTS
 from lightning_ft.evaluation.savings.gate import check_margin, check_min_quality
 from lightning_ft.evaluation.savings.overlap import TrainRows, request_overlap, training_index
 from lightning_ft.evaluation.savings.plan import measurement_plan
@@ -91,7 +92,7 @@ class SavingsMeasurement(CheckedArguments):
         max_requests: int | None = None,
         batch_size: int = 32,
         share_prefix: bool = True,
-        timed_requests: int = 3,
+        timed_requests: int = TIMED_REQUESTS,
         resamples: int = 9999,
         seed: int = 0,
         progress: bool = True,

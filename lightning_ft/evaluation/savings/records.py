@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -28,8 +28,8 @@ class ArmRecords:
         clusters: Cluster of each request; empty if requests are independent.
         outputs: Answer to each request; may be empty.
         parts: Number of input tokens of all requests by part, see :data:`PARTS`; may be empty.
-        first_token_seconds: Time to first token in seconds, ``{"cold": ..., "warm": ...}``; may be empty. Ignored in
-            comparisons for equality.
+        first_token_seconds: Times to first token in seconds, ``{"cold": (...), "warm": (...)}``: one per timed request,
+            the same requests in each arm and in the same order; may be empty. Ignored in comparisons for equality.
         prefill_flops: Mean number of operations to process a prompt; None if unknown for the architecture.
         kv_cache_bytes: Mean size of the KV cache after the last token, in bytes; None if unknown for the architecture.
 
@@ -51,7 +51,7 @@ class ArmRecords:
     clusters: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
-    first_token_seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    first_token_seconds: Mapping[str, Sequence[float]] = field(default_factory=dict, compare=False)
     prefill_flops: float | None = None
     kv_cache_bytes: float | None = None
 
@@ -134,6 +134,7 @@ class ArmRecords:
     def to_dict(self) -> dict[str, Any]:
         """Convert to JSON types."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["first_token_seconds"] = {name: list(times) for name, times in self.first_token_seconds.items()}
         return {
             name: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
             for name, v in values.items()
@@ -143,4 +144,6 @@ class ArmRecords:
     def from_dict(cls, values: Mapping[str, Any]) -> ArmRecords:
         """Restore records from :meth:`to_dict`."""
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        times = fields.get("first_token_seconds", {}).items()  # older files have the median alone
+        fields["first_token_seconds"] = {name: (t,) if isinstance(t, float) else tuple(t) for name, t in times}
         return cls(**fields)

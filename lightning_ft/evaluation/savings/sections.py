@@ -1,4 +1,4 @@
-"""A savings result as blocks of a document: tokens, quality, costs and regressions.
+"""A savings result as blocks of a document: tokens, quality and costs.
 
 `savings_document` is the complete result, which is printed and written to the run's folder. A report uses the blocks.
 """
@@ -17,16 +17,15 @@ from lightning_ft.document.blocks import (
     Headline,
     Plot,
     Section,
-    SideBySide,
     Table,
     provenance_table,
 )
 from lightning_ft.document.numbers import format_count
 from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
 from lightning_ft.evaluation.savings.advice import advice
+from lightning_ft.evaluation.savings.first_token import first_token_text
 from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_unbounded, per_success_intervals
 from lightning_ft.evaluation.savings.plots import Arm, Caching, draw_cost, draw_quality, draw_tokens
-from lightning_ft.evaluation.savings.regressions import count_regressions, worst_regressions
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.table import (
     NONE_RIGHT,
@@ -199,7 +198,7 @@ def tokens_plot(result: SavingsResult, name: str = "tokens") -> Plot:
 
 
 def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
-    """Tables of tokens and quality, and the verdict of the gate.
+    """Tables of tokens and quality, what the times to first token show, and the verdict of the gate.
 
     Args:
         result: The result.
@@ -210,7 +209,7 @@ def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
         Table(
             ("", "saved", f"{level} interval"), savings, "Savings of the tuned over the prompted arm, ratios of sums"
         ),
-        Table(("", *result.arms), tuple(map(tuple, arm_rows(result))), "Mean per request, by arm"),
+        Table(("", *result.arms), tuple(map(tuple, arm_rows(result))), _arms_caption(result)),
     ]
     if any(arm.parts for arm in result.arms.values()):
         rows = [
@@ -219,7 +218,17 @@ def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
         ]
         rows.append(("answer", *(f"{sum(arm.output_tokens) / result.n:,.1f}" for arm in result.arms.values())))
         blocks.append(Table(("", *result.arms), tuple(rows), "Mean tokens per request, by part", brief=False))
+    if times := first_token_text(result):
+        blocks.append(times)
     return (*blocks, gate_text(result))
+
+
+def _arms_caption(result: SavingsResult) -> str:
+    timed = max((len(times) for arm in result.arms.values() for times in arm.first_token_seconds.values()), default=0)
+    caption = "Mean per request, by arm"
+    return (
+        f"{caption}; of times the median, and the fastest to the slowest of {timed} requests" if timed > 1 else caption
+    )
 
 
 def gate_text(result: SavingsResult) -> str:
@@ -264,18 +273,6 @@ def cost_blocks(result: SavingsResult, prefix: str = "") -> tuple[Block, ...]:
     interval = (f"{level} interval of break-even", *(_ends(break_even[caching]) for caching, _ in _CACHING))
     rows = (*map(tuple, cost_rows(result)), interval)
     return (*plots, Table(("", "prefix caching", "no caching"), rows, cost_title(result)))
-
-
-def regression_blocks(result: SavingsResult) -> tuple[Block, ...]:
-    """Regressions: their number, and the answers to the requests with the largest loss of quality."""
-    worse, found = count_regressions(result), worst_regressions(result)
-    if not worse:
-        return ("No answer scored lower tuned than prompted.",)
-    share = f"{worse:,} of {result.n:,} answers ({worse / result.n:.1%}) scored lower tuned than prompted."
-    if not found:
-        return (f"{share} The answers weren't recorded.",)
-    shown = "All of them" if worse == len(found) else f"{len(found)} of them"
-    return (SideBySide(found, f"{share} {shown}, the largest loss first:"),)
 
 
 def _describe(interval: Interval) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -120,9 +119,9 @@ def model_shape(model: CausalLM) -> ModelShape | None:
 
 
 def first_token_seconds(
-    engine: LocalEngine, prompts: Sequence[Sequence[int]], prefix_length: int, *, rounds: int = 3
-) -> dict[str, float]:
-    """Median time from a prompt to its first new token, one request at a time.
+    engine: LocalEngine, prompts: Sequence[Sequence[int]], prefix_length: int, *, rounds: int
+) -> dict[str, tuple[float, ...]]:
+    """Measure the time from a prompt to its first new token, one request at a time.
 
     Args:
         engine: Engine of the model.
@@ -131,18 +130,18 @@ def first_token_seconds(
         rounds: Number of prompts to time, after one pass for warm-up.
 
     Returns:
-        Seconds, ``cold`` with an empty cache and ``warm`` with the common prefix in the cache. ``warm`` is missing if
-        there is no common prefix, or the model's cache can't be shared.
+        Seconds of each request, ``cold`` with an empty cache and ``warm`` with the common prefix in the cache. ``warm``
+        is missing if there is no common prefix, or the model's cache can't be shared.
     """
     chosen = [list(prompt) for prompt in prompts[:rounds]]
     with evaluating(engine.model):
         engine.first_token(chosen[0])  # warm-up: the first pass of a model allocates and compiles
-        seconds = {"cold": median([_timed(engine, prompt, None) for prompt in chosen])}
+        seconds = {"cold": tuple(_timed(engine, prompt, None) for prompt in chosen)}
         if (
             prefix_length
             and (cached := engine.prefill_prefix(chosen[0][:prefix_length], max(map(len, chosen)) + 1)) is not None
         ):
-            seconds["warm"] = median([_timed(engine, prompt[prefix_length:], cached) for prompt in chosen])
+            seconds["warm"] = tuple(_timed(engine, prompt[prefix_length:], cached) for prompt in chosen)
     return seconds
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lightning_ft.document.numbers import finite, format_number
 from lightning_ft.evaluation.bootstrap import Interval, format_range
+from lightning_ft.evaluation.savings.first_token import STATES, format_times
 from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
 
@@ -43,12 +44,10 @@ def arm_rows(result: SavingsResult) -> list[list[str]]:
         row("KV cache, MiB", lambda arm: _scaled(arm.kv_cache_bytes, 2**20)),
     ]
 
-    def first_token(state: str) -> Callable[[ArmRecords], str]:
-        return lambda arm: _scaled(arm.first_token_seconds.get(state), 1e-3)
-
-    for state, name in (("cold", "first token, ms"), ("warm", "first token, prefix cached, ms")):
-        if any(state in arm.first_token_seconds for arm in result.arms.values()):
-            rows.append(row(name, first_token(state)))
+    for state, label in STATES.items():
+        times = [arm.first_token_seconds.get(state) for arm in result.arms.values()]
+        if any(times):
+            rows.append([f"first token{label}, ms", *map(format_times, times)])
     return rows
 
 

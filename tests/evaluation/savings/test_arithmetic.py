@@ -246,14 +246,14 @@ def test_metrics_have_documented_names():
 
 
 def test_result_survives_json():
-    tuned = make_arm(tokens=50, scores=(0.0,) * 200, parts={"request": 3}, first_token_seconds={"cold": 0.1})
+    tuned = make_arm(tokens=50, scores=(0.0,) * 200, parts={"request": 3}, first_token_seconds={"cold": (0.1, 0.2)})
     prices = Prices(1, 2, 0.1, **DATED)
     result = token_savings(make_arm(), tuned, prices=prices, provenance={"seed": 0}, resamples=99)
     assert SavingsResult.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False))) == result
 
 
 def test_equality_ignores_times():
-    one, other = (make_arm(first_token_seconds={"cold": seconds}) for seconds in (0.1, 0.2))
+    one, other = (make_arm(first_token_seconds={"cold": (seconds,)}) for seconds in (0.1, 0.2))
     assert one == other
 
 

@@ -20,7 +20,7 @@ def make_result(n=200, tuned_score=1.0, **options):
             (score,) * n,
             (False,) * n,
             parts={"system": system * n, "few_shot": 0, "template": 5 * n, "request": tokens * n - system * n},
-            first_token_seconds={"cold": 0.1},
+            first_token_seconds={"cold": (0.1, 0.3, 0.2)},
             prefill_flops=1e9,
         )
 
