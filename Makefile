@@ -91,7 +91,9 @@ check: $(INSTALLED)
 check-lightning: $(INSTALLED)
 	LIGHTNING_FT_NAMESPACE=lightning $(PYTEST) tests/data/test_pairs_resume.py tests/modules/test_training.py \
 		tests/modules/test_checkpoints.py tests/modules/test_grpo.py tests/callbacks/test_token_savings.py \
-		tests/callbacks/test_export.py tests/test_cli.py
+		tests/callbacks/test_export.py tests/callbacks/test_fabric.py tests/test_cli.py
+	LIGHTNING_FT_NAMESPACE=lightning $(PYTEST) tests/modules/test_trainer_features.py \
+		-k "(validate or resuming or DDP or profiler or loggers) and (lora or grpo)"
 
 # The losses are pure functions, so every line of them can be covered; tracing costs 40% more time, too much for all tests.
 coverage: $(INSTALLED)

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -34,7 +33,7 @@ from lightning_ft.models.export import ExportFormat
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.load import ADAPTER_CONFIG
 from lightning_ft.printable import json_text, printable
-from lightning_ft.run_checkpoints import BEST, LAST, find_checkpoint
+from lightning_ft.run_checkpoints import BEST, LAST, find_checkpoint, run_folder
 from lightning_ft.types import Request
 
 _cli = cli_module()
@@ -373,7 +372,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         answers = [answer for batch in batches for answer in batch]
         requests = self._predicted_requests() if trainer.world_size == 1 else []
         name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
-        path = Path(trainer.log_dir or trainer.default_root_dir) / name
+        path = run_folder(trainer) / name
         if len(requests) == len(answers):
             rows = [{"request": request, "answer": answer} for request, answer in zip(requests, answers, strict=True)]
         else:

@@ -52,14 +52,34 @@ def searched_files(trainer: Any) -> list[tuple[Path, str]]:
     return [(folder, "*.ckpt") for folder in folders] or [_default(trainer)]
 
 
+def run_folder(trainer: Any) -> Path:
+    """Folder of a run: the one with ``checkpoints/`` of Lightning's `ModelCheckpoint`. Every rank must call it.
+
+    Loggers of TensorBoard and CSV files have a folder per run, which is `trainer.log_dir`. Of others, such as those of
+    MLflow and Weights & Biases, it is the folder that all runs share, so name and version of the run are added.
+
+    Args:
+        trainer: Trainer of the run.
+    """
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is None or getattr(logger, "log_dir", None) is not None:
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    # the logger of rank 0 alone may know the run
+    return Path(trainer.strategy.broadcast(str(_shared_folder(trainer) / version)))
+
+
+def _shared_folder(trainer: Any) -> Path:
+    """Folder of all runs of the first logger."""
+    logger = trainer.loggers[0]
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
+
+
 def _default(trainer: Any) -> tuple[Path, str]:
     """Where Lightning's `ModelCheckpoint` writes to by default, in any version of the logger."""
-    root = Path(trainer.default_root_dir)
     if not trainer.loggers:
-        return root / "checkpoints", "*.ckpt"
-    logger = trainer.loggers[0]
-    root = Path(logger.save_dir or root) / str(logger.name)
-    version = logger.version
+        return Path(trainer.default_root_dir) / "checkpoints", "*.ckpt"
+    root, version = _shared_folder(trainer), trainer.loggers[0].version
     folder = root / (version if isinstance(version, str) else f"version_{version}")
     if isinstance(version, str) or folder.exists():  # chosen by the user: a logger counts further
         return folder / "checkpoints", "*.ckpt"
@@ -89,4 +109,4 @@ def _best(last: Path) -> Path:
     )
 
 
-__all__ = ["BEST", "LAST", "find_checkpoint", "searched_files"]
+__all__ = ["BEST", "LAST", "find_checkpoint", "run_folder", "searched_files"]

@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import make_rows
+from tiny import make_model, make_rows, make_tokenizer
 
-from lightning_ft._lightning import Trainer
+from lightning_ft import ComputeMeter, FullFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.errors import CheckpointNotFoundError
-from lightning_ft.run_checkpoints import find_checkpoint
+from lightning_ft.run_checkpoints import find_checkpoint, run_folder
 from lightning_ft.sharded_checkpoint import write_sharded_checkpoint
 
 
@@ -125,3 +126,75 @@ def test_folders_and_versions_chosen_by_the_user_are_the_only_ones(tmp_path):
     assert find_checkpoint(make_trainer(tmp_path, logger=logger), "last") == version
     callback = ModelCheckpoint(dirpath=tmp_path / "mine")
     assert find_checkpoint(make_trainer(tmp_path, logger=logger, callbacks=[callback]), "last") == folder
+
+
+class SharedFolderLogger(_pl.loggers.Logger):
+    """Logger whose folder is that of all runs, as those of MLflow and Weights & Biases."""
+
+    name, version = "project", None
+
+    def __init__(self, save_dir, version):
+        super().__init__()
+        self.folder, self.version = save_dir, version
+
+    @property
+    def save_dir(self):
+        return self.folder
+
+    def log_metrics(self, metrics, step=None):
+        if any(name.startswith("compute/") for name in metrics):
+            raise ConnectionError("no route to host")
+
+    def log_hyperparams(self, params):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("logger", "folder"),
+    [
+        (lambda root: False, ""),
+        (lambda root: _pl.loggers.CSVLogger(root, "csv"), "csv/version_0"),
+        (lambda root: _pl.loggers.TensorBoardLogger(root, "tb", version="a"), "tb/a"),
+        (lambda root: SharedFolderLogger(root / "all", "af31"), "all/project/af31"),
+        (lambda root: SharedFolderLogger(None, 3), "project/version_3"),
+    ],
+)
+def test_run_folder_has_the_checkpoints_of_the_run(tmp_path, trainer_options, logger, folder):
+    options = {"logger": logger(tmp_path), "default_root_dir": str(tmp_path), "enable_checkpointing": True}
+    trainer = Trainer(**{**trainer_options, **options})
+    assert run_folder(trainer) == tmp_path / folder
+    saver = trainer.checkpoint_callback
+    saver.setup(trainer, None, "fit")
+    assert Path(saver.dirpath) == run_folder(trainer) / "checkpoints"
+
+
+def test_results_of_two_runs_of_a_shared_logger_are_in_a_folder_each(tmp_path, trainer_options):
+    for version in ("one", "two"):
+        data = PairDataModule(make_rows(4), cache_dir=False, batch_size=2)
+        options = {"logger": SharedFolderLogger(tmp_path, version), "max_epochs": 1}
+        trainer = Trainer(**{**trainer_options, **options}, callbacks=[ComputeMeter()])
+        trainer.fit(FullFineTuning(make_model(), tokenizer=make_tokenizer()), data)
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("compute.json"))
+    assert found == ["project/one/compute/compute.json", "project/two/compute/compute.json"]
+
+
+def test_failing_logger_does_not_stop_training(tmp_path, trainer_options):
+    meter = ComputeMeter(log_every_n_steps=1)
+    logged = []
+
+    class Healthy(SharedFolderLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.extend(metrics)
+
+    options = {"logger": [SharedFolderLogger(tmp_path, "a"), Healthy(tmp_path, "b")], "max_epochs": 1}
+    trainer = Trainer(**{**trainer_options, **options}, callbacks=[meter])
+    data = PairDataModule(make_rows(8), cache_dir=False, batch_size=2)
+    with pytest.warns(UserWarning, match="Compute was not logged during training: ConnectionError: no route to host"):
+        trainer.fit(FullFineTuning(make_model(), tokenizer=make_tokenizer()), data)
+    assert trainer.global_step == 4
+    assert [failure.split(":")[0] for failure in meter.failures] == [
+        "Compute was not logged during training",
+        "Compute was not logged",
+    ]
+    assert logged.count("compute/tokens_per_second") >= 4  # the second logger got what the first one refused
+    assert meter.result is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeGuard
@@ -21,6 +21,7 @@ from lightning_ft.arguments import CheckedArguments
 from lightning_ft.distributed import all_gather_objects, rank_zero_warn
 from lightning_ft.errors import ConfigError, LightningFTError
 from lightning_ft.printable import printable
+from lightning_ft.run_checkpoints import run_folder
 from lightning_ft.types import Request
 
 if TYPE_CHECKING:
@@ -61,8 +62,26 @@ def shows_progress(trainer: object, progress: bool | None) -> bool:
     return getattr(trainer, "progress_bar_callback", None) is not None if is_trainer(trainer) else True
 
 
+def log_to_loggers(trainer: object, metrics: Mapping[str, float], step: int | None) -> None:
+    """Log metrics with every logger, also if an earlier one fails; the first failure is raised when all are done.
+
+    Args:
+        trainer: The Trainer, or Fabric.
+        metrics: Metrics by their logged names.
+        step: Number of optimizer steps so far.
+    """
+    failed: Exception | None = None
+    for logger in getattr(trainer, "loggers", []):
+        try:
+            logger.log_metrics(dict(metrics), step=step)
+        except Exception as error:  # of whatever server or file system
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
 def results_folder(trainer: object, output_dir: str | Path | bool | None, name: str) -> Path | None:
-    """Return the folder that a callback writes its results to. Every rank must call it, since `log_dir` is broadcast.
+    """Return the folder that a callback writes its results to. Every rank must call it, since it is broadcast.
 
     Args:
         trainer: The Trainer, or Fabric.
@@ -77,7 +96,7 @@ def results_folder(trainer: object, output_dir: str | Path | bool | None, name: 
         return None
     if output_dir is not None and output_dir is not True:
         return Path(output_dir)
-    return Path(trainer.log_dir or trainer.default_root_dir) / name if is_trainer(trainer) else None
+    return run_folder(trainer) / name if is_trainer(trainer) else None
 
 
 def check_results_folder(folder: Path | None, name: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_ft.callbacks.base import TrainerOrFabric
+from lightning_ft.callbacks.base import TrainerOrFabric, describe_error, log_to_loggers
 from lightning_ft.callbacks.measuring import MeasuringCallback
-from lightning_ft.distributed import rank_zero_info
+from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.evaluation.compute.arithmetic import ComputeResult
 from lightning_ft.evaluation.compute.measurement import ComputeMeasurement
@@ -140,8 +140,17 @@ class ComputeMeter(MeasuringCallback):
             if (recent := measurement.recent_tokens_per_second()) is not None:
                 metrics["tokens_per_second"] = recent
             logged = self.with_prefix({name: metrics[name] for name in _LOGGED if name in metrics})
-            for logger in getattr(trainer, "loggers", []):
-                logger.log_metrics(logged, step=self._step(trainer))
+            try:
+                log_to_loggers(trainer, logged, self._step(trainer))
+            except Exception as error:  # of one rank alone, so ranks don't agree on it: training continues
+                self._log_failed(error)
+
+    def _log_failed(self, error: Exception) -> None:
+        """Record that a logger failed, once."""
+        what = "Compute was not logged during training"
+        if not any(earlier.startswith(what) for earlier in self.failures):
+            self.failures = (*self.failures, f"{what}: {describe_error(error)}")
+            rank_zero_warn(f"{self.failures[-1]}. Training continues.")
 
     def on_validation_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
         """Discard an unfinished micro-batch: a module may skip the rest of an epoch within one."""

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
-from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks
+from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks, is_trainer
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ExportError
@@ -26,6 +26,7 @@ from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.exporting import RECORD
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.training_record import facts_of_run
+from lightning_ft.run_checkpoints import run_folder
 
 
 class ExportModel(EndOfTraining):
@@ -35,6 +36,10 @@ class ExportModel(EndOfTraining):
     of the Trainer's ModelCheckpoint; without a ``monitor`` there is none. If an export fails, the error is raised after
     all other work at the end of training is done. The model card has what TokenSavings and Retention measured with the
     exported weights.
+
+    With Fabric, pass `output` and `tokenizer`, put it after the callbacks that measure, and call
+    ``fabric.call("on_train_start", fabric, model)`` before the loop and ``fabric.call("on_train_end", fabric, model)``
+    after it. The final weights are exported; if that fails, a warning says so and `error` is set.
 
     Args:
         output: Folder to write exports to; ``export/`` in the logger's folder by default.
@@ -92,6 +97,28 @@ class ExportModel(EndOfTraining):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that the exports are possible."""
+        self._check(trainer, pl_module)
+
+    def on_train_start(self, trainer: Any = None, pl_module: Any = None) -> None:
+        """With Fabric, check that the export is possible; a Trainer has called `on_fit_start`.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+
+        Raises:
+            ConfigError: With Fabric, for a missing `output` or `tokenizer`, and for `push_to_hub`.
+        """
+        if is_trainer(trainer):
+            return
+        if self.output is None or self.push_to_hub is not None:
+            raise ConfigError(
+                "With Fabric, ExportModel exports the final weights to a folder: pass output=, and no push_to_hub=. "
+                "lightning_ft.models.hub.upload_export uploads the folder."
+            )
+        self._check(trainer, pl_module)
+
+    def _check(self, trainer: Any, pl_module: Any) -> None:
         if isinstance(pl_module, FineTuning):
             pl_module.check_export(merge=self.merge, format=self.format)
         else:
@@ -227,4 +254,4 @@ class ExportModel(EndOfTraining):
     def _folder(self, trainer: Trainer) -> Path:
         if self.output is not None:
             return Path(self.output)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "export"
+        return run_folder(trainer) / "export"

@@ -17,12 +17,14 @@ from lightning_ft.callbacks.base import (
     callbacks_of,
     check_results_folder,
     is_trainer,
+    log_to_loggers,
     results_folder,
 )
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.report.collect import UNDEFINED, collect
 from lightning_ft.report.write import FOLDER, write_files
+from lightning_ft.run_checkpoints import run_folder
 
 
 class MeasuringCallback(EndOfTraining):
@@ -133,8 +135,8 @@ class MeasuringCallback(EndOfTraining):
         """
         if is_trainer(trainer):
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
-        for logger in getattr(trainer, "loggers", []) if metrics else ():
-            logger.log_metrics(dict(metrics), step=step)
+        if metrics:
+            log_to_loggers(trainer, metrics, step)
 
     def report_written(self, *files: Path) -> None:
         """Log the paths of the written files, and remove the file that says that the result is undefined."""
@@ -200,7 +202,7 @@ def report_at_end(trainer: Trainer, callback: Callback) -> list[Path]:
     measuring: list[Any] = [other for other in callbacks_of(trainer) if getattr(other, "reports", False)]
     if not measuring or measuring[-1] is not callback:
         return []
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call: `log_dir` is broadcast
+    folder = run_folder(trainer)  # a collective call
     if not trainer.is_global_zero or not folder.is_dir():
         return []
     # A callback that could not write its results may have files of an earlier run in its folder.

@@ -13,12 +13,13 @@ from rich.text import Text
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.arguments import CheckedArguments
-from lightning_ft.callbacks.base import describe_error
+from lightning_ft.callbacks.base import describe_error, is_trainer
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.document.markdown import markdown_table
 from lightning_ft.errors import ConfigError
 from lightning_ft.modules.samples import RolloutSamples, append_samples, drop_samples, rename_existing
 from lightning_ft.printable import printable
+from lightning_ft.run_checkpoints import run_folder
 from lightning_ft.types import Message
 
 MAX_CELL_LENGTH = 600
@@ -153,9 +154,18 @@ class SampleCompletions(CheckedArguments, Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop the rows that a resumed run will write again, or rename the file of an earlier run."""
-        # on all ranks, since `log_dir` is broadcast
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        """Drop the rows that a resumed run will write again, or rename the file of an earlier run.
+
+        Raises:
+            ConfigError: With Fabric, which has no module with rollouts.
+        """
+        if not is_trainer(trainer):
+            raise ConfigError(
+                "SampleCompletions shows the rollouts of GRPO and PPO in a Trainer. In a loop of your own, use "
+                "lightning_ft.modules.samples.write_samples."
+            )
+        # on all ranks, since the folder is broadcast
+        folder = run_folder(trainer)
         self.written_to = self.path or folder / f"{self.name}.jsonl"
         self._seen, self.failures = None, ()
         if trainer.global_step == 0:

@@ -24,8 +24,9 @@ def training_record(module: Any, trainer: Any) -> TrainingRecord:
     """
     data: dict[str, Setting] = {}
     datasets: tuple[str, ...] = ()
-    if isinstance(trainer.datamodule, RowDataModule):
-        rows, datasets = trainer.datamodule.training_rows()
+    source = _training_data(module, trainer)
+    if isinstance(source, RowDataModule):
+        rows, datasets = source.training_rows()
         data |= rows
     return TrainingRecord(
         data=data,
@@ -37,6 +38,11 @@ def training_record(module: Any, trainer: Any) -> TrainingRecord:
         datasets=datasets,
         date=today(),
     )
+
+
+def _training_data(module: Any, trainer: Any) -> Any:
+    """DataModule of the training rows."""
+    return module._fit_data if hasattr(module, "_fit_data") else trainer.datamodule
 
 
 def _version(name: str) -> str:
@@ -53,7 +59,7 @@ def _run(module: Any, trainer: Any) -> dict[str, Setting]:
     if module.automatic_optimization and math.isfinite(batches) and batches:
         per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
         found["epochs"] = round(trainer.global_step / per_epoch, 2)
-    size = getattr(trainer.datamodule, "batch_size", None)
+    size = getattr(_training_data(module, trainer), "batch_size", None)
     if isinstance(size, int):
         found["batch size per rank"] = size
     if trainer.accumulate_grad_batches > 1:
@@ -77,21 +83,23 @@ def _numbers(module: Any) -> dict[str, Setting]:
 
 
 def facts_of_run(module: Any, trainer: Any) -> CardFacts:
-    """What is known about the weights of a module that a Trainer trains or has trained.
+    """What is known about the weights of a module that a Trainer, or a loop with Fabric, trains or has trained.
 
     Args:
-        module: The module.
-        trainer: Its Trainer.
+        module: The module, or with Fabric the model.
+        trainer: Its Trainer; or Fabric, which knows nothing of data and steps.
     """
-    return CardFacts(training_record(module, trainer), results_of_callbacks(trainer))
+    record = training_record(module, trainer) if hasattr(trainer, "datamodule") else None
+    return CardFacts(record, results_of_callbacks(trainer))
 
 
 def results_of_callbacks(trainer: Any) -> tuple[MeasuredResult, ...]:
-    """What the callbacks of a Trainer measured, of whichever weights.
+    """What the callbacks of a Trainer or Fabric measured, of whichever weights.
 
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer, or Fabric.
     """
-    callbacks = [callback for callback in trainer.callbacks if hasattr(callback, "for_card")]
+    found = trainer.callbacks if hasattr(trainer, "callbacks") else trainer._callbacks
+    callbacks = [callback for callback in found if hasattr(callback, "for_card")]
     results: list[MeasuredResult | None] = [callback.for_card() for callback in callbacks]
     return tuple(result for result in results if result is not None)

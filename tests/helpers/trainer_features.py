@@ -2,8 +2,10 @@
 
 import io
 
+import pytest
 import torch
 from preference_runs import make_pairs
+from ranks import as_rank, free_port, run_ranks, trainer_options
 from tiny import make_model, make_rows, make_tokenizer
 from tiny_scorer import make_scorer
 
@@ -11,12 +13,17 @@ from lightning_ft import (
     DPO,
     GRPO,
     PPO,
+    ComputeMeter,
     FullFineTuning,
     LoRAFineTuning,
     PairDataModule,
     PreferenceDataModule,
+    PromptBaseline,
     PromptDataModule,
+    Retention,
     RewardModeling,
+    SampleCompletions,
+    TokenSavings,
 )
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.types import Message
@@ -317,9 +324,93 @@ def several_loggers(run):
     assert list((run.folder / "tb").rglob("events.out*"))
 
 
+def mlflow_logger(run):
+    pytest.importorskip("mlflow", reason="MLflow is missing: pip install mlflow")
+    address = f"sqlite:///{run.folder / 'mlflow.db'}"
+    logger = _pl.loggers.MLFlowLogger("features", tracking_uri=address, artifact_location=str(run.folder / "artifacts"))
+    run.fit(*measuring(run), logger=logger, log_every_n_steps=1)
+    logged = logger.experiment.get_run(logger.run_id).data
+    assert {"train/learning_rate", run.monitor, *measured(run)} <= logged.metrics.keys()
+    assert logged.params["learning_rate"] == "0.01"
+    assert len(logger.experiment.get_metric_history(logger.run_id, "train/learning_rate")) == BATCHES
+    if run.sampled:
+        files = [found.path for found in logger.experiment.list_artifacts(logger.run_id)]
+        assert files == ["completions.json"]
+
+
+def wandb_logger(run):
+    wandb = pytest.importorskip("wandb", reason="Weights & Biases is missing: pip install wandb")
+    logger = _pl.loggers.WandbLogger("features", save_dir=run.folder, offline=True)
+    run.fit(*measuring(run), logger=logger, log_every_n_steps=1)
+    summary, settings = dict(logger.experiment.summary), dict(logger.experiment.config)
+    wandb.finish()
+    assert {"train/learning_rate", run.monitor, *measured(run)} <= summary.keys()
+    assert settings["learning_rate"] == 0.01
+    assert list(run.folder.glob("wandb/offline-run-*/run-*.wandb"))
+    if run.sampled:
+        assert summary["completions"]["nrows"] > 0
+
+
+def measuring(run):
+    """Callbacks that write to a logger by themselves."""
+    callbacks = [ComputeMeter(log_every_n_steps=1)]
+    if run.sampled:
+        callbacks.append(SampleCompletions(num_samples=2))
+    if run.name in ("full", "lora"):
+        options = {"max_new_tokens": 4, "timed_requests": 1, "resamples": 99, "progress": False}
+        callbacks.append(TokenSavings(PromptBaseline(system="Answer."), scorer=half, **options))
+        callbacks.append(Retention([row["input"] for row in make_rows(4)], progress=False))
+    return callbacks
+
+
+def measured(run):
+    """Metrics that they log."""
+    found = ["compute/flops"]
+    if run.name in ("full", "lora"):
+        found += ["token_savings/total", "token_savings/total_lo", "retention/kl_general"]
+    return found
+
+
+def half(output, reference):
+    return 0.5
+
+
 def profiler(run):
     trainer = run.fit(profiler="simple")
     assert trainer.profiler.recorded_durations
+
+
+def pytorch_profiler(run):
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=1)
+    profiler = _pl.profilers.PyTorchProfiler(run.folder, "profile", schedule=schedule, export_to_chrome=True)
+    _pl.seed_everything(0, verbose=False)
+    plain = run.new()
+    run.fit(module=plain)
+    _pl.seed_everything(0, verbose=False)
+    profiled = run.new()
+    trainer = run.fit(module=profiled, profiler=profiler)
+    assert trainer.global_step == BATCHES
+    assert same(weights(profiled), weights(plain))
+    assert "aten::" in next(run.folder.glob("*.pt.trace.json")).read_text()
+
+
+def two_devices(run):
+    run_ranks(one_of_two, (run.name, run.folder, free_port()))
+    first, second = (torch.load(run.folder / f"{rank}.pt") for rank in (0, 1))
+    assert same(first, second)
+    run.module.configure_model()
+    assert not same(first, weights(run.module))
+
+
+def one_of_two(rank, name, folder, port):
+    as_rank(rank, port)
+    _pl.seed_everything(0, verbose=False)
+    run = Run(name, folder)
+    options = trainer_options("ddp", folder)
+    trainer = run.fit(devices=options["devices"], strategy=options["strategy"])
+    assert trainer.global_step == BATCHES // 2
+    assert run.monitor in trainer.callback_metrics
+    torch.save(weights(run.module), folder / f"{rank}.pt")
 
 
 def model_summary(run):
@@ -420,7 +511,11 @@ FEATURES = {
     "loaders instead of a DataModule": own_loaders,
     "`LearningRateMonitor`": learning_rate_monitor,
     "CSV and TensorBoard loggers together": several_loggers,
+    "MLflow logger": mlflow_logger,
+    "Weights & Biases logger, offline": wandb_logger,
     '`profiler="simple"`': profiler,
+    "`PyTorchProfiler`": pytorch_profiler,
+    "two processes, DDP": two_devices,
     "`ModelSummary`": model_summary,
     "`TQDMProgressBar`": progress_bar,
     "`EMAWeightAveraging`": ema,
