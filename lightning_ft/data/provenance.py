@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_ft.data.cache import content_hash
-from lightning_ft.data.sources import as_sources, is_hub_name, published_name
+from lightning_ft.data.sources import as_sources, is_hub_name, names_function, published_name
 from lightning_ft.data.splits import Splits
-from lightning_ft.importing import is_file_path, is_import_path
 
 
 def describe_training_rows(
@@ -35,7 +34,7 @@ def describe_training_rows(
     """
     if streamed is not None:
         # A function's import path says where somebody keeps their code, and looks like the name of a data set.
-        named = [s for s in streamed if s is not None and not (is_import_path(s) or is_file_path(s))]
+        named = [s for s in streamed if s is not None and not names_function(s)]
         names = dict.fromkeys([*map(published_name, named), *["a stream"] * (len(named) < len(streamed))])
         return (
             {"training data": f"{', '.join(names)}, read while training"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.data.files import COMPRESSED, SUFFIXES, read_file
 from lightning_ft.data.raw_rows import RawRow, check_values, numbered
 from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
-from lightning_ft.importing import is_file_path
+from lightning_ft.importing import is_file_path, is_import_path
 
 _LIBRARIES = ("pandas", "polars")
 
@@ -265,10 +267,11 @@ def from_hub(name: str, argument: str, *, streaming: bool = False) -> datasets.D
         return datasets.load_dataset(repository, split=split or "train", **({"streaming": True} if streaming else {}))
     except Exception as error:  # datasets, huggingface_hub and the network raise many types
         lines = str(error).strip().splitlines()
+        function = "; a function as 'path/to/file.py:function'" if streaming else ""
         raise DataNotFoundError(
             f"{argument}={name!r} isn't a file, and Hub dataset {repository!r} (split {split or 'train'!r}) couldn't "
             f"be loaded: {lines[0] if lines else type(error).__name__}. Check the spelling; a split is written as "
-            "'user/data:split'."
+            f"'user/data:split'{function}."
         ) from error
 
 
@@ -304,6 +307,27 @@ def is_hub_name(source: Source) -> bool:
         return False
     path = path_of(source)
     return path is not None and not path.exists()
+
+
+def names_function(source: str) -> bool:
+    """Whether a source is the import path of a function that returns rows, rather than a hub name with a split.
+
+    ``name:split`` has the form of an import path; it is one if there is such a module.
+
+    Args:
+        source: The source.
+
+    Example:
+        >>> names_function("mine/rows.py:make"), names_function("package.rows.make"), names_function("squad:train")
+        (True, True, False)
+    """
+    if is_file_path(source):
+        return True
+    if not is_import_path(source) or looks_like_path(source):
+        return False
+    module = source.partition(":")[0]
+    known = module in sys.modules or "." in source or importlib.util.find_spec(module) is not None
+    return known or Path(f"{module}.py").is_file()  # a function in a file here, which isn't written so
 
 
 def source_as_json(source: object) -> list[str] | str | int | float | None:

@@ -19,11 +19,12 @@ from lightning_ft.data.sources import (
     is_row_list,
     looks_like_path,
     named_sources,
+    names_function,
     path_of,
     read_rows,
 )
 from lightning_ft.errors import ConfigError, DataError
-from lightning_ft.importing import import_object, is_file_path, is_import_path
+from lightning_ft.importing import import_object
 
 State: TypeAlias = dict[str, Any]
 """State of a source between two rows, from its own `state_dict`."""
@@ -219,7 +220,7 @@ class StreamSource:
         source = self._source
         if not isinstance(source, str) or ((path := path_of(source)) is not None and path.exists()):
             return source
-        if is_file_path(source) or (is_import_path(source) and not looks_like_path(source)):
+        if names_function(source):
             self._source = import_object(source, argument=self.argument, error=ConfigError)
         elif not looks_like_path(source):
             self._source = from_hub(source, self.argument, streaming=True)

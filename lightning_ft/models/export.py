@@ -55,7 +55,7 @@ LOADED = (
     "chat_template.*",
 )
 """Files of an export that transformers and PEFT load, besides the configuration that they look for first."""
-_WRITTEN = (*LOADED, "*.gguf", "pytorch_model*", "adapter_model.bin", CARD)
+REPLACED = (*LOADED, "*.gguf", "pytorch_model*", "adapter_model.bin", CARD)
 """Files that an export may have written, and that a later export over it must remove."""
 
 
@@ -293,7 +293,7 @@ def _written_aside(path: Path) -> Iterator[Path]:
         files = [file.relative_to(aside) for file in aside.rglob("*") if file.is_file()]
         for name in FIRST_READ:
             (path / name).unlink(missing_ok=True)
-        for old in {old for pattern in _WRITTEN for old in path.glob(pattern) if old.is_file()}:
+        for old in {old for pattern in REPLACED for old in path.glob(pattern) if old.is_file()}:
             old.unlink()
         for file in sorted(files, key=lambda file: file.name in FIRST_READ):
             (path / file).parent.mkdir(parents=True, exist_ok=True)

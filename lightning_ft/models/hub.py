@@ -18,12 +18,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import HubError, LightningFTError
-from lightning_ft.models.export import CARD, FIRST_READ, LOADED, ExportFormat
+from lightning_ft.models.export import CARD, FIRST_READ, LOADED, REPLACED, ExportFormat
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.model_card import hub_name
 
 _UPLOADED = (*FIRST_READ, *LOADED)
 """Files of an export next to its card. Other files in its folder are the user's own and are never uploaded."""
+_DELETED = (*FIRST_READ, *REPLACED)
+"""Files of an earlier export, in whatever format: weights that stay would be loaded, or taken for those of the card."""
 _OF_THE_HUB = (".gitattributes",)
 """Files that a new repository has."""
 
@@ -131,7 +133,7 @@ def upload_export(
         additions = [CommitOperationAdd(file.name, file) for file in files]
         additions.append(CommitOperationAdd(CARD, card.encode()))
         new = {addition.path_in_repo for addition in additions}
-        old = [CommitOperationDelete(name) for name in there if name not in new and _is_exported(name)]
+        old = [CommitOperationDelete(name) for name in there if name not in new and _matches(name, _DELETED)]
         api.create_commit(url.repo_id, [*old, *additions], commit_message="Upload model with lightning_ft")
     except HubError:
         raise
@@ -143,11 +145,11 @@ def upload_export(
 
 def _exported(folder: Path) -> Iterator[Path]:
     """Files of an export, without its card."""
-    return (file for file in sorted(folder.iterdir()) if file.is_file() and _is_exported(file.name))
+    return (file for file in sorted(folder.iterdir()) if file.is_file() and _matches(file.name, _UPLOADED))
 
 
-def _is_exported(name: str) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in _UPLOADED)
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
 
 
 class _Repository(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +37,21 @@ class ExportedModule(LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of exports."""
         raise NotImplementedError
+
+    _fit_data: Any = None
+    """DataModule of the last fit: `trainer.datamodule` is also that of a later validation or test."""
+
+    def setup(self, stage: str) -> None:
+        """Keep the DataModule whose rows the weights are trained on."""
+        super().setup(stage)
+        if stage == "fit":
+            self._fit_data = cast(Any, self.trainer).datamodule
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As in Lightning, which leaves the Trainer out; without its DataModule, too."""
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_fit_data", None)
+        return state
 
     # ---------------------------------------------------------------- what the card says
 

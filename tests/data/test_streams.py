@@ -5,6 +5,7 @@ import json
 import pickle
 import tracemalloc
 from itertools import count, islice
+from pathlib import Path
 
 import datasets
 import pytest
@@ -255,6 +256,29 @@ def test_hub_name_is_streamed(stream, pairs, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert len(batches(stream("user/data:part", streaming=True))) == 5
     assert asked == [("user/data", {"split": "part", "streaming": True})]
+
+
+def test_hub_name_with_a_split_is_no_import_path(stream, pairs, monkeypatch, tmp_path):
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options["split"]))
+        return datasets.Dataset.from_list(pairs).to_iterable_dataset()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = stream("squad:train", streaming=True)
+    assert len(batches(data)) == 5
+    assert asked == [("squad", "train")]
+    assert data.training_rows() == ({"training data": "squad:train, read while training"}, ("squad",))
+    with pytest.raises(ConfigError, match="can't be imported"):  # there is such a module
+        stream("json:rows", streaming=True).setup("fit")
+    Path("mine.py").write_text("")
+    with pytest.raises(ConfigError, match=r"There is a file 'mine.py': write mine.py:rows"):
+        stream("mine:rows", streaming=True).setup("fit")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: 1 / 0)
+    with pytest.raises(DataNotFoundError, match=r"Hub dataset 'squat' .*; a function as 'path/to/file.py:function'"):
+        stream("squat:train", streaming=True).setup("fit")
 
 
 def test_import_path_of_a_function(stream, pairs, write, tmp_path):

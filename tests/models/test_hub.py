@@ -72,6 +72,16 @@ def test_push_to_hub_refuses_a_repository_with_files_unless_asked(hub, module):
     assert hub.repos["org/name"]["commits"] == 2
 
 
+def test_push_to_hub_removes_weights_of_other_formats(hub, module):
+    old = ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "adapter_model.bin", "model.gguf"]
+    kept = ["training_args.bin", "runs/model.gguf"]
+    hub.add("org/name", **dict.fromkeys([*old, *kept], b"old"))
+    module.push_to_hub("org/name", merge=True, hub_overwrite=True)
+    files = hub.files("org/name")
+    assert not files.keys() & set(old)
+    assert {name: files[name] for name in kept} == dict.fromkeys(kept, b"old")
+
+
 def test_push_to_hub_refuses_a_public_repository_unless_asked(hub, module):
     hub.add("org/name", visibility="public")
     with pytest.raises(HubError, match=r"'org/name' is public. Make it private .* private=False"):

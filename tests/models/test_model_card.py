@@ -1,5 +1,6 @@
 """Model cards: what they say of training and measurements, and what they never contain."""
 
+import copy
 import json
 import re
 from dataclasses import replace
@@ -219,6 +220,22 @@ def test_card_of_loaded_weights_is_not_that_of_the_last_step(model_folder, train
     assert module.card_facts().training.settings["optimizer steps"] == 3
     module.load_checkpoint(next(tmp_path.glob("*step=1.ckpt")))
     assert module.card_facts().training.settings["optimizer steps"] == 1
+
+
+def test_card_names_the_rows_of_training_after_a_test_on_others(model_folder, trainer_options, tmp_path):
+    module, file = LoRAFineTuning(model_folder), tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    trainer = Trainer(**trainer_options, max_steps=1)
+    trainer.fit(module, PairDataModule(ROWS, batch_size=4, cache_dir=False))
+    before = module.card_text("name")
+    trainer.test(
+        module, datamodule=PairDataModule(str(file), test=str(file), batch_size=1, cache_dir=False), verbose=False
+    )
+    assert module.card_text("name") == before
+    assert "rows in memory" in before
+    assert module.record_state()["training_record"]["data"]["training data"] == "rows in memory"
+    copied = copy.deepcopy(module)  # without the rows
+    assert not any(isinstance(value, PairDataModule) for value in vars(copied).values())
 
 
 def test_card_names_no_import_path_of_a_stream_as_a_data_set():

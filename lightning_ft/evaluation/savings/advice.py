@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from lightning_ft.evaluation.savings.arithmetic import is_weak
 from lightning_ft.evaluation.savings.gate import required_requests
 from lightning_ft.evaluation.savings.result import SavingsResult
 
@@ -37,7 +36,7 @@ def _if_passed(result: SavingsResult) -> str:
             "isn't cheaper."
         )
     loss = "at no loss of quality" if gate.bound >= 0 else f"at a loss of quality of at most {_points(-gate.bound)}"
-    condition = f" if a quality of {result.quality['tuned'].value:.3f} is enough" if is_weak(result) else ""
+    condition = f" if a quality of {result.quality['tuned'].value:.3f} is enough" if gate.weak else ""
     cached = costs is not None and math.isinf(costs.break_even_cached)
     exception = "; where the prompt is cached, it doesn't save money" if cached else ""
     return f"Ship{condition}: {total.value:.1%} fewer tokens per request, {loss}{exception}."

@@ -18,6 +18,7 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootstrap_intervals
 from lightning_ft.evaluation.savings.cost import Costs, Prices, compute_costs
 from lightning_ft.evaluation.savings.gate import (
+    WEAK_PROMPT,
     Gate,
     Lead,
     check_margin,
@@ -44,7 +45,6 @@ __all__ = [
 ]
 
 _WEAK_QUALITY = 0.5  # quality of the prompted arm below which the result has a warning
-_WEAK_PROMPT = "The prompted arm's quality is only"  # the beginning of that warning
 _MAX_TRUNCATED_RATE = 0.05  # share of truncated answers above which the result has a warning
 
 
@@ -166,6 +166,7 @@ def token_savings(
         ),
         shortfall=quality_shortfall(tuned.quality, min_quality),
     )
+    gate = replace(gate, weak=not gate.void and min_quality is None and prompted.quality < _WEAK_QUALITY)
     return SavingsResult(
         arms=arms,
         savings={name: found[name] for name in ("input", "output", "total", "per_success")},
@@ -176,7 +177,7 @@ def token_savings(
         confidence=confidence,
         provenance=dict(provenance or {}),
         warnings=(
-            *_weak_prompt_warnings(gate, prompted, min_quality),
+            *_weak_prompt_warnings(gate, prompted),
             *overlap_warnings(in_training or (), prompted, tuned),
             *_warnings(gate, found["diff"], arms),
         ),
@@ -217,16 +218,11 @@ def _per_success_saving(sums: Mapping[str, Array]) -> Array:
     return np.asarray(1 - ratio)
 
 
-def is_weak(result: SavingsResult) -> bool:
-    """Whether a result has the warning that its prompt is weak, so that being no worse means little."""
-    return any(warning.startswith(_WEAK_PROMPT) for warning in result.warnings)
-
-
-def _weak_prompt_warnings(gate: Gate, prompted: ArmRecords, min_quality: float | None) -> list[str]:
-    if gate.void or min_quality is not None or prompted.quality >= _WEAK_QUALITY:
+def _weak_prompt_warnings(gate: Gate, prompted: ArmRecords) -> list[str]:
+    if not gate.weak:
         return []
     return [
-        f"{_WEAK_PROMPT} {prompted.quality:.3f}, so being no worse is easy and means little. "
+        f"{WEAK_PROMPT} {prompted.quality:.3f}, so being no worse is easy and means little. "
         "Try other wordings, more examples, structured outputs or a larger model for it; if this quality is of use, "
         "say so with min_quality."
     ]

@@ -38,6 +38,8 @@ def required_requests(discordant: float, margin: float) -> int:
     return max(by_power, math.ceil(math.log(0.025) / math.log1p(-margin)))
 
 
+WEAK_PROMPT = "The prompted arm's quality is only"
+"""Beginning of the warning of a weak prompt."""
 Verdict = Literal["PASS", "FAIL", "VOID"]
 
 
@@ -53,6 +55,7 @@ class Gate:
         required_n: Number of requests or clusters that the margin requires.
         void: Why there is no saving to claim, see :func:`why_void`; empty if the prompt is worth replacing.
         shortfall: Tuned quality below `min_quality`: the difference, at least 0; 0 if it reaches it.
+        weak: Whether the prompt is worth replacing and yet so weak that being no worse means little.
     """
 
     margin: float
@@ -62,6 +65,7 @@ class Gate:
     required_n: int
     void: str = ""
     shortfall: float = 0.0
+    weak: bool = False
 
     @property
     def underpowered(self) -> bool:

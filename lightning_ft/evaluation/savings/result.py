@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval, json_number
 from lightning_ft.evaluation.savings.cost import Costs, Prices
-from lightning_ft.evaluation.savings.gate import Gate, overlap_text
+from lightning_ft.evaluation.savings.gate import WEAK_PROMPT, Gate, overlap_text
 from lightning_ft.evaluation.savings.records import ArmRecords
 
 if TYPE_CHECKING:
@@ -185,13 +185,15 @@ class SavingsResult:
         def intervals(entries: Mapping[str, Mapping[str, float | str]]) -> dict[str, Interval]:
             return {name: Interval.from_dict(interval) for name, interval in entries.items()}
 
-        costs = values["costs"]
+        costs, gate = values["costs"], _from_json(values["gate"])
+        # older files have the warning of a weak prompt only
+        gate.setdefault("weak", any(warning.startswith(WEAK_PROMPT) for warning in values["warnings"]))
         return cls(
             arms={name: ArmRecords.from_dict(arm) for name, arm in values["arms"].items()},
             savings=intervals(values["savings"]),
             quality=intervals(values["quality"]),
             difference=Interval.from_dict(values["difference"]),
-            gate=Gate(**_from_json(values["gate"])),
+            gate=Gate(**gate),
             costs=None if costs is None else Costs(**{**_from_json(costs), "prices": Prices(**costs["prices"])}),
             confidence=values["confidence"],
             provenance=values["provenance"],

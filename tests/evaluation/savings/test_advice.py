@@ -6,6 +6,7 @@ import pytest
 
 from lightning_ft.evaluation.savings.advice import advice
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, Prices, token_savings
+from lightning_ft.evaluation.savings.result import SavingsResult
 
 PRICES = Prices(10.0, 20.0, cached_input=0.1, tuned_input=10.0, training=5.0, currency="USD", date="2026-01-31")
 
@@ -44,6 +45,23 @@ def test_advice_of_a_weak_prompt_has_its_condition():
     result = measured(100, 120)
     assert result.warnings[0].startswith("The prompted arm's quality is only 0.250")
     assert advice(result).startswith("Ship if a quality of 0.300 is enough: 94.5% fewer tokens per request, at no loss")
+
+
+def test_weak_prompt_is_a_field_of_the_gate():
+    result = measured(100, 120)
+    assert result.gate.weak
+    rephrased = replace(result, warnings=("Another wording.",))
+    assert advice(rephrased) == advice(result)
+    assert SavingsResult.from_dict(rephrased.to_dict()).gate.weak
+    older = result.to_dict()
+    del older["gate"]["weak"]  # of a file that has the warning only
+    assert SavingsResult.from_dict(older) == result
+
+
+@pytest.mark.parametrize("strong", [measured(300, 320), measured(100, 120, min_quality=0.2), measured(0, 200)])
+def test_prompt_is_not_weak_if_good_enough_or_void(strong):
+    assert not strong.gate.weak
+    assert not any("is only" in warning for warning in strong.warnings)
 
 
 def test_advice_is_not_to_ship_if_quality_was_not_kept():
