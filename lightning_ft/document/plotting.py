@@ -31,6 +31,7 @@ STYLE: Any = {  # `rcParams`, whose type differs between versions of matplotlib
 }
 DPI = 150
 _LEGEND_WIDTH, _HANDLE_WIDTH = 76, 6  # characters per line of a legend; characters that a marker takes up
+_WITHIN_DECADE = 20.0  # ratio of the ends of a log scale up to which ticks are those of a linear scale
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,22 @@ def style_axes(axes: Axes) -> None:
 def set_log_scale(axis: XAxis | YAxis, formatter: Callable[[float], str]) -> None:
     """Set a log scale whose tick labels are plain numbers; matplotlib writes powers of ten.
 
+    Within a decade, where there may be no power of ten at all, ticks are as on a linear scale.
+
     Args:
         axis: Axis of matplotlib, `axes.xaxis` or `axes.yaxis`.
         formatter: Function that formats the value of a tick.
     """
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    class Locator(LogLocator):
+        def tick_values(self, vmin: float, vmax: float) -> Any:
+            if vmin <= 0 or vmax / vmin > _WITHIN_DECADE:
+                return super().tick_values(vmin, vmax)
+            return [value for value in MaxNLocator(4).tick_values(vmin, vmax) if value > 0]
+
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(Locator())
     axis.set_major_formatter(lambda value, _position: formatter(value))
     axis.set_minor_formatter(lambda _value, _position: "")
 

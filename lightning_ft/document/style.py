@@ -64,6 +64,7 @@ summary { cursor: pointer; }
   main { padding: 16px 14px 48px; }
   .number { white-space: normal; padding-left: .8rem; }
   th[scope="row"] { min-width: 7rem; }
+  .text { min-width: 9rem; }
 }
 @media print {
   :root { --text: #000; --soft: #444; --background: #fff; --card: #f4f4f4; --line: #bbb; --pass: #00664b;

@@ -10,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_ft.document.blocks import Plot
-from lightning_ft.document.plotting import DPI, STYLE, marker_styles, render_plot
+from lightning_ft.document.numbers import format_si
+from lightning_ft.document.plotting import DPI, STYLE, marker_styles, render_plot, set_log_scale
 from lightning_ft.evaluation.bootstrap import Interval
 from lightning_ft.evaluation.comparison.plots import (
     TrainingCurve,
@@ -88,6 +89,27 @@ def test_draw_cost_lines_cross_at_break_even(make, break_even, verdict, has_band
         band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
         assert band.x0 == pytest.approx(break_even.lo, rel=1e-6)
         assert band.x1 == pytest.approx(min(break_even.hi, axes.get_xlim()[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ((1.1e14, 1.9e14), ["120 T", "140 T", "160 T", "180 T"]),  # no power of ten
+        ((3e13, 1.2e14), ["50 T", "75 T", "100 T"]),
+        ((5e9, 2e13), ["10 G", "100 G", "1 T", "10 T"]),
+    ],
+)
+def test_log_scale_has_labels_in_any_range(values, labels):
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(values, (0, 1))
+    set_log_scale(axes.xaxis, format_si)
+    axes.set_xlim(*values)
+    figure.canvas.draw()
+    low, high = values
+    ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    assert [label.get_text() for x, label in ticks if low <= x <= high] == labels
 
 
 def test_render_plot_keeps_dollar_signs(make):

@@ -63,10 +63,12 @@ def _verdict(prompted: Sequence[float], tuned: Sequence[float]) -> str:
     n = len(prompted)
     if n != len(tuned):
         return f"whether it differs isn't known, since {n} prompted and {len(tuned)} tuned requests were timed"
+    if n == 1:
+        return "one time per arm was recorded, too few to tell a difference from noise"
     sooner, later = (sum(a < b for a, b in zip(*pair, strict=True)) for pair in ((tuned, prompted), (prompted, tuned)))
     if n < TIMED_REQUESTS:
         return (
-            f"sooner tuned than prompted in {sooner} of {n} timed request{'' if n == 1 else 's'}, too few to tell from "
+            f"sooner tuned than prompted in {sooner} of {n} timed requests, too few to tell from "
             f"noise: that takes at least {TIMED_REQUESTS} (timed_requests)"
         )
     p = float(stats.binomtest(sooner, sooner + later).pvalue) if sooner + later else 1.0
