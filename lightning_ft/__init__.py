@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_ft.modules.ppo import PPO
     from lightning_ft.modules.reward import RewardModeling
     from lightning_ft.modules.sft import FullFineTuning, LoRAFineTuning
+    from lightning_ft.modules.sharded_strategy import ShardedStrategy
 
 __version__ = "0.1.0"
 
@@ -65,6 +66,7 @@ _HOME = {
     "AnswerQuality": "lightning_ft.callbacks.answer_quality",
     "TokenMeanAccumulation": "lightning_ft.callbacks.token_mean",
     "TrainableCheckpoint": "lightning_ft.callbacks.trainable_checkpoint",
+    "ShardedStrategy": "lightning_ft.modules.sharded_strategy",
 }
 
 __all__ = [
@@ -91,6 +93,7 @@ __all__ = [
     "AnswerQuality",
     "TokenMeanAccumulation",
     "TrainableCheckpoint",
+    "ShardedStrategy",
     "__version__",
 ]
 

@@ -49,7 +49,7 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 
 def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -> None:
-    """Shard a model over the data-parallel dimension of a device mesh; all ranks must call it.
+    """Shard a model over the ranks of a device mesh; all ranks must call it.
 
     Each decoder layer is a group, whose weights are gathered for its pass and freed after it. So are the embeddings and
     the head, which are the largest of all in a model with a large vocabulary: as part of the root, they would be in
@@ -63,7 +63,8 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -
 
     Args:
         base: Model, with its adapters if any.
-        mesh: The `device_mesh` of Lightning's ModelParallelStrategy.
+        mesh: The `device_mesh` of Lightning's ModelParallelStrategy, or one with the dimensions ``replicate`` and
+            ``shard``: ranks of the same shard hold the same weights, and gradients are summed over all ranks.
         precision: The Trainer's precision, which decides the dtypes of what is sent; see :func:`mixed_precision`.
 
     Raises:

@@ -1,18 +1,21 @@
 """What Lightning's ModelParallelStrategy leaves to its users.
 
-That is data parallelism by default, one reduction of gradients per accumulation window, and checkpoints of trainable
-weights only, which any number of ranks can resume from.
+That is data parallelism by default, several copies of sharded weights, one reduction of gradients per accumulation
+window, and checkpoints of trainable weights only, which any number of ranks can resume from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -30,7 +33,71 @@ else:
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """ModelParallelStrategy for modules of this package; :func:`adopt` makes the user's own one of it."""
+    """Lightning's `ModelParallelStrategy` (FSDP2) for the modules of this package, with two dimensions of ranks.
+
+    A plain `ModelParallelStrategy` becomes one of these by itself, so that this class is only needed for an argument
+    that Lightning's hasn't. These have the names that they have in Lightning's `FSDPStrategy`.
+
+    Args:
+        device_mesh: Number of copies of the weights, and number of ranks that each copy is sharded over; their product
+            is the number of processes. ``[2, 8]`` on two machines with 8 GPUs each (HSDP, hybrid sharding) gathers
+            weights within a machine, and sends only gradients from one machine to the other. None for one copy that is
+            sharded over all ranks.
+        save_distributed_checkpoint: Whether each rank writes its shards into a folder. Otherwise the trainable weights
+            are gathered on rank 0, which writes one file.
+        process_group_backend: Backend of `torch.distributed`, such as ``gloo``; None for the one of the device.
+        timeout: Time after which ranks that wait for another one fail.
+
+    Raises:
+        ConfigError: For a mesh that isn't two positive numbers.
+
+    Example:
+        >>> ShardedStrategy(device_mesh=(2, 8)).mesh_shape
+        (2, 8)
+    """
+
+    mesh_shape: tuple[int, int] | None = None
+    """Number of copies of the weights, and of shards of each; None for one copy."""
+
+    def __init__(
+        self,
+        *,
+        device_mesh: tuple[int, int] | None = None,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        if device_mesh is not None:
+            self.mesh_shape = _two_sizes(device_mesh)
+
+    def setup_environment(self) -> None:
+        """Let the processes find each other, and arrange them in a mesh.
+
+        Raises:
+            ConfigError: If the mesh doesn't have as many ranks as there are processes.
+        """
+        if (shape := self.mesh_shape) is None:
+            super().setup_environment()
+            return
+        if shape[0] * shape[1] != (ranks := self.num_nodes * self.num_processes):
+            raise ConfigError(
+                f"device_mesh={list(shape)} is a mesh of {shape[0] * shape[1]} ranks, but the Trainer has {ranks} "
+                f"processes: {self.num_nodes} nodes with {self.num_processes} each. For a copy of the weights on each "
+                f"node, pass device_mesh={[self.num_nodes, self.num_processes]}."
+            )
+        super().setup_environment()
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+        cast(Any, self.lightning_module)._device_mesh = self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank has rows of its own, also those with the same shards."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -144,6 +211,16 @@ class ShardedStrategy(ModelParallelStrategy):
         return {name: parameter.detach() for name, parameter in self._parameters() if parameter.requires_grad}
 
 
+def _two_sizes(device_mesh: object) -> tuple[int, int]:
+    sizes = tuple(device_mesh) if isinstance(device_mesh, (list, tuple)) else ()
+    if len(sizes) != 2 or any(type(size) is not int or size < 1 for size in sizes):
+        raise ConfigError(
+            f"device_mesh={device_mesh!r}: expected two numbers, the number of copies of the weights and the number of "
+            "ranks that each copy is sharded over, such as (2, 8) for two machines with 8 GPUs each."
+        )
+    return sizes
+
+
 def _refuse_local_state(optimizer: Optimizer, parameter: Tensor, values: Mapping[str, object]) -> None:
     several = isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1
     local = [n for n, v in values.items() if isinstance(v, Tensor) and not isinstance(v, DTensor) and v.ndim]
@@ -200,11 +277,12 @@ def adopt(strategy: Any) -> None:
     Args:
         strategy: The Trainer's strategy, before its processes communicate; others are left as they are.
     """
-    if not isinstance(strategy, ModelParallelStrategy) or isinstance(strategy, ShardedStrategy):
+    if not isinstance(strategy, ModelParallelStrategy):
         return
     own = type(strategy)
-    bases = (ShardedStrategy,) if own is ModelParallelStrategy else (ShardedStrategy, own)
-    strategy.__class__ = type(own.__name__, bases, {})
+    if not isinstance(strategy, ShardedStrategy):
+        bases = (ShardedStrategy,) if own is ModelParallelStrategy else (ShardedStrategy, own)
+        strategy.__class__ = type(own.__name__, bases, {})
     if strategy._tensor_parallel_size == "auto":
         strategy._tensor_parallel_size = 1
     if strategy._data_parallel_size == "auto" and strategy._tensor_parallel_size == 1:
