@@ -197,8 +197,7 @@ def load_model(
         reason = why_unreadable(name, error, revision=revision)
         raise ModelError(f"The model {name!r} could not be loaded: {reason}") from error
     check_loaded(model, info, name, new_head=num_labels is not None)
-    if quantization is not None:
-        _keep_trainable(model)
+    _keep_trainable(model)
     return cast(PreTrainedModel, model.train())
 
 
@@ -312,7 +311,7 @@ def quantization_options(quantization: str | dict[str, Any]) -> dict[str, object
     """Return the arguments of `transformers.BitsAndBytesConfig` for ``"4bit"``, ``"8bit"`` or a dict of them.
 
     Raises:
-        ConfigError: For another name.
+        ConfigError: For another name, and for 4-bit weights that are stored as if they were floating-point numbers.
 
     Example:
         >>> quantization_options("8bit")
@@ -328,6 +327,13 @@ def quantization_options(quantization: str | dict[str, Any]) -> dict[str, object
         "8bit": {"load_in_8bit": True},
     }
     if isinstance(quantization, dict):
+        storage = quantization.get("bnb_4bit_quant_storage")
+        if storage not in (None, "uint8", torch.uint8):
+            raise ConfigError(
+                f"quantization: bnb_4bit_quant_storage={storage!r} stores packed weights as if they were numbers of "
+                "that dtype, which checks and casts of weights would misread. Leave it out: packed bytes can be "
+                "sharded, too (it was needed for FSDP1)."
+            )
         return quantization
     if quantization not in named:
         raise ConfigError(f"quantization={quantization!r}: expected '4bit', '8bit' or a dict for BitsAndBytesConfig.")

@@ -25,10 +25,23 @@ _WRAPPED = re.compile(r"(\.(base_layer|original_module))+\.")
 _ADDED = re.compile(r"\.(lora_\w+|modules_to_save|token_adapter|trainable_tokens_\w+)\.")
 
 
-def numel(parameter: nn.Parameter) -> int:
-    """Return the number of weights in a parameter; 4-bit weights are stored two per byte."""
-    state = getattr(parameter, "quant_state", None)
-    return prod(state.shape) if state is not None else parameter.numel()
+def weight_counts(model: nn.Module) -> dict[str, int]:
+    """Return the number of weights in each parameter by name; 4-bit weights are stored two per byte.
+
+    Args:
+        model: Model, sharded or not.
+
+    Example:
+        >>> weight_counts(nn.Linear(3, 2))
+        {'weight': 6, 'bias': 2}
+    """
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        # A sharded parameter is no longer of the class that knows its shape; its module still does.
+        state = getattr(module, "quant_state", None) or getattr(getattr(module, "weight", None), "quant_state", None)
+        if (weight := f"{name}.weight".removeprefix(".")) in counts and state is not None:
+            counts[weight] = prod(state.shape)
+    return counts
 
 
 def expert_counts(config: PreTrainedConfig) -> frozenset[int]:
@@ -223,10 +236,10 @@ def count_parts(model: CausalLM, parts: Mapping[str, str], unreached: frozenset[
         Counts by part, in the order of :data:`PARTS`, without empty parts.
     """
     counts = {part: Amounts() for part in PARTS}
-    adapted = adapted_parameters(model)
+    adapted, weights = adapted_parameters(model), weight_counts(model)
     for full_name, parameter in model.named_parameters():
         name, added = base_name(full_name)
-        amounts, count = counts[parts.get(name, "other")], numel(parameter)
+        amounts, count = counts[parts.get(name, "other")], weights[full_name]
         amounts.trained += count if parameter.requires_grad else 0
         if added:
             continue

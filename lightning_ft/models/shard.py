@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +14,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_ft.distributed import max_over_ranks
-from lightning_ft.errors import ModelError
+from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.backbone import head_of
 from lightning_ft.models.head import gathered_dtype, register_sharded
+from lightning_ft.models.load import quantization_options
 from lightning_ft.models.load_once import receive_weights
 
+_NO_8_BIT = (
+    "FSDP2 would separate 8-bit weights from their scales, which bitsandbytes keeps with the weight: use 4 bits "
+    "(quantization='4bit'), which can be sharded, or DDP."
+)
 _GATHERED_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -27,6 +33,22 @@ def is_sharded(model: nn.Module) -> bool:
         isinstance(module, FSDPModule) or type(module).__name__ == "FullyShardedDataParallel"
         for module in model.modules()
     )
+
+
+def check_quantization(quantization: str | dict[str, Any] | None) -> None:
+    """Refuse weights that can't be sharded, before they are loaded.
+
+    4-bit weights can, as bytes: FSDP2 casts only floating-point weights, and each `Linear4bit` keeps the scales of its
+    own weight, which stay whole on every rank (a byte per 64 weights with double quantization).
+
+    Args:
+        quantization: Argument of a module.
+
+    Raises:
+        ConfigError: For 8-bit weights.
+    """
+    if quantization is not None and not quantization_options(quantization).get("load_in_4bit"):
+        raise ConfigError(f"quantization={quantization!r} can't be used with ModelParallelStrategy. {_NO_8_BIT}")
 
 
 def mixed_precision(precision: str) -> MixedPrecisionPolicy:
@@ -68,8 +90,11 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -
         precision: The Trainer's precision, which decides the dtypes of what is sent; see :func:`mixed_precision`.
 
     Raises:
-        ModelError: For tensor parallelism, which isn't supported, or if transformers doesn't name the model's layers.
+        ModelError: For tensor parallelism and 8-bit weights, which aren't supported, or if transformers doesn't name
+            the model's layers.
     """
+    if any(type(p).__name__ == "Int8Params" for p in base.parameters()):
+        raise ModelError(f"{type(base).__name__} is quantized to 8 bits. {_NO_8_BIT}")
     names = mesh.mesh_dim_names or ()
     if "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1:
         raise ModelError("Tensor parallelism isn't supported. Pass tensor_parallel_size=1 to ModelParallelStrategy.")
@@ -137,8 +162,9 @@ def kept_gathered(base: PreTrainedModel) -> Iterator[None]:
 
 def gathered_bytes(base: PreTrainedModel) -> int:
     """Bytes of all weights of a model in the dtype that they are gathered in, in addition to the shards."""
-    size = gathered_dtype(base)
-    return sum(p.numel() * (p.element_size() if size is None else size.itemsize) for p in base.parameters())
+    half = gathered_dtype(base)
+    itemsizes = [(half if half and p.is_floating_point() else p.dtype).itemsize for p in base.parameters()]
+    return sum(p.numel() * size for p, size in zip(base.parameters(), itemsizes, strict=True))
 
 
 @contextmanager

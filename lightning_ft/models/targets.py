@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.layers import in_top_layers, layers_of
-from lightning_ft.models.parts import base_name, expert_tensors, numel, short_count
+from lightning_ft.models.parts import base_name, expert_tensors, short_count, weight_counts
 from lightning_ft.models.reach import Reach
 from lightning_ft.models.reward_head import HEADS
 
@@ -167,7 +167,7 @@ def unreached_groups(base: PreTrainedModel, reach: Reach) -> list[str]:
         >>> unreached_groups(model, Reach(frozenset({"tower.weight", "tower.bias"})))
         ['tower: 2 parameters, 6: no text reaches them, so they stay frozen.']
     """
-    sizes = {base_name(name)[0]: numel(p) for name, p in base.named_parameters() if not base_name(name)[1]}
+    sizes = {base_name(name)[0]: count for name, count in weight_counts(base).items() if not base_name(name)[1]}
     groups: dict[str, list[int]] = {}
     for root in unreached_roots(base, reach):
         inside = [size for n, size in sizes.items() if f"{n}.".startswith(f"{root}.") and n in reach.unreached]

@@ -37,7 +37,7 @@ from lightning_ft.models.optim import (
     schedule_factor,
 )
 from lightning_ft.models.router import OwnLoss, find_own_loss
-from lightning_ft.models.shard import shard
+from lightning_ft.models.shard import check_quantization, shard
 from lightning_ft.modules.averaging import AveragedWeights
 from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_code_of_checkpoint
 from lightning_ft.modules.checks import check_tokens
@@ -243,6 +243,8 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         """Load the weights, adapt them, and shard them where the strategy shards."""
         if self.model is not None:
             return
+        if self.sharded:
+            check_quantization(self.model_options.quantization)
         load = self._load_and_adapt
         loaded = load_once(load) if self._loads_once else load()
         self.model, self._adaptation, self._own_loss = loaded
@@ -269,8 +271,9 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
     @property
     def _loads_once(self) -> bool:
         """Whether rank 0 loads the weights for all ranks, each of which will hold a part of them."""
-        named = isinstance(self._model_argument[0], str) and not self.model_options.trust_remote_code
-        return self.sharded and named and self._adaptation.keeps_base
+        options = self.model_options
+        named = isinstance(self._model_argument[0], str) and not options.trust_remote_code
+        return self.sharded and named and self._adaptation.keeps_base and options.quantization is None
 
     @property
     def row_costs(self) -> RowCosts:

@@ -83,6 +83,8 @@ def test_count_parts_counts_unpacked_four_bit_weights():
     model = nn.Module()
     model.weight = packed
     assert count_parts(model, {}, frozenset())["other"].total == 16
+    model.quant_state = packed.__dict__.pop("quant_state")  # as FSDP2 leaves it
+    assert count_parts(model, {}, frozenset())["other"].total == 16
 
 
 def test_parts_table_has_sums():

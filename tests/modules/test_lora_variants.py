@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_ft import LoRAFineTuning
 from lightning_ft._lightning import _pl
 from lightning_ft.errors import ConfigError, ExportError, ModelError
+from lightning_ft.models.load import load_causal_lm
 
 ROWS = make_rows(24)
 PROMPTS = [row["input"] for row in ROWS[:4]]
@@ -138,6 +139,20 @@ def test_qlora_trains_over_a_quantized_base(fit, tmp_path, quantization):
     assert load_file(folder / "adapter_model.safetensors")
     with pytest.raises(ExportError, match="quantized"):
         module.export(tmp_path / "merged", merge=True)
+
+
+def test_checkpoints_in_4_bits_are_not_repacked_in_evaluation(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    make_model(hidden=64).save_pretrained(tmp_path / "base")
+    load_causal_lm(str(tmp_path / "base"), quantization="4bit").save_pretrained(tmp_path / "4bit")
+    model = load_causal_lm(str(tmp_path / "4bit")).eval()  # quantized by its configuration, not by an argument
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            assert not module.support_avx512bf16_for_cpu  # whether this CPU would repack or not
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("optimizer", ["loraplus", "lorafa"])

@@ -250,6 +250,7 @@ def test_quantization_requires_bitsandbytes(fit, model_folder, monkeypatch):
         ({"optimizer": "sgd"}, "expected 'adamw'"),
         ({"lora": {"rnk": 3}}, "no argument 'rnk'"),
         ({"quantization": "2bit"}, "expected '4bit'"),
+        ({"quantization": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}}, "Leave it out: packed bytes"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"weight_decay": -1.0}, "weight_decay"),
     ],

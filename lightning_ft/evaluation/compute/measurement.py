@@ -32,6 +32,7 @@ from lightning_ft.models.flops import (
     is_compiled,
     known_peak,
 )
+from lightning_ft.models.parts import weight_counts
 from lightning_ft.models.unwrap import unwrapped
 
 _DISPATCHED_KERNELS = (None, "eager", "sdpa")  # attention whose operators PyTorch dispatches
@@ -262,7 +263,8 @@ class ComputeMeasurement:
             flops = per_token * total.positions
         else:
             flops = estimated_flops(self._counted, total) + self._frozen_flops()
-        sizes = [(_num_parameters(p), p.requires_grad) for p in self._module.parameters()]
+        counts = weight_counts(self._module)
+        sizes = [(counts[name], p.requires_grad) for name, p in self._module.named_parameters()]
         peak, at_start, source = self._peak
         return ComputeResult(
             flops=flops,
@@ -413,13 +415,6 @@ def _frozen_flops(module: nn.Module) -> float:
 def _warn(message: str) -> None:
     if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         warn(message, stacklevel=3)
-
-
-def _num_parameters(parameter: nn.Parameter) -> int:
-    count = parameter.numel()
-    if type(parameter).__name__ == "Params4bit":  # two parameters per byte
-        count *= 2 * cast(Any, parameter).quant_storage.itemsize
-    return count
 
 
 def _weights_dtype(module: nn.Module) -> torch.dtype:
