@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from lightning_ft.errors import LightningFTError, RolloutError
 from lightning_ft.printable import printable
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Value = TypeVar("Value")
 Share = TypeVar("Share")
@@ -122,6 +125,26 @@ def max_over_ranks(number: int, device: torch.device) -> int:
     value = torch.tensor(number, device=device)
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return int(value)
+
+
+def mesh_device(mesh: DeviceMesh) -> torch.device:
+    """Device of this rank in a mesh of ranks."""
+    on_gpu = mesh.device_type == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
+
+
+def device_of_passes(weight: Tensor) -> torch.device:
+    """Device on which a model's passes use a weight; between them its shard may be in the memory of the CPU.
+
+    Args:
+        weight: A parameter, sharded or not.
+
+    Example:
+        >>> device_of_passes(torch.zeros(2))
+        device(type='cpu')
+    """
+    mesh = getattr(weight, "device_mesh", None)
+    return weight.device if mesh is None else mesh_device(mesh)
 
 
 if getattr(rank_zero_only, "rank", None) is None:  # Lightning sets it in the same way when it is imported

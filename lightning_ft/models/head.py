@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.masks import attention_mask
+from lightning_ft.distributed import device_of_passes
 from lightning_ft.errors import ModelError
 from lightning_ft.losses.distillation import (
     DistillationLoss,
@@ -59,7 +60,7 @@ def base_of(model: CausalLM) -> PreTrainedModel:
 
 def input_device(model: CausalLM) -> torch.device:
     """The device that a model expects its token ids on."""
-    return cast(Tensor, base_of(model).get_input_embeddings().weight).device
+    return device_of_passes(cast(Tensor, base_of(model).get_input_embeddings().weight))
 
 
 def logit_transform(config: PreTrainedConfig, temperature: float = 1.0) -> LogitTransform:

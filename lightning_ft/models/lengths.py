@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_ft.distributed import device_of_passes
 from lightning_ft.models.backbone import accepts, first_tensor, head_of
 
 _TOKENS = 4
@@ -174,7 +175,7 @@ class _LengthProbe:
         LengthSwitch(0, False, self._state).forget()
         spread = [torch.linspace(0, top, _TOKENS).long() for top in (near, wide, near)]
         rows = torch.stack([*spread, torch.arange(last - _TOKENS + 1, last + 1)])
-        device = cast(Tensor, self._base.get_input_embeddings().weight).device
+        device = device_of_passes(cast(Tensor, self._base.get_input_embeddings().weight))
         input_ids = (self._ids if ids is None else ids).to(device)
         # Without a mask, transformers takes gaps between positions for the start of another sequence.
         options = {"attention_mask": torch.ones_like(input_ids), "position_ids": rows.to(device)}

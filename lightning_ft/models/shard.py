@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lightning_ft.distributed import max_over_ranks
+from lightning_ft.distributed import max_over_ranks, mesh_device
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.backbone import head_of
 from lightning_ft.models.head import gathered_dtype, register_sharded
@@ -70,7 +70,22 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=_GATHERED_DTYPES.get(precision), reduce_dtype=reduced)
 
 
-def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -> None:
+def offload_policy(cpu_offload: bool, device_type: str) -> OffloadPolicy:
+    """Return FSDP2's policy for where shards are between passes.
+
+    Args:
+        cpu_offload: Whether they are in the memory of the CPU, where the optimizer updates them.
+        device_type: Type of the device that the passes are made on. Only for a GPU the memory is page-locked, so that
+            copies don't wait for each other; without one PyTorch can't do that.
+
+    Example:
+        >>> offload_policy(True, "cuda"), offload_policy(True, "cpu")
+        (CPUOffloadPolicy(pin_memory=True), CPUOffloadPolicy(pin_memory=False))
+    """
+    return CPUOffloadPolicy(pin_memory=device_type == "cuda") if cpu_offload else OffloadPolicy()
+
+
+def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true", *, cpu_offload: bool = False) -> None:
     """Shard a model over the ranks of a device mesh; all ranks must call it.
 
     Each decoder layer is a group, whose weights are gathered for its pass and freed after it. So are the embeddings and
@@ -88,6 +103,7 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -
         mesh: The `device_mesh` of Lightning's ModelParallelStrategy, or one with the dimensions ``replicate`` and
             ``shard``: ranks of the same shard hold the same weights, and gradients are summed over all ranks.
         precision: The Trainer's precision, which decides the dtypes of what is sent; see :func:`mixed_precision`.
+        cpu_offload: Whether shards of weights and gradients are in the memory of the CPU between passes.
 
     Raises:
         ModelError: For tensor parallelism and 8-bit weights, which aren't supported, or if transformers doesn't name
@@ -99,19 +115,19 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true") -
     if "tensor_parallel" in names and mesh["tensor_parallel"].size() > 1:
         raise ModelError("Tensor parallelism isn't supported. Pass tensor_parallel_size=1 to ModelParallelStrategy.")
     data_mesh = mesh["data_parallel"] if "data_parallel" in names else mesh
-    policy = mixed_precision(precision)
+    policy, offload = mixed_precision(precision), offload_policy(cpu_offload, mesh.device_type)
     layer_names = set(getattr(base, "_no_split_modules", None) or ())
     layers = [module for module in base.modules() if type(module).__name__ in layer_names]
     if not layers:
         raise ModelError(f"{type(base).__name__} doesn't name its layers (_no_split_modules), so it can't be sharded.")
-    on_gpu = mesh.device_type == "cuda"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
+    device = mesh_device(mesh)
     send = max_over_ranks(int(any(p.is_meta for p in base.parameters())), device)
 
     def share(part: nn.Module, reshard_after_forward: bool | None = None) -> FSDPModule:
         if send:
             receive_weights(part, device)
-        return fully_shard(part, mesh=data_mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        options: dict[str, Any] = {"mesh": data_mesh, "mp_policy": policy, "offload_policy": offload}
+        return fully_shard(part, reshard_after_forward=reshard_after_forward, **options)
 
     for layer in layers:
         share(layer)

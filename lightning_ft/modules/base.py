@@ -294,7 +294,9 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
             base: The module's model or a copy of it, with its adapters if any.
         """
         assert self._device_mesh is not None
-        shard(base, self._device_mesh, "32-true" if self._trainer is None else str(self._trainer.precision))
+        precision = "32-true" if self._trainer is None else str(self._trainer.precision)
+        offload = self._trainer is not None and bool(getattr(self.trainer.strategy, "cpu_offload", False))
+        shard(base, self._device_mesh, precision, cpu_offload=offload)
 
     def _load_base(self) -> PreTrainedModel:
         model = self._model_argument[0]

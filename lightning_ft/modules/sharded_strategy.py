@@ -33,7 +33,7 @@ else:
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's `ModelParallelStrategy` (FSDP2) for the modules of this package, with two dimensions of ranks.
+    """Lightning's `ModelParallelStrategy` (FSDP2) for the modules of this package: hybrid sharding, and offloading.
 
     A plain `ModelParallelStrategy` becomes one of these by itself, so that this class is only needed for an argument
     that Lightning's hasn't. These have the names that they have in Lightning's `FSDPStrategy`.
@@ -43,6 +43,8 @@ class ShardedStrategy(ModelParallelStrategy):
             is the number of processes. ``[2, 8]`` on two machines with 8 GPUs each (HSDP, hybrid sharding) gathers
             weights within a machine, and sends only gradients from one machine to the other. None for one copy that is
             sharded over all ranks.
+        cpu_offload: Whether shards of weights, gradients and optimizer states are in the memory of the CPU, where the
+            optimizer updates them. A GPU then holds the layer that it computes, and activations.
         save_distributed_checkpoint: Whether each rank writes its shards into a folder. Otherwise the trainable weights
             are gathered on rank 0, which writes one file.
         process_group_backend: Backend of `torch.distributed`, such as ``gloo``; None for the one of the device.
@@ -52,17 +54,20 @@ class ShardedStrategy(ModelParallelStrategy):
         ConfigError: For a mesh that isn't two positive numbers.
 
     Example:
-        >>> ShardedStrategy(device_mesh=(2, 8)).mesh_shape
+        >>> ShardedStrategy(device_mesh=(2, 8), cpu_offload=True).mesh_shape
         (2, 8)
     """
 
     mesh_shape: tuple[int, int] | None = None
     """Number of copies of the weights, and of shards of each; None for one copy."""
+    cpu_offload: bool = False
+    """Whether shards are in the memory of the CPU between passes."""
 
     def __init__(
         self,
         *,
         device_mesh: tuple[int, int] | None = None,
+        cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -74,13 +79,20 @@ class ShardedStrategy(ModelParallelStrategy):
         )
         if device_mesh is not None:
             self.mesh_shape = _two_sizes(device_mesh)
+        self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
         """Let the processes find each other, and arrange them in a mesh.
 
         Raises:
-            ConfigError: If the mesh doesn't have as many ranks as there are processes.
+            ConfigError: If the mesh doesn't have as many ranks as there are processes, and for a precision that
+                offloading doesn't work with.
         """
+        if self.cpu_offload and self.precision_plugin.precision == "16-mixed":
+            raise ConfigError(
+                "cpu_offload=True can't be used with precision='16-mixed': its gradient scaler looks for gradients on "
+                "the GPU. Use precision='bf16-mixed'."
+            )
         if (shape := self.mesh_shape) is None:
             super().setup_environment()
             return
@@ -98,6 +110,20 @@ class ShardedStrategy(ModelParallelStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Every rank has rows of its own, also those with the same shards."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def _get_process_group_backend(self) -> str:
+        """Norms of gradients on the CPU are summed over ranks, which NCCL can't do."""
+        backend = str(super()._get_process_group_backend())
+        return "cpu:gloo,cuda:nccl" if self.cpu_offload and backend == "nccl" else backend
+
+    def model_to_device(self) -> None:
+        """Move what isn't sharded to the device, and with `cpu_offload` leave the shards on the CPU."""
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        module, device = cast(Any, self.lightning_module), self.root_device
+        module._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(device))
+        module._device = device  # as `to` does, for `self.device` of the module
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lightning_ft.modules.base
-from lightning_ft import ComputeMeter, LoRAFineTuning, PairDataModule
-from lightning_ft._lightning import Trainer, _pl
+from lightning_ft import ComputeMeter, LoRAFineTuning, PairDataModule, ShardedStrategy
+from lightning_ft._lightning import Trainer
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.shard import gathered_bytes
 from lightning_ft.sharded_checkpoint import read_any_checkpoint
@@ -35,7 +35,7 @@ class Recording(RecordsGradients, RecordsLosses, LoRAFineTuning):
 def fit(how, model, folder, **options):
     trainer_settings = trainer_options("one", folder)
     if how == "fsdp":
-        trainer_settings |= {"devices": 2, "strategy": _pl.strategies.ModelParallelStrategy()}
+        trainer_settings |= {"devices": 2, "strategy": options.pop("strategy", None) or ShardedStrategy()}
     precision = options.pop("precision", "32-true")
     meter = ComputeMeter()
     trainer = Trainer(**trainer_settings, precision=precision, accumulate_grad_batches=2, callbacks=[meter])
@@ -51,8 +51,8 @@ def weights(module):
     return {name: weight.detach().clone() for name, weight in whole.items()}
 
 
-def run(how, model, folder, precision):
-    trainer, module, count = fit(how, model, folder, precision=precision)
+def run(how, model, folder, precision, **options):
+    trainer, module, count = fit(how, model, folder, precision=precision, **options)
     found = {"losses": module.losses, "gradients": module.steps, "weights": weights(module)}
     return trainer, module, {**found, "count": count, "table": module.what_is_trained()}
 
@@ -69,7 +69,8 @@ def one_rank(rank, models, folder, port):
         fit("fsdp", models["8bit"], folder, quantization=None)
 
     _, _, exact = run("fsdp", models["plain"], folder, "32-true")
-    trainer, module, mixed = run("fsdp", models["plain"], folder, "bf16-mixed")
+    offloading = ShardedStrategy(cpu_offload=True, device_mesh=(1, 2))  # all of it together
+    trainer, module, mixed = run("fsdp", models["plain"], folder, "bf16-mixed", strategy=offloading)
     sharded = dict(module.named_parameters())[WEIGHTS]
     assert isinstance(sharded, DTensor)
     assert sharded.dtype == torch.uint8
