@@ -3,6 +3,11 @@
 If every rank loaded the model before it is sharded, a machine with 8 ranks would hold 8 models. So rank 0 loads, and
 sends the model with its parameters on the meta device. `lightning_ft.models.shard` then sends the weights group by
 group, each just before it is sharded, so that the other ranks hold their shards and the weights of one group.
+
+Rank 0 needs no memory for a whole model either, unless it casts the weights: transformers maps safetensors files, and
+parameters in the dtype of their checkpoint are views of these. Casting each group when it is sharded would need a model
+that was made in one dtype to hold weights of another: scales that models make from the default dtype, probes of the
+model, and initializations of adapters that read weights would then differ from those of one process.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """One rank loads the model; the others get the weights group by group, as they are sharded."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 from preference_runs import make_pairs
 from ranks import as_rank, free_port, run_ranks, trainer_options
 from tiny import make_model, make_rows
+from torch.distributed.tensor import DTensor
 
 import lightning_ft.modules.base
 from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PairDataModule, PreferenceDataModule
@@ -25,6 +27,15 @@ def held_bytes():
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
     return sum(storages.values())
+
+
+def is_mapped(tensor):
+    """Whether a tensor's memory is that of a checkpoint's file, which the system can drop, since it can read it again."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return line.endswith(".safetensors")
+    return False
 
 
 class AtStart(Callback):
@@ -54,7 +65,7 @@ def fit(module, folder, *callbacks):
 
 def one_rank(rank, models, folder, port):
     as_rank(rank, port)
-    calls, held = [], []
+    calls, held, mapped = [], [], []
 
     def load(name, **options):
         calls.append(name)
@@ -63,6 +74,8 @@ def one_rank(rank, models, folder, port):
     receive = sharding.receive_weights
 
     def measured(part, device):
+        loaded = [p for name, p in part.named_parameters() if not isinstance(p, DTensor) and "lora_" not in name]
+        mapped.extend(is_mapped(p) for p in loaded)
         receive(part, device)
         held.append(held_bytes())
 
@@ -72,12 +85,14 @@ def one_rank(rank, models, folder, port):
         module_class, options = CASES[case[0]]
         calls.clear()
         held.clear()
+        mapped.clear()
         gc.collect()
         before, start = held_bytes(), AtStart()
         fit(module_class(models[case[1]], **options), folder, start)
         groups = len(held) // 2 if case[0] == "dpo" else len(held)
         found[" ".join(case)] = {
             "loads": len(calls),
+            "mapped": set(mapped),
             "bytes": max(held[:groups]) - before,
             "weights": start.weights,
             "trained": start.trained,
@@ -99,6 +114,8 @@ def test_ranks_hold_their_shards_and_one_group_while_loading(tmp_path, tokenizer
     for case, mine in second.items():
         other = first[case]
         assert (other["loads"], mine["loads"]) == (2 if case.startswith("dpo") else 1, 0)
+        if Path("/proc/self/maps").exists():
+            assert other["mapped"] == {not case.startswith("lora")}  # whose weights are cast to another dtype
         assert mine["trained"] == other["trained"]
         assert mine["weights"].keys() == other["weights"].keys()
         for name, weight in mine["weights"].items():
