@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
@@ -85,8 +86,8 @@ class ShardedStrategy(ModelParallelStrategy):
         """Let the processes find each other, and arrange them in a mesh.
 
         Raises:
-            ConfigError: If the mesh doesn't have as many ranks as there are processes, and for a precision that
-                offloading doesn't work with.
+            ConfigError: If the mesh doesn't have as many ranks as there are processes, and for a precision or a
+                process group that offloading doesn't work with.
         """
         if self.cpu_offload and self.precision_plugin.precision == "16-mixed":
             raise ConfigError(
@@ -94,7 +95,7 @@ class ShardedStrategy(ModelParallelStrategy):
                 "the GPU. Use precision='bf16-mixed'."
             )
         if (shape := self.mesh_shape) is None:
-            super().setup_environment()
+            self._connect()
             return
         if shape[0] * shape[1] != (ranks := self.num_nodes * self.num_processes):
             raise ConfigError(
@@ -102,9 +103,17 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"processes: {self.num_nodes} nodes with {self.num_processes} each. For a copy of the weights on each "
                 f"node, pass device_mesh={[self.num_nodes, self.num_processes]}."
             )
-        super().setup_environment()
+        self._connect()
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
         cast(Any, self.lightning_module)._device_mesh = self._device_mesh
+
+    def _connect(self) -> None:
+        super().setup_environment()
+        if self.cpu_offload and "cpu:" not in (backends := dist.get_backend_config()):
+            raise ConfigError(
+                f"cpu_offload=True needs a process group for tensors on the CPU, and this process has {backends!r}: "
+                "leave out process_group_backend, and train without cpu_offload in another process."
+            )
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

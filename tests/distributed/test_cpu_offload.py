@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import as_rank, free_port, run_ranks, trainer_options
 from recording import RecordsGradients, RecordsLosses
 from tiny import make_rows
@@ -42,6 +43,10 @@ def one_rank(rank, model, folder, port):
         return original(part, **options)
 
     sharding.fully_shard = recorded
+    backends, dist.get_backend_config = dist.get_backend_config, lambda: "cuda:nccl"  # of an earlier Trainer
+    with pytest.raises(ConfigError, match=r"needs a process group for tensors on the CPU.*'cuda:nccl'"):
+        fit(ShardedStrategy(cpu_offload=True), model, folder)
+    dist.get_backend_config = backends
     trainer, module = fit(ShardedStrategy(cpu_offload=True), model, folder)
     assert policies == [CPUOffloadPolicy(pin_memory=False)] * 5  # layers, embeddings, head, and the rest
     trained = [p for p in module.parameters() if p.requires_grad]

@@ -58,6 +58,12 @@ def weights(module):
     return {name: weight.detach().clone() for name, weight in whole.items()}
 
 
+def averages(optimizer_state):
+    """Running averages of the gradients, in the order of the parameter groups, which may number them differently."""
+    numbers = [number for group in optimizer_state["param_groups"] for number in group["params"]]
+    return [optimizer_state["state"][number]["exp_avg"] for number in numbers]
+
+
 def as_node_rank(rank, port):
     as_rank(rank % 2, port)
     os.environ["NODE_RANK"] = str(rank // 2)
@@ -70,7 +76,9 @@ def one_rank(rank, model, folder, port):
     trainer, module = fit(HYBRID, model, folder, max_steps=2)
     trainer.save_checkpoint(folder / "two.ckpt")
     sums = Sums()
-    _, resumed = fit(HYBRID, model, folder, sums, ckpt_path=folder / "two.ckpt")
+    one_file = ShardedStrategy(device_mesh=(2, 2), save_distributed_checkpoint=False)
+    trainer, resumed = fit(HYBRID, model, folder, sums, ckpt_path=folder / "two.ckpt", strategy=one_file)
+    trainer.save_checkpoint(folder / "three.ckpt")
     name, sharded = next((n, p) for n, p in resumed.named_parameters() if isinstance(p, DTensor) and p.ndim == 2)
     found = {
         "losses": [*module.losses, *resumed.losses],
@@ -126,11 +134,18 @@ def test_hybrid_checkpoint_holds_each_weight_once_and_resumes_on_one_process(mod
     content = read_any_checkpoint(folder)["state_dict"]
     size = sum(weight.nbytes for weight in content.values())
     assert size * 3 < stored < size * 3 * 1.5  # with the optimizer's two running averages
-    _, resumed = fit("one", model_folder, tmp_path, ckpt_path=folder)
+    trainer, resumed = fit("one", model_folder, tmp_path, ckpt_path=folder)
     exported = load_file(hybrid / "export" / "model.safetensors")
-    for name, whole in torch.load(hybrid / "3.pt", weights_only=True)["weights"].items():
+    saved = torch.load(hybrid / "3.pt", weights_only=True)["weights"]
+    for name, whole in saved.items():
         torch.testing.assert_close(resumed.state_dict()[name], whole, rtol=0, atol=5e-5)
         assert torch.equal(exported[name.removeprefix("model.")], whole)
+    file = read_any_checkpoint(hybrid / "three.ckpt")
+    assert {n: w.tolist() for n, w in file["state_dict"].items()} == {n: w.tolist() for n, w in saved.items()}
+    for actual, whole in zip(
+        averages(file["optimizer_states"][0]), averages(trainer.optimizers[0].state_dict()), strict=True
+    ):
+        torch.testing.assert_close(actual, whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", [(2,), (2, 0), ("2", 2), (2, 2, 2), 4, (True, 2)])

@@ -30,7 +30,7 @@ def held_bytes():
 
 
 def is_mapped(tensor):
-    """Whether a tensor's memory is that of a checkpoint's file, which the system can drop, since it can read it again."""
+    """Whether a tensor's memory is that of a checkpoint's file, which the system can drop and read again."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(address, 16) for address in line.split()[0].split("-"))
         if start <= tensor.data_ptr() < end:

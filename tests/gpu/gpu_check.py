@@ -38,6 +38,7 @@ CHECKS = (
     Check("idle", 25, "at most 10% of training in which the GPU does nothing", "gpu_kernels:idle"),
     Check("head", 25, "as fast as Liger's fused cross-entropy and TRL's, and the same loss", "gpu_parts:head"),
     Check("qlora", 45, "a base in 4 bits trains", "gpu_parts:qlora"),
+    Check("sharding", 25, "FSDP2 takes the steps of an unsharded model, offloaded too", "gpu_parts:sharding"),
     Check("compile", 90, "at most 3 graphs over packed batches of many shapes", "gpu_parts:compile_graphs"),
     Check("row_constants", 15, "measures the constant of this GPU that layouts depend on", "gpu_parts:row_constants"),
 )

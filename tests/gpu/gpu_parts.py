@@ -15,7 +15,7 @@ from gpu_speed import sft_module
 from gpu_timing import MIB, timed_fit
 from torch import Tensor
 
-from lightning_ft import LoRAFineTuning
+from lightning_ft import FullFineTuning, LoRAFineTuning, ShardedStrategy
 from lightning_ft.losses.logprobs import linear_logprob_sum
 
 MOST_GRAPHS = 3
@@ -129,6 +129,48 @@ def qlora(setup: Setup) -> Outcome:
     quantized = [p for p in module.model.parameters() if p.dtype == torch.uint8]
     outcome.require(bool(quantized), "no weight is quantized")
     return outcome
+
+
+# ---------------------------------------------------------------- sharding
+
+
+def sharding(setup: Setup) -> Outcome:
+    """Losses of training over FSDP2, all of whose shards are on this GPU, or in the memory of the CPU."""
+    outcome = Outcome()
+    batches = setup.batches(1) * 3  # the same one, whose loss has to fall
+    modes: dict[str, Callable[[], dict[str, Any]]] = {
+        "whole": dict,
+        "offloaded": lambda: {"strategy": ShardedStrategy(cpu_offload=True)},
+        "sharded": lambda: {"strategy": ShardedStrategy()},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        setup.model(layers=2).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        for quantization in (None, "4bit") if importlib.util.find_spec("bitsandbytes") is not None else (None,):
+            found = {}
+            for mode, strategy in modes.items():
+                module = _sharded_module(setup, folder, quantization)
+                found[mode] = _recorded(module)
+                setup.fit(module, batches, gradient_clip_val=1.0, **strategy())
+                kept = {p.device.type for p in module.parameters()}
+                # Lightning moves an unsharded model to the CPU at the end.
+                expected = {"offloaded": {"cpu"}, "sharded": {setup.device}}.get(mode, kept)
+                outcome.require(kept == expected, f"{mode} weights are on {kept} after training, not on {expected}")
+            name = quantization or "full"
+            outcome.measured |= {f"{name}_{mode}_losses": losses for mode, losses in found.items()}
+            for mode in ("offloaded", "sharded"):
+                most = max(abs(one - other) for one, other in zip(found[mode], found["whole"], strict=True))
+                outcome.require(most < 0.05, f"{name}: {mode} losses differ by {most:.3g}, 0.05 is allowed")
+                outcome.require(found[mode][-1] < found[mode][0], f"{name}: the loss of {mode} training doesn't fall")
+    return outcome
+
+
+def _sharded_module(setup: Setup, folder: str, quantization: str | None) -> Any:
+    options: dict[str, Any] = {"learning_rate": 1e-3, "lr_schedule": "constant", "warmup_ratio": 0.0}
+    options |= {"dtype": "float32", "attn_implementation": setup.attention}
+    if quantization is None:
+        return FullFineTuning(folder, **options)
+    return LoRAFineTuning(folder, lora=lora_options(), quantization=quantization, **options)
 
 
 def _recorded(module: Any) -> list[float]:
