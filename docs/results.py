@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from statistics import mean
 
@@ -44,6 +45,8 @@ def spread(interval: Interval) -> str:
 
 def verdict(gate: Gate) -> str:
     """Outcome of the quality gate, with the reason if it failed."""
+    if gate.verdict == "VOID":
+        return "void"
     return "passed" if gate.passed else "too few requests" if gate.underpowered else "failed"
 
 
@@ -59,7 +62,8 @@ def arms(found: Comparison) -> Iterator[list[str]]:
     records = {m: found.savings[m].arms["tuned"] if m in found.savings else some.arms[m] for m in methods}
     for title, tokens in (("input tokens per request", "input_tokens"), ("output tokens", "output_tokens")):
         yield [title, *(f"{mean(getattr(records[m], tokens)):.1f}" for m in methods)]
-    yield ["tokens per success", *(f"{records[m].tokens_per_success:,.1f}" for m in methods)]
+    counts = (records[m].tokens_per_success for m in methods)
+    yield ["tokens per success", *(f"{count:,.1f}" if isfinite(count) else "none right" for count in counts)]
     saved = {m: found.savings.get(m) for m in methods}
     yield ["fewer tokens per request", *("" if r is None else percent(r.savings["total"]) for r in saved.values())]
     yield [
