@@ -39,9 +39,14 @@ class OptimizedModule(FiniteSteps):
         """Refuse a schedule whose end isn't known, and warn of a warm-up that isn't made."""
         options = self.optimizer_options
         if options.lr_schedule != "constant":
+            epochs = self.trainer.max_epochs
+            if epochs is None or epochs < 0:
+                remedy = "set max_steps or max_epochs in the Trainer (max_steps where the data has no length)"
+            else:
+                remedy = f"max_epochs={epochs} doesn't say it, since the rows of an epoch aren't counted. Set max_steps"
             raise ConfigError(
-                f"lr_schedule={options.lr_schedule!r} needs the length of the training: set max_steps or max_epochs in "
-                "the Trainer (max_steps where the data has no length), or lr_schedule='constant'."
+                f"lr_schedule={options.lr_schedule!r} needs the length of the training: {remedy}, or "
+                "lr_schedule='constant'. Rows of a file or a dataset are counted with streaming=False."
             )
         if options.warmup_ratio:
             rank_zero_warn(

@@ -75,8 +75,12 @@ def test_checkpoint_of_a_terminated_run_resumes(model_folder, tmp_path, trainer_
 
 
 def test_schedule_without_an_end_is_refused(model_folder, tmp_path, trainer_options):
-    with pytest.raises(ConfigError, match="lr_schedule='linear' needs the length of the training: set max_steps"):
-        run(model_folder, tmp_path, trainer_options, source="function", max_epochs=1, max_steps=-1)
+    for epochs, remedy in (
+        (1, r"max_epochs=1 doesn't say it, .*Set max_steps, or"),
+        (-1, "set max_steps or max_epochs"),
+    ):
+        with pytest.raises(ConfigError, match=rf"lr_schedule='linear' needs the length of the training: {remedy}"):
+            run(model_folder, tmp_path, trainer_options, source="function", max_epochs=epochs, max_steps=-1)
 
 
 def test_warm_up_without_an_end_is_told(model_folder, trainer_options):
