@@ -249,8 +249,10 @@ def test_finish_with_fabric_warns_on_failure(tokenizer):
 def test_samples_write_failure_does_not_stop_training(tmp_path, monkeypatch):
     rewards = Rewards(("short",), torch.tensor([[1.0]]), torch.tensor([1.0]))
     callback, tables = SampleCompletions(tmp_path / "samples.jsonl"), []
-    logger = SimpleNamespace(log_table=lambda **table: tables.append(table))
-    trainer = SimpleNamespace(log_dir=str(tmp_path), global_step=0, is_global_zero=True, loggers=[logger])
+    logger = SimpleNamespace(log_table=lambda **table: tables.append(table), log_dir=str(tmp_path))
+    trainer = SimpleNamespace(
+        log_dir=str(tmp_path), global_step=0, is_global_zero=True, loggers=[logger], callback_metrics={}
+    )
     callback.on_train_start(trainer, None)
 
     def show(step):

@@ -89,5 +89,6 @@ def test_report_at_end_writes_on_rank_zero_only(trainer_options, tmp_path, write
         callbacks = [last]  # noqa: RUF012
         is_global_zero = False
         log_dir = str(tmp_path)
+        loggers = ()
 
     assert report_at_end(Other(), last) == []

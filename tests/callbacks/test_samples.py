@@ -182,7 +182,12 @@ def test_samples_support_rollouts_of_several_steps(trainer_options, tmp_path):
     """With rollouts every 3 steps and `every_n_steps=4`, each first rollout after a multiple of 4 is shown."""
     samples = SampleCompletions(tmp_path / "file.jsonl", every_n_steps=4)
     trainer = SimpleNamespace(
-        log_dir=None, default_root_dir=str(tmp_path), global_step=0, is_global_zero=True, loggers=[]
+        log_dir=None,
+        default_root_dir=str(tmp_path),
+        global_step=0,
+        is_global_zero=True,
+        loggers=[],
+        callback_metrics={},
     )
     module = SimpleNamespace(last_rollout=None)
     samples.on_train_start(trainer, module)
@@ -234,7 +239,12 @@ def test_samples_with_two_names_write_two_files(trainer_options, tmp_path):
 def test_samples_are_written_on_rank_zero_only(tmp_path):
     samples = SampleCompletions()
     trainer = SimpleNamespace(
-        log_dir=str(tmp_path), default_root_dir="no", global_step=0, is_global_zero=False, loggers=[1]
+        log_dir=str(tmp_path),
+        default_root_dir="no",
+        global_step=0,
+        is_global_zero=False,
+        loggers=[],
+        callback_metrics={},
     )
     (tmp_path / "completions.jsonl").write_text("of rank 0")
     samples.on_train_start(trainer, None)
@@ -246,7 +256,12 @@ def test_samples_are_written_on_rank_zero_only(tmp_path):
 def test_samples_ignore_empty_rollouts(tmp_path):
     samples = SampleCompletions(print_samples=True)
     trainer = SimpleNamespace(
-        log_dir=str(tmp_path), default_root_dir="no", global_step=0, is_global_zero=True, loggers=[]
+        log_dir=str(tmp_path),
+        default_root_dir="no",
+        global_step=0,
+        is_global_zero=True,
+        loggers=[],
+        callback_metrics={},
     )
     samples.on_train_start(trainer, None)
     for record in (None, make_record(0, 0)):
