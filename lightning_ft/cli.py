@@ -213,6 +213,15 @@ def _import_public_classes() -> None:
         getattr(lightning_ft, name)
 
 
+class _SaveConfig(_cli.SaveConfigCallback):  # type: ignore[name-defined,misc]
+    """Writes the configuration; a run that continues one in the same folder may replace that one's."""
+
+    def __init__(self, parser: Any, config: Any, *args: Any, **options: Any) -> None:
+        super().__init__(parser, config, *args, **options)
+        if config.get("ckpt_path") is not None:
+            self.overwrite = True
+
+
 class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
     """Command line of this package, and the base of a command line of your own.
 
@@ -260,7 +269,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             LightningModule,
             LightningDataModule,
             trainer_class=FineTuningTrainer,
-            save_config_callback=_cli.SaveConfigCallback if save_config else None,
+            save_config_callback=_SaveConfig if save_config else None,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,

@@ -82,6 +82,16 @@ def test_cli_runs_fit_validate_test_and_predict(run, config, tmp_path):
     assert [row["request"][-1]["content"] for row in rows] == [row["input"] for row in make_rows(24)]
 
 
+def test_fit_continues_in_the_folder_of_the_run_before(run, config, tmp_path):
+    trainer = {"accelerator": "cpu", "devices": 1, "logger": False, "default_root_dir": str(tmp_path / "runs")}
+    path = config(trainer=trainer)
+    run("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "1")
+    run("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert yaml.safe_load((tmp_path / "runs/config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    with pytest.raises(RuntimeError, match="to NOT exist"):
+        run("fit", "--config", path, "--trainer.max_epochs", "3")
+
+
 def test_export_writes_adapter_and_chat_template(run, config, tmp_path, capsys):
     path = config()
     cli = run("fit", "--config", path, "--data.chat_template", "plain")
