@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -85,6 +85,40 @@ def offload_policy(cpu_offload: bool, device_type: str) -> OffloadPolicy:
     return CPUOffloadPolicy(pin_memory=device_type == "cuda") if cpu_offload else OffloadPolicy()
 
 
+class ShardGroups(NamedTuple):
+    """The modules of a model that are gathered by themselves; what is left over is gathered with the root.
+
+    Args:
+        layers: The decoder layers.
+        ends: Embeddings and head; None where they share a weight, or have none outside of the layers.
+    """
+
+    layers: list[nn.Module]
+    ends: tuple[nn.Module, nn.Module] | None
+
+
+def shard_groups(base: PreTrainedModel) -> ShardGroups:
+    """Divide a model into the groups that :func:`shard` shards.
+
+    Args:
+        base: Model, with its adapters if any, before it is sharded.
+
+    Raises:
+        ModelError: If transformers doesn't name the model's layers.
+    """
+    layer_names = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in layer_names]
+    if not layers:
+        raise ModelError(f"{type(base).__name__} doesn't name its layers (_no_split_modules), so it can't be sharded.")
+    embeddings, head = base.get_input_embeddings(), head_of(base)
+    if not isinstance(embeddings, nn.Module) or head is None:
+        return ShardGroups(layers, None)
+    weights = [*embeddings.parameters(), *head.parameters()]
+    grouped = {id(p) for layer in layers for p in layer.parameters()}
+    apart = len({id(p) for p in weights} - grouped) == len(weights)
+    return ShardGroups(layers, (embeddings, head) if apart else None)
+
+
 def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true", *, cpu_offload: bool = False) -> None:
     """Shard a model over the ranks of a device mesh; all ranks must call it.
 
@@ -116,10 +150,7 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true", *
         raise ModelError("Tensor parallelism isn't supported. Pass tensor_parallel_size=1 to ModelParallelStrategy.")
     data_mesh = mesh["data_parallel"] if "data_parallel" in names else mesh
     policy, offload = mixed_precision(precision), offload_policy(cpu_offload, mesh.device_type)
-    layer_names = set(getattr(base, "_no_split_modules", None) or ())
-    layers = [module for module in base.modules() if type(module).__name__ in layer_names]
-    if not layers:
-        raise ModelError(f"{type(base).__name__} doesn't name its layers (_no_split_modules), so it can't be sharded.")
+    layers, ends = shard_groups(base)
     device = mesh_device(mesh)
     send = max_over_ranks(int(any(p.is_meta for p in base.parameters())), device)
 
@@ -131,8 +162,8 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true", *
 
     for layer in layers:
         share(layer)
-    embeddings, head = base.get_input_embeddings(), head_of(base)
-    if isinstance(embeddings, nn.Module) and head is not None and _are_apart(embeddings, head):
+    if ends is not None:
+        embeddings, head = ends
         # The gradient of a lookup doesn't depend on the weights.
         share(embeddings).set_unshard_in_backward(False)
         # Its backward pass is the next thing after its forward pass, so it isn't freed in between.
@@ -199,9 +230,3 @@ def gradients_kept_apart(model: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.set_requires_gradient_sync(True, recurse=False)
-
-
-def _are_apart(embeddings: nn.Module, head: nn.Module) -> bool:
-    """Whether two modules share no weight, and none of them is part of a layer, whose weights are sharded already."""
-    weights = [*embeddings.parameters(), *head.parameters()]
-    return len({id(p) for p in weights}) == len(weights) and not any(isinstance(p, DTensor) for p in weights)
