@@ -198,7 +198,9 @@ def check_pip(arguments, *_):
 
 def check_torchrun(arguments, *fixtures):
     module = arguments.index("-m")
-    check_flags("--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--master-port")(arguments[:module])
+    check_flags("--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts")(
+        arguments[:module]
+    )
     assert arguments[module + 1] == "lightning_ft"
     check_lightning_ft(arguments[module + 2 :], *fixtures)
 
