@@ -78,7 +78,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         shuffle_buffer: Number of rows of a stream that are shuffled together.
         shuffle: Whether each epoch has an order of its own, drawn from `seed` and the epoch.
         seed: Seed of the epochs' orders, the held-out rows and the mixing.
-        num_workers: Number of processes that make batches.
+        num_workers: Number of processes that tokenize rows, and that make batches.
         cache_dir: Folder for tokenized rows; by default one in the `datasets` library's cache, False for no cache.
         trust_remote_code: Whether code from the tokenizer's repository may run.
 
@@ -132,6 +132,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             seed=seed,
             cache=None if cache_dir is False else folder,
             template_kwargs=dict(chat_template_kwargs or {}),
+            num_workers=num_workers,
         )
         sources = {"train": train, "validation": validation, "test": test}
         streamed = is_streamed(train, streaming)

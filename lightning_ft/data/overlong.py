@@ -44,6 +44,9 @@ class RowEncoder(Generic[RowT]):
         self.template: ChatTemplate = chat_template(tokenizer)
         self._check = ContentCheck(self.template)
 
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (self.tokenizer, self.max_length, self.on_overlong, self.row_type)
+
     def __call__(self, row: RowT) -> tuple[Encoded, RowT] | Problem:
         """Encode a row; return it with the row that was used (a copy if its prompt was cut), or the problem."""
         try:

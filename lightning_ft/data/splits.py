@@ -46,6 +46,7 @@ class RowRules:
         cache: Folder of the cache of encoded rows; None for no cache.
         template_kwargs: Variables of the chat template for rows that don't set them.
         format: Function, or its import path, that maps each source row to messages or to a row of a known format.
+        num_workers: Number of processes that encode rows.
     """
 
     columns: Mapping[str, str] | None
@@ -56,6 +57,7 @@ class RowRules:
     cache: Path | None
     template_kwargs: Mapping[str, object] = field(default_factory=dict)
     format: str | RowFunction | None = None
+    num_workers: int = 0
 
 
 class Splits(Generic[RowT]):
@@ -237,6 +239,7 @@ class Splits(Generic[RowT]):
                 folder=self.rules.cache,
                 label=name,
                 row_type=self.row_type,
+                num_workers=self.rules.num_workers,
             )
             encoded.append(rows)
             for problem in problems:

@@ -15,6 +15,7 @@ from lightning_ft.atomic_files import write_failure
 from lightning_ft.data import cache
 from lightning_ft.data.overlong import OnOverlong, RowEncoder
 from lightning_ft.data.raw_rows import Problem
+from lightning_ft.data.row_outcomes import outcomes
 from lightning_ft.data.row_types import PAIRS, RowT, RowType
 from lightning_ft.data.rows import is_rank_zero
 from lightning_ft.distributed import rank_zero_warn
@@ -32,6 +33,7 @@ def tokenize(
     folder: Path | None,
     label: str,
     row_type: RowType[Any] = PAIRS,
+    num_workers: int = 0,
 ) -> tuple[cache.EncodedRows, list[Problem]]:
     """Encode rows.
 
@@ -43,6 +45,7 @@ def tokenize(
         folder: Folder of the cache; None for no cache.
         label: Text of the progress bar.
         row_type: Type of the rows.
+        num_workers: Number of processes that encode rows; the result is the same with any.
 
     Returns:
         The encoded rows, and the problems of the others. ``about["other_prompt"]`` counts the encoded rows whose prompt
@@ -54,7 +57,7 @@ def tokenize(
     if encoded is None:
         encoder = RowEncoder[RowT](tokenizer, max_length, on_overlong, row_type)
         try:
-            encoded = _encode_all(rows, encoder, folder, key, label)
+            encoded = _encode_all(rows, encoder, folder, key, label, num_workers)
         except OSError as error:
             if folder is None or isinstance(error, LightningFTError):
                 raise
@@ -62,7 +65,7 @@ def tokenize(
                 f"Tokenized rows can't be written to {str(folder)!r} ({write_failure(error) or error}), so they are "
                 "kept in memory and tokenized again in the next run. Free some space, or pass another cache_dir=."
             )
-            encoded = _encode_all(rows, encoder, None, key, label)
+            encoded = _encode_all(rows, encoder, None, key, label, num_workers)
     return encoded, [
         Problem(**{**problem, "source": rows[index].source, "row": rows[index].row})
         for index, problem in encoded.about["problems"]  # the origin of a row may have changed since it was cached
@@ -70,24 +73,28 @@ def tokenize(
 
 
 def _encode_all(
-    rows: Sequence[RowT], encoder: RowEncoder[RowT], folder: Path | None, key: str, label: str
+    rows: Sequence[RowT], encoder: RowEncoder[RowT], folder: Path | None, key: str, label: str, num_workers: int
 ) -> cache.EncodedRows:
     problems: list[tuple[int, Problem]] = []
     other_prompt, mismatch = 0, None
     notes: Counter[str] = Counter()
-    progress = track(rows, description=f"Tokenizing {label}", disable=len(rows) < _SHOW_FROM or not is_rank_zero())
+    progress = track(
+        outcomes(rows, encoder, num_workers),
+        description=f"Tokenizing {label}",
+        total=len(rows),
+        disable=len(rows) < _SHOW_FROM or not is_rank_zero(),
+    )
     with cache.new_entry(folder, key) as entry:
-        for index, row in enumerate(progress):
-            result = encoder(row)
+        for index, result in enumerate(progress):
             if isinstance(result, Problem):
                 problems.append((index, result))
                 continue
-            encoded, used = result
+            encoded, truncated = result
             other_prompt += not encoded.prompt_matches
             mismatch = mismatch or encoded.mismatch
             notes.update(encoded.notes)
             for example in encoded.examples:
-                entry.writer.write(example, row=index, truncated=used is not row)
+                entry.writer.write(example, row=index, truncated=truncated)
         entry.about = {
             "problems": [[index, asdict(problem)] for index, problem in problems],
             "other_prompt": other_prompt,
