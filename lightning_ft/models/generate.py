@@ -11,12 +11,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.data.encode import answer_end_token
-from lightning_ft.distributed import warn
+from lightning_ft.distributed import max_over_ranks, rank_and_world_size, warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.batched_generation import left_padded, plan_batches
+from lightning_ft.models.exactness import some_tokens
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
 from lightning_ft.models.lengths import length_switch
 from lightning_ft.models.load import context_length
+from lightning_ft.models.shard import is_sharded, reshard
 
 
 @contextmanager
@@ -116,6 +118,9 @@ def generate_text(
 ) -> list[str]:
     """Continue each prompt with transformers' `generate`, in left-padded batches if those change no completion.
 
+    Every rank of a sharded model must call it. The ranks' prompts may differ: each runs as many passes as the rank that
+    needs most, since a pass gathers weights from all of them.
+
     Args:
         model: The model, in any mode.
         tokenizer: Its tokenizer.
@@ -126,29 +131,29 @@ def generate_text(
         options: Further arguments of `generate`.
 
     Raises:
-        ConfigError: If a prompt and its completion don't fit the model's context.
+        ConfigError: If a prompt and its completion don't fit the model's context, on any rank of a sharded model.
         ModelError: If the model can't generate.
     """
-    device = input_device(model)
-    limit = context_length(base_of(model))
+    base, device = base_of(model), input_device(model)
+    synced = is_sharded(base) and rank_and_world_size()[1] > 1
     texts: dict[int, str] = {}
     lengths = [len(prompt) for prompt in prompts]
-    if limit is not None and max(lengths, default=0) + max_new_tokens > limit:
-        raise ConfigError(
-            f"A prompt of {max(lengths):,} tokens and {max_new_tokens:,} new tokens exceed the model's context of "
-            f"{limit:,}. Lower max_new_tokens, or shorten the prompts."
-        )
+    _check_context(context_length(base), max(lengths, default=0), max_new_tokens, device if synced else None)
     with evaluating(model):
-        plan = plan_batches(model, lengths, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id)
+        plan = plan_batches(
+            model, lengths, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, synced_ranks=synced
+        )
         if plan.why is not None:
             warn(
-                f"{type(base_of(model)).__name__}: {plan.why}. The completions are correct; generation is only slower.",
+                f"{type(base).__name__}: {plan.why}. The completions are correct; generation is only slower.",
                 stacklevel=3,
             )
-        for indices in plan.batches(batch_size):
-            batch = [prompts[i] for i in indices]
+        batches = plan.batches(batch_size)
+        idle = (max_over_ranks(len(batches), device) if synced else len(batches)) - len(batches)
+        for indices in [*batches, *[[]] * idle]:
+            batch = [prompts[i] for i in indices] or [some_tokens(base, (1,))[0].tolist()]
             longest = max(len(prompt) for prompt in batch)
-            if (switch := as_forward(base_of(model), length_switch)) is not None:
+            if (switch := as_forward(base, length_switch)) is not None:
                 switch.forget()
             ids, mask = left_padded(batch, pad_token_id)
             out = cast(Any, model).generate(
@@ -157,7 +162,24 @@ def generate_text(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=pad_token_id,
                 eos_token_id=end_token_ids(model, tokenizer),
+                **({"synced_gpus": True} if synced else {}),
                 **options,
             )
-            texts |= zip(indices, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True)
+            answers = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+            texts |= zip(indices, answers[: len(indices)], strict=True)
+    if synced:
+        reshard(base)  # FSDP2 keeps the root's weights for a backward pass, and none follows
     return [texts[i] for i in range(len(prompts))]
+
+
+def _check_context(limit: int | None, longest: int, new: int, device: torch.device | None) -> None:
+    """Refuse prompts that don't fit, on all ranks that share `device` if one of them has such a prompt."""
+    exceeds = limit is not None and longest + new > limit
+    somewhere = exceeds if device is None else bool(max_over_ranks(int(exceeds), device))
+    if not somewhere:
+        return
+    what = f"A prompt of {longest:,} tokens" if exceeds else "A prompt of another rank"
+    raise ConfigError(
+        f"{what} and {new:,} new tokens exceed the model's context of {limit:,}. Lower max_new_tokens, or shorten the "
+        "prompts."
+    )
