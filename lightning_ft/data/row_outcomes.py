@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
@@ -49,7 +49,7 @@ def _outcome(encoder: RowEncoder[RowT], row: RowT) -> Outcome:
     return result if isinstance(result, Problem) else (result[0], result[1] is not row)
 
 
-def _unchanged(chunk: bytes) -> bytes:
+def _unchanged(chunk: Any) -> Any:
     return chunk
 
 
