@@ -56,14 +56,14 @@ def cases(size: Size) -> list[tuple[str, Any, Build, Build, dict[str, float]]]:
     found: list[tuple[str, Any, Build, Build, dict[str, float]]] = []
     for precision in ("32-true", "bf16-mixed"):
         for lora in (True, False):
-            case = RealRows(size, lora, prompt=PROMPT, answer=ANSWER, batch=16, steps=2, precision=precision)
+            case = RealRows(size, lora, prompt=PROMPT, answer=ANSWER, batch=8, steps=1, precision=precision)
             found.append(("SFT", case, sft.ours, sft.trl, sft.agree(case)))
-    pair = pairs.Case("dpo", lora=True, size=size, prompt=PROMPT, answer=ANSWER, batch=8, steps=1)
+    pair = pairs.Case("dpo", lora=True, size=size, prompt=PROMPT, answer=ANSWER, batch=4, steps=1)
     found.append(("DPO", pair, pairs.ours, pairs.trl, pairs.AGREE["dpo"]))
-    update = grpo.Case(lora=True, kl=0.0, size=size, prompt=PROMPT, completion=ANSWER, prompts=2, steps=1)
+    update = grpo.Case(lora=True, kl=0.0, size=size, prompt=PROMPT, completion=ANSWER, prompts=1, steps=1)
     agree = {**grpo.AGREE, "logprobs": 1e-4}  # trained weights have larger logits than random ones
     found.append(("GRPO update", update, grpo.ours, grpo.trl, agree))
-    rollout = rollouts.Case(PROMPT, 48, size=size, prompts=4)
+    rollout = rollouts.Case(PROMPT, 48, size=size, prompts=2)
     found.append(("rollouts", rollout, rollouts.ours, rollouts.trl, {"greedy": 0.0, "lengths": 0.0}))
     return found
 
