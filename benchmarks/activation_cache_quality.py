@@ -34,7 +34,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and how its answers are judged.
+    """What is trained, and how its answers are graded.
 
     Args:
         model: Folder of the base model.

@@ -64,9 +64,8 @@ def run_folder(trainer: Any) -> Path:
     logger = trainer.loggers[0] if trainer.loggers else None
     if logger is None or getattr(logger, "log_dir", None) is not None:
         return Path(trainer.log_dir or trainer.default_root_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     # the logger of rank 0 alone may know the run
-    return Path(trainer.strategy.broadcast(str(_shared_folder(trainer) / version)))
+    return Path(trainer.strategy.broadcast(str(_shared_folder(trainer) / _run_name(logger.version))))
 
 
 def _shared_folder(trainer: Any) -> Path:
@@ -75,12 +74,17 @@ def _shared_folder(trainer: Any) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
 
 
+def _run_name(version: int | str) -> str:
+    """Name of a run's folder, as Lightning's `ModelCheckpoint` has it."""
+    return version if isinstance(version, str) else f"version_{version}"
+
+
 def _default(trainer: Any) -> tuple[Path, str]:
     """Where Lightning's `ModelCheckpoint` writes to by default, in any version of the logger."""
     if not trainer.loggers:
         return Path(trainer.default_root_dir) / "checkpoints", "*.ckpt"
     root, version = _shared_folder(trainer), trainer.loggers[0].version
-    folder = root / (version if isinstance(version, str) else f"version_{version}")
+    folder = root / _run_name(version)
     if isinstance(version, str) or folder.exists():  # chosen by the user: a logger counts further
         return folder / "checkpoints", "*.ckpt"
     return root, "*/checkpoints/*.ckpt"

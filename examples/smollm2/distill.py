@@ -15,12 +15,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from lightning_ft import LoRAFineTuning, PromptBaseline
 from lightning_ft.evaluation.savings.arms import run_arm
-from lightning_ft.evaluation.savings.plan import measurement_plan
+from lightning_ft.evaluation.savings.plan import MeasurementPlan, answer_plan, measurement_plan
+from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.types import Request
 
 HERE = Path(__file__).parent
@@ -110,19 +112,20 @@ def choose(count: int) -> tuple[PromptBaseline, Callable[[str, str], float]]:
     """The prompt that changes most answers to validation requests as it says, and its grade."""
     base = LoRAFineTuning(BASE, dtype="float32")
     base.configure_model()
+    asked = requests("validation", count)
+
+    def answers(arm: str, plan: MeasurementPlan) -> ArmRecords:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run_arm(arm, base.model, base.tokenizer, plan, timed_requests=0, batch_size=64, progress=False)
+
+    untuned = answers("untuned", answer_plan(base.tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS)).outputs
     tried = []
     for system, grade in STYLES.items():
         prompt = PromptBaseline(system)
-        plan = measurement_plan(
-            base.tokenizer, requests("validation", count), prompt, scorer=grade, max_new_tokens=MAX_NEW_TOKENS
-        )
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            prompted, untuned = (
-                run_arm(arm, base.model, base.tokenizer, plan, timed_requests=0, batch_size=64, progress=False)
-                for arm in ("prompted", "untuned")
-            )
-        tried.append((prompted.quality - untuned.quality, prompt, grade))
-        print(f"{prompted.quality:.3f}, without it {untuned.quality:.3f}: {system}", flush=True)
+        plan = measurement_plan(base.tokenizer, asked, prompt, scorer=grade, max_new_tokens=MAX_NEW_TOKENS)
+        followed, without = answers("prompted", plan).quality, fmean(grade(output, "") for output in untuned)
+        tried.append((followed - without, prompt, grade))
+        print(f"{followed:.3f}, without it {without:.3f}: {system}", flush=True)
     _, prompt, grade = max(tried, key=lambda found: found[0])
     return prompt, grade
 

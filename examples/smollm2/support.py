@@ -83,7 +83,7 @@ def load() -> Domain:
 
 
 def fill(prompt: str, texts: Mapping[str, str]) -> str:
-    """Put texts in the place of their names.
+    """Replace the names of texts by the texts.
 
     Example:
         >>> fill("{policy} Actions: {actions}.", {"policy": "Be {kind}.", "actions": "toggle_data"})

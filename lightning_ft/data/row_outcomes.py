@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_ft.data.encode import Encoded
 from lightning_ft.data.overlong import RowEncoder
 from lightning_ft.data.raw_rows import Problem
-from lightning_ft.data.row_types import RowT
+from lightning_ft.data.row_types import RowT, unchanged
 
 Outcome: TypeAlias = Problem | tuple[Encoded, bool]
 """A row's problem; or its tokens, and whether its prompt was cut."""
@@ -37,7 +37,7 @@ def outcomes(rows: Sequence[RowT], encoder: RowEncoder[RowT], num_workers: int =
         batch_size=None,
         sampler=chunks,
         num_workers=min(num_workers, len(chunks)),
-        collate_fn=_unchanged,
+        collate_fn=unchanged,
         generator=torch.Generator(),  # the global one stays where it is
     )
     for chunk in loader:
@@ -47,10 +47,6 @@ def outcomes(rows: Sequence[RowT], encoder: RowEncoder[RowT], num_workers: int =
 def _outcome(encoder: RowEncoder[RowT], row: RowT) -> Outcome:
     result = encoder(row)
     return result if isinstance(result, Problem) else (result[0], result[1] is not row)
-
-
-def _unchanged(chunk: Any) -> Any:
-    return chunk
 
 
 class _Chunks(torch.utils.data.Dataset[bytes]):

@@ -138,7 +138,19 @@ def generate_text(
     synced = is_sharded(base) and rank_and_world_size()[1] > 1
     texts: dict[int, str] = {}
     lengths = [len(prompt) for prompt in prompts]
-    _check_context(context_length(base), max(lengths, default=0), max_new_tokens, device if synced else None)
+
+    def most(number: int) -> int:
+        """The largest number of any rank that shares the model."""
+        return max_over_ranks(number, device) if synced else number
+
+    limit, length = context_length(base), max(lengths, default=0)
+    exceeds = limit is not None and length + max_new_tokens > limit
+    if most(int(exceeds)):
+        what = f"A prompt of {length:,} tokens" if exceeds else "A prompt of another rank"
+        raise ConfigError(
+            f"{what} and {max_new_tokens:,} new tokens exceed the model's context of {limit:,}. Lower max_new_tokens, "
+            "or shorten the prompts."
+        )
     with evaluating(model):
         plan = plan_batches(
             model, lengths, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, synced_ranks=synced
@@ -149,7 +161,7 @@ def generate_text(
                 stacklevel=3,
             )
         batches = plan.batches(batch_size)
-        idle = (max_over_ranks(len(batches), device) if synced else len(batches)) - len(batches)
+        idle = most(len(batches)) - len(batches)
         for indices in [*batches, *[[]] * idle]:
             batch = [prompts[i] for i in indices] or [some_tokens(base, (1,))[0].tolist()]
             longest = max(len(prompt) for prompt in batch)
@@ -170,16 +182,3 @@ def generate_text(
     if synced:
         reshard(base)  # FSDP2 keeps the root's weights for a backward pass, and none follows
     return [texts[i] for i in range(len(prompts))]
-
-
-def _check_context(limit: int | None, longest: int, new: int, device: torch.device | None) -> None:
-    """Refuse prompts that don't fit, on all ranks that share `device` if one of them has such a prompt."""
-    exceeds = limit is not None and longest + new > limit
-    somewhere = exceeds if device is None else bool(max_over_ranks(int(exceeds), device))
-    if not somewhere:
-        return
-    what = f"A prompt of {longest:,} tokens" if exceeds else "A prompt of another rank"
-    raise ConfigError(
-        f"{what} and {new:,} new tokens exceed the model's context of {limit:,}. Lower max_new_tokens, or shorten the "
-        "prompts."
-    )

@@ -1,4 +1,4 @@
-"""Tokenizers with various chat templates; rows and files of rows."""
+"""Tokenizers with various chat templates; rows, files of rows, and DataModules that read them while training."""
 
 import json
 
@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_ft.data import module
+from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.data.sampler import BatchPlan
 
 _HEAD = "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
@@ -123,3 +124,12 @@ def preferences(pairs):
 @pytest.fixture
 def labeled_completions(pairs):
     return [{"prompt": row["input"], "completion": row["output"], "label": n % 3 == 0} for n, row in enumerate(pairs)]
+
+
+@pytest.fixture
+def stream(tokenizer):
+    def make(train, kind=PairDataModule, **options):
+        options = {"tokenizer": tokenizer, "batch_size": 5, "cache_dir": False, "shuffle_buffer": 7, **options}
+        return kind(train, **options)
+
+    return make

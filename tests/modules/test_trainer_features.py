@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from trainer_features import FEATURES, MODULES, Run
+from trainer_features import FEATURES
+from trainer_run import MODULES, Run
 
 from lightning_ft import LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import Trainer, _pl
