@@ -26,7 +26,7 @@ from harness import MIB, Repeat, Result, arguments, compare, save
 from models import Size, model, rows, tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
-from training import InitialWeights, silent_trainer
+from training import InitialWeights, forget_last_fit, silent_trainer
 
 from lightning_ft import FullFineTuning, LoRAFineTuning
 from lightning_ft.data.layout import Example, collate_examples
@@ -128,6 +128,7 @@ def ours(case: Case) -> Repeat:
     batches = DataLoader(case.rows(), batch_size=case.batch, collate_fn=collate)  # type: ignore[arg-type]
 
     def run() -> list[float]:
+        forget_last_fit(module)
         module.losses = []
         silent_trainer(max_steps=case.steps, precision=case.precision).fit(module, batches)
         return module.losses

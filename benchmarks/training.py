@@ -39,7 +39,17 @@ def fit(module: Any, batches: Sequence[Any], **options: Any) -> None:
         batches: Batches in the form that the module's `training_step` takes.
         options: Further arguments of the Trainer.
     """
+    forget_last_fit(module)
     silent_trainer(max_epochs=1, **options).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+
+
+def forget_last_fit(module: Any) -> None:
+    """Free the Trainer of a module's last fit, whose optimizer would count as memory of the next one.
+
+    The module and the Trainer refer to one another, so that only a collection of garbage frees them.
+    """
+    module.trainer = None
+    gc.collect()
 
 
 class InitialWeights:
