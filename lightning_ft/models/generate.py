@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.data.encode import answer_end_token
 from lightning_ft.distributed import max_over_ranks, rank_and_world_size, warn
 from lightning_ft.errors import ConfigError
+from lightning_ft.models.autocast import weights_cast_once
 from lightning_ft.models.batched_generation import left_padded, plan_batches
 from lightning_ft.models.exactness import some_tokens
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
@@ -151,7 +152,7 @@ def generate_text(
             f"{what} and {max_new_tokens:,} new tokens exceed the model's context of {limit:,}. Lower max_new_tokens, "
             "or shorten the prompts."
         )
-    with evaluating(model):
+    with evaluating(model), weights_cast_once(model):
         plan = plan_batches(
             model, lengths, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, synced_ranks=synced
         )

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, NonFiniteError
+from lightning_ft.models.autocast import weights_cast_once
 from lightning_ft.models.batched_generation import BatchPlan, plan_batches
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, input_device
@@ -259,7 +260,7 @@ class LocalEngine:
         shared = common_prefix(prompts) if self.share_prefix else 0
         shared = shared if prefix is None else min(prefix, shared)
         by_prompt: list[list[Completion]] = [[] for _ in prompts]
-        with evaluating(self.model), rank_sync.gathered():
+        with evaluating(self.model), weights_cast_once(self.model), rank_sync.gathered():
             layers, why_not = self._layers(longest + max_new_tokens)
             plan = None
             if why_not is not None:

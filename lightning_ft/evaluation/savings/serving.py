@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_ft.models.autocast import weights_cast_once
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.rollout.cache import GrowingCache
@@ -134,7 +135,7 @@ def first_token_seconds(
         is missing if there is no common prefix, or the model's cache can't be shared.
     """
     chosen = [list(prompt) for prompt in prompts[:rounds]]
-    with evaluating(engine.model):
+    with evaluating(engine.model), weights_cast_once(engine.model):
         engine.first_token(chosen[0])  # warm-up: the first pass of a model allocates and compiles
         seconds = {"cold": tuple(_timed(engine, prompt, None) for prompt in chosen)}
         if (
