@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_ft import LoRAFineTuning
+from lightning_ft import FullFineTuning, LoRAFineTuning
 
 SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"
 CITATION = "{n} F.2d 88 (9th Cir. 1978)"
@@ -21,7 +21,16 @@ def programs(monkeypatch):
     """Imports a program of the example."""
     monkeypatch.syspath_prepend(str(SMOLLM2))
     yield importlib.import_module
-    for name in ("policies", "legal_preferences", "legal_rewards", "legal_citation", "courts", "packages", "reporters"):
+    for name in (
+        "policies",
+        "scales",
+        "legal_preferences",
+        "legal_rewards",
+        "legal_citation",
+        "courts",
+        "packages",
+        "reporters",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -56,21 +65,27 @@ def run(program, monkeypatch, *arguments):
     program.main()
 
 
+def configure(program, rows, monkeypatch, folder):
+    """Write a domain's configuration and general texts to a folder; returns the path of the texts."""
+    data = {split: str(rows / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    savings = {"scorer": f"{rows / 'chars.py'}:score", "max_new_tokens": 6}
+    # graded by length, so that a tiny model gets different grades for different answers
+    (rows / "chars.py").write_text("def score(output, reference):\n    return len(output) % 7 / 7\n", "utf-8")
+    config = {"trainer": {"callbacks": [{"init_args": savings}]}, "data": {"init_args": data}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config), "utf-8")
+    monkeypatch.setattr(program, "HERE", folder)
+    texts = folder / "texts.jsonl"
+    texts.write_text('{"text": "The capital of France is Paris."}\n', "utf-8")
+    return texts
+
+
 def test_doctests_of_rewards_pass(programs):
     assert doctest.testmod(programs("legal_rewards")).failed == 0
 
 
 def test_policies_are_compared_with_the_first(programs, rows, adapters, monkeypatch, tmp_path, model_folder):
     program = programs("policies")
-    data = {split: str(rows / f"{split}.jsonl") for split in ("train", "validation", "test")}
-    savings = {"scorer": f"{rows / 'chars.py'}:score", "max_new_tokens": 6}
-    # graded by length, so that a tiny model gets different grades for different answers
-    (rows / "chars.py").write_text("def score(output, reference):\n    return len(output) % 7 / 7\n", "utf-8")
-    config = {"trainer": {"callbacks": [{"init_args": savings}]}, "data": {"init_args": data}}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config), "utf-8")
-    monkeypatch.setattr(program, "HERE", tmp_path)
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text('{"text": "The capital of France is Paris."}\n', "utf-8")
+    texts = configure(program, rows, monkeypatch, tmp_path)
     named = [f"{name}={folder}" for name, folder in zip(("first", "second"), adapters, strict=True)]
     output = tmp_path / "out.json"
     run(program, monkeypatch, "tiny", *named, "--threads", 1, "--texts", texts, "--output", output)
@@ -81,6 +96,34 @@ def test_policies_are_compared_with_the_first(programs, rows, adapters, monkeypa
     assert second["gain"]["value"] == pytest.approx(second["quality"]["value"] - first["quality"]["value"])
     assert second["kl"]["value"] > 0
     assert second["kl_general"]["value"] > 0.01
+
+
+@pytest.mark.parametrize("kind", ["adapter", "all weights"])
+def test_scales_lead_from_the_trained_model_to_the_base(
+    kind, programs, rows, adapters, monkeypatch, tmp_path, model_folder
+):
+    program = programs("scales")
+    texts = configure(program, rows, monkeypatch, tmp_path)
+    monkeypatch.setattr(program, "BASE", str(model_folder))
+    folder = adapters[1]
+    if kind == "all weights":
+        whole = FullFineTuning(str(model_folder), dtype="float32")
+        whole.configure_model()
+        with torch.no_grad():
+            for weight in whole.model.parameters():
+                weight.mul_(1.1)
+        folder = whole.export(tmp_path / "whole")
+    output = tmp_path / "scales.json"
+    options = ("--scales", 1, 0.5, 0, "--texts", texts, "--requests", 3, "--threads", 1, "--output", output)
+    run(program, monkeypatch, "tiny", folder, *options)
+    trained, half, base = json.loads(output.read_text())
+    assert [found["scale"] for found in (trained, half, base)] == [1, 0.5, 0]
+    kl = [found["kl_general"]["value"] for found in (trained, half, base)]
+    assert kl[0] > kl[1] > 0.001
+    assert kl[2] == pytest.approx(0, abs=1e-6)
+    assert base["ppl_ratio"]["value"] == pytest.approx(1, abs=1e-5)
+    grades = {round(7 * 3 * found["quality"]["value"], 6) for found in (trained, half, base)}
+    assert all(grade == int(grade) for grade in grades)  # sevenths of three answers
 
 
 def test_pairs_are_right_answers_and_the_models_own_wrong_ones(programs, rows, adapters, monkeypatch, tmp_path, capsys):

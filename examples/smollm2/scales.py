@@ -1,0 +1,93 @@
+r"""Scale what training changed in an exported model: quality against forgetting, without further training.
+
+    python examples/smollm2/scales.py legal_citation runs/results/legal_citation/runs/lora/lr0.002-seed0/export
+
+`quality` is the share of right answers to test requests. `kl_general` is the divergence from the base on general texts,
+in nats per token, and `ppl_ratio` how many times as high their perplexity is. Intervals are 95%. Scale 1 is the trained
+model, 0 the base; see `lightning_ft.models.update_scale`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft.data.texts import load_texts
+from lightning_ft.evaluation.bootstrap import bootstrap_intervals
+from lightning_ft.evaluation.retention.measurement import measure_retention
+from lightning_ft.evaluation.savings.arms import run_arm
+from lightning_ft.evaluation.savings.plan import answer_plan
+from lightning_ft.models.update_scale import UpdateScale, copy_weights
+
+HERE = Path(__file__).parent
+BASE = str(HERE / "model")
+
+
+def load(folder: str) -> tuple[Any, Any, UpdateScale]:
+    """Load an exported adapter or model; returns its module, its base, and the scale of what training changed."""
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    adapter = (Path(folder) / "adapter_config.json").exists()
+    module = (LoRAFineTuning if adapter else FullFineTuning)(folder, dtype="float32")
+    module.configure_model()
+    module.eval()
+    return module, base, UpdateScale(module.model, copy_weights(base))
+
+
+def main() -> None:
+    """Measure every scale and print a line of JSON for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("domain")
+    parser.add_argument("model", help="folder of an exported adapter or model")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 0.85, 0.7, 0.55, 0.4])
+    parser.add_argument("--requests", type=int, help="number of test requests, instead of all")
+    parser.add_argument("--texts", default=str(HERE / "data" / "general" / "texts.jsonl"))
+    parser.add_argument("--max-texts", type=int, help="number of general texts, instead of all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = yaml.safe_load((HERE / f"{options.domain}.yaml").read_text(encoding="utf-8"))
+    savings = config["trainer"]["callbacks"][0]["init_args"]
+    module, base, update = load(options.model)
+    data = PairDataModule(**config["data"]["init_args"], tokenizer=module.tokenizer)
+    data.load_rows()
+    plan = answer_plan(
+        module.tokenizer,
+        data.requests("test"),
+        scorer=savings["scorer"],
+        max_new_tokens=savings["max_new_tokens"],
+        max_requests=options.requests,
+        structured_outputs=savings.get("structured_outputs", False),
+    )
+    texts = load_texts(options.texts)[: options.max_texts]
+    results: list[dict[str, Any]] = []
+    for scale in options.scales:
+        update.set(scale)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            arm = run_arm(
+                "tuned", module.model, module.tokenizer, plan, timed_requests=0, batch_size=64, progress=False
+            )
+        quality = bootstrap_intervals(
+            {"score": list(arm.scores), "n": [1.0] * len(arm.scores)},
+            {"quality": lambda sums: sums["score"] / sums["n"]},
+            clusters=list(arm.clusters) or None,
+        )["quality"]
+        kept = measure_retention(module.model, module.tokenizer, texts=texts, original=base, progress=False)
+        found = {"quality": quality, "kl_general": kept.kl_general, "ppl_ratio": kept.ppl_ratio}
+        results.append({"scale": scale} | {name: asdict(interval) for name, interval in found.items()})
+        print(json.dumps(results[-1]), flush=True)
+        if options.output is not None:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
