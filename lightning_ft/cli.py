@@ -7,13 +7,8 @@ the DataModule takes its tokenizer from the model.
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
-import os
-import pydoc
-import re
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import MethodType
@@ -23,7 +18,6 @@ from lightning_utilities.core import rank_zero
 
 import lightning_ft
 from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
-from lightning_ft.arguments import did_you_mean, did_you_mean_path
 from lightning_ft.atomic_files import write_text
 from lightning_ft.completion import SHELLS, Parsers, PrintCompletion
 from lightning_ft.console import WARNINGS_WITHOUT_FIT, hide_warnings
@@ -32,66 +26,11 @@ from lightning_ft.importing import without_imports
 from lightning_ft.models.export import ExportFormat
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.load import ADAPTER_CONFIG
+from lightning_ft.parser import FineTuningParser
 from lightning_ft.printable import json_text, printable
 from lightning_ft.run_checkpoints import BEST, LAST, find_checkpoint, run_folder
-from lightning_ft.types import Request
 
 _cli = cli_module()
-
-_UNKNOWN_OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<name>\w+)' is not accepted")
-_UNKNOWN_NAME = re.compile(r"module '(?P<path>[\w.]+)' has no attribute '(?P<name>\w+)'")
-_UNKNOWN_KEY = re.compile(r"(?:Option '|unrecognized arguments: --)(?P<name>\w+\.[\w.]+)(?:' is not accepted|[^\n]*)")
-_NO_FILE = re.compile(r"File does not exist: '(?P<path>[^']+)'")
-
-_NO_ENGINE = re.compile(r"Import path [\w.]+ does not implement protocol RolloutEngine(?!\. Its)")
-
-
-class FineTuningParser(_cli.LightningArgumentParser):  # type: ignore[name-defined,misc]
-    """Lightning's parser, with hints in its errors: the closest valid name, and what an engine needs."""
-
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        """Print the error and exit.
-
-        Args:
-            message: Error message.
-            ex: Exception that caused the error.
-        """
-        parser = getattr(ex, "subcommand_parser", None) or self
-        keys = [action.dest for action in parser._actions]
-        super().error(_with_hint_for_engines(_with_nearest_names(message, keys)), ex)
-
-
-def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
-    """Add to a message the closest argument of a class, name of a module, or key of the parser."""
-
-    def arguments(path: str) -> Iterable[str]:
-        cls = pydoc.locate(path)
-        return inspect.signature(cls).parameters if isinstance(cls, type) else ()
-
-    def names(path: str) -> Iterable[str]:
-        module = sys.modules.get(path)
-        return getattr(module, "__all__", None) or dir(module)
-
-    message = _NO_FILE.sub(lambda match: f"{match[0]}.{did_you_mean_path(os.path.relpath(match['path']))}", message)
-    message = _UNKNOWN_OPTION.sub(lambda match: _suggest(match, arguments(match["path"])), message)
-    message = _UNKNOWN_NAME.sub(lambda match: _suggest(match, names(match["path"])), message)
-    return _UNKNOWN_KEY.sub(lambda match: _suggest(match, keys), message)
-
-
-def _suggest(match: re.Match[str], names: Iterable[str]) -> str:
-    hint = did_you_mean(match["name"], names)
-    return f"{match[0]}.{hint}" if hint else match[0]
-
-
-def _with_hint_for_engines(message: str) -> str:
-    """Add to a message about a class of an engine that its annotations are compared, which the parser leaves out."""
-    return _NO_ENGINE.sub(
-        lambda match: (
-            f"{match[0]}. Its methods are compared with those of lightning_ft.rollout.protocol.RolloutEngine, types "
-            "included: annotate their parameters and returned values as there"
-        ),
-        message,
-    )
 
 
 class FineTuningTrainer(Trainer):
@@ -103,6 +42,8 @@ class FineTuningTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         examples: int = 3,
         weights: bool = False,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Print examples with their supervised tokens, and which rows would be truncated or dropped.
 
@@ -111,6 +52,8 @@ class FineTuningTrainer(Trainer):
             datamodule: DataModule whose rows are shown.
             examples: Number of rows to show per split.
             weights: Whether to load the model too and print a table of its trainable weights.
+            ckpt_path: Unused; accepted so that a configuration of `fit` can be reused.
+            weights_only: Unused, too.
         """
         from lightning_ft.data.module import RowDataModule
         from lightning_ft.data.preview import preview
@@ -142,6 +85,7 @@ class FineTuningTrainer(Trainer):
         push_to_hub: str | None = None,
         private: bool = True,
         hub_overwrite: bool = False,
+        weights_only: bool | None = None,
     ) -> None:
         """Write a checkpoint as a folder that transformers and PEFT can load.
 
@@ -159,6 +103,8 @@ class FineTuningTrainer(Trainer):
             push_to_hub: Repository on the Hugging Face hub to upload to, such as ``organization/name``.
             private: Whether the repository is private; an existing public one is refused.
             hub_overwrite: Whether to commit over the files of a repository that isn't empty.
+            weights_only: Unused, since checkpoints are always read so; accepted so that a configuration of `fit` can be
+                reused.
         """
         from lightning_ft.models.hub import check_hub
         from lightning_ft.modules.base import FineTuning
@@ -200,11 +146,6 @@ def _own_error(error: BaseException | None) -> LightningFTError | None:
     while error is not None and not isinstance(error, LightningFTError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _messages(request: object) -> object:
-    """The messages of a request that was answered."""
-    return list(request.messages) if isinstance(request, Request) else request
 
 
 def _import_public_classes() -> None:
@@ -340,10 +281,12 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
     def _resolve_ckpt_path(self) -> None:
         """Replace ``last`` and ``best`` by the path of a checkpoint of an earlier run, and print it.
 
+        `preview` reads no checkpoint.
+
         For `fit`, ``last`` may be set before the first run, as in Lightning, which says that it starts from scratch.
         """
         config = self.config_init[self.subcommand] if self.subcommand else {}
-        if (name := config.get("ckpt_path")) not in (LAST, BEST):
+        if self.subcommand == "preview" or (name := config.get("ckpt_path")) not in (LAST, BEST):
             return
         try:
             path = find_checkpoint(self.trainer, name)
@@ -369,7 +312,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             raise GateError(f"Training completed, but the limits of these callbacks don't hold: {', '.join(gates)}.")
 
     def after_predict(self) -> None:
-        """Write the answers, each with its request, to ``predictions.jsonl`` in the run's folder, and say where.
+        """Write the answers to ``predictions.jsonl`` in the run's folder, each with its request's id and messages.
 
         For modules of this package, whose answers are text or rewards; nothing with ``--return_predictions false``.
         """
@@ -383,19 +326,20 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
         path = run_folder(trainer) / name
         if len(requests) == len(answers):
-            rows = [{"request": request, "answer": answer} for request, answer in zip(requests, answers, strict=True)]
+            rows = [{**request, "answer": answer} for request, answer in zip(requests, answers, strict=True)]
         else:
             rows = [{"answer": answer} for answer in answers]
         write_text(path, "".join(json_text(row) + "\n" for row in rows))
         print(printable(f"{len(answers):,} answers written to {path}"))
 
-    def _predicted_requests(self) -> list[object]:
-        """Messages of the requests that were answered; empty for a DataModule that isn't this package's."""
+    def _predicted_requests(self) -> list[dict[str, object]]:
+        """Ids and messages of the requests that were answered; empty for a DataModule that isn't this package's."""
         from lightning_ft.data.pairs import PairDataModule
 
         if not isinstance(self.datamodule, PairDataModule):
             return []
-        return [_messages(request) for batch in self.datamodule.predict_dataloader() for request in batch]
+        rows = (row for part in self.datamodule.splits.rows["predict"] for row in part)
+        return [{"id": row.id, "request": list(row.prompt_messages)} for row in rows]
 
     def _parse_ckpt_path(self) -> None:
         """Take no arguments from the checkpoint; the module checks that it fits the configured ones."""

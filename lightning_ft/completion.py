@@ -40,11 +40,11 @@ class PrintCompletion(argparse.Action):
 
     def __init__(self, *args: Any, parsers: Parsers, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._parsers = parsers
+        self.parsers = parsers
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: object = None) -> None:
         """Print the script."""
-        print(completion_script(parser.prog, self._parsers(), values))
+        print(completion_script(parser.prog, self.parsers(), values))
         parser.exit()
 
 

@@ -80,6 +80,7 @@ def test_cli_runs_fit_validate_test_and_predict(run, config, tmp_path):
     assert len(rows) == 24
     assert all(isinstance(row["answer"], str) for row in rows)
     assert [row["request"][-1]["content"] for row in rows] == [row["input"] for row in make_rows(24)]
+    assert [row["id"] for row in rows] == [f"{tmp_path / 'rows.jsonl'}:{number}" for number in range(1, 25)]
 
 
 def test_fit_continues_in_the_folder_of_the_run_before(run, config, tmp_path):
@@ -181,6 +182,8 @@ def test_parser_rejects_unknown_keys_and_values(config, capsys, args, message):
             "'resample' is not accepted. Did you mean 'resamples'?",
         ),
         (["--model", "lightning_ft.LoRAFinetuning"], "Did you mean 'LoRAFineTuning'?"),
+        (["--model", "LoRAFinetuning"], "path string: LoRAFinetuning. Did you mean 'LoRAFineTuning'?"),
+        (["--trainer.callbacks", "EarlyStoping"], "path string: EarlyStoping. Did you mean 'EarlyStopping'?"),
     ],
 )
 def test_parser_suggests_closest_name_on_command_line(config, capsys, args, message):
@@ -194,6 +197,32 @@ def test_parser_suggests_closest_name_in_yaml(config, capsys, model_folder):
     with pytest.raises(SystemExit):
         main_with("fit", "--config", config(model=model))
     assert "'learning_rat' is not accepted. Did you mean 'learning_rate'?" in capsys.readouterr().err
+
+
+def test_parser_suggests_closest_key_of_a_yaml_section(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("trainer: {max_epoch: 3}", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main_with("preview", "--config", str(tmp_path / "run.yaml"))
+    assert "does not accept option 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?" in capsys.readouterr().err
+
+
+def test_unknown_subcommand_lists_all_of_them(capsys):
+    with pytest.raises(SystemExit):
+        main_with("plann")
+    error = " ".join(capsys.readouterr().err.split())
+    assert "(choose from fit, validate, test, predict, preview, export, compare, plan, report)" in error
+    assert "Did you mean 'plan'?" in error
+
+
+def test_printed_configuration_of_fit_is_one_of_other_subcommands(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main_with("fit", "--config", config(), "--print_config")
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
+    main_with("preview", "--config", "printed.yaml", "--ckpt_path", "best")  # of no run yet, and not needed
+    assert "rows used" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"'no\.ckpt' doesn't exist"):
+        main_with("export", "--config", "printed.yaml", "--ckpt_path", "no.ckpt", "--output", "out")
 
 
 def test_help_describes_arguments(capsys):

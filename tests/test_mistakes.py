@@ -42,6 +42,15 @@ def test_mistyped_path_is_corrected(folders, call, suggested):
         call()
 
 
+@pytest.mark.parametrize(
+    "call", [lambda: FullFineTuning("bases/tiny_bse").tokenizer, lambda: load_causal_lm("bases/tiny_bse")]
+)
+def test_name_that_may_be_a_folder_or_of_the_hub_says_where_a_folder_was_looked_for(folders, tmp_path, call):
+    with pytest.raises(LightningFTError) as raised:
+        call()
+    assert f"there is no such folder in {str(tmp_path)!r}, and as a name on the hub: " in str(raised.value)
+
+
 def test_folder_without_tokenizer_says_where_to_get_one(tmp_path):
     make_model().save_pretrained(tmp_path)
     with pytest.raises(TokenizerError, match=r"contains no tokenizer\. Pass tokenizer=.*save_pretrained"):

@@ -43,7 +43,7 @@ from lightning_ft.evaluation.savings.gate import overlap_text
 from lightning_ft.evaluation.savings.overlap import request_overlap
 from lightning_ft.evaluation.savings.plan import MeasurementPlan
 from lightning_ft.importing import import_object
-from lightning_ft.printable import content_hash, json_text
+from lightning_ft.printable import content_hash, json_text, printable
 from lightning_ft.report.write import write_report
 
 EXTENSIONS = 2
@@ -327,6 +327,10 @@ class Comparer:
             while waiting and len(running) < self.workers:
                 if not self._fits_budget(waiting[0], [time.monotonic() - t for t in started.values()]):
                     self.complete = False
+                    print(
+                        f"The budget is spent, or too small for the next run, {waiting[0].name}. "
+                        "The same command with a larger --budget goes on."
+                    )
                     waiting.clear()
                     break
                 run = waiting.pop(0)
@@ -437,7 +441,7 @@ class Comparer:
         result = compare_methods(self._all_results(), test_set, complete=self.complete, provenance=self._provenance())
         text = json_text(result.to_dict())
         write_text(self.output / FILE_NAME, text + "\n")
-        write_report(self.output)
+        print(printable(f"Report written: {write_report(self.output)[0]}"))
         return result
 
     def _request_warnings(self) -> tuple[str, ...]:

@@ -17,6 +17,9 @@ from lightning_ft.data.raw_rows import RawRow, bad_row, numbered
 from lightning_ft.data.values import Refused, too_many_digits
 from lightning_ft.errors import DataError
 
+_SEPARATOR_LINE = re.compile(r"sep=([;,|\t])")
+"""First line with which Excel is told the delimiter."""
+
 
 def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iterator[RawRow]:
     """Rows of a CSV file with a header; each is numbered by the line on which it starts.
@@ -24,13 +27,16 @@ def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iter
     Args:
         path: The file.
         name: Name of the file in errors.
-        delimiter: Character between cells.
-        notes: Counter of blank lines.
+        delimiter: Character between cells, unless the header has only one of another.
+        notes: Counter of blank lines, and of what differs from a file with this delimiter.
 
     Raises:
         DataError: If the header can't be used, or cells can't be told apart.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default limit is 128 KiB per cell
+    expected, delimiter = delimiter, _find_delimiter(path, delimiter)
+    if delimiter != expected:
+        notes[f"separated by {delimiter!r}"] += 1
     # Bytes that aren't UTF-8 are decoded as surrogates, so that they make only their own row bad.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -42,9 +48,11 @@ def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iter
                 text = "".join(cells)
                 if not text.strip() and (len(cells) < 2 or not header):  # Excel may write ",,," above a header
                     notes["blank line"] += 1
+                elif not header and _SEPARATOR_LINE.fullmatch(delimiter.join(cells)):
+                    notes["line with the separator"] += 1
                 elif not header:
                     header = cells
-                    _check_header(header, name, number, delimiter)
+                    _check_header(header, name, number)
                 elif (bad := _surrogate(text)) is not None:
                     yield undecodable(name, number, *bad)
                 elif len(cells) != len(header):
@@ -63,20 +71,27 @@ def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iter
             raise DataError(f"{name}, {where}: malformed CSV, {error}.{hint}") from error
 
 
-def _check_header(header: list[str], name: str, number: int, delimiter: str) -> None:
+def _find_delimiter(path: Path, expected: str) -> str:
+    """The delimiter that the header is written with: Excel writes semicolons in many languages, whatever the suffix.
+
+    It is the one that a first line such as ``sep=;`` names. A header of one column isn't one if another delimiter
+    makes several of it.
+    """
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = next((line for line in file if line.strip(" \t\r\n,;|")), "")
+    if (named := _SEPARATOR_LINE.fullmatch(header.rstrip("\r\n"))) is not None:
+        return named[1]
+    columns = {d: len(next(csv.reader([header], delimiter=d), [])) for d in (expected, ";", "\t", "|", ",")}
+    return expected if columns[expected] > 1 else max(columns, key=lambda delimiter: columns[delimiter])
+
+
+def _check_header(header: list[str], name: str, number: int) -> None:
     text = "".join(header)
     if (bad := _surrogate(text)) is not None or "\0" in text:
         content = "a NUL byte" if bad is None else f"byte 0x{bad[0]:02x}, which isn't UTF-8"
         raise DataError(f"{name}, line {number}: the header contains {content}. Save the file as UTF-8.")
     if header[0].lstrip().startswith(("{", "[")):
         raise DataError(f"{name}: the file looks like JSON, not CSV. Rename it to .jsonl (or .json for one array).")
-    if len(header) == 1:
-        other = next((d for d in (";", "\t", "|", ",") if d != delimiter and d in header[0]), None)
-        if other is not None:
-            raise DataError(
-                f"{name}: the header has one column, {header[0]!r}; the file seems to be separated by {other!r}, "
-                f"expected {delimiter!r}. Save it as CSV with commas, or as .tsv with tabs."
-            )
     repeated = [column for column, count in Counter(header).items() if count > 1]
     if repeated:
         raise DataError(f"{name}: the header names {repeated[0]!r} twice. Rename one of the columns.")

@@ -38,8 +38,8 @@ def load_tokenizer(
                 f"it was trained from, or save that tokenizer in it: tokenizer.save_pretrained({name!r})."
             ) from error
         raise TokenizerError(
-            f"No tokenizer could be loaded from {name!r}: {first_line(error)}{did_you_mean_path(name)} "
-            "Pass tokenizer= if the tokenizer is stored apart from the model."
+            f"No tokenizer could be loaded from {name!r}: {_no_folder(name)}{first_line(error)}"
+            f"{did_you_mean_path(name)} Pass tokenizer= if the tokenizer is stored apart from the model."
         ) from error
 
 
@@ -57,6 +57,11 @@ def missing_folder(name: str) -> str | None:
     if path.exists() or (len(path.parts) <= 2 and not path.is_absolute() and not name.startswith(".")):
         return None
     return f"The model {name!r} could not be loaded: there is no such folder.{did_you_mean_path(name)}"
+
+
+def _no_folder(name: str) -> str:
+    """Say where a folder was looked for, for a name that may be one or one of the hub."""
+    return "" if Path(name).exists() else f"there is no such folder in {str(Path.cwd())!r}, and as a name on the hub: "
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -85,7 +85,10 @@ def read_turns(value: Sequence[object], field: str, ignored: set[str] | None = N
 
 def _read_turn(turn: object, field: str, ignored: set[str]) -> Message:
     if not isinstance(turn, Mapping):
-        raise RowError(field, "wrong type", f"found {type(turn).__name__}", "Each message needs a role and a content.")
+        fix = "Each message needs a role and a content."
+        if isinstance(turn, str):  # several labels, such as codes
+            fix += " If it is a list of texts, join them to one text, in the file or with format=."
+        raise RowError(field, "wrong type", f"found {type(turn).__name__}", fix)
     for key in REFUSED_KEYS.keys() & turn.keys():
         if REFUSED_KEYS[key].when(turn[key]):
             detail = repr(turn[key])[:40]

@@ -210,7 +210,10 @@ def extrapolate(tuned: Mapping[int, float], rows: int, requests: int) -> Quality
 
     Between the two largest sizes quality changed by `d` per tripling of rows. It is assumed that each further tripling
     adds a third of the one before, so all of them together half of `d`. The interval goes from no further gain to the
-    full `d` per tripling, and includes the sampling error of the pilot, whose scores are between 0 and 1.
+    full `d` per tripling, and includes the sampling error of the pilot, whose scores are between 0 and 1. A pilot of
+    which every answer is right isn't certain of that: its error is that of at least 2 other answers in `requests` + 4
+    (Agresti & Coull 1998, https://doi.org/10.2307/2685469). Where no answer of the largest size is right, the curve
+    hasn't begun to rise and says nothing of more rows, so the upper end is 1.
 
     Args:
         tuned: Quality by number of rows; at least two sizes.
@@ -232,14 +235,21 @@ def extrapolate(tuned: Mapping[int, float], rows: int, requests: int) -> Quality
     slope = max(0.0, (after - before) / math.log(large / small, 3))
     # d/3 + d/9 + ... for whole triplings; continuous in between
     expected = after + slope * 0.5 * (1 - 3.0**-triplings)
-    error_before, error_after = (math.sqrt(q * (1 - q) / requests) for q in (_clip(before), _clip(after)))
+    error_before, error_after = (_sampling_error(quality, requests) for quality in (before, after))
     error_high = math.hypot(error_after * (1 + triplings), error_before * triplings)
     return QualityForecast(
         rows,
         _clip(expected),
         _clip(after - _Z * error_after),
-        _clip(after + slope * triplings + _Z * error_high),
+        _clip(after + slope * triplings + _Z * error_high) if after > 0 else 1.0,
     )
+
+
+def _sampling_error(quality: float, requests: int) -> float:
+    """Standard error of a mean score, of which 0 and 1 are no certainty."""
+    other = min(2 / (requests + 4), 0.5)
+    share = min(max(quality, other), 1 - other)
+    return math.sqrt(share * (1 - share) / requests)
 
 
 def _clip(value: float) -> float:
@@ -298,9 +308,20 @@ def advise(
     with_prompt = f"the prompt's {pilot.prompted:.0%}"
     if quality.high < limit:
         return "more rows", (*reasons, f"With {quality.rows:,} rows expect {expected} right, against {with_prompt}.")
+    useless = pilot.prompted <= pilot.untuned
+    if useless and quality.low <= pilot.untuned:
+        return "pilot first", (
+            *reasons,
+            f"Neither the prompt ({pilot.prompted:.0%} right) nor the pilot is shown to be better than the model as it "
+            f"is ({pilot.untuned:.0%}): with {quality.rows:,} rows {expected} may be right. Read a few answers, "
+            "improve the prompt, and use more rows for the pilot.",
+        )
     if quality.low >= limit:
-        if pilot.prompted <= pilot.untuned:
-            reasons.append("The prompt isn't better than no prompt, so to match it says little.")
+        if useless:
+            reasons.append(
+                "The prompt isn't better than no prompt, so no saving of its tokens can be claimed; what training adds "
+                f"is quality, {pilot.untuned:.0%} without it."
+            )
         return "go", (*reasons, f"Expect {expected} right with {quality.rows:,} rows, against {with_prompt}.")
     return "pilot first", (
         *reasons,

@@ -114,8 +114,10 @@ def why_unreadable(name: str, error: BaseException, *, revision: str | None = No
         )
     folder = _folder(name, revision)
     if folder is None:
-        missing = name.startswith((".", "~", "/")) or name.count("/") > 1
-        return ("there is no such folder." if missing else first_line(error)) + did_you_mean_path(name)
+        missing = "there is no such folder"
+        if not name.startswith((".", "~", "/")) and name.count("/") <= 1:
+            missing = f"{missing} in {str(Path.cwd())!r}, and as a name on the hub: {first_line(error)}"
+        return f"{missing.removesuffix('.')}.{did_you_mean_path(name)}"
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         if (reason := _why_damaged(file, error)) is not None:
             return f"the file {str(file)!r} {reason}"

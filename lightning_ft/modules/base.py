@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -346,9 +346,10 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
             options: `temperature`, `entropy` and `states` of that function.
         """
         if not isinstance(batch, TokenBatch):
+            keys = f" with {', '.join(map(repr, batch)) or 'no keys'}" if isinstance(batch, Mapping) else ""
             raise ConfigError(
-                f"{type(self).__name__} trains on supervised tokens and got a {type(batch).__name__}: pass a "
-                "PairDataModule to the Trainer, or a loader of `lightning_ft.data.layout.TokenBatch`es."
+                f"{type(self).__name__} trains on supervised tokens and got a {type(batch).__name__}{keys}: pass a "
+                "PairDataModule to the Trainer, or a loader of dicts with 'input_ids', 'attention_mask' and 'labels'."
             )
         return self._required_logprob_model()(self.model, batch, reduction, **options)
 

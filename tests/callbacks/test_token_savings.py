@@ -205,22 +205,18 @@ def test_savings_of_continued_fit_keep_arms_of_original_weights(trainer_options,
     assert savings.result.arms["untuned"] == first.arms["untuned"] != first.arms["tuned"]
 
 
-def test_savings_without_correct_answer_are_undefined(trainer_options, tmp_path, tokenizer):
+def test_savings_without_correct_answer_are_void(trainer_options, tmp_path, tokenizer):
     callback = TokenSavings(
         BASELINE, scorer="exact", requests=make_requests(), every_n_epochs=1, **{**QUICK, "max_new_tokens": 1}
     )
-    steps = []
-
-    class Counter(_pl.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            steps.append(trainer.global_step)
-
-    with pytest.warns(UserWarning, match="after epoch 0 are undefined: No answer of either arm was right"):
-        trainer, _ = fit(trainer_options, tmp_path, tokenizer, callback, callbacks=[Counter()])
-    assert steps[-1] == 16
-    assert callback.result is None
-    assert "No answer of either arm was right" in callback.undefined
+    trainer, _ = fit(trainer_options, tmp_path, tokenizer, callback)
+    assert callback.undefined is None
+    assert callback.result.gate.verdict == "VOID"
+    assert "token_savings/input" in trainer.callback_metrics
+    assert "token_savings/per_success" not in trainer.callback_metrics
     assert float(trainer.callback_metrics["token_savings/gate_passed"]) == 0
+    page = next(tmp_path.rglob("report.md")).read_text(encoding="utf-8")
+    assert "None was right: the first" in page
 
 
 def test_savings_refuse_trained_weights_as_original(trainer_options, tmp_path, tokenizer, savings):

@@ -194,15 +194,17 @@ def test_compare_resumes_killed_run(tmp_path, config, forked, monkeypatch):
     assert log.count("step 1: quality") == 1, "it started from scratch"
 
 
-def test_compare_stops_at_budget_and_continues_with_larger_one(tmp_path, config, forked):
+def test_compare_stops_at_budget_and_continues_with_larger_one(tmp_path, config, forked, capsys):
     output = str(tmp_path / "out")
     with pytest.raises(ComparisonError, match="nothing to compare"):
         compare(config, "lora", output, budget="0.001s", **{**QUICK, "learning_rates": {"lora": [5e-3]}})
     completed = sorted(path.parent.name for path in Path(output).rglob(RESULT))
     assert completed == ["original"]
+    assert "The same command with a larger --budget goes on." in capsys.readouterr().out
     result = compare(config, "lora", output, budget="1h", **{**QUICK, "learning_rates": {"lora": [5e-3]}})
     assert result.complete
     assert len(result.final_runs("lora")) == 2
+    assert f"Report written: {output}/report/report.html" in capsys.readouterr().out
 
 
 def test_compare_refuses_folder_of_another_configuration(tmp_path, config, forked):

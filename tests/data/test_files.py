@@ -125,6 +125,30 @@ def test_csv_rows_are_numbered_by_the_line_they_start_on(write):
     assert (problem.row, problem.reason, problem.detail) == (5, "wrong number of cells", "3 cells, the header has 2")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("a.csv", 'input;output\n"a;b, c";"1,5"\n', "separated by ';'"),
+        ("a.csv", 'input\toutput\n"a;b, c"\t"1,5"\n', "separated by '\\t'"),
+        ("a.tsv", 'input;output\n"a;b, c";"1,5"\n', "separated by ';'"),
+        ("a.csv", 'sep=;\r\ninput;output\r\n"a;b, c";"1,5"\r\n', "line with the separator"),
+        ("a.csv", 'sep=,\ninput,output\n"a;b, c","1,5"\n', "line with the separator"),
+    ],
+)
+def test_csv_is_read_with_the_delimiter_of_its_header(write, name, content, note):
+    rows, problems, report = load(write(name, content))
+    assert contents(rows) == [("a;b, c", "1,5")]
+    assert rows[0].row == (3 if content.startswith("sep=") else 2)
+    assert not problems
+    assert report.notes[note] == 1
+
+
+def test_csv_delimiter_in_a_cell_of_the_header_is_part_of_a_name(write):
+    rows, _, report = load(write("a.csv", 'input,output,"x;y;z;w"\na,b,c\n'))
+    assert contents(rows) == [("a", "b")]
+    assert not report.notes
+
+
 def test_csv_reads_long_cells(write):
     rows, _, _ = load(write("a.csv", "input,output\n" + "a" * 200_000 + ",b\n"))
     assert len(rows[0].messages[0]["content"]) == 200_000
@@ -151,7 +175,6 @@ WHOLE = {
     "object.json": (b'{"a": 1}', "expected a JSON array of rows, or an object with one list in it; found 'a'"),
     "number.json": (b"3", "expected a JSON array of rows, found int"),
     "json.csv": (b'{"input": "a", "output": "b"}\n', "looks like JSON, not CSV. Rename it to .jsonl"),
-    "semicolon.csv": (b"input;output\na;b\n", "seems to be separated by ';', expected ','"),
     "twice.csv": (b"input,input\na,b\n", "the header names 'input' twice"),
     "quote.csv": (b'input,output\n"a"b,c\n', "line 2: malformed CSV"),
     "a.docx": (b"whatever", "files with the suffix '.docx' can't be read; expected one of .jsonl"),

@@ -107,6 +107,13 @@ BAD = {
     "misspelled": ({"inputs": "a", "output": "b"}, "input", "missing field", RENAME),
     "None": ({"input": "a", "output": None}, "output", "None", FILL),
     "number": ({"input": "a", "output": 4}, "output", "wrong type", "Expected a string or a list of messages."),
+    "labels": (
+        {"input": "a", "output": ["J44.9", "R06.02"]},
+        "output[0]",
+        "wrong type",
+        "Each message needs a role and a content. If it is a list of texts, join them to one text, in the file or with "
+        "format=.",
+    ),
     "empty input": ({"input": "", "output": "b"}, "input", "empty input", FILL),
     "empty output": ({"input": "a", "output": ""}, "output", "empty output", FILL),
     "blank input": ({"input": " \n", "output": "b"}, "input", "whitespace-only input", FILL),

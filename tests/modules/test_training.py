@@ -54,6 +54,12 @@ def test_sft_gradient_checkpointing_gives_same_weights(fit, model_folder, kind):
         torch.testing.assert_close(trained[True][name], value, rtol=0, atol=1e-6)
 
 
+def test_sft_names_the_keys_of_a_dict_that_it_cannot_train_on(model_folder):
+    module = LoRAFineTuning(model_folder)
+    with pytest.raises(ConfigError, match=r"got a dict with 'q', 'a': .* dicts with 'input_ids', 'attention_mask' and"):
+        module.training_step(module.on_after_batch_transfer({"q": ["a"], "a": ["b"]}, 0), 0)
+
+
 def _loader(module):
     data = PairDataModule(ROWS, tokenizer=module.tokenizer, cache_dir=False)
     data.setup("fit")

@@ -82,6 +82,17 @@ def test_interval_includes_the_sampling_error():
     assert 0 <= few.low <= few.value <= few.high <= 1
 
 
+def test_pilot_without_a_right_answer_says_nothing_of_more_rows():
+    found = extrapolate({60: 0.0, 180: 0.0}, 1350, requests=150)
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 1.0)
+
+
+def test_pilot_whose_answers_are_all_right_is_not_certain():
+    found = extrapolate({60: 1.0, 180: 1.0}, 180, requests=150)
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert 0.97 < found.low < 0.99
+
+
 def test_extrapolation_brackets_measured_learning_curves():
     """Curves of docs/small_model.md as they were measured: 100 and 500 rows, then all of them."""
     for curve, rows, reached in (
@@ -109,7 +120,13 @@ def test_extrapolation_needs_two_sizes_and_requests(tuned, requests):
             QualityForecast(4000, 0.7, 0.6, 0.8),
             {"pilot": Pilot(200, prompted=0.1, untuned=0.2, tuned={100: 0.3, 300: 0.5})},
             "go",
-            "to match it says little",
+            "no saving of its tokens can be claimed; what training adds is quality, 20% without it",
+        ),
+        (
+            QualityForecast(4000, 0.0, 0.0, 1.0),
+            {"pilot": Pilot(200, prompted=0.0, untuned=0.0, tuned={100: 0.0, 300: 0.0})},
+            "pilot first",
+            r"Neither the prompt \(0% right\) nor the pilot is shown to be better than the model as it is \(0%\)",
         ),
         (
             QualityForecast(4000, 0.7, 0.6, 0.8),

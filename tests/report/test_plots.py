@@ -59,6 +59,13 @@ def test_draw_quality_shows_an_arm_without_success():
     assert axes.get_xscale() == "linear"
 
 
+def test_draw_quality_shows_arms_of_which_none_has_a_success():
+    never = Arm(Interval(0, 0, 0), Interval(math.inf, math.inf, math.inf))
+    axes = axes_of(draw_quality, arms={"prompted": never, "tuned": never})
+    assert labels_of(axes) == ["prompted (no success)", "tuned (no success)"]
+    assert list(axes.get_xticks()) == []
+
+
 def test_draw_quality_uses_a_log_scale_for_distant_arms():
     quality = Interval(0.5, 0.4, 0.6)
     arms = {"prompted": Arm(quality, Interval(9000, 8000, math.inf)), "tuned": Arm(quality, Interval(30, 29, 31))}

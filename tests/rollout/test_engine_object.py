@@ -10,8 +10,8 @@ from predrawn_rollouts import END
 
 from lightning_ft import GRPO, PPO
 from lightning_ft._lightning import Trainer
-from lightning_ft.cli import FineTuningParser
 from lightning_ft.errors import ConfigError, NonFiniteError, RolloutError
+from lightning_ft.parser import FineTuningParser
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Completion, RolloutEngine, Rollouts
 

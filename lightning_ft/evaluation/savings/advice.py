@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_ft.evaluation.savings.gate import required_requests
+from lightning_ft.evaluation.savings.gate import NO_SUCCESS, required_requests
 from lightning_ft.evaluation.savings.result import SavingsResult
 
 
@@ -14,6 +14,8 @@ def advice(result: SavingsResult) -> str:
     Args:
         result: The result.
     """
+    if result.gate.void == NO_SUCCESS:
+        return "Find out first why no answer was right: read a few, then check scorer, max_new_tokens and training."
     if result.gate.void:
         return "Don't claim a saving: the prompt that the model is compared with isn't shown to be worth its tokens."
     if result.gate.passed:

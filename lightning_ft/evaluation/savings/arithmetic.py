@@ -18,6 +18,7 @@ from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Array, Interval, Statistic, bootstrap_intervals
 from lightning_ft.evaluation.savings.cost import Costs, Prices, compute_costs
 from lightning_ft.evaluation.savings.gate import (
+    NO_SUCCESS,
     WEAK_PROMPT,
     Gate,
     Lead,
@@ -36,7 +37,6 @@ __all__ = [
     "ArmRecords",
     "Costs",
     "Gate",
-    "NoSuccessError",
     "Prices",
     "PromptBaseline",
     "SavingsResult",
@@ -44,12 +44,12 @@ __all__ = [
     "token_savings",
 ]
 
+_INSPECT = (
+    "No answer was right, prompted or tuned. Read a few of them in the report or in token_savings.json: the scorer may "
+    "be too strict, max_new_tokens too small, or training too short."
+)
 _WEAK_QUALITY = 0.5  # quality of the prompted arm below which the result has a warning
 _MAX_TRUNCATED_RATE = 0.05  # share of truncated answers above which the result has a warning
-
-
-class NoSuccessError(SavingsError):
-    """All scores of the prompted and the tuned arm are 0, so tokens per success are undefined."""
 
 
 def token_savings(
@@ -71,8 +71,8 @@ def token_savings(
 
     Savings are ratios of sums over requests, not means of ratios: ``1 - sum(I_t + O_t) / sum(I_p + O_p)`` for the input
     tokens `I` and output tokens `O` of the tuned and the prompted arm, likewise for input and for output tokens alone,
-    and for tokens per success (the tokens of all requests divided by the sum of the scores). Intervals are from a
-    paired bootstrap over requests, or over the records' clusters.
+    and for tokens per success (the tokens of all requests divided by the sum of the scores; left out if all scores of
+    both arms are 0). Intervals are from a paired bootstrap over requests, or over the records' clusters.
 
     Args:
         prompted: Records of the original weights with system prompt and few-shot examples, for ``n`` requests.
@@ -94,7 +94,6 @@ def token_savings(
     Raises:
         SavingsError: If the arms answered different requests or have different clusters, or `in_training` has ids that
             no request has.
-        NoSuccessError: If all scores of both arms are 0, so that tokens per success are undefined.
 
     Example:
         >>> ids = tuple(str(i) for i in range(200))
@@ -111,11 +110,7 @@ def token_savings(
         raise SavingsError(f"constant has {len(constant):,} scores for {len(prompted.ids):,} requests.")
     tuned = tuned.ordered(prompted.ids, "tuned")
     untuned = None if untuned is None else untuned.ordered(prompted.ids, "untuned")
-    if not any(prompted.scores) and not any(tuned.scores):
-        raise NoSuccessError(
-            "No answer of either arm was right, so tokens per success are undefined. Inspect a few answers: the scorer "
-            "may be too strict, or max_new_tokens too small."
-        )
+    none_right = not any(prompted.scores) and not any(tuned.scores)
     clusters = prompted.clusters or None
     for name, arm in (("tuned", tuned), ("untuned", untuned)):
         if arm is not None and arm.clusters != prompted.clusters:
@@ -133,7 +128,7 @@ def token_savings(
         "input": lambda s: 1 - s["tuned_input"] / s["prompted_input"],
         "output": lambda s: 1 - s["tuned_output"] / s["prompted_output"],
         "total": lambda s: 1 - _total(s, "tuned") / _total(s, "prompted"),
-        "per_success": _per_success_saving,
+        **({} if none_right else {"per_success": _per_success_saving}),
         "diff": lambda s: (s["tuned_score"] - s["prompted_score"]) / s["n"],
         **{f"quality_{name}": _quality(name) for name in arms},
     }
@@ -157,7 +152,9 @@ def token_savings(
     discordant = float(np.mean((np.array(tuned.scores) - np.array(prompted.scores)) ** 2))
     gate = replace(
         quality_gate(difference, discordant, len(set(clusters or prompted.ids)), margin),
-        void=why_void(
+        void=NO_SUCCESS
+        if none_right
+        else why_void(
             prompted.quality,
             successes=_count_wins(prompted.scores, [0.0] * len(prompted.ids), clusters),
             untuned=leads.get("untuned"),
@@ -169,7 +166,7 @@ def token_savings(
     gate = replace(gate, weak=not gate.void and min_quality is None and prompted.quality < _WEAK_QUALITY)
     return SavingsResult(
         arms=arms,
-        savings={name: found[name] for name in ("input", "output", "total", "per_success")},
+        savings={name: found[name] for name in ("input", "output", "total", "per_success") if name in found},
         quality={name: found[f"quality_{name}"] for name in arms},
         difference=found["diff"],
         gate=gate,
@@ -177,6 +174,7 @@ def token_savings(
         confidence=confidence,
         provenance=dict(provenance or {}),
         warnings=(
+            *((_INSPECT,) if none_right else ()),
             *_weak_prompt_warnings(gate, prompted),
             *overlap_warnings(in_training or (), prompted, tuned),
             *_warnings(gate, found["diff"], arms),
@@ -230,7 +228,8 @@ def _weak_prompt_warnings(gate: Gate, prompted: ArmRecords) -> list[str]:
 
 def _warnings(gate: Gate, difference: Interval, arms: Mapping[str, ArmRecords]) -> list[str]:
     found = []
-    if gate.underpowered and difference.hi > -gate.margin:  # more requests wouldn't help if the loss is already certain
+    # more requests wouldn't help if the loss is already certain, or if the verdict doesn't depend on it
+    if gate.underpowered and not gate.void and difference.hi > -gate.margin:
         need = gate.required_n if gate.bound < 0 else required_requests(0.0, gate.margin)
         found.append(
             f"Underpowered: {gate.n:,} requests can't rule out a loss of {gate.margin:.1%} in quality; {need:,} are "

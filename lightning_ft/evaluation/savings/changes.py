@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from lightning_ft.document.blocks import Answers, Block, SideBySide
+from lightning_ft.evaluation.savings.gate import NO_SUCCESS
 from lightning_ft.evaluation.savings.result import SavingsResult
 
 MAX_CHANGES = 10
@@ -38,11 +40,16 @@ def changed_answers(result: SavingsResult, direction: Direction, *, limit: int =
         >>> [(found.id, found.prompted, found.tuned) for found in changed_answers(result, "better")]
         [('b', 'no', 'yes')]
     """
+    changes = _changes(result, direction)
+    largest = sorted((k for k, change in enumerate(changes) if change > 0), key=lambda k: (-changes[k], k))
+    return _answers(result, largest[:limit])
+
+
+def _answers(result: SavingsResult, indices: Sequence[int]) -> tuple[Answers, ...]:
+    """Answers of both arms to the requests with these indices; empty if the answers weren't recorded."""
     prompted, tuned = result.arms["prompted"], result.arms["tuned"]
     if not prompted.outputs or not tuned.outputs:
         return ()
-    changes = _changes(result, direction)
-    largest = sorted((k for k, change in enumerate(changes) if change > 0), key=lambda k: (-changes[k], k))
     return tuple(
         Answers(
             id=prompted.ids[k],
@@ -53,7 +60,7 @@ def changed_answers(result: SavingsResult, direction: Direction, *, limit: int =
             prompted_score=prompted.scores[k],
             tuned_score=tuned.scores[k],
         )
-        for k in largest[:limit]
+        for k in indices
     )
 
 
@@ -65,6 +72,8 @@ def count_changed(result: SavingsResult, direction: Direction) -> int:
 def change_blocks(result: SavingsResult) -> tuple[Block, ...]:
     """Blocks of a report: how many answers scored lower and higher, and those to the requests that changed most.
 
+    Where no answer was right, the first ones are shown, so that a reader sees why.
+
     Args:
         result: The result.
     """
@@ -74,6 +83,8 @@ def change_blocks(result: SavingsResult) -> tuple[Block, ...]:
         f"{better:,} ({better / n:.1%}) scored higher, and {n - worse - better:,} the same."
     )
     found = (*_side_by_side(result, "worse", "loss"), *_side_by_side(result, "better", "gain"))
+    if result.gate.void == NO_SUCCESS and (answers := _answers(result, range(min(MAX_CHANGES, n)))):
+        found = (SideBySide(answers, f"None was right: the first {len(answers):,} of {n:,}."),)
     if worse + better and not found:
         return (f"{counts} The answers weren't recorded.",)
     return (counts, *found)

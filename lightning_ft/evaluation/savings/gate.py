@@ -40,6 +40,8 @@ def required_requests(discordant: float, margin: float) -> int:
 
 WEAK_PROMPT = "The prompted arm's quality is only"
 """Beginning of the warning of a weak prompt."""
+NO_SUCCESS = "no answer was right, prompted or tuned"
+"""Why there is no saving to claim if all scores of both arms are 0, also where `min_quality` allows that."""
 Verdict = Literal["PASS", "FAIL", "VOID"]
 
 

@@ -78,12 +78,12 @@ def draw_quality(axes: Axes, arms: Mapping[str, Arm], confidence: float = 0.95) 
 
     Args:
         axes: Axes of matplotlib.
-        arms: Arms by name; at least one has a finite number of tokens per success.
+        arms: Arms by name.
         confidence: Confidence level of the intervals.
     """
     ends = [end for arm in arms.values() for end in (arm.per_success.value, arm.per_success.lo, arm.per_success.hi)]
     finite = [end for end in ends if math.isfinite(end)]
-    low, high = min(finite), max(finite)
+    low, high = (min(finite), max(finite)) if finite else (1.0, 1.0)
     wide = high > 20 * low
     edge = high * (3 if wide else 1.25)  # x of an arm without success
     look = marker_styles(list(arms))
@@ -106,6 +106,8 @@ def draw_quality(axes: Axes, arms: Mapping[str, Arm], confidence: float = 0.95) 
         axes.set_xlim(low / 2, high * 2)
     else:
         axes.set_xlim(0, high * 1.1)
+    if not finite:  # no arm has a success, so the axis has no numbers
+        axes.set_xticks([])
     axes.set_ylim(-0.04, 1.08)
     axes.set_xlabel("tokens per success" + (" (log scale)" if wide else "") + ", fewer is better")
     axes.set_ylabel(f"quality (mean score, {confidence:.0%} interval)")

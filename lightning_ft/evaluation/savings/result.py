@@ -34,7 +34,8 @@ class SavingsResult:
 
     Args:
         arms: Records of ``prompted``, ``tuned`` and, if it was measured, ``untuned``.
-        savings: Savings ``input``, ``output``, ``total`` and ``per_success``, as shares of the prompted arm.
+        savings: Savings ``input``, ``output``, ``total`` and ``per_success``, as shares of the prompted arm. The last
+            is left out if no answer of either arm was right.
         quality: Mean score of each arm.
         difference: Tuned minus prompted quality.
         gate: Verdict on the difference.

@@ -122,11 +122,11 @@ def savings_headline(result: SavingsResult, of: str = "") -> Headline:
 def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
     """Key metrics of a result: tokens, quality and break-even."""
     level = f"{result.confidence:.0%} interval"
-    total, per_success = result.savings["total"], result.savings["per_success"]
+    labels = {"total": "tokens saved per request", "per_success": "tokens saved per success"}
+    saved = {label: saved_share(result.savings[name]) for name, label in labels.items() if name in result.savings}
     quality = result.quality
     facts = [
-        Fact("tokens saved per request", saved_share(total)[0], f"{level} {saved_share(total)[1]}"),
-        Fact("tokens saved per success", saved_share(per_success)[0], f"{level} {saved_share(per_success)[1]}"),
+        *(Fact(label, share, f"{level} {interval}") for label, (share, interval) in saved.items()),
         Fact(
             "quality, tuned",
             f"{quality['tuned'].value:.3f}",

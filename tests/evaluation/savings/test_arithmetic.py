@@ -216,10 +216,11 @@ def test_arm_records_refuse_invalid_requests():
         make_arm(3, scores=(1.0, math.nan, 1.0))
 
 
-def test_token_savings_without_success_is_undefined():
+def test_token_savings_without_success_leave_out_tokens_per_success():
     zero = (0.0,) * 200
-    with pytest.raises(SavingsError, match="undefined"):
-        token_savings(make_arm(scores=zero), make_arm(scores=zero))
+    result = token_savings(make_arm(scores=zero), make_arm(scores=zero))
+    assert list(result.savings) == ["input", "output", "total"]
+    assert result.gate.verdict == "VOID"
 
 
 @pytest.mark.parametrize("margin", [0, -0.1, 1, math.nan])

@@ -72,6 +72,13 @@ def test_change_blocks_without_changes_or_answers():
     assert text.endswith("and 1 the same. The answers weren't recorded.")
 
 
+def test_change_blocks_show_answers_where_none_was_right():
+    counts, shown = change_blocks(result_of([0.0] * 12, [0.0] * 12))
+    assert counts.endswith("and 12 the same.")
+    assert shown.caption == "None was right: the first 10 of 12."
+    assert (shown.answers[0].prompted, shown.answers[0].tuned) == ("prompted 0", "tuned 0")
+
+
 def test_result_keeps_requests_and_references(make):
     result = make.savings()
     assert SavingsResult.from_dict(result.to_dict()) == result

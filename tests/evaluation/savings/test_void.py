@@ -10,11 +10,13 @@ from lightning_ft.document.html import html_page
 from lightning_ft.document.markdown import markdown_document
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.bootstrap import Interval
+from lightning_ft.evaluation.savings.advice import advice
 from lightning_ft.evaluation.savings.arithmetic import ArmRecords, token_savings
+from lightning_ft.evaluation.savings.files import load_savings
 from lightning_ft.evaluation.savings.gate import Lead, why_void
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
 from lightning_ft.evaluation.savings.result import SavingsResult
-from lightning_ft.evaluation.savings.sections import savings_document
+from lightning_ft.evaluation.savings.sections import savings_document, savings_facts
 from lightning_ft.types import Message, Request
 
 N = 400
@@ -38,6 +40,26 @@ def test_gate_is_void_when_prompt_does_not_work():
         "saving to claim; the tuned model's quality is 0.113"
     )
     assert (result.metrics()["gate_passed"], result.metrics()["gate_void"]) == (0.0, 1.0)
+
+
+def test_gate_is_void_and_tokens_are_counted_when_no_answer_was_right(tmp_path):
+    result = measured(0, 0, min_quality=0.0)
+    assert result.headline.startswith("VOID: no answer was right, prompted or tuned, so there is no saving to claim")
+    assert result.savings["input"].value == 0.95
+    assert "per_success" not in result.savings
+    assert "Read a few of them" in result.warnings[0]
+    assert advice(result).startswith("Find out first why no answer was right")
+    result.save(tmp_path, png=True)
+    assert load_savings(tmp_path / "token_savings.json") == result
+    assert "none right" in markdown_document(savings_document(result), "", [])
+    assert [fact.label for fact in savings_facts(result)] == ["tokens saved per request", "quality, tuned"]
+
+
+def test_void_result_does_not_say_that_the_gate_fails_for_want_of_requests():
+    few = [ArmRecords(("a", "b"), (tokens, tokens), (5, 5), (1.0, 1.0), (False, False)) for tokens in (90, 9, 9)]
+    result = token_savings(*few, resamples=99)
+    assert result.gate.verdict == "VOID"
+    assert not any("Underpowered" in warning for warning in result.warnings)
 
 
 def test_gate_is_void_when_prompt_is_not_needed():
