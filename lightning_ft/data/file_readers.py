@@ -19,6 +19,8 @@ from lightning_ft.errors import DataError
 
 _SEPARATOR_LINE = re.compile(r"sep=([;,|\t])")
 """First line with which Excel is told the delimiter."""
+_SPREADSHEET_ERRORS = frozenset(("#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"))
+"""What a spreadsheet writes for a formula without a value."""
 
 
 def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iterator[RawRow]:
@@ -28,7 +30,7 @@ def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iter
         path: The file.
         name: Name of the file in errors.
         delimiter: Character between cells, unless the header has only one of another.
-        notes: Counter of blank lines, and of what differs from a file with this delimiter.
+        notes: Counter of blank lines, errors of a spreadsheet, and of what differs from a file with this delimiter.
 
     Raises:
         DataError: If the header can't be used, or cells can't be told apart.
@@ -64,7 +66,9 @@ def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iter
                     fix = "The file is damaged: remove the byte, or write the file again."
                     yield bad_row(name, number, "NUL byte", "", fix, field)
                 else:
-                    yield RawRow(name, number, dict(zip(header, cells, strict=True)))
+                    row = dict(zip(header, cells, strict=True))
+                    notes.update(f"{cell} in {column!r}" for column, cell in row.items() if cell in _SPREADSHEET_ERRORS)
+                    yield RawRow(name, number, row)
         except csv.Error as error:
             where = f"line {start}" if start >= reader.line_num else f"lines {start} to {reader.line_num}"
             hint = " A quote is opened and never closed." if "unexpected end" in str(error) else ""

@@ -125,6 +125,13 @@ def test_csv_rows_are_numbered_by_the_line_they_start_on(write):
     assert (problem.row, problem.reason, problem.detail) == (5, "wrong number of cells", "3 cells, the header has 2")
 
 
+def test_errors_of_a_spreadsheet_are_counted_by_column(write):
+    rows, problems, report = load(write("a.csv", "input,output\na,#N/A\nb,#N/A\n#REF!,c\nwhat is #N/A?,d\n"))
+    assert len(rows) == 4  # they may be meant
+    assert not problems
+    assert report.notes == {"#N/A in 'output'": 2, "#REF! in 'input'": 1}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "note"),
     [
