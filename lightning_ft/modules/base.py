@@ -432,7 +432,8 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         """Check that the checkpoint fits before anything is loaded from it.
 
         Raises:
-            CheckpointError: If the checkpoint lacks trainable weights, or has others.
+            CheckpointError: If the checkpoint lacks trainable weights, has others, or is to continue a run of another
+                method.
         """
         if (tokenizer := checkpoint.get(STATE, {}).get("tokenizer")) is not None:
             predicts = self._trainer is None or self._trainer.state.fn == "predict"
@@ -445,6 +446,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         refuse_other_names(trainable, set(checkpoint.get("state_dict", trainable)))
         self.fill_frozen_averages(checkpoint)
         refuse_other_shapes(self, {name: w.shape for name, w in checkpoint.get("state_dict", {}).items()})
+        self.check_continued(checkpoint)
         self.load_resume_state(checkpoint)
 
     def load_checkpoint(self, path: str | Path) -> None:

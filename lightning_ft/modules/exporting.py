@@ -16,6 +16,7 @@ from lightning_ft.models.card_facts import CardFacts, TrainingRecord
 from lightning_ft.models.export import ExportFormat, card_text, check_export, export, write_card
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.hub import check_hub, upload_export, warn_of_local_base
+from lightning_ft.modules.continued_run import refuse_other_method, warn_of_other_rows
 from lightning_ft.modules.options import ModelOptions
 from lightning_ft.modules.training_record import results_of_callbacks, training_record
 
@@ -69,6 +70,21 @@ class ExportedModule(LightningModule):
         found = state.get(RECORD)
         self._loaded_record = TrainingRecord.from_dict(found) if isinstance(found, Mapping) else None
         self._loaded_after = None if self._trainer is None else (self._trainer, self._trainer.global_step)
+
+    def check_continued(self, checkpoint: Mapping[str, Any]) -> None:
+        """Check that the run of a checkpoint, whose record is loaded, is the one that a fit is about to continue.
+
+        Args:
+            checkpoint: The checkpoint, which Lightning adds the arguments of the DataModule to.
+
+        Raises:
+            CheckpointError: In a fit, for a checkpoint of another method.
+        """
+        if self._trainer is None or self._trainer.state.fn != "fit" or self._loaded_record is None:
+            return
+        refuse_other_method(self, self._loaded_record)
+        saved = checkpoint.get("datamodule_hyper_parameters", {})
+        warn_of_other_rows(self._fit_data, self._trainer.world_size, self._loaded_record, saved)
 
     def _training_record(self) -> TrainingRecord | None:
         trainer = self._trainer

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import warnings
 
 import fsspec
@@ -10,7 +11,7 @@ import torch
 from full_disk import full_disk
 from tiny import make_rows
 
-from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PairDataModule, PreferenceDataModule
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.errors import CheckpointError, ConfigError, FileWriteError, RewardError
@@ -143,6 +144,37 @@ def test_foreign_checkpoints_are_refused(fit, module, model_folder, trainer_opti
         torch.save({**found, **change}, tmp_path / "c.ckpt")
         with pytest.raises(CheckpointError, match=r"c\.ckpt' contains .*an incomplete state of a run"):
             fit(module(), ROWS, ckpt_path=tmp_path / "c.ckpt")
+
+
+def test_run_of_another_method_is_not_continued(fit, module, model_folder, trainer_options, tmp_path):
+    fit(module(), ROWS, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    rows = [{"prompt": row["input"], "chosen": row["output"], "rejected": f"{row['output']} no"} for row in ROWS]
+    data = PreferenceDataModule(rows, validation=0.25, batch_size=3, cache_dir=False)
+    policy = DPO(model_folder, lora={"r": 2})  # its adapter's weights have the same names and shapes
+    with pytest.raises(CheckpointError, match=r"of a run of LoRAFineTuning, which DPO can't.*model= to DPO"):
+        Trainer(**trainer_options, max_steps=2).fit(policy, data, ckpt_path=tmp_path / "a.ckpt")
+    Trainer(**trainer_options).validate(DPO(model_folder, lora={"r": 2}), data, ckpt_path=tmp_path / "a.ckpt")
+    renamed = type("Renamed", (LoRAFineTuning,), {})(model_folder, lora={"r": 2})
+    assert fit(renamed, ROWS, max_steps=2, ckpt_path=tmp_path / "a.ckpt").global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "told"),
+    [
+        (ROWS, {}, None),
+        (ROWS[:8], {}, "12 training rows are now 8 others"),
+        (ROWS, {"chat_template": "plain"}, "12 training rows are now 12 others or with other tokens"),
+        (ROWS, {"batch_size": 2}, r"batch_size=4 on 1 rank is now 2 on 1"),
+        (ROWS, {"shuffle": True, "seed": 5}, r"shuffle=False is now True; seed=0 is now 5"),
+    ],
+    ids=["same", "fewer", "template", "batch_size", "order"],
+)
+def test_continuing_with_other_batches_is_told(fit, module, tmp_path, recwarn, rows, options, told):
+    fit(module(), ROWS, max_steps=2).save_checkpoint(tmp_path / "a.ckpt")
+    fit(module(), rows, max_steps=3, ckpt_path=tmp_path / "a.ckpt", data=options)
+    messages = [str(w.message) for w in recwarn if "other batches" in str(w.message)]
+    assert len(messages) == (told is not None)
+    assert told is None or re.search(told, messages[0])
 
 
 def test_load_from_checkpoint_executes_no_code(fit, module, tmp_path, monkeypatch):
