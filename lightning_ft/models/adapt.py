@@ -18,6 +18,7 @@ from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.load import adapter_config
 from lightning_ft.models.load_report import shortened, warn_on_rank_zero, why_unreadable
 from lightning_ft.models.lora_checks import check_adapter
+from lightning_ft.models.zero_weights import warn_of_dead_adapter
 from lightning_ft.read_errors import READ_ERRORS
 
 DEFAULT_LORA: dict[str, object] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -198,6 +199,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
             f"The adapter in {path!r} doesn't fit {type(model).__name__}: {' and '.join(problems)}. It was trained on "
             f"{config.base_model_name_or_path!r}: pass that as the base, or check that its files belong together."
         )
+    warn_of_dead_adapter(adapted, path)
     return adapted
 
 

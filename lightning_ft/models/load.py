@@ -21,7 +21,8 @@ from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError
 from lightning_ft.models.base_folder import find_base
-from lightning_ft.models.load_report import check_loaded, why_unreadable
+from lightning_ft.models.load_report import check_loaded, refuse_damaged_json, why_unreadable
+from lightning_ft.models.zero_weights import warn_of_zero_weights
 from lightning_ft.read_errors import READ_ERRORS, first_line
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def load_model(
     if quantization is not None:
         options["quantization_config"] = quantization_config(quantization)
         options["device_map"] = {"": device if device is not None else torch.device("cpu")}
+    refuse_damaged_json(name, "generation_config.json")
     try:
         with torch.device("cpu"):  # a Trainer may have set another default (meta, for sharded strategies)
             model, info = auto_class.from_pretrained(name, **options)
@@ -197,6 +199,7 @@ def load_model(
         reason = why_unreadable(name, error, revision=revision)
         raise ModelError(f"The model {name!r} could not be loaded: {reason}") from error
     check_loaded(model, info, name, new_head=num_labels is not None)
+    warn_of_zero_weights(model, name)
     _keep_trainable(model)
     return cast(PreTrainedModel, model.train())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sized
@@ -95,6 +96,31 @@ def shortened(names: Iterable[str]) -> str:
 
 def _count(names: Sized) -> str:
     return f"{len(names):,} weight{'' if len(names) == 1 else 's'}"
+
+
+def refuse_damaged_json(name: str, file: str) -> None:
+    """Refuse a model whose optional JSON file is damaged, since transformers would load it as if it had none.
+
+    Args:
+        name: Hub name or folder of the model; only a folder is checked.
+        file: Name of the file.
+
+    Raises:
+        ModelError: If it is there and isn't a JSON object.
+    """
+    path = Path(name) / file
+    if not path.is_file():
+        return
+    try:
+        content = json.loads(path.read_bytes())
+        reason = None if isinstance(content, dict) else f"it contains a {type(content).__name__}"
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        reason = first_line(error)
+    if reason is not None:
+        raise ModelError(
+            f"The file {str(path)!r} isn't a JSON object ({reason}). Download or copy it again, or delete it to do "
+            "without its settings."
+        )
 
 
 def why_unreadable(name: str, error: BaseException, *, revision: str | None = None) -> str:

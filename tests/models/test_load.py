@@ -166,6 +166,22 @@ def test_load_model_error_names_a_missing_folder(tmp_path):
         load_causal_lm(str(tmp_path / "none"))
 
 
+def test_load_model_warns_of_matrices_of_zeros(folder):
+    change(folder, lambda w: {n: torch.zeros_like(v) if "layers.1" in n else v for n, v in w.items()})
+    with pytest.warns(UserWarning, match=r"7 contain only zeros \(model\.layers.*whose end was lost"):
+        load_causal_lm(str(folder))
+
+
+@pytest.mark.parametrize("content", ['{"eos_tok', "[1]", b"\xff\xfe"])
+def test_load_model_refuses_a_damaged_generation_config(folder, content):
+    path = folder / "generation_config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ModelError, match=r"generation_config\.json' isn't a JSON object"):
+        load_causal_lm(str(folder))
+    path.unlink()
+    load_causal_lm(str(folder))
+
+
 # ---- adapters
 
 
@@ -178,6 +194,16 @@ def test_load_adapter_restores_saved_weights(saved_adapter):
     assert len(loaded) == len(saved) == 28
     for name, value in saved.items():
         torch.testing.assert_close(loaded[name.replace(".weight", ".default.weight")], value)
+
+
+def test_load_adapter_warns_of_layers_that_cannot_learn(adapter):
+    change(adapter, lambda w: {n: torch.zeros_like(v) if "lora_B" in n else v for n, v in w.items()}, ADAPTER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_adapter(make_model(), str(adapter))  # an adapter that is new has one matrix of zeros
+    change(adapter, lambda w: {n: torch.zeros_like(v) if "layers.1" in n else v for n, v in w.items()}, ADAPTER)
+    with pytest.warns(UserWarning, match=r"Of the 14 layers .*, 7 have only zeros in both matrices \(.*\.layers\.\*"):
+        load_adapter(make_model(), str(adapter))
 
 
 def test_load_adapter_names_weights_that_the_model_does_not_know(adapter):
