@@ -63,15 +63,23 @@ def input_device(model: CausalLM) -> torch.device:
     return device_of_passes(cast(Tensor, base_of(model).get_input_embeddings().weight))
 
 
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names that configurations have for a bound of the logits: Gemma 2, RecurrentGemma, xLSTM."""
+
+
 def logit_transform(config: PreTrainedConfig, temperature: float = 1.0) -> LogitTransform:
-    """The scaling and soft-capping that a configuration applies to the head's output, and the temperature."""
+    """The scaling and soft-capping that a configuration applies to the head's output, and the temperature.
+
+    A soft cap that isn't known here would be missed: logits of a model that is trained from scratch are far below it
+    when the model is probed, and reach it later.
+    """
     text = config.get_text_config()
     scale = 1.0
     if (factor := getattr(text, "logit_scale", None)) is not None:  # Cohere
         scale *= float(factor)
     if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
         scale /= float(divisor)
-    cap = getattr(text, "final_logit_softcapping", None)
+    cap = next((value for name in SOFT_CAPS if (value := getattr(text, name, None)) is not None), None)
     return LogitTransform(scale, None if cap is None else float(cap), temperature)
 
 

@@ -1,5 +1,6 @@
 """Log-probabilities of packed batches match single examples for many architectures, or the plain path is used."""
 
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from tiny import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.errors import ModelError
 from lightning_ft.models.adapt import add_lora, lora_config
-from lightning_ft.models.head import attention_bias, completion_logprobs
+from lightning_ft.models.head import SOFT_CAPS, attention_bias, completion_logprobs
 from lightning_ft.models.logprob_model import LogProbModel
 
 SMALL = {
@@ -107,6 +109,26 @@ def test_logprobs_and_gradients_match_single_examples(name, attention):
         scored.logprobs.sum().backward()
         for key, value in gradients(model).items():
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4)
+
+
+def test_soft_cap_far_above_the_logits_is_applied():
+    """Without its cap of 30 this model's log-probs are off by 2e-4, less than a probe allows for rounding."""
+    model = build("recurrent_gemma", {"initializer_range": 0.2}).train()
+    batch = collate_examples(examples(), packing=False)
+    scored = LogProbModel()(model, batch, "none").logprobs
+    torch.testing.assert_close(scored, one_by_one(model), rtol=0, atol=1e-5)
+
+
+def test_soft_caps_of_all_architectures_are_known():
+    other = {"attn_logit_softcapping", "router_logit_softcapping", "moe_router_logit_softcapping"}  # not of the head
+    names = set()
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = AutoConfig.for_model(kind).get_text_config()
+        except Exception:  # some have no default configuration
+            continue
+        names |= {name for name in vars(config) if re.search("logit.*cap|cap.*logit", name)}
+    assert {"final_logit_softcapping"} <= names - other <= set(SOFT_CAPS)
 
 
 @pytest.mark.parametrize(("window", "ours"), [(None, True), (12, True), (4, False)])
