@@ -121,7 +121,15 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def _gathered(awaitables: Sequence[Awaitable[T]]) -> list[T | BaseException]:
-    return list(await asyncio.gather(*awaitables, return_exceptions=True))
+    return list(await asyncio.gather(*map(_result, awaitables), return_exceptions=True))
+
+
+async def _result(awaitable: Awaitable[T]) -> T | BaseException:
+    """What an awaitable returns; an exit is returned, too, since raised it would end the loop that others wait for."""
+    try:
+        return await awaitable
+    except SystemExit as error:
+        return error
 
 
 OnNonFinite = Literal["error", "skip"]

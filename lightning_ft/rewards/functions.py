@@ -244,7 +244,7 @@ class RewardFunctions:
         for reward, log in zip(rewards, logs, strict=True):
             try:
                 results.append(reward(batch, log_metric=log.metric, log_extra=log.extra))
-            except Exception as error:  # any exception of a user's function; the error must name the function
+            except (Exception, SystemExit) as error:  # whatever a function raises, or a completion's code that it runs
                 results.append(error)
         pending = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
         if pending:

@@ -87,6 +87,28 @@ def test_async_failure_names_reward_and_completion():
     assert isinstance(got.value.__cause__, KeyError)
 
 
+def test_async_exit_names_reward_and_completion():
+    """Raised in the background loop it would end that loop, and training would wait forever."""
+
+    async def judge(completions):
+        await asyncio.sleep(0)
+        if "five" in completions:
+            raise SystemExit(1)
+        return [0.0] * len(completions)
+
+    caught = []
+
+    def compute():
+        with pytest.raises(RewardError) as error:
+            compute_rewards([judge, slowly])
+        caught.append(str(error.value))
+
+    waiting = threading.Thread(target=compute, daemon=True)
+    waiting.start()
+    waiting.join(timeout=30)
+    assert "'judge' failed on completion 1 ('five') with SystemExit: 1" in caught[0]
+
+
 def test_failure_of_another_reward_leaves_no_coroutine_unawaited():
     def fails(completions):
         raise ValueError("no")

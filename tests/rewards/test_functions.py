@@ -272,6 +272,18 @@ def test_interrupts_are_not_wrapped():
         compute_rewards(judge)
 
 
+def test_exit_of_a_completion_that_is_run_as_code_names_the_completion():
+    """It would end training with the completion's exit status and without a word."""
+
+    def runs(completions):
+        for text in completions:
+            exec("raise SystemExit(0)" if text == "five" else "pass")
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'runs' failed on completion 1 \('five'\) with SystemExit: 0"):
+        compute_rewards(runs)
+
+
 # -------------------------------------------------------------------- columns and arguments
 
 
