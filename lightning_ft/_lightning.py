@@ -55,6 +55,7 @@ _both.sort(key=lambda module: module is not _pl)
 
 if TYPE_CHECKING:
     import torch
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
     from pytorch_lightning.plugins import CheckpointIO as CheckpointIO
     from pytorch_lightning.plugins import TorchCheckpointIO
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
 else:
     TorchCheckpointIO = _pl.plugins.TorchCheckpointIO
     restricted_classmethod = importlib.import_module(f"{_pl.__name__}.utilities.model_helpers")._restricted_classmethod
+    MisconfigurationException = importlib.import_module(
+        f"{_pl.__name__}.utilities.exceptions"
+    ).MisconfigurationException
     LightningModule = _pl.LightningModule
     Trainer = _pl.Trainer
     Callback = _pl.Callback if len(_both) == 1 else type("Callback", tuple(m.Callback for m in _both), {})
@@ -119,6 +123,7 @@ __all__ = [
     "Callback",
     "LightningDataModule",
     "LightningModule",
+    "MisconfigurationException",
     "TorchCheckpointIO",
     "Trainer",
     "available_flops",

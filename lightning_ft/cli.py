@@ -17,7 +17,13 @@ from typing import Any
 from lightning_utilities.core import rank_zero
 
 import lightning_ft
-from lightning_ft._lightning import LightningDataModule, LightningModule, Trainer, cli_module
+from lightning_ft._lightning import (
+    LightningDataModule,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    cli_module,
+)
 from lightning_ft.atomic_files import write_text
 from lightning_ft.completion import SHELLS, Parsers, PrintCompletion
 from lightning_ft.console import WARNINGS_WITHOUT_FIT, hide_warnings
@@ -277,6 +283,20 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
                     raise own from None
                 raise
         self._resolve_ckpt_path()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer.
+
+        Raises:
+            ConfigError: For settings that it refuses, such as an accelerator that this machine lacks.
+        """
+        try:
+            trainer: Trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            if isinstance(error, LightningFTError):
+                raise
+            raise ConfigError(f"The Trainer refuses the settings in `trainer`: {error}") from error
+        return trainer
 
     def _resolve_ckpt_path(self) -> None:
         """Replace ``last`` and ``best`` by the path of a checkpoint of an earlier run, and print it.

@@ -23,7 +23,11 @@ _UNKNOWN_KEY = re.compile(
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)(?=\n|$)")
 _UNKNOWN_SUBCOMMAND = re.compile(r"argument subcommand: invalid choice: '(?P<name>[^']*)' \(choose from [^)]*\)")
 _NO_FILE = re.compile(r"File does not exist: '(?P<path>[^']+)'")
-
+_SAYS_NOTHING = re.compile(
+    r"\n *(?:Does not validate against any of the Union subtypes|Subtypes: .*|- Expected a <class 'NoneType'>"
+    r"|Given value type: .*|Given value: NestedArg\(.*|Errors:(?=\n *Given value: (?!NestedArg)))(?=\n|$)"
+)
+"""Lines of the parser's errors that repeat the argument's type, or the whole configuration around it."""
 _NO_ENGINE = re.compile(r"Import path [\w.]+ does not implement protocol RolloutEngine(?!\. Its)")
 
 
@@ -31,7 +35,7 @@ class FineTuningParser(cli_module().LightningArgumentParser):  # type: ignore[mi
     """Lightning's parser, with hints in its errors: the closest valid name, and what an engine needs."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        """Print the error and exit.
+        """Print the error in a few lines, without the fifty options that the subcommand has, and exit.
 
         Args:
             message: Error message.
@@ -41,7 +45,8 @@ class FineTuningParser(cli_module().LightningArgumentParser):  # type: ignore[mi
         keys = [action.dest for action in parser._actions]
         message = _with_nearest_names(message, keys)
         message = _UNKNOWN_SUBCOMMAND.sub(lambda match: _with_subcommands(match, self._subcommands()), message)
-        super().error(_with_hint_for_engines(message), ex)
+        parser.print_usage = lambda *_: None
+        super().error(_SAYS_NOTHING.sub("", _with_hint_for_engines(message)), ex)
 
     def _subcommands(self) -> list[str]:
         """Names of all subcommands of the program, those that need no Trainer included."""

@@ -171,6 +171,37 @@ def test_parser_rejects_unknown_keys_and_values(config, capsys, args, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.learning_rate", "abc"),
+        ("model.lr_schedule", "cosinus"),
+        ("trainer.precision", "bf17"),
+        ("trainer.callbacks", "TokenSaving"),
+        ("data.batch_size", "four"),
+    ],
+)
+def test_parser_refuses_a_value_in_a_few_lines(config, capsys, name, value):
+    with pytest.raises(SystemExit):
+        main_with("fit", "--config", config(), f"--{name}={value}")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) < 15
+    assert all(any(word in line for line in lines) for word in (name.split(".")[-1], value, "fit --help"))
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["--trainer.accelerator", "tpu"], "accelerator|TPU|torch_xla"),
+        (["--trainer.strategy", "ddp_of_its_own"], "invalid strategy name"),
+        (["--trainer.devices", "0"], "devices"),
+    ],
+)
+def test_main_prints_what_the_trainer_refuses_without_traceback(config, args, reason):
+    with pytest.raises(SystemExit, match=rf"lightning-ft: ConfigError: The Trainer refuses (?s:.*)(?:{reason})"):
+        main_with("fit", "--config", config(), *args)
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--model.learning_rat", "1"], "'learning_rat' is not accepted. Did you mean 'learning_rate'?"),
