@@ -380,6 +380,17 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         """Batches of the test rows."""
         return self._loader("test")
 
+    def predict_dataloader(self) -> Any:
+        """Batches of the rows to answer, in a DataModule that has such rows.
+
+        Raises:
+            ConfigError: In all others.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} has no rows to answer. Pass PairDataModule(..., predict=...) to predict, with any "
+            "module: its rows need no output."
+        )
+
     @property
     def batch_size(self) -> int:
         """Number of rows per batch on each rank, as in `hparams`, where Lightning's Tuner sets it."""

@@ -12,6 +12,7 @@ from lightning_ft._lightning import _pl, cli_module
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.preferences import PreferenceDataModule
 from lightning_ft.data.preview import preview
+from lightning_ft.data.prompts import PromptDataModule
 from lightning_ft.errors import ConfigError, DataError
 
 
@@ -47,6 +48,14 @@ def test_preference_data_module_serves_all_stages(trainer, tokenizer, preference
     assert epochs[0] != epochs[1]
     trainer().test(module, data, verbose=False)
     assert texts(tokenizer, module.seen[-1][1]) == expected(preferences[20:])
+
+
+def test_rows_without_questions_to_answer_name_the_data_module_that_has_them(trainer, tokenizer, preferences):
+    prompts = [{"prompt": "2 + 2?"}]
+    for data_class, rows in ((PreferenceDataModule, preferences), (PromptDataModule, prompts)):
+        data = data_class(rows, tokenizer=tokenizer, cache_dir=False)
+        with pytest.raises(ConfigError, match=rf"{data_class.__name__} has no rows to answer.*PairDataModule"):
+            trainer().predict(BatchRecorder(tokenizer), data)
 
 
 def test_preference_batches_keep_dtypes_with_bf16_true(trainer, tokenizer, preferences):
