@@ -27,7 +27,14 @@ from lightning_ft._lightning import (
 from lightning_ft.atomic_files import write_text
 from lightning_ft.completion import SHELLS, Parsers, PrintCompletion
 from lightning_ft.console import WARNINGS_WITHOUT_FIT, hide_warnings
-from lightning_ft.errors import CheckpointNotFoundError, ConfigError, GateError, LightningFTError, MeasurementError
+from lightning_ft.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    FileWriteError,
+    GateError,
+    LightningFTError,
+    MeasurementError,
+)
 from lightning_ft.importing import without_imports
 from lightning_ft.models.export import ExportFormat
 from lightning_ft.models.gguf_export import GGUFType
@@ -167,6 +174,28 @@ class _SaveConfig(_cli.SaveConfigCallback):  # type: ignore[name-defined,misc]
         super().__init__(parser, config, *args, **options)
         if config.get("ckpt_path") is not None:
             self.overwrite = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the configuration.
+
+        Raises:
+            ConfigError: If the folder holds that of another run.
+            FileWriteError: If it can't be written.
+        """
+        try:
+            super().setup(trainer, pl_module, stage)
+        except OSError as error:
+            raise FileWriteError(
+                f"The configuration {self.config_filename!r} can't be written to {trainer.log_dir!r} "
+                f"({error.strerror or error}). Free some space, or set trainer.default_root_dir to another folder."
+            ) from error
+        except RuntimeError as error:
+            if "to NOT exist" not in str(error):
+                raise
+            raise ConfigError(
+                f"The folder {trainer.log_dir!r} contains the {self.config_filename} of another run. Delete or rename "
+                "it, set trainer.default_root_dir to another folder, or use a logger, which makes a folder per run."
+            ) from error
 
 
 class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]

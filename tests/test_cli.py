@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from full_disk import full_disk
 from tiny import make_rows
 
 import lightning_ft
 from lightning_ft.__main__ import main
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.data.templates import PLAIN_TEMPLATE
+from lightning_ft.errors import ConfigError, FileWriteError
 
 
 @pytest.fixture
@@ -89,8 +91,15 @@ def test_fit_continues_in_the_folder_of_the_run_before(run, config, tmp_path):
     run("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "1")
     run("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2")
     assert yaml.safe_load((tmp_path / "runs/config.yaml").read_text())["trainer"]["max_epochs"] == 2
-    with pytest.raises(RuntimeError, match="to NOT exist"):
+    with pytest.raises(ConfigError, match=r"contains the config\.yaml of another run"):
         run("fit", "--config", path, "--trainer.max_epochs", "3")
+
+
+def test_full_disk_error_names_the_configuration(run, config, tmp_path):
+    content = yaml.safe_load(Path(config()).read_text())
+    path = config(trainer={**content["trainer"], "logger": False})
+    with full_disk(100), pytest.raises(FileWriteError, match=r"configuration 'config\.yaml' can't be written to"):
+        run("fit", "--config", path)
 
 
 def test_export_writes_adapter_and_chat_template(run, config, tmp_path, capsys):
