@@ -56,7 +56,7 @@ def cases(size: Size) -> list[tuple[str, Any, Build, Build, dict[str, float]]]:
     found: list[tuple[str, Any, Build, Build, dict[str, float]]] = []
     for precision in ("32-true", "bf16-mixed"):
         for lora in (True, False):
-            case = RealRows(size, lora, prompt=PROMPT, answer=ANSWER, batch=8, steps=1, precision=precision)
+            case = RealRows(size, lora, prompt=PROMPT, answer=ANSWER, batch=8, steps=2, precision=precision)
             found.append(("SFT", case, sft.ours, sft.trl, sft.agree(case)))
     pair = pairs.Case("dpo", lora=True, size=size, prompt=PROMPT, answer=ANSWER, batch=4, steps=1)
     found.append(("DPO", pair, pairs.ours, pairs.trl, pairs.AGREE["dpo"]))

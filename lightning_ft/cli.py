@@ -11,6 +11,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -168,7 +170,7 @@ def _import_public_classes() -> None:
 
 
 class _SaveConfig(_cli.SaveConfigCallback):  # type: ignore[name-defined,misc]
-    """Writes the configuration; a run that continues one in the same folder may replace that one's."""
+    """Writes the configuration; a run that continues one in the same folder keeps that one's next to its own."""
 
     def __init__(self, parser: Any, config: Any, *args: Any, **options: Any) -> None:
         super().__init__(parser, config, *args, **options)
@@ -182,20 +184,30 @@ class _SaveConfig(_cli.SaveConfigCallback):  # type: ignore[name-defined,misc]
             ConfigError: If the folder holds that of another run.
             FileWriteError: If it can't be written.
         """
+        folder = trainer.log_dir  # which all ranks must ask for
         try:
+            if self.overwrite and not self.already_saved and folder and trainer.is_global_zero:
+                _keep_earlier(Path(folder) / self.config_filename)
             super().setup(trainer, pl_module, stage)
         except OSError as error:
             raise FileWriteError(
-                f"The configuration {self.config_filename!r} can't be written to {trainer.log_dir!r} "
+                f"The configuration {self.config_filename!r} can't be written to {folder!r} "
                 f"({error.strerror or error}). Free some space, or set trainer.default_root_dir to another folder."
             ) from error
         except RuntimeError as error:
             if "to NOT exist" not in str(error):
                 raise
             raise ConfigError(
-                f"The folder {trainer.log_dir!r} contains the {self.config_filename} of another run. Delete or rename "
+                f"The folder {folder!r} contains the {self.config_filename} of another run. Delete or rename "
                 "it, set trainer.default_root_dir to another folder, or use a logger, which makes a folder per run."
             ) from error
+
+
+def _keep_earlier(path: Path) -> None:
+    """Rename the configuration of the run that is continued: `config.yaml` becomes `config-1.yaml`, the next `-2`."""
+    if path.exists():
+        number = next(n for n in count(1) if not path.with_stem(f"{path.stem}-{n}").exists())
+        path.rename(path.with_stem(f"{path.stem}-{number}"))
 
 
 class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]

@@ -90,9 +90,12 @@ def test_fit_continues_in_the_folder_of_the_run_before(run, config, tmp_path):
     path = config(trainer=trainer)
     run("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "1")
     run("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "2")
-    assert yaml.safe_load((tmp_path / "runs/config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    run("fit", "--config", path, "--ckpt_path", "last", "--trainer.max_epochs", "3")
+    written = {file.name: yaml.safe_load(file.read_text()) for file in (tmp_path / "runs").glob("*.yaml")}
+    epochs = {name: content["trainer"]["max_epochs"] for name, content in written.items()}
+    assert epochs == {"config-1.yaml": 1, "config-2.yaml": 2, "config.yaml": 3}
     with pytest.raises(ConfigError, match=r"contains the config\.yaml of another run"):
-        run("fit", "--config", path, "--trainer.max_epochs", "3")
+        run("fit", "--config", path, "--trainer.max_epochs", "4")
 
 
 def test_full_disk_error_names_the_configuration(run, config, tmp_path):
