@@ -5,6 +5,7 @@ Supervised fine-tuning, preference losses and policy gradients all call :func:`c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -63,6 +64,8 @@ def input_device(model: CausalLM) -> torch.device:
     return device_of_passes(cast(Tensor, base_of(model).get_input_embeddings().weight))
 
 
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+"""Names that configurations have for a factor of the logits: Cohere, Falcon-H1, Muse Glimmer."""
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Names that configurations have for a bound of the logits: Gemma 2, RecurrentGemma, xLSTM."""
 
@@ -71,13 +74,13 @@ def logit_transform(config: PreTrainedConfig, temperature: float = 1.0) -> Logit
     """The scaling and soft-capping that a configuration applies to the head's output, and the temperature.
 
     A soft cap that isn't known here would be missed: logits of a model that is trained from scratch are far below it
-    when the model is probed, and reach it later.
+    when the model is probed, and reach it later. So would a factor close to 1.
     """
     text = config.get_text_config()
-    scale = 1.0
-    if (factor := getattr(text, "logit_scale", None)) is not None:  # Cohere
-        scale *= float(factor)
-    if (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite
+    multiplies = text.model_type.startswith("hyperclovax")  # it has Granite's name for the inverse
+    factors = SCALES if not multiplies else (*SCALES, "logits_scaling")
+    scale = math.prod(float(value) for name in factors if (value := getattr(text, name, None)) is not None)
+    if not multiplies and (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite, MiniCPM3
         scale /= float(divisor)
     cap = next((value for name in SOFT_CAPS if (value := getattr(text, name, None)) is not None), None)
     return LogitTransform(scale, None if cap is None else float(cap), temperature)

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.errors import ModelError
 from lightning_ft.models.adapt import add_lora, lora_config
-from lightning_ft.models.head import SOFT_CAPS, attention_bias, completion_logprobs
+from lightning_ft.models.head import SOFT_CAPS, attention_bias, completion_logprobs, logit_transform
 from lightning_ft.models.logprob_model import LogProbModel
 
 SMALL = {
@@ -39,6 +39,7 @@ ARCHITECTURES = {
     "phi3": {"tie_word_embeddings": True},
     "granite": {"logits_scaling": 3.0},
     "cohere": {"logit_scale": 0.3},
+    "hyperclovax": {"logits_scaling": 0.3},  # it multiplies by what Granite divides by
     "gpt_neox": {},
     "llama4_text": {
         "num_local_experts": 2,
@@ -109,6 +110,15 @@ def test_logprobs_and_gradients_match_single_examples(name, attention):
         scored.logprobs.sum().backward()
         for key, value in gradients(model).items():
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.01])
+def test_factor_of_the_logits_is_applied(scale):
+    options = {"lm_head_multiplier": scale, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+    model = build("falcon_h1", {**options, "mamba_n_groups": 1, "mamba_d_state": 8, "initializer_range": 0.1}).train()
+    assert logit_transform(model.config).scale == scale
+    scored = LogProbModel()(model, collate_examples(examples(), packing=False), "none").logprobs
+    torch.testing.assert_close(scored, one_by_one(model), rtol=0, atol=1e-5)
 
 
 def test_soft_cap_far_above_the_logits_is_applied():
