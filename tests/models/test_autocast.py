@@ -60,6 +60,20 @@ def test_engine_casts_each_frozen_weight_once():
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
+def test_engine_casts_each_weight_once_where_autocast_keeps_no_copies():
+    """As in a Trainer since Lightning 2.6; the trained weights of an adapter are cast once then, too."""
+    model = make_policy()
+    engine = LocalEngine(model, end_token_ids=ENDS)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+    with autocast:
+        engine.generate([[5, 6]], max_new_tokens=2)  # probes the model
+        with CountCasts(model) as casts:
+            engine.generate(make_prompts(), max_new_tokens=8)
+        assert not torch.is_autocast_cache_enabled()
+    assert {count for name, count in casts.counts.items() if "proj" in name} == {1}
+    assert {"lora_A", "base_layer"} <= {part for name in casts.counts for part in name.split(".")}
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_casting_once_changes_no_token_and_no_log_probability(name, monkeypatch):
     model = make_policy(name)
