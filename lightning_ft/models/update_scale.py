@@ -70,6 +70,7 @@ class UpdateScale:
             else:
                 origin = start.to(trained.device).float()
                 parameter.copy_(origin + scale * (trained.float() - origin))
+        torch.clear_autocast_cache()  # it may have half-precision copies of the weights at another scale
         self.scale = scale
 
 

@@ -349,6 +349,7 @@ class PolicyOptimization(SampledCompletions):
         self.note_loss(self._batch_idx, whole)
         self._step_loss, self._unusable = whole, rollout_batch.nonfinite
         optimizer.step()
+        torch.clear_autocast_cache()  # which may have copies of the weights before the step, as in Lightning 2.5
         self._step_schedulers("step")
 
     def _step_schedulers(self, interval: str) -> None:

@@ -88,6 +88,24 @@ def test_scaled_update_interpolates_the_weights(lora):
             torch.testing.assert_close(weight, expected, rtol=0, atol=0 if scale == 1 else 2e-6)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_scaled_update_is_used_where_autocast_keeps_copies(lora):
+    """As in Fabric, whose autocast keeps half-precision copies of the weights while all scales are measured."""
+    model = make_model().eval()
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")) if lora else model
+    original, ids = copy_weights(model), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    update, scales = UpdateScale(model, original), (1.0, 0.5, 0.0)
+    found = {}
+    for keeps in (True, False):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps):
+            found[keeps] = [(update.set(scale), model(ids).logits)[1] for scale in scales]
+    assert all(map(torch.equal, found[True], found[False]))
+    assert not torch.equal(found[True][0], found[True][2])
+
+
 def test_updates_that_cannot_be_scaled_are_refused():
     dora = get_peft_model(make_model(), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]))
     with pytest.raises(ModelError, match=r"isn't linear, .*lora_magnitude_vector.*without use_dora"):

@@ -54,6 +54,24 @@ def test_policy_steps_do_not_depend_on_micro_batches_and_sharing(kind, options, 
         assert largest_difference(weights(other), weights(found[0])) < 1e-6
 
 
+@pytest.mark.parametrize("kind", [Policy, Actor])
+def test_steps_of_a_rollout_use_weights_of_their_own_time_where_autocast_keeps_copies(kind, trainer_options):
+    """As in a Trainer of Lightning 2.5, whose autocast keeps half-precision copies for the whole training step."""
+    found = []
+    for keeps in (True, False):
+
+        class Precision(_pl.plugins.MixedPrecision):
+            def autocast_context_manager(self, keeps=keeps):
+                return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=keeps)
+
+        module = make(kind, epochs_per_rollout=3)
+        plugins = [Precision("bf16-mixed", "cpu")]
+        run(module, BATCHES[:1], trainer_options, rollouts=PREDRAWN, plugins=plugins)
+        found.append(module)
+    for a, b in zip(found[0].gradients, found[1].gradients, strict=True):
+        assert largest_difference(a, b) == 0
+
+
 def test_micro_batches_have_a_bounded_number_of_tokens_by_default(trainer_options, monkeypatch):
     found = []
     for limit in (None, 40, 1):
