@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from tqdm.auto import tqdm
 
+from lightning_ft.arguments import check_integer
 from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.distributed import all_gather_objects, rank_and_world_size
 from lightning_ft.errors import MissingDependencyError, SavingsError
@@ -30,18 +32,19 @@ class Endpoint:
     the `openai` client does, which also waits as long as a rate limit says.
 
     Args:
-        url: Base URL, such as ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``.
+        url: Base URL, such as ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``. It is part of the results,
+            so a user, password or query in it is refused: ``options={"extra_headers": {...}}`` is not saved.
         model: Name of the model there.
         api_key_variable: Name of the environment variable with the key; the key itself is never saved. None for a
             server that takes any.
         concurrency: Number of requests at a time.
-        timeout: Longest time to wait for an answer, in seconds.
+        timeout: Longest time that the server may send nothing, in seconds.
         max_retries: Number of times that a failed call is repeated.
         options: Further arguments of each call, such as ``{"extra_body": {...}}``; None as a value leaves out one of
             the usual ones (``{"max_tokens": None, "max_completion_tokens": 64}``).
 
     Raises:
-        SavingsError: For a number out of its range, or a URL of another scheme.
+        SavingsError: For a number out of its range, a URL that isn't one or has a secret, and options that an arm sets.
 
     Example:
         >>> Endpoint("http://localhost:8000/v1", "my-model", api_key_variable=None).concurrency
@@ -57,13 +60,21 @@ class Endpoint:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise SavingsError(f"Endpoint: url={self.url!r}, expected http://... or https://...")
-        if not self.model:
+        _check_url(self.url)
+        if not self.model or not isinstance(self.model, str):
             raise SavingsError("Endpoint: model is empty. Pass the name of the model at the endpoint.")
-        for name, least in (("concurrency", 1), ("timeout", 0), ("max_retries", 0)):
-            if getattr(self, name) < least:
-                raise SavingsError(f"Endpoint: {name}={getattr(self, name)}, expected at least {least}.")
+        check_integer("Endpoint: concurrency", self.concurrency, 1, SavingsError)
+        check_integer("Endpoint: max_retries", self.max_retries, 0, SavingsError)
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, (int, float)) or not self.timeout > 0:
+            raise SavingsError(f"Endpoint: timeout={self.timeout!r}, expected a number of seconds above 0.")
+        if not isinstance(self.options, Mapping):
+            raise SavingsError(f"Endpoint: options is a {type(self.options).__name__}, expected a dict of arguments.")
+        for name in ("model", "messages", "n", "stream"):
+            if self.options.get(name) not in (None, False, 1):
+                raise SavingsError(
+                    f"Endpoint: options has {name!r}, but the measurement asks one model for one whole "
+                    "answer to each request. Leave it out."
+                )
 
     def client(self) -> OpenAI:
         """A client of the endpoint.
@@ -78,7 +89,7 @@ class Endpoint:
             raise MissingDependencyError(
                 "An Endpoint needs the package openai: pip install 'lightning-ft[endpoint]'."
             ) from error
-        key = "none" if self.api_key_variable is None else os.environ.get(self.api_key_variable)
+        key = "none" if self.api_key_variable is None else os.environ.get(self.api_key_variable, "").strip()
         if not key:
             raise SavingsError(
                 f"The environment variable {self.api_key_variable} isn't set, and {self.url} needs a key. Set it, or "
@@ -176,30 +187,65 @@ def _answers(
 
 
 def _ask(client: OpenAI, endpoint: Endpoint, messages: Sequence[Message], max_new_tokens: int, name: str) -> _Answer:
-    import openai
-
     arguments: dict[str, Any] = {"max_tokens": max_new_tokens, "temperature": 0.0, **endpoint.options}
     arguments = {key: value for key, value in arguments.items() if value is not None}
     turns: Any = [dict(message) for message in messages]
     where = f"Request {name!r} to {endpoint.model!r} at {endpoint.url}"
     try:
         response = client.chat.completions.create(model=endpoint.model, messages=turns, **arguments)
-    except (openai.OpenAIError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:300]}"
-        raise SavingsError(f"{where} failed after {endpoint.max_retries} retries: {reason}") from error
+    except Exception as error:  # of the client, of what it sends with, or of options that it doesn't take
+        reason = _without_secrets(f"{type(error).__name__}: {error}", client.api_key, endpoint.options)[:300]
+        raise SavingsError(f"{where} failed (max_retries={endpoint.max_retries}): {reason}") from error
     return _checked(response, max_new_tokens, where)
+
+
+def _without_secrets(text: str, key: str, options: Mapping[str, Any]) -> str:
+    """Text of an error, in which a server may repeat the key or a header that it was sent."""
+    headers = options.get("extra_headers")
+    secrets = [key, *(headers.values() if isinstance(headers, Mapping) else ())]
+    for secret in sorted((str(s) for s in secrets if len(str(s)) > len("Bearer ")), key=len, reverse=True):
+        text = text.replace(secret, "<secret>")
+    return text
+
+
+def _check_url(url: str) -> None:
+    """Refuse what isn't a URL, and one with a secret, since it is written into results and errors."""
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+        raise SavingsError(f"Endpoint: url={url!r}, expected http://... or https://...")
+    try:
+        parts = urlsplit(url)
+        is_complete = bool(parts.hostname) and parts.port != 0  # the port is read here, which may fail
+    except ValueError:
+        is_complete = False
+    if not is_complete:
+        raise SavingsError(f"Endpoint: url={url!r} isn't a URL. Expected such as http://localhost:8000/v1.")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise SavingsError(
+            "Endpoint: url has a user, password, query or fragment. It is written into results, and paths are appended "
+            "to it: pass them in options={'extra_headers': {...}} or {'extra_query': {...}}, which aren't saved."
+        )
+
+
+def _part(value: Any, name: str) -> Any:
+    """An attribute or item of what a server returned; None if it has none, whatever it is."""
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
 def _checked(response: Any, max_new_tokens: int, where: str) -> _Answer:
     """Read an answer, and refuse counts that can't be true: costs would be computed from them."""
-    choices, usage = getattr(response, "choices", None), getattr(response, "usage", None)
-    if not choices or usage is None:
-        missing = "no answer" if not choices else "no usage, the counts of its tokens"
+    choices, usage = _part(response, "choices"), _part(response, "usage")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = _part(choice, "message")
+    if message is None or usage is None:
+        missing = "no answer" if message is None else "no usage, the counts of its tokens"
         raise SavingsError(f"{where}: the response has {missing}, so it can't be measured.")
-    text = choices[0].message.content or ""
-    details: Any = getattr(usage, "prompt_tokens_details", None)
-    details = details if isinstance(details, Mapping) else vars(details) if details is not None else {}
-    counts = (usage.prompt_tokens, usage.completion_tokens, details.get("cached_tokens") or 0)
+    if len(choices) > 1:
+        raise SavingsError(f"{where}: the response has {len(choices)} answers and one usage for all of them.")
+    text = _part(message, "content") or ""
+    if not isinstance(text, str):
+        raise SavingsError(f"{where}: its answer is a {type(text).__name__}, expected text.")
+    cached = _part(_part(usage, "prompt_tokens_details"), "cached_tokens") or 0
+    counts = (_part(usage, "prompt_tokens"), _part(usage, "completion_tokens"), cached)
     if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
         raise SavingsError(f"{where}: its usage {counts} isn't three counts of tokens.")
     if not counts[0] or (text and not counts[1]) or counts[2] > counts[0]:
@@ -212,4 +258,4 @@ def _checked(response: Any, max_new_tokens: int, where: str) -> _Answer:
             f"{where}: the answer has {counts[1]} tokens, although at most {max_new_tokens} were requested, so the "
             "arms can't be compared. If the server has another name for this limit, pass it in Endpoint(options=...)."
         )
-    return _Answer(text, *counts, choices[0].finish_reason == "length")
+    return _Answer(text, *counts, _part(choice, "finish_reason") == "length")

@@ -38,11 +38,13 @@ class Answers:
     def __init__(self):
         self.model, self.tokenizer, self.lock = make_model().eval(), make_tokenizer(), threading.Lock()
         self.calls, self.failures, self.change = [], [], lambda response: response
+        self.echo = False  # whether errors repeat what was sent in secret
 
     def respond(self, body):
         self.calls.append(body)
         if self.failures:
-            return self.failures.pop(0), {"error": {"message": "try later"}}
+            said = f"Incorrect key: {body['key']}, {body['tenant']}" if self.echo else "try later"
+            return self.failures.pop(0), {"error": {"message": said}}
         ids = self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, return_dict=False)
         with self.lock, torch.no_grad():
             answer = []
@@ -80,7 +82,7 @@ def served():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            body["key"] = self.headers["Authorization"]
+            body["key"], body["tenant"] = self.headers["Authorization"], self.headers["X-Tenant"]
             status, content = answers.respond(body)
             data = json.dumps(content).encode()
             self.send_response(status)
@@ -183,11 +185,26 @@ def test_failed_calls_are_repeated_and_then_reported(served, monkeypatch):
     assert len(served.calls) == len(REQUESTS) + 2
     assert len(found.ids) == len(REQUESTS)
     served.failures = [503] * 100
-    with pytest.raises(SavingsError, match=r"Request 'r0' to 'tiny' at http.* failed after 2 retries: .*try later"):
+    with pytest.raises(SavingsError, match=r"Request 'r0' to 'tiny' at http.* failed .max_retries=2.: .*try later"):
         endpoint_arm(endpoint(served, concurrency=1), plan(), progress=False)
     served.failures = [401]
     with pytest.raises(SavingsError, match="AuthenticationError"):
         endpoint_arm(endpoint(served, concurrency=1), plan(), progress=False)
+
+
+def test_errors_never_show_what_the_server_was_sent_in_secret(served, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "sk-secret-1\n")
+    served.failures = [401]
+    served.echo = True
+    options = {"extra_headers": {"X-Tenant": "secret-2"}}
+    with pytest.raises(SavingsError, match="Incorrect key: Bearer <secret>, <secret>") as refused:
+        endpoint_arm(endpoint(served, api_key_variable="SOME_KEY", concurrency=1, options=options), plan())
+    assert "secret-" not in str(refused.value)
+
+
+def test_options_that_the_client_does_not_take_are_reported(served):
+    with pytest.raises(SavingsError, match=r"Request 'r0' .* TypeError: .*no_such"):
+        endpoint_arm(endpoint(served, concurrency=1, options={"no_such": 1}), plan())
 
 
 @contextmanager
@@ -214,6 +231,13 @@ def test_servers_that_stall_or_do_not_exist_are_reported():
     [
         ({"usage": None}, "the response has no usage"),
         ({"choices": []}, "the response has no answer"),
+        ({"choices": [{"index": 0, "message": None}]}, "the response has no answer"),
+        ({"choices": {"0": "text"}}, "the response has no answer"),
+        ({"choices": ["text"]}, "the response has no answer"),
+        ({"choices": [{"index": 0, "message": {"content": "a"}}] * 2}, "2 answers and one usage for all of them"),
+        ({"choices": [{"index": 0, "message": {"content": ["a"]}}]}, "its answer is a list, expected text"),
+        ({"usage": "9 tokens"}, "isn't three counts of tokens"),
+        ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": [7]}}, "isn't three counts of tokens"),
         ({"usage": {"prompt_tokens": 0, "completion_tokens": 1, "total_tokens": 1}}, "usage contradicts the answer"),
         ({"usage": {"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9}}, "usage contradicts the answer"),
         (
@@ -243,10 +267,23 @@ def test_bad_endpoints_and_requests_are_refused(served, monkeypatch):
     for options, message in (
         ({"url": "localhost:8000", "model": "x"}, "expected http://"),
         ({"url": "http://x", "model": ""}, "model is empty"),
-        ({"url": "http://x", "model": "x", "concurrency": 0}, "concurrency=0, expected at least 1"),
+        ({"url": "http://x", "model": "x", "concurrency": 0}, "concurrency=0: expected at least 1"),
+        ({"url": "http://x", "model": "x", "concurrency": 2.5}, "concurrency=2.5: expected an integer"),
+        ({"url": "http://x", "model": "x", "max_retries": "3"}, "max_retries='3': expected an integer"),
+        ({"url": "http://x", "model": "x", "timeout": "60"}, "timeout='60', expected a number of seconds"),
+        ({"url": "http://x", "model": "x", "timeout": float("nan")}, "timeout=nan, expected a number of seconds"),
+        ({"url": "http://x", "model": "x", "options": ["n"]}, "options is a list, expected a dict"),
+        ({"url": "http://x", "model": "x", "options": {"n": 2}}, "options has 'n'"),
+        ({"url": "http://x", "model": "x", "options": {"model": "y"}}, "options has 'model'"),
+        ({"url": "http://[::1/v1", "model": "x"}, "isn't a URL"),
+        ({"url": "http://x:port/v1", "model": "x"}, "isn't a URL"),
+        ({"url": "http://", "model": "x"}, "isn't a URL"),
+        ({"url": "http://me:secret@x/v1", "model": "x"}, "has a user, password, query"),
+        ({"url": "https://x/v1?api-key=secret", "model": "x"}, "has a user, password, query"),
     ):
-        with pytest.raises(SavingsError, match=message):
+        with pytest.raises(SavingsError, match=message) as refused:
             Endpoint(**options)
+        assert "secret" not in str(refused.value)
     restricted = plan(structured_outputs={"regex": "[a-z]+"})
     with pytest.raises(SavingsError, match="structured_outputs is a format of the arms that run here"):
         endpoint_arm(endpoint(served), restricted, progress=False)
