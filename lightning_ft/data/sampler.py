@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -127,13 +129,16 @@ class BatchPlan(EpochPlan):
         rank: int,
         world_size: int,
     ) -> None:
-        if len(sizes) != len(weights) or not sizes or any(w < 0 for w in weights) or not sum(weights):
-            expected = f"expected one weight for each of {len(sizes)} sources, none below 0 and one above"
+        numbers = [w for w in weights if isinstance(w, Real) and not isinstance(w, bool) and 0 <= w < math.inf]
+        if len(sizes) != len(weights) or not sizes or len(numbers) != len(weights) or not sum(weights):
+            expected = f"expected one weight for each of {len(sizes)} sources, finite numbers, none below 0, one above"
             raise ConfigError(f"mixing={list(weights)}: {expected}.")
         super().__init__(
             sum(sizes), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
         )
         self.sizes, self.weights = list(sizes), list(weights)
+        if sum(sizes) and not len(self):
+            raise ConfigError(f"mixing={list(weights)}: an epoch would have no row of sources with {list(sizes)} rows.")
 
     def is_over(self, epoch: int, batch: int) -> bool:
         """See `EpochPlan`."""

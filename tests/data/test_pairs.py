@@ -195,6 +195,24 @@ def test_sources_are_mixed_by_weight(tokenizer, pairs):
         data.train_dataloader()
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([float("nan"), 1], "finite numbers"),
+        ([float("inf"), 1], "finite numbers"),
+        (["1", 1], "finite numbers"),
+        ([True, False], "finite numbers"),
+        ([0, 0], "one above"),
+        ([1e-9, 0.0], "an epoch would have no row"),
+    ],
+)
+def test_weights_that_make_no_epoch_are_refused(tokenizer, pairs, weights, message):
+    data = PairDataModule([pairs[:4], pairs[4:]], mixing=weights, tokenizer=tokenizer)
+    data.setup("fit")
+    with pytest.raises(ConfigError, match=rf"mixing=.*{message}"):
+        data.train_dataloader()
+
+
 def test_iterable_dataset_is_read_once_before_training(trainer, tokenizer, pairs):
     read = []
 
