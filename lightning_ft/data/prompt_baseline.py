@@ -101,6 +101,15 @@ class PromptBaseline:
         head = [Message(role="system", content=system)] if system else []
         return [*head, *self.examples(), *rest]
 
+    def is_in(self, request: Sequence[Message]) -> bool:
+        """Whether a request's own system turn has the system prompt already, so that it would be read twice.
+
+        Args:
+            request: Messages of the request.
+        """
+        own = request[0]["content"] if request and request[0]["role"] == "system" else ""
+        return bool(self.system.strip()) and isinstance(own, str) and _folded(self.system) in _folded(own)
+
     @property
     def hash(self) -> str:
         """Hash of the content for reports, 16 hexadecimal digits."""

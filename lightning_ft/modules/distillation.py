@@ -162,14 +162,20 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
         """As in `FineTuning`; move the teacher to the device."""
         super().on_fit_start()
         self._move_teacher()
-        self._check_lengths()
+        self._check_requests()
         self.seed_by_rank()
 
-    def _check_lengths(self) -> None:
-        """Refuse requests that don't fit the teacher's context with the prompt, before the first step."""
+    def _check_requests(self) -> None:
+        """Refuse requests that have the prompt already, or don't fit the teacher's context with it, before training."""
         data = self._row_data()
         for parts in data.splits.rows.values() if data is not None else ():
             rows = [row for part in parts for row in part if isinstance(row, Prompt)]
+            having = sum(self.prompt.is_in(row.prompt) for row in rows if not isinstance(row.prompt, str))
+            if having:
+                raise ConfigError(
+                    f"The system turn of {having:,} requests has the prompt already, so the student would read it, "
+                    "too, and the teacher twice. Leave it out of the rows."
+                )
             rows.sort(key=lambda row: -len(str(row.columns.get("prompt_context") or "")) - len(str(row.prompt)))
             for row in rows[:_LONGEST]:
                 context = cast("str | None", row.columns.get("prompt_context"))

@@ -43,6 +43,9 @@ class PromptedTeacher:
         tokenizer: Tokenizer of the model.
         use: Function that returns a context in which the frozen model can be used, in eval mode and without gradients.
         batch_size: Number of answers that are generated at a time.
+
+    Raises:
+        ConfigError: If the chat template leaves the prompt out.
     """
 
     def __init__(
@@ -63,6 +66,11 @@ class PromptedTeacher:
             )
         self._logprob_model = LogProbModel(pad_token_id(tokenizer))
         first, second = self._encode("a"), self._encode("b")
+        if first == encode_prompt(tokenizer, [Message(role="user", content="a")]):
+            raise ConfigError(
+                "With the prompt the chat template makes the same text of a request as without it, so there is nothing "
+                "to learn. Check whether it ignores the system prompt, or has this one by default."
+            )
         self._prefix = first[: common_prefix([first, second])]
         self._cache: GrowingCache | None = None
         self._warned = False

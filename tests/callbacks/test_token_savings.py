@@ -361,6 +361,15 @@ def test_savings_refuse_identical_prompts():
         SavingsMeasurement(without_system, make_requests(), PromptBaseline("Be brief."))
 
 
+def test_requests_that_have_the_prompt_already_are_refused():
+    """Both arms would read it, the prompted one twice, and a saving would be claimed that no one has."""
+    system = Message(role="system", content="Answer in  one line. Be kind.")
+    requests = [Request("a", (system, Message(role="user", content="where")), "here")]
+    with pytest.raises(SavingsError, match=r"system turn of 1 requests has the prompt of the baseline already \(a\)"):
+        SavingsMeasurement(make_tokenizer(), requests, PromptBaseline("answer in one line."))
+    assert SavingsMeasurement(make_tokenizer(), requests, PromptBaseline("Answer in French.")).plan.prompted is not None
+
+
 def test_savings_refuse_missing_baseline_tokenizer_model_or_start(trainer_options, tokenizer, savings):
     with pytest.raises(SavingsError, match="needs the prompt that you would use"):
         TokenSavings()

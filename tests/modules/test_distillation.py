@@ -1,5 +1,6 @@
 """Prompt distillation: states and gradients against plain loops, answers, training, checkpoints and refusals."""
 
+import copy
 import json
 import warnings
 from contextlib import contextmanager
@@ -306,6 +307,24 @@ def test_bad_prompts_and_batches_are_refused(model_folder, trainer_options, tmp_
     long, batch = module_and_batch(model_folder, max_new_tokens=500)
     with pytest.raises(ConfigError, match="exceeds the context of 512 tokens"):
         long.compare(batch)
+
+
+def test_a_prompt_that_makes_no_difference_is_refused_before_training(model_folder, tokenizer, trainer_options):
+    without = copy.deepcopy(tokenizer)
+    without.chat_template = (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    requests = PromptDataModule([{"prompt": text} for text in REQUESTS], batch_size=5)
+    ignored = PromptDistillation(model_folder, tokenizer=without, prompt={"system": "be brief"}, **QUICK)
+    with pytest.raises(ConfigError, match="whether it ignores the system prompt"):
+        Trainer(max_steps=1, **trainer_options).fit(ignored, requests)
+    turns = [{"role": "system", "content": "Be  brief. Be kind."}, {"role": "user", "content": REQUESTS[0]}]
+    rows = PromptDataModule([{"prompt": turns}, {"prompt": turns[1:]}], batch_size=2)
+    with pytest.raises(ConfigError, match="system turn of 1 requests has the prompt already"):
+        Trainer(max_steps=1, **trainer_options).fit(
+            PromptDistillation(model_folder, prompt={"system": "be brief"}, **QUICK), rows
+        )
 
 
 def test_prompt_rows_with_answers_are_requests_for_token_savings(model_folder):

@@ -132,7 +132,8 @@ def measurement_plan(
 
     Raises:
         SavingsError: If there is no baseline or no request, an id is missing or not unique, a few-shot example is also
-            evaluated, or a prompt is the same in both arms or refused by the chat template.
+            evaluated, requests have the baseline already, or a prompt is the same in both arms or refused by the chat
+            template.
     """
     if baseline is None:
         raise SavingsError(
@@ -149,6 +150,11 @@ def measurement_plan(
         structured_outputs=structured_outputs,
     )
     check_no_overlap(baseline, plan.requests)
+    if having := [request.id for request in plan.requests if baseline.is_in(request.messages)]:
+        raise SavingsError(
+            f"The system turn of {len(having):,} requests has the prompt of the baseline already "
+            f"({', '.join(having[:5])}), so both arms would read it, the prompted arm twice. Leave it out of the rows."
+        )
     template, prompted = chat_template(tokenizer), []
     for request, bare in zip(plan.requests, plan.bare.prompts, strict=True):
         messages = baseline.messages(request.messages, request.prompt_context)
