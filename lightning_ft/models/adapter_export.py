@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ExportError, ModelError
 from lightning_ft.models.adapt import InitialAdapter, rounds_base, splits_base
-from lightning_ft.models.base_folder import KEY, MERGE, base_fingerprint
+from lightning_ft.models.base_folder import KEY, MERGE, base_fingerprint, note_base
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import load_config
 from lightning_ft.models.model_card import hub_name
@@ -59,6 +59,7 @@ def save_adapter(
         config["base_model_name_or_path"] = hub_name(source) or Path(source).name
         if hub_name(source) is None and (fingerprint := base_fingerprint(source)) is not None:
             metadata[KEY] = fingerprint
+            note_base(source, fingerprint)
     save_file(trained, path / WEIGHTS, metadata=metadata)
     # The weights are trained: loading them must not initialize the adapter (and split the base) again.
     config["init_lora_weights"] = True

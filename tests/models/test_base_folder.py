@@ -71,11 +71,34 @@ def test_base_folder_is_found_next_to_folders_above_the_adapter(adapter, tmp_pat
 
 
 def test_base_folder_with_glob_characters_is_found(model_folder, tmp_path, monkeypatch):
-    shutil.copytree(model_folder, tmp_path / "models" / "base [v2]")
-    model = load_causal_lm(str(tmp_path / "models" / "base [v2]"))
+    shutil.copytree(model_folder, tmp_path / "base [v2]")
+    model = load_causal_lm(str(tmp_path / "base [v2]"))
     save_adapter(get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM")), tmp_path / "last")
+    (tmp_path / "models").mkdir()
+    shutil.move(tmp_path / "base [v2]", tmp_path / "models" / "base [v2]")
     monkeypatch.chdir(tmp_path)
     assert adapter_base("last") == "models/base [v2]"
+
+
+def test_base_folder_is_found_from_any_folder_on_the_machine_of_the_export(adapter, tmp_path, tmp_path_factory, monkeypatch):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    moved = shutil.move(adapter, tmp_path / "elsewhere" / "deep" / "last")
+    monkeypatch.chdir(moved)
+    assert adapter_base(".") == str(tmp_path / "work" / "base")
+    content = b"".join(file.read_bytes() for file in moved.glob("adapter_*"))
+    assert str(tmp_path).encode() not in content  # the note is in the machine's cache alone
+    for note in (tmp_path_factory.getbasetemp() / "datasets" / "lightning_ft" / "bases").iterdir():
+        note.write_bytes(b"\xff\x00")  # damaged
+    with pytest.raises(ModelError, match=r"local folder called 'base', .*exported on this machine\."):
+        adapter_base(".")
+
+
+def test_adapter_is_exported_with_a_cache_that_cannot_be_written(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("not a folder")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    model = load_causal_lm(model_folder)
+    save_adapter(get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM")), tmp_path / "last")
+    assert (tmp_path / "last" / "adapter_model.safetensors").is_file()
 
 
 def test_adapter_without_a_base_says_where_to_write_it(adapter):
