@@ -5,15 +5,43 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from lightning_ft.errors import LightningFTError, UnknownArgumentError
+from lightning_ft.errors import ConfigError, LightningFTError, MissingArgumentError, UnknownArgumentError
 from lightning_ft.types import Request
 
-ClassT = TypeVar("ClassT", bound="CheckedArguments")
+_RENAMED = {
+    "eval_dataset": "validation",
+    "generation_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate_grad_batches",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_schedule",
+    "lr_scheduler_type": "lr_schedule",
+    "max_completion_length": "max_new_tokens",
+    "max_seq_length": "max_length",
+    "num_generations": "num_completions",
+    "num_iterations": "epochs_per_rollout",
+    "num_train_epochs": "max_epochs",
+    "output_dir": "default_root_dir",
+    "peft_config": "lora",
+    "per_device_train_batch_size": "batch_size",
+    "processing_class": "tokenizer",
+    "reward_funcs": "rewards",
+    "steps_per_generation": "steps_per_rollout",
+    "train_dataset": "train",
+}
+"""Names of TRL and of torch, and those of this package and of the Trainer (docs/from_trl.md)."""
+_OF_DATA = frozenset({"batch_size", "max_length", "num_workers", "packing", "train", "validation", "test", "columns"})
+_OF_TRAINER = frozenset(
+    {"accumulate_grad_batches", "callbacks", "default_root_dir", "gradient_clip_val", "logger", "max_epochs"}
+    | {"max_steps", "precision"}
+)
+_OF_LORA = {"r": "r", "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "lora_rank": "r"} | {
+    name: name for name in ("lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -70,8 +98,64 @@ def unknown_argument(cls: type, name: str) -> UnknownArgumentError:
         for parameter in inspect.signature(cls).parameters.values()
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
-    hint = did_you_mean(name, parameters) or f" It accepts {', '.join(parameters)}."
+    hint = _known_elsewhere(name, parameters) or did_you_mean(name, parameters)
+    hint = hint or f" It accepts {', '.join(parameters)}."
     return UnknownArgumentError(f"{cls.__name__} has no argument {name!r}.{hint}")
+
+
+def _known_elsewhere(name: str, parameters: Sequence[str]) -> str:
+    """Say what another package's argument is called here, and whose argument it is."""
+    here = _RENAMED.get(name, name)
+    if here in parameters:
+        return f" Did you mean {here!r}?"
+    if name in _OF_LORA and "lora" in parameters:
+        return f" It belongs into lora=, such as lora={{{_OF_LORA[name]!r}: ...}}."
+    if here in _OF_DATA and "model" in parameters:
+        return f" {here}= is an argument of the DataModule."
+    return f" {here}= is an argument of the Trainer." if here in _OF_TRAINER else ""
+
+
+def check_values(cls: type, args: Sequence[object], options: Mapping[str, object]) -> None:
+    """Refuse missing arguments, and values of another type where the constructor's annotation asks for a number.
+
+    Args:
+        cls: Class whose constructor was called.
+        args: Positional arguments.
+        options: Keyword arguments.
+
+    Raises:
+        MissingArgumentError: If an argument without a default is missing.
+        ConfigError: For a value that isn't a number, such as a text with one in it.
+    """
+    parameters = inspect.signature(cls).parameters
+    positional = (p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    values = {**dict(zip(positional, args, strict=False)), **options}
+    for name, parameter in parameters.items():
+        if name in values:
+            _check_value(f"{cls.__name__}: {name}", values[name], parameter.annotation)
+        elif parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            raise MissingArgumentError(f"{cls.__name__} needs {name}=: it has no default.")
+
+
+def _check_value(argument: str, value: object, annotation: object) -> None:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    allowed = {part.strip() for part in text.split("|")}
+    if not allowed <= {"int", "float", "None"} or (value is None and "None" in allowed):
+        return
+    kind, method = ("a number", "__float__") if "float" in allowed else ("an integer", "__index__")
+    if not hasattr(value, method):
+        quotes = " Leave out the quotes; in YAML write 1.0e-4, since 1e-4 is a text there." * _is_number(value)
+        raise ConfigError(f"{argument}={value!r:.80}: expected {kind}{' or None' * ('None' in allowed)}.{quotes}")
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def check_arguments(cls: type, names: Iterable[str]) -> None:
@@ -92,11 +176,25 @@ def check_arguments(cls: type, names: Iterable[str]) -> None:
             raise unknown_argument(cls, name)
 
 
-class CheckedArguments:
+class CheckedValues:
+    """Base of classes that check the values of their arguments before any constructor runs, see :func:`check_values`.
+
+    A class of its own: jsonargparse reads the arguments of a class that defines ``__new__`` from there.
+    """
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Check values where they are passed; a copy is made without."""
+        if args or options:
+            check_values(cls, args, options)
+        return super().__new__(cls)
+
+
+class CheckedArguments(CheckedValues):
     """Base of classes that name the closest argument for a misspelled one, before any constructor runs.
 
     Raises:
         UnknownArgumentError: For an argument that the class does not take.
+        ConfigError: For a missing argument, and for anything but a number where one is expected.
 
     Example:
         >>> class Meter(CheckedArguments):
@@ -114,10 +212,10 @@ class CheckedArguments:
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # `inspect` would show __new__'s
 
-    def __new__(cls: type[ClassT], *args: object, **options: object) -> ClassT:
-        """Check argument names."""
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """Check argument names, then values."""
         check_arguments(cls, options)
-        return super().__new__(cls)
+        return super().__new__(cls, *args, **options)
 
 
 def check_integer(argument: str, value: object, minimum: int, error: type[LightningFTError]) -> None:

@@ -55,6 +55,10 @@ class UnknownArgumentError(ConfigError, TypeError):
     """An argument that a class does not accept."""
 
 
+class MissingArgumentError(ConfigError, TypeError):
+    """An argument without a default that wasn't passed."""
+
+
 class ExportError(LightningFTError, RuntimeError):
     """An export that would not produce the same output as the model in memory, or can't be written."""
 

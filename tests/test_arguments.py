@@ -7,10 +7,18 @@ import pickle
 import pytest
 from jsonargparse import ArgumentParser
 
-from lightning_ft import ComputeMeter, ExportModel, PromptBaseline, Retention, SampleCompletions, TokenSavings
+from lightning_ft import (
+    ComputeMeter,
+    ExportModel,
+    PairDataModule,
+    PromptBaseline,
+    Retention,
+    SampleCompletions,
+    TokenSavings,
+)
 from lightning_ft.arguments import did_you_mean_path
-from lightning_ft.errors import UnknownArgumentError
-from lightning_ft.evaluation.savings.measurement import measure_token_savings
+from lightning_ft.errors import ConfigError, UnknownArgumentError
+from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, measure_token_savings
 
 CALLBACKS = [ComputeMeter, ExportModel, Retention, SampleCompletions, TokenSavings]
 MISSPELLED = [
@@ -27,6 +35,19 @@ def test_callbacks_name_the_nearest_argument(callback, args, name, nearest):
     message = f"{callback.__name__} has no argument '{name}'. Did you mean '{nearest}'"
     with pytest.raises(UnknownArgumentError, match=message):
         callback(*args, **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("cls", "args", "options", "message"),
+    [
+        (PairDataModule, ("rows.jsonl",), {"batch_size": "8"}, r"batch_size='8': expected an integer\. Leave out the"),
+        (ComputeMeter, (), {"peak_flops": "h100"}, r"ComputeMeter: peak_flops='h100': expected a number or None\."),
+        (SavingsMeasurement, ("tokenizer",), {}, r"SavingsMeasurement needs requests=: it has no default\."),
+    ],
+)
+def test_values_of_another_type_and_missing_ones_are_named(cls, args, options, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(*args, **options)
 
 
 def test_measure_token_savings_names_the_nearest_argument():

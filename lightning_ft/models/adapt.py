@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ def lora_config(lora: LoraConfig | dict[str, Any] | bool | None) -> LoraConfig:
     """
     if isinstance(lora, LoraConfig):
         return lora
+    if lora is not None and not isinstance(lora, (bool, Mapping)):
+        raise ConfigError(
+            f"lora={lora!r:.80}: expected True, or a dict of arguments of peft.LoraConfig, such as {{'r': 8}}."
+        )
     arguments = {} if lora is None or lora is True else dict(lora or {})
     arguments.pop("peft_type", None)  # every saved adapter_config.json contains it
     known = {field.name for field in dataclasses.fields(LoraConfig)}

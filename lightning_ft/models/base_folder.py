@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -95,10 +96,8 @@ def _candidates(adapter: Path, name: str, fingerprint: str) -> Iterator[Path]:
     parents = list(adapter.resolve().parents)
     for parent in parents:
         yield parent / name
-    try:
+    with suppress(OSError, ValueError):  # exported on another machine, or a damaged note
         yield Path(_note(fingerprint).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # exported on another machine, or a damaged note
-        pass
     last = glob.escape(Path(name).name)
     if not last:
         return

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import warn_of_late_import
-from lightning_ft.arguments import unknown_argument
+from lightning_ft.arguments import CheckedValues, unknown_argument
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.row_costs import RowCosts
@@ -61,7 +61,7 @@ from lightning_ft.signatures import complete
 from lightning_ft.types import Message, Request
 
 
-class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, CheckpointedModule, ExportedModule):
+class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, CheckpointedModule, ExportedModule, CheckedValues):
     """Base of the fine-tuning modules; a subclass adds the training step and says how a batch is evaluated.
 
     Args:
@@ -91,6 +91,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
     Raises:
         ConfigError: For a setting that is out of range or contradicts another.
         UnknownArgumentError: For an argument that the module does not take, with the nearest name.
+        MissingArgumentError: For an argument without a default that isn't passed.
     """
 
     default_learning_rate: ClassVar[float]
@@ -134,6 +135,11 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
             raise ConfigError(
                 f"`model` is a {type(model).__name__}: expected a hub name, a folder, or a loaded transformers model. "
                 "For an adapted model pass the folder that its adapter is saved in; pass a path as a string."
+            )
+        if isinstance(model, str) and Path(model).is_file():
+            raise ConfigError(
+                f"`model={model!r}` is a file: expected a hub name, the folder of a model, or a loaded model. A "
+                f"checkpoint is loaded with {type(self).__name__}.load_from_checkpoint; rows belong to the DataModule."
             )
         self.model_options = ModelOptions(
             dtype,

@@ -80,7 +80,9 @@ def test_base_folder_with_glob_characters_is_found(model_folder, tmp_path, monke
     assert adapter_base("last") == "models/base [v2]"
 
 
-def test_base_folder_is_found_from_any_folder_on_the_machine_of_the_export(adapter, tmp_path, tmp_path_factory, monkeypatch):
+def test_base_folder_is_found_from_any_folder_on_the_machine_of_the_export(
+    adapter, tmp_path, tmp_path_factory, monkeypatch
+):
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
     moved = shutil.move(adapter, tmp_path / "elsewhere" / "deep" / "last")
     monkeypatch.chdir(moved)

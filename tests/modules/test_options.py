@@ -1,5 +1,6 @@
 """Arguments of the modules: complete signatures and docstrings, one type for each, and misspelled names."""
 
+import copy
 import inspect
 import typing
 
@@ -58,6 +59,11 @@ def test_option_types_match_the_constructors(kind):
         (DPO, {"lern_rate": 1.0}, "Did you mean 'learning_rate'?"),
         (KTO, {"precompute_reference": True}, "KTO has no argument 'precompute_reference'"),
         (FullFineTuning, {"quantization": "4bit"}, "FullFineTuning has no argument 'quantization'"),
+        (GRPO, {"rewards": len, "num_generations": 4}, "'num_generations'. Did you mean 'num_completions'?"),
+        (GRPO, {"reward_funcs": len, "rewards": len}, "'reward_funcs'. Did you mean 'rewards'?"),
+        (LoRAFineTuning, {"rank": 8}, "'rank'. It belongs into lora=, such as lora={'r': ...}."),
+        (LoRAFineTuning, {"per_device_train_batch_size": 8}, "batch_size= is an argument of the DataModule."),
+        (FullFineTuning, {"num_train_epochs": 3}, "max_epochs= is an argument of the Trainer."),
     ],
 )
 def test_misspelled_argument_gets_the_nearest_name(kind, arguments, message):
@@ -65,6 +71,37 @@ def test_misspelled_argument_gets_the_nearest_name(kind, arguments, message):
         kind("some/model", **arguments)
     assert message in str(error.value)
     assert isinstance(error.value, TypeError)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "message"),
+    [
+        (DPO, {"beta": "0.1"}, "DPO: beta='0.1': expected a number. Leave out the quotes; in YAML write 1.0e-4"),
+        (LoRAFineTuning, {"learning_rate": "high"}, "LoRAFineTuning: learning_rate='high': expected a number or None."),
+        (GRPO, {"rewards": len, "temperature": None}, "GRPO: temperature=None: expected a number."),
+        (GRPO, {"rewards": len, "max_new_tokens": 12.5}, "GRPO: max_new_tokens=12.5: expected an integer."),
+        (LoRAFineTuning, {"lora": 8}, "lora=8: expected True, or a dict of arguments of peft.LoraConfig"),
+        (LoRAFineTuning, {"lora": "r=8"}, "lora='r=8': expected True, or a dict"),
+        (PPO, {}, "PPO needs rewards=: it has no default."),
+        (PromptDistillation, {}, "PromptDistillation needs prompt=: it has no default."),
+    ],
+)
+def test_wrong_or_missing_value_names_argument_and_class(cls, arguments, message):
+    with pytest.raises(ConfigError) as error:
+        cls("some/model", **arguments)
+    assert message in str(error.value)
+
+
+def test_file_as_model_is_told_from_a_folder(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl'` is a file: expected a hub name, the folder of a model"):
+        LoRAFineTuning(str(rows))
+
+
+def test_modules_are_copied_without_their_arguments():
+    module = copy.deepcopy(DPO("some/model", beta=0.2))
+    assert module.hparams["beta"] == 0.2
 
 
 def test_subclass_may_take_its_own_arguments():
