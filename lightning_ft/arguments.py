@@ -276,3 +276,10 @@ def check_requests(requests: object, error: type[LightningFTError]) -> None:
     for index, request in enumerate(requests):
         if not isinstance(request, Request):
             raise error(f"requests[{index}] is a value of type {type(request).__name__}, not a Request. {remedy}")
+        if isinstance(request.messages, (str, Mapping)) or not all(
+            isinstance(message, Mapping) and "role" in message for message in request.messages
+        ):
+            raise error(
+                f"requests[{index}].messages is {request.messages!r:.80}: expected messages such as "
+                "(Message(role='user', content=...),), with a comma after a single one."
+            )

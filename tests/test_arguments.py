@@ -16,9 +16,10 @@ from lightning_ft import (
     SampleCompletions,
     TokenSavings,
 )
-from lightning_ft.arguments import did_you_mean_path
-from lightning_ft.errors import ConfigError, UnknownArgumentError
+from lightning_ft.arguments import check_requests, did_you_mean_path
+from lightning_ft.errors import ConfigError, SavingsError, UnknownArgumentError
 from lightning_ft.evaluation.savings.measurement import SavingsMeasurement, measure_token_savings
+from lightning_ft.types import Request
 
 CALLBACKS = [ComputeMeter, ExportModel, Retention, SampleCompletions, TokenSavings]
 MISSPELLED = [
@@ -90,3 +91,24 @@ def test_did_you_mean_path_suggests_nothing_without_a_similar_name(tmp_path):
     (tmp_path / "file").touch()
     for path in ("Qwen/Qwen3-0.6B", "a\0b", str(tmp_path / "fil" / "b")):
         assert did_you_mean_path(path) == ""
+
+
+@pytest.mark.parametrize("messages", ["My parcel", {"role": "user", "content": "My parcel"}, (("user", "My parcel"),)])
+def test_request_without_messages_is_named(messages):
+    with pytest.raises(SavingsError, match=r"requests\[0\]\.messages is .*My parcel.*: expected messages such as"):
+        check_requests([Request(id="1", messages=messages, reference="late")], SavingsError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"system": "prompt.json"}, r"system='prompt\.json' is a file, and would be sent as these characters"),
+        ({"few_shot": {"input": "a", "output": "b"}}, r"few_shot is a dict: expected a list of examples"),
+        ({"few_shot": "rows.jsonl"}, r"few_shot is a str: expected a list of examples"),
+    ],
+)
+def test_prompt_baseline_refuses_files_and_single_examples(tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "prompt.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SavingsError, match=message):
+        PromptBaseline(**arguments)

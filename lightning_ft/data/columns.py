@@ -169,7 +169,10 @@ class Formats:
         known = {known for name in self.required for known in self.fields(name)}
         for field in columns:
             if field not in known:
-                hint = did_you_mean(field, known)
+                column = columns[field]
+                swapped = isinstance(column, str) and column in known
+                hint = f" Write the format's name first: {{{column!r}: {field!r}}}." if swapped else ""
+                hint = hint or did_you_mean(field, known)
                 raise ConfigError(f"columns: no format has a field {field!r}.{hint} Known: {', '.join(sorted(known))}.")
         possible = {
             name: [columns.get(field, field) for field in fields]

@@ -43,6 +43,16 @@ class PromptBaseline:
     def __post_init__(self) -> None:
         if not self.system.strip() and not self.few_shot:
             raise SavingsError("PromptBaseline is empty: pass system, few_shot, or both.")
+        if _is_file(self.system):
+            raise SavingsError(
+                f"PromptBaseline: system={self.system!r} is a file, and would be sent as these characters. Pass "
+                "PromptBaseline.from_file(...) for JSON, or the text that it contains."
+            )
+        if isinstance(self.few_shot, (str, Mapping)):
+            raise SavingsError(
+                f"PromptBaseline: few_shot is a {type(self.few_shot).__name__}: expected a list of examples, "
+                "[{'input': ..., 'output': ...}]."
+            )
         self.examples()
 
     @classmethod
@@ -114,6 +124,13 @@ class PromptBaseline:
     def hash(self) -> str:
         """Hash of the content for reports, 16 hexadecimal digits."""
         return content_hash(asdict(self))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return len(text.split()) == 1 and Path(text).is_file()
+    except (OSError, ValueError):  # longer than a name of a file may be, or with a NUL character
+        return False
 
 
 def check_no_overlap(baseline: PromptBaseline, requests: Sequence[Request]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.data.encode import encode
 from lightning_ft.data.layout import Example
 from lightning_ft.data.templates import chat_template
@@ -55,6 +56,9 @@ def _read(path: Path) -> list[str]:
         raise RetentionError(
             f"texts={str(path)!r}: expected a .jsonl file, a .txt file, or a list of strings (even for a single text)."
         )
+    if not path.exists():
+        hint = did_you_mean_path(path)
+        raise RetentionError(f"The general texts {str(path)!r} can't be read: there is no such file.{hint}")
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -72,7 +76,11 @@ def _text(path: Path, number: int, line: str) -> str:
         raise RetentionError(f'{path}, line {number}: not JSON ({error}). Expected {{"text": ...}}.') from error
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise RetentionError(f'{path}, line {number}: no "text" with a string.')
+        found = f"fields: {', '.join(map(str, row))}" if isinstance(row, dict) else f"found {type(row).__name__}"
+        raise RetentionError(
+            f'{path}, line {number}: no "text" with a string ({found}). General texts are rows of {{"text": ...}}, a '
+            ".txt file with a blank line between texts, or a list of strings; they aren't the rows that are trained on."
+        )
     return text
 
 

@@ -157,9 +157,18 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> Pe
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError, ImportError, AttributeError, IndexError, NotImplementedError) as error:
-        raise ModelError(f"LoRA doesn't fit {type(model).__name__}: {str(error).strip()}") from error
+        names = _unknown_targets(model, config)
+        raise ModelError(f"LoRA doesn't fit {type(model).__name__}: {str(error).strip()}{names}") from error
     check_adapter(adapted, splits_base=splits_base(config))
     return adapted
+
+
+def _unknown_targets(model: PreTrainedModel, config: LoraConfig) -> str:
+    """The names that `target_modules` may have, if it is a list with others."""
+    names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
+    targets = config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ()
+    unknown = [target for target in targets if target.rsplit(".", 1)[-1] not in names]
+    return f"{did_you_mean(unknown[0], names)} Modules with weights: {', '.join(names)}." if unknown else ""
 
 
 def _saves_tied(model: PreTrainedModel, config: LoraConfig) -> bool:
@@ -245,7 +254,8 @@ class InitialAdapter:
         init = config.init_lora_weights
         config.init_lora_weights = True  # the saved weights are plain and must not be initialized again
         try:
-            model.save_pretrained(str(self.path))
+            # Without embeddings, whose size PEFT would look up on the hub under the name of a local folder.
+            model.save_pretrained(str(self.path), save_embedding_layers=False)
         finally:
             config.init_lora_weights = init
 

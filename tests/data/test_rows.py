@@ -85,6 +85,8 @@ def test_detect_format_chooses_the_format_of_most_rows():
 def test_columns_rejects_unknown_fields():
     with pytest.raises(ConfigError, match=r"no format has a field 'ouput'\. Did you mean 'output'"):
         load([{"input": "a"}], columns={"ouput": "b"})
+    with pytest.raises(ConfigError, match=r"'icd'\. Write the format's name first: {'output': 'icd'}\."):
+        load([{"complaint": "a", "icd": "b"}], columns={"icd": "output"})
     with pytest.raises(ConfigError, match="no format has all of the fields completion, messages"):
         load([{"input": "a"}], columns={"messages": "b", "completion": "c"})
 

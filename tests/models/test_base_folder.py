@@ -7,7 +7,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
 
-from lightning_ft import LoRAFineTuning
+from lightning_ft import DPO, LoRAFineTuning
 from lightning_ft.errors import ModelError
 from lightning_ft.models.adapter_export import save_adapter
 from lightning_ft.models.load import adapter_base, load_causal_lm
@@ -93,6 +93,21 @@ def test_base_folder_is_found_from_any_folder_on_the_machine_of_the_export(
         note.write_bytes(b"\xff\x00")  # damaged
     with pytest.raises(ModelError, match=r"local folder called 'base', .*exported on this machine\."):
         adapter_base(".")
+
+
+def test_continued_adapter_looks_for_no_local_name_on_the_hub(adapter, monkeypatch, recwarn):
+    monkeypatch.chdir(adapter)
+    module = DPO(".", lora=True)
+    module.configure_model()
+    assert not [str(w.message) for w in recwarn if "Could not find a config file" in str(w.message)]
+
+
+def test_unknown_target_modules_are_answered_with_those_of_the_model(model_folder):
+    module = LoRAFineTuning(model_folder, lora={"target_modules": ["q_prj"]})
+    with pytest.raises(
+        ModelError, match=r"'q_prj'.* Did you mean 'q_proj'\? Modules with weights: .*down_proj.*q_proj"
+    ):
+        module.configure_model()
 
 
 def test_adapter_is_exported_with_a_cache_that_cannot_be_written(model_folder, tmp_path, monkeypatch):

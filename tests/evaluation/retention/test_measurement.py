@@ -271,13 +271,17 @@ def test_load_texts_reads_jsonl_and_txt(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}', r'a.jsonl, line 2: no "text"'),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"txt": "y"}',
+            r'a.jsonl, line 2: no "text" .*\(fields: txt\).* rows of {"text": ...}',
+        ),
         ("a.jsonl", '{"text": 3}', "line 1: no"),
         ("a.jsonl", "not json", "line 1: not JSON"),
         ("a.txt", " \n\n", "There are no texts"),
         ("a.csv", "text", r"expected a .jsonl file, a .txt file, or a list"),
         ("a.txt", b"\xff\xfe", "can't be read as UTF-8"),
-        ("missing.txt", None, "can't be read"),
+        ("missing.txt", None, r"can't be read: there is no such file\.$"),
     ],
 )
 def test_load_texts_refuses_bad_files(tmp_path, name, content, message):
@@ -286,6 +290,13 @@ def test_load_texts_refuses_bad_files(tmp_path, name, content, message):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(RetentionError, match=message):
         load_texts(path)
+
+
+def test_load_texts_names_the_nearest_file(tmp_path, monkeypatch):
+    (tmp_path / "general.jsonl").write_text('{"text": "Rain fell."}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RetentionError, match=r"no such file\. Did you mean 'general\.jsonl'\?"):
+        load_texts("genral.jsonl")
 
 
 def test_measurement_refuses_bad_texts_rows_and_options(tokenizer):
