@@ -101,6 +101,19 @@ def style_axes(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def widen_y(axes: Axes, span: float) -> None:
+    """Make the y axis span at least `span`: equal values would be drawn over rounding errors, with an exponent.
+
+    Args:
+        axes: Matplotlib axes with everything drawn on them.
+        span: Smallest difference between the ends of the axis.
+    """
+    low, high = axes.get_ylim()
+    if high - low < span:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - span / 2, middle + span / 2)
+
+
 def set_log_scale(axis: XAxis | YAxis, formatter: Callable[[float], str]) -> None:
     """Set a log scale whose tick labels are plain numbers; matplotlib writes powers of ten.
 

@@ -47,6 +47,16 @@ def test_draw_tokens_bar_heights_are_tokens_per_request(make):
     assert labels_of(axes) == ["system prompt", "examples", "chat template", "request", "answer"]
 
 
+def test_draw_forgetting_of_equal_qualities_has_an_axis_without_exponent():
+    rounding = Interval(0.0, -1e-17, 1e-17)
+    axes = axes_of(draw_forgetting, runs=[Tradeoff("tuned", Interval(0.4, 0.3, 0.5), rounding)])
+    low, high = axes.get_ylim()
+    assert high - low == pytest.approx(0.2)
+    assert low < 0 < high
+    FigureCanvasAgg(axes.figure).draw()
+    assert axes.yaxis.get_offset_text().get_text() == ""
+
+
 def test_draw_quality_shows_an_arm_without_success():
     never = Interval(math.inf, math.inf, math.inf)
     arms = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lightning_ft.document.blocks import Block, Fact, Plot, Table, runs_table
 from lightning_ft.document.numbers import finite, format_number
-from lightning_ft.document.plotting import MarkerStyle, add_legend_below, draw_marker, error_bar, marker_styles
+from lightning_ft.document.plotting import MarkerStyle, add_legend_below, draw_marker, error_bar, marker_styles, widen_y
 from lightning_ft.evaluation.bootstrap import Interval, format_interval, format_range
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ def draw_frontier(axes: Axes, result: FrontierResult) -> None:
         axes.axvline(result.budget["kl"], color="#555555", linestyle="--", linewidth=1, label="budget")
     axes.set_xlim(left=0)
     axes.margins(0.12)
+    widen_y(axes, 0.2)
     axes.set_xlabel("forgotten: KL on general text (nats per token), lower is better")
     axes.set_ylabel("quality on validation rows")
     axes.set_title("Quality against forgetting by scale of the update")
@@ -225,6 +226,7 @@ def draw_forgetting(axes: Axes, runs: Sequence[Tradeoff]) -> None:
     axes.axhline(0, color="#555555", linewidth=1)
     axes.set_xlim(left=0)
     axes.margins(0.12)
+    widen_y(axes, 0.2)
     axes.set_xlabel("forgotten: KL on general text (nats per token), lower is better")
     axes.set_ylabel("quality gained over the untuned model")
     axes.set_title("What was forgotten against what was gained")
