@@ -145,10 +145,10 @@ def _check_value(argument: str, value: object, annotation: object) -> None:
     allowed = {part.strip() for part in text.split("|")}
     if not allowed <= {"int", "float", "None"} or (value is None and "None" in allowed):
         return
-    kind, method = ("a number", "__float__") if "float" in allowed else ("an integer", "__index__")
+    expected, method = ("a number", "__float__") if "float" in allowed else ("an integer", "__index__")
     if not hasattr(value, method):
         quotes = " Leave out the quotes; in YAML write 1.0e-4, since 1e-4 is a text there." * _is_number(value)
-        raise ConfigError(f"{argument}={value!r:.80}: expected {kind}{' or None' * ('None' in allowed)}.{quotes}")
+        raise ConfigError(f"{argument}={value!r:.80}: expected {expected}{' or None' * ('None' in allowed)}.{quotes}")
 
 
 def _is_number(value: object) -> bool:

@@ -296,7 +296,7 @@ def test_load_texts_names_the_nearest_file(tmp_path, monkeypatch):
     (tmp_path / "general.jsonl").write_text('{"text": "Rain fell."}')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RetentionError, match=r"no such file\. Did you mean 'general\.jsonl'\?"):
-        load_texts("genral.jsonl")
+        load_texts("generral.jsonl")
 
 
 def test_measurement_refuses_bad_texts_rows_and_options(tokenizer):
