@@ -80,6 +80,8 @@ class TokenLoader(DataLoader[list[EncodedRow]]):
             if iterator is self._iterator_now:
                 self._set(_yielded=self._yielded + 1, _loaded=None)
             yield batch
+        if iterator is self._iterator_now:
+            self.plan.finished(self._epoch)
 
     def _set(self, **attributes: object) -> None:
         """Set attributes that change with every batch: Lightning would record each change of a DataLoader, forever."""

@@ -46,9 +46,10 @@ def _times(size: int, weight: float) -> int:
 class EpochPlan(DistributedSampler[Any]):
     """Base of the plans: the epoch and the batch at which the next iterator begins.
 
-    The epoch is the one set by `set_epoch`, after a resume too: :meth:`start_at` sets where the next iterator begins,
-    and a caller that counts epochs from 0 again is corrected from there on. It is a `DistributedSampler` so that a
-    Trainer does not replace it.
+    The epoch is the one set by `set_epoch`, as a Trainer and Fabric do, after a resume too: :meth:`start_at` sets where
+    the next iterator begins, and a caller that counts epochs from 0 again is corrected from there on. In a loop that
+    doesn't set it, an iterator that was used up is followed by one of the next epoch. It is a `DistributedSampler` so
+    that a Trainer does not replace it.
 
     Args:
         length: Number of rows per epoch; 0 if it isn't known.
@@ -70,6 +71,7 @@ class EpochPlan(DistributedSampler[Any]):
         self.batch_size = batch_size
         self._start: tuple[int, int] | None = None  # epoch and batch at which the next iterator begins
         self._offset = 0  # epochs missing from the caller's count since a resume
+        self._next: int | None = None  # epoch after one that was used up, until `set_epoch` says another
 
     def is_over(self, epoch: int, batch: int) -> bool:
         """Whether an epoch is known to have no batch of this index."""
@@ -77,7 +79,18 @@ class EpochPlan(DistributedSampler[Any]):
 
     def next_position(self) -> tuple[int, int]:
         """Epoch and batch at which the next iterator begins."""
-        return self._start if self._start is not None else (self.epoch + self._offset, 0)
+        if self._start is not None:
+            return self._start
+        return (self.epoch + self._offset if self._next is None else self._next), 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iterator.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+        """
+        super().set_epoch(epoch)
+        self._next = None
 
     def start_at(self, epoch: int, batch: int) -> None:
         """Begin the next iterator in the middle of an epoch, or at its end, where it is empty.
@@ -90,8 +103,17 @@ class EpochPlan(DistributedSampler[Any]):
 
     def started(self) -> None:
         """Begin further iterators at the start of an epoch; a loader with workers makes two iterators for one pass."""
-        if self._start is not None:
-            self._offset, self._start = self._start[0] - self.epoch, None
+        if self._start is not None or self._next is not None:
+            self._offset = self.next_position()[0] - self.epoch
+        self._start = self._next = None
+
+    def finished(self, epoch: int) -> None:
+        """Go on to the next epoch, unless `set_epoch` is called before the next iterator.
+
+        Args:
+            epoch: Epoch of the iterator that was used up.
+        """
+        self._next = epoch + 1
 
 
 class BatchPlan(EpochPlan):

@@ -49,6 +49,7 @@ class StreamLoader(TokenLoader):
             yield batch
         if iterator is self._iterator_now:
             self._loaded = None
+            self.plan.finished(self._epoch)
         self.stream.tell(self.stream_plan.rank, self.stream_plan.num_replicas)
 
     def state_dict(self) -> dict[str, Any]:

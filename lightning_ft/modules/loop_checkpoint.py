@@ -87,8 +87,8 @@ def load_loop(
         The values of your own that were saved.
 
     Raises:
-        CheckpointError: If it can't be read, wasn't written by `save_loop`, has other weights than are trainable here,
-            or is of another number of ranks with a loader.
+        CheckpointError: If it can't be read, wasn't written by `save_loop`, has other weights than are trainable here
+            or weights that aren't finite, is of another optimizer, or of another number of ranks with a loader.
         ConfigError: If the weights are sharded, or the loader can't be set to a position.
     """
     checkpoint, module = read_checkpoint(path), _unwrapped(model)
@@ -107,6 +107,11 @@ def load_loop(
             f"in only one of them or have another shape (first: {unfit[:2]}). Build the model as in the run that "
             "wrote it."
         )
+    if broken := [name for name, w in weights.items() if w.is_floating_point() and not bool(torch.isfinite(w).all())]:
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} has {len(broken)} weights with values that aren't finite (first: "
+            f"{broken[0]}): the run had diverged when it was saved. Load an earlier one."
+        )
     rank, ranks = rank_and_world_size()
     positions = checkpoint[_LOADERS]
     if loader is not None:
@@ -117,9 +122,16 @@ def load_loop(
                 f"The checkpoint {str(path)!r} is of {len(positions)} ranks, and there are {ranks} now, which read "
                 "other batches. Start as many, or leave the loader out to begin an epoch."
             )
-        loader.load_state_dict(positions[rank])
+    try:
+        optimizer.load_state_dict(checkpoint[_OPTIMIZER])  # first, so that nothing changes if it does not fit
+    except ValueError as error:
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} doesn't fit {type(optimizer).__name__}: {error}. Build the optimizer as in "
+            "the run that wrote it."
+        ) from error
     module.load_state_dict(weights, strict=False)
-    optimizer.load_state_dict(checkpoint[_OPTIMIZER])
+    if loader is not None:
+        loader.load_state_dict(positions[rank])
     set_rng_state(checkpoint[_RNG], rank)
     values: dict[str, Any] = checkpoint[_VALUES]
     return values

@@ -4,9 +4,10 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from peft import LoraConfig, get_peft_model
-from tiny import make_model
+from tiny import make_model, make_rows, make_tokenizer
 from torch.utils.data import DataLoader
 
+from lightning_ft import PairDataModule
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.data.resumable_loader import ResumableLoader
 from lightning_ft.errors import CheckpointError, ConfigError
@@ -112,6 +113,62 @@ def test_load_loop_refuses_what_does_not_fit(tmp_path):
     save_loop(path, loop.module, loop.optimizer)
     with pytest.raises(CheckpointError, match="has no position of a loader"):
         load_loop(path, loop.module, loop.optimizer, loop.loader)
+
+
+def test_load_loop_changes_nothing_where_the_optimizer_differs(tmp_path):
+    loop = Loop()
+    loop.steps(save_after=1, path=tmp_path / "loop.ckpt")
+    other = Loop()
+    before = other.weights()
+    groups = [{"params": [p]} for p in other.model.parameters() if p.requires_grad]
+    with pytest.raises(CheckpointError, match=r"loop\.ckpt' doesn't fit SGD: .* different number of parameter groups"):
+        load_loop(tmp_path / "loop.ckpt", other.module, torch.optim.SGD(groups, lr=0.1))
+    assert all(torch.equal(weight, before[name]) for name, weight in other.weights().items())
+
+
+def test_load_loop_refuses_weights_that_are_not_finite(tmp_path):
+    loop = Loop()
+    name, weight = next((n, p) for n, p in loop.model.named_parameters() if p.requires_grad)
+    weight.data[0] = torch.nan
+    save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer)
+    with pytest.raises(CheckpointError, match=f"has 1 weights with values that aren't finite .first: {name}"):
+        load_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer)
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8])
+def test_hand_written_loop_over_epochs_resumes_bit_for_bit(tmp_path, stop):
+    """Within an epoch of 6 batches, at its end, and in the next one."""
+    path = tmp_path / "loop.ckpt"
+
+    def train(save_at=None, resume=False):
+        model = adapted(dropout=0.1).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        data = PairDataModule(make_rows(12), tokenizer=make_tokenizer(), batch_size=2, batch_format="hf")
+        data.setup("fit")
+        loader, step, seen = data.train_dataloader(), 0, []
+        torch.manual_seed(4)
+        if resume:
+            step = load_loop(path, model, optimizer, loader)["step"]
+        while step < 14:
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                seen.append(batch["input_ids"].tolist())
+                if step == save_at:
+                    save_loop(path, model, optimizer, loader, {"step": step})
+                    return seen, model
+                if step == 14:
+                    break
+        return seen, model
+
+    seen, whole = train()
+    assert sorted(map(str, seen[:6])) != sorted(map(str, seen[6:12]))  # each epoch has an order of its own
+    train(save_at=stop)
+    rest, resumed = train(resume=True)
+    assert rest == seen[stop:]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 def test_save_loop_refuses_what_it_could_not_restore(tmp_path):
