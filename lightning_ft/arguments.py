@@ -147,7 +147,9 @@ def _check_value(argument: str, value: object, annotation: object) -> None:
         return
     expected, method = ("a number", "__float__") if "float" in allowed else ("an integer", "__index__")
     if not hasattr(value, method):
-        quotes = " Leave out the quotes; in YAML write 1.0e-4, since 1e-4 is a text there." * _is_number(value)
+        quotes = " Leave out the quotes." * _is_number(value)
+        if quotes and "e" in str(value).lower():
+            quotes = " Leave out the quotes; in YAML write 1.0e-4, since 1e-4 is a text there."
         raise ConfigError(f"{argument}={value!r:.80}: expected {expected}{' or None' * ('None' in allowed)}.{quotes}")
 
 

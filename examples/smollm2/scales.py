@@ -67,7 +67,7 @@ def main() -> None:
         max_requests=options.requests,
         structured_outputs=savings.get("structured_outputs", False),
     )
-    texts = load_texts(options.texts)[: options.max_texts]
+    texts = load_texts(options.texts, max_texts=options.max_texts)
     results: list[dict[str, Any]] = []
     for scale in options.scales:
         update.set(scale)
@@ -80,7 +80,9 @@ def main() -> None:
             {"quality": lambda sums: sums["score"] / sums["n"]},
             clusters=list(arm.clusters) or None,
         )["quality"]
-        kept = measure_retention(module.model, module.tokenizer, texts=texts, original=base, progress=False)
+        kept = measure_retention(
+            module.model, module.tokenizer, texts=texts, max_texts=None, original=base, progress=False
+        )
         found = {"quality": quality, "kl_general": kept.kl_general, "ppl_ratio": kept.ppl_ratio}
         results.append({"scale": scale} | {name: asdict(interval) for name, interval in found.items()})
         print(json.dumps(results[-1]), flush=True)

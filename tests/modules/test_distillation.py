@@ -280,7 +280,7 @@ def test_requests_that_do_not_fit_with_the_prompt_are_refused_before_training(mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5: expected an integer"),
         ({"answers": "both"}, "answers='both': expected 'teacher' or 'student'"),
         ({"divergence": "kl"}, "divergence='kl': expected one of"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: expected a whole number of at least 1"),
