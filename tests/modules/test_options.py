@@ -76,7 +76,8 @@ def test_misspelled_argument_gets_the_nearest_name(kind, arguments, message):
 @pytest.mark.parametrize(
     ("cls", "arguments", "message"),
     [
-        (DPO, {"beta": "0.1"}, "DPO: beta='0.1': expected a number. Leave out the quotes; in YAML write 1.0e-4"),
+        (DPO, {"beta": "0.1"}, "DPO: beta='0.1': expected a number. Leave out the quotes."),
+        (DPO, {"beta": "1e-1"}, "Leave out the quotes; in YAML write 1.0e-4, since 1e-4 is a text there."),
         (LoRAFineTuning, {"learning_rate": "high"}, "LoRAFineTuning: learning_rate='high': expected a number or None."),
         (GRPO, {"rewards": len, "temperature": None}, "GRPO: temperature=None: expected a number."),
         (GRPO, {"rewards": len, "max_new_tokens": 12.5}, "GRPO: max_new_tokens=12.5: expected an integer."),
