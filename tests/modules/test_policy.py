@@ -7,13 +7,7 @@ from functools import partial
 import pytest
 import torch
 from policies import BATCHES, LORA, PREDRAWN, Actor, Policy, by_tokens, make
-from predrawn_rollouts import (
-    END,
-    draw_prompts,
-    largest_difference,
-    run,
-    weights,
-)
+from predrawn_rollouts import END, draw_prompts, largest_difference, run, weights
 from tiny import make_rows
 
 from lightning_ft import GRPO, PPO, PromptDataModule
