@@ -81,6 +81,11 @@ def did_you_mean_path(path: str | Path) -> str:
         return ""
 
 
+def searched_here() -> str:
+    """Say where a folder was looked for, before the hub's error: a name may be a folder's or one of the hub."""
+    return f"there is no such folder in {str(Path.cwd())!r}, and as a name on the hub: "
+
+
 def unknown_argument(cls: type, name: str) -> UnknownArgumentError:
     """Build the error for an argument that a class's constructor does not accept, with the closest accepted name.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from lightning_ft import LoRAFineTuning, PairDataModule
 from lightning_ft.data.layout import Example
@@ -26,8 +27,10 @@ from lightning_ft.evaluation.bootstrap import bootstrap_intervals
 from lightning_ft.evaluation.retention.measurement import measure_retention
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import MeasurementPlan, answer_plan
+from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.models.generate import end_token_ids, evaluating
 from lightning_ft.models.head import CausalLM, completion_logprobs
+from lightning_ft.modules.base import FineTuning
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Completion, Sampling
 
@@ -40,6 +43,38 @@ def load(folder: str) -> LoRAFineTuning:
     module.configure_model()
     module.eval()
     return module
+
+
+def domain_plan(
+    domain: str, tokenizer: PreTrainedTokenizerBase, *, test: str | None = None, max_requests: int | None = None
+) -> MeasurementPlan:
+    """The test requests of a domain, answered and graded as its configuration says.
+
+    Args:
+        domain: Name of the configuration.
+        tokenizer: Tokenizer of the model that answers.
+        test: Another file of test rows than the configuration's.
+        max_requests: Largest number of requests; None for all.
+    """
+    config = yaml.safe_load((HERE / f"{domain}.yaml").read_text(encoding="utf-8"))
+    savings = config["trainer"]["callbacks"][0]["init_args"]
+    rows = config["data"]["init_args"] | ({} if test is None else {"test": test})
+    data = PairDataModule(**rows, tokenizer=tokenizer)
+    data.load_rows()
+    return answer_plan(
+        tokenizer,
+        data.requests("test"),
+        scorer=savings["scorer"],
+        max_new_tokens=savings["max_new_tokens"],
+        max_requests=max_requests,
+        structured_outputs=savings.get("structured_outputs", False),
+    )
+
+
+def answers_of(module: FineTuning, plan: MeasurementPlan) -> ArmRecords:
+    """Greedy answers to the requests of a plan, in bfloat16."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return run_arm("tuned", module.model, module.tokenizer, plan, timed_requests=0, batch_size=64, progress=False)
 
 
 def sample(module: LoRAFineTuning, prompts: list[list[int]], plan: MeasurementPlan, count: int) -> list[Completion]:
@@ -82,21 +117,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = yaml.safe_load((HERE / f"{options.domain}.yaml").read_text(encoding="utf-8"))
-    savings = config["trainer"]["callbacks"][0]["init_args"]
     named = dict(model.split("=", 1) for model in options.models)
     start, *_ = named
     first = load(named[start])
-    rows = config["data"]["init_args"] | ({} if options.test is None else {"test": options.test})
-    data = PairDataModule(**rows, tokenizer=first.tokenizer)
-    data.load_rows()
-    plan = answer_plan(
-        first.tokenizer,
-        data.requests("test"),
-        scorer=savings["scorer"],
-        max_new_tokens=savings["max_new_tokens"],
-        structured_outputs=savings.get("structured_outputs", False),
-    )
+    plan = domain_plan(options.domain, first.tokenizer, test=options.test)
     prompts = [list(prompt) for prompt in plan.bare.prompts[: options.kl_prompts]]
     repeated = [prompt for prompt in prompts for _ in range(options.samples)]
     texts = None if options.texts is None else load_texts(options.texts)
@@ -104,10 +128,8 @@ def main() -> None:
     start_scores: list[float] = []
     for name, folder in named.items():
         module = first if name == start else load(folder)
+        arm = answers_of(module, plan)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            arm = run_arm(
-                "tuned", module.model, module.tokenizer, plan, timed_requests=0, batch_size=64, progress=False
-            )
             answers = sample(module, prompts, plan, options.samples)
         start_scores = start_scores or list(arm.scores)
         ratios = [

@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from policies import answers_of, domain_plan
 from transformers import AutoModelForCausalLM
 
-from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
-from lightning_ft.data.texts import load_texts
+from lightning_ft import FullFineTuning, LoRAFineTuning
 from lightning_ft.evaluation.bootstrap import bootstrap_intervals
 from lightning_ft.evaluation.retention.measurement import measure_retention
-from lightning_ft.evaluation.savings.arms import run_arm
-from lightning_ft.evaluation.savings.plan import answer_plan
 from lightning_ft.models.update_scale import UpdateScale, copy_weights
 
 HERE = Path(__file__).parent
@@ -54,34 +51,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    config = yaml.safe_load((HERE / f"{options.domain}.yaml").read_text(encoding="utf-8"))
-    savings = config["trainer"]["callbacks"][0]["init_args"]
     module, base, update = load(options.model)
-    data = PairDataModule(**config["data"]["init_args"], tokenizer=module.tokenizer)
-    data.load_rows()
-    plan = answer_plan(
-        module.tokenizer,
-        data.requests("test"),
-        scorer=savings["scorer"],
-        max_new_tokens=savings["max_new_tokens"],
-        max_requests=options.requests,
-        structured_outputs=savings.get("structured_outputs", False),
-    )
-    texts = load_texts(options.texts, max_texts=options.max_texts)
+    plan = domain_plan(options.domain, module.tokenizer, max_requests=options.requests)
     results: list[dict[str, Any]] = []
     for scale in options.scales:
         update.set(scale)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            arm = run_arm(
-                "tuned", module.model, module.tokenizer, plan, timed_requests=0, batch_size=64, progress=False
-            )
+        arm = answers_of(module, plan)
         quality = bootstrap_intervals(
             {"score": list(arm.scores), "n": [1.0] * len(arm.scores)},
             {"quality": lambda sums: sums["score"] / sums["n"]},
             clusters=list(arm.clusters) or None,
         )["quality"]
         kept = measure_retention(
-            module.model, module.tokenizer, texts=texts, max_texts=None, original=base, progress=False
+            module.model,
+            module.tokenizer,
+            texts=options.texts,
+            max_texts=options.max_texts,
+            original=base,
+            progress=False,
         )
         found = {"quality": quality, "kl_general": kept.kl_general, "ppl_ratio": kept.ppl_ratio}
         results.append({"scale": scale} | {name: asdict(interval) for name, interval in found.items()})

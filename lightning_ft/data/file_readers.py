@@ -67,7 +67,9 @@ def read_csv(path: Path, name: str, delimiter: str, notes: Counter[str]) -> Iter
                     yield bad_row(name, number, "NUL byte", "", fix, field)
                 else:
                     row = dict(zip(header, cells, strict=True))
-                    notes.update(f"{cell} in {column!r}" for column, cell in row.items() if cell in _SPREADSHEET_ERRORS)
+                    if "#" in text:
+                        errors = (item for item in row.items() if item[1] in _SPREADSHEET_ERRORS)
+                        notes.update(f"{cell} in {column!r}" for column, cell in errors)
                     yield RawRow(name, number, row)
         except csv.Error as error:
             where = f"line {start}" if start >= reader.line_num else f"lines {start} to {reader.line_num}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_ft.arguments import did_you_mean_path
+from lightning_ft.arguments import did_you_mean_path, searched_here
 from lightning_ft.errors import TokenizerError
 from lightning_ft.read_errors import READ_ERRORS, first_line
 
@@ -61,7 +61,7 @@ def missing_folder(name: str) -> str | None:
 
 def _no_folder(name: str) -> str:
     """Say where a folder was looked for, for a name that may be one or one of the hub."""
-    return "" if Path(name).exists() else f"there is no such folder in {str(Path.cwd())!r}, and as a name on the hub: "
+    return "" if Path(name).exists() else searched_here()
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -78,10 +78,9 @@ def logit_transform(config: PreTrainedConfig, temperature: float = 1.0) -> Logit
     """
     text = config.get_text_config()
     multiplies = text.model_type.startswith("hyperclovax")  # it has Granite's name for the inverse
-    factors = SCALES if not multiplies else (*SCALES, "logits_scaling")
-    scale = math.prod(float(value) for name in factors if (value := getattr(text, name, None)) is not None)
-    if not multiplies and (divisor := getattr(text, "logits_scaling", None)) is not None:  # Granite, MiniCPM3
-        scale /= float(divisor)
+    scale = math.prod(float(value) for name in SCALES if (value := getattr(text, name, None)) is not None)
+    if (value := getattr(text, "logits_scaling", None)) is not None:  # Granite, MiniCPM3
+        scale = scale * float(value) if multiplies else scale / float(value)
     cap = next((value for name in SOFT_CAPS if (value := getattr(text, name, None)) is not None), None)
     return LogitTransform(scale, None if cap is None else float(cap), temperature)
 

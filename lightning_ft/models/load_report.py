@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from lightning_ft.arguments import did_you_mean_path
+from lightning_ft.arguments import did_you_mean_path, searched_here
 from lightning_ft.distributed import rank_zero_only, warn
 from lightning_ft.errors import ModelError
 from lightning_ft.read_errors import first_line
@@ -140,9 +140,8 @@ def why_unreadable(name: str, error: BaseException, *, revision: str | None = No
         )
     folder = _folder(name, revision)
     if folder is None:
-        missing = "there is no such folder"
-        if not name.startswith((".", "~", "/")) and name.count("/") <= 1:
-            missing = f"{missing} in {str(Path.cwd())!r}, and as a name on the hub: {first_line(error)}"
+        is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
+        missing = "there is no such folder" if is_path else searched_here() + first_line(error)
         return f"{missing.removesuffix('.')}.{did_you_mean_path(name)}"
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         if (reason := _why_damaged(file, error)) is not None:

@@ -50,8 +50,8 @@ def refuse_nonfinite(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity, None if all are finite.
+def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of the tensors that hold a NaN or an infinity.
 
     Each tensor is read once, and the CPU waits for the GPU once. Quantized and integer tensors are skipped. Each rank
     reads its own part of sharded tensors, so all ranks must call this with the same names; all get the same result.
@@ -60,8 +60,8 @@ def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         tensors: Names and tensors, on any devices.
 
     Example:
-        >>> first_nonfinite([("a", torch.zeros(2)), ("b", torch.tensor([1.0, torch.inf])), ("c", torch.tensor([7]))])
-        'b'
+        >>> nonfinite([("a", torch.zeros(2)), ("b", torch.tensor([1.0, torch.inf])), ("c", torch.tensor([7]))])
+        ['b']
     """
     names: list[str] = []
     largest: list[Tensor] = []
@@ -75,11 +75,16 @@ def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         # The largest magnitude is NaN if any value is, and unlike `isfinite` needs no copy of the tensor.
         largest.append(torch.linalg.vector_norm(value, torch.inf).float() if value.numel() else value.new_zeros(()))
     if not names:
-        return None
+        return []
     device = largest[0].device
     wrong = ~torch.stack([value.to(device, torch.float32) for value in largest]).isfinite()
     if sharded and dist.is_initialized():
         counts = wrong.int()
         dist.all_reduce(counts)
         wrong = counts > 0
-    return next((name for name, bad in zip(names, wrong.tolist(), strict=True) if bad), None)
+    return [name for name, bad in zip(names, wrong.tolist(), strict=True) if bad]
+
+
+def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The first name of :func:`nonfinite`, under the same conditions; None if all tensors are finite."""
+    return next(iter(nonfinite(tensors)), None)

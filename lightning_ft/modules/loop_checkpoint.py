@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_ft.checkpoint_file import read_checkpoint, write_checkpoint
 from lightning_ft.distributed import on_rank_zero, rank_and_world_size
 from lightning_ft.errors import CheckpointError, ConfigError
+from lightning_ft.models.numerics import nonfinite
 from lightning_ft.models.unwrap import unwrapped
 from lightning_ft.modules.resume import RngState, own_rng_state, set_rng_state
 
@@ -107,7 +108,7 @@ def load_loop(
             f"in only one of them or have another shape (first: {unfit[:2]}). Build the model as in the run that "
             "wrote it."
         )
-    if broken := [name for name, w in weights.items() if w.is_floating_point() and not bool(torch.isfinite(w).all())]:
+    if broken := nonfinite(weights.items()):
         raise CheckpointError(
             f"The checkpoint {str(path)!r} has {len(broken)} weights with values that aren't finite (first: "
             f"{broken[0]}): the run had diverged when it was saved. Load an earlier one."

@@ -103,7 +103,7 @@ def test_scales_lead_from_the_trained_model_to_the_base(
     kind, programs, rows, adapters, monkeypatch, tmp_path, model_folder
 ):
     program = programs("scales")
-    texts = configure(program, rows, monkeypatch, tmp_path)
+    texts = configure(programs("policies"), rows, monkeypatch, tmp_path)
     monkeypatch.setattr(program, "BASE", str(model_folder))
     folder = adapters[1]
     if kind == "all weights":
