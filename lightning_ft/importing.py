@@ -139,7 +139,9 @@ def import_object(path: str, *, argument: str, error: type[LightningFTError]) ->
     except ImportError as cause:
         raise error(not_importable(argument, path, str(cause))) from cause
     except AttributeError as cause:
-        raise error(f"{argument}={path!r} can't be imported: {cause}") from cause
+        # The module may be another of the same name as the file that was meant.
+        remedy = _file_to_write(path)
+        raise error(f"{argument}={path!r} can't be imported: {cause}." + (f" {remedy}." if remedy else "")) from cause
 
 
 def not_importable(argument: str, path: str, reason: str) -> str:
@@ -150,16 +152,18 @@ def not_importable(argument: str, path: str, reason: str) -> str:
         path: Import path of the object.
         reason: Reason why it can't be imported.
     """
-    module, _, name = path.rpartition(":" if ":" in path else ".")
-    file = f"{module.replace('.', '/')}.py"
-    if Path(file).is_file():
-        remedy = f"There is a file {file!r}: write {file}:{name or 'function'}"
-    else:
-        remedy = "For a function in a file, write path/to/file.py:function"
+    remedy = _file_to_write(path) or "For a function in a file, write path/to/file.py:function"
     return (
         f"{argument}={path!r} can't be imported: {reason.removesuffix('.')}. {remedy}; for one in a package, install "
         "the package or add its folder to PYTHONPATH."
     )
+
+
+def _file_to_write(path: str) -> str | None:
+    """What to write in place of an import path whose module is a file of the current folder; None if there is none."""
+    module, _, name = path.rpartition(":" if ":" in path else ".")
+    file = f"{module.replace('.', '/')}.py"
+    return f"There is a file {file!r}: write {file}:{name or 'function'}" if Path(file).is_file() else None
 
 
 def is_file_path(path: str) -> bool:

@@ -1,6 +1,7 @@
 """Fixtures of all tests; none reaches a network."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,9 +18,10 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_seed(tmp_path_factory, monkeypatch):
+def _same_start(tmp_path_factory, monkeypatch):
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the folder of an imported file stays on it
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 

@@ -1,7 +1,5 @@
 """Errors of import paths say how to name a function in a file."""
 
-import sys
-
 import pytest
 
 from lightning_ft.errors import ConfigError
@@ -10,7 +8,6 @@ from lightning_ft.importing import import_object
 
 def test_missing_module_error_names_the_form_for_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # importing a file appends its folder
     path = "no_such_package_of_mine.margins_of_mine.margin"
     with pytest.raises(ConfigError, match=r"loss='no_such_.*No module named.*path/to/file\.py:function.*PYTHONPATH"):
         import_object(path, argument="loss", error=ConfigError)
@@ -29,3 +26,10 @@ def test_missing_name_error_has_no_advice_for_modules():
     ) as info:
         import_object("math.nothing", argument="loss", error=ConfigError)
     assert "PYTHONPATH" not in str(info.value)
+
+
+def test_missing_name_of_another_module_leads_to_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("def rows():\n    return []\n")
+    with pytest.raises(ConfigError, match=r"no attribute 'rows'\. There is a file 'json\.py': write json\.py:rows\."):
+        import_object("json:rows", argument="train", error=ConfigError)

@@ -264,9 +264,9 @@ def test_hub_name_with_a_split_is_no_import_path(stream, pairs, monkeypatch, tmp
     assert data.training_rows() == ({"training data": "squad:train, read while training"}, ("squad",))
     with pytest.raises(ConfigError, match="can't be imported"):  # there is such a module
         stream("json:rows", streaming=True).setup("fit")
-    Path("mine.py").write_text("")
-    with pytest.raises(ConfigError, match=r"There is a file 'mine.py': write mine.py:rows"):
-        stream("mine:rows", streaming=True).setup("fit")
+    Path("my_rows.py").write_text("")
+    with pytest.raises(ConfigError, match=r"There is a file 'my_rows.py': write my_rows.py:rows"):
+        stream("my_rows:rows", streaming=True).setup("fit")
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: 1 / 0)
     with pytest.raises(DataNotFoundError, match=r"Hub dataset 'squat' .*; a function as 'path/to/file.py:function'"):
         stream("squat:train", streaming=True).setup("fit")
