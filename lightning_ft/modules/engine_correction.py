@@ -41,6 +41,7 @@ class EngineCorrection:
         smallest: float | None,
         *,
         vllm: bool,
+        continuous_batching: bool,
         own_engine: bool,
         filters: bool,
     ) -> EngineCorrection:
@@ -51,6 +52,7 @@ class EngineCorrection:
             largest: Upper bound of the ratios.
             smallest: Lower bound of the ratios.
             vllm: Whether a vLLM server samples.
+            continuous_batching: Whether transformers' continuous batching samples.
             own_engine: Whether an engine of the user's own samples.
             filters: Whether top-k, top-p or min-p is set.
 
@@ -61,9 +63,10 @@ class EngineCorrection:
             return cls(None, largest, smallest)
         mode: CorrectionMode = "sequence_mask" if argument == "auto" else argument
         check_correction(mode, largest, smallest)
-        if vllm and filters:
+        if (vllm or continuous_batching) and filters:
+            engine = "a vLLM server" if vllm else "continuous batching"
             missing = (
-                "With top_p, top_k or min_p a vLLM server reports log-probabilities of the filtered distribution, so "
+                f"With top_p, top_k or min_p {engine} reports log-probabilities of the filtered distribution, so "
                 "the difference between its probabilities and the model's can't be corrected"
             )
             if argument != "auto":
@@ -72,7 +75,7 @@ class EngineCorrection:
                 )
             rank_zero_warn(f"{missing}. Leave out the filters, or set sampling_correction=None to accept that.")
             return cls(None, largest, smallest)
-        return cls(mode if vllm or own_engine or argument != "auto" else None, largest, smallest)
+        return cls(mode if vllm or continuous_batching or own_engine or argument != "auto" else None, largest, smallest)
 
     def weights(
         self,

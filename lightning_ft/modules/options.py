@@ -97,6 +97,7 @@ class SampledOptions(AdaptedOptions, total=False):
     stop: str | list[str] | None
     rollout_batch_size: int
     vllm: bool | dict[str, Any]
+    continuous_batching: bool | dict[str, Any]
     engine: RolloutEngine | None
 
 

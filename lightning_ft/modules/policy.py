@@ -59,9 +59,9 @@ class PolicyOptimization(SampledCompletions):
         kl_coef: Weight of the KL divergence from the reference.
         sampling_correction: Weighting of tokens that corrects for an engine whose probabilities differ from the
             model's: the ratio of each ``token`` or of the whole ``sequence``, where ratios out of bounds are set to the
-            bound (``truncate``) or leave the tokens out (``mask``). ``auto`` is ``sequence_mask`` with `vllm` or
-            `engine`, as far as they report log-probabilities, and none with the built-in engine, which samples with the
-            model itself. None for no correction.
+            bound (``truncate``) or leave the tokens out (``mask``). ``auto`` is ``sequence_mask`` with `vllm`,
+            `continuous_batching` or `engine`, as far as they report log-probabilities, and none with the built-in
+            engine, which samples with the model itself. None for no correction.
         sampling_ratio_max: Upper bound of those ratios; None for no bound.
         sampling_ratio_min: Lower bound of those ratios; None for no bound.
         options: Arguments of `SampledCompletions`, `AdaptedFineTuning` and `FineTuning`.
@@ -107,6 +107,7 @@ class PolicyOptimization(SampledCompletions):
             sampling_ratio_max,
             sampling_ratio_min,
             vllm=bool(self._vllm),
+            continuous_batching=bool(self._continuous_batching),
             own_engine=self._engine_argument[0] is not None,
             filters=self.sampling.filters,
         )

@@ -54,6 +54,8 @@ class SampledCompletions(AdaptedFineTuning):
         stop: Strings that end a completion.
         rollout_batch_size: Number of completions sampled at a time per rank.
         vllm: Sample on a vLLM server: True, or arguments of `lightning_ft.rollout.vllm.VLLMEngine`.
+        continuous_batching: Sample with transformers' continuous batching: True, or arguments of its
+            `ContinuousBatchingConfig`, see `lightning_ft.rollout.continuous_batching.ContinuousBatchingEngine`.
         engine: Engine of your own that samples the completions, see `lightning_ft.rollout.protocol.RolloutEngine`; None
             for the built-in ones. It is not saved: pass it to `load_from_checkpoint` again.
         options: Arguments of `AdaptedFineTuning` and `FineTuning`.
@@ -75,6 +77,7 @@ class SampledCompletions(AdaptedFineTuning):
         stop: str | list[str] | None = None,
         rollout_batch_size: int = 64,
         vllm: bool | dict[str, Any] = False,
+        continuous_batching: bool | dict[str, Any] = False,
         engine: RolloutEngine | None = None,
         **options: Unpack[AdaptedOptions],
     ) -> None:
@@ -86,8 +89,13 @@ class SampledCompletions(AdaptedFineTuning):
         ):
             if number < 1:
                 raise ConfigError(f"{name}={number}: expected at least 1.")
-        if engine is not None and vllm:
-            raise ConfigError("Both engine= and vllm= say what samples the completions: pass only one of them.")
+        named = {"engine": engine is not None, "vllm": bool(vllm), "continuous_batching": bool(continuous_batching)}
+        if len(several := [f"{name}=" for name, passed in named.items() if passed]) > 1:
+            raise ConfigError(f"{' and '.join(several)} each say what samples the completions: pass only one of them.")
+        if isinstance(continuous_batching, dict):
+            from lightning_ft.rollout.continuous_batching import check_settings
+
+            check_settings(continuous_batching)
         if engine is not None:
             check_engine(engine)
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
@@ -103,6 +111,7 @@ class SampledCompletions(AdaptedFineTuning):
         )
         self.num_completions, self.max_new_tokens = num_completions, max_new_tokens
         self.rollout_batch_size, self._vllm = rollout_batch_size, vllm
+        self._continuous_batching = continuous_batching
         self.record_arguments(
             {
                 "rewards": _as_json(rewards),
@@ -117,6 +126,7 @@ class SampledCompletions(AdaptedFineTuning):
                 "stop": list(stops),
                 "rollout_batch_size": rollout_batch_size,
                 "vllm": vllm,
+                "continuous_batching": continuous_batching,
             }
         )
         self.last_rollout: RolloutSamples | None = None
@@ -144,6 +154,16 @@ class SampledCompletions(AdaptedFineTuning):
                     end_token_ids=end_token_ids(self.model, self.tokenizer),
                     tokenizer=self.tokenizer,
                     **({} if self._vllm is True else self._vllm),
+                )
+            elif self._continuous_batching:
+                from lightning_ft.rollout.continuous_batching import ContinuousBatchingEngine
+
+                self._engine = ContinuousBatchingEngine(
+                    self.model,
+                    end_token_ids=end_token_ids(self.model, self.tokenizer),
+                    batch_size=self.rollout_batch_size,
+                    tokenizer=self.tokenizer,
+                    settings=None if self._continuous_batching is True else self._continuous_batching,
                 )
             else:
                 self._engine = LocalEngine(

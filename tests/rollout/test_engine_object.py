@@ -186,7 +186,7 @@ def test_engine_object_without_annotations_in_a_configuration_file_is_explained(
 
 
 def test_engine_object_with_vllm_is_refused():
-    with pytest.raises(ConfigError, match="Both engine= and vllm="):
+    with pytest.raises(ConfigError, match="engine= and vllm= each say"):
         GRPO("some/model", rewards=len, engine=WrappingEngine(), vllm=True)
 
 
