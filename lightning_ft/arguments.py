@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning_ft.errors import ConfigError, LightningFTError, MissingArgumentError, UnknownArgumentError
 from lightning_ft.types import Request
@@ -147,6 +148,12 @@ def check_values(cls: type, args: Sequence[object], options: Mapping[str, object
 
 def _check_value(argument: str, value: object, annotation: object) -> None:
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if numbers := re.fullmatch(r"tuple\[((?:float|int)(?:, (?:float|int))*)\]", text):
+        count = numbers[1].count(",") + 1
+        fits = isinstance(value, (tuple, list)) and len(value) == count
+        if not fits or not all(hasattr(number, "__float__") for number in cast("Sequence[object]", value)):
+            raise ConfigError(f"{argument}={value!r:.80}: expected {count} numbers, such as a tuple of them.")
+        return
     allowed = {part.strip() for part in text.split("|")}
     if not allowed <= {"int", "float", "None"} or (value is None and "None" in allowed):
         return

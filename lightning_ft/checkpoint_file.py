@@ -6,7 +6,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias, cast
@@ -93,6 +93,7 @@ def checked_file(
     kept: str = "",
     required: str | None = None,
     arguments: dict[str, Any] | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> Iterator[Path | IO[bytes]]:
     """Check that a Trainer's checkpoint contains only data, and yield a file for `load_from_checkpoint`.
 
@@ -103,6 +104,7 @@ def checked_file(
         required: Name of an argument that must be saved there, unless the user passes it.
         arguments: Arguments that the user passed, which override those of the checkpoint. ``trust_remote_code=False``
             is added if missing: a file must not decide whether a repository's code is run.
+        check: Function that raises an error if the checkpoint doesn't fit in some other way.
 
     Raises:
         CheckpointError: As :func:`read_checkpoint` does.
@@ -124,6 +126,8 @@ def checked_file(
                 "import every class that they name. A checkpoint doesn't decide which code runs: build the module "
                 "yourself and call load_checkpoint(path), or fit with ckpt_path=."
             )
+        if check is not None:
+            check(checkpoint)
         del checkpoint
         if not isinstance(file, Path):
             file.seek(0)

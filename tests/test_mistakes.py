@@ -7,10 +7,10 @@ import sys
 import pytest
 from tiny import make_model, make_rows, make_tokenizer
 
-from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule, TokenSavings
+from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PairDataModule, TokenSavings
 from lightning_ft._lightning import Trainer
 from lightning_ft.compare.plan import read_config
-from lightning_ft.errors import LightningFTError, SavingsError, TokenizerError
+from lightning_ft.errors import CheckpointError, ConfigError, LightningFTError, SavingsError, TokenizerError
 from lightning_ft.models.load import adapter_config, load_causal_lm, load_config
 from lightning_ft.report.write import write_report
 
@@ -107,3 +107,46 @@ def test_late_import_of_the_other_lightning_is_warned_of(first, second, warned):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert ("import lightning.pytorch before lightning_ft" in done.stdout) == warned
+
+
+def test_checkpoint_of_another_class_names_the_class_to_load_it_with(tmp_path, model_folder, trainer_options):
+    module = FullFineTuning(model_folder, dtype="float32")
+    trainer = Trainer(**trainer_options, max_steps=1)
+    trainer.fit(module, PairDataModule(make_rows(), batch_size=4))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert isinstance(FullFineTuning.load_from_checkpoint(tmp_path / "last.ckpt"), FullFineTuning)
+    for cls in (DPO, LoRAFineTuning):
+        with pytest.raises(CheckpointError, match=f"load it with FullFineTuning.load_from_.* model= to {cls.__name__}"):
+            cls.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+def test_own_module_that_unpacks_a_token_batch_is_told_of_the_other_batches():
+    data = PairDataModule(make_rows(), batch_size=4, tokenizer=make_tokenizer())
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    for use in (lambda: make_model()(**batch), lambda: batch["input_ids"]):
+        with pytest.raises(ConfigError, match="pass batch_format='hf' to the PairDataModule"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        (0.9, "betas=0.9: expected 2 numbers"),
+        ((0.9,), "expected 2 numbers"),
+        (["a", 1], "expected 2 numbers"),
+        ((0.9, 1.0), r"betas=\(0.9, 1.0\): expected two numbers of at least 0 and below 1"),
+    ],
+)
+def test_wrong_betas_are_refused(betas, message):
+    with pytest.raises(ConfigError, match=message):
+        FullFineTuning("some/model", betas=betas)
+
+
+def test_mixing_of_more_rows_than_an_epoch_can_have_is_refused():
+    rows = make_rows()
+    for weight in (1e9, 1e30):
+        data = PairDataModule([rows[:8], rows[8:]], mixing=[weight, 1], batch_size=4, tokenizer=make_tokenizer())
+        data.setup("fit")
+        with pytest.raises(ConfigError, match="A weight is how often the rows of a source appear per epoch"):
+            data.train_dataloader()

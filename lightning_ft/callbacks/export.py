@@ -23,9 +23,8 @@ from lightning_ft.models.hub import check_hub, upload_export, warn_of_local_base
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.models.unwrap import required_model
 from lightning_ft.modules.base import FineTuning
-from lightning_ft.modules.exporting import RECORD
 from lightning_ft.modules.resume import STATE
-from lightning_ft.modules.training_record import facts_of_run
+from lightning_ft.modules.training_record import RECORD, facts_of_run
 from lightning_ft.run_checkpoints import run_folder
 
 

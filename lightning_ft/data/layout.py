@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from heapq import heapreplace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -107,6 +108,21 @@ class TokenBatch:
     def padding_fraction(self) -> float:
         """Share of positions that are padding."""
         return 1.0 - self.num_tokens / self.input_ids.numel()
+
+    def keys(self) -> NoReturn:
+        """Refuse ``model(**batch)``, where Python asks for the keys: this isn't a batch of transformers' models.
+
+        Raises:
+            ConfigError: Always; it names the argument that makes such batches.
+        """
+        raise ConfigError(
+            "A TokenBatch is made for the modules of this package and has no keys. For a module of your own that calls "
+            "model(**batch), pass batch_format='hf' to the PairDataModule."
+        )
+
+    def __getitem__(self, name: object) -> NoReturn:
+        """Refuse ``batch["input_ids"]`` as :meth:`keys` does."""
+        self.keys()
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> TokenBatch:
         """Copy of this batch on `device`.

@@ -12,6 +12,9 @@ from torch.utils.data import DistributedSampler, SequentialSampler
 
 from lightning_ft.errors import ConfigError
 
+_MOST_ROWS = 10**9
+"""Largest number of rows of a mixed epoch, whose order takes 8 bytes for each."""
+
 
 def mixed_epoch(sizes: Sequence[int], weights: Sequence[float], rng: np.random.Generator) -> np.ndarray:
     """Row numbers of one epoch over several sources.
@@ -155,6 +158,12 @@ class BatchPlan(EpochPlan):
         if len(sizes) != len(weights) or not sizes or len(numbers) != len(weights) or not sum(weights):
             expected = f"expected one weight for each of {len(sizes)} sources, finite numbers, none below 0, one above"
             raise ConfigError(f"mixing={list(weights)}: {expected}.")
+        rows = sum(size * float(weight) for size, weight in zip(sizes, weights, strict=True))
+        if rows > _MOST_ROWS:
+            raise ConfigError(
+                f"mixing={list(weights)}: an epoch would have {rows:.3g} rows. A weight is how often the rows of a "
+                "source appear per epoch, 1 for once."
+            )
         super().__init__(
             sum(sizes), batch_size=batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size
         )

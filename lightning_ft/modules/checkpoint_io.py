@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,7 @@ from lightning_ft.checkpoint_file import (
 )
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import CheckpointError, ConfigError
+from lightning_ft.modules.continued_run import refuse_other_class
 from lightning_ft.modules.sharded_strategy import ShardedStrategy, refuse_other_shapes
 from lightning_ft.sharded_checkpoint import (
     ShardedCheckpoint,
@@ -255,14 +257,19 @@ class CheckpointedModule(LightningModule):
                 here only: a file doesn't decide whether code of a repository runs.
 
         Raises:
-            CheckpointError: If it can't be read.
+            CheckpointError: If it can't be read, or is of another class of this package.
             ConfigError: For ``weights_only=False``, and if it names a loss or a reward function that would have to be
                 imported, and that argument isn't passed.
         """
-        required = "model" if hparams_file is None else None
+        options: dict[str, Any] = {
+            "kept": "hyper_parameters",
+            "required": "model" if hparams_file is None else None,
+            "arguments": kwargs,
+        }
+        check = partial(refuse_other_class, cls)
         with (
             as_file(checkpoint_path) as source,
-            checked_file(source, weights_only, kept="hyper_parameters", required=required, arguments=kwargs) as file,
+            checked_file(source, weights_only, **options, check=check) as file,
         ):
             token = _PASSED_BY_CALLER.set(frozenset(kwargs))
             try:

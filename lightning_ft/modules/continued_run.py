@@ -14,6 +14,8 @@ from lightning_ft.data.module import RowDataModule
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import CheckpointError
 from lightning_ft.models.card_facts import TrainingRecord
+from lightning_ft.modules.resume import STATE
+from lightning_ft.modules.training_record import RECORD
 
 _ORDER = ("shuffle", "seed", "mixing", "shuffle_buffer")
 """Arguments of a DataModule that decide which rows a batch has, besides its size."""
@@ -41,6 +43,26 @@ def refuse_other_method(module: Any, record: TrainingRecord) -> None:
         f"The checkpoint is of a run of {method}, which {name} can't continue: its optimizer, schedule and position "
         f"belong to another loss. To start from its weights, export them and pass the folder as model= to {name}, and "
         "fit without ckpt_path."
+    )
+
+
+def refuse_other_class(cls: type, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to build a module of this package from a checkpoint of another one, whose arguments are others.
+
+    Args:
+        cls: Class of the module.
+        checkpoint: The checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint is of another class of this package.
+    """
+    record = checkpoint.get(STATE, {}).get(RECORD)
+    method = TrainingRecord.from_dict(record).settings.get("method") if isinstance(record, Mapping) else None
+    if method not in PUBLIC_NAMES or method in {base.__name__ for base in cls.__mro__}:
+        return
+    raise CheckpointError(
+        f"The checkpoint is of a run of {method}: load it with {method}.load_from_checkpoint. To start {cls.__name__} "
+        f"from its weights, export them and pass the folder as model= to {cls.__name__}."
     )
 
 

@@ -18,10 +18,7 @@ from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.hub import check_hub, upload_export, warn_of_local_base
 from lightning_ft.modules.continued_run import refuse_other_method, warn_of_other_rows
 from lightning_ft.modules.options import ModelOptions
-from lightning_ft.modules.training_record import results_of_callbacks, training_record
-
-RECORD = "training_record"
-"""Key of the record in what a module of this package keeps in a checkpoint."""
+from lightning_ft.modules.training_record import RECORD, results_of_callbacks, training_record
 
 
 class ExportedModule(LightningModule):

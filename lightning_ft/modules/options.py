@@ -203,5 +203,7 @@ class OptimizerOptions:
             raise ConfigError(f"on_nonfinite={self.on_nonfinite!r}: expected 'error' or 'skip'.")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate={self.learning_rate}: expected a finite number above 0.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas={self.betas}: expected two numbers of at least 0 and below 1.")
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay={self.weight_decay}: expected 0 or more.")

@@ -11,6 +11,8 @@ from lightning_ft._lightning import NAMESPACE
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.models.card_facts import CardFacts, MeasuredResult, Setting, TrainingRecord, today
 
+RECORD = "training_record"
+"""Key of the record in what a module of this package keeps in a checkpoint."""
 _NAMED = ("lr_schedule", "dtype", "loss_type", "advantage", "importance", "kl_in", "divergence", "answers", "critic")
 """Settings whose values are names from a list of this package. Other strings may be paths, prompts or addresses."""
 
