@@ -10,6 +10,8 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _RANK_ZERO = tuple(
     f"{package}.utilities.rank_zero"
@@ -56,6 +58,22 @@ def hide_log_messages() -> None:
     for pattern, names in LOG_MESSAGES.items():
         for name in names:
             logging.getLogger(name).addFilter(_Without(pattern))
+
+
+@contextmanager
+def hidden_log_messages(pattern: str, name: str) -> Iterator[None]:
+    """Hide log messages that this package has a message of its own for, within the block.
+
+    Args:
+        pattern: Pattern of their beginning.
+        name: Name of the logger that writes them.
+    """
+    logger, hidden = logging.getLogger(name), _Without(pattern)
+    logger.addFilter(hidden)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hidden)
 
 
 def hide_warnings(hidden: tuple[tuple[str, type[Warning]], ...] = WARNINGS) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from tiny import make_rows
 
+from lightning_ft import RewardModeling
 from lightning_ft.console import LOG_MESSAGES, WARNINGS
 
 
@@ -92,3 +93,17 @@ def test_warnings_are_shown_where_python_is_told_to(tmp_path):
         for o in ([], ["-W", "always::ImportWarning"])
     ]
     assert [count - before for count, before in zip(counts, plain, strict=True)] == [len(WARNINGS), 0]
+
+
+def test_loading_a_new_head_prints_no_report_and_other_messages_of_that_logger_stay(model_folder, caplog):
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.enable_propagation()
+    try:
+        RewardModeling(model_folder, dtype="float32").configure_model()
+        assert "LOAD REPORT" not in caplog.text
+        AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1)
+        assert "LOAD REPORT" in caplog.text
+    finally:
+        transformers_logging.disable_propagation()

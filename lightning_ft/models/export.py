@@ -234,7 +234,7 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
         raise ExportError(f"{path} is a file; export needs a folder.")
     remove_leftovers(path)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ExportError(f"{path} isn't empty: choose another folder, or pass overwrite=True.")
+        raise ExportError(f"{path} isn't empty: choose another folder, or pass overwrite=True (--overwrite true).")
 
 
 def _gathered(model: CausalLM) -> dict[str, Any]:

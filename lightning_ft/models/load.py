@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lightning_ft.arguments import did_you_mean_path
+from lightning_ft.console import hidden_log_messages
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, MissingDependencyError, ModelError
 from lightning_ft.models.base_folder import find_base
@@ -193,7 +194,9 @@ def load_model(
         options["device_map"] = {"": device if device is not None else torch.device("cpu")}
     refuse_damaged_json(name, "generation_config.json")
     try:
-        with torch.device("cpu"):  # a Trainer may have set another default (meta, for sharded strategies)
+        # `check_loaded` reports what is missing or left out, and knows of new heads.
+        hidden = hidden_log_messages(r"[^\n]*LOAD REPORT", "transformers.modeling_utils")
+        with torch.device("cpu"), hidden:  # a Trainer may have set another default (meta, for sharded strategies)
             model, info = auto_class.from_pretrained(name, **options)
     except READ_ERRORS as error:
         reason = why_unreadable(name, error, revision=revision)

@@ -399,7 +399,7 @@ class RetentionMeasurement:
         """Yield batches with one example per row, and the index of their first target among those of all examples."""
         first = 0
         hidden = not self._progress or rank_and_world_size()[0] != 0
-        with tqdm(total=len(examples), desc=title, unit="text", disable=hidden, leave=False) as bar:
+        with tqdm(total=len(examples), desc=title, unit=" examples", disable=hidden, leave=False) as bar:
             for start in range(0, len(examples), self._batch_size):
                 part = examples[start : start + self._batch_size]
                 batch = collate_examples(part, packing=False, pad_token_id=self._pad).to(device)
