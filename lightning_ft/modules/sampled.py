@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
-from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ConfigError, NonFiniteError, RolloutError
 from lightning_ft.losses.statistics import mean_and_std, power_sums
@@ -28,8 +27,8 @@ from lightning_ft.rewards.batch import Rewards, TrainerState
 from lightning_ft.rewards.functions import RewardFunctions
 from lightning_ft.rewards.model import check_context_length
 from lightning_ft.rewards.resolve import find_function
-from lightning_ft.rollout.local import LocalEngine
-from lightning_ft.rollout.protocol import RolloutEngine, Sampling, check_engine, check_rollouts
+from lightning_ft.rollout.choice import check_choice, make_engine
+from lightning_ft.rollout.protocol import RolloutEngine, Sampling, check_rollouts
 from lightning_ft.types import Message, Request
 
 _VALIDATION_SEED = 0
@@ -53,7 +52,8 @@ class SampledCompletions(AdaptedFineTuning):
         min_p: Sample only from tokens at least this probable, as a share of the likeliest token's probability.
         stop: Strings that end a completion.
         rollout_batch_size: Number of completions sampled at a time per rank.
-        vllm: Sample on a vLLM server: True, or arguments of `lightning_ft.rollout.vllm.VLLMEngine`.
+        vllm: Sample on a vLLM server: True, or arguments of `lightning_ft.rollout.vllm.VLLMEngine`. With ``mode:
+            colocated`` on the GPU of training: arguments of `lightning_ft.rollout.vllm_colocated.ColocatedVLLMEngine`.
         continuous_batching: Sample with transformers' continuous batching: True, or arguments of its
             `ContinuousBatchingConfig`, see `lightning_ft.rollout.continuous_batching.ContinuousBatchingEngine`.
         engine: Engine of your own that samples the completions, see `lightning_ft.rollout.protocol.RolloutEngine`; None
@@ -89,15 +89,7 @@ class SampledCompletions(AdaptedFineTuning):
         ):
             if number < 1:
                 raise ConfigError(f"{name}={number}: expected at least 1.")
-        named = {"engine": engine is not None, "vllm": bool(vllm), "continuous_batching": bool(continuous_batching)}
-        if len(several := [f"{name}=" for name, passed in named.items() if passed]) > 1:
-            raise ConfigError(f"{' and '.join(several)} each say what samples the completions: pass only one of them.")
-        if isinstance(continuous_batching, dict):
-            from lightning_ft.rollout.continuous_batching import check_settings
-
-            check_settings(continuous_batching)
-        if engine is not None:
-            check_engine(engine)
+        check_choice(engine, vllm, continuous_batching)
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         self.sampling = Sampling(float(temperature), float(top_p), int(top_k), float(min_p), stops)
         for argument, value in (("rewards", rewards), ("validation_rewards", validation_rewards)):
@@ -147,32 +139,13 @@ class SampledCompletions(AdaptedFineTuning):
             return passed
         if self._engine is None:
             self.configure_model()
-            if self._vllm:
-                from lightning_ft.rollout.vllm import VLLMEngine
-
-                self._engine = VLLMEngine(
-                    end_token_ids=end_token_ids(self.model, self.tokenizer),
-                    tokenizer=self.tokenizer,
-                    **({} if self._vllm is True else self._vllm),
-                )
-            elif self._continuous_batching:
-                from lightning_ft.rollout.continuous_batching import ContinuousBatchingEngine
-
-                self._engine = ContinuousBatchingEngine(
-                    self.model,
-                    end_token_ids=end_token_ids(self.model, self.tokenizer),
-                    batch_size=self.rollout_batch_size,
-                    tokenizer=self.tokenizer,
-                    settings=None if self._continuous_batching is True else self._continuous_batching,
-                )
-            else:
-                self._engine = LocalEngine(
-                    self.model,
-                    end_token_ids=end_token_ids(self.model, self.tokenizer),
-                    pad_token_id=pad_token_id(self.tokenizer),
-                    batch_size=self.rollout_batch_size,
-                    tokenizer=self.tokenizer,
-                )
+            self._engine = make_engine(
+                self.model,
+                self.tokenizer,
+                batch_size=self.rollout_batch_size,
+                vllm=self._vllm,
+                continuous_batching=self._continuous_batching,
+            )
         return self._engine
 
     @property
