@@ -258,8 +258,7 @@ class Comparer:
     def run(self) -> Comparison:
         """Execute the missing runs, and compare."""
         names = list(self.methods)
-        self.execute([ORIGINAL])
-        self.execute([self._search_run(m, rate) for m in names for rate in self.methods[m].rates])
+        self.execute([ORIGINAL, *(self._search_run(m, rate) for m in names for rate in self.methods[m].rates)])
         for _ in range(EXTENSIONS):
             extended = [run for name in names if (run := self._extend_grid(name)) is not None]
             if not extended:
