@@ -204,18 +204,28 @@ class SharedRows:
     def _copy_to_new_cache(self) -> Tensor:
         """Copy what the sequences attend to into a new cache; returns the owner of each position, ``int64 [n, p]``."""
         runs: dict[int, _Run] = {}
-        layout: list[list[tuple[int, int, int]]] = []  # per position: owner, and the row and position to copy from
+        layout: list[list[tuple[int, _Run]]] = []  # owners of each row, with what to copy
+        lengths: list[int] = []
         for index, members in enumerate(self._rows):
             prompts = dict.fromkeys(self._prompt_of[s] for s in members)
-            row: list[tuple[int, int, int]] = []
-            for owner in (_PREFIX, *prompts, *(self._first + s for s in members)):
-                start, run = len(row), self._runs.get(owner, _EMPTY_RUN)
-                row += [(owner, run.row, position) for part in run.positions for position in part]
-                runs[owner] = _Run(index, (range(start, len(row)),))
-            layout.append(row)
-        longest = max(map(len, layout))
-        padded = torch.tensor([row + [(_PADDING, 0, 0)] * (longest - len(row)) for row in layout])  # [n, p, 3]
-        owners, rows, positions = padded.unbind(-1)
+            copied = [
+                (o, self._runs.get(o, _EMPTY_RUN)) for o in (_PREFIX, *prompts, *(self._first + s for s in members))
+            ]
+            length = 0
+            for owner, run in copied:
+                start, length = length, length + sum(map(len, run.positions))
+                runs[owner] = _Run(index, (range(start, length),))
+            layout.append(copied)
+            lengths.append(length)
+        owners, rows, positions = (torch.full((len(layout), max(lengths)), fill) for fill in (_PADDING, 0, 0))
+        for index, copied in enumerate(layout):
+            start = 0
+            for owner, run in copied:
+                for part in run.positions:
+                    to = slice(start, start + len(part))
+                    owners[index, to], rows[index, to] = owner, run.row
+                    positions[index, to] = torch.arange(len(part)) * part.step + part.start
+                    start = to.stop
         self._runs = runs
         self._cache = self._cache.gather(rows, positions, room=_ROOM * self._width)
         return owners
