@@ -19,7 +19,7 @@ from lightning_ft.evaluation.retention.choices import load_choices
 
 SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"
 MODULES = (
-    *("packages", "data", "candidates", "courts", "reporters", "calls", "schemas", "phone", "general", "distill"),
+    *("packages", "data", "candidates", "courts", "reporters", "calls", "schemas", "phone", "general", "distill", "support_rules"),
     *("medical_coding", "legal_citation", "api_calls", "support"),
 )
 DOMAINS = ("medical_coding", "legal_citation", "api_calls", "support")
