@@ -19,7 +19,19 @@ from lightning_ft.evaluation.retention.choices import load_choices
 
 SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2"
 MODULES = (
-    *("packages", "data", "candidates", "courts", "reporters", "calls", "schemas", "phone", "general", "distill", "support_rules"),
+    *(
+        "packages",
+        "data",
+        "candidates",
+        "courts",
+        "reporters",
+        "calls",
+        "schemas",
+        "phone",
+        "general",
+        "distill",
+        "support_rules",
+    ),
     *("medical_coding", "legal_citation", "api_calls", "support"),
 )
 DOMAINS = ("medical_coding", "legal_citation", "api_calls", "support")
@@ -373,7 +385,8 @@ class TestSupport:
         prompt = json.loads(domain.files["baseline.json"])
         assert prompt["system"].startswith("# Policy\n\n# Workflow\n")
         assert prompt["system"].endswith(f"The actions are: {', '.join(domain.facts['actions'])}.")
-        assert prompt["few_shot"] == []
+        chosen = json.loads((SMOLLM2 / "baselines" / "support.json").read_text())
+        assert prompt["few_shot"] == chosen["few_shot"] != []
 
     def test_readings_refuse_an_unknown_action(self, modules):
         with pytest.raises(ValueError, match="'explode', whose effect isn't known"):
