@@ -90,6 +90,7 @@ class VLLMEngine:
         self._client: Any = None
         self._connected = False  # whether the process group for weights exists
         self._logprobs_mode: str | None = None
+        self._dtype: torch.dtype | None = None  # of the server's weights, if it is half precision
 
     def generate(
         self,
@@ -271,8 +272,9 @@ class VLLMEngine:
             if not self._connected:
                 client.init_communicator(device=input_device(model))
                 self._connected = True
-                self._logprobs_mode = (client.get_server_info().get("model_config") or {}).get("logprobs_mode")
-            client.update_named_params(metadata, stream)
+                served = client.get_server_info().get("model_config") or {}
+                self._logprobs_mode, self._dtype = served.get("logprobs_mode"), _half_precision(served.get("dtype"))
+            client.update_named_params(*_in_dtype(metadata, stream, self._dtype))
             client.reset_prefix_cache()
 
     def _connection(self) -> Any:
@@ -304,3 +306,21 @@ class VLLMEngine:
             raise RolloutError(
                 f"The vLLM server at {self.base_url} failed to {action}: {type(error).__name__}: {error}"
             ) from error
+
+
+def _half_precision(name: object) -> torch.dtype | None:
+    """The dtype that a server names, such as ``torch.bfloat16``; None if it isn't half precision or isn't known."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name).removeprefix("torch."))
+
+
+def _in_dtype(
+    metadata: list[tuple[str, str, list[int]]], stream: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype | None
+) -> tuple[list[tuple[str, str, list[int]]], Iterator[tuple[str, torch.Tensor]]]:
+    """Round fp32 weights to the server's dtype, which it would do itself, so that half as many bytes are sent."""
+    if dtype is None:
+        return metadata, stream
+    name = str(dtype).removeprefix("torch.")
+    return (
+        [(key, name if own == "float32" else own, shape) for key, own, shape in metadata],
+        ((key, tensor.to(dtype) if tensor.dtype == torch.float32 else tensor) for key, tensor in stream),
+    )

@@ -144,6 +144,20 @@ def test_sync_weights_sends_metadata_and_weights_under_the_servers_names(monkeyp
     assert stand_in.requests[0][0] == "/start_weight_update"  # the channel stays open
 
 
+@pytest.mark.parametrize(
+    ("served", "sent"), [("torch.bfloat16", "bfloat16"), ("torch.float32", "float32"), (None, "float32")]
+)
+def test_fp32_weights_are_sent_in_the_half_precision_of_the_server(transport, server, served, sent):
+    stand_in, url = server
+    stand_in.config["model_config"]["dtype"] = served
+    model = make_model()
+    VLLMEngine(url, end_token_ids=[END]).sync_weights(model)
+    (update,) = stand_in.posted("/update_weights")
+    assert set(update["update_info"]["dtype_names"]) == {sent}
+    for name, weight in model.named_parameters():
+        assert torch.equal(transport.sent[name], weight.to(getattr(torch, sent)))
+
+
 def test_sync_weights_finishes_the_transfer_of_a_broken_adapter_and_raises(transport, server):
     lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"])
     model = get_peft_model(make_model(), lora)
