@@ -160,7 +160,7 @@ def not_importable(argument: str, path: str, reason: str) -> str:
 
 
 def _file_to_write(path: str) -> str | None:
-    """What to write in place of an import path whose module is a file of the current folder; None if there is none."""
+    """What to write instead of an import path whose module is a file of the current folder; None if there is none."""
     module, _, name = path.rpartition(":" if ":" in path else ".")
     file = f"{module.replace('.', '/')}.py"
     return f"There is a file {file!r}: write {file}:{name or 'function'}" if Path(file).is_file() else None

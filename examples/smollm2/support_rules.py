@@ -61,7 +61,8 @@ def main() -> None:
         return str(train[best]["output"])
 
     def by_rules(ticket: str) -> str:
-        return ", ".join(action for action, line in rules.items() if line in lines(ticket))
+        found = lines(ticket)
+        return ", ".join(action for action, line in rules.items() if line in found)
 
     answers: dict[str, Callable[[str], str]] = {
         "the commonest answer": lambda ticket: commonest,

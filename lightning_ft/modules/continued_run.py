@@ -35,8 +35,7 @@ def refuse_other_method(module: Any, record: TrainingRecord) -> None:
     Raises:
         CheckpointError: If the checkpoint is of another method.
     """
-    method = record.settings.get("method")
-    if method not in PUBLIC_NAMES or method in {base.__name__ for base in type(module).__mro__}:
+    if (method := _other_method(type(module), record)) is None:
         return
     name = type(module).__name__
     raise CheckpointError(
@@ -57,13 +56,18 @@ def refuse_other_class(cls: type, checkpoint: Mapping[str, Any]) -> None:
         CheckpointError: If the checkpoint is of another class of this package.
     """
     record = checkpoint.get(STATE, {}).get(RECORD)
-    method = TrainingRecord.from_dict(record).settings.get("method") if isinstance(record, Mapping) else None
-    if method not in PUBLIC_NAMES or method in {base.__name__ for base in cls.__mro__}:
+    if not isinstance(record, Mapping) or (method := _other_method(cls, TrainingRecord.from_dict(record))) is None:
         return
     raise CheckpointError(
         f"The checkpoint is of a run of {method}: load it with {method}.load_from_checkpoint. To start {cls.__name__} "
         f"from its weights, export them and pass the folder as model= to {cls.__name__}."
     )
+
+
+def _other_method(cls: type, record: TrainingRecord) -> str | None:
+    """The method of a record, if it is one of this package, and neither the class nor one that it extends."""
+    method = str(record.settings.get("method"))
+    return method if method in PUBLIC_NAMES and method not in {base.__name__ for base in cls.__mro__} else None
 
 
 def warn_of_other_rows(data: Any, ranks: int, record: TrainingRecord, saved: Mapping[str, Any]) -> None:

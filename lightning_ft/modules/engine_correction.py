@@ -40,8 +40,7 @@ class EngineCorrection:
         largest: float | None,
         smallest: float | None,
         *,
-        vllm: bool,
-        continuous_batching: bool,
+        renormalizing: str | None,
         own_engine: bool,
         filters: bool,
     ) -> EngineCorrection:
@@ -51,8 +50,8 @@ class EngineCorrection:
             argument: The argument `sampling_correction`.
             largest: Upper bound of the ratios.
             smallest: Lower bound of the ratios.
-            vllm: Whether a vLLM server samples.
-            continuous_batching: Whether transformers' continuous batching samples.
+            renormalizing: Name of the engine that samples, if its log-probabilities are those of the filtered
+                distribution.
             own_engine: Whether an engine of the user's own samples.
             filters: Whether top-k, top-p or min-p is set.
 
@@ -63,11 +62,10 @@ class EngineCorrection:
             return cls(None, largest, smallest)
         mode: CorrectionMode = "sequence_mask" if argument == "auto" else argument
         check_correction(mode, largest, smallest)
-        if (vllm or continuous_batching) and filters:
-            engine = "a vLLM server" if vllm else "continuous batching"
+        if renormalizing and filters:
             missing = (
-                f"With top_p, top_k or min_p {engine} reports log-probabilities of the filtered distribution, so "
-                "the difference between its probabilities and the model's can't be corrected"
+                f"With top_p, top_k or min_p {renormalizing} reports log-probabilities of the filtered distribution, "
+                "so the difference between its probabilities and the model's can't be corrected"
             )
             if argument != "auto":
                 raise ConfigError(
@@ -75,7 +73,7 @@ class EngineCorrection:
                 )
             rank_zero_warn(f"{missing}. Leave out the filters, or set sampling_correction=None to accept that.")
             return cls(None, largest, smallest)
-        return cls(mode if vllm or continuous_batching or own_engine or argument != "auto" else None, largest, smallest)
+        return cls(mode if renormalizing or own_engine or argument != "auto" else None, largest, smallest)
 
     def weights(
         self,

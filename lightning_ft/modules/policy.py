@@ -106,8 +106,7 @@ class PolicyOptimization(SampledCompletions):
             sampling_correction,
             sampling_ratio_max,
             sampling_ratio_min,
-            vllm=bool(self._vllm),
-            continuous_batching=bool(self._continuous_batching),
+            renormalizing="vLLM" if self._vllm else "continuous batching" if self._continuous_batching else None,
             own_engine=self._engine_argument[0] is not None,
             filters=self.sampling.filters,
         )

@@ -13,17 +13,16 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.arguments import did_you_mean
-from lightning_ft.errors import ConfigError, RolloutError
+from lightning_ft.errors import ConfigError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import context_length
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.read_errors import first_line
 from lightning_ft.rollout.decode import StopChecker
+from lightning_ft.rollout.errors import errors_named
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request
 
 _OWN_SETTINGS = ("seed", "return_logprobs", "max_requests_per_batch")
@@ -160,7 +159,11 @@ class ContinuousBatchingEngine:
             **({} if sampling.greedy else _filters(sampling)),
         )
         found: dict[str, Any] = {}
-        with _errors_named(base), _weights_in_autocast_dtype(base):
+        what = f"Continuous batching of {type(base).__name__} failed"
+        with (
+            errors_named(what, "Leave out continuous_batching= to use the built-in engine."),
+            _weights_in_autocast_dtype(base),
+        ):
             manager = base.init_continuous_batching(generation, config)
             try:
                 # All requests are there when the thread starts, so which of them share a batch isn't left to chance.
@@ -232,8 +235,7 @@ def _completion(output: Any, stop_checker: StopChecker, wants_logprobs: bool) ->
 def _random_state_kept(device: torch.device) -> Iterator[int]:
     """Draw a seed, and let the block, which seeds all global generators, leave no other trace in them."""
     seed = int(torch.randint(2**31, (), device=device))
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield seed
 
 
@@ -261,15 +263,3 @@ def _weights_in_autocast_dtype(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for parameter, values in own:
             parameter.data = values
-
-
-@contextmanager
-def _errors_named(model: nn.Module) -> Iterator[None]:
-    """Raise what transformers raises as a `RolloutError` that names the model."""
-    try:
-        yield
-    except Exception as error:  # what fails depends on the model's code
-        raise RolloutError(
-            f"Continuous batching of {type(model).__name__} failed: {type(error).__name__}: {first_line(error)}. "
-            "Leave out continuous_batching= to use the built-in engine."
-        ) from error

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_ft.models.batched_generation import left_padded
 from lightning_ft.rollout.cache import GrowingCache
@@ -204,28 +205,21 @@ class SharedRows:
     def _copy_to_new_cache(self) -> Tensor:
         """Copy what the sequences attend to into a new cache; returns the owner of each position, ``int64 [n, p]``."""
         runs: dict[int, _Run] = {}
-        layout: list[list[tuple[int, _Run]]] = []  # owners of each row, with what to copy
-        lengths: list[int] = []
+        layout: list[Tensor] = []  # [p, 3] per row; for each position its owner, and the row and position to copy from
         for index, members in enumerate(self._rows):
             prompts = dict.fromkeys(self._prompt_of[s] for s in members)
-            copied = [
-                (o, self._runs.get(o, _EMPTY_RUN)) for o in (_PREFIX, *prompts, *(self._first + s for s in members))
-            ]
-            length = 0
-            for owner, run in copied:
-                start, length = length, length + sum(map(len, run.positions))
-                runs[owner] = _Run(index, (range(start, length),))
-            layout.append(copied)
-            lengths.append(length)
-        owners, rows, positions = (torch.full((len(layout), max(lengths)), fill) for fill in (_PADDING, 0, 0))
-        for index, copied in enumerate(layout):
-            start = 0
-            for owner, run in copied:
+            row, length = [], 0
+            for owner in (_PREFIX, *prompts, *(self._first + s for s in members)):
+                start, run = length, self._runs.get(owner, _EMPTY_RUN)
                 for part in run.positions:
-                    to = slice(start, start + len(part))
-                    owners[index, to], rows[index, to] = owner, run.row
-                    positions[index, to] = torch.arange(len(part)) * part.step + part.start
-                    start = to.stop
+                    positions = torch.arange(len(part)) * part.step + part.start
+                    owners, rows = (torch.full_like(positions, value) for value in (owner, run.row))
+                    row.append(torch.stack([owners, rows, positions], dim=-1))
+                    length += len(part)
+                runs[owner] = _Run(index, (range(start, length),))
+            layout.append(torch.cat(row))
+        owners, rows, positions = pad_sequence(layout, batch_first=True, padding_value=_PADDING).unbind(-1)  # [n, p]
+        rows, positions = rows.clamp(min=0), positions.clamp(min=0)  # what padding copies isn't attended to
         self._runs = runs
         self._cache = self._cache.gather(rows, positions, room=_ROOM * self._width)
         return owners

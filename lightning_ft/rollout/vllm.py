@@ -14,7 +14,7 @@ It has not been run with a real vLLM server: it is tested with a mock server tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ from lightning_ft.errors import ConfigError, LightningFTError, MissingDependency
 from lightning_ft.models.head import CausalLM, input_device
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.rollout.decode import StopChecker
+from lightning_ft.rollout.errors import errors_named
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request
+from lightning_ft.rollout.vllm_sampling import sampling_parameters, stop_parameters
 from lightning_ft.rollout.vllm_weights import ServedWeights
 
 _START = (
@@ -190,20 +192,8 @@ class VLLMEngine:
         with self._server_errors("generate"):
             output = self._connection().generate(
                 prompts,
-                n=n,
-                temperature=float(sampling.temperature),
-                top_p=1.0 if sampling.greedy else float(sampling.top_p),
-                top_k=0 if sampling.greedy else sampling.top_k,
-                min_p=0.0 if sampling.greedy else float(sampling.min_p),
-                max_tokens=max_new_tokens,
-                logprobs=0 if wants_logprobs else None,
-                generation_kwargs={
-                    "stop": list(sampling.stop),
-                    "stop_token_ids": list(self.end_token_ids),
-                    "ignore_eos": True,  # only `stop_token_ids` end a completion
-                    "include_stop_str_in_output": True,
-                    "skip_special_tokens": False,  # stop strings may contain some
-                },
+                **sampling_parameters(sampling, max_new_tokens, n),
+                generation_kwargs=stop_parameters(sampling, self.end_token_ids),
             )
         stop_checker = StopChecker(self.end_token_ids, sampling.stop, self.tokenizer)
         completions = self._completions(output, prompts, n, wants_logprobs, stop_checker)
@@ -295,17 +285,8 @@ class VLLMEngine:
                 ) from error
         return self._client
 
-    @contextmanager
-    def _server_errors(self, action: str) -> Iterator[None]:
-        """Raise errors of the client as a `RolloutError` that says what the server failed to do."""
-        try:
-            yield
-        except LightningFTError:
-            raise
-        except Exception as error:  # the client raises many types, and a bare Exception for HTTP errors
-            raise RolloutError(
-                f"The vLLM server at {self.base_url} failed to {action}: {type(error).__name__}: {error}"
-            ) from error
+    def _server_errors(self, action: str) -> AbstractContextManager[None]:
+        return errors_named(f"The vLLM server at {self.base_url} failed to {action}")
 
 
 def _half_precision(name: object) -> torch.dtype | None:

@@ -8,21 +8,25 @@ tested with a mock of `vllm.LLM` that generates with a transformers model.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.distributed import rank_and_world_size
-from lightning_ft.errors import ConfigError, LightningFTError, MissingDependencyError, RolloutError
+from lightning_ft.errors import ConfigError, MissingDependencyError, RolloutError
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.rollout.decode import StopChecker
+from lightning_ft.rollout.errors import errors_named
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request
+from lightning_ft.rollout.vllm_sampling import sampling_parameters, stop_parameters
 from lightning_ft.rollout.vllm_weights import ServedWeights
 
-_OWN_SETTINGS = ("model", "seed", "distributed_executor_backend", "tensor_parallel_size", "logprobs_mode")
+_OWN_SETTINGS = (
+    *("model", "seed", "distributed_executor_backend", "tensor_parallel_size", "logprobs_mode"),
+    *("gpu_memory_utilization", "enable_sleep_mode"),
+)
 """Arguments of `vllm.LLM` that the engine sets itself."""
 
 
@@ -109,11 +113,13 @@ class ColocatedVLLMEngine:
             raise RolloutError("vLLM has no weights: call sync_weights(model) before each rollout.")
         count = 1 if options.greedy else num_completions  # vLLM refuses several greedy completions
         completions: list[Completion] = []
-        with _errors_named("generate"):
+        with errors_named("vLLM failed to generate"):
             if self.sleep:
                 self._llm.wake_up(tags=["kv_cache"])
             if prompts:
-                completions = self._completions(prompts, self._parameters(options, max_new_tokens, count), stop_checker)
+                parameters = sampling_parameters(options, max_new_tokens, count)
+                parameters |= stop_parameters(options, self.end_token_ids)
+                completions = self._completions(prompts, parameters, stop_checker)
             if self.sleep:
                 self._llm.sleep(level=2)
                 self._has_weights = False
@@ -139,7 +145,7 @@ class ColocatedVLLMEngine:
         weights = ServedWeights(model)
         if self._llm is None:
             self._llm = self._start(model)
-        with _errors_named("take over the weights"):
+        with errors_named("vLLM failed to take over the weights"):
             if self.sleep:
                 torch.cuda.empty_cache()
                 self._llm.wake_up(tags=["weights"])
@@ -167,7 +173,7 @@ class ColocatedVLLMEngine:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
         ensure_master_addr_port()
         dtype = torch.bfloat16 if base.dtype == torch.float32 else base.dtype
-        with _errors_named("start"):
+        with errors_named("vLLM failed to start"):
             llm = LLM(
                 **{
                     "dtype": str(dtype).removeprefix("torch."),
@@ -187,32 +193,15 @@ class ColocatedVLLMEngine:
                 llm.sleep(level=2)
         return llm
 
-    def _parameters(self, sampling: Sampling, max_new_tokens: int, count: int) -> Any:
+    def _completions(
+        self, prompts: Sequence[Sequence[int]], parameters: Mapping[str, Any], stop_checker: StopChecker
+    ) -> list[Completion]:
         from vllm import SamplingParams
 
-        greedy = sampling.greedy
-        return SamplingParams(
-            n=count,
-            temperature=float(sampling.temperature),
-            top_p=1.0 if greedy else float(sampling.top_p),
-            top_k=0 if greedy else sampling.top_k,
-            min_p=0.0 if greedy else float(sampling.min_p),
-            max_tokens=max_new_tokens,
-            logprobs=None if greedy or sampling.filters else 0,
-            stop=list(sampling.stop),
-            stop_token_ids=list(self.end_token_ids),
-            ignore_eos=True,  # only `stop_token_ids` end a completion
-            include_stop_str_in_output=True,
-            skip_special_tokens=False,  # stop strings may contain some
-        )
-
-    def _completions(
-        self, prompts: Sequence[Sequence[int]], parameters: Any, stop_checker: StopChecker
-    ) -> list[Completion]:
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         found = [
             output
-            for request in self._llm.generate(inputs, sampling_params=parameters, use_tqdm=False)
+            for request in self._llm.generate(inputs, sampling_params=SamplingParams(**parameters), use_tqdm=False)
             for output in request.outputs
         ]
         ended = stop_checker([list(output.token_ids) for output in found])
@@ -229,14 +218,3 @@ def _logprobs(output: Any) -> tuple[float, ...]:
     return tuple(
         float(candidates[token].logprob) for token, candidates in zip(output.token_ids, output.logprobs, strict=True)
     )
-
-
-@contextmanager
-def _errors_named(action: str) -> Iterator[None]:
-    """Raise errors of vLLM as a `RolloutError` that says what it failed to do."""
-    try:
-        yield
-    except LightningFTError:
-        raise
-    except Exception as error:  # vLLM raises many types
-        raise RolloutError(f"vLLM failed to {action}: {type(error).__name__}: {error}") from error

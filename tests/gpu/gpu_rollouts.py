@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Any
 
@@ -24,8 +23,8 @@ def rollouts(setup: Setup) -> Outcome:
     """Tokens per second of sampled completions of very different lengths, under the precision of training."""
     outcome, work = Outcome(), setup.work
     model = setup.model(attention="sdpa")
-    prompts = [[*row.input_ids[: work.prompt].tolist()] for row in setup.examples(2 * work.pairs)]
-    # So many end tokens that a random model ends a completion after `answer` tokens, in the mean.
+    prompts = [row.input_ids[: work.prompt].tolist() for row in setup.examples(2 * work.pairs)]
+    # Enough end tokens that a random model ends a completion after `answer` tokens, in the mean.
     ends = torch.randperm(setup.vocabulary, generator=torch.Generator().manual_seed(0))
     end_token_ids = ends[: setup.vocabulary // work.answer].tolist()
     engines: dict[str, Any] = {
@@ -39,9 +38,8 @@ def rollouts(setup: Setup) -> Outcome:
         "sampling": Sampling(),
         "num_completions": work.group,
     }
-    dtype = torch.bfloat16 if setup.on_gpu else None
     for name, engine in engines.items():
-        with torch.autocast(setup.device, dtype=dtype) if setup.on_gpu else contextlib.nullcontext():
+        with torch.autocast(setup.device, dtype=torch.bfloat16, enabled=setup.on_gpu):
             engine.generate(prompts[:2], **{**options, "max_new_tokens": 8})
             if setup.on_gpu:
                 torch.cuda.reset_peak_memory_stats()

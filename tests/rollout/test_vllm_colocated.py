@@ -164,8 +164,9 @@ def test_errors_name_what_to_do(model, monkeypatch):
     monkeypatch.setattr(MockLLM, "generate", lambda *args, **options: 1 / 0)
     with pytest.raises(RolloutError, match="vLLM failed to generate: ZeroDivisionError"):
         engine.generate(PROMPTS, max_new_tokens=4)
-    with pytest.raises(ConfigError, match="'seed' is set by the engine itself"):
-        ColocatedVLLMEngine(end_token_ids=[END], settings={"seed": 3})
+    for name in ("seed", "gpu_memory_utilization"):
+        with pytest.raises(ConfigError, match=f"'{name}' is set by the engine itself"):
+            ColocatedVLLMEngine(end_token_ids=[END], settings={name: 0.3})
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization=1\.5"):
         ColocatedVLLMEngine(end_token_ids=[END], gpu_memory_utilization=1.5)
     with pytest.raises(ConfigError, match=r"mode='colocate': .* Did you mean 'colocated'"):
