@@ -41,7 +41,7 @@ class EngineCorrection:
         smallest: float | None,
         *,
         renormalizing: str | None,
-        own_engine: bool,
+        differs: bool,
         filters: bool,
     ) -> EngineCorrection:
         """Resolve the settings of a module.
@@ -52,7 +52,8 @@ class EngineCorrection:
             smallest: Lower bound of the ratios.
             renormalizing: Name of the engine that samples, if its log-probabilities are those of the filtered
                 distribution.
-            own_engine: Whether an engine of the user's own samples.
+            differs: Whether the engine may have other probabilities than the model for another reason: it is one of the
+                user's own, or samples with a merged adapter.
             filters: Whether top-k, top-p or min-p is set.
 
         Raises:
@@ -73,7 +74,7 @@ class EngineCorrection:
                 )
             rank_zero_warn(f"{missing}. Leave out the filters, or set sampling_correction=None to accept that.")
             return cls(None, largest, smallest)
-        return cls(mode if renormalizing or own_engine or argument != "auto" else None, largest, smallest)
+        return cls(mode if renormalizing or differs or argument != "auto" else None, largest, smallest)
 
     def weights(
         self,

@@ -98,6 +98,7 @@ class SampledOptions(AdaptedOptions, total=False):
     rollout_batch_size: int
     vllm: bool | dict[str, Any]
     continuous_batching: bool | dict[str, Any]
+    merge_adapter: bool
     engine: RolloutEngine | None
 
 

@@ -60,8 +60,8 @@ class PolicyOptimization(SampledCompletions):
         sampling_correction: Weighting of tokens that corrects for an engine whose probabilities differ from the
             model's: the ratio of each ``token`` or of the whole ``sequence``, where ratios out of bounds are set to the
             bound (``truncate``) or leave the tokens out (``mask``). ``auto`` is ``sequence_mask`` with `vllm`,
-            `continuous_batching` or `engine`, as far as they report log-probabilities, and none with the built-in
-            engine, which samples with the model itself. None for no correction.
+            `continuous_batching`, `merge_adapter` or `engine`, as far as they report log-probabilities, and none with
+            the built-in engine as it is, which samples with the model itself. None for no correction.
         sampling_ratio_max: Upper bound of those ratios; None for no bound.
         sampling_ratio_min: Lower bound of those ratios; None for no bound.
         options: Arguments of `SampledCompletions`, `AdaptedFineTuning` and `FineTuning`.
@@ -107,7 +107,7 @@ class PolicyOptimization(SampledCompletions):
             sampling_ratio_max,
             sampling_ratio_min,
             renormalizing="vLLM" if self._vllm else "continuous batching" if self._continuous_batching else None,
-            own_engine=self._engine_argument[0] is not None,
+            differs=self._merge_adapter or self._engine_argument[0] is not None,
             filters=self.sampling.filters,
         )
         """How tokens are weighted to correct for the engine that sampled."""

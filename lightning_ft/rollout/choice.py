@@ -19,13 +19,19 @@ from lightning_ft.rollout.protocol import RolloutEngine, check_engine
 _MODES = ("server", "colocated")
 
 
-def check_choice(engine: object, vllm: bool | Mapping[str, Any], continuous_batching: bool | Mapping[str, Any]) -> None:
+def check_choice(
+    engine: object,
+    vllm: bool | Mapping[str, Any],
+    continuous_batching: bool | Mapping[str, Any],
+    merge_adapter: bool = False,
+) -> None:
     """Check the arguments of a module that say what samples.
 
     Args:
         engine: An engine of the user's own, or None.
         vllm: Whether vLLM samples, or its arguments.
         continuous_batching: Whether transformers' continuous batching samples, or its settings.
+        merge_adapter: Whether the built-in engine samples with the adapter merged.
 
     Raises:
         ConfigError: For more than one of them, or values that none of them takes.
@@ -38,6 +44,10 @@ def check_choice(engine: object, vllm: bool | Mapping[str, Any], continuous_batc
     named = {"engine": engine is not None, "vllm": bool(vllm), "continuous_batching": bool(continuous_batching)}
     if len(several := [f"{name}=" for name, passed in named.items() if passed]) > 1:
         raise ConfigError(f"{' and '.join(several)} each say what samples the completions: pass only one of them.")
+    if merge_adapter and any(named.values()):
+        other = next(name for name, passed in named.items() if passed)
+        why = "merges the adapter already" if other == "vllm" else "samples with the model as it is"
+        raise ConfigError(f"merge_adapter=True is for the built-in engine, and {other}= {why}: leave one of them out.")
     if engine is not None:
         check_engine(engine)
     if isinstance(vllm, Mapping) and (mode := vllm.get("mode", "server")) not in _MODES:
@@ -53,6 +63,7 @@ def make_engine(
     batch_size: int,
     vllm: bool | Mapping[str, Any] = False,
     continuous_batching: bool | Mapping[str, Any] = False,
+    merge_adapter: bool = False,
 ) -> RolloutEngine:
     """Make the engine that samples; by default the built-in one.
 
@@ -64,6 +75,7 @@ def make_engine(
             :class:`~lightning_ft.rollout.vllm.VLLMEngine`, or with ``mode: colocated`` of
             :class:`~lightning_ft.rollout.vllm_colocated.ColocatedVLLMEngine`.
         continuous_batching: Whether transformers' continuous batching samples, or its settings.
+        merge_adapter: Whether the built-in engine samples with the adapter merged.
     """
     ends = end_token_ids(model, tokenizer)
     if vllm:
@@ -80,5 +92,11 @@ def make_engine(
         return ContinuousBatchingEngine(
             model, end_token_ids=ends, batch_size=batch_size, tokenizer=tokenizer, settings=settings
         )
-    pad = pad_token_id(tokenizer)
-    return LocalEngine(model, end_token_ids=ends, pad_token_id=pad, batch_size=batch_size, tokenizer=tokenizer)
+    return LocalEngine(
+        model,
+        end_token_ids=ends,
+        pad_token_id=pad_token_id(tokenizer),
+        batch_size=batch_size,
+        tokenizer=tokenizer,
+        merge_adapter=merge_adapter,
+    )

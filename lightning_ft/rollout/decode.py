@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 from peft import PeftModel
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.errors import ConfigError
+from lightning_ft.models.grouped_attention import grouped_attention
 from lightning_ft.models.head import CausalLM, attention_bias, base_of, input_device
 from lightning_ft.read_errors import first_line
 from lightning_ft.rollout.cache import GrowingCache, layer_support
@@ -40,17 +42,19 @@ def next_logits(
     base = base_of(model)
     device = input_device(model)
     options = {_cache_argument(base): cache}
+    explicit = mask is not None and mask.ndim == 4
     if mask is not None:
         mask = mask.to(device)
-        mask = attention_bias(base, mask) if mask.ndim == 4 else mask
-    out = base(  # a call of the PEFT wrapper would not make FSDP2 gather the weights
-        input_ids=ids.to(device),
-        attention_mask=mask,
-        position_ids=positions.to(device),
-        use_cache=True,
-        logits_to_keep=logits_to_keep,
-        **options,
-    )
+        mask = attention_bias(base, mask) if explicit else mask
+    with grouped_attention(base) if explicit else nullcontext():
+        out = base(  # a call of the PEFT wrapper would not make FSDP2 gather the weights
+            input_ids=ids.to(device),
+            attention_mask=mask,
+            position_ids=positions.to(device),
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+            **options,
+        )
     logits: Tensor = out.logits[:, -logits_to_keep:].float()
     return logits
 

@@ -8,6 +8,7 @@ its completions, completions of a long prompt share a row of the cache, and sequ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,6 +36,7 @@ from lightning_ft.rollout.decode import (
     prefill_tokens,
 )
 from lightning_ft.rollout.fallback import generate_with_transformers
+from lightning_ft.rollout.merged_adapter import merged_adapter
 from lightning_ft.rollout.probe import probe_cache
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request, common_prefix
 from lightning_ft.rollout.rank_sync import RankSync
@@ -175,6 +177,8 @@ class LocalEngine:
         share_prefix: Whether the tokens that all prompts start with are run through the model only once. The
             completions are the same.
         tokenizer: Tokenizer that decodes completions; required for stop strings.
+        merge_adapter: Whether to generate with the adapter merged into copies of the weights, see
+            :func:`~lightning_ft.rollout.merged_adapter.merged_adapter`.
 
     Raises:
         ConfigError: If there is no end token, or `batch_size` isn't positive.
@@ -201,6 +205,7 @@ class LocalEngine:
         batch_size: int = 32,
         share_prefix: bool = True,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        merge_adapter: bool = False,
     ) -> None:
         StopChecker(end_token_ids)  # refuses an empty list
         if batch_size < 1:
@@ -211,6 +216,7 @@ class LocalEngine:
         self.batch_size = batch_size
         self.share_prefix = share_prefix
         self.tokenizer = tokenizer
+        self.merge_adapter = merge_adapter
         self._exact: bool | None = None
         self._can_share_rows = False
         self._why_inexact: str | None = None
@@ -260,7 +266,8 @@ class LocalEngine:
         shared = common_prefix(prompts) if self.share_prefix else 0
         shared = shared if prefix is None else min(prefix, shared)
         by_prompt: list[list[Completion]] = [[] for _ in prompts]
-        with evaluating(self.model), weights_cast_once(self.model), rank_sync.gathered():
+        merged = merged_adapter(self.model) if self.merge_adapter else nullcontext()
+        with evaluating(self.model), merged, weights_cast_once(self.model), rank_sync.gathered():
             layers, why_not = self._layers(longest + max_new_tokens)
             plan = None
             if why_not is not None:

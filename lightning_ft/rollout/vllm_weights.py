@@ -20,12 +20,26 @@ from lightning_ft.models.head import CausalLM, base_of
 
 
 @dataclass(frozen=True, eq=False)
-class _ModuleParameters:
-    """Parameters of one module of the plain model, and the active adapter layer around it, if there is one."""
+class ModuleParameters:
+    """Parameters of one module of the plain model.
+
+    Args:
+        prefix: What their names in the plain model start with.
+        parameters: The parameters by their names in the module.
+        adapter: The active adapter layer around the module; None without one.
+    """
 
     prefix: str
     parameters: dict[str, nn.Parameter]
     adapter: BaseTunerLayer | None
+
+    def merged(self) -> dict[str, Tensor]:
+        """The parameters with the adapter merged, as new tensors.
+
+        Raises:
+            ValueError, RuntimeError: If it can't be merged, for example because its weights aren't finite.
+        """
+        return dict(self.parameters) if self.adapter is None else _merged(self.adapter)
 
 
 class ServedWeights:
@@ -66,7 +80,8 @@ class ServedWeights:
             )
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in base.modules()):
             raise ModelError("FSDP1 isn't supported: shard the model with ModelParallelStrategy (FSDP2).")
-        self._modules = list(_untied(_parameters_by_module(base, "")))
+        self.modules = list(_untied(_parameters_by_module(base, "")))
+        """The modules of the plain model that have parameters of their own; of tied parameters, the first."""
         self.problem: Exception | None = None
         """Error raised while an adapter was merged; the unmerged weights were yielded instead.
 
@@ -85,7 +100,7 @@ class ServedWeights:
         """Name, dtype and unsharded shape of each weight, in order."""
         return [
             (module.prefix + name, str(parameter.dtype).removeprefix("torch."), list(parameter.shape))
-            for module in self._modules
+            for module in self.modules
             for name, parameter in module.parameters.items()
         ]
 
@@ -93,7 +108,7 @@ class ServedWeights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the name and the unsharded tensor of each weight, in order."""
         self.problem = None
-        for module in self._modules:
+        for module in self.modules:
             weights = None
             if module.adapter is not None:
                 try:
@@ -104,7 +119,7 @@ class ServedWeights:
                 yield module.prefix + name, _full_tensor(parameter) if weights is None else weights[name]
 
 
-def _parameters_by_module(module: nn.Module, prefix: str) -> Iterator[_ModuleParameters]:
+def _parameters_by_module(module: nn.Module, prefix: str) -> Iterator[ModuleParameters]:
     """Iterate over the modules of the plain model in order, without the wrappers of PEFT."""
     if isinstance(module, TrainableTokensWrapper):
         module = module.token_adapter
@@ -117,14 +132,14 @@ def _parameters_by_module(module: nn.Module, prefix: str) -> Iterator[_ModulePar
         module = module.get_base_layer()
     parameters = dict(module.named_parameters(recurse=False))
     if parameters:
-        yield _ModuleParameters(prefix, parameters, adapter)
+        yield ModuleParameters(prefix, parameters, adapter)
     for name, child in module.named_children():
         yield from _parameters_by_module(child, f"{prefix}{name}.")
 
 
-def _untied(modules: Iterator[_ModuleParameters]) -> Iterator[_ModuleParameters]:
+def _untied(modules: Iterator[ModuleParameters]) -> Iterator[ModuleParameters]:
     """Keep only the first occurrence of tied parameters."""
-    first: dict[int, _ModuleParameters] = {}
+    first: dict[int, ModuleParameters] = {}
     for module in modules:
         parameters = {}
         for name, parameter in module.parameters.items():
@@ -137,7 +152,7 @@ def _untied(modules: Iterator[_ModuleParameters]) -> Iterator[_ModuleParameters]
                     "them, and a server has one weight for both. Leave it out of target_modules."
                 )
         if parameters:
-            yield _ModuleParameters(module.prefix, parameters, module.adapter)
+            yield ModuleParameters(module.prefix, parameters, module.adapter)
 
 
 def _are_tied(first: BaseTunerLayer | None, second: BaseTunerLayer | None) -> bool:

@@ -4,30 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from adapters import LORAS, adapted
+from peft import PromptTuningConfig, get_peft_model
 from tiny import make_model
 
 from lightning_ft.errors import ModelError
 from lightning_ft.rollout.vllm_weights import ServedWeights
-
-LORAS = {
-    "linear": {"target_modules": ["q_proj", "down_proj"]},
-    "dora": {"target_modules": ["v_proj"], "use_dora": True},
-    "saved_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "bias": {"target_modules": ["q_proj"], "lora_bias": True, "bias": "lora_only"},
-    "embedding": {"target_modules": ["embed_tokens"]},
-    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [4, 9]}},
-}
-
-
-def adapted(variant, **options):
-    model = make_model(vocab_size=64, attention_bias=variant == "bias", **options)
-    adapter = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **LORAS[variant]), adapter_name="policy")
-    with torch.no_grad():
-        for _, weight in adapter.named_parameters():
-            if weight.requires_grad:
-                weight.add_(torch.randn_like(weight) * 0.3)
-    return adapter
 
 
 @pytest.mark.parametrize(
