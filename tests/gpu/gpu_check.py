@@ -35,7 +35,7 @@ CHECKS = (
     Check("sft_full", 60, "tokens/s and memory at least TRL's; 40% model-FLOPs utilization", "gpu_speed:sft_full"),
     Check("dpo", 60, "pairs/s and memory at least TRL's", "gpu_speed:dpo"),
     Check("grpo", 60, "completions/s and memory of an update at least TRL's", "gpu_speed:grpo"),
-    Check("rollouts", 30, "sampled tokens/s of both engines, the model's log-probabilities", "gpu_rollouts:rollouts"),
+    Check("rollouts", 30, "sampled tokens/s of each engine, the model's log-probabilities", "gpu_rollouts:rollouts"),
     Check("idle", 25, "at most 10% of training in which the GPU does nothing", "gpu_kernels:idle"),
     Check("head", 25, "as fast as Liger's fused cross-entropy and TRL's, and the same loss", "gpu_parts:head"),
     Check("qlora", 45, "a base in 4 bits trains", "gpu_parts:qlora"),

@@ -9,6 +9,7 @@ import torch
 from gpu_runner import Outcome
 from gpu_setup import Setup
 from gpu_timing import MIB
+from peft import LoraConfig, get_peft_model
 
 from lightning_ft.models.generate import evaluating
 from lightning_ft.rollout.continuous_batching import ContinuousBatchingEngine
@@ -22,16 +23,17 @@ _LENGTHS = 4
 def rollouts(setup: Setup) -> Outcome:
     """Tokens per second of sampled completions of very different lengths, under the precision of training."""
     outcome, work = Outcome(), setup.work
-    model = setup.model(attention="sdpa")
+    model = get_peft_model(setup.model(attention="sdpa"), LoraConfig(r=16, target_modules="all-linear"))
     prompts = [row.input_ids[: work.prompt].tolist() for row in setup.examples(2 * work.pairs)]
     # Enough end tokens that a random model ends a completion after `answer` tokens, in the mean.
     ends = torch.randperm(setup.vocabulary, generator=torch.Generator().manual_seed(0))
     end_token_ids = ends[: setup.vocabulary // work.answer].tolist()
+    shared: dict[str, Any] = {"end_token_ids": end_token_ids, "batch_size": 64}
+    settings = {} if setup.on_gpu else {"page_size": 16}
     engines: dict[str, Any] = {
-        "local": LocalEngine(model, end_token_ids=end_token_ids, pad_token_id=1, batch_size=64),
-        "continuous batching": ContinuousBatchingEngine(
-            model, end_token_ids=end_token_ids, batch_size=64, settings={} if setup.on_gpu else {"page_size": 16}
-        ),
+        "local": LocalEngine(model, pad_token_id=1, **shared),
+        "local, adapter merged": LocalEngine(model, pad_token_id=1, merge_adapter=True, **shared),
+        "continuous batching": ContinuousBatchingEngine(model, settings=settings, **shared),
     }
     options: dict[str, Any] = {
         "max_new_tokens": _LENGTHS * work.answer,
