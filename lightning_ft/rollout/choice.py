@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.arguments import did_you_mean
+from lightning_ft.arguments import check_arguments, check_values, did_you_mean
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.generate import end_token_ids
@@ -15,6 +15,8 @@ from lightning_ft.models.head import CausalLM
 from lightning_ft.rollout.continuous_batching import ContinuousBatchingEngine, check_settings
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import RolloutEngine, check_engine
+from lightning_ft.rollout.vllm import VLLMEngine
+from lightning_ft.rollout.vllm_colocated import ColocatedVLLMEngine
 
 _MODES = ("server", "colocated")
 
@@ -41,6 +43,9 @@ def check_choice(
         Traceback (most recent call last):
         lightning_ft.errors.ConfigError: vllm mode='colocate': expected server or colocated. Did you mean 'colocated'?
     """
+    for name, value in (("vllm", vllm), ("continuous_batching", continuous_batching)):
+        if not isinstance(value, (bool, Mapping)) or value == {}:
+            raise ConfigError(f"{name}={value!r:.80}: expected True, False or a dict with settings.")
     named = {"engine": engine is not None, "vllm": bool(vllm), "continuous_batching": bool(continuous_batching)}
     if len(several := [f"{name}=" for name, passed in named.items() if passed]) > 1:
         raise ConfigError(f"{' and '.join(several)} each say what samples the completions: pass only one of them.")
@@ -50,10 +55,26 @@ def check_choice(
         raise ConfigError(f"merge_adapter=True is for the built-in engine, and {other}= {why}: leave one of them out.")
     if engine is not None:
         check_engine(engine)
-    if isinstance(vllm, Mapping) and (mode := vllm.get("mode", "server")) not in _MODES:
-        raise ConfigError(f"vllm mode={mode!r}: expected {' or '.join(_MODES)}.{did_you_mean(str(mode), _MODES)}")
+    if isinstance(vllm, Mapping):
+        _check_vllm(vllm)
     if isinstance(continuous_batching, Mapping):
         check_settings(continuous_batching)
+
+
+def _check_vllm(settings: Mapping[str, Any]) -> None:
+    options = dict(settings)
+    if (mode := options.pop("mode", "server")) not in _MODES:
+        raise ConfigError(f"vllm mode={mode!r}: expected {' or '.join(_MODES)}.{did_you_mean(str(mode), _MODES)}")
+    for name in ("end_token_ids", "tokenizer"):
+        if name in options:
+            raise ConfigError(f"vllm: {name!r} is that of the module; leave it out.")
+    engine_class = _vllm_engine(mode)
+    check_arguments(engine_class, options)
+    check_values(engine_class, (), {"end_token_ids": (), **options})
+
+
+def _vllm_engine(mode: str) -> type[VLLMEngine | ColocatedVLLMEngine]:
+    return ColocatedVLLMEngine if mode == "colocated" else VLLMEngine
 
 
 def make_engine(
@@ -80,13 +101,8 @@ def make_engine(
     ends = end_token_ids(model, tokenizer)
     if vllm:
         options = dict(vllm) if isinstance(vllm, Mapping) else {}
-        if options.pop("mode", "server") == "colocated":
-            from lightning_ft.rollout.vllm_colocated import ColocatedVLLMEngine
-
-            return ColocatedVLLMEngine(end_token_ids=ends, tokenizer=tokenizer, **options)
-        from lightning_ft.rollout.vllm import VLLMEngine
-
-        return VLLMEngine(end_token_ids=ends, tokenizer=tokenizer, **options)
+        engine_class = _vllm_engine(options.pop("mode", "server"))
+        return engine_class(end_token_ids=ends, tokenizer=tokenizer, **options)
     if continuous_batching:
         settings = continuous_batching if isinstance(continuous_batching, Mapping) else None
         return ContinuousBatchingEngine(

@@ -31,5 +31,5 @@ def errors_named(what: str, remedy: str = "") -> Iterator[None]:
     except LightningFTError:
         raise
     except Exception as error:  # these packages raise many types, and a bare Exception
-        reason = f"{first_line(error)}. {remedy}" if remedy else str(error)
+        reason = f"{first_line(error).rstrip('.')}. {remedy}" if remedy else str(error)
         raise RolloutError(f"{what}: {type(error).__name__}: {reason}") from error

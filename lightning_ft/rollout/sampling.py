@@ -139,11 +139,23 @@ class TokenSampler:
         Raises:
             NonFiniteError: If any logit was NaN or infinite.
         """
-        if self._highest is not None and not bool(self._highest.isfinite()):
-            raise NonFiniteError(
-                "The model's logits weren't finite (NaN or infinite), so its completions are meaningless: load it in "
-                "float32 or bfloat16, or take an earlier checkpoint."
-            )
+        refuse_nonfinite_logits(self._highest is None or bool(self._highest.isfinite()))
+
+
+def refuse_nonfinite_logits(finite: bool) -> None:
+    """Refuse completions whose greedy tokens were chosen from logits that aren't finite.
+
+    Args:
+        finite: Whether all logits were finite.
+
+    Raises:
+        NonFiniteError: If any weren't.
+    """
+    if not finite:
+        raise NonFiniteError(
+            "The model's logits weren't finite (NaN or infinite), so its completions are meaningless: load it in "
+            "float32 or bfloat16, or take an earlier checkpoint."
+        )
 
 
 def replace_nonfinite(probabilities: Tensor, logits: Tensor) -> Tensor:

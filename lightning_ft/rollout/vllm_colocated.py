@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft.distributed import rank_and_world_size
 from lightning_ft.errors import ConfigError, MissingDependencyError, RolloutError
-from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.rollout.decode import StopChecker
 from lightning_ft.rollout.errors import errors_named
+from lightning_ft.rollout.kept_state import process_kept
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request
 from lightning_ft.rollout.vllm_sampling import sampling_parameters, stop_parameters
 from lightning_ft.rollout.vllm_weights import ServedWeights
@@ -28,6 +29,8 @@ _OWN_SETTINGS = (
     *("gpu_memory_utilization", "enable_sleep_mode"),
 )
 """Arguments of `vllm.LLM` that the engine sets itself."""
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that vLLM reads when it starts."""
 
 
 class ColocatedVLLMEngine:
@@ -169,11 +172,12 @@ class ColocatedVLLMEngine:
                 "one of them as model=."
             )
         rank, world_size = rank_and_world_size()
-        os.environ.setdefault("LOCAL_RANK", "0")
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
-        ensure_master_addr_port()
         dtype = torch.bfloat16 if base.dtype == torch.float32 else base.dtype
-        with errors_named("vLLM failed to start"):
+        # Lightning takes a process with LOCAL_RANK for one that it launched, and vLLM seeds the global generators.
+        with errors_named("vLLM failed to start"), process_kept(input_device(base), _VARIABLES):
+            os.environ.setdefault("LOCAL_RANK", "0")
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+            ensure_master_addr_port()
             llm = LLM(
                 **{
                     "dtype": str(dtype).removeprefix("torch."),

@@ -1,15 +1,28 @@
 """Transformers' continuous batching as an engine: equal to the built-in one, and reproducible."""
 
+import gc
+import math
+import os
+import threading
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from policies import BATCHES, Policy, make
 from tiny import make_model
-from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+from transformers.generation.continuous_batching import continuous_api
 
 from lightning_ft import GRPO
 from lightning_ft._lightning import Trainer
-from lightning_ft.errors import ConfigError, RolloutError
+from lightning_ft.errors import ConfigError, NonFiniteError, RolloutError
 from lightning_ft.rollout.continuous_batching import ContinuousBatchingEngine
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import Sampling
@@ -17,6 +30,7 @@ from lightning_ft.rollout.protocol import Sampling
 END = 1
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [5] * 20, list(range(5, 45))]
 PAGES = {"page_size": 16}
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
 def engine(model, **options):
@@ -31,17 +45,14 @@ def with_adapter(model):
     return model
 
 
-def sliding_windows(**sizes):
-    config = Gemma2Config(**sizes, num_key_value_heads=1, head_dim=16, sliding_window=8, num_hidden_layers=2)
+def sliding_windows(**options):
+    config = Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=16, sliding_window=8, **options)
     return Gemma2ForCausalLM(config)
-
-
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize(
     "model",
-    [make_model, lambda: with_adapter(make_model()), lambda: sliding_windows(**SIZES)],
+    [make_model, lambda: with_adapter(make_model()), sliding_windows],
     ids=["llama", "adapter", "sliding windows"],
 )
 def test_greedy_tokens_equal_those_of_the_built_in_engine(model):
@@ -146,6 +157,83 @@ def test_model_without_attention_is_refused_by_name():
         engine(MambaForCausalLM(MambaConfig(**sizes))).generate(PROMPTS, max_new_tokens=4)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: sliding_windows(attn_logit_softcapping=0.5, initializer_range=0.3),
+        lambda: get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+    ],
+    ids=["soft caps", "virtual tokens"],
+)
+def test_model_that_is_run_otherwise_in_pages_is_refused(model):
+    torch.manual_seed(0)
+    with pytest.raises(RolloutError, match=r"gives other log-probabilities than the model, by 0\.\d+ nats"):
+        engine(model()).generate(PROMPTS, max_new_tokens=4)
+
+
+def test_lengths_that_change_other_sequences_of_a_pass_are_refused():
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=24, rope_scaling=scaling))
+    assert len(engine(model).generate([[5], [5] * 12], max_new_tokens=12).completions) == 2
+    with pytest.raises(ConfigError, match=r"more than 24 tokens, and continuous batching puts all sequences into one"):
+        engine(model).generate([[5], [5] * 13], max_new_tokens=12)
+
+
+def test_completions_of_nonfinite_logits_have_logprobs_that_say_so():
+    model = make_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = torch.nan
+    prompts = [[5, 6, 7], [9, 10], [5, 6, 8]]
+    for sampling in (Sampling(), Sampling(top_k=300)):
+        found = engine(model, batch_size=1).generate(prompts, max_new_tokens=4, sampling=sampling).completions
+        expected = LocalEngine(model, end_token_ids=[END], batch_size=1).generate(
+            prompts, max_new_tokens=4, sampling=Sampling()
+        )
+        for completion, local in zip(found, expected.completions, strict=True):
+            finite = all(math.isfinite(logprob) for logprob in completion.logprobs)
+            assert finite is all(math.isfinite(logprob) for logprob in local.logprobs)
+        assert len(found[1].logprobs) == len(found[1].tokens)
+    with pytest.raises(NonFiniteError, match="logits weren't finite"):
+        engine(model).generate(prompts, max_new_tokens=4)
+
+
+def test_steps_of_nonfinite_logits_are_skipped(trainer_options):
+    module = make(Policy, continuous_batching=PAGES, on_nonfinite="skip")
+    module.configure_model()
+
+    def overflow(head, args, output):
+        of_rollout = not head.training and output.shape[-2] == 12  # a step of 12 completions
+        return output * torch.nan if of_rollout else output
+
+    module.model.lm_head.register_forward_hook(overflow)
+    trainer = Trainer(**{**trainer_options, "max_epochs": 1, "limit_train_batches": 1})
+    with pytest.warns(UserWarning, match="12 completions were sampled from logits that are not finite.* It is skipped"):
+        trainer.fit(module, torch.utils.data.DataLoader(BATCHES, batch_size=None))
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+
+
+def test_attention_and_environment_are_as_before_also_after_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    environment, threads = dict(os.environ), threading.active_count()
+    model = make_model()
+    model.set_attn_implementation("eager")
+    engine(model).generate(PROMPTS, max_new_tokens=2)
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(RolloutError, match="failed: AttributeError"):
+        engine(model, settings={**PAGES, "varlen_compile_config": 3}).generate(PROMPTS, max_new_tokens=2)
+    assert model.config._attn_implementation == "eager"
+    assert dict(os.environ) == environment
+    assert threading.active_count() == threads
+    assert gc.get_freeze_count() == 0
+
+
+def test_fp32_weights_stay_without_flash_attention(monkeypatch):
+    monkeypatch.setattr(continuous_api, "is_flash_attn_2_available", lambda **options: True)
+    assert len(engine(make_model()).generate(PROMPTS, max_new_tokens=2).completions) == len(PROMPTS)
+    with pytest.raises(RolloutError, match=r"[Ff]lash"):
+        engine(make_model().to(torch.bfloat16)).generate(PROMPTS, max_new_tokens=2)
+
+
 def test_errors_of_requests_and_settings():
     model = make_model()
     with pytest.raises(ConfigError, match="Prompt 1 has no tokens"):
@@ -156,8 +244,22 @@ def test_errors_of_requests_and_settings():
         engine(model, batch_size=0)
     with pytest.raises(ConfigError, match=r"no 'page_sise'\. Did you mean 'page_size'"):
         GRPO("some/model", rewards=len, continuous_batching={"page_sise": 16})
-    with pytest.raises(ConfigError, match="'seed' is set by the engine itself"):
-        engine(model, settings={"seed": 3})
+    for name, value in {"seed": 3, "max_queue_size": 2, "drop_unsupported_processors": True}.items():
+        with pytest.raises(ConfigError, match=f"'{name}' is set by the engine itself"):
+            engine(model, settings={name: value})
+    for settings, message in (
+        ({"page_size": 2}, "page_size=2: expected at least 4"),
+        ({"page_size": "16"}, "page_size='16': expected an integer. Leave out the quotes"),
+        ({"num_blocks": 4.5}, r"num_blocks=4\.5: expected an integer or None"),
+        ({"scheduler_type": "lifo"}, "scheduler_type='lifo': expected fifo or prefill_first"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            engine(model, settings=settings)
+    for value in ("yes", {}):
+        with pytest.raises(ConfigError, match=f"continuous_batching={value!r}: expected True, False or a dict with"):
+            GRPO("some/model", rewards=len, continuous_batching=value)
+    with pytest.raises(RolloutError, match=r"can be offloaded\. Leave out"):
+        engine(model, settings={**PAGES, "num_blocks": 1}).generate(PROMPTS, max_new_tokens=4)
     with pytest.raises(ConfigError, match="vllm= and continuous_batching= each say"):
         GRPO("some/model", rewards=len, vllm=True, continuous_batching=True)
     assert engine(model).generate([], max_new_tokens=4).completions == ()

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from stand_in_server import logprob, serving, without_vllm
 from tiny import make_model
 
+from lightning_ft import GRPO
 from lightning_ft.errors import ConfigError, MissingDependencyError, RolloutError
 from lightning_ft.rollout.protocol import Sampling
 from lightning_ft.rollout.vllm import VLLMEngine
@@ -256,3 +257,17 @@ def test_engine_refuses_invalid_requests(server):
         engine.generate([[1], []], max_new_tokens=3)
     with pytest.raises(ConfigError, match="end_token_ids is empty"):
         VLLMEngine(server[1], end_token_ids=[])
+
+
+@pytest.mark.parametrize(
+    ("vllm", "message"),
+    [
+        ("http://gpu-7:8000", "vllm='http://gpu-7:8000': expected True, False or a dict"),
+        ({"base_urll": "http://gpu-7:8000"}, "no argument 'base_urll'. Did you mean 'base_url'"),
+        ({"end_token_ids": [2]}, "'end_token_ids' is that of the module"),
+        ({"group_port": "51216"}, "group_port='51216': expected an integer"),
+    ],
+)
+def test_arguments_of_a_module_are_checked_before_it_loads_a_model(vllm, message):
+    with pytest.raises(ConfigError, match=message):
+        GRPO("some/model", rewards=len, vllm=vllm)

@@ -1,9 +1,12 @@
 """vLLM in the training process. (`vllm.LLM` is a mock that generates with a transformers model; none of it is real.)"""
 
+import os
+import random
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,6 +33,13 @@ class MockLLM:
 
     def __init__(self, model, **options):
         self.options, self.calls = {"model": model, **options}, []
+        assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+        }
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # as vLLM does in the process of its worker
+            seed(options["seed"])
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.awake = {"weights", "kv_cache"}
         self.llm_engine = SimpleNamespace(
@@ -127,6 +137,21 @@ def test_it_generates_with_the_current_weights(model, adapted):
     assert not llm.awake
 
 
+def test_its_start_changes_neither_environment_nor_random_state(model):
+    def draws():
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    environment = dict(os.environ)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = draws()
+    for restore, state in zip((random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True):
+        restore(state)
+    ColocatedVLLMEngine(end_token_ids=[END]).sync_weights(model)
+    assert len(MockLLM.made) == 1
+    assert draws() == expected
+    assert dict(os.environ) == environment
+
+
 def test_samples_have_log_probabilities_unless_filtered(model):
     engine = ColocatedVLLMEngine(end_token_ids=[END])
     engine.sync_weights(model)
@@ -171,6 +196,10 @@ def test_errors_name_what_to_do(model, monkeypatch):
         ColocatedVLLMEngine(end_token_ids=[END], gpu_memory_utilization=1.5)
     with pytest.raises(ConfigError, match=r"mode='colocate': .* Did you mean 'colocated'"):
         GRPO("some/model", rewards=len, vllm={"mode": "colocate"})
+    with pytest.raises(ConfigError, match="Did you mean 'gpu_memory_utilization'"):
+        GRPO("some/model", rewards=len, vllm={"mode": "colocated", "gpu_memory_utilisation": 0.3})
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization='0\.3': expected a number"):
+        GRPO("some/model", rewards=len, vllm={"mode": "colocated", "gpu_memory_utilization": "0.3"})
     model.config._name_or_path = model.name_or_path = ""
     with pytest.raises(ConfigError, match="has neither: pass one of them as model="):
         ColocatedVLLMEngine(end_token_ids=[END]).sync_weights(model)
