@@ -16,7 +16,7 @@ from lightning_ft.rollout.continuous_batching import ContinuousBatchingEngine, c
 from lightning_ft.rollout.local import LocalEngine
 from lightning_ft.rollout.protocol import RolloutEngine, check_engine
 from lightning_ft.rollout.vllm import VLLMEngine
-from lightning_ft.rollout.vllm_colocated import ColocatedVLLMEngine
+from lightning_ft.rollout.vllm_colocated import ColocatedVLLMEngine, check_colocated
 
 _MODES = ("server", "colocated")
 
@@ -71,6 +71,8 @@ def _check_vllm(settings: Mapping[str, Any]) -> None:
     engine_class = _vllm_engine(mode)
     check_arguments(engine_class, options)
     check_values(engine_class, (), {"end_token_ids": (), **options})
+    if mode == "colocated":
+        check_colocated(**options)
 
 
 def _vllm_engine(mode: str) -> type[VLLMEngine | ColocatedVLLMEngine]:

@@ -96,8 +96,7 @@ class ContinuousBatchingEngine:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         StopChecker(end_token_ids)  # refuses an empty list
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
+        check_integer("batch_size", batch_size, 1, ConfigError)
         self.model = model
         self.end_token_ids = tuple(end_token_ids)
         self.batch_size = batch_size

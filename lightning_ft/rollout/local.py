@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.arguments import check_integer
 from lightning_ft.distributed import warn
 from lightning_ft.errors import ConfigError, NonFiniteError
 from lightning_ft.models.autocast import weights_cast_once
@@ -208,8 +209,7 @@ class LocalEngine:
         merge_adapter: bool = False,
     ) -> None:
         StopChecker(end_token_ids)  # refuses an empty list
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
+        check_integer("batch_size", batch_size, 1, ConfigError)
         self.model = model
         self.end_token_ids = tuple(end_token_ids)
         self.pad_token_id = pad_token_id

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
+from lightning_ft.arguments import check_integer
 from lightning_ft.errors import ConfigError, RolloutError
 from lightning_ft.models.head import CausalLM
 
@@ -349,7 +350,8 @@ def check_request(
         context: Context length of the model in tokens; None if it has no limit or isn't known.
 
     Raises:
-        ConfigError: For a prompt without tokens or without room for its completions, or a number below 1.
+        ConfigError: For a prompt without tokens or without room for its completions, or a number that isn't an integer
+            of at least 1.
 
     Example:
         >>> check_request([[5, 6], []], max_new_tokens=8, num_completions=1)
@@ -357,8 +359,7 @@ def check_request(
         lightning_ft.errors.ConfigError: Prompt 1 has no tokens.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("num_completions", num_completions)):
-        if value < 1:
-            raise ConfigError(f"{name}={value}: expected at least 1.")
+        check_integer(name, value, 1, ConfigError)
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise ConfigError(f"Prompt {number} has no tokens.")

@@ -33,6 +33,30 @@ _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that vLLM reads when it starts."""
 
 
+def check_colocated(gpu_memory_utilization: float = 0.3, settings: object = None, **others: object) -> None:
+    """Check arguments of `ColocatedVLLMEngine`.
+
+    Args:
+        gpu_memory_utilization: Share of the GPU's memory.
+        settings: Further arguments of `vllm.LLM`.
+        others: Other arguments, which aren't checked.
+
+    Raises:
+        ConfigError: For a value out of range, or a setting that the engine sets itself.
+
+    Example:
+        >>> check_colocated(settings={"seed": 3})
+        Traceback (most recent call last):
+        lightning_ft.errors.ConfigError: vllm settings: 'seed' is set by the engine itself; leave it out.
+    """
+    if not 0 < gpu_memory_utilization < 1:
+        raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}: expected a share between 0 and 1.")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(f"vllm settings={settings!r:.80}: expected a dict of arguments of vllm.LLM.")
+    if own := [name for name in settings or {} if name in _OWN_SETTINGS]:
+        raise ConfigError(f"vllm settings: {own[0]!r} is set by the engine itself; leave it out.")
+
+
 class ColocatedVLLMEngine:
     """Generates with vLLM in this process; see this module's docstring.
 
@@ -72,10 +96,7 @@ class ColocatedVLLMEngine:
                 "vllm={'mode': 'colocated'} needs vLLM in this environment: pip install 'lightning-ft[vllm]'."
             )
         StopChecker(end_token_ids)  # refuses an empty list
-        if not 0 < gpu_memory_utilization < 1:
-            raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}: expected a share between 0 and 1.")
-        if own := [name for name in settings or {} if name in _OWN_SETTINGS]:
-            raise ConfigError(f"vllm settings: {own[0]!r} is set by the engine itself; leave it out.")
+        check_colocated(gpu_memory_utilization, settings)
         self.end_token_ids = tuple(end_token_ids)
         self.tokenizer = tokenizer
         self.gpu_memory_utilization = gpu_memory_utilization

@@ -240,6 +240,8 @@ def test_errors_of_requests_and_settings():
         engine(model).generate([[5], []], max_new_tokens=4)
     with pytest.raises(ConfigError, match="pass the engine a tokenizer="):
         engine(model).generate([[5]], max_new_tokens=4, sampling=Sampling(stop=("x",)))
+    with pytest.raises(ConfigError, match=r"max_new_tokens=2\.5: expected an integer"):
+        engine(model).generate([[5]], max_new_tokens=2.5)
     with pytest.raises(ConfigError, match="batch_size=0"):
         engine(model, batch_size=0)
     with pytest.raises(ConfigError, match=r"no 'page_sise'\. Did you mean 'page_size'"):

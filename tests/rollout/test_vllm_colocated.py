@@ -198,6 +198,8 @@ def test_errors_name_what_to_do(model, monkeypatch):
         GRPO("some/model", rewards=len, vllm={"mode": "colocate"})
     with pytest.raises(ConfigError, match="Did you mean 'gpu_memory_utilization'"):
         GRPO("some/model", rewards=len, vllm={"mode": "colocated", "gpu_memory_utilisation": 0.3})
+    with pytest.raises(ConfigError, match="vllm settings=5: expected a dict"):
+        GRPO("some/model", rewards=len, vllm={"mode": "colocated", "settings": 5})
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization='0\.3': expected a number"):
         GRPO("some/model", rewards=len, vllm={"mode": "colocated", "gpu_memory_utilization": "0.3"})
     model.config._name_or_path = model.name_or_path = ""
