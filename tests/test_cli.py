@@ -85,6 +85,19 @@ def test_cli_runs_fit_validate_test_and_predict(run, config, tmp_path):
     assert [row["id"] for row in rows] == [f"{tmp_path / 'rows.jsonl'}:{number}" for number in range(1, 25)]
 
 
+def test_predict_needs_a_model_and_requests_only(run, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "requests.csv").write_text('id,question\n1,"Where is ""it"",\nplease?"\n2,And now?\n')
+    data = ("--data", "PairDataModule", "--data.predict", "requests.csv", "--data.columns", "{input: question}")
+    run("predict", "--model", "FullFineTuning", "--model.model", model_folder, *data, "--trainer.accelerator", "cpu")
+    (written,) = tmp_path.rglob("predictions.jsonl")
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [(row["id"], row["request"][-1]["content"]) for row in rows] == [
+        ("1", 'Where is "it",\nplease?'),
+        ("2", "And now?"),
+    ]
+
+
 def test_fit_continues_in_the_folder_of_the_run_before(run, config, tmp_path):
     trainer = {"accelerator": "cpu", "devices": 1, "logger": False, "default_root_dir": str(tmp_path / "runs")}
     path = config(trainer=trainer)

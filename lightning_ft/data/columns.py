@@ -122,6 +122,10 @@ class Formats:
         best = self._propose(names, present, columns, answered)
         if not best.complete and (foreign := [name for name in FOREIGN_COLUMNS if name in names_present]):
             return RowError(None, _NO_FORMAT, detail, FOREIGN_COLUMNS[foreign[0]])
+        if not answered and best.complete and (other := [f for f in best.columns if f in columns]):
+            old, new = best.columns[other[0]], columns[other[0]]
+            fix = f"Rename {old!r} to {new!r}: columns= holds for the rows of all splits."
+            return RowError(None, _NO_FORMAT, detail, fix)
         fix = f"Pass {best.argument(columns)}"
         if best.guessed:
             fix += ", if " + " and ".join(f"{c!r} holds the {describe(field)}" for field, c in best.columns.items())

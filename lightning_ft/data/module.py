@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar, get_args
+from typing import IO, Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +16,7 @@ from lightning_ft.arguments import CheckedArguments
 from lightning_ft.checkpoint_file import checked_file
 from lightning_ft.data import cache
 from lightning_ft.data.loader import Collate, TokenLoader, token_loader
+from lightning_ft.data.option_checks import check_choices, check_without_train
 from lightning_ft.data.overlong import OnOverlong
 from lightning_ft.data.provenance import describe_training_rows
 from lightning_ft.data.row_store import ChainedRows
@@ -51,7 +52,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
     Args:
         train: A JSONL, JSON, CSV, TSV or Parquet file, a hub name (``user/data`` or ``user/data:split``), a
             `datasets.Dataset` or `IterableDataset`, a list of dicts, or a list of several of these. With `streaming`
-            also any iterable of dicts, a function that returns one, or the import path of such a function.
+            also any iterable of dicts, a function that returns one, or the import path of such a function. Only `fit`
+            needs training rows.
         validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same prompt
             (whatever its system turn), from one conversation or from one `cluster` stay together.
         test: Test rows, in the same forms as `train`.
@@ -95,7 +97,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
 
     def __init__(
         self,
-        train: Sources | RowIterable | RowFactory,
+        train: Sources | RowIterable | RowFactory | None = None,
         validation: float | Sources | None = None,
         test: Sources | None = None,
         *,
@@ -117,7 +119,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        _check_choices(max_length, batch_size, on_overlong, on_bad_row, validation, cache_dir)
+        check_choices(max_length, batch_size, on_overlong, on_bad_row, validation, cache_dir)
         self._mixing, self._chat_template, self._trust_remote_code = mixing, chat_template, trust_remote_code
         self._tokenizer_option = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -135,7 +137,9 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             num_workers=num_workers,
         )
         sources = {"train": train, "validation": validation, "test": test}
-        streamed = is_streamed(train, streaming)
+        if train is None:
+            check_without_train(validation, mixing, streaming)
+        streamed = train is not None and is_streamed(train, streaming)
         if streamed:
             check_streamed(validation, mixing)
         self.splits: Splits[Any] = Splits(
@@ -207,13 +211,14 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             purpose: What they are read for; begins the message.
 
         Raises:
-            ConfigError: If they are streamed.
+            ConfigError: If they are streamed, or missing.
         """
         if self.stream is not None:
             raise ConfigError(
                 f"{purpose} needs all training rows before training, and they are streamed. Pass streaming=False, or "
                 "train= with a file of as many rows as it should read."
             )
+        self._require("train")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -324,11 +329,14 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         """Read, check and tokenize the splits that a stage needs, each of them once.
 
         Raises:
+            ConfigError: If there are no rows to train on, for ``fit``.
             DataError: With every bad row.
         """
         if self.trainer is not None:
             check_same_namespace(self.trainer, self.trainer.lightning_module)
         names = _NEEDS[getattr(stage, "value", stage) or "fit"]  # a Trainer passes an enum
+        if "train" in names and self.stream is None:
+            self._require("train")
         self.splits.load(names)
         tokenizer = self.tokenizer  # even if nothing is encoded: its chat template may be replaced
         if (module := getattr(self.trainer, "lightning_module", None)) is not None:
@@ -348,7 +356,9 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         self.splits.load(list(self.splits.sources))
 
     def training_rows(self) -> tuple[dict[str, str | int], tuple[str, ...]]:
-        """Sources, number and hash of the training rows, see `lightning_ft.data.provenance`."""
+        """Sources, number and hash of the training rows, see `lightning_ft.data.provenance`; empty without them."""
+        if self.stream is None and "train" not in self.splits.sources:
+            return {}, ()
         parts = self.splits.encoded.get("train")
         if self._described is None or self._described[0] is not parts:  # to hash all tokens takes time
             streamed = None if self.stream is None else [source.path for source in self.stream.sources]
@@ -480,18 +490,3 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
 
 class NoLoaders(list[TokenLoader]):
     """What `val_dataloader` returns without validation rows: a list of its own name, so that no one is warned of it."""
-
-
-def _check_choices(
-    max_length: int, batch_size: int, on_overlong: str, on_bad_row: str, validation: object, cache_dir: object
-) -> None:
-    for name, value, minimum in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
-        if value < minimum:
-            raise ConfigError(f"{name}={value}: expected at least {minimum}.")
-    for name, choice, choices in (("on_overlong", on_overlong, OnOverlong), ("on_bad_row", on_bad_row, OnBadRow)):
-        if choice not in get_args(choices):
-            raise ConfigError(f"{name}={choice!r}: expected one of {', '.join(map(repr, get_args(choices)))}.")
-    if cache_dir is True:
-        raise ConfigError("cache_dir=True: expected a folder, None for the default one, or False for none.")
-    if isinstance(validation, bool) or (isinstance(validation, (int, float)) and not 0 < validation < 1):
-        raise ConfigError(f"validation={validation}: a share must lie between 0 and 1.")

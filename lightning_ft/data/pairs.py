@@ -48,7 +48,7 @@ class PairDataModule(RowDataModule):
         validation: Rows in the same forms, or the share of the training rows to hold out. Rows with the same question
             (whatever its system turn and answer), from one conversation exported turn by turn, or from one `cluster`
             stay together.
-        predict: Rows to answer, in the same forms; they need no output.
+        predict: Rows to answer, in the same forms; they need no output, and no other rows are needed to answer them.
         columns: Mapping from field names of the format to columns of your data, such as ``{"input": "question",
             "cluster": "customer"}``.
         format: Function that maps each source row (a dict) to a list of messages, or to a dict in one of the formats
@@ -79,7 +79,7 @@ class PairDataModule(RowDataModule):
 
     def __init__(
         self,
-        train: Sources | RowIterable | RowFactory,
+        train: Sources | RowIterable | RowFactory | None = None,
         validation: float | Sources | None = None,
         test: Sources | None = None,
         *,

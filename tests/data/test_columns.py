@@ -135,6 +135,12 @@ def test_proposed_columns_of_predict_rows_need_no_answer():
     assert load(rows, columns=proposed(message), answered=False)[1] == []
 
 
+def test_predict_rows_with_other_columns_than_the_training_rows_are_to_be_renamed():
+    """Another columns= would fit them, and no longer the training rows."""
+    message = error_of(rows_of("question"), columns={"input": "Customer", "output": "Reply"}, answered=False)
+    assert message.endswith("Rename 'question' to 'Customer': columns= holds for the rows of all splits.")
+
+
 def test_proposal_includes_passed_columns():
     rows = [{"question": "q", "answer": "a", "customer": "c"}]
     expected = {"cluster": "customer", "input": "question", "output": "answer"}

@@ -51,6 +51,26 @@ def test_pair_data_module_serves_all_stages(trainer, tokenizer, pairs, write):
     ]  # fmt: skip
 
 
+def test_requests_alone_are_answered_and_only_fit_needs_training_rows(trainer, tokenizer, pairs):
+    module = Recorder(tokenizer)
+    data = PairDataModule(predict=[{"input": "where is it"}], validation=pairs[:4], test=pairs[4:8])
+    assert [[m["content"] for m in turns] for (turns,) in trainer().predict(module, data)] == [["where is it"]]
+    trainer().validate(module, data, verbose=False)
+    trainer().test(module, data, verbose=False)
+    assert [s[0] for s in module.seen] == ["validation", "test"]
+    assert data.training_rows() == ({}, ())
+    for use in (lambda: trainer().fit(module, data), lambda: data.require_rows("lightning-ft plan")):
+        with pytest.raises(ConfigError, match="PairDataModule has no train rows: pass train="):
+            use()
+
+
+@pytest.mark.parametrize("option", [{"validation": 0.1}, {"mixing": [1.0]}, {"streaming": True}])
+def test_options_of_training_rows_are_refused_without_them(option):
+    ((name, value),) = option.items()
+    with pytest.raises(ConfigError, match=re.escape(f"{name}={value!r} is about training rows, and there are none")):
+        PairDataModule(predict=[{"input": "a"}], **option)
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_packing_changes_only_the_layout(tokenizer, pairs, packing):
     data = PairDataModule(pairs, tokenizer=tokenizer, batch_size=5, packing=packing, cache_dir=False)
