@@ -81,7 +81,9 @@ def command_parser(name: str) -> tuple[ArgumentParser, Callable[..., object]]:
     Args:
         name: One of :data:`COMMANDS`.
     """
-    parser = ArgumentParser(prog=f"lightning-ft {name}", description=COMMANDS[name])
+    from lightning_ft.parser import CommandParser
+
+    parser = CommandParser(prog=f"lightning-ft {name}", description=COMMANDS[name])
     if name == "report":
         parser.add_argument("folder", type=str, help="folder of a run, of several runs, or of a comparison")
         parser.add_argument("--output", type=str, help="folder to write to; `report` in that folder by default")

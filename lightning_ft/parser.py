@@ -1,4 +1,4 @@
-"""The parser of the command line: Lightning's, with hints in its errors."""
+"""The parsers of the command line, with hints in their errors: Lightning's, and that of `compare`, `plan`, `report`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import os
 import pydoc
 import re
 import sys
-from collections.abc import Iterable
+from argparse import Action
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
 
 import lightning_ft
 from lightning_ft._lightning import _pl, cli_module
@@ -17,8 +21,8 @@ from lightning_ft.completion import PrintCompletion
 _UNKNOWN_OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<name>\w+)' is not accepted")
 _UNKNOWN_NAME = re.compile(r"module '(?P<path>[\w.]+)' has no attribute '(?P<name>\w+)'")
 _UNKNOWN_KEY = re.compile(
-    r"(?:Option '|does not accept option '|unrecognized arguments: --)"
-    r"(?P<name>\w+\.[\w.]+)(?:'(?: is not accepted)?|[^\n]*)"
+    r"(?:(?:Option '|does not accept option ')(?P<name>\w+\.[\w.]+)'(?: is not accepted)?"
+    r"|unrecognized arguments: --(?P<option>[\w.]+)[^\n]*)"
 )
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)(?=\n|$)")
 _UNKNOWN_SUBCOMMAND = re.compile(r"argument subcommand: invalid choice: '(?P<name>[^']*)' \(choose from [^)]*\)")
@@ -29,10 +33,41 @@ _SAYS_NOTHING = re.compile(
 )
 """Lines of the parser's errors that repeat the argument's type, or the whole configuration around it."""
 _NO_ENGINE = re.compile(r"Import path [\w.]+ does not implement protocol RolloutEngine(?!\. Its)")
+_UNUSED_VALUES = re.compile(r"unrecognized arguments: (?P<value>[^-\s]\S*)[^\n]*")
+_NO_VALUE = re.compile(r"argument (?:\S*/)?(?P<option>--[\w.]+): expected one argument")
+
+
+class CommandParser(ArgumentParser):  # type: ignore[misc]
+    """The parser of a subcommand that needs no Trainer, with hints in its errors."""
+
+    _given: Sequence[str] = ()
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        """Parse the arguments, which an error may quote."""
+        self._given = sys.argv[1:] if args is None else args
+        return super().parse_args(args, *others, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Print the error and exit.
+
+        Args:
+            message: Error message.
+            ex: Exception that caused the error.
+        """
+        keys = [action.dest for action in self._actions]
+        message = _with_values(_with_nearest_names(message, keys), self._given, self._actions, commas=True)
+        super().error(message, ex)
 
 
 class FineTuningParser(cli_module().LightningArgumentParser):  # type: ignore[misc]
     """Lightning's parser, with hints in its errors: the closest valid name, and what an engine needs."""
+
+    _given: Sequence[str] = ()
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        """Parse the arguments, which an error may quote."""
+        self._given = sys.argv[1:] if args is None else args
+        return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Print the error in a few lines, without the fifty options that the subcommand has, and exit.
@@ -43,7 +78,7 @@ class FineTuningParser(cli_module().LightningArgumentParser):  # type: ignore[mi
         """
         parser = getattr(ex, "subcommand_parser", None) or self
         keys = [action.dest for action in parser._actions]
-        message = _with_nearest_names(message, keys)
+        message = _with_values(_with_nearest_names(message, keys), self._given, parser._actions)
         message = _UNKNOWN_SUBCOMMAND.sub(lambda match: _with_subcommands(match, self._subcommands()), message)
         parser.print_usage = lambda *_: None
         super().error(_SAYS_NOTHING.sub("", _with_hint_for_engines(message)), ex)
@@ -72,8 +107,52 @@ def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
     return _UNKNOWN_KEY.sub(lambda match: _suggest(match, keys), message)
 
 
+def _with_values(message: str, given: Sequence[str], actions: Iterable[Action], *, commas: bool = False) -> str:
+    """Add to a message how to write a list, a text with spaces, or a value that is true.
+
+    Args:
+        message: Error message.
+        given: Arguments of the command line.
+        actions: Options of the parser.
+        commas: Whether options that take lists take them as text with commas.
+
+    Example:
+        >>> _with_values("unrecognized arguments: 1 2", ["--seeds", "0", "1", "2"], [])
+        "unrecognized arguments: 1 2. --seeds takes one value: '0 1 2' in quotes, or a list '[0, 1, 2]'."
+    """
+    types = {option: getattr(action, "_typehint", None) for action in actions for option in action.option_strings}
+
+    def values(match: re.Match[str]) -> str:
+        option, found = _values_around(given, match["value"])
+        if len(found) < 2:
+            return match[0]
+        quoted = f"'{' '.join(found)}' in quotes"
+        if not commas:
+            return f"{match[0]}. {option} takes one value: {quoted}, or a list '[{', '.join(found)}]'."
+        one = f"{option} {','.join(found)}" if "list" in str(types.get(option)) else quoted
+        return f"{match[0]}. {option} takes one value: {one}."
+
+    def value(match: re.Match[str]) -> str:
+        return f"{match[0]}. Write {match['option']} true." if types.get(match["option"]) is bool else match[0]
+
+    return _NO_VALUE.sub(value, _UNUSED_VALUES.sub(values, message))
+
+
+def _values_around(given: Sequence[str], value: str) -> tuple[str, list[str]]:
+    """The option before a value of the command line, and all values that follow that option."""
+    option, found = "", list[str]()
+    for argument in given:
+        if argument.startswith("--"):
+            if value in found[1:]:
+                break
+            option, found = argument, []
+        else:
+            found.append(argument)
+    return option, found if option and value in found[1:] else []
+
+
 def _suggest(match: re.Match[str], names: Iterable[str]) -> str:
-    hint = did_you_mean(match["name"], names)
+    hint = did_you_mean(match["name"] or match["option"], names)
     return f"{match[0]}.{hint}" if hint else match[0]
 
 

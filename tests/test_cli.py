@@ -248,6 +248,31 @@ def test_parser_suggests_closest_name_on_command_line(config, capsys, args, mess
     assert message in capsys.readouterr().err
 
 
+def compare_args(*args):
+    return ["compare", "--config", "run.yaml", "--output", "out", "--methods", *args]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (compare_args("lora", "--seeds", "0", "1", "2"), "arguments: 1 2. --seeds takes one value: --seeds 0,1,2."),
+        (compare_args("prompted", "lora"), "arguments: lora. --methods takes one value: --methods prompted,lora."),
+        (compare_args("lora", "--metrics", "my", "file.py:f"), "--metrics takes one value: 'my file.py:f' in quotes."),
+        (compare_args("lora", "--sedes", "0"), "unrecognized arguments: --sedes 0. Did you mean 'seeds'?"),
+        (compare_args("lora", "--keep_models"), "--keep_models: expected one argument. Write --keep_models true."),
+        (["preview", "--trainer.devices", "0", "1"], "devices takes one value: '0 1' in quotes, or a list '[0, 1]'."),
+        (["preview", "--confg", "run.yaml"], "unrecognized arguments: --confg run.yaml. Did you mean 'config'?"),
+        (["preview", "--weights"], "argument --weights: expected one argument. Write --weights true."),
+        (["plan", "--pilot", "1", "2", "--config", "a", "--output", "b"], "one value: --pilot 1,2."),
+    ],
+)
+def test_parser_says_how_values_are_written(tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main_with(*args)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_parser_suggests_closest_name_in_yaml(config, capsys, model_folder):
     model = {"class_path": "lightning_ft.LoRAFineTuning", "init_args": {"model": model_folder, "learning_rat": 1.0}}
     with pytest.raises(SystemExit):
