@@ -19,6 +19,7 @@ from lightning_ft.evaluation.retention.card import retention_for_card
 from lightning_ft.evaluation.retention.choices import ChoiceQuestion
 from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
 from lightning_ft.models.card_facts import MeasuredResult
+from lightning_ft.models.card_sections import FORGETTING
 from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer, weights_fingerprint
 from lightning_ft.report.collect import RETENTION
 from lightning_ft.types import Request
@@ -247,7 +248,9 @@ class Retention(ComparingCallback):
             self.report_written(self.result.save(folder))
 
     def for_card(self) -> MeasuredResult | None:
-        """The last result as a model card reports it; None if there is none."""
+        """The last result, or its failure, as a model card reports it; None if nothing was measured."""
+        if self.undefined is not None:
+            return MeasuredResult(FORGETTING, failed=True)
         return None if self.result is None else retention_for_card(self.result)
 
     @property

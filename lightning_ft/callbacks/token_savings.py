@@ -27,6 +27,7 @@ from lightning_ft.evaluation.savings.overlap import TrainRows
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer, check_scorer
 from lightning_ft.models.card_facts import MeasuredResult
+from lightning_ft.models.card_sections import SAVINGS as CARD_TITLE
 from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer, weights_fingerprint
 from lightning_ft.report.collect import SAVINGS
 from lightning_ft.rollout.structured import StructuredOutputs
@@ -253,7 +254,9 @@ class TokenSavings(ComparingCallback):
         return {"gate_passed": 0.0}
 
     def for_card(self) -> MeasuredResult | None:
-        """The last result as a model card reports it; None if there is none."""
+        """The last result, or its failure, as a model card reports it; None if nothing was measured."""
+        if self.undefined is not None:
+            return MeasuredResult(CARD_TITLE, failed=True)
         return None if self.result is None else savings_for_card(self.result)
 
     @property

@@ -40,7 +40,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "answer": (*_ANSWERS, "tgt", "summary", "highlights", "translation", "category", "intent", "class", "chosen"),
     "chosen": ("chosen", "preferred", "better", "winner", "accepted", "positive", "good"),
     "rejected": ("rejected", "dispreferred", "worse", "loser", "negative", "bad"),
-    "label": ("label", "desirable", "liked", "rating", "feedback", "good", "correct", "ktotag"),
+    "label": ("label", "desirable", "liked", "rating", "feedback", "good", "correct", "ktotag", "thumbsup"),
     "conversation": ("messages", "conversation", "conversations", "dialog", "dialogue", "chat", "turns"),
     "text": ("text", "content", "document", "body", "article", "passage"),
     "context": ("context", "passage", "paragraph", "evidence", "knowledge", "document"),
@@ -219,7 +219,10 @@ def _rank(column: Column, field: str, names: set[str]) -> float | None:
 
 
 def _by_content(field: str, spare: Sequence[Column]) -> str | None:
-    """The column of a field by its content: the longest, most varied text is the prompt, the other text the answer."""
+    """The column of a field by its content.
+
+    The longest, most varied text is the prompt, the other text the answer, and the only yes or no the label.
+    """
     role = _ROLES.get(field)
     texts = [c for c in spare if c.is_filled and c.content_type == "text" and not c.is_identifier and not _is_worse(c)]
     if role == "conversation":
@@ -230,6 +233,9 @@ def _by_content(field: str, spare: Sequence[Column]) -> str | None:
         repeated = [column for column in texts if column.distinct_share < 1]
         choice = texts if len(texts) == 1 else repeated
         return choice[0].name if len(choice) == 1 else None
+    if role == "label":
+        binary = [column for column in spare if _suits(column, field)]
+        return binary[0].name if len(binary) == 1 else None
     return None
 
 

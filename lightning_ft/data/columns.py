@@ -132,7 +132,8 @@ class Formats:
         fix += "."
         for field, column in best.columns.items():
             if column is None and (unfit := named_for(field, present, set(best.columns.values()))):
-                wrong_type = f"contains {unfit.content_type}: write it as text"
+                write = "true or false" if role_of(field) == "label" else "it as text"
+                wrong_type = f"contains {unfit.content_type}: write {write}"
                 problem = wrong_type if unfit.is_filled else "is empty in many rows"
                 fix += f" {unfit.name!r} has a fitting name, but {problem}."
         taken = {*best.columns.values(), *columns.values(), *OPTIONAL, *self.extra.get(best.format, ())}

@@ -70,15 +70,17 @@ class MeasuredResult:
         metrics: Metrics for the metadata of the card, by name; empty for none.
         measured_on: Name of what they were measured on.
         provenance: Hashes and settings of the measurement, by label.
+        failed: Whether the measurement failed, so that nothing was found.
     """
 
     title: str
-    sentences: tuple[str, ...]
+    sentences: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     weights: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     measured_on: str = ""
     provenance: Mapping[str, Setting] = field(default_factory=dict)
+    failed: bool = False
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,10 @@ def _adapter(model: CausalLM) -> dict[str, Setting]:
 
 def _measured(title: str, results: Iterable[MeasuredResult], facts: CardFacts) -> list[str]:
     found = [result for result in results if result.title == title]
-    if not found and any(result.title == title for result in facts.results):
+    of_run = [result.failed for result in facts.results if result.title == title]
+    if not found and any(of_run):
+        return ["The measurement failed, so nothing is known about it.", ""]
+    if not found and of_run:
         return ["Measured in the same run, but with other weights than these, so the result isn't repeated here.", ""]
     if not found:
         return ["Not measured.", ""]

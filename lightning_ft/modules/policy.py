@@ -363,9 +363,10 @@ class PolicyOptimization(SampledCompletions):
                 # Lightning drops `monitor` from the configuration of a module that takes its own steps.
                 monitor, metrics = getattr(config.scheduler, "monitor", None), trainer.callback_metrics
                 if monitor not in metrics:
+                    lacks = f"monitors {monitor!r}, which isn't logged" if monitor else "has no metric to monitor"
                     raise ConfigError(
-                        f"ReduceLROnPlateau monitors {monitor!r}, which isn't logged when {type(self).__name__} steps "
-                        f"it, once per {interval}. Use pytorch_lightning.cli.ReduceLROnPlateau(optimizer, monitor), "
+                        f"ReduceLROnPlateau {lacks} when {type(self).__name__} steps it, once per {interval}. Use "
+                        "pytorch_lightning.cli.ReduceLROnPlateau(optimizer, monitor), "
                         f"with one of {', '.join(sorted(metrics))}."
                     )
                 config.scheduler.step(metrics[monitor])

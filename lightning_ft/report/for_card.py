@@ -8,10 +8,13 @@ from lightning_ft.errors import DataError
 from lightning_ft.evaluation.retention.card import retention_for_card
 from lightning_ft.evaluation.savings.card import savings_for_card
 from lightning_ft.models.card_facts import MeasuredResult
+from lightning_ft.models.card_sections import FORGETTING, SAVINGS
 from lightning_ft.report.collect import RunReport, collect
 
 _FOLDERS = ("token_savings", "retention")
 """Where `TokenSavings` and `Retention` write by default, in the folder of the run."""
+_TITLES = {"Token savings": SAVINGS, "Retention": FORGETTING}
+"""Names of measurements in a run's folder to their titles on a card."""
 
 
 def results_of_run(folder: str | None, ckpt_path: str) -> tuple[MeasuredResult, ...]:
@@ -41,4 +44,9 @@ def results_of_run(folder: str | None, ckpt_path: str) -> tuple[MeasuredResult, 
 
 
 def _for_cards(report: RunReport) -> tuple[MeasuredResult, ...]:
-    return (*map(savings_for_card, report.savings.values()), *map(retention_for_card, report.retention.values()))
+    failed = [_TITLES[f.measurement] for f in report.undefined.values() if f.measurement in _TITLES]
+    return (
+        *map(savings_for_card, report.savings.values()),
+        *map(retention_for_card, report.retention.values()),
+        *(MeasuredResult(title, failed=True) for title in failed),
+    )

@@ -26,8 +26,10 @@ from lightning_ft._lightning import NAMESPACE, Trainer, _pl
 from lightning_ft.errors import ConfigError, ExportError, LightningFTError
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
 from lightning_ft.evaluation.savings.result import SavingsResult
+from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.modules.samples import RolloutSamples, read_samples
 from lightning_ft.report.collect import collect
+from lightning_ft.report.for_card import results_of_run
 from lightning_ft.rewards.batch import Rewards
 
 ROWS = [{"input": f"where is the {word}", "output": "here"} for word in WORDS]
@@ -136,6 +138,10 @@ def test_finish_writes_reason_of_failed_measurement(trainer_options, tmp_path, m
     undefined = json.loads((tmp_path / "token_savings" / "undefined.json").read_text())
     assert undefined == {"measurement": "Token savings", "reason": savings.undefined}
     assert "**FAIL: Token savings is undefined: " in (tmp_path / "report" / "report.md").read_text()
+    card = (tmp_path / "out" / "last" / "README.md").read_text()
+    assert "## Token savings\n\nThe measurement failed, so nothing is known about it." in card
+    assert "Not measured" not in card
+    assert results_of_run(str(tmp_path), "")[-1] == MeasuredResult("Token savings", failed=True)  # of a later export
 
     scorer.failure = None  # a later success removes the reason
     if position == 0:

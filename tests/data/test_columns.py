@@ -101,6 +101,14 @@ PREFERENCE_COLUMNS = {
         rows_of("question", "answer", liked=1),
         {"prompt": "question", "completion": "answer", "label": "liked"},
     ),
+    "thumbs": (
+        [{"prompt": "q", "completion": f"a{n}", "thumbs_up": n > 0, "shipped": n > 1} for n in range(3)],
+        {"label": "thumbs_up"},
+    ),
+    "the only yes or no": (
+        [{"question": "what is it", "answer": "a lamp", "kept": n % 2} for n in range(3)],
+        {"prompt": "question", "completion": "answer", "label": "kept"},
+    ),
 }
 
 
@@ -126,6 +134,13 @@ def test_proposed_columns_work_for_prompts(rows, expected):
     message = error_of(rows, PROMPTS)
     assert proposed(message) == expected
     assert load(rows, PROMPTS, columns=proposed(message))[1] == []
+
+
+def test_label_that_is_neither_true_nor_false_is_to_be_written_so():
+    message = error_of(rows_of("prompt", "completion", thumbs_up="yes"), PREFERENCES)
+    assert "'thumbs_up' has a fitting name, but contains text: write true or false." in message
+    message = error_of([{"prompt": "q", "completion": "a", "kept": 1, "sent": 0}], PREFERENCES)  # either may be meant
+    assert proposed(message) == {"label": "<column with the label>"}
 
 
 def test_proposed_columns_of_predict_rows_need_no_answer():

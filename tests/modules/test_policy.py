@@ -189,19 +189,19 @@ def test_policy_steps_schedulers_at_their_interval(config, expected, trainer_opt
 
 
 @pytest.mark.parametrize(
-    ("plateau", "monitor"),
+    ("plateau", "message"),
     [
-        (torch.optim.lr_scheduler.ReduceLROnPlateau, None),
-        (partial(cli_module().ReduceLROnPlateau, monitor="val/los"), "'val/los'"),
+        (torch.optim.lr_scheduler.ReduceLROnPlateau, "has no metric to monitor when"),
+        (partial(cli_module().ReduceLROnPlateau, monitor="val/los"), "monitors 'val/los', which isn't logged when"),
     ],
 )
-def test_policy_names_a_monitored_metric_that_is_not_logged(plateau, monitor, trainer_options):
+def test_policy_names_a_monitored_metric_that_is_not_logged(plateau, message, trainer_options):
     class Scheduled(Policy):
         def configure_optimizers(self):
             optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
             return [optimizer], [plateau(optimizer)]
 
-    with pytest.raises(ConfigError, match=rf"monitors {monitor}.*train/reward"):
+    with pytest.raises(ConfigError, match=rf"ReduceLROnPlateau {message} Scheduled.*train/reward"):
         run(make(Scheduled), BATCHES, trainer_options, rollouts=PREDRAWN)
 
 
