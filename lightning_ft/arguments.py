@@ -104,9 +104,22 @@ def unknown_argument(cls: type, name: str) -> UnknownArgumentError:
         for parameter in inspect.signature(cls).parameters.values()
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
-    hint = _known_elsewhere(name, parameters) or did_you_mean(name, parameters)
-    hint = hint or f" It accepts {', '.join(parameters)}."
+    hint = hint_for_argument(name, parameters) or f" It accepts {', '.join(parameters)}."
     return UnknownArgumentError(f"{cls.__name__} has no argument {name!r}.{hint}")
+
+
+def hint_for_argument(name: str, parameters: Sequence[str]) -> str:
+    """Suggest an argument, as a sentence that continues a message; an empty string if none is close.
+
+    Args:
+        name: Unknown argument, which may be another package's name.
+        parameters: Known arguments.
+
+    Example:
+        >>> hint_for_argument("lr", ["lora", "learning_rate"]), hint_for_argument("batch_size", ["model"])
+        (" Did you mean 'learning_rate'?", ' batch_size= is an argument of the DataModule.')
+    """
+    return _known_elsewhere(name, parameters) or did_you_mean(name, parameters)
 
 
 def _known_elsewhere(name: str, parameters: Sequence[str]) -> str:

@@ -9,13 +9,14 @@ import re
 import sys
 from argparse import Action
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 import lightning_ft
 from lightning_ft._lightning import _pl, cli_module
-from lightning_ft.arguments import did_you_mean, did_you_mean_path
+from lightning_ft.arguments import did_you_mean, did_you_mean_path, hint_for_argument
 from lightning_ft.completion import PrintCompletion
 
 _UNKNOWN_OPTION = re.compile(r"given class_path '(?P<path>[\w.]+)':\s+Option '(?P<name>\w+)' is not accepted")
@@ -29,7 +30,8 @@ _UNKNOWN_SUBCOMMAND = re.compile(r"argument subcommand: invalid choice: '(?P<nam
 _NO_FILE = re.compile(r"File does not exist: '(?P<path>[^']+)'")
 _SAYS_NOTHING = re.compile(
     r"\n *(?:Does not validate against any of the Union subtypes|Subtypes: .*|- Expected a <class 'NoneType'>"
-    r"|Given value type: .*|Given value: NestedArg\(.*|Errors:(?=\n *Given value: (?!NestedArg)))(?=\n|$)"
+    r"|Given value type: .*|Given value: (?:NestedArg|Namespace)\(.*"
+    r"|Errors:(?=\n *Given value: (?!NestedArg|Namespace)))(?=\n|$)"
 )
 """Lines of the parser's errors that repeat the argument's type, or the whole configuration around it."""
 _NO_ENGINE = re.compile(r"Import path [\w.]+ does not implement protocol RolloutEngine(?!\. Its)")
@@ -101,7 +103,9 @@ def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
 
     classes = (*lightning_ft.__all__, *_pl.callbacks.__all__, *_pl.loggers.__all__)
     message = _NO_FILE.sub(lambda match: f"{match[0]}.{did_you_mean_path(os.path.relpath(match['path']))}", message)
-    message = _UNKNOWN_OPTION.sub(lambda match: _suggest(match, arguments(match["path"])), message)
+    message = _UNKNOWN_OPTION.sub(
+        lambda match: _continued(match[0], hint_for_argument(match["name"], list(arguments(match["path"])))), message
+    )
     message = _UNKNOWN_NAME.sub(lambda match: _suggest(match, names(match["path"])), message)
     message = _UNKNOWN_CLASS.sub(lambda match: _suggest(match, classes), message)
     return _UNKNOWN_KEY.sub(lambda match: _suggest(match, keys), message)
@@ -124,6 +128,8 @@ def _with_values(message: str, given: Sequence[str], actions: Iterable[Action], 
 
     def values(match: re.Match[str]) -> str:
         option, found = _values_around(given, match["value"])
+        if not found and Path(match["value"]).suffix in (".yaml", ".yml"):
+            return f"{match[0]}. Write --config {match['value']}."
         if len(found) < 2:
             return match[0]
         quoted = f"'{' '.join(found)}' in quotes"
@@ -152,8 +158,11 @@ def _values_around(given: Sequence[str], value: str) -> tuple[str, list[str]]:
 
 
 def _suggest(match: re.Match[str], names: Iterable[str]) -> str:
-    hint = did_you_mean(match["name"] or match["option"], names)
-    return f"{match[0]}.{hint}" if hint else match[0]
+    return _continued(match[0], did_you_mean(match["name"] or match["option"], names))
+
+
+def _continued(message: str, hint: str) -> str:
+    return f"{message}.{hint}" if hint else message
 
 
 def _with_subcommands(match: re.Match[str], names: Iterable[str]) -> str:

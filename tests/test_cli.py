@@ -230,6 +230,8 @@ def test_main_prints_what_the_trainer_refuses_without_traceback(config, args, re
     ("args", "message"),
     [
         (["--model.learning_rat", "1"], "'learning_rat' is not accepted. Did you mean 'learning_rate'?"),
+        (["--model.lr", "1"], "'lr' is not accepted. Did you mean 'learning_rate'?"),
+        (["--model.batch_size", "1"], "'batch_size' is not accepted. batch_size= is an argument of the DataModule."),
         (["--data.packin", "true"], "'packin' is not accepted. Did you mean 'packing'?"),
         (["--trainer.max_epochz", "1"], "Did you mean 'trainer.max_epochs'?"),
         (["--trainer.callbacks", "lightning_ft.TokenSaving"], "Did you mean 'TokenSavings'?"),
@@ -262,6 +264,7 @@ def compare_args(*args):
         (compare_args("lora", "--keep_models"), "--keep_models: expected one argument. Write --keep_models true."),
         (["preview", "--trainer.devices", "0", "1"], "devices takes one value: '0 1' in quotes, or a list '[0, 1]'."),
         (["preview", "--confg", "run.yaml"], "unrecognized arguments: --confg run.yaml. Did you mean 'config'?"),
+        (["preview", "run.yaml"], "unrecognized arguments: run.yaml. Write --config run.yaml."),
         (["preview", "--weights"], "argument --weights: expected one argument. Write --weights true."),
         (["plan", "--pilot", "1", "2", "--config", "a", "--output", "b"], "one value: --pilot 1,2."),
     ],
@@ -271,6 +274,15 @@ def test_parser_says_how_values_are_written(tmp_path, monkeypatch, capsys, args,
     with pytest.raises(SystemExit):
         main_with(*args)
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_parser_names_missing_arguments_without_the_whole_configuration(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: {class_path: FullFineTuning}\ndata: {class_path: PairDataModule}")
+    with pytest.raises(SystemExit):
+        main_with("fit", "--config", str(tmp_path / "run.yaml"))
+    error = capsys.readouterr().err
+    assert "the following arguments are required: model" in error
+    assert "Namespace" not in error
 
 
 def test_parser_suggests_closest_name_in_yaml(config, capsys, model_folder):

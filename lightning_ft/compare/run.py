@@ -88,7 +88,9 @@ def compare(
             methods may be chance.
         sizes: Numbers of training rows of a learning curve, such as ``100,500,1000``.
         curve_seeds: Number of seeds that the learning curve is run with; all by default.
-        budget: Total duration of all runs, such as ``90m`` or ``2h``; a run that would exceed it isn't started.
+        budget: Total duration of all runs, such as ``90m`` or ``2h``; a run that would exceed it isn't started,
+            by the mean time of its method's earlier runs, or else of other methods'. The first runs have no such
+            estimate, and may exceed it.
         metrics: Import path of a function ``f(outputs, references) -> dict`` that computes metrics of the domain, such
             as ``package.module.function`` or ``path/to/file.py:function``.
         evaluations: Number of measurements on the validation rows during a run.
@@ -226,6 +228,8 @@ class Comparer:
             LightningFTError: For errors of a run that can be found without weights.
         """
         folder = self.output / "runs" / "checked"
+        if file := next((str(path) for path in (self.output, *self.output.parents) if path.is_file()), None):
+            raise ComparisonError(f"--output {str(self.output)!r}: {file!r} is a file. Choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         first = next(iter(self.methods.values()))
         write_text(folder / CONFIG, yaml.safe_dump(run_config(first, ORIGINAL, folder), sort_keys=False))
@@ -238,9 +242,9 @@ class Comparer:
             *([("test", "since methods are compared on them")] if needs_test else []),
         ):
             if split not in data.splits.rows:
+                share = ", or a share of the training rows (validation: 0.1)" if split == "validation" else ""
                 raise ComparisonError(
-                    f"{self.config_path!r} has no {split} rows. Add them, {reason}: a file, or a share of the training "
-                    f"rows ({split}: 0.1)."
+                    f"{self.config_path!r} has no {split} rows. Add them, {reason}: a file{share} in `data`."
                 )
         self.tokenizer = data.share_tokenizer(cli.model)
         self.plans = plans = measurement_plans(self.tokenizer, data, asdict(self.settings))
@@ -346,10 +350,13 @@ class Comparer:
     def _fits_budget(self, run: PlannedRun, elapsed: Sequence[float]) -> bool:
         if self.budget is None:
             return True
-        spent = sum(result.wall_seconds for result in self._all_results()) + sum(elapsed)
-        same_method = [r.wall_seconds for r in self._all_results() if r.method == run.method]
-        expected = mean(same_method) if same_method else 0.0
-        return spent + expected <= self.budget
+        trained = [r for r in self._all_results() if r.learning_rate is not None]
+        similar = [r.wall_seconds for r in trained if r.method == run.method] or [r.wall_seconds for r in trained]
+        expected = mean(similar) if similar and run.learning_rate is not None else 0.0
+        return self._spent() + sum(elapsed) + expected <= self.budget
+
+    def _spent(self) -> float:
+        return sum(result.wall_seconds for result in self._all_results())
 
     def _folder(self, run: PlannedRun) -> Path:
         return self.output / "runs" / run.name
@@ -413,6 +420,11 @@ class Comparer:
                 f"{run.name}: {result.method} reached quality {result.validation_quality:.4f} on validation rows in "
                 f"{result.wall_seconds:.0f} s",
                 flush=True,
+            )
+        if self.budget is not None and self._spent() > self.budget:
+            print(
+                f"The runs took {self._spent():.0f} s, more than the --budget of {self.budget:.0f} s: how long the "
+                "first run of a method takes isn't known before it."
             )
 
     def _read(self, run: PlannedRun) -> bool:

@@ -329,7 +329,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         """Read, check and tokenize the splits that a stage needs, each of them once.
 
         Raises:
-            ConfigError: If there are no rows to train on, for ``fit``.
+            ConfigError: If there are no rows to train on, for ``fit``, or to answer, for ``predict``.
             DataError: With every bad row.
         """
         if self.trainer is not None:
@@ -337,6 +337,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         names = _NEEDS[getattr(stage, "value", stage) or "fit"]  # a Trainer passes an enum
         if "train" in names and self.stream is None:
             self._require("train")
+        if "predict" in names and "predict" not in self.splits.sources:
+            self.predict_dataloader()  # which raises, rather than after the weights are loaded
         self.splits.load(names)
         tokenizer = self.tokenizer  # even if nothing is encoded: its chat template may be replaced
         if (module := getattr(self.trainer, "lightning_module", None)) is not None:

@@ -64,7 +64,8 @@ def _block(block: Block, drawn: frozenset[str], *, brief: bool) -> Iterator[str]
             yield from (f"![{markdown_text(block.alt)}]({block.name}.png)", "")
     elif isinstance(block, SideBySide):
         shown = block.answers[:_MAX_EXAMPLES] if brief else block.answers
-        yield from (markdown_text(block.caption), "", *_answers_table(shown, shorten=brief), "")
+        fewer = f" {len(shown)} of them are shown here." if len(shown) < len(block.answers) else ""
+        yield from (f"{markdown_text(block.caption)}{fewer}", "", *_answers_table(shown, shorten=brief), "")
     elif isinstance(block, Table) and (block.brief or not brief):
         if block.caption:
             yield from (f"{markdown_text(block.caption)}:", "")

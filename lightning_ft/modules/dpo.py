@@ -94,12 +94,20 @@ class DPO(LogRatioLearning):
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             self._ref.precompute(data, self._precomputed_logprobs, self.device, precision=str(self.trainer.precision))
 
-    def compute_loss(self, batch: PreferenceBatch) -> BatchLosses:
-        """Losses of pairs, from their log-probabilities under policy and reference."""
-        if not batch.paired:
+    def check_paired(self, paired: bool) -> None:
+        """Refuse completions with a label.
+
+        Raises:
+            ConfigError: If the rows aren't pairs.
+        """
+        if not paired:
             raise ConfigError(
                 "DPO learns from pairs, and rows of {prompt, completion, label} have none: use lightning_ft.KTO."
             )
+
+    def compute_loss(self, batch: PreferenceBatch) -> BatchLosses:
+        """Losses of pairs, from their log-probabilities under policy and reference."""
+        self.check_paired(batch.paired)
         logprobs, entropy, _ = self.sequence_logprobs(batch)
         losses = weighted_preference_loss(
             self.losses,

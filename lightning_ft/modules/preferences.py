@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
+from lightning_ft.data.preference_rows import Preferences
 from lightning_ft.distributed import sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.preference import SequenceLogProbs, implicit_rewards
@@ -41,6 +42,33 @@ class PreferenceLearning(AdaptedFineTuning):
     Its arguments are those of `AdaptedFineTuning`.
     """
 
+    def setup(self, stage: str) -> None:
+        """Refuse rows that aren't preferences, before any weights are loaded.
+
+        Raises:
+            ConfigError: For another DataModule of this package.
+        """
+        super().setup(stage)
+        if stage != "predict" and (data := self._row_data()) is not None:
+            if not isinstance(data.row_type, Preferences):
+                raise self._not_preferences(type(data).__name__)
+            parts = [part for name in ("train", "validation", "test") for part in data.splits.rows.get(name, ())]
+            for row in (part[0] for part in parts if len(part)):
+                self.check_paired(len(row.labels) > 1)
+
+    def check_paired(self, paired: bool) -> None:
+        """Refuse pairs, or completions with a label, in a subclass that can't learn from them.
+
+        Args:
+            paired: Whether the rows are pairs.
+        """
+
+    def _not_preferences(self, found: str) -> ConfigError:
+        return ConfigError(
+            f"{type(self).__name__} trains on preferences and got a {found}: pass a PreferenceDataModule to the "
+            "Trainer."
+        )
+
     def on_train_start(self) -> None:
         """As in `FineTuning`, and start counting."""
         super().on_train_start()
@@ -67,10 +95,7 @@ class PreferenceLearning(AdaptedFineTuning):
 
     def _checked_loss(self, batch: object) -> BatchLosses:
         if not isinstance(batch, PreferenceBatch):
-            raise ConfigError(
-                f"{type(self).__name__} trains on preferences and got a {type(batch).__name__}: pass a "
-                "PreferenceDataModule to the Trainer."
-            )
+            raise self._not_preferences(type(batch).__name__)
         return self.compute_loss(batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -97,10 +97,18 @@ class RewardModeling(PreferenceLearning):
 
     # ---------------------------------------------------------------- training
 
+    def check_paired(self, paired: bool) -> None:
+        """Refuse completions with a label.
+
+        Raises:
+            ConfigError: If the rows aren't pairs.
+        """
+        if not paired:
+            raise ConfigError("A reward model learns from pairs: rows need prompt, chosen and rejected.")
+
     def compute_loss(self, batch: PreferenceBatch) -> BatchLosses:
         """Bradley-Terry losses of pairs, and how often the chosen completion has the larger reward."""
-        if not batch.paired:
-            raise ConfigError("A reward model learns from pairs: rows need prompt, chosen and rejected.")
+        self.check_paired(batch.paired)
         tokens = self.lay_out(batch.prompts, batch.completions)
         rewards = as_forward(base_of(self.model), _last_rewards, tokens)[: 2 * len(batch)]  # [2 p]
         chosen, rejected = rewards.view(-1, 2).unbind(1)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from forked import ForkedProcess
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lightning_ft.compare.plan import PlannedRun
 from lightning_ft.compare.run import FILE_NAME, Comparer, compare
 from lightning_ft.compare.run_files import RESULT
 from lightning_ft.errors import ComparisonError
@@ -123,6 +126,15 @@ def test_compare_refuses_search_on_more_rows_than_there_are(tmp_path, config, co
         compare(config, "full,lora", str(tmp_path / "out"), search_rows=count, **QUICK)
 
 
+def test_compare_without_test_rows_names_no_share_of_them(tmp_path, config):
+    """`test` is no share of the training rows, as `validation` may be."""
+    content = yaml.safe_load(Path(config).read_text())
+    del content["data"]["init_args"]["test"]
+    Path(config).write_text(yaml.safe_dump(content))
+    with pytest.raises(ComparisonError, match=r"no test rows\. Add them, since .* compared on them: a file in `data`"):
+        compare(config, "full,lora", str(tmp_path / "out"), **QUICK)
+
+
 def test_compare_measures_every_arm_in_the_precision_of_training(tmp_path, config, forked, monkeypatch):
     content = yaml.safe_load(Path(config).read_text())
     content["trainer"]["precision"] = "bf16-mixed"
@@ -200,11 +212,29 @@ def test_compare_stops_at_budget_and_continues_with_larger_one(tmp_path, config,
         compare(config, "lora", output, budget="0.001s", **{**QUICK, "learning_rates": {"lora": [5e-3]}})
     completed = sorted(path.parent.name for path in Path(output).rglob(RESULT))
     assert completed == ["original"]
-    assert "The same command with a larger --budget goes on." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "The same command with a larger --budget goes on." in printed
+    assert re.search(r"The runs took \d+ s, more than the --budget of 0 s: how long the first run of a method", printed)
     result = compare(config, "lora", output, budget="1h", **{**QUICK, "learning_rates": {"lora": [5e-3]}})
     assert result.complete
     assert len(result.final_runs("lora")) == 2
     assert f"Report written: {output}/report/report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("run", "fits"),
+    [
+        (PlannedRun("full", 1e-4), False),  # its own earlier runs: 10 + 10 of 19 seconds
+        (PlannedRun("lora", 1e-3), False),  # that of another method
+        (PlannedRun("original"), True),
+    ],
+)
+def test_compare_expects_a_first_run_to_take_as_long_as_those_of_other_methods(monkeypatch, run, fits):
+    earlier = SimpleNamespace(method="full", learning_rate=1e-3, wall_seconds=10.0)
+    monkeypatch.setattr(Comparer, "__init__", lambda comparer: None)
+    comparer = Comparer()
+    comparer.results, comparer.budget = {PlannedRun("full", 1e-3): [earlier]}, 19.0
+    assert comparer._fits_budget(run, []) == fits
 
 
 def test_compare_refuses_folder_of_another_configuration(tmp_path, config, forked):

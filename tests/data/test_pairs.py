@@ -59,6 +59,9 @@ def test_requests_alone_are_answered_and_only_fit_needs_training_rows(trainer, t
     trainer().test(module, data, verbose=False)
     assert [s[0] for s in module.seen] == ["validation", "test"]
     assert data.training_rows() == ({}, ())
+    without = PairDataModule(pairs, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="no predict rows: pass predict="):
+        without.setup("predict")  # before the weights are loaded
     for use in (lambda: trainer().fit(module, data), lambda: data.require_rows("lightning-ft plan")):
         with pytest.raises(ConfigError, match="PairDataModule has no train rows: pass train="):
             use()

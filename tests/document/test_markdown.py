@@ -6,11 +6,14 @@ from lightning_ft.document.markdown import markdown_document
 LONG = "word " * 100
 
 
-def example_rows(brief):
+def lines_of(brief):
     answers = tuple(Answers(f"r{k}", LONG, None, f"short\n{k}", LONG, 1.0, 0.25) for k in range(5))
     document = Document((), (), (), (Section("Changes", (SideBySide(answers, "All of them."),)),))
-    lines = markdown_document(document, "Report", [], brief=brief).splitlines()
-    return [line for line in lines if line.startswith("| r") and "reference" not in line]
+    return markdown_document(document, "Report", [], brief=brief).splitlines()
+
+
+def example_rows(brief):
+    return [line for line in lines_of(brief) if line.startswith("| r") and "reference" not in line]
 
 
 def test_markdown_document_has_whole_answers():
@@ -21,3 +24,5 @@ def test_markdown_document_has_whole_answers():
 def test_markdown_document_in_brief_has_three_examples_shortened():
     assert len(example_rows(brief=True)) == 3
     assert example_rows(brief=True)[2] == f"| r2 | {LONG[:120]}... |  | short 2 | 1 | {LONG[:120]}... | 0.25 |"
+    assert "All of them. 3 of them are shown here." in lines_of(brief=True)
+    assert "All of them." in lines_of(brief=False)

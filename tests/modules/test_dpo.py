@@ -247,14 +247,21 @@ def test_dpo_rejects_contradicting_settings(options, message):
 
 
 def test_dpo_refuses_labeled_completions(model_folder, trainer_options):
+    module = DPO(model_folder)
     with pytest.raises(ConfigError, match=r"use lightning_ft\.KTO"):
-        train(DPO(model_folder), LABELED, trainer_options, max_steps=1)
+        train(module, LABELED, trainer_options, max_steps=1)
+    assert module.model is None, "weights were loaded first"
+    module.configure_model()
+    batch = batches(LABELED)[0]
+    with pytest.raises(ConfigError, match=r"use lightning_ft\.KTO"):  # of a loader of one's own
+        module.compute_loss(batch)
 
 
 def test_dpo_refuses_other_batches(model_folder, trainer_options):
     module = DPO(model_folder)
-    with pytest.raises(ConfigError, match="preferences and got a TokenBatch: pass a PreferenceDataModule"):
+    with pytest.raises(ConfigError, match="preferences and got a PairDataModule: pass a PreferenceDataModule"):
         Trainer(**trainer_options, max_steps=1).fit(module, PairDataModule(make_rows(8), cache_dir=False))
+    assert module.model is None, "weights were loaded first"
     with pytest.raises(ConfigError, match="PreferenceDataModule"):
         Trainer(**trainer_options, max_steps=1).fit(module, DataLoader([1, 2]))
 

@@ -432,7 +432,7 @@ def test_reward_modeling_rejects_invalid_settings(model_folder, trainer_options)
     module = RewardModeling(model_folder)
     with pytest.raises(ConfigError, match="learns from pairs"):
         train(module, make_labeled(8), trainer_options, max_steps=1)
-    with pytest.raises(ConfigError, match="RewardModeling trains on preferences and got a TokenBatch"):
+    with pytest.raises(ConfigError, match="RewardModeling trains on preferences and got a PairDataModule"):
         Trainer(**trainer_options, max_steps=1).fit(module, PairDataModule(make_rows(8), cache_dir=False))
     with pytest.raises(ConfigError, match="doesn't generate"):
         module.generate(["where is my parcel"])

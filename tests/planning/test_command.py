@@ -179,12 +179,18 @@ def test_plan_counts_references_with_their_end_token(config, tmp_path, model_fol
         ({}, {"pilot": "8,400"}, "there are only 24 training rows"),
         ({"model__class_path": "lightning_ft.GRPO"}, {}, "trains GRPO: a forecast is for supervised fine-tuning"),
         ({"trainer__callbacks": []}, {}, "has no TokenSavings"),
+        ({"data__init_args__validation": None}, {}, "no validation rows.*: a file, or a share of the training rows"),
         ({"trainer__max_epochs": -1}, {"steps": 2}, "The run has no end"),
     ],
 )
 def test_plan_refuses(config, tmp_path, sections, options, message):
     with pytest.raises(ComparisonError, match=message):
         plan(changed(config, **sections), str(tmp_path / "plan"), **{"steps": 0, "threads": 1, **options})
+
+
+def test_output_in_place_of_which_there_is_a_file_is_refused(config):
+    with pytest.raises(ComparisonError, match=f"--output '{config}/plan': '{config}' is a file. Choose another folder"):
+        plan(config, f"{config}/plan", steps=0)
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 50])

@@ -80,7 +80,7 @@ def _better_than_prompt(comparison: Comparison) -> Iterator[Claim]:
         yield Claim(
             f"{method}: better than the prompt",
             "more accurate than the base model with instructions",
-            _verdict(difference, 0.0),
+            "held" if difference.lo > 0 else "not held" if difference.lo < 0 >= difference.hi else "undecided",
             evidence,
         )
 
@@ -133,9 +133,12 @@ def _thousands_of_examples(comparison: Comparison, margin: float) -> Iterator[Cl
     for method, curve in comparison.learning_curve.items():
         if len(curve) < 2 or not prompted:
             continue
-        enough = [size for size, quality in curve.items() if quality.value >= prompted.value - margin]
+        right = [size for size, quality in curve.items() if quality.value > 0]
+        enough = [size for size in right if curve[size].value >= prompted.value - margin]
         evidence = ", ".join(f"{size:,}: {quality.value:.3f}" for size, quality in curve.items())
         verdict: Verdict = "held" if enough and enough[0] <= MAX_EXAMPLES else "not held"
+        if not right and not prompted.value:
+            verdict, evidence = "undecided", f"{evidence}; no answer was right, with the prompt neither"
         if enough:
             evidence += f"; within {margin:.0%} of the prompt's {prompted.value:.3f} from {enough[0]:,} on"
         yield Claim(f"{method}: thousands are enough", "thousands of examples are enough", verdict, evidence)

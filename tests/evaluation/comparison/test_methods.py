@@ -214,9 +214,17 @@ def test_claims_can_fail_or_be_undecided():
     assert verdicts(worse)["lora: better than the prompt"] == "not held"
     assert verdicts(worse)["lora: fewer tokens"] == "held if"
     alike = compared([*original_runs(prompted=70), *(run("lora", seed, 70) for seed in range(3))])
-    assert verdicts(alike)["lora: better than the prompt"] == "held"  # the same requests: never worse
+    assert verdicts(alike)["lora: better than the prompt"] == "undecided"  # the same requests: no worse
     some = [replace(r, test=replace(arm(70), scores=tuple(reversed(arm(70).scores)))) for r in [run("lora", 0, 70)]]
     assert verdicts(compared([*original_runs(prompted=70), *some]))["lora: better than the prompt"] == "undecided"
+
+
+def test_claims_are_undecided_where_no_answer_was_right():
+    result = compared([*original_runs(0, 0), *(run("lora", 0, 0, size=size) for size in (100, 1000))])
+    assert verdicts(result)["lora: better than the prompt"] == "undecided"
+    claim = next(claim for claim in result.claims if claim.name == "lora: thousands are enough")
+    assert claim.verdict == "undecided"
+    assert claim.evidence == "100: 0.000, 1,000: 0.000; no answer was right, with the prompt neither"
 
 
 def test_comparison_survives_a_json_round_trip():
