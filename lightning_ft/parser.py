@@ -42,11 +42,11 @@ _NO_VALUE = re.compile(r"argument (?:\S*/)?(?P<option>--[\w.]+): expected one ar
 class CommandParser(ArgumentParser):  # type: ignore[misc]
     """The parser of a subcommand that needs no Trainer, with hints in its errors."""
 
-    _given: Sequence[str] = ()
+    _command_line: Sequence[str] = ()
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
         """Parse the arguments, which an error may quote."""
-        self._given = sys.argv[1:] if args is None else args
+        self._command_line = sys.argv[1:] if args is None else args
         return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
@@ -57,18 +57,18 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
             ex: Exception that caused the error.
         """
         keys = [action.dest for action in self._actions]
-        message = _with_values(_with_nearest_names(message, keys), self._given, self._actions, commas=True)
+        message = _with_values(_with_nearest_names(message, keys), self._command_line, self._actions, commas=True)
         super().error(message, ex)
 
 
 class FineTuningParser(cli_module().LightningArgumentParser):  # type: ignore[misc]
     """Lightning's parser, with hints in its errors: the closest valid name, and what an engine needs."""
 
-    _given: Sequence[str] = ()
+    _command_line: Sequence[str] = ()
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
         """Parse the arguments, which an error may quote."""
-        self._given = sys.argv[1:] if args is None else args
+        self._command_line = sys.argv[1:] if args is None else args
         return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
@@ -80,7 +80,7 @@ class FineTuningParser(cli_module().LightningArgumentParser):  # type: ignore[mi
         """
         parser = getattr(ex, "subcommand_parser", None) or self
         keys = [action.dest for action in parser._actions]
-        message = _with_values(_with_nearest_names(message, keys), self._given, parser._actions)
+        message = _with_values(_with_nearest_names(message, keys), self._command_line, parser._actions)
         message = _UNKNOWN_SUBCOMMAND.sub(lambda match: _with_subcommands(match, self._subcommands()), message)
         parser.print_usage = lambda *_: None
         super().error(_SAYS_NOTHING.sub("", _with_hint_for_engines(message)), ex)
@@ -111,12 +111,12 @@ def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
     return _UNKNOWN_KEY.sub(lambda match: _suggest(match, keys), message)
 
 
-def _with_values(message: str, given: Sequence[str], actions: Iterable[Action], *, commas: bool = False) -> str:
+def _with_values(message: str, words: Sequence[str], actions: Iterable[Action], *, commas: bool = False) -> str:
     """Add to a message how to write a list, a text with spaces, or a value that is true.
 
     Args:
         message: Error message.
-        given: Arguments of the command line.
+        words: Arguments of the command line.
         actions: Options of the parser.
         commas: Whether options that take lists take them as text with commas.
 
@@ -127,7 +127,7 @@ def _with_values(message: str, given: Sequence[str], actions: Iterable[Action], 
     types = {option: getattr(action, "_typehint", None) for action in actions for option in action.option_strings}
 
     def values(match: re.Match[str]) -> str:
-        option, found = _values_around(given, match["value"])
+        option, found = _values_around(words, match["value"])
         if not found and Path(match["value"]).suffix in (".yaml", ".yml"):
             return f"{match[0]}. Write --config {match['value']}."
         if len(found) < 2:
@@ -144,10 +144,10 @@ def _with_values(message: str, given: Sequence[str], actions: Iterable[Action], 
     return _NO_VALUE.sub(value, _UNUSED_VALUES.sub(values, message))
 
 
-def _values_around(given: Sequence[str], value: str) -> tuple[str, list[str]]:
+def _values_around(words: Sequence[str], value: str) -> tuple[str, list[str]]:
     """The option before a value of the command line, and all values that follow that option."""
     option, found = "", list[str]()
-    for argument in given:
+    for argument in words:
         if argument.startswith("--"):
             if value in found[1:]:
                 break

@@ -13,8 +13,9 @@ from lightning_ft.arguments import check_requests
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.prompt_baseline import PromptBaseline, check_no_overlap
 from lightning_ft.data.templates import ChatTemplate, chat_template
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, SavingsError, TokenizerError
-from lightning_ft.evaluation.scorers import Scorer, normalize_text, resolve_scorer
+from lightning_ft.evaluation.scorers import SCORERS, Scorer, normalize_text, resolve_scorer
 from lightning_ft.printable import content_hash
 from lightning_ft.rollout.protocol import common_prefix
 from lightning_ft.rollout.structured import StructuredOutputs, check_grammar
@@ -201,6 +202,8 @@ def answer_plan(
                 "such rows out of the split, or pass requests= whose reference is the text that the model should write."
             )
         bare.append(_encode(tokenizer, request, request.messages, template))
+    if name in SCORERS:
+        _warn_of_long_references(tokenizer, chosen, name, max_new_tokens)
     return MeasurementPlan(
         requests=tuple(chosen),
         available=len(requests),
@@ -213,6 +216,19 @@ def answer_plan(
         tokenizer=str(getattr(tokenizer, "name_or_path", "")),
         grammars=grammars,
     )
+
+
+def _warn_of_long_references(
+    tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], scorer: str, max_new_tokens: int
+) -> None:
+    """Warn of reference answers that no answer can equal, since it is cut off before."""
+    lengths = [len(tokenizer(r.reference.strip(), add_special_tokens=False)["input_ids"]) for r in requests]
+    if longer := [length for length in lengths if length > max_new_tokens]:
+        rank_zero_warn(
+            f"{len(longer):,} of {len(lengths):,} reference answers have more than max_new_tokens={max_new_tokens} "
+            f"tokens, so answers to these requests are cut off, and the scorer {scorer} grades them as wrong. Raise "
+            f"max_new_tokens; the longest has {max(longer):,} tokens."
+        )
 
 
 def _encode(

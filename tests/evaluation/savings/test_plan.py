@@ -1,0 +1,35 @@
+"""What a plan of a measurement says before anything is measured."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+from tiny import make_tokenizer
+
+from lightning_ft.evaluation.savings.plan import answer_plan
+from lightning_ft.types import Message, Request
+
+SHORT = [Request(str(n), (Message(role="user", content=f"where is {n}"),), "the lamp") for n in range(3)]
+LONG = replace(SHORT[0], id="long", reference="the quick brown fox jumps over the lazy dog")
+
+
+def warnings_of(requests, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answer_plan(make_tokenizer(), requests, **options)
+    return [str(warning.message) for warning in caught if "reference answers" in str(warning.message)]
+
+
+@pytest.mark.parametrize("scorer", ["exact", "normalized", "json"])
+def test_plan_warns_of_references_that_no_answer_can_reach(scorer):
+    length = len(make_tokenizer()(LONG.reference, add_special_tokens=False)["input_ids"])
+    (text,) = warnings_of([*SHORT, LONG], scorer=scorer, max_new_tokens=length - 1)
+    assert text.startswith(f"1 of 4 reference answers have more than max_new_tokens={length - 1} tokens")
+    assert f"the scorer {scorer} grades them as wrong" in text
+    assert text.endswith(f"the longest has {length} tokens.")
+    assert warnings_of([*SHORT, LONG], scorer=scorer, max_new_tokens=length) == []
+
+
+def test_plan_leaves_the_length_to_scorers_that_may_accept_a_part():
+    assert warnings_of([LONG], scorer=lambda output, reference: 1.0, max_new_tokens=1) == []
+    assert warnings_of([LONG, *SHORT], scorer="label", max_new_tokens=1) == []
