@@ -15,6 +15,9 @@ from lightning_ft.printable import printable
 GATE_FAILED = 3
 """Exit status of a run that completed with results beyond a limit. 1 means an error, 2 invalid arguments."""
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 COMMANDS = {
     "compare": "compare methods trained on the same rows: quality, tokens, cost, forgetting, resources",
     "plan": "forecast what fine-tuning saves, takes and reaches, before any training",
@@ -46,6 +49,11 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(GATE_FAILED)
     except LightningFTError as error:
         sys.exit(f"lightning-ft: {type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        continues = arguments[:1] in (["compare"], ["plan"])
+        hint = " The same command goes on: complete runs are kept, and others resume." if continues else ""
+        print(f"lightning-ft: Interrupted.{hint}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def report(folder: str, output: str | None = None) -> None:

@@ -10,7 +10,7 @@ import sys
 from argparse import Action
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -39,17 +39,17 @@ _UNUSED_VALUES = re.compile(r"unrecognized arguments: (?P<value>[^-\s]\S*)[^\n]*
 _NO_VALUE = re.compile(r"argument (?:\S*/)?(?P<option>--[\w.]+): expected one argument")
 
 
-class CommandParser(ArgumentParser):  # type: ignore[misc]
+class CommandParser(ArgumentParser):
     """The parser of a subcommand that needs no Trainer, with hints in its errors."""
 
     _command_line: Sequence[str] = ()
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
         """Parse the arguments, which an error may quote."""
         self._command_line = sys.argv[1:] if args is None else args
         return super().parse_args(args, *others, **options)
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Print the error and exit.
 
         Args:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lightning_ft import __main__ as command_line
 from lightning_ft.__main__ import main
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.records import ArmRecords
@@ -52,6 +53,20 @@ def test_compare_refuses_invalid_arguments_before_any_run(tmp_path, more, messag
     with pytest.raises(SystemExit, match=message):
         main(["compare", "--methods", "lora", "--output", str(tmp_path / "out"), *more])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("compare", True), ("plan", True), ("report", False)])
+def test_interrupted_command_ends_without_traceback(monkeypatch, capsys, name, goes_on):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "run_command", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main([name])
+    assert stopped.value.code == command_line.INTERRUPTED
+    printed = capsys.readouterr().err
+    assert printed.startswith("lightning-ft: Interrupted.")
+    assert ("The same command goes on" in printed) == goes_on
 
 
 def test_help_lists_subcommands_without_trainer(capsys):
