@@ -228,7 +228,7 @@ def _print_problems(problems: Sequence[Problem], stops: Sequence[Problem], conso
     if len(problems) > SHOWN:
         console.print(f"... and {len(problems) - SHOWN:,} more")
     if stops:
-        settings = "on_bad_row or on_overlong"
+        settings = "on_bad_row to skip (on_overlong for rows that are too long)"
         console.print(
             Text(f"fit would stop at {len(stops):,} of these rows: fix them, or set {settings}.", style="bold red")
         )

@@ -182,7 +182,7 @@ def _probe(comparer: Comparer, run: PlannedRun, folder: Path, steps: int) -> Res
     for name in ("val_check_interval", "check_val_every_n_epoch", "fast_dev_run", "max_time"):
         trainer.pop(name, None)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
-    print(f"measuring {steps} training steps ...", flush=True)
+    print(f"measuring up to {steps} training steps ...", flush=True)
     command = [sys.executable, "-m", "lightning_ft.planning.probe", str(folder), str(steps)]
     with (folder / LOG).open("wb") as log:
         environment = run_environment(comparer.threads)

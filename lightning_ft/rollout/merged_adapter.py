@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.head import CausalLM
 from lightning_ft.rollout.errors import errors_named
-from lightning_ft.rollout.vllm_weights import ServedWeights
+from lightning_ft.rollout.merged_weights import plain_modules
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def merged_adapter(model: CausalLM) -> Iterator[None]:
         True
     """
     try:
-        adapted = [module for module in ServedWeights(model).modules if module.adapter is not None]
+        adapted = [module for module in plain_modules(model) if module.adapter is not None]
     except ModelError as error:
         raise ConfigError(f"merge_adapter=True: {error}") from error
     if any(isinstance(parameter, DTensor) for module in adapted for parameter in module.parameters.values()):

@@ -26,9 +26,9 @@ from lightning_ft.models.head import CausalLM, input_device
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.rollout.decode import StopChecker
 from lightning_ft.rollout.errors import errors_named
+from lightning_ft.rollout.merged_weights import MergedWeights
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request
 from lightning_ft.rollout.vllm_sampling import sampling_parameters, stop_parameters
-from lightning_ft.rollout.vllm_weights import ServedWeights
 
 _START = (
     'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\' '
@@ -155,10 +155,10 @@ class VLLMEngine:
             model: Model in training, on a GPU.
 
         Raises:
-            ModelError: If the model's weights aren't those of a plain model (see `ServedWeights`).
+            ModelError: If the model's weights aren't those of a plain model (see `MergedWeights`).
             RolloutError: If the server can't be reached or fails.
         """
-        weights = ServedWeights(model)
+        weights = MergedWeights(model)
         stream = iter(weights)
         problem: LightningFTError | None = None
         if rank_and_world_size()[0] == 0:

@@ -20,9 +20,9 @@ from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.rollout.decode import StopChecker
 from lightning_ft.rollout.errors import errors_named
 from lightning_ft.rollout.kept_state import process_kept
+from lightning_ft.rollout.merged_weights import MergedWeights
 from lightning_ft.rollout.protocol import Completion, OnAnswered, Rollouts, Sampling, check_request
 from lightning_ft.rollout.vllm_sampling import sampling_parameters, stop_parameters
-from lightning_ft.rollout.vllm_weights import ServedWeights
 
 _OWN_SETTINGS = (
     *("model", "seed", "distributed_executor_backend", "tensor_parallel_size", "logprobs_mode"),
@@ -163,10 +163,10 @@ class ColocatedVLLMEngine:
         Raises:
             ConfigError: For a model that was loaded from no folder or hub name, which vLLM reads its configuration
                 from.
-            ModelError: If the model's weights aren't those of a plain model (see `ServedWeights`).
+            ModelError: If the model's weights aren't those of a plain model (see `MergedWeights`).
             RolloutError: If vLLM fails.
         """
-        weights = ServedWeights(model)
+        weights = MergedWeights(model)
         if self._llm is None:
             self._llm = self._start(model)
         with errors_named("vLLM failed to take over the weights"):

@@ -341,7 +341,8 @@ def _warnings(
         yield "Planned runs are missing, since the budget was spent. Run the same command with a larger one to go on."
     for method, runs in finals.items():
         if len(runs) < 3:
-            yield f"{method}: {len(runs)} seed(s); at least 3 are needed to tell differences from chance."
+            seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+            yield f"{method}: {seeds}; at least 3 are needed to tell differences from chance."
         grid = sorted({run.learning_rate for run in trained[method] if run.learning_rate is not None})
         if len(grid) > 1 and chosen[method] in (grid[0], grid[-1]):
             yield (

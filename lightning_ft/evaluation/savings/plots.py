@@ -108,6 +108,7 @@ def draw_quality(axes: Axes, arms: Mapping[str, Arm], confidence: float = 0.95) 
         axes.set_xlim(0, high * 1.1)
     if not finite:  # no arm has a success, so the axis has no numbers
         axes.set_xticks([])
+        axes.text(0.5, 0.5, "no answer was right", transform=axes.transAxes, ha="center", color="#555555")
     axes.set_ylim(-0.04, 1.08)
     axes.set_xlabel("tokens per success" + (" (log scale)" if wide else "") + ", fewer is better")
     axes.set_ylabel(f"quality (mean score, {confidence:.0%} interval)")

@@ -122,7 +122,8 @@ def savings_headline(result: SavingsResult, of: str = "") -> Headline:
 def savings_facts(result: SavingsResult) -> tuple[Fact, ...]:
     """Key metrics of a result: tokens, quality and break-even."""
     level = f"{result.confidence:.0%} interval"
-    labels = {"total": "tokens saved per request", "per_success": "tokens saved per success"}
+    what = "fewer tokens, but no saving," if result.gate.void else "tokens saved"
+    labels = {"total": f"{what} per request", "per_success": f"{what} per success"}
     saved = {label: saved_share(result.savings[name]) for name, label in labels.items() if name in result.savings}
     quality = result.quality
     facts = [

@@ -178,7 +178,7 @@ def test_compare_methods_warns_of_budget_seeds_and_grid_edge():
     runs = [run("lora", 0, 70, rate=rate) for rate in (1e-3, 2e-3)]
     warnings = compared([*original_runs(), runs[0], replace(runs[1], validation_quality=0.8)], complete=False).warnings
     assert any("budget was spent" in w for w in warnings)
-    assert any("1 seed(s); at least 3" in w for w in warnings)
+    assert any("1 seed; at least 3" in w for w in warnings)
     assert any("at the edge of its grid (0.001, 0.002)" in w for w in warnings)
 
 

@@ -52,7 +52,10 @@ def test_gate_is_void_and_tokens_are_counted_when_no_answer_was_right(tmp_path):
     result.save(tmp_path, png=True)
     assert load_savings(tmp_path / "token_savings.json") == result
     assert "none right" in markdown_document(savings_document(result), "", [])
-    assert [fact.label for fact in savings_facts(result)] == ["tokens saved per request", "quality, tuned"]
+    assert [fact.label for fact in savings_facts(result)] == [
+        "fewer tokens, but no saving, per request",
+        "quality, tuned",
+    ]
 
 
 def test_void_result_does_not_say_that_the_gate_fails_for_want_of_requests():

@@ -9,7 +9,7 @@ from peft import PromptTuningConfig, get_peft_model
 from tiny import make_model
 
 from lightning_ft.errors import ModelError
-from lightning_ft.rollout.vllm_weights import ServedWeights
+from lightning_ft.rollout.merged_weights import MergedWeights
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ def test_served_weights_are_merged_and_the_model_is_unchanged(variant, tie):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = {name: weight.requires_grad for name, weight in model.named_parameters()}
     addresses = {name: weight.data_ptr() for name, weight in model.named_parameters()}
-    served = ServedWeights(model)
+    served = MergedWeights(model)
     sent = dict(served)
     assert [(name, str(w.dtype)[6:], list(w.shape)) for name, w in sent.items()] == served.metadata
     assert before.keys() == model.state_dict().keys()
@@ -45,7 +45,7 @@ def test_served_weights_are_merged_and_the_model_is_unchanged(variant, tie):
 def test_disabled_adapter_is_not_merged():
     model = adapted("saved_head")
     with model.disable_adapter():
-        sent = dict(ServedWeights(model))
+        sent = dict(MergedWeights(model))
     plain = make_model(vocab_size=64)
     for name, weight in plain.named_parameters():
         assert torch.equal(sent[name], weight)
@@ -53,13 +53,13 @@ def test_disabled_adapter_is_not_merged():
 
 def test_weights_that_no_plain_model_has_are_refused():
     with pytest.raises(ModelError, match="are tied, but the adapter changes only one"):
-        ServedWeights(adapted("embedding", tie=True))
+        MergedWeights(adapted("embedding", tie=True))
     with pytest.raises(ModelError, match="was trained apart from the embeddings"):
-        ServedWeights(adapted("saved_head", tie=True))
+        MergedWeights(adapted("saved_head", tie=True))
     model = get_peft_model(make_model(vocab_size=64), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ModelError, match="PROMPT_TUNING adapter can't be merged"):
-        ServedWeights(model)
+        MergedWeights(model)
     model = make_model(vocab_size=64)
     model.is_quantized = True
     with pytest.raises(ModelError, match="quantized"):
-        ServedWeights(model)
+        MergedWeights(model)

@@ -42,7 +42,33 @@ class ModuleParameters:
         return dict(self.parameters) if self.adapter is None else _merged(self.adapter)
 
 
-class ServedWeights:
+def plain_modules(model: CausalLM) -> list[ModuleParameters]:
+    """Find the modules of the plain model that have parameters of their own; of tied parameters, the first.
+
+    Args:
+        model: Model in training, with or without an adapter, sharded or not.
+
+    Raises:
+        ModelError: If adapters can't be merged into its weights: a quantized base, an adapter without such products, or
+            one that changes only one of two tied weights.
+    """
+    base = base_of(model)
+    if getattr(base, "is_quantized", False):
+        raise ModelError(
+            "The base weights are quantized: an adapter can't be merged into them, nor can they be sent to a server. "
+            "Load the model without quantization, or let the built-in engine sample with it as it is."
+        )
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"A {model.active_peft_config.peft_type} adapter can't be merged into weights: let the built-in engine "
+            "sample with it as it is."
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in base.modules()):
+        raise ModelError("FSDP1 isn't supported: shard the model with ModelParallelStrategy (FSDP2).")
+    return list(_untied(_parameters_by_module(base, "")))
+
+
+class MergedWeights:
     """Iterates over every weight of the plain model (the model without adapters), under its name there.
 
     Adapters are merged into copies, one layer at a time, so the model in training doesn't change. (Merging in place
@@ -53,35 +79,22 @@ class ServedWeights:
         model: Model in training, with or without an adapter, sharded or not.
 
     Raises:
-        ModelError: If a plain model can't have these weights: a quantized base, an adapter that can't be merged, or one
-            that changes only one of two tied weights.
+        ModelError: If a plain model can't have these weights: those of :func:`plain_modules`, and a head that was
+            trained apart from the embeddings it is tied to.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
-        >>> served = ServedWeights(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
+        >>> served = MergedWeights(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
         >>> served.metadata[1]
         ('model.layers.0.self_attn.q_proj.weight', 'float32', [16, 16])
     """
 
     def __init__(self, model: CausalLM) -> None:
         base = base_of(model)
-        if getattr(base, "is_quantized", False):
-            raise ModelError(
-                "The base weights are quantized: they can't be sent to a server, nor can an adapter be merged into "
-                "them. Load the model without quantization, or generate with the local engine."
-            )
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise ModelError(
-                f"A {model.active_peft_config.peft_type} adapter can't be merged into weights: generate with the local "
-                "engine."
-            )
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in base.modules()):
-            raise ModelError("FSDP1 isn't supported: shard the model with ModelParallelStrategy (FSDP2).")
-        self.modules = list(_untied(_parameters_by_module(base, "")))
-        """The modules of the plain model that have parameters of their own; of tied parameters, the first."""
+        self._modules = plain_modules(model)
         self.problem: Exception | None = None
         """Error raised while an adapter was merged; the unmerged weights were yielded instead.
 
@@ -100,7 +113,7 @@ class ServedWeights:
         """Name, dtype and unsharded shape of each weight, in order."""
         return [
             (module.prefix + name, str(parameter.dtype).removeprefix("torch."), list(parameter.shape))
-            for module in self.modules
+            for module in self._modules
             for name, parameter in module.parameters.items()
         ]
 
@@ -108,7 +121,7 @@ class ServedWeights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the name and the unsharded tensor of each weight, in order."""
         self.problem = None
-        for module in self.modules:
+        for module in self._modules:
             weights = None
             if module.adapter is not None:
                 try:
@@ -149,7 +162,7 @@ def _untied(modules: Iterator[ModuleParameters]) -> Iterator[ModuleParameters]:
             elif (other.adapter or module.adapter) is not None and not _are_tied(other.adapter, module.adapter):
                 raise ModelError(
                     f"{other.prefix}{name} and {module.prefix}{name} are tied, but the adapter changes only one of "
-                    "them, and a server has one weight for both. Leave it out of target_modules."
+                    "them, and merged they are one weight. Leave it out of target_modules."
                 )
         if parameters:
             yield ModuleParameters(module.prefix, parameters, module.adapter)
