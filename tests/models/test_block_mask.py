@@ -184,6 +184,7 @@ def test_training_with_flex_attention_on_a_cpu_is_refused(uncompiled):
 def test_compiled_flex_attention_matches_rows_alone():
     model, sequences = flex_model(), [example(n) for n in (140, 9, 30, 200)]
     expected = alone(model, [(one.input_ids, one.supervised) for one in sequences])
-    with torch.no_grad():
+    # The code that PyTorch 2.13 makes for CPUs and shapes of any size doesn't compile (cur_qSplitSize0 isn't declared).
+    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         found = LogProbModel()(model, collate_examples(sequences)).logprobs
     torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
