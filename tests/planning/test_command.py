@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,8 @@ def test_chosen_batches_include_the_largest_before_the_last(count):
     assert len(sizes) == min(count, 30)
     assert sizes[-2] == 31
     assert len(set(sizes)) == len(sizes)
+    if count > 3:  # in ascending order memory is less fragmented than in training
+        assert all((one < other) == (i % 2 == 0) for i, (one, other) in enumerate(pairwise(sizes[:-2])))
 
 
 def test_chosen_batch_of_a_single_one():
