@@ -39,15 +39,19 @@ _UNUSED_VALUES = re.compile(r"unrecognized arguments: (?P<value>[^-\s]\S*)[^\n]*
 _NO_VALUE = re.compile(r"argument (?:\S*/)?(?P<option>--[\w.]+): expected one argument")
 
 
-class CommandParser(ArgumentParser):
-    """The parser of a subcommand that needs no Trainer, with hints in its errors."""
+class _QuotedArguments:
+    """Part of a parser: keeps the arguments that it parses, which an error may quote."""
 
     _command_line: Sequence[str] = ()
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Parse the arguments, which an error may quote."""
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        """Parse the arguments, and keep them."""
         self._command_line = sys.argv[1:] if args is None else args
-        return super().parse_args(args, *others, **options)
+        return super().parse_args(args, *others, **options)  # type: ignore[misc]
+
+
+class CommandParser(_QuotedArguments, ArgumentParser):  # type: ignore[misc]
+    """The parser of a subcommand that needs no Trainer, with hints in its errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Print the error and exit.
@@ -61,15 +65,8 @@ class CommandParser(ArgumentParser):
         super().error(message, ex)
 
 
-class FineTuningParser(cli_module().LightningArgumentParser):  # type: ignore[misc]
+class FineTuningParser(_QuotedArguments, cli_module().LightningArgumentParser):  # type: ignore[misc]
     """Lightning's parser, with hints in its errors: the closest valid name, and what an engine needs."""
-
-    _command_line: Sequence[str] = ()
-
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
-        """Parse the arguments, which an error may quote."""
-        self._command_line = sys.argv[1:] if args is None else args
-        return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Print the error in a few lines, without the fifty options that the subcommand has, and exit.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +21,10 @@ from typing import Any
 import pytorch_lightning as L
 import torch
 import yaml
-from policies import answers_of, domain_plan
+from policies import domain_plan, quality_and_forgetting
 
 from lightning_ft import LoRAFineTuning, PairDataModule
 from lightning_ft.data.texts import load_texts
-from lightning_ft.evaluation.bootstrap import bootstrap_intervals
-from lightning_ft.evaluation.retention.measurement import measure_retention
 
 HERE = Path(__file__).parent
 
@@ -81,15 +78,8 @@ def main() -> None:
         started = time.perf_counter()
         module = train(config, options.rows, options.epochs, options.rate, options.seed, anchor)
         minutes = (time.perf_counter() - started) / 60
-        arm = answers_of(module, domain_plan(options.domain, module.tokenizer, max_requests=options.requests))
-        quality = bootstrap_intervals(
-            {"score": list(arm.scores), "n": [1.0] * len(arm.scores)},
-            {"quality": lambda sums: sums["score"] / sums["n"]},
-            clusters=list(arm.clusters) or None,
-        )["quality"]
-        kept = measure_retention(module.model, module.tokenizer, texts=measured, progress=False)
-        found = {"quality": quality, "kl_general": kept.kl_general, "ppl_ratio": kept.ppl_ratio}
-        results.append({"coef": coef, "minutes": minutes} | {name: asdict(value) for name, value in found.items()})
+        plan = domain_plan(options.domain, module.tokenizer, max_requests=options.requests)
+        results.append({"coef": coef, "minutes": minutes, **quality_and_forgetting(module, plan, texts=measured)})
         print(json.dumps(results[-1]), flush=True)
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -75,6 +76,25 @@ def answers_of(module: FineTuning, plan: MeasurementPlan) -> ArmRecords:
     """Greedy answers to the requests of a plan, in bfloat16."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return run_arm("tuned", module.model, module.tokenizer, plan, timed_requests=0, batch_size=64, progress=False)
+
+
+def quality_and_forgetting(module: FineTuning, plan: MeasurementPlan, **retention: Any) -> dict[str, Any]:
+    """Share of right answers, and how far the model is from its base on general texts, each with its interval.
+
+    Args:
+        module: The trained module.
+        plan: The requests.
+        **retention: Arguments of `measure_retention`.
+    """
+    arm = answers_of(module, plan)
+    quality = bootstrap_intervals(
+        {"score": list(arm.scores), "n": [1.0] * len(arm.scores)},
+        {"quality": lambda sums: sums["score"] / sums["n"]},
+        clusters=list(arm.clusters) or None,
+    )["quality"]
+    kept = measure_retention(module.model, module.tokenizer, progress=False, **retention)
+    found = {"quality": quality, "kl_general": kept.kl_general, "ppl_ratio": kept.ppl_ratio}
+    return {name: asdict(interval) for name, interval in found.items()}
 
 
 def sample(module: LoRAFineTuning, prompts: list[list[int]], plan: MeasurementPlan, count: int) -> list[Completion]:

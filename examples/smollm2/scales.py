@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from policies import answers_of, domain_plan
+from policies import domain_plan, quality_and_forgetting
 from transformers import AutoModelForCausalLM
 
 from lightning_ft import FullFineTuning, LoRAFineTuning
-from lightning_ft.evaluation.bootstrap import bootstrap_intervals
-from lightning_ft.evaluation.retention.measurement import measure_retention
 from lightning_ft.models.update_scale import UpdateScale, copy_weights
 
 HERE = Path(__file__).parent
@@ -56,22 +53,8 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for scale in options.scales:
         update.set(scale)
-        arm = answers_of(module, plan)
-        quality = bootstrap_intervals(
-            {"score": list(arm.scores), "n": [1.0] * len(arm.scores)},
-            {"quality": lambda sums: sums["score"] / sums["n"]},
-            clusters=list(arm.clusters) or None,
-        )["quality"]
-        kept = measure_retention(
-            module.model,
-            module.tokenizer,
-            texts=options.texts,
-            max_texts=options.max_texts,
-            original=base,
-            progress=False,
-        )
-        found = {"quality": quality, "kl_general": kept.kl_general, "ppl_ratio": kept.ppl_ratio}
-        results.append({"scale": scale} | {name: asdict(interval) for name, interval in found.items()})
+        found = quality_and_forgetting(module, plan, texts=options.texts, max_texts=options.max_texts, original=base)
+        results.append({"scale": scale, **found})
         print(json.dumps(results[-1]), flush=True)
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def grouped_sdpa_forward(
         **options: What transformers passes to attention functions: `scaling`, `dropout`, and others.
 
     Returns:
-        ``[b, t, heads, value_dim]``, and None in place of the weights.
+        ``[b, t, heads, value_dim]``, and None instead of the weights.
     """
     b, heads, t, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -55,6 +55,9 @@ def grouped_sdpa_forward(
     return out.reshape(b, heads, t, -1).transpose(1, 2).contiguous(), None
 
 
+AttentionInterface.register(_NAME, grouped_sdpa_forward)
+
+
 @contextmanager
 def grouped_attention(base: PreTrainedModel) -> Iterator[None]:
     """Attention without repeated keys and values, for forward passes of few queries with an explicit mask.
@@ -68,7 +71,6 @@ def grouped_attention(base: PreTrainedModel) -> Iterator[None]:
     if config._attn_implementation != "sdpa":
         yield
         return
-    AttentionInterface.register(_NAME, grouped_sdpa_forward)
     config._attn_implementation = _NAME
     try:
         yield

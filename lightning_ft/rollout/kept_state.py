@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_ft.models.head import input_device
@@ -71,6 +72,22 @@ def attention_kept(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def data_kept() -> Iterator[Callable[[nn.Parameter, Tensor], None]]:
+    """Yield a function that gives a parameter other data, which it has until the end of the block."""
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+
+    def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+        kept.append((parameter, parameter.data))
+        parameter.data = data
+
+    try:
+        yield replace_data
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+@contextmanager
 def weights_in_autocast_dtype(model: PreTrainedModel) -> Iterator[None]:
     """Hold fp32 weights in autocast's dtype for the block, if it is under autocast; the fp32 ones return unchanged.
 
@@ -82,15 +99,8 @@ def weights_in_autocast_dtype(model: PreTrainedModel) -> Iterator[None]:
         return
     dtype = torch.get_autocast_dtype(device)
     kept_names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    own = [
-        (parameter, parameter.data)
-        for name, parameter in model.named_parameters()
-        if parameter.dtype == torch.float32 and not any(kept in name.split(".") for kept in kept_names)
-    ]
-    try:
-        for parameter, values in own:
-            parameter.data = values.to(dtype)
+    with data_kept() as replace_data:
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.float32 and not any(kept in name.split(".") for kept in kept_names):
+                replace_data(parameter, parameter.data.to(dtype))
         yield
-    finally:
-        for parameter, values in own:
-            parameter.data = values

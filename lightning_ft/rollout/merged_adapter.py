@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.models.head import CausalLM
 from lightning_ft.rollout.errors import errors_named
+from lightning_ft.rollout.kept_state import data_kept
 from lightning_ft.rollout.merged_weights import plain_modules
 
 
@@ -55,25 +55,22 @@ def merged_adapter(model: CausalLM) -> Iterator[None]:
         raise ConfigError(
             "merge_adapter=True: the weights are sharded, so no rank has room for copies. Leave it out with FSDP2."
         )
-    replaced: list[tuple[nn.Parameter, Tensor]] = []
     layers: list[BaseTunerLayer] = []
     torch.clear_autocast_cache()  # it may have half-precision copies of the weights without the adapter
     try:
-        for module in adapted:
-            with errors_named(f"merge_adapter=True: the adapter of {module.prefix}* can't be merged"):
-                weights = module.merged()
-            for name, parameter in module.parameters.items():
-                replaced.append((parameter, parameter.data))
-                parameter.data = weights[name]
-            for layer in _nested(module.adapter):
-                layer.merged_adapters = list(layer.active_adapters)  # its forward pass reads the base layer alone
-                layers.append(layer)
-        yield
+        with data_kept() as replace_data:
+            for module in adapted:
+                with errors_named(f"merge_adapter=True: the adapter of {module.prefix}* can't be merged"):
+                    weights = module.merged()
+                for name, parameter in module.parameters.items():
+                    replace_data(parameter, weights[name])
+                for layer in _nested(module.adapter):
+                    layer.merged_adapters = list(layer.active_adapters)  # its forward pass reads the base layer alone
+                    layers.append(layer)
+            yield
     finally:
         for layer in layers:
             layer.merged_adapters = []
-        for parameter, data in replaced:
-            parameter.data = data
         torch.clear_autocast_cache()
 
 
