@@ -1,6 +1,7 @@
 """Writes what the model shouldn't forget: `python examples/smollm2/general.py bigbench-1.0.0.tar.gz`.
 
 - `data/general/texts.jsonl`: real texts of several kinds: encyclopedia, news, fiction and science.
+- `data/general/anchor.jsonl`: other texts of these kinds, to train with (`anchor.yaml`).
 - `data/general/questions.jsonl`: multiple-choice questions of sets on which the base model is clearly above chance.
 
 Both come from the source archive of BIG-bench, which is read but never unpacked or run, and of which nothing is part of
@@ -26,6 +27,7 @@ TEXTS = "coqa_conversational_question_answering/coqa.test.json"
 KINDS = {"wikipedia": "encyclopedia", "cnn": "news", "gutenberg": "fiction", "science": "science"}
 """Kinds of texts by what the passages of CoQA were taken from."""
 TEXTS_PER_KIND = 36
+"""Largest number of texts of each kind to measure on, and of others to train with."""
 MIN_CHARACTERS = 1000
 QUESTIONS = {
     "general_knowledge": 70,
@@ -44,20 +46,22 @@ SOURCE = {
 }
 
 
-def texts(coqa: dict[str, Any]) -> Iterator[dict[str, str]]:
+def texts(coqa: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
     """The passages of each kind, in a random order.
 
     Args:
         coqa: The file of passages with `source` and `story`.
 
     Yields:
-        Rows with `text` and `kind`.
+        Name of the file that a passage belongs to, and its row with `text` and `kind`.
     """
     for source, kind in KINDS.items():
         stories = [" ".join(d["story"].split()) for d in coqa["data"] if d["source"] == source]
         long = [story for story in dict.fromkeys(stories) if len(story) >= MIN_CHARACTERS]
-        for story in random.Random(0).sample(long, min(TEXTS_PER_KIND, len(long))):
-            yield {"text": story, "kind": kind}
+        for name in ("texts", "anchor"):
+            chosen = random.Random(0).sample(long, min(TEXTS_PER_KIND, len(long)))
+            yield from ((name, {"text": story, "kind": kind}) for story in chosen)
+            long = [story for story in long if story not in chosen]
 
 
 def questions(name: str, task: dict[str, Any], count: int) -> list[dict[str, Any]]:
@@ -112,12 +116,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=DATA / "general", help="Folder to write to.")
     options = parser.parse_args(arguments)
     files = read(options.archive)
-    rows = {
-        "texts": list(texts(files[TEXTS])),
-        "questions": [
-            row for name, count in QUESTIONS.items() for row in questions(name, files[f"{name}/task.json"], count)
-        ],
-    }
+    rows: dict[str, list[dict[str, Any]]] = {"texts": [], "anchor": []}
+    for name, row in texts(files[TEXTS]):
+        rows[name].append(row)
+    rows["questions"] = [
+        row for name, count in QUESTIONS.items() for row in questions(name, files[f"{name}/task.json"], count)
+    ]
     options.output.mkdir(parents=True, exist_ok=True)
     for name, found in rows.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)

@@ -108,19 +108,24 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     config: dict[str, Any] = {}
     for name in str(path).split(","):
-        try:
-            found = yaml.safe_load(Path(name.strip()).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            hint = did_you_mean_path(name.strip())
-            raise ComparisonError(f"The configuration {name.strip()!r} can't be read: {error}.{hint}") from error
-        if not isinstance(found, dict):
-            raise ComparisonError(f"{name.strip()!r} isn't a configuration of `lightning-ft fit`: expected a mapping.")
-        config = _merged(config, found.get("fit", found))
+        config = _merged(config, _read_yaml(name.strip()))
     if missing := {"model", "data"} - set(config):
         raise ComparisonError(
             f"{str(path)!r} has no {' and no '.join(sorted(missing))}. Pass a configuration of `lightning-ft fit`."
         )
     return config
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    """Read one file of a configuration, which may be a part of it."""
+    try:
+        found = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ComparisonError(f"The configuration {name!r} can't be read: {error}.{did_you_mean_path(name)}") from error
+    if not isinstance(found, dict):
+        raise ComparisonError(f"{name!r} isn't a configuration of `lightning-ft fit`: expected a mapping.")
+    found = found.get("fit", found)
+    return dict(found)
 
 
 def _merged(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +176,7 @@ def planned_methods(
         config: Configuration that `full` and `lora` are derived from.
         path: Path of this configuration, for error messages.
         names: Names of the methods: ``prompted``, ``full``, ``lora``, or paths of YAML files. ``prompted`` needs no
-            training and is always measured.
+            training and is always measured. A file without a model or data contains what differs from `config`.
         grids: Learning rates by method, instead of multiples (`GRID`) of the configured one.
 
     Raises:
@@ -184,7 +189,8 @@ def planned_methods(
         if name in ("full", "lora"):
             found.append(_built_in(name, config, path, grids))
         elif Path(name).suffix in (".yaml", ".yml"):
-            other = read_config(name)
+            part = _read_yaml(name)
+            other = part if {"model", "data"} <= set(part) else _merged(config, part)
             found.append(Method(Path(name).stem, other, _rates(Path(name).stem, other, grids)))
         else:
             raise ComparisonError(f"--methods: {name!r} is neither prompted, full, lora nor a YAML file.")

@@ -34,6 +34,7 @@ from lightning_ft.compare.processes import LOG, exit_on_sigterm, last_lines, run
 from lightning_ft.compare.run_files import CONFIG, EXPORT, PLAN, read_plan, read_results, write_plan
 from lightning_ft.compare.worker import KEEP_MODEL, measurement_plans
 from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.texts import load_texts
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
@@ -43,6 +44,7 @@ from lightning_ft.evaluation.savings.gate import overlap_text
 from lightning_ft.evaluation.savings.overlap import request_overlap
 from lightning_ft.evaluation.savings.plan import MeasurementPlan
 from lightning_ft.importing import import_object
+from lightning_ft.modules.anchor import SAMPLES
 from lightning_ft.printable import content_hash, json_text, printable
 from lightning_ft.report.write import write_report
 
@@ -397,11 +399,14 @@ class Comparer:
         return digest
 
     def _input_hashes(self, method: Method) -> list[str]:
-        """Return hashes of the rows, prompts and weights that a method's configuration refers to."""
-        model = method.config["model"].get("init_args", {}).get("model")
+        """Return hashes of the rows, prompts, weights and texts that a method's configuration refers to."""
+        arguments = method.config["model"].get("init_args", {})
+        model, anchor = arguments.get("model"), arguments.get("anchor") or {}
         if model not in self._weights:
             self._weights[model] = weights_hash(model)
-        return [*self.data_hashes, self._weights[model]]
+        texts = anchor.get("texts", SAMPLES)
+        anchored = [] if texts == SAMPLES else [content_hash(load_texts(texts))]
+        return [*self.data_hashes, self._weights[model], *anchored]
 
     def _start(self, run: PlannedRun) -> subprocess.Popen[bytes]:
         folder = self._folder(run)

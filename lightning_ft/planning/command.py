@@ -44,7 +44,7 @@ def plan(
     config: str,
     output: str,
     pilot: str | list[int] | None = None,
-    steps: int = 8,
+    steps: int | None = None,
     requests_planned: float | None = None,
     cached: bool | None = None,
     hourly: float | None = None,
@@ -62,7 +62,8 @@ def plan(
             scorer, margin and prices are used. Several paths, separated by commas, are merged.
         output: Folder of the measurements and of ``forecast.json``. Complete pilot runs in it are not repeated.
         pilot: Numbers of training rows of the pilot runs, such as ``100,300``; none by default.
-        steps: Number of micro-batches to measure for time and memory; 0 for none.
+        steps: Number of micro-batches to measure for time and memory; 0 for none. By default 8, and 24 on a CPU, whose
+            memory grows with the number of sizes of batches that a run has had.
         requests_planned: Number of requests that the model will answer.
         cached: Whether your provider caches the prompt; by default if the prices have one for cached tokens.
         hourly: Price of an hour of the device that trains, in the currency of the prices.
@@ -77,7 +78,7 @@ def plan(
     """
     folder = Path(output)
     sizes = sorted(set(integers("pilot", pilot or [])))
-    if hourly is not None and not steps:
+    if hourly is not None and steps == 0:
         raise ComparisonError(f"--hourly {hourly:g} is the price of measured time: leave out --steps 0.")
     if len(sizes) == 1 or (sizes and sizes[0] < 1):
         raise ComparisonError(f"--pilot {pilot!r}: expected at least two numbers of rows, such as 100,300.")
@@ -101,7 +102,7 @@ def plan(
     if cached and prices is not None and prices.cached_input is None:
         raise ComparisonError("--cached true needs the price of cached tokens: add cached_input to the prices.")
     tokens = request_tokens(comparer.plan, comparer.tokenizer)
-    resources = _probe(comparer, PlannedRun(name, rate), folder / "probe", steps) if steps else None
+    resources = None if steps == 0 else _probe(comparer, PlannedRun(name, rate), folder / "probe", steps)
     margin = float(savings.get("margin", 0.02))
     money: MoneyForecast | None = None
     if prices is not None:
@@ -173,7 +174,7 @@ def _method(config: str) -> tuple[str, float]:
     return _METHODS[class_name], float(model.get("init_args", {}).get("learning_rate") or default)
 
 
-def _probe(comparer: Comparer, run: PlannedRun, folder: Path, steps: int) -> Resources:
+def _probe(comparer: Comparer, run: PlannedRun, folder: Path, steps: int | None) -> Resources:
     """Measure a few training steps in a process of their own."""
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = run_config(comparer.methods[run.method], run, folder)
@@ -182,8 +183,9 @@ def _probe(comparer: Comparer, run: PlannedRun, folder: Path, steps: int) -> Res
     for name in ("val_check_interval", "check_val_every_n_epoch", "fast_dev_run", "max_time"):
         trainer.pop(name, None)
     write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
-    print(f"measuring up to {steps} training steps ...", flush=True)
-    command = [sys.executable, "-m", "lightning_ft.planning.probe", str(folder), str(steps)]
+    print(f"measuring {'a few' if steps is None else f'up to {steps}'} training steps ...", flush=True)
+    command = [sys.executable, "-m", "lightning_ft.planning.probe", str(folder)]
+    command += [] if steps is None else [str(steps)]
     with (folder / LOG).open("wb") as log:
         environment = run_environment(comparer.threads)
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)

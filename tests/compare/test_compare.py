@@ -258,6 +258,17 @@ def test_compare_refuses_folder_of_other_rows(tmp_path, config, forked):
         compare(config, "lora", str(tmp_path / "out"), **options)
 
 
+def test_compare_refuses_folder_of_other_anchor_texts(tmp_path, config, forked):
+    texts, method = tmp_path / "general.txt", tmp_path / "anchored.yaml"
+    texts.write_text("The sea is calm.")
+    method.write_text(yaml.safe_dump({"model": {"init_args": {"anchor": {"texts": str(texts)}}}}))
+    options = {**QUICK, "seeds": "0", "learning_rates": {"anchored": [5e-3]}, "budget": "0.001s"}
+    for content, message in (("The sea is calm.", "nothing to compare"), ("The sea is rough.", "another config")):
+        texts.write_text(content)
+        with pytest.raises(ComparisonError, match=message):
+            compare(config, str(method), str(tmp_path / "out"), **options)
+
+
 def test_compare_quotes_log_of_failed_run(tmp_path, config):
     content = yaml.safe_load(Path(config).read_text())
     content["model"]["init_args"]["lora"] = {"r": 2, "target_modules": ["no_such_layer"]}

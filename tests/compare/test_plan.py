@@ -68,6 +68,16 @@ def test_planned_methods_accepts_grids_and_yaml_files(tmp_path):
     assert (small.name, small.config["model"]["init_args"]["lora"]) == ("small", {"r": 2})
 
 
+def test_a_method_file_may_contain_only_what_differs(tmp_path):
+    file = tmp_path / "anchor.yaml"
+    file.write_text(yaml.safe_dump({"model": {"init_args": {"anchor": {"texts": "general.jsonl"}}}}))
+    lora, anchor = planned_methods(CONFIG, "c.yaml", ["lora", str(file)], {})
+    arguments = dict(anchor.config["model"]["init_args"])
+    assert arguments.pop("anchor") == {"texts": "general.jsonl"}
+    assert arguments == CONFIG["model"]["init_args"]
+    assert (anchor.config["data"], anchor.rates) == (CONFIG["data"], lora.rates)
+
+
 @pytest.mark.parametrize(
     ("names", "grids", "message"),
     [

@@ -426,13 +426,16 @@ class TestGeneral:
         monkeypatch.setattr(general, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
         return path
 
-    def test_texts_of_each_kind_and_questions_of_each_set_are_written(self, modules, archive, tmp_path):
+    def test_texts_of_each_kind_and_questions_of_each_set_are_written(self, modules, archive, monkeypatch, tmp_path):
+        monkeypatch.setattr(modules["general"], "TEXTS_PER_KIND", 2)
         modules["general"].main([str(archive), "--output", str(tmp_path / "general")])
-        texts, questions = (
+        texts, anchored, questions = (
             [json.loads(line) for line in (tmp_path / "general" / f"{name}.jsonl").read_text("utf-8").splitlines()]
-            for name in ("texts", "questions")
+            for name in ("texts", "anchor", "questions")
         )
-        assert Counter(row["kind"] for row in texts) == dict.fromkeys(modules["general"].KINDS.values(), 3)
+        assert Counter(row["kind"] for row in texts) == dict.fromkeys(modules["general"].KINDS.values(), 2)
+        assert Counter(row["kind"] for row in anchored) == dict.fromkeys(modules["general"].KINDS.values(), 1)
+        assert not {row["text"] for row in texts} & {row["text"] for row in anchored}
         assert all("told again word" in row["text"] for row in texts)
         counts = {name: min(count, 120) for name, count in modules["general"].QUESTIONS.items()}
         assert Counter(row["set"] for row in questions) == counts

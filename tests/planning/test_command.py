@@ -147,6 +147,15 @@ def test_comparison_in_the_folder_of_a_plan(config, tmp_path, monkeypatch):
     assert compare(config, "prompted,lora", output, **options).complete
 
 
+def test_more_steps_are_measured_on_a_cpu(config, tmp_path):
+    """Memory grows there with the number of sizes of batches."""
+    content = yaml.safe_load(Path(config).read_text())
+    content["data"]["init_args"]["batch_size"] = 1
+    Path(config).write_text(yaml.safe_dump(content))
+    resources = plan(config, str(tmp_path / "plan"), threads=1).resources
+    assert (resources.measured_steps, resources.device) == (24, "cpu")
+
+
 @pytest.mark.parametrize(
     ("limits", "share"),
     [({"limit_train_batches": 2}, 2 / 3), ({"limit_train_batches": 0.4}, 1 / 3), ({"overfit_batches": 1}, 1 / 3)],
