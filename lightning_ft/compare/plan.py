@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lightning_ft.arguments import did_you_mean_path
+from lightning_ft.data.texts import load_texts
 from lightning_ft.errors import ComparisonError
+from lightning_ft.modules.anchor import SAMPLES
 from lightning_ft.printable import content_hash
 
 if TYPE_CHECKING:
@@ -28,6 +30,20 @@ _FULL_TO_LORA = 0.25
 """Ratio of the learning rate tried for full fine-tuning to that of LoRA, where only one of them is configured."""
 _BATCHING = {"batch_size", "packing", "num_workers", "cache_dir"}
 """Arguments of a DataModule that change how rows are batched, but not which rows are used."""
+_ONLY_TRAINING = {
+    "anchor",
+    "betas",
+    "gradient_checkpointing",
+    "learning_rate",
+    "loraplus_lr_ratio",
+    "lr_schedule",
+    "on_nonfinite",
+    "optimizer",
+    "seed",
+    "warmup_ratio",
+    "weight_decay",
+}
+"""Arguments of a module that the answers of the untrained weights don't depend on."""
 _OWN_CALLBACKS = ("TokenSavings", "ExportModel", "ModelCheckpoint", "ComputeMeter", "Retention")
 """Callbacks that a comparison reads its settings from, or adds itself."""
 
@@ -249,8 +265,42 @@ def config_hash(config: Mapping[str, Any], settings: Settings, size: int | None,
     plain = copy.deepcopy(dict(config))
     for name in ("default_root_dir", "logger"):
         plain["trainer"].pop(name, None)
-    hashed = [plain, asdict(settings), size, list(inputs)]
-    return content_hash(json.loads(json.dumps(hashed, default=str)))  # default=str for the dates of YAML
+    return _hash([plain, asdict(settings), size, list(inputs)])
+
+
+def original_hash(config: Mapping[str, Any], settings: Settings, inputs: Sequence[str] = ()) -> str:
+    """Hash everything that the results of the untrained weights depend on.
+
+    That isn't how they will be trained: methods can be added and epochs changed without measuring them again.
+
+    Args:
+        config: Configuration of the run.
+        settings: Options of the measurements.
+        inputs: As in :func:`config_hash`.
+    """
+    model, trainer = config["model"], config.get("trainer", {})
+    arguments = {name: value for name, value in model.get("init_args", {}).items() if name not in _ONLY_TRAINING}
+    loaded_by = None if arguments.get("dtype") else model.get("class_path")  # each class has a default dtype
+    run_by = [trainer.get("accelerator"), trainer.get("precision")]
+    return _hash([loaded_by, arguments, run_by, settings.savings, settings.validation_requests, list(inputs)])
+
+
+def _hash(values: list[object]) -> str:
+    return content_hash(json.loads(json.dumps(values, default=str)))  # default=str for the dates of YAML
+
+
+def anchor_hashes(config: Mapping[str, Any]) -> list[str]:
+    """Hash the texts of an anchor; nothing to hash if there is none, or it is of samples.
+
+    Args:
+        config: Configuration of a run.
+
+    Raises:
+        RetentionError: If the texts can't be read.
+    """
+    anchor = config["model"].get("init_args", {}).get("anchor")
+    texts = anchor.get("texts", SAMPLES) if isinstance(anchor, Mapping) else SAMPLES
+    return [] if texts == SAMPLES else [content_hash(load_texts(texts))]
 
 
 def weights_hash(model: object) -> str:

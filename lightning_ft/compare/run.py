@@ -22,7 +22,9 @@ from lightning_ft.compare.plan import (
     Method,
     PlannedRun,
     Settings,
+    anchor_hashes,
     config_hash,
+    original_hash,
     planned_methods,
     read_config,
     read_settings,
@@ -34,7 +36,6 @@ from lightning_ft.compare.processes import LOG, exit_on_sigterm, last_lines, run
 from lightning_ft.compare.run_files import CONFIG, EXPORT, PLAN, read_plan, read_results, write_plan
 from lightning_ft.compare.worker import KEEP_MODEL, measurement_plans
 from lightning_ft.data.pairs import PairDataModule
-from lightning_ft.data.texts import load_texts
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
@@ -44,7 +45,6 @@ from lightning_ft.evaluation.savings.gate import overlap_text
 from lightning_ft.evaluation.savings.overlap import request_overlap
 from lightning_ft.evaluation.savings.plan import MeasurementPlan
 from lightning_ft.importing import import_object
-from lightning_ft.modules.anchor import SAMPLES
 from lightning_ft.printable import content_hash, json_text, printable
 from lightning_ft.report.write import write_report
 
@@ -379,7 +379,11 @@ class Comparer:
         method = self.methods.get(run.method) or next(iter(self.methods.values()))
         factor = 1.0 if run.size is None or run.search else min(EPOCHS_CAP, self.rows / run.size)
         config = run_config(method, run, folder, factor)
-        digest = config_hash(config, self.settings, run.size, self._input_hashes(method))
+        inputs = self._input_hashes(method)
+        if run.learning_rate is None:
+            digest = original_hash(config, self.settings, inputs)
+        else:
+            digest = config_hash(config, self.settings, run.size, [*inputs, *anchor_hashes(config)])
         written = yaml.safe_dump(config, sort_keys=False)
         if (found := read_plan(folder)) is not None:
             if found["hash"] != digest:
@@ -399,14 +403,11 @@ class Comparer:
         return digest
 
     def _input_hashes(self, method: Method) -> list[str]:
-        """Return hashes of the rows, prompts, weights and texts that a method's configuration refers to."""
-        arguments = method.config["model"].get("init_args", {})
-        model, anchor = arguments.get("model"), arguments.get("anchor") or {}
+        """Return hashes of the rows, prompts and weights that a method's configuration refers to."""
+        model = method.config["model"].get("init_args", {}).get("model")
         if model not in self._weights:
             self._weights[model] = weights_hash(model)
-        texts = anchor.get("texts", SAMPLES)
-        anchored = [] if texts == SAMPLES else [content_hash(load_texts(texts))]
-        return [*self.data_hashes, self._weights[model], *anchored]
+        return [*self.data_hashes, self._weights[model]]
 
     def _start(self, run: PlannedRun) -> subprocess.Popen[bytes]:
         folder = self._folder(run)

@@ -248,6 +248,17 @@ def test_compare_refuses_folder_of_another_configuration(tmp_path, config, forke
         compare(config, "lora", str(output), **options)
 
 
+def test_the_untrained_weights_are_measured_once_for_methods_added_later(tmp_path, config, forked, capsys):
+    output, longer = tmp_path / "out", tmp_path / "longer.yaml"
+    options = {**QUICK, "seeds": "0"}
+    compare(config, "lora", str(output), **{**options, "learning_rates": {"lora": [5e-3]}})
+    longer.write_text(yaml.safe_dump({"trainer": {"max_epochs": 1}}))
+    capsys.readouterr()
+    found = compare(config, str(longer), str(output), **{**options, "learning_rates": {"longer": [5e-3]}})
+    assert "original" not in capsys.readouterr().out
+    assert {result.method for result in found.runs} >= {"untuned", "prompted", "longer"}
+
+
 def test_compare_refuses_folder_of_other_rows(tmp_path, config, forked):
     options = {**QUICK, "seeds": "0", "learning_rates": {"lora": [5e-3]}}
     with pytest.raises(ComparisonError, match="nothing to compare"):

@@ -10,6 +10,7 @@ from lightning_ft.compare.plan import (
     PlannedRun,
     Settings,
     config_hash,
+    original_hash,
     planned_methods,
     read_config,
     read_settings,
@@ -183,6 +184,23 @@ def test_config_hash_depends_on_everything_but_folder():
         config_hash(here, settings, None, ["other rows"]),
     }
     assert len(hashes) == 5
+
+
+def test_hash_of_the_untrained_weights_does_not_depend_on_training():
+    settings = Settings({"scorer": "exact"}, {"texts": "general.jsonl"}, 8, 10)
+    before = original_hash(CONFIG, settings)
+    other = changed(("trainer", "max_epochs"), 7)
+    other["model"]["init_args"] |= {"learning_rate": 1.0, "anchor": {"texts": "general.jsonl"}, "seed": 5}
+    assert original_hash(other, Settings({"scorer": "exact"}, {}, 2, 10)) == before
+    for path, value in (
+        (("model", "init_args", "adapter"), "other"),
+        (("model", "init_args", "dtype"), "bfloat16"),
+        (("trainer", "precision"), "bf16-mixed"),
+    ):
+        assert original_hash(changed(path, value), settings) != before
+    assert original_hash(CONFIG, Settings({"scorer": "json"}, {}, 8, 10)) != before
+    assert original_hash(CONFIG, Settings({"scorer": "exact"}, {}, 8, 11)) != before
+    assert original_hash(CONFIG, settings, ["other rows"]) != before
 
 
 def test_weights_hash_depends_on_file_contents(tmp_path):
