@@ -104,8 +104,8 @@ def read(archive: Path) -> dict[str, Any]:
     with tarfile.open(archive) as members:
         for member in members:
             path = member.name.removeprefix(f"{TASKS}/")
-            if path in wanted and (content := members.extractfile(member)) is not None:
-                files[path] = json.load(content)
+            if path in wanted and (file := members.extractfile(member)) is not None:
+                files[path] = json.load(file)
     return files
 
 

@@ -137,22 +137,3 @@ def test_pairs_are_right_answers_and_the_models_own_wrong_ones(programs, rows, a
     assert all(pair["chosen"] == right[pair["prompt"]] != pair["rejected"] for pair in pairs)
     assert len({pair["prompt"] for pair in pairs}) <= 3
     assert f"train: {len(pairs)} pairs of 3 requests" in capsys.readouterr().out
-
-
-def test_an_anchor_leaves_less_to_forget(programs, rows, monkeypatch, tmp_path, model_folder):
-    program = programs("anchor")
-    texts = configure(programs("policies"), rows, monkeypatch, tmp_path)
-    monkeypatch.setattr(program, "HERE", tmp_path)
-    config = yaml.safe_load((tmp_path / "tiny.yaml").read_text("utf-8"))
-    config["model"] = {"init_args": {"model": str(model_folder), "dtype": "float32"}}
-    config["trainer"] |= {"precision": "32-true", "gradient_clip_val": 1.0}
-    config["data"]["init_args"]["batch_size"] = 2
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config), "utf-8")
-    with texts.open("a", encoding="utf-8") as more:  # every second one is for the anchor
-        more.write('{"text": "The capital of Spain is Madrid."}\n')
-    output = tmp_path / "anchor.json"
-    options = ("--rows", 4, "--epochs", 4, "--rate", 0.02, "--coefs", 0, 5, "--texts", texts, "--threads", 1)
-    run(program, monkeypatch, "tiny", *options, "--output", output)
-    plain, anchored = json.loads(output.read_text())
-    assert [found["coef"] for found in (plain, anchored)] == [0, 5]
-    assert 0 < anchored["kl_general"]["value"] < plain["kl_general"]["value"]
