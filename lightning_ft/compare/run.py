@@ -80,7 +80,8 @@ def compare(
     Args:
         config: Path of a configuration of `lightning-ft fit` with TokenSavings among its callbacks, whose prompt,
             scorer, margin and prices are used for all methods. Several paths, separated by commas, are merged.
-        methods: Methods to compare: ``prompted``, ``full``, ``lora``, or paths of YAML files, separated by commas.
+        methods: Methods to compare: ``prompted``, ``full``, ``lora``, or paths of YAML files, separated by commas. A
+            file without a model or data contains what differs from `config`.
         output: Folder of the runs, the result and the report.
         learning_rates: Learning rates to try for each method; by default 1/3, 1 and 3 times the configured one. If the
             best is at the edge, the grid is extended up to twice.
