@@ -140,8 +140,7 @@ def _read_yaml(name: str) -> dict[str, Any]:
         raise ComparisonError(f"The configuration {name!r} can't be read: {error}.{did_you_mean_path(name)}") from error
     if not isinstance(found, dict):
         raise ComparisonError(f"{name!r} isn't a configuration of `lightning-ft fit`: expected a mapping.")
-    found = found.get("fit", found)
-    return dict(found)
+    return dict(found.get("fit", found))
 
 
 def _merged(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +205,7 @@ def planned_methods(
             found.append(_built_in(name, config, path, grids))
         elif Path(name).suffix in (".yaml", ".yml"):
             part = _read_yaml(name)
-            other = part if {"model", "data"} <= set(part) else _merged(config, part)
+            other = _merged({} if {"model", "data"} <= set(part) else config, part)
             found.append(Method(Path(name).stem, other, _rates(Path(name).stem, other, grids)))
         else:
             raise ComparisonError(f"--methods: {name!r} is neither prompted, full, lora nor a YAML file.")

@@ -133,12 +133,12 @@ def _micro_batches(trainer: Any, of_epoch: int, accumulation: int) -> int:
 
 def main() -> None:
     """Measure, and write the result."""
-    folder, *steps = sys.argv[1:]
+    folder, steps = Path(sys.argv[1]), [int(number) for number in sys.argv[2:]]
     try:
-        resources = measure_steps(Path(folder), int(steps[0]) if steps else None)
+        resources = measure_steps(folder, *steps)
     except LightningFTError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    write_text(Path(folder) / RESULT, json.dumps(vars(resources)) + "\n")
+    write_text(folder / RESULT, json.dumps(vars(resources)) + "\n")
 
 
 if __name__ == "__main__":

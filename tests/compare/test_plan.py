@@ -62,11 +62,13 @@ def test_planned_methods_derives_full_from_lora_configuration():
 
 def test_planned_methods_accepts_grids_and_yaml_files(tmp_path):
     other = changed(("model", "init_args", "lora"), {"r": 2})
+    other["trainer"] = {"callbacks+": [{"class_path": "lightning_ft.Retention"}]}
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(other))
     lora, small = planned_methods(CONFIG, "c.yaml", ["lora", str(file)], {"lora": [3e-3, 1e-3]})
     assert lora.rates == (1e-3, 3e-3)
     assert (small.name, small.config["model"]["init_args"]["lora"]) == ("small", {"r": 2})
+    assert small.config["trainer"] == {"callbacks": [{"class_path": "lightning_ft.Retention"}]}  # of no other file
 
 
 def test_a_method_file_may_contain_only_what_differs(tmp_path):

@@ -29,15 +29,11 @@ def test_printed_configuration_is_complete(path, capsys, tmp_path):
     assert yaml.safe_load(printed)["model"]["class_path"].endswith(class_path.rpartition(".")[2])
 
 
-@pytest.mark.parametrize("part", ["general", "anchor"])
-def test_part_of_a_configuration_can_be_added(part, capsys):
+@pytest.mark.parametrize(("part", "texts"), [("general", "texts.jsonl"), ("anchor", "anchor.jsonl")])
+def test_part_of_a_configuration_can_be_added(part, texts, capsys):
     paths = [f"examples/smollm2/{name}.yaml" for name in ("legal_citation", part)]
     with pytest.raises(SystemExit):
         FineTuningCLI(args=["fit", *(option for path in paths for option in ("--config", path)), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    added = {
-        "general": "examples/smollm2/data/general/texts.jsonl",
-        "anchor": "examples/smollm2/data/general/anchor.jsonl",
-    }
-    assert added[part] in yaml.safe_dump(printed)
+    assert f"examples/smollm2/data/general/{texts}" in yaml.safe_dump(printed)
     assert printed["model"]["init_args"]["learning_rate"] == 1e-3  # of the configuration that it was added to

@@ -24,7 +24,6 @@ def programs(monkeypatch):
     for name in (
         "policies",
         "scales",
-        "anchor",
         "legal_preferences",
         "legal_rewards",
         "legal_citation",
