@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_ft.data.layout import Example, collate_examples
+from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.texts import encode_texts, load_texts
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_and_world_size, rank_zero_info, sum_over_ranks
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.kl import AdaptiveKL
+from lightning_ft.models.flops import OperationCounter, counted_separately, is_compiled
 from lightning_ft.models.head import base_of, distill, frozen_logits, input_device
 from lightning_ft.models.load import context_length
 from lightning_ft.models.reference import Reference
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 SAMPLES = "samples"
 """Value of `texts` for samples of the original model."""
+KEPT_BYTES = 2 * 2**30
+"""Largest size of the original model's hidden states that are kept: 128,000 tokens of width 4,096 in float32."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,12 @@ class Anchor:
         self.options, self.coef = options, float(options.coef)
         self._reference: Reference | None = None
         self._examples: list[Example] = []
+        self._kept = 0  # number of texts, from the first, whose states are kept
+        self._states: list[Tensor] = []
         self._divergence = MeanMetrics()  # over the tokens of this step
         self._texts = 0
+        self.flops = 0
+        """Operations spent on hidden states that are kept."""
 
     def keep_original(self, module: SupervisedFineTuning) -> None:
         """Keep the model as it is now; call it before the first step.
@@ -152,7 +161,10 @@ class Anchor:
                 f"Anchor: {len(texts):,} texts, {sum(map(len, self._examples)):,} tokens, {cut:,} of them truncated to "
                 f"{options.max_tokens:,}."
             )
-        self._divergence, self._texts = MeanMetrics(), 0
+        self._states, self._divergence, self._texts = [], MeanMetrics(), 0
+        width = int(getattr(base_of(module.model).config.get_text_config(), "hidden_size", 0))
+        sizes = accumulate(len(example) * width * torch.float32.itemsize for example in self._examples)
+        self._kept = sum(size <= KEPT_BYTES for size in sizes) if width else 0
 
     def _samples(self, module: SupervisedFineTuning) -> list[Example]:
         assert self._reference is not None
@@ -189,16 +201,38 @@ class Anchor:
         rng = random.Random(f"{module.model_options.seed} {module.trainer.global_step} {batch_idx} {rank}")
         chosen = rng.sample(range(len(self._examples)), min(self.options.texts_per_batch, len(self._examples)))
         logprob_model = module._required_logprob_model()
-        batch = collate_examples(
-            [self._examples[i] for i in chosen], packing=False, pad_token_id=logprob_model.pad_token_id
-        ).to(input_device(module.model))
-        with self._reference.use() as original:
-            original_states = logprob_model.states(original, batch)
+        batch = self._batch(module, chosen)
+        if len(self._states) < self._kept:
+            self._keep_states(module)
+        kept = max(chosen) < self._kept
+        original_states = torch.cat([self._states[i] for i in chosen]) if kept else self._original_states(module, batch)
         states = logprob_model.states(module.model, batch)
+        original_states = original_states.to(states.device)
         result = distill(module.model, states, batch.targets, original_states, frozen_logits(self._reference.use))
         self._divergence.add({"kl": result.divergence})
         self._texts += len(chosen)
         return self.coef * targets * result.loss / batch.num_targets
+
+    def _original_states(self, module: SupervisedFineTuning, batch: TokenBatch) -> Tensor:
+        assert self._reference is not None
+        with self._reference.use() as original:
+            return module._required_logprob_model().states(original, batch)
+
+    def _keep_states(self, module: SupervisedFineTuning) -> None:
+        """Compute the hidden states of the original model, which never change, of the texts that memory allows.
+
+        This is done in the first step, whose precision they must have, and not when a text is first drawn, so that all
+        other steps cost the same.
+        """
+        with counted_separately(), nullcontext() if is_compiled(module) else OperationCounter() as counter:
+            batches = (self._batch(module, [index]) for index in range(self._kept))
+            self._states = [self._original_states(module, batch).cpu() for batch in batches]
+        self.flops += 0 if counter is None else counter.flops
+
+    def _batch(self, module: SupervisedFineTuning, chosen: Sequence[int]) -> TokenBatch:
+        examples = [self._examples[index] for index in chosen]
+        pad = module._required_logprob_model().pad_token_id
+        return collate_examples(examples, packing=False, pad_token_id=pad).to(input_device(module.model))
 
     def close_step(self, device: torch.device) -> dict[str, float]:
         """Adapt the weight to what the micro-batches of a step measured on all ranks.

@@ -116,6 +116,11 @@ class SupervisedFineTuning(FineTuning):
         self.note_loss(batch_idx, loss)
         return with_mean_value(loss, batch.num_targets)
 
+    @property
+    def frozen_flops(self) -> int:
+        """Operations of the original model on the texts of an anchor, once, in addition to the training steps."""
+        return 0 if self._anchor is None else self._anchor.flops
+
     def anchored(self, loss: Tensor, targets: int, batch_idx: int) -> Tensor:
         """Add the penalty of the anchor, if there is one, to the summed loss of a micro-batch.
 
@@ -292,8 +297,8 @@ class LoRAFineTuning(SupervisedFineTuning):
 
     @property
     def frozen_flops(self) -> int:
-        """Operations spent on the cached activations of frozen layers so far, in addition to the training steps."""
-        return 0 if self._activations is None else self._activations.flops
+        """As in `SupervisedFineTuning`, and operations spent on the cached activations of frozen layers so far."""
+        return super().frozen_flops + (0 if self._activations is None else self._activations.flops)
 
     def on_train_start(self) -> None:
         """As in `SupervisedFineTuning`; open the activation cache and announce its size."""

@@ -68,12 +68,15 @@ def measure_steps(folder: Path, steps: int | None = None) -> Resources:
     result = meter.result
     if result is None or meter.undefined:
         raise ComparisonError(f"The steps could not be measured: {meter.undefined or 'training was interrupted'}.")
-    positions = round(sum(batch.input_ids.numel() for batch in epoch) / len(epoch) * micro_batches)
+    of_epoch = sum(batch.input_ids.numel() for batch in epoch)
+    positions = round(of_epoch / len(epoch) * micro_batches)
+    frozen = float(getattr(cli.model, "frozen_flops", 0))  # of an anchor's texts, once; of cached layers, once per row
+    of_run = frozen if getattr(cli.model, "_anchor", None) is not None else frozen * of_epoch / result.tokens
     return Resources(
         rows=data.report["train"].kept,
         tokens=positions,
         seconds=result.train_seconds / result.tokens * positions,
-        flops=result.flops / result.tokens * positions,
+        flops=(result.flops - frozen) / result.tokens * positions + of_run,
         peak_memory_bytes=result.peak_memory_bytes,
         measured_steps=len(chosen),
         device=result.device,

@@ -8,9 +8,10 @@ from dpo_cases import shake
 from tiny import TEXT, make_model, make_rows
 from torch.nn.functional import kl_div
 
-from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule, Retention
+from lightning_ft import ComputeMeter, FullFineTuning, LoRAFineTuning, PairDataModule, Retention
 from lightning_ft._lightning import Callback, Trainer
 from lightning_ft.errors import ConfigError
+from lightning_ft.models.head import base_of
 from lightning_ft.modules.anchor import AnchorOptions
 
 TEXTS = [f"{line} {n}" for n, line in enumerate(TEXT * 2)]
@@ -173,3 +174,67 @@ def test_anchor_is_refused_with_an_activation_cache():
 def test_texts_beyond_the_context_are_refused(model_folder, trainer_options, texts):
     with pytest.raises(ConfigError, match="anchor: max_tokens=900 exceeds the model's context of 512"):
         fit(trainer_options, make(model_folder, "lora", anchor={"texts": texts, "max_tokens": 900}))
+
+
+class Passes(Callback):
+    """Counts the passes through the layers after the first step, in which the model is probed, too."""
+
+    def on_train_start(self, trainer, module):
+        self.passes, self.kls = 0, []
+        for model in {module.model, *module._anchor._reference._copy}:
+            base_of(model).model.layers[0].register_forward_hook(lambda *_: self.count(trainer))
+
+    def count(self, trainer):
+        self.passes += trainer.global_step > 0
+
+    def on_train_batch_end(self, trainer, *_):
+        self.kls.append(float(trainer.callback_metrics["train/anchor_kl"]))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_original_model_reads_each_text_once(model_folder, trainer_options, monkeypatch, kind):
+    def fitted():
+        found, module = Passes(), make(model_folder, kind, anchor={**ANCHOR, "texts_per_batch": 3})
+        fit(trainer_options, module, Shake(), found, max_epochs=3, max_steps=12)
+        return found, module
+
+    kept, module = fitted()
+    assert len(module._anchor._states) == len(TEXTS)
+    assert kept.passes == 2 * 11
+    assert module.frozen_flops > 0
+
+    monkeypatch.setattr("lightning_ft.modules.anchor.KEPT_BYTES", 0)
+    each_time, module = fitted()
+    assert each_time.passes == 3 * 11
+    assert module.frozen_flops == 0
+    assert kept.kls == pytest.approx(each_time.kls, rel=1e-4)
+
+
+def test_first_texts_are_kept_as_far_as_memory_goes(model_folder, trainer_options, monkeypatch):
+    module = make(model_folder, "lora", anchor={**ANCHOR, "texts_per_batch": 1})
+    fit(trainer_options, module, max_steps=1)
+    sizes = [4 * module.model.config.hidden_size * len(example) for example in module._anchor._examples]
+    monkeypatch.setattr("lightning_ft.modules.anchor.KEPT_BYTES", sum(sizes[:2]))
+    module._anchor.start(module)
+    penalties = [module._anchor.penalty(module, 1, batch).item() for batch in range(40)]
+    assert len(module._anchor._states) == 2
+    monkeypatch.undo()
+    module._anchor.start(module)
+    assert penalties == pytest.approx(
+        [module._anchor.penalty(module, 1, batch).item() for batch in range(40)], rel=1e-5
+    )
+    assert len(module._anchor._states) == len(TEXTS)
+
+
+def test_operations_of_the_original_model_are_added_once(model_folder, trainer_options):
+    def flops(epochs):
+        meter = ComputeMeter(output_dir=False, every_n_steps=1)
+        texts = [f"{TEXT[0]} {n}" for n in range(8)]  # of one length, so that all steps cost the same
+        module = make(model_folder, "lora", anchor={"texts": texts, "texts_per_batch": 1})
+        rows = PairDataModule(make_rows(1), batch_size=1, packing=False, cache_dir=False)
+        Trainer(callbacks=[meter], **{**trainer_options, "max_steps": -1, "max_epochs": epochs}).fit(module, rows)
+        return meter.result.flops, module.frozen_flops
+
+    (few, once), (many, again) = flops(3), flops(12)
+    assert 0 < once == again
+    assert many - once == 4 * (few - once)

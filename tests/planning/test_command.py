@@ -75,14 +75,31 @@ def test_plan_with_a_pilot_trains_on_few_rows_and_leaves_test_rows_unanswered(co
     assert times == [path.stat().st_mtime_ns for path in sorted(output.rglob("result.json"))]
 
 
-def test_plan_predicts_operations_and_memory(config, tmp_path, model_folder, trainer_options):
-    """Predicted from four steps, measured in the whole run."""
-    forecast = plan(config, str(tmp_path / "plan"), steps=4, threads=1)
+@pytest.mark.parametrize("once", ["nothing", "anchor", "cached layers"])
+def test_plan_predicts_operations_and_memory(config, tmp_path, model_folder, trainer_options, once):
+    """Predicted from four of six batches, measured in the whole run."""
+    options = {
+        "nothing": {"lora": {"r": 2}},
+        "anchor": {"lora": {"r": 2}, "anchor": {"texts": [f"refund {n} please" * 20 for n in range(99)]}},
+        "cached layers": {"lora": {"r": 2, "target_modules": ["q_proj"]}, "top_layers": 1},
+    }[once]
+    of_plan, of_run = ({"activation_cache": str(tmp_path / name)} for name in ("planned", "run"))
+    if once != "cached layers":
+        of_plan, of_run = {}, {}
+    options_of_data = {"data__init_args__batch_size": 4}
+    planned = changed(
+        config,
+        **options_of_data,
+        **{f"model__init_args__{name}": value for name, value in {**options, **of_plan}.items()},
+    )
+    forecast = plan(planned, str(tmp_path / "plan"), steps=4, threads=1)
     meter = ComputeMeter(output_dir=False, every_n_steps=1)
-    data = PairDataModule(train=str(tmp_path / "train.jsonl"), batch_size=8, cache_dir=False)
+    data = PairDataModule(train=str(tmp_path / "train.jsonl"), batch_size=4, cache_dir=False)
     torch.manual_seed(0)
     trainer = Trainer(**trainer_options, max_epochs=2, callbacks=[meter])
-    trainer.fit(LoRAFineTuning(str(model_folder), dtype="float32", learning_rate=5e-3, lora={"r": 2}), data)
+    module = LoRAFineTuning(str(model_folder), dtype="float32", learning_rate=5e-3, **options, **of_run)
+    trainer.fit(module, data)
+    assert (module.frozen_flops > 0) == (once != "nothing")
     resources = forecast.resources
     assert resources.rows == 24
     assert resources.tokens == pytest.approx(meter.result.tokens, rel=0.1)  # each epoch draws its batches again
@@ -127,7 +144,7 @@ def test_forecast_is_written_whatever_the_prices(config, tmp_path, capsys, price
 
 
 def test_plan_takes_hourly_prices_of_measured_time(config, tmp_path):
-    forecast = plan(config, str(tmp_path / "plan"), steps=2, threads=1, hourly=3600.0)
+    forecast = plan(config, str(tmp_path / "plan"), steps=4, threads=1, hourly=3600.0)
     assert forecast.money.invested == pytest.approx(forecast.resources.seconds)
 
 
