@@ -16,6 +16,7 @@ import yaml
 from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.data.texts import load_texts
 from lightning_ft.errors import ComparisonError
+from lightning_ft.evaluation.retention.choices import load_choices
 from lightning_ft.modules.anchor import SAMPLES
 from lightning_ft.printable import content_hash
 
@@ -288,18 +289,24 @@ def _hash(values: list[object]) -> str:
     return content_hash(json.loads(json.dumps(values, default=str)))  # default=str for the dates of YAML
 
 
-def anchor_hashes(config: Mapping[str, Any]) -> list[str]:
-    """Hash the texts of an anchor; nothing to hash if there is none, or it is of samples.
+def text_hashes(config: Mapping[str, Any], settings: Settings) -> list[str]:
+    """Hash the texts of an anchor, unless they are samples, and the texts and questions of Retention.
 
     Args:
         config: Configuration of a run.
+        settings: Options of the measurements.
 
     Raises:
-        RetentionError: If the texts can't be read.
+        RetentionError: If they can't be read.
     """
     anchor = config["model"].get("init_args", {}).get("anchor")
     texts = anchor.get("texts", SAMPLES) if isinstance(anchor, Mapping) else SAMPLES
-    return [] if texts == SAMPLES else [content_hash(load_texts(texts))]
+    found = [] if texts == SAMPLES else [content_hash(load_texts(texts))]
+    if (measured := settings.retention.get("texts")) is not None:
+        found.append(content_hash(load_texts(measured)))
+    if (questions := settings.retention.get("choices")) is not None:
+        found.append(content_hash([asdict(question) for question in load_choices(questions)]))
+    return found
 
 
 def weights_hash(model: object) -> str:

@@ -22,7 +22,6 @@ from lightning_ft.compare.plan import (
     Method,
     PlannedRun,
     Settings,
-    anchor_hashes,
     config_hash,
     original_hash,
     planned_methods,
@@ -30,6 +29,7 @@ from lightning_ft.compare.plan import (
     read_settings,
     round_rate,
     run_config,
+    text_hashes,
     weights_hash,
 )
 from lightning_ft.compare.processes import LOG, exit_on_sigterm, last_lines, run_environment
@@ -384,7 +384,7 @@ class Comparer:
         if run.learning_rate is None:
             digest = original_hash(config, self.settings, inputs)
         else:
-            digest = config_hash(config, self.settings, run.size, [*inputs, *anchor_hashes(config)])
+            digest = config_hash(config, self.settings, run.size, [*inputs, *text_hashes(config, self.settings)])
         written = yaml.safe_dump(config, sort_keys=False)
         if (found := read_plan(folder)) is not None:
             if found["hash"] != digest:

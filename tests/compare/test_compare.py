@@ -269,15 +269,28 @@ def test_compare_refuses_folder_of_other_rows(tmp_path, config, forked):
         compare(config, "lora", str(tmp_path / "out"), **options)
 
 
-def test_compare_refuses_folder_of_other_anchor_texts(tmp_path, config, forked):
-    texts, method = tmp_path / "general.txt", tmp_path / "anchored.yaml"
-    texts.write_text("The sea is calm.")
-    method.write_text(yaml.safe_dump({"model": {"init_args": {"anchor": {"texts": str(texts)}}}}))
+@pytest.mark.parametrize("changed", ["anchor.txt", "general.txt", "questions.jsonl"])
+def test_compare_refuses_folder_of_other_texts(tmp_path, config, forked, changed):
+    anchor, texts, questions = (tmp_path / name for name in ("anchor.txt", "general.txt", "questions.jsonl"))
+    anchor.write_text("The sea is calm.")
+    texts.write_text("The cat slept.")
+    questions.write_text(json.dumps({"input": "The sea is", "choices": ["calm", "red"], "answer": 0}) + "\n")
+    method, measured = tmp_path / "anchored.yaml", tmp_path / "measured.yaml"
+    method.write_text(yaml.safe_dump({"model": {"init_args": {"anchor": {"texts": str(anchor)}}}}))
+    arguments = {"texts": str(texts), "choices": str(questions)}
+    retention = {"class_path": "lightning_ft.Retention", "init_args": arguments}
+    measured.write_text(yaml.safe_dump({"trainer": {"callbacks+": [retention]}}))
     options = {**QUICK, "seeds": "0", "learning_rates": {"anchored": [5e-3]}, "budget": "0.001s"}
-    for content, message in (("The sea is calm.", "nothing to compare"), ("The sea is rough.", "another config")):
-        texts.write_text(content)
+    file = tmp_path / changed
+    content = file.read_text()
+    for now, message in (
+        (content, "nothing to compare"),
+        (content, "nothing to compare"),
+        (content.replace("calm", "cold").replace("cat", "cow"), "another config"),
+    ):
+        file.write_text(now)
         with pytest.raises(ComparisonError, match=message):
-            compare(config, str(method), str(tmp_path / "out"), **options)
+            compare(f"{config},{measured}", str(method), str(tmp_path / "out"), **options)
 
 
 def test_compare_quotes_log_of_failed_run(tmp_path, config):
