@@ -7,7 +7,7 @@ each would end the run when its batch comes, perhaps after hours, and on a GPU w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,9 @@ from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.extremes import Extreme, largest_token, longest_row, rows_with
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.module import RowDataModule
-from lightning_ft.data.row_types import RowT
+from lightning_ft.data.preference_rows import Preferences
+from lightning_ft.data.prompts import Prompts
+from lightning_ft.data.row_types import Pairs, RowT, RowType
 from lightning_ft.data.splits import Splits
 from lightning_ft.data.tokenizers import load_tokenizer
 from lightning_ft.errors import ConfigError, ModelError, TokenizerError
@@ -38,6 +40,11 @@ from lightning_ft.models.vocabulary import (
 from lightning_ft.modules.options import ModelOptions
 
 _MOST_NAMED = 5
+_DATA_MODULES: dict[type[RowType[Any]], str] = {
+    Pairs: "PairDataModule",
+    Preferences: "PreferenceDataModule",
+    Prompts: "PromptDataModule",
+}
 
 
 def check_rows(
@@ -249,6 +256,10 @@ class CheckedRows(LightningModule):
     batch by batch.
     """
 
+    row_type: ClassVar[type[RowType[Any]]] = Pairs
+    """Type of the rows that it is trained on."""
+    purpose: ClassVar[str] = "trains on supervised tokens"
+    """What it does with them, for errors."""
     model: Any
     model_options: ModelOptions
     generation_options: dict[str, Any]
@@ -271,6 +282,30 @@ class CheckedRows(LightningModule):
     def _row_data(self) -> RowDataModule | None:
         data = None if self._trainer is None else cast(Any, self._trainer).datamodule
         return data if isinstance(data, RowDataModule) else None
+
+    def setup(self, stage: str) -> None:
+        """Refuse rows of another type, before any weights are loaded.
+
+        Raises:
+            ConfigError: For another DataModule of this package.
+        """
+        super().setup(stage)
+        data = self._row_data()
+        if stage == "predict" or data is None or isinstance(data.row_type, self.row_type):
+            return
+        if isinstance(data.row_type, tuple(_DATA_MODULES)):  # a type of the user's own is the user's to know
+            raise self.wrong_data(type(data).__name__)
+
+    def wrong_data(self, found: str) -> ConfigError:
+        """The error for data that it can't be trained on.
+
+        Args:
+            found: What was passed instead.
+        """
+        return ConfigError(
+            f"{type(self).__name__} {self.purpose} and got a {found}: pass a {_DATA_MODULES[self.row_type]} to the "
+            "Trainer."
+        )
 
     def _check_rows(self, model: CausalLM) -> None:
         """Refuse a tokenizer and rows that the model can't read, before anything is computed from them."""

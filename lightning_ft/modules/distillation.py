@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import Example, TokenBatch
 from lightning_ft.data.prompt_baseline import PromptBaseline
-from lightning_ft.data.prompts import Prompt
+from lightning_ft.data.prompts import Prompt, Prompts
+from lightning_ft.data.row_types import RowType
 from lightning_ft.data.tokenizers import load_tokenizer, pad_token_id
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.distillation import DistillationLoss, Divergence, check_divergence
@@ -77,6 +78,8 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
     default_dtype: ClassVar[str] = "float32"
     trains_router_loss: ClassVar[bool] = False
     accuracy_name: ClassVar[str] = "token_agreement"
+    row_type: ClassVar[type[RowType[Any]]] = Prompts
+    purpose: ClassVar[str] = "answers requests"
 
     def __init__(
         self,
@@ -228,10 +231,7 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
             ConfigError: If the batch is no `PromptBatch`.
         """
         if not isinstance(batch, PromptBatch):
-            raise ConfigError(
-                f"PromptDistillation answers requests and got a {type(batch).__name__}: pass a PromptDataModule to the "
-                "Trainer."
-            )
+            raise self.wrong_data(type(batch).__name__)
         prompts = self.teacher.prompts(batch)
         requests = [ids.tolist() for ids in batch.input_ids]
         with restoring_modes(self.model):

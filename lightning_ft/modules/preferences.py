@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
 from lightning_ft.data.preference_rows import Preferences
+from lightning_ft.data.row_types import RowType
 from lightning_ft.distributed import sum_over_ranks
-from lightning_ft.errors import ConfigError
 from lightning_ft.losses.preference import SequenceLogProbs, implicit_rewards
 from lightning_ft.modules.adapted import AdaptedFineTuning, per_completion
 from lightning_ft.modules.ref_logprobs import ReferenceLogProbs
@@ -42,16 +42,18 @@ class PreferenceLearning(AdaptedFineTuning):
     Its arguments are those of `AdaptedFineTuning`.
     """
 
+    row_type: ClassVar[type[RowType[Any]]] = Preferences
+    purpose: ClassVar[str] = "trains on preferences"
+
     def setup(self, stage: str) -> None:
-        """Refuse rows that aren't preferences, before any weights are loaded.
+        """Refuse rows of another type, and pairs or labels that a subclass can't learn from, before weights are loaded.
 
         Raises:
-            ConfigError: For another DataModule of this package.
+            ConfigError: For them.
         """
         super().setup(stage)
-        if stage != "predict" and (data := self._row_data()) is not None:
-            if not isinstance(data.row_type, Preferences):
-                raise self._not_preferences(type(data).__name__)
+        data = self._row_data()
+        if stage != "predict" and data is not None and isinstance(data.row_type, Preferences):
             parts = [part for name in ("train", "validation", "test") for part in data.splits.rows.get(name, ())]
             for row in (part[0] for part in parts if len(part)):
                 self.check_paired(len(row.labels) > 1)
@@ -62,12 +64,6 @@ class PreferenceLearning(AdaptedFineTuning):
         Args:
             paired: Whether the rows are pairs.
         """
-
-    def _not_preferences(self, found: str) -> ConfigError:
-        return ConfigError(
-            f"{type(self).__name__} trains on preferences and got a {found}: pass a PreferenceDataModule to the "
-            "Trainer."
-        )
 
     def on_train_start(self) -> None:
         """As in `FineTuning`, and start counting."""
@@ -95,7 +91,7 @@ class PreferenceLearning(AdaptedFineTuning):
 
     def _checked_loss(self, batch: object) -> BatchLosses:
         if not isinstance(batch, PreferenceBatch):
-            raise self._not_preferences(type(batch).__name__)
+            raise self.wrong_data(type(batch).__name__)
         return self.compute_loss(batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

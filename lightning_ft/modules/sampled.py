@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
+from lightning_ft.data.prompts import Prompts
+from lightning_ft.data.row_types import RowType
 from lightning_ft.distributed import rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ConfigError, NonFiniteError, RolloutError
 from lightning_ft.losses.statistics import mean_and_std, power_sums
@@ -62,6 +64,9 @@ class SampledCompletions(AdaptedFineTuning):
             for the built-in ones. It is not saved: pass it to `load_from_checkpoint` again.
         options: Arguments of `AdaptedFineTuning` and `FineTuning`.
     """
+
+    row_type: ClassVar[type[RowType[Any]]] = Prompts
+    purpose: ClassVar[str] = "samples completions of prompts"
 
     def __init__(
         self,
@@ -186,10 +191,7 @@ class SampledCompletions(AdaptedFineTuning):
 
     def _sample(self, batch: PromptBatch, count: int) -> RolloutBatch:
         if not isinstance(batch, PromptBatch):
-            raise ConfigError(
-                f"{type(self).__name__} samples completions of prompts and got a {type(batch).__name__}: pass a "
-                "PromptDataModule to the Trainer."
-            )
+            raise self.wrong_data(type(batch).__name__)
         engine = self.engine
         with restoring_modes(self.model):  # an engine may leave the model in eval mode
             if hasattr(engine, "sync_weights"):  # the `engine` of a subclass may do without

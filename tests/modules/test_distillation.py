@@ -302,7 +302,7 @@ def test_bad_prompts_and_batches_are_refused(model_folder, trainer_options, tmp_
     assert PromptDistillation(model_folder, prompt=str(tmp_path / "prompt.json")).prompt.system == "be brief"
     module = PromptDistillation(model_folder, prompt=PROMPT)
     pairs = PairDataModule([{"input": "a", "output": "b"}] * 4, batch_size=2)
-    with pytest.raises(ConfigError, match="answers requests and got a TokenBatch: pass a PromptDataModule"):
+    with pytest.raises(ConfigError, match="answers requests and got a PairDataModule: pass a PromptDataModule"):
         Trainer(max_steps=1, **trainer_options).fit(module, pairs)
     long, batch = module_and_batch(model_folder, max_new_tokens=500)
     with pytest.raises(ConfigError, match="exceeds the context of 512 tokens"):
