@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -121,12 +122,13 @@ class Anchor:
         self.options, self.coef = options, float(options.coef)
         self._reference: Reference | None = None
         self._examples: list[Example] = []
-        self._kept = 0  # number of texts, from the first, whose states are kept
-        self._states: list[Tensor] = []
+        self._kept = 0  # number of texts, from the first, whose states may be kept
+        self._read = 0  # number of those whose states were computed
+        self._states: dict[int, Tensor] = {}
         self._divergence = MeanMetrics()  # over the tokens of this step
         self._texts = 0
-        self.flops = 0
-        """Operations spent on hidden states that are kept."""
+        self.flops, self.seconds = 0, 0.0
+        """Operations and time of the original model after the first step."""
 
     def keep_original(self, module: SupervisedFineTuning) -> None:
         """Keep the model as it is now; call it before the first step.
@@ -161,7 +163,7 @@ class Anchor:
                 f"Anchor: {len(texts):,} texts, {sum(map(len, self._examples)):,} tokens, {cut:,} of them truncated to "
                 f"{options.max_tokens:,}."
             )
-        self._states, self._divergence, self._texts = [], MeanMetrics(), 0
+        self._states, self._read, self._divergence, self._texts = {}, 0, MeanMetrics(), 0
         width = int(getattr(base_of(module.model).config.get_text_config(), "hidden_size", 0))
         sizes = accumulate(len(example) * width * torch.float32.itemsize for example in self._examples)
         self._kept = sum(size <= KEPT_BYTES for size in sizes) if width else 0
@@ -189,45 +191,71 @@ class Anchor:
     def penalty(self, module: SupervisedFineTuning, targets: int, batch_idx: int) -> Tensor:
         """The weighted divergence of a micro-batch, times its number of supervised tokens, as its loss is summed.
 
-        Texts are drawn by step, micro-batch and rank, so that a resumed run draws the same.
-
         Args:
             module: The module.
             targets: Number of supervised tokens of the micro-batch.
             batch_idx: Number of the micro-batch.
         """
         assert self._reference is not None
-        rank = rank_and_world_size()[0]
-        rng = random.Random(f"{module.model_options.seed} {module.trainer.global_step} {batch_idx} {rank}")
-        chosen = rng.sample(range(len(self._examples)), min(self.options.texts_per_batch, len(self._examples)))
-        logprob_model = module._required_logprob_model()
+        chosen = self.draw(module, batch_idx)
         batch = self._batch(module, chosen)
-        if len(self._states) < self._kept:
-            self._keep_states(module)
-        kept = max(chosen) < self._kept
-        original_states = torch.cat([self._states[i] for i in chosen]) if kept else self._original_states(module, batch)
-        states = logprob_model.states(module.model, batch)
-        original_states = original_states.to(states.device)
+        states = module._required_logprob_model().states(module.model, batch)
+        original_states = self._original_states(module, chosen, batch).to(states.device)
         result = distill(module.model, states, batch.targets, original_states, frozen_logits(self._reference.use))
         self._divergence.add({"kl": result.divergence})
         self._texts += len(chosen)
         return self.coef * targets * result.loss / batch.num_targets
 
-    def _original_states(self, module: SupervisedFineTuning, batch: TokenBatch) -> Tensor:
-        assert self._reference is not None
-        with self._reference.use() as original:
-            return module._required_logprob_model().states(original, batch)
+    def draw(self, module: SupervisedFineTuning, batch_idx: int) -> list[int]:
+        """Numbers of the texts of a micro-batch, by step, micro-batch and rank, so that a resumed run draws the same.
 
-    def _keep_states(self, module: SupervisedFineTuning) -> None:
-        """Compute the hidden states of the original model, which never change, of the texts that memory allows.
-
-        This is done in the first step, whose precision they must have, and not when a text is first drawn, so that all
-        other steps cost the same.
+        Args:
+            module: The module.
+            batch_idx: Number of the micro-batch.
         """
-        with counted_separately(), nullcontext() if is_compiled(module) else OperationCounter() as counter:
-            batches = (self._batch(module, [index]) for index in range(self._kept))
-            self._states = [self._original_states(module, batch).cpu() for batch in batches]
-        self.flops += 0 if counter is None else counter.flops
+        rank = rank_and_world_size()[0]
+        rng = random.Random(f"{module.model_options.seed} {module.trainer.global_step} {batch_idx} {rank}")
+        return rng.sample(range(len(self._examples)), min(self.options.texts_per_batch, len(self._examples)))
+
+    def _original_states(self, module: SupervisedFineTuning, chosen: Sequence[int], batch: TokenBatch) -> Tensor:
+        """Hidden states of the original model for a batch of texts, which never change: kept when first computed.
+
+        Each text is run alone. If it were run with those that it is first drawn with, rounding would differ in a
+        resumed run, which draws it with others first. In the first step the two models are equal, and the same pass
+        gives a divergence of exactly 0, whose gradients an optimizer can't amplify.
+        """
+        assert self._reference is not None
+        run = module._required_logprob_model().states
+        if module.trainer.global_step == 0:
+            with self._reference.use() as original:
+                return run(original, batch)
+        missing = [index for index in chosen if index not in self._states]
+        found = {index: self._states[index] for index in chosen if index in self._states}
+        if missing:
+            started = time.perf_counter()
+            counting = nullcontext if is_compiled(module) else OperationCounter
+            with self._reference.use() as original, counted_separately(), counting() as counter:
+                found |= {index: run(original, self._batch(module, [index])).cpu() for index in missing}
+            self._states |= {index: found[index] for index in missing if index < self._kept}
+            self._read = len(self._states)
+            self.seconds += time.perf_counter() - started
+            self.flops += 0 if counter is None else counter.flops
+        return torch.cat([found[index] for index in chosen])
+
+    def growth(self, micro_batches: int) -> float:
+        """Expected number of texts that a run will have read once, as a multiple of those read so far.
+
+        Args:
+            micro_batches: Number of micro-batches of the run.
+        """
+        if not self._read:
+            return 1.0
+        missed = 1 - min(1.0, self.options.texts_per_batch / len(self._examples))
+        return self._kept * (1 - missed**micro_batches) / self._read
+
+    def end(self) -> None:
+        """Free the hidden states, which only training needs."""
+        self._states = {}
 
     def _batch(self, module: SupervisedFineTuning, chosen: Sequence[int]) -> TokenBatch:
         examples = [self._examples[index] for index in chosen]

@@ -7,7 +7,7 @@ each would end the run when its batch comes, perhaps after hours, and on a GPU w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,8 @@ from lightning_ft.models.vocabulary import (
 from lightning_ft.modules.options import ModelOptions
 
 _MOST_NAMED = 5
-_DATA_MODULES: dict[type[RowType[Any]], str] = {
+_PACKAGE = "lightning_ft."
+_DATA_MODULES: dict[type[RowType[Any]] | None, str] = {
     Pairs: "PairDataModule",
     Preferences: "PreferenceDataModule",
     Prompts: "PromptDataModule",
@@ -256,9 +257,9 @@ class CheckedRows(LightningModule):
     batch by batch.
     """
 
-    row_type: ClassVar[type[RowType[Any]]] = Pairs
-    """Type of the rows that it is trained on."""
-    purpose: ClassVar[str] = "trains on supervised tokens"
+    row_type: ClassVar[type[RowType[Any]] | None] = None
+    """Type of the rows that it is trained on; None for any."""
+    purpose: ClassVar[str] = "trains on rows of its own"
     """What it does with them, for errors."""
     model: Any
     model_options: ModelOptions
@@ -280,7 +281,11 @@ class CheckedRows(LightningModule):
         return 0
 
     def _row_data(self) -> RowDataModule | None:
-        data = None if self._trainer is None else cast(Any, self._trainer).datamodule
+        trainer: Any = self._trainer
+        data = None if trainer is None else trainer.datamodule
+        source = getattr(getattr(trainer, "fit_loop", None), "_data_source", None)
+        if source is not None and source.instance is not data:
+            return None  # of an earlier call: a Trainer that is passed loaders keeps it
         return data if isinstance(data, RowDataModule) else None
 
     def setup(self, stage: str) -> None:
@@ -291,10 +296,10 @@ class CheckedRows(LightningModule):
         """
         super().setup(stage)
         data = self._row_data()
-        if stage == "predict" or data is None or isinstance(data.row_type, self.row_type):
+        if stage == "predict" or data is None or self.row_type is None or isinstance(data.row_type, self.row_type):
             return
-        if isinstance(data.row_type, tuple(_DATA_MODULES)):  # a type of the user's own is the user's to know
-            raise self.wrong_data(type(data).__name__)
+        if all(type(part).__module__.startswith(_PACKAGE) for part in (self, data, data.row_type)):
+            raise self.wrong_data(type(data).__name__)  # what a subclass makes of other rows is the user's to know
 
     def wrong_data(self, found: str) -> ConfigError:
         """The error for data that it can't be trained on.
@@ -302,10 +307,8 @@ class CheckedRows(LightningModule):
         Args:
             found: What was passed instead.
         """
-        return ConfigError(
-            f"{type(self).__name__} {self.purpose} and got a {found}: pass a {_DATA_MODULES[self.row_type]} to the "
-            "Trainer."
-        )
+        wanted = _DATA_MODULES.get(self.row_type, "DataModule of such rows")
+        return ConfigError(f"{type(self).__name__} {self.purpose} and got a {found}: pass a {wanted} to the Trainer.")
 
     def _check_rows(self, model: CausalLM) -> None:
         """Refuse a tokenizer and rows that the model can't read, before anything is computed from them."""

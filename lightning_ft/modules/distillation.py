@@ -78,7 +78,7 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
     default_dtype: ClassVar[str] = "float32"
     trains_router_loss: ClassVar[bool] = False
     accuracy_name: ClassVar[str] = "token_agreement"
-    row_type: ClassVar[type[RowType[Any]]] = Prompts
+    row_type: ClassVar[type[RowType[Any]] | None] = Prompts
     purpose: ClassVar[str] = "answers requests"
 
     def __init__(

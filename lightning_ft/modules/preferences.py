@@ -42,7 +42,7 @@ class PreferenceLearning(AdaptedFineTuning):
     Its arguments are those of `AdaptedFineTuning`.
     """
 
-    row_type: ClassVar[type[RowType[Any]]] = Preferences
+    row_type: ClassVar[type[RowType[Any]] | None] = Preferences
     purpose: ClassVar[str] = "trains on preferences"
 
     def setup(self, stage: str) -> None:

@@ -65,7 +65,7 @@ class SampledCompletions(AdaptedFineTuning):
         options: Arguments of `AdaptedFineTuning` and `FineTuning`.
     """
 
-    row_type: ClassVar[type[RowType[Any]]] = Prompts
+    row_type: ClassVar[type[RowType[Any]] | None] = Prompts
     purpose: ClassVar[str] = "samples completions of prompts"
 
     def __init__(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.data.hf_batches import from_hf
 from lightning_ft.data.layout import TokenBatch
+from lightning_ft.data.row_types import Pairs, RowType
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
@@ -57,6 +58,8 @@ class SupervisedFineTuning(FineTuning):
     """
 
     trains_router_loss: ClassVar[bool] = True
+    row_type: ClassVar[type[RowType[Any]] | None] = Pairs
+    purpose: ClassVar[str] = "trains on supervised tokens"
     accuracy_name: ClassVar[str] = "token_accuracy"
     """Logged name of the share of supervised tokens that were predicted."""
 
@@ -89,6 +92,12 @@ class SupervisedFineTuning(FineTuning):
             self._anchor.start(self)
         self._router_metrics = MeanMetrics()
 
+    def on_train_end(self) -> None:
+        """Free what only training needs."""
+        super().on_train_end()
+        if self._anchor is not None:
+            self._anchor.end()
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Convert batches of transformers (`input_ids`, `attention_mask`, `labels`) to `TokenBatch`es."""
         if isinstance(batch, Mapping) and "labels" in batch:
@@ -118,7 +127,7 @@ class SupervisedFineTuning(FineTuning):
 
     @property
     def frozen_flops(self) -> int:
-        """Operations of the original model on the texts of an anchor, once, in addition to the training steps."""
+        """Operations of the original model on the texts of an anchor, in addition to the training steps."""
         return 0 if self._anchor is None else self._anchor.flops
 
     def anchored(self, loss: Tensor, targets: int, batch_idx: int) -> Tensor:
@@ -319,7 +328,8 @@ class LoRAFineTuning(SupervisedFineTuning):
             self._activations.end_epoch(self)
 
     def on_train_end(self) -> None:
-        """Write activations that are still in memory, and report how many were read."""
+        """As in `SupervisedFineTuning`; write activations that are still in memory, and report how many were read."""
+        super().on_train_end()
         if self._activations is not None:
             self._activations.end()
 

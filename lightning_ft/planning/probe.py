@@ -70,13 +70,16 @@ def measure_steps(folder: Path, steps: int | None = None) -> Resources:
         raise ComparisonError(f"The steps could not be measured: {meter.undefined or 'training was interrupted'}.")
     of_epoch = sum(batch.input_ids.numel() for batch in epoch)
     positions = round(of_epoch / len(epoch) * micro_batches)
-    frozen = float(getattr(cli.model, "frozen_flops", 0))  # of an anchor's texts, once; of cached layers, once per row
-    of_run = frozen if getattr(cli.model, "_anchor", None) is not None else frozen * of_epoch / result.tokens
+    # What is computed once: cached layers for each row, and the original model for each text of an anchor.
+    once, seconds = float(getattr(cli.model, "frozen_flops", 0)) * trainer.world_size, 0.0
+    growth = min(of_epoch, positions) / result.tokens
+    if (anchor := getattr(cli.model, "_anchor", None)) is not None:
+        growth, seconds = anchor.growth(micro_batches), anchor.seconds
     return Resources(
         rows=data.report["train"].kept,
         tokens=positions,
-        seconds=result.train_seconds / result.tokens * positions,
-        flops=(result.flops - frozen) / result.tokens * positions + of_run,
+        seconds=(result.train_seconds - seconds) / result.tokens * positions + seconds * growth,
+        flops=(result.flops - once) / result.tokens * positions + once * growth,
         peak_memory_bytes=result.peak_memory_bytes,
         measured_steps=len(chosen),
         device=result.device,

@@ -1,12 +1,14 @@
 """The anchor: its gradient against a literal implementation, its weight, texts, checkpoints and refusals."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from dpo_cases import shake
 from tiny import TEXT, make_model, make_rows
 from torch.nn.functional import kl_div
+from transformers import AutoTokenizer
 
 from lightning_ft import ComputeMeter, FullFineTuning, LoRAFineTuning, PairDataModule, Retention
 from lightning_ft._lightning import Callback, Trainer
@@ -187,43 +189,54 @@ class Passes(Callback):
     def count(self, trainer):
         self.passes += trainer.global_step > 0
 
-    def on_train_batch_end(self, trainer, *_):
+    def on_train_batch_end(self, trainer, module, *_):
+        self.kept = dict(module._anchor._states)
         self.kls.append(float(trainer.callback_metrics["train/anchor_kl"]))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_original_model_reads_each_text_once(model_folder, trainer_options, monkeypatch, kind):
-    def fitted():
+@pytest.mark.parametrize("kept", [len(TEXTS), 3, 0])
+def test_original_model_reads_each_text_once(model_folder, trainer_options, monkeypatch, kind, kept):
+    def fitted(count):
         found, module = Passes(), make(model_folder, kind, anchor={**ANCHOR, "texts_per_batch": 3})
+        sizes = [4 * 32 * len(tokenizer(text)["input_ids"]) for text in TEXTS]
+        monkeypatch.setattr("lightning_ft.modules.anchor.KEPT_BYTES", sum(sizes[:count]))
         fit(trainer_options, module, Shake(), found, max_epochs=3, max_steps=12)
         return found, module
 
-    kept, module = fitted()
-    assert len(module._anchor._states) == len(TEXTS)
-    assert kept.passes == 2 * 11
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    each_time, module = fitted(0)
+    assert each_time.kept == {}
+    assert each_time.passes == (2 + 3) * 11
+    if kept:
+        found, module = fitted(kept)
+        assert sorted(found.kept) == list(range(kept))
+        beyond = sum(n >= kept for n in drawn(module, steps=range(1, 12)))
+        assert found.passes == 2 * 11 + kept + beyond
+        assert found.kls == pytest.approx(each_time.kls, rel=1e-6)
     assert module.frozen_flops > 0
-
-    monkeypatch.setattr("lightning_ft.modules.anchor.KEPT_BYTES", 0)
-    each_time, module = fitted()
-    assert each_time.passes == 3 * 11
-    assert module.frozen_flops == 0
-    assert kept.kls == pytest.approx(each_time.kls, rel=1e-4)
+    assert module._anchor._states == {}, "they are freed after the fit"
 
 
-def test_first_texts_are_kept_as_far_as_memory_goes(model_folder, trainer_options, monkeypatch):
-    module = make(model_folder, "lora", anchor={**ANCHOR, "texts_per_batch": 1})
-    fit(trainer_options, module, max_steps=1)
-    sizes = [4 * module.model.config.hidden_size * len(example) for example in module._anchor._examples]
-    monkeypatch.setattr("lightning_ft.modules.anchor.KEPT_BYTES", sum(sizes[:2]))
-    module._anchor.start(module)
-    penalties = [module._anchor.penalty(module, 1, batch).item() for batch in range(40)]
-    assert len(module._anchor._states) == 2
-    monkeypatch.undo()
-    module._anchor.start(module)
-    assert penalties == pytest.approx(
-        [module._anchor.penalty(module, 1, batch).item() for batch in range(40)], rel=1e-5
-    )
-    assert len(module._anchor._states) == len(TEXTS)
+def drawn(module, steps):
+    """Numbers of the texts of the first micro-batch of each step."""
+    anchor = module._anchor
+    module._trainer = SimpleNamespace(global_step=0)
+    found = []
+    for step in steps:
+        module._trainer.global_step = step
+        found += anchor.draw(module, step % 4)
+    return found
+
+
+def test_unmoved_model_has_no_divergence_to_amplify(model_folder, trainer_options):
+    """Texts of other lengths are padded; the original model reads them as the trained one does."""
+    found = Gradients()
+    trainer = fit(trainer_options, make(model_folder, "full", anchor=ANCHOR), found, max_steps=1)
+    assert float(trainer.callback_metrics["train/anchor_kl"]) == 0.0
+    plain = Gradients()
+    fit(trainer_options, make(model_folder, "full"), plain, max_steps=1)
+    assert all(torch.equal(found.gradients[name], plain.gradients[name]) for name in plain.gradients)
 
 
 def test_operations_of_the_original_model_are_added_once(model_folder, trainer_options):
@@ -233,8 +246,17 @@ def test_operations_of_the_original_model_are_added_once(model_folder, trainer_o
         module = make(model_folder, "lora", anchor={"texts": texts, "texts_per_batch": 1})
         rows = PairDataModule(make_rows(1), batch_size=1, packing=False, cache_dir=False)
         Trainer(callbacks=[meter], **{**trainer_options, "max_steps": -1, "max_epochs": epochs}).fit(module, rows)
+        assert module._anchor._read > 1
         return meter.result.flops, module.frozen_flops
 
-    (few, once), (many, again) = flops(3), flops(12)
-    assert 0 < once == again
-    assert many - once == 4 * (few - once)
+    (few, early), (many, late) = flops(20), flops(60)
+    assert 0 < early < late
+    assert (many - late) / 60 == (few - early) / 20
+
+
+def test_growth_is_the_expected_number_of_texts(model_folder, trainer_options):
+    module = make(model_folder, "lora", anchor={**ANCHOR, "texts_per_batch": 2})
+    assert module._anchor.growth(9) == 1.0  # nothing was read yet
+    fit(trainer_options, module, max_steps=3)
+    read = module._anchor._read
+    assert [module._anchor.growth(n) * read for n in (1, 2, 10**6)] == pytest.approx([2, 2 + 2 * 6 / 8, len(TEXTS)])

@@ -1,10 +1,12 @@
 """Each module refuses rows of another type before it loads weights."""
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 import lightning_ft
 from lightning_ft._lightning import Trainer
+from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.data.row_types import Pairs, RowType
 from lightning_ft.errors import ConfigError
 
@@ -48,11 +50,57 @@ def test_other_batches_are_refused(model_folder, trainer_options, name):
         Trainer(**trainer_options, max_steps=1).fit(module, DataLoader([1, 2]))
 
 
-def test_row_type_of_ones_own_is_not_refused(model_folder, trainer_options):
-    parts = {name: part for name, part in vars(Pairs).items() if name not in ("__dict__", "__weakref__")}
-    own_type = type("OwnRows", (RowType,), parts)  # like Pairs, and no subclass of it
-    data = lightning_ft.PairDataModule([ROWS["PairDataModule"]] * 4, batch_size=2, cache_dir=False)
-    data.row_type = own_type()
-    module = lightning_ft.LoRAFineTuning(model_folder)
-    Trainer(**trainer_options, max_steps=1).fit(module, data)
-    assert module.model is not None
+class OwnMethod(lightning_ft.LoRAFineTuning):
+    """Trains on the chosen completions of preferences."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(collate_examples([chosen for chosen, _ in batch.completions]), batch_idx)
+
+
+class OwnData(lightning_ft.PreferenceDataModule):
+    """Preferences whose batches are those of pairs."""
+
+    def make_collate(self):
+        example = Example(torch.arange(4), torch.ones(4, dtype=torch.bool))
+        return lambda rows: lambda encoded: collate_examples([example] * len(encoded))
+
+
+parts = {name: part for name, part in vars(Pairs).items() if name not in ("__dict__", "__module__", "__weakref__")}
+OwnRows = type("OwnRows", (RowType,), parts)  # like Pairs, and no subclass of it
+
+
+@pytest.mark.parametrize("own", [OwnMethod, OwnData, OwnRows])
+def test_what_a_subclass_makes_of_other_rows_is_its_own_affair(model_folder, trainer_options, own):
+    """They are checked batch by batch."""
+    name = "PairDataModule" if own is OwnRows else "PreferenceDataModule"
+    data_class = own if own is OwnData else getattr(lightning_ft, name)
+    data = data_class([ROWS[name]] * 4, batch_size=2, cache_dir=False)
+    if own is OwnRows:
+        data.row_type = own()
+    module = (own if own is OwnMethod else lightning_ft.LoRAFineTuning)(model_folder)
+    trainer = Trainer(**trainer_options, max_steps=1)
+    trainer.fit(module, data)
+    assert trainer.global_step == 1
+
+
+def test_error_of_a_row_type_of_ones_own():
+    class Method(lightning_ft.LoRAFineTuning):
+        row_type, purpose = OwnRows, "trains on such rows"
+
+    error = Method("model").wrong_data("PairDataModule")
+    assert (
+        str(error)
+        == "Method trains on such rows and got a PairDataModule: pass a DataModule of such rows to the Trainer."
+    )
+
+
+def test_data_of_an_earlier_run_of_the_trainer_are_not_checked(model_folder, trainer_options):
+    trainer = Trainer(**trainer_options, max_steps=1)
+    pairs = lightning_ft.PairDataModule([ROWS["PairDataModule"]] * 4, batch_size=2, cache_dir=False)
+    trainer.fit(lightning_ft.LoRAFineTuning(model_folder), pairs)
+    prompts = lightning_ft.PromptDataModule([ROWS["PromptDataModule"]] * 4, batch_size=2, tokenizer=pairs.tokenizer)
+    prompts.setup("fit")
+    module = lightning_ft.GRPO(model_folder, **REWARD, num_completions=2, max_new_tokens=2)
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    trainer.fit(module, prompts.train_dataloader())
+    assert module.last_rollout is not None

@@ -75,8 +75,16 @@ def test_plan_with_a_pilot_trains_on_few_rows_and_leaves_test_rows_unanswered(co
     assert times == [path.stat().st_mtime_ns for path in sorted(output.rglob("result.json"))]
 
 
-@pytest.mark.parametrize("once", ["nothing", "anchor", "cached layers"])
-def test_plan_predicts_operations_and_memory(config, tmp_path, model_folder, trainer_options, once):
+@pytest.mark.parametrize(
+    ("once", "limits"),
+    [
+        ("nothing", {"max_epochs": 2}),
+        ("anchor", {"max_epochs": 2}),
+        ("cached layers", {"max_epochs": 2}),
+        ("cached layers", {"max_epochs": 1, "limit_train_batches": 2}),
+    ],
+)
+def test_plan_predicts_operations_and_memory(config, tmp_path, model_folder, trainer_options, once, limits):
     """Predicted from four of six batches, measured in the whole run."""
     options = {
         "nothing": {"lora": {"r": 2}},
@@ -86,17 +94,17 @@ def test_plan_predicts_operations_and_memory(config, tmp_path, model_folder, tra
     of_plan, of_run = ({"activation_cache": str(tmp_path / name)} for name in ("planned", "run"))
     if once != "cached layers":
         of_plan, of_run = {}, {}
-    options_of_data = {"data__init_args__batch_size": 4}
+    changes = {"data__init_args__batch_size": 4, **{f"trainer__{name}": limits[name] for name in limits}}
     planned = changed(
         config,
-        **options_of_data,
+        **changes,
         **{f"model__init_args__{name}": value for name, value in {**options, **of_plan}.items()},
     )
     forecast = plan(planned, str(tmp_path / "plan"), steps=4, threads=1)
     meter = ComputeMeter(output_dir=False, every_n_steps=1)
     data = PairDataModule(train=str(tmp_path / "train.jsonl"), batch_size=4, cache_dir=False)
     torch.manual_seed(0)
-    trainer = Trainer(**trainer_options, max_epochs=2, callbacks=[meter])
+    trainer = Trainer(**trainer_options, **limits, callbacks=[meter])
     module = LoRAFineTuning(str(model_folder), dtype="float32", learning_rate=5e-3, **options, **of_run)
     trainer.fit(module, data)
     assert (module.frozen_flops > 0) == (once != "nothing")
