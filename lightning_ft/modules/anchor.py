@@ -123,7 +123,7 @@ class Anchor:
         self._reference: Reference | None = None
         self._examples: list[Example] = []
         self._kept = 0  # number of texts, from the first, whose states may be kept
-        self._read = 0  # number of those whose states were computed
+        self._read = 0  # number of times that a text was read
         self._states: dict[int, Tensor] = {}
         self._divergence = MeanMetrics()  # over the tokens of this step
         self._texts = 0
@@ -237,21 +237,23 @@ class Anchor:
             with self._reference.use() as original, counted_separately(), counting() as counter:
                 found |= {index: run(original, self._batch(module, [index])).cpu() for index in missing}
             self._states |= {index: found[index] for index in missing if index < self._kept}
-            self._read = len(self._states)
+            self._read += len(missing)
             self.seconds += time.perf_counter() - started
             self.flops += 0 if counter is None else counter.flops
         return torch.cat([found[index] for index in chosen])
 
     def growth(self, micro_batches: int) -> float:
-        """Expected number of texts that a run will have read once, as a multiple of those read so far.
+        """Expected number of times that a run reads a text, as a multiple of those so far.
 
         Args:
             micro_batches: Number of micro-batches of the run.
         """
         if not self._read:
             return 1.0
-        missed = 1 - min(1.0, self.options.texts_per_batch / len(self._examples))
-        return self._kept * (1 - missed**micro_batches) / self._read
+        drawn = min(1.0, self.options.texts_per_batch / len(self._examples))
+        once = self._kept * (1 - (1 - drawn) ** micro_batches)
+        each_time = (len(self._examples) - self._kept) * drawn * micro_batches
+        return (once + each_time) / self._read
 
     def end(self) -> None:
         """Free the hidden states, which only training needs."""

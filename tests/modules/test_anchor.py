@@ -254,9 +254,15 @@ def test_operations_of_the_original_model_are_added_once(model_folder, trainer_o
     assert (many - late) / 60 == (few - early) / 20
 
 
-def test_growth_is_the_expected_number_of_texts(model_folder, trainer_options):
+def test_growth_is_the_expected_number_of_texts(model_folder, trainer_options, monkeypatch):
     module = make(model_folder, "lora", anchor={**ANCHOR, "texts_per_batch": 2})
     assert module._anchor.growth(9) == 1.0  # nothing was read yet
     fit(trainer_options, module, max_steps=3)
     read = module._anchor._read
     assert [module._anchor.growth(n) * read for n in (1, 2, 10**6)] == pytest.approx([2, 2 + 2 * 6 / 8, len(TEXTS)])
+
+    monkeypatch.setattr("lightning_ft.modules.anchor.KEPT_BYTES", 0)
+    module = make(model_folder, "lora", anchor={**ANCHOR, "texts_per_batch": 2})
+    fit(trainer_options, module, max_steps=3)
+    assert module._anchor._read == 2 * 2  # in each step after the first
+    assert module._anchor.growth(10) * 4 == pytest.approx(2 * 10)

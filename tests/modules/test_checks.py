@@ -326,6 +326,16 @@ def test_end_token_of_ordinary_text_is_reported(train):
 # ---- arguments of a wrong type
 
 
+@pytest.mark.parametrize("rows", [("grpo", "PromptBatch"), ("dpo", "PreferenceBatch")])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_sft_error_names_the_datamodule_that_it_needs(kind, rows, model_folder, train):
+    given, batch = rows
+    data = data_of(given, "where", tokenizer=make_tokenizer())
+    data.setup("fit")
+    with pytest.raises(ConfigError, match=f"got a {batch}: pass a PairDataModule to the Trainer"):
+        train(MODULES[kind][0](model_folder), DataLoader(list(data.train_dataloader()), batch_size=None))
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_sft_error_of_other_batches_says_what_to_pass(kind, model_folder, train):
     with pytest.raises(ConfigError, match="got a Tensor: pass a PairDataModule to the Trainer, or a loader of dicts"):
