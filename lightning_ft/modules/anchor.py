@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_ft.data.layout import Example, TokenBatch, collate_examples
 from lightning_ft.data.texts import encode_texts, load_texts
 from lightning_ft.data.tokenizers import pad_token_id
-from lightning_ft.distributed import rank_and_world_size, rank_zero_info, sum_over_ranks
+from lightning_ft.distributed import rank_and_world_size, rank_zero_info
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.kl import AdaptiveKL
 from lightning_ft.models.flops import OperationCounter, counted_separately, is_compiled
@@ -36,6 +36,8 @@ SAMPLES = "samples"
 """Value of `texts` for samples of the original model."""
 KEPT_BYTES = 2 * 2**30
 """Largest size of the original model's hidden states that are kept: 128,000 tokens of width 4,096 in float32."""
+RANGE = (0.01, 100.0)
+"""Limits of an adaptive weight, as multiples of `coef`: a weight that fell to nothing couldn't rise again in time."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class AnchorOptions:
             ``samples``, for texts that the original model writes before the first step, starting from nothing.
         coef: Weight of the divergence, which is a mean in nats per token, next to the loss of the rows.
         target: Divergence to stay near, in nats per token: the weight then rises while more is measured and falls while
-            less is, as PPO's does (https://arxiv.org/abs/1909.08593); None for a fixed weight.
-        horizon: Number of texts over which the weight changes by about a fifth.
+            less is, as PPO's does (https://arxiv.org/abs/1909.08593), within `RANGE` times `coef`; None for a fixed
+            weight.
+        horizon: Number of optimizer steps over which the weight changes by about a fifth.
         texts_per_batch: Number of texts drawn for each micro-batch.
         max_texts: Largest number of texts to use, from the first; number of samples.
         max_tokens: Largest number of tokens per text; longer texts are truncated.
@@ -64,7 +67,7 @@ class AnchorOptions:
     texts: str | list[str]
     coef: float = 1.0
     target: float | None = None
-    horizon: int = 2000
+    horizon: int = 5
     texts_per_batch: int = 4
     max_texts: int = 256
     max_tokens: int = 128
@@ -126,7 +129,6 @@ class Anchor:
         self._read = 0  # number of times that a text was read
         self._states: dict[int, Tensor] = {}
         self._divergence = MeanMetrics()  # over the tokens of this step
-        self._texts = 0
         self.flops, self.seconds = 0, 0.0
         """Operations and time of the original model after the first step."""
 
@@ -163,7 +165,7 @@ class Anchor:
                 f"Anchor: {len(texts):,} texts, {sum(map(len, self._examples)):,} tokens, {cut:,} of them truncated to "
                 f"{options.max_tokens:,}."
             )
-        self._states, self._read, self._divergence, self._texts = {}, 0, MeanMetrics(), 0
+        self._states, self._read, self._divergence = {}, 0, MeanMetrics()
         width = int(getattr(base_of(module.model).config.get_text_config(), "hidden_size", 0))
         sizes = accumulate(len(example) * width * torch.float32.itemsize for example in self._examples)
         self._kept = sum(size <= KEPT_BYTES for size in sizes) if width else 0
@@ -203,7 +205,6 @@ class Anchor:
         original_states = self._original_states(module, chosen, batch).to(states.device)
         result = distill(module.model, states, batch.targets, original_states, frozen_logits(self._reference.use))
         self._divergence.add({"kl": result.divergence})
-        self._texts += len(chosen)
         return self.coef * targets * result.loss / batch.num_targets
 
     def draw(self, module: SupervisedFineTuning, batch_idx: int) -> list[int]:
@@ -271,11 +272,10 @@ class Anchor:
             Metrics to log by name: the divergence in nats per token, and the weight in this step.
         """
         kl, used = self._divergence.reduce(device).get("kl", 0.0), self.coef
-        texts = sum_over_ranks(torch.tensor(float(self._texts)), device).item()
-        self._texts = 0
         if self.options.target is not None and math.isfinite(kl):
             controller = AdaptiveKL(self.coef, self.options.target, self.options.horizon)
-            self.coef = controller.update(kl, steps=min(int(texts), self.options.horizon)).coef
+            lowest, highest = (factor * self.options.coef for factor in RANGE)
+            self.coef = min(max(controller.update(kl, steps=1).coef, lowest), highest)
         return {"train/anchor_kl": kl, "train/anchor_coef": used}
 
 

@@ -108,15 +108,22 @@ def test_loss_is_logged_without_the_penalty(model_folder, trainer_options):
 
 @pytest.mark.parametrize("target", [1e-6, 1e3])
 def test_weight_follows_the_target_and_survives_a_checkpoint(model_folder, trainer_options, tmp_path, target):
-    anchor = {**ANCHOR, "coef": 1.0, "target": target, "horizon": 50}
+    anchor = {**ANCHOR, "coef": 1.0, "target": target, "horizon": 4}
     module = make(model_folder, "lora", anchor=anchor)
-    trainer = fit(trainer_options, module, Shake(), max_steps=4)
+    trainer = fit(trainer_options, module, Shake(), max_steps=3)
     coef = module._anchor.coef
-    assert (coef > 1.05) if target < 1 else (coef < 0.95)
+    assert coef == pytest.approx(1.05**3 if target < 1 else 0.95**3)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     loaded = LoRAFineTuning.load_from_checkpoint(tmp_path / "run.ckpt")
     assert loaded._anchor.coef == coef
     assert loaded._anchor.options == AnchorOptions(**anchor)
+
+
+def test_weight_stays_within_a_hundredth_and_a_hundred_times_its_start(model_folder, trainer_options):
+    module = make(model_folder, "lora", anchor={**ANCHOR, "coef": 0.5, "target": 1e3, "horizon": 1})
+    trainer = fit(trainer_options, module, max_steps=24)
+    assert 0.5 * 0.8**24 < 0.005 == module._anchor.coef
+    assert float(trainer.callback_metrics["train/anchor_coef"]) == pytest.approx(0.005)
 
 
 def test_texts_are_drawn_by_step_and_repeat_in_another_run(model_folder, trainer_options):
