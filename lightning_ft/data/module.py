@@ -22,6 +22,7 @@ from lightning_ft.data.provenance import describe_training_rows
 from lightning_ft.data.row_store import ChainedRows
 from lightning_ft.data.row_types import RowType
 from lightning_ft.data.rows import OnBadRow
+from lightning_ft.data.rows_tokenizer import RowsTokenizer
 from lightning_ft.data.sampler import BatchPlan, EpochPlan, FixedBatchPlan
 from lightning_ft.data.sources import Sources, source_as_json
 from lightning_ft.data.split_report import SplitReport
@@ -30,10 +31,8 @@ from lightning_ft.data.stream_loader import stream_loader
 from lightning_ft.data.stream_plan import StreamPlan
 from lightning_ft.data.stream_rows import RowStream
 from lightning_ft.data.stream_sources import RowFactory, RowIterable, check_streamed, is_streamed, stream_sources
-from lightning_ft.data.templates import set_chat_template
-from lightning_ft.data.tokenizers import load_tokenizer
-from lightning_ft.distributed import rank_zero_info, rank_zero_warn
-from lightning_ft.errors import ConfigError, TokenizerError
+from lightning_ft.distributed import rank_zero_info
+from lightning_ft.errors import ConfigError
 from lightning_ft.signatures import complete
 
 DataModuleT = TypeVar("DataModuleT", bound="RowDataModule")
@@ -120,9 +119,10 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         check_choices(max_length, batch_size, on_overlong, on_bad_row, validation, cache_dir)
-        self._mixing, self._chat_template, self._trust_remote_code = mixing, chat_template, trust_remote_code
-        self._tokenizer_option = tokenizer
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._mixing = mixing
+        self._tokenizer = RowsTokenizer(
+            tokenizer, chat_template, trust_remote_code=trust_remote_code, owner=type(self).__name__
+        )
         self._shuffle = shuffle
         self._seed, self._num_workers = seed, num_workers
         folder = Path(cache_dir) if isinstance(cache_dir, str) else cache.default_folder()
@@ -227,33 +227,11 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         Raises:
             ConfigError: If neither has one.
         """
-        if self._tokenizer is None:
-            self.tokenizer = self._find_tokenizer()
-        return self._tokenizer  # type: ignore[return-value]  # set by the property's setter
+        return self._tokenizer.current(getattr(self.trainer, "lightning_module", None))
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if self._chat_template is not None:
-            set_chat_template(tokenizer, self._chat_template)
-        elif not tokenizer.chat_template:
-            rank_zero_info(
-                "The tokenizer has no chat template, so conversations are written with 'User:' and 'Assistant:' on "
-                "lines of their own (chat_template='plain'), and exports keep that. Pass chat_template= for another "
-                "markup, or 'text' for none."
-            )
-        self._tokenizer = tokenizer
-
-    def _find_tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = self._tokenizer_option
-        if isinstance(tokenizer, str):
-            return load_tokenizer(tokenizer, trust_remote_code=self._trust_remote_code)
-        if tokenizer is None:
-            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
-        if tokenizer is None:
-            raise ConfigError(
-                f"{type(self).__name__} has no tokenizer: pass tokenizer=, or use it with a module that has one."
-            )
-        return tokenizer
+        self._tokenizer.set(tokenizer)
 
     def share_tokenizer(self, module: Any) -> PreTrainedTokenizerBase:
         """Let a module generate, measure and export with the tokenizer and the chat template of these rows.
@@ -262,7 +240,8 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         that differs is only reported.
 
         Args:
-            module: Module that is trained on the rows. Its tokenizer is used if this DataModule has none of its own.
+            module: Module that is trained on the rows. Its tokenizer is used if this DataModule has none of its own:
+                rows that were encoded with that of an earlier module are then read and encoded again.
 
         Returns:
             The tokenizer, which both have from now on.
@@ -270,28 +249,10 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         Raises:
             ConfigError: If another tokenizer was passed to the module.
         """
-        if self._tokenizer is None and self._tokenizer_option is None:
-            self.tokenizer = module.tokenizer
-        tokenizer = self.tokenizer
-        if hasattr(module, "adopt_tokenizer"):
-            templated = self._chat_template is not None
-            explicit = templated or self._tokenizer_option is not None
-            module.adopt_tokenizer(tokenizer, configured=explicit, template_configured=templated)
-            return tokenizer
-        try:
-            other: PreTrainedTokenizerBase | None = getattr(module, "tokenizer", None)
-        except (ConfigError, TokenizerError):  # a model without a tokenizer of its own
-            other = None
-        if (
-            other is not None
-            and other is not tokenizer
-            and cache.content_key([], other) != cache.content_key([], tokenizer)
-        ):
-            rank_zero_warn(
-                "The DataModule's tokenizer (or its chat template) differs from the module's: the model would be "
-                "trained on other tokens than it generates with. Pass tokenizer= to the module only."
-            )
-        return tokenizer
+        if self._tokenizer.follow(module):
+            rank_zero_info("The rows are read and encoded again, with the tokenizer of this module.")
+            self.splits.forget()
+        return self._tokenizer.share(module)
 
     @restricted_classmethod
     def load_from_checkpoint(
@@ -340,9 +301,10 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         if "predict" in names and "predict" not in self.splits.sources:
             self.predict_dataloader()  # which raises, rather than after the weights are loaded
         self.splits.load(names)
-        tokenizer = self.tokenizer  # even if nothing is encoded: its chat template may be replaced
         if (module := getattr(self.trainer, "lightning_module", None)) is not None:
             self.share_tokenizer(module)
+            self.splits.load(names)  # again if they were encoded for another module
+        tokenizer = self.tokenizer  # even if nothing is encoded: its chat template may be replaced
         for name in names:
             if name != "predict":
                 self.splits.encode(name, tokenizer)

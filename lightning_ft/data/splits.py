@@ -272,6 +272,11 @@ class Splits(Generic[RowT]):
             self._recount(name)
         self._log_report(name, tokenizer)
 
+    def forget(self) -> None:
+        """Forget all rows, so that `load` and `encode` begin anew, with another tokenizer."""
+        self.rows, self.encoded, self.report, self._index = {}, {}, {}, None
+        self.notes_reported = set()
+
     def may_drop(self, problem: Problem) -> bool:
         """Whether a row with this problem is left out rather than an error."""
         if problem.reason.startswith("overlong") and self.rules.on_overlong != "truncate_prompt":

@@ -200,6 +200,30 @@ def test_tokenizer_that_differs_from_the_modules_is_rejected(trainer, make_token
         trainer(max_epochs=1).fit(Recorder(make_tokenizer("llama")), PairDataModule(pairs, tokenizer=make_tokenizer()))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_are_encoded_again_for_a_module_with_another_tokenizer(trainer, make_tokenizer, pairs, write, streaming):
+    long = {"input": "where " * 90, "output": "x"}
+    rows = {"validation": pairs[20:]} if streaming else {"validation": 0.2}
+    data = PairDataModule(
+        write("rows.jsonl", [*pairs, long]), **rows, streaming=streaming, max_length=80, on_overlong="drop",
+        batch_size=4, shuffle=False, cache_dir=False,
+    )  # fmt: skip
+    seen, reports = [], []
+    for template in ("chatml", "headers_only", "chatml"):
+        module = Recorder(make_tokenizer(template))
+        trainer(max_epochs=1).fit(module, data)
+        assert data.tokenizer.chat_template == module.tokenizer.chat_template
+        seen.append([batch for batch in module.seen])
+        reports.append({name: (r.read, r.kept, dict(r.notes)) for name, r in data.report.items()})
+    assert seen[0] == seen[2] != seen[1]
+    assert reports[0] == reports[2]
+    own = PairDataModule(data.hparams["train"], **rows, tokenizer=make_tokenizer("llama"), max_length=80,
+                         on_overlong="drop", cache_dir=False)  # fmt: skip
+    with pytest.warns(UserWarning, match="differs from the module's"):
+        trainer(max_epochs=1).fit(Recorder(make_tokenizer("chatml")), own)
+    assert own.tokenizer.chat_template == make_tokenizer("llama").chat_template
+
+
 def test_chat_template_is_set_on_the_modules_tokenizer(trainer, tokenizer, pairs):
     module = Recorder(tokenizer)
     data = PairDataModule(pairs[:1], chat_template="text")
