@@ -33,7 +33,7 @@ from lightning_ft.types import Message
 if TYPE_CHECKING:
     from lightning_ft.data.row_types import Row
 
-_VERSION = 3  # version of the encoding: increase it when the same rows give other tokens
+_VERSION = 4  # version of the encoding: increase it when the same rows give other tokens
 _SCHEMA = pa.schema(
     {
         "input_ids": pa.large_list(pa.int32()),

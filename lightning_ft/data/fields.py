@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypedDict, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar, cast
 
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.keys import REFUSED_COLUMNS, Refusal, is_nonempty
-from lightning_ft.data.tool_calls import ToolCallError, parsed, read_tools
+from lightning_ft.data.tool_calls import ToolCallError, known_arguments, parsed, read_tools
 from lightning_ft.data.turns import FILL, RowError, check_text, read_turns
 from lightning_ft.types import Message
 
@@ -207,6 +207,24 @@ class FieldReader(ABC, Generic[Row_co]):
             raise RowError(column, "other tools than those in chat_template_kwargs", "", "Keep one of the two.")
         return {**self.defaults, **variables, **({"tools": tools} if tools else {})}
 
+    def with_known_arguments(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> tuple[Message, ...]:
+        """The messages, in whose tool calls no argument is None that the row's tools don't know; see `known_arguments`.
+
+        Args:
+            messages: Messages.
+            kwargs: The row's variables of the chat template.
+        """
+        if not kwargs.get("tools") or not any("tool_calls" in message for message in messages):
+            return tuple(messages)
+        result: list[Message] = []
+        for message in messages:
+            if "tool_calls" in message:
+                calls, left_out = known_arguments(message["tool_calls"], kwargs["tools"])
+                self.ignored.update(f"tool_calls.arguments.{name} (None, and not in the tool)" for name in left_out)
+                message = cast("Message", {**message, "tool_calls": calls})
+            result.append(message)
+        return tuple(result)
+
     def value(self, row: Mapping[str, object], field: str) -> Any:
         """The value of a required field.
 
@@ -244,6 +262,12 @@ class FieldReader(ABC, Generic[Row_co]):
 
 
 def _name(value: object) -> str | None:
-    """An id or cluster as text; None for the empty cell of a table, which is read as NaN or blank text."""
+    """An id or cluster as text; None for the empty cell of a table, which is read as NaN or blank text.
+
+    A whole number is written as one even if it was read as 1.0: with an empty cell in a column, frames make all of its
+    numbers floats.
+    """
     missing = value is None or (isinstance(value, float) and math.isnan(value)) or not str(value).strip()
-    return None if missing else str(value)
+    if missing:
+        return None
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -98,7 +98,7 @@ def kwargs_key(kwargs: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _as_json(value: Mapping[str, object]) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    return json.dumps(value, default=str)  # in its order, which templates write
 
 
 class RowFormat(FieldReader[Conversation]):
@@ -133,9 +133,10 @@ class RowFormat(FieldReader[Conversation]):
         check_order(messages, answered=self.answered)
         if self.answered and not any(m["role"] == "assistant" and m.get("train", True) for m in messages):
             raise RowError(None, "no answer is trained on", "all of them are excluded", "Leave the row out.")
+        template_kwargs = self.template_kwargs(row)
         return Conversation(
-            tuple(messages),
-            template_kwargs=self.template_kwargs(row),
+            self.with_known_arguments(messages, template_kwargs),
+            template_kwargs=template_kwargs,
             prompt_context=self.optional(row, "prompt_context"),
             structured_output=self._structured_output(row),
             **origin,

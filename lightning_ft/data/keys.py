@@ -69,7 +69,7 @@ def _is_present(value: object) -> bool:
 def _is_verdict(value: object) -> bool:
     """Whether a value means good or bad, and isn't the name of a class."""
     if isinstance(value, str):
-        return value.strip().lower() in ("true", "false")
+        return value.strip().lower() in ("true", "false", "0", "1")  # all values of a CSV file are texts
     return isinstance(value, (bool, int, float)) and value in (0, 1)
 
 

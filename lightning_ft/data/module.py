@@ -31,6 +31,7 @@ from lightning_ft.data.stream_loader import stream_loader
 from lightning_ft.data.stream_plan import StreamPlan
 from lightning_ft.data.stream_rows import RowStream
 from lightning_ft.data.stream_sources import RowFactory, RowIterable, check_streamed, is_streamed, stream_sources
+from lightning_ft.data.tool_calls import template_variables
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError
 from lightning_ft.signatures import complete
@@ -133,7 +134,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             on_overlong=on_overlong,
             seed=seed,
             cache=None if cache_dir is False else folder,
-            template_kwargs=dict(chat_template_kwargs or {}),
+            template_kwargs=template_variables(chat_template_kwargs),
             num_workers=num_workers,
         )
         sources = {"train": train, "validation": validation, "test": test}

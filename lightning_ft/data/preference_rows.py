@@ -141,12 +141,13 @@ class PreferenceFormat(FieldReader[Preference]):
             prompt, sides = _without_repeated_prompt(prompt, sides)
         prompt = self.with_system(row, prompt)
         self._check_turns(prompt, sides)
+        template_kwargs = self.template_kwargs(row)
         return Preference(
-            prompt=tuple(prompt),
-            completions=tuple(tuple(side) for side in sides),
+            prompt=self.with_known_arguments(prompt, template_kwargs),
+            completions=tuple(self.with_known_arguments(side, template_kwargs) for side in sides),
             labels=(True, False) if self.paired else (self._label(row),),
             margin=self._margin(row) if self.paired else None,
-            template_kwargs=self.template_kwargs(row),
+            template_kwargs=template_kwargs,
             **origin,
         )
 

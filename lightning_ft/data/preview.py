@@ -71,7 +71,7 @@ def preview(
     )
     sources = dict(datamodule.splits.sources)
     if datamodule.stream is not None:
-        first = [raw.value for raw in datamodule.stream.head() if raw.problem is None]
+        first = [raw.fields for raw in datamodule.stream.head() if raw.problem is None]
         lenient = replace(lenient, format=None)  # it was applied to them
         console.print(f"train is streamed: its first {len(first):,} rows are shown.")
         sources = {"train": first, **sources}

@@ -114,12 +114,13 @@ class PromptFormat(FieldReader[Prompt]):
             check_order(messages, answered=False)
         except RowError as error:
             raise RowError(column, error.reason, error.detail, error.fix) from None
+        template_kwargs = self.template_kwargs(row)
         return Prompt(
-            messages=tuple(messages),
+            messages=self.with_known_arguments(messages, template_kwargs),
             text=isinstance(row[column], str) and len(messages) == 1,
             columns={str(name): value for name, value in row.items() if name not in self._used},
             answered=answered,
-            template_kwargs=self.template_kwargs(row),
+            template_kwargs=template_kwargs,
             **origin,
         )
 
@@ -192,8 +193,9 @@ class PromptDataModule(RowDataModule):
 
     The prompt is one field: `prompt`, `messages`, `conversations` (both up to the last user turn), `instruction` (with
     Alpaca's `input`) or `input`; the first of these that the rows have. Each row may have a `system`. Every other
-    column is passed to the reward functions unchanged: `output` of rows ``{input, output}``, `id`, `cluster`, `answer`,
-    `tests`, ... A row without a column that others have gets None for it, which is counted.
+    column is passed to the reward functions as it is in the data, without the keys that Arrow adds to nested objects
+    with None: `output` of rows ``{input, output}``, `id`, `cluster`, `answer`, `tests`, ... A row without a column that
+    others have gets None for it, which is counted.
 
     Reward functions get the prompts of the rows: strings, or lists of messages where any row of the split has messages
     or a system turn. Where the prompt is truncated to `max_length`, they get the whole prompt.

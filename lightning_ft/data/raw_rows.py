@@ -21,12 +21,20 @@ class RawRow:
         number: Line on which the row starts in a JSONL or CSV file, else the number of the row, from 1.
         value: The row; a mapping, unless it is a bad row.
         problem: Why the row couldn't be read.
+        filled: Whether the source gives all nested objects the same keys, as Arrow does, with None for those that a
+            row doesn't have.
     """
 
     source: str
     number: int
     value: object
     problem: Problem | None = None
+    filled: bool = False
+
+    @property
+    def fields(self) -> object:
+        """The row as it is interpreted: without what the source filled in."""
+        return plain(self.value, filled=True) if self.filled else self.value
 
 
 def bad_row(source: str, number: int, reason: str, detail: str, fix: str, field: str | None = None) -> RawRow:
@@ -45,7 +53,7 @@ def check_values(rows: Iterable[RawRow], *, filled: bool) -> Iterator[RawRow]:
 
     Args:
         rows: The rows.
-        filled: Whether the source gives all nested objects the same keys, as Arrow does; see `plain`.
+        filled: Whether the source gives all nested objects the same keys; see `RawRow`.
 
     Example:
         >>> (row,) = check_values(numbered([{"id": 10**5000}], "train"), filled=False)
@@ -55,11 +63,11 @@ def check_values(rows: Iterable[RawRow], *, filled: bool) -> Iterator[RawRow]:
     for raw in rows:
         if raw.problem is None:
             try:
-                value = plain(raw.value, filled=filled)
+                value = plain(raw.value)
             except RowError as error:
                 yield bad_row(raw.source, raw.number, error.reason, error.detail, error.fix, error.field)
                 continue
-            raw = RawRow(raw.source, raw.number, value)
+            raw = RawRow(raw.source, raw.number, value, filled=filled or raw.filled)
         yield raw
 
 

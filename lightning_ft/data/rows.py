@@ -126,7 +126,7 @@ def reader_for(
     Raises:
         DataError: If no row format has their columns.
     """
-    readable = [raw.value for raw in first if isinstance(raw.value, Mapping)]
+    readable = [row for row in (raw.fields for raw in first) if isinstance(row, Mapping)]
     try:
         reader = row_type.reader(readable, columns, answered=answered)
     except RowError as error:
@@ -140,7 +140,7 @@ def read_row(reader: FieldReader[RowT], raw: RawRow) -> RowT | Problem:
     if raw.problem is not None:
         return raw.problem
     try:
-        return reader.read(raw.value, raw.source, raw.number)
+        return reader.read(raw.fields, raw.source, raw.number)
     except RowError as error:
         return Problem.of(error, raw.source, raw.number)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lightning_ft.errors import ConfigError
 
 
 class ToolCallError(ValueError):
@@ -91,5 +93,72 @@ def read_tools(value: object) -> list[dict[str, object]]:
         if "name" in tool and "function" not in tool:
             function = {key: part for key, part in tool.items() if key != "type" or part != "function"}
             tool = {"type": "function", "function": function}
-        tools.append(dict(tool))
+        tools.append({**tool, "function": _schema(tool["function"])} if "function" in tool else dict(tool))
     return tools
+
+
+def _schema(function: object) -> object:
+    """A function without the properties that are None, which is no schema: Arrow gives all tools each other's names."""
+    parameters = function.get("parameters") if isinstance(function, Mapping) else None
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(parameters, Mapping) or not isinstance(properties, Mapping):
+        return function
+    named = {name: schema for name, schema in properties.items() if schema is not None}
+    return {**function, "parameters": {**parameters, "properties": named}}
+
+
+def known_arguments(
+    calls: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """Calls without arguments that are None and not in the schema of their function.
+
+    Arrow gives the arguments of all calls the same names, with None for those that a call doesn't have.
+
+    Args:
+        calls: Calls as `read_calls` returns them.
+        tools: Tools as `read_tools` returns them; the arguments of a function that isn't among them are kept.
+
+    Returns:
+        The calls, and the names of what was left out.
+
+    Example:
+        >>> tools = read_tools({"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}})
+        >>> calls = read_calls({"name": "weather", "arguments": {"city": "Oslo", "n": None}})
+        >>> calls, names = known_arguments(calls, tools)
+        >>> calls[0]["function"]["arguments"], names
+        ({'city': 'Oslo'}, {'n'})
+    """
+    schemas = {
+        function.get("name"): function.get("parameters") for function in (t.get("function") or {} for t in tools)
+    }
+    known, left_out = [], set[str]()
+    for call in calls:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        properties = (schemas.get(name) or {}).get("properties")
+        unknown = (
+            {argument for argument, value in arguments.items() if value is None and argument not in properties}
+            if isinstance(properties, Mapping)
+            else set()
+        )
+        kept = {argument: value for argument, value in arguments.items() if argument not in unknown}
+        known.append({**call, "function": {"name": name, "arguments": kept}})
+        left_out |= unknown
+    return known, left_out
+
+
+def template_variables(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Variables of the chat template for all rows, with `tools` in the form that templates expect.
+
+    Raises:
+        ConfigError: If one of the tools isn't a schema.
+    """
+    variables = dict(kwargs or {})
+    if "tools" in variables:
+        try:
+            variables["tools"] = read_tools(variables["tools"])
+        except ToolCallError as error:
+            raise ConfigError(
+                f"chat_template_kwargs: tools[{error.index}] isn't a tool: {error.value!r:.60}. Expected a list of "
+                "JSON schemas, or JSON text of one."
+            ) from None
+    return variables

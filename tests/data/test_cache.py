@@ -240,3 +240,34 @@ def test_cache_reads_every_row_of_a_large_entry(tmp_path):
             assert (example.input_ids.dtype, example.supervised.dtype) == (torch.int64, torch.bool)
         with pytest.raises(IndexError, match="Example 2500 is out of range"):
             rows[2500]
+
+
+def test_the_order_of_arguments_and_of_a_schema_is_part_of_the_key(tmp_path, make_tokenizer, encoded_times):
+    template = (
+        "{{- tools | tojson if tools -}}{%- for m in messages -%}{{- m.role -}}{{- m.content or '' -}}"
+        "{%- for call in m.tool_calls or [] -%}{{- call.function.name -}}{{- call.function.arguments | tojson -}}"
+        "{%- endfor -%}{{- '<|im_end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'assistant' -}}{%- endif -%}"
+    )
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+
+    def targets(arguments, properties):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        tool = {"type": "function", "function": {"name": "weather", "parameters": properties}}
+        turns = ({"role": "user", "content": "so?"}, {"role": "assistant", "content": "", "tool_calls": [call]})
+        rows = [Conversation(turns, "a", 1, "1", template_kwargs={"tools": [tool]})]
+        encoded, problems = tokenize(rows, tokenizer, folder=tmp_path, **{**OPTIONS, "max_length": 256})
+        assert not problems
+        return tokenizer.decode(encoded[0].input_ids), rows[0].key
+
+    first = targets({"city": "Oslo", "unit": "C"}, {"a": 1, "b": 2})
+    assert first == targets({"city": "Oslo", "unit": "C"}, {"a": 1, "b": 2})
+    assert len(encoded_times) == 1
+    other, third = (
+        targets({"unit": "C", "city": "Oslo"}, {"a": 1, "b": 2}),
+        targets({"city": "Oslo", "unit": "C"}, {"b": 2, "a": 1}),
+    )
+    assert '{"unit": "C", "city": "Oslo"}' in other[0]
+    assert '{"b": 2, "a": 1}' in third[0]
+    assert len({first[1], other[1], third[1]}) == 3

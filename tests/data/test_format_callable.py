@@ -304,3 +304,23 @@ def test_preview_shows_what_the_format_returns(questions, tokenizer, capsys):
     assert "where is the parcel 0" in printed
     assert "format= raised KeyError" in printed
     assert reports["train"].kept == len(questions)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_function_gets_rows_of_a_dataset_as_they_are_in_it(streaming, tokenizer):
+    rows = [
+        {"q": "x", "meta": {"answer": None, "k": "1"}, "talk": [{"role": "user", "content": "x", "name": None}]},
+        {"q": "y", "meta": {"answer": "z", "k": None}, "talk": [{"role": "user", "content": "y", "name": "Ann"}]},
+    ]
+    seen = []
+
+    def function(row):
+        seen.append(row)
+        return [*row["talk"], {"role": "assistant", "content": row["meta"]["answer"] or "none", "tool_calls": None}]
+
+    data = make(datasets.Dataset.from_list(rows), function, streaming=streaming, shuffle=False)
+    data.tokenizer = tokenizer
+    data.setup("fit")
+    assert seen[:2] == rows
+    targets = next(iter(data.train_dataloader())).targets
+    assert tokenizer.decode(targets) == "none<|im_end|>z<|im_end|>"

@@ -201,3 +201,14 @@ def test_hold_out_leaves_its_input_unchanged():
         left, held = hold_out(made.rows["train"], 0.5, 0)
     assert [list(part) for part in made.rows["train"]] == parts
     assert sorted(row.row for row in [*left[0], *held]) == sorted(row.row for row in parts[0])
+
+
+def test_clusters_that_a_frame_reads_as_floats_are_those_of_integers():
+    pd = pytest.importorskip("pandas")
+    rows = [{"input": f"q{n}", "output": "a", "cluster": n // 2, "id": n} for n in range(6)]
+    missing = [*rows, {"input": "other", "output": "a"}]  # makes floats of all clusters and ids
+    data = PairDataModule(pd.DataFrame(missing), validation=pd.DataFrame(rows[:2]))
+    data.load_rows()
+    assert [row.cluster for part in data.splits.rows["train"] for row in part] == ["0", "0", "1", "1", "2", "2", None]
+    assert [row.id for row in data.splits.rows["train"][0]][:2] == ["0", "1"]
+    assert data.report["validation"].cluster_in_train == 2

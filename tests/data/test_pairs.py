@@ -213,7 +213,7 @@ def test_rows_are_encoded_again_for_a_module_with_another_tokenizer(trainer, mak
         module = Recorder(make_tokenizer(template))
         trainer(max_epochs=1).fit(module, data)
         assert data.tokenizer.chat_template == module.tokenizer.chat_template
-        seen.append([batch for batch in module.seen])
+        seen.append(list(module.seen))
         reports.append({name: (r.read, r.kept, dict(r.notes)) for name, r in data.report.items()})
     assert seen[0] == seen[2] != seen[1]
     assert reports[0] == reports[2]

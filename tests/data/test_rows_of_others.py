@@ -192,6 +192,7 @@ REFUSED = {
     "video": ({**TALK, "video": {"path": "x"}}, "column 'video' isn't supported", "Only text"),
     "functions": ({**TALK, "functions": [TOOL["function"]]}, "column 'functions'", "columns={'tools': 'functions'}"),
     "label": ({**PAIR, "label": True}, "column 'label'", "PreferenceDataModule"),
+    "label in a CSV file": ({**PAIR, "label": "0"}, "column 'label'", "PreferenceDataModule"),
     "KTO tag": ({"instruction": "q", "output": "a", "kto_tag": False}, "column 'kto_tag'", "PreferenceDataModule"),
     "rejected": ({**TALK, "rejected": answer("b")}, "column 'rejected'", "PreferenceDataModule"),
     "ms-swift's rejected": ({**TALK, "rejected_response": "b"}, "column 'rejected_response'", "PreferenceDataModule"),

@@ -1,10 +1,14 @@
 """Reading messages: what each key means, and which are refused by name."""
 
+import json
+
 import pytest
 
+from lightning_ft import PairDataModule, PreferenceDataModule, PromptDataModule
 from lightning_ft.data.keys import is_nonempty
 from lightning_ft.data.tool_calls import ToolCallError, read_calls, read_tools
 from lightning_ft.data.turns import RowError, check_order, read_turns
+from lightning_ft.errors import ConfigError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -84,6 +88,55 @@ def test_read_tools_rejects_other_values():
     for value in ("weather", [TOOL, "weather"], [TOOL, {}], [len]):
         with pytest.raises(ToolCallError):
             read_tools(value)
+
+
+def test_properties_that_are_none_are_no_schema():
+    schema = {"city": {"type": "string"}, "amount": None, "any": True}
+    tool = {"name": "weather", "strict": None, "parameters": {"type": "object", "properties": schema}}
+    (read,) = read_tools([tool])
+    assert read["function"] == {
+        **tool, "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "any": True}}
+    }  # fmt: skip
+    assert tool["parameters"]["properties"]["amount"] is None
+
+
+@pytest.mark.parametrize("tools", ["row", "all rows"])
+@pytest.mark.parametrize("data_module", [PairDataModule, PromptDataModule, PreferenceDataModule])
+def test_arguments_that_arrow_adds_to_calls_are_left_out_and_named(data_module, tools):
+    weather = {"name": "weather", "parameters": {"properties": {"city": {}, "unit": {}, "amount": None}}}
+    pay = {"name": "pay", "parameters": {"properties": {"city": None, "unit": None, "amount": {}}}}
+    arguments = {"city": "Oslo", "unit": None, "amount": None}
+    turns = [
+        user("so?"),
+        answer("", tool_calls=[{"name": "weather", "arguments": arguments}, {"name": "other", "arguments": arguments}]),
+        {"role": "tool", "content": "rain"},
+        {"role": "tool", "content": "sun"},
+    ]
+    row = {
+        PairDataModule: {"messages": [*turns, answer("a")]},
+        PromptDataModule: {"messages": [*turns]},
+        PreferenceDataModule: {"prompt": turns, "chosen": [answer("a")], "rejected": [answer("b")]},
+    }[data_module]
+    functions = [{"type": "function", "function": weather}, pay]
+    if tools == "row":
+        data = data_module([{**row, "tools": functions}])
+    else:
+        data = data_module([row], chat_template_kwargs={"tools": json.dumps(functions)})
+    data.load_rows()
+    read = data.splits.rows["train"][0][0]
+    first, second = (read.prompt if data_module is PreferenceDataModule else read.messages)[1]["tool_calls"]
+    assert first["function"]["arguments"] == {"city": "Oslo", "unit": None}
+    assert second["function"]["arguments"] == arguments  # of a function that isn't among the tools
+    assert data.report["train"].ignored == ["tool_calls.arguments.amount (None, and not in the tool)"]
+    assert [list(tool["function"]["parameters"]["properties"]) for tool in read.template_kwargs["tools"]] == [
+        ["city", "unit"],
+        ["amount"],
+    ]
+
+
+def test_tools_for_all_rows_that_are_none_are_refused():
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs: tools\[1\] isn't a tool: 'weather'"):
+        PairDataModule([{"input": "q", "output": "a"}], chat_template_kwargs={"tools": [TOOL, "weather"]})
 
 
 def test_read_turns_tool_calls_need_no_content():
