@@ -165,10 +165,18 @@ class PairDataModule(RowDataModule):
         """The function that lays out batches for a model, the same for all rows."""
         pad = pad_token_id(self.tokenizer)
         if self._batch_format == "hf":
-            return partial(_for_all_rows, _HFCollate(pad))
+            assert self.stream is not None  # others have `collate`
+            return partial(_for_all_rows, _HFCollate(pad, self.stream.first_examples[0]))
         costs = getattr(getattr(self.trainer, "lightning_module", None), "row_costs", None)
         costs = costs if isinstance(costs, RowCosts) else RowCosts()
         return partial(_for_all_rows, _PairCollate(self._packing, pad, costs))
+
+    def collate(self, split: SplitName) -> Collate:
+        """The function that makes batches from the rows of an encoded split."""
+        if self._batch_format != "hf":
+            return super().collate(split)
+        first = next(part[0] for part in self.splits.encoded[split] if part.num_rows)
+        return _HFCollate(pad_token_id(self.tokenizer), first)
 
     def predict_dataloader(self) -> DataLoader[list[Message] | Request]:
         """The conversations of `predict`, each up to its last question, `batch_size` at a time.
@@ -208,14 +216,16 @@ def _for_all_rows(collate: Collate, rows: Sequence[Conversation]) -> Collate:
 
 
 class _HFCollate:
-    """Lays out a batch as transformers' models take it. A rank without rows gets one unsupervised token."""
+    """Lays out a batch as transformers' models take it. A rank without rows repeats one, as DistributedSampler does.
 
-    def __init__(self, pad_token_id: int) -> None:
-        self._pad_token_id = pad_token_id
+    The mean of a loss over no labels would be NaN.
+    """
+
+    def __init__(self, pad_token_id: int, first: Example) -> None:
+        self._pad_token_id, self._first = pad_token_id, first
 
     def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-        placeholder = Example(torch.tensor([self._pad_token_id]), torch.tensor([False]))
-        return to_hf([example for _, (example,) in rows] or [placeholder], pad_token_id=self._pad_token_id)
+        return to_hf([example for _, (example,) in rows] or [self._first], pad_token_id=self._pad_token_id)
 
 
 class _PairCollate:

@@ -180,6 +180,8 @@ class RowStream(Generic[RowT]):
         self.report = StreamReport()
         self.rows: StreamRows[RowT] | None = None
         self.first: RowT | None = None
+        self.first_examples: tuple[Example, ...] = ()
+        """The first row that can be used, and its examples."""
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._reported: set[str] = set()
 
@@ -237,7 +239,7 @@ class RowStream(Generic[RowT]):
             raise DataError(
                 f"{self.name}: none of the first {len(problems):,} rows can be used. The first: {problems[0]}"
             )
-        self.first, self._tokenizer = kept[0][0], tokenizer
+        (self.first, self.first_examples), self._tokenizer = kept[0], tokenizer
         formats = ", ".join(f"{format} ({source})" for source, format in self.report.formats.items())
         rank_zero_info(f"{self.name}: row format {formats}; rows are read, checked and tokenized while training")
 

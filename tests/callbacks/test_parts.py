@@ -402,6 +402,27 @@ def test_our_modules_train_on_batches_of_transformers_as_on_our_own(trainer_opti
         assert torch.equal(as_data[name], value), name
 
 
+def test_batches_without_rows_repeat_one_so_that_their_loss_is_a_number(tokenizer, tmp_path):
+    data = PairDataModule(
+        make_rows(6), batch_size=2, batch_format="hf", tokenizer=tokenizer, shuffle=False, cache_dir=False
+    )
+    data.setup("fit")
+    empty, first = data.collate("train")([]), next(iter(data.train_dataloader()))
+    assert (empty["labels"] != -100).any()
+    assert empty["input_ids"][0].tolist() == first["input_ids"][0][first["attention_mask"][0].bool()].tolist()
+
+    rows = [*make_rows(3), {"input": "long " * 90, "output": "a"}, *make_rows(2)]
+    stream = PairDataModule(
+        rows, streaming=True, batch_size=1, batch_format="hf", tokenizer=tokenizer, shuffle=False, max_length=64,
+        on_overlong="drop",
+    )  # fmt: skip
+    stream.setup("fit")
+    batches = list(stream.train_dataloader())
+    assert len(batches) == 6
+    assert batches[3]["input_ids"].tolist() == batches[0]["input_ids"].tolist()
+    assert all((batch["labels"] != -100).any() for batch in batches)
+
+
 def test_left_padding_and_bad_batches(tokenizer):
     ids, labels = torch.tensor([[0, 5, 6], [7, 8, 9]]), torch.tensor([[-100, -100, 6], [-100, 8, 9]])
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
