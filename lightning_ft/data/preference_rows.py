@@ -260,9 +260,14 @@ def _without_repeated_prompt(
     """Remove the prompt from sides that all start with it: some datasets have both it and whole conversations."""
     system = sides[0][:1] if sides[0][:1] and sides[0][0]["role"] == "system" and prompt[:1] != sides[0][:1] else []
     whole = [*system, *prompt]
-    if prompt and all(side[: len(whole)] == whole for side in sides):
+    if prompt and all(_stripped(side[: len(whole)]) == _stripped(whole) for side in sides):
         return whole, [side[len(whole) :] for side in sides]
     return prompt, sides
+
+
+def _stripped(messages: Sequence[Message]) -> list[dict[str, object]]:
+    """Messages without the white space around them, in which copies of a prompt differ."""
+    return [{**message, "content": message["content"].strip()} for message in messages]
 
 
 class Preferences(RowType[Preference]):

@@ -67,6 +67,10 @@ PAIRS = {
     "the prompt again in both": (
         {"prompt": "q", "chosen": talk("q", "a"), "rejected": talk("q", "b")}, QUESTION, [[(A, "a")], [(A, "b")]],
     ),
+    "the prompt again, with white space": (
+        {"prompt": "q\n", "chosen": talk(" q", "a"), "rejected": talk("q", "b")},
+        [(U, "q\n")], [[(A, "a")], [(A, "b")]],
+    ),
     "the prompt again in both, with a system turn": (
         {"prompt": "q", "chosen": talk("q", "a", system="s"), "rejected": talk("q", "b", system="s")},
         [(S, "s"), (U, "q")], [[(A, "a")], [(A, "b")]],
