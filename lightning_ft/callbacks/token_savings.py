@@ -198,10 +198,13 @@ class TokenSavings(ComparingCallback):
             SavingsError: If training has already changed the weights.
         """
         self.result, self._measured = None, ()
-        measurement = self._measurement or self._new_measurement(trainer, pl_module)
-        self._measurement = measurement
-        if self._loaded is not None:
+        prepared = (
+            self._measurement if is_trainer(trainer) else None
+        )  # with Fabric, it would be that of an earlier loop
+        self._measurement = measurement = prepared or self._new_measurement(trainer, pl_module)
+        if self._loaded:
             measurement.load_state_dict(self._loaded)
+            self._loaded = None  # a later fit with this callback starts from other weights
         if measurement.has_before:
             return
         if is_trainer(trainer) and trainer.global_step > 0:

@@ -205,6 +205,26 @@ def test_savings_of_continued_fit_keep_arms_of_original_weights(trainer_options,
     assert savings.result.arms["untuned"] == first.arms["untuned"] != first.arms["tuned"]
 
 
+def test_savings_of_another_model_do_not_reuse_the_arms_of_a_resumed_run(trainer_options, tmp_path, tokenizer, savings):
+    first, _ = fit(trainer_options, tmp_path, tokenizer, savings, max_epochs=1)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    fit(trainer_options, tmp_path, tokenizer, savings, ckpt_path=tmp_path / "first.ckpt")
+    fit(trainer_options, tmp_path, tokenizer, savings, model=make_model(seed=7), max_epochs=1)
+    fresh = TokenSavings(BASELINE, scorer=overlap, requests=make_requests(), **QUICK)
+    fit(trainer_options, tmp_path, tokenizer, fresh, model=make_model(seed=7), max_epochs=1)
+    assert savings.result.arms == fresh.result.arms
+
+
+def test_savings_of_a_second_fabric_loop_do_not_reuse_the_arms_of_the_first(tokenizer):
+    options = {"scorer": overlap, "requests": make_requests(), "tokenizer": tokenizer, "progress": False, **QUICK}
+    callback, fresh = TokenSavings(BASELINE, **options), TokenSavings(BASELINE, **options)
+    for used, seed in ((callback, 0), (callback, 7), (fresh, 7)):
+        used.on_train_start(None, make_model(seed=seed))
+        used.on_train_end(None, make_model(seed=seed))
+    assert callback.result.arms == fresh.result.arms
+    assert callback.result.arms["tuned"].outputs == callback.result.arms["untuned"].outputs  # nothing was trained
+
+
 def test_savings_without_correct_answer_are_void(trainer_options, tmp_path, tokenizer):
     callback = TokenSavings(
         BASELINE, scorer="exact", requests=make_requests(), every_n_epochs=1, **{**QUICK, "max_new_tokens": 1}
