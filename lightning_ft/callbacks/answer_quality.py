@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import Callback, LightningModule, Trainer
-from lightning_ft.arguments import CheckedArguments, check_integer
+from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft.arguments import check_integer
 from lightning_ft.callbacks.base import (
+    RecordsFailures,
     TrainerOrFabric,
     callbacks_of,
     is_trainer,
@@ -29,13 +30,17 @@ from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
 
-class AnswerQuality(CheckedArguments, Callback):
+class AnswerQuality(RecordsFailures):
     """Answers requests greedily after each validation, grades the answers, and logs the mean score as ``val/quality``.
 
     A loss per token says little about whether answers are right. The logged metric can be monitored by EarlyStopping
     and ModelCheckpoint, whatever the order of the callbacks. It works in any LightningModule with a transformers or
     PEFT model as its `model`, and needs no prompt to compare with; `TokenSavings` measures that at the end of a run. If
     the module has no validation, answers are measured after each training epoch.
+
+    If the answers of an epoch can't be measured, for example since the scorer fails on one of them, the metric is
+    missing in that epoch, `failures` says why, and training continues; but if EarlyStopping, ModelCheckpoint or a
+    learning rate scheduler monitors the metric, training stops with an error, since they would decide without it.
 
     With Fabric, pass `tokenizer` and `requests`, call ``fabric.call("on_validation_epoch_end", fabric, model)``, and
     read `result`.
@@ -55,7 +60,8 @@ class AnswerQuality(CheckedArguments, Callback):
         seed: Seed of the sample of requests.
 
     Raises:
-        SavingsError: Before training, for requests that can't be measured.
+        SavingsError: Before training, for requests that can't be measured; during training, for a failed measurement
+            whose metric is monitored.
 
     Example:
         >>> AnswerQuality("exact", every_n_epochs=2, max_requests=200).name
@@ -91,7 +97,7 @@ class AnswerQuality(CheckedArguments, Callback):
             "seed": seed,
         }
         self.result: ArmRecords | None = None
-        """Answers and scores of the last measurement; None before the first."""
+        """Answers and scores of the last measurement; None before the first, and if it failed."""
         self._plan: MeasurementPlan | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,6 +109,7 @@ class AnswerQuality(CheckedArguments, Callback):
         if stage in ("fit", "validate"):
             self._plan = self._new_plan(trainer, pl_module)
         if stage == "fit":
+            self.failures = ()
             others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
             trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
 
@@ -113,12 +120,11 @@ class AnswerQuality(CheckedArguments, Callback):
             SavingsError: For the first request that doesn't fit.
             ConfigError: If a callback monitors the metric, which isn't measured in every epoch.
         """
-        monitoring = [c for c in callbacks_of(trainer) if getattr(c, "monitor", None) == self.name]
-        if self.every_n_epochs > 1 and monitoring:
+        if self.every_n_epochs > 1 and (monitoring := self._monitoring(trainer)):
             raise ConfigError(
-                f"{type(monitoring[0]).__name__} monitors {self.name} in every epoch, and AnswerQuality measures it "
-                f"every {self.every_n_epochs} epochs: an old value would count again. Leave out every_n_epochs, and "
-                f"set check_val_every_n_epoch={self.every_n_epochs} in the Trainer instead."
+                f"{monitoring} monitors {self.name} in every epoch, and AnswerQuality measures it every "
+                f"{self.every_n_epochs} epochs: an old value would count again. Leave out every_n_epochs, and set "
+                f"check_val_every_n_epoch={self.every_n_epochs} in the Trainer instead."
             )
         if self._plan is not None and (model := model_of(pl_module)) is not None:
             self._plan.check_context(context_length(base_of(model)))
@@ -131,15 +137,22 @@ class AnswerQuality(CheckedArguments, Callback):
         Args:
             trainer: The Trainer, or Fabric.
             pl_module: The module, or with Fabric the model.
+
+        Raises:
+            SavingsError: If the measurement failed and its metric is monitored, or outside of training.
         """
         if not is_trainer(trainer):
             self._plan = self._plan or self._new_plan(trainer, pl_module)
-            self.measure(trainer, pl_module)
+            self.attempt(f"{self.name} is undefined", lambda: self.measure(trainer, pl_module))
         elif not trainer.sanity_checking and self._is_due(trainer):
             self._log(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure after a training epoch, if there is no validation."""
+        """Measure after a training epoch, if there is no validation.
+
+        Raises:
+            SavingsError: If the measurement failed and its metric is monitored.
+        """
         if not sum(trainer.num_val_batches) and self._is_due(trainer):
             self._log(trainer, pl_module)
 
@@ -152,7 +165,11 @@ class AnswerQuality(CheckedArguments, Callback):
 
         Returns:
             Mean score of the answers.
+
+        Raises:
+            SavingsError: If the scorer fails on an answer.
         """
+        self.result = None
         plan = self._plan = self._plan or self._new_plan(trainer, pl_module)
         model = required_model(pl_module, "AnswerQuality", SavingsError)
         with precision_of(trainer):
@@ -173,7 +190,29 @@ class AnswerQuality(CheckedArguments, Callback):
         return bool(trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0)
 
     def _log(self, trainer: Any, module: Any) -> None:
-        module.log(self.name, self.measure(trainer, module), prog_bar=True, rank_zero_only=False, batch_size=1)
+        """Measure and log. After a failure, training continues unless something would decide by the metric."""
+        quality: list[float] = []
+        what = f"{self.name} after epoch {trainer.current_epoch} is undefined"
+        reason = self.attempt(what, lambda: quality.append(self.measure(trainer, module)))
+        if reason is None:
+            module.log(self.name, quality[0], prog_bar=True, rank_zero_only=False, batch_size=1)
+            return
+        trainer.callback_metrics.pop(self.name, None)  # that of an earlier epoch, which would count again
+        if trainer.state.fn != "fit":  # no training is lost
+            raise SavingsError(f"{self.name} is undefined: {reason}")
+        if monitoring := self._monitoring(trainer):
+            raise SavingsError(
+                f"{what}, and {monitoring} monitors it, so training stops here. {reason.rstrip('.')}. Correct what "
+                "failed (a scorer can return 0 for an answer that it can't read), and resume from the last checkpoint."
+            )
+
+    def _monitoring(self, trainer: Any) -> str:
+        """Name of the first callback or learning rate scheduler that monitors the metric; empty if there is none."""
+        for callback in callbacks_of(trainer):
+            if getattr(callback, "monitor", None) == self.name:
+                return type(callback).__name__
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs if config.monitor == self.name]
+        return type(schedulers[0]).__name__ if schedulers else ""
 
     def _new_plan(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> MeasurementPlan:
         requests = validation_requests(self.requests, trainer, "AnswerQuality", SavingsError)

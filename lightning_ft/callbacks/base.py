@@ -151,7 +151,38 @@ def validation_requests(
 _log = logging.getLogger(__name__)
 
 
-class EndOfTraining(CheckedArguments, Callback):
+class RecordsFailures(CheckedArguments, Callback):
+    """Base class of callbacks whose failures are recorded and don't stop the run."""
+
+    failures: tuple[str, ...] = ()
+    """Descriptions of failures that did not stop the run; with any, the command line exits with a nonzero status."""
+
+    def attempt(self, what: str, work: Callable[[], object]) -> str | None:
+        """Call a function whose failure must not stop the run. Every rank must call it.
+
+        Ranks agree on the outcome: if the function fails on one rank, it has failed on all of them.
+
+        Args:
+            what: Consequence of a failure, the beginning of the warning.
+            work: Function to call.
+
+        Returns:
+            Reason of the failure; None if the function succeeded.
+        """
+        reason = None
+        try:
+            work()
+        except Exception as error:  # other callbacks still have work to do; KeyboardInterrupt passes through
+            _log.debug("%s", what, exc_info=True)
+            reason = describe_error(error)
+        reason = first_over_ranks(reason)
+        if reason is not None:
+            self.failures = (*self.failures, f"{what}: {reason}")
+            rank_zero_warn(self.failures[-1])
+        return reason
+
+
+class EndOfTraining(RecordsFailures):
     """Base class of callbacks that work on the final weights.
 
     A subclass overrides :meth:`finish`. A Trainer calls it after the `on_train_end` of all callbacks; with Fabric, this
@@ -161,8 +192,6 @@ class EndOfTraining(CheckedArguments, Callback):
     finish_order: ClassVar[int] = 2
     """When :meth:`finish` runs: 0 chooses the final weights, 1 exports them, so that this is done even if a measurement
     is killed, and 2 measures them."""
-    failures: tuple[str, ...] = ()
-    """Descriptions of failures that did not stop the run; with any, the command line exits with a nonzero status."""
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Make :meth:`finish` run after all other callbacks."""
@@ -207,30 +236,6 @@ class EndOfTraining(CheckedArguments, Callback):
             trainer: The Trainer.
             pl_module: The module.
         """
-
-    def attempt(self, what: str, work: Callable[[], object]) -> str | None:
-        """Call a function whose failure must not stop the run. Every rank must call it.
-
-        Ranks agree on the outcome: if the function fails on one rank, it has failed on all of them.
-
-        Args:
-            what: Consequence of a failure, the beginning of the warning.
-            work: Function to call.
-
-        Returns:
-            Reason of the failure; None if the function succeeded.
-        """
-        reason = None
-        try:
-            work()
-        except Exception as error:  # other callbacks still have work to do; KeyboardInterrupt passes through
-            _log.debug("%s", what, exc_info=True)
-            reason = describe_error(error)
-        reason = first_over_ranks(reason)
-        if reason is not None:
-            self.failures = (*self.failures, f"{what}: {reason}")
-            rank_zero_warn(self.failures[-1])
-        return reason
 
 
 class RunsLast(Callback):

@@ -198,9 +198,7 @@ class TokenSavings(ComparingCallback):
             SavingsError: If training has already changed the weights.
         """
         self.result, self._measured = None, ()
-        prepared = (
-            self._measurement if is_trainer(trainer) else None
-        )  # with Fabric, it would be that of an earlier loop
+        prepared = self._measurement if is_trainer(trainer) else None  # of an earlier Fabric loop it would be stale
         self._measurement = measurement = prepared or self._new_measurement(trainer, pl_module)
         if self._loaded:
             measurement.load_state_dict(self._loaded)
