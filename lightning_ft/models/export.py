@@ -53,6 +53,7 @@ LOADED = (
     "vocab.*",
     "merges.txt",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",
 )
 """Files of an export that transformers and PEFT load, besides the configuration that they look for first."""
 REPLACED = (*LOADED, "*.gguf", "pytorch_model*", "adapter_model.bin", CARD)

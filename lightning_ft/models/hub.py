@@ -130,7 +130,7 @@ def upload_export(
         repository = _existing(api, url.repo_id)
         _refuse(repo_id, repository, private=private, overwrite=overwrite)  # others may have written since the check
         there = [] if repository is None else repository.files
-        additions = [CommitOperationAdd(file.name, file) for file in files]
+        additions = [CommitOperationAdd(file.relative_to(path).as_posix(), file) for file in files]
         additions.append(CommitOperationAdd(CARD, card.encode()))
         new = {addition.path_in_repo for addition in additions}
         old = [CommitOperationDelete(name) for name in there if name not in new and _matches(name, _DELETED)]
@@ -145,11 +145,13 @@ def upload_export(
 
 def _exported(folder: Path) -> Iterator[Path]:
     """Files of an export, without its card."""
-    return (file for file in sorted(folder.iterdir()) if file.is_file() and _matches(file.name, _UPLOADED))
+    found = {file for pattern in _UPLOADED for file in folder.glob(pattern) if file.is_file()}
+    return iter(sorted(found))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
+    """Whether a path in a repository matches, as `Path.glob` would: fnmatch's ``*`` would also match a slash."""
+    return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
 
 class _Repository(NamedTuple):

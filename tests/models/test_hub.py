@@ -82,6 +82,15 @@ def test_push_to_hub_removes_weights_of_other_formats(hub, module):
     assert {name: files[name] for name in kept} == dict.fromkeys(kept, b"old")
 
 
+def test_push_to_hub_replaces_additional_chat_templates(hub, module, tmp_path):
+    old = {"additional_chat_templates/old.jinja": b"old", "additional_chat_templates/notes.txt": b"mine"}
+    hub.add("org/name", **old)
+    module.tokenizer.chat_template = {"default": module.tokenizer.chat_template, "rag": "RAG"}
+    module.push_to_hub("org/name", merge=True, hub_overwrite=True)
+    found = {name: data for name, data in hub.files("org/name").items() if name.startswith("additional")}
+    assert found == {"additional_chat_templates/rag.jinja": b"RAG", "additional_chat_templates/notes.txt": b"mine"}
+
+
 def test_push_to_hub_refuses_a_public_repository_unless_asked(hub, module):
     hub.add("org/name", visibility="public")
     with pytest.raises(HubError, match=r"'org/name' is public. Make it private .* private=False"):

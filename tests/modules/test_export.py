@@ -294,6 +294,17 @@ def test_export_of_another_type_replaces_all_files(model_folder, tmp_path):
     assert not {file for file in files if "adapter" in file or file.startswith(".")}
 
 
+def test_export_over_another_one_removes_its_additional_chat_templates(tmp_path):
+    several, single = make_tokenizer(), make_tokenizer()
+    several.chat_template = {"default": single.chat_template, "rag": "RAG {{ messages[0].content }}"}
+    folder = FullFineTuning(make_model(), tokenizer=several).export(tmp_path / "out")
+    assert set(AutoTokenizer.from_pretrained(folder).chat_template) == {"default", "rag"}
+    (folder / "additional_chat_templates" / "notes.txt").write_text("mine")
+    FullFineTuning(make_model(), tokenizer=single).export(folder, overwrite=True)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == single.chat_template
+    assert [path.name for path in (folder / "additional_chat_templates").iterdir()] == ["notes.txt"]
+
+
 def test_failed_export_keeps_the_previous_one(model_folder, tmp_path, monkeypatch):
     module = LoRAFineTuning(model_folder, lora={"r": 4})
     module.export(tmp_path / "out")
