@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -140,7 +141,10 @@ class MeasuringCallback(EndOfTraining):
 
     def report_written(self, *files: Path) -> None:
         """Log the paths of the written files, and remove the file that says that the result is undefined."""
-        (files[0].parent / UNDEFINED).unlink(missing_ok=True)
+        undefined = files[0].parent / UNDEFINED
+        # in a folder that measurements share, it may be about another one
+        if undefined.is_file() and json.loads(undefined.read_text(encoding="utf-8"))["measurement"] == self.title:
+            undefined.unlink()
         rank_zero_info(f"{self.title} written: {', '.join(map(str, files))}")
 
     def _write_undefined(self, folder: Path | None) -> None:

@@ -151,6 +151,25 @@ def test_finish_writes_reason_of_failed_measurement(trainer_options, tmp_path, m
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_result_in_a_shared_folder_keeps_the_reason_of_another_failure(tmp_path, tokenizer):
+    model, options = make_model(), {"output_dir": str(tmp_path), "tokenizer": tokenizer, "progress": False}
+    retention = Retention(["the quick brown fox jumps"], **LIMIT, **options)
+    meter = ComputeMeter(output_dir=str(tmp_path))
+    retention.finish(None, model)  # fails, since it wasn't started
+    meter.on_train_start(None, model)
+    meter.on_train_batch_start()
+    model(input_ids=torch.tensor([[5, 6]])).logits.sum().backward()
+    meter.on_train_batch_end(batch={"input_ids": torch.tensor([[5, 6]])})
+    meter.finish(None, model)
+    assert (meter.undefined, meter.unwritten) == (None, None)
+    assert [failed.measurement for failed in collect(tmp_path).undefined.values()] == ["Retention"]
+    retention.on_train_start(None, model)
+    retention.finish(None, model)
+    assert (retention.undefined, retention.unwritten) == (None, None)
+    assert collect(tmp_path).undefined == {}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_finish_on_full_disk_keeps_other_results(trainer_options, tmp_path, model_folder, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device")
     fails_to_save(monkeypatch, savings=full, retention=full)
