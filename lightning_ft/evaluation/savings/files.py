@@ -48,6 +48,8 @@ def save_savings(result: SavingsResult, folder: Path, *, png: bool | None = None
             plot_savings(result, temporary)
         written.append(plot_path)
     write_text(written[1], savings_markdown(result, with_plot=png))
+    if not png:
+        plot_path.unlink(missing_ok=True)  # that of an earlier result
     return written
 
 

@@ -67,6 +67,12 @@ def test_save_writes_json_markdown_and_plot(result, tmp_path):
     assert written[2].stat().st_size > 20_000
 
 
+def test_save_without_a_plot_removes_that_of_an_earlier_result(result, tmp_path):
+    result.save(tmp_path)
+    make_result(n=20).save(tmp_path, png=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["token_savings.json", "token_savings.md"]
+
+
 def test_save_plot_is_deterministic(result, tmp_path):
     one, other = (result.save(tmp_path / name)[2].read_bytes() for name in ("a", "b"))
     assert one == other
