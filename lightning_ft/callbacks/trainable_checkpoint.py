@@ -1,4 +1,4 @@
-"""Checkpoints that contain trainable weights only, for any LightningModule."""
+"""Checkpoints that contain trained weights only, for any LightningModule."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class TrainableCheckpoint(Callback):
     """Leaves frozen weights out of a module's checkpoints, and loads such checkpoints for a resumed run.
 
     A checkpoint of a LoRA adapter is then as large as the adapter, not as the model: the frozen weights are those that
-    the module loads anyway. Buffers are kept. It works in any LightningModule; the modules of this package do it by
-    themselves. Outside of a Trainer, pass ``strict=False``: ``MyModule.load_from_checkpoint(path, strict=False)``.
+    the module loads anyway. Buffers are kept, and so are weights that were trained first and frozen later. It works in
+    any LightningModule; the modules of this package do it by themselves. Outside of a Trainer, pass ``strict=False``:
+    ``MyModule.load_from_checkpoint(path, strict=False)``.
 
     Raises:
         CheckpointError: For a checkpoint that lacks a weight that is trained now.
@@ -27,6 +28,11 @@ class TrainableCheckpoint(Callback):
     Example:
         >>> callback = TrainableCheckpoint()
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._trained: set[str] = set()
+        """Names of weights that have required a gradient, or were in a loaded checkpoint, whatever they do now."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let Lightning load checkpoints that lack weights; this callback checks which ones."""
@@ -43,21 +49,31 @@ class TrainableCheckpoint(Callback):
                 "TrainableCheckpoint can't be used with WeightAveraging, which saves and loads all weights: leave one "
                 "of them out, or use a module of this package, whose checkpoints average trainable weights only."
             )
-        frozen = _frozen_names(pl_module)
-        if not frozen:
+        if not _names(pl_module) - _trainable_names(pl_module):
             raise ConfigError(
                 f"TrainableCheckpoint: no weight of {type(pl_module).__name__} is frozen, so there is nothing to leave "
                 "out. Freeze the base (requires_grad_(False)) before training, or leave the callback out."
             )
-        left_out = sum(p.numel() * p.element_size() for p in pl_module.parameters() if not p.requires_grad)
-        rank_zero_info(f"Checkpoints leave out {len(frozen):,} frozen weights, {left_out / 2**20:,.1f} MiB.")
+        left_out = self._left_out(pl_module)
+        size = sum(p.numel() * p.element_size() for name, p in pl_module.named_parameters() if name in left_out)
+        rank_zero_info(f"Checkpoints leave out {len(left_out):,} frozen weights, {size / 2**20:,.1f} MiB.")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Remember the weights that this step may change: some may be frozen later."""
+        self._trained |= _trainable_names(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Remember the trained weights of modules whose own optimizer steps Lightning doesn't see."""
+        self._trained |= _trainable_names(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remove frozen weights from the checkpoint."""
-        frozen = _frozen_names(pl_module)
+        """Remove weights that were never trained from the checkpoint."""
+        left_out = self._left_out(pl_module)
         weights = checkpoint.get("state_dict", {})
-        checkpoint["state_dict"] = {name: value for name, value in weights.items() if name not in frozen}
-        checkpoint[_KEY] = sorted(frozen & set(weights))
+        checkpoint["state_dict"] = {name: value for name, value in weights.items() if name not in left_out}
+        checkpoint[_KEY] = sorted(left_out & set(weights))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint has every trainable weight, and none that the module doesn't know.
@@ -65,12 +81,13 @@ class TrainableCheckpoint(Callback):
         Raises:
             CheckpointError: If it doesn't fit.
         """
+        # the next checkpoint needs them too, since the module can't load them from elsewhere
+        self._trained |= _names(pl_module) - set(checkpoint.get(_KEY, ()))
         weights = set(checkpoint.get("state_dict", {}))
         if not weights:  # a sharding strategy loads them itself
             return
-        trained = {name for name, p in pl_module.named_parameters(remove_duplicate=False) if p.requires_grad}
         own = set(pl_module.state_dict())
-        missing, unknown = sorted((trained & own) - weights), sorted(weights - own)
+        missing, unknown = sorted((_trainable_names(pl_module) & own) - weights), sorted(weights - own)
         if missing or unknown:
             raise CheckpointError(
                 f"The checkpoint doesn't fit {type(pl_module).__name__}: it lacks {len(missing)} weights that are "
@@ -78,6 +95,14 @@ class TrainableCheckpoint(Callback):
                 f"{unknown[:2]}). Build the module as in the run that wrote it."
             )
 
+    def _left_out(self, module: LightningModule) -> set[str]:
+        """Names of the weights that were never trained."""
+        return _names(module) - _trainable_names(module) - self._trained
 
-def _frozen_names(module: LightningModule) -> set[str]:
-    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+def _names(module: LightningModule) -> set[str]:
+    return {name for name, _ in module.named_parameters(remove_duplicate=False)}
+
+
+def _trainable_names(module: LightningModule) -> set[str]:
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}

@@ -159,6 +159,44 @@ def test_checkpoints_have_trainable_weights_only_and_resume(trainer_options, tok
         assert torch.equal(trained(fresh)[name], value)  # max_steps is reached: nothing more is trained
 
 
+class Gradual(Theirs):
+    """Trains one layer after the other: the first in epoch 0, the second in epoch 1, none after that."""
+
+    def __init__(self):
+        super().__init__(lora=False)
+        self.model.requires_grad_(False)
+        self.layers = self.model.model.layers
+        self.layers[0].requires_grad_(True)
+
+    def on_train_epoch_start(self):
+        for number, layer in enumerate(self.layers):
+            layer.requires_grad_(self.current_epoch == number)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if self.current_epoch < 2 else None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.layers.parameters(), lr=0.1)
+
+
+def test_checkpoints_keep_layers_that_were_trained_and_then_frozen(trainer_options, tokenizer, tmp_path):
+    module = Gradual()
+    options = {"max_steps": -1, "limit_train_batches": 1}
+    trainer = fit(trainer_options, module, hf_loader(tokenizer), TrainableCheckpoint(), max_epochs=2, **options)
+    path, later = tmp_path / "small.ckpt", tmp_path / "later.ckpt"
+    trainer.save_checkpoint(path)
+    layers = {name for name, _ in module.named_parameters(remove_duplicate=False) if "layers." in name}
+    assert set(torch.load(path, weights_only=True)["state_dict"]) == layers
+    resumed = Gradual()
+    callback = TrainableCheckpoint()
+    trainer = fit(trainer_options, resumed, hf_loader(tokenizer), callback, ckpt_path=path, max_epochs=3, **options)
+    trainer.save_checkpoint(later)  # of a run in which no layer was trained
+    for checkpoint in (path, later):
+        loaded = Gradual.load_from_checkpoint(checkpoint, strict=False)
+        for name, value in module.named_parameters():
+            assert torch.equal(loaded.get_parameter(name), value), name
+
+
 def test_checkpoints_that_do_not_fit_and_modules_without_frozen_weights_are_refused(
     trainer_options, tokenizer, tmp_path
 ):
