@@ -29,7 +29,7 @@ class PromptBaseline:
             ...}`` that end with an assistant's message.
 
     Raises:
-        SavingsError: If both are empty, or an example has another format.
+        SavingsError: If both are empty, or one of them or an example has another format.
 
     Example:
         >>> baseline = PromptBaseline("Answer yes or no.", [{"input": "Is 7 prime?", "output": "yes"}])
@@ -41,6 +41,13 @@ class PromptBaseline:
     few_shot: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.system, str):
+            raise SavingsError(f"PromptBaseline: system is {self.system!r:.80}: expected one text.")
+        if isinstance(self.few_shot, (str, Mapping)) or not isinstance(self.few_shot, Sequence):
+            raise SavingsError(
+                f"PromptBaseline: few_shot is a {type(self.few_shot).__name__}: expected a list of examples, "
+                "[{'input': ..., 'output': ...}]."
+            )
         if not self.system.strip() and not self.few_shot:
             raise SavingsError("PromptBaseline is empty: pass system, few_shot, or both.")
         if _is_file(self.system):
@@ -48,16 +55,11 @@ class PromptBaseline:
                 f"PromptBaseline: system={self.system!r} is a file, and would be sent as these characters. Pass "
                 "PromptBaseline.from_file(...) for JSON, or the text that it contains."
             )
-        if isinstance(self.few_shot, (str, Mapping)):
-            raise SavingsError(
-                f"PromptBaseline: few_shot is a {type(self.few_shot).__name__}: expected a list of examples, "
-                "[{'input': ..., 'output': ...}]."
-            )
         self.examples()
 
     @classmethod
     def from_file(cls, path: str | Path) -> PromptBaseline:
-        """Read ``{"system": ..., "few_shot": [...]}`` from a JSON file.
+        """Read ``{"system": ..., "few_shot": [...]}`` from a JSON file; null is as if the key were absent.
 
         Raises:
             SavingsError: If the file can't be read, or contains something else.
@@ -71,7 +73,7 @@ class PromptBaseline:
             raise SavingsError(f"PromptBaseline can't be read from {str(path)[:200]!r}: {reason}.{hint}") from error
         if not isinstance(found, dict) or not set(found) <= {"system", "few_shot"}:
             raise SavingsError(f"{str(path)!r}: expected a JSON object with the keys system and few_shot.")
-        return cls(found.get("system", ""), found.get("few_shot", []))
+        return cls(**{key: value for key, value in found.items() if value is not None})
 
     def examples(self) -> list[Message]:
         """Convert the few-shot examples to messages.

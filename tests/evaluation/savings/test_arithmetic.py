@@ -283,6 +283,26 @@ def test_baseline_refuses_invalid_content(tmp_path):
         PromptBaseline.from_file(tmp_path / "list.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"system": None, "few_shot": [{"input": "a", "output": "b"}]}, ("", [{"input": "a", "output": "b"}])),
+        ({"system": "Be brief.", "few_shot": None}, ("Be brief.", [])),
+        ({"system": None, "few_shot": None}, "PromptBaseline is empty"),
+        ({"system": ["Be", "brief."]}, r"system is \['Be', 'brief\.'\]: expected one text"),
+        ({"system": 0}, "system is 0: expected one text"),
+        ({"system": "Be brief.", "few_shot": 3}, "few_shot is a int: expected a list of examples"),
+    ],
+)
+def test_baseline_of_a_file_with_nulls_and_other_types(tmp_path, content, found):
+    (tmp_path / "prompt.json").write_text(json.dumps(content))
+    if isinstance(found, str):
+        with pytest.raises(SavingsError, match=found):
+            PromptBaseline.from_file(tmp_path / "prompt.json")
+    else:
+        assert PromptBaseline.from_file(tmp_path / "prompt.json") == PromptBaseline(*found)
+
+
 def test_check_no_overlap_names_evaluated_examples():
     baseline = PromptBaseline("", [{"input": "Where is my  parcel?", "output": "b"}])
     request = Request("r7", (Message(role="user", content="where is MY parcel? "),), "b")
