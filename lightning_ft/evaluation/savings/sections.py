@@ -26,6 +26,7 @@ from lightning_ft.evaluation.savings.advice import advice
 from lightning_ft.evaluation.savings.first_token import first_token_text
 from lightning_ft.evaluation.savings.intervals import break_even_intervals, is_unbounded, per_success_intervals
 from lightning_ft.evaluation.savings.plots import Arm, Caching, draw_cost, draw_quality, draw_tokens
+from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.savings.table import (
     NONE_RIGHT,
@@ -213,15 +214,17 @@ def arms_tables(result: SavingsResult) -> tuple[Block, ...]:
         Table(("", *result.arms), tuple(map(tuple, arm_rows(result))), _arms_caption(result)),
     ]
     if any(arm.parts for arm in result.arms.values()):
-        rows = [
-            (label, *(f"{arm.parts.get(part, 0) / result.n:,.1f}" for arm in result.arms.values()))
-            for part, label in PARTS.items()
-        ]
+        rows = [(label, *(_mean_part(arm, part) for arm in result.arms.values())) for part, label in PARTS.items()]
         rows.append(("answer", *(f"{sum(arm.output_tokens) / result.n:,.1f}" for arm in result.arms.values())))
         blocks.append(Table(("", *result.arms), tuple(rows), "Mean tokens per request, by part", brief=False))
     if times := first_token_text(result):
         blocks.append(times)
     return (*blocks, gate_text(result))
+
+
+def _mean_part(arm: ArmRecords, part: str) -> str:
+    # an endpoint counts the tokens of a whole prompt only
+    return f"{arm.parts.get(part, 0) / len(arm.ids):,.1f}" if arm.parts else "unknown"
 
 
 def _arms_caption(result: SavingsResult) -> str:

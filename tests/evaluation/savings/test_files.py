@@ -2,6 +2,7 @@ import builtins
 import importlib.util
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -71,6 +72,13 @@ def test_save_without_a_plot_removes_that_of_an_earlier_result(result, tmp_path)
     result.save(tmp_path)
     make_result(n=20).save(tmp_path, png=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["token_savings.json", "token_savings.md"]
+
+
+def test_parts_of_an_arm_that_did_not_count_them_are_unknown(result):
+    arms = {**result.arms, "prompted": replace(result.arms["prompted"], parts={})}  # as an endpoint answers
+    markdown = savings_markdown(replace(result, arms=arms))
+    assert "| system prompt | unknown | 0.0 | 0.0 |" in markdown
+    assert "| answer | 20.0 | 10.0 | 30.0 |" in markdown
 
 
 def test_save_plot_is_deterministic(result, tmp_path):
