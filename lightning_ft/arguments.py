@@ -285,7 +285,7 @@ def check_number(argument: str, value: object, error: type[LightningFTError]) ->
 
 
 def check_requests(requests: object, error: type[LightningFTError]) -> None:
-    """Check that `requests` is a sequence of `Request` objects.
+    """Check that `requests` is a sequence of `Request` objects with texts as ids and references, and with messages.
 
     Args:
         requests: Value of the argument.
@@ -303,6 +303,12 @@ def check_requests(requests: object, error: type[LightningFTError]) -> None:
     for index, request in enumerate(requests):
         if not isinstance(request, Request):
             raise error(f"requests[{index}] is a value of type {type(request).__name__}, not a Request. {remedy}")
+        for name, text in (("id", request.id), ("reference", request.reference)):
+            if not isinstance(text, str):
+                raise error(
+                    f"requests[{index}].{name} is {text!r:.80}: expected a text, not a value of type "
+                    f"{type(text).__name__}."
+                )
         if isinstance(request.messages, (str, Mapping)) or not all(
             isinstance(message, Mapping) and "role" in message for message in request.messages
         ):

@@ -100,6 +100,20 @@ def test_request_without_messages_is_named(messages):
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id": 0}, r"requests\[0\]\.id is 0: expected a text, not a value of type int"),
+        ({"reference": None}, r"requests\[0\]\.reference is None: expected a text, not a value of type NoneType"),
+        ({"reference": 5}, r"requests\[0\]\.reference is 5: expected a text, not a value of type int"),
+    ],
+)
+def test_request_with_another_type_as_id_or_reference_is_named(fields, message):
+    request = Request(**{"id": "1", "messages": ({"role": "user", "content": "a"},), "reference": "b", **fields})
+    with pytest.raises(SavingsError, match=message):
+        check_requests([request], SavingsError)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"system": "prompt.json"}, r"system='prompt\.json' is a file, and would be sent as these characters"),
