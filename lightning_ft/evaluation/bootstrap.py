@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from lightning_ft.arguments import check_number
 from lightning_ft.errors import SavingsError
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ def bootstrap_intervals(
         columns: Numbers of the ``n`` requests, by name; each column has length ``n``.
         statistics: Functions of the columns' sums, by name.
         clusters: Cluster of each request, of length ``n``; whole clusters are drawn. None draws single requests.
-        confidence: Confidence level of the two-sided intervals.
+        confidence: Confidence level of the two-sided intervals, between 0 and 1.
         resamples: Number of resamples.
         seed: Seed of the resampling.
 
@@ -92,7 +93,7 @@ def bootstrap_intervals(
         Interval of each statistic, by name.
 
     Raises:
-        SavingsError: If there are no requests.
+        SavingsError: If there are no requests, or `confidence` isn't between 0 and 1.
 
     Example:
         >>> columns = {"tuned": [20.0, 30.0, 25.0, 22.0], "prompted": [100.0, 120.0, 105.0, 98.0]}
@@ -100,6 +101,9 @@ def bootstrap_intervals(
         >>> round(saving.value, 3), saving.lo < saving.value < saving.hi
         (0.771, True)
     """
+    check_number("confidence", confidence, SavingsError)
+    if not 0 < confidence < 1:
+        raise SavingsError(f"confidence={confidence}: expected a share between 0 and 1, such as 0.95.")
     names = list(columns)
     table = np.array([columns[name] for name in names], dtype=np.float64)  # [columns, n]
     if table.size == 0:

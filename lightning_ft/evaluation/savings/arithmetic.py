@@ -80,7 +80,7 @@ def token_savings(
         untuned: Records of the original weights with the request alone, for the same requests in any order.
         margin: Largest acceptable loss of quality, chosen before the measurement, between 0 and 1: 0.02 for two points.
         prices: Prices of tokens and of training.
-        confidence: Confidence level of the intervals; the gate always uses the one-sided 97.5% bound.
+        confidence: Confidence level of the intervals, between 0 and 1; the gate always uses the one-sided 97.5% bound.
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
         provenance: Origin of the metrics, as JSON values, for the report.
@@ -92,8 +92,8 @@ def token_savings(
             untuned one and than `constant`, see :func:`lightning_ft.evaluation.savings.gate.why_void`.
 
     Raises:
-        SavingsError: If the arms answered different requests or have different clusters, or `in_training` has ids that
-            no request has.
+        SavingsError: If the arms answered different requests or have different clusters, `in_training` has ids that no
+            request has, or a number is out of range.
 
     Example:
         >>> ids = tuple(str(i) for i in range(200))

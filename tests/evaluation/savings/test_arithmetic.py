@@ -229,6 +229,12 @@ def test_token_savings_refuses_a_margin_outside_0_and_1(margin):
         token_savings(make_arm(), make_arm(), margin=margin)
 
 
+@pytest.mark.parametrize("confidence", [95, 0, 1, "0.95"])
+def test_token_savings_refuse_a_confidence_outside_0_and_1(confidence):
+    with pytest.raises(SavingsError, match=f"confidence={confidence!r}: expected a (share between 0 and 1|number)"):
+        token_savings(make_arm(), make_arm(), confidence=confidence)
+
+
 def test_token_savings_warns_of_truncated_answers():
     result = token_savings(make_arm(truncated=(True,) * 50 + (False,) * 150), make_arm(tokens=50), resamples=99)
     assert result.metrics()["truncated_rate"] == pytest.approx(50 / 400)
