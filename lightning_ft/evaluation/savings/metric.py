@@ -70,15 +70,15 @@ class TokenSavingsMetric(Metric):
         self,
         arm: str,
         ids: Sequence[str],
-        input_tokens: Sequence[int],
-        output_tokens: Sequence[int],
-        scores: Sequence[float],
+        input_tokens: Sequence[int] | Tensor,
+        output_tokens: Sequence[int] | Tensor,
+        scores: Sequence[float] | Tensor,
         *,
-        truncated: Sequence[bool] | None = None,
-        cached_prefix_tokens: Sequence[int] | None = None,
+        truncated: Sequence[bool] | Tensor | None = None,
+        cached_prefix_tokens: Sequence[int] | Tensor | None = None,
         clusters: Sequence[str] | None = None,
     ) -> None:
-        """Add a batch of requests of one arm.
+        """Add a batch of requests of one arm. Numbers may be tensors of shape ``[batch]``, on any device.
 
         Args:
             arm: Name of the arm: ``prompted``, ``tuned`` or ``untuned``.
@@ -96,18 +96,15 @@ class TokenSavingsMetric(Metric):
         if arm not in _ARMS:
             raise SavingsError(f"arm={arm!r}: expected one of {', '.join(_ARMS)}.")
         n = len(ids)
-        flags, cached = truncated or [False] * n, cached_prefix_tokens or [0] * n
-        ArmRecords(  # validates the values
-            tuple(ids), tuple(input_tokens), tuple(output_tokens), tuple(scores), tuple(flags), tuple(cached)
-        )
-        rows = zip(
-            map(_hash, ids), input_tokens, output_tokens, cached, flags, map(_hash, clusters or ids), strict=True
-        )
+        read, written, grades = _numbers(input_tokens), _numbers(output_tokens), _numbers(scores)
+        flags, cached = _numbers(truncated) or (False,) * n, _numbers(cached_prefix_tokens) or (0,) * n
+        ArmRecords(tuple(ids), read, written, grades, flags, cached)  # validates the values
+        rows = zip(map(_hash, ids), read, written, cached, flags, map(_hash, clusters or ids), strict=True)
         counts = torch.tensor([list(map(int, row)) for row in rows], dtype=torch.int64, device=self.device)
         getattr(self, f"{arm}_counts").append(counts)
         # Scores are stored as bits, since `Metric.half()` and devices without fp64 would round them.
         getattr(self, f"{arm}_scores").append(
-            torch.tensor(scores, dtype=torch.float64).view(torch.int64).to(self.device)
+            torch.tensor(grades, dtype=torch.float64).view(torch.int64).to(self.device)
         )
 
     def compute(self) -> dict[str, Tensor]:
@@ -160,6 +157,10 @@ class TokenSavingsMetric(Metric):
             cached_prefix_tokens=cached,
             clusters=() if clusters == ids else tuple(map(str, clusters)),
         )
+
+
+def _numbers(values: Sequence[Any] | Tensor | None) -> tuple[Any, ...]:
+    return () if values is None else tuple(values.tolist() if isinstance(values, Tensor) else values)
 
 
 def _hash(text: str) -> int:

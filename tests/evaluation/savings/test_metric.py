@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -67,6 +68,19 @@ def test_metric_matches_the_function_for_batches_in_any_order():
     metric.reset()
     with pytest.raises(SavingsError, match="No requests were added to the prompted and the tuned arm"):
         metric.compute()
+
+
+@pytest.mark.parametrize("array", [torch.tensor, np.array])
+def test_metric_takes_tensors_and_arrays(array):
+    metric = TokenSavingsMetric(**OPTIONS)
+    for name, arm in ARMS.items():
+        columns = (arm.input_tokens, arm.output_tokens, arm.scores, arm.truncated, arm.cached_prefix_tokens)
+        *numbers, _, truncated, cached = map(array, columns)
+        scores = array(arm.scores, dtype=torch.float64 if array is torch.tensor else np.float64)
+        metric.update(
+            name, arm.ids, *numbers, scores, truncated=truncated, cached_prefix_tokens=cached, clusters=arm.clusters
+        )
+    check(metric)
 
 
 def two_ranks(rank, path):
