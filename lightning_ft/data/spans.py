@@ -9,6 +9,7 @@ the turn.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ from lightning_ft.data.cores import (
     core_by_difference,
     find_cores,
     reopened,
-    without_reasoning,
 )
 from lightning_ft.data.template_layout import (
     TemplateLayout,
@@ -335,6 +335,34 @@ def _answers_of_tools(message: Message) -> list[Message]:
     return [tool, Message(role="assistant", content=mark(1))]
 
 
+_TAG = re.compile(r"(</?think>)")
+
+
+def _thought_is_left_out(content: str, region: str) -> bool | None:
+    """Whether reasoning in tags is missing from an answer's text; None if other text is, or if there is no other.
+
+    The parts between the tags have to follow each other in the text. They are looked for from the last one: an answer
+    often repeats the end of its reasoning, and then counts once.
+
+    Args:
+        content: Content of the answer.
+        region: Rendered text of the answer.
+    """
+    parts, tags = _TAG.split(content)[::2], _TAG.findall(content)
+    written, found, left_out = _TAG.sub("", region), False, False
+    for n in reversed(range(len(parts))):
+        part, before, after = parts[n].strip(), tags[max(n - 1, 0) : n], tags[n:]
+        # Text that opens a block by a second <think> is inside it too; without </think> there is no block.
+        is_thought = after[:1] == ["</think>"] or (before == ["<think>"] and "</think>" in after)
+        index = written.rfind(part)
+        if index < 0 and not is_thought:
+            return None
+        left_out = left_out or index < 0
+        found = found or (bool(part) and not is_thought)
+        written = written[:index] if index >= 0 else written
+    return left_out if found else None
+
+
 def _check(message: Message, region: str, reasons: bool, *, last: bool) -> list[str]:
     """Refuse an answer that is missing from its span or changed in it.
 
@@ -349,16 +377,14 @@ def _check(message: Message, region: str, reasons: bool, *, last: bool) -> list[
     """
     content, notes = message["content"], []
     reasoning = message.get("reasoning_content", "")
-    kept = without_reasoning(content).strip()
     left_out = bool(reasoning.strip()) and not (reasons and reasoning.strip() in region)
     if content.strip() not in region:
-        if kept == content.strip() or not kept or kept not in region:
+        changed = _thought_is_left_out(content, region)
+        if changed is None:
             raise AnswerLostError(
                 f"the chat template drops or changes an answer: {content[:40]!r} became {region[:60]!r}"
             )
-        thought = content.partition("</think>")[0].rpartition("<think>")[2].strip()
-        around = region[: region.rindex(kept)].replace("<think>", "").replace("</think>", "")
-        left_out = left_out or thought not in around
+        left_out = left_out or changed
     elif content not in region:
         notes.append(TRIMMED)
     if left_out and last:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from lightning_ft.data.encode import AnswerLostError, encode, encode_prompt
+from lightning_ft.data.spans import REASONING_LEFT_OUT
 from lightning_ft.data.templates import ChatTemplate
 from lightning_ft.errors import TokenizerError
 
@@ -218,6 +219,41 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
+
+
+AROUND = "Let me look. <think>a</think>4"
+SEVERAL = "<think>first</think>Step 1: add.<think>second</think>Step 2: 4."
+KEEPS_ONLY_THE_END = ["qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "glm4moe"]
+"""Templates that write the text after the last ``</think>``, and the reasoning of one block."""
+
+
+@pytest.mark.parametrize("name", KEEPS_ONLY_THE_END)
+@pytest.mark.parametrize("content", [AROUND, SEVERAL])
+@pytest.mark.parametrize("following", [[], [user("3+3?"), answer("6")]])
+def test_render_answers_rejects_a_template_that_loses_text_around_reasoning(name, content, following):
+    tokenizer, template = known(name)
+    with pytest.raises(AnswerLostError, match="drops or changes an answer: "):
+        encode(tokenizer, [user("2+2?"), answer(content), *following], template)
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        (AROUND, "Let me look. 4"),
+        (SEVERAL, "Step 1: add.Step 2: 4."),
+        ("<think>4</think>4", "4"),
+        ("<think>a <think> b</think>4", "4"),
+    ],
+)
+def test_render_answers_notes_reasoning_that_is_left_out_between_kept_text(content, written):
+    """A template that removes every block of reasoning and keeps the text around them."""
+    outside = "{% for part in m.content.split('</think>') %}{{ part.split('<think>')[0] }}{% endfor %}"
+    tokenizer, template = with_source(CHATML.replace("m.content +", f"'' }}}}{outside}{{{{"))
+    encoded = encode(tokenizer, [user("2+2?"), answer(content), user("3+3?"), answer("6")], template)
+    assert runs(tokenizer, encoded.example) == [f"{written}<|im_end|>", "6<|im_end|>"]
+    assert encoded.notes == (REASONING_LEFT_OUT,)
+    with pytest.raises(AnswerLostError, match="leaves out the reasoning in <think> of the last answer"):
+        encode(tokenizer, [user("2+2?"), answer(content)], template)
 
 
 @pytest.mark.parametrize("system", ["0", "a", "assistant", "im"])
