@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.data.cores import AnswerLostError
 from lightning_ft.data.layout import Example
 from lightning_ft.data.spans import AnswerSpan, render_answers
+from lightning_ft.data.template_layout import space_tokens
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.types import Message
 
@@ -114,7 +115,11 @@ def encode(
     rendered = render_answers(template, messages, kwargs)
     text, last = rendered.text, rendered.spans[-1]
     prompt = tokens_of(tokenizer, rendered.prompt)
-    ids, ranges = _tokenize(tokenizer, text, rendered.spans)
+    trained = [m.get("train", True) for m in messages if m["role"] == "assistant"]
+    if last_only:
+        trained[:-1] = [False] * (len(trained) - 1)
+    starts = [span.start for span, train in zip(rendered.spans, trained, strict=True) if train]
+    ids, ranges = _tokenize_with_spaces(template, text, rendered.spans, starts)
     starts_there = text.startswith(rendered.prompt) and last.start == len(rendered.prompt)
     if starts_there and (ids[: len(prompt)] != prompt or ranges[-1][0] != len(prompt)):
         # The tokenizer merged the end of the prompt with the start of the answer. Tokenized apart, as in generation:
@@ -128,13 +133,17 @@ def encode(
     if not last.ended:
         ids = [*ids[: ranges[-1][1]], int(tokenizer.eos_token_id)]  # type: ignore[arg-type]  # checked by chat_template
         ranges[-1] = (ranges[-1][0], len(ids))
-    trained = [m.get("train", True) for m in messages if m["role"] == "assistant"]
     supervised = [False] * len(ids)
-    for number, (start, stop) in enumerate(ranges):
-        if trained[number] and (not last_only or number == len(ranges) - 1):
+    for (start, stop), train in zip(ranges, trained, strict=True):
+        if train:
             supervised[start:stop] = [True] * (stop - start)
     example = Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(supervised, dtype=torch.bool))
-    mismatch = None if matches else _difference(text[: last.start], rendered.prompt)
+    mismatch = None
+    if not matches:
+        pair = text[: last.start], rendered.prompt
+        if pair[0] == pair[1]:  # only the tokens differ, as by the white space of an earlier answer
+            pair = str(tokenizer.decode(ids[: ranges[-1][0]])), str(tokenizer.decode(prompt))
+        mismatch = _difference(*pair)
     return Encoded((example,), matches, rendered.notes, mismatch)
 
 
@@ -180,6 +189,46 @@ def answer_end_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that already contains its special tokens."""
     return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def _tokenize_with_spaces(
+    template: ChatTemplate, text: str, spans: Sequence[AnswerSpan], starts: Sequence[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """As `_tokenize`, but the white space that answers begin with is kept.
+
+    Some header tokens strip the white space after them, as Phi-3's ``<|assistant|>`` does. After the prompt the model
+    can write it nevertheless, so the text is tokenized in parts that begin there::
+
+        <|user|>Why?<|end|><|assistant|> | ␣␣␣␣return 1<|end|><|user|>And?<|end|><|assistant|> | ␣␣No<|end|>
+
+    Each part is tokenized after another token, since some tokenizers write a space before the first word of a text.
+
+    Args:
+        template: The chat template of the tokenizer.
+        text: Text of the conversation.
+        spans: Spans of the answers.
+        starts: Starts of those that are supervised. The others are context, which generation strips too.
+    """
+    cuts = [start for start in starts if text[start : start + 1].isspace()]
+    if cuts:
+        stripping, other = space_tokens(template)
+        cuts = [start for start in cuts if stripping and text[:start].rstrip().endswith(stripping)]
+    if not cuts:
+        return _tokenize(template.tokenizer, text, spans)
+    ids: list[int] = []
+    ranges: list[tuple[int, int]] = []
+    for start, stop in pairwise([0, *cuts, len(text)]):
+        before = other if start else ""
+        shift, extra = len(before) - start, 1 if before else 0
+        inside = [
+            AnswerSpan(span.start + shift, span.stop + shift, span.ended)
+            for span in spans[len(ranges) :]
+            if span.start < stop or stop == len(text)
+        ]
+        part, found = _tokenize(template.tokenizer, before + text[start:stop], inside)
+        ranges += [(len(ids) + first - extra, len(ids) + last - extra) for first, last in found]
+        ids += part[extra:]
+    return ids, ranges
 
 
 def _tokenize(

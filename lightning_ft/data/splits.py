@@ -371,8 +371,9 @@ def warn_other_prompt(name: str, where: str, mismatch: tuple[str, str]) -> None:
         f"{name}: {where} the tokens before the last answer aren't those that generation starts from: the first row "
         f"has {row!r} where generation has {prompt!r}. The model would be trained on other prompts than it gets in "
         "use. Where the prompt opens reasoning, add it to the rows (reasoning_content) or switch it off "
-        "(chat_template_kwargs={'enable_thinking': False}, if the template reads that); otherwise pass a "
-        "chat_template= that writes both the same way."
+        "(chat_template_kwargs={'enable_thinking': False}, if the template reads that). Where only white space "
+        "before an earlier answer differs, remove it or pass supervise='last'. Otherwise pass a chat_template= that "
+        "writes both the same way."
     )
 
 

@@ -180,6 +180,21 @@ def added_tokens(template: ChatTemplate, *, bos: bool = False) -> re.Pattern[str
     return pattern
 
 
+def space_tokens(template: ChatTemplate) -> tuple[tuple[str, ...], str]:
+    """The tokenizer's added tokens that strip the white space after them, and one that doesn't, or ``""``.
+
+    Args:
+        template: The chat template of the tokenizer.
+    """
+    if "space" not in template.cached:
+        tokens = list(template.tokenizer.added_tokens_decoder.values())
+        stripping = tuple(str(token) for token in tokens if token.rstrip)
+        others = (str(token) for token in tokens if token.special and not token.rstrip and not token.single_word)
+        template.cached["space"] = stripping, next(others, "")
+    found: tuple[tuple[str, ...], str] = template.cached["space"]
+    return found
+
+
 def template_tokens(template: ChatTemplate) -> frozenset[str]:
     """Added tokens that a template writes around plain messages."""
     around = TemplateLayout.of(template, {}).around

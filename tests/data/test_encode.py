@@ -1,6 +1,8 @@
 """Tokens of a conversation, and which of them are supervised."""
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen3_chat_template
 
 from lightning_ft.data.encode import AnswerLostError, answer_end_token, encode, encode_conversation, encode_prompt
@@ -199,3 +201,81 @@ def test_encode_rejects_several_templates_without_default(make_tokenizer):
 def test_encode_notes_a_prompt_that_differs_from_generation(make_tokenizer):
     tokenizer = make_tokenizer("other_prompt")
     assert not encode(tokenizer, talk("a", "b"), chat_template(tokenizer)).prompt_matches
+
+
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+)
+
+
+class WithoutOffsets(PreTrainedTokenizerFast):
+    """A tokenizer without offsets."""
+
+    is_fast = False
+
+
+def stripping_tokenizer(spaces="bytes"):
+    """A tokenizer whose header and end tokens strip the white space after them, as Phi-3's do."""
+    if spaces == "bytes":
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+        core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    else:
+        core = Tokenizer(models.BPE({c: i for i, c in enumerate(["▁", *map(chr, range(32, 127)), "\n"])}, []))
+        if spaces == "legacy":
+            core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces, split=False)
+        core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    headers = [f"<|{name}|>" for name in ("user", "assistant", "system", "end")]
+    tokenizer.add_tokens([AddedToken(h, rstrip=True, normalized=False, special=True) for h in headers])
+    tokenizer.chat_template = PHI3
+    return tokenizer
+
+
+@pytest.mark.parametrize("answer", ["    return 1", " Paris.", "\n\n  b", "four"])
+@pytest.mark.parametrize("fast", [True, False])
+def test_encode_keeps_white_space_that_header_tokens_strip(answer, fast):
+    tokenizer = stripping_tokenizer()
+    if not fast:
+        tokenizer.__class__ = WithoutOffsets
+    encoded = encode(tokenizer, talk("    def f():", answer), chat_template(tokenizer))
+    assert answers(tokenizer, encoded.example) == [f"{answer}<|end|>"]
+    prompt = encode_prompt(tokenizer, talk("    def f():"))
+    assert encoded.example.input_ids[: len(prompt)].tolist() == prompt
+    assert int(encoded.example.supervised.nonzero()[0]) == len(prompt)
+    assert encoded.prompt_matches
+
+
+def test_encode_keeps_stripped_white_space_of_every_supervised_answer():
+    tokenizer = stripping_tokenizer()
+    messages = talk("a", "  b", "c", " d", "e", "f")
+    encoded = encode(tokenizer, messages, chat_template(tokenizer))
+    assert answers(tokenizer, encoded.example) == ["  b<|end|>", " d<|end|>", "f<|end|>"]
+    assert not encoded.prompt_matches  # the prompt of "f" lacks the white space of the earlier answers
+    row, prompt = encoded.mismatch
+    assert ("|>  b<|" in row, "|>b<|" in prompt) == (True, True)
+
+
+def test_encode_strips_answers_that_are_context_as_generation_does():
+    tokenizer = stripping_tokenizer()
+    messages = talk("a", "  b", "c", " d")
+    prompt = encode_prompt(tokenizer, messages[:-1])
+    for turns, last_only in ((messages, True), ([messages[0], {**messages[1], "train": False}, *messages[2:]], False)):
+        encoded = encode(tokenizer, turns, chat_template(tokenizer), last_only=last_only)
+        assert answers(tokenizer, encoded.example) == [" d<|end|>"]
+        assert encoded.example.input_ids[: len(prompt)].tolist() == prompt
+        assert encoded.prompt_matches
+
+
+@pytest.mark.parametrize("spaces", ["first", "never", "legacy"])
+def test_encode_adds_no_space_to_white_space_that_is_kept(spaces):
+    """A space is added at the start of the text (``first``) or after every special token (``legacy``), as elsewhere."""
+    tokenizer = stripping_tokenizer(spaces)
+    plain, spaced = (encode_conversation(tokenizer, talk("a", content)) for content in ("b", "  b"))
+    plain_tokens, spaced_tokens = (
+        tokenizer.convert_ids_to_tokens(example.input_ids[example.supervised].tolist()) for example in (plain, spaced)
+    )
+    assert spaced_tokens == ["▁", "▁", *plain_tokens]
