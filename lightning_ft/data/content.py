@@ -26,12 +26,14 @@ from lightning_ft.types import Message
 CHANGED_PROMPT = "row with a prompt in which the tokenizer changes characters"
 BOS_TWICE = "row that begins with BOS twice"
 EOS_TWICE = "row with an answer that ends with EOS twice"
+QUESTION_CUT = "truncated row with an earlier answer that isn't supervised, since its whole question was cut"
 
 REMEDIES = {
     **SPAN_REMEDIES,
     CHANGED_PROMPT: "It drops case, accents or rare characters: make sure that they don't matter for the answer, or "
     "use a model whose tokenizer keeps them.",
     BOS_TWICE: "The chat template writes it twice: pass a chat_template= that writes it once.",
+    QUESTION_CUT: "Raise max_length to train on it.",
     EOS_TWICE: "The chat template writes it twice: pass a chat_template= that writes it once.",
 }
 """Remedies of notes that don't depend on the chat template."""

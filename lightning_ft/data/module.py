@@ -70,8 +70,9 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         max_length: Maximum number of tokens per row, the longest completion included.
         batch_size: Number of rows per batch on each rank.
         on_overlong: What happens to rows longer than `max_length`: ``error`` lists them, ``drop`` counts them,
-            ``truncate_prompt`` cuts user turns of the prompt from their left, the earliest first. Answers, system turns
-            and the template's own tokens are never cut; a row that is too long without any user text is a bad row.
+            ``truncate_prompt`` cuts user turns of the prompt from their left, the earliest first. Answers, tool turns,
+            system turns and the template's own tokens are never cut; a row that is too long without any user text is a
+            bad row. An answer whose whole question was cut isn't supervised.
         on_bad_row: What happens to bad rows: ``error`` lists them all, ``skip`` leaves them out and counts them by
             reason.
         streaming: Whether training rows are read, checked and tokenized while training, rather than before it, and

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft.data.content import ContentCheck
+from lightning_ft.data.content import QUESTION_CUT, ContentCheck
 from lightning_ft.data.dates import DATED, renders_today
 from lightning_ft.data.encode import AnswerLostError, Encoded
 from lightning_ft.data.keys import is_nonempty
@@ -101,17 +101,19 @@ class RowEncoder(Generic[RowT]):
         answer = int(shortest.supervised.sum())
         detail = f"{len(shortest):,} tokens without the user's text, {answer:,} of them supervised, "
         detail += f"max_length={self.max_length:,}"
-        fix = "Raise max_length: answers, system turns and the template's own tokens are never cut."
+        fix = "Raise max_length: answers, tool turns, system turns and the template's own tokens are never cut."
         reason = "overlong answer" if answer else "overlong turns before the question"
-        if row.prompt_messages[0]["role"] == "system" and answer < self.max_length:
-            reason = "overlong system turn"
+        others = [message for message in row.prompt_messages if message["role"] in ("system", "tool")]
+        if others and answer < self.max_length:
+            longest = max(others, key=lambda message: len(message["content"]))
+            reason = f"overlong {longest['role']} turn"
         return Problem(row.source, row.row, None, reason, detail, fix)
 
     def _cut(self, row: RowT) -> tuple[Encoded, RowT] | None:
         """Cut user turns from their left, the earliest first, by as few characters as necessary.
 
         Each turn is cut by bisection over the number of characters to keep. The last user turn before the answer keeps
-        at least one; None if that doesn't fit.
+        at least one; None if that doesn't fit. An answer whose whole question was cut isn't supervised.
         """
         users = [i for i, message in enumerate(row.prompt_messages) if message["role"] == "user"]
         texts = {i: row.prompt_messages[i]["content"] for i in users}
@@ -128,9 +130,32 @@ class RowEncoder(Generic[RowT]):
                 else:
                     high = keep - 1
             if best is not None:
-                return best if best[1].prompt_messages[users[-1]]["content"].strip() else None
+                kept = best[1].prompt_messages[users[-1]]["content"].strip()
+                return self._without_answers_to_nothing(row, *best) if kept else None
             texts[i] = ""
         return None
+
+    def _without_answers_to_nothing(self, row: RowT, encoded: Encoded, cut: RowT) -> tuple[Encoded, RowT]:
+        """Leave answers unsupervised whose whole question was cut, or the model would learn to answer nothing.
+
+        Both turns stay in the text, since templates require that questions and answers alternate.
+        """
+        turns: list[Message] = []
+        before = after = ""  # text of the user turns since the last other turn
+        for original, message in zip(row.prompt_messages, cut.prompt_messages, strict=True):
+            if message["role"] == "user":
+                if not turns or turns[-1]["role"] != "user":
+                    before = after = ""
+                before, after = before + original["content"].strip(), after + message["content"].strip()
+            unanswerable = message["role"] == "assistant" and before and not after
+            turns.append({**message, "train": False} if unanswerable else message)
+        if turns == list(cut.prompt_messages):
+            return encoded, cut
+        fewer = cut.with_prompt(turns)
+        found = self._encode(fewer)
+        if int(found.example.supervised.sum()) == int(encoded.example.supervised.sum()):
+            return encoded, cut
+        return replace(found, notes=(*found.notes, QUESTION_CUT)), fewer
 
 
 def check_kwargs(kwargs: Mapping[str, object], prompt: Sequence[Message], template: ChatTemplate) -> None:

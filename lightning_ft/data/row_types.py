@@ -189,7 +189,10 @@ class Pairs(RowType[Conversation]):
     def check_encoded(self, encoded: Encoded) -> None:
         """See `RowType`."""
         if not bool(encoded.example.supervised.any()):
-            fix = "The last answer has weight 0, and supervise='last' trains on no other: leave the row out."
+            fix = (
+                "The last answer has weight 0, and there is no other, supervise='last' leaves it out, or its whole "
+                "question was cut to max_length: leave the row out."
+            )
             raise RowError(None, "no supervised token", f"{len(encoded.example):,} tokens", fix)
 
 

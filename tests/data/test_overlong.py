@@ -1,11 +1,17 @@
 """Rows over `max_length`."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from chat_templates import SCENARIOS, template_tokenizer
+
+from lightning_ft import PairDataModule
+from lightning_ft.data.content import QUESTION_CUT
 from lightning_ft.data.encode import encode_conversation, encode_prompt
 from lightning_ft.data.formats import Conversation
 from lightning_ft.data.overlong import RowEncoder
 from lightning_ft.data.raw_rows import Problem
+from lightning_ft.data.row_types import Pairs
 
 
 def row(*texts, system=None):
@@ -32,12 +38,22 @@ def test_overlong_answer_is_reported_whatever_the_option(tokenizer, on_overlong)
     problem = RowEncoder(tokenizer, 64, on_overlong)(row("lamp", LONG))
     assert problem.reason == "overlong answer"
     assert "of them supervised" in problem.detail
-    assert problem.fix.startswith("Raise max_length: answers, system turns")
+    assert problem.fix.startswith("Raise max_length: answers, tool turns, system turns")
 
 
 def test_overlong_system_turn_is_reported(tokenizer):
     problem = RowEncoder(tokenizer, 64, "truncate_prompt")(row("lamp", "dog", system=LONG))
     assert problem.reason == "overlong system turn"
+
+
+@pytest.mark.parametrize(("system", "result", "reason"), [("s", LONG, "tool"), (LONG, "r", "system")])
+def test_overlong_tool_turn_is_reported(system, result, reason):
+    tokenizer = template_tokenizer("qwen3")
+    question, call, found, reply = SCENARIOS["tools"][0]
+    turns = ({"role": "system", "content": system}, question, call, {**found, "content": result}, reply)
+    problem = RowEncoder(tokenizer, 400, "truncate_prompt")(Conversation(turns, "a.jsonl", 7, "a.jsonl:7"))
+    assert problem.reason == f"overlong {reason} turn"
+    assert "tool turns, system turns and the template's own tokens are never cut" in problem.fix
 
 
 def test_truncation_accepts_exactly_max_length(tokenizer):
@@ -76,6 +92,49 @@ def test_truncation_drops_the_earliest_turn_first(tokenizer):
     _, cut = RowEncoder(tokenizer, 100, "truncate_prompt")(given)
     assert cut.messages[0]["content"] == ""
     assert 0 < len(cut.messages[2]["content"]) < len(LONG)
+
+
+def supervised_text(tokenizer, example):
+    return tokenizer.decode(example.input_ids[example.supervised])
+
+
+def test_truncation_supervises_no_answer_whose_question_is_cut(tokenizer):
+    given = row(LONG, "dog", LONG, "fox")
+    encoded, cut = RowEncoder(tokenizer, 100, "truncate_prompt")(given)
+    assert len(encoded.example) <= 100
+    assert [message["content"] for message in cut.messages[::2]] == ["", cut.messages[2]["content"]]
+    assert supervised_text(tokenizer, encoded.example) == "fox<|im_end|>"
+    assert encoded.notes == (QUESTION_CUT,)
+    whole = len(encode_conversation(tokenizer, given.messages))
+    encoded, _ = RowEncoder(tokenizer, whole - 40, "truncate_prompt")(given)  # a part of the first question is left
+    assert supervised_text(tokenizer, encoded.example) == "dog<|im_end|>fox<|im_end|>"
+    assert encoded.notes == ()
+    encoded, _ = RowEncoder(tokenizer, 100, "truncate_prompt", Pairs("last"))(given)
+    assert encoded.notes == ()  # the first answer wasn't supervised
+
+
+def test_truncation_supervises_answers_to_what_is_left_of_several_user_turns(tokenizer):
+    messages = row(LONG, "dog", LONG, "fox").messages
+    rest = ({"role": "user", "content": "lamp"}, messages[1], {"role": "user", "content": "parcel"}, messages[3])
+    length = len(encode_conversation(tokenizer, ({"role": "user", "content": ""}, *rest)))
+    given = replace(row(), messages=(messages[0], *rest))
+    encoded, cut = RowEncoder(tokenizer, length, "truncate_prompt")(given)
+    assert [message["content"] for message in cut.messages[:2]] == ["", "lamp"]
+    assert supervised_text(tokenizer, encoded.example) == "dog<|im_end|>fox<|im_end|>"
+    blank = replace(row(), messages=({"role": "user", "content": ""}, *messages[1:]))  # nothing was cut there
+    encoded, _ = RowEncoder(tokenizer, 100, "truncate_prompt")(blank)
+    assert supervised_text(tokenizer, encoded.example) == "dog<|im_end|>fox<|im_end|>"
+
+
+def test_truncated_rows_without_a_question_are_counted(tokenizer):
+    rows = [{"messages": list(row(*turns).messages)} for turns in ((LONG, "dog", LONG, "fox"), ("lamp", "dog"))]
+    data = PairDataModule(
+        rows, tokenizer=tokenizer, max_length=100, on_overlong="truncate_prompt", cache_dir=False, batch_size=2
+    )
+    with pytest.warns(UserWarning, match=r"1 x truncated row with an earlier answer .* Raise max_length to train on"):
+        data.setup("fit")
+    report = data.report["train"]
+    assert (report.truncated, report.notes[QUESTION_CUT]) == (1, 1)
 
 
 def test_truncation_keeps_part_of_the_question(tokenizer):
