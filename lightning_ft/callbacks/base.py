@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeGuard
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.arguments import CheckedArguments
-from lightning_ft.distributed import all_gather_objects, rank_zero_warn
+from lightning_ft.distributed import all_gather_objects, rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, LightningFTError
 from lightning_ft.printable import printable
 from lightning_ft.run_checkpoints import run_folder
@@ -221,6 +221,19 @@ class EndOfTraining(RecordsFailures):
         """
         raise NotImplementedError
 
+    def finish_restored(self, trainer: Trainer, pl_module: Any) -> None:
+        """Work on the final weights of a run whose checkpoint was written after its last step.
+
+        Such a fit has nothing left to train, so a Trainer calls neither `on_train_start` nor `on_train_end`.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+        """
+        what = f"{type(self).__name__} didn't work on the final weights"
+        if self.attempt(what, lambda: self.on_train_start(trainer, pl_module)) is None:
+            self.finish(trainer, pl_module)
+
     def after_measurements(self, trainer: Trainer, pl_module: Any) -> None:
         """Work on the final weights, on all ranks, when everything has been measured; failures are recorded likewise.
 
@@ -241,8 +254,22 @@ class EndOfTraining(RecordsFailures):
 class RunsLast(Callback):
     """Runs after all other callbacks of a Trainer, ModelCheckpoint included, and calls those of this package."""
 
+    _restored = False
+    """Whether this fit continues a checkpoint."""
+    _ended = False
+    """Whether training has ended in this fit."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit of the same Trainer."""
+        self._restored = self._ended = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember that this fit continues a checkpoint."""
+        self._restored = True
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose weights, export them, then measure them, each in the order of the callbacks."""
+        self._ended = True
         for callback in _in_order(trainer):
             callback.finish(trainer, pl_module)
         for callback in _in_order(trainer):
@@ -250,11 +277,30 @@ class RunsLast(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the fit after the Trainer's teardown, then raise the error of a failed export."""
+        if self._restored and not self._ended and _has_trained(trainer):
+            self._finish_restored(trainer, pl_module)
         for callback in _in_order(trainer):
             callback.finish_fit(trainer, pl_module)
         for callback in _in_order(trainer):
             if (error := getattr(callback, "error", None)) is not None:
                 raise error
+
+    def _finish_restored(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what `on_train_end` does for a run that ended, or was killed, after its last checkpoint."""
+        rank_zero_info(
+            "The checkpoint is of a run that has taken all its steps: its weights are exported and measured."
+        )
+        device = pl_module.device
+        trainer.strategy.model_to_device()  # the Trainer's teardown has moved it to the CPU
+        for callback in callbacks_of(trainer):  # weight averaging installs the average when training ends
+            if getattr(callback, "_average_model", None) is not None:
+                callback.on_train_end(trainer, pl_module)
+        for ours in _in_order(trainer):
+            ours.finish_restored(trainer, pl_module)
+        for ours in _in_order(trainer):
+            ours.after_measurements(trainer, pl_module)
+        if pl_module.device != device:
+            pl_module.to(device)
 
 
 def describe_error(error: BaseException) -> str:
@@ -266,6 +312,12 @@ def describe_error(error: BaseException) -> str:
 def first_over_ranks(reason: str | None) -> str | None:
     """Return the reason of the first rank that has one, None if none has. Every rank must call it."""
     return next((each for each in all_gather_objects(reason) if each is not None), None)
+
+
+def _has_trained(trainer: Any) -> bool:
+    """Whether the weights are those of a training run, rather than of a fit that was told to do nothing."""
+    limits = (trainer.limit_train_batches, trainer.num_training_batches, trainer.max_epochs, trainer.max_steps)
+    return trainer.global_step > 0 and 0 not in limits and not trainer.fast_dev_run
 
 
 def _in_order(trainer: Trainer) -> list[EndOfTraining]:

@@ -96,11 +96,23 @@ class MeasuringCallback(EndOfTraining):
 
     def finish(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> None:
         """Measure the final weights, and log, print and write the result or the reason why there is none."""
+        self._conclude(trainer, pl_module, lambda: self.measure(trainer, pl_module))
+
+    def finish_restored(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `finish`, after `on_train_start`, which takes the state of the checkpoint; its failure is a reason too."""
+
+        def measure() -> dict[str, float]:
+            self.on_train_start(trainer, pl_module)
+            return self.measure(trainer, pl_module)
+
+        self._conclude(trainer, pl_module, measure)
+
+    def _conclude(
+        self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None, measure: Callable[[], dict[str, float]]
+    ) -> None:
         folder = results_folder(trainer, self.output_dir, self.name)  # a collective call, so before a rank may fail
         metrics: dict[str, float] = {}
-        self.undefined = self.attempt(
-            f"{self.title} is undefined", lambda: metrics.update(self.measure(trainer, pl_module))
-        )
+        self.undefined = self.attempt(f"{self.title} is undefined", lambda: metrics.update(measure()))
         if self.undefined is not None:
             self.result, metrics = None, self.with_prefix(self.undefined_metrics())
         self.attempt(

@@ -165,7 +165,11 @@ def execute(folder: Path, *, keep_model: bool = False) -> list[RunResult]:
         raise ComparisonError(
             "The run was interrupted. Start the comparison again to resume it from its last checkpoint."
         )
-    if reasons := [callback.undefined for callback in (meter, retention) if callback and callback.undefined]:
+    if reasons := [
+        callback.undefined or f"{callback.title} was not measured."
+        for callback in (meter, retention)
+        if callback and callback.result is None
+    ]:
         raise ComparisonError(f"{' '.join(reasons)} Start the comparison again to repeat the measurements.")
     return [
         result(

@@ -16,6 +16,7 @@ from forked import ForkedProcess
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lightning_ft.callbacks.base import RunsLast
 from lightning_ft.compare.plan import PlannedRun
 from lightning_ft.compare.run import FILE_NAME, Comparer, compare
 from lightning_ft.compare.run_files import RESULT
@@ -204,6 +205,32 @@ def test_compare_resumes_killed_run(tmp_path, config, forked, monkeypatch):
     assert second.compute.tokens == first.compute.tokens
     log = (run_folder / "log.txt").read_text()
     assert log.count("step 1: quality") == 1, "it started from scratch"
+
+
+def test_compare_measures_a_run_that_was_killed_after_its_last_step(tmp_path, config, forked, monkeypatch):
+    content = yaml.safe_load(Path(config).read_text())
+    content["trainer"] |= {"max_epochs": None, "max_steps": 6}  # so that no epoch is left to be ended
+    Path(config).write_text(yaml.safe_dump(content))
+    options = {**QUICK, "seeds": "0", "learning_rates": {"lora": [5e-3]}}
+    answer = arms.run_arm
+
+    def kill(name, model, tokenizer, plan, **more):
+        if name == "tuned" and plan.requests[0].id.startswith("test"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer(name, model, tokenizer, plan, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "run_arm", kill)  # a run imports it from there
+        with pytest.raises(ComparisonError, match="ended with exit status -9"):
+            compare(config, "lora", str(tmp_path / "out"), **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunsLast, "on_fit_end", lambda *_: None)
+        with pytest.raises(ComparisonError, match=r"Compute was not measured\. Retention was not measured\."):
+            compare(config, "lora", str(tmp_path / "out"), **options)
+    (resumed,) = compare(config, "lora", str(tmp_path / "out"), **options).final_runs("lora")
+    assert resumed.compute.steps == 6
+    assert resumed.retention is not None
+    assert resumed.test is not None
 
 
 def test_compare_stops_at_budget_and_continues_with_larger_one(tmp_path, config, forked, capsys):
