@@ -12,7 +12,8 @@ from typing import Any
 
 from lightning_ft.atomic_files import is_temporary_path
 from lightning_ft.checkpoint_file import local_path, read_checkpoint
-from lightning_ft.errors import CheckpointNotFoundError
+from lightning_ft.distributed import rank_zero_warn
+from lightning_ft.errors import CheckpointError, CheckpointNotFoundError
 from lightning_ft.sharded_checkpoint import is_sharded_checkpoint, open_sharded_checkpoint
 
 LAST, BEST = "last", "best"
@@ -27,7 +28,7 @@ def find_checkpoint(trainer: Any, name: str) -> Path:
 
     Raises:
         CheckpointNotFoundError: If there is none; the message names the folders.
-        CheckpointError: If the newest one can't be read.
+        CheckpointError: If the newest one can't be read, or several metrics were monitored, each with a best one.
     """
     searched = searched_files(trainer)
     found = [path for root, pattern in searched for path in root.glob(pattern) if _is_checkpoint(path)]
@@ -97,18 +98,36 @@ def _is_checkpoint(path: Path) -> bool:
 def _best(last: Path) -> Path:
     """The checkpoint that the run which wrote another one had found to be its best by then."""
     header = open_sharded_checkpoint(last).rest if is_sharded_checkpoint(last) else read_checkpoint(last)
-    states = header.get("callbacks", {}).values()
-    named = [path for state in states if isinstance(state, Mapping) and (path := state.get("best_model_path"))]
-    if not named:
+    callbacks = header.get("callbacks", {}).values()
+    states = [state for state in callbacks if isinstance(state, Mapping) and "best_model_path" in state]
+    # a ModelCheckpoint without a monitor calls its newest checkpoint the best
+    chosen = [state for state in states if state.get("monitor") is not None] or states
+    found: dict[str | None, Path] = {}
+    for state in chosen:
+        if state["best_model_path"]:
+            found.setdefault(state.get("monitor"), Path(state["best_model_path"]))
+    if not found:
         raise CheckpointNotFoundError(
-            f"ckpt_path='best': {str(last)!r} names no best checkpoint, since no ModelCheckpoint was in its run. Use "
-            "ckpt_path='last', or pass the path of a checkpoint."
+            f"ckpt_path='best': {str(last)!r} names no best checkpoint, since no ModelCheckpoint of its run had found "
+            "one. Use ckpt_path='last', or pass the path of a checkpoint."
         )
-    for path in (Path(named[0]), last.parent / Path(named[0]).name):  # the folder may have been moved
+    if len(found) > 1:
+        named = ", ".join(f"{str(path)!r} by {monitor!r}" for monitor, path in found.items())
+        raise CheckpointError(
+            f"ckpt_path='best': the ModelCheckpoints of the run that wrote {str(last)!r} monitor several metrics, and "
+            f"each names a best checkpoint: {named}. Pass the path of one of them."
+        )
+    monitor, best = next(iter(found.items()))
+    for path in (best, last.parent / best.name):  # the folder may have been moved
         if _is_checkpoint(path):
+            if monitor is None:
+                rank_zero_warn(
+                    f"ckpt_path='best': {str(path)!r} is the newest checkpoint of its run, since no ModelCheckpoint "
+                    "monitored a metric. Give one a `monitor` to keep the best."
+                )
             return path
     raise CheckpointNotFoundError(
-        f"ckpt_path='best': {str(last)!r} names {named[0]!r} as the best checkpoint of its run, which doesn't exist. "
+        f"ckpt_path='best': {str(last)!r} names {str(best)!r} as the best checkpoint of its run, which doesn't exist. "
         "Use ckpt_path='last', or pass the path of a checkpoint."
     )
 

@@ -13,7 +13,7 @@ from tiny import make_model, make_rows, make_tokenizer
 from lightning_ft import ComputeMeter, FullFineTuning, PairDataModule
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.cli import FineTuningCLI
-from lightning_ft.errors import CheckpointNotFoundError
+from lightning_ft.errors import CheckpointError, CheckpointNotFoundError
 from lightning_ft.run_checkpoints import find_checkpoint, run_folder
 from lightning_ft.sharded_checkpoint import write_sharded_checkpoint
 
@@ -112,6 +112,41 @@ def test_newest_checkpoint_is_the_last_and_names_the_best(tmp_path):
 def test_best_checkpoint_that_is_not_there_is_refused(tmp_path, best, message):
     checkpoint(tmp_path / "checkpoints", best=best)
     with pytest.raises(CheckpointNotFoundError, match=message):
+        find_checkpoint(make_trainer(tmp_path, logger=False), "best")
+
+
+def write_states(folder, **monitored):
+    """Write a checkpoint with the states of several ModelCheckpoints, by what each monitors; returns their paths."""
+    folder.mkdir()
+    paths = {name: checkpoint(folder / name, age=9) for name in monitored}
+    states = {name: {"monitor": metric, "best_model_path": str(paths[name])} for name, metric in monitored.items()}
+    torch.save({"state_dict": {}, "callbacks": {**states, "EarlyStopping": {"wait_count": 0}}}, folder / "last.ckpt")
+    return paths
+
+
+def test_best_checkpoint_is_that_of_the_monitored_metric(tmp_path, recwarn):
+    folder = tmp_path / "checkpoints"
+    paths = write_states(folder, newest=None, best="val/loss", more_often="val/loss")
+    assert find_checkpoint(make_trainer(tmp_path, logger=False), "best") == paths["best"]
+    assert not [w for w in recwarn if "newest checkpoint" in str(w.message)]
+
+
+def test_best_checkpoint_by_several_metrics_is_refused(tmp_path):
+    paths = write_states(tmp_path / "checkpoints", newest=None, best="val/loss", other="quality")
+    with pytest.raises(CheckpointError, match=rf"{paths['best']}' by 'val/loss', '{paths['other']}' by 'quality'"):
+        find_checkpoint(make_trainer(tmp_path, logger=False), "best")
+
+
+def test_newest_checkpoint_is_the_best_only_where_nothing_is_monitored(tmp_path):
+    paths = write_states(tmp_path / "checkpoints", newest=None)
+    with pytest.warns(UserWarning, match="is the newest checkpoint of its run, since no ModelCheckpoint monitored"):
+        assert find_checkpoint(make_trainer(tmp_path, logger=False), "best") == paths["newest"]
+    states = {
+        "a": {"monitor": None, "best_model_path": str(paths["newest"])},
+        "b": {"monitor": "x", "best_model_path": ""},
+    }
+    torch.save({"state_dict": {}, "callbacks": states}, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(CheckpointNotFoundError, match="names no best checkpoint"):
         find_checkpoint(make_trainer(tmp_path, logger=False), "best")
 
 

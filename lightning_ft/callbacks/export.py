@@ -32,9 +32,9 @@ class ExportModel(EndOfTraining):
     """Export the final weights to ``last/`` and those of the best checkpoint to ``best/``.
 
     The final weights are those after weight averaging, whatever the order of the callbacks. The best checkpoint is that
-    of the Trainer's ModelCheckpoint; without a ``monitor`` there is none. If an export fails, the error is raised after
-    all other work at the end of training is done. The model card has what TokenSavings and Retention measured with the
-    exported weights.
+    of the Trainer's ModelCheckpoint with a ``monitor``; without one there is none. If an export fails, the error is
+    raised after all other work at the end of training is done. The model card has what TokenSavings and Retention
+    measured with the exported weights.
 
     With Fabric, pass `output` and `tokenizer`, put it after the callbacks that measure, and call
     ``fabric.call("on_train_start", fabric, model)`` before the loop and ``fabric.call("on_train_end", fabric, model)``
@@ -57,7 +57,7 @@ class ExportModel(EndOfTraining):
 
     Raises:
         ConfigError: Before training, for a module without a transformers or PEFT model as its `model`, or without a
-            tokenizer.
+            tokenizer, and for ModelCheckpoints that monitor different metrics, each of which has a best checkpoint.
         ExportError: Before training, if a folder isn't empty or the adapter can't be exported with these options;
             after training, if an export failed.
         HubError: Before training, if an upload would be refused: offline, no token, or a repository with files.
@@ -126,6 +126,8 @@ class ExportModel(EndOfTraining):
             if isinstance(model, PeftModel) and not self.merge and self.format == "safetensors":
                 check_adapter_is_whole_update(model)
             self._tokenizer(pl_module)
+        if self.best and is_trainer(trainer):
+            _refuse_several_metrics(trainer)
         self.error, self.uploaded, self.exported = None, None, {}
         folder, reason, refused = self._folder(trainer), None, ExportError
         if trainer.is_global_zero:
@@ -157,8 +159,7 @@ class ExportModel(EndOfTraining):
 
     def finish_fit(self, trainer: Trainer, pl_module: Any) -> None:
         """Export the best checkpoint, after every ModelCheckpoint has saved its last one, and upload."""
-        checkpoint = trainer.checkpoint_callback
-        path = getattr(checkpoint, "best_model_path", "") if getattr(checkpoint, "monitor", None) else ""
+        path = next((path for each in _monitoring(trainer) if (path := getattr(each, "best_model_path", ""))), "")
         if self.best and path and is_sharded(pl_module):
             rank_zero_info(
                 f"The best checkpoint of a sharded model isn't exported. Run `lightning-ft export` with {path}"
@@ -254,3 +255,19 @@ class ExportModel(EndOfTraining):
         if self.output is not None:
             return Path(self.output)
         return run_folder(trainer) / "export"
+
+
+def _monitoring(trainer: Any) -> list[Any]:
+    """ModelCheckpoints with a ``monitor``; others, such as those to resume from, know no best checkpoint."""
+    return [each for each in trainer.checkpoint_callbacks if getattr(each, "monitor", None) is not None]
+
+
+def _refuse_several_metrics(trainer: Any) -> None:
+    """Refuse ModelCheckpoints whose best checkpoints are best by different metrics."""
+    metrics = dict.fromkeys(each.monitor for each in _monitoring(trainer))
+    if len(metrics) > 1:
+        raise ConfigError(
+            "ExportModel exports one best checkpoint, but the ModelCheckpoints monitor "
+            f"{' and '.join(map(repr, metrics))}: leave out all but one, or pass best=False to export the final "
+            "weights only."
+        )

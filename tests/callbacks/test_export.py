@@ -13,12 +13,12 @@ from lightning_ft.errors import ConfigError, ExportError
 ROWS = make_rows(24)
 
 
-def run(module, trainer_options, tmp_path, *, monitor="val/loss", **export):
+def run(module, trainer_options, tmp_path, *, monitor="val/loss", others=(), **export):
     # mode="max" keeps the epoch with the largest loss, which isn't the last one
     saver = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor=monitor, mode="max")
     callback = ExportModel(str(tmp_path / "out"), **export)
     options = {**trainer_options, "enable_checkpointing": True}
-    trainer = Trainer(**options, max_epochs=3, callbacks=[saver, callback])
+    trainer = Trainer(**options, max_epochs=3, callbacks=[*others, saver, callback])
     trainer.fit(module, PairDataModule(ROWS, validation=ROWS, cache_dir=False))
     return callback, saver
 
@@ -46,6 +46,24 @@ def test_export_merges_adapter(trainer_options, tmp_path, model_folder):
 def test_export_without_monitor_writes_last_weights_only(trainer_options, tmp_path, model_folder):
     callback, _ = run(FullFineTuning(model_folder), trainer_options, tmp_path, monitor=None)
     assert list(callback.exported) == ["last"]
+
+
+def test_export_writes_best_weights_of_the_checkpoints_with_a_monitor(trainer_options, tmp_path, model_folder):
+    resumable = _pl.callbacks.ModelCheckpoint(tmp_path / "resumable", every_n_train_steps=1)
+    module = LoRAFineTuning(model_folder, learning_rate=1e-2)
+    callback, saver = run(module, trainer_options, tmp_path, others=[resumable])
+    assert list(callback.exported) == ["last", "best"]
+    saved = load_file(callback.exported["best"] / "adapter_model.safetensors")
+    for key, value in torch.load(saver.best_model_path)["state_dict"].items():
+        assert torch.equal(saved[key.removeprefix("model.").replace(".default", "")], value)
+
+
+def test_export_refuses_best_weights_by_several_metrics_before_training(trainer_options, tmp_path, model_folder):
+    other = _pl.callbacks.ModelCheckpoint(tmp_path / "other", monitor="val/loss_per_byte")
+    module = FullFineTuning(model_folder)
+    with pytest.raises(ConfigError, match=r"monitor 'val/loss_per_byte' and 'val/loss': .* pass best=False"):
+        run(module, trainer_options, tmp_path, others=[other])
+    assert module.trainer.global_step == 0
 
 
 def test_export_refuses_nonempty_folder_before_training(trainer_options, tmp_path, model_folder):
