@@ -172,15 +172,34 @@ def read_settings(
     """Read the options of TokenSavings and Retention from a configuration.
 
     Raises:
-        ComparisonError: If it has no TokenSavings, which defines prompt, scorer and margin.
+        ComparisonError: If it has no TokenSavings, which defines prompt, scorer and margin, or one with an endpoint,
+            or several of it or of Retention.
     """
-    found = {_class_name(callback): callback.get("init_args", {}) for callback in _callbacks(config)}
-    if "TokenSavings" not in found:
+    found: dict[str, list[Mapping[str, Any]]] = {"TokenSavings": [], "Retention": []}
+    for callback in _callbacks(config):
+        if (name := _class_name(callback)) in found:
+            found[name].append(callback.get("init_args") or {})
+    if not found["TokenSavings"]:
         raise ComparisonError(
             f"{path!r} has no TokenSavings among its trainer.callbacks. Add it: a comparison takes prompt, scorer and "
             "margin from there."
         )
-    return Settings(found["TokenSavings"], found.get("Retention", {}), evaluations, validation_requests)
+    for name, several in found.items():
+        if len(several) > 1:
+            names = ", ".join(str(arguments.get("name", "without a name")) for arguments in several)
+            raise ComparisonError(
+                f"{path!r} has {len(several)} {name} among its trainer.callbacks ({names}), but every run is measured "
+                "with the options of one. Leave the others out."
+            )
+    savings = found["TokenSavings"][0]
+    if savings.get("endpoint") is not None:
+        raise ComparisonError(
+            f"{path!r}: the endpoint of TokenSavings can't answer in `lightning-ft compare` and `plan`, whose prompted "
+            "arm is that of the original weights. Leave endpoint out and pass the prices of the original weights, or "
+            "compare one tuned model with the endpoint by `lightning-ft fit`."
+        )
+    retention = found["Retention"][0] if found["Retention"] else {}
+    return Settings(savings, retention, evaluations, validation_requests)
 
 
 def planned_methods(

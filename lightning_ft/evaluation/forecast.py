@@ -263,6 +263,7 @@ def advise(
     pilot: Pilot | None = None,
     quality: QualityForecast | None = None,
     margin: float = 0.02,
+    min_quality: float | None = None,
     requests_planned: float | None = None,
     cached: bool | None = None,
 ) -> tuple[Advice, tuple[str, ...]]:
@@ -274,6 +275,7 @@ def advise(
         pilot: Measured qualities.
         quality: Quality to expect from all rows.
         margin: Quality that the tuned model may lose against the prompt.
+        min_quality: Quality below which an arm is of no use; None for the default of the gate.
         requests_planned: Number of requests that the model will answer; None if unknown.
         cached: Whether the provider caches the prompt; by default if it has a price for cached tokens.
 
@@ -306,9 +308,17 @@ def advise(
     limit = pilot.prompted - margin
     expected = f"{quality.value:.0%} ({quality.low:.0%} to {quality.high:.0%})"
     with_prompt = f"the prompt's {pilot.prompted:.0%}"
+    if min_quality is not None:
+        if min_quality > limit:
+            limit, with_prompt = min_quality, f"{with_prompt} and min_quality={min_quality:g}"
+        if pilot.prompted + _Z * _sampling_error(pilot.prompted, pilot.requests) < min_quality:
+            reasons.append(
+                f"With the prompt {pilot.prompted:.0%} are right, below min_quality={min_quality:g}, so no saving of "
+                "its tokens can be claimed."
+            )
     if quality.high < limit:
         return "more rows", (*reasons, f"With {quality.rows:,} rows expect {expected} right, against {with_prompt}.")
-    useless = pilot.prompted <= pilot.untuned
+    useless = min_quality is None and pilot.prompted <= pilot.untuned  # as in the gate, min_quality replaces this
     if useless and quality.low <= pilot.untuned:
         return "pilot first", (
             *reasons,

@@ -59,7 +59,7 @@ def plan(
 
     Args:
         config: Path of a configuration of `lightning-ft fit` with TokenSavings among its callbacks, whose prompt,
-            scorer, margin and prices are used. Several paths, separated by commas, are merged.
+            scorer, margin, `min_quality` and prices are used. Several paths, separated by commas, are merged.
         output: Folder of the measurements and of ``forecast.json``. Complete pilot runs in it are not repeated.
         pilot: Numbers of training rows of the pilot runs, such as ``100,300``; none by default.
         steps: Number of micro-batches to measure for time and memory; 0 for none. By default 8, and 24 on a CPU, whose
@@ -119,6 +119,7 @@ def plan(
         pilot=found,
         quality=quality,
         margin=margin,
+        min_quality=savings.get("min_quality"),
         requests_planned=requests_planned,
         cached=cached,
     )

@@ -306,7 +306,8 @@ def test_compare_refuses_folder_of_other_texts(tmp_path, config, forked, changed
     method.write_text(yaml.safe_dump({"model": {"init_args": {"anchor": {"texts": str(anchor)}}}}))
     arguments = {"texts": str(texts), "choices": str(questions)}
     retention = {"class_path": "lightning_ft.Retention", "init_args": arguments}
-    measured.write_text(yaml.safe_dump({"trainer": {"callbacks+": [retention]}}))
+    savings = yaml.safe_load(Path(config).read_text())["trainer"]["callbacks"][0]
+    measured.write_text(yaml.safe_dump({"trainer": {"callbacks": [savings, retention]}}))
     options = {**QUICK, "seeds": "0", "learning_rates": {"anchored": [5e-3]}, "budget": "0.001s"}
     file = tmp_path / changed
     content = file.read_text()

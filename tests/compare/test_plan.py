@@ -131,6 +131,37 @@ def test_read_settings_requires_token_savings():
         read_settings(config, "c.yaml", 8)
 
 
+SAVINGS, RETENTION = "lightning_ft.TokenSavings", "Retention"
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"class_path": SAVINGS, "init_args": {"name": "long"}}, r"2 TokenSavings .*\(without a name, long\)"),
+        ({"class_path": RETENTION, "init_args": {"name": "b"}}, r"2 Retention .*\(a, b\).*Leave the others out"),
+    ],
+)
+def test_read_settings_refuses_several_measurements_of_one_type(added, message):
+    callbacks = [
+        *CONFIG["trainer"]["callbacks"],
+        {"class_path": f"lightning_ft.{RETENTION}", "init_args": {"name": "a"}},
+        added,
+    ]
+    with pytest.raises(ComparisonError, match=message):
+        read_settings(changed(("trainer", "callbacks"), callbacks), "c.yaml", 8)
+
+
+def test_read_settings_refuses_an_endpoint():
+    def savings(endpoint):
+        arguments = {"baseline": "b.json", "endpoint": endpoint}
+        return changed(("trainer", "callbacks"), [{"class_path": SAVINGS, "init_args": arguments}])
+
+    assert read_settings(savings(None), "c.yaml", 8).savings["baseline"] == "b.json"  # as `fit` writes it
+    served = {"class_path": "lightning_ft.Endpoint", "init_args": {"url": "http://localhost/v1", "model": "m"}}
+    with pytest.raises(ComparisonError, match=r"endpoint of TokenSavings can't answer .* Leave endpoint out"):
+        read_settings(savings(served), "c.yaml", 8)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("model: 1", "has no data"), ("trainer: {}", "has no data and no model"), ("[1]", "expected a mapping")],

@@ -116,6 +116,16 @@ def test_plan_predicts_operations_and_memory(config, tmp_path, model_folder, tra
     assert resources.seconds > 0
 
 
+def test_plan_advises_by_min_quality(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", ForkedProcess)
+    content = yaml.safe_load(Path(config).read_text())
+    content["trainer"]["callbacks"][0]["init_args"]["min_quality"] = 1.0
+    Path(config).write_text(yaml.safe_dump(content))
+    forecast = plan(config, str(tmp_path / "plan"), pilot="8,16", steps=0, threads=1)
+    assert forecast.pilot.prompted < 1
+    assert "min_quality=1" in " ".join(forecast.reasons)
+
+
 def test_command_line_prints_the_forecast(config, tmp_path, capsys):
     main(["plan", "--config", config, "--output", str(tmp_path / "plan"), "--steps", "0"])
     out = capsys.readouterr().out

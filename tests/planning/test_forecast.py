@@ -129,6 +129,26 @@ def test_extrapolation_needs_two_sizes_and_requests(tuned, requests):
             r"Neither the prompt \(0% right\) nor the pilot is shown to be better than the model as it is \(0%\)",
         ),
         (
+            QualityForecast(4000, 0.7, 0.65, 0.75),
+            {"min_quality": 0.8},
+            "more rows",
+            r"With the prompt 60% are right, below min_quality=0\.8, so no saving .* expect 70% \(65% to 75%\) right, "
+            r"against the prompt's 60% and min_quality=0\.8",
+        ),
+        (
+            QualityForecast(4000, 0.9, 0.85, 0.95),
+            {"min_quality": 0.8},
+            "go",
+            r"below min_quality=0\.8, so no saving of its tokens can be claimed\. Expect 90%",
+        ),
+        (QualityForecast(4000, 0.7, 0.6, 0.8), {"min_quality": 0.65}, "pilot first", "the pilot can't decide"),
+        (
+            QualityForecast(4000, 0.7, 0.6, 0.8),
+            {"min_quality": 0.3},
+            "go",
+            "right with 4,000 rows, against the prompt's",
+        ),
+        (
             QualityForecast(4000, 0.7, 0.6, 0.8),
             {"money": forecast_money(TOKENS, prices(training=9.0)), "requests_planned": 500},
             "don't",
@@ -158,6 +178,13 @@ def test_advice_follows_from_the_numbers(quality, options, advice, reason):
     found, reasons = advise(TOKENS, **{"pilot": PILOT, "quality": quality, "margin": 0.02, **options})
     assert found == advice
     assert re.search(reason, " ".join(reasons))
+
+
+def test_prompt_is_below_the_minimum_only_if_its_interval_is():
+    quality, few = QualityForecast(4000, 0.9, 0.85, 0.95), Pilot(20, prompted=0.6, untuned=0.1, tuned=PILOT.tuned)
+    for pilot, shown in ((PILOT, True), (few, False)):
+        _, reasons = advise(TOKENS, pilot=pilot, quality=quality, min_quality=0.7)
+        assert any("no saving of its tokens" in reason for reason in reasons) == shown
 
 
 def test_nothing_is_saved_by_an_empty_prompt():
