@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.data.texts import load_texts
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.retention.choices import load_choices
+from lightning_ft.evaluation.scorers import SCORERS, Scorer
+from lightning_ft.importing import is_file_path
 from lightning_ft.modules.anchor import SAMPLES
 from lightning_ft.printable import content_hash
 
@@ -326,6 +329,25 @@ def text_hashes(config: Mapping[str, Any], settings: Settings) -> list[str]:
     if (questions := settings.retention.get("choices")) is not None:
         found.append(content_hash([asdict(question) for question in load_choices(questions)]))
     return found
+
+
+def scorer_hashes(name: str, scorer: Scorer) -> list[str]:
+    """Hash the file that a scorer's import path names, and the one that defines it.
+
+    Args:
+        name: Name or import path of the scorer.
+        scorer: The scorer.
+
+    Returns:
+        The hashes; empty for the scorers with a name, and for those without source.
+    """
+    if name in (*SCORERS, "label"):
+        return []
+    files = [name.rpartition(":")[0]] if is_file_path(name) else []
+    function = inspect.unwrap(scorer)
+    with suppress(TypeError, OSError):  # of what is compiled
+        files.append(inspect.getsourcefile(function if inspect.isroutine(function) else type(function)) or "")
+    return sorted({hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if file})
 
 
 def weights_hash(model: object) -> str:

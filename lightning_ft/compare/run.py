@@ -29,6 +29,7 @@ from lightning_ft.compare.plan import (
     read_settings,
     round_rate,
     run_config,
+    scorer_hashes,
     text_hashes,
     weights_hash,
 )
@@ -259,8 +260,10 @@ class Comparer:
         assert index is not None  # the training rows were loaded
         self.overlap = {split: request_overlap(plan.requests, index) for split, plan in plans.items()}
         train = [[[dict(turn) for turn in r.messages], r.reference] for r in data.requests("train")]
-        self.data_hashes = [content_hash(train), *(plan.fingerprint for plan in plans.values())]
-        return plans.get("test", plans["validation"]), data.report["train"].kept, report
+        plan = plans.get("test", plans["validation"])
+        self.data_hashes = [content_hash(train), *(each.fingerprint for each in plans.values())]
+        self.data_hashes += scorer_hashes(plan.scorer_name, plan.scorer)
+        return plan, data.report["train"].kept, report
 
     def run(self) -> Comparison:
         """Execute the missing runs, and compare."""
@@ -366,8 +369,8 @@ class Comparer:
 
     def _other_configuration(self, run: PlannedRun) -> ComparisonError:
         return ComparisonError(
-            f"{self._folder(run)} contains a run of another configuration. Choose another --output, or "
-            "remove the folder."
+            f"{self._folder(run)} contains a run of another configuration, or the contents of a file that it names "
+            "(rows, prompt, texts, weights, scorer) have changed. Choose another --output, or remove the folder."
         )
 
     def _prepare(self, run: PlannedRun) -> str:
@@ -404,7 +407,7 @@ class Comparer:
         return digest
 
     def _input_hashes(self, method: Method) -> list[str]:
-        """Return hashes of the rows, prompts and weights that a method's configuration refers to."""
+        """Return hashes of the rows, prompts, scorer and weights that a method's configuration refers to."""
         model = method.config["model"].get("init_args", {}).get("model")
         if model not in self._weights:
             self._weights[model] = weights_hash(model)

@@ -286,13 +286,16 @@ def test_the_untrained_weights_are_measured_once_for_methods_added_later(tmp_pat
     assert {result.method for result in found.runs} >= {"untuned", "prompted", "longer"}
 
 
-def test_compare_refuses_folder_of_other_rows(tmp_path, config, forked):
+@pytest.mark.parametrize("changed", ["train.jsonl", "shares_letters.py"])
+def test_compare_refuses_folder_of_other_rows_or_scorer(tmp_path, config, forked, changed):
     options = {**QUICK, "seeds": "0", "learning_rates": {"lora": [5e-3]}}
     with pytest.raises(ComparisonError, match="nothing to compare"):
         compare(config, "lora", str(tmp_path / "out"), budget="0.001s", **options)
-    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "train.jsonl").write_text("".join(rows[1:]))
-    with pytest.raises(ComparisonError, match="contains a run of another configuration"):
+    lines = (tmp_path / changed).read_text().splitlines(keepends=True)
+    (tmp_path / changed).write_text("".join(lines[:-1]))
+    with pytest.raises(
+        ComparisonError, match=r"another configuration, or the contents of a file .*scorer\) have changed"
+    ):
         compare(config, "lora", str(tmp_path / "out"), **options)
 
 

@@ -1,6 +1,7 @@
 """Plans of a comparison: methods and grids from a configuration, and what is refused before any run."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from lightning_ft.compare.plan import (
     read_config,
     read_settings,
     run_config,
+    scorer_hashes,
     weights_hash,
 )
 from lightning_ft.compare.run import parse_duration
 from lightning_ft.errors import ComparisonError
+from lightning_ft.evaluation.scorers import resolve_scorer
 
 CONFIG = {
     "trainer": {
@@ -243,6 +246,23 @@ def test_weights_hash_depends_on_file_contents(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"two")
     assert weights_hash(str(tmp_path)) != before
     assert weights_hash("user/model") == "user/model"
+
+
+def test_scorer_hashes_depend_on_the_files_that_define_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path)])
+    rules, file = tmp_path / "rules_of_scorer.py", tmp_path / "named_scorer.py"
+    rules.write_text("class Same:\n    def __call__(self, a, b):\n        return a == b\n")
+    file.write_text("from rules_of_scorer import Same\n\nscore = Same()\n")
+    name = f"{file}:score"
+    scorer = resolve_scorer(name, [])[1]
+    before = scorer_hashes(name, scorer)
+    assert len(before) == 2
+    for path in (file, rules):
+        path.write_text(path.read_text() + "# other\n")
+        assert scorer_hashes(name, scorer) != before
+        before = scorer_hashes(name, scorer)
+    for other in ("exact", "label", "operator.eq"):
+        assert scorer_hashes(*resolve_scorer(other, ["a"])) == []
 
 
 def test_parse_duration_refuses_other_text():

@@ -16,7 +16,7 @@ from lightning_ft.arguments import CheckedArguments, check_integer
 from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.arithmetic import token_savings
-from lightning_ft.evaluation.savings.arms import constant_scores, run_arm
+from lightning_ft.evaluation.savings.arms import constant_scores, graded, run_arm
 from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.endpoint import Endpoint, endpoint_arm
 from lightning_ft.evaluation.savings.first_token import TIMED_REQUESTS
@@ -200,14 +200,14 @@ class SavingsMeasurement(CheckedArguments):
             "fingerprint": self._fingerprint,
             "original": self._original,
             "before": {name: arm.to_dict() for name, arm in self._before.items()},
-            "constant": None if self._constant is None else list(self._constant),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the arms of the original weights from a checkpoint.
+        """Restore the arms of the original weights from a checkpoint, and grade their answers again.
 
         Raises:
-            SavingsError: If they were measured with other requests, prompts, scorer or `max_new_tokens`.
+            SavingsError: If they were measured with other requests, prompts, `max_new_tokens` or a scorer of another
+                name, or the scorer fails.
         """
         if state["before"] and state["fingerprint"] != self._fingerprint:
             raise SavingsError(
@@ -216,11 +216,12 @@ class SavingsMeasurement(CheckedArguments):
                 "the settings of the run that wrote the checkpoint."
             )
         self._original = str(state["original"])
-        self._before = {name: ArmRecords.from_dict(arm) for name, arm in state["before"].items()}
-        if "constant" in state:
-            self._constant = None if state["constant"] is None else tuple(state["constant"])
-        elif self._before:
-            self._constant = constant_scores(self.plan)
+        # Graded again, since the scorer may have changed, and the tuned arm is graded by the present one.
+        self._before = {name: self._graded(ArmRecords.from_dict(arm)) for name, arm in state["before"].items()}
+        self._constant = constant_scores(self.plan) if self._before else None
+
+    def _graded(self, arm: ArmRecords) -> ArmRecords:
+        return replace(arm, scores=graded(self.plan, arm.outputs)) if arm.outputs else arm
 
     def _arm(self, name: str, model: CausalLM) -> ArmRecords:
         return run_arm(name, model, self.tokenizer, self.plan, **self._run)  # type: ignore[arg-type]

@@ -141,16 +141,20 @@ def test_min_quality_is_not_missed_by_rounding():
     assert token_savings(tenth, tenth, min_quality=0.1, resamples=99).gate.verdict == "PASS"
 
 
-def test_state_without_fixed_answer_measures_it_again():
+def test_resumed_measurement_grades_its_answers_with_the_present_scorer():
     requests = [Request(str(i), (Message(role="user", content=f"fox {i}"),), "red") for i in range(8)]
-    options = {"max_new_tokens": 2, "timed_requests": 0, "resamples": 99}
-    measurement = SavingsMeasurement(make_tokenizer(), requests, PromptBaseline("Say a color."), **options)
-    measurement.before(make_model())
-    state = measurement.state_dict()
-    del state["constant"]
-    restored = SavingsMeasurement(measurement.tokenizer, requests, PromptBaseline("Say a color."), **options)
-    restored.load_state_dict(state)
-    assert restored.state_dict()["constant"] == [1.0] * 8
+    options = {"max_new_tokens": 2, "timed_requests": 0, "resamples": 99, "progress": False}
+    tokenizer, model = make_tokenizer(), make_model()
+
+    def measurement(score):
+        return SavingsMeasurement(tokenizer, requests, PromptBaseline("Say a color."), scorer=score, **options)
+
+    earlier, resumed = measurement(lambda output, reference: 0.0), measurement(lambda output, reference: 1.0)
+    earlier.before(model)
+    resumed.load_state_dict(earlier.state_dict())
+    result = resumed.after(model)
+    assert [result.quality[arm].value for arm in ("prompted", "untuned", "tuned")] == [1.0, 1.0, 1.0]
+    assert resumed._constant == (1.0,) * 8
 
 
 def test_void_result_survives_json_and_every_format_shows_it():
@@ -178,7 +182,7 @@ def test_measurement_grades_the_most_frequent_reference():
         make_tokenizer(), requests, PromptBaseline("Say a color."), max_new_tokens=2, timed_requests=0, resamples=99
     )
     measurement.before(make_model())
-    assert measurement.state_dict()["constant"] == [1.0] * 5 + [0.0] * 3
+    assert measurement._constant == (1.0,) * 5 + (0.0,) * 3
     restored = SavingsMeasurement(measurement.tokenizer, requests, PromptBaseline("Say a color."), max_new_tokens=2)
     restored.load_state_dict(measurement.state_dict())
     assert restored._constant == measurement._constant
