@@ -140,7 +140,7 @@ class TokenSavings(ComparingCallback):
         self.baseline = PromptBaseline.from_file(baseline) if isinstance(baseline, (str, Path)) else baseline
         self.split, self.requests, self.train_rows, self.tokenizer = split, requests, train_rows, tokenizer
         self.every_n_epochs, self.output_dir, self.progress, self.name = every_n_epochs, output_dir, progress, name
-        self._options: dict[str, Any] = {
+        self.options: dict[str, Any] = {
             "endpoint": endpoint,
             "scorer": scorer,
             "margin": margin,
@@ -154,6 +154,7 @@ class TokenSavings(ComparingCallback):
             "resamples": resamples,
             "seed": seed,
         }
+        """Options of the measurement, by the names of `SavingsMeasurement`'s arguments."""
         self.result: SavingsResult | None = None
         """The last result; None before the first measurement."""
         self._measurement: SavingsMeasurement | None = None
@@ -276,7 +277,7 @@ class TokenSavings(ComparingCallback):
             self.baseline,
             progress=shows_progress(trainer, self.progress),
             train_rows=self._train_rows(trainer),
-            **self._options,
+            **self.options,
         )
 
     def _train_rows(self, trainer: TrainerOrFabric | None) -> TrainRows | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from jsonargparse import get_loader
 
 from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.data.texts import load_texts
@@ -48,7 +49,10 @@ _ONLY_TRAINING = {
     "weight_decay",
 }
 """Arguments of a module that the answers of the untrained weights don't depend on."""
-_OWN_CALLBACKS = ("TokenSavings", "ExportModel", "ModelCheckpoint", "ComputeMeter", "Retention")
+_OF_FIT_ALONE = ("ckpt_path", "weights_only")
+"""Options that `fit` writes into the configuration of a run, next to those that every command has."""
+_MEASUREMENTS = ("TokenSavings", "Retention")
+_OWN_CALLBACKS = (*_MEASUREMENTS, "ExportModel", "ModelCheckpoint", "ComputeMeter")
 """Callbacks that a comparison reads its settings from, or adds itself."""
 
 
@@ -139,12 +143,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _read_yaml(name: str) -> dict[str, Any]:
     """Read one file of a configuration, which may be a part of it."""
     try:
-        found = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        found = get_loader("yaml")(Path(name).read_text(encoding="utf-8"))  # as `fit` does: PyYAML reads 1e3 as text
     except (OSError, yaml.YAMLError) as error:
         raise ComparisonError(f"The configuration {name!r} can't be read: {error}.{did_you_mean_path(name)}") from error
     if not isinstance(found, dict):
         raise ComparisonError(f"{name!r} isn't a configuration of `lightning-ft fit`: expected a mapping.")
-    return dict(found.get("fit", found))
+    return {key: value for key, value in found.get("fit", found).items() if key not in _OF_FIT_ALONE}
 
 
 def _merged(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def read_settings(
         ComparisonError: If it has no TokenSavings, which defines prompt, scorer and margin, or one with an endpoint,
             or several of it or of Retention.
     """
-    found: dict[str, list[Mapping[str, Any]]] = {"TokenSavings": [], "Retention": []}
+    found: dict[str, list[Mapping[str, Any]]] = {name: [] for name in _MEASUREMENTS}
     for callback in _callbacks(config):
         if (name := _class_name(callback)) in found:
             found[name].append(callback.get("init_args") or {})
@@ -273,6 +277,19 @@ def run_config(method: Method, run: PlannedRun, folder: Path, epochs_factor: flo
     if run.learning_rate is not None:
         arguments["learning_rate"] = run.learning_rate
     return config
+
+
+def checked_config(method: Method, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Build a configuration that is parsed before any run, with the measurements, to find errors in their options.
+
+    Args:
+        method: Method whose configuration is parsed.
+        config: Configuration with the measurements.
+        folder: Folder of its files.
+    """
+    checked = run_config(method, PlannedRun("original"), folder)
+    checked["trainer"]["callbacks"] += copy.deepcopy([c for c in _callbacks(config) if _class_name(c) in _MEASUREMENTS])
+    return checked
 
 
 def config_hash(config: Mapping[str, Any], settings: Settings, size: int | None, inputs: Sequence[str] = ()) -> str:

@@ -16,12 +16,14 @@ import yaml
 
 from lightning_ft import __version__
 from lightning_ft.atomic_files import write_text
+from lightning_ft.callbacks.token_savings import TokenSavings
 from lightning_ft.cli import FineTuningCLI
 from lightning_ft.compare.plan import (
     EPOCHS_CAP,
     Method,
     PlannedRun,
     Settings,
+    checked_config,
     config_hash,
     original_hash,
     planned_methods,
@@ -34,14 +36,18 @@ from lightning_ft.compare.plan import (
     weights_hash,
 )
 from lightning_ft.compare.processes import LOG, exit_on_sigterm, last_lines, run_environment
-from lightning_ft.compare.run_files import CONFIG, EXPORT, PLAN, read_plan, read_results, write_plan
+from lightning_ft.compare.run_files import CONFIG, EXPORT, PLAN, read_plan, read_results, read_text, write_plan
 from lightning_ft.compare.worker import KEEP_MODEL, measurement_plans
 from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.errors import ComparisonError
-from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
+from lightning_ft.evaluation.comparison.methods import (
+    EvaluationSet,
+    choose_learning_rates,
+    compare_methods,
+    compute_metrics,
+)
 from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings.arms import constant_scores
-from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.gate import overlap_text
 from lightning_ft.evaluation.savings.overlap import request_overlap
 from lightning_ft.evaluation.savings.plan import MeasurementPlan
@@ -96,7 +102,8 @@ def compare(
             by the mean time of its method's earlier runs, or else of other methods'. The first runs have no such
             estimate, and may exceed it.
         metrics: Import path of a function ``f(outputs, references) -> dict`` that computes metrics of the domain, such
-            as ``package.module.function`` or ``path/to/file.py:function``.
+            as ``package.module.function`` or ``path/to/file.py:function``. It is called with the references as answers
+            before any run.
         evaluations: Number of measurements on the validation rows during a run.
         validation_requests: Number of validation rows to measure on, drawn with TokenSavings' seed; all by default.
         workers: Number of runs at the same time. With more than one, all are slower and wall times less meaningful.
@@ -172,14 +179,6 @@ def integers(name: str, value: str | Sequence[int]) -> list[int]:
         raise ComparisonError(f"--{name} {value!r}: expected whole numbers such as 0,1,2.") from error
 
 
-def _read_text(path: Path) -> str | None:
-    """Read a text file; None if it is missing or isn't text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
-
-
 class Comparer:
     """State of one call of :func:`compare`."""
 
@@ -217,6 +216,8 @@ class Comparer:
         self.results: dict[PlannedRun, list[RunResult]] = {}
         self._weights: dict[Hashable, str] = {}
         self.plan, self.rows, self.data_report = self._check(needs_test=needs_test)
+        if self.metrics is not None:  # an error would come after the last run
+            compute_metrics(self.metrics, *[[request.reference for request in self.plan.requests]] * 2)
         self.search_rows = self._check_search_rows(search_rows)
         if too_large := [size for size in sizes if size >= self.rows]:
             print(f"Sizes {too_large} are skipped, since runs on all {self.rows:,} training rows are included anyway.")
@@ -236,8 +237,9 @@ class Comparer:
             raise ComparisonError(f"--output {str(self.output)!r}: {file!r} is a file. Choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         first = next(iter(self.methods.values()))
-        write_text(folder / CONFIG, yaml.safe_dump(run_config(first, ORIGINAL, folder), sort_keys=False))
+        write_text(folder / CONFIG, yaml.safe_dump(checked_config(first, self.config, folder), sort_keys=False))
         cli = FineTuningCLI(["--config", str(folder / CONFIG)], run=False, save_config=False)
+        self.options = next(c.options for c in cli.trainer.callbacks if isinstance(c, TokenSavings))
         data: PairDataModule = cli.datamodule
         data.require_rows("lightning-ft compare")
         data.load_rows()
@@ -392,7 +394,7 @@ class Comparer:
         if (found := read_plan(folder)) is not None:
             if found["hash"] != digest:
                 raise self._other_configuration(run)
-            if _read_text(folder / CONFIG) == written:
+            if read_text(folder / CONFIG) == written:
                 return digest
         elif (folder / PLAN).exists():
             print(f"{folder / PLAN} is damaged, and is written again.")
@@ -446,18 +448,16 @@ class Comparer:
     # ---------------------------------------------------------------- result
 
     def _finish(self) -> Comparison:
-        savings = self.settings.savings
-        prices = savings.get("prices")
         test_set = EvaluationSet(
             requests=tuple(request.messages[-1]["content"] for request in self.plan.requests),
             references=tuple(request.reference for request in self.plan.requests),
-            margin=float(savings.get("margin", 0.02)),
-            prices=None if prices is None else Prices(**prices),
+            margin=self.options["margin"],
+            prices=self.options["prices"],
             metrics=self.metrics,
             in_training=self.overlap["test"].in_training,
             warnings=self._request_warnings(),
             constant=constant_scores(self.plan),
-            min_quality=savings.get("min_quality"),
+            min_quality=self.options["min_quality"],
         )
         result = compare_methods(self._all_results(), test_set, complete=self.complete, provenance=self._provenance())
         text = json_text(result.to_dict())

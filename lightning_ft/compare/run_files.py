@@ -18,6 +18,14 @@ PLAN, CONFIG, RESULT, CHECKPOINT, EXPORT = "plan.json", "config.yaml", "result.j
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
+def read_text(path: Path) -> str | None:
+    """Read a text file; None if it is missing or isn't text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
 def read_plan(folder: Path) -> dict[str, Any] | None:
     """Read the plan of a run; None if it is missing or damaged."""
     try:

@@ -95,15 +95,14 @@ def plan(
     )
     if sizes and sizes[-1] > comparer.rows:
         raise ComparisonError(f"--pilot {sizes[-1]}: there are only {comparer.rows:,} training rows.")
-    savings = comparer.settings.savings
-    prices = None if savings.get("prices") is None else Prices(**savings["prices"])
+    prices: Prices | None = comparer.options["prices"]
     if prices is None and (hourly is not None or cached is not None):
         raise ComparisonError("--hourly and --cached need prices: add them to TokenSavings in the configuration.")
     if cached and prices is not None and prices.cached_input is None:
         raise ComparisonError("--cached true needs the price of cached tokens: add cached_input to the prices.")
     tokens = request_tokens(comparer.plan, comparer.tokenizer)
     resources = None if steps == 0 else _probe(comparer, PlannedRun(name, rate), folder / "probe", steps)
-    margin = float(savings.get("margin", 0.02))
+    margin: float = comparer.options["margin"]
     money: MoneyForecast | None = None
     if prices is not None:
         seconds = None if resources is None else resources.seconds
@@ -119,7 +118,7 @@ def plan(
         pilot=found,
         quality=quality,
         margin=margin,
-        min_quality=savings.get("min_quality"),
+        min_quality=comparer.options["min_quality"],
         requests_planned=requests_planned,
         cached=cached,
     )

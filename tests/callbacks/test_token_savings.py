@@ -488,7 +488,7 @@ def test_savings_are_configured_from_yaml():
 """
     first, second = parser.instantiate(parser.parse_args([f"--callbacks={config}"])).callbacks
     assert first.baseline == PromptBaseline("Be brief.", [{"input": "a", "output": "b"}])
-    assert first._options["prices"].date == "2026-01-31"
+    assert first.options["prices"].date == "2026-01-31"
     assert (first.train_rows, second.train_rows) == ("train.jsonl", None)
     assert (second.baseline, second.state_key) == (PromptBaseline("Be brief."), "TokenSavings('other')")
 

@@ -23,6 +23,7 @@ from lightning_ft.compare.run_files import RESULT
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.result import Comparison
 from lightning_ft.evaluation.savings import arms
+from lightning_ft.evaluation.savings.cost import Prices
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
 QUICK = {"seeds": "0,1", "learning_rates": {"full": [1e-3], "lora": [5e-3]}, "evaluations": 2, "threads": 1}
@@ -322,6 +323,32 @@ def test_compare_refuses_folder_of_other_texts(tmp_path, config, forked, changed
         file.write_text(now)
         with pytest.raises(ComparisonError, match=message):
             compare(f"{config},{measured}", str(method), str(tmp_path / "out"), **options)
+
+
+@pytest.mark.parametrize(
+    "prices",
+    [
+        "{input: 1e0, output: '2', training: 1e3, currency: EUR, date: 2026-01-31}",
+        "{class_path: lightning_ft.Prices, init_args: {input: 1, output: 2, training: 1000, currency: EUR, "
+        "date: '2026-01-31'}}",
+    ],
+)
+def test_comparer_takes_prices_as_fit_does(tmp_path, config, prices):
+    content = yaml.safe_load(Path(config).read_text())
+    arguments = content["trainer"]["callbacks"][0]["init_args"]
+    arguments |= {"prices": "PRICES", "margin": "MARGIN"}
+    text = yaml.safe_dump(content).replace("PRICES", prices).replace("MARGIN", "5e-2")
+    Path(config).write_text(text + "ckpt_path: null\nweights_only: null\n")  # as `fit` saves it
+    options = Comparer(config, ["lora"], tmp_path / "out", grids={}, seeds=[0]).options
+    assert options["prices"] == Prices(1.0, 2.0, training=1000.0, currency="EUR", date="2026-01-31")
+    assert (options["margin"], options["min_quality"]) == (0.05, None)
+
+
+def test_compare_calls_the_metrics_before_any_run(tmp_path, config):
+    (tmp_path / "mine.py").write_text("def metrics(outputs, references):\n    return {'f1': None}\n")
+    with pytest.raises(ComparisonError, match="function 'metrics' returned None for 'f1'"):
+        compare(config, "lora", str(tmp_path / "out"), metrics=f"{tmp_path / 'mine.py'}:metrics")
+    assert not list((tmp_path / "out").rglob("plan.json"))
 
 
 def test_compare_quotes_log_of_failed_run(tmp_path, config):

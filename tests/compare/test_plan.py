@@ -178,6 +178,19 @@ def test_read_config_refuses_other_files(tmp_path, text, message):
         read_config(tmp_path / "none.yaml")
 
 
+def test_read_config_takes_what_fit_saved(tmp_path):
+    file = tmp_path / "config.yaml"
+    saved = {**CONFIG, "optimizer": None, "ckpt_path": None, "weights_only": None}
+    file.write_text(yaml.safe_dump(saved))
+    assert read_config(file) == {**CONFIG, "optimizer": None}
+
+
+def test_read_config_reads_numbers_as_fit_does(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {init_args: {weight_decay: 1e-1}}\ndata: {}\n")
+    assert read_config(file)["model"]["init_args"]["weight_decay"] == 0.1
+
+
 def test_read_config_merges_files_as_the_command_line_does(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text(yaml.safe_dump({"fit": CONFIG}))

@@ -143,6 +143,7 @@ PRICES = {"input": 1.0, "output": 2.0, "currency": "EUR", "date": "2026-01-31"}
         ({"cached_input": 0.05, "tuned_input": 9.0}, "more with the prompt cached", "never pays off"),
         ({"input": 0.0, "output": 0.0}, "costs as much as a prompted one", None),
         ({"training": 5.0}, None, "pays off after"),
+        ({"training": "5e0"}, None, "pays off after"),
     ],
 )
 def test_forecast_is_written_whatever_the_prices(config, tmp_path, capsys, prices, reason, saves):

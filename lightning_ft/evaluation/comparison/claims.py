@@ -53,8 +53,8 @@ def _fewer_tokens(comparison: Comparison) -> Iterator[Claim]:
         condition = ""
         if result.saves_half:
             verdict: Verdict = "held"
-            if result.costs is not None:
-                costs = result.costs
+            costs = result.costs
+            if costs is not None and costs.prompted_cached and costs.prompted_uncached:  # a share of no cost is none
                 cached = 1 - costs.tuned_cached / costs.prompted_cached
                 uncached = 1 - costs.tuned_uncached / costs.prompted_uncached
                 evidence += f"; costs {uncached:.0%} less, {cached:.0%} less with the prompt's prefix cached"

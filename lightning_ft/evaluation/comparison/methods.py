@@ -317,12 +317,53 @@ def _learning_curve(runs: Sequence[RunResult], rate: float, **bootstrap: Any) ->
     return curve
 
 
+def compute_metrics(metrics: Metrics, outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Compute task-specific metrics.
+
+    Args:
+        metrics: Function that computes them. Its values may be of any type that `float` converts.
+        outputs: Answer to each request.
+        references: Reference answer of each request.
+
+    Raises:
+        ComparisonError: If the function fails, or returns anything but numbers by name.
+
+    Example:
+        >>> compute_metrics(lambda outputs, references: {"answers": len(outputs)}, ["a", "b"], ["a", "c"])
+        {'answers': 2.0}
+    """
+    name = getattr(metrics, "__qualname__", type(metrics).__qualname__)
+    try:
+        found: Any = metrics(outputs, references)
+    except (Exception, SystemExit) as error:  # whatever it is, the message must name the function
+        raise ComparisonError(
+            f"The metrics function {name!r} failed on {len(outputs):,} answers, the first of which is "
+            f"{outputs[0]!r:.60}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ComparisonError(f"The metrics function {name!r} returned {found!r:.60}: expected a dict of numbers.")
+    numbers = {}
+    for key, value in found.items():
+        try:
+            numbers[str(key)] = float(value)
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            OverflowError,
+        ) as error:  # RuntimeError: a tensor of several values
+            raise ComparisonError(
+                f"The metrics function {name!r} returned {value!r:.60} for {key!r}: expected a number."
+            ) from error
+    return numbers
+
+
 def _metrics(test_set: EvaluationSet, runs: Mapping[str, Sequence[RunResult]]) -> dict[str, dict[str, Interval]]:
     if test_set.metrics is None:
         return {}
     metrics: dict[str, dict[str, Interval]] = {}
     for method, method_runs in runs.items():
-        seeds = [test_set.metrics(_test(run).outputs, test_set.references) for run in method_runs]
+        seeds = [compute_metrics(test_set.metrics, _test(run).outputs, test_set.references) for run in method_runs]
         metrics[method] = {
             name: Interval(mean(s[name] for s in seeds), min(s[name] for s in seeds), max(s[name] for s in seeds))
             for name in seeds[0]

@@ -3,14 +3,22 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.bootstrap import Interval
-from lightning_ft.evaluation.comparison.methods import EvaluationSet, choose_learning_rates, compare_methods
+from lightning_ft.evaluation.comparison.methods import (
+    EvaluationSet,
+    choose_learning_rates,
+    compare_methods,
+    compute_metrics,
+)
 from lightning_ft.evaluation.comparison.result import Comparison, CurvePoint, RunResult
 from lightning_ft.evaluation.compute.arithmetic import ComputeResult
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
+from lightning_ft.evaluation.savings.cost import Prices
 from lightning_ft.evaluation.savings.records import ArmRecords
 
 N = 100
@@ -134,6 +142,47 @@ def test_learning_curve_includes_each_size_and_final_runs_the_largest():
     assert {size: curve.value for size, curve in result.learning_curve["lora"].items()} == {100: 0.3, 1000: 0.7}
     assert {r.size for r in result.final_runs("lora")} == {1000}
     assert result.quality["lora"].value == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), "0.5"])
+def test_compute_metrics_converts_values_to_floats(value):
+    assert compute_metrics(lambda outputs, references: {"f1": value}, ["a"], ["a"]) == {"f1": 0.5}
+    number = compute_metrics(lambda outputs, references: {"n": np.int64(5)}, ["a"], ["a"])["n"]
+    assert (number, type(number)) == (5.0, float)
+
+
+def _failing(outputs, references):
+    raise ZeroDivisionError("no wrong answer")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (lambda outputs, references: {"f1": None}, r"function '.*<lambda>' returned None for 'f1': expected a number"),
+        (lambda outputs, references: {"f1": torch.zeros(2)}, r"returned tensor\(\[0\., 0\.\]\) for 'f1'"),
+        (lambda outputs, references: 0.5, r"returned 0\.5: expected a dict of numbers"),
+        (_failing, "'_failing' failed on 1 answers, the first of which is 'a': ZeroDivisionError: no wrong answer"),
+    ],
+)
+def test_compute_metrics_names_function_and_value(metrics, message):
+    with pytest.raises(ComparisonError, match=message):
+        compute_metrics(metrics, ["a"], ["a"])
+
+
+def test_prices_of_zero_leave_the_share_of_costs_out():
+    def evidence(price):
+        prices = Prices(price, price, training=5.0, currency="USD", date="2026-01-31")
+        runs = [*original_runs(), run("lora", 0, 60)]
+        tokens = {"prompted": 1000, "untuned": 20}
+        runs = [
+            replace(r, test=arm(60 if r.method != "untuned" else 10, tokens=tokens.get(r.method, 20))) for r in runs
+        ]
+        test_set = replace(TEST_SET, prices=prices)
+        claims = compare_methods(runs, test_set, resamples=99).claims
+        return next(claim.evidence for claim in claims if claim.name == "lora: fewer tokens")
+
+    assert "; costs 98% less" in evidence(1.0)
+    assert "costs" not in evidence(0.0)
 
 
 def test_metrics_span_the_range_of_seeds():
