@@ -315,7 +315,7 @@ class _Agreement:
     def add(self, result: DistillationLoss, batch: TokenBatch, count: int) -> None:
         """Add a batch of `count` answers."""
         self.tokens.add(result.loss, result.agreed, batch)
-        disagreements = torch.zeros(max(count, batch.num_groups), device=result.agreed.device)
+        disagreements = torch.zeros(max(count, batch.num_groups), dtype=torch.float32, device=result.agreed.device)
         disagreements.index_add_(0, batch.groups, (~result.agreed).float())
         self.answers.add({"answer_agreement": (disagreements[:count] == 0).float()})
 

@@ -126,7 +126,7 @@ class GRPO(PolicyOptimization):
         if self.needs_old_logprobs:
             pairs = zip(rollout_batch.old_logprobs or (), rollout_batch.ref_logprobs or (), strict=True)
             kl = [float(k1(old, ref).sum()) for old, ref in pairs]
-            rewards = rewards - self.kl_coef * torch.tensor(kl)
+            rewards = rewards - self.kl_coef * torch.tensor(kl, dtype=torch.float32)
         by_batch = self.scale_rewards == "batch"
         if self.advantage == "leave_one_out":
             differences = leave_one_out_differences(rewards, count)

@@ -81,7 +81,7 @@ class FiniteSteps(ResumableModule, CheckedRows):
             NonFiniteError: See :meth:`check_step`.
         """
         norm = whole_norm(torch.nn.utils.get_total_norm(gradients))
-        self.check_step(optimizer, norm, torch.tensor(loss))
+        self.check_step(optimizer, norm, torch.tensor(loss, dtype=torch.float32))
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"], batch_size=1)
         every = int(cast(Any, self.trainer).log_every_n_steps)  # 0 if nothing is logged, as with barebones=True
         if every and (self.trainer.global_step + 1) % every == 0:

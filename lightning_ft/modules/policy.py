@@ -329,7 +329,7 @@ class PolicyOptimization(SampledCompletions):
             return
         block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         optimizer.zero_grad()
-        whole = torch.zeros((), device=self.device)
+        whole = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, micro_batch in enumerate(micro_batches):
             weights = token_weights(
                 self.loss_type,

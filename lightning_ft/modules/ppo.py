@@ -210,7 +210,9 @@ class PPO(PolicyOptimization):
 
     def _move_coefficient(self, kl: float, completions: int) -> None:
         if self.kl_controller is not None:
-            total, count = sum_over_ranks(torch.tensor([kl, float(completions)]), self.device).tolist()
+            total, count = sum_over_ranks(
+                torch.tensor([kl, float(completions)], dtype=torch.float32), self.device
+            ).tolist()
             if not math.isfinite(total):  # nor are the losses of these steps, which are refused or skipped
                 return
             self.kl_controller = self.kl_controller.update(total / max(1.0, count), int(count))

@@ -238,7 +238,7 @@ class SampledCompletions(AdaptedFineTuning):
             NonFiniteError: If there are any on any rank, and ``on_nonfinite="error"``.
         """
         affected = rollout_batch.without_logprobs
-        count = int(sum_over_ranks(torch.tensor(float(len(affected))), self.device))
+        count = int(sum_over_ranks(torch.tensor(float(len(affected)), dtype=torch.float32), self.device))
         if not count:
             return None
         first = (

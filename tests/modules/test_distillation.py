@@ -337,3 +337,12 @@ def test_prompt_rows_with_answers_are_requests_for_token_savings(model_folder):
     bare.load_rows()
     with pytest.raises(ConfigError, match="has no 'output' to compare answers with"):
         bare.requests("train")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_agreement_is_measured_in_any_precision(model_folder, trainer_options, precision):
+    module = PromptDistillation(model_folder, prompt=PROMPT, max_new_tokens=4)
+    requests = [{"prompt": text} for text in REQUESTS]
+    data = PromptDataModule(requests, validation=requests, batch_size=3, cache_dir=False)
+    (metrics,) = Trainer(precision=precision, **trainer_options).validate(module, data, verbose=False)
+    assert 0 <= metrics["val/answer_agreement"] <= 1
