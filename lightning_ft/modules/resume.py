@@ -131,6 +131,15 @@ class ResumableModule(LightningModule):
     _resumed_at: dict[str, Any] | None = None
     _resumed = False
 
+    def setup(self, stage: str) -> None:
+        """Start a fit without the state of a checkpoint; the one that it resumes from is read after this.
+
+        A checkpoint that was read before, to start from its weights or to evaluate them, is of another run.
+        """
+        super().setup(stage)
+        if stage == "fit":
+            self._resumed, self._resumed_at = False, None
+
     # ---------------------------------------------------------------- what is in the weights
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
@@ -208,12 +217,14 @@ class ResumableModule(LightningModule):
 
     def load_resume_state(self, checkpoint: dict[str, Any]) -> None:
         """Take the position from a checkpoint of a Trainer, and put its counters right before they are loaded."""
+        if self._trainer is None or self._trainer.state.fn != "fit":
+            return
         state = checkpoint.get(STATE, {})
         self._resumed = True
         self._resumed_at = {"rng": state.get("rng"), "opened": True}
         loop = checkpoint.get("loops", {}).get("fit_loop")
         position: Position | None = state.get("position")
-        if position is None or loop is None or self._trainer is None or self._trainer.state.fn != "fit":
+        if position is None or loop is None:
             return
         self._resumed_at |= position
         _set_counters(loop, position)

@@ -73,3 +73,22 @@ def test_validation_uses_the_weights_of_the_checkpoint(fit, model_folder, tmp_pa
     assert losses[0] == losses[1]
     untrained = Trainer(**trainer_options).validate(module_for(LoRAFineTuning, model_folder), data)[0]["val/loss"]
     assert untrained != losses[0]
+
+
+@pytest.mark.parametrize("how", ["load_from_checkpoint", "validate"])
+def test_new_fit_of_loaded_weights_draws_with_its_own_seed(fit, model_folder, tmp_path, trainer_options, how):
+    fit(module_for(LoRAFineTuning, model_folder), ROWS, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
+
+    def tuned(seed):
+        if how == "load_from_checkpoint":
+            module = LoRAFineTuning.load_from_checkpoint(tmp_path / "a.ckpt")
+        else:
+            module, data = module_for(LoRAFineTuning, model_folder), PairDataModule(ROWS, validation=ROWS[:2])
+            Trainer(**trainer_options).validate(module, data, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+        torch.manual_seed(seed)  # of dropout
+        fit(module, ROWS, max_steps=2)
+        return weights(module)
+
+    first, again, other = tuned(1), tuned(1), tuned(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
