@@ -83,6 +83,40 @@ def schedule_factor(
     return factor
 
 
+class ExtendableLambdaLR(torch.optim.lr_scheduler.LambdaLR):
+    """A `LambdaLR` whose optimizer may get parameter groups during training, as callbacks add that unfreeze layers.
+
+    An added group takes its first step with the rate that it was added with; from there its rate changes in proportion
+    to the schedule.
+
+    Args:
+        optimizer: The optimizer.
+        lr_lambda: Function from the number of steps taken to the factor of the learning rates of all groups.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        >>> scheduler = ExtendableLambdaLR(optimizer, lambda step: 1 - step / 4)
+        >>> optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.1})
+        >>> optimizer.step()
+        >>> scheduler.step()
+        >>> [round(group["lr"], 3) for group in optimizer.param_groups]
+        [0.75, 0.075]
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, lr_lambda: Callable[[int], float]) -> None:
+        super().__init__(optimizer, lr_lambda)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """As in `LambdaLR`, for the groups added since the last step too."""
+        factor = self.lr_lambdas[0]
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            current = factor(self.last_epoch - 1)  # of the step that the group has just taken
+            group["initial_lr"] = group["lr"] / (current or 1.0)
+            self.base_lrs.append(group["initial_lr"])
+        self.lr_lambdas = [factor] * len(self.base_lrs)
+        return super().get_lr()
+
+
 def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
     """Set the learning rate of the first step according to the schedule.
 
@@ -105,7 +139,7 @@ def set_first_rate(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
     if scheduler.last_epoch != 0:
         return
     rates = [base * factor(0) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=False):  # added groups keep their own
         group["lr"] = rate
     scheduler._last_lr = rates
 

@@ -11,7 +11,13 @@ import torch
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM
-from lightning_ft.models.optim import make_optimizer, parameter_groups, set_first_rate, set_peak_rates
+from lightning_ft.models.optim import (
+    ExtendableLambdaLR,
+    make_optimizer,
+    parameter_groups,
+    set_first_rate,
+    set_peak_rates,
+)
 from lightning_ft.modules.nonfinite import FiniteSteps
 
 if TYPE_CHECKING:
@@ -68,7 +74,7 @@ class OptimizedModule(FiniteSteps):
         """The optimizer, without decay of norms and biases, with linear warm-up and `lr_schedule`."""
         self._follow_learning_rate()
         optimizer = self._optimizer()
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        scheduler = ExtendableLambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _follow_learning_rate(self) -> bool:

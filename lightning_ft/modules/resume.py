@@ -130,6 +130,8 @@ class ResumableModule(LightningModule):
     _validated = False  # whether the running validation has seen all of its batches
     _resumed_at: dict[str, Any] | None = None
     _resumed = False
+    _first_epoch = 0  # another fit with a Trainer continues its epochs and steps, with an optimizer of its own
+    _first_step = 0
 
     def setup(self, stage: str) -> None:
         """Start a fit without the state of a checkpoint; the one that it resumes from is read after this.
@@ -139,6 +141,7 @@ class ResumableModule(LightningModule):
         super().setup(stage)
         if stage == "fit":
             self._resumed, self._resumed_at = False, None
+            self._first_epoch, self._first_step = self.trainer.current_epoch, self.trainer.global_step
 
     # ---------------------------------------------------------------- what is in the weights
 
@@ -180,7 +183,8 @@ class ResumableModule(LightningModule):
             return {"rng": rng_state()}
         position = self._position()
         opened = self._opened["rng"] if position["opened"] and self._opened is not None else None
-        return {"rng": rng_state(trainer.world_size, own=opened), "position": position}
+        first = [self._first_epoch, self._first_step]
+        return {"rng": rng_state(trainer.world_size, own=opened), "position": position, "first": first}
 
     def _position(self) -> Position:
         """Epoch, number of its batches that are in the weights, and what the loop has still to do.
@@ -222,6 +226,7 @@ class ResumableModule(LightningModule):
         state = checkpoint.get(STATE, {})
         self._resumed = True
         self._resumed_at = {"rng": state.get("rng"), "opened": True}
+        self._first_epoch, self._first_step = state.get("first", (0, 0))
         loop = checkpoint.get("loops", {}).get("fit_loop")
         position: Position | None = state.get("position")
         if position is None or loop is None:
@@ -278,14 +283,15 @@ class ResumableModule(LightningModule):
         self._resumed_at = None
 
     def _total_steps(self) -> int | None:
-        """Optimizer steps of the run, None if unknown; `estimated_stepping_batches` would rewind a loader."""
+        """Optimizer steps of this fit, None if unknown; `estimated_stepping_batches` would rewind a loader."""
         if self._trainer is None:
             return None
         trainer = self.trainer
         batches = trainer.num_training_batches
-        limits = [trainer.max_steps] if trainer.max_steps != -1 else []
+        limits = [trainer.max_steps - self._first_step] if trainer.max_steps != -1 else []
         if trainer.max_epochs not in (None, -1) and not math.isinf(batches):
-            limits.append(sum(self._steps_of_epoch(int(batches), epoch) for epoch in range(trainer.max_epochs)))
+            epochs = range(self._first_epoch, trainer.max_epochs)
+            limits.append(sum(self._steps_of_epoch(int(batches), epoch) for epoch in epochs))
         return min(limits) if limits else None
 
     def _steps_of_epoch(self, batches: int, epoch: int) -> int:

@@ -173,6 +173,56 @@ def test_constant_schedule_needs_no_end(fit, model_folder):
     assert module.lr_schedulers().get_last_lr()[0] == 2e-5
 
 
+class Rates(_pl.callbacks.Callback):
+    """Learning rates of each step, by parameter group."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.seen.append([group["lr"] for group in optimizer.param_groups])
+
+
+def test_continued_fit_of_a_trainer_has_a_schedule_of_its_own(fit, trainer_options, model_folder, tmp_path):
+    options = {"learning_rate": 1.0, "lr_schedule": "linear", "warmup_ratio": 0.0, "optimizer": "torch.optim.SGD"}
+    module, rates = FullFineTuning(model_folder, **options), Rates()
+    data = PairDataModule(ROWS[:8], batch_size=2, cache_dir=False)
+    saver = _pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    trainer = Trainer(**{**trainer_options, "enable_checkpointing": True}, max_epochs=1, callbacks=[rates, saver])
+    trainer.fit(module, data)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, data)
+    assert [rate for rate, *_ in rates.seen] == pytest.approx(
+        [1, 3 / 4, 1 / 2, 1 / 4] + [n / 8 for n in range(8, 0, -1)]
+    )
+    resumed, again = FullFineTuning(model_folder, **options), Rates()
+    fit(resumed, ROWS[:8], data={"batch_size": 2}, ckpt_path=tmp_path / "step=6.ckpt", max_epochs=3, callbacks=[again])
+    assert again.seen == rates.seen[6:]
+
+
+def test_added_parameter_groups_follow_the_schedule(fit, model_folder, tmp_path):
+    class Unfreeze(_pl.callbacks.BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze([module.model.model.layers[0]])
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group([module.model.model.layers[0]], optimizer, initial_denom_lr=10)
+
+    def run(**settings):
+        module, rates = FullFineTuning(model_folder, learning_rate=1e-2), Rates()
+        module.configure_model()
+        callbacks = [Unfreeze(), rates, *settings.pop("callbacks", [])]
+        fit(module, ROWS[:16], max_epochs=3, callbacks=callbacks, **settings)
+        return rates.seen
+
+    saver = _pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    whole = run(callbacks=[saver], enable_checkpointing=True)
+    assert [len(rates) for rates in whole] == 4 * [2] + 8 * [3]
+    assert all(added == pytest.approx(first / 10) for first, _, added in whole[4:])
+    assert run(ckpt_path=tmp_path / "step=6.ckpt") == whole[6:]
+
+
 def test_bad_rows_are_reported_before_weights_are_loaded(fit, tmp_path):
     """The model's folder has a tokenizer but no weights, and yet the rows' error comes first."""
     make_tokenizer().save_pretrained(tmp_path)
