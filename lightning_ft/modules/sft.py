@@ -28,9 +28,10 @@ from lightning_ft.models.adapt import (
     needs_data,
 )
 from lightning_ft.models.adaptation import Adaptation
-from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.head import base_of
 from lightning_ft.models.load import adapter_base
 from lightning_ft.models.logprob_model import for_attention
+from lightning_ft.models.numerics import refuse_nonfinite
 from lightning_ft.models.optim import ADAMW
 from lightning_ft.models.router import RouterLoss
 from lightning_ft.modules.activation_cache import ActivationCache
@@ -291,6 +292,8 @@ class LoRAFineTuning(SupervisedFineTuning):
                 "activation_cache keeps activations of training rows, and an anchor runs other texts: leave one out."
             )
         self._adaptation = Adaptation(model, True if lora is None else lora, adapter, top_layers)
+        self._eva_due = self._moves_ranks()
+        """Whether the adapter has still to be initialized from data."""
         self.record_arguments(
             {
                 "lora": self._adaptation.as_json(),
@@ -335,11 +338,19 @@ class LoRAFineTuning(SupervisedFineTuning):
 
     # ---------------------------------------------------------------- adapter
 
-    def _adapt(self, base: PreTrainedModel) -> CausalLM:
-        model = super()._adapt(base)
-        if self._moves_ranks() and self._starts_fit():
-            self._initialize_from_data(cast(PeftModel, model))
-        return model
+    def configure_model(self) -> None:
+        """As in `SupervisedFineTuning`; in a fit, initialize a new adapter from the data where it is configured so.
+
+        The weights may have been loaded before, to evaluate or to generate.
+        """
+        super().configure_model()
+        if self._eva_due and self._starts_fit():
+            self._eva_due = False
+            if any(bool(p.any()) for name, p in self.named_parameters() if ".lora_B." in name):
+                return  # trained without a Trainer, or loaded with load_state_dict
+            self._initialize_from_data(cast(PeftModel, self.model))
+            self.model.train()
+            refuse_nonfinite(self.model)
 
     def _initialize_from_data(self, model: PeftModel) -> None:
         """EVA (https://arxiv.org/abs/2410.07170): A from the principal directions of the activations.
@@ -389,6 +400,7 @@ class LoRAFineTuning(SupervisedFineTuning):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As in `SupervisedFineTuning`, with the ranks of the run that wrote it."""
+        self._eva_due = False  # the checkpoint has the directions of its own data
         saved = checkpoint.get("hyper_parameters", {}).get("lora")
         if self._moves_ranks() and saved is not None and saved.get("rank_pattern"):
             self._adaptation.lora = lora_config(saved)

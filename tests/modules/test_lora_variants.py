@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from tiny import make_model, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_ft import LoRAFineTuning
-from lightning_ft._lightning import _pl
+from lightning_ft import LoRAFineTuning, PairDataModule
+from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.errors import ConfigError, ExportError, ModelError
 from lightning_ft.models.load import load_causal_lm
 
@@ -224,10 +224,39 @@ def test_eva_resumes_with_its_ranks(fit, model_folder, tmp_path):
         assert torch.equal(dict(resumed.named_parameters())[name], value), name
 
 
-def test_eva_needs_a_datamodule(trainer_options, model_folder, fit):
-    from lightning_ft import PairDataModule
-    from lightning_ft._lightning import Trainer
+@pytest.mark.parametrize("before", ["validate", "generate", "load_state_dict"])
+def test_eva_initializes_an_adapter_that_was_loaded_before_the_fit(fit, model_folder, trainer_options, before):
+    class Start(_pl.callbacks.Callback):
+        def on_train_start(self, trainer, module):
+            self.a = {name: p.detach().clone() for name, p in module.named_parameters() if "lora_A" in name}
 
+    def start(prepare):
+        module, callback = LoRAFineTuning(model_folder, lora={"r": 4, "init_lora_weights": "eva"}), Start()
+        prepare(module)
+        trainer = fit(module, ROWS, callbacks=[callback], max_steps=1)
+        trainer.save_checkpoint(f"{trainer_options['default_root_dir']}/a.ckpt")
+        return callback.a
+
+    def validate(module):
+        Trainer(**trainer_options).validate(module, PairDataModule(ROWS, validation=ROWS[:2]), verbose=False)
+
+    def trained(module):
+        module.configure_model()
+        module.load_state_dict({n: p + 1 for n, p in module.named_parameters() if "lora_" in n}, strict=False)
+
+    expected = start(lambda module: None)
+    prepare = {
+        "validate": validate,
+        "generate": lambda m: m.generate(["where is the lamp"]),
+        "load_state_dict": trained,
+    }
+    found = start(prepare[before])
+    same = {name: p.shape for name, p in found.items()} == {name: p.shape for name, p in expected.items()}
+    same = same and all(torch.equal(found[name], p) for name, p in expected.items())
+    assert same == (before != "load_state_dict")  # weights that were trained elsewhere stay
+
+
+def test_eva_needs_a_datamodule(trainer_options, model_folder, fit):
     module = LoRAFineTuning(model_folder, lora={"init_lora_weights": "eva"})
     data = PairDataModule(ROWS, tokenizer=module.tokenizer, cache_dir=False)
     data.setup("fit")
