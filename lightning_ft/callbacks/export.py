@@ -180,8 +180,8 @@ class ExportModel(EndOfTraining):
     def _export_best(self, trainer: Trainer, module: LightningModule, folder: Path, path: str) -> None:
         if not trainer.is_global_zero:
             return
-        final = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if p.requires_grad}
         best = read_checkpoint(path)
+        final = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if n in best["state_dict"]}
         try:
             module.load_state_dict(best["state_dict"], strict=False)
             facts = facts_of_run(module, trainer)

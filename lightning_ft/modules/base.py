@@ -168,6 +168,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         self.strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks those
         self._logprob_model: LogProbModel | None = None
         self._initial: InitialAdapter | None = None
+        self._checkpoint_names: set[str] = set()
         self._adaptation = Adaptation(model, None, None)
         self._own_loss = OwnLoss()
         self.record_arguments(
@@ -257,6 +258,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         if self.sharded:
             self.shard(base_of(self.model))
         self._logprob_model = LogProbModel(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
+        self.checkpoint_names()
 
     def _load_and_adapt(self) -> tuple[CausalLM, Adaptation, OwnLoss]:
         """The model as it is trained, what is trained of it, and what its own loss adds."""
@@ -422,24 +424,34 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _trainable_names(self) -> set[str]:
-        """Names of the weights that a checkpoint holds."""
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def checkpoint_names(self) -> set[str]:
+        """Names of the weights that a checkpoint holds: those that are trainable, or were at an earlier call.
+
+        An optimizer (LoRA-FA) or a callback that unfreezes layers step by step may have frozen some since they were
+        loaded. Those may differ from the base too, or are drawn at random.
+        """
+        known = self._checkpoint_names
+        self._checkpoint_names = {
+            n for n, parameter in self.named_parameters() if parameter.requires_grad or n in known
+        }
+        return self._checkpoint_names
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only trainable weights, and what an exact resume needs."""
+        """Keep only weights that training may have changed, and what an exact resume needs."""
         self.refuse_nonfinite_weights()
-        kept = self._trainable_names()
+        kept = self.checkpoint_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
         self.drop_frozen_averages(checkpoint, kept)
-        checkpoint[STATE] = {**self.resume_state(), "tokenizer": self._tokenizer.state(), **self.record_state()}
+        frozen = [name for name, parameter in self.named_parameters() if name in kept and not parameter.requires_grad]
+        own = {"tokenizer": self._tokenizer.state(), "frozen": frozen}
+        checkpoint[STATE] = {**self.resume_state(), **own, **self.record_state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits before anything is loaded from it.
 
         Raises:
-            CheckpointError: If the checkpoint lacks trainable weights, has others, or is to continue a run of another
-                method.
+            CheckpointError: If the checkpoint lacks trainable weights, has some that the module hasn't, or is to
+                continue a run of another method.
         """
         if (tokenizer := checkpoint.get(STATE, {}).get("tokenizer")) is not None:
             predicts = self._trainer is None or self._trainer.state.fn == "predict"
@@ -448,8 +460,15 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         self.configure_model()
         self._follow_tokenizer()
         # ModelParallelStrategy has already taken the weights out, and loads them itself.
-        trainable = self._trainable_names()
-        refuse_other_names(trainable, set(checkpoint.get("state_dict", trainable)))
+        trainable = self.checkpoint_names()
+        saved = set(checkpoint.get("state_dict", trainable))
+        refuse_other_names(trainable, saved, {name for name, _ in self.named_parameters()})
+        self._checkpoint_names = saved  # also those that a callback had unfrozen
+        frozen = checkpoint.get(STATE, {}).get("frozen")
+        if frozen is not None and self._trainer is not None and self._trainer.state.fn == "fit":
+            for name, parameter in self.named_parameters():  # such callbacks restore groups of the optimizer only
+                if name in saved:
+                    parameter.requires_grad_(name not in frozen)
         self.fill_frozen_averages(checkpoint)
         refuse_other_shapes(self, {name: w.shape for name, w in checkpoint.get("state_dict", {}).items()})
         self.check_continued(checkpoint)

@@ -251,7 +251,7 @@ class CheckpointedModule(LightningModule):
             checkpoint_path: Path, URL or open file of the checkpoint; a folder if a sharded model wrote it.
             map_location: Device of the weights, as in `torch.load`.
             hparams_file: YAML or CSV file with arguments of the module, which override the checkpoint's.
-            strict: Not used: a checkpoint must have exactly the module's trainable weights.
+            strict: Not used: a checkpoint must have all of the module's trainable weights, and none that it hasn't.
             weights_only: Only None and True are allowed: a checkpoint is never unpickled.
             kwargs: Arguments of the module that override those of the checkpoint. ``trust_remote_code`` is taken from
                 here only: a file doesn't decide whether code of a repository runs.

@@ -152,6 +152,7 @@ class PPO(PolicyOptimization):
             self.critic = Critic(cast(Any, self.model), self.critic_mode, seed=self.model_options.seed)
             if self.disable_dropout:
                 without_dropout(cast(Any, self.model))  # its adapter is a new one
+            self.checkpoint_names()
             if self.sharded:
                 raise ConfigError(
                     "The critic of PPO can't be sharded yet: use DDP, or GRPO, which has none, with "

@@ -351,6 +351,7 @@ class LoRAFineTuning(SupervisedFineTuning):
             self._initialize_from_data(cast(PeftModel, self.model))
             self.model.train()
             refuse_nonfinite(self.model)
+            self.checkpoint_names()
 
     def _initialize_from_data(self, model: PeftModel) -> None:
         """EVA (https://arxiv.org/abs/2410.07170): A from the principal directions of the activations.

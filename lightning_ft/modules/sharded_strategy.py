@@ -144,11 +144,11 @@ class ShardedStrategy(ModelParallelStrategy):
     # ---------------------------------------------------------------- checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        """Trainable weights: each rank's shards of them, or for a checkpoint in one file all of them on rank 0.
+        """Weights that a checkpoint holds: each rank's shards of them, or for one file all of them on rank 0.
 
         Lightning's own includes the frozen base, which would be gathered, or copied, and then left out.
         """
-        weights = self._trained()
+        weights = self._kept()
         if self._save_distributed_checkpoint:
             return weights
         found = {}
@@ -201,9 +201,9 @@ class ShardedStrategy(ModelParallelStrategy):
         Raises:
             CheckpointError: If it doesn't fit the module or its optimizers, or holds weights that are not finite.
         """
-        weights = self._trained()
-        refuse_other_names(set(weights), set(checkpoint.shapes))
+        refuse_other_names(set(self._kept()), set(checkpoint.shapes), {name for name, _ in self._parameters()})
         refuse_other_shapes(cast(nn.Module, self.lightning_module), checkpoint.shapes)
+        weights = {name: p.detach() for name, p in self._parameters() if name in checkpoint.shapes}
         into: dict[str, Tensor] = {f"state_dict.{name}": weight for name, weight in weights.items()}
         loaded = [self._optimizer_state(checkpoint, *each, into) for each in enumerate(self.optimizers)]
         checkpoint.load(into)
@@ -242,8 +242,10 @@ class ShardedStrategy(ModelParallelStrategy):
         reshard(module)
         return module.named_parameters()
 
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._parameters() if parameter.requires_grad}
+    def _kept(self) -> dict[str, Tensor]:
+        """Shards of the weights that a checkpoint holds."""
+        names = cast(Any, self.lightning_module).checkpoint_names()
+        return {name: parameter.detach() for name, parameter in self._parameters() if name in names}
 
 
 def _two_sizes(device_mesh: object) -> tuple[int, int]:
@@ -266,22 +268,25 @@ def _refuse_local_state(optimizer: Optimizer, parameter: Tensor, values: Mapping
         )
 
 
-def refuse_other_names(expected: set[str], saved: set[str]) -> None:
-    """Refuse a checkpoint whose weights aren't the trainable ones of the module.
+def refuse_other_names(expected: set[str], saved: set[str], existing: set[str]) -> None:
+    """Refuse a checkpoint that lacks trainable weights of the module, or has weights that the module hasn't.
+
+    Weights that exist and are frozen are accepted: a callback may have unfrozen them in the run that wrote them.
 
     Args:
-        expected: Names of the module's trainable weights.
+        expected: Names of the weights that the module's own checkpoints hold.
         saved: Names of the checkpoint's weights.
+        existing: Names of all weights of the module.
 
     Raises:
-        CheckpointError: If they differ.
+        CheckpointError: If it does.
     """
-    if expected != saved:
-        missing, unknown = sorted(expected - saved), sorted(saved - expected)
+    missing, unknown = sorted(expected - saved), sorted(saved - existing)
+    if missing or unknown:
         raise CheckpointError(
             f"The checkpoint doesn't fit this module: it lacks {len(missing)} trainable weights (first: "
-            f"{missing[:3]}), and {len(unknown)} of its weights are not trainable here (first: {unknown[:3]}). Use "
-            "the model and lora settings of the run that wrote it."
+            f"{missing[:3]}), and {len(unknown)} of its weights don't exist here (first: {unknown[:3]}). Use the model "
+            "and lora settings of the run that wrote it."
         )
 
 

@@ -334,16 +334,29 @@ def batch_size_finder(run):
 
 
 def finetuning_callback(run):
-    class Freeze(_pl.callbacks.BaseFinetuning):
+    class Unfreeze(_pl.callbacks.BaseFinetuning):
         def freeze_before_training(self, module):
             self.freeze([m for name, m in module.named_modules() if "layers.0" in name])
 
         def finetune_function(self, module, epoch, optimizer):
-            pass
+            layer = [m for name, m in module.named_modules() if "layers.0" in name]
+            moved.append(not same(start, first_layer(module)))
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(layer, optimizer, lr=1e-2)
+
+    def first_layer(module):
+        return {name: p.detach().clone() for name, p in module.named_parameters() if "layers.0" in name}
 
     run.module.configure_model()
-    run.fit(Freeze())
-    assert not any(p.requires_grad for name, p in run.module.named_parameters() if "layers.0" in name)
+    start, moved = first_layer(run.module), []
+    saver = _pl.callbacks.ModelCheckpoint(run.folder / "epochs", save_top_k=-1, filename="{epoch}")
+    run.fit(Unfreeze(), saver, enable_checkpointing=True, max_epochs=2)
+    assert moved == [False, False]
+    assert not same(start, first_layer(run.module))
+    for epoch, expected in enumerate((start, first_layer(run.module))):
+        again = run.new()
+        run.trainer().validate(again, run.data, ckpt_path=run.folder / "epochs" / f"epoch={epoch}.ckpt", verbose=False)
+        assert same(first_layer(again), expected)
 
 
 def pruning(run):

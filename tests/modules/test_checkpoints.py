@@ -57,7 +57,7 @@ def test_sft_run_resumes_exactly(fit, model_folder, tmp_path, kind, stop_at):
 def test_checkpoint_of_another_adapter_is_refused(fit, model_folder, tmp_path):
     trainer = fit(LoRAFineTuning(model_folder, lora={"r": 4, "target_modules": ["q_proj"]}), ROWS, max_steps=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(ModelError, match=r"weights are not trainable here|it lacks"):
+    with pytest.raises(ModelError, match=r"of its weights don't exist here|it lacks"):
         fit(LoRAFineTuning(model_folder, lora={"r": 4}), ROWS, ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
 
 
@@ -92,3 +92,25 @@ def test_new_fit_of_loaded_weights_draws_with_its_own_seed(fit, model_folder, tm
     first, again, other = tuned(1), tuned(1), tuned(2)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_checkpoint_contains_weights_that_a_callback_froze_or_unfroze(fit, model_folder, tmp_path):
+    class Switch(_pl.callbacks.BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze([module.model.get_submodule("base_model.model.model.layers.0")])
+
+        def finetune_function(self, module, epoch, optimizer):
+            self.unfreeze_and_add_param_group([module.model.base_model.model.model.norm], optimizer, lr=1e-2)
+
+    module = LoRAFineTuning(model_folder, lora={"r": 4}, learning_rate=1e-2)
+    module.configure_model()
+    trainer = fit(module, ROWS, callbacks=[Switch()])
+    trained = weights(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = LoRAFineTuning.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert all(torch.equal(dict(again.named_parameters())[name], value) for name, value in trained.items())
+    fit(again, ROWS, max_steps=1).save_checkpoint(tmp_path / "b.ckpt")  # the norm is frozen now, and not the base's
+    saved = [torch.load(tmp_path / name, weights_only=True)["state_dict"] for name in ("a.ckpt", "b.ckpt")]
+    assert saved[0].keys() == saved[1].keys()
+    assert {"model.base_model.model.model.norm.weight"} == {name for name in saved[0] if "lora_" not in name}
+    assert any("layers.0" in name for name in saved[0])

@@ -171,6 +171,18 @@ def test_lora_optimizers_train_only_the_adapter(fit, model_folder, optimizer):
         assert sorted(module.lr_schedulers().base_lrs)[-1] == pytest.approx(16e-3)
 
 
+def test_lorafa_resumes_and_loads(fit, model_folder, tmp_path):
+    options = {"lora": {"r": 4}, "optimizer": "lorafa", "learning_rate": 1e-2}
+    whole, resumed = (LoRAFineTuning(model_folder, **options) for _ in range(2))
+    saver = _pl.callbacks.ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{epoch}")
+    fit(whole, ROWS, max_epochs=2, callbacks=[saver], enable_checkpointing=True)
+    fit(resumed, ROWS, max_epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
+    loaded = LoRAFineTuning.load_from_checkpoint(tmp_path / "epoch=1.ckpt", seed=1)  # its own A would be another
+    for name, value in whole.named_parameters():
+        assert torch.equal(resumed.get_parameter(name), value), name
+        assert torch.equal(loaded.get_parameter(name), value), name
+
+
 def test_lora_on_a_tied_head_keeps_it_tied(fit, tmp_path):
     make_model(tie=True).save_pretrained(tmp_path / "tied")
     make_tokenizer().save_pretrained(tmp_path / "tied")

@@ -214,13 +214,15 @@ def test_added_parameter_groups_follow_the_schedule(fit, model_folder, tmp_path)
         module.configure_model()
         callbacks = [Unfreeze(), rates, *settings.pop("callbacks", [])]
         fit(module, ROWS[:16], max_epochs=3, callbacks=callbacks, **settings)
-        return rates.seen
+        return rates.seen, module
 
     saver = _pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    whole = run(callbacks=[saver], enable_checkpointing=True)
+    whole, module = run(callbacks=[saver], enable_checkpointing=True)
     assert [len(rates) for rates in whole] == 4 * [2] + 8 * [3]
     assert all(added == pytest.approx(first / 10) for first, _, added in whole[4:])
-    assert run(ckpt_path=tmp_path / "step=6.ckpt") == whole[6:]
+    rates, resumed = run(ckpt_path=tmp_path / "step=6.ckpt")  # within the epoch that unfreezes
+    assert rates == whole[6:]
+    assert all(torch.equal(resumed.get_parameter(name), value) for name, value in module.named_parameters())
 
 
 def test_bad_rows_are_reported_before_weights_are_loaded(fit, tmp_path):
