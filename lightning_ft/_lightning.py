@@ -19,7 +19,7 @@ import os
 import sys
 import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_ft.errors import ConfigError, NamespaceError
 
@@ -90,6 +90,23 @@ def available_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None if found is None else float(found)
 
 
+def active_datamodule(trainer: Any) -> Any:
+    """DataModule that the current or last call of a Trainer reads its batches from; None if it reads from loaders.
+
+    `trainer.datamodule` is that of an earlier call if loaders are passed to a later one.
+
+    Args:
+        trainer: The Trainer; Fabric and None, which have no DataModule, give None.
+    """
+    data, state = getattr(trainer, "datamodule", None), getattr(trainer, "state", None)
+    if data is None or state is None or state.fn is None:
+        return None
+    loop = getattr(trainer, f"{state.fn.value}_loop")
+    if state.fn == "fit" and (trainer.validating or trainer.sanity_checking):
+        loop = loop.epoch_loop.val_loop  # its loaders may be passed without those of training, and the reverse
+    return data if loop._data_source.instance is data else None
+
+
 def check_same_namespace(trainer: object, module: object) -> None:
     """Refuse to combine a Trainer of one Lightning package with a LightningModule of the other.
 
@@ -126,6 +143,7 @@ __all__ = [
     "MisconfigurationException",
     "TorchCheckpointIO",
     "Trainer",
+    "active_datamodule",
     "available_flops",
     "check_same_namespace",
     "cli_module",

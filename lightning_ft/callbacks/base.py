@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeGuard
 
-from lightning_ft._lightning import Callback, LightningModule, Trainer
+from lightning_ft._lightning import Callback, LightningModule, Trainer, active_datamodule
 from lightning_ft.arguments import CheckedArguments
 from lightning_ft.distributed import all_gather_objects, rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, LightningFTError
@@ -138,7 +138,7 @@ def validation_requests(
     """
     if requests is not None:
         return requests
-    data: Any = getattr(trainer, "datamodule", None)
+    data = active_datamodule(trainer)
     if not hasattr(data, "requests"):
         raise error(
             f"{name} has no requests. Pass requests=, a list of lightning_ft.types.Request, or a PairDataModule with "

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft._lightning import LightningModule, Trainer, active_datamodule
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import ComparingCallback
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
@@ -269,7 +269,7 @@ class Retention(ComparingCallback):
 
     def _task_rows(self, trainer: TrainerOrFabric | None) -> list[Request]:
         rows = self.task
-        data: object = getattr(trainer, "datamodule", None)
+        data: object = active_datamodule(trainer)
         if rows is None and self.max_task_rows and hasattr(data, "requests"):
             try:
                 rows = data.requests("validation")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft._lightning import LightningModule, Trainer, active_datamodule
 from lightning_ft.arguments import check_integer, check_requests
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import ComparingCallback
@@ -283,11 +283,11 @@ class TokenSavings(ComparingCallback):
     def _train_rows(self, trainer: TrainerOrFabric | None) -> TrainRows | None:
         if self.train_rows is not None:
             return self.train_rows
-        splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
+        splits = getattr(active_datamodule(trainer), "splits", None)
         return splits.training_index() if isinstance(splits, Splits) else None
 
     def _rows(self, trainer: TrainerOrFabric | None) -> list[Request]:
-        data: object = getattr(trainer, "datamodule", None)
+        data: object = active_datamodule(trainer)
         if not hasattr(data, "requests"):
             raise SavingsError("TokenSavings has no requests. Pass requests=, or a PairDataModule to the Trainer.")
         reasons = []
@@ -313,7 +313,7 @@ def training_data(trainer: object) -> str:
     Args:
         trainer: The Trainer, or Fabric.
     """
-    data: object = getattr(trainer, "datamodule", None)
+    data: object = active_datamodule(trainer)
     if not isinstance(data, RowDataModule):
         return ""
     rows, _ = data.training_rows()

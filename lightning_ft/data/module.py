@@ -11,7 +11,7 @@ from typing import IO, Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import LightningDataModule, check_same_namespace, restricted_classmethod
+from lightning_ft._lightning import LightningDataModule, active_datamodule, check_same_namespace, restricted_classmethod
 from lightning_ft.arguments import CheckedArguments
 from lightning_ft.checkpoint_file import checked_file
 from lightning_ft.data import cache
@@ -295,8 +295,11 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             ConfigError: If there are no rows to train on, for ``fit``, or to answer, for ``predict``.
             DataError: With every bad row.
         """
-        if self.trainer is not None:
-            check_same_namespace(self.trainer, self.trainer.lightning_module)
+        trainer: Any = self.trainer
+        if trainer is not None and trainer.state.status == "running" and active_datamodule(trainer) is not self:
+            return  # a Trainer also sets up the DataModule of an earlier call when it is passed loaders
+        if trainer is not None:
+            check_same_namespace(trainer, trainer.lightning_module)
         names = _NEEDS[getattr(stage, "value", stage) or "fit"]  # a Trainer passes an enum
         if "train" in names and self.stream is None:
             self._require("train")

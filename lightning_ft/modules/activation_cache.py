@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_ft._lightning import active_datamodule
 from lightning_ft.data import cache
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.module import RowDataModule
@@ -104,7 +105,7 @@ class ActivationCache:
             raise ConfigError("activation_cache: layers of a sharded model can't be skipped; use DDP, or leave it out.")
         with module.trainer.precision_plugin.forward_context():
             reader = self._open(module)
-        data = getattr(module.trainer, "datamodule", None)
+        data = active_datamodule(module.trainer)
         report = data.report.get("train") if isinstance(data, RowDataModule) and data.stream is None else None
         reader.announce(None if report is None else sum(report.lengths))
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import LightningModule
+from lightning_ft._lightning import LightningModule, active_datamodule
 from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.extremes import Extreme, largest_token, longest_row, rows_with
@@ -281,11 +281,7 @@ class CheckedRows(LightningModule):
         return 0
 
     def _row_data(self) -> RowDataModule | None:
-        trainer: Any = self._trainer
-        data = None if trainer is None else trainer.datamodule
-        source = getattr(getattr(trainer, "fit_loop", None), "_data_source", None)
-        if source is not None and source.instance is not data:
-            return None  # of an earlier call: a Trainer that is passed loaders keeps it
+        data = active_datamodule(self._trainer)
         return data if isinstance(data, RowDataModule) else None
 
     def setup(self, stage: str) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_ft._lightning import active_datamodule
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.errors import ConfigError
 from lightning_ft.losses.preference import (
@@ -37,7 +38,8 @@ class DPO(LogRatioLearning):
         label_smoothing: Share of pairs whose label is assumed to be wrong (``sigmoid``, ``robust``, ``simpo``).
         gamma: Margin of SimPO.
         precompute_reference: Compute the reference's log-probabilities of all rows once before training and keep them
-            on disk by content, so that no step runs the reference. Needs a PreferenceDataModule.
+            on disk by content, so that no step runs the reference. Needs a PreferenceDataModule. In a validation or test of
+            loaders, each batch runs it.
         cache_dir: Folder of the precomputed log-probabilities; the default is next to tokenized rows, in the cache of
             the `datasets` library.
 
@@ -91,7 +93,7 @@ class DPO(LogRatioLearning):
         """As in `FineTuning`; precompute the reference's log-probabilities where that is configured."""
         super().on_fit_start()
         if self._ref is not None and self.precompute_reference:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            data = active_datamodule(self.trainer)
             self._ref.precompute(data, self._precomputed_logprobs, self.device, precision=str(self.trainer.precision))
 
     def check_paired(self, paired: bool) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import LightningModule
+from lightning_ft._lightning import LightningModule, active_datamodule
 from lightning_ft.distributed import on_rank_zero
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.card_facts import CardFacts, TrainingRecord
@@ -37,13 +37,13 @@ class ExportedModule(LightningModule):
         raise NotImplementedError
 
     _fit_data: Any = None
-    """DataModule of the last fit: `trainer.datamodule` is also that of a later validation or test."""
+    """DataModule of the last fit, also after a validation or test of other rows; None for loaders."""
 
     def setup(self, stage: str) -> None:
         """Keep the DataModule whose rows the weights are trained on."""
         super().setup(stage)
         if stage == "fit":
-            self._fit_data = cast(Any, self.trainer).datamodule
+            self._fit_data = active_datamodule(self.trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         """As in Lightning, which leaves the Trainer out; without its DataModule, too."""

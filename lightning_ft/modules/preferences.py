@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_ft._lightning import active_datamodule
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
 from lightning_ft.data.preference_rows import Preferences
@@ -155,9 +156,9 @@ class LogRatioLearning(PreferenceLearning):
         return SequenceLogProbs(logprobs, reference, lengths), scored.entropy, tokens.groups
 
     def _data_source(self) -> tuple[object, str]:
-        """The DataModule of the current batch, and the name of its split."""
+        """The DataModule of the current batch, None for another loader, and the name of its split."""
         split = "train" if self.trainer.training else ("test" if self.trainer.testing else "validation")
-        return self.trainer.datamodule, split  # type: ignore[attr-defined]
+        return active_datamodule(self.trainer), split
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PreferenceBatch) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lightning_ft._lightning import active_datamodule
 from lightning_ft.data.hf_batches import from_hf
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.data.row_types import Pairs, RowType
@@ -359,7 +360,7 @@ class LoRAFineTuning(SupervisedFineTuning):
         On rank 0 for all; before optimizers and strategies see the model, whose layers it replaces where it moves
         ranks.
         """
-        data = cast(Any, self.trainer).datamodule
+        data = active_datamodule(self.trainer)
         if data is None:
             raise ConfigError(
                 "init_lora_weights='eva' is computed from the training data: pass a DataModule to the Trainer."

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lightning_ft import __version__
-from lightning_ft._lightning import NAMESPACE
+from lightning_ft._lightning import NAMESPACE, active_datamodule
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.models.card_facts import CardFacts, MeasuredResult, Setting, TrainingRecord, today
 
@@ -44,7 +44,7 @@ def training_record(module: Any, trainer: Any) -> TrainingRecord:
 
 def _training_data(module: Any, trainer: Any) -> Any:
     """DataModule of the training rows."""
-    return module._fit_data if hasattr(module, "_fit_data") else trainer.datamodule
+    return module._fit_data if hasattr(module, "_fit_data") else active_datamodule(trainer)
 
 
 def _version(name: str) -> str:

@@ -122,6 +122,22 @@ def test_precomputed_reference_is_not_reused_for_another_datamodule(model_folder
     assert found != own[0]["test/loss"]
 
 
+def test_precomputed_reference_is_not_used_for_loaders_that_are_passed_later(model_folder, trainer_options, tmp_path):
+    """A Trainer keeps the DataModule of an earlier call, whose rows have the same numbers."""
+    module = CountsReferences(model_folder, precompute_reference=True, cache_dir=str(tmp_path), learning_rate=1e-3)
+    trainer = train(module, PAIRS, trainer_options, data={"validation": make_pairs(30)[20:24]})
+    other = PreferenceDataModule(PAIRS, validation=make_pairs(30)[26:], tokenizer=make_tokenizer(), cache_dir=False)
+    other.setup("fit")
+    module.runs = 0
+    found = trainer.validate(module, other.val_dataloader(), verbose=False)[0]["val/loss"]
+    assert module.runs == 1
+    with torch.no_grad():
+        want = float(module.compute_loss(batches(make_pairs(30)[26:])[0]).losses.mean())
+    assert found == pytest.approx(want, abs=1e-6)
+    with pytest.raises(ConfigError, match="PreferenceDataModule"):
+        trainer.fit(module, other.train_dataloader())
+
+
 def test_precomputed_reference_needs_a_datamodule(model_folder, trainer_options):
     data = PreferenceDataModule(PAIRS, tokenizer=make_tokenizer(), cache_dir=False)
     data.setup("fit")

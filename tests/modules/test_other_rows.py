@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lightning_ft
-from lightning_ft._lightning import Trainer
+from lightning_ft._lightning import Trainer, _pl, active_datamodule
 from lightning_ft.data.layout import Example, collate_examples
 from lightning_ft.data.row_types import Pairs, RowType
 from lightning_ft.errors import ConfigError
@@ -92,6 +92,49 @@ def test_error_of_a_row_type_of_ones_own():
         str(error)
         == "Method trains on such rows and got a PairDataModule: pass a DataModule of such rows to the Trainer."
     )
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_a_trainer_that_is_passed_loaders_leaves_an_earlier_datamodule_alone(model_folder, trainer_options, stage):
+    rows = [ROWS["PairDataModule"]] * 4
+    module = lightning_ft.LoRAFineTuning(model_folder)
+    trainer = Trainer(**trainer_options, max_steps=1)
+    trainer.fit(module, lightning_ft.PairDataModule(rows, batch_size=2, cache_dir=False))
+    other = lightning_ft.PairDataModule(rows, predict=[{"input": "a"}], tokenizer=module.tokenizer, cache_dir=False)
+    loader = other.predict_dataloader() if stage == "predict" else other.train_dataloader()
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    checked = []
+    module._check_batch = checked.append
+    getattr(trainer, stage)(module, loader)
+    assert len(checked) == (stage != "predict"), "each batch of a user's loader is checked"
+    assert active_datamodule(trainer) is None
+    assert module._fit_data is (None if stage == "fit" else trainer.datamodule)
+
+
+def test_active_datamodule_is_that_of_the_running_loop(model_folder, trainer_options):
+    rows, seen = [ROWS["PairDataModule"]] * 4, []
+
+    class Seen(_pl.callbacks.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append(active_datamodule(trainer))
+
+        def on_validation_batch_end(self, trainer, *_):
+            seen.append(active_datamodule(trainer))
+
+    data = lightning_ft.PairDataModule(rows, validation=rows[:1], test=rows[:1], batch_size=4, cache_dir=False)
+    trainer = Trainer(**trainer_options, max_steps=1, num_sanity_val_steps=1, callbacks=[Seen()])
+    assert active_datamodule(trainer) is None
+    module = lightning_ft.LoRAFineTuning(model_folder)
+    trainer.fit(module, data)
+    assert seen == [data] * 3
+    for stage in ("validate", "test"):
+        getattr(trainer, stage)(module, data, verbose=False)
+        assert active_datamodule(trainer) is data
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    seen.clear()
+    trainer.fit(module, data.train_dataloader(), data.val_dataloader())
+    assert seen == [None] * 3
+    assert active_datamodule(None) is None
 
 
 def test_data_of_an_earlier_run_of_the_trainer_are_not_checked(model_folder, trainer_options):
