@@ -383,6 +383,9 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         if not isinstance(self.model, FineTuning) or not (batches := trainer.predict_loop.predictions):
             return
         answers = [answer for batch in batches for answer in batch]
+        if trainer.fast_dev_run:
+            print(f"fast_dev_run: {len(answers):,} answers, not written")
+            return
         requests = self._predicted_requests() if trainer.world_size == 1 else []
         name = "predictions.jsonl" if trainer.world_size == 1 else f"predictions-{trainer.global_rank}.jsonl"
         path = run_folder(trainer) / name

@@ -77,6 +77,7 @@ def test_cli_runs_fit_validate_test_and_predict(run, config, tmp_path):
     run("test", "--config", path, "--ckpt_path", str(checkpoint))
     run("predict", "--config", path, "--ckpt_path", str(checkpoint))
     run("predict", "--config", path, "--ckpt_path", str(checkpoint), "--return_predictions", "false")
+    run("predict", "--config", path, "--ckpt_path", str(checkpoint), "--trainer.fast_dev_run", "true")
     (written,) = tmp_path.rglob("predictions.jsonl")
     rows = [json.loads(line) for line in written.read_text().splitlines()]
     assert len(rows) == 24

@@ -37,6 +37,11 @@ def is_trainer(trainer: object) -> TypeGuard[Trainer]:
     return hasattr(trainer, "callback_metrics")
 
 
+def is_dev_run(trainer: object) -> bool:
+    """Whether a Trainer only tries out a run (`fast_dev_run`), of which no results may be left."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 def callbacks_of(trainer: Any) -> list[Callback]:
     """Callbacks of a Trainer, an attribute that Lightning sets without declaring it."""
     callbacks: list[Callback] = trainer.callbacks
@@ -199,6 +204,8 @@ class EndOfTraining(RecordsFailures):
             self.failures = ()
             earlier = [c for c in trainer.callbacks if isinstance(c, RunsLast)]
             others = [c for c in trainer.callbacks if not isinstance(c, RunsLast)]
+            if is_dev_run(trainer) and not earlier:
+                rank_zero_info("fast_dev_run: results and exports are tried out and not kept, and nothing is uploaded.")
             # a new list, since the Trainer is iterating over the old one
             trainer.callbacks = [*others, *(earlier or [RunsLast()])]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
-from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks, is_trainer
+from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks, is_dev_run, is_trainer
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ExportError
@@ -34,7 +35,8 @@ class ExportModel(EndOfTraining):
     The final weights are those after weight averaging, whatever the order of the callbacks. The best checkpoint is that
     of the Trainer's ModelCheckpoint with a ``monitor``; without one there is none. If an export fails, the error is
     raised after all other work at the end of training is done. The model card has what TokenSavings and Retention
-    measured with the exported weights.
+    measured with the exported weights. With `fast_dev_run`, exports go to a temporary folder that is removed, and
+    nothing is uploaded.
 
     With Fabric, pass `output` and `tokenizer`, put it after the callbacks that measure, and call
     ``fabric.call("on_train_start", fabric, model)`` before the loop and ``fabric.call("on_train_end", fabric, model)``
@@ -93,6 +95,7 @@ class ExportModel(EndOfTraining):
         self.error: ExportError | None = None
         """Error of the first export that failed; None if none failed."""
         self._hub_cards: dict[str, str] = {}
+        self._dev_folder: TemporaryDirectory[str] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that the exports are possible."""
@@ -128,7 +131,8 @@ class ExportModel(EndOfTraining):
             self._tokenizer(pl_module)
         if self.best and is_trainer(trainer):
             _refuse_several_metrics(trainer)
-        self.error, self.uploaded, self.exported = None, None, {}
+        self.error, self.uploaded = None, None
+        self._forget()
         folder, reason, refused = self._folder(trainer), None, ExportError
         if trainer.is_global_zero:
             try:
@@ -166,16 +170,27 @@ class ExportModel(EndOfTraining):
             )
         elif self.best and path:
             self._try(trainer, "best", lambda folder: self._export_best(trainer, pl_module, folder, path))
-        if self.push_to_hub is not None and self.exported and self.error is None:
+        if is_dev_run(trainer):
+            self._forget()
+        elif self.push_to_hub is not None and self.exported and self.error is None:
             self.attempt(f"There was no upload to {self.push_to_hub!r}", lambda: self._upload(trainer))
 
     def _try(self, trainer: Trainer, part: str, work: Callable[[Path], None]) -> None:
         folder = self._folder(trainer) / part  # ranks communicate for it, and rank 0 alone exports the best weights
+        if is_dev_run(trainer):
+            self._dev_folder = self._dev_folder or TemporaryDirectory()
+            folder = Path(self._dev_folder.name) / part
         what = f"The {part} weights were not exported to {folder}"
         if (reason := self.attempt(what, lambda: work(folder))) is not None and self.error is None:
             self.error = ExportError(f"{what}: {reason}")
         if reason is not None:
             self.exported.pop(part, None)  # only the rank that writes may have failed: the others would wait for it
+
+    def _forget(self) -> None:
+        """Forget the exports of this fit or an earlier one, and remove those of `fast_dev_run`."""
+        if self._dev_folder is not None:
+            self._dev_folder.cleanup()
+        self._dev_folder, self.exported = None, {}
 
     def _export_best(self, trainer: Trainer, module: LightningModule, folder: Path, path: str) -> None:
         if not trainer.is_global_zero:

@@ -17,6 +17,7 @@ from lightning_ft.callbacks.base import (
     TrainerOrFabric,
     callbacks_of,
     check_results_folder,
+    is_dev_run,
     is_trainer,
     log_to_loggers,
     results_folder,
@@ -111,6 +112,7 @@ class MeasuringCallback(EndOfTraining):
         self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None, measure: Callable[[], dict[str, float]]
     ) -> None:
         folder = results_folder(trainer, self.output_dir, self.name)  # a collective call, so before a rank may fail
+        folder = None if is_dev_run(trainer) else folder
         metrics: dict[str, float] = {}
         self.undefined = self.attempt(f"{self.title} is undefined", lambda: metrics.update(measure()))
         if self.undefined is not None:
@@ -209,14 +211,14 @@ def report_at_end(trainer: Trainer, callback: Callback) -> list[Path]:
             elsewhere), and optionally ``unwritten`` (the reason why it could not write them).
 
     Returns:
-        Paths of the written files. Empty on ranks other than 0, for callbacks other than the last one, and if no
-        callback wrote results into the Trainer's folder.
+        Paths of the written files. Empty on ranks other than 0, for callbacks other than the last one, with
+        `fast_dev_run`, and if no callback wrote results into the Trainer's folder.
 
     Raises:
         DataError: If a result file is invalid.
     """
     measuring: list[Any] = [other for other in callbacks_of(trainer) if getattr(other, "reports", False)]
-    if not measuring or measuring[-1] is not callback:
+    if not measuring or measuring[-1] is not callback or is_dev_run(trainer):
         return []
     folder = run_folder(trainer)  # a collective call
     if not trainer.is_global_zero or not folder.is_dir():

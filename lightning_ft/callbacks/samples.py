@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
 from lightning_ft.arguments import CheckedArguments
-from lightning_ft.callbacks.base import describe_error, is_trainer
+from lightning_ft.callbacks.base import describe_error, is_dev_run, is_trainer
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.document.markdown import markdown_table
 from lightning_ft.errors import ConfigError
@@ -134,7 +134,7 @@ class SampleCompletions(CheckedArguments, Callback):
         self.every_n_steps, self.num_samples = every_n_steps, num_samples
         self.print_samples, self.name = print_samples, name
         self.written_to: Path | None = None
-        """Path of the file, after training has started."""
+        """Path of the file, after training has started; None with `fast_dev_run`, which writes none."""
         self.failures: tuple[str, ...] = ()
         """Descriptions of samples that could not be written."""
         self._seen: RolloutSamples | None = None
@@ -166,11 +166,11 @@ class SampleCompletions(CheckedArguments, Callback):
             )
         # on all ranks, since the folder is broadcast
         folder = run_folder(trainer)
-        self.written_to = self.path or folder / f"{self.name}.jsonl"
+        self.written_to = None if is_dev_run(trainer) else self.path or folder / f"{self.name}.jsonl"
         self._seen, self.failures = None, ()
         if trainer.global_step == 0:
             self._last_step = None
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self.written_to is None:
             return
         if trainer.global_step > 0:
             drop_samples(self.written_to, trainer.global_step)
@@ -190,8 +190,8 @@ class SampleCompletions(CheckedArguments, Callback):
         self._last_step = record.step
         if trainer.is_global_zero and len(record):
             rows = record.rows(self.num_samples)
-            assert self.written_to is not None
-            self._try(f"to {self.written_to}", append_samples, rows, self.written_to)
+            if self.written_to is not None:
+                self._try(f"to {self.written_to}", append_samples, rows, self.written_to)
             for logger in trainer.loggers:
                 self._try(f"to {type(logger).__name__}", log_samples, logger, self.name, rows)
             if self.print_samples:

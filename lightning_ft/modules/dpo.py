@@ -38,8 +38,8 @@ class DPO(LogRatioLearning):
         label_smoothing: Share of pairs whose label is assumed to be wrong (``sigmoid``, ``robust``, ``simpo``).
         gamma: Margin of SimPO.
         precompute_reference: Compute the reference's log-probabilities of all rows once before training and keep them
-            on disk by content, so that no step runs the reference. Needs a PreferenceDataModule. In a validation or test of
-            loaders, each batch runs it.
+            on disk by content, so that no step runs the reference. Needs a PreferenceDataModule. In a
+            validation or test of loaders, each batch runs it.
         cache_dir: Folder of the precomputed log-probabilities; the default is next to tokenized rows, in the cache of
             the `datasets` library.
 

@@ -8,6 +8,7 @@ from tiny import make_rows
 from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import LightningModule, Trainer, _pl
 from lightning_ft.callbacks import base as callbacks_base
+from lightning_ft.callbacks import export as export_callback
 from lightning_ft.errors import ConfigError, ExportError
 
 ROWS = make_rows(24)
@@ -74,6 +75,23 @@ def test_export_refuses_nonempty_folder_before_training(trainer_options, tmp_pat
         run(module, trainer_options, tmp_path)
     assert module.trainer.global_step == 0
     run(FullFineTuning(model_folder), trainer_options, tmp_path, overwrite=True)
+
+
+def test_export_of_fast_dev_run_is_tried_out_and_not_kept(trainer_options, tmp_path, model_folder, monkeypatch):
+    for name in ("check_hub", "warn_of_local_base", "upload_export"):
+        monkeypatch.setattr(export_callback, name, lambda *_, name=name, **__: calls.append(name))
+    calls, written = [], []
+    monkeypatch.setattr(ExportModel, "_write_card", lambda self, *_: written.append(self.exported["last"]))
+    (tmp_path / "out" / "last").mkdir(parents=True)
+    (tmp_path / "out" / "last" / "model.safetensors").write_text("of a real run")
+    callback = ExportModel(str(tmp_path / "out"), overwrite=True, push_to_hub="organization/name")
+    trainer = Trainer(**trainer_options, fast_dev_run=True, callbacks=[callback])
+    trainer.fit(FullFineTuning(model_folder), PairDataModule(ROWS, cache_dir=False))
+    assert [path.read_text() for path in (tmp_path / "out").rglob("*.*")] == ["of a real run"]
+    assert "upload_export" not in calls
+    assert "check_hub" in calls, "what would refuse the upload of a real run is found"
+    assert [path.exists() for path in written] == [False], "it was exported to a folder that is removed"
+    assert (callback.exported, callback.failures) == ({}, ())
 
 
 def test_export_refuses_other_modules(trainer_options, tmp_path):

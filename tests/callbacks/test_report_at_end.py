@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TEXT, make_rows
 
+from lightning_ft import (
+    ComputeMeter,
+    LoRAFineTuning,
+    PairDataModule,
+    PromptBaseline,
+    Retention,
+    RetentionFrontier,
+    TokenSavings,
+)
 from lightning_ft._lightning import Callback, Trainer, _pl
 from lightning_ft.callbacks.measuring import report_at_end
 
@@ -79,6 +89,21 @@ def test_report_at_end_skips_results_in_other_folders(trainer_options, tmp_path,
     fit(trainer_options, away)
     assert away.written == []
     assert not (tmp_path / "report").exists()
+
+
+def test_fast_dev_run_measures_and_writes_nothing(trainer_options, tmp_path, model_folder):
+    options = {"max_new_tokens": 3, "resamples": 99, "progress": False}
+    callbacks = [
+        TokenSavings(PromptBaseline(system="Answer."), timed_requests=0, **options),
+        Retention(TEXT, resamples=99, progress=False, output_dir=tmp_path / "elsewhere"),
+        RetentionFrontier(TEXT, scales=(0.5, 1.0), **options),
+        ComputeMeter(),
+    ]
+    data = PairDataModule(make_rows(12), validation=make_rows(16)[12:], cache_dir=False)
+    Trainer(**trainer_options, fast_dev_run=True, callbacks=callbacks).fit(LoRAFineTuning(model_folder), data)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert all(callback.result is not None for callback in callbacks[1:])
+    assert not any(callback.failures for callback in callbacks[1:])
 
 
 def test_report_at_end_writes_on_rank_zero_only(trainer_options, tmp_path, writers):

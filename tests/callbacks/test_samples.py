@@ -297,6 +297,14 @@ def test_samples_are_printed_with_print_samples(trainer_options, capsys):
 # -------------------------------------------------------------------- loggers
 
 
+def test_samples_of_fast_dev_run_are_not_written(trainer_options, tmp_path):
+    (tmp_path / "completions.jsonl").write_text("of a real run")
+    samples = SampleCompletions()
+    fit(trainer_options, samples, fast_dev_run=True)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("completions.jsonl", "of a real run")]
+    assert (samples.written_to, samples.failures) == (None, ())
+
+
 def test_samples_are_written_to_csv_logger_folder(trainer_options, tmp_path):
     logger = _pl.loggers.CSVLogger(tmp_path / "logs", name="run", version=3)
     fit({**trainer_options, "logger": logger}, SampleCompletions())
