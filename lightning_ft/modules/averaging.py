@@ -20,11 +20,13 @@ from lightning_ft._lightning import LightningModule
 class AveragedWeights(LightningModule):
     """Base of `FineTuning`: its frozen weights are neither averaged nor kept in checkpoints of averages."""
 
+    model: Any
+
     def setup(self, stage: str) -> None:
         """Let a callback that copied this module while it was empty copy it again."""
         super().setup(stage)
         for callback, copied in self._averages() if stage == "fit" else ():
-            if not any(True for _ in copied.parameters()):
+            if copied.model is None:
                 self.configure_model()
                 callback.setup(self.trainer, self, stage)
 

@@ -71,9 +71,23 @@ class OptimizedModule(FiniteSteps):
                 set_peak_rates(cast(Any, config.scheduler), rates)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, without decay of norms and biases, with linear warm-up and `lr_schedule`."""
+        """The optimizer of all trainable parameters, those of a subclass's own layers too, with warm-up and schedule.
+
+        Norms and biases don't decay.
+
+        Raises:
+            ConfigError: For layers of a subclass with an optimizer that trains an adapter alone.
+        """
         self._follow_learning_rate()
         optimizer = self._optimizer()
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        left_out = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in trained]
+        if left_out:
+            raise ConfigError(
+                f"optimizer={self.optimizer_options.optimizer!r} trains the adapter alone, and would leave "
+                f"{left_out[0]} as it is ({len(left_out)} such parameters): use optimizer='adamw', override "
+                "configure_optimizers, or freeze them with requires_grad_(False)."
+            )
         scheduler = ExtendableLambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -85,6 +99,6 @@ class OptimizedModule(FiniteSteps):
         return changed
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.model, self.optimizer_options.weight_decay)
+        groups = parameter_groups(self, self.optimizer_options.weight_decay)
         options = self.optimizer_options
         return make_optimizer(options.optimizer, groups, options.learning_rate, options.betas)

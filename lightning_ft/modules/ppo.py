@@ -164,7 +164,7 @@ class PPO(PolicyOptimization):
         own = {id(parameter) for parameter in critic.own_parameters(self.model)}
         rate = self.optimizer_options.learning_rate
         rates = {True: self.value_learning_rate or rate, False: rate}
-        decayed = parameter_groups(torch.nn.ModuleList([self.model, critic]), self.optimizer_options.weight_decay)
+        decayed = parameter_groups(self, self.optimizer_options.weight_decay)
         groups = [
             {**group, "params": chosen, "lr": rates[which]}
             for group in decayed

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_ft._lightning import LightningModule
 from lightning_ft.distributed import all_gather_objects, rank_zero_warn
+from lightning_ft.modules.hooks import refuse_replaced_hooks
 
 
 class RngState(TypedDict):
@@ -142,6 +143,15 @@ class ResumableModule(LightningModule):
         if stage == "fit":
             self._resumed, self._resumed_at = False, None
             self._first_epoch, self._first_step = self.trainer.current_epoch, self.trainer.global_step
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Refuse hooks that replace those of this package.
+
+        Raises:
+            ConfigError: For a hook that doesn't call `super()`.
+        """
+        super().__init_subclass__(**kwargs)
+        refuse_replaced_hooks(cls)
 
     # ---------------------------------------------------------------- what is in the weights
 

@@ -64,7 +64,7 @@ def check_callbacks(trainer: Any, module: LightningModule) -> None:
         if not isinstance(callback, (_pl.callbacks.BaseFinetuning, _pl.callbacks.ModelPruning)):
             continue
         name = type(callback).__name__
-        if next(module.parameters(), None) is None:
+        if getattr(module, "model", None) is None:  # a subclass may have layers of its own
             raise ConfigError(
                 f"{name} looks at the weights before they are loaded: call `configure_model()` of the module before "
                 "the Trainer's `fit`. (`LoRAFineTuning(top_layers=...)` leaves lower layers frozen without a callback.)"
