@@ -144,12 +144,14 @@ class Anchor:
         self._reference = Reference(module.model, initial=starting)
 
     def start(self, module: SupervisedFineTuning) -> None:
-        """Encode the texts, or let the original model write them.
+        """Set the weight of a new fit, and encode the texts or let the original model write them.
 
         Raises:
             RetentionError: If texts can't be read.
         """
         assert self._reference is not None
+        if module.trainer.ckpt_path is None:  # a resumed fit continues with the checkpoint's
+            self.coef = float(self.options.coef)
         self._reference.to(module.device)
         options, limit = self.options, context_length(base_of(module.model))
         if limit is not None and options.max_tokens > limit:

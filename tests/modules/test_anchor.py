@@ -117,6 +117,11 @@ def test_weight_follows_the_target_and_survives_a_checkpoint(model_folder, train
     loaded = LoRAFineTuning.load_from_checkpoint(tmp_path / "run.ckpt")
     assert loaded._anchor.coef == coef
     assert loaded._anchor.options == AnchorOptions(**anchor)
+    resumed = Trainer(**trainer_options, max_steps=4)
+    resumed.fit(loaded, data(), ckpt_path=tmp_path / "run.ckpt")
+    assert float(resumed.callback_metrics["train/anchor_coef"]) == pytest.approx(coef)
+    again = fit(trainer_options, module, max_steps=1)
+    assert float(again.callback_metrics["train/anchor_coef"]) == 1.0, "a new fit starts at coef"
 
 
 def test_weight_stays_within_a_hundredth_and_a_hundred_times_its_start(model_folder, trainer_options):
