@@ -9,10 +9,29 @@ from typing import cast
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_ft.errors import ExportError, ModelError
 from lightning_ft.models.head import base_of
+
+
+def refuse_adapter_layers(base: nn.Module) -> None:
+    """Refuse a base that holds an adapter already: it would be part of every pass, and of no export.
+
+    Args:
+        base: The model before it is adapted.
+
+    Raises:
+        ModelError: With the first layer of the adapter.
+    """
+    name = next((name for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)), None)
+    if name is not None:
+        raise ModelError(
+            f"The model that was passed holds layers of an adapter (the first is {name}), as after the training of "
+            "another module that it was passed to. Pass a name or folder, or a model that is loaded again for each "
+            "module; to continue an adapter, pass the folder that it was exported to."
+        )
 
 
 def check_adapter(model: PeftModel, *, splits_base: bool) -> None:

@@ -28,6 +28,7 @@ from lightning_ft.models.head import CausalLM, Reduction, base_of
 from lightning_ft.models.load import LoadOptions, load_causal_lm
 from lightning_ft.models.load_once import load_once
 from lightning_ft.models.logprob_model import LogProbModel, LogProbOptions, row_costs
+from lightning_ft.models.lora_checks import refuse_adapter_layers
 from lightning_ft.models.numerics import refuse_nonfinite
 from lightning_ft.models.optim import (
     ADAMW,
@@ -263,6 +264,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
     def _load_and_adapt(self) -> tuple[CausalLM, Adaptation, OwnLoss]:
         """The model as it is trained, what is trained of it, and what its own loss adds."""
         base = self._load_base()
+        refuse_adapter_layers(base)
         self._check_rows(base)
         if self.model_options.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

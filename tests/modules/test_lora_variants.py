@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import make_model, make_rows, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_ft import LoRAFineTuning, PairDataModule
+from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.errors import ConfigError, ExportError, ModelError
 from lightning_ft.models.load import load_causal_lm
@@ -274,6 +274,14 @@ def test_eva_needs_a_datamodule(trainer_options, model_folder, fit):
     data.setup("fit")
     with pytest.raises(ConfigError, match="DataModule"):
         Trainer(**trainer_options, max_steps=1).fit(module, data.train_dataloader())
+
+
+@pytest.mark.parametrize("second", [FullFineTuning, LoRAFineTuning])
+def test_a_loaded_model_that_another_module_has_adapted_is_refused(fit, second):
+    base, tokenizer = make_model(), make_tokenizer()
+    fit(LoRAFineTuning(base, tokenizer=tokenizer), ROWS, max_steps=1)
+    with pytest.raises(ModelError, match=r"holds layers of an adapter \(the first is model\.layers\.0\."):
+        fit(second(base, tokenizer=tokenizer), ROWS, max_steps=1)
 
 
 def test_lora_rejects_unknown_targets_and_missing_adapters(fit, model_folder, tmp_path):
