@@ -273,7 +273,7 @@ class Splits(Generic[RowT]):
         self._log_report(name, tokenizer)
 
     def forget(self) -> None:
-        """Forget all rows, so that `load` and `encode` begin anew, with another tokenizer."""
+        """Forget all rows, so that `load` reads them again and `encode` may use another tokenizer."""
         self.rows, self.encoded, self.report, self._index = {}, {}, {}, None
         self.notes_reported = set()
 
