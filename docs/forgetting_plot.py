@@ -45,10 +45,11 @@ def points(page: str, domain: str) -> dict[str, list[Point]]:
     for head, *rows in tables(section):
         if head[0] == "scale of the update":
             found["scale"] += [(number(row[2]), number(row[1])) for row in rows if row[0].replace(".", "").isdigit()]
-        elif head[1:] == ["LoRA", "LoRA with the anchor"]:
+        elif head[1:3] == ["LoRA", "LoRA with the anchor"]:
             right = next(row for row in rows if row[0].startswith("right"))
             kl = next(row for row in rows if row[0].startswith("KL"))
-            for name, column in (("LoRA", 1), ("anchor", 2)):
+            for column in range(1, len(head)):
+                name = "LoRA" if column == 1 else "anchor"
                 found[name].append((number(kl[column]), number(right[column])))
     return found
 
