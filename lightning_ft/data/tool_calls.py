@@ -128,13 +128,13 @@ def known_arguments(
         >>> calls[0]["function"]["arguments"], names
         ({'city': 'Oslo'}, {'n'})
     """
-    schemas = {
-        function.get("name"): function.get("parameters") for function in (t.get("function") or {} for t in tools)
-    }
+    functions = [function for tool in tools if isinstance(function := tool.get("function"), Mapping)]
+    schemas = {str(function.get("name")): function.get("parameters") for function in functions}
     known, left_out = [], set[str]()
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        properties = (schemas.get(name) or {}).get("properties")
+        schema = schemas.get(name)
+        properties = schema.get("properties") if isinstance(schema, Mapping) else None
         unknown = (
             {argument for argument, value in arguments.items() if value is None and argument not in properties}
             if isinstance(properties, Mapping)

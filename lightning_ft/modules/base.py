@@ -265,11 +265,13 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         """The model as it is trained, what is trained of it, and what its own loss adds."""
         base = self._load_base()
         refuse_adapter_layers(base)
+        refuse_nonfinite(base)  # before it is adapted, so that a model that was passed is left as it was
         self._check_rows(base)
         if self.model_options.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = self._adapt(base)
-        refuse_nonfinite(model)
+        if model is not base:
+            refuse_nonfinite(model)
         self.model = model.train()
         own_loss = find_own_loss(self.model) if base.can_generate() else OwnLoss()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
