@@ -17,6 +17,8 @@ from lightning_ft.errors import CheckpointError, CheckpointNotFoundError
 from lightning_ft.sharded_checkpoint import is_sharded_checkpoint, open_sharded_checkpoint
 
 LAST, BEST = "last", "best"
+COUNTERS = ("step", "epoch", "global_step")
+"""What a ModelCheckpoint monitors to keep the newest checkpoints, rather than the best by a metric."""
 
 
 def find_checkpoint(trainer: Any, name: str) -> Path:
@@ -101,7 +103,8 @@ def _best(last: Path) -> Path:
     callbacks = header.get("callbacks", {}).values()
     states = [state for state in callbacks if isinstance(state, Mapping) and "best_model_path" in state]
     # a ModelCheckpoint without a monitor calls its newest checkpoint the best
-    chosen = [state for state in states if state.get("monitor") is not None] or states
+    monitored = [state for state in states if state.get("monitor") is not None]
+    chosen = [state for state in monitored if state["monitor"] not in COUNTERS] or monitored or states
     found: dict[str | None, Path] = {}
     for state in chosen:
         if state["best_model_path"]:

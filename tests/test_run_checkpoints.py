@@ -126,7 +126,7 @@ def write_states(folder, **monitored):
 
 def test_best_checkpoint_is_that_of_the_monitored_metric(tmp_path, recwarn):
     folder = tmp_path / "checkpoints"
-    paths = write_states(folder, newest=None, best="val/loss", more_often="val/loss")
+    paths = write_states(folder, newest=None, counted="step", best="val/loss", more_often="val/loss")
     assert find_checkpoint(make_trainer(tmp_path, logger=False), "best") == paths["best"]
     assert not [w for w in recwarn if "newest checkpoint" in str(w.message)]
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft._lightning import LightningModule, Trainer, active_datamodule
 from lightning_ft.arguments import check_integer
 from lightning_ft.callbacks.base import (
     RecordsFailures,
@@ -18,6 +18,7 @@ from lightning_ft.callbacks.base import (
     shows_progress,
     validation_requests,
 )
+from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.plan import MeasurementPlan, answer_plan
@@ -106,7 +107,10 @@ class AnswerQuality(RecordsFailures):
         Raises:
             SavingsError: For problems that can be found without the model.
         """
-        if stage in ("fit", "validate"):
+        if stage == "validate" and self.requests is None and active_datamodule(trainer) is None:
+            self._plan = None
+            rank_zero_warn(f"{self.name} isn't measured in a validation of loaders: pass requests= to AnswerQuality.")
+        elif stage in ("fit", "validate"):
             self._plan = self._new_plan(trainer, pl_module)
         if stage == "fit":
             self.failures = ()
@@ -187,7 +191,9 @@ class AnswerQuality(RecordsFailures):
     # ---------------------------------------------------------------- helpers
 
     def _is_due(self, trainer: Any) -> bool:
-        return bool(trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0)
+        if trainer.state.fn != "fit":
+            return self._plan is not None
+        return bool((trainer.current_epoch + 1) % self.every_n_epochs == 0)
 
     def _log(self, trainer: Any, module: Any) -> None:
         """Measure and log. After a failure, training continues unless something would decide by the metric."""

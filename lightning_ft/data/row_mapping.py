@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, TypeAlias
 
 from lightning_ft.data.raw_rows import RawRow, bad_row, check_values
@@ -85,8 +84,8 @@ def _map_row(raw: RawRow, function: RowFunction, names: Mapping[str, str]) -> Ra
         detail = (str(error).strip().splitlines() or [""])[0][:80]
         return bad_row(raw.source, raw.number, f"format= raised {type(error).__name__}", detail, _FIX)
     if isinstance(result, Mapping):
-        return replace(raw, value=dict(result))
+        return RawRow(raw.source, raw.number, dict(result))
     if isinstance(result, (list, tuple)):
-        return replace(raw, value={**kept, names["messages"]: list(result)})
+        return RawRow(raw.source, raw.number, {**kept, names["messages"]: list(result)})
     fix = "Return a list of messages, or a dict in a known row format."
     return bad_row(raw.source, raw.number, "format= returned no row", f"found {type(result).__name__}", fix)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any
+
+from transformers.utils.chat_template_utils import get_json_schema
 
 from lightning_ft.errors import ConfigError
 
@@ -147,15 +150,18 @@ def known_arguments(
 
 
 def template_variables(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Variables of the chat template for all rows, with `tools` in the form that templates expect.
+    """Variables of the chat template for all rows, with `tools`, which may be functions, in the form of templates.
 
     Raises:
         ConfigError: If one of the tools isn't a schema.
     """
     variables = dict(kwargs or {})
     if "tools" in variables:
+        tools = variables["tools"]
+        if isinstance(tools, Sequence) and not isinstance(tools, str):  # as a tuple, or a list of functions
+            tools = [get_json_schema(tool) if isinstance(tool, FunctionType) else tool for tool in tools]
         try:
-            variables["tools"] = read_tools(variables["tools"])
+            variables["tools"] = read_tools(tools)
         except ToolCallError as error:
             raise ConfigError(
                 f"chat_template_kwargs: tools[{error.index}] isn't a tool: {error.value!r:.60}. Expected a list of "

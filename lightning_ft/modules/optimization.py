@@ -63,12 +63,16 @@ class OptimizedModule(FiniteSteps):
     def on_train_epoch_start(self) -> None:
         """Follow a learning rate that `LearningRateFinder` has set after the optimizer was built."""
         super().on_train_epoch_start()
+        before = self.optimizer_options.learning_rate
         if not self._follow_learning_rate():
             return
         for config in self.trainer.lr_scheduler_configs:
-            if self._factor in getattr(config.scheduler, "lr_lambdas", ()):
+            scheduler = cast(Any, config.scheduler)
+            if self._factor in getattr(scheduler, "lr_lambdas", ()):
                 rates = [group["lr"] for group in self._optimizer().param_groups]  # not all groups scale with it
-                set_peak_rates(cast(Any, config.scheduler), rates)
+                if len(rates) != len(scheduler.base_lrs):  # a callback has added groups of its own
+                    rates = [rate * self.optimizer_options.learning_rate / before for rate in scheduler.base_lrs]
+                set_peak_rates(scheduler, rates)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of all trainable parameters, those of a subclass's own layers too, with warm-up and schedule.

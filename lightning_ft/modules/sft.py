@@ -38,6 +38,7 @@ from lightning_ft.models.router import RouterLoss
 from lightning_ft.modules.activation_cache import ActivationCache
 from lightning_ft.modules.anchor import Anchor, AnchorOptions
 from lightning_ft.modules.base import FineTuning
+from lightning_ft.modules.hooks import refuse_replaced_hooks
 from lightning_ft.modules.options import SupervisedOptions, Unpack
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.step_metrics import MeanMetrics, TokenMetrics, with_mean_value
@@ -317,6 +318,7 @@ class LoRAFineTuning(SupervisedFineTuning):
         """As in `SupervisedFineTuning`; open the activation cache and announce its size."""
         super().on_train_start()
         if self._activations is not None:
+            refuse_replaced_hooks(type(self), with_options=True)
             self._activations.start(self)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:

@@ -51,8 +51,9 @@ def test_export_without_monitor_writes_last_weights_only(trainer_options, tmp_pa
 
 def test_export_writes_best_weights_of_the_checkpoints_with_a_monitor(trainer_options, tmp_path, model_folder):
     resumable = _pl.callbacks.ModelCheckpoint(tmp_path / "resumable", every_n_train_steps=1)
+    newest = _pl.callbacks.ModelCheckpoint(tmp_path / "newest", monitor="step", mode="max", save_top_k=1)
     module = LoRAFineTuning(model_folder, learning_rate=1e-2)
-    callback, saver = run(module, trainer_options, tmp_path, others=[resumable])
+    callback, saver = run(module, trainer_options, tmp_path, others=[resumable, newest])
     assert list(callback.exported) == ["last", "best"]
     saved = load_file(callback.exported["best"] / "adapter_model.safetensors")
     for key, value in torch.load(saver.best_model_path)["state_dict"].items():

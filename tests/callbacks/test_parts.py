@@ -418,6 +418,18 @@ def test_quality_that_fails_outside_of_training_raises_an_error(trainer_options,
         trainer.validate(module, hf_loader(tokenizer), verbose=False)
 
 
+def test_quality_is_left_out_of_a_validation_of_loaders(trainer_options, model_folder):
+    data = PairDataModule(make_rows(8), validation=make_rows(12)[8:], batch_size=4, cache_dir=False)
+    quality = AnswerQuality("exact", max_new_tokens=3, progress=False)
+    module = FullFineTuning(model_folder, dtype="float32")
+    trainer = fit(trainer_options, module, data, quality, max_steps=2)
+    assert quality.result is not None
+    with pytest.warns(UserWarning, match="val/quality isn't measured in a validation of loaders: pass requests="):
+        trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+    assert "val/loss" in trainer.callback_metrics
+    assert "val/quality" not in trainer.callback_metrics
+
+
 def test_quality_is_measured_after_validations_of_our_own_modules(trainer_options, model_folder):
     rows = make_rows(24)
     data = PairDataModule(rows[:16], validation=rows[16:], batch_size=8, cache_dir=False)

@@ -324,3 +324,14 @@ def test_function_gets_rows_of_a_dataset_as_they_are_in_it(streaming, tokenizer)
     assert seen[:2] == rows
     targets = next(iter(data.train_dataloader())).targets
     assert tokenizer.decode(targets) == "none<|im_end|>z<|im_end|>"
+
+
+def test_nulls_that_a_function_returns_are_kept(tokenizer):
+    def function(row):
+        call = {"name": "weather", "arguments": json.loads(row["arguments"])}
+        return [{"role": "user", "content": row["q"]}, {"role": "assistant", "tool_calls": [call]}]
+
+    data = make(datasets.Dataset.from_list([{"q": "x", "arguments": '{"city": null}'}]), function)
+    data.load_rows()
+    (call,) = data.splits.rows["train"][0][0].messages[1]["tool_calls"]
+    assert call["function"]["arguments"] == {"city": None}

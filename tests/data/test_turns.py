@@ -134,6 +134,20 @@ def test_arguments_that_arrow_adds_to_calls_are_left_out_and_named(data_module, 
     ]
 
 
+def test_tools_for_all_rows_may_be_functions_and_a_tuple():
+    def weather(city: str) -> str:
+        """Tell the weather.
+
+        Args:
+            city: The city.
+        """
+
+    data = PairDataModule([{"input": "q", "output": "a"}], chat_template_kwargs={"tools": (weather, TOOL)})
+    first, second = data.rules.template_kwargs["tools"]
+    assert first["function"]["parameters"]["properties"] == {"city": {"type": "string", "description": "The city."}}
+    assert second == TOOL
+
+
 def test_tools_for_all_rows_that_are_none_are_refused():
     with pytest.raises(ConfigError, match=r"chat_template_kwargs: tools\[1\] isn't a tool: 'weather'"):
         PairDataModule([{"input": "q", "output": "a"}], chat_template_kwargs={"tools": [TOOL, "weather"]})

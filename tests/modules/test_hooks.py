@@ -9,6 +9,7 @@ import lightning_ft
 from lightning_ft._lightning import LightningModule, Trainer
 from lightning_ft.errors import ConfigError
 from lightning_ft.modules.exact_resume import ExactResume
+from lightning_ft.modules.hooks import refuse_replaced_hooks
 
 ROWS = make_rows(8)
 
@@ -69,6 +70,26 @@ def test_hooks_that_call_those_of_the_package_or_replace_none_are_taken():
 
         def training_step(self, batch, batch_idx):
             pass
+
+    def timed(hook):
+        return lambda self: hook(self)
+
+    class Called(lightning_ft.LoRAFineTuning):
+        @timed
+        def on_train_start(self):
+            super().on_train_start()
+
+        def on_save_checkpoint(self, checkpoint):
+            self.add_to(checkpoint)
+
+        def add_to(self, checkpoint):
+            super().on_save_checkpoint(checkpoint)
+
+        def on_train_epoch_end(self):  # the package's does nothing without an activation cache
+            pass
+
+    with pytest.raises(ConfigError, match=r"Called\.on_train_epoch_end must call super\(\)\.on_train_epoch_end\(\)"):
+        refuse_replaced_hooks(Called, with_options=True)
 
     class Theirs(LightningModule):
         def on_train_start(self):

@@ -220,6 +220,17 @@ def test_added_parameter_groups_follow_the_schedule(fit, model_folder, tmp_path)
     whole, module = run(callbacks=[saver], enable_checkpointing=True)
     assert [len(rates) for rates in whole] == 4 * [2] + 8 * [3]
     assert all(added == pytest.approx(first / 10) for first, _, added in whole[4:])
+
+    class Halve(_pl.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 2:
+                module.hparams["learning_rate"] /= 2  # as LearningRateFinder at a milestone
+
+    halved, _ = run(callbacks=[Halve()])
+    assert halved[:8] == whole[:8]
+    assert all(
+        a == pytest.approx(b / 2) for x, y in zip(halved[8:], whole[8:], strict=True) for a, b in zip(x, y, strict=True)
+    )
     rates, resumed = run(ckpt_path=tmp_path / "step=6.ckpt")  # within the epoch that unfreezes
     assert rates == whole[6:]
     assert all(torch.equal(resumed.get_parameter(name), value) for name, value in module.named_parameters())
