@@ -16,8 +16,8 @@ from lightning_ft.errors import ConfigError
 _OTHERS = ("setup", "configure_callbacks", "configure_model", "optimizer_step")
 """Hooks whose names don't begin with ``on_``."""
 _REPLACEABLE = ("on_after_batch_transfer",)  # it only converts batches, and others are refused
-_OF_OPTIONS = (("LoRAFineTuning", "on_train_epoch_end"),)
-"""Hooks that do nothing unless an option is set."""
+_OF_OPTIONS = (("LoRAFineTuning", "on_train_epoch_end"), ("PolicyOptimization", "on_before_optimizer_step"))
+"""Hooks that serve options: the activation cache; clipping, and the check for values that aren't finite."""
 _LIBRARIES = ("lightning", "pytorch_lightning", "torch")
 
 
