@@ -6,9 +6,9 @@ process of its own, and its logger starts a new version, so they are looked for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_ft.atomic_files import is_temporary_path
 from lightning_ft.checkpoint_file import local_path, read_checkpoint
@@ -17,8 +17,9 @@ from lightning_ft.errors import CheckpointError, CheckpointNotFoundError
 from lightning_ft.sharded_checkpoint import is_sharded_checkpoint, open_sharded_checkpoint
 
 LAST, BEST = "last", "best"
-COUNTERS = ("step", "epoch", "global_step")
+_COUNTERS = ("step", "epoch", "global_step")
 """What a ModelCheckpoint monitors to keep the newest checkpoints, rather than the best by a metric."""
+T = TypeVar("T")
 
 
 def find_checkpoint(trainer: Any, name: str) -> Path:
@@ -97,14 +98,28 @@ def _is_checkpoint(path: Path) -> bool:
     return (path.is_file() or is_sharded_checkpoint(path)) and not is_temporary_path(path)
 
 
+def by_metric(checkpoints: Iterable[T], monitor: Callable[[T], str | None]) -> list[T]:
+    """ModelCheckpoints, or states of them, that monitor a metric; those that monitor a counter if there are no others.
+
+    Args:
+        checkpoints: ModelCheckpoints or their states.
+        monitor: Function that returns what one of them monitors, or None.
+
+    Example:
+        >>> by_metric(["val/loss", "step", None], lambda monitor: monitor)
+        ['val/loss']
+    """
+    monitored = [each for each in checkpoints if monitor(each) is not None]
+    return [each for each in monitored if monitor(each) not in _COUNTERS] or monitored
+
+
 def _best(last: Path) -> Path:
     """The checkpoint that the run which wrote another one had found to be its best by then."""
     header = open_sharded_checkpoint(last).rest if is_sharded_checkpoint(last) else read_checkpoint(last)
     callbacks = header.get("callbacks", {}).values()
     states = [state for state in callbacks if isinstance(state, Mapping) and "best_model_path" in state]
     # a ModelCheckpoint without a monitor calls its newest checkpoint the best
-    monitored = [state for state in states if state.get("monitor") is not None]
-    chosen = [state for state in monitored if state["monitor"] not in COUNTERS] or monitored or states
+    chosen = by_metric(states, lambda state: state.get("monitor")) or states
     found: dict[str | None, Path] = {}
     for state in chosen:
         if state["best_model_path"]:

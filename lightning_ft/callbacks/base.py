@@ -322,7 +322,7 @@ def first_over_ranks(reason: str | None) -> str | None:
 
 
 def _has_trained(trainer: Any) -> bool:
-    """Whether the weights are those of a training run, rather than of a fit that was told to do nothing."""
+    """Whether the weights are those of a training run, rather than of a fit without any steps to take."""
     limits = (trainer.limit_train_batches, trainer.num_training_batches, trainer.max_epochs, trainer.max_steps)
     return trainer.global_step > 0 and 0 not in limits and not trainer.fast_dev_run
 

@@ -26,7 +26,7 @@ from lightning_ft.models.unwrap import required_model
 from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.training_record import RECORD, facts_of_run
-from lightning_ft.run_checkpoints import COUNTERS, run_folder
+from lightning_ft.run_checkpoints import by_metric, run_folder
 
 
 class ExportModel(EndOfTraining):
@@ -274,8 +274,7 @@ class ExportModel(EndOfTraining):
 
 def _monitoring(trainer: Any) -> list[Any]:
     """ModelCheckpoints with a ``monitor``; others, such as those to resume from, know no best checkpoint."""
-    found = [each for each in trainer.checkpoint_callbacks if getattr(each, "monitor", None) is not None]
-    return [each for each in found if each.monitor not in COUNTERS] or found
+    return by_metric(trainer.checkpoint_callbacks, lambda each: getattr(each, "monitor", None))
 
 
 def _refuse_several_metrics(trainer: Any) -> None:

@@ -32,7 +32,7 @@ class TrainableCheckpoint(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._trained: set[str] = set()
-        """Names of weights that have required a gradient, or were in a loaded checkpoint, whatever they do now."""
+        """Names of weights that have required a gradient, or were in a loaded checkpoint, also if they are frozen."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let Lightning load checkpoints that lack weights; this callback checks which ones."""

@@ -217,7 +217,8 @@ class Comparer:
         self._weights: dict[Hashable, str] = {}
         self.plan, self.rows, self.data_report = self._check(needs_test=needs_test)
         if self.metrics is not None:  # an error would come after the last run
-            compute_metrics(self.metrics, *[[request.reference for request in self.plan.requests]] * 2)
+            references = [request.reference for request in self.plan.requests]
+            compute_metrics(self.metrics, references, references)
         self.search_rows = self._check_search_rows(search_rows)
         if too_large := [size for size in sizes if size >= self.rows]:
             print(f"Sizes {too_large} are skipped, since runs on all {self.rows:,} training rows are included anyway.")

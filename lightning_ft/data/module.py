@@ -306,7 +306,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
         if "predict" in names and "predict" not in self.splits.sources:
             self.predict_dataloader()  # which raises, rather than after the weights are loaded
         self.splits.load(names)
-        if (module := getattr(self.trainer, "lightning_module", None)) is not None:
+        if (module := getattr(trainer, "lightning_module", None)) is not None:
             self.share_tokenizer(module)
             self.splits.load(names)  # again if they were encoded for another module
         tokenizer = self.tokenizer  # even if nothing is encoded: its chat template may be replaced

@@ -67,7 +67,7 @@ def check_values(rows: Iterable[RawRow], *, filled: bool) -> Iterator[RawRow]:
             except RowError as error:
                 yield bad_row(raw.source, raw.number, error.reason, error.detail, error.fix, error.field)
                 continue
-            raw = RawRow(raw.source, raw.number, value, filled=filled or raw.filled)
+            raw = RawRow(raw.source, raw.number, value, filled=filled)
         yield raw
 
 

@@ -37,7 +37,7 @@ class RowsTokenizer:
         self._follows = option is None
 
     def set(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Use a tokenizer from now on, whatever the module has."""
+        """Use a tokenizer from now on, also if the module has another."""
         self._use(tokenizer)
         self._follows = False
 

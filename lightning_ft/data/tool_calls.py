@@ -100,14 +100,20 @@ def read_tools(value: object) -> list[dict[str, object]]:
     return tools
 
 
-def _schema(function: object) -> object:
+def _schema(function: Any) -> Any:
     """A function without the properties that are None, which is no schema: Arrow gives all tools each other's names."""
-    parameters = function.get("parameters") if isinstance(function, Mapping) else None
-    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(parameters, Mapping) or not isinstance(properties, Mapping):
+    properties = _properties(function)
+    if properties is None:
         return function
     named = {name: schema for name, schema in properties.items() if schema is not None}
-    return {**function, "parameters": {**parameters, "properties": named}}
+    return {**function, "parameters": {**function["parameters"], "properties": named}}
+
+
+def _properties(function: Any) -> Mapping[str, Any] | None:
+    """Schemas of a function's arguments by name; None where there are none in that form."""
+    parameters = function.get("parameters") if isinstance(function, Mapping) else None
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    return properties if isinstance(properties, Mapping) else None
 
 
 def known_arguments(
@@ -132,17 +138,16 @@ def known_arguments(
         ({'city': 'Oslo'}, {'n'})
     """
     functions = [function for tool in tools if isinstance(function := tool.get("function"), Mapping)]
-    schemas = {str(function.get("name")): function.get("parameters") for function in functions}
+    schemas = {str(function.get("name")): _properties(function) for function in functions}
     known, left_out = [], set[str]()
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        schema = schemas.get(name)
-        properties = schema.get("properties") if isinstance(schema, Mapping) else None
-        unknown = (
-            {argument for argument, value in arguments.items() if value is None and argument not in properties}
-            if isinstance(properties, Mapping)
-            else set()
-        )
+        properties = schemas.get(name)
+        unknown = {
+            argument
+            for argument, value in arguments.items()
+            if properties is not None and value is None and argument not in properties
+        }
         kept = {argument: value for argument, value in arguments.items() if argument not in unknown}
         known.append({**call, "function": {"name": name, "arguments": kept}})
         left_out |= unknown

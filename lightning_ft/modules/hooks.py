@@ -41,7 +41,7 @@ def refuse_replaced_hooks(cls: type, *, with_options: bool = False) -> None:
                 continue
             replaced = next((base for base in bases[position + 1 :] if _is_ours(base) and name in vars(base)), None)
             function = inspect.unwrap(hook) if callable(hook) else None
-            if replaced is None or not isinstance(function, FunctionType) or _names(function, users, set(), name):
+            if replaced is None or not isinstance(function, FunctionType) or _mentions(function, users, set(), name):
                 continue
             if (replaced.__name__, name) in _OF_OPTIONS and not with_options:
                 continue
@@ -57,7 +57,7 @@ def _is_ours(cls: type) -> bool:
     return cls.__module__.startswith("lightning_ft.")
 
 
-def _names(function: FunctionType, users: Sequence[type], seen: set[object], name: str) -> bool:
+def _mentions(function: FunctionType, users: Sequence[type], seen: set[object], name: str) -> bool:
     """Whether the code of a function, or of those that it wraps or calls, names something."""
     seen.add(function)
     names = _names_in(function.__code__)
@@ -67,7 +67,7 @@ def _names(function: FunctionType, users: Sequence[type], seen: set[object], nam
     called = [vars(base)[each] for each in sorted(names) for base in users if each in vars(base)]
     others = [inspect.unwrap(each) for each in (*wrapped, *called) if callable(each)]
     return any(
-        _names(each, users, seen, name) for each in others if isinstance(each, FunctionType) and each not in seen
+        _mentions(each, users, seen, name) for each in others if isinstance(each, FunctionType) and each not in seen
     )
 
 

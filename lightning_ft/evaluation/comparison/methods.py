@@ -335,7 +335,7 @@ def compute_metrics(metrics: Metrics, outputs: Sequence[str], references: Sequen
     name = getattr(metrics, "__qualname__", type(metrics).__qualname__)
     try:
         found: Any = metrics(outputs, references)
-    except (Exception, SystemExit) as error:  # whatever it is, the message must name the function
+    except (Exception, SystemExit) as error:  # of any type: the message must name the function
         raise ComparisonError(
             f"The metrics function {name!r} failed on {len(outputs):,} answers, the first of which is "
             f"{outputs[0]!r:.60}: {type(error).__name__}: {error}"
@@ -346,12 +346,7 @@ def compute_metrics(metrics: Metrics, outputs: Sequence[str], references: Sequen
     for key, value in found.items():
         try:
             numbers[str(key)] = float(value)
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            OverflowError,
-        ) as error:  # RuntimeError: a tensor of several values
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # of tensors, RuntimeError
             raise ComparisonError(
                 f"The metrics function {name!r} returned {value!r:.60} for {key!r}: expected a number."
             ) from error
