@@ -179,8 +179,8 @@ def read_settings(
     """Read the options of TokenSavings and Retention from a configuration.
 
     Raises:
-        ComparisonError: If it has no TokenSavings, which defines prompt, scorer and margin, or one with an endpoint,
-            or several of it or of Retention.
+        ComparisonError: If it has no TokenSavings, which defines prompt, scorer and margin, or one with an endpoint
+            or rows of its own, or several of it or of Retention.
     """
     found: dict[str, list[Mapping[str, Any]]] = {name: [] for name in _MEASUREMENTS}
     for callback in _callbacks(config):
@@ -205,6 +205,12 @@ def read_settings(
             "arm is that of the original weights. Leave endpoint out and pass the prices of the original weights, or "
             "compare one tuned model with the endpoint by `lightning-ft fit`."
         )
+    for name in ("requests", "train_rows", "split"):
+        if savings.get(name) not in (None, "test"):
+            raise ComparisonError(
+                f"{path!r}: {name} of TokenSavings has no effect in `lightning-ft compare` and `plan`, which choose on "
+                f"the validation rows of `data` and measure on its test rows. Leave {name} out."
+            )
     retention = found["Retention"][0] if found["Retention"] else {}
     return Settings(savings, retention, evaluations, validation_requests)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from lightning_ft import __version__
 from lightning_ft.atomic_files import write_text
 from lightning_ft.callbacks.token_savings import TokenSavings
 from lightning_ft.cli import FineTuningCLI
+from lightning_ft.compare.option_values import integers, parse_duration, split_names
 from lightning_ft.compare.plan import (
     EPOCHS_CAP,
     Method,
@@ -119,7 +119,7 @@ def compare(
     """
     return Comparer(
         config,
-        _split(methods),
+        split_names(methods),
         Path(output),
         grids=learning_rates or {},
         seeds=integers("seeds", seeds),
@@ -134,49 +134,6 @@ def compare(
         threads=threads,
         keep_models=keep_models,
     ).run()
-
-
-def parse_duration(text: str) -> float:
-    """Convert a duration such as ``90m`` to seconds.
-
-    Args:
-        text: Number with the unit ``s``, ``m`` or ``h``; seconds without a unit.
-
-    Raises:
-        ComparisonError: If `text` isn't a duration.
-
-    Example:
-        >>> parse_duration("90m"), parse_duration("1.5h"), parse_duration("20")
-        (5400.0, 5400.0, 20.0)
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    if found is None:
-        raise ComparisonError(f"--budget {text!r}: expected a duration such as 90m, 2h or 600s.")
-    return float(found[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[found[2]]
-
-
-def _split(value: str | Sequence[object]) -> list[str]:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else [str(part) for part in value]
-
-
-def integers(name: str, value: str | Sequence[int]) -> list[int]:
-    """Convert an option such as ``0,1,2`` to numbers.
-
-    Args:
-        name: Name of the option.
-        value: Its value.
-
-    Raises:
-        ComparisonError: If `value` isn't a list of whole numbers.
-
-    Example:
-        >>> integers("seeds", "0, 1,2")
-        [0, 1, 2]
-    """
-    try:
-        return [int(part) for part in _split(value)]
-    except ValueError as error:
-        raise ComparisonError(f"--{name} {value!r}: expected whole numbers such as 0,1,2.") from error
 
 
 class Comparer:
@@ -460,9 +417,15 @@ class Comparer:
             constant=constant_scores(self.plan),
             min_quality=self.options["min_quality"],
         )
-        result = compare_methods(self._all_results(), test_set, complete=self.complete, provenance=self._provenance())
-        text = json_text(result.to_dict())
-        write_text(self.output / FILE_NAME, text + "\n")
+        result = compare_methods(
+            self._all_results(),
+            test_set,
+            complete=self.complete,
+            provenance=self._provenance(),
+            resamples=self.options["resamples"],
+            seed=self.options["seed"],
+        )
+        write_text(self.output / FILE_NAME, json_text(result.to_dict()) + "\n")
         print(printable(f"Report written: {write_report(self.output)[0]}"))
         return result
 

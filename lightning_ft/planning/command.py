@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_ft import __version__
 from lightning_ft.atomic_files import write_text
+from lightning_ft.compare.option_values import integers
 from lightning_ft.compare.plan import PlannedRun, read_config, run_config
 from lightning_ft.compare.processes import LOG, last_lines, run_environment
-from lightning_ft.compare.run import Comparer, integers
+from lightning_ft.compare.run import Comparer
 from lightning_ft.compare.run_files import CONFIG
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.forecast import (

@@ -21,6 +21,7 @@ from lightning_ft.compare.plan import PlannedRun
 from lightning_ft.compare.run import FILE_NAME, Comparer, compare
 from lightning_ft.compare.run_files import RESULT
 from lightning_ft.errors import ComparisonError
+from lightning_ft.evaluation.comparison.methods import compare_methods
 from lightning_ft.evaluation.comparison.result import Comparison
 from lightning_ft.evaluation.savings import arms
 from lightning_ft.evaluation.savings.cost import Prices
@@ -152,6 +153,21 @@ def test_compare_measures_every_arm_in_the_precision_of_training(tmp_path, confi
     monkeypatch.setattr(arms, "run_arm", run_arm)  # a run imports it from there
     compare(config, "full,lora", str(tmp_path / "out"), **{**QUICK, "seeds": "0"})
     assert set(measured.read_text().splitlines()) == {"untuned True", "prompted True", "tuned True"}
+
+
+def test_compare_resamples_as_token_savings_is_configured(tmp_path, config, forked, monkeypatch):
+    content = yaml.safe_load(Path(config).read_text())
+    content["trainer"]["callbacks"][0]["init_args"].update(resamples=50, seed=3)
+    Path(config).write_text(yaml.safe_dump(content))
+    passed = {}
+
+    def recorded(*args, **options):
+        passed.update(options)
+        return compare_methods(*args, **options)
+
+    monkeypatch.setattr("lightning_ft.compare.run.compare_methods", recorded)
+    compare(config, "full,lora", str(tmp_path / "out"), **{**QUICK, "seeds": "0"})
+    assert (passed["resamples"], passed["seed"]) == (50, 3)
 
 
 def test_compare_ends_its_runs_when_it_is_terminated(tmp_path, config, monkeypatch):

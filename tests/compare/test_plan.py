@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_ft.compare.option_values import parse_duration
 from lightning_ft.compare.plan import (
     PlannedRun,
     Settings,
@@ -19,7 +20,6 @@ from lightning_ft.compare.plan import (
     scorer_hashes,
     weights_hash,
 )
-from lightning_ft.compare.run import parse_duration
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.scorers import resolve_scorer
 
@@ -163,6 +163,24 @@ def test_read_settings_refuses_an_endpoint():
     served = {"class_path": "lightning_ft.Endpoint", "init_args": {"url": "http://localhost/v1", "model": "m"}}
     with pytest.raises(ComparisonError, match=r"endpoint of TokenSavings can't answer .* Leave endpoint out"):
         read_settings(savings(served), "c.yaml", 8)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"requests": [{"messages": [{"role": "user", "content": "a"}]}]}, "requests of TokenSavings"),
+        ({"train_rows": "rows.jsonl"}, "train_rows of TokenSavings"),
+        ({"split": "validation"}, "split of TokenSavings"),
+    ],
+)
+def test_read_settings_refuses_other_rows_than_those_of_the_data(argument, message):
+    def settings(**arguments):
+        callback = {"class_path": SAVINGS, "init_args": {"baseline": "b.json", **arguments}}
+        return read_settings(changed(("trainer", "callbacks"), [callback]), "c.yaml", 8)
+
+    assert settings(requests=None, train_rows=None, split="test").savings["split"] == "test"  # as `fit` writes them
+    with pytest.raises(ComparisonError, match=message + " .* Leave .* out"):
+        settings(**argument)
 
 
 @pytest.mark.parametrize(
