@@ -311,7 +311,7 @@ score = Scorer()
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("limit", "status"), [(12, 1), (99, GATE_FAILED)])
+@pytest.mark.parametrize(("limit", "status"), [(12, 1), (99, GATE_FAILED), (99, 0)], ids=["failure", "gate", "dev run"])
 def test_main_exit_status_reflects_failures_and_gates(tmp_path, model_folder, monkeypatch, capsys, limit, status):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TESTS))
@@ -352,7 +352,12 @@ def test_main_exit_status_reflects_failures_and_gates(tmp_path, model_folder, mo
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--config", "run.yaml"]
+    if status == 0:
+        arguments.append("--trainer.fast_dev_run=true")
     monkeypatch.setattr(sys, "argv", ["lightning-ft", *arguments])
+    if status == 0:
+        main(arguments)  # the same gate
+        return
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     if status == GATE_FAILED:
