@@ -10,12 +10,14 @@ from tiny_scorer import make_scorer
 from lightning_ft import (
     DPO,
     GRPO,
+    KTO,
     PPO,
     FullFineTuning,
     LoRAFineTuning,
     PairDataModule,
     PreferenceDataModule,
     PromptDataModule,
+    PromptDistillation,
     RewardModeling,
 )
 from lightning_ft._lightning import Trainer, _pl
@@ -24,8 +26,10 @@ BATCHES = 4
 MODULES = {
     "full": FullFineTuning,
     "lora": LoRAFineTuning,
+    "distillation": PromptDistillation,
     "reward": RewardModeling,
     "dpo": DPO,
+    "kto": KTO,
     "grpo": GRPO,
     "ppo": PPO,
 }
@@ -56,6 +60,8 @@ class Run:
             options |= {"num_completions": 2}
         if name == "ppo":
             options |= {"epochs_per_rollout": 1, "steps_per_rollout": 1}
+        if name == "distillation":
+            options |= {"prompt": {"system": "be brief"}, "max_new_tokens": 4}
         self.options = options
         self.kind = changed(MODULES[name])
         self.module = self.new()
@@ -69,7 +75,7 @@ class Run:
         if self.name in ("full", "lora"):
             rows = make_rows(20)
             return PairDataModule(rows[:8], validation=rows[8:12], test=rows[12:16], **settings)
-        if self.sampled:
+        if self.sampled or self.name == "distillation":
             rows = [{"prompt": row["input"]} for row in make_rows(12)]
             return PromptDataModule(rows[:8], validation=rows[8:10], test=rows[10:], **settings)
         rows = make_pairs(12)
