@@ -154,11 +154,8 @@ class MeasuringCallback(EndOfTraining):
             log_to_loggers(trainer, metrics, step)
 
     def report_written(self, *files: Path) -> None:
-        """Log the paths of the written files, and remove the file that says that the result is undefined."""
-        undefined = files[0].parent / UNDEFINED
-        # in a folder that measurements share, it may be about another one
-        if undefined.is_file() and json.loads(undefined.read_text(encoding="utf-8"))["measurement"] == self.title:
-            undefined.unlink()
+        """Log the paths of the written files, and remove what says that the result is undefined."""
+        self._write_reason(files[0].parent, None)
         rank_zero_info(f"{self.title} written: {', '.join(map(str, files))}")
 
     def _write_undefined(self, folder: Path | None) -> None:
@@ -167,7 +164,19 @@ class MeasuringCallback(EndOfTraining):
             return
         for name in self.files:
             (folder / name).unlink(missing_ok=True)
-        write_json(folder / UNDEFINED, {"measurement": self.title, "reason": self.undefined})
+        self._write_reason(folder, self.undefined)
+
+    def _write_reason(self, folder: Path, reason: str | None) -> None:
+        """Write why this measurement has no result, or that it has one, next to those of others in the same folder."""
+        file = folder / UNDEFINED
+        reasons: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        reasons.pop(self.title, None)
+        if reason is not None:
+            reasons[self.title] = reason
+        if reasons:
+            write_json(file, reasons)
+        else:
+            file.unlink(missing_ok=True)
 
 
 class ComparingCallback(MeasuringCallback):

@@ -58,7 +58,7 @@ class RunReport:
     compute: Mapping[str, ComputeResult] = field(default_factory=dict)
     frontiers: Mapping[str, FrontierResult] = field(default_factory=dict)
     comparison: Comparison | None = None
-    undefined: Mapping[str, FailedMeasurement] = field(default_factory=dict)
+    undefined: Mapping[str, tuple[FailedMeasurement, ...]] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
@@ -75,7 +75,7 @@ class RunReport:
             "compute": {name: result.to_dict() for name, result in self.compute.items()},
             "frontiers": {name: result.to_dict() for name, result in self.frontiers.items()},
             "comparison": None if self.comparison is None else self.comparison.to_dict(),
-            "undefined": {name: asdict(failed) for name, failed in self.undefined.items()},
+            "undefined": {name: [asdict(each) for each in failed] for name, failed in self.undefined.items()},
         }
 
 
@@ -186,5 +186,5 @@ def _comparison(values: Mapping[str, Any]) -> Comparison:
     return Comparison.from_dict(values)
 
 
-def _undefined(values: Mapping[str, object]) -> FailedMeasurement:
-    return FailedMeasurement(str(values["measurement"]), str(values["reason"]))
+def _undefined(values: Mapping[str, object]) -> tuple[FailedMeasurement, ...]:
+    return tuple(FailedMeasurement(name, str(reason)) for name, reason in values.items())

@@ -116,8 +116,9 @@ def _headlines(
     called = run_names(report.undefined) if len(report.undefined) > 1 else dict.fromkeys(report.undefined, "")
     found = [savings_headline(result, names[name]) for name, result in savings.items()]
     found += [
-        Headline("FAIL", f"{failed.measurement} is undefined: {failed.reason}", called[name])
+        Headline("FAIL", f"{each.measurement} is undefined: {each.reason}", called[name])
         for name, failed in report.undefined.items()
+        for each in failed
     ]
     return tuple(found) or (Headline("", "Token savings were not measured, so there is no verdict."),)
 

@@ -44,7 +44,7 @@ def results_of_run(folder: str | None, ckpt_path: str) -> tuple[MeasuredResult, 
 
 
 def _for_cards(report: RunReport) -> tuple[MeasuredResult, ...]:
-    failed = [_TITLES[f.measurement] for f in report.undefined.values() if f.measurement in _TITLES]
+    failed = [_TITLES[f.measurement] for each in report.undefined.values() for f in each if f.measurement in _TITLES]
     return (
         *map(savings_for_card, report.savings.values()),
         *map(retention_for_card, report.retention.values()),

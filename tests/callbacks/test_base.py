@@ -29,6 +29,7 @@ from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.modules.samples import RolloutSamples, read_samples
 from lightning_ft.report.collect import collect
+from lightning_ft.report.compose import compose_document
 from lightning_ft.report.for_card import results_of_run
 from lightning_ft.rewards.batch import Rewards
 
@@ -136,7 +137,7 @@ def test_finish_writes_reason_of_failed_measurement(trainer_options, tmp_path, m
     assert float(trainer.callback_metrics["token_savings/gate_passed"]) == 0
     assert not stale.exists()
     undefined = json.loads((tmp_path / "token_savings" / "undefined.json").read_text())
-    assert undefined == {"measurement": "Token savings", "reason": savings.undefined}
+    assert undefined == {"Token savings": savings.undefined}
     assert "**FAIL: Token savings is undefined: " in (tmp_path / "report" / "report.md").read_text()
     card = (tmp_path / "out" / "last" / "README.md").read_text()
     assert "## Token savings\n\nThe measurement failed, so nothing is known about it." in card
@@ -151,18 +152,24 @@ def test_finish_writes_reason_of_failed_measurement(trainer_options, tmp_path, m
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_result_in_a_shared_folder_keeps_the_reason_of_another_failure(tmp_path, tokenizer):
+def test_a_shared_folder_keeps_the_reason_of_each_failure(tmp_path, tokenizer):
     model, options = make_model(), {"output_dir": str(tmp_path), "tokenizer": tokenizer, "progress": False}
     retention = Retention(["the quick brown fox jumps"], **LIMIT, **options)
     meter = ComputeMeter(output_dir=str(tmp_path))
     retention.finish(None, model)  # fails, since it wasn't started
+    meter.finish(None, model)  # so does this
+    (failed,) = collect(tmp_path).undefined.values()
+    assert [each.measurement for each in failed] == ["Retention", "Compute"]
+    headlines = compose_document(collect(tmp_path)).headlines
+    assert [line.text.split(":")[0] for line in headlines] == ["Retention is undefined", "Compute is undefined"]
     meter.on_train_start(None, model)
     meter.on_train_batch_start()
     model(input_ids=torch.tensor([[5, 6]])).logits.sum().backward()
     meter.on_train_batch_end(batch={"input_ids": torch.tensor([[5, 6]])})
     meter.finish(None, model)
     assert (meter.undefined, meter.unwritten) == (None, None)
-    assert [failed.measurement for failed in collect(tmp_path).undefined.values()] == ["Retention"]
+    (failed,) = collect(tmp_path).undefined.values()
+    assert [each.measurement for each in failed] == ["Retention"]
     retention.on_train_start(None, model)
     retention.finish(None, model)
     assert (retention.undefined, retention.unwritten) == (None, None)

@@ -99,7 +99,7 @@ def test_finished_run_without_the_state_of_measurements_records_failures(tmp_pat
     assert "there was no training step" in again.meter.undefined
     assert [len(callback.failures) for callback in again.measuring] == [1] * 4
     undefined = json.loads((tmp_path / "again" / "token_savings" / "undefined.json").read_text())
-    assert undefined["reason"] == again.savings.undefined
+    assert undefined["Token savings"] == again.savings.undefined
     assert all(torch.equal(again.exported[name], weight) for name, weight in first.exported.items())
 
 
