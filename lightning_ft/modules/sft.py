@@ -77,29 +77,30 @@ class SupervisedFineTuning(FineTuning):
         self._step_metrics = TokenMetrics()
         self._router_metrics = MeanMetrics()
         anchor_options = AnchorOptions.of(anchor)
-        self._anchor = None if anchor_options is None else Anchor(anchor_options)
+        self.anchor = None if anchor_options is None else Anchor(anchor_options)
+        """What keeps the model near to the original one; None without the argument `anchor`."""
         self.record_arguments({"anchor": None if anchor_options is None else anchor_options.as_json()})
 
     def configure_model(self) -> None:
         """As in `FineTuning`, and keep the original model where an anchor needs it."""
         if self.model is None:
             super().configure_model()
-            if self._anchor is not None:
-                self._anchor.keep_original(self)
+            if self.anchor is not None:
+                self.anchor.keep_original(self)
 
     def on_train_start(self) -> None:
         """As in `FineTuning`, and start counting."""
         super().on_train_start()
         self._step_metrics.start()
-        if self._anchor is not None:
-            self._anchor.start(self)
+        if self.anchor is not None:
+            self.anchor.start(self)
         self._router_metrics = MeanMetrics()
 
     def on_train_end(self) -> None:
         """Free what only training needs."""
         super().on_train_end()
-        if self._anchor is not None:
-            self._anchor.end()
+        if self.anchor is not None:
+            self.anchor.end()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Convert batches of transformers (`input_ids`, `attention_mask`, `labels`) to `TokenBatch`es."""
@@ -131,7 +132,7 @@ class SupervisedFineTuning(FineTuning):
     @property
     def frozen_flops(self) -> int:
         """Operations of the original model on the texts of an anchor, in addition to the training steps."""
-        return 0 if self._anchor is None else self._anchor.flops
+        return 0 if self.anchor is None else self.anchor.flops
 
     def anchored(self, loss: Tensor, targets: int, batch_idx: int) -> Tensor:
         """Add the penalty of the anchor, if there is one, to the summed loss of a micro-batch.
@@ -141,7 +142,7 @@ class SupervisedFineTuning(FineTuning):
             targets: Number of these tokens.
             batch_idx: Number of the micro-batch.
         """
-        return loss if self._anchor is None else loss + self._anchor.penalty(self, targets, batch_idx)
+        return loss if self.anchor is None else loss + self.anchor.penalty(self, targets, batch_idx)
 
     def _logprobs_and_router_loss(self, batch: TokenBatch) -> tuple[SelectedLogProbs, Tensor]:
         """Log-probabilities as `compute_logprobs` gives them, and the router's loss of the same forward pass."""
@@ -164,8 +165,8 @@ class SupervisedFineTuning(FineTuning):
             },
             batch_size=1,
         )
-        if self._anchor is not None:
-            self.log_dict(self._anchor.close_step(self.device), batch_size=1)
+        if self.anchor is not None:
+            self.log_dict(self.anchor.close_step(self.device), batch_size=1)
         for name, mean in self._router_metrics.reduce(self.device).items():
             self.log(f"train/{name}", mean, batch_size=1)
         self.log_optimizer(optimizer, gradients, totals.loss)
@@ -190,15 +191,15 @@ class SupervisedFineTuning(FineTuning):
         """As in `FineTuning`, with the count of tokens."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[STATE]["tokens_seen"] = self._step_metrics.tokens_seen
-        if self._anchor is not None:
-            checkpoint[STATE]["anchor_coef"] = self._anchor.coef
+        if self.anchor is not None:
+            checkpoint[STATE]["anchor_coef"] = self.anchor.coef
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As in `FineTuning`, with the count of tokens."""
         super().on_load_checkpoint(checkpoint)
         self._step_metrics.tokens_seen = int(checkpoint.get(STATE, {}).get("tokens_seen", 0))
-        if self._anchor is not None and "anchor_coef" in checkpoint.get(STATE, {}):
-            self._anchor.coef = float(checkpoint[STATE]["anchor_coef"])
+        if self.anchor is not None and "anchor_coef" in checkpoint.get(STATE, {}):
+            self.anchor.coef = float(checkpoint[STATE]["anchor_coef"])
 
 
 class FullFineTuning(SupervisedFineTuning):
@@ -289,7 +290,7 @@ class LoRAFineTuning(SupervisedFineTuning):
         """Cache of the activations of frozen layers; None without one."""
         if self._activations is not None and self.model_options.torch_compile:
             raise ConfigError("activation_cache skips layers, which compiled code can't: leave out torch_compile.")
-        if self._activations is not None and self._anchor is not None:
+        if self._activations is not None and self.anchor is not None:
             raise ConfigError(
                 "activation_cache keeps activations of training rows, and an anchor runs other texts: leave one out."
             )

@@ -73,7 +73,7 @@ def measure_steps(folder: Path, steps: int | None = None) -> Resources:
     # What is computed once: cached layers for each row, and the original model for each text of an anchor.
     once, seconds = float(getattr(cli.model, "frozen_flops", 0)) * trainer.world_size, 0.0
     growth = min(of_epoch, positions) / result.tokens
-    if (anchor := getattr(cli.model, "_anchor", None)) is not None:
+    if (anchor := cli.model.anchor) is not None:
         growth, seconds = anchor.growth(micro_batches), anchor.seconds
     return Resources(
         rows=data.report["train"].kept,

@@ -111,12 +111,12 @@ def test_weight_follows_the_target_and_survives_a_checkpoint(model_folder, train
     anchor = {**ANCHOR, "coef": 1.0, "target": target, "horizon": 4}
     module = make(model_folder, "lora", anchor=anchor)
     trainer = fit(trainer_options, module, Shake(), max_steps=3)
-    coef = module._anchor.coef
+    coef = module.anchor.coef
     assert coef == pytest.approx(1.05**3 if target < 1 else 0.95**3)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     loaded = LoRAFineTuning.load_from_checkpoint(tmp_path / "run.ckpt")
-    assert loaded._anchor.coef == coef
-    assert loaded._anchor.options == AnchorOptions(**anchor)
+    assert loaded.anchor.coef == coef
+    assert loaded.anchor.options == AnchorOptions(**anchor)
     resumed = Trainer(**trainer_options, max_steps=4)
     resumed.fit(loaded, data(), ckpt_path=tmp_path / "run.ckpt")
     assert float(resumed.callback_metrics["train/anchor_coef"]) == pytest.approx(coef)
@@ -127,7 +127,7 @@ def test_weight_follows_the_target_and_survives_a_checkpoint(model_folder, train
 def test_weight_stays_within_a_hundredth_and_a_hundred_times_its_start(model_folder, trainer_options):
     module = make(model_folder, "lora", anchor={**ANCHOR, "coef": 0.5, "target": 1e3, "horizon": 1})
     trainer = fit(trainer_options, module, max_steps=24)
-    assert 0.5 * 0.8**24 < 0.005 == module._anchor.coef
+    assert 0.5 * 0.8**24 < 0.005 == module.anchor.coef
     assert float(trainer.callback_metrics["train/anchor_coef"]) == pytest.approx(0.005)
 
 
@@ -152,7 +152,7 @@ def test_original_model_can_write_the_texts(model_folder, trainer_options):
         module = make(model_folder, "lora", anchor={"texts": "samples", "max_texts": 6, "max_tokens": 9})
         state = torch.random.get_rng_state()
         fit(trainer_options, module, max_steps=1)
-        return [example.input_ids.tolist() for example in module._anchor._examples], state
+        return [example.input_ids.tolist() for example in module.anchor._examples], state
 
     first, _ = samples()
     assert [len(ids) for ids in first] == [9] * 6
@@ -195,14 +195,14 @@ class Passes(Callback):
 
     def on_train_start(self, trainer, module):
         self.passes, self.kls = 0, []
-        for model in {module.model, *module._anchor._reference._copy}:
+        for model in {module.model, *module.anchor._reference._copy}:
             base_of(model).model.layers[0].register_forward_hook(lambda *_: self.count(trainer))
 
     def count(self, trainer):
         self.passes += trainer.global_step > 0
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.kept = dict(module._anchor._states)
+        self.kept = dict(module.anchor._states)
         self.kls.append(float(trainer.callback_metrics["train/anchor_kl"]))
 
 
@@ -227,12 +227,12 @@ def test_original_model_reads_each_text_once(model_folder, trainer_options, monk
         assert found.passes == 2 * 11 + kept + beyond
         assert found.kls == pytest.approx(each_time.kls, rel=1e-6)
     assert module.frozen_flops > 0
-    assert module._anchor._states == {}, "they are freed after the fit"
+    assert module.anchor._states == {}, "they are freed after the fit"
 
 
 def drawn(module, steps):
     """Numbers of the texts of the first micro-batch of each step."""
-    anchor = module._anchor
+    anchor = module.anchor
     module._trainer = SimpleNamespace(global_step=0)
     found = []
     for step in steps:
@@ -258,7 +258,7 @@ def test_operations_of_the_original_model_are_added_once(model_folder, trainer_o
         module = make(model_folder, "lora", anchor={"texts": texts, "texts_per_batch": 1})
         rows = PairDataModule(make_rows(1), batch_size=1, packing=False, cache_dir=False)
         Trainer(callbacks=[meter], **{**trainer_options, "max_steps": -1, "max_epochs": epochs}).fit(module, rows)
-        assert module._anchor._read > 1
+        assert module.anchor._read > 1
         return meter.result.flops, module.frozen_flops
 
     (few, early), (many, late) = flops(20), flops(60)
@@ -268,13 +268,13 @@ def test_operations_of_the_original_model_are_added_once(model_folder, trainer_o
 
 def test_growth_is_the_expected_number_of_texts(model_folder, trainer_options, monkeypatch):
     module = make(model_folder, "lora", anchor={**ANCHOR, "texts_per_batch": 2})
-    assert module._anchor.growth(9) == 1.0  # nothing was read yet
+    assert module.anchor.growth(9) == 1.0  # nothing was read yet
     fit(trainer_options, module, max_steps=3)
-    read = module._anchor._read
-    assert [module._anchor.growth(n) * read for n in (1, 2, 10**6)] == pytest.approx([2, 2 + 2 * 6 / 8, len(TEXTS)])
+    read = module.anchor._read
+    assert [module.anchor.growth(n) * read for n in (1, 2, 10**6)] == pytest.approx([2, 2 + 2 * 6 / 8, len(TEXTS)])
 
     monkeypatch.setattr("lightning_ft.modules.anchor.KEPT_BYTES", 0)
     module = make(model_folder, "lora", anchor={**ANCHOR, "texts_per_batch": 2})
     fit(trainer_options, module, max_steps=3)
-    assert module._anchor._read == 2 * 2  # in each step after the first
-    assert module._anchor.growth(10) * 4 == pytest.approx(2 * 10)
+    assert module.anchor._read == 2 * 2  # in each step after the first
+    assert module.anchor.growth(10) * 4 == pytest.approx(2 * 10)
