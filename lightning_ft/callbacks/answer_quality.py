@@ -26,7 +26,7 @@ from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import base_of
 from lightning_ft.models.load import context_length
-from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer
+from lightning_ft.models.unwrap import check_causal, model_of, required_model, required_tokenizer
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
@@ -121,7 +121,7 @@ class AnswerQuality(RecordsFailures):
         """Check that the requests fit the model, and that what monitors the metric doesn't look more often.
 
         Raises:
-            SavingsError: For the first request that doesn't fit.
+            SavingsError: For the first request that doesn't fit, and for a model that isn't a causal language model.
             ConfigError: If a callback monitors the metric, which isn't measured in every epoch.
         """
         if self.every_n_epochs > 1 and (monitoring := self._monitoring(trainer)):
@@ -131,6 +131,7 @@ class AnswerQuality(RecordsFailures):
                 f"check_val_every_n_epoch={self.every_n_epochs} in the Trainer instead."
             )
         if self._plan is not None and (model := model_of(pl_module)) is not None:
+            check_causal(model, "AnswerQuality", SavingsError)
             self._plan.check_context(context_length(base_of(model)))
 
     def on_validation_epoch_end(
@@ -176,6 +177,7 @@ class AnswerQuality(RecordsFailures):
         self.result = None
         plan = self._plan = self._plan or self._new_plan(trainer, pl_module)
         model = required_model(pl_module, "AnswerQuality", SavingsError)
+        check_causal(model, "AnswerQuality", SavingsError)
         with precision_of(trainer):
             self.result = run_arm(
                 "tuned",

@@ -22,7 +22,7 @@ from lightning_ft.models.export import ExportFormat, card_text, check_export, ch
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.hub import check_hub, upload_export, warn_of_local_base
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.models.unwrap import required_model
+from lightning_ft.models.unwrap import required_model, required_tokenizer
 from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.training_record import RECORD, facts_of_run
@@ -196,7 +196,7 @@ class ExportModel(EndOfTraining):
         if not trainer.is_global_zero:
             return
         best = read_checkpoint(path)
-        final = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if n in best["state_dict"]}
+        final = {n: v.detach().cpu().clone() for n, v in module.state_dict().items() if n in best["state_dict"]}
         try:
             module.load_state_dict(best["state_dict"], strict=False)
             facts = facts_of_run(module, trainer)
@@ -264,7 +264,7 @@ class ExportModel(EndOfTraining):
                 f"ExportModel found no tokenizer in {type(module).__name__}: pass tokenizer=, or assign it to the "
                 "module's `tokenizer` attribute, since an exported folder needs one."
             )
-        return tokenizer
+        return required_tokenizer(tokenizer, module, "ExportModel", ConfigError)
 
     def _folder(self, trainer: Trainer) -> Path:
         if self.output is not None:

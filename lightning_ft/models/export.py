@@ -129,7 +129,8 @@ def export(
         if base.can_generate():
             _write_generation_config(base, ends, aside)
         tokenizer.save_pretrained(aside)
-        card = _card(path.name, model, ends, merge=merge, base_options=options, facts=facts, weights=weights)
+        chat = bool(tokenizer.chat_template)
+        card = _card(path.name, model, ends, merge=merge, base_options=options, facts=facts, weights=weights, chat=chat)
         (aside / CARD).write_text(card, encoding="utf-8")
     return path
 
@@ -155,7 +156,8 @@ def card_text(
     """
     weights = weights_hash(model)
     ends = _ends(model, tokenizer) if base_of(model).can_generate() else []
-    return _card(name, model, ends, merge=merge, base_options=base_options, facts=facts, weights=weights)
+    chat = bool(tokenizer.chat_template)
+    return _card(name, model, ends, merge=merge, base_options=base_options, facts=facts, weights=weights, chat=chat)
 
 
 def _card(name: str, model: CausalLM, ends: list[int], **options: Any) -> str:

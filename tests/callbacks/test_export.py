@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from their_module import Theirs, hf_loader
 from tiny import make_rows
 
 from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule
@@ -58,6 +59,29 @@ def test_export_writes_best_weights_of_the_checkpoints_with_a_monitor(trainer_op
     saved = load_file(callback.exported["best"] / "adapter_model.safetensors")
     for key, value in torch.load(saver.best_model_path)["state_dict"].items():
         assert torch.equal(saved[key.removeprefix("model.").replace(".default", "")], value)
+
+
+def test_export_of_the_best_weights_leaves_the_final_module(trainer_options, tmp_path, tokenizer):
+    """Buffers of the best checkpoint, such as running means, must not stay in the trained module."""
+
+    class Normalized(Theirs):
+        def __init__(self):
+            super().__init__(tokenizer)
+            self.norm = torch.nn.BatchNorm1d(2)
+
+        def training_step(self, batch, batch_idx):
+            self.norm(torch.randn(4, 2) + self.global_step)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/epoch", float(self.current_epoch))
+
+    module, loader = Normalized(), hf_loader(tokenizer)
+    saver = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor="val/epoch", mode="min")
+    options = {**trainer_options, "enable_checkpointing": True, "max_epochs": 2}
+    Trainer(**options, callbacks=[saver, ExportModel(str(tmp_path / "out"))]).fit(module, loader, loader)
+    assert (tmp_path / "out" / "best").is_dir()
+    assert int(module.norm.num_batches_tracked) == 2 * len(loader)
 
 
 def test_export_refuses_best_weights_by_several_metrics_before_training(trainer_options, tmp_path, model_folder):
