@@ -106,7 +106,13 @@ class AnswerQuality(RecordsFailures):
 
         Raises:
             SavingsError: For problems that can be found without the model.
+            ConfigError: If another AnswerQuality logs the same name.
         """
+        if any(isinstance(c, AnswerQuality) and c is not self and c.name == self.name for c in callbacks_of(trainer)):
+            raise ConfigError(
+                f"Two AnswerQuality callbacks log {self.name!r}, of which Lightning would log the mean. Pass a "
+                "different name= to each."
+            )
         if stage == "validate" and self.requests is None and active_datamodule(trainer) is None:
             self._plan = None
             rank_zero_warn(f"{self.name} isn't measured in a validation of loaders: pass requests= to AnswerQuality.")

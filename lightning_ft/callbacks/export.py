@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
-from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks, is_dev_run, is_trainer
+from lightning_ft.callbacks.base import EndOfTraining, callbacks_of, first_over_ranks, is_dev_run, is_trainer
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ExportError
@@ -59,7 +59,8 @@ class ExportModel(EndOfTraining):
 
     Raises:
         ConfigError: Before training, for a module without a transformers or PEFT model as its `model`, or without a
-            tokenizer, and for ModelCheckpoints that monitor different metrics, each of which has a best checkpoint.
+            tokenizer, for ModelCheckpoints that monitor different metrics, each of which has a best checkpoint, and for
+            two ExportModel callbacks with one folder.
         ExportError: Before training, if a folder isn't empty or the adapter can't be exported with these options;
             after training, if an export failed.
         HubError: Before training, if an upload would be refused: offline, no token, or a repository with files.
@@ -129,8 +130,10 @@ class ExportModel(EndOfTraining):
             if isinstance(model, PeftModel) and not self.merge and self.format == "safetensors":
                 check_adapter_is_whole_update(model)
             self._tokenizer(pl_module)
-        if self.best and is_trainer(trainer):
-            _refuse_several_metrics(trainer)
+        if is_trainer(trainer):
+            self._refuse_shared_folder(trainer)
+            if self.best:
+                _refuse_several_metrics(trainer)
         self.error, self.uploaded = None, None
         self._forget()
         folder, reason, refused = self._folder(trainer), None, ExportError
@@ -265,6 +268,16 @@ class ExportModel(EndOfTraining):
                 "module's `tokenizer` attribute, since an exported folder needs one."
             )
         return required_tokenizer(tokenizer, module, "ExportModel", ConfigError)
+
+    def _refuse_shared_folder(self, trainer: Trainer) -> None:
+        """Refuse another ExportModel with the same folder, whose export would replace this one's."""
+        folder = self._folder(trainer).absolute()
+        others = [each for each in callbacks_of(trainer) if isinstance(each, ExportModel) and each is not self]
+        if any(each._folder(trainer).absolute() == folder for each in others):
+            raise ConfigError(
+                f"Two ExportModel callbacks export to {str(self._folder(trainer))!r}, and one would replace the files "
+                "of the other. Pass a different output= to each."
+            )
 
     def _folder(self, trainer: Trainer) -> Path:
         if self.output is not None:

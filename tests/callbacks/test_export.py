@@ -92,6 +92,16 @@ def test_export_refuses_best_weights_by_several_metrics_before_training(trainer_
     assert module.trainer.global_step == 0
 
 
+@pytest.mark.parametrize("output", ["out", None])
+def test_two_exports_to_one_folder_are_refused_before_training(trainer_options, tmp_path, model_folder, output):
+    folder = None if output is None else str(tmp_path / output)
+    callbacks = [ExportModel(folder, overwrite=True), ExportModel(folder, merge=True, overwrite=True)]
+    trainer = Trainer(**{**trainer_options, "default_root_dir": tmp_path}, max_steps=1, callbacks=callbacks)
+    with pytest.raises(ConfigError, match=r"Two ExportModel callbacks export to .* Pass a different output="):
+        trainer.fit(LoRAFineTuning(model_folder), PairDataModule(ROWS, cache_dir=False))
+    assert trainer.global_step == 0
+
+
 def test_export_refuses_nonempty_folder_before_training(trainer_options, tmp_path, model_folder):
     (tmp_path / "out" / "best").mkdir(parents=True)
     (tmp_path / "out" / "best" / "mine.txt").write_text("keep")
