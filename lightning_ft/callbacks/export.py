@@ -74,7 +74,7 @@ class ExportModel(EndOfTraining):
 
     def __init__(
         self,
-        output: str | None = None,
+        output: str | Path | None = None,
         *,
         merge: bool = False,
         best: bool = True,
@@ -87,6 +87,8 @@ class ExportModel(EndOfTraining):
         hub_overwrite: bool = False,
     ) -> None:
         super().__init__()
+        if output is not None and not isinstance(output, (str, Path)):
+            raise ConfigError(f"ExportModel: output={output!r}: expected the path of a folder.")
         self.push_to_hub, self.private, self.hub_overwrite = push_to_hub, private, hub_overwrite
         self.output, self.merge, self.best, self.overwrite = output, merge, best, overwrite
         self.tokenizer, self.format, self.gguf_dtype = tokenizer, format, gguf_dtype
@@ -123,13 +125,13 @@ class ExportModel(EndOfTraining):
 
     def _check(self, trainer: Any, pl_module: Any) -> None:
         if isinstance(pl_module, FineTuning):
-            pl_module.check_export(merge=self.merge, format=self.format)
+            pl_module.check_export(merge=self.merge, format=self.format, gguf_dtype=self.gguf_dtype)
         else:
             model = self._model(pl_module)
-            check_export(model, merge=self.merge, format=self.format)
+            tokenizer = self._tokenizer(pl_module)
+            check_export(model, merge=self.merge, format=self.format, tokenizer=tokenizer, gguf_dtype=self.gguf_dtype)
             if isinstance(model, PeftModel) and not self.merge and self.format == "safetensors":
                 check_adapter_is_whole_update(model)
-            self._tokenizer(pl_module)
         if is_trainer(trainer):
             self._refuse_shared_folder(trainer)
             if self.best:

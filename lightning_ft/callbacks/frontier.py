@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft.arguments import check_integer
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress, validation_requests
 from lightning_ft.callbacks.measuring import ComparingCallback
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
@@ -100,6 +101,7 @@ class RetentionFrontier(ComparingCallback):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_integer("batch_size", batch_size, 1, RetentionError)
         check_budget(budget, scales, choices=choices is not None)
         self.budget, self.scales = dict(budget or {}), tuple(scales)
         self.texts, self.requests, self.tokenizer = texts, requests, tokenizer

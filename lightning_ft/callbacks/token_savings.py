@@ -136,7 +136,7 @@ class TokenSavings(ComparingCallback):
         check_scorer(scorer)
         if requests is not None:
             check_requests(requests, SavingsError)
-        _check_objects(baseline, prices, structured_outputs, tokenizer)
+        _check_objects(baseline, prices, structured_outputs, tokenizer, endpoint)
         self.baseline = PromptBaseline.from_file(baseline) if isinstance(baseline, (str, Path)) else baseline
         self.split, self.requests, self.train_rows, self.tokenizer = split, requests, train_rows, tokenizer
         self.every_n_epochs, self.output_dir, self.progress, self.name = every_n_epochs, output_dir, progress, name
@@ -320,12 +320,18 @@ def training_data(trainer: object) -> str:
     return f"{rows['training data']} ({rows['training rows']:,} rows)" if "training rows" in rows else ""
 
 
-def _check_objects(baseline: object, prices: object, structured_outputs: object, tokenizer: object) -> None:
+def _check_objects(
+    baseline: object, prices: object, structured_outputs: object, tokenizer: object, endpoint: object
+) -> None:
     """Refuse values of types that would fail only when they are used, such as dicts."""
     if not isinstance(baseline, (PromptBaseline, str, Path)):
         raise SavingsError(
             f"baseline is a value of type {type(baseline).__name__}: expected PromptBaseline(system=..., "
             "few_shot=[...]), or the path of a JSON file with these two keys."
+        )
+    if endpoint is not None and not isinstance(endpoint, Endpoint):
+        raise SavingsError(
+            f"endpoint is a value of type {type(endpoint).__name__}: expected Endpoint(url, model, ...)."
         )
     if prices is not None and not isinstance(prices, Prices):
         raise SavingsError(

@@ -112,6 +112,17 @@ def test_export_refuses_nonempty_folder_before_training(trainer_options, tmp_pat
     run(FullFineTuning(model_folder), trainer_options, tmp_path, overwrite=True)
 
 
+def test_export_refuses_folders_that_cannot_be_made_before_training(trainer_options, tmp_path, model_folder):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        trainer = Trainer(**trainer_options, max_steps=1, callbacks=[ExportModel(folder)])
+        with pytest.raises(ExportError, match=r"can't be made, since .*file is a file"):
+            trainer.fit(FullFineTuning(model_folder), PairDataModule(ROWS, cache_dir=False))
+        assert trainer.global_step == 0
+    with pytest.raises(ConfigError, match="output=5: expected the path of a folder"):
+        ExportModel(5)
+
+
 def test_export_of_fast_dev_run_is_tried_out_and_not_kept(trainer_options, tmp_path, model_folder, monkeypatch):
     for name in ("check_hub", "warn_of_local_base", "upload_export"):
         monkeypatch.setattr(export_callback, name, lambda *_, name=name, **__: calls.append(name))

@@ -284,6 +284,8 @@ def test_pages_and_errors_of_status_200_are_reported_without_secrets(served, mon
 
 
 def test_bad_endpoints_and_requests_are_refused(served, monkeypatch):
+    with pytest.raises(SavingsError, match="endpoint is a value of type dict: expected Endpoint"):
+        TokenSavings(BASELINE, endpoint={"url": served.url})
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(SavingsError, match="environment variable OPENAI_API_KEY isn't set"):
         endpoint_arm(Endpoint(served.url, "tiny"), plan(), progress=False)
