@@ -26,7 +26,7 @@ from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import base_of
 from lightning_ft.models.load import context_length
-from lightning_ft.models.unwrap import check_causal, model_of, required_model, required_tokenizer
+from lightning_ft.models.unwrap import check_causal, known_tokenizer, model_of, required_model, required_tokenizer
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
@@ -117,7 +117,9 @@ class AnswerQuality(RecordsFailures):
             self._plan = None
             rank_zero_warn(f"{self.name} isn't measured in a validation of loaders: pass requests= to AnswerQuality.")
         elif stage in ("fit", "validate"):
-            self._plan = self._new_plan(trainer, pl_module)
+            # Lightning sets the module up after its callbacks, and that may be where its tokenizer is loaded
+            late = stage == "fit" and known_tokenizer(self.tokenizer, pl_module) is None
+            self._plan = None if late else self._new_plan(trainer, pl_module)
         if stage == "fit":
             self.failures = ()
             others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
@@ -136,7 +138,8 @@ class AnswerQuality(RecordsFailures):
                 f"{self.every_n_epochs} epochs: an old value would count again. Leave out every_n_epochs, and set "
                 f"check_val_every_n_epoch={self.every_n_epochs} in the Trainer instead."
             )
-        if self._plan is not None and (model := model_of(pl_module)) is not None:
+        self._plan = self._plan or self._new_plan(trainer, pl_module)
+        if (model := model_of(pl_module)) is not None:
             check_causal(model, "AnswerQuality", SavingsError)
             self._plan.check_context(context_length(base_of(model)))
 

@@ -78,6 +78,17 @@ def check_causal(model: PreTrainedModel | PeftModel, measuring: str, error: type
         )
 
 
+def known_tokenizer(tokenizer: PreTrainedTokenizerBase | None, module: object) -> object:
+    """The tokenizer that was passed, or that of a module; None if it has none yet, as before its own `setup`.
+
+    Args:
+        tokenizer: Tokenizer that was passed; None for the module's.
+        module: The module, or a wrapper of it, which may pass attributes on or not.
+    """
+    found = (tokenizer, *(getattr(holder, "tokenizer", None) for holder in (module, unwrapped(module))))
+    return next((each for each in found if each is not None), None)
+
+
 def required_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, module: object, measuring: str, error: type[LightningFTError]
 ) -> PreTrainedTokenizerBase:
@@ -92,9 +103,7 @@ def required_tokenizer(
     Raises:
         LightningFTError: An `error`, if there is neither, or an object that isn't a tokenizer.
     """
-    holders = (module, unwrapped(module))  # a wrapper may pass attributes on or not
-    own = next((t for holder in holders if (t := getattr(holder, "tokenizer", None)) is not None), None)
-    found = tokenizer if tokenizer is not None else own
+    found = known_tokenizer(tokenizer, module)
     if found is None:
         raise error(f"{measuring} has no tokenizer. Pass tokenizer=, or use a module that has one.")
     if not isinstance(found, PreTrainedTokenizerBase):

@@ -16,7 +16,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lightning_ft import AnswerQuality, ExportModel, PromptBaseline, Retention, TokenMeanAccumulation, TokenSavings
+from lightning_ft import (
+    AnswerQuality,
+    ExportModel,
+    PromptBaseline,
+    Retention,
+    RetentionFrontier,
+    TokenMeanAccumulation,
+    TokenSavings,
+)
 from lightning_ft._lightning import Callback
 from lightning_ft.errors import ConfigError, ExportError, LightningFTError
 from lightning_ft.models.unwrap import model_of
@@ -92,6 +100,26 @@ def test_tokenizer_of_another_type_is_refused_before_training(trainer_options, t
     export = ExportModel(str(tmp_path / "out"), tokenizer="a name")
     with pytest.raises(ConfigError, match="ExportModel: the tokenizer is a str, expected one of transformers"):
         fit(trainer_options, Theirs(tokenizer), hf_loader(tokenizer), export)
+
+
+def test_tokenizer_may_be_loaded_in_setup_of_the_module(trainer_options, tokenizer, tmp_path):
+    class Late(Theirs):
+        def setup(self, stage):
+            self.tokenizer = tokenizer
+
+    texts, few = ["where is my parcel with the lamp"], {"resamples": 9, "output_dir": False}
+    callbacks = [
+        AnswerQuality("exact", requests=REQUESTS, max_new_tokens=2),
+        TokenSavings(PromptBaseline("answer"), requests=REQUESTS, max_new_tokens=2, timed_requests=0, **few),
+        Retention(texts, **few),
+        RetentionFrontier(texts, requests=REQUESTS, max_new_tokens=2, scales=(0.5, 1), **few),
+    ]
+    fit(trainer_options, Late(), hf_loader(tokenizer), *callbacks)
+    assert all(each.result is not None and not each.failures for each in callbacks)
+    for each in callbacks:  # a module that never gets one is refused before training
+        with pytest.raises(LightningFTError, match="has no tokenizer"):
+            fit(trainer_options, module := Theirs(), hf_loader(tokenizer), each)
+        assert not module.losses
 
 
 # ---------------------------------------------------------------- PEFT
