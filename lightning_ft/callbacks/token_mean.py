@@ -12,7 +12,7 @@ from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import base_of
 from lightning_ft.models.unwrap import model_of
 from lightning_ft.modules.base import FineTuning
-from lightning_ft.modules.token_mean import TokenCount, TokenMean, supervised_labels, supervised_tokens
+from lightning_ft.modules.token_mean import TokenCount, TokenMean, check_defined, supervised_labels, supervised_tokens
 
 
 class TokenMeanAccumulation(Callback):
@@ -66,7 +66,12 @@ class TokenMeanAccumulation(Callback):
         self._tokens = self._mean.count(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Turn the mean over the micro-batch's tokens into a sum."""
+        """Turn the mean over the micro-batch's tokens into a sum.
+
+        Raises:
+            ConfigError: If no token is supervised and the loss isn't a number.
+        """
+        check_defined(loss, self._tokens)
         self._mean.add(self._tokens)
         loss.mul_(float(self._tokens))
 

@@ -65,6 +65,24 @@ def supervised_labels(batch: object) -> int:
     return int((_labels(batch) != -100).sum())
 
 
+def check_defined(loss: Tensor, tokens: int) -> None:
+    """Refuse the loss of a micro-batch without supervised tokens, unless it is a number, such as 0.
+
+    Args:
+        loss: Mean over the supervised tokens of the micro-batch.
+        tokens: Their number.
+
+    Raises:
+        ConfigError: If the mean over none isn't a number: its gradients would make all weights NaN.
+    """
+    if not tokens and bool(loss.detach().isnan()):
+        raise ConfigError(
+            "A micro-batch has no supervised token (all labels are -100), so its mean loss is NaN, and so would all "
+            "weights be after the step. Leave out rows whose answer was cut off, or return None from training_step for "
+            "such a batch (in a loop of your own, skip it)."
+        )
+
+
 def _labels(batch: object) -> Tensor:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
@@ -106,8 +124,12 @@ class TokenMean:
         Args:
             loss: Mean over the supervised tokens of the micro-batch, as transformers' models return it.
             batch: The micro-batch.
+
+        Raises:
+            ConfigError: If no token is supervised and the loss, the mean over none, isn't a number.
         """
         tokens = self.count(batch)
+        check_defined(loss, tokens)
         self.add(tokens)
         return loss * tokens
 
