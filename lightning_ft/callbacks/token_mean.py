@@ -86,5 +86,6 @@ def _count_for(module: LightningModule) -> TokenCount:
     if model is None:
         return supervised_tokens
     base = base_of(model)
-    shifts = base.can_generate() and not base.config.is_encoder_decoder
-    return supervised_tokens if shifts else supervised_labels
+    # a model with code of its own may have no `generate`, and shift its labels
+    causal = base.can_generate() or type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return supervised_tokens if causal and not base.config.is_encoder_decoder else supervised_labels

@@ -206,7 +206,7 @@ def _error_in(response: Any) -> str | None:
     """What a server says in place of an answer; None if it says nothing about an error."""
     if isinstance(response, str):
         return f"the server sent text and not JSON, as for a page: {response.strip()!r:.120}. Check the url."
-    if (error := _part(response, "error")) is None:
+    if not (error := _part(response, "error")):
         return None
     message = _part(error, "message")
     return f"the response has an error: {error if message is None else message}"
