@@ -26,7 +26,7 @@ from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import base_of
 from lightning_ft.models.load import context_length
-from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer
+from lightning_ft.models.unwrap import check_causal, known_tokenizer, model_of, required_model, required_tokenizer
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
@@ -106,12 +106,20 @@ class AnswerQuality(RecordsFailures):
 
         Raises:
             SavingsError: For problems that can be found without the model.
+            ConfigError: If another AnswerQuality logs the same name.
         """
+        if any(isinstance(c, AnswerQuality) and c is not self and c.name == self.name for c in callbacks_of(trainer)):
+            raise ConfigError(
+                f"Two AnswerQuality callbacks log {self.name!r}, of which Lightning would log the mean. Pass a "
+                "different name= to each."
+            )
         if stage == "validate" and self.requests is None and active_datamodule(trainer) is None:
             self._plan = None
             rank_zero_warn(f"{self.name} isn't measured in a validation of loaders: pass requests= to AnswerQuality.")
         elif stage in ("fit", "validate"):
-            self._plan = self._new_plan(trainer, pl_module)
+            # Lightning sets the module up after its callbacks, and that may be where its tokenizer is loaded
+            late = stage == "fit" and known_tokenizer(self.tokenizer, pl_module) is None
+            self._plan = None if late else self._new_plan(trainer, pl_module)
         if stage == "fit":
             self.failures = ()
             others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
@@ -121,7 +129,7 @@ class AnswerQuality(RecordsFailures):
         """Check that the requests fit the model, and that what monitors the metric doesn't look more often.
 
         Raises:
-            SavingsError: For the first request that doesn't fit.
+            SavingsError: For the first request that doesn't fit, and for a model that isn't a causal language model.
             ConfigError: If a callback monitors the metric, which isn't measured in every epoch.
         """
         if self.every_n_epochs > 1 and (monitoring := self._monitoring(trainer)):
@@ -130,7 +138,9 @@ class AnswerQuality(RecordsFailures):
                 f"{self.every_n_epochs} epochs: an old value would count again. Leave out every_n_epochs, and set "
                 f"check_val_every_n_epoch={self.every_n_epochs} in the Trainer instead."
             )
-        if self._plan is not None and (model := model_of(pl_module)) is not None:
+        self._plan = self._plan or self._new_plan(trainer, pl_module)
+        if (model := model_of(pl_module)) is not None:
+            check_causal(model, "AnswerQuality", SavingsError)
             self._plan.check_context(context_length(base_of(model)))
 
     def on_validation_epoch_end(
@@ -176,6 +186,7 @@ class AnswerQuality(RecordsFailures):
         self.result = None
         plan = self._plan = self._plan or self._new_plan(trainer, pl_module)
         model = required_model(pl_module, "AnswerQuality", SavingsError)
+        check_causal(model, "AnswerQuality", SavingsError)
         with precision_of(trainer):
             self.result = run_arm(
                 "tuned",

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
-from lightning_ft.callbacks.base import EndOfTraining, first_over_ranks, is_dev_run, is_trainer
+from lightning_ft.callbacks.base import EndOfTraining, callbacks_of, first_over_ranks, is_dev_run, is_trainer
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import ConfigError, ExportError
@@ -22,7 +22,7 @@ from lightning_ft.models.export import ExportFormat, card_text, check_export, ch
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.hub import check_hub, upload_export, warn_of_local_base
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.models.unwrap import required_model
+from lightning_ft.models.unwrap import required_model, required_tokenizer
 from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.training_record import RECORD, facts_of_run
@@ -59,7 +59,8 @@ class ExportModel(EndOfTraining):
 
     Raises:
         ConfigError: Before training, for a module without a transformers or PEFT model as its `model`, or without a
-            tokenizer, and for ModelCheckpoints that monitor different metrics, each of which has a best checkpoint.
+            tokenizer, for ModelCheckpoints that monitor different metrics, each of which has a best checkpoint, and for
+            two ExportModel callbacks with one folder.
         ExportError: Before training, if a folder isn't empty or the adapter can't be exported with these options;
             after training, if an export failed.
         HubError: Before training, if an upload would be refused: offline, no token, or a repository with files.
@@ -73,7 +74,7 @@ class ExportModel(EndOfTraining):
 
     def __init__(
         self,
-        output: str | None = None,
+        output: str | Path | None = None,
         *,
         merge: bool = False,
         best: bool = True,
@@ -86,6 +87,8 @@ class ExportModel(EndOfTraining):
         hub_overwrite: bool = False,
     ) -> None:
         super().__init__()
+        if output is not None and not isinstance(output, (str, Path)):
+            raise ConfigError(f"ExportModel: output={output!r}: expected the path of a folder.")
         self.push_to_hub, self.private, self.hub_overwrite = push_to_hub, private, hub_overwrite
         self.output, self.merge, self.best, self.overwrite = output, merge, best, overwrite
         self.tokenizer, self.format, self.gguf_dtype = tokenizer, format, gguf_dtype
@@ -122,15 +125,17 @@ class ExportModel(EndOfTraining):
 
     def _check(self, trainer: Any, pl_module: Any) -> None:
         if isinstance(pl_module, FineTuning):
-            pl_module.check_export(merge=self.merge, format=self.format)
+            pl_module.check_export(merge=self.merge, format=self.format, gguf_dtype=self.gguf_dtype)
         else:
             model = self._model(pl_module)
-            check_export(model, merge=self.merge, format=self.format)
+            tokenizer = self._tokenizer(pl_module)
+            check_export(model, merge=self.merge, format=self.format, tokenizer=tokenizer, gguf_dtype=self.gguf_dtype)
             if isinstance(model, PeftModel) and not self.merge and self.format == "safetensors":
                 check_adapter_is_whole_update(model)
-            self._tokenizer(pl_module)
-        if self.best and is_trainer(trainer):
-            _refuse_several_metrics(trainer)
+        if is_trainer(trainer):
+            self._refuse_shared_folder(trainer)
+            if self.best:
+                _refuse_several_metrics(trainer)
         self.error, self.uploaded = None, None
         self._forget()
         folder, reason, refused = self._folder(trainer), None, ExportError
@@ -196,7 +201,7 @@ class ExportModel(EndOfTraining):
         if not trainer.is_global_zero:
             return
         best = read_checkpoint(path)
-        final = {n: p.detach().cpu().clone() for n, p in module.named_parameters() if n in best["state_dict"]}
+        final = {n: v.detach().cpu().clone() for n, v in module.state_dict().items() if n in best["state_dict"]}
         try:
             module.load_state_dict(best["state_dict"], strict=False)
             facts = facts_of_run(module, trainer)
@@ -264,7 +269,17 @@ class ExportModel(EndOfTraining):
                 f"ExportModel found no tokenizer in {type(module).__name__}: pass tokenizer=, or assign it to the "
                 "module's `tokenizer` attribute, since an exported folder needs one."
             )
-        return tokenizer
+        return required_tokenizer(tokenizer, module, "ExportModel", ConfigError)
+
+    def _refuse_shared_folder(self, trainer: Trainer) -> None:
+        """Refuse another ExportModel with the same folder, whose export would replace this one's."""
+        folder = self._folder(trainer).absolute()
+        others = [each for each in callbacks_of(trainer) if isinstance(each, ExportModel) and each is not self]
+        if any(each._folder(trainer).absolute() == folder for each in others):
+            raise ConfigError(
+                f"Two ExportModel callbacks export to {str(self._folder(trainer))!r}, and one would replace the files "
+                "of the other. Pass a different output= to each."
+            )
 
     def _folder(self, trainer: Trainer) -> Path:
         if self.output is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft._lightning import LightningModule, Trainer
+from lightning_ft.arguments import check_integer
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress, validation_requests
 from lightning_ft.callbacks.measuring import ComparingCallback
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
@@ -22,7 +23,7 @@ from lightning_ft.evaluation.savings.plan import MeasurementPlan, answer_plan
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
-from lightning_ft.models.unwrap import required_model, required_tokenizer
+from lightning_ft.models.unwrap import known_tokenizer, required_model, required_tokenizer
 from lightning_ft.models.update_scale import UpdateScale, copy_weights
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
@@ -100,6 +101,7 @@ class RetentionFrontier(ComparingCallback):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_integer("batch_size", batch_size, 1, RetentionError)
         check_budget(budget, scales, choices=choices is not None)
         self.budget, self.scales = dict(budget or {}), tuple(scales)
         self.texts, self.requests, self.tokenizer = texts, requests, tokenizer
@@ -137,7 +139,10 @@ class RetentionFrontier(ComparingCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.keep_state(trainer)
-            self._prepare(trainer, pl_module)
+            self._plan = self._measurement = None
+            # Lightning sets the module up after its callbacks, and that may be where its tokenizer is loaded
+            if known_tokenizer(self.tokenizer, pl_module) is not None:
+                self._prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
         """Determine the original model, unless it was loaded from a checkpoint.
@@ -150,7 +155,7 @@ class RetentionFrontier(ComparingCallback):
             RetentionError: If training has already changed the weights, or an adapter didn't start at zero.
         """
         self.result = None
-        if not is_trainer(trainer):
+        if not is_trainer(trainer) or self._plan is None:
             self._prepare(trainer, pl_module)
         assert self._plan is not None
         assert self._measurement is not None

@@ -20,7 +20,13 @@ from lightning_ft.evaluation.retention.choices import ChoiceQuestion
 from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
 from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.models.card_sections import FORGETTING
-from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer, weights_fingerprint
+from lightning_ft.models.unwrap import (
+    known_tokenizer,
+    model_of,
+    required_model,
+    required_tokenizer,
+    weights_fingerprint,
+)
 from lightning_ft.report.collect import RETENTION
 from lightning_ft.types import Request
 
@@ -163,7 +169,9 @@ class Retention(ComparingCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.keep_state(trainer)
-            self._measurement = self._new_measurement(trainer, pl_module)
+            # Lightning sets the module up after its callbacks, and that may be where its tokenizer is loaded
+            late = known_tokenizer(self.tokenizer, pl_module) is None
+            self._measurement = None if late else self._new_measurement(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the texts fit the model.
@@ -171,8 +179,9 @@ class Retention(ComparingCallback):
         Raises:
             RetentionError: If a text doesn't fit the model, or it isn't a causal language model.
         """
-        if self._measurement is not None and model_of(pl_module) is not None:
-            self._measurement.check_model(required_model(pl_module, "Retention", RetentionError))
+        measurement = self._measurement = self._measurement or self._new_measurement(trainer, pl_module)
+        if (model := model_of(pl_module)) is not None:
+            measurement.check_model(model)
 
     def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
         """Determine the base to compare with, unless it was loaded from a checkpoint.

@@ -28,7 +28,13 @@ from lightning_ft.evaluation.savings.result import SavingsResult
 from lightning_ft.evaluation.scorers import Scorer, check_scorer
 from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.models.card_sections import SAVINGS as CARD_TITLE
-from lightning_ft.models.unwrap import model_of, required_model, required_tokenizer, weights_fingerprint
+from lightning_ft.models.unwrap import (
+    known_tokenizer,
+    model_of,
+    required_model,
+    required_tokenizer,
+    weights_fingerprint,
+)
 from lightning_ft.report.collect import SAVINGS
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
@@ -136,7 +142,7 @@ class TokenSavings(ComparingCallback):
         check_scorer(scorer)
         if requests is not None:
             check_requests(requests, SavingsError)
-        _check_objects(baseline, prices, structured_outputs, tokenizer)
+        _check_objects(baseline, prices, structured_outputs, tokenizer, endpoint)
         self.baseline = PromptBaseline.from_file(baseline) if isinstance(baseline, (str, Path)) else baseline
         self.split, self.requests, self.train_rows, self.tokenizer = split, requests, train_rows, tokenizer
         self.every_n_epochs, self.output_dir, self.progress, self.name = every_n_epochs, output_dir, progress, name
@@ -177,7 +183,9 @@ class TokenSavings(ComparingCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.keep_state(trainer)
-            self._measurement = self._new_measurement(trainer, pl_module)
+            # Lightning sets the module up after its callbacks, and that may be where its tokenizer is loaded
+            late = known_tokenizer(self.tokenizer, pl_module) is None
+            self._measurement = None if late else self._new_measurement(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the prompts fit the model.
@@ -185,8 +193,9 @@ class TokenSavings(ComparingCallback):
         Raises:
             SavingsError: For the first request whose prompt doesn't fit.
         """
-        if self._measurement is not None and (model := model_of(pl_module)) is not None:
-            self._measurement.check_model(model)
+        measurement = self._measurement = self._measurement or self._new_measurement(trainer, pl_module)
+        if (model := model_of(pl_module)) is not None:
+            measurement.check_model(model)
 
     def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
         """Measure the original weights, unless their results were loaded from a checkpoint.
@@ -320,12 +329,18 @@ def training_data(trainer: object) -> str:
     return f"{rows['training data']} ({rows['training rows']:,} rows)" if "training rows" in rows else ""
 
 
-def _check_objects(baseline: object, prices: object, structured_outputs: object, tokenizer: object) -> None:
+def _check_objects(
+    baseline: object, prices: object, structured_outputs: object, tokenizer: object, endpoint: object
+) -> None:
     """Refuse values of types that would fail only when they are used, such as dicts."""
     if not isinstance(baseline, (PromptBaseline, str, Path)):
         raise SavingsError(
             f"baseline is a value of type {type(baseline).__name__}: expected PromptBaseline(system=..., "
             "few_shot=[...]), or the path of a JSON file with these two keys."
+        )
+    if endpoint is not None and not isinstance(endpoint, Endpoint):
+        raise SavingsError(
+            f"endpoint is a value of type {type(endpoint).__name__}: expected Endpoint(url, model, ...)."
         )
     if prices is not None and not isinstance(prices, Prices):
         raise SavingsError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from transformers import PreTrainedModel
 
@@ -115,23 +115,28 @@ def _is_json(value: object) -> bool:
     return value is None or isinstance(value, (str, int, float, bool))
 
 
-def splits_base(config: LoraConfig) -> bool:
+def splits_base(config: PeftConfig) -> bool:
     """Whether initialization moves a part of the base weights into the adapter (PiSSA, OLoRA, ...).
 
     Such an adapter is meaningless on the original base, but can be converted into one that fits it.
     """
-    init = config.init_lora_weights
+    init = _initialization(config)
     return isinstance(init, str) and init.lower().startswith(_SPLITS_BASE)
 
 
-def rounds_base(config: LoraConfig) -> bool:
+def rounds_base(config: PeftConfig) -> bool:
     """Whether initialization rounds the base weights (LoftQ), which no adapter can compensate exactly."""
-    return config.init_lora_weights == "loftq"
+    return _initialization(config) == "loftq"
 
 
-def needs_data(config: LoraConfig) -> bool:
+def needs_data(config: PeftConfig) -> bool:
     """Whether the adapter is initialized from activations of the training data (EVA)."""
-    return config.init_lora_weights == "eva"
+    return _initialization(config) == "eva"
+
+
+def _initialization(config: PeftConfig) -> object:
+    """The initialization of a LoRA adapter; that of PEFT's other methods leaves the base as it is."""
+    return getattr(config, "init_lora_weights", True)
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:

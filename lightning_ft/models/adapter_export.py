@@ -50,6 +50,10 @@ def save_adapter(
     cast(Any, model).save_pretrained(
         str(path), selected_adapters=[model.active_adapter], save_embedding_layers=False, **options
     )
+    if model.active_adapter != "default":  # PEFT makes a folder of that name
+        for file in (path / model.active_adapter).iterdir():
+            file.rename(path / file.name)
+        (path / model.active_adapter).rmdir()
     config, trained = json.loads((path / CONFIG).read_text(encoding="utf-8")), load_file(path / WEIGHTS)
     if initial is not None:
         trained = differences_to(load_file(initial.path / WEIGHTS), trained)
@@ -62,7 +66,8 @@ def save_adapter(
             note_base(source, fingerprint)
     save_file(trained, path / WEIGHTS, metadata=metadata)
     # The weights are trained: loading them must not initialize the adapter (and split the base) again.
-    config["init_lora_weights"] = True
+    if "init_lora_weights" in config:  # PEFT's other methods have no such argument
+        config["init_lora_weights"] = True
     for name in ("eva_config", "corda_config", "loftq_config", "lora_ga_config"):
         if name in config:
             config[name] = {} if name == "loftq_config" else None
@@ -80,7 +85,7 @@ def check_adapter_export(model: PeftModel) -> None:
     Raises:
         ExportError: If LoftQ rounded the base weights, or the base's embeddings were resized.
     """
-    if rounds_base(cast(LoraConfig, model.active_peft_config)):
+    if rounds_base(model.active_peft_config):
         raise ExportError(f"LoftQ rounded the base weights, so its adapter fits no other base. Export with {MERGE}.")
     if (sizes := resized(base_of(model))) is not None:
         raise ExportError(
@@ -106,12 +111,15 @@ def check_adapter_is_whole_update(model: PeftModel) -> None:
             f"init_lora_weights={config.init_lora_weights!r} changed the base weights, so the adapter alone doesn't "
             f"fit the original base. Export with {MERGE}, or train with LoRAFineTuning, which exports the difference."
         )
-    own = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     adapter = model.active_adapter
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    own = {_without(name, adapter) for name in saved}
     outside = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name.replace(f".{adapter}", "").replace("modules_to_save.", "") not in own
+        if parameter.requires_grad
+        and _without(name, adapter) not in own
+        and not name.startswith(f"prompt_encoder.{adapter}.")  # PEFT saves what this encoder computes
     ]
     if outside:
         raise ExportError(
@@ -119,6 +127,11 @@ def check_adapter_is_whole_update(model: PeftModel) -> None:
             "wouldn't have them. Name their modules in the adapter's modules_to_save, freeze them, or export with "
             f"{MERGE}."
         )
+
+
+def _without(name: str, adapter: str) -> str:
+    """A weight's name without the parts that PEFT leaves out of files."""
+    return ".".join(part for part in name.split(".") if part not in (adapter, "modules_to_save"))
 
 
 def check_base(model: CausalLM) -> None:

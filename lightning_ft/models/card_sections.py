@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel
 
 from lightning_ft.models.card_facts import CardFacts, MeasuredResult, Setting
 from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.lora_checks import peft_method
 from lightning_ft.printable import printable
 
 SAVINGS, FORGETTING = "Token savings", "Forgetting"
@@ -38,7 +39,7 @@ def card_metadata(
     metadata |= {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation" if generates else "text-classification",
-        "tags": [_TAG, *(["lora"] if isinstance(model, PeftModel) else [])],
+        "tags": [_TAG, *([peft_method(model).lower().replace("_", "-")] if isinstance(model, PeftModel) else [])],
     }
     if facts.training is not None and facts.training.datasets:
         metadata["datasets"] = list(facts.training.datasets)

@@ -108,7 +108,7 @@ def export(
     """
     path, options = Path(folder), base_options or {}
     merge = merge or format == "gguf"
-    check_export(model, merge=merge, initial=initial, format=format)
+    check_export(model, merge=merge, initial=initial, format=format, tokenizer=tokenizer, gguf_dtype=gguf_dtype)
     _refuse_nonfinite(model, merge=merge)
     gathered = {} if not is_sharded(model) else {"state_dict": _gathered(model)}
     weights = weights_hash(model)
@@ -129,7 +129,8 @@ def export(
         if base.can_generate():
             _write_generation_config(base, ends, aside)
         tokenizer.save_pretrained(aside)
-        card = _card(path.name, model, ends, merge=merge, base_options=options, facts=facts, weights=weights)
+        chat = bool(tokenizer.chat_template)
+        card = _card(path.name, model, ends, merge=merge, base_options=options, facts=facts, weights=weights, chat=chat)
         (aside / CARD).write_text(card, encoding="utf-8")
     return path
 
@@ -155,7 +156,8 @@ def card_text(
     """
     weights = weights_hash(model)
     ends = _ends(model, tokenizer) if base_of(model).can_generate() else []
-    return _card(name, model, ends, merge=merge, base_options=base_options, facts=facts, weights=weights)
+    chat = bool(tokenizer.chat_template)
+    return _card(name, model, ends, merge=merge, base_options=base_options, facts=facts, weights=weights, chat=chat)
 
 
 def _card(name: str, model: CausalLM, ends: list[int], **options: Any) -> str:
@@ -179,7 +181,13 @@ def write_card(folder: str | Path, card: str) -> None:
 
 
 def check_export(
-    model: CausalLM, *, merge: bool, initial: InitialAdapter | None = None, format: ExportFormat = "safetensors"
+    model: CausalLM,
+    *,
+    merge: bool,
+    initial: InitialAdapter | None = None,
+    format: ExportFormat = "safetensors",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    gguf_dtype: GGUFType = "f16",
 ) -> None:
     """Refuse a model that can't be exported, before training if possible. Call it on all ranks.
 
@@ -188,6 +196,8 @@ def check_export(
         merge: Whether the adapter will be folded into the base weights.
         initial: The adapter as initialized, if that changed the base weights.
         format: ``safetensors`` or ``gguf``.
+        tokenizer: Its tokenizer, which not every ``model.gguf`` can hold; None if it isn't known yet.
+        gguf_dtype: Type of the matrices in it, as in :func:`export`.
 
     Raises:
         ExportError: With the reason and the alternative.
@@ -198,7 +208,7 @@ def check_export(
     if format == "gguf":
         if is_sharded(model):
             raise ExportError("A sharded model can't be exported as GGUF: run `lightning-ft export` on its checkpoint.")
-        check_gguf(base_of(model))
+        check_gguf(base_of(model), tokenizer, dtype=gguf_dtype)
         merge = True
     adapted = isinstance(model, PeftModel)
     if is_sharded(model) and adapted and (merge or initial is not None):
@@ -222,17 +232,23 @@ def _refuse_nonfinite(model: CausalLM, *, merge: bool) -> None:
 
 
 def check_folder(path: Path, *, overwrite: bool) -> None:
-    """Refuse a path that isn't a folder, or a folder with files in it.
+    """Refuse a path that can't be a folder, or a folder with files in it.
 
     Args:
         path: The folder.
         overwrite: Whether the folder may contain files.
 
     Raises:
-        ExportError: If it is a file, or isn't empty and may not be overwritten.
+        ExportError: If it or a folder above it is a file or may not be written to, or if it isn't empty and may not be
+            overwritten.
     """
     if path.exists() and not path.is_dir():
         raise ExportError(f"{path} is a file; export needs a folder.")
+    existing = next((above for above in (path, *path.absolute().parents) if above.exists()), path)
+    if not existing.is_dir():
+        raise ExportError(f"{path} can't be made, since {existing} is a file. Export to another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ExportError(f"{path} can't be written, since {existing} isn't writable. Export to another folder.")
     remove_leftovers(path)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ExportError(f"{path} isn't empty: choose another folder, or pass overwrite=True (--overwrite true).")

@@ -45,19 +45,28 @@ _TEXTS = (
 _NEW_TOKENS = 24
 
 
-def check_gguf(model: PreTrainedModel) -> None:
+def check_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, dtype: GGUFType = "f16"
+) -> None:
     """Refuse a model that can't be written as GGUF, as far as that is known before training.
 
     Args:
         model: The transformers model.
+        tokenizer: Its tokenizer; None if it isn't known yet.
+        dtype: Type of the matrices, as in :func:`export_gguf`.
 
     Raises:
-        ExportError: For an architecture, scaled positions or attention windows that can't be written.
+        ExportError: For a type, and an architecture, scaled positions, attention windows or a tokenizer that can't be
+            written.
         MissingDependencyError: If `gguf` isn't installed.
     """
+    if dtype not in MIN_AGREEMENT:
+        raise ExportError(f"gguf_dtype={dtype!r}: a GGUF export writes {', '.join(MIN_AGREEMENT)}.")
     if importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError("A GGUF export needs the package gguf: pip install 'lightning-ft[gguf]'.")
     _architecture(model)
+    if tokenizer is not None:
+        _byte_level(tokenizer)
 
 
 def export_gguf(
@@ -79,11 +88,9 @@ def export_gguf(
             differently, or fewer tokens agree than `MIN_AGREEMENT` says.
         MissingDependencyError: If `gguf` isn't installed.
     """
-    check_gguf(model)
+    check_gguf(model, tokenizer, dtype=dtype)
     import gguf
 
-    if dtype not in MIN_AGREEMENT:
-        raise ExportError(f"dtype={dtype!r}: a GGUF export writes {', '.join(MIN_AGREEMENT)}.")
     architecture = _architecture(model)
     path = folder / FILE_NAME
     writer = gguf.GGUFWriter(path, architecture)
@@ -181,9 +188,8 @@ def _add_config(writer: GGUFWriter, model: PreTrainedModel, dtype: GGUFType) -> 
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    import gguf
-
+def _byte_level(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], Sequence[Mapping[str, Any]]]:
+    """A byte-level BPE tokenizer as its file describes it, and the steps before its merges; others are refused."""
     core = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "is_fast", False) else {}
     encoding = core.get("model", {}).get("type")
     steps = core.get("pre_tokenizer") or {}
@@ -196,8 +202,16 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, model
         )
     if any(part.get("add_prefix_space") for part in parts):
         raise ExportError(
-            "A GGUF export can't write a tokenizer that adds a space before each text (add_prefix_space)."
+            "A GGUF export can't write a tokenizer that adds a space before each text (add_prefix_space). Convert the "
+            "exported folder with llama.cpp's convert_hf_to_gguf.py."
         )
+    return core, parts
+
+
+def _add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    import gguf
+
+    core, parts = _byte_level(tokenizer)
     added = {item["id"]: item for item in core.get("added_tokens", [])}
     by_id = {index: token for token, index in core["model"]["vocab"].items()} | {
         i: t["content"] for i, t in added.items()

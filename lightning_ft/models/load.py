@@ -66,6 +66,12 @@ def load_causal_lm(name: str, **options: Unpack[LoadOptions]) -> PreTrainedModel
         config = load_config(name, revision=revision, trust_remote_code=trust)
     except ModelError:
         config = None  # loading the model will report what is wrong with it
+    if config is not None and _is_encoder_decoder(config):
+        raise ModelError(
+            f"{name!r} is an encoder-decoder ({config.model_type}), and this package trains causal language models. "
+            "Train it in a LightningModule of your own: TokenMeanAccumulation, TrainableCheckpoint, ExactResume and "
+            "ExportModel work there."
+        )
     first, *others = text_model_classes(config)
     model = load_model(first, name, **options)
     if others:
@@ -79,6 +85,13 @@ def load_causal_lm(name: str, **options: Unpack[LoadOptions]) -> PreTrainedModel
             )
             model = load_model(others[0], name, **options)
     return model
+
+
+def _is_encoder_decoder(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint is an encoder-decoder, rather than the decoder of one."""
+    names = getattr(config, "architectures", None) or []
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    return config.is_encoder_decoder and not own_code and not any(name.endswith("ForCausalLM") for name in names)
 
 
 def text_model_classes(config: PreTrainedConfig | None) -> list[AutoClass]:

@@ -107,9 +107,14 @@ def check_merge(model: PeftModel) -> None:
             "lora's layer_replication repeats layers by sharing their weights, and a merged model would need each "
             "layer's own. Export it unmerged."
         )
+    if not hasattr(type(model.base_model), "merge_and_unload"):
+        raise ExportError(
+            f"PEFT can't merge an adapter of the method {peft_method(model)}, which isn't a change of weights. Export "
+            "it unmerged."
+        )
     seen = set()
     for layer in model.modules():
-        if not isinstance(layer, LoraLayer) or hasattr(layer, "parameter_name"):
+        if not isinstance(layer, BaseTunerLayer) or hasattr(layer, "parameter_name"):
             continue
         base = layer.get_base_layer()
         sort = (type(layer), type(base), getattr(base, "bias", None) is None)
@@ -120,6 +125,12 @@ def check_merge(model: PeftModel) -> None:
             copy.deepcopy(layer).merge(safe_merge=True)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise ExportError(f"PEFT can't merge this adapter: {str(error).strip()} Export it unmerged.") from error
+
+
+def peft_method(model: PeftModel) -> str:
+    """Name of PEFT's method of the active adapter, such as ``LORA``."""
+    found = model.active_peft_config.peft_type
+    return str(getattr(found, "value", found))
 
 
 def _shared_weights(model: PeftModel) -> Iterator[tuple[str, list[str]]]:

@@ -14,7 +14,6 @@ from lightning_ft.errors import ExportError
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.lora_checks import shared_adapted_layers
-from lightning_ft.models.reward_head import last_token_rewards
 
 CHECK_TOKENS = 16
 
@@ -85,11 +84,13 @@ def _random_prompts(base: PreTrainedModel) -> list[list[int]]:
 
 
 def _output(model: CausalLM, prompt: list[int]) -> Tensor:
-    """Return a model's output for a prompt: its greedy continuation, or the reward of a reward model."""
+    """Return a model's output for a prompt: its greedy continuation, or the output of its head if it has no answers."""
     if base_of(model).can_generate():
         return greedy(model, prompt)
+    ids = torch.tensor([prompt], device=input_device(model))
     with evaluating(model):
-        return last_token_rewards(model, [torch.tensor(prompt)], 0).cpu()
+        output: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    return output.float().cpu()
 
 
 def greedy(model: CausalLM, prompt: list[int], tokens: int = CHECK_TOKENS) -> Tensor:
@@ -108,4 +109,5 @@ def greedy(model: CausalLM, prompt: list[int], tokens: int = CHECK_TOKENS) -> Te
         out = cast(Any, model).generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, num_beams=1
         )
-    return cast(Tensor, out[0, len(prompt) :].cpu())
+    start = 0 if base_of(model).config.is_encoder_decoder else len(prompt)
+    return cast(Tensor, out[0, start:].cpu())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
+import transformers
 import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from lightning_ft.models.card_facts import CardFacts
 from lightning_ft.models.card_sections import card_metadata, card_sections
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import text_class_name
+from lightning_ft.models.lora_checks import peft_method
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
@@ -64,6 +66,7 @@ def model_card(
     end_tokens: list[int] | None = None,
     facts: CardFacts | None = None,
     weights: str | None = None,
+    chat: bool = True,
 ) -> str:
     """Write a model card in Markdown, without any local path and any text of rows.
 
@@ -75,6 +78,7 @@ def model_card(
         end_tokens: Ids of the tokens that end an answer, if the base itself doesn't stop at all of them.
         facts: How the weights were trained and what was measured; by default neither is known.
         weights: :func:`lightning_ft.models.card_facts.weights_hash` of the trained weights.
+        chat: Whether the tokenizer has a chat template.
 
     Returns:
         Text of the card.
@@ -84,7 +88,6 @@ def model_card(
     name = hub_name(source)
     adapter = isinstance(model, PeftModel) and not merge
     shown = f"`{name or Path(source).name or type(base).__name__}`"
-    generates = base.can_generate()
     remote = ", trust_remote_code=True" if (base_options or {}).get("trust_remote_code") else ""
     facts = facts or CardFacts()
     metadata = card_metadata(folder, model, facts, weights, base=name, adapter=adapter)
@@ -95,11 +98,11 @@ def model_card(
         "",
         f"# {folder}",
         "",
-        f"{'LoRA adapter for' if adapter else 'Fine-tuned from'} {shown}, made with lightning_ft.",
+        f"{f'{_method(model)} adapter for' if adapter else 'Fine-tuned from'} {shown}, made with lightning_ft.",
         "",
         "```python",
         *(_adapter_code(folder, base, source, base_options or {}) if adapter else _whole_code(folder, base, remote)),
-        *(_example_call() if generates else _example_reward()),
+        *_example(base, chat=chat),
         "```",
         "",
     ]
@@ -119,8 +122,31 @@ def model_card(
     return "\n".join([*lines, *card_sections(model, facts, weights)])
 
 
+def _method(model: CausalLM) -> str:
+    """Name of the method of an adapter, as its users write it."""
+    method = peft_method(cast(PeftModel, model))
+    return "LoRA" if method == "LORA" else method.replace("_", " ").lower()
+
+
+_AUTO: tuple[Any, ...] = (
+    transformers.AutoModelForSeq2SeqLM,
+    transformers.AutoModelForSequenceClassification,
+    transformers.AutoModelForTokenClassification,
+    transformers.AutoModelForMaskedLM,
+)
+"""Auto classes of models that aren't causal language models, as a module that isn't this package's may train them."""
+
+
 def _auto(base: PreTrainedModel) -> str:
-    return text_class_name(base) if base.can_generate() else "AutoModelForSequenceClassification"
+    """Name of the class that loads a model as its own class."""
+    for auto in _AUTO:
+        models = auto._model_mapping.get(type(base.config), None)
+        if type(base) in (models if isinstance(models, (list, tuple)) else (models,)):
+            return str(auto.__name__)
+    if base.can_generate():
+        return text_class_name(base)
+    own = type(base).__name__
+    return own if hasattr(transformers, own) else "AutoModelForSequenceClassification"
 
 
 def _adapter_code(folder: str, base: PreTrainedModel, source: str, options: BaseOptions) -> list[str]:
@@ -129,7 +155,7 @@ def _adapter_code(folder: str, base: PreTrainedModel, source: str, options: Base
     classifier: dict[str, object] = {}
     if not base.can_generate():
         # without the tokenizer's pad token, rewards of padded batches would be read at other tokens
-        classifier = {"num_labels": 1, "pad_token_id": base.config.get_text_config().pad_token_id}
+        classifier = {"num_labels": base.config.num_labels, "pad_token_id": base.config.get_text_config().pad_token_id}
     arguments = [f"{key}={value!r}" for key, value in {**classifier, **options}.items() if key != "quantization"]
     if quantization := options.get("quantization"):
         settings = ", ".join(f"{key}={_literal(value)}" for key, value in quantization.items())
@@ -164,21 +190,25 @@ def _whole_code(folder: str, base: PreTrainedModel, remote: str) -> list[str]:
     ]
 
 
-def _example_call() -> list[str]:
+def _example(base: PreTrainedModel, *, chat: bool) -> list[str]:
+    """Code that asks the model: for an answer, a reward, or whatever else its head computes."""
+    scores_chats = not base.can_generate() and base.config.num_labels == 1
+    if chat and (base.can_generate() or scores_chats):
+        answer = ', {"role": "assistant", "content": "..."}' if scores_chats else ""
+        header = "" if scores_chats else "add_generation_prompt=True, "
+        tokenized = [
+            f'chat = [{{"role": "user", "content": "..."}}{answer}]',
+            f'inputs = tokenizer.apply_chat_template(chat, {header}return_tensors="pt", return_dict=True)',
+        ]
+    else:
+        tokenized = ['inputs = tokenizer("...", return_tensors="pt")']
+    if not base.can_generate():
+        read = "logits[0, 0].item()" if scores_chats else "logits[0].tolist()"
+        return ["", *tokenized, f"print(model(**inputs).{read})"]
+    start = "" if base.config.is_encoder_decoder else ', inputs["input_ids"].shape[1] :'
     return [
         "",
-        'chat = [{"role": "user", "content": "..."}]',
-        'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", '
-        "return_dict=True)",
+        *tokenized,
         "output = model.generate(**inputs, max_new_tokens=256)",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
-
-
-def _example_reward() -> list[str]:
-    return [
-        "",
-        'chat = [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
-        'inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)',
-        "print(model(**inputs).logits[0, 0].item())",
+        f"print(tokenizer.decode(output[0{start}], skip_special_tokens=True))",
     ]

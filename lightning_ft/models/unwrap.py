@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -11,10 +13,20 @@ from lightning_ft.errors import LightningFTError
 
 
 def unwrapped(module: object) -> object:
-    """Remove the wrappers of Fabric or DDP from a module."""
-    while not isinstance(module, (PreTrainedModel, PeftModel)) and hasattr(module, "module"):
-        module = module.module
+    """Remove the wrappers of Fabric, DDP and `torch.compile` from a module."""
+    while not isinstance(module, (PreTrainedModel, PeftModel)) and not _has_own_model(module):
+        inner = getattr(module, "_orig_mod", None)  # of torch.compile, which passes other attributes on
+        inner = getattr(module, "module", None) if inner is None else inner
+        if inner is None:
+            break
+        module = inner
     return module
+
+
+def _has_own_model(module: object) -> bool:
+    """Whether a module has a `model`, rather than passing on that of a module that it wraps."""
+    own = {**getattr(module, "__dict__", {}), **getattr(module, "_modules", {})}
+    return "model" in own or hasattr(type(module), "model")
 
 
 def model_of(module: object) -> PreTrainedModel | PeftModel | None:
@@ -46,6 +58,37 @@ def required_model(module: object, measuring: str, error: type[LightningFTError]
     return model
 
 
+def check_causal(model: PreTrainedModel | PeftModel, measuring: str, error: type[LightningFTError]) -> None:
+    """Refuse a model that doesn't continue a prompt: an encoder-decoder, or one without a head over the vocabulary.
+
+    Args:
+        model: The model.
+        measuring: Name of the caller, for the message.
+        error: Class of the error to raise.
+
+    Raises:
+        LightningFTError: An `error`, with what the model is.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.config.is_encoder_decoder or not isinstance(base.get_output_embeddings(), nn.Module):
+        what = "is an encoder-decoder" if base.config.is_encoder_decoder else "has no output embeddings"
+        raise error(
+            f"{type(base).__name__} {what}, and {measuring} needs a causal language model, which continues a prompt. "
+            f"Leave {measuring} out, or measure in validation_step of your own module."
+        )
+
+
+def known_tokenizer(tokenizer: PreTrainedTokenizerBase | None, module: object) -> object:
+    """The tokenizer that was passed, or that of a module; None if it has none yet, as before its own `setup`.
+
+    Args:
+        tokenizer: Tokenizer that was passed; None for the module's.
+        module: The module, or a wrapper of it, which may pass attributes on or not.
+    """
+    found = (tokenizer, *(getattr(holder, "tokenizer", None) for holder in (module, unwrapped(module))))
+    return next((each for each in found if each is not None), None)
+
+
 def required_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, module: object, measuring: str, error: type[LightningFTError]
 ) -> PreTrainedTokenizerBase:
@@ -58,11 +101,16 @@ def required_tokenizer(
         error: Class of the error to raise.
 
     Raises:
-        LightningFTError: An `error`, if there is neither.
+        LightningFTError: An `error`, if there is neither, or an object that isn't a tokenizer.
     """
-    found = tokenizer if tokenizer is not None else getattr(unwrapped(module), "tokenizer", None)
+    found = known_tokenizer(tokenizer, module)
     if found is None:
         raise error(f"{measuring} has no tokenizer. Pass tokenizer=, or use a module that has one.")
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise error(
+            f"{measuring}: the tokenizer is a {type(found).__name__}, expected one of transformers. Pass tokenizer=, "
+            "as AutoTokenizer.from_pretrained returns it (of a processor, its `tokenizer`)."
+        )
     return found
 
 

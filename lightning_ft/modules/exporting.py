@@ -139,18 +139,29 @@ class ExportedModule(LightningModule):
             facts=self.card_facts() if facts is None else facts,
         )
 
-    def check_export(self, *, merge: bool = False, format: ExportFormat = "safetensors") -> None:
+    def check_export(
+        self, *, merge: bool = False, format: ExportFormat = "safetensors", gguf_dtype: GGUFType = "f16"
+    ) -> None:
         """Refuse an export that would fail, as far as that is known before training; call it on all ranks.
 
         Args:
             merge: Whether the adapter will be folded into the base weights.
             format: Format of the export, as in :meth:`export`.
+            gguf_dtype: Type of the matrices in a ``model.gguf``.
 
         Raises:
             ExportError: With what to do instead.
         """
         self.configure_model()
-        check_export(self.model, merge=merge, initial=self._initial, format=format)
+        tokenizer = self.tokenizer if format == "gguf" else None
+        check_export(
+            self.model,
+            merge=merge,
+            initial=self._initial,
+            format=format,
+            tokenizer=tokenizer,
+            gguf_dtype=gguf_dtype,
+        )
 
     def write_card(self, folder: str | Path, *, merge: bool = False, facts: CardFacts | None = None) -> None:
         """Write the model card of an export again, when more has been measured; call it on all ranks.

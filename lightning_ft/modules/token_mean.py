@@ -20,7 +20,8 @@ TokenCount = Callable[[Any], int]
 def supervised_tokens(batch: object) -> int:
     """Number of supervised tokens of a batch: labels other than -100, the first of each row excluded.
 
-    The first label of a row isn't a target, since models shift labels by one.
+    The first label of a row isn't a target, since causal language models shift labels by one. For other models there is
+    :func:`supervised_labels`.
 
     Args:
         batch: A mapping with ``labels``, ``[b, s]``, or an object of this package with `num_targets`.
@@ -34,13 +35,62 @@ def supervised_tokens(batch: object) -> int:
     """
     if isinstance(count := getattr(batch, "num_targets", None), int):
         return count
+    labels = _labels(batch)
+    if labels.ndim < 2:
+        raise ConfigError(
+            f"The labels of a {type(batch).__name__} have the shape {tuple(labels.shape)}, one per row as for a "
+            "classifier, so no token is supervised: pass count=supervised_labels of lightning_ft.modules.token_mean, "
+            "or a function of your own from a batch to the number of what its loss is the mean over."
+        )
+    return int((labels[..., 1:] != -100).sum())
+
+
+def supervised_labels(batch: object) -> int:
+    """Number of labels of a batch other than -100, for a model that doesn't shift them.
+
+    Such models are encoder-decoders, and those with another head than a causal language model's, as classifiers have.
+
+    Args:
+        batch: A mapping with ``labels`` of any shape.
+
+    Raises:
+        ConfigError: If it has none.
+
+    Example:
+        >>> supervised_labels({"labels": torch.tensor([[5, 6, -100], [7, 8, 9]])})
+        5
+        >>> supervised_labels({"labels": torch.tensor([0, 2])})
+        2
+    """
+    return int((_labels(batch) != -100).sum())
+
+
+def check_defined(loss: Tensor, tokens: int) -> None:
+    """Refuse the loss of a micro-batch without supervised tokens, unless it is a number, such as 0.
+
+    Args:
+        loss: Mean over the supervised tokens of the micro-batch.
+        tokens: Their number.
+
+    Raises:
+        ConfigError: If the mean over none isn't a number: its gradients would make all weights NaN.
+    """
+    if not tokens and bool(loss.detach().isnan()):
+        raise ConfigError(
+            "A micro-batch has no supervised token (all labels are -100), so its mean loss is NaN, and so would all "
+            "weights be after the step. Leave out rows whose answer was cut off, or return None from training_step for "
+            "such a batch (in a loop of your own, skip it)."
+        )
+
+
+def _labels(batch: object) -> Tensor:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
         raise ConfigError(
             f"The supervised tokens of a {type(batch).__name__} without labels can't be counted: pass count=, a "
             "function from a batch to their number."
         )
-    return int((labels[..., 1:] != -100).sum())
+    return labels
 
 
 class TokenMean:
@@ -49,7 +99,8 @@ class TokenMean:
     `TokenMeanAccumulation` does the same in a Trainer.
 
     Args:
-        count: Function from a batch to its number of supervised tokens.
+        count: Function from a batch to its number of supervised tokens; :func:`supervised_labels` for a model that
+            isn't a causal language model.
 
     Example:
         The gradient is the mean over three tokens, and not the mean of two means.
@@ -73,8 +124,12 @@ class TokenMean:
         Args:
             loss: Mean over the supervised tokens of the micro-batch, as transformers' models return it.
             batch: The micro-batch.
+
+        Raises:
+            ConfigError: If no token is supervised and the loss, the mean over none, isn't a number.
         """
         tokens = self.count(batch)
+        check_defined(loss, tokens)
         self.add(tokens)
         return loss * tokens
 

@@ -150,3 +150,14 @@ def test_metric_that_is_not_measured_in_every_epoch_cannot_be_monitored(trainer_
     stopping = _pl.callbacks.EarlyStopping("val/quality", mode="max")
     with pytest.raises(ConfigError, match="set check_val_every_n_epoch=2 in the Trainer"):
         fit(trainer_options, Theirs(tokenizer), hf_loader(tokenizer), quality, stopping)
+
+
+def test_two_metrics_of_one_name_are_refused_since_lightning_logs_their_mean(trainer_options, tokenizer):
+    def quality(score, **options):
+        return AnswerQuality(lambda output, reference: score, requests=REQUESTS, max_new_tokens=2, **options)
+
+    with pytest.raises(ConfigError, match="Two AnswerQuality callbacks log 'val/quality'"):
+        fit(trainer_options, Theirs(tokenizer), hf_loader(tokenizer), quality(0.25), quality(0.75))
+    callbacks = quality(0.25), quality(0.75, name="val/other")
+    trainer = fit(trainer_options, Theirs(tokenizer), hf_loader(tokenizer), *callbacks)
+    assert [float(trainer.callback_metrics[each.name]) for each in callbacks] == [0.25, 0.75]

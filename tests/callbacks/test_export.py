@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from their_module import Theirs, hf_loader
 from tiny import make_rows
 
 from lightning_ft import ExportModel, FullFineTuning, LoRAFineTuning, PairDataModule
@@ -60,12 +61,45 @@ def test_export_writes_best_weights_of_the_checkpoints_with_a_monitor(trainer_op
         assert torch.equal(saved[key.removeprefix("model.").replace(".default", "")], value)
 
 
+def test_export_of_the_best_weights_leaves_the_final_module(trainer_options, tmp_path, tokenizer):
+    """Buffers of the best checkpoint, such as running means, must not stay in the trained module."""
+
+    class Normalized(Theirs):
+        def __init__(self):
+            super().__init__(tokenizer)
+            self.norm = torch.nn.BatchNorm1d(2)
+
+        def training_step(self, batch, batch_idx):
+            self.norm(torch.randn(4, 2) + self.global_step)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/epoch", float(self.current_epoch))
+
+    module, loader = Normalized(), hf_loader(tokenizer)
+    saver = _pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor="val/epoch", mode="min")
+    options = {**trainer_options, "enable_checkpointing": True, "max_epochs": 2}
+    Trainer(**options, callbacks=[saver, ExportModel(str(tmp_path / "out"))]).fit(module, loader, loader)
+    assert (tmp_path / "out" / "best").is_dir()
+    assert int(module.norm.num_batches_tracked) == 2 * len(loader)
+
+
 def test_export_refuses_best_weights_by_several_metrics_before_training(trainer_options, tmp_path, model_folder):
     other = _pl.callbacks.ModelCheckpoint(tmp_path / "other", monitor="val/loss_per_byte")
     module = FullFineTuning(model_folder)
     with pytest.raises(ConfigError, match=r"monitor 'val/loss_per_byte' and 'val/loss': .* pass best=False"):
         run(module, trainer_options, tmp_path, others=[other])
     assert module.trainer.global_step == 0
+
+
+@pytest.mark.parametrize("output", ["out", None])
+def test_two_exports_to_one_folder_are_refused_before_training(trainer_options, tmp_path, model_folder, output):
+    folder = None if output is None else str(tmp_path / output)
+    callbacks = [ExportModel(folder, overwrite=True), ExportModel(folder, merge=True, overwrite=True)]
+    trainer = Trainer(**{**trainer_options, "default_root_dir": tmp_path}, max_steps=1, callbacks=callbacks)
+    with pytest.raises(ConfigError, match=r"Two ExportModel callbacks export to .* Pass a different output="):
+        trainer.fit(LoRAFineTuning(model_folder), PairDataModule(ROWS, cache_dir=False))
+    assert trainer.global_step == 0
 
 
 def test_export_refuses_nonempty_folder_before_training(trainer_options, tmp_path, model_folder):
@@ -76,6 +110,17 @@ def test_export_refuses_nonempty_folder_before_training(trainer_options, tmp_pat
         run(module, trainer_options, tmp_path)
     assert module.trainer.global_step == 0
     run(FullFineTuning(model_folder), trainer_options, tmp_path, overwrite=True)
+
+
+def test_export_refuses_folders_that_cannot_be_made_before_training(trainer_options, tmp_path, model_folder):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        trainer = Trainer(**trainer_options, max_steps=1, callbacks=[ExportModel(folder)])
+        with pytest.raises(ExportError, match=r"can't be made, since .*file is a file"):
+            trainer.fit(FullFineTuning(model_folder), PairDataModule(ROWS, cache_dir=False))
+        assert trainer.global_step == 0
+    with pytest.raises(ConfigError, match="output=5: expected the path of a folder"):
+        ExportModel(5)
 
 
 def test_export_of_fast_dev_run_is_tried_out_and_not_kept(trainer_options, tmp_path, model_folder, monkeypatch):

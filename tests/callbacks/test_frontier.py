@@ -251,6 +251,9 @@ def test_frontier_cannot_be_added_to_a_run_that_was_trained(model_folder, traine
         ({"scales": (0.0, 1.0)}, "expected different numbers above 0, the largest of them 1"),
         ({"scales": (0.5,)}, "expected different numbers"),
         ({"scales": ()}, "expected different numbers"),
+        ({"scales": 1.0}, "scales=1.0: expected different numbers above 0, the largest of them 1, as a list"),
+        ({"scales": ["1"]}, r"scales=\['1'\]: expected different numbers"),
+        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(options, message):

@@ -28,6 +28,7 @@ from lightning_ft.data.hf_batches import from_hf
 from lightning_ft.data.resumable_loader import ResumableLoader
 from lightning_ft.errors import CheckpointError, ConfigError, ExportError
 from lightning_ft.modules.exact_resume import ExactResume
+from lightning_ft.modules.token_mean import TokenMean
 
 PROJECT = Path(__file__).parents[2] / "examples" / "existing_project"
 
@@ -96,6 +97,26 @@ def test_batches_without_labels_and_manual_optimization_are_refused(trainer_opti
 
 
 # ---------------------------------------------------------------- checkpoints
+
+
+def test_micro_batch_without_supervised_tokens_is_refused_where_its_loss_is_nan(trainer_options, tokenizer):
+    batches = list(hf_loader(tokenizer, 8))
+    batches[1]["labels"][:] = -100
+    loader = DataLoader(batches, batch_size=None)
+    module = Theirs()
+    with pytest.raises(ConfigError, match=r"no supervised token .* so its mean loss is NaN"):
+        fit(trainer_options, module, loader, TokenMeanAccumulation(), accumulate_grad_batches=2)
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+    class Skipping(Theirs):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if bool((batch["labels"] != -100).any()) else None
+
+    fit(trainer_options, skipping := Skipping(), loader, TokenMeanAccumulation(), accumulate_grad_batches=2)
+    assert all(bool(p.isfinite().all()) for p in skipping.parameters())
+    with pytest.raises(ConfigError, match="no supervised token"):
+        TokenMean().weigh(torch.tensor(float("nan")), batches[1])
+    assert float(TokenMean().weigh(torch.tensor(0.0), batches[1])) == 0.0
 
 
 def test_checkpoints_have_trainable_weights_only_and_resume(trainer_options, tokenizer, tmp_path):

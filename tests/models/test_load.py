@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny import make_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from lightning_ft.errors import ModelError
 from lightning_ft.models.adapt import add_lora, load_adapter, lora_config
@@ -152,6 +152,16 @@ def test_load_model_names_a_damaged_or_missing_shard(tmp_path):
         load_causal_lm(str(tmp_path))
     shard.unlink()
     with pytest.raises(ModelError, match=shard.name):
+        load_causal_lm(str(tmp_path))
+
+
+@pytest.mark.parametrize("sort", ["t5", "bart"])
+def test_load_model_refuses_encoder_decoders(tmp_path, sort):
+    small = {"d_model": 16, "vocab_size": 40, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    layers = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = AutoConfig.for_model(sort, **(small if sort == "t5" else {"d_model": 16, "vocab_size": 60, **layers}))
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"is an encoder-decoder \({sort}\), and this package trains causal"):
         load_causal_lm(str(tmp_path))
 
 

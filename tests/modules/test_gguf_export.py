@@ -145,5 +145,15 @@ def test_what_cannot_be_written_is_refused(model_folder, tmp_path, trainer_optio
     unread = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32))  # transformers reads Qwen3 with 128 only
     with pytest.raises(ExportError, match=r"transformers can't read model.gguf back"):
         export_gguf(unread, tokenizer_of("qwen3"), tmp_path)
+    for options, refused in (
+        ({"gguf_dtype": "int4"}, "gguf_dtype='int4'"),
+        ({"tokenizer": spaced}, "adds a space before each text"),
+    ):
+        module = FullFineTuning(model_folder, tokenizer=options.pop("tokenizer", None))
+        export = ExportModel(str(tmp_path / "out"), format="gguf", **options)
+        trainer = Trainer(max_steps=1, callbacks=[export], **trainer_options)
+        with pytest.raises(ExportError, match=refused):
+            trainer.fit(module, PairDataModule(make_rows(8), cache_dir=False))
+        assert trainer.global_step == 0  # before training
     with pytest.raises(ExportError, match="format='onnx': expected 'safetensors' or 'gguf'"):
         FullFineTuning(model_folder).export(tmp_path / "x", format="onnx")

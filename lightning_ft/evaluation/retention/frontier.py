@@ -155,8 +155,11 @@ def check_budget(budget: Mapping[str, float] | None, scales: Sequence[float], *,
             raise RetentionError(f"budget: {name} is {limit!r}, expected a number of at least 0.")
         if name == "choices_lost" and not choices:
             raise RetentionError("budget: choices_lost needs multiple-choice questions. Pass choices=.")
+    expected = "expected different numbers above 0, the largest of them 1"
+    if not isinstance(scales, (list, tuple)) or any(not isinstance(scale, (int, float)) for scale in scales):
+        raise RetentionError(f"scales={scales!r}: {expected}, as a list.")
     if not scales or any(not 0 < scale <= 1 for scale in scales) or max(scales) != 1 or len(set(scales)) < len(scales):
-        raise RetentionError(f"scales={list(scales)}: expected different numbers above 0, the largest of them 1.")
+        raise RetentionError(f"scales={list(scales)}: {expected}.")
 
 
 def sweep_scales(

@@ -51,6 +51,7 @@ from lightning_ft.models.card_facts import today, weights_hash
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import context_length
+from lightning_ft.models.unwrap import check_causal
 from lightning_ft.printable import content_hash
 
 _CHECKED_TEXTS = 16
@@ -166,8 +167,7 @@ class RetentionMeasurement:
             RetentionError: If the model isn't supported, or a text or row is too long.
         """
         base = base_of(model)
-        if not isinstance(base.get_output_embeddings(), torch.nn.Module):
-            raise RetentionError(f"{type(base).__name__} has no output embeddings. Retention needs a causal model.")
+        check_causal(model, "Retention", RetentionError)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise RetentionError(
                 "Retention can't measure adapters that add tokens of their own to the prompt. Use LoRA, for example."

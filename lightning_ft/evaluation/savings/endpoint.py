@@ -29,7 +29,8 @@ class Endpoint:
     """An OpenAI-compatible endpoint: a provider, vLLM, `transformers serve`, llama.cpp's server, and so on.
 
     Tokens are those that it counts (`usage`), cached ones included. Failed calls are repeated with growing delays, as
-    the `openai` client does, which also waits as long as a rate limit says.
+    the `openai` client does, which also waits as long as a rate limit says, up to two minutes: a call that should wait
+    longer fails.
 
     Args:
         url: Base URL, such as ``https://api.openai.com/v1`` or ``http://localhost:8000/v1``. It is part of the results,
@@ -196,7 +197,19 @@ def _ask(client: OpenAI, endpoint: Endpoint, messages: Sequence[Message], max_ne
     except Exception as error:  # of the client, of what it sends with, or of options that it doesn't take
         reason = _without_secrets(f"{type(error).__name__}: {error}", client.api_key, endpoint.options)[:300]
         raise SavingsError(f"{where} failed (max_retries={endpoint.max_retries}): {reason}") from error
+    if (said := _error_in(response)) is not None:  # some servers report it with the status 200
+        raise SavingsError(f"{where} failed: {_without_secrets(said, client.api_key, endpoint.options)[:300]}")
     return _checked(response, max_new_tokens, where)
+
+
+def _error_in(response: Any) -> str | None:
+    """What a server says in place of an answer; None if it says nothing about an error."""
+    if isinstance(response, str):
+        return f"the server sent text and not JSON, as for a page: {response.strip()!r:.120}. Check the url."
+    if not (error := _part(response, "error")):
+        return None
+    message = _part(error, "message")
+    return f"the response has an error: {error if message is None else message}"
 
 
 def _without_secrets(text: str, key: str, options: Mapping[str, Any]) -> str:
@@ -245,6 +258,8 @@ def _checked(response: Any, max_new_tokens: int, where: str) -> _Answer:
     if not isinstance(text, str):
         raise SavingsError(f"{where}: its answer is a {type(text).__name__}, expected text.")
     cached = _part(_part(usage, "prompt_tokens_details"), "cached_tokens") or 0
+    hidden = _part(_part(usage, "completion_tokens_details"), "reasoning_tokens")
+    total = _part(usage, "total_tokens")
     counts = (_part(usage, "prompt_tokens"), _part(usage, "completion_tokens"), cached)
     if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
         raise SavingsError(f"{where}: its usage {counts} isn't three counts of tokens.")
@@ -252,6 +267,13 @@ def _checked(response: Any, max_new_tokens: int, where: str) -> _Answer:
         raise SavingsError(
             f"{where}: its usage contradicts the answer: {counts[0]} input tokens, {counts[2]} of them cached, and "
             f"{counts[1]} output tokens for {len(text)} characters."
+        )
+    if (isinstance(hidden, int) and hidden > counts[1]) or (isinstance(total, int) and total > counts[0] + counts[1]):
+        raise SavingsError(
+            f"{where}: its usage leaves tokens out: {counts[0]} input and {counts[1]} output tokens"
+            f"{f', {hidden} of reasoning' if hidden else ''}, {total} in total. Tokens of reasoning are paid for, "
+            "whether counted as output or not, so costs can't be computed. Turn reasoning off with the server's own "
+            "argument, such as Endpoint(options={'reasoning_effort': 'none'})."
         )
     if counts[1] > max_new_tokens:
         raise SavingsError(

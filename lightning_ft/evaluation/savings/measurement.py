@@ -29,6 +29,7 @@ from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.card_facts import today, weights_hash
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
+from lightning_ft.models.unwrap import check_causal
 from lightning_ft.printable import content_hash
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
@@ -133,11 +134,12 @@ class SavingsMeasurement(CheckedArguments):
         return bool(self._before)
 
     def check_model(self, model: CausalLM) -> None:
-        """Check that each prompt and its answer fit into the model's context.
+        """Check that the model is a causal language model, and that each prompt and its answer fit into its context.
 
         Raises:
-            SavingsError: If a request doesn't fit; the message names the first one.
+            SavingsError: If it isn't, or a request doesn't fit; the message names the first one.
         """
+        check_causal(model, "TokenSavings", SavingsError)
         self.plan.check_context(context_length(base_of(model)), prompted=self.endpoint is None)
 
     def before(self, model: CausalLM) -> None:

@@ -237,7 +237,7 @@ def test_before_refuses_unsupported_models(tokenizer):
     def before(model, **options):
         RetentionMeasurement(tokenizer, TEXTS, **QUICK, **options).before(model)
 
-    with pytest.raises(RetentionError, match="needs a causal model"):
+    with pytest.raises(RetentionError, match="needs a causal language model"):
         before(LlamaForSequenceClassification(make_model().config))
     with pytest.raises(RetentionError, match="tokens of their own"):
         before(get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))

@@ -252,6 +252,19 @@ def test_servers_that_stall_or_do_not_exist_are_reported():
             "10 of them cached",
         ),
         ({"usage": {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15}}, "at most 5 were requested"),
+        ({"usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 99}}, "leaves tokens out: 9 input"),
+        (
+            {
+                "usage": {
+                    "prompt_tokens": 9,
+                    "completion_tokens": 2,
+                    "completion_tokens_details": {"reasoning_tokens": 80},
+                }
+            },
+            "2 output tokens, 80 of reasoning",
+        ),
+        ({"choices": None, "error": {"message": "no credits", "code": 402}}, "the response has an error: no credits"),
+        ({"choices": [], "error": "no credits"}, "the response has an error: no credits"),
     ],
 )
 def test_answers_that_cannot_be_true_are_refused(served, change, message):
@@ -260,7 +273,21 @@ def test_answers_that_cannot_be_true_are_refused(served, change, message):
         endpoint_arm(endpoint(served, concurrency=1), plan(), progress=False)
 
 
+def test_pages_and_errors_of_status_200_are_reported_without_secrets(served, monkeypatch):
+    served.change = lambda response: {**response, "error": {}}  # an empty one is none
+    assert endpoint_arm(endpoint(served), plan(), progress=False).ids
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    served.change = lambda response: {"error": {"message": "the key sk-0123456789 is blocked"}}
+    with pytest.raises(SavingsError, match="has an error: the key <secret> is blocked"):
+        endpoint_arm(endpoint(served, api_key_variable="OPENAI_API_KEY"), plan(), progress=False)
+    served.change = lambda response: "<html>Log in</html>"
+    with pytest.raises(SavingsError, match=r"sent text and not JSON, as for a page: '<html>Log in</html>'. Check the"):
+        endpoint_arm(endpoint(served), plan(), progress=False)
+
+
 def test_bad_endpoints_and_requests_are_refused(served, monkeypatch):
+    with pytest.raises(SavingsError, match="endpoint is a value of type dict: expected Endpoint"):
+        TokenSavings(BASELINE, endpoint={"url": served.url})
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(SavingsError, match="environment variable OPENAI_API_KEY isn't set"):
         endpoint_arm(Endpoint(served.url, "tiny"), plan(), progress=False)
