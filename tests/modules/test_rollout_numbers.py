@@ -52,6 +52,28 @@ def same(one, other):
 # ---------------------------------------------------------------- rewards
 
 
+@pytest.mark.parametrize(
+    ("options", "train", "missing"),
+    [
+        ({"rewards": lambda completions, solution: [0.0]}, ROWS, "training rows .columns: 'answer'"),
+        ({"rewards": lambda completions, answer: [0.0]}, ROWS, "validation rows .columns: none"),
+        ({"validation_rewards": lambda completions, answer: [0.0]}, ROWS, "validation rows .columns: none"),
+    ],
+)
+def test_missing_column_of_a_reward_is_refused_before_weights_are_loaded(options, train, missing, trainer_options):
+    module = policy(**options)
+    with pytest.raises(RewardError, match=f"needs '(answer|solution)'.* of the {missing}"):
+        Trainer(**trainer_options, max_steps=1).fit(module, prompts(train, validation=[{"prompt": "new"}]))
+    assert module.model is None
+
+
+def test_column_of_validation_rows_is_not_needed_without_validation(trainer_options):
+    module = policy(rewards=lambda completions, answer: [0.0] * len(completions))
+    trainer = Trainer(**{**trainer_options, "limit_val_batches": 0}, max_steps=1)
+    trainer.fit(module, prompts(validation=[{"prompt": "new"}]))
+    assert trainer.global_step == 1
+
+
 @pytest.mark.parametrize(("kind", "wrong"), [(GRPO, math.nan), (GRPO, 1e300), (PPO, torch.tensor(-math.inf))])
 def test_nonfinite_reward_stops_or_skips_the_step(kind, wrong, trainer_options):
     def sometimes(completion_ids, trainer_state):
