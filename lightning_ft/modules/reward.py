@@ -23,7 +23,7 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states
 from lightning_ft.models.load import load_reward_model
 from lightning_ft.models.reward_head import last_token_rewards, reward_head
-from lightning_ft.modules.checks import check_batch
+from lightning_ft.modules.checks import check_batch, checked_inputs
 from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.preferences import BatchLosses, PreferenceLearning
 from lightning_ft.types import Message
@@ -133,10 +133,14 @@ class RewardModeling(PreferenceLearning):
 
         Returns:
             ``float32 [n]``.
+
+        Raises:
+            ConfigError: For a single conversation instead of a list of them, or one that doesn't end with an answer.
         """
+        conversations = checked_inputs(conversations, texts=False)
         self.configure_model()
         for number, turns in enumerate(conversations):
-            if not turns or turns[-1]["role"] != "assistant":
+            if not turns or turns[-1].get("role") != "assistant":
                 raise ConfigError(
                     f"Conversation {number} doesn't end with an answer: a reward model reads whole conversations, the "
                     "assistant's turn last."
