@@ -227,6 +227,7 @@ class PolicyOptimization(SampledCompletions):
         rollout_batch = self.roll_out(batch)
         self.measure(rollout_batch)
         self.estimate_advantages(rollout_batch)
+        rollout_batch.check_advantages()
         self.last_rollout = self.record(rollout_batch)
         rolled_out = time.perf_counter()
         rate = cast(Any, self.optimizers()).param_groups[0]["lr"]
