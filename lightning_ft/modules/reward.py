@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
@@ -57,8 +58,8 @@ class RewardModeling(PreferenceLearning):
         self, model: str | PreTrainedModel, *, centering: float = 0.0, **options: Unpack[AdaptedOptions]
     ) -> None:
         super().__init__(model, **options)
-        if centering < 0:
-            raise ConfigError(f"centering={centering}: expected 0 or more.")
+        if not 0 <= centering < math.inf:
+            raise ConfigError(f"centering={centering}: expected a finite number of at least 0.")
         if self._adaptation.mode == "adapter" and self._adaptation.base is not None and not _is_reward_adapter(model):
             raise ConfigError(
                 f"{model!r} is an adapter of a language model, which has no reward head: export it with merge=True, "

@@ -340,7 +340,7 @@ class SampledCompletions(AdaptedFineTuning):
         sums = _rollout_sums(rollout_batch, rollout_batch.rewards)
         means = [advantages.mean() for advantages in rollout_batch.advantages]
         sums["advantage"] = power_sums(torch.stack(means) if means else torch.zeros(0))
-        metrics = {**self._means(sums), **rollout_batch.rewards.metrics}
+        metrics = self._means(sums)
         metrics.pop("advantage")
         return {f"train/{name}": value for name, value in metrics.items()}
 

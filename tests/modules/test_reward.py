@@ -427,8 +427,9 @@ def test_reward_gradient_checkpointing_gives_same_weights(model_folder, trainer_
 
 
 def test_reward_modeling_rejects_invalid_settings(model_folder, trainer_options):
-    with pytest.raises(ConfigError, match=r"centering=-1.0: expected 0 or more"):
-        RewardModeling("some/model", centering=-1.0)
+    for centering in (-1.0, float("nan")):
+        with pytest.raises(ConfigError, match=f"centering={centering}: expected a finite number of at least 0"):
+            RewardModeling("some/model", centering=centering)
     module = RewardModeling(model_folder)
     with pytest.raises(ConfigError, match="learns from pairs"):
         train(module, make_labeled(8), trainer_options, max_steps=1)

@@ -67,6 +67,16 @@ def test_missing_column_of_a_reward_is_refused_before_weights_are_loaded(options
     assert module.model is None
 
 
+@pytest.mark.parametrize("name", ["reward", "loss", "entropy", "no_signal_fraction", "learning_rate"])
+def test_reward_may_not_log_under_the_name_of_a_metric_of_the_step(name, trainer_options):
+    def logs(completions, log_metric):
+        log_metric(name, 9.0)
+        return [float(len(text)) for text in completions]
+
+    with pytest.raises(RewardError, match=rf"log_metric\('{name}', ...\) of a reward would replace train/{name}"):
+        Trainer(**trainer_options, max_steps=1).fit(policy(rewards=logs), prompts())
+
+
 def test_column_of_validation_rows_is_not_needed_without_validation(trainer_options):
     module = policy(rewards=lambda completions, answer: [0.0] * len(completions))
     trainer = Trainer(**{**trainer_options, "limit_val_batches": 0}, max_steps=1)
