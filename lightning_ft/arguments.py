@@ -50,9 +50,7 @@ _RENAMED = {
     "use_vllm": "vllm",
 }
 """Names of TRL and of torch, and those of this package and of the Trainer (docs/from_trl.md)."""
-_OF_DATA = frozenset(
-    {"batch_size", "format", "max_length", "num_workers", "packing", "train", "validation", "test", "columns"}
-)
+_OF_DATA = frozenset({"batch_size", "max_length", "num_workers", "packing", "train", "validation", "test", "columns"})
 _OF_TRAINER = frozenset(
     {"accumulate_grad_batches", "callbacks", "default_root_dir", "gradient_clip_val", "logger", "max_epochs"}
     | {"log_every_n_steps", "max_steps", "precision", "val_check_interval"}
