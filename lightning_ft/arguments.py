@@ -15,13 +15,24 @@ from lightning_ft.errors import ConfigError, LightningFTError, MissingArgumentEr
 from lightning_ft.types import Request
 
 _RENAMED = {
+    "beta": "kl_coef",
+    "bf16": "precision",
+    "center_rewards_coefficient": "centering",
+    "epsilon": "clip_low",
+    "epsilon_high": "clip_high",
     "eval_dataset": "validation",
+    "eval_steps": "val_check_interval",
+    "formatting_func": "format",
     "generation_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulate_grad_batches",
+    "importance_sampling_level": "importance",
+    "logging_steps": "log_every_n_steps",
     "lr": "learning_rate",
     "lr_scheduler": "lr_schedule",
     "lr_scheduler_type": "lr_schedule",
+    "mask_truncated_completions": "mask_truncated",
     "max_completion_length": "max_new_tokens",
+    "max_grad_norm": "gradient_clip_val",
     "max_seq_length": "max_length",
     "num_generations": "num_completions",
     "num_iterations": "epochs_per_rollout",
@@ -29,16 +40,20 @@ _RENAMED = {
     "output_dir": "default_root_dir",
     "peft_config": "lora",
     "per_device_train_batch_size": "batch_size",
+    "precompute_ref_log_probs": "precompute_reference",
     "processing_class": "tokenizer",
+    "report_to": "logger",
     "reward_funcs": "rewards",
     "steps_per_generation": "steps_per_rollout",
     "train_dataset": "train",
+    "use_bias_correction_kl": "bias_corrected_kl",
+    "use_vllm": "vllm",
 }
 """Names of TRL and of torch, and those of this package and of the Trainer (docs/from_trl.md)."""
 _OF_DATA = frozenset({"batch_size", "max_length", "num_workers", "packing", "train", "validation", "test", "columns"})
 _OF_TRAINER = frozenset(
     {"accumulate_grad_batches", "callbacks", "default_root_dir", "gradient_clip_val", "logger", "max_epochs"}
-    | {"max_steps", "precision"}
+    | {"log_every_n_steps", "max_steps", "precision", "val_check_interval"}
 )
 _OF_LORA = {"r": "r", "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "lora_rank": "r"} | {
     name: name for name in ("lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
@@ -124,6 +139,8 @@ def hint_for_argument(name: str, parameters: Sequence[str]) -> str:
 
 def _known_elsewhere(name: str, parameters: Sequence[str]) -> str:
     """Say what another package's argument is called here, and whose argument it is."""
+    if name == "ref_model" and "model" in parameters:
+        return " The reference is the model before training."
     here = _RENAMED.get(name, name)
     if here in parameters:
         return f" Did you mean {here!r}?"

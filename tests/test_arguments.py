@@ -3,11 +3,14 @@
 import copy
 import inspect
 import pickle
+import re
 
 import pytest
 from jsonargparse import ArgumentParser
 
 from lightning_ft import (
+    DPO,
+    GRPO,
     ComputeMeter,
     ExportModel,
     PairDataModule,
@@ -75,6 +78,25 @@ def test_subclass_of_a_callback_may_take_other_arguments():
     for same in (copy.deepcopy(meter), Verbose(2, every_n_steps=5)):
         assert (same.level, same._options) == (meter.level, meter._options)
     assert pickle.loads(pickle.dumps(ComputeMeter(every_n_steps=5)))._options == meter._options
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "hint"),
+    [
+        (GRPO, "beta", " Did you mean 'kl_coef'?"),
+        (GRPO, "epsilon", " Did you mean 'clip_low'?"),
+        (GRPO, "importance_sampling_level", " Did you mean 'importance'?"),
+        (GRPO, "ref_model", " The reference is the model before training."),
+        (DPO, "ref_model", " The reference is the model before training."),
+        (DPO, "max_grad_norm", " gradient_clip_val= is an argument of the Trainer."),
+        (DPO, "bf16", " precision= is an argument of the Trainer."),
+        (PairDataModule, "formatting_func", " Did you mean 'format'?"),
+    ],
+)
+def test_names_of_trl_are_answered_with_those_of_this_package(module, name, hint):
+    options = {"rewards": "trl.rewards.think_format_reward"} if module is GRPO else {}
+    with pytest.raises(UnknownArgumentError, match=re.escape(f"has no argument {name!r}.{hint}")):
+        module("model", **options, **{name: 1})
 
 
 @pytest.mark.parametrize("path", ["suport/data/train.jsonl", "support/date/train.jsonl", "support/data/trainn.jsonl"])

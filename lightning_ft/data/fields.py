@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypedDict, TypeVar, cast
 from lightning_ft.data.columns import Formats
 from lightning_ft.data.keys import REFUSED_COLUMNS, Refusal, is_nonempty
 from lightning_ft.data.tool_calls import ToolCallError, known_arguments, parsed, read_tools
-from lightning_ft.data.turns import FILL, RowError, check_text, read_turns
+from lightning_ft.data.turns import FILL, RowError, check_field, check_text, read_turns, refuse_written_messages
 from lightning_ft.types import Message
 
 CONVERSATIONS = ("messages", "conversations")
@@ -252,7 +252,9 @@ class FieldReader(ABC, Generic[Row_co]):
             self.ignored.update(f"{column}.{key}" for key in keys)
             return turns
         if isinstance(value, str) and role is not None:
-            return [Message(role=role, content=check_text(value, column, role))]
+            return [Message(role=role, content=check_field(value, column, role))]
+        if isinstance(value, str):
+            refuse_written_messages(value, column)
         expected = "a list of messages" if role is None else "a string or a list of messages"
         raise RowError(column, "wrong type", f"found {type(value).__name__}", f"Expected {expected}.")
 

@@ -366,8 +366,9 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             ConfigError: In all others.
         """
         raise ConfigError(
-            f"{type(self).__name__} has no rows to answer. Pass PairDataModule(..., predict=...) to predict, with any "
-            "module: its rows need no output."
+            f"{type(self).__name__} has no rows to answer. Pass PairDataModule(..., predict=...) to predict with any "
+            "module that answers: its rows need no output. A RewardModeling reads whole conversations: "
+            "DataLoader(conversations, collate_fn=list)."
         )
 
     @property

@@ -23,7 +23,7 @@ from lightning_ft.data.row_types import RowType
 from lightning_ft.data.shared_prompts import shared_text, shared_turns
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.templates import ChatTemplate
-from lightning_ft.data.turns import RowError, check_order, check_text
+from lightning_ft.data.turns import RowError, check_field, check_order
 from lightning_ft.errors import DataError
 from lightning_ft.types import Message
 
@@ -184,7 +184,7 @@ class PreferenceFormat(FieldReader[Preference]):
         values = self.value(row, "chosen"), self.value(row, "rejected")
         if all(isinstance(value, str) for value in values):
             prompt, left, right = shared_text(
-                *(check_text(v, c, "assistant") for v, c in zip(values, columns, strict=True))
+                *(check_field(v, c, "assistant") for v, c in zip(values, columns, strict=True))
             )
             turns = [Message(role="user", content=prompt)] if prompt.strip() else []
             sides = [[Message(role="assistant", content=t)] if t.strip() else [] for t in (left, right)]

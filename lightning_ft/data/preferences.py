@@ -25,12 +25,13 @@ class PreferenceDataModule(RowDataModule):
       both start with;
     - ``{prompt, completion, label}``, where `label` says whether the completion is desirable.
 
-    Pairs may have a `margin`, the number by which the chosen completion is better. Each row may have a `system`, an
-    `id` and a `cluster`. A split holds pairs or labeled completions, never both. A prompt that is a string becomes a
-    user turn: for texts that hold their own markup (``Human:``, ``Assistant:``) pass ``chat_template="text"``.
+    Pairs may have a `margin`, the number by which the chosen completion is better; only `RewardModeling` uses it. Each
+    row may have a `system`, an `id` and a `cluster`. A split holds pairs or labeled completions, never both. A prompt
+    that is a string becomes a user turn: for texts that hold their own markup (``Human:``, ``Assistant:``) pass
+    ``chat_template="text"``.
 
-    Only the last turn of a completion is supervised. The prompt of a row that is too long is cut in the same way for
-    both completions; completions are never cut.
+    Only the last turn of a completion is supervised. With ``on_overlong="truncate_prompt"`` the prompt of a row that is
+    too long is cut in the same way for both completions; completions are never cut.
 
     Args:
         max_length: Maximum number of tokens per row: of the prompt with its longest completion.

@@ -8,6 +8,7 @@ change what is trained is read, or refused by name (`lightning_ft.data.keys`); a
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -26,6 +27,10 @@ _PARTS |= {"reasoning": _PARTS["thinking"], "tool_call": _PARTS["tool_use"], "re
 """What to do about a content part, by its type."""
 
 _CALL = "Expected {'type': 'function', 'function': {'name': ..., 'arguments': {...}}}, with the arguments as an object."
+
+_WRITTEN_LIST = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+_WRITTEN_ROLE = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](?:system|user|human|assistant|gpt|tool)['"]""")
+"""The start of a list of messages that was written as text, and one of its roles."""
 
 
 class RowError(Exception):
@@ -48,6 +53,35 @@ def check_text(value: str, field: str, role: str) -> str:
     if value:
         raise RowError(field, f"whitespace-only {side}", repr(value[:20]), FILL)
     raise RowError(field, f"empty {side}", "", FILL)
+
+
+def check_field(value: str, field: str, role: str) -> str:
+    """Refuse what :func:`check_text` refuses, and a list of messages that was written as text, as a CSV file does.
+
+    Args:
+        value: Text of a whole field.
+        field: Name of the field.
+        role: Role of the turn that the text becomes.
+
+    Raises:
+        RowError: For them.
+    """
+    refuse_written_messages(value, field)
+    return check_text(value, field, role)
+
+
+def refuse_written_messages(value: str, field: str) -> None:
+    """Refuse messages as JSON or as Python prints them: the model would learn brackets and keys.
+
+    Raises:
+        RowError: If the text is such a list.
+    """
+    if _WRITTEN_LIST.match(value) and _WRITTEN_ROLE.search(value) and value.rstrip().endswith("]"):
+        fix = (
+            "Read it into a list before (json.loads; ast.literal_eval if Python has printed it), or pass "
+            "[{'role': ..., 'content': text}] to keep it as text."
+        )
+        raise RowError(field, "messages written as text", repr(value[:40]), fix)
 
 
 def read_turns(value: Sequence[object], field: str, ignored: set[str] | None = None) -> list[Message]:

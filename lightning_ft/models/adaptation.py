@@ -52,6 +52,7 @@ class Adaptation:
         adapter: str | None,
         top_layers: int | None = None,
     ) -> None:
+        self._is_object = not isinstance(model, str)
         self.base: str | None = None
         """The base model's name, if `model` is an adapter folder."""
         if isinstance(model, str) and (base := adapter_base(model)) is not None:
@@ -87,6 +88,9 @@ class Adaptation:
     def apply(self, base: PreTrainedModel, *, seed: int) -> tuple[PreTrainedModel | PeftModel, InitialAdapter | None]:
         """Prepare the model for training; parameters that text doesn't reach stay frozen and get no adapter.
 
+        Without an adapter, parameters that are frozen in the loaded model stay frozen too, such as fixed positions or
+        layers that the user has frozen. A model that is frozen as a whole, as the base of an adapter is, is trained.
+
         Args:
             base: The loaded model.
             seed: Seed of a new adapter's initial weights.
@@ -104,9 +108,7 @@ class Adaptation:
             model = load_adapter(base, self.adapter)
             return _freeze_unreached(model, find_reach(model)), None
         if self.lora is None:
-            base.requires_grad_(True)
-            for name, parameter in base.named_parameters():
-                parameter.requires_grad_(name not in self.reach.unreached)
+            self._train_base(base)
             return base, None
         base.requires_grad_(False)
         model = self._add_lora(base, self.lora, seed)
@@ -138,6 +140,24 @@ class Adaptation:
         if self.reach.unknown is not None:
             lines.append(f"Which parameters text reaches is unknown ({self.reach.unknown}), so none are left out.")
         return "\n".join(lines)
+
+    def _train_base(self, base: PreTrainedModel) -> None:
+        """Train what text reaches, without the parameters that are frozen."""
+        base_parameters = dict(base.named_parameters())
+        reached = [name for name in base_parameters if name not in self.reach.unreached]
+        frozen = [name for name in reached if not base_parameters[name].requires_grad]
+        if len(frozen) == len(reached):
+            frozen = []
+        if frozen and self._is_object:
+            warn(
+                f"{len(frozen):,} of {len(base_parameters):,} parameters of the model that was passed are frozen, the "
+                f"first {frozen[0]}, and stay so. To train them too, call requires_grad_(True) on the model "
+                "before passing it.",
+                stacklevel=2,
+            )
+        trained = set(reached) - set(frozen)
+        for name, parameter in base_parameters.items():
+            parameter.requires_grad_(name in trained)
 
     def _add_lora(self, base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
         tensors = list(expert_tensors(base))

@@ -41,7 +41,7 @@ from lightning_ft.models.router import OwnLoss, find_own_loss
 from lightning_ft.models.shard import check_quantization, shard
 from lightning_ft.modules.averaging import AveragedWeights
 from lightning_ft.modules.checkpoint_io import CheckpointedModule, refuse_code_of_checkpoint
-from lightning_ft.modules.checks import check_tokens
+from lightning_ft.modules.checks import check_tokens, checked_inputs
 from lightning_ft.modules.evaluation import EvaluatedModule
 from lightning_ft.modules.exporting import ExportedModule
 from lightning_ft.modules.optimization import OptimizedModule
@@ -408,7 +408,11 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
 
         Returns:
             The answers, without special tokens.
+
+        Raises:
+            ConfigError: For a single text or conversation instead of a list of them.
         """
+        inputs = checked_inputs(inputs)
         self.configure_model()
         prompts = [self._encode_prompt(prompt) for prompt in inputs]
         check_tokens(self.model, self.tokenizer, prompts)

@@ -6,7 +6,7 @@ each would end the run when its batch comes, perhaps after hours, and on a GPU w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -38,6 +38,7 @@ from lightning_ft.models.vocabulary import (
     untrained_rows,
 )
 from lightning_ft.modules.options import ModelOptions
+from lightning_ft.types import Request
 
 _MOST_NAMED = 5
 _PACKAGE = "lightning_ft."
@@ -172,6 +173,49 @@ def check_batch(
     if error is not None:
         raise error
     _check_length(model, longest, name, new_tokens)
+
+
+def checked_inputs(inputs: Iterable[object], *, texts: bool = True) -> list[Any]:
+    """The inputs to answer or to score as a list; anything but texts, conversations and requests is refused.
+
+    A single text would be read as a list of its characters, a single conversation as one of its messages.
+
+    Args:
+        inputs: The inputs.
+        texts: Whether texts and requests are inputs, or conversations only.
+
+    Raises:
+        ConfigError: For a single text or conversation, and for an input of another type or without messages.
+
+    Example:
+        >>> checked_inputs(["hi"])
+        ['hi']
+        >>> checked_inputs("hi")
+        Traceback (most recent call last):
+        lightning_ft.errors.ConfigError: Got a single text where a list of inputs is expected: pass ['hi']. ...
+    """
+    expected = f"a list of inputs, each {'a text or ' * texts}a list of messages"
+    if isinstance(inputs, str):
+        raise ConfigError(
+            f"Got a single text where a list of inputs is expected: pass [{inputs[:40]!r}]. For a Trainer's predict "
+            "pass a DataLoader of lists."
+        )
+    if isinstance(inputs, Mapping):
+        raise ConfigError(f"Got a dict with the keys {', '.join(map(str, inputs))}: expected {expected}.")
+    listed = list(inputs)
+    for number, one in enumerate(listed):
+        if isinstance(one, (str, Request)) and texts:
+            continue
+        if isinstance(one, Mapping):
+            raise ConfigError(
+                f"Input {number} is a message, not a conversation: expected {expected}. For one conversation pass "
+                "[conversation]; a DataLoader of conversations needs collate_fn=list."
+            )
+        if not isinstance(one, Sequence) or isinstance(one, str) or not all(isinstance(turn, Mapping) for turn in one):
+            raise ConfigError(f"Input {number} is of type {type(one).__name__}: expected {expected}.")
+        if not one and texts:
+            raise ConfigError(f"Input {number} has no messages: end it with the turn to answer.")
+    return listed
 
 
 def _sequences(batch: object) -> Iterator[tuple[Tensor, int]]:

@@ -179,10 +179,9 @@ class PromptDistillation(SupervisedFineTuning, AdaptedFineTuning):
                     f"The system turn of {having:,} requests has the prompt already, so the student would read it, "
                     "too, and the teacher twice. Leave it out of the rows."
                 )
-            rows.sort(key=lambda row: -len(str(row.columns.get("prompt_context") or "")) - len(str(row.prompt)))
+            rows.sort(key=_characters, reverse=True)
             for row in rows[:_LONGEST]:
-                context = cast("str | None", row.columns.get("prompt_context"))
-                self.teacher.check_request(row.prompt, context, self.max_new_tokens)
+                self.teacher.check_request(row, self.max_new_tokens)
 
     def _move_teacher(self) -> None:
         if self._reference is not None:
@@ -318,6 +317,11 @@ class _Agreement:
         disagreements = torch.zeros(max(count, batch.num_groups), dtype=torch.float32, device=result.agreed.device)
         disagreements.index_add_(0, batch.groups, (~result.agreed).float())
         self.answers.add({"answer_agreement": (disagreements[:count] == 0).float()})
+
+
+def _characters(row: Prompt) -> int:
+    """Number of characters that a row adds to the prompt, tools and other variables of its template included."""
+    return len(f"{row.columns.get('prompt_context') or ''}{row.prompt}{row.template_kwargs or ''}")
 
 
 @contextmanager

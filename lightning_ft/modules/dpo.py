@@ -77,6 +77,11 @@ class DPO(LogRatioLearning):
         check_preference_losses(self.losses, beta=beta, label_smoothing=label_smoothing)
         self.needs_reference = any(one.needs_reference for one, _ in self.losses)
         """Whether any loss compares with the reference."""
+        if precompute_reference and not self.needs_reference:
+            names = ", ".join(one.name for one, _ in self.losses)
+            raise ConfigError(
+                f"precompute_reference=True has no meaning for {names}, which uses no reference. Leave it out."
+            )
         self.precompute_reference, self._cache_dir = precompute_reference, cache_dir
         self.record_arguments(
             {

@@ -139,7 +139,8 @@ class GRPO(PolicyOptimization):
 
     def rollout_metrics(self, rollout_batch: RolloutBatch) -> dict[str, float]:
         """As in `SampledCompletions`, with the share of prompts whose completions give no signal."""
-        advantages = torch.cat(rollout_batch.advantages) if rollout_batch.advantages else torch.zeros(0)
+        largest = [advantages.abs().max() for advantages in rollout_batch.advantages]  # those of tokens in a subclass
+        advantages = torch.stack(largest) if largest else torch.zeros(0)
         without = groups_without_signal(advantages, rollout_batch.num_completions).float()
         share = self._means({"no_signal_fraction": power_sums(without)})
         return {**super().rollout_metrics(rollout_batch), **{f"train/{name}": value for name, value in share.items()}}

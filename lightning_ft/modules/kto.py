@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import ClassVar
@@ -57,6 +58,14 @@ class KTO(LogRatioLearning):
         super().__init__(model, **options)
         if not beta > 0:
             raise ConfigError(f"beta={beta}: expected a number above 0.")
+        weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"{name}={weight}: expected a finite number of at least 0.")
+        if not any(weights.values()):
+            raise ConfigError(
+                "desirable_weight=0 and undesirable_weight=0: nothing would be learned. Raise one of them."
+            )
         self.beta = float(beta)
         self.desirable_weight, self.undesirable_weight = float(desirable_weight), float(undesirable_weight)
         self.record_arguments(

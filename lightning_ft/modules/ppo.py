@@ -117,6 +117,11 @@ class PPO(PolicyOptimization):
                 raise ConfigError(f"{name}={share}: expected a number from 0 to 1.")
         if value_clip is not None and value_clip <= 0:
             raise ConfigError(f"value_clip={value_clip}: expected more than 0, or None.")
+        if value_learning_rate is not None and not 0 < value_learning_rate < math.inf:
+            raise ConfigError(f"value_learning_rate={value_learning_rate}: expected a finite number above 0, or None.")
+        for name, weight in (("value_coef", value_coef), ("missing_eos_penalty", missing_eos_penalty)):
+            if weight is not None and not 0 <= weight < math.inf:
+                raise ConfigError(f"{name}={weight}: expected a finite number of at least 0.")
         if kl_target is not None and not kl_coef:
             raise ConfigError("kl_target multiplies kl_coef, so kl_coef must start above 0.")
         self.kl_controller = None if kl_target is None else AdaptiveKL(self.kl_coef, kl_target, kl_horizon)
@@ -163,7 +168,7 @@ class PPO(PolicyOptimization):
         critic = cast(Critic, self.critic)
         own = {id(parameter) for parameter in critic.own_parameters(self.model)}
         rate = self.optimizer_options.learning_rate
-        rates = {True: self.value_learning_rate or rate, False: rate}
+        rates = {True: rate if self.value_learning_rate is None else self.value_learning_rate, False: rate}
         decayed = parameter_groups(self, self.optimizer_options.weight_decay)
         groups = [
             {**group, "params": chosen, "lr": rates[which]}

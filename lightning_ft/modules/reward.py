@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
@@ -23,7 +24,7 @@ from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, as_forward, base_of, hidden_states
 from lightning_ft.models.load import load_reward_model
 from lightning_ft.models.reward_head import last_token_rewards, reward_head
-from lightning_ft.modules.checks import check_batch
+from lightning_ft.modules.checks import check_batch, checked_inputs
 from lightning_ft.modules.options import AdaptedOptions, Unpack
 from lightning_ft.modules.preferences import BatchLosses, PreferenceLearning
 from lightning_ft.types import Message
@@ -57,8 +58,8 @@ class RewardModeling(PreferenceLearning):
         self, model: str | PreTrainedModel, *, centering: float = 0.0, **options: Unpack[AdaptedOptions]
     ) -> None:
         super().__init__(model, **options)
-        if centering < 0:
-            raise ConfigError(f"centering={centering}: expected 0 or more.")
+        if not 0 <= centering < math.inf:
+            raise ConfigError(f"centering={centering}: expected a finite number of at least 0.")
         if self._adaptation.mode == "adapter" and self._adaptation.base is not None and not _is_reward_adapter(model):
             raise ConfigError(
                 f"{model!r} is an adapter of a language model, which has no reward head: export it with merge=True, "
@@ -133,10 +134,14 @@ class RewardModeling(PreferenceLearning):
 
         Returns:
             ``float32 [n]``.
+
+        Raises:
+            ConfigError: For a single conversation instead of a list of them, or one that doesn't end with an answer.
         """
+        conversations = checked_inputs(conversations, texts=False)
         self.configure_model()
         for number, turns in enumerate(conversations):
-            if not turns or turns[-1]["role"] != "assistant":
+            if not turns or turns[-1].get("role") != "assistant":
                 raise ConfigError(
                     f"Conversation {number} doesn't end with an answer: a reward model reads whole conversations, the "
                     "assistant's turn last."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import Example
+from lightning_ft.errors import ConfigError
 from lightning_ft.rewards.batch import Prompt, Rewards
 from lightning_ft.rollout.protocol import Rollouts
 
@@ -95,6 +96,33 @@ class RolloutBatch:
     def without_logprobs(self) -> list[int]:
         """Indices of completions that were sampled from non-finite logits, which their log-probabilities show."""
         return [c for c, logprobs in enumerate(self.sampling_logprobs) if not bool(logprobs.isfinite().all())]
+
+    def check_advantages(self) -> None:
+        """Refuse advantages that a subclass has set in another form than a tensor per completion.
+
+        Raises:
+            ConfigError: For them.
+        """
+        found = self.advantages
+        if not isinstance(found, (list, tuple)) or len(found) != len(self.completions):
+            shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f" of {len(found)}"
+            problem = f"are a {type(found).__name__}{shape}"
+        else:
+            lengths = map(len, self.completions)
+            wrong = [
+                f"of completion {c}, which has {length} tokens, are a {type(one).__name__}"
+                + (f" of shape {tuple(one.shape)}" if isinstance(one, Tensor) else "")
+                for c, (one, length) in enumerate(zip(found, lengths, strict=True))
+                if not isinstance(one, Tensor) or one.shape not in ((1,), (length,))
+            ]
+            if not wrong:
+                return
+            problem = wrong[0]
+        raise ConfigError(
+            f"The advantages that estimate_advantages has set {problem}: expected a list of {len(self.completions)} "
+            "tensors, each with one advantage for its completion or one for each of its tokens, such as "
+            "list(advantages[:, None])."
+        )
 
     def groups(self, steps: int = 1) -> list[list[int]]:
         """Groups of completions that are distributed over the optimizer steps of a pass: one group per prompt.

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.data.batches import PromptBatch
-from lightning_ft.data.prompts import Prompts
+from lightning_ft.data.prompts import Prompt, Prompts
 from lightning_ft.data.row_types import RowType
+from lightning_ft.data.splits import SplitName
 from lightning_ft.distributed import rank_zero_warn, sum_over_ranks
 from lightning_ft.errors import ConfigError, NonFiniteError, RolloutError
 from lightning_ft.losses.statistics import mean_and_std, power_sums
@@ -34,6 +35,11 @@ from lightning_ft.rollout.protocol import RolloutEngine, Sampling, check_rollout
 from lightning_ft.types import Message, Request
 
 _VALIDATION_SEED = 0
+_SPLITS_OF_STAGE: dict[str, tuple[SplitName, ...]] = {
+    "fit": ("train", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+}
 
 
 class SampledCompletions(AdaptedFineTuning):
@@ -136,6 +142,26 @@ class SampledCompletions(AdaptedFineTuning):
         self._engine_argument = (engine,)  # in a tuple, so that an engine that is a torch module is no submodule
         self._ranks = PatientRanks()
         self._warned_settings = False
+
+    def setup(self, stage: str) -> None:
+        """As in `FineTuning`; refuse rows without a column that a reward needs, before weights are loaded.
+
+        Raises:
+            RewardError: For them. What the user's own module or DataModule adds to the rows isn't known here.
+        """
+        super().setup(stage)
+        data = self._row_data()
+        if data is None or not all(type(part).__module__.startswith("lightning_ft.") for part in (self, data)):
+            return
+        for split in _SPLITS_OF_STAGE.get(stage, ()):
+            if split == "validation" and self.trainer.limit_val_batches == 0:
+                continue
+            used = (self.rewards,) if split == "train" else (self.rewards, self.validation_rewards)
+            parts = data.splits.rows.get(split, ())
+            for row in [part[0] for part in parts if len(part) and isinstance(part[0], Prompt)][:1]:
+                for rewards in used:
+                    if rewards is not None:
+                        rewards.check_columns(row.columns, "training rows" if split == "train" else f"{split} rows")
 
     # ---------------------------------------------------------------- sampling
 
@@ -314,7 +340,7 @@ class SampledCompletions(AdaptedFineTuning):
         sums = _rollout_sums(rollout_batch, rollout_batch.rewards)
         means = [advantages.mean() for advantages in rollout_batch.advantages]
         sums["advantage"] = power_sums(torch.stack(means) if means else torch.zeros(0))
-        metrics = {**self._means(sums), **rollout_batch.rewards.metrics}
+        metrics = self._means(sums)
         metrics.pop("advantage")
         return {f"train/{name}": value for name, value in metrics.items()}
 

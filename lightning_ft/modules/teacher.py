@@ -14,6 +14,7 @@ from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.layout import Example
 from lightning_ft.data.prompt_baseline import PromptBaseline
+from lightning_ft.data.prompts import Prompt
 from lightning_ft.data.tokenizers import pad_token_id
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
@@ -144,19 +145,25 @@ class PromptedTeacher:
 
     # ---------------------------------------------------------------- helpers
 
-    def check_request(self, request: str | list[Message], context: str | None, max_new_tokens: int) -> None:
+    def check_request(self, row: Prompt, max_new_tokens: int) -> None:
         """Check that a request with the prompt, and its answer, fit the model's context.
+
+        Args:
+            row: The request, whose `prompt_context` ends the system prompt.
+            max_new_tokens: Largest number of tokens of the answer.
 
         Raises:
             ConfigError: If they don't.
         """
-        self._check_length([self._encode(request, context)], max_new_tokens)
+        context = cast("str | None", row.columns.get("prompt_context"))
+        ids = self._encode(row.prompt, context, row.template_kwargs)
+        self._check_length([ids], max_new_tokens, f"{row.source}, row {row.row},")
 
-    def _check_length(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    def _check_length(self, prompts: Sequence[Sequence[int]], new_tokens: int, name: str = "a request") -> None:
         limit, longest = context_length(base_of(self._engine.model)), max(map(len, prompts), default=0)
         if limit is not None and longest + new_tokens > limit:
             raise ConfigError(
-                f"With the prompt a request has {longest:,} tokens and its answer up to {new_tokens:,}, which exceeds "
+                f"With the prompt {name} has {longest:,} tokens and its answer up to {new_tokens:,}, which exceeds "
                 f"the context of {limit:,} tokens. Shorten the prompt, leave the request out, or lower max_new_tokens."
             )
 

@@ -56,11 +56,12 @@ class Arguments:
                 "keyword arguments: f(prompts, completions, completion_ids, **columns). Remove the `/`."
             )
 
-    def check_columns(self, columns: Iterable[str]) -> None:
+    def check_columns(self, columns: Iterable[str], rows: str = "rows") -> None:
         """Check that every required argument is available.
 
         Args:
             columns: Names of the columns of the rows, the prompt excluded.
+            rows: Name of the rows, for the error.
 
         Raises:
             RewardError: If an argument is missing; the message names it and the columns.
@@ -69,8 +70,8 @@ class Arguments:
         if missing := [name for name in self.required if name not in RESERVED and name not in columns]:
             available = ", ".join(map(repr, columns)) or "none"
             raise RewardError(
-                f"Reward {self.name!r} needs {missing[0]!r}, which is neither a column of the rows (columns: "
-                f"{available}) nor one of {', '.join(RESERVED)}."
+                f"Reward {self.name!r} needs {missing[0]!r}, which is neither a column of the {rows} "
+                f"(columns: {available}) nor one of {', '.join(RESERVED)}."
             )
 
     def select(self, available: Mapping[str, T]) -> dict[str, T]:

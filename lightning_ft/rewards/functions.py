@@ -156,11 +156,12 @@ class RewardFunctions:
         """Weights of the rewards, ``float32 [k]``."""
         return torch.tensor([reward.weight for reward in self._rewards], dtype=torch.float32)
 
-    def check_columns(self, columns: Iterable[str]) -> None:
+    def check_columns(self, columns: Iterable[str], rows: str = "rows") -> None:
         """Check, before anything is generated, that the rows have the columns that functions need.
 
         Args:
             columns: Names of the columns of the rows, the prompt excluded.
+            rows: Name of the rows, for the error.
 
         Raises:
             RewardError: If a function needs another column, or a column has the name of an argument.
@@ -169,7 +170,7 @@ class RewardFunctions:
         check_columns(columns)
         for reward in self._rewards:
             if isinstance(reward.reward, FunctionReward):
-                reward.reward.arguments.check_columns(columns)
+                reward.reward.arguments.check_columns(columns, rows)
 
     def models(self) -> list[tuple[str, ConversationScorer]]:
         """Return the name and the model of each reward model, loading those that aren't loaded yet."""

@@ -54,7 +54,9 @@ def test_rows_without_questions_to_answer_name_the_data_module_that_has_them(tra
     prompts = [{"prompt": "2 + 2?"}]
     for data_class, rows in ((PreferenceDataModule, preferences), (PromptDataModule, prompts)):
         data = data_class(rows, tokenizer=tokenizer, cache_dir=False)
-        with pytest.raises(ConfigError, match=rf"{data_class.__name__} has no rows to answer.*PairDataModule"):
+        with pytest.raises(
+            ConfigError, match=rf"{data_class.__name__} has no rows to answer.*PairDataModule.*collate_fn=list"
+        ):
             trainer().predict(BatchRecorder(tokenizer), data)
 
 

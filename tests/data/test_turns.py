@@ -8,7 +8,7 @@ from lightning_ft import PairDataModule, PreferenceDataModule, PromptDataModule
 from lightning_ft.data.keys import is_nonempty
 from lightning_ft.data.tool_calls import ToolCallError, read_calls, read_tools
 from lightning_ft.data.turns import RowError, check_order, read_turns
-from lightning_ft.errors import ConfigError
+from lightning_ft.errors import ConfigError, DataError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -379,3 +379,31 @@ def test_check_order_requires_the_answer_last():
         with pytest.raises(RowError) as error:
             order(*roles)
         assert error.value.reason == (reason or "no answer to the last turn")
+
+
+PRINTED = str([user("is [{this}] it?"), answer()])
+WRITTEN = json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("data_module", "row", "field"),
+    [
+        (PairDataModule, {"messages": WRITTEN}, "messages"),
+        (PairDataModule, {"prompt": PRINTED, "completion": "a"}, "prompt"),
+        (PairDataModule, {"input": "q", "output": json.dumps([answer()])}, "output"),
+        (PromptDataModule, {"prompt": PRINTED}, "prompt"),
+        (PreferenceDataModule, {"prompt": "q", "chosen": json.dumps([answer()]), "rejected": "b"}, "chosen"),
+        (PreferenceDataModule, {"chosen": PRINTED, "rejected": PRINTED.replace("'a'", "'b'")}, "chosen"),
+        (PreferenceDataModule, {"prompt": "q", "completion": f" {WRITTEN}\n", "label": True}, "completion"),
+    ],
+)
+def test_messages_written_as_text_are_refused(data_module, row, field):
+    with pytest.raises(DataError, match=f"train, row 1, '{field}': messages written as text .*json.loads"):
+        data_module([row], cache_dir=False).load_rows()
+
+
+@pytest.mark.parametrize("prompt", ["[{'role': 'user'}] is a message", '[{"role": "manager", "content": "x"}]', "[1]"])
+def test_other_text_in_brackets_is_read(prompt):
+    data = PromptDataModule([{"prompt": prompt}, {"prompt": [user(PRINTED)]}], cache_dir=False)
+    data.load_rows()
+    assert [row.messages[-1]["content"] for row in data.splits.rows["train"][0]] == [prompt, PRINTED]

@@ -370,3 +370,39 @@ def test_load_checkpoint_names_a_file_that_is_not_a_checkpoint(content, says, mo
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     with pytest.raises(ModelError, match=rf"some\.ckpt' .*{says}"):
         FullFineTuning(model_folder).load_checkpoint(file)
+
+
+# ---------------------------------------------------------------- inputs to answer
+
+TURN = {"role": "user", "content": "where is my parcel"}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("where", r"single text .* pass \['where'\]"),
+        ([TURN], "Input 0 is a message, not a conversation"),
+        ([{"role": ["user"], "content": ["where"]}], "collate_fn=list"),
+        ({"role": "user"}, "dict with the keys role"),
+        (["where", 3], "Input 1 is of type int"),
+        (["where", ["where"]], "Input 1 is of type list"),
+        (["where", []], "Input 1 has no messages"),
+    ],
+)
+def test_generate_refuses_what_is_no_list_of_inputs(inputs, message):
+    module = GRPO(make_model(), tokenizer=make_tokenizer(), rewards=lambda completions: [0.0] * len(completions))
+    with pytest.raises(ConfigError, match=message):
+        module.generate(inputs)
+
+
+@pytest.mark.parametrize("conversations", ["where", [TURN], ["where"]])
+def test_score_conversations_refuses_what_is_no_list_of_conversations(conversations):
+    module = RewardModeling(make_model(), tokenizer=make_tokenizer())
+    with pytest.raises(ConfigError, match=r"Input 0|single text"):
+        module.score_conversations(conversations)
+
+
+def test_generate_takes_tuples_and_generators():
+    module = DPO(make_model(), tokenizer=make_tokenizer())
+    inputs = ["where", (TURN,)]
+    assert module.generate(iter(inputs), max_new_tokens=2) == module.generate(inputs, max_new_tokens=2)

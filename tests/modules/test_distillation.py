@@ -268,12 +268,18 @@ def test_loaded_teachers_are_checked(model_folder, trainer_options):
 
 
 def test_requests_that_do_not_fit_with_the_prompt_are_refused_before_training(model_folder, trainer_options):
-    rows = [{"prompt": text} for text in REQUESTS]
-    for long in ({"prompt": "fox " * 480}, {"prompt": "fox", "prompt_context": "lamp " * 500}):
+    rows = [{"prompt": text} for text in REQUESTS * 4]
+    template = f"{{{{ note }}}}{make_tokenizer().chat_template}"
+    for long in (
+        {"prompt": "fox " * 480},
+        {"prompt": "fox", "prompt_context": "lamp " * 500},
+        {"prompt": "fox", "chat_template_kwargs": {"note": "lamp " * 480}},
+    ):
         module = PromptDistillation(model_folder, prompt=PROMPT, lora=LORA, **QUICK)
         trainer = Trainer(max_steps=9, **trainer_options)
-        with pytest.raises(ConfigError, match="exceeds the context of 512 tokens"):
-            trainer.fit(module, PromptDataModule([*rows, long], batch_size=1, shuffle=False))
+        data = PromptDataModule([*rows, long], batch_size=1, shuffle=False, chat_template=template)
+        with pytest.raises(ConfigError, match=r"With the prompt train, row 21, .* exceeds the context of 512 tokens"):
+            trainer.fit(module, data)
         assert trainer.global_step == 0
 
 

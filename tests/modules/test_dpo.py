@@ -237,6 +237,7 @@ def test_dpo_trains_float32_adapter_over_bfloat16_base(model_folder, trainer_opt
         ({"loss": "kto"}, "use lightning_ft.KTO"),
         ({"loss": {"kto": 1.0, "sft": 0.2}}, "use lightning_ft.KTO"),
         ({"loss": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss": {"orpo": 1.0, "sft": 0.2}, "precompute_reference": True}, "no meaning for orpo, sft, which uses no"),
         ({"lora": {"init_lora_weights": "eva"}}, "eva"),
         ({"quantization": "4bit"}, "lora=True"),
     ],

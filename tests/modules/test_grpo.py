@@ -29,7 +29,38 @@ def make(kind=Policy, **options):
     return kind(make_model(), tokenizer=make_tokenizer(), **{**settings, **options})
 
 
-# ---------------------------------------------------------------- custom losses
+# ---------------------------------------------------------------- custom losses and advantages
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda rewards: rewards, r"are a Tensor of shape \(9,\): expected a list of 9 tensors"),
+        (lambda rewards: list(rewards), r"of completion 0, which has \d tokens, are a Tensor of shape \(\)"),
+        (lambda rewards: list(rewards[1:, None]), "are a list of 8"),
+        (lambda rewards: rewards.tolist(), "of completion 0, .* are a float"),
+    ],
+)
+def test_advantages_in_another_form_are_refused(form, message, trainer_options):
+    class Own(Policy):
+        def estimate_advantages(self, rollout_batch):
+            rollout_batch.advantages = form(rollout_batch.total_rewards)
+
+    with pytest.raises(ConfigError, match=message):
+        run(make(Own), [BATCH], trainer_options, rollouts=[ROLLOUT])
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_own_advantages_of_completions_or_tokens_are_used(per_token, trainer_options):
+    class Own(Policy):
+        def estimate_advantages(self, rollout_batch):
+            lengths = rollout_batch.lengths.tolist()
+            rollout_batch.advantages = tuple(torch.full((n if per_token else 1,), 0.5) for n in lengths)
+
+    module = make(Own)
+    run(module, [BATCH], trainer_options, rollouts=[ROLLOUT])
+    assert set(module.last_rollout.advantages) == {0.5}
+    assert module.trainer.callback_metrics["train/no_signal_fraction"] == 0
 
 
 class Reinforce(GRPO):

@@ -61,7 +61,13 @@ def test_kto_counts_pairs_as_two_labeled_completions(model_folder, trainer_optio
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
-    [({"beta": 0.0}, ConfigError, "beta"), ({"label_smoothing": 0.1}, UnknownArgumentError, "label_smoothing")],
+    [
+        ({"beta": 0.0}, ConfigError, "beta"),
+        ({"desirable_weight": -1.0}, ConfigError, "desirable_weight=-1.0"),
+        ({"undesirable_weight": float("nan")}, ConfigError, "undesirable_weight=nan"),
+        ({"desirable_weight": 0.0, "undesirable_weight": 0.0}, ConfigError, "nothing would be learned"),
+        ({"label_smoothing": 0.1}, UnknownArgumentError, "label_smoothing"),
+    ],
 )
 def test_kto_rejects_settings_out_of_range(options, error, message):
     with pytest.raises(error, match=message):

@@ -11,6 +11,7 @@ from preference_runs import Records, make_labeled, make_pairs, train, trainable
 from safetensors.torch import load_file
 from tiny import CHATML, make_model, make_rows, make_tokenizer
 from torch.nn.functional import logsigmoid
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -125,6 +126,14 @@ def test_score_conversations_matches_training_rewards(model_folder):
     torch.testing.assert_close(scores[1::2], metrics["rewards/rejected"], rtol=0, atol=1e-5)
     assert module.predict_step(conversations(PAIRS[:2]), 0) == pytest.approx(scores[:4].tolist(), abs=1e-5)
     assert all(part.training for part in module.model.modules())
+
+
+def test_reward_model_predicts_conversations_of_a_loader(model_folder, trainer_options):
+    module = RewardModeling(model_folder)
+    loader = DataLoader(conversations(PAIRS[:2]), batch_size=3, collate_fn=list)
+    predicted = Trainer(**trainer_options).predict(module, loader)
+    scores = module.score_conversations(conversations(PAIRS[:2]))
+    assert [reward for batch in predicted for reward in batch] == pytest.approx(scores.tolist(), abs=1e-5)
 
 
 def test_reward_metrics_are_means_over_steps_and_splits(model_folder, trainer_options):
@@ -427,8 +436,9 @@ def test_reward_gradient_checkpointing_gives_same_weights(model_folder, trainer_
 
 
 def test_reward_modeling_rejects_invalid_settings(model_folder, trainer_options):
-    with pytest.raises(ConfigError, match=r"centering=-1.0: expected 0 or more"):
-        RewardModeling("some/model", centering=-1.0)
+    for centering in (-1.0, float("nan")):
+        with pytest.raises(ConfigError, match=f"centering={centering}: expected a finite number of at least 0"):
+            RewardModeling("some/model", centering=centering)
     module = RewardModeling(model_folder)
     with pytest.raises(ConfigError, match="learns from pairs"):
         train(module, make_labeled(8), trainer_options, max_steps=1)

@@ -52,6 +52,38 @@ def same(one, other):
 # ---------------------------------------------------------------- rewards
 
 
+@pytest.mark.parametrize(
+    ("options", "train", "missing"),
+    [
+        ({"rewards": lambda completions, solution: [0.0]}, ROWS, "training rows .columns: 'answer'"),
+        ({"rewards": lambda completions, answer: [0.0]}, ROWS, "validation rows .columns: none"),
+        ({"validation_rewards": lambda completions, answer: [0.0]}, ROWS, "validation rows .columns: none"),
+    ],
+)
+def test_missing_column_of_a_reward_is_refused_before_weights_are_loaded(options, train, missing, trainer_options):
+    module = policy(**options)
+    with pytest.raises(RewardError, match=f"needs '(answer|solution)'.* of the {missing}"):
+        Trainer(**trainer_options, max_steps=1).fit(module, prompts(train, validation=[{"prompt": "new"}]))
+    assert module.model is None
+
+
+@pytest.mark.parametrize("name", ["reward", "loss", "entropy", "no_signal_fraction", "learning_rate"])
+def test_reward_may_not_log_under_the_name_of_a_metric_of_the_step(name, trainer_options):
+    def logs(completions, log_metric):
+        log_metric(name, 9.0)
+        return [float(len(text)) for text in completions]
+
+    with pytest.raises(RewardError, match=rf"log_metric\('{name}', ...\) of a reward would replace train/{name}"):
+        Trainer(**trainer_options, max_steps=1).fit(policy(rewards=logs), prompts())
+
+
+def test_column_of_validation_rows_is_not_needed_without_validation(trainer_options):
+    module = policy(rewards=lambda completions, answer: [0.0] * len(completions))
+    trainer = Trainer(**{**trainer_options, "limit_val_batches": 0}, max_steps=1)
+    trainer.fit(module, prompts(validation=[{"prompt": "new"}]))
+    assert trainer.global_step == 1
+
+
 @pytest.mark.parametrize(("kind", "wrong"), [(GRPO, math.nan), (GRPO, 1e300), (PPO, torch.tensor(-math.inf))])
 def test_nonfinite_reward_stops_or_skips_the_step(kind, wrong, trainer_options):
     def sometimes(completion_ids, trainer_state):

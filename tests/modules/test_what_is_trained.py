@@ -60,6 +60,33 @@ def test_exported_adapter_excludes_the_tower(fit, tokenizer, tmp_path):
     assert again.generate(["where is my parcel"]) == module.generate(["where is my parcel"])
 
 
+def test_layers_frozen_in_a_passed_model_stay_frozen(trainer_options, tokenizer):
+    model = make_model()
+    model.model.layers[0].requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    module = DPO(model, tokenizer=tokenizer, learning_rate=1e-2)
+    data = PreferenceDataModule(PAIRS[:4], tokenizer=tokenizer, batch_size=2, cache_dir=False)
+    with pytest.warns(UserWarning, match="are frozen, the first model.layers.0"):
+        Trainer(**trainer_options, max_steps=2).fit(module, data)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".layers.0." not in name}
+
+
+def test_model_frozen_as_a_whole_is_trained(fit, tokenizer, recwarn):
+    model = make_model().requires_grad_(False)
+    fit(FullFineTuning(model, tokenizer=tokenizer), ROWS, max_steps=1)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not [w for w in recwarn if "are frozen" in str(w.message)]
+
+
+def test_model_passed_again_keeps_its_tower_frozen_without_a_warning(fit, tokenizer, recwarn):
+    model = make_multimodal("gemma3")
+    for _ in range(2):
+        fit(FullFineTuning(model, tokenizer=tokenizer), ROWS, max_steps=1)
+    assert {p.requires_grad for n, p in model.named_parameters() if "vision" in n} == {False}
+    assert not [w for w in recwarn if "are frozen" in str(w.message)]
+
+
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
 @pytest.mark.parametrize("kind", [FullFineTuning, LoRAFineTuning])
 def test_probing_does_not_change_training(fit, tokenizer, monkeypatch, kind, options):
