@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ft.distributed import warn
@@ -100,7 +102,7 @@ class Adaptation:
 
         Raises:
             ConfigError: If the adapter targets only modules that text doesn't reach.
-            ModelError: If the adapter doesn't fit the model.
+            ModelError: If the adapter doesn't fit the model, or a quantized model would be trained without one.
         """
         _refuse_without_tokens(base)
         self.reach, self.parts = find_reach(base), find_parts(base)
@@ -145,6 +147,7 @@ class Adaptation:
         """Train what text reaches, without the parameters that are frozen."""
         base_parameters = dict(base.named_parameters())
         reached = [name for name in base_parameters if name not in self.reach.unreached]
+        _refuse_packed({name: base_parameters[name] for name in reached}, type(base).__name__)
         frozen = [name for name in reached if not base_parameters[name].requires_grad]
         if len(frozen) == len(reached):
             frozen = []
@@ -193,6 +196,16 @@ def _refuse_without_tokens(base: PreTrainedModel) -> None:
         takes_tokens = False
     if not takes_tokens:
         raise ModelError(f"{type(base).__name__} has no token embeddings, so it can't be trained on text.")
+
+
+def _refuse_packed(parameters: Mapping[str, Tensor], model: str) -> None:
+    """Refuse weights that can't have gradients; frozen like others, only norms and embeddings would be trained."""
+    if packed := [name for name, parameter in parameters.items() if not parameter.is_floating_point()]:
+        raise ModelError(
+            f"{len(packed):,} of {len(parameters):,} parameters of the {model} are integers, as in a quantized model "
+            f"(first: {packed[0]}, {parameters[packed[0]].dtype}), and those can't be trained. Train an adapter on it "
+            "(LoRAFineTuning; lora= in other modules), or load the model that isn't quantized."
+        )
 
 
 def _trained(model: PreTrainedModel | PeftModel) -> list[str]:

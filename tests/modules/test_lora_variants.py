@@ -141,6 +141,19 @@ def test_qlora_trains_over_a_quantized_base(fit, tmp_path, quantization):
         module.export(tmp_path / "merged", merge=True)
 
 
+def test_quantized_checkpoint_is_not_trained_without_an_adapter(fit, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make_model(hidden=64).save_pretrained(tmp_path / "base")
+    model = load_causal_lm(str(tmp_path / "base"), quantization="4bit")
+    model.save_pretrained(tmp_path / "4bit")
+    make_tokenizer().save_pretrained(tmp_path / "4bit")
+    for each in (str(tmp_path / "4bit"), model):  # quantized by its configuration, or as it was passed
+        module = FullFineTuning(each, tokenizer=make_tokenizer())
+        with pytest.raises(ModelError, match=r"14 of 21 parameters of the LlamaForCausalLM are integers.*Train an ada"):
+            fit(module, ROWS, max_steps=1)
+    fit(LoRAFineTuning(str(tmp_path / "4bit"), lora={"r": 2}), ROWS, max_steps=1)
+
+
 def test_checkpoints_in_4_bits_are_not_repacked_in_evaluation(tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     make_model(hidden=64).save_pretrained(tmp_path / "base")
