@@ -33,7 +33,7 @@ def supervised_tokens(batch: object) -> int:
         >>> supervised_tokens({"labels": torch.tensor([[-100, 5, 6], [7, 8, -100]])})
         3
     """
-    if isinstance(count := getattr(batch, "num_targets", None), int):
+    if (count := _own_count(batch)) is not None:
         return count
     labels = _labels(batch)
     if labels.ndim < 2:
@@ -51,10 +51,10 @@ def supervised_labels(batch: object) -> int:
     Such models are encoder-decoders, and those with another head than a causal language model's, as classifiers have.
 
     Args:
-        batch: A mapping with ``labels`` of any shape.
+        batch: A mapping with ``labels`` of any shape, or an object of this package with `num_targets`.
 
     Raises:
-        ConfigError: If it has none.
+        ConfigError: If it is neither.
 
     Example:
         >>> supervised_labels({"labels": torch.tensor([[5, 6, -100], [7, 8, 9]])})
@@ -62,7 +62,8 @@ def supervised_labels(batch: object) -> int:
         >>> supervised_labels({"labels": torch.tensor([0, 2])})
         2
     """
-    return int((_labels(batch) != -100).sum())
+    count = _own_count(batch)
+    return int((_labels(batch) != -100).sum()) if count is None else count
 
 
 def check_defined(loss: Tensor, tokens: int) -> None:
@@ -81,6 +82,12 @@ def check_defined(loss: Tensor, tokens: int) -> None:
             "weights be after the step. Leave out rows whose answer was cut off, or return None from training_step for "
             "such a batch (in a loop of your own, skip it)."
         )
+
+
+def _own_count(batch: object) -> int | None:
+    """The count that a batch of this package has of its own."""
+    count = getattr(batch, "num_targets", None)
+    return count if isinstance(count, int) else None
 
 
 def _labels(batch: object) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import (
 from lightning_ft import (
     AnswerQuality,
     ExportModel,
+    PairDataModule,
     PromptBaseline,
     Retention,
     RetentionFrontier,
@@ -187,6 +188,24 @@ def test_token_mean_counts_labels_that_are_not_shifted(trainer_options, make):
     assert keep.gradients
     for name, gradient in keep.gradients.items():
         torch.testing.assert_close(gradient, expected.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+def test_token_mean_takes_the_count_of_batches_that_have_one(trainer_options, tokenizer):
+    """Batches of this package's DataModules have it, whatever the model is; their tokens are no labels."""
+    rows = PairDataModule(make_rows(4), batch_size=2, tokenizer=tokenizer, cache_dir=False)
+    model = make_model().model  # a backbone, with a head of the module's own
+    counts = []
+
+    class Headed(Theirs):
+        def training_step(self, batch, batch_idx):
+            counts.append((callback._tokens, batch.num_targets))
+            return self.model(input_ids=batch.input_ids).last_hidden_state.square().mean()
+
+    module, callback = Headed(), TokenMeanAccumulation()
+    module.model = model
+    fit(trainer_options, module, rows, callback)
+    assert counts
+    assert all(counted == targets for counted, targets in counts)
 
 
 def test_token_mean_refuses_one_label_per_row_of_an_unknown_model(trainer_options, tokenizer):
