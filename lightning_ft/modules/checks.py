@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -208,13 +209,16 @@ def checked_inputs(inputs: Iterable[object], *, texts: bool = True) -> list[Any]
             continue
         if isinstance(one, Mapping):
             raise ConfigError(
-                f"Input {number} is a message, not a conversation: expected {expected}. For one conversation pass "
-                "[conversation]; a DataLoader of conversations needs collate_fn=list."
+                f"Input {number} is a dict with the keys {', '.join(map(str, one))}, not a conversation: expected "
+                f"{expected}. For one conversation pass [conversation]; a DataLoader of conversations needs "
+                "collate_fn=list."
             )
-        if not isinstance(one, Sequence) or isinstance(one, str) or not all(isinstance(turn, Mapping) for turn in one):
+        turns = one.tolist() if isinstance(one, np.ndarray) else one  # pandas reads lists in Parquet files as arrays
+        if not isinstance(turns, Sequence) or isinstance(turns, str) or not all(isinstance(t, Mapping) for t in turns):
             raise ConfigError(f"Input {number} is of type {type(one).__name__}: expected {expected}.")
-        if not one and texts:
+        if not turns and texts:
             raise ConfigError(f"Input {number} has no messages: end it with the turn to answer.")
+        listed[number] = turns
     return listed
 
 

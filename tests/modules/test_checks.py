@@ -1,6 +1,7 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -381,7 +382,8 @@ TURN = {"role": "user", "content": "where is my parcel"}
     ("inputs", "message"),
     [
         ("where", r"single text .* pass \['where'\]"),
-        ([TURN], "Input 0 is a message, not a conversation"),
+        ([TURN], "Input 0 is a dict with the keys role, content, not a conversation"),
+        ([{"prompt": "where"}], "Input 0 is a dict with the keys prompt, not a conversation"),
         ([{"role": ["user"], "content": ["where"]}], "collate_fn=list"),
         ({"role": "user"}, "dict with the keys role"),
         (["where", 3], "Input 1 is of type int"),
@@ -400,6 +402,15 @@ def test_score_conversations_refuses_what_is_no_list_of_conversations(conversati
     module = RewardModeling(make_model(), tokenizer=make_tokenizer())
     with pytest.raises(ConfigError, match=r"Input 0|single text"):
         module.score_conversations(conversations)
+
+
+def test_generate_takes_columns_that_pandas_has_read():
+    module, turns = DPO(make_model(), tokenizer=make_tokenizer()), np.empty(1, dtype=object)
+    turns[0] = TURN
+    assert module.generate(np.array(["where"]), max_new_tokens=2) == module.generate(["where"], max_new_tokens=2)
+    assert module.generate([turns, turns], max_new_tokens=2) == module.generate([[TURN]] * 2, max_new_tokens=2)
+    with pytest.raises(ConfigError, match="Input 0 is of type ndarray"):
+        module.generate([np.array(["where"])])
 
 
 def test_generate_takes_tuples_and_generators():
