@@ -268,13 +268,18 @@ def _checked(response: Any, max_new_tokens: int, where: str) -> _Answer:
             f"{where}: its usage contradicts the answer: {counts[0]} input tokens, {counts[2]} of them cached, and "
             f"{counts[1]} output tokens for {len(text)} characters."
         )
-    if (isinstance(hidden, int) and hidden > counts[1]) or (isinstance(total, int) and total > counts[0] + counts[1]):
-        raise SavingsError(
-            f"{where}: its usage leaves tokens out: {counts[0]} input and {counts[1]} output tokens"
-            f"{f', {hidden} of reasoning' if hidden else ''}, {total} in total. Tokens of reasoning are paid for, "
-            "whether counted as output or not, so costs can't be computed. Turn reasoning off with the server's own "
-            "argument, such as Endpoint(options={'reasoning_effort': 'none'})."
-        )
+    left_out = total - counts[0] - counts[1] if isinstance(total, int) else 0
+    if left_out > 0 or (isinstance(hidden, int) and hidden > counts[1]):
+        found = f"{counts[0]} input and {counts[1]} output tokens"
+        found += (f", {hidden} of reasoning" if hidden else "") + (f", {total} in total" if left_out > 0 else "")
+        if left_out == cached and not hidden:
+            remedy = f"The {cached} cached ones aren't among its input tokens: turn its cache of prompts off."
+        else:
+            remedy = (
+                "Tokens of reasoning are paid for, whether counted as output or not. Turn reasoning off with the "
+                "server's own argument, such as Endpoint(options={'reasoning_effort': 'none'})."
+            )
+        raise SavingsError(f"{where}: its usage leaves tokens out: {found}, so costs can't be computed. {remedy}")
     if counts[1] > max_new_tokens:
         raise SavingsError(
             f"{where}: the answer has {counts[1]} tokens, although at most {max_new_tokens} were requested, so the "

@@ -261,7 +261,18 @@ def test_servers_that_stall_or_do_not_exist_are_reported():
                     "completion_tokens_details": {"reasoning_tokens": 80},
                 }
             },
-            "2 output tokens, 80 of reasoning",
+            "2 output tokens, 80 of reasoning, so costs",
+        ),
+        (
+            {
+                "usage": {
+                    "prompt_tokens": 9,
+                    "completion_tokens": 2,
+                    "total_tokens": 15,
+                    "prompt_tokens_details": {"cached_tokens": 4},
+                }
+            },
+            "15 in total, so costs can't be computed. The 4 cached ones aren't among its input tokens",
         ),
         ({"choices": None, "error": {"message": "no credits", "code": 402}}, "the response has an error: no credits"),
         ({"choices": [], "error": "no credits"}, "the response has an error: no credits"),
