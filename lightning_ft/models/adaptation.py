@@ -69,6 +69,8 @@ class Adaptation:
         self.lora = lora_config(lora) if lora not in (None, False) and adapter is None else None
         self.reach = Reach(frozenset())
         """What text reaches of the base, once it is loaded."""
+        self.frozen: frozenset[str] = frozenset()
+        """Parameters that text reaches and that were frozen in the model that was passed, once it is prepared."""
         self.parts: dict[str, str] = {}
         """The part of each parameter and module of the base, from `lightning_ft.models.parts.find_parts`."""
 
@@ -152,6 +154,7 @@ class Adaptation:
         if len(frozen) == len(reached):
             frozen = []
         if frozen and self._is_object:
+            self.frozen = frozenset(frozen)
             warn(
                 f"{len(frozen):,} of {len(base_parameters):,} parameters of the model that was passed are frozen, the "
                 f"first {frozen[0]}, and stay so. To train them too, call requires_grad_(True) on the model "

@@ -259,6 +259,8 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         if self.sharded:
             self.shard(base_of(self.model))
         self._logprob_model = LogProbModel(pad_token_id=pad_token_id(self.tokenizer), backbone=self._compiled())
+        # a checkpoint is also read by modules that load the model by its name, where these are trained, or are others
+        self._checkpoint_names.update(f"model.{name}" for name in self._adaptation.frozen)
         self.checkpoint_names()
 
     def _load_and_adapt(self) -> tuple[CausalLM, Adaptation, OwnLoss]:
@@ -434,6 +436,8 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
 
     def checkpoint_names(self) -> set[str]:
         """Names of the weights that a checkpoint holds: those that are trainable, or were at an earlier call.
+
+        Of a model that was passed also those that its user has frozen.
 
         An optimizer (LoRA-FA) or a callback that unfreezes layers step by step may have frozen some since they were
         loaded. Those may differ from the base too, or are drawn at random.

@@ -9,6 +9,7 @@ from dpo_cases import PAIRS
 from many_models import make, make_multimodal
 from recording import RecordsGradients, RecordsLosses
 from tiny import make_model, make_rows, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PairDataModule, PreferenceDataModule
 from lightning_ft._lightning import Trainer
@@ -70,6 +71,24 @@ def test_layers_frozen_in_a_passed_model_stay_frozen(trainer_options, tokenizer)
         Trainer(**trainer_options, max_steps=2).fit(module, data)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if ".layers.0." not in name}
+
+
+def test_checkpoint_of_a_half_frozen_model_is_read_where_the_model_is_loaded_by_name(fit, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.model.layers[0].requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(2)  # trained before, for example
+    options = {"learning_rate": 1e-2, "lr_schedule": "constant"}
+    trainer = fit(FullFineTuning(model, tokenizer=tokenizer, **options), ROWS, max_steps=1)
+    trainer.save_checkpoint(path := tmp_path / "half.ckpt")
+    saved = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loaded = FullFineTuning.load_from_checkpoint(path).model
+    assert all(torch.equal(p, saved[name]) for name, p in loaded.named_parameters())
+    again = FullFineTuning(str(tmp_path / "base"), **options)
+    fit(again, ROWS, max_steps=2, ckpt_path=path)
+    moved = {name for name, p in again.model.named_parameters() if not torch.equal(p, saved[name])}
+    assert moved == {name for name in saved if ".layers.0." not in name}
 
 
 def test_model_frozen_as_a_whole_is_trained(fit, tokenizer, recwarn):
