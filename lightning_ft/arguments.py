@@ -301,6 +301,27 @@ def check_number(argument: str, value: object, error: type[LightningFTError]) ->
         raise error(f"{argument}={value!r}: expected a number, not a value of type {type(value).__name__}.")
 
 
+def check_nonnegative(argument: str, value: float, error: type[LightningFTError]) -> None:
+    """Check that a weight, penalty or the like is a finite number of at least 0.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: Value of the argument.
+        error: Exception class to raise.
+
+    Raises:
+        LightningFTError: An `error`, for any other number.
+
+    Example:
+        >>> from lightning_ft.errors import ConfigError
+        >>> check_nonnegative("value_coef", -0.1, ConfigError)
+        Traceback (most recent call last):
+        lightning_ft.errors.ConfigError: value_coef=-0.1: expected a finite number of at least 0.
+    """
+    if not 0 <= value < math.inf:
+        raise error(f"{argument}={value}: expected a finite number of at least 0.")
+
+
 def check_requests(requests: object, error: type[LightningFTError]) -> None:
     """Check that `requests` is a sequence of `Request` objects with texts as ids and references, and with messages.
 

@@ -370,7 +370,7 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         if failures:
             raise MeasurementError(f"Training completed, but some results are missing: {' '.join(failures)}")
         gates = [callback.name for callback in callbacks if getattr(callback, "gate_failed", False)]
-        if gates and not self.trainer.fast_dev_run:  # one step is no training that limits could judge
+        if gates and not self.trainer.fast_dev_run:  # after one step no limit is expected to hold
             raise GateError(f"Training completed, but the limits of these callbacks don't hold: {', '.join(gates)}.")
 
     def after_predict(self) -> None:

@@ -26,7 +26,7 @@ from lightning_ft.evaluation.savings.records import ArmRecords
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import base_of
 from lightning_ft.models.load import context_length
-from lightning_ft.models.unwrap import check_causal, known_tokenizer, model_of, required_model, required_tokenizer
+from lightning_ft.models.unwrap import check_causal, model_of, required_model, required_tokenizer, tokenizer_is_late
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
@@ -117,8 +117,7 @@ class AnswerQuality(RecordsFailures):
             self._plan = None
             rank_zero_warn(f"{self.name} isn't measured in a validation of loaders: pass requests= to AnswerQuality.")
         elif stage in ("fit", "validate"):
-            # Lightning sets the module up after its callbacks, and that may be where its tokenizer is loaded
-            late = stage == "fit" and known_tokenizer(self.tokenizer, pl_module) is None
+            late = stage == "fit" and tokenizer_is_late(self.tokenizer, pl_module)
             self._plan = None if late else self._new_plan(trainer, pl_module)
         if stage == "fit":
             self.failures = ()

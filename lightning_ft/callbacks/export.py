@@ -22,7 +22,7 @@ from lightning_ft.models.export import ExportFormat, card_text, check_export, ch
 from lightning_ft.models.gguf_export import GGUFType
 from lightning_ft.models.hub import check_hub, upload_export, warn_of_local_base
 from lightning_ft.models.shard import is_sharded
-from lightning_ft.models.unwrap import required_model, required_tokenizer
+from lightning_ft.models.unwrap import known_tokenizer, required_model, required_tokenizer
 from lightning_ft.modules.base import FineTuning
 from lightning_ft.modules.resume import STATE
 from lightning_ft.modules.training_record import RECORD, facts_of_run
@@ -263,13 +263,12 @@ class ExportModel(EndOfTraining):
         return required_model(module, "ExportModel", ConfigError)
 
     def _tokenizer(self, module: LightningModule) -> PreTrainedTokenizerBase:
-        tokenizer = self.tokenizer if self.tokenizer is not None else getattr(module, "tokenizer", None)
-        if tokenizer is None:
+        if known_tokenizer(self.tokenizer, module) is None:
             raise ConfigError(
                 f"ExportModel found no tokenizer in {type(module).__name__}: pass tokenizer=, or assign it to the "
                 "module's `tokenizer` attribute, since an exported folder needs one."
             )
-        return required_tokenizer(tokenizer, module, "ExportModel", ConfigError)
+        return required_tokenizer(self.tokenizer, module, "ExportModel", ConfigError)
 
     def _refuse_shared_folder(self, trainer: Trainer) -> None:
         """Refuse another ExportModel with the same folder, whose export would replace this one's."""

@@ -23,7 +23,7 @@ from lightning_ft.evaluation.savings.plan import MeasurementPlan, answer_plan
 from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
-from lightning_ft.models.unwrap import known_tokenizer, required_model, required_tokenizer
+from lightning_ft.models.unwrap import required_model, required_tokenizer, tokenizer_is_late
 from lightning_ft.models.update_scale import UpdateScale, copy_weights
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
@@ -140,8 +140,7 @@ class RetentionFrontier(ComparingCallback):
         if stage == "fit":
             self.keep_state(trainer)
             self._plan = self._measurement = None
-            # Lightning sets the module up after its callbacks, and that may be where its tokenizer is loaded
-            if known_tokenizer(self.tokenizer, pl_module) is not None:
+            if not tokenizer_is_late(self.tokenizer, pl_module):
                 self._prepare(trainer, pl_module)
 
     def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:

@@ -21,10 +21,10 @@ from lightning_ft.evaluation.retention.measurement import RetentionMeasurement
 from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.models.card_sections import FORGETTING
 from lightning_ft.models.unwrap import (
-    known_tokenizer,
     model_of,
     required_model,
     required_tokenizer,
+    tokenizer_is_late,
     weights_fingerprint,
 )
 from lightning_ft.report.collect import RETENTION
@@ -169,8 +169,7 @@ class Retention(ComparingCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.keep_state(trainer)
-            # Lightning sets the module up after its callbacks, and that may be where its tokenizer is loaded
-            late = known_tokenizer(self.tokenizer, pl_module) is None
+            late = tokenizer_is_late(self.tokenizer, pl_module)
             self._measurement = None if late else self._new_measurement(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

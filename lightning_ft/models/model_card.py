@@ -191,7 +191,7 @@ def _whole_code(folder: str, base: PreTrainedModel, remote: str) -> list[str]:
 
 
 def _example(base: PreTrainedModel, *, chat: bool) -> list[str]:
-    """Code that asks the model: for an answer, a reward, or whatever else its head computes."""
+    """Code that asks the model: for an answer, a reward, or what else its head computes."""
     scores_chats = not base.can_generate() and base.config.num_labels == 1
     if chat and (base.can_generate() or scores_chats):
         answer = ', {"role": "assistant", "content": "..."}' if scores_chats else ""

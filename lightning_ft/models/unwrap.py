@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_ft.errors import LightningFTError
+from lightning_ft.models.head import base_of
 
 
 def unwrapped(module: object) -> object:
@@ -69,7 +70,7 @@ def check_causal(model: PreTrainedModel | PeftModel, measuring: str, error: type
     Raises:
         LightningFTError: An `error`, with what the model is.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = base_of(model)
     if base.config.is_encoder_decoder or not isinstance(base.get_output_embeddings(), nn.Module):
         what = "is an encoder-decoder" if base.config.is_encoder_decoder else "has no output embeddings"
         raise error(
@@ -87,6 +88,16 @@ def known_tokenizer(tokenizer: PreTrainedTokenizerBase | None, module: object) -
     """
     found = (tokenizer, *(getattr(holder, "tokenizer", None) for holder in (module, unwrapped(module))))
     return next((each for each in found if each is not None), None)
+
+
+def tokenizer_is_late(tokenizer: PreTrainedTokenizerBase | None, module: object) -> bool:
+    """Whether a module may load its tokenizer in its `setup`, which Lightning calls after that of its callbacks.
+
+    Args:
+        tokenizer: Tokenizer that was passed to the callback.
+        module: The module.
+    """
+    return known_tokenizer(tokenizer, module) is None
 
 
 def required_tokenizer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import ClassVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_ft.arguments import check_nonnegative
 from lightning_ft.data.batches import PreferenceBatch
 from lightning_ft.data.layout import Example
 from lightning_ft.distributed import rank_zero_warn, sum_over_ranks
@@ -60,8 +60,7 @@ class KTO(LogRatioLearning):
             raise ConfigError(f"beta={beta}: expected a number above 0.")
         weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
         for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ConfigError(f"{name}={weight}: expected a finite number of at least 0.")
+            check_nonnegative(name, weight, ConfigError)
         if not any(weights.values()):
             raise ConfigError(
                 "desirable_weight=0 and undesirable_weight=0: nothing would be learned. Raise one of them."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_ft.arguments import check_nonnegative
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.distributed import sum_over_ranks
 from lightning_ft.errors import ConfigError
@@ -120,8 +121,8 @@ class PPO(PolicyOptimization):
         if value_learning_rate is not None and not 0 < value_learning_rate < math.inf:
             raise ConfigError(f"value_learning_rate={value_learning_rate}: expected a finite number above 0, or None.")
         for name, weight in (("value_coef", value_coef), ("missing_eos_penalty", missing_eos_penalty)):
-            if weight is not None and not 0 <= weight < math.inf:
-                raise ConfigError(f"{name}={weight}: expected a finite number of at least 0.")
+            if weight is not None:
+                check_nonnegative(name, weight, ConfigError)
         if kl_target is not None and not kl_coef:
             raise ConfigError("kl_target multiplies kl_coef, so kl_coef must start above 0.")
         self.kl_controller = None if kl_target is None else AdaptiveKL(self.kl_coef, kl_target, kl_horizon)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
@@ -12,6 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_ft.arguments import check_nonnegative
 from lightning_ft.data.batches import PreferenceBatch, PromptBatch
 from lightning_ft.data.encode import encode_conversation
 from lightning_ft.data.layout import TokenBatch
@@ -58,8 +58,7 @@ class RewardModeling(PreferenceLearning):
         self, model: str | PreTrainedModel, *, centering: float = 0.0, **options: Unpack[AdaptedOptions]
     ) -> None:
         super().__init__(model, **options)
-        if not 0 <= centering < math.inf:
-            raise ConfigError(f"centering={centering}: expected a finite number of at least 0.")
+        check_nonnegative("centering", centering, ConfigError)
         if self._adaptation.mode == "adapter" and self._adaptation.base is not None and not _is_reward_adapter(model):
             raise ConfigError(
                 f"{model!r} is an adapter of a language model, which has no reward head: export it with merge=True, "

@@ -191,7 +191,7 @@ def test_token_mean_counts_labels_that_are_not_shifted(trainer_options, make):
 
 
 def test_token_mean_takes_the_count_of_batches_that_have_one(trainer_options, tokenizer):
-    """Batches of this package's DataModules have it, whatever the model is; their tokens are no labels."""
+    """Batches of this package's DataModules have it with any model; their tokens are no labels."""
     rows = PairDataModule(make_rows(4), batch_size=2, tokenizer=tokenizer, cache_dir=False)
     model = make_model().model  # a backbone, with a head of the module's own
     counts = []

@@ -203,7 +203,7 @@ def _ask(client: OpenAI, endpoint: Endpoint, messages: Sequence[Message], max_ne
 
 
 def _error_in(response: Any) -> str | None:
-    """What a server says in place of an answer; None if it says nothing about an error."""
+    """The error that a server reports instead of an answer; None if it reports none."""
     if isinstance(response, str):
         return f"the server sent text and not JSON, as for a page: {response.strip()!r:.120}. Check the url."
     if not (error := _part(response, "error")):
