@@ -6,7 +6,7 @@ A rollout never outlives its training step, so a checkpoint between two steps re
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
@@ -19,7 +19,7 @@ from lightning_ft._lightning import _pl
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.distributed import max_over_ranks, sum_over_ranks
-from lightning_ft.errors import ConfigError, RewardError
+from lightning_ft.errors import ConfigError
 from lightning_ft.losses.kl import k1, k3
 from lightning_ft.losses.logprobs import SelectedLogProbs
 from lightning_ft.losses.policy import LossType, PolicyLoss, token_weights
@@ -34,6 +34,7 @@ from lightning_ft.modules.options import SamplingOptions, Unpack
 from lightning_ft.modules.rollout_batch import PolicyBatch, RolloutBatch, concatenated
 from lightning_ft.modules.sampled import SampledCompletions
 from lightning_ft.modules.step_metrics import MeanMetrics
+from lightning_ft.rewards.logged import means_over_ranks
 
 LogProbsAndValues = Callable[[TokenBatch], "tuple[SelectedLogProbs, Tensor | None]"]
 """Log-probabilities of a batch's tokens and, with a critic, their values."""
@@ -240,7 +241,10 @@ class PolicyOptimization(SampledCompletions):
         metrics["train/learning_rate"] = rate  # of the first step
         metrics["train/rollout_seconds"] = rolled_out - started
         metrics["train/train_seconds"] = time.perf_counter() - rolled_out
-        metrics |= _logged_by_rewards(rollout_batch, metrics)
+        assert rollout_batch.rewards is not None, "roll_out() computes them"
+        own = [name.removeprefix("train/") for name in metrics]
+        logged = means_over_ranks(rollout_batch.rewards.logged, own)
+        metrics |= {f"train/{name}": mean for name, mean in logged.items()}
         for name in ("train/loss", "train/reward"):
             if name in metrics:  # without a reward that applies to any completion there is none
                 self.log(name, metrics.pop(name), prog_bar=True, batch_size=1)
@@ -432,23 +436,3 @@ class PolicyOptimization(SampledCompletions):
             sums["policy_kl"] = result.approx_kl
             counts |= dict.fromkeys(("clip_fraction/low", "clip_fraction/high", "policy_kl"), tokens)
         self._step_metrics.add(sums, counts)
-
-
-def _logged_by_rewards(rollout_batch: RolloutBatch, metrics: Mapping[str, float]) -> dict[str, float]:
-    """What reward functions logged, by logged name.
-
-    Args:
-        rollout_batch: The rollout.
-        metrics: Metrics of the training step.
-
-    Raises:
-        RewardError: If one has the name of a metric of the training step, which it would replace.
-    """
-    assert rollout_batch.rewards is not None, "roll_out() computes them"
-    logged = {f"train/{name}": value for name, value in rollout_batch.rewards.metrics.items()}
-    if taken := [name for name in logged if name in metrics]:
-        raise RewardError(
-            f"log_metric({taken[0].removeprefix('train/')!r}, ...) of a reward would replace {taken[0]}, which the "
-            "training step logs. Choose another name."
-        )
-    return logged

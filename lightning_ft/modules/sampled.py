@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from lightning_ft.modules.samples import RolloutSamples
 from lightning_ft.modules.waiting import PatientRanks
 from lightning_ft.rewards.batch import Rewards, TrainerState
 from lightning_ft.rewards.functions import RewardFunctions
+from lightning_ft.rewards.logged import Logged, add_logged, means_over_ranks
 from lightning_ft.rewards.model import check_context_length
 from lightning_ft.rewards.resolve import find_function
 from lightning_ft.rollout.choice import check_choice, make_engine
@@ -358,24 +360,39 @@ class SampledCompletions(AdaptedFineTuning):
 
     # ---------------------------------------------------------------- validation
 
-    def add_evaluation(self, sums: dict[str, Tensor] | None, batch: PromptBatch, batch_idx: int) -> dict[str, Tensor]:
+    def add_evaluation(self, sums: _EvaluationSums | None, batch: PromptBatch, batch_idx: int) -> _EvaluationSums:
         """Sample one completion of each prompt, and compute its training and validation rewards."""
         with _own_random_stream(_VALIDATION_SEED + batch_idx * self.trainer.world_size + self.global_rank, self.device):
             rollout_batch = self._sample(batch, 1)
-            added = _rollout_sums(rollout_batch, self._compute_rewards(self.rewards, rollout_batch))
+            rewards = self._compute_rewards(self.rewards, rollout_batch)
+            added, logged = _rollout_sums(rollout_batch, rewards), rewards.logged
             if self.validation_rewards is not None:
-                others = self._compute_rewards(self.validation_rewards, rollout_batch).statistics()
-                added |= {name: value for name, value in others.items() if name != "reward"}
+                others = self._compute_rewards(self.validation_rewards, rollout_batch)
+                added |= {name: value for name, value in others.statistics().items() if name != "reward"}
+                logged = add_logged(logged, others.logged)
         added |= self._further_sums(rollout_batch)
-        return {name: value.cpu() + (0 if sums is None else sums[name]) for name, value in added.items()}
+        if sums is None:
+            return _EvaluationSums({name: value.cpu() for name, value in added.items()}, logged)
+        return _EvaluationSums(
+            {name: value.cpu() + sums.values[name] for name, value in added.items()}, add_logged(sums.logged, logged)
+        )
 
     def _further_sums(self, rollout_batch: RolloutBatch) -> dict[str, Tensor]:
         """Further metrics of validation completions, as `power_sums` by name."""
         return {}
 
-    def evaluation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Mean rewards and lengths over all completions of all ranks."""
-        return self._means(sums)
+    def evaluation_metrics(self, sums: _EvaluationSums) -> dict[str, float]:
+        """Mean rewards and lengths over all completions of all ranks, and what reward functions logged."""
+        metrics = self._means(sums.values)
+        return metrics | means_over_ranks(sums.logged, metrics)
+
+
+@dataclass(frozen=True)
+class _EvaluationSums:
+    """`power_sums` of an evaluation's metrics by name, and what its reward functions logged."""
+
+    values: dict[str, Tensor]
+    logged: Logged
 
 
 @contextmanager

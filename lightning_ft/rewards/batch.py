@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_ft.data.batches import RESERVED
 from lightning_ft.errors import RewardError
 from lightning_ft.losses.statistics import power_sums
+from lightning_ft.rewards.logged import Logged
 from lightning_ft.types import Message
 
 Prompt = str | list[Message]
@@ -125,7 +126,7 @@ class Rewards:
         names: Name of each function, `k` in total.
         per_function: Rewards of each function, NaN where it returned None, ``float32 [c, k]``.
         total: Weighted sum of each completion's rewards, NaN where every function returned None, ``float32 [c]``.
-        metrics: Metrics that functions logged with `log_metric`, averaged over the calls.
+        logged: Metrics that functions logged with `log_metric`: sum and number of the values by name.
         extra: Columns that functions logged with `log_extra`, `c` values each.
         nonfinite: Number of rewards that weren't finite and were treated as None.
 
@@ -140,7 +141,7 @@ class Rewards:
     names: tuple[str, ...]
     per_function: Tensor
     total: Tensor
-    metrics: dict[str, float] = field(default_factory=dict)
+    logged: Logged = field(default_factory=dict)
     extra: dict[str, list[object]] = field(default_factory=dict)
     nonfinite: int = 0
 

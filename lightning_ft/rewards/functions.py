@@ -16,6 +16,7 @@ from lightning_ft.errors import RewardError
 from lightning_ft.losses.advantages import combine_rewards
 from lightning_ft.rewards.batch import Prompt, RewardBatch, Rewards, TrainerState, check_columns
 from lightning_ft.rewards.function import BackgroundLoop, FunctionReward, OnNonFinite, as_rewards, quoted
+from lightning_ft.rewards.logged import Logged, add_logged
 from lightning_ft.rewards.model import ConversationScorer, ModelReward
 from lightning_ft.rewards.resolve import NamedReward, RewardLike, resolve_rewards
 
@@ -32,12 +33,12 @@ class RewardLog:
         >>> log.metric("seconds", 1.0), log.metric("seconds", 3.0), log.extra("verdict", ["yes", "no"])
         (None, None, None)
         >>> logged_metrics([log]), logged_columns([log])
-        ({'seconds': 2.0}, {'verdict': ['yes', 'no']})
+        ({'seconds': (4.0, 2)}, {'verdict': ['yes', 'no']})
     """
 
     def __init__(self, name: str, count: int) -> None:
         self.name, self.count = name, count
-        self.metrics: dict[str, list[float]] = {}
+        self.metrics: Logged = {}
         self.columns: dict[str, list[object]] = {}
 
     def metric(self, name: str, value: object) -> None:
@@ -49,20 +50,19 @@ class RewardLog:
         number = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
         if not isinstance(number, Real) or not math.isfinite(number):
             raise RewardError(f"log_metric({name!r}, {value!r:.80}): expected a finite number.")
-        self.metrics.setdefault(name, []).append(float(number))
+        self.metrics = add_logged(self.metrics, {name: (float(number), 1)})
 
     def extra(self, column: str, values: Iterable[object]) -> None:
         """Log the values of a column, or more of them; reward functions get this as `log_extra`."""
         self.columns.setdefault(column, []).extend(values)
 
 
-def logged_metrics(logs: Sequence[RewardLog]) -> dict[str, float]:
-    """Return the mean of each logged metric, over the calls of all rewards."""
-    metrics: dict[str, list[float]] = {}
+def logged_metrics(logs: Sequence[RewardLog]) -> Logged:
+    """Return sum and number of the values of each logged metric, over the calls of all rewards."""
+    every: Logged = {}
     for log in logs:
-        for name, values in log.metrics.items():
-            metrics.setdefault(name, []).extend(values)
-    return {name: sum(values) / len(values) for name, values in metrics.items()}
+        every = add_logged(every, log.metrics)
+    return every
 
 
 def logged_columns(logs: Sequence[RewardLog]) -> dict[str, list[object]]:

@@ -23,8 +23,11 @@ CASES = {
 }
 
 
-def by_tokens(completion_ids, **columns):
-    """A reward that differs between completions, and is None for a few."""
+def by_tokens(completion_ids, log_metric, **columns):
+    """A reward that differs between completions, and is None for a few; it logs for some of the completions."""
+    for ids in completion_ids:
+        if len(ids) % 2:
+            log_metric("first_token_of_odd", ids[0])
     return [None if sum(ids) % 13 == 0 else (sum(ids) % 11) / 4 for ids in completion_ids]
 
 
@@ -135,6 +138,7 @@ def test_two_ranks_match_one_process_in_rl(ranks, strategy):
         assert expected["kl_coef"] != 0.05  # PPO's coefficient has changed
         assert actual["metrics"].keys() == expected["metrics"].keys()
         assert {"train/kl", "train/reward_std", "val/reward", "val/completion_length"} <= expected["metrics"].keys()
+        assert {"train/first_token_of_odd", "val/first_token_of_odd"} <= expected["metrics"].keys()
         for metric, value in expected["metrics"].items():
             assert actual["metrics"][metric] == pytest.approx(value, abs=TOLERANCE), (name, metric)
             assert other["metrics"][metric] == pytest.approx(value, abs=TOLERANCE), (name, metric)

@@ -73,8 +73,28 @@ def test_reward_may_not_log_under_the_name_of_a_metric_of_the_step(name, trainer
         log_metric(name, 9.0)
         return [float(len(text)) for text in completions]
 
-    with pytest.raises(RewardError, match=rf"log_metric\('{name}', ...\) of a reward would replace train/{name}"):
+    pattern = rf"log_metric\('{name}', ...\) of a reward would replace the metric '{name}'"
+    with pytest.raises(RewardError, match=pattern):
         Trainer(**trainer_options, max_steps=1).fit(policy(rewards=logs), prompts())
+
+
+def test_reward_logs_in_validation_and_may_not_replace_its_metrics(trainer_options):
+    def longer(completions, log_metric):
+        for text in completions:
+            log_metric("letters", len(text))
+        return [1.0] * len(completions)
+
+    module = policy(validation_rewards=longer)
+    data = prompts(validation=ROWS)
+    (metrics,) = Trainer(**trainer_options).validate(module, data, verbose=False)
+    assert metrics["val/letters"] > 0
+
+    def taken(completions, log_metric):
+        log_metric("completion_length", 1)
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match="would replace the metric 'completion_length'"):
+        Trainer(**trainer_options).validate(policy(validation_rewards=taken), data, verbose=False)
 
 
 def test_column_of_validation_rows_is_not_needed_without_validation(trainer_options):

@@ -346,7 +346,7 @@ def test_logged_metrics_are_averaged_over_calls():
         log_metric("alone", True)
         return [0] * 3
 
-    assert compute_rewards([one, other]).metrics == {"seen": 3.0, "alone": 1.0}
+    assert compute_rewards([one, other]).logged == {"seen": (9.0, 3), "alone": (1.0, 1)}
 
 
 @pytest.mark.parametrize("value", ["1", None, math.nan, [1.0]])
