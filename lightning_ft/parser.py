@@ -35,6 +35,7 @@ _SAYS_NOTHING = re.compile(
 )
 """Lines of the parser's errors that repeat the argument's type, or the whole configuration around it."""
 _NO_ENGINE = re.compile(r"Import path [\w.]+ does not implement protocol RolloutEngine(?!\. Its)")
+_PATH_OF_FILE = re.compile(r"Unexpected import path format: (?P<path>\S+\.py:(?P<name>\w+))")
 _UNUSED_VALUES = re.compile(r"unrecognized arguments: (?P<value>[^-\s]\S*)[^\n]*")
 _NO_VALUE = re.compile(r"argument (?:\S*/)?(?P<option>--[\w.]+): expected one argument")
 
@@ -105,7 +106,15 @@ def _with_nearest_names(message: str, keys: Iterable[str]) -> str:
     )
     message = _UNKNOWN_NAME.sub(lambda match: _suggest(match, names(match["path"])), message)
     message = _UNKNOWN_CLASS.sub(lambda match: _suggest(match, classes), message)
+    message = _PATH_OF_FILE.sub(lambda match: _continued(match[0], _hint_for_file(match)), message)
     return _UNKNOWN_KEY.sub(lambda match: _suggest(match, keys), message)
+
+
+def _hint_for_file(match: re.Match[str]) -> str:
+    return (
+        f" class_path takes import paths, as in my_module.{match['name']}. A reward in a file is named by `function`: "
+        f"rewards: {{function: {match['path']}, init_args: ...}}."
+    )
 
 
 def _with_values(message: str, words: Sequence[str], actions: Iterable[Action], *, commas: bool = False) -> str:

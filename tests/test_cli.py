@@ -251,6 +251,17 @@ def test_parser_suggests_closest_name_on_command_line(config, capsys, args, mess
     assert message in capsys.readouterr().err
 
 
+def test_parser_says_how_a_reward_in_a_file_is_named(config, capsys):
+    path = config()
+    loaded = yaml.safe_load(Path(path).read_text())
+    options = {"model": "tiny", "rewards": {"class_path": "rewards.py:Short", "init_args": {"length": 3}}}
+    loaded["model"] = {"class_path": "GRPO", "init_args": options}
+    Path(path).write_text(yaml.safe_dump(loaded))
+    with pytest.raises(SystemExit):
+        main_with("fit", "--config", path)
+    assert "named by `function`: rewards: {function: rewards.py:Short, init_args: ...}" in capsys.readouterr().err
+
+
 def compare_args(*args):
     return ["compare", "--config", "run.yaml", "--output", "out", "--methods", *args]
 

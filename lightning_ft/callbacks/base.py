@@ -96,7 +96,15 @@ def results_folder(trainer: object, output_dir: str | Path | bool | None, name: 
 
     Returns:
         The folder; None if no results are written, as with Fabric and no explicit folder.
+
+    Raises:
+        ConfigError: If the name is empty, or a path that leads out of the logger's folder.
     """
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(
+            f"name={name!r} is the prefix of logged metrics and a folder within the logger's; expected a name such as "
+            "'refunds'. To write results elsewhere, set output_dir."
+        )
     if output_dir is False:
         return None
     if output_dir is not None and output_dir is not True:

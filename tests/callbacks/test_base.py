@@ -374,3 +374,11 @@ def test_main_exit_status_reflects_failures_and_gates(tmp_path, model_folder, mo
         assert "MeasurementError: " in stopped.value.code  # printed, with exit status 1
         assert "the scorer gave up" in stopped.value.code
     assert (tmp_path / "out" / "last" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["", "../../elsewhere", "/elsewhere", "a/../b"])
+def test_name_may_not_lead_out_of_the_folder(name, tmp_path):
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    with pytest.raises(ConfigError, match="expected a name such as 'refunds'"):
+        ComputeMeter(name=name).setup(trainer, None, "fit")
+    assert list(tmp_path.iterdir()) == []
