@@ -17,11 +17,15 @@ from transformers import PreTrainedModel
 
 from lightning_ft.arguments import did_you_mean_path, searched_here
 from lightning_ft.distributed import rank_zero_only, warn
-from lightning_ft.errors import ModelError
+from lightning_ft.errors import ConfigError, ModelError
 from lightning_ft.read_errors import first_line
 
 _LFS_POINTER = b"version https://git-lfs"
 _SHOWN = 3
+_GGUF_REFUSED = (
+    "the weights of a GGUF file can't be trained, and no adapter can name it as its base. Dequantize it once into a "
+    "folder (examples/smollm2/prepare.py is a script for that), and pass the folder."
+)
 
 
 def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], name: str, *, new_head: bool = False) -> None:
@@ -123,6 +127,25 @@ def refuse_damaged_json(name: str, file: str) -> None:
         )
 
 
+def refuse_file(model: str, module: str) -> None:
+    """Refuse the path of a file where a hub name or a folder is expected, without loading anything.
+
+    Args:
+        model: Hub name or path.
+        module: Name of the class of the module that the model is for.
+
+    Raises:
+        ConfigError: If it is a file; the message says what to do with a file of this kind.
+    """
+    is_gguf = model.endswith(".gguf") and not Path(model).is_dir()
+    if is_gguf or Path(model).is_file():
+        checkpoint = f"a checkpoint is loaded with {module}.load_from_checkpoint; rows belong to the DataModule."
+        raise ConfigError(
+            f"`model={model!r}` is a file: expected a hub name, the folder of a model, or a loaded model; "
+            f"{_GGUF_REFUSED if is_gguf else checkpoint}"
+        )
+
+
 def why_unreadable(name: str, error: BaseException, *, revision: str | None = None) -> str:
     """Explain why a model or adapter couldn't be loaded: the damaged file, or the library's own message.
 
@@ -131,13 +154,10 @@ def why_unreadable(name: str, error: BaseException, *, revision: str | None = No
         error: The error that the library raised.
         revision: Branch, tag or commit on the hub.
     """
-    if Path(name).is_file() or name.endswith(".gguf"):
-        if not name.endswith(".gguf"):
-            return "it is a file. Pass the folder that it is in."
-        return (
-            "weights of a GGUF file can't be trained, and no adapter can name it as its base. Dequantize it once into "
-            "a folder (examples/smollm2/prepare.py is a script for that), and pass the folder."
-        )
+    if name.endswith(".gguf"):
+        return _GGUF_REFUSED
+    if Path(name).is_file():
+        return "it is a file. Pass the folder that it is in."
     folder = _folder(name, revision)
     if folder is None:
         is_path = name.startswith((".", "~", "/")) or name.count("/") > 1

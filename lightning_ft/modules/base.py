@@ -27,6 +27,7 @@ from lightning_ft.models.generate import generate_text
 from lightning_ft.models.head import CausalLM, Reduction, base_of
 from lightning_ft.models.load import LoadOptions, load_causal_lm
 from lightning_ft.models.load_once import load_once
+from lightning_ft.models.load_report import refuse_file
 from lightning_ft.models.logprob_model import LogProbModel, LogProbOptions, row_costs
 from lightning_ft.models.lora_checks import refuse_adapter_layers
 from lightning_ft.models.numerics import refuse_nonfinite
@@ -137,11 +138,8 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
                 f"`model` is a {type(model).__name__}: expected a hub name, a folder, or a loaded transformers model. "
                 "For an adapted model pass the folder that its adapter is saved in; pass a path as a string."
             )
-        if isinstance(model, str) and Path(model).is_file():
-            raise ConfigError(
-                f"`model={model!r}` is a file: expected a hub name, the folder of a model, or a loaded model. A "
-                f"checkpoint is loaded with {type(self).__name__}.load_from_checkpoint; rows belong to the DataModule."
-            )
+        if isinstance(model, str):
+            refuse_file(model, type(self).__name__)
         self.model_options = ModelOptions(
             dtype,
             attn_implementation,

@@ -98,6 +98,10 @@ def test_file_as_model_is_told_from_a_folder(tmp_path):
     rows.write_text("{}")
     with pytest.raises(ConfigError, match=r"rows\.jsonl'` is a file: expected a hub name, the folder of a model"):
         LoRAFineTuning(str(rows))
+    for name in (str(tmp_path / "model.gguf"), "owner/repo/model.gguf"):
+        (tmp_path / "model.gguf").write_bytes(b"GGUF")
+        with pytest.raises(ConfigError, match=r"model\.gguf'` is a file: .*Dequantize it once into a folder"):
+            LoRAFineTuning(name)
 
 
 def test_modules_are_copied_without_their_arguments():
