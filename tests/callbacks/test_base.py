@@ -211,7 +211,7 @@ def test_savings_after_epoch_reports_failure_and_continues(trainer_options, mode
     make_fail = CallAtEpochEnd(lambda: setattr(scorer, "failure", RuntimeError if scorer.failure is None else None))
     fit(trainer_options, model_folder, [make_fail, savings], max_epochs=2)
     assert savings.result is not None
-    assert [failure.split(":")[0] for failure in savings.failures] == ["Token savings after epoch 0 are undefined"]
+    assert [failure.split(":")[0] for failure in savings.failures] == ["Token savings after epoch 0 is undefined"]
 
 
 @pytest.mark.filterwarnings("ignore")
