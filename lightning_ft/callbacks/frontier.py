@@ -174,13 +174,13 @@ class RetentionFrontier(ComparingCallback):
         if not self._measurement.has_before:
             with precision_of(trainer):
                 self._measurement.before(model)
+        UpdateScale(model, self._original)  # refuses now what can't be scaled later
         if isinstance(model, PeftModel) and self._measurement.base_type != "adapter_off":
             raise RetentionError(
                 "The adapter didn't start at zero: it was trained before, or its initialization changed the base "
                 "weights (PiSSA, OLoRA), so scaling it doesn't lead back to the original model. Start a new adapter "
                 "with the default init_lora_weights."
             )
-        UpdateScale(model, self._original)  # refuses now what can't be scaled later
 
     def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Sweep the scales and leave the weights at the chosen one.

@@ -56,7 +56,7 @@ class Retention(ComparingCallback):
         base: Weights to compare with: ``adapter_off`` (exact), ``step_0`` (the model at the start of training, of whose
             distributions the `top_k` most probable tokens per position are kept, so that divergences are lower bounds),
             or ``auto``: the former for a new adapter; the latter for full fine-tuning, a continued adapter, or one that
-            changed the base (PiSSA, OLoRA).
+            changed the base (PiSSA, OLoRA) or is trained with weights of it (LoRA's ``bias="all"``).
         top_k: Number of tokens per position whose base probabilities are kept.
         every_n_epochs: Number of epochs between measurements during training; None for no such measurements.
         every_n_steps: Number of optimizer steps between measurements during training; None for no such measurements.
