@@ -143,6 +143,19 @@ class AnswerQuality(RecordsFailures):
             check_causal(model, "AnswerQuality", SavingsError)
             self._plan.check_context(context_length(base_of(model)))
 
+    def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
+        """Check that the module has a model, which it may make after `on_fit_start`.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+
+        Raises:
+            SavingsError: If it has none.
+        """
+        if is_trainer(trainer):
+            required_model(pl_module, "AnswerQuality", SavingsError)
+
     def on_validation_epoch_end(
         self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None
     ) -> None:

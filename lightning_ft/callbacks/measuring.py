@@ -59,12 +59,27 @@ class MeasuringCallback(EndOfTraining):
         """Check that results can be written to the folder.
 
         Raises:
-            ConfigError: If the path or one of its parents is a file, or isn't writable.
+            ConfigError: If the path or one of its parents is a file, or isn't writable, or if another callback writes
+                the same files there.
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.undefined = self.unwritten = None
-            check_results_folder(results_folder(trainer, self.output_dir, self.name), type(self).__name__)
+            folder = results_folder(trainer, self.output_dir, self.name)
+            check_results_folder(folder, type(self).__name__)
+            if folder is not None:
+                self._refuse_shared_files(trainer, folder)
+
+    def _refuse_shared_files(self, trainer: Trainer, folder: Path) -> None:
+        """Refuse another callback whose results would replace this one's; with the default folder, names differ."""
+        for other in callbacks_of(trainer):
+            if other is self or not isinstance(other, MeasuringCallback) or not {*self.files} & {*other.files}:
+                continue
+            if isinstance(other.output_dir, (str, Path)) and Path(other.output_dir).resolve() == folder.resolve():
+                raise ConfigError(
+                    f"Two {type(self).__name__} callbacks, {self.name!r} and {other.name!r}, write the same files into "
+                    f"{str(folder)!r}, of which the last ones would stay. Pass a different output_dir= to each."
+                )
 
     def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Measure the current weights and set `result`, on all ranks.

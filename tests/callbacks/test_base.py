@@ -382,3 +382,15 @@ def test_name_may_not_lead_out_of_the_folder(name, tmp_path):
     with pytest.raises(ConfigError, match="expected a name such as 'refunds'"):
         ComputeMeter(name=name).setup(trainer, None, "fit")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_would_replace_those_of_another_callback_are_refused(trainer_options, tmp_path, model_folder):
+    retention, again = (
+        Retention(["the quick brown fox jumps"], name=name, output_dir=tmp_path / "results") for name in "ab"
+    )
+    message = r"Two Retention callbacks, 'a' and 'b', write the same files into .*results'.*a different output_dir="
+    with pytest.raises(ConfigError, match=message):
+        fit(trainer_options, model_folder, [retention, again])
+    meter = ComputeMeter(output_dir=tmp_path / "results")  # writes another file
+    fit(trainer_options, model_folder, [meter, retention])
+    assert (tmp_path / "results" / "retention.json").is_file()
