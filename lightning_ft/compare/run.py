@@ -316,7 +316,10 @@ class Comparer:
                 process.terminate()
         for run in planned if not may_diverge else ():
             if (reason := next((r.diverged for r in self.results.get(run, []) if r.diverged), None)) is not None:
-                raise ComparisonError(f"The run {run.name} diverged. Pass lower --learning_rates. {reason}")
+                raise ComparisonError(
+                    f"The run {run.name} diverged. Lower the learning rate of {run.method}: in its configuration, or "
+                    f"those of `lightning-ft compare` in --learning_rates. {reason}"
+                )
 
     def _execute(self, waiting: list[PlannedRun], running: dict[PlannedRun, subprocess.Popen[bytes]]) -> None:
         started: dict[PlannedRun, float] = {}
