@@ -18,6 +18,7 @@ from lightning_ft.callbacks.base import (
     shows_progress,
     validation_requests,
 )
+from lightning_ft.callbacks.monitored import monitors
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, SavingsError
 from lightning_ft.evaluation.savings.arms import run_arm
@@ -142,6 +143,19 @@ class AnswerQuality(RecordsFailures):
             check_causal(model, "AnswerQuality", SavingsError)
             self._plan.check_context(context_length(base_of(model)))
 
+    def on_train_start(self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None) -> None:
+        """Check that the module has a model, which it may make after `on_fit_start`.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+
+        Raises:
+            SavingsError: If it has none.
+        """
+        if is_trainer(trainer):
+            required_model(pl_module, "AnswerQuality", SavingsError)
+
     def on_validation_epoch_end(
         self, trainer: TrainerOrFabric | None = None, pl_module: nn.Module | None = None
     ) -> None:
@@ -160,13 +174,13 @@ class AnswerQuality(RecordsFailures):
         elif not trainer.sanity_checking and self._is_due(trainer):
             self._log(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure after a training epoch, if there is no validation.
+    def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
+        """Measure after a training epoch, if there is no validation; with Fabric, `on_validation_epoch_end` measures.
 
         Raises:
             SavingsError: If the measurement failed and its metric is monitored.
         """
-        if not sum(trainer.num_val_batches) and self._is_due(trainer):
+        if is_trainer(trainer) and not sum(trainer.num_val_batches) and self._is_due(trainer):
             self._log(trainer, pl_module)
 
     def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> float:
@@ -224,11 +238,7 @@ class AnswerQuality(RecordsFailures):
 
     def _monitoring(self, trainer: Any) -> str:
         """Name of the first callback or learning rate scheduler that monitors the metric; empty if there is none."""
-        for callback in callbacks_of(trainer):
-            if getattr(callback, "monitor", None) == self.name:
-                return type(callback).__name__
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs if config.monitor == self.name]
-        return type(schedulers[0]).__name__ if schedulers else ""
+        return next((each.name for each in monitors(trainer, self.name) if each.metric == self.name), "")
 
     def _new_plan(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> MeasurementPlan:
         requests = validation_requests(self.requests, trainer, "AnswerQuality", SavingsError)

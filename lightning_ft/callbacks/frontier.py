@@ -24,7 +24,7 @@ from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
 from lightning_ft.models.unwrap import required_model, required_tokenizer, tokenizer_is_late
-from lightning_ft.models.update_scale import UpdateScale, copy_weights
+from lightning_ft.models.update_scale import UpdateScale, copies_of, copy_weights
 from lightning_ft.rollout.structured import StructuredOutputs
 from lightning_ft.types import Request
 
@@ -174,13 +174,28 @@ class RetentionFrontier(ComparingCallback):
         if not self._measurement.has_before:
             with precision_of(trainer):
                 self._measurement.before(model)
+        UpdateScale(model, self._original)  # refuses now what can't be scaled later
         if isinstance(model, PeftModel) and self._measurement.base_type != "adapter_off":
             raise RetentionError(
                 "The adapter didn't start at zero: it was trained before, or its initialization changed the base "
                 "weights (PiSSA, OLoRA), so scaling it doesn't lead back to the original model. Start a new adapter "
                 "with the default init_lora_weights."
             )
-        UpdateScale(model, self._original)  # refuses now what can't be scaled later
+
+    def on_train_batch_start(
+        self,
+        trainer: TrainerOrFabric | None = None,
+        pl_module: nn.Module | None = None,
+        batch: object = None,
+        batch_idx: int = 0,
+    ) -> None:
+        """Keep the original of weights that have been unfrozen since the start, before they are trained."""
+        model = required_model(pl_module, "RetentionFrontier", RetentionError)
+        if not isinstance(model, PeftModel):
+            unfrozen = {
+                name: p for name, p in model.named_parameters() if p.requires_grad and name not in self._original
+            }
+            self._original |= copies_of(unfrozen)
 
     def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Sweep the scales and leave the weights at the chosen one.

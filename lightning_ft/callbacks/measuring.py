@@ -22,7 +22,9 @@ from lightning_ft.callbacks.base import (
     log_to_loggers,
     results_folder,
 )
+from lightning_ft.callbacks.monitored import monitors
 from lightning_ft.distributed import rank_zero_info
+from lightning_ft.errors import ConfigError
 from lightning_ft.models.card_facts import MeasuredResult
 from lightning_ft.report.collect import UNDEFINED, collect
 from lightning_ft.report.write import FOLDER, write_files
@@ -50,17 +52,34 @@ class MeasuringCallback(EndOfTraining):
     """Reason why there is no result, after training; None if there is one."""
     unwritten: str | None = None
     """Reason why the result could not be written, so that files in the folder may be of an earlier run."""
+    _logged: tuple[str, ...] = ()
+    """Names of the metrics of the last measurement."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that results can be written to the folder.
 
         Raises:
-            ConfigError: If the path or one of its parents is a file, or isn't writable.
+            ConfigError: If the path or one of its parents is a file, or isn't writable, or if another callback writes
+                the same files there.
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.undefined = self.unwritten = None
-            check_results_folder(results_folder(trainer, self.output_dir, self.name), type(self).__name__)
+            folder = results_folder(trainer, self.output_dir, self.name)
+            check_results_folder(folder, type(self).__name__)
+            if folder is not None:
+                self._refuse_shared_files(trainer, folder)
+
+    def _refuse_shared_files(self, trainer: Trainer, folder: Path) -> None:
+        """Refuse another callback whose results would replace this one's; with the default folder, names differ."""
+        for other in callbacks_of(trainer):
+            if other is self or not isinstance(other, MeasuringCallback) or not {*self.files} & {*other.files}:
+                continue
+            if isinstance(other.output_dir, (str, Path)) and Path(other.output_dir).resolve() == folder.resolve():
+                raise ConfigError(
+                    f"Two {type(self).__name__} callbacks, {self.name!r} and {other.name!r}, write the same files into "
+                    f"{str(folder)!r}, of which the last ones would stay. Pass a different output_dir= to each."
+                )
 
     def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Measure the current weights and set `result`, on all ranks.
@@ -117,6 +136,7 @@ class MeasuringCallback(EndOfTraining):
         self.undefined = self.attempt(f"{self.title} is undefined", lambda: metrics.update(measure()))
         if self.undefined is not None:
             self.result, metrics = None, self.with_prefix(self.undefined_metrics())
+            self.forget_metrics(trainer)
         self.attempt(
             f"{self.title} was not logged",
             lambda: self.log_metrics(trainer, metrics, getattr(trainer, "global_step", None)),
@@ -141,17 +161,32 @@ class MeasuringCallback(EndOfTraining):
     def log_metrics(self, trainer: TrainerOrFabric | None, metrics: Mapping[str, float], step: int | None) -> None:
         """Add metrics to `callback_metrics`, where they can be monitored, and log them.
 
-        `log_dict` isn't used, since it skips steps between those of `log_every_n_steps`.
+        They replace those of an earlier measurement. `log_dict` isn't used, since it skips steps between those of
+        `log_every_n_steps`.
 
         Args:
             trainer: The Trainer, or Fabric.
             metrics: Metrics by their logged names.
             step: Number of optimizer steps so far.
         """
+        if not metrics:  # of weights that were measured before
+            return
+        self.forget_metrics(trainer)
+        self._logged = tuple(metrics)
         if is_trainer(trainer):
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
-        if metrics:
-            log_to_loggers(trainer, metrics, step)
+        log_to_loggers(trainer, metrics, step)
+
+    def forget_metrics(self, trainer: TrainerOrFabric | None) -> None:
+        """Remove the metrics of an earlier measurement, which would count as those of the present weights.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+        """
+        if is_trainer(trainer):
+            for key in self._logged:
+                trainer.callback_metrics.pop(key, None)
+        self._logged = ()
 
     def report_written(self, *files: Path) -> None:
         """Log the paths of the written files, and remove what says that the result is undefined."""
@@ -185,10 +220,57 @@ class ComparingCallback(MeasuringCallback):
     That is part of checkpoints, so that a resumed run, whose weights are no longer the original ones, has it too.
     """
 
+    metrics: ClassVar[tuple[str, ...]] = ()
+    """Beginnings of the names of the metrics that are also logged during training."""
     _measurement: Any = None
     """Has `has_before`, `state_dict` and `load_state_dict`; None before it is prepared."""
     _loaded: dict[str, Any] | None = None
     """State of a checkpoint, until the start of training."""
+    _epochs = 0
+    """Number of epochs of a loop with Fabric that have ended, which Fabric doesn't count."""
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Beginnings of the logged names of the metrics that can be monitored."""
+        return tuple(f"{self.name}/{metric}" for metric in self.metrics)
+
+    def epoch_ended(self, trainer: TrainerOrFabric | None) -> int:
+        """Number of epochs that have ended; call it once per epoch, when it ends.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+        """
+        self._epochs = trainer.current_epoch + 1 if is_trainer(trainer) else self._epochs + 1
+        return self._epochs
+
+    def measure_during_training(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None, when: str) -> bool:
+        """Measure and log. After a failure, training continues unless something would decide by a metric.
+
+        Args:
+            trainer: The Trainer, or Fabric.
+            pl_module: The module, or with Fabric the model.
+            when: Time of the measurement, for messages.
+
+        Returns:
+            Whether it succeeded.
+
+        Raises:
+            ConfigError: If the measurement failed and one of its metrics is monitored.
+        """
+        metrics: dict[str, float] = {}
+        what = f"{self.title} {when}"
+        reason = self.attempt(f"{what} is undefined", lambda: metrics.update(self.measure(trainer, pl_module)))
+        if reason is None:
+            step = getattr(trainer, "global_step", None)
+            self.attempt(f"{what} was not logged", lambda: self.log_metrics(trainer, metrics, step))
+            return True
+        self.forget_metrics(trainer)
+        monitor = next(monitors(trainer, self.metric_names()), None) if is_trainer(trainer) else None
+        if monitor is not None:
+            raise ConfigError(
+                f"{what} is undefined, and {monitor.name} monitors {monitor.metric}, so training stops here. "
+                f"{reason.rstrip('.')}. Correct what failed, and resume from the last checkpoint."
+            )
+        return False
 
     def keep_state(self, trainer: Any) -> None:
         """Keep what was measured before the first step, if the same Trainer continues; call it in `setup`."""

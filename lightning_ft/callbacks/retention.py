@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft._lightning import LightningModule, Trainer, active_datamodule
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import ComparingCallback
+from lightning_ft.callbacks.monitored import check_monitors
 from lightning_ft.distributed import rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, RetentionError
 from lightning_ft.evaluation.retention.arithmetic import RetentionResult
@@ -55,7 +56,7 @@ class Retention(ComparingCallback):
         base: Weights to compare with: ``adapter_off`` (exact), ``step_0`` (the model at the start of training, of whose
             distributions the `top_k` most probable tokens per position are kept, so that divergences are lower bounds),
             or ``auto``: the former for a new adapter; the latter for full fine-tuning, a continued adapter, or one that
-            changed the base (PiSSA, OLoRA).
+            changed the base (PiSSA, OLoRA) or is trained with weights of it (LoRA's ``bias="all"``).
         top_k: Number of tokens per position whose base probabilities are kept.
         every_n_epochs: Number of epochs between measurements during training; None for no such measurements.
         every_n_steps: Number of optimizer steps between measurements during training; None for no such measurements.
@@ -84,6 +85,7 @@ class Retention(ComparingCallback):
 
     title = "Retention"
     files = (RETENTION,)
+    metrics = ("kl_", "ppl_ratio", "top1_agreement", "choices")
 
     def __init__(
         self,
@@ -190,9 +192,18 @@ class Retention(ComparingCallback):
             pl_module: The module, or with Fabric the model.
 
         Raises:
-            RetentionError: If training has already changed the weights, or the loaded base is that of another model.
+            RetentionError: If training has already changed the weights, the loaded base is that of another model, or
+                optimizer steps would have to be counted with Fabric.
+            ConfigError: If something monitors a metric in epochs in which it isn't measured.
         """
-        self.result, self._measured, self.breached = None, (), ()
+        self.result, self._measured, self.breached, self._epochs = None, (), (), 0
+        if not is_trainer(trainer) and self.every_n_steps is not None:
+            raise RetentionError(
+                f"every_n_steps={self.every_n_steps} needs a Trainer, which counts optimizer steps. In a loop of your "
+                "own, leave it out and call measure(fabric, model) after the steps at which to measure."
+            )
+        if is_trainer(trainer) and self.every_n_steps is None:
+            check_monitors(trainer, self.metric_names(), "Retention", self.every_n_epochs)
         self._last_step = getattr(trainer, "global_step", 0)
         measurement = (
             self._measurement if is_trainer(trainer) else None
@@ -215,13 +226,14 @@ class Retention(ComparingCallback):
             return
         # a batch may take no optimizer step (accumulation) or several (GRPO, PPO)
         if every is not None and step // every > self._last_step // every:
-            self._report(trainer, pl_module)
+            self._report(trainer, pl_module, f"at step {step:,}")
         self._last_step = step
 
     def on_train_epoch_end(self, trainer: Any = None, pl_module: nn.Module | None = None) -> None:
-        """Measure every `every_n_epochs` epochs."""
-        if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._report(trainer, pl_module)
+        """Measure every `every_n_epochs` epochs; with Fabric, calls of this hook are counted."""
+        epochs = self.epoch_ended(trainer)
+        if self.every_n_epochs is not None and epochs % self.every_n_epochs == 0:
+            self._report(trainer, pl_module, f"after epoch {epochs - 1}")
 
     def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Measure the tuned model, unless these weights were the last measured, and compare with the limits.
@@ -285,14 +297,10 @@ class Retention(ComparingCallback):
                 rows = None
         return (rows or [])[: self.max_task_rows]
 
-    def _report(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> None:
+    def _report(self, trainer: TrainerOrFabric | None, module: nn.Module | None, when: str) -> None:
         """Measure during training, log, and stop if a limit is exceeded and `on_breach` is ``stop``."""
-        metrics: dict[str, float] = {}
-        step = getattr(trainer, "global_step", None)
-        at = "" if step is None else f" at step {step:,}"
-        if self.attempt(f"Retention{at} is undefined", lambda: metrics.update(self.measure(trainer, module))):
+        if not self.measure_during_training(trainer, module, when):
             return
-        self.attempt(f"Retention{at} was not logged", lambda: self.log_metrics(trainer, metrics, step))
         assert self.result is not None
         stop = is_trainer(trainer) and self.on_breach == "stop" and bool(self.breached)
         if is_trainer(trainer):  # ranks must agree, even though they measure the same

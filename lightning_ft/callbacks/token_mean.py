@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
+from lightning_ft.callbacks.base import is_trainer
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import base_of
 from lightning_ft.models.unwrap import model_of
@@ -28,7 +29,7 @@ class TokenMeanAccumulation(Callback):
             causal language model, which shifts them, without the first of each row.
 
     Raises:
-        ConfigError: For manual optimization, and for batches whose tokens can't be counted.
+        ConfigError: For manual optimization, for batches whose tokens can't be counted, and with Fabric.
 
     Example:
         >>> callback = TokenMeanAccumulation(count=lambda batch: len(batch))
@@ -58,7 +59,16 @@ class TokenMeanAccumulation(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start with an empty accumulation window."""
+        """Start with an empty accumulation window.
+
+        Raises:
+            ConfigError: With Fabric, which doesn't call a callback before a backward pass or an optimizer step.
+        """
+        if not is_trainer(trainer):
+            raise ConfigError(
+                "TokenMeanAccumulation needs a Trainer: Fabric calls no callback before a backward pass, so losses "
+                "would not be weighted. In a loop of your own, use lightning_ft.modules.token_mean.TokenMean."
+            )
         self._mean = TokenMean(self.count or _count_for(pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -12,6 +12,7 @@ from lightning_ft._lightning import LightningModule, Trainer, active_datamodule
 from lightning_ft.arguments import check_integer, check_requests
 from lightning_ft.callbacks.base import TrainerOrFabric, is_trainer, precision_of, shows_progress
 from lightning_ft.callbacks.measuring import ComparingCallback
+from lightning_ft.callbacks.monitored import check_monitors
 from lightning_ft.data.module import RowDataModule
 from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.data.sources import Sources
@@ -96,6 +97,7 @@ class TokenSavings(ComparingCallback):
 
     title = "Token savings"
     files = (SAVINGS, "token_savings.md", "token_savings.png")
+    metrics = ("input", "output", "total", "per_success", "quality_", "gate_", "truncated_rate", "cost_", "break_even")
 
     def __init__(
         self,
@@ -205,8 +207,11 @@ class TokenSavings(ComparingCallback):
 
         Raises:
             SavingsError: If training has already changed the weights.
+            ConfigError: If something monitors a metric in epochs in which it isn't measured.
         """
-        self.result, self._measured = None, ()
+        self.result, self._measured, self._epochs = None, (), 0
+        if is_trainer(trainer):
+            check_monitors(trainer, self.metric_names(), "TokenSavings", self.every_n_epochs)
         prepared = self._measurement if is_trainer(trainer) else None  # of an earlier Fabric loop it would be stale
         self._measurement = measurement = prepared or self._new_measurement(trainer, pl_module)
         if self._loaded:
@@ -224,13 +229,14 @@ class TokenSavings(ComparingCallback):
             measurement.before(required_model(pl_module, "TokenSavings", SavingsError))
 
     def on_train_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
-        """Measure and log the tuned arm every `every_n_epochs` epochs."""
-        if self.every_n_epochs is None or (trainer.current_epoch + 1) % self.every_n_epochs:
-            return
-        metrics: dict[str, float] = {}
-        what = f"Token savings after epoch {trainer.current_epoch} are undefined"
-        if self.attempt(what, lambda: metrics.update(self.measure(trainer, pl_module))) is None:
-            pl_module.log_dict(metrics, sync_dist=trainer.world_size > 1)
+        """Measure and log the tuned arm every `every_n_epochs` epochs; with Fabric, calls of this hook are counted.
+
+        Raises:
+            ConfigError: If the measurement failed and one of its metrics is monitored.
+        """
+        epochs = self.epoch_ended(trainer)
+        if self.every_n_epochs is not None and epochs % self.every_n_epochs == 0:
+            self.measure_during_training(trainer, pl_module, f"after epoch {epochs - 1}")
 
     def measure(self, trainer: TrainerOrFabric | None, pl_module: nn.Module | None) -> dict[str, float]:
         """Measure the tuned arm, unless these weights were the last measured.

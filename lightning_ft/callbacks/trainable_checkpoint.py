@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer
-from lightning_ft.callbacks.base import callbacks_of
+from lightning_ft.callbacks.base import callbacks_of, is_trainer
 from lightning_ft.distributed import rank_zero_info
 from lightning_ft.errors import CheckpointError, ConfigError
 
@@ -23,7 +23,7 @@ class TrainableCheckpoint(Callback):
 
     Raises:
         CheckpointError: For a checkpoint that lacks a weight that is trained now.
-        ConfigError: If nothing of the module is frozen.
+        ConfigError: If nothing of the module is frozen, and with Fabric.
 
     Example:
         >>> callback = TrainableCheckpoint()
@@ -57,6 +57,18 @@ class TrainableCheckpoint(Callback):
         left_out = self._left_out(pl_module)
         size = sum(p.numel() * p.element_size() for name, p in pl_module.named_parameters() if name in left_out)
         rank_zero_info(f"Checkpoints leave out {len(left_out):,} frozen weights, {size / 2**20:,.1f} MiB.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse Fabric, whose checkpoints callbacks don't see.
+
+        Raises:
+            ConfigError: With Fabric.
+        """
+        if not is_trainer(trainer):
+            raise ConfigError(
+                "TrainableCheckpoint needs a Trainer: fabric.save would write all weights. In a loop of your own, use "
+                "save_loop and load_loop of lightning_ft.modules.loop_checkpoint."
+            )
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Remember the weights that this step may change: some may be frozen later."""

@@ -80,9 +80,9 @@ def compare(
 ) -> Comparison:
     """Compare methods trained on the same rows: quality, tokens and cost, training compute, and forgetting.
 
-    Each method has its own grid of learning rates. The best one by validation quality is run with every seed and, with
-    `sizes`, on fewer rows. Each run is a process of its own with a folder in `output`. Complete runs are not repeated,
-    and a run that was killed resumes from its last checkpoint.
+    Each method has its own grid of learning rates. The best one by validation quality, never one at which training
+    diverged, is run with every seed and, with `sizes`, on fewer rows. Each run is a process of its own with a folder in
+    `output`. Complete runs are not repeated, and a run that was killed resumes from its last checkpoint.
 
     Args:
         config: Path of a configuration of `lightning-ft fit` with TokenSavings among its callbacks, whose prompt,
@@ -115,7 +115,8 @@ def compare(
         The comparison, which is also written to ``comparison.json``, next to a report.
 
     Raises:
-        ComparisonError: For methods that can't be compared, and for a run that failed.
+        ComparisonError: For methods that can't be compared, for a run that failed, and for training that diverged with
+            the chosen learning rate and another seed, or at every learning rate.
     """
     return Comparer(
         config,
@@ -228,17 +229,30 @@ class Comparer:
     def run(self) -> Comparison:
         """Execute the missing runs, and compare."""
         names = list(self.methods)
-        self.execute([ORIGINAL, *(self._search_run(m, rate) for m in names for rate in self.methods[m].rates)])
+        searched = [ORIGINAL, *(self._search_run(m, rate) for m in names for rate in self.methods[m].rates)]
+        self.execute(searched, may_diverge=True)
         for _ in range(EXTENSIONS):
             extended = [run for name in names if (run := self._extend_grid(name)) is not None]
             if not extended:
                 break
-            self.execute(extended)
+            self.execute(extended, may_diverge=True)
         chosen = choose_learning_rates(self._all_results())
+        self._check_converged(chosen)
         self.execute([PlannedRun(m, chosen[m], seed) for seed in self.seeds for m in names if m in chosen])
         curve = [(seed, m, size) for seed in self.curve_seeds for size in self.sizes for m in names if m in chosen]
         self.execute([PlannedRun(m, chosen[m], seed, size) for seed, m, size in curve])
         return self._finish()
+
+    def _check_converged(self, chosen: Mapping[str, float]) -> None:
+        """Refuse to go on without a method all of whose learning rates diverged."""
+        for name in self.methods.keys() - chosen.keys():
+            lost = [result for result in self._all_results() if result.method == name]
+            if len(lost) >= len(self.methods[name].rates):
+                rates = ", ".join(f"{result.learning_rate:g}" for result in lost)
+                raise ComparisonError(
+                    f"Training of {name} diverged at every learning rate ({rates}). Pass lower ones: "
+                    f"--learning_rates.{name} '[...]'. {lost[-1].diverged}"
+                )
 
     def _check_search_rows(self, count: int | None) -> int | None:
         if count is not None and not 1 <= count <= self.rows:
@@ -260,8 +274,10 @@ class Comparer:
             for run in self.results
             if run.method == name and run.learning_rate is not None and run == self._search_run(name, run.learning_rate)
         ]
-        best = choose_learning_rates(self._all_results()).get(name)
-        if best is None or len(tried) < 2 or best not in (min(tried), max(tried)):
+        if len(tried) < 2:
+            return None
+        best = choose_learning_rates(self._all_results()).get(name, min(tried))  # if all diverged, a lower one
+        if best not in (min(tried), max(tried)):
             return None
         return self._search_run(name, round_rate(best / 3 if best == min(tried) else best * 3))
 
@@ -270,10 +286,19 @@ class Comparer:
 
     # ---------------------------------------------------------------- runs
 
-    def execute(self, runs: Iterable[PlannedRun]) -> None:
-        """Execute the runs without results, `workers` at a time, while the budget lasts."""
+    def execute(self, runs: Iterable[PlannedRun], *, may_diverge: bool = False) -> None:
+        """Execute the runs without results, `workers` at a time, while the budget lasts.
+
+        Args:
+            runs: Runs to execute.
+            may_diverge: Whether a run that diverges is a result, as that of a learning rate that is tried.
+
+        Raises:
+            ComparisonError: For a run that failed, one of another configuration, and one that diverged.
+        """
         waiting: list[PlannedRun] = []
-        for run in runs:
+        planned = list(runs)
+        for run in planned:
             digest = self._prepare(run)
             if not self._read(run):
                 waiting.append(run)
@@ -289,6 +314,12 @@ class Comparer:
         finally:
             for process in running.values():
                 process.terminate()
+        for run in planned if not may_diverge else ():
+            if (reason := next((r.diverged for r in self.results.get(run, []) if r.diverged), None)) is not None:
+                raise ComparisonError(
+                    f"The run {run.name} diverged. Lower the learning rate of {run.method}: in its configuration, or "
+                    f"those of `lightning-ft compare` in --learning_rates. {reason}"
+                )
 
     def _execute(self, waiting: list[PlannedRun], running: dict[PlannedRun, subprocess.Popen[bytes]]) -> None:
         started: dict[PlannedRun, float] = {}
@@ -316,7 +347,7 @@ class Comparer:
     def _fits_budget(self, run: PlannedRun, elapsed: Sequence[float]) -> bool:
         if self.budget is None:
             return True
-        trained = [r for r in self._all_results() if r.learning_rate is not None]
+        trained = [r for r in self._all_results() if r.learning_rate is not None and not r.diverged]
         similar = [r.wall_seconds for r in trained if r.method == run.method] or [r.wall_seconds for r in trained]
         expected = mean(similar) if similar and run.learning_rate is not None else 0.0
         return self._spent() + sum(elapsed) + expected <= self.budget
@@ -386,6 +417,9 @@ class Comparer:
         if code != 0 or not self._read(run):
             raise ComparisonError(f"The run {run.name} ended with exit status {code}. {last_lines(folder)}")
         for result in self.results[run]:
+            if result.diverged:
+                print(f"{run.name}: {result.method} diverged. {result.diverged}", flush=True)
+                continue
             print(
                 f"{run.name}: {result.method} reached quality {result.validation_quality:.4f} on validation rows in "
                 f"{result.wall_seconds:.0f} s",

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from lightning_ft.compare.run_files import (
 from lightning_ft.data.pairs import PairDataModule
 from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.data.splits import SplitName
-from lightning_ft.errors import ComparisonError, LightningFTError
+from lightning_ft.errors import ComparisonError, ConfigError, LightningFTError, NonFiniteError
 from lightning_ft.evaluation.comparison.result import RunResult
 from lightning_ft.evaluation.savings.arms import run_arm
 from lightning_ft.evaluation.savings.first_token import TIMED_REQUESTS
@@ -160,7 +161,14 @@ def execute(folder: Path, *, keep_model: bool = False) -> list[RunResult]:
     )
     trainer: Any = cli.trainer
     trainer.callbacks = [meter, *trainer.callbacks, *([retention] if retention else []), recorder]
-    trainer.fit(cli.model, datamodule=data, ckpt_path=find_checkpoint(folder, plan["hash"]))
+    try:
+        trainer.fit(cli.model, datamodule=data, ckpt_path=find_checkpoint(folder, plan["hash"]))
+    except NonFiniteError as error:  # an outcome of a learning rate: that it is too high
+        compute = None
+        with suppress(ConfigError):  # not a single micro-batch was completed
+            compute = meter.so_far()
+        failed = {"validation_quality": 0.0, "test": None, "compute": compute, "diverged": str(error)}
+        return [result(run.method, recorder.earlier_seconds, **failed)]
     if trainer.interrupted:
         raise ComparisonError(
             "The run was interrupted. Start the comparison again to resume it from its last checkpoint."

@@ -105,8 +105,22 @@ def json_equal(output: str, reference: str) -> float:
     expected = _parse(reference)
     try:
         return float(_same(_parse(_unfenced(output)), expected))
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for an answer that opens brackets only
         return 0.0
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is JSON, without NaN and infinite numbers, which JSON lacks.
+
+    Example:
+        >>> is_json('{"a": 1}'), is_json("a: 1"), is_json("[NaN]")
+        (True, False, False)
+    """
+    try:
+        _parse(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parse(text: str) -> object:

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import InitialAdapter
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of
@@ -50,6 +51,24 @@ def active_adapter(model: PeftModel, name: str | None) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
+def trained_base_weights(model: PeftModel) -> list[str]:
+    """Names of weights outside of all adapters that are trained, so that the model without them isn't the original.
+
+    They are biases of the base, which LoRA's ``bias="all"`` or ``"lora_only"`` trains, also in an adapter that was
+    loaded, and weights that were unfrozen next to the adapter.
+
+    Args:
+        model: The adapted model.
+    """
+    biases = any(getattr(config, "bias", "none") not in ("none", False) for config in model.peft_config.values())
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if (parameter.requires_grad or (biases and name.endswith(".bias")))
+        and not set(model.peft_config).intersection(name.split("."))
+    ]
+
+
 class Reference:
     """The model before training, without a second copy of its weights if it has an adapter.
 
@@ -61,6 +80,9 @@ class Reference:
         initial: Adapter at the start of training; None for a new one on unchanged weights, which is disabled.
         load: Callable that loads the weights again; None to copy the model's current weights.
         prepare_copy: Callable that is passed the copy of the weights, to shard it like the model.
+
+    Raises:
+        ConfigError: If weights outside of the adapter are trained, which only a copy of them could undo.
     """
 
     def __init__(
@@ -80,7 +102,14 @@ class Reference:
             copied.requires_grad_(False).eval()
             prepare_copy(copied)
             self._copy.append(copied)
-        elif initial is None:
+            return
+        if outside := trained_base_weights(model):
+            raise ConfigError(
+                f"{len(outside):,} weights outside of the adapter are trained (first: {outside[0]}), so the model "
+                "without its adapter would no longer be the reference that training started from. Leave bias out of "
+                "`lora` (lora_bias=True trains biases of the adapter), or train every weight."
+            )
+        if initial is None:
             self.mode = "adapter_off"
         else:
             self.mode = "initial_adapter"

@@ -26,7 +26,12 @@ def copy_weights(model: CausalLM) -> dict[str, Tensor]:
     """
     if isinstance(model, PeftModel):
         return {}
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return copies_of({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def copies_of(weights: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of weights on the CPU, by name."""
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
 
 
 class UpdateScale:
@@ -85,27 +90,36 @@ def _weight_starts(model: CausalLM, original: Mapping[str, Tensor]) -> _Starts:
             f"The original of {len(missing)} trained weights isn't known (first: {missing[0]}), so their update can't "
             "be scaled. Keep a copy of the weights before training."
         )
-    return [(parameter, original[name]) for name, parameter in trained.items()]
+    return [
+        (p, original[name]) for name, p in model.named_parameters() if name in original and _changed(p, original[name])
+    ]
+
+
+def _changed(parameter: torch.nn.Parameter, origin: Tensor) -> bool:
+    """Whether training changed a weight, which may have been frozen since."""
+    return parameter.requires_grad or not torch.equal(parameter.detach().cpu(), origin.to(parameter.dtype))
 
 
 def _adapter_starts(model: PeftModel) -> _Starts:
+    active = set(model.active_adapters)  # others, such as that of a reference, stay as they are
     copies = {
         id(parameter): origin
         for wrapper in model.modules()
         if isinstance(wrapper, ModulesToSaveWrapper)
-        for copied in wrapper.modules_to_save.values()
+        for adapter, copied in wrapper.modules_to_save.items()
+        if adapter in active
         for parameter, origin in zip(copied.parameters(), wrapper.original_module.parameters(), strict=True)
     }
     starts: _Starts = []
     unknown = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or ".lora_A." in name or ".lora_embedding_A." in name:
+        if ".lora_A." in name or ".lora_embedding_A." in name:
             continue
-        if id(parameter) in copies:
+        if id(parameter) in copies:  # also one that was trained and is frozen now
             starts.append((parameter, copies[id(parameter)]))
-        elif ".lora_B." in name or ".lora_embedding_B." in name:
+        elif (".lora_B." in name or ".lora_embedding_B." in name) and active.intersection(name.split(".")):
             starts.append((parameter, None))
-        else:
+        elif parameter.requires_grad:
             unknown.append(name)
     if unknown:
         raise ModelError(

@@ -19,7 +19,7 @@ from lightning_ft.models.numerics import nonfinite
 from lightning_ft.models.unwrap import unwrapped
 from lightning_ft.modules.resume import RngState, own_rng_state, set_rng_state
 
-_OPTIMIZER, _LOADERS, _RNG, _VALUES = "optimizer", "loaders", "rng", "values"
+_OPTIMIZER, _LOADERS, _RNG, _VALUES, _BUFFERS = "optimizer", "loaders", "rng", "values", "buffers"
 
 
 class Positioned(Protocol):
@@ -41,9 +41,9 @@ def save_loop(
 ) -> None:
     """Save a loop between two optimizer steps. Every rank must call it; rank 0 writes.
 
-    The file has the trainable weights, the optimizer, the position of the loader, and the random states of Python,
-    NumPy and PyTorch on every rank. Frozen weights are left out: load or initialize them in the same way before
-    `load_loop`.
+    The file has the trainable weights, the model's buffers (such as the running statistics of a batch norm), the
+    optimizer, the position of the loader, and the random states of Python, NumPy and PyTorch on every rank. Frozen
+    weights are left out: load or initialize them in the same way before `load_loop`.
 
     Args:
         path: File to write; an existing one is replaced once the new one is complete.
@@ -66,7 +66,12 @@ def save_loop(
 
     def write(states: list[tuple[Any, RngState]]) -> list[None]:
         positions, rng = zip(*states, strict=True)
-        own = {_OPTIMIZER: optimizer.state_dict(), _LOADERS: list(positions), _RNG: list(rng)}
+        own = {
+            _BUFFERS: _buffers(module),
+            _OPTIMIZER: optimizer.state_dict(),
+            _LOADERS: list(positions),
+            _RNG: list(rng),
+        }
         write_checkpoint({"state_dict": weights, **own, _VALUES: dict(values or {})}, Path(path))
         return [None] * len(states)
 
@@ -77,6 +82,9 @@ def load_loop(
     path: str | Path, model: nn.Module, optimizer: Optimizer, loader: Positioned | None = None
 ) -> dict[str, Any]:
     """Restore what :func:`save_loop` saved. Every rank must call it.
+
+    After the last batch of an epoch the position of the loader is the beginning of the next one, so a loop over epochs
+    starts at ``loader.state_dict()["epoch"]``, before the first epoch as well as after `load_loop`.
 
     Args:
         path: Path or URL of the checkpoint.
@@ -130,7 +138,9 @@ def load_loop(
             f"The checkpoint {str(path)!r} doesn't fit {type(optimizer).__name__}: {error}. Build the optimizer as in "
             "the run that wrote it."
         ) from error
-    module.load_state_dict(weights, strict=False)
+    own = _buffers(module)
+    buffers = {name: value for name, value in checkpoint.get(_BUFFERS, {}).items() if name in own}
+    module.load_state_dict({**weights, **buffers}, strict=False)
     if loader is not None:
         loader.load_state_dict(positions[rank])
     set_rng_state(checkpoint[_RNG], rank)
@@ -146,6 +156,16 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             "The weights are sharded, and a checkpoint of a loop holds whole ones: use fabric.save and fabric.load."
         )
     return module
+
+
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to a module's state, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach()
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }
 
 
 def _check_plain(values: Mapping[str, Any]) -> None:

@@ -161,3 +161,17 @@ def test_two_metrics_of_one_name_are_refused_since_lightning_logs_their_mean(tra
     callbacks = quality(0.25), quality(0.75, name="val/other")
     trainer = fit(trainer_options, Theirs(tokenizer), hf_loader(tokenizer), *callbacks)
     assert [float(trainer.callback_metrics[each.name]) for each in callbacks] == [0.25, 0.75]
+
+
+def test_module_without_a_model_is_refused_before_training(trainer_options, tokenizer):
+    class Named(Theirs):
+        def __init__(self):
+            super().__init__(tokenizer)
+            self.lm = self.model
+            del self.model
+
+    quality = AnswerQuality("exact", requests=REQUESTS, max_new_tokens=3, progress=False)
+    with pytest.raises(
+        SavingsError, match=r"AnswerQuality found no transformers model in Named: assign it to .*`model`"
+    ):
+        fit(trainer_options, Named(), hf_loader(tokenizer), quality)

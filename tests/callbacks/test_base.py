@@ -211,7 +211,7 @@ def test_savings_after_epoch_reports_failure_and_continues(trainer_options, mode
     make_fail = CallAtEpochEnd(lambda: setattr(scorer, "failure", RuntimeError if scorer.failure is None else None))
     fit(trainer_options, model_folder, [make_fail, savings], max_epochs=2)
     assert savings.result is not None
-    assert [failure.split(":")[0] for failure in savings.failures] == ["Token savings after epoch 0 are undefined"]
+    assert [failure.split(":")[0] for failure in savings.failures] == ["Token savings after epoch 0 is undefined"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -382,3 +382,15 @@ def test_name_may_not_lead_out_of_the_folder(name, tmp_path):
     with pytest.raises(ConfigError, match="expected a name such as 'refunds'"):
         ComputeMeter(name=name).setup(trainer, None, "fit")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_that_would_replace_those_of_another_callback_are_refused(trainer_options, tmp_path, model_folder):
+    retention, again = (
+        Retention(["the quick brown fox jumps"], name=name, output_dir=tmp_path / "results") for name in "ab"
+    )
+    message = r"Two Retention callbacks, 'a' and 'b', write the same files into .*results'.*a different output_dir="
+    with pytest.raises(ConfigError, match=message):
+        fit(trainer_options, model_folder, [retention, again])
+    meter = ComputeMeter(output_dir=tmp_path / "results")  # writes another file
+    fit(trainer_options, model_folder, [meter, retention])
+    assert (tmp_path / "results" / "retention.json").is_file()

@@ -17,10 +17,12 @@ from lightning_ft import (
     Retention,
     RetentionFrontier,
     SampleCompletions,
+    TokenMeanAccumulation,
     TokenSavings,
+    TrainableCheckpoint,
 )
 from lightning_ft._lightning import NAMESPACE
-from lightning_ft.errors import ConfigError
+from lightning_ft.errors import ConfigError, RetentionError
 from lightning_ft.evaluation.savings.files import load_savings
 from lightning_ft.types import Message, Request
 
@@ -149,3 +151,23 @@ def test_callbacks_that_a_loop_cannot_use_name_the_way_out(tmp_path):
             ExportModel(tokenizer=make_tokenizer(), **options).on_train_start(fabric, model)
     with pytest.raises(ConfigError, match="pass tokenizer="):
         ExportModel(str(tmp_path)).on_train_start(fabric, model)
+    with pytest.raises(ConfigError, match=r"losses would not be weighted.*token_mean\.TokenMean"):
+        TokenMeanAccumulation().on_train_start(fabric, model)
+    with pytest.raises(ConfigError, match="use save_loop and load_loop"):
+        TrainableCheckpoint().on_train_start(fabric, model)
+    with pytest.raises(RetentionError, match=r"every_n_steps=2 needs a Trainer.* call measure\(fabric, model\)"):
+        Retention(["where is my parcel"], tokenizer=make_tokenizer(), every_n_steps=2).on_train_start(fabric, model)
+
+
+def test_fabric_loop_measures_every_second_of_its_epochs(tmp_path):
+    _, _, savings, retention, quality, _ = callbacks = every_callback(tmp_path)
+    savings.every_n_epochs = retention.every_n_epochs = 2
+    fabric, model = make_fabric(callbacks[1:5]), make_model()
+    fabric.call("on_train_start", fabric, model)
+    measured = []
+    for _ in range(4):
+        savings.result = retention.result = None
+        fabric.call("on_train_epoch_end", fabric, model)
+        measured.append((savings.result is not None, retention.result is not None))
+    assert measured == [(False, False), (True, True), (False, False), (True, True)]
+    assert quality.result is None  # that is measured after a validation

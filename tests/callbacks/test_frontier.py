@@ -61,7 +61,8 @@ def fit(trainer_options, tuned, *callbacks, **options):
     [None, {}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}],
     ids=["full", "lora", "saved", "rslora"],
 )
-def test_scaled_update_interpolates_the_weights(lora):
+@pytest.mark.parametrize("frozen_later", [lambda name: False, lambda name: "layers.0." in name or "head" in name])
+def test_scaled_update_interpolates_the_weights(lora, frozen_later):
     base, model = make_model(), make_model()
     if lora is not None:
         targets = ["q_proj", "down_proj"]
@@ -80,6 +81,8 @@ def test_scaled_update_interpolates_the_weights(lora):
         return {name: p.detach() for name, p in copied.named_parameters()}
 
     trained, start = merged(), dict(base.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not frozen_later(name))
     update = UpdateScale(model, original)
     for scale in (0.3, 0.0, 1.0):
         update.set(scale)
@@ -115,6 +118,24 @@ def test_updates_that_cannot_be_scaled_are_refused():
 
 
 # ---------------------------------------------------------------- the callback
+
+
+def test_weights_unfrozen_during_training_are_scaled_from_their_original(tokenizer):
+    requests = [Request("a", (Message(role="user", content="where is the lamp"),), "here")]
+    options = {**QUICK, "scorer": lambda output, reference: 0.5, "tokenizer": tokenizer, "output_dir": False}
+    frontier = RetentionFrontier(TEXTS[:1], scales=(0.5, 1.0), requests=requests, **options)
+    model, original = make_model(), make_model()
+    model.model.layers.requires_grad_(False)
+    frontier.on_train_start(None, model)
+    model.model.layers.requires_grad_(True)
+    frontier.on_train_batch_start(None, model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    frontier.on_train_end(None, model)
+    assert frontier.result.chosen == 0.5  # as good as 1, and less is forgotten
+    for weight, start in zip(model.parameters(), original.parameters(), strict=True):
+        torch.testing.assert_close(weight, start + 0.05)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -141,6 +141,9 @@ def test_measure_token_savings_with_two_models_equals_disabled_adapter(tokenizer
     two = measure_token_savings(adapted, tokenizer, make_requests(), BASELINE, original=make_model(), **options)
     assert off.arms == two.arms
     assert off.arms["tuned"].outputs != off.arms["untuned"].outputs
+    adapted.base_model.model.model.norm.requires_grad_(True)
+    with pytest.raises(SavingsError, match=r"Pass original=: 1 weights? outside of the adapter are trained"):
+        measure_token_savings(adapted, tokenizer, make_requests(), BASELINE, **options)
     with pytest.raises(SavingsError, match="Pass original="):
         measure_token_savings(make_model(), tokenizer, make_requests(), BASELINE, **options)
 

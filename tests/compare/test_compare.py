@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +20,11 @@ from transformers import AutoModelForCausalLM
 from lightning_ft.callbacks.base import RunsLast
 from lightning_ft.compare.plan import PlannedRun
 from lightning_ft.compare.run import FILE_NAME, Comparer, compare
-from lightning_ft.compare.run_files import RESULT
+from lightning_ft.compare.run_files import RESULT, write_results
+from lightning_ft.compare.worker import execute
 from lightning_ft.errors import ComparisonError
 from lightning_ft.evaluation.comparison.methods import compare_methods
-from lightning_ft.evaluation.comparison.result import Comparison
+from lightning_ft.evaluation.comparison.result import Comparison, RunResult
 from lightning_ft.evaluation.savings import arms
 from lightning_ft.evaluation.savings.cost import Prices
 
@@ -274,11 +276,44 @@ def test_compare_stops_at_budget_and_continues_with_larger_one(tmp_path, config,
     ],
 )
 def test_compare_expects_a_first_run_to_take_as_long_as_those_of_other_methods(monkeypatch, run, fits):
-    earlier = SimpleNamespace(method="full", learning_rate=1e-3, wall_seconds=10.0)
+    earlier = SimpleNamespace(method="full", learning_rate=1e-3, wall_seconds=10.0, diverged="")
     monkeypatch.setattr(Comparer, "__init__", lambda comparer: None)
     comparer = Comparer()
     comparer.results, comparer.budget = {PlannedRun("full", 1e-3): [earlier]}, 19.0
     assert comparer._fits_budget(run, []) == fits
+
+
+def test_run_that_diverges_has_a_result_with_its_reason_and_cost(tmp_path, config):
+    comparer = Comparer(config, ["lora"], tmp_path, grids={"lora": [1e9]}, seeds=[0])
+    run = PlannedRun("lora", 1e9)
+    comparer._prepare(run)
+    (result,) = execute(comparer._folder(run))
+    assert result.diverged.startswith("Optimizer step 2 is not finite")
+    assert (result.validation_quality, result.test, result.compute.steps) == (0.0, None, 1)
+
+
+@pytest.mark.parametrize(("rates", "seeds"), [((1e-3, 3e-3), [0]), ((1e-3,), [0, 1])])
+def test_compare_ends_where_no_learning_rate_is_left_or_another_seed_diverged(
+    tmp_path, config, monkeypatch, rates, seeds
+):
+    def start(comparer, run):
+        method = "untuned" if run.learning_rate is None else run.method
+        found = RunResult(method, run.seed, run.learning_rate, 24, 0.5, None, config_hash=digests[run])
+        lost = run.learning_rate is not None and (len(rates) > 1 or run.seed > 0)
+        write_results(comparer._folder(run), [replace(found, diverged="Step 2 is not finite." if lost else "")])
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    digests, prepare = {}, Comparer._prepare
+    monkeypatch.setattr(Comparer, "_prepare", lambda c, run: digests.setdefault(run, prepare(c, run)))
+    monkeypatch.setattr(Comparer, "_start", start)
+    monkeypatch.setattr("lightning_ft.compare.run.time.sleep", lambda seconds: None)
+    comparer = Comparer(config, ["lora"], tmp_path / "out", grids={"lora": rates}, seeds=seeds)
+    several = (
+        r"of lora diverged at every learning rate \(0.001, 0.003, 0.00033, 0.00011\)\. Pass lower ones: --learning_r"
+    )
+    another = r"The run lora/lr0.001-seed1 diverged\. Lower the learning rate of lora: .* Step 2 is not finite\."
+    with pytest.raises(ComparisonError, match=several if len(rates) > 1 else another):
+        comparer.run()
 
 
 def test_compare_refuses_folder_of_another_configuration(tmp_path, config, forked):

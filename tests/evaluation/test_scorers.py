@@ -26,6 +26,7 @@ def constant_scorer(output, reference):
         ("json", "NaN", "null", 0),
         ("json", '{"a": 1', '{"a": 1}', 0),
         ("json", "", '""', 0),
+        ("json", "[" * 100_000, "[]", 0),
     ],
 )
 def test_resolve_scorer_finds_scorers_by_name(name, output, reference, expected):

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_ft import DPO
 from lightning_ft.data.layout import Example, collate_examples
+from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import add_lora, lora_config
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import base_of
@@ -191,3 +192,9 @@ def test_reference_copy_is_prepared_before_use():
     assert prepared == reference._copy
     assert not any(parameter.requires_grad for parameter in prepared[0].parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_trained_biases_of_the_base_are_refused_since_an_adapter_switched_off_keeps_them():
+    model = add_lora(make_model(attention_bias=True), lora_config({"r": 2, "bias": "all"}), seed=0)
+    with pytest.raises(ConfigError, match=r"8 weights outside of the adapter are trained .*q_proj.*Leave bias out"):
+        Reference(model)

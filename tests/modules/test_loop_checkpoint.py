@@ -171,6 +171,44 @@ def test_hand_written_loop_over_epochs_resumes_bit_for_bit(tmp_path, stop):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+def test_loop_over_epochs_starts_at_the_epoch_of_its_loader(tmp_path):
+    def train(save_at=None, resume=False):
+        weight = torch.nn.Parameter(torch.ones(()))
+        optimizer, loader = torch.optim.SGD([weight], lr=0.1), ResumableLoader(DataLoader([1.0, 2.0], batch_size=1))
+        model, step = torch.nn.Module(), 0
+        model.weight = weight
+        if resume:
+            step = load_loop(tmp_path / "loop.ckpt", model, optimizer, loader)["step"]
+        for _ in range(loader.state_dict()["epoch"], 3):
+            for batch in loader:
+                (weight * batch).sum().backward()
+                optimizer.step()
+                step += 1
+                if step == save_at:
+                    save_loop(tmp_path / "loop.ckpt", model, optimizer, loader, {"step": step})
+                    return step
+        return step
+
+    for save_at in (1, 2, 3, 6):  # 2 is the last batch of an epoch
+        assert train(save_at) == save_at
+        assert train(resume=True) == train() == 6
+
+
+def test_buffers_of_a_loop_are_restored(tmp_path):
+    def norm():
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(4))
+        model[0].register_buffer("cache", torch.zeros(1), persistent=False)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    (trained, optimizer), (fresh, other) = norm(), norm()
+    trained(torch.arange(8.0).reshape(2, 4))
+    save_loop(tmp_path / "loop.ckpt", trained, optimizer)
+    load_loop(tmp_path / "loop.ckpt", fresh, other)
+    assert torch.equal(fresh[0].running_mean, trained[0].running_mean)
+    assert int(fresh[0].num_batches_tracked) == 1
+    assert "0.cache" not in read_checkpoint(tmp_path / "loop.ckpt")["buffers"]
+
+
 def test_save_loop_refuses_what_it_could_not_restore(tmp_path):
     loop = Loop()
     with pytest.raises(ConfigError, match=r"a DataLoader can't tell its position\. Wrap it in ResumableLoader"):

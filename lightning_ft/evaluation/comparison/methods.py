@@ -59,7 +59,7 @@ def choose_learning_rates(runs: Iterable[RunResult]) -> dict[str, float]:
     """Choose the learning rate of each method with the best validation quality; the smaller one of equals.
 
     Only the grid counts: the runs of a search on fewer rows, or else runs of the method's smallest seed on all of its
-    training rows.
+    training rows. A learning rate at which training diverged is never chosen.
 
     Args:
         runs: Runs of all methods.
@@ -73,7 +73,7 @@ def choose_learning_rates(runs: Iterable[RunResult]) -> dict[str, float]:
         {'lora': 0.002}
     """
     chosen: dict[str, float] = {}
-    for method, method_runs in _trained(runs).items():
+    for method, method_runs in _trained(run for run in runs if not run.diverged).items():
         size, seed = max(run.size or 0 for run in method_runs), min(run.seed for run in method_runs)
         searched = [run for run in method_runs if run.search]
         grid = searched or [run for run in method_runs if run.size == size and run.seed == seed]
@@ -385,7 +385,9 @@ def _warnings(
                 f"{method}: the best learning rate, {chosen[method]:g}, is at the edge of its grid "
                 f"({', '.join(f'{rate:g}' for rate in grid)}). Extend the grid, since a better one may be outside it."
             )
-        elif len(grid) == 1:
+        if diverged := sorted({run.learning_rate or 0.0 for run in trained[method] if run.diverged}):
+            yield f"{method}: training diverged at {', '.join(f'{rate:g}' for rate in diverged)}, which isn't chosen."
+        if len(grid) == 1:
             yield f"{method}: only one learning rate was tried, {grid[0]:g}. Try several; the best differs by method."
         if quality[method].value <= quality["untuned"].value:
             yield f"{method}: training didn't improve on the untuned model. Check its data and learning rates."

@@ -50,6 +50,8 @@ class RunResult:
         wall_seconds: Duration of the whole run in seconds: loading, training and measuring.
         config_hash: Hash of the configuration.
         search: Whether the run only served the choice of the learning rate, on fewer rows than the others.
+        diverged: Why training ended early, with a loss, gradients or weights that weren't finite; empty if it didn't.
+            Such a run has a quality of 0 and no answers.
     """
 
     method: str
@@ -65,6 +67,7 @@ class RunResult:
     wall_seconds: float = 0.0
     config_hash: str = ""
     search: bool = False
+    diverged: str = ""
 
     def to_dict(self, *, answers: bool = True) -> dict[str, Any]:
         """Convert to JSON types.
@@ -102,6 +105,7 @@ _JSON_FIELDS = (
     "wall_seconds",
     "config_hash",
     "search",
+    "diverged",
 )
 
 

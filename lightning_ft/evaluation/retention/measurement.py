@@ -51,6 +51,7 @@ from lightning_ft.models.card_facts import today, weights_hash
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of, input_device
 from lightning_ft.models.load import context_length
+from lightning_ft.models.reference import trained_base_weights
 from lightning_ft.models.unwrap import check_causal
 from lightning_ft.printable import content_hash
 
@@ -71,7 +72,7 @@ class RetentionMeasurement:
         base: Base of the comparison: ``"adapter_off"``, the model with its adapter disabled (exact); ``"step_0"``, the
             model at the start of training, of which `top_k` tokens per position are stored; or ``"auto"``, which takes
             the first if disabling the adapter changes nothing before the first step (the KL is at most
-            `FP32_TOLERANCE`), so that the adapter is new, and the second otherwise.
+            `FP32_TOLERANCE`), so that the adapter is new, and no weight outside of it is trained; and else the second.
         top_k: Number of tokens to store per position.
         batch_size: Number of texts per forward pass.
         resamples: Number of bootstrap resamples.
@@ -190,7 +191,8 @@ class RetentionMeasurement:
                 and ``base="adapter_off"`` must confirm that the adapter was new when training began.
 
         Raises:
-            RetentionError: If the model can't be measured, or differs from its base before the first step.
+            RetentionError: If the model can't be measured, differs from its base before the first step, or trains
+                weights of the base with ``base="adapter_off"``.
         """
         self.check_model(model)
         if trained and (self.base != "adapter_off" or not isinstance(model, PeftModel)):
@@ -200,6 +202,10 @@ class RetentionMeasurement:
             )
         if self.base == "adapter_off" and not isinstance(model, PeftModel):
             raise RetentionError("base='adapter_off' needs an adapter. For full fine-tuning pass base='step_0'.")
+        outside = trained_base_weights(model) if isinstance(model, PeftModel) else []
+        if outside and self.base == "adapter_off":
+            remedy = "Pass original=" if trained else "Pass base='step_0'"
+            raise RetentionError(f"{_not_the_original(outside)} {remedy}.")
         self._original = {
             "model": base_of(model).config._name_or_path or base_of(model).config.model_type,
             "dtype": str(base_of(model).dtype).removeprefix("torch."),
@@ -210,7 +216,7 @@ class RetentionMeasurement:
         if trained:
             self._base_type, self._stored = "adapter_off", ()
             return
-        if self.base != "step_0" and isinstance(model, PeftModel):
+        if self.base != "step_0" and isinstance(model, PeftModel) and not outside:
             self._base_type, self._stored = "adapter_off", ()
             kl = self._kl_before_training(model, LiveModel(model, adapter=False))
             self._original["step_0_kl"] = kl
@@ -248,7 +254,8 @@ class RetentionMeasurement:
             step: Optimizer step to record in the result.
 
         Raises:
-            RetentionError: If `before` wasn't called, or the model's outputs aren't numbers.
+            RetentionError: If `before` wasn't called, the model's outputs aren't numbers, or weights outside of an
+                adapter that is disabled for the comparison were unfrozen since.
         """
         if self._base_type is None:
             raise RetentionError("There is nothing to compare with. Call before(model) ahead of the first step.")
@@ -258,6 +265,11 @@ class RetentionMeasurement:
                 raise RetentionError(
                     "The base is the model with its adapter disabled, but this model no longer has an adapter. Pass it "
                     "before merging."
+                )
+            if outside := trained_base_weights(model):
+                raise RetentionError(
+                    f"{_not_the_original(outside)} They were frozen when the base was determined: pass base='step_0' "
+                    "in a new run."
                 )
             live = LiveModel(model, adapter=False)
         return self._compare(model, live, self._base_type, provenance, step)
@@ -406,6 +418,13 @@ class RetentionMeasurement:
                 yield batch, first
                 first += batch.num_targets
                 bar.update(len(part))
+
+
+def _not_the_original(outside: Sequence[str]) -> str:
+    return (
+        f"{len(outside):,} weights outside of the adapter are trained (first: {outside[0]}), so the model with its "
+        "adapter disabled isn't the original one."
+    )
 
 
 def measure_retention(

@@ -227,14 +227,15 @@ def _weak_prompt_warnings(gate: Gate, prompted: ArmRecords) -> list[str]:
 
 
 def _warnings(gate: Gate, difference: Interval, arms: Mapping[str, ArmRecords]) -> list[str]:
-    found = []
+    found, n = [], len(arms["prompted"].ids)
     # more requests wouldn't help if the loss is already certain, or if the verdict doesn't depend on it
     if gate.underpowered and not gate.void and difference.hi > -gate.margin:
         need = gate.required_n if gate.bound < 0 else required_requests(0.0, gate.margin)
+        unit = "requests" if gate.n == n else "requests or clusters"
         found.append(
-            f"Underpowered: {gate.n:,} requests can't rule out a loss of {gate.margin:.1%} in quality; {need:,} are "
+            f"Underpowered: {gate.n:,} {unit} can't rule out a loss of {gate.margin:.1%} in quality; {need:,} are "
             f"needed if {gate.discordant:.1%} of the pairs are discordant. The gate fails. Measure more "
-            "requests."
+            f"{unit}."
         )
     for name, arm in arms.items():
         if arm.truncated_rate > _MAX_TRUNCATED_RATE:

@@ -29,6 +29,7 @@ from lightning_ft.evaluation.scorers import Scorer
 from lightning_ft.models.card_facts import today, weights_hash
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.load import context_length
+from lightning_ft.models.reference import trained_base_weights
 from lightning_ft.models.unwrap import check_causal
 from lightning_ft.printable import content_hash
 from lightning_ft.rollout.structured import StructuredOutputs
@@ -308,12 +309,18 @@ def measure_token_savings(
         options: Keyword arguments of :class:`SavingsMeasurement`.
 
     Raises:
-        SavingsError: As :class:`SavingsMeasurement`, or if `tuned` has no adapter and `original` isn't passed.
+        SavingsError: As :class:`SavingsMeasurement`, or if `original` isn't passed and `tuned` has no adapter, or
+            weights outside of it are trained.
     """
     measurement = SavingsMeasurement(tokenizer, requests, baseline, **options)
     if original is None and not isinstance(tuned, PeftModel):
         raise SavingsError(
             "Pass original=: the trained model has no adapter, so it doesn't contain the original weights."
+        )
+    if original is None and (outside := trained_base_weights(tuned)):  # type: ignore[arg-type]
+        raise SavingsError(
+            f"Pass original=: {len(outside):,} weights outside of the adapter are trained (first: {outside[0]}), so "
+            "the model with its adapter disabled isn't the original one."
         )
     with tuned.disable_adapter() if original is None else nullcontext():  # type: ignore[operator]
         measurement.before(tuned if original is None else original)

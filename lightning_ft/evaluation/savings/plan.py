@@ -15,7 +15,7 @@ from lightning_ft.data.prompt_baseline import PromptBaseline, check_no_overlap
 from lightning_ft.data.templates import ChatTemplate, chat_template
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError, SavingsError, TokenizerError
-from lightning_ft.evaluation.scorers import SCORERS, Scorer, normalize_text, resolve_scorer
+from lightning_ft.evaluation.scorers import SCORERS, Scorer, is_json, normalize_text, resolve_scorer
 from lightning_ft.printable import content_hash
 from lightning_ft.rollout.protocol import common_prefix
 from lightning_ft.rollout.structured import StructuredOutputs, check_grammar
@@ -183,7 +183,8 @@ def answer_plan(
     Takes the arguments of :func:`measurement_plan`, but no baseline.
 
     Raises:
-        SavingsError: If there is no request, an id is missing or not unique, or a prompt is refused by the template.
+        SavingsError: If there is no request, an id is missing or not unique, a prompt is refused by the template, or
+            a reference isn't JSON for the scorer ``"json"``.
     """
     if max_new_tokens < 1 or (max_requests is not None and max_requests < 1):
         raise SavingsError(f"max_new_tokens={max_new_tokens}, max_requests={max_requests}: expected at least 1.")
@@ -202,6 +203,8 @@ def answer_plan(
                 "such rows out of the split, or pass requests= whose reference is the text that the model should write."
             )
         bare.append(_encode(tokenizer, request, request.messages, template))
+    if name == "json":
+        _check_json(chosen)
     if name in SCORERS:
         _warn_of_long_references(tokenizer, chosen, name, max_new_tokens)
     return MeasurementPlan(
@@ -216,6 +219,17 @@ def answer_plan(
         tokenizer=str(getattr(tokenizer, "name_or_path", "")),
         grammars=grammars,
     )
+
+
+def _check_json(requests: Sequence[Request]) -> None:
+    """Refuse references that the scorer can't read, before any answer is generated."""
+    bad = [request for request in requests if not is_json(request.reference)]
+    if bad:
+        raise SavingsError(
+            f"scorer='json': the references of {len(bad):,} of {len(requests):,} requests aren't JSON, such as "
+            f"{bad[0].reference[:60]!r} of {bad[0].id!r}, so no answer could equal them. Correct these rows, or pass "
+            "another scorer, such as 'normalized'."
+        )
 
 
 def _warn_of_long_references(

@@ -136,6 +136,18 @@ def test_compare_methods_drops_answers_of_the_sweep_and_sums_its_cost():
     assert (result.sweep_seconds, result.sweep_flops) == (30.0, 3e9)
 
 
+def test_learning_rate_that_diverged_is_not_chosen_and_counts_in_the_cost_of_the_search():
+    lost = replace(run("lora", 0, 0, rate=1e-2), test=None, diverged="Optimizer step 2 is not finite.")
+    runs = [*original_runs(), run("lora", 0, 60, rate=1e-3), run("lora", 0, 50, rate=3e-4), lost]
+    result = compared(runs)
+    assert result.chosen == {"lora": 1e-3}
+    assert result.sweep_flops == 2 * lost.compute.flops
+    assert "lora: training diverged at 0.01, which isn't chosen." in result.warnings
+    assert not any("at the edge of its grid" in warning for warning in result.warnings)
+    assert choose_learning_rates([lost]) == {}
+    assert Comparison.from_dict(result.to_dict()) == result
+
+
 def test_learning_curve_includes_each_size_and_final_runs_the_largest():
     runs = [run("lora", seed, right, size=size) for seed in (0, 1) for right, size in ((30, 100), (70, 1000))]
     result = compared([*original_runs(), *runs])

@@ -123,6 +123,39 @@ def test_adapter_off_matches_full_logits(tokenizer, options):
     assert measure_retention(model, tokenizer, texts=TEXTS, task=TASK, **QUICK).kl_general == result.kl_general
 
 
+def beyond_the_adapter(trained):
+    """An adapted model that trains biases or norms of the base too."""
+    options = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(make_model(attention_bias=True), LoraConfig(bias=trained, **options))
+    if trained == "none":
+        model.base_model.model.model.norm.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("trained", ["all", "lora_only", "none"])
+def test_adapter_off_is_no_base_where_weights_outside_of_the_adapter_are_trained(tokenizer, trained):
+    model, original = beyond_the_adapter(trained), make_model(attention_bias=True)
+    with pytest.raises(RetentionError, match=r"weights outside of the adapter are trained .*Pass base='step_0'"):
+        RetentionMeasurement(tokenizer, TEXTS, base="adapter_off", **QUICK).before(model)
+    measurement = RetentionMeasurement(tokenizer, TEXTS, **QUICK)
+    measurement.before(model)
+    exact = measure_retention(perturbed(model), tokenizer, original=original, texts=TEXTS, **QUICK)
+    result = measurement.after(model)
+    assert result.base == "step_0"
+    assert result.ppl_ratio.value == pytest.approx(exact.ppl_ratio.value, rel=1e-5)
+    with pytest.raises(RetentionError, match=r"isn't the original one\. Pass original="):
+        measure_retention(model, tokenizer, texts=TEXTS, **QUICK)
+
+
+def test_weights_unfrozen_next_to_an_adapter_after_the_start_are_refused(tokenizer):
+    model = adapted()
+    measurement = RetentionMeasurement(tokenizer, TEXTS, **QUICK)
+    measurement.before(model)
+    model.base_model.model.model.norm.requires_grad_(True)
+    with pytest.raises(RetentionError, match=r"They were frozen when the base was determined: pass base='step_0'"):
+        measurement.after(model)
+
+
 def test_step_0_is_a_lower_bound_that_becomes_exact(tokenizer):
     base, tuned = make_model(), perturbed(make_model())
     exact = measure_retention(tuned, tokenizer, original=base, texts=TEXTS, task=TASK, **QUICK)

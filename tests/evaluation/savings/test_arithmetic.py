@@ -138,6 +138,9 @@ def test_gate_fails_when_underpowered():
     assert any("Underpowered: 300 requests" in w and "314 are needed" in w for w in result.warnings)
     assert result.headline.startswith("FAIL")
     assert not result.saves_half  # despite 88% fewer tokens
+    clustered = [replace(arm, clusters=tuple(f"c{i // 2}" for i in range(300))) for arm in result.arms.values()]
+    (warning,) = (w for w in token_savings(*clustered, margin=0.05, resamples=99).warnings if "Underpowered" in w)
+    assert warning.startswith("Underpowered: 150 requests or clusters can't")  # there are 300 requests
 
 
 def test_gate_fails_with_few_requests_and_equal_answers():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from tiny import make_tokenizer
 
+from lightning_ft.errors import SavingsError
 from lightning_ft.evaluation.savings.plan import answer_plan
 from lightning_ft.types import Message, Request
 
@@ -20,14 +21,20 @@ def warnings_of(requests, **options):
     return [str(warning.message) for warning in caught if "reference answers" in str(warning.message)]
 
 
+def test_plan_refuses_references_that_the_json_scorer_cannot_read():
+    with pytest.raises(SavingsError, match=r"references of 1 of 2 requests aren't JSON, such as 'the lamp' of '0', so"):
+        answer_plan(make_tokenizer(), [SHORT[0], replace(SHORT[1], reference='{"lamp": 1}')], scorer="json")
+
+
 @pytest.mark.parametrize("scorer", ["exact", "normalized", "json"])
 def test_plan_warns_of_references_that_no_answer_can_reach(scorer):
-    length = len(make_tokenizer()(LONG.reference, add_special_tokens=False)["input_ids"])
-    (text,) = warnings_of([*SHORT, LONG], scorer=scorer, max_new_tokens=length - 1)
+    requests = [replace(request, reference=f'"{request.reference}"') for request in (*SHORT, LONG)]  # JSON too
+    length = len(make_tokenizer()(requests[-1].reference, add_special_tokens=False)["input_ids"])
+    (text,) = warnings_of(requests, scorer=scorer, max_new_tokens=length - 1)
     assert text.startswith(f"1 of 4 reference answers have more than max_new_tokens={length - 1} tokens")
     assert f"the scorer {scorer} grades them as wrong" in text
     assert text.endswith(f"the longest has {length} tokens.")
-    assert warnings_of([*SHORT, LONG], scorer=scorer, max_new_tokens=length) == []
+    assert warnings_of(requests, scorer=scorer, max_new_tokens=length) == []
 
 
 def test_plan_leaves_the_length_to_scorers_that_may_accept_a_part():
