@@ -52,6 +52,8 @@ _ONLY_TRAINING = {
 _OF_FIT_ALONE = ("ckpt_path", "weights_only")
 """Options that `fit` writes into the configuration of a run, next to those that every command has."""
 _MEASUREMENTS = ("TokenSavings", "Retention")
+_NAMES = ("token_savings", "retention")
+"""Prefixes of their metrics by default."""
 _OWN_CALLBACKS = (*_MEASUREMENTS, "ExportModel", "ModelCheckpoint", "ComputeMeter")
 """Callbacks that a comparison reads its settings from, or adds itself."""
 
@@ -199,6 +201,10 @@ def read_settings(
                 "with the options of one. Leave the others out."
             )
     savings = found["TokenSavings"][0]
+    prefixes = [
+        str(several[0].get("name", prefix)) for several, prefix in zip(found.values(), _NAMES, strict=True) if several
+    ]
+    _refuse_monitors(config, prefixes, path)
     if savings.get("endpoint") is not None:
         raise ComparisonError(
             f"{path!r}: the endpoint of TokenSavings can't answer in `lightning-ft compare` and `plan`, whose prompted "
@@ -460,6 +466,17 @@ def _check_comparable(methods: Sequence[Method]) -> None:
             raise ComparisonError(
                 f"{first.name} ({one}) and {other.name} ({two}) may run in different precision. Set "
                 "model.init_args.dtype and trainer.precision to the same values in both configurations."
+            )
+
+
+def _refuse_monitors(config: Mapping[str, Any], prefixes: Sequence[str], path: str) -> None:
+    """Refuse a callback that would decide during training by what a comparison measures after it."""
+    for callback in _callbacks(config):
+        metric = str((callback.get("init_args") or {}).get("monitor", ""))
+        if _class_name(callback) not in _OWN_CALLBACKS and metric.startswith(tuple(f"{name}/" for name in prefixes)):
+            raise ComparisonError(
+                f"{path!r}: {_class_name(callback)} monitors {metric}, which a comparison measures after training "
+                "only. Monitor val/loss, or val/quality of AnswerQuality."
             )
 
 

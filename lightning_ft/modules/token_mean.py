@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -122,8 +123,27 @@ class TokenMean:
     """
 
     def __init__(self, count: TokenCount = supervised_tokens) -> None:
-        self.count = count
+        self._count = count
         self._tokens = self._batches = 0
+
+    def count(self, batch: object) -> int:
+        """Number of supervised tokens of a micro-batch.
+
+        Args:
+            batch: The micro-batch.
+
+        Raises:
+            ConfigError: If the function that counts them returns something else than a number of at least 0.
+        """
+        tokens: Any = self._count(batch)
+        whole = tokens.item() if isinstance(tokens, Tensor) and tokens.numel() == 1 else tokens
+        number = float(whole) if isinstance(whole, Real) else -1.0
+        if not number >= 0 or not number.is_integer():
+            raise ConfigError(
+                f"count= returned {tokens!r:.80} for a {type(batch).__name__}: expected the number of tokens that its "
+                "loss is the mean over, an integer of at least 0."
+            )
+        return int(number)
 
     def weigh(self, loss: Tensor, batch: object) -> Tensor:
         """Turn the mean loss of a micro-batch into a sum; call it before each backward pass.
@@ -133,7 +153,8 @@ class TokenMean:
             batch: The micro-batch.
 
         Raises:
-            ConfigError: If no token is supervised and the loss, the mean over none, isn't a number.
+            ConfigError: If no token is supervised and the loss, the mean over none, isn't a number, or if they can't
+                be counted.
         """
         tokens = self.count(batch)
         check_defined(loss, tokens)

@@ -96,6 +96,13 @@ def test_batches_without_labels_and_manual_optimization_are_refused(trainer_opti
         fit(trainer_options, Theirs(), unlabeled, TokenMeanAccumulation())
 
 
+@pytest.mark.parametrize("count", [-3, "7", None, 2.5, float("inf")])
+def test_count_of_tokens_is_a_number(count):
+    with pytest.raises(ConfigError, match=r"count= returned .* for a list: expected the number of tokens"):
+        TokenMean(count=lambda batch: count).weigh(torch.tensor(1.0), [1, 2])
+    assert [TokenMean(count=lambda batch: batch).count(n) for n in (torch.tensor(3), 3.0)] == [3, 3]
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

@@ -154,6 +154,19 @@ def test_read_settings_refuses_several_measurements_of_one_type(added, message):
         read_settings(changed(("trainer", "callbacks"), callbacks), "c.yaml", 8)
 
 
+def test_read_settings_refuses_to_monitor_what_is_measured_after_training():
+    def stopping(monitor, name="token_savings"):
+        savings = {"class_path": SAVINGS, "init_args": {"baseline": "b.json", "name": name}}
+        return changed(
+            ("trainer", "callbacks"), [savings, {"class_path": "EarlyStopping", "init_args": {"monitor": monitor}}]
+        )
+
+    for config in (stopping("token_savings/quality_tuned"), stopping("mine/total", "mine")):
+        with pytest.raises(ComparisonError, match=r"EarlyStopping monitors \S+, which .* after training only"):
+            read_settings(config, "c.yaml", 8)
+    assert read_settings(stopping("val/loss"), "c.yaml", 8).savings["name"] == "token_savings"
+
+
 def test_read_settings_refuses_an_endpoint():
     def savings(endpoint):
         arguments = {"baseline": "b.json", "endpoint": endpoint}
