@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import datasets
+import pyarrow as pa
 
 from lightning_ft.arguments import did_you_mean_path
 from lightning_ft.data.files import COMPRESSED, SUFFIXES, read_file
@@ -201,11 +202,19 @@ def dataset_rows(dataset: Any, name: str, read: int = 0) -> Iterator[object]:
     try:
         for row in dataset:
             read += 1
-            yield row
+            yield _row_of_table(row, name)
     except Exception as error:  # from a file, a mapped function or the network
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         where = f"after row {read:,}" if read else "before its first row"
         raise DataError(f"{name}: reading the dataset failed {where} with {type(error).__name__}: {reason}") from error
+
+
+def _row_of_table(row: object, name: str) -> object:
+    """A row as a dict where a dataset's format (``pandas``, ``polars``, ``arrow``) makes a table of each row."""
+    if isinstance(row, pa.Table) and row.num_rows == 1:
+        return row.to_pylist()[0]
+    frame: Any = row
+    return next(frame_rows(frame, name)) if library_of(row) and frame.shape[0] == 1 else row
 
 
 def path_of(source: str) -> Path | None:

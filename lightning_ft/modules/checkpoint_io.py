@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from lightning_ft._lightning import LightningModule, TorchCheckpointIO, restricted_classmethod
+from lightning_ft._lightning import TorchCheckpointIO, restricted_classmethod
 from lightning_ft.atomic_files import is_temporary_path
 from lightning_ft.checkpoint_file import (
     checked_file,
@@ -21,6 +21,7 @@ from lightning_ft.checkpoint_file import (
 )
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import CheckpointError, ConfigError
+from lightning_ft.modules.casting import CastModule
 from lightning_ft.modules.continued_run import refuse_other_class
 from lightning_ft.modules.sharded_strategy import ShardedStrategy, refuse_other_shapes
 from lightning_ft.sharded_checkpoint import (
@@ -227,7 +228,7 @@ def _check_before_loading(strategy: Any, io: WholeCheckpointIO) -> None:
     strategy.load_checkpoint = checked
 
 
-class CheckpointedModule(LightningModule):
+class CheckpointedModule(CastModule):
     """A module whose checkpoints are written whole and read without running anything."""
 
     def setup(self, stage: str) -> None:

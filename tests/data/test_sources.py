@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from lightning_ft import PairDataModule, PromptDataModule
 from lightning_ft.data.rows import load_source
-from lightning_ft.data.sources import as_sources, source_as_json
+from lightning_ft.data.sources import as_sources, read_rows, source_as_json
 from lightning_ft.data.split_report import SplitReport
 from lightning_ft.data.values import MAX_DEPTH, plain
 from lightning_ft.errors import ConfigError, DataError, DataNotFoundError
@@ -215,3 +216,13 @@ def test_template_kwargs_must_have_string_names():
     row = {"input": "q", "output": "a", "chat_template_kwargs": {1: 2}}
     _, (problem,) = load([ROWS[0], row])
     assert (problem.field, problem.detail) == ("chat_template_kwargs", "found names that aren't strings")
+
+
+@pytest.mark.parametrize("layout", ["pandas", "polars", "arrow"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_dataset_whose_format_makes_tables_of_rows_is_read(layout, streamed):
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    dataset = datasets.Dataset.from_list([{"messages": turns}] * 2)
+    source = (dataset.to_iterable_dataset() if streamed else dataset).with_format(layout)
+    rows = [raw.value for raw in read_rows(source, "train", "train", Counter())]
+    assert rows == [{"messages": turns}] * 2
