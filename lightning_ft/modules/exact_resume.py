@@ -14,7 +14,8 @@ class ExactResume(ResumableModule):
     and the batch that comes next, wherever Lightning writes it: after a step, inside an accumulation window (whose
     micro-batches are run again), around a validation, at the end of an epoch. The training data come from a
     `lightning_ft.data.resumable_loader.ResumableLoader` around a DataLoader, or from a DataModule of this package. The
-    modules of this package are built from the same part.
+    modules of this package are built from the same part. Gradients aren't saved: under manual optimization, save where
+    no optimizer has accumulated any.
 
     Example:
         >>> from lightning_ft._lightning import LightningModule
