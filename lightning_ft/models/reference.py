@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import InitialAdapter
+from lightning_ft.models.frequencies import exact_frequencies
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.shard import is_sharded
@@ -126,7 +127,8 @@ class Reference:
         """
         for model in self._copy:
             if not is_sharded(model):
-                cast(torch.nn.Module, model).to(device, dtype=base_of(self._model[0]).dtype)
+                with exact_frequencies(cast(torch.nn.Module, model)):
+                    cast(torch.nn.Module, model).to(device, dtype=base_of(self._model[0]).dtype)
         return self
 
     @contextmanager

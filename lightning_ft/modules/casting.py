@@ -9,27 +9,18 @@ import torch
 from torch import Tensor
 
 from lightning_ft._lightning import LightningModule
+from lightning_ft.models.frequencies import exact_frequencies
 
 _TRUE_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 """Dtypes that the Trainer casts whole modules to, after it has restored a checkpoint."""
 
 
 class CastModule(LightningModule):
-    """Keeps the frequencies of rotary positions as they are when the module is cast.
-
-    transformers computes positions in float32 in every dtype, and a loaded model has float32 frequencies. A frequency
-    in bfloat16 is wrong by up to 0.4%, and so the angle of position 2,000 by up to whole radians: the model that is
-    trained wouldn't be the one that its export is loaded as.
-    """
+    """Keeps the frequencies of rotary positions as they are when the module is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CastModule:
-        before = {name: b for name, b in self.named_buffers(remove_duplicate=False) if name.endswith("inv_freq")}
-        super()._apply(fn, recurse)
-        for name, frequencies in before.items():
-            owner, _, buffer = name.rpartition(".")
-            cast = self.get_buffer(name)
-            if cast.dtype != frequencies.dtype and not frequencies.is_meta:
-                setattr(self.get_submodule(owner), buffer, frequencies.to(cast.device))
+        with exact_frequencies(self):
+            super()._apply(fn, recurse)
         return self
 
     def _take_dtypes(self, weights: Mapping[str, Any]) -> None:

@@ -382,7 +382,7 @@ def test_policy_validation_samples_the_same_completions(trainer_options):
     module = make(Policy, learning_rate=1e-12, validation_rewards=other)
     run(module, BATCHES * 2, trainer_options, validation=validation, val_check_interval=1, callbacks=[kept])
     names = {"rewards/by_tokens", "rewards/other", "reward"}
-    names |= {f"{name}_std" for name in names} | {"completion_length", "truncated_fraction"}
+    names |= {f"{name}_std" for name in names} | {"completion_length", "truncated_fraction", "seen"}
     assert kept.metrics[1].keys() == {f"val/{name}" for name in names}
     # The weights have hardly changed, so the samples are the same.
     assert kept.metrics[1:] == [kept.metrics[1]] * 4
