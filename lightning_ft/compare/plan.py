@@ -51,9 +51,8 @@ _ONLY_TRAINING = {
 """Arguments of a module that the answers of the untrained weights don't depend on."""
 _OF_FIT_ALONE = ("ckpt_path", "weights_only")
 """Options that `fit` writes into the configuration of a run, next to those that every command has."""
-_MEASUREMENTS = ("TokenSavings", "Retention")
-_NAMES = ("token_savings", "retention")
-"""Prefixes of their metrics by default."""
+_MEASUREMENTS = {"TokenSavings": "token_savings", "Retention": "retention"}
+"""Callbacks that measure every run, and the prefixes of their metrics by default."""
 _OWN_CALLBACKS = (*_MEASUREMENTS, "ExportModel", "ModelCheckpoint", "ComputeMeter")
 """Callbacks that a comparison reads its settings from, or adds itself."""
 
@@ -201,9 +200,7 @@ def read_settings(
                 "with the options of one. Leave the others out."
             )
     savings = found["TokenSavings"][0]
-    prefixes = [
-        str(several[0].get("name", prefix)) for several, prefix in zip(found.values(), _NAMES, strict=True) if several
-    ]
+    prefixes = [str(several[0].get("name", _MEASUREMENTS[name])) for name, several in found.items() if several]
     _refuse_monitors(config, prefixes, path)
     if savings.get("endpoint") is not None:
         raise ComparisonError(

@@ -476,8 +476,9 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         self._checkpoint_names = saved  # also those that a callback had unfrozen
         frozen = checkpoint.get(STATE, {}).get("frozen")
         if frozen is not None and self._trainer is not None and self._trainer.state.fn == "fit":
-            for name, parameter in (item for item in self.named_parameters() if item[0] in saved):
-                parameter.requires_grad_(name not in frozen)  # such callbacks restore groups of the optimizer only
+            for name, parameter in self.named_parameters():  # such callbacks restore groups of the optimizer only
+                if name in saved:
+                    parameter.requires_grad_(name not in frozen)
         self.fill_frozen_averages(checkpoint)
         refuse_other_shapes(self, {name: w.shape for name, w in checkpoint.get("state_dict", {}).items()})
         self._take_dtypes(checkpoint.get("state_dict", {}))

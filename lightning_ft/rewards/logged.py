@@ -26,7 +26,7 @@ def add_logged(first: Logged, second: Logged) -> Logged:
 
 
 def means_over_ranks(logged: Logged, taken: Collection[str] = ()) -> dict[str, float]:
-    """Mean of each metric over its calls on all ranks. Every rank must call it, whatever it logged.
+    """Mean of each metric over its calls on all ranks. Every rank must call it, also one that logged nothing.
 
     Args:
         logged: What this rank's reward functions logged.

@@ -458,11 +458,6 @@ def test_savings_check_a_scorer_without_running_its_code(tmp_path):
     TokenSavings(BASELINE, scorer="__main__.grade")  # which has no import spec in a script
 
 
-def test_measurement_refuses_rows_that_are_no_requests(tokenizer):
-    with pytest.raises(SavingsError, match=r"requests\[1\] is a value of type dict, not a Request\. .*Request\(id="):
-        SavingsMeasurement(tokenizer, [*make_requests()[:1], {"input": "a", "output": "b"}], BASELINE)
-
-
 def test_savings_name_failing_scorer(trainer_options, tmp_path, tokenizer):
     callback = TokenSavings(BASELINE, scorer="operator:truediv", requests=make_requests(), **QUICK)
     with pytest.raises(SavingsError, match=r"Scorer 'operator:truediv' failed on request 'r0': TypeError"):

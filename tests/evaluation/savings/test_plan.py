@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 from tiny import make_tokenizer
 
+from lightning_ft.data.prompt_baseline import PromptBaseline
 from lightning_ft.errors import SavingsError
+from lightning_ft.evaluation.savings.measurement import SavingsMeasurement
 from lightning_ft.evaluation.savings.plan import answer_plan
 from lightning_ft.types import Message, Request
 
@@ -40,3 +42,9 @@ def test_plan_warns_of_references_that_no_answer_can_reach(scorer):
 def test_plan_leaves_the_length_to_scorers_that_may_accept_a_part():
     assert warnings_of([LONG], scorer=lambda output, reference: 1.0, max_new_tokens=1) == []
     assert warnings_of([LONG, *SHORT], scorer="label", max_new_tokens=1) == []
+
+
+def test_measurement_refuses_rows_that_are_no_requests():
+    request = Request("r0", [Message(role="user", content="where is it")], "here")
+    with pytest.raises(SavingsError, match=r"requests\[1\] is a value of type dict, not a Request\. .*Request\(id="):
+        SavingsMeasurement(make_tokenizer(), [request, {"input": "a", "output": "b"}], PromptBaseline("Be brief."))
