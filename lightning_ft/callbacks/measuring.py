@@ -150,8 +150,6 @@ class MeasuringCallback(EndOfTraining):
 
     def finish_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report if this is the last callback that measures."""
-        from lightning_ft.callbacks.measuring import report_at_end
-
         self.attempt("The report was not written", lambda: report_at_end(trainer, self))
 
     def with_prefix(self, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.adapt import InitialAdapter
-from lightning_ft.models.frequencies import exact_frequencies
 from lightning_ft.models.generate import evaluating
 from lightning_ft.models.head import CausalLM, base_of
+from lightning_ft.models.kept_float32 import kept_float32
 from lightning_ft.models.shard import is_sharded
 from lightning_ft.models.tensors import tensor_bytes
 
@@ -127,7 +127,7 @@ class Reference:
         """
         for model in self._copy:
             if not is_sharded(model):
-                with exact_frequencies(cast(torch.nn.Module, model)):
+                with kept_float32(cast(torch.nn.Module, model)):
                     cast(torch.nn.Module, model).to(device, dtype=base_of(self._model[0]).dtype)
         return self
 

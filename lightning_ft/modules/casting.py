@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from lightning_ft._lightning import LightningModule
-from lightning_ft.models.frequencies import exact_frequencies
+from lightning_ft.models.kept_float32 import kept_float32
 
 _TRUE_DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 """Dtypes that the Trainer casts whole modules to, after it has restored a checkpoint."""
 
 
 class CastModule(LightningModule):
-    """Keeps the frequencies of rotary positions as they are when the module is cast."""
+    """Keeps in float32, when the module is cast, what a loaded model has in float32 in every dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CastModule:
-        with exact_frequencies(self):
+        with kept_float32(self):
             super()._apply(fn, recurse)
         return self
 

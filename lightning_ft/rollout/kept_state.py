@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_ft.models.head import input_device
+from lightning_ft.models.kept_float32 import stays_float32
 
 
 @contextmanager
@@ -98,9 +99,8 @@ def weights_in_autocast_dtype(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     dtype = torch.get_autocast_dtype(device)
-    kept_names = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     with data_kept() as replace_data:
         for name, parameter in model.named_parameters():
-            if parameter.dtype == torch.float32 and not any(kept in name.split(".") for kept in kept_names):
+            if parameter.dtype == torch.float32 and not stays_float32(model, name, dtype):
                 replace_data(parameter, parameter.data.to(dtype))
         yield

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import make_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
 from lightning_ft import FullFineTuning, LoRAFineTuning
 
@@ -27,6 +27,51 @@ def test_casting_trains_the_model_that_is_exported(fit, model_folder, tmp_path):
     with torch.no_grad():
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")(ids).logits
         assert torch.equal(module.model.eval()(ids).logits, exported)
+
+
+@pytest.fixture
+def routed_folder(tmp_path, tokenizer):
+    """A mixture of experts whose routers have biases that bfloat16 would round."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "head_dim": 8}
+    experts = {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+    }
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(
+        Glm4MoeConfig(vocab_size=400, eos_token_id=2, **sizes, **experts, **layers)
+    )
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "routed")
+    tokenizer.save_pretrained(tmp_path / "routed")
+    return str(tmp_path / "routed")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_casting_keeps_what_transformers_loads_in_float32(fit, routed_folder, dtype):
+    module = LoRAFineTuning(routed_folder, dtype=dtype, lora={"target_modules": ["q_proj"]}, learning_rate=1e-12)
+    fit(module, ROWS, max_steps=1, precision="bf16-true")
+    loaded = AutoModelForCausalLM.from_pretrained(routed_folder, dtype=torch.bfloat16)
+    trained = module.model.get_base_model()
+    for expected, found in zip(loaded.model.layers, trained.model.layers, strict=True):
+        for name, tensor in expected.mlp.gate.state_dict().items():
+            assert found.mlp.gate.state_dict()[name].dtype == torch.float32
+            assert torch.equal(found.mlp.gate.state_dict()[name], tensor)
+    ids = torch.randint(3, 300, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(module.model.eval()(ids).logits, loaded(ids).logits)
+
+
+def test_casting_rounds_a_router_that_is_trained(fit, routed_folder):
+    module = FullFineTuning(routed_folder)
+    fit(module, ROWS, max_steps=1, precision="bf16-true")
+    gate = module.model.model.layers[0].mlp.gate
+    assert (gate.weight.dtype, gate.e_score_correction_bias.dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "64-true"), ("bfloat16", "16-true")])
