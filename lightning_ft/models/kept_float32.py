@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -74,5 +75,9 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 
 def _restore(module: nn.Module, name: str, before: Tensor) -> None:
     cast = _tensor(module, name)
-    if not before.is_meta:
+    if before.is_meta and not cast.is_meta:
+        return
+    if isinstance(cast, DTensor):  # as PyTorch casts it: FSDP2 finds its parameters in the modules
+        torch.utils.swap_tensors(cast, nn.Parameter(before.to(cast.device), requires_grad=False))
+    else:
         cast.data = before.to(cast.device)

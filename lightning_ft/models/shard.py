@@ -26,6 +26,9 @@ _NO_8_BIT = (
 )
 _GATHERED_DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
+_CASTS = ("16-true", "64-true")
+"""Ends of precisions under which the Trainer casts all trained weights to one dtype, after they are sharded."""
+
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the weights are sharded over ranks (FSDP), so that all ranks must run the model together."""
@@ -140,8 +143,8 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true", *
         cpu_offload: Whether shards of weights and gradients are in the memory of the CPU between passes.
 
     Raises:
-        ModelError: For tensor parallelism and 8-bit weights, which aren't supported, or if transformers doesn't name
-            the model's layers.
+        ModelError: For tensor parallelism and 8-bit weights, which aren't supported, if transformers doesn't name the
+            model's layers, or if weights that are gathered together are trained in several dtypes.
     """
     if any(type(p).__name__ == "Int8Params" for p in base.parameters()):
         raise ModelError(f"{type(base).__name__} is quantized to 8 bits. {_NO_8_BIT}")
@@ -155,6 +158,8 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true", *
     send = max_over_ranks(int(any(p.is_meta for p in base.parameters())), device)
 
     def share(part: nn.Module, reshard_after_forward: bool | None = None) -> FSDPModule:
+        if not precision.endswith(_CASTS):
+            _check_one_dtype(part, base)
         if send:
             receive_weights(part, device)
         options: dict[str, Any] = {"mesh": data_mesh, "mp_policy": policy, "offload_policy": offload}
@@ -171,6 +176,18 @@ def shard(base: PreTrainedModel, mesh: DeviceMesh, precision: str = "32-true", *
         register_sharded(head)
     share(base)
     register_sharded(base)
+
+
+def _check_one_dtype(part: nn.Module, base: PreTrainedModel) -> None:
+    """Refuse weights that FSDP2 would only find in the first pass not to fit together."""
+    trained = {p.dtype: name for name, p in part.named_parameters() if p.requires_grad and not isinstance(p, DTensor)}
+    if len(trained) > 1:
+        found = " and ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in trained.items())
+        raise ModelError(
+            f"{type(base).__name__}: {type(part).__name__} trains weights in {found}, and FSDP2 gathers and sums those "
+            "of one dtype together. Pass dtype='float32' to load all in one, with precision='bf16-mixed' if products "
+            "should be in bfloat16; or precision='bf16-true', which casts all that is trained."
+        )
 
 
 def sharded_parts(model: nn.Module) -> list[FSDPModule]:

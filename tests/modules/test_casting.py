@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import make_rows
-from transformers import AutoModelForCausalLM, Glm4MoeConfig
+from transformers import AutoModelForCausalLM
 
 from lightning_ft import FullFineTuning, LoRAFineTuning
 
@@ -27,29 +27,6 @@ def test_casting_trains_the_model_that_is_exported(fit, model_folder, tmp_path):
     with torch.no_grad():
         exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")(ids).logits
         assert torch.equal(module.model.eval()(ids).logits, exported)
-
-
-@pytest.fixture
-def routed_folder(tmp_path, tokenizer):
-    """A mixture of experts whose routers have biases that bfloat16 would round."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "head_dim": 8}
-    experts = {
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 0,
-    }
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = AutoModelForCausalLM.from_config(
-        Glm4MoeConfig(vocab_size=400, eos_token_id=2, **sizes, **experts, **layers)
-    )
-    for layer in model.model.layers:
-        layer.mlp.gate.e_score_correction_bias.normal_(0, 0.1)
-    model.save_pretrained(tmp_path / "routed")
-    tokenizer.save_pretrained(tmp_path / "routed")
-    return str(tmp_path / "routed")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
