@@ -18,6 +18,9 @@ GATE_FAILED = 3
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
+TERMINATED = 143
+"""Exit status after SIGTERM, as shells have it."""
+
 COMMANDS = {
     "compare": "compare methods trained on the same rows: quality, tokens, cost, forgetting, resources",
     "plan": "forecast what fine-tuning saves, takes and reaches, before any training",
@@ -54,6 +57,12 @@ def main(args: list[str] | None = None) -> None:
         hint = " The same command goes on: complete runs are kept, and others resume." if continues else ""
         print(f"lightning-ft: Interrupted.{hint}", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except SystemExit as stopped:
+        # Lightning ends a run with it, after a step, and with the status 0, which schedulers take for a completed run.
+        if type(stopped).__name__ != "SIGTERMException":
+            raise
+        print("lightning-ft: Terminated. `--ckpt_path last` goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(TERMINATED)
 
 
 def report(folder: str, output: str | None = None) -> None:

@@ -32,6 +32,8 @@ WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
     # The modules convert batches of transformers there, whatever DataModule is used.
     (r"You have overridden `on_after_batch_transfer` in `LightningModule`", UserWarning),
+    # Lightning saves what a module with a `layer` had before a step, and says so where there is none.
+    (r"Using ModelCheckpoint with manual optimization and every_n_train_steps", UserWarning),
 )
 """Pattern of the beginning of each hidden warning, with its category."""
 

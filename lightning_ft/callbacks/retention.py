@@ -154,6 +154,7 @@ class Retention(ComparingCallback):
         self._measurement: RetentionMeasurement | None = None
         self._measured: tuple[float, ...] = ()
         self._last_step = 0
+        self._stopped: list[tuple[str, float, int]] | None = None
 
     @property
     def state_key(self) -> str:
@@ -170,16 +171,23 @@ class Retention(ComparingCallback):
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self._stopped = None
             self.keep_state(trainer)
             late = tokenizer_is_late(self.tokenizer, pl_module)
             self._measurement = None if late else self._new_measurement(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the texts fit the model.
+        """Check that the texts fit the model; take no more steps in a run that the same limits had stopped.
 
         Raises:
             RetentionError: If a text doesn't fit the model, or it isn't a causal language model.
         """
+        if self.on_breach == "stop" and self._stopped == self._limits():
+            trainer.should_stop = True
+            rank_zero_info(
+                "The checkpoint is of a run that Retention has stopped, so no more steps are taken. To train on, raise "
+                "the limit, or pass on_breach='warn'."
+            )
         measurement = self._measurement = self._measurement or self._new_measurement(trainer, pl_module)
         if (model := model_of(pl_module)) is not None:
             measurement.check_model(model)
@@ -278,6 +286,16 @@ class Retention(ComparingCallback):
         """Whether a limit is exceeded and `on_breach` is ``stop``."""
         return self.on_breach == "stop" and bool(self.breached)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in the base class, and the limits at which training was stopped, if it was."""
+        return {**super().state_dict(), **({} if self._stopped is None else {"stopped": self._stopped})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in the base class, and the limits at which training was stopped."""
+        state = dict(state_dict)
+        self._stopped = state.pop("stopped", None)
+        super().load_state_dict(state)
+
     # ---------------------------------------------------------------- helpers
 
     def _new_measurement(self, trainer: TrainerOrFabric | None, module: nn.Module | None) -> RetentionMeasurement:
@@ -306,6 +324,7 @@ class Retention(ComparingCallback):
         if is_trainer(trainer):  # ranks must agree, even though they measure the same
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
             trainer.should_stop = trainer.should_stop or stop
+            self._stopped = self._limits() if stop else None
         if self.breached:
             rank_zero_warn(f"{self._breach_message(self.result)}{' Training stops.' if stop else ''}")
 

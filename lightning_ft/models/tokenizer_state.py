@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_ft.atomic_files import write_failure
 from lightning_ft.data.templates import PLAIN_TEMPLATE
 from lightning_ft.data.tokenizers import load_tokenizer
-from lightning_ft.errors import TokenizerError
+from lightning_ft.errors import FileWriteError, TokenizerError
 
 
 class TokenizerState(TypedDict):
@@ -57,6 +58,9 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> Token
     Returns:
         ``chat_template``, ``vocabulary`` (see :func:`vocabulary_digest`), and ``files``: a ``uint8 [n]`` tensor by
         file name.
+
+    Raises:
+        FileWriteError: If the temporary folder is full.
     """
     state: TokenizerState = {
         "chat_template": tokenizer.chat_template or PLAIN_TEMPLATE,
@@ -64,12 +68,28 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> Token
         "files": {},
     }
     if whole:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-                packed = bytearray(zlib.compress(file.read_bytes()))
-                state["files"][str(file.relative_to(folder))] = torch.frombuffer(packed, dtype=torch.uint8)
+        try:
+            state["files"] = _files(tokenizer)
+        except Exception as error:  # of whatever type a tokenizer's library has for it
+            if (reason := write_failure(error)) is None:
+                raise
+            raise FileWriteError(
+                "The tokenizer, which is part of a checkpoint, can't be written to a temporary folder in "
+                f"{tempfile.gettempdir()!r} ({reason}). Free some space, or set the environment variable TMPDIR to "
+                "another folder."
+            ) from error
     return state
+
+
+def _files(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """The compressed files of a tokenizer by name, each ``uint8 [n]``."""
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            packed = bytearray(zlib.compress(file.read_bytes()))
+            files[str(file.relative_to(folder))] = torch.frombuffer(packed, dtype=torch.uint8)
+    return files
 
 
 def tokenizer_from_state(state: TokenizerState, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:

@@ -21,10 +21,12 @@ class AveragedWeights(LightningModule):
     """Base of `FineTuning`: its frozen weights are neither averaged nor kept in checkpoints of averages."""
 
     model: Any
+    _swapped = False  # whether a validation runs, for which `WeightAveraging` has swapped the weights and their average
 
     def setup(self, stage: str) -> None:
         """Let a callback that copied this module while it was empty copy it again."""
         super().setup(stage)
+        self._swapped = False
         for callback, copied in self._averages() if stage == "fit" else ():
             if copied.model is None:
                 self.configure_model()
@@ -39,6 +41,16 @@ class AveragedWeights(LightningModule):
         """Repeat it: `StochasticWeightAveraging` has moved its copy to another device."""
         super().on_train_epoch_start()
         self._share_frozen()
+
+    def on_validation_epoch_start(self) -> None:
+        """Remember that weights and average are swapped; callbacks come before the module."""
+        super().on_validation_epoch_start()
+        self._swapped = True
+
+    def on_validation_epoch_end(self) -> None:
+        """Remember that they are swapped back."""
+        super().on_validation_epoch_end()
+        self._swapped = False
 
     def _share_frozen(self) -> None:
         """Let averages hold this module's own frozen weights, in shared memory where they are on one device."""
@@ -60,7 +72,7 @@ class AveragedWeights(LightningModule):
                 yield callback, copied
 
     def drop_frozen_averages(self, checkpoint: dict[str, Any], kept: set[str]) -> None:
-        """Keep only trained weights of what averaging callbacks put into a checkpoint.
+        """Keep only trained weights of what averaging callbacks put into a checkpoint, each under its own name.
 
         Args:
             checkpoint: Checkpoint that the callbacks have written to; changed in place.
@@ -68,6 +80,9 @@ class AveragedWeights(LightningModule):
         """
         for state, key in _averaged_states(checkpoint):
             state[key] = {name: value for name, value in state[key].items() if name in kept}
+        if self._swapped and "current_model_state" in checkpoint:  # on an exception or a signal within a validation
+            average, current = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint.update(state_dict=average, current_model_state=current)
 
     def fill_frozen_averages(self, checkpoint: dict[str, Any]) -> None:
         """Add this module's own frozen weights where averaging callbacks expect whole modules.

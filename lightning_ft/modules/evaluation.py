@@ -43,6 +43,7 @@ class EvaluatedModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Drop the sums of the previous evaluation."""
+        super().on_validation_epoch_start()
         self._sums = {}
 
     def on_test_epoch_start(self) -> None:

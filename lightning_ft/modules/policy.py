@@ -34,6 +34,7 @@ from lightning_ft.modules.options import SamplingOptions, Unpack
 from lightning_ft.modules.rollout_batch import PolicyBatch, RolloutBatch, concatenated
 from lightning_ft.modules.sampled import SampledCompletions
 from lightning_ft.modules.step_metrics import MeanMetrics
+from lightning_ft.modules.trainer_checks import check_checkpoints_by_step
 from lightning_ft.rewards.logged import means_over_ranks
 
 LogProbsAndValues = Callable[[TokenBatch], "tuple[SelectedLogProbs, Tensor | None]"]
@@ -154,8 +155,8 @@ class PolicyOptimization(SampledCompletions):
         """Refuse settings of the Trainer that have another name here, before Lightning refuses them.
 
         Raises:
-            ConfigError: For ``gradient_clip_val``, ``accumulate_grad_batches``, `GradientAccumulationScheduler` and
-                `LearningRateFinder`.
+            ConfigError: For ``gradient_clip_val``, ``accumulate_grad_batches``, `GradientAccumulationScheduler`,
+                `LearningRateFinder` and ``ModelCheckpoint(train_time_interval=...)``.
         """
         trainer = cast(Any, self.trainer)
         refused = f"doesn't work with {type(self).__name__}, which takes several steps per batch"
@@ -178,6 +179,8 @@ class PolicyOptimization(SampledCompletions):
                     f"{type(callback).__name__} reads the loss of a batch, which says nothing of the reward that "
                     f"{type(self).__name__} trains for: compare runs at several values of learning_rate instead."
                 )
+        if trainer.state.fn == "fit":
+            check_checkpoints_by_step(trainer, type(self).__name__, self._steps_of_batch)
         return super().configure_callbacks()
 
     def configure_model(self) -> None:

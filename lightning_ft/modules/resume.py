@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ft._lightning import LightningModule
-from lightning_ft.distributed import all_gather_objects, rank_zero_warn
+from lightning_ft._lightning import LightningModule, _pl
+from lightning_ft.distributed import all_gather_objects, rank_zero_info, rank_zero_warn
 from lightning_ft.modules.hooks import refuse_replaced_hooks
 
 
@@ -42,11 +42,12 @@ class RngState(TypedDict):
     numpy: list[Any]
 
 
-class _Plateau(TypedDict, total=False):
+class _Optional(TypedDict, total=False):
     plateau: bool
+    stopped: bool
 
 
-class Position(_Plateau):
+class Position(_Optional):
     """Position of a training loop in its data.
 
     Args:
@@ -59,6 +60,7 @@ class Position(_Plateau):
         metrics: The Trainer's `callback_metrics`.
         plateau: Whether `ReduceLROnPlateau` schedulers haven't taken the step at the end of the previous epoch yet;
             only between two epochs.
+        stopped: Whether something has ended training early.
     """
 
     epoch: int
@@ -213,6 +215,7 @@ class ResumableModule(LightningModule):
             "half": False,
             "then": "start",
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "stopped": trainer.should_stop,
         }
         if epochs.started == epochs.processed and (progress.is_last_batch or not epochs.started):
             plateau = epochs.completed < epochs.processed  # saved at the epoch's end, before such schedulers step
@@ -243,12 +246,30 @@ class ResumableModule(LightningModule):
             return
         self._resumed_at |= position
         _set_counters(loop, position)
+        if position.get("stopped"):
+            self._stop_again(checkpoint.get("callbacks", {}))
         if position["half"]:
             rank_zero_warn(
                 f"The checkpoint was written between the optimizer steps of batch {position['batch'] - 1} of epoch "
                 f"{position['epoch']}: training continues with the next batch, which the uninterrupted run would have "
                 "reached with other weights. An earlier checkpoint resumes exactly."
             )
+
+    def _stop_again(self, states: dict[str, dict[str, Any]]) -> None:
+        """Take no more steps in a run that `EarlyStopping` had stopped: Lightning would train until its next check.
+
+        Args:
+            states: States of the callbacks in the checkpoint. A Timer checks by itself whether time is left.
+        """
+        for callback in cast(Any, self.trainer).callbacks:
+            state = states.get(callback.state_key, {}) if isinstance(callback, _pl.callbacks.EarlyStopping) else {}
+            decided = state.get("stopping_reason") or state.get("stopped_epoch")  # the first one since Lightning 2.6
+            if decided or ("wait_count" in state and state["wait_count"] >= state["patience"]):
+                self.trainer.should_stop = True
+                rank_zero_info(
+                    f"The checkpoint is of a run that {type(callback).__name__}(monitor={callback.monitor!r}) has "
+                    "stopped, so no more steps are taken. To train on, leave that callback out."
+                )
 
     def on_train_start(self) -> None:
         """Lead the loop of a resumed run to the position of the checkpoint."""

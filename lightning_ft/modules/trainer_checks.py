@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +74,34 @@ def check_callbacks(trainer: Any, module: LightningModule) -> None:
             isinstance(m, PeftModel) for m in module.children()
         ):
             raise ConfigError(f"{name} would prune weights under an adapter, which are frozen: use full fine-tuning.")
+
+
+def check_checkpoints_by_step(trainer: Any, name: str, steps: int) -> None:
+    """Refuse a `ModelCheckpoint` that writes nothing under manual optimization, and warn of one that writes less often.
+
+    Lightning asks one by steps after each batch, whether their number so far is a multiple of its own.
+
+    Args:
+        trainer: The Trainer.
+        name: Name of the module's class.
+        steps: Number of optimizer steps per batch.
+
+    Raises:
+        ConfigError: For ``train_time_interval``.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if (interval := getattr(callback, "_train_time_interval", None)) is not None:
+            raise ConfigError(
+                f"ModelCheckpoint(train_time_interval={interval!r}) writes no checkpoint with {name}, since Lightning "
+                "reads that argument under automatic optimization only: pass every_n_train_steps instead."
+            )
+        every = getattr(callback, "_every_n_train_steps", 0)
+        if every % steps:
+            written = math.lcm(every, steps)
+            rank_zero_warn(
+                f"ModelCheckpoint(every_n_train_steps={every}) writes a checkpoint every {written:,} steps only, since "
+                f"{name} takes {steps} steps per rollout, between which none is written: pass a multiple of {steps}."
+            )
 
 
 def warn_own_loss(own_loss: OwnLoss, model: torch.nn.Module, module: str, *, trained: bool) -> None:

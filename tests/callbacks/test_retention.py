@@ -198,6 +198,24 @@ def test_retention_stops_training_on_exceeded_limit(trainer_options, tokenizer):
     assert callback.result.step == 5
 
 
+def test_run_that_retention_stopped_takes_no_more_steps_with_the_same_limits(trainer_options, tokenizer, tmp_path):
+    options = {**trainer_options, "enable_checkpointing": True}
+
+    def run(max_kl, ckpt_path=None):
+        callback = Retention(TEXTS, max_kl=max_kl, on_breach="stop", every_n_steps=5, **QUICK)
+        saver = _pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+        return fit(options, tokenizer, callback, saver, ckpt_path=ckpt_path)[0].global_step, callback
+
+    last = str(tmp_path / "last.ckpt")
+    assert run(1e-6)[0] == 5
+    for _ in range(2):
+        steps, callback = run(1e-6, last)
+        assert (steps, callback.result.step, callback.gate_failed) == (5, 5, True)
+    steps, callback = run(1e6, last)
+    assert steps > 5
+    assert not callback.gate_failed
+
+
 def test_retention_is_silent_within_limits(trainer_options, tokenizer, recwarn):
     limits = {"max_kl": 1e6, "max_ppl_ratio": 1e6, "min_top1_agreement": 0.0}
     callback = Retention(TEXTS, on_breach="stop", every_n_steps=5, **limits, **QUICK)

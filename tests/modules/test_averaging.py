@@ -61,3 +61,27 @@ def test_weight_averaging_ends_with_averaged_weights(trainer_options, tmp_path, 
     assert any(not torch.equal(ends[1][name], last[name]) for name in last)
     current = torch.load(tmp_path / "ema" / "epoch=2.ckpt", weights_only=True)["current_model_state"]
     assert any(not torch.equal(ends[0][name], current[name]) for name in current)
+
+
+def test_checkpoint_within_a_validation_keeps_weights_and_average_apart(trainer_options, tmp_path, model_folder):
+    """The callback swaps them for a validation, in which an exception or a signal may write a checkpoint."""
+
+    class Saves(_pl.Callback):
+        def on_validation_batch_end(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / f"within-{trainer.current_epoch}.ckpt")
+
+    def run(resume=None):
+        _pl.seed_everything(0, verbose=False)
+        module = LoRAFineTuning(model_folder, learning_rate=1e-2, lr_schedule="constant")
+        callbacks = [] if resume else [Saves()]
+        trainer = Trainer(**trainer_options, max_epochs=2, callbacks=[AVERAGES["ema"](), *callbacks])
+        rows = make_rows(12)
+        data = PairDataModule(rows[:8], validation=rows[8:], cache_dir=False, batch_size=4)
+        trainer.fit(module, data, ckpt_path=resume)
+        return split(module)[0]
+
+    whole, resumed = run(), run(tmp_path / "within-0.ckpt")
+    last = torch.load(tmp_path / "within-1.ckpt", weights_only=True)["state_dict"]
+    for name, weights in whole.items():
+        assert torch.equal(last[name], weights), name
+        assert torch.equal(resumed[name], weights), name

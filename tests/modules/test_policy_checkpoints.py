@@ -2,11 +2,12 @@
 
 import random
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from policies import BATCHES, LORA, by_tokens, make
+from policies import BATCHES, LORA, PREDRAWN, Policy, by_tokens, make
 from predrawn_rollouts import (
     Records,
     draw_prompts,
@@ -175,3 +176,15 @@ def test_checkpoint_runs_no_code_of_its_rewards(argument, form, model_folder, to
         GRPO.load_from_checkpoint("a.ckpt", **kept)
     assert not Path("ran").exists()
     assert GRPO.load_from_checkpoint("a.ckpt", **{"rewards": by_tokens, argument: named(form)}).max_new_tokens == 2
+
+
+def test_policy_refuses_checkpoints_by_time_and_warns_of_fewer_by_steps(trainer_options):
+    def fit(**when):
+        saver = _pl.callbacks.ModelCheckpoint(save_last=False, **when)
+        options = {**trainer_options, "enable_checkpointing": True}
+        run(make(Policy, epochs_per_rollout=2), BATCHES, options, rollouts=PREDRAWN, callbacks=[saver])
+
+    with pytest.raises(ConfigError, match=r"train_time_interval=.* writes no checkpoint with Policy.*every_n_train_st"):
+        fit(train_time_interval=timedelta(minutes=10))
+    with pytest.warns(UserWarning, match="a checkpoint every 6 steps only, since Policy takes 2 steps per rollout"):
+        fit(every_n_train_steps=3)

@@ -173,6 +173,25 @@ def test_plateau_scheduler_and_early_stopping_resume(model_folder, trainer_optio
     assert again == rate < 0.1
 
 
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 2}], ids=["after an epoch", "within one"])
+def test_run_that_was_stopped_early_takes_no_more_steps(settings, model_folder, trainer_options, tmp_path):
+    """A scheduler repeats the command of a run that was killed while its final weights were measured."""
+
+    def run(ckpt_path=None):
+        module, data = make("lora", model_folder, tmp_path)
+        stopping = _pl.callbacks.EarlyStopping("val/loss", patience=1, min_delta=1e9)
+        callbacks = [stopping, ModelCheckpoint(tmp_path, save_last=True)]
+        return train(module, data, trainer_options, callbacks=callbacks, ckpt_path=ckpt_path, max_epochs=9, **settings)
+
+    whole = end(run())
+    last = str(tmp_path / "last.ckpt")
+    assert not differences(end(run(last)), whole)
+    assert not differences(end(run(last)), whole)
+    module, data = make("lora", model_folder, tmp_path)
+    trainer = train(module, data, trainer_options, ckpt_path=last, max_epochs=4)
+    assert trainer.global_step == 20
+
+
 def kill_and_resume(method, moments, model_folder, options, folder):
     """Kill at several moments, as shares of the run's events, and return those after which the resumed run differs."""
 

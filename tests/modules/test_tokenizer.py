@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from full_disk import full_disk
 from tiny import CHATML, make_model, make_rows, make_tokenizer
 from transformers import AutoTokenizer
 
@@ -21,7 +22,8 @@ from lightning_ft import (
 from lightning_ft._lightning import Callback, Trainer
 from lightning_ft.data.encode import encode_prompt
 from lightning_ft.data.templates import PLAIN_TEMPLATE
-from lightning_ft.errors import ConfigError
+from lightning_ft.errors import ConfigError, FileWriteError
+from lightning_ft.models.tokenizer_state import tokenizer_state
 
 ROWS = make_rows(8)
 PREFERENCES = [{"prompt": r["input"], "chosen": r["output"], "rejected": r["output"] + " no"} for r in ROWS]
@@ -181,3 +183,11 @@ def test_engine_uses_end_tokens_of_the_rows_template(trainer_options):
     data = data_of(PromptDataModule, PROMPTS, chat_template=ending)
     Trainer(**trainer_options, max_steps=1).fit(module, data)
     assert module.tokenizer.convert_tokens_to_ids("<|bos|>") in module.engine.end_token_ids
+
+
+def test_full_temporary_folder_is_named_when_a_checkpoint_is_written(tokenizer):
+    with (
+        full_disk(500),
+        pytest.raises(FileWriteError, match=r"temporary folder in .* \(File too large\).*set .*TMPDIR"),
+    ):
+        tokenizer_state(tokenizer, whole=True)
