@@ -58,11 +58,14 @@ def main(args: list[str] | None = None) -> None:
         print(f"lightning-ft: Interrupted.{hint}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except SystemExit as stopped:
-        # Lightning ends a run with it, after a step, and with the status 0, which schedulers take for a completed run.
-        if type(stopped).__name__ != "SIGTERMException":
+        # Lightning ends a run with it: after SIGTERM with the status 0, which schedulers take for a completed run, and
+        # after Ctrl-C with that of an error.
+        terminated = type(stopped).__name__ == "SIGTERMException"
+        if not terminated and not isinstance(stopped.__context__, KeyboardInterrupt):
             raise
-        print("lightning-ft: Terminated. `--ckpt_path last` goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(TERMINATED)
+        what, status = ("Terminated", TERMINATED) if terminated else ("Interrupted", INTERRUPTED)
+        print(f"lightning-ft: {what}. `--ckpt_path last` goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(status)
 
 
 def report(folder: str, output: str | None = None) -> None:

@@ -1,6 +1,7 @@
 """Subcommands that need no Trainer."""
 
 import json
+import signal
 
 import pytest
 from tiny import make_rows
@@ -72,23 +73,32 @@ def test_interrupted_command_ends_without_traceback(monkeypatch, capsys, name, g
     assert ("The same command goes on" in printed) == goes_on
 
 
-def test_terminated_fit_does_not_exit_as_a_completed_one(tmp_path, model_folder, capsys):
+@pytest.mark.parametrize(
+    ("sent", "said", "status"),
+    [("SIGTERM", "Terminated", command_line.TERMINATED), ("SIGINT", "Interrupted", command_line.INTERRUPTED)],
+)
+def test_stopped_fit_does_not_exit_as_a_completed_or_failed_one(
+    tmp_path, model_folder, capsys, monkeypatch, sent, said, status
+):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in make_rows(8)))
-    (tmp_path / "terminates.py").write_text(
-        "import os, signal\nfrom lightning_ft._lightning import Callback\nclass Terminates(Callback):\n"
-        "    def on_after_backward(self, *args):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+    (tmp_path / f"sends_{sent}.py").write_text(
+        "import os, signal\nfrom lightning_ft._lightning import Callback\nclass Sends(Callback):\n"
+        f"    def on_after_backward(self, *args):\n        os.kill(os.getpid(), signal.{sent})\n"
     )
     trainer = {"accelerator": "cpu", "devices": 1, "max_steps": 3, "logger": False, "enable_checkpointing": False}
     trainer["default_root_dir"] = str(tmp_path)
     arguments = [f"--trainer.{name}={value}" for name, value in trainer.items()]
     arguments += ["--model=LoRAFineTuning", f"--model.model={model_folder}", "--data=PairDataModule"]
     arguments += [f"--data.train={tmp_path / 'rows.jsonl'}", "--data.cache_dir=false", "--data.batch_size=2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    on_interrupt = signal.getsignal(signal.SIGINT)  # Lightning ignores it from then on
+    try:
         with pytest.raises(SystemExit) as stopped:
-            main(["fit", *arguments, "--trainer.callbacks=terminates.Terminates"])
-    assert stopped.value.code == command_line.TERMINATED
-    assert "lightning-ft: Terminated. `--ckpt_path last` goes on" in capsys.readouterr().err
+            main(["fit", *arguments, f"--trainer.callbacks=sends_{sent}.Sends"])
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+    assert stopped.value.code == status
+    assert f"lightning-ft: {said}. `--ckpt_path last` goes on" in capsys.readouterr().err
 
 
 def test_help_lists_subcommands_without_trainer(capsys):
