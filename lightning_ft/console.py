@@ -41,6 +41,12 @@ WARNINGS_WITHOUT_FIT: tuple[tuple[str, type[Warning]], ...] = (
 )
 """Those that are hidden in addition where nothing is trained."""
 
+WARNINGS_OF_OWN_STEPS: tuple[tuple[str, type[Warning]], ...] = (
+    # Weights after the step are what a checkpoint should have. What it advises needs a module with a `layer`.
+    (r"Using ModelCheckpoint with manual optimization and every_n_train_steps", UserWarning),
+)
+"""Those that are hidden in addition where a module of this package takes its own optimizer steps."""
+
 
 class _Without(logging.Filter):
     """Refuses the messages that begin with a pattern."""
