@@ -112,6 +112,11 @@ class SampledCompletions(AdaptedFineTuning):
             refuse_code_of_checkpoint(argument, find_function(value))
         on_nonfinite = self.optimizer_options.on_nonfinite
         self.rewards = RewardFunctions(rewards, reward_weights, on_nonfinite=on_nonfinite)
+        if not self.rewards.weights.any():
+            raise ConfigError(
+                f"The weights of {', '.join(self.rewards.names)} are all 0, so nothing would be learned: a reward of "
+                "weight 0 is only logged. Give at least one another weight."
+            )
         self.validation_rewards = (
             None
             if validation_rewards is None
