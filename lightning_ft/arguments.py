@@ -161,6 +161,7 @@ def check_values(cls: type, args: Sequence[object], options: Mapping[str, object
 
     Raises:
         MissingArgumentError: If an argument without a default is missing.
+        UnknownArgumentError: If one is missing, and another that is passed is unknown.
         ConfigError: For a value that isn't a number, such as a text with one in it.
     """
     parameters = inspect.signature(cls).parameters
@@ -173,6 +174,7 @@ def check_values(cls: type, args: Sequence[object], options: Mapping[str, object
             parameter.VAR_POSITIONAL,
             parameter.VAR_KEYWORD,
         ):
+            check_arguments(cls, options)  # it may be there under another name
             raise MissingArgumentError(f"{cls.__name__} needs {name}=: it has no default.")
 
 

@@ -32,8 +32,6 @@ WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),
     # The modules convert batches of transformers there, whatever DataModule is used.
     (r"You have overridden `on_after_batch_transfer` in `LightningModule`", UserWarning),
-    # Lightning saves what a module with a `layer` had before a step, and says so where there is none.
-    (r"Using ModelCheckpoint with manual optimization and every_n_train_steps", UserWarning),
 )
 """Pattern of the beginning of each hidden warning, with its category."""
 
@@ -42,6 +40,12 @@ WARNINGS_WITHOUT_FIT: tuple[tuple[str, type[Warning]], ...] = (
     (r"The dirpath has changed from ", UserWarning),
 )
 """Those that are hidden in addition where nothing is trained."""
+
+WARNINGS_OF_OWN_STEPS: tuple[tuple[str, type[Warning]], ...] = (
+    # Weights after the step are what a checkpoint should have. What it advises needs a module with a `layer`.
+    (r"Using ModelCheckpoint with manual optimization and every_n_train_steps", UserWarning),
+)
+"""Those that are hidden in addition where a module of this package takes its own optimizer steps."""
 
 
 class _Without(logging.Filter):

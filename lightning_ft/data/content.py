@@ -26,6 +26,7 @@ from lightning_ft.types import Message
 CHANGED_PROMPT = "row with a prompt in which the tokenizer changes characters"
 BOS_TWICE = "row that begins with BOS twice"
 EOS_TWICE = "row with an answer that ends with EOS twice"
+OWN_MARKUP = "row with a question that ends with a header of its own, such as 'Assistant:'"
 QUESTION_CUT = "truncated row with an earlier answer that isn't supervised, since its whole question was cut"
 
 REMEDIES = {
@@ -33,6 +34,8 @@ REMEDIES = {
     CHANGED_PROMPT: "It drops case, accents or rare characters: make sure that they don't matter for the answer, or "
     "use a model whose tokenizer keeps them.",
     BOS_TWICE: "The chat template writes it twice: pass a chat_template= that writes it once.",
+    OWN_MARKUP: "The chat template writes its own markup around it, so it is trained on both: pass "
+    "chat_template='text' for texts that are whole prompts.",
     QUESTION_CUT: "Raise max_length to train on it.",
     EOS_TWICE: "The chat template writes it twice: pass a chat_template= that writes it once.",
 }
@@ -40,6 +43,9 @@ REMEDIES = {
 
 NOTES_WITH_REMEDY = (*REMEDIES, DATED)
 """Notes that have a remedy; see `remedy_for`."""
+
+_HEADERS = ("Assistant:", "ASSISTANT:", "### Response:")
+"""How texts with markup of their own end where the answer begins (HH-RLHF, Vicuna, Alpaca)."""
 
 _NAMES = {"system": "system turn", "user": "question", "assistant": "answer", "tool": "tool's answer"}
 
@@ -81,7 +87,10 @@ class ContentCheck:
             RowError: For a control token, for text that the tokenizer doesn't know, and for an answer that it changes.
         """
         notes: list[str] = []
+        marked_up = markup or self.template.is_markup_free
         for number, message in enumerate(messages):
+            if message["role"] == "user" and not marked_up and message["content"].rstrip().endswith(_HEADERS):
+                notes.append(OWN_MARKUP)
             name, is_answer = _NAMES.get(message["role"], message["role"]), message["role"] == "assistant"
             for text in _texts(message):
                 if not markup:

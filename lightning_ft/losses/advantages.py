@@ -21,14 +21,14 @@ EPSILON = 1e-4
 
 
 def combine_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of the rewards from several functions; NaN adds nothing.
+    """Weighted sum of the rewards from several functions; NaN adds nothing, and a function of weight 0 is left out.
 
     Args:
         per_function: Rewards of `c` completions from `k` functions, NaN where a function didn't apply, ``[c, k]``.
         weights: Weight of each function, ``[k]``.
 
     Returns:
-        ``[c]``; NaN where no function applied.
+        ``[c]``; NaN where no function with a weight applied.
 
     Raises:
         ConfigError: If there isn't one weight per function.
@@ -37,6 +37,8 @@ def combine_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
         >>> nan = float("nan")
         >>> combine_rewards(torch.tensor([[1.0, 2.0], [nan, 2.0], [nan, nan]]), torch.tensor([1.0, 0.5]))
         tensor([2., 1., nan])
+        >>> combine_rewards(torch.tensor([[1.0, 2.0], [nan, 2.0]]), torch.tensor([1.0, 0.0]))
+        tensor([1., nan])
     """
     if per_function.ndim != 2 or weights.shape != per_function.shape[1:]:
         raise ConfigError(
@@ -44,7 +46,8 @@ def combine_rewards(per_function: Tensor, weights: Tensor) -> Tensor:
             "[k], one weight for each function."
         )
     total = (per_function * weights.to(per_function)).nansum(1)
-    return torch.where(per_function.isnan().all(1), torch.nan, total)
+    applied = ~per_function.isnan() & (weights.to(per_function.device) != 0)  # what is only logged changes no total
+    return torch.where(applied.any(1), total, torch.nan)
 
 
 def group_advantages(

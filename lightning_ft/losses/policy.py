@@ -89,7 +89,8 @@ def check_policy_loss(
         ConfigError: If the loss is unknown, or a number is out of its range.
     """
     if loss_type not in POLICY_LOSSES:
-        raise ConfigError(f"loss_type={loss_type!r}, expected one of {', '.join(POLICY_LOSSES)}.")
+        gspo = " GSPO is loss_type='grpo' with importance='sequence'." * (loss_type == "gspo")
+        raise ConfigError(f"loss_type={loss_type!r}, expected one of {', '.join(POLICY_LOSSES)}.{gspo}")
     if not kl_coef >= 0:
         raise ConfigError(f"kl_coef={kl_coef!r}: expected a number of at least 0.")
     if loss_type != "cispo":

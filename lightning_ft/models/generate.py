@@ -132,9 +132,16 @@ def generate_text(
         options: Further arguments of `generate`.
 
     Raises:
-        ConfigError: If a prompt and its completion don't fit the model's context, on any rank of a sharded model.
+        ConfigError: If a prompt and its completion don't fit the model's context, on any rank of a sharded model; for
+            `num_return_sequences`.
         ModelError: If the model can't generate.
     """
+    config = getattr(model, "generation_config", None)
+    count = options.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
+    if count != 1:
+        raise ConfigError(f"num_return_sequences={count}: each prompt gets one answer. Repeat the prompts instead.")
+    if options.get("stop_strings") or getattr(config, "stop_strings", None):
+        options["tokenizer"] = tokenizer  # `generate` finds them in the text
     base, device = base_of(model), input_device(model)
     synced = is_sharded(base) and rank_and_world_size()[1] > 1
     texts: dict[int, str] = {}

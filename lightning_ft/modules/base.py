@@ -467,6 +467,7 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
             predicts = self._trainer is None or self._trainer.state.fn == "predict"
             self._tokenizer.restore(tokenizer, rows_encoded=not predicts)
         self.load_record(checkpoint.get(STATE, {}))
+        self.check_continued(checkpoint)
         self.configure_model()
         self._follow_tokenizer()
         # ModelParallelStrategy has already taken the weights out, and loads them itself.
@@ -482,7 +483,6 @@ class FineTuning(EvaluatedModule, AveragedWeights, OptimizedModule, Checkpointed
         self.fill_frozen_averages(checkpoint)
         refuse_other_shapes(self, {name: w.shape for name, w in checkpoint.get("state_dict", {}).items()})
         self._take_dtypes(checkpoint.get("state_dict", {}))
-        self.check_continued(checkpoint)
         self.load_resume_state(checkpoint)
 
     def load_checkpoint(self, path: str | Path) -> None:

@@ -87,7 +87,7 @@ class KTO(LogRatioLearning):
             rank_zero_warn(
                 "KTO estimates its KL divergence from completions of other prompts in the batch, and a batch of one "
                 "has none: the estimate is 0, or that of the other ranks. Set batch_size to 2 or more in the "
-                "DataModule."
+                "DataModule, and to one that leaves no single row at the end of an epoch."
             )
         kl = kto_kl(_mean_over_ranks(every.logratios[mismatched].detach()))
         logprobs = select(every, own)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightning_ft._lightning import _pl
+from lightning_ft.console import WARNINGS_OF_OWN_STEPS, hide_warnings
 from lightning_ft.data.batches import PromptBatch
 from lightning_ft.data.layout import TokenBatch
 from lightning_ft.distributed import max_over_ranks, sum_over_ranks
@@ -197,6 +198,7 @@ class PolicyOptimization(SampledCompletions):
     def on_fit_start(self) -> None:
         """As in `FineTuning`; give each rank a random stream of its own."""
         super().on_fit_start()
+        hide_warnings(WARNINGS_OF_OWN_STEPS)
         self._check_steps_per_rollout()
         if self._reference is not None:
             self._reference.to(self.device)

@@ -128,6 +128,7 @@ class PPO(PolicyOptimization):
         self.kl_controller = None if kl_target is None else AdaptiveKL(self.kl_coef, kl_target, kl_horizon)
         """Moves `kl_coef` after each rollout; None where it is constant."""
         self.critic: Critic | None = None
+        self._critic_metrics: dict[str, float] = {}
         self.critic_mode, self.value_coef, self.value_clip = critic, float(value_coef), value_clip
         self.value_learning_rate, self.missing_eos_penalty = value_learning_rate, missing_eos_penalty
         self.gamma, self.lam = float(gamma), float(lam)
@@ -211,9 +212,13 @@ class PPO(PolicyOptimization):
         rollout_batch.advantages = list(advantages.split(lengths.tolist()))
         rollout_batch.returns = list(returns.split(lengths.tolist()))
         fit = explained_variance(sum_over_ranks(value_sums(returns, values, rewarded), self.device))
-        metrics = {"explained_variance": float(fit.nan_to_num(0.0)), "kl_coef": self.kl_coef}
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, batch_size=1)
+        self._critic_metrics = {"explained_variance": float(fit.nan_to_num(0.0)), "kl_coef": self.kl_coef}
         self._move_coefficient(float(kl.sum()), len(lengths))
+
+    def rollout_metrics(self, rollout_batch: RolloutBatch) -> dict[str, float]:
+        """As in `SampledCompletions`, with the critic's fit and the KL coefficient of this rollout."""
+        own = {f"train/{name}": value for name, value in self._critic_metrics.items()}
+        return {**super().rollout_metrics(rollout_batch), **own}
 
     def _move_coefficient(self, kl: float, completions: int) -> None:
         if self.kl_controller is not None:

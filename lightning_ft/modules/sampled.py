@@ -112,12 +112,19 @@ class SampledCompletions(AdaptedFineTuning):
             refuse_code_of_checkpoint(argument, find_function(value))
         on_nonfinite = self.optimizer_options.on_nonfinite
         self.rewards = RewardFunctions(rewards, reward_weights, on_nonfinite=on_nonfinite)
+        if not self.rewards.weights.any():
+            raise ConfigError(
+                f"The weights of {', '.join(self.rewards.names)} are all 0, so nothing would be learned: a reward of "
+                "weight 0 is only logged. Give at least one another weight."
+            )
         self.validation_rewards = (
             None
             if validation_rewards is None
             else RewardFunctions(validation_rewards, taken=self.rewards.names, on_nonfinite=on_nonfinite)
         )
         self.num_completions, self.max_new_tokens = num_completions, max_new_tokens
+        ends = {"max_new_tokens": max_new_tokens, **({"stop_strings": list(stops)} if stops else {})}
+        self.generation_options = {**self.generation_options, **ends, **(options.get("generation") or {})}
         self.rollout_batch_size, self._vllm = rollout_batch_size, vllm
         self._continuous_batching, self._merge_adapter = continuous_batching, merge_adapter
         self.record_arguments(
@@ -299,7 +306,7 @@ class SampledCompletions(AdaptedFineTuning):
         return rewards
 
     def generate(self, inputs: Sequence[str | list[Message] | Request], **options: Any) -> list[str]:
-        """As in `FineTuning`; ``do_sample=True`` samples as rollouts do.
+        """As in `FineTuning`; answers end where completions do, and ``do_sample=True`` samples as rollouts do.
 
         Penalties of the model's generation config, which rollouts don't apply, make answers differ from those of
         validation; a warning lists them once.

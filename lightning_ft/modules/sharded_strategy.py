@@ -283,10 +283,11 @@ def refuse_other_names(expected: set[str], saved: set[str], existing: set[str]) 
     """
     missing, unknown = sorted(expected - saved), sorted(saved - existing)
     if missing or unknown:
+        found = (("lacks", missing, "trainable weights"), ("has", unknown, "weights that don't exist here"))
+        problems = [f"{verb} {len(n)} {what} (first: {', '.join(n[:3])})" for verb, n, what in found if n]
         raise CheckpointError(
-            f"The checkpoint doesn't fit this module: it lacks {len(missing)} trainable weights (first: "
-            f"{missing[:3]}), and {len(unknown)} of its weights don't exist here (first: {unknown[:3]}). Use the model "
-            "and lora settings of the run that wrote it."
+            f"The checkpoint doesn't fit this module: it {' and '.join(problems)}. Use the model, the lora settings "
+            "and, for PPO, the critic of the run that wrote it."
         )
 
 

@@ -125,7 +125,8 @@ class Rewards:
     Args:
         names: Name of each function, `k` in total.
         per_function: Rewards of each function, NaN where it returned None, ``float32 [c, k]``.
-        total: Weighted sum of each completion's rewards, NaN where every function returned None, ``float32 [c]``.
+        total: Weighted sum of each completion's rewards, NaN where every function with a weight returned None,
+            ``float32 [c]``.
         logged: Metrics that functions logged with `log_metric`: sum and number of the values by name.
         extra: Columns that functions logged with `log_extra`, `c` values each.
         nonfinite: Number of rewards that weren't finite and were treated as None.
@@ -150,7 +151,7 @@ class Rewards:
 
     @property
     def num_unrewarded(self) -> int:
-        """Number of completions for which every function returned None."""
+        """Number of completions for which every function with a weight returned None."""
         return int(self.total.isnan().sum())
 
     def statistics(self) -> dict[str, Tensor]:

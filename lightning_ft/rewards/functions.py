@@ -270,12 +270,13 @@ class RewardFunctions:
         )
 
     def _warn_unrewarded(self, rewards: Rewards, batch: RewardBatch) -> None:
-        if rewards.num_unrewarded and not self._warned:
+        counted = [reward.name for reward in self._rewards if reward.weight]
+        if rewards.num_unrewarded and counted and not self._warned:
             self._warned = True
             first = int(rewards.total.isnan().nonzero()[0])
             warn(
                 f"No reward applied to {rewards.num_unrewarded} of {len(batch)} completions, the first being "
-                f"{quoted(first, batch.texts[first])}: all of {', '.join(self.names)} returned None. Such completions "
+                f"{quoted(first, batch.texts[first])}: all of {', '.join(counted)} returned None. Such completions "
                 "get an advantage of 0. This warning is shown once.",
                 stacklevel=3,
             )

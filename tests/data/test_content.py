@@ -4,10 +4,19 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lightning_ft.data.content import BOS_TWICE, CHANGED_PROMPT, EOS_TWICE, ContentCheck, keeps_every_text, remedy_for
+from lightning_ft.data.content import (
+    BOS_TWICE,
+    CHANGED_PROMPT,
+    EOS_TWICE,
+    OWN_MARKUP,
+    ContentCheck,
+    keeps_every_text,
+    remedy_for,
+)
 from lightning_ft.data.formats import Conversation
 from lightning_ft.data.overlong import RowEncoder
 from lightning_ft.data.pairs import PairDataModule
+from lightning_ft.data.preferences import PreferenceDataModule
 from lightning_ft.data.raw_rows import Problem
 from lightning_ft.data.row_types import PAIRS
 from lightning_ft.data.templates import TEXT_TEMPLATE, chat_template
@@ -338,3 +347,20 @@ def test_shared_bos_and_eos_token_between_turns_is_not_noted():
     result = RowEncoder(tokenizer, 64, "error", PAIRS)(row())
     assert not isinstance(result, Problem)
     assert not {BOS_TWICE, EOS_TWICE} & set(result[0].notes)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "told"),
+    [
+        ("\n\nHuman: hello?\n\nAssistant:", TEMPLATE, True),
+        ("the quick brown fox\n\n### Response:\n", TEMPLATE, True),
+        ("\n\nHuman: hello?\n\nAssistant:", TEXT_TEMPLATE, False),
+        ("hello, who is the Assistant?", TEMPLATE, False),
+    ],
+)
+def test_text_with_markup_of_its_own_in_a_chat_template_is_told(prompt, template, told):
+    rows = [{"chosen": f"{prompt} hello", "rejected": f"{prompt} it's"}, {"chosen": "a b", "rejected": "a dog"}]
+    data = PreferenceDataModule(rows, tokenizer=byte_level(template=template), cache_dir=False)
+    data.setup("fit")
+    assert data.report["train"].notes == ({OWN_MARKUP: 1} if told else {})
+    assert "chat_template='text'" in remedy_for(OWN_MARKUP, chat_template(data.tokenizer))

@@ -128,6 +128,15 @@ def test_group_advantages_keep_infinite_rewards_visible():
     assert group_advantages(torch.tensor([-math.inf, 1.0]), 2, scale="none").isinf().any()
 
 
+def test_combine_rewards_is_unchanged_by_a_function_that_is_only_logged():
+    values = torch.tensor([[1.0, 5.0], [math.nan, 5.0], [math.nan, math.nan]])
+    torch.testing.assert_close(
+        combine_rewards(values, torch.tensor([2.0, 0.0])),
+        combine_rewards(values[:, :1], torch.tensor([2.0])),
+        equal_nan=True,
+    )
+
+
 def test_combine_rewards_is_weighted_sum_without_nan():
     table = [[1.0, NAN, -2.0], [NAN, NAN, NAN], [NAN, 3.0, NAN], [0.0, 0.0, 0.0]]
     weights = [1.0, 0.5, 2.0]

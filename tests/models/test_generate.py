@@ -70,6 +70,28 @@ def test_generate_refuses_a_prompt_that_does_not_fit():
         generate_text(model, tokenizer, [[5] * 500], pad_token_id=0, max_new_tokens=64)
 
 
+@pytest.mark.parametrize("configured", [False, True])
+def test_generate_refuses_several_answers_to_a_prompt(configured):
+    """They would be taken as the answers to the prompts after it."""
+    module = FullFineTuning(make_model(), tokenizer=make_tokenizer())
+    options = {} if configured else {"num_return_sequences": 2}
+    if configured:
+        module.configure_model()
+        module.model.generation_config.num_return_sequences = 2
+    with pytest.raises(ConfigError, match="num_return_sequences=2: each prompt gets one answer"):
+        module.generate(TEXTS[:2], do_sample=True, **options)
+
+
+def test_generate_ends_at_stop_strings():
+    module = FullFineTuning(make_model(), tokenizer=make_tokenizer())
+    (whole,) = module.generate(TEXTS[:1], max_new_tokens=20)
+    stop = whole[4:7]
+    (answer,) = module.generate(TEXTS[:1], max_new_tokens=20, stop_strings=[stop])
+    assert answer != whole
+    assert whole.startswith(answer)
+    assert stop in answer
+
+
 def test_generate_treats_strings_as_conversations():
     module = FullFineTuning(make_model(), tokenizer=make_tokenizer())
     chats = [[{"role": "user", "content": text}] for text in TEXTS]

@@ -11,7 +11,7 @@ import torch
 from full_disk import full_disk
 from tiny import make_rows
 
-from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PairDataModule, PreferenceDataModule
+from lightning_ft import DPO, FullFineTuning, LoRAFineTuning, PairDataModule, PreferenceDataModule, RewardModeling
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.checkpoint_file import read_checkpoint
 from lightning_ft.errors import CheckpointError, ConfigError, FileWriteError, RewardError
@@ -156,6 +156,10 @@ def test_run_of_another_method_is_not_continued(fit, module, model_folder, train
     Trainer(**trainer_options).validate(DPO(model_folder, lora={"r": 2}), data, ckpt_path=tmp_path / "a.ckpt")
     renamed = type("Renamed", (LoRAFineTuning,), {})(model_folder, lora={"r": 2})
     assert fit(renamed, ROWS, max_steps=2, ckpt_path=tmp_path / "a.ckpt").global_step == 2
+    # Of a method with other weights the error names the method, too, rather than the weights.
+    reward = RewardModeling(model_folder, lora={"r": 2})
+    with pytest.raises(CheckpointError, match=r"of a run of LoRAFineTuning, which RewardModeling can't"):
+        Trainer(**trainer_options, max_steps=2).fit(reward, data, ckpt_path=tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize(

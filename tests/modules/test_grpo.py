@@ -178,7 +178,11 @@ def test_grpo_combines_a_reward_model_with_a_function(trainer_options):
     ("options", "message"),
     [
         ({"num_completions": 1}, "num_completions=1"),
-        ({"loss_type": "gspo"}, "loss_type='gspo', expected one of dapo"),
+        (
+            {"loss_type": "gspo"},
+            "loss_type='gspo', expected one of dapo.* is loss_type='grpo' with importance='sequence'",
+        ),
+        ({"reward_weights": [0.0]}, "weights of by_tokens are all 0, so nothing would be learned"),
         ({"advantage": "gae"}, "advantage='gae'"),
         ({"scale_rewards": True}, "scale_rewards=True"),
         ({"importance": "word"}, "importance='word'"),

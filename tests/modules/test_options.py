@@ -60,6 +60,7 @@ def test_option_types_match_the_constructors(kind):
         (KTO, {"precompute_reference": True}, "KTO has no argument 'precompute_reference'"),
         (FullFineTuning, {"quantization": "4bit"}, "FullFineTuning has no argument 'quantization'"),
         (GRPO, {"rewards": len, "num_generations": 4}, "'num_generations'. Did you mean 'num_completions'?"),
+        (GRPO, {"reward_funcs": len}, "GRPO has no argument 'reward_funcs'. Did you mean 'rewards'?"),
         (GRPO, {"reward_funcs": len, "rewards": len}, "'reward_funcs'. Did you mean 'rewards'?"),
         (LoRAFineTuning, {"rank": 8}, "'rank'. It belongs into lora=, such as lora={'r': ...}."),
         (LoRAFineTuning, {"per_device_train_batch_size": 8}, "batch_size= is an argument of the DataModule."),

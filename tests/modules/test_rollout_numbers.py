@@ -21,7 +21,7 @@ from lightning_ft import (
     PreferenceDataModule,
     PromptDataModule,
 )
-from lightning_ft._lightning import Callback, Trainer
+from lightning_ft._lightning import Callback, Trainer, _pl
 from lightning_ft.errors import ConfigError, NonFiniteError, RewardError
 from lightning_ft.modules.trainer_checks import lost_steps
 from lightning_ft.rewards.functions import RewardFunctions
@@ -67,15 +67,29 @@ def test_missing_column_of_a_reward_is_refused_before_weights_are_loaded(options
     assert module.model is None
 
 
-@pytest.mark.parametrize("name", ["reward", "loss", "entropy", "no_signal_fraction", "learning_rate"])
-def test_reward_may_not_log_under_the_name_of_a_metric_of_the_step(name, trainer_options):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((GRPO, name) for name in ("reward", "loss", "entropy", "no_signal_fraction", "learning_rate")),
+        *((PPO, name) for name in ("value_loss", "explained_variance", "kl_coef")),
+    ],
+)
+def test_reward_may_not_log_under_the_name_of_a_metric_of_the_step(kind, name, trainer_options):
     def logs(completions, log_metric):
         log_metric(name, 9.0)
         return [float(len(text)) for text in completions]
 
     pattern = rf"log_metric\('{name}', ...\) of a reward would replace the metric '{name}'"
     with pytest.raises(RewardError, match=pattern):
-        Trainer(**trainer_options, max_steps=1).fit(policy(rewards=logs), prompts())
+        Trainer(**trainer_options, max_steps=1).fit(policy(kind, rewards=logs), prompts())
+
+
+def test_checkpoints_within_an_epoch_bring_no_advice_for_another_kind_of_module(trainer_options, tmp_path, recwarn):
+    saving = _pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    options = {**trainer_options, "enable_checkpointing": True, "callbacks": [saving]}
+    Trainer(**options, max_steps=2).fit(policy(num_completions=2), prompts())
+    assert len(list(tmp_path.glob("*.ckpt"))) == 2
+    assert not [warning for warning in recwarn if "manual optimization" in str(warning.message)]
 
 
 def test_reward_logs_in_validation_and_may_not_replace_its_metrics(trainer_options):
@@ -305,6 +319,19 @@ def test_predict_samples_with_rollout_settings(monkeypatch):
         "top_p": 0.5,
         "min_p": 0.0,
     }
+
+
+@pytest.mark.parametrize("generation", [None, {"max_new_tokens": 3}])
+def test_predict_answers_end_where_completions_do(generation):
+    module = policy(max_new_tokens=70, generation=generation)
+    ids = module._encode_prompt("hello")
+    module.configure_model()
+    whole = module.engine.generate([ids], max_new_tokens=70).completions[0].tokens
+    assert len(whole) == 70
+    text = module.tokenizer.decode(whole if generation is None else whole[:3], skip_special_tokens=True)
+    assert module.generate(["hello"]) == [text]
+    stopping = policy(max_new_tokens=70, stop=text[4:7], generation=generation)
+    assert stopping.generate(["hello"]) == [text[: text.index(text[4:7]) + 3]]
 
 
 # ---------------------------------------------------------------- precision
