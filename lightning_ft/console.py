@@ -22,6 +22,8 @@ LOG_MESSAGES: dict[str, tuple[str, ...]] = {
     # A kernel for inference in 4 bits. Modules here don't use it, since it has no gradients, and PEFT imports
     # bitsandbytes in runs without quantization too.
     r"Failed to load CPU gemm_4bit_forward": ("bitsandbytes.backends.cpu.ops",),
+    # Once per layer and step, of a cast that the kernel makes for every base that isn't in float16.
+    r"MatMul8bitLt: inputs will be cast": ("bitsandbytes.autograd._functions",),
     r"💡 Tip: ": _RANK_ZERO,  # services of Lightning's company
 }
 """Pattern of the beginning of each hidden message, with the names of the loggers that write it."""

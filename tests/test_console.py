@@ -69,10 +69,14 @@ def test_program_with_arguments_of_its_own_is_not_warned(config, tmp_path):
     assert_only_own_lines(run("-c", code, "--own", "argument", cwd=tmp_path).stderr)
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes.backends.cpu.ops", "pytorch_lightning.utilities.rank_zero"])
+@pytest.mark.parametrize(
+    "name",
+    ["bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "pytorch_lightning.utilities.rank_zero"],
+)
 def test_log_messages_of_others_are_hidden_by_their_text_only(name, caplog):
     texts = [
         "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'.",
+        "MatMul8bitLt: inputs will be cast from torch.bfloat16 to float16 during quantization",
         "💡 Tip: For seamless cloud logging and experiment tracking, try installing [litlogger]",
     ]
     hidden = {

@@ -73,9 +73,11 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list[object]:
         core = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
         core |= {"padding": None, "truncation": None}  # set by each call, so they depend on the last caller
     else:
-        core = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.init_kwargs]
+        core = [tokenizer.get_vocab(), tokenizer.init_kwargs]
     template = chat_template(tokenizer)
-    return [core, template.sources, _dated(template), tokenizer.special_tokens_map]
+    name = type(tokenizer).__qualname__  # a subclass may prepare texts itself
+    splits = getattr(tokenizer, "split_special_tokens", False)  # not among what a fast tokenizer writes of itself
+    return [name, core, splits, template.sources, _dated(template), tokenizer.special_tokens_map]
 
 
 def _dated(template: ChatTemplate) -> str:

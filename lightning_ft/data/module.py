@@ -310,9 +310,7 @@ class RowDataModule(CheckedArguments, LightningDataModule, ABC):
             self.share_tokenizer(module)
             self.splits.load(names)  # again if they were encoded for another module
         tokenizer = self.tokenizer  # even if nothing is encoded: its chat template may be replaced
-        for name in names:
-            if name != "predict":
-                self.splits.encode(name, tokenizer)
+        self.splits.encode([name for name in names if name != "predict"], tokenizer)
         if self.stream is not None and "train" in names:
             self.stream.start(tokenizer, self.row_type)
 

@@ -95,7 +95,10 @@ class RowEncoder(Generic[RowT]):
             detail = f"{len(self._encode(row).longest):,} tokens, max_length={self.max_length:,}"
             fix = "Split it into shorter texts, raise max_length, or pass on_overlong='drop'."
             return Problem(row.source, row.row, None, "overlong text", detail, fix)
-        shortest = self._encode(_with_user_text(row, {})).longest
+        try:
+            shortest = self._encode(_with_user_text(row, {})).longest
+        except TokenizerError:  # the template refuses turns without text, so how long the others are is unknown
+            return None
         if len(shortest) < self.max_length:
             return None
         answer = int(shortest.supervised.sum())

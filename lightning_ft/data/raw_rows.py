@@ -118,8 +118,12 @@ class Problem:
         return printable(text, one_line=True)
 
 
-def raise_problems(problems: Sequence[Problem]) -> None:
+def raise_problems(problems: Sequence[Problem], remedies: Iterable[str] = ("on_bad_row='skip'",)) -> None:
     """Raise one error that lists the first :data:`SHOWN` problems and counts all.
+
+    Args:
+        problems: The problems.
+        remedies: The arguments that would leave such rows out.
 
     Raises:
         DataError: If there is any.
@@ -133,5 +137,5 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     counts = printable(", ".join(f"{count:,} x {reason}" for reason, count in reasons), one_line=True)
     raise DataError(
         f"{len(problems):,} bad row{'s' if len(problems) > 1 else ''} ({counts}):\n" + "\n".join(lines) + "\n"
-        "Fix them, or pass on_bad_row='skip' to leave them out and count them."
+        f"Fix them, or pass {' and '.join(remedies)} to leave them out and count them."
     )

@@ -219,32 +219,44 @@ class Splits(Generic[RowT]):
                     "Remove such rows from one of the two; a share of train (validation=0.1) keeps them together."
                 )
 
-    def encode(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tokenize a split that was loaded and not yet encoded.
+    def encode(self, names: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenize splits that were loaded and not yet encoded; the bad rows of all of them are reported together.
+
+        Args:
+            names: Name of a split, or of several.
+            tokenizer: The tokenizer.
 
         Raises:
             DataError: With all rows that can't be encoded within `max_length`, or if no row is left.
         """
-        if name in self.encoded or name not in self.rows:
-            return
-        encoded: list[EncodedRows] = []
-        dropped: list[Problem] = []
-        fatal: list[Problem] = []
-        for part in self.rows[name]:
-            rows, problems = tokenize(
-                part,
-                tokenizer,
-                max_length=self.rules.max_length,
-                on_overlong=self.rules.on_overlong,
-                folder=self.rules.cache,
-                label=name,
-                row_type=self.row_type,
-                num_workers=self.rules.num_workers,
-            )
-            encoded.append(rows)
-            for problem in problems:
-                (dropped if self.may_drop(problem) else fatal).append(problem)
-        raise_problems(fatal)
+        names = [names] if isinstance(names, str) else names
+        results = {
+            name: [self._tokenize(part, name, tokenizer) for part in self.rows[name]]
+            for name in names
+            if name in self.rows and name not in self.encoded
+        }
+        problems = {name: [problem for _, found in parts for problem in found] for name, parts in results.items()}
+        self.raise_fatal([problem for found in problems.values() for problem in found])
+        for name, parts in results.items():
+            self._keep(name, [rows for rows, _ in parts], problems[name])
+            self._log_report(name, tokenizer)
+
+    def _tokenize(
+        self, part: Sequence[RowT], name: str, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[EncodedRows, list[Problem]]:
+        return tokenize(
+            part,
+            tokenizer,
+            max_length=self.rules.max_length,
+            on_overlong=self.rules.on_overlong,
+            folder=self.rules.cache,
+            label=name,
+            row_type=self.row_type,
+            num_workers=self.rules.num_workers,
+        )
+
+    def _keep(self, name: str, encoded: list[EncodedRows], dropped: Sequence[Problem]) -> None:
+        """Keep the encoded rows of a split, and count those and the dropped ones."""
         kept = sum(rows.num_rows for rows in encoded)
         if not kept:
             why = dropped[0] if dropped else "all of its rows are held out"
@@ -270,7 +282,6 @@ class Splits(Generic[RowT]):
         ]
         if kept < before:
             self._recount(name)
-        self._log_report(name, tokenizer)
 
     def forget(self) -> None:
         """Forget all rows, so that `load` reads them again and `encode` may use another tokenizer."""
@@ -279,9 +290,21 @@ class Splits(Generic[RowT]):
 
     def may_drop(self, problem: Problem) -> bool:
         """Whether a row with this problem is left out rather than an error."""
-        if problem.reason.startswith("overlong") and self.rules.on_overlong != "truncate_prompt":
-            return self.rules.on_overlong == "drop"
-        return self.rules.on_bad_row == "skip"
+        return (self.rules.on_overlong == "drop") if self._is_overlong(problem) else self.rules.on_bad_row == "skip"
+
+    def _is_overlong(self, problem: Problem) -> bool:
+        """Whether `on_overlong` decides about a row with this problem, rather than `on_bad_row`."""
+        return problem.reason.startswith("overlong") and self.rules.on_overlong != "truncate_prompt"
+
+    def raise_fatal(self, problems: Sequence[Problem]) -> None:
+        """Raise one error for those of the problems whose rows aren't left out.
+
+        Raises:
+            DataError: With these problems, and the arguments that would leave them out.
+        """
+        fatal = [problem for problem in problems if not self.may_drop(problem)]
+        remedies = {"on_overlong='drop'" if self._is_overlong(problem) else "on_bad_row='skip'" for problem in fatal}
+        raise_problems(fatal, sorted(remedies))
 
     def _log_report(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Log the summary of an encoded split, and warn of notes that have a remedy."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_ft.data.fields import FieldReader
 from lightning_ft.data.layout import Example
 from lightning_ft.data.overlong import RowEncoder
-from lightning_ft.data.raw_rows import SHOWN, Problem, RawRow, check_values, raise_problems
+from lightning_ft.data.raw_rows import SHOWN, Problem, RawRow, check_values
 from lightning_ft.data.row_mapping import RowFunction, load_row_function, map_rows
 from lightning_ft.data.row_types import RowT, RowType, unchanged
 from lightning_ft.data.rows import DETECTED_FROM, read_row, reader_for
@@ -234,7 +234,7 @@ class RowStream(Generic[RowT]):
             rows, result = self.rows[source.head(DETECTED_FROM)]
             kept += rows
             problems += result.problems
-        raise_problems([problem for problem in problems if not self._splits.may_drop(problem)])
+        self._splits.raise_fatal(problems)
         if not kept:
             raise DataError(
                 f"{self.name}: none of the first {len(problems):,} rows can be used. The first: {problems[0]}"
@@ -253,7 +253,7 @@ class RowStream(Generic[RowT]):
         Raises:
             DataError: With all bad rows of the batch, unless they are left out.
         """
-        raise_problems([problem for problem in result.problems if not self._splits.may_drop(problem)])
+        self._splits.raise_fatal(result.problems)
         self.report.add(result)
         for problem in result.problems:
             if problem.reason not in self._reported:

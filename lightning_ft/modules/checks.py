@@ -75,7 +75,8 @@ def check_rows(
         _check_length(model, longest.value, longest.origin, new_tokens)
 
 
-def _check_length(model: CausalLM, tokens: int, where: str, new_tokens: int) -> None:
+def _check_length(model: CausalLM, tokens: int, where: str, new_tokens: int, *, is_cut: bool = True) -> None:
+    """Refuse a row that is too long for a model, or warn of it; `is_cut`: whether `on_overlong` concerns it."""
     base = base_of(model)
     limit, architecture = context_length(base), type(base).__name__
     if limit is None or tokens + new_tokens <= limit:
@@ -83,6 +84,8 @@ def _check_length(model: CausalLM, tokens: int, where: str, new_tokens: int) -> 
     remedy = "and choose with on_overlong whether longer rows are dropped or their prompts truncated."
     if new_tokens:
         room = f"set max_length={limit - new_tokens:,} in the DataModule {remedy}" if new_tokens < limit else ""
+        if not is_cut:
+            room = "shorten such rows or leave them out: max_length and on_overlong are for rows that are trained on."
         raise ConfigError(
             f"{where} has a prompt of {tokens:,} tokens: with max_new_tokens={new_tokens:,} that "
             f"exceeds the {limit:,} positions of {architecture}. Lower max_new_tokens{', or ' + room if room else '.'}"
@@ -123,7 +126,7 @@ def check_prompts(
         if error is not None:
             raise error
         if limit is not None and len(ids) + new_tokens > limit:
-            _check_length(model, len(ids), where, new_tokens)
+            _check_length(model, len(ids), where, new_tokens, is_cut=False)
 
 
 def check_tokens(model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> None:

@@ -72,7 +72,13 @@ def test_cache_key_depends_on_everything_that_changes_tokens(tmp_path, make_toke
     tokenizer = make_tokenizer()
     tokenize(rows, tokenizer, folder=tmp_path, **OPTIONS)
     other = {"role": "user", "content": "another"}
+    splitting = make_tokenizer()
+    splitting.split_special_tokens = True
+    upper = make_tokenizer()
+    upper.__class__ = type("Upper", (type(upper),), {})
     changed = [
+        (rows, splitting, OPTIONS),
+        (rows, upper, OPTIONS),
         ([*rows[:-1], Conversation((other, rows[-1].messages[1]), "a.jsonl", 24, "24")], tokenizer, OPTIONS),
         (rows[::-1], tokenizer, OPTIONS),
         (rows, make_tokenizer("llama"), OPTIONS),

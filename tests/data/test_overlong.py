@@ -146,6 +146,17 @@ def test_truncation_keeps_part_of_the_question(tokenizer):
     assert cut.messages[0]["content"] == "9"
 
 
+@pytest.mark.parametrize("on_overlong", ["error", "drop", "truncate_prompt"])
+def test_overlong_row_is_recognized_where_the_template_refuses_turns_without_text(tokenizer, on_overlong):
+    refusal = "{%- for m in messages if not m.content -%}{{- raise_exception('no content') -}}{%- endfor -%}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    result = RowEncoder(tokenizer, 64, on_overlong)(row(LONG, "lamp"))
+    if on_overlong == "truncate_prompt":
+        assert len(result[0].example) <= 64
+    else:
+        assert result.reason == "overlong prompt"
+
+
 def test_template_errors_are_reported_with_the_row(make_tokenizer):
     problem = RowEncoder(make_tokenizer("drops_answers"), 64, "error")(row("a", "lamp"))
     assert (problem.row, problem.reason) == (7, "answer lost in the chat template")

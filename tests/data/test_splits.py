@@ -109,6 +109,19 @@ def test_overlong_rows_are_listed(tokenizer, pairs):
     assert "train, row 25: overlong prompt (" in str(error.value)
 
 
+def test_overlong_rows_of_all_splits_are_listed_with_the_argument_that_leaves_them_out(make_tokenizer, pairs):
+    made = splits({"train": [*pairs, LONG], "test": [LONG]}, on_bad_row="skip")
+    made.load(["train", "test"])
+    with pytest.raises(DataError, match=r"2 bad rows[^$]*train, row 25[^$]*test, row 1") as error:
+        made.encode(["train", "test"], make_tokenizer("chatml"))
+    assert str(error.value).endswith("\nFix them, or pass on_overlong='drop' to leave them out and count them.")
+    system = {"input": "lamp", "output": "dog", "system": "be brief"}  # which the template refuses
+    made = splits({"train": [*pairs, LONG, system]})
+    made.load(["train"])
+    with pytest.raises(DataError, match="or pass on_bad_row='skip' and on_overlong='drop' to leave them out"):
+        made.encode("train", make_tokenizer("llama"))
+
+
 def test_overlong_rows_are_dropped_and_counted(tokenizer, pairs):
     made = splits({"train": [LONG, *pairs, ANSWER]}, on_overlong="drop")
     made.load(["train"])
