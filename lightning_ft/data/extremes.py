@@ -61,12 +61,13 @@ def longest_row(splits: Splits[RowT]) -> Extreme | None:
     return _largest(splits, _longest_of)
 
 
-def rows_with(parts: Sequence[EncodedRows], tokens: Iterable[int]) -> dict[int, int]:
+def rows_with(parts: Sequence[EncodedRows], tokens: Iterable[int], *, supervised: bool = False) -> dict[int, int]:
     """Number of rows that contain each of some tokens.
 
     Args:
         parts: The encoded sources of a split.
         tokens: Token ids.
+        supervised: Whether only supervised tokens count.
 
     Returns:
         The count of each token that is in any row.
@@ -76,9 +77,12 @@ def rows_with(parts: Sequence[EncodedRows], tokens: Iterable[int]) -> dict[int, 
     is_counted[list(counts)] = True
     for part in parts:
         rows, first = part.column("row").to_numpy(), 0
-        for chunk in part.column("input_ids").chunks:
+        for chunk, marks in zip(part.column("input_ids").chunks, part.column("supervised").chunks, strict=True):
             ids = chunk.flatten().to_numpy(zero_copy_only=False)
-            hits = is_counted[np.minimum(ids, len(is_counted) - 1)].nonzero()[0]
+            found = is_counted[np.minimum(ids, len(is_counted) - 1)]
+            if supervised:
+                found = found & marks.flatten().to_numpy(zero_copy_only=False)
+            hits = found.nonzero()[0]
             owners = rows[first + np.searchsorted(_ends(chunk), hits, side="right")]
             pairs = np.unique(np.stack([owners, ids[hits]]), axis=1)  # each token once per row
             for token, count in zip(*np.unique(pairs[1], return_counts=True), strict=True):

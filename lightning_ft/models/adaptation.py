@@ -24,6 +24,7 @@ from lightning_ft.models.adapt import (
 from lightning_ft.models.head import CausalLM, base_of
 from lightning_ft.models.layers import refuse_adapters_below
 from lightning_ft.models.load import adapter_base
+from lightning_ft.models.lora_checks import check_names
 from lightning_ft.models.parts import base_name, count_parts, expert_tensors, find_parts, parts_table
 from lightning_ft.models.reach import Reach, find_reach
 from lightning_ft.models.targets import fitted, unreached_groups
@@ -166,6 +167,7 @@ class Adaptation:
             parameter.requires_grad_(name in trained)
 
     def _add_lora(self, base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+        check_names(lora, base)
         tensors = list(expert_tensors(base))
         model = add_lora(base, fitted(lora, base, self.reach, self._top_layers), seed=seed)
         seen = find_reach(model)

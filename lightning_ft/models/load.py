@@ -216,8 +216,22 @@ def load_model(
         raise ModelError(f"The model {name!r} could not be loaded: {reason}") from error
     check_loaded(model, info, name, new_head=num_labels is not None)
     warn_of_zero_weights(model, name)
+    if quantization is not None:
+        _refuse_other_quantization(model, name, quantization)
     _keep_trainable(model)
     return cast(PreTrainedModel, model.train())
+
+
+def _refuse_other_quantization(model: PreTrainedModel, name: str, quantization: str | dict[str, Any]) -> None:
+    """Refuse a checkpoint that was saved quantized in another way: transformers would leave it as it is."""
+    wanted, own = quantization_config(quantization), model.config.quantization_config
+    settings = {"load_in_4bit", "load_in_8bit", *(quantization if isinstance(quantization, dict) else ())}
+    other = [f"{key}={getattr(own, key, None)}" for key in settings if getattr(own, key, None) != getattr(wanted, key)]
+    if other:
+        raise ModelError(
+            f"quantization={quantization!r}: the weights of {name!r} are quantized already, with "
+            f"{', '.join(sorted(other))}. Leave out quantization=, or name the model that isn't quantized."
+        )
 
 
 def _keep_trainable(model: PreTrainedModel) -> None:

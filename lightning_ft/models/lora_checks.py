@@ -11,9 +11,13 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from lightning_ft.arguments import did_you_mean
+from lightning_ft.distributed import warn
 from lightning_ft.errors import ExportError, ModelError
 from lightning_ft.models.head import base_of
+from lightning_ft.models.parts import expert_tensors
 
 
 def refuse_adapter_layers(base: nn.Module) -> None:
@@ -31,6 +35,37 @@ def refuse_adapter_layers(base: nn.Module) -> None:
             f"The model that was passed holds layers of an adapter (the first is {name}), as after the training of "
             "another module that it was passed to. Pass a name or folder, or a model that is loaded again for each "
             "module; to continue an adapter, pass the folder that it was exported to."
+        )
+
+
+def check_names(config: LoraConfig, base: PreTrainedModel) -> None:
+    """Refuse names in `modules_to_save` that no module has, and warn of such in `target_modules`: PEFT skips them.
+
+    Lists of targets are often written for several architectures, so the others in the list may be all that is meant.
+
+    Args:
+        config: Configuration of the adapter.
+        base: The model before it is adapted.
+
+    Raises:
+        ModelError: With the name, and the nearest one.
+    """
+    modules = [name for name, module in base.named_modules() if name and any(True for _ in module.parameters())]
+    known = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()})
+    for saved in config.modules_to_save or ():
+        if not any(name.endswith(saved) for name in modules):
+            raise ModelError(
+                f"lora's modules_to_save: {type(base).__name__} has no module {saved!r}, so nothing would be saved or "
+                f"trained for it.{did_you_mean(saved, known)} Name another, or leave it out."
+            )
+    targets = config.target_modules if isinstance(config.target_modules, (list, set, tuple)) else ()
+    unknown = sorted(target for target in targets if not any(f".{name}".endswith(f".{target}") for name in modules))
+    if 0 < len(unknown) < len(targets) and not expert_tensors(base):  # PEFT may find older names among experts
+        hints = "".join(dict.fromkeys(did_you_mean(target, known) for target in unknown))
+        warn(
+            f"lora's target_modules: {type(base).__name__} has no module named {', '.join(map(repr, unknown))}, so "
+            f"only the others get an adapter.{hints} Leave out such names to silence this.",
+            stacklevel=2,
         )
 
 

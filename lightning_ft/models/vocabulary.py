@@ -138,30 +138,47 @@ def untrained_rows(model: CausalLM, tokens: Iterable[int]) -> list[int]:
     return cast("list[int]", wanted[found.cpu()].tolist())
 
 
-def frozen_tokens(model: CausalLM, tokens: Iterable[int]) -> list[int]:
+def frozen_tokens(model: CausalLM, tokens: Iterable[int], *, in_head: bool = False) -> list[int]:
     """Return the tokens whose embedding doesn't change in training.
 
     Args:
         model: Model, prepared for training.
         tokens: Token ids.
+        in_head: Whether their rows of an untied head are meant instead.
     """
-    embeddings = base_of(model).get_input_embeddings()
-    if not any(parameter.requires_grad for parameter in embeddings.parameters()):
+    matrices = _matrices(base_of(model))
+    if len(matrices) <= in_head:
+        return []
+    matrix = matrices[in_head]
+    if not any(parameter.requires_grad for parameter in matrix.parameters()):
         return sorted(set(tokens))
-    if isinstance(embeddings, TrainableTokensWrapper):
-        adapter = embeddings.token_adapter
-        trained = {int(i) for name in adapter.token_indices for i in adapter.token_indices[name]}
-        return sorted(set(tokens) - trained)
-    return []
+    trained = _trained_rows(matrix)
+    return [] if trained is None else sorted(set(tokens) - trained)
+
+
+def _matrices(base: PreTrainedModel) -> list[nn.Module]:
+    """The input embeddings, and the head unless it is tied to them."""
+    inside, head = base.get_input_embeddings(), base.get_output_embeddings()
+    # Under PEFT's wrappers, which have weights of their own, tied modules still have the same one.
+    weights = [getattr(getattr(module, "original_module", module), "weight", None) for module in (inside, head)]
+    return [inside] if head is None or weights[0] is weights[1] else [inside, head]
+
+
+def _trained_rows(matrix: nn.Module) -> set[int] | None:
+    """The rows that PEFT's `trainable_token_indices` train; None for a matrix without any."""
+    if not isinstance(matrix, TrainableTokensWrapper):
+        return None
+    indices = matrix.token_adapter.token_indices
+    return {int(i) for name in indices for i in indices[name]}
 
 
 def trainable_tokens(model: CausalLM, tokens: list[int]) -> dict[str, list[int]]:
     """Return the `trainable_token_indices` of a LoRA configuration that train the embeddings of these tokens.
 
-    They include the rows of an untied head.
+    They include the rows of an untied head, and the rows that the model's adapter trains already.
 
     Args:
-        model: Model that the adapter will be put on.
+        model: Model that the adapter will be put on, or that has one.
         tokens: Token ids.
 
     Example:
@@ -172,10 +189,7 @@ def trainable_tokens(model: CausalLM, tokens: list[int]) -> dict[str, list[int]]
         {'embed_tokens': [8]}
     """
     base = base_of(model)
-    inside, head = base.get_input_embeddings(), base.get_output_embeddings()
-    tied = head is None or getattr(head, "weight", None) is getattr(inside, "weight", None)
-    modules = [inside] if tied else [inside, head]
-    return {_name_in(base, module): tokens for module in modules}
+    return {_name_in(base, matrix): sorted({*tokens, *(_trained_rows(matrix) or ())}) for matrix in _matrices(base)}
 
 
 def _name_in(base: PreTrainedModel, wanted: nn.Module) -> str:

@@ -255,8 +255,11 @@ def warn_untrained_tokens(
         splits: The splits, encoded.
         own: Tokenizer of the model's checkpoint, if known; tokens that it lacks are new.
     """
-    added: Sequence[int] = frozen_tokens(model, tokenizer.get_added_vocab().values())
-    counts = rows_with(splits.encoded.get("train", []), added) if added else {}
+    added, train = tokenizer.get_added_vocab().values(), splits.encoded.get("train", [])
+    frozen, unwritable = frozen_tokens(model, added), frozen_tokens(model, added, in_head=True)
+    counts = rows_with(train, frozen) if frozen else {}
+    if unwritable:  # new rows of a head are all alike, so the model couldn't write one such token and not another
+        counts |= rows_with(train, unwritable, supervised=True)
     if not counts:
         return
     vocabulary = set() if own is None else set(own.get_vocab())
@@ -267,8 +270,8 @@ def warn_untrained_tokens(
     names = ", ".join(f"{token_name(tokenizer, token)} in {counts[token]:,} rows" for token in untrained[:_MOST_NAMED])
     more = f" and {len(untrained) - _MOST_NAMED:,} more" if len(untrained) > _MOST_NAMED else ""
     warn_on_rank_zero(
-        f"The training rows hold tokens whose embedding was never trained, and the adapter leaves embeddings frozen: "
-        f"{names}{more}. To train these embeddings too, pass "
+        "The training rows hold tokens whose embedding was never trained, and the adapter leaves embeddings or the "
+        f"head frozen: {names}{more}. To train these embeddings too, pass "
         f"lora={{'trainable_token_indices': {trainable_tokens(model, untrained)}}}."
     )
 

@@ -135,7 +135,7 @@ def warn_lost_steps(model: CausalLM, learning_rate: float, precision: str) -> No
         return
     dtype = str(trained[0].dtype).removeprefix("torch.")
     mixed = "bf16-mixed" if trained[0].dtype == torch.bfloat16 else "16-mixed"
-    if isinstance(model, PeftModel) and precision.endswith("-true"):
+    if isinstance(model, PeftModel) and precision in ("bf16-true", "16-true"):
         rank_zero_warn(
             f"precision={precision!r} has turned the adapter and AdamW's running averages into {dtype}, which loses "
             f"small steps. With precision={mixed!r} the adapter stays in float32, over a base in the dtype it was "

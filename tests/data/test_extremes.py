@@ -78,6 +78,11 @@ def test_rows_with_counts_rows_not_occurrences():
     counts = {token: sum(token in ids for ids in slow) for token in tokens}
     assert rows_with(splits.encoded["train"], tokens) == {token: n for token, n in counts.items() if n}
     assert counts[2] == 17
+    examples = [part[i] for part in splits.encoded["train"] for i in range(len(part))]
+    answers = [set(each.input_ids[each.supervised].tolist()) for each in examples]
+    counts = {token: sum(token in ids for ids in answers) for token in tokens}
+    found = rows_with(splits.encoded["train"], tokens, supervised=True)
+    assert found == {token: n for token, n in counts.items() if n}
 
 
 def test_rows_with_counts_a_pair_once():

@@ -56,6 +56,27 @@ def test_frozen_tokens_are_those_without_trained_embedding(lora, frozen):
     assert embedding_rows(model) == 400
 
 
+@pytest.mark.parametrize(
+    ("lora", "tie", "frozen"),
+    [
+        ({"trainable_token_indices": [5, 6]}, False, [5, 6]),
+        ({"trainable_token_indices": {"embed_tokens": [5], "lm_head": [6]}}, False, [5]),
+        ({"modules_to_save": ["lm_head"]}, False, []),
+        ({"target_modules": ["lm_head"]}, False, []),
+        ({"trainable_token_indices": [5]}, True, []),
+    ],
+)
+def test_frozen_tokens_of_an_untied_head_are_those_without_trained_row(lora, tie, frozen):
+    model = add_lora(make_model(tie=tie).requires_grad_(False), lora_config({"r": 2, **lora}))
+    assert frozen_tokens(model, [5, 6], in_head=True) == frozen
+
+
+@pytest.mark.parametrize(("tie", "names"), [(True, ["embed_tokens"]), (False, ["embed_tokens", "lm_head"])])
+def test_trainable_tokens_include_those_that_the_adapter_trains(tie, names):
+    lora = lora_config({"r": 2, "trainable_token_indices": {name: [5] for name in names}})
+    assert trainable_tokens(add_lora(make_model(tie=tie), lora), [7, 6]) == {name: [5, 6, 7] for name in names}
+
+
 def test_frozen_tokens_are_none_in_full_fine_tuning():
     assert frozen_tokens(make_model(), [5, 6]) == []
 

@@ -281,6 +281,20 @@ def test_untrained_tokens_are_reported_with_a_working_remedy(grown, tmp_path, tr
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
 
 
+def test_new_tokens_with_a_frozen_row_of_the_head_are_reported_where_they_are_answers(grown, train):
+    token = len(tokenizer_with(CALL)) - 1
+    is_tied = AutoModelForCausalLM.from_pretrained(grown).config.tie_word_embeddings
+    asked = [{"input": CALL, "output": row["output"]} for row in make_rows(4)]
+    for rows, is_told in ((call_rows(), not is_tied), (asked, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module = LoRAFineTuning(grown, lora={"r": 2, "trainable_token_indices": [token]})
+            train(module, PairDataModule(rows, cache_dir=False))
+        assert [f"{{'embed_tokens': [{token}], 'lm_head': [{token}]}}" in each for each in untrained(caught)] == (
+            [True] * is_told
+        )
+
+
 def test_tokens_missing_in_the_checkpoint_count_as_new(model_folder, train):
     tokenizer = tokenizer_with(CALL)  # within the embedding matrix, whose last rows are unused
     with pytest.warns(UserWarning, match=rf"'{CALL}' \(id {len(tokenizer) - 1}\) in 4 rows"):

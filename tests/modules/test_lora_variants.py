@@ -152,6 +152,12 @@ def test_quantized_checkpoint_is_not_trained_without_an_adapter(fit, tmp_path):
         with pytest.raises(ModelError, match=r"14 of 21 parameters of the LlamaForCausalLM are integers.*Train an ada"):
             fit(module, ROWS, max_steps=1)
     fit(LoRAFineTuning(str(tmp_path / "4bit"), lora={"r": 2}), ROWS, max_steps=1)
+    for other in ("8bit", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}):
+        with pytest.raises(
+            ModelError, match=r"are quantized already, with (load_in_4bit=True|bnb_4bit_quant_type=nf4)"
+        ):
+            load_causal_lm(str(tmp_path / "4bit"), quantization=other)
+    load_causal_lm(str(tmp_path / "4bit"), quantization="4bit")
 
 
 def test_checkpoints_in_4_bits_are_not_repacked_in_evaluation(tmp_path):
@@ -304,6 +310,13 @@ def test_lora_rejects_unknown_targets_and_missing_adapters(fit, model_folder, tm
         LoRAFineTuning(model_folder, adapter=str(tmp_path), lora={"r": 2})
     with pytest.raises(ModelError, match="No adapter could be loaded"):
         fit(LoRAFineTuning(model_folder, adapter=str(tmp_path)), ROWS)
+
+
+def test_lora_rejects_unknown_modules_to_save_and_names_unknown_targets(fit, model_folder):
+    with pytest.raises(ModelError, match=r"has no module 'lm_hed'.* Did you mean 'lm_head'\?"):
+        fit(LoRAFineTuning(model_folder, lora={"r": 2, "modules_to_save": ["lm_hed"]}), ROWS, max_steps=1)
+    with pytest.warns(UserWarning, match=r"no module named 'v_porj', so only the others .* Did you mean 'v_proj'\?"):
+        fit(LoRAFineTuning(model_folder, lora={"r": 2, "target_modules": ["q_proj", "v_porj"]}), ROWS, max_steps=1)
 
 
 def test_merged_export_generates_in_transformers(fit, model_folder, tmp_path):

@@ -348,6 +348,12 @@ def test_lost_steps_is_the_share_of_lost_updates():
     [
         (LoRAFineTuning, {}, "bf16-true", "precision='bf16-true' has turned the adapter .* precision='bf16-mixed'"),
         (LoRAFineTuning, {"dtype": "bfloat16"}, "bf16-mixed", None),
+        (  # copies in the base's dtype, not cast by the Trainer
+            LoRAFineTuning,
+            {"dtype": "bfloat16", "learning_rate": 1e-6, "lora": {"r": 2, "modules_to_save": ["lm_head"]}},
+            "32-true",
+            r"learning_rate=1e-06 is below the resolution of bfloat16.*Train with dtype='float32'",
+        ),
         (
             FullFineTuning,
             {"learning_rate": 1e-6, "dtype": "bfloat16"},
