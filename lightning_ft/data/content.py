@@ -95,7 +95,7 @@ class ContentCheck:
             for text in _texts(message):
                 if not markup:
                     self._check_control(text, name, first=number == 0, is_answer=is_answer)
-                if not self._keeps(text) and self._changed(text, name, is_answer=is_answer):
+                if not self._keeps(text) and self._changed(text, name, is_answer=is_answer, markup=markup):
                     notes.append(CHANGED_PROMPT)
         for text in _strings((kwargs or {}).get("tools")):
             self._check_control(text, "tools", first=False, is_answer=False)
@@ -158,19 +158,26 @@ class ContentCheck:
         unknown = self.tokenizer.unk_token
         return self._keeps_every_text and not (unknown and str(unknown) in text) and "▁" not in text
 
-    def _changed(self, text: str, name: str, *, is_answer: bool) -> bool:
+    def _changed(self, text: str, name: str, *, is_answer: bool, markup: bool) -> bool:
         """Whether the tokenizer changes a text that isn't an answer.
 
         Raises:
-            RowError: For text that it doesn't know, and for an answer that it changes.
+            RowError: For text that it doesn't know, for its token of unknown text, and for an answer that it changes.
         """
         tokenizer = self.tokenizer
         ids = [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         unknown = tokenizer.unk_token_id
         if unknown is not None and unknown in ids and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-            detail = f"{ids.count(unknown):,} x {tokenizer.unk_token}, such as {self._unknown(text)!r}"
-            fix = "Write it in characters that the tokenizer knows, or use a model whose tokenizer knows them."
-            raise RowError(None, f"text that the tokenizer doesn't know in the {name}", detail, fix)
+            token = str(tokenizer.unk_token)
+            written = ids.count(unknown) == text.count(token)  # so all else is known: <|endoftext|> of SmolLM2
+            if not written:
+                detail = f"{ids.count(unknown):,} x {token}, such as {self._unknown(text)!r}"
+                fix = "Write it in characters that the tokenizer knows, or use a model whose tokenizer knows them."
+                raise RowError(None, f"text that the tokenizer doesn't know in the {name}", detail, fix)
+            if not markup:
+                detail = f"{token!r} at character {text.index(token) + 1:,}"
+                fix = "Remove it: the tokenizer uses it for text that it doesn't know."
+                raise RowError(None, f"control token in the {name}", detail, fix)
         decoded = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         before, after = _bare(text), _bare(decoded)
         if before == after:

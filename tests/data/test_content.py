@@ -219,6 +219,18 @@ def test_content_check_rejects_unknown_text(name, turn):
         assert error.value.detail.endswith("'\u4f60'")
 
 
+@pytest.mark.parametrize("name", ["pieces", "words"])
+def test_content_check_tells_the_token_of_unknown_text_from_unknown_text(name):
+    tokenizer = LOSE[name]()
+    with pytest.raises(RowError) as error:
+        check(tokenizer, answer="hello <unk>")
+    assert (error.value.reason, error.value.detail) == ("control token in the answer", "'<unk>' at character 7")
+    assert check(tokenizer, answer="hello <unk>", markup=True) == ()  # a text with markup of its own
+    with pytest.raises(RowError) as error:
+        check(tokenizer, answer="hello <unk> \u4f60", markup=True)
+    assert error.value.reason == "text that the tokenizer doesn't know in the answer"
+
+
 def test_unknown_text_is_a_bad_row_and_is_counted():
     good, bad = {"input": "hello", "output": "there"}, {"input": "hello", "output": "nobody"}
     tokenizer = word_level()
