@@ -15,49 +15,90 @@ from lightning_ft.errors import ConfigError, LightningFTError, MissingArgumentEr
 from lightning_ft.types import Request
 
 _RENAMED = {
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "assistant_only_loss": "supervise",
     "beta": "kl_coef",
     "bf16": "precision",
     "center_rewards_coefficient": "centering",
+    "completion_only_loss": "supervise",
+    "data_files": "train",
+    "dataset": "train",
+    "dataset_name": "train",
+    "dataset_text_field": "columns",
+    "epochs": "max_epochs",
     "epsilon": "clip_low",
     "epsilon_high": "clip_high",
+    "eval_batch_size": "batch_size",
     "eval_dataset": "validation",
     "eval_steps": "val_check_interval",
     "formatting_func": "format",
+    "fp16": "precision",
     "generation_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulate_grad_batches",
     "importance_sampling_level": "importance",
+    "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization",
     "logging_steps": "log_every_n_steps",
     "lr": "learning_rate",
     "lr_scheduler": "lr_schedule",
     "lr_scheduler_type": "lr_schedule",
+    "mask_prompt": "supervise",
     "mask_truncated_completions": "mask_truncated",
     "max_completion_length": "max_new_tokens",
     "max_grad_norm": "gradient_clip_val",
     "max_seq_length": "max_length",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "num_epochs": "max_epochs",
     "num_generations": "num_completions",
     "num_iterations": "epochs_per_rollout",
     "num_train_epochs": "max_epochs",
     "output_dir": "default_root_dir",
+    "path": "train",
     "peft_config": "lora",
+    "per_device_eval_batch_size": "batch_size",
     "per_device_train_batch_size": "batch_size",
     "precompute_ref_log_probs": "precompute_reference",
     "processing_class": "tokenizer",
+    "quantization_config": "quantization",
     "report_to": "logger",
     "reward_funcs": "rewards",
     "steps_per_generation": "steps_per_rollout",
+    "test_size": "validation",
+    "text_field": "columns",
+    "torch_dtype": "dtype",
     "train_dataset": "train",
+    "train_file": "train",
+    "train_on_inputs": "supervise",
+    "train_on_prompt": "supervise",
+    "truncation": "on_overlong",
     "use_bias_correction_kl": "bias_corrected_kl",
     "use_vllm": "vllm",
+    "val_batch_size": "batch_size",
+    "val_size": "validation",
+    "validation_file": "validation",
 }
-"""Names of TRL and of torch, and those of this package and of the Trainer (docs/from_trl.md)."""
-_OF_DATA = frozenset({"batch_size", "max_length", "num_workers", "packing", "train", "validation", "test", "columns"})
+"""Names of TRL, transformers and torch, and those of this package and of the Trainer (docs/from_trl.md)."""
+_OF_DATA = frozenset(
+    {"batch_size", "chat_template", "columns", "max_length", "num_workers", "packing", "supervise"}
+    | {"test", "train", "validation"}
+)
 _OF_TRAINER = frozenset(
     {"accumulate_grad_batches", "callbacks", "default_root_dir", "gradient_clip_val", "logger", "max_epochs"}
-    | {"log_every_n_steps", "max_steps", "precision", "val_check_interval"}
+    | {"accelerator", "devices", "log_every_n_steps", "max_steps", "precision", "strategy", "val_check_interval"}
 )
-_OF_LORA = {"r": "r", "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "lora_rank": "r"} | {
-    name: name for name in ("lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+_OF_LORA = {
+    "alpha": "lora_alpha",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "rank": "r",
+    **dict.fromkeys(
+        ["alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "r"]
+    ),
+    **dict.fromkeys(["rank_pattern", "target_modules", "trainable_token_indices", "use_dora", "use_rslora"]),
 }
+"""Names that belong into `lora=`, and what PEFT calls them where that differs."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -144,10 +185,13 @@ def _known_elsewhere(name: str, parameters: Sequence[str]) -> str:
     here = _RENAMED.get(name, name)
     if here in parameters:
         return f" Did you mean {here!r}?"
-    if name in _OF_LORA and "lora" in parameters:
-        return f" It belongs into lora=, such as lora={{{_OF_LORA[name]!r}: ...}}."
+    if name in _OF_LORA and "dtype" in parameters:
+        where = "lora=, such as" if "lora" in parameters else "lora= of LoRAFineTuning:"
+        return f" It belongs into {where} lora={{{_OF_LORA[name] or name!r}: ...}}."
     if here in _OF_DATA and "model" in parameters:
         return f" {here}= is an argument of the DataModule."
+    if here == "quantization" and "dtype" in parameters:
+        return " Quantized weights can't be trained themselves: use LoRAFineTuning(quantization=...)."
     return f" {here}= is an argument of the Trainer." if here in _OF_TRAINER else ""
 
 

@@ -13,6 +13,8 @@ from lightning_ft import (
     GRPO,
     ComputeMeter,
     ExportModel,
+    FullFineTuning,
+    LoRAFineTuning,
     PairDataModule,
     PromptBaseline,
     Retention,
@@ -91,9 +93,19 @@ def test_subclass_of_a_callback_may_take_other_arguments():
         (DPO, "max_grad_norm", " gradient_clip_val= is an argument of the Trainer."),
         (DPO, "bf16", " precision= is an argument of the Trainer."),
         (PairDataModule, "formatting_func", " Did you mean 'format'?"),
+        (PairDataModule, "test_size", " Did you mean 'validation'?"),  # 'batch_size' is nearer in spelling
+        (PairDataModule, "truncation", " Did you mean 'on_overlong'?"),
+        (FullFineTuning, "torch_dtype", " Did you mean 'dtype'?"),  # and not 'torch_compile'
+        (FullFineTuning, "model_name_or_path", " Did you mean 'model'?"),
+        (FullFineTuning, "completion_only_loss", " supervise= is an argument of the DataModule."),
+        (FullFineTuning, "load_in_4bit", " Quantized weights can't be trained themselves: use LoRAFineTuning("),
+        (FullFineTuning, "bias", " It belongs into lora= of LoRAFineTuning: lora={'bias': ...}."),
+        (LoRAFineTuning, "load_in_4bit", " Did you mean 'quantization'?"),
+        (LoRAFineTuning, "use_dora", " It belongs into lora=, such as lora={'use_dora': ...}."),
+        (LoRAFineTuning, "devices", " devices= is an argument of the Trainer."),
     ],
 )
-def test_names_of_trl_are_answered_with_those_of_this_package(module, name, hint):
+def test_names_of_other_packages_are_answered_with_those_of_this_package(module, name, hint):
     options = {"rewards": "trl.rewards.think_format_reward"} if module is GRPO else {}
     with pytest.raises(UnknownArgumentError, match=re.escape(f"has no argument {name!r}.{hint}")):
         module("model", **options, **{name: 1})
