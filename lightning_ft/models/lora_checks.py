@@ -19,6 +19,9 @@ from lightning_ft.errors import ExportError, ModelError
 from lightning_ft.models.head import base_of
 from lightning_ft.models.parts import expert_tensors
 
+_HEADS = {"classifier", "score"}
+"""Names that PEFT adds to `modules_to_save` of a configuration for classification, of which a model has one."""
+
 
 def refuse_adapter_layers(base: nn.Module) -> None:
     """Refuse a base that holds an adapter already: it would be part of every pass, and of no export.
@@ -52,7 +55,10 @@ def check_names(config: LoraConfig, base: PreTrainedModel) -> None:
     """
     modules = [name for name, module in base.named_modules() if name and any(True for _ in module.parameters())]
     known = sorted({name.rpartition(".")[2] for name in modules if not name.rpartition(".")[2].isdigit()})
-    for saved in config.modules_to_save or ():
+    wanted = set(config.modules_to_save or ())
+    if any(name.endswith(tuple(wanted & _HEADS)) for name in modules):
+        wanted -= _HEADS
+    for saved in sorted(wanted):
         if not any(name.endswith(saved) for name in modules):
             raise ModelError(
                 f"lora's modules_to_save: {type(base).__name__} has no module {saved!r}, so nothing would be saved or "

@@ -86,6 +86,7 @@ def fitted(config: LoraConfig, base: PreTrainedModel, reach: Reach, top_layers: 
         ModelError: If PEFT can't apply it to the model.
     """
     config = copy.deepcopy(config)  # PEFT changes its argument
+    config.inference_mode = False  # every saved configuration says True, with which PEFT freezes the adapter
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     experts = {} if config.target_parameters else expert_tensors(base)
     experts = {name: tensor for name, tensor in experts.items() if name not in reach.unreached}

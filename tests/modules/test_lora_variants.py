@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import make_model, make_rows, make_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule
+from lightning_ft import FullFineTuning, LoRAFineTuning, PairDataModule, PreferenceDataModule, RewardModeling
 from lightning_ft._lightning import Trainer, _pl
 from lightning_ft.errors import ConfigError, ExportError, ModelError
 from lightning_ft.models.load import load_causal_lm
@@ -317,6 +317,24 @@ def test_lora_rejects_unknown_modules_to_save_and_names_unknown_targets(fit, mod
         fit(LoRAFineTuning(model_folder, lora={"r": 2, "modules_to_save": ["lm_hed"]}), ROWS, max_steps=1)
     with pytest.warns(UserWarning, match=r"no module named 'v_porj', so only the others .* Did you mean 'v_proj'\?"):
         fit(LoRAFineTuning(model_folder, lora={"r": 2, "target_modules": ["q_proj", "v_porj"]}), ROWS, max_steps=1)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_saved_configuration_can_be_trained_with(trainer_options, model_folder, tmp_path, as_dict):
+    """PEFT saves `inference_mode`, and for classification names of heads of which a model has one."""
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=1)
+    adapted = get_peft_model(model, LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["inference_mode"] is True
+    assert set(saved["modules_to_save"]) == {"classifier", "score"}
+    lora = saved if as_dict else LoraConfig.from_pretrained(tmp_path)
+    module = RewardModeling(model_folder, lora=lora, dtype="float32")
+    rows = [{"prompt": row["input"], "chosen": row["output"], "rejected": "no"} for row in ROWS]
+    Trainer(**trainer_options, max_steps=1).fit(module, PreferenceDataModule(rows, batch_size=4))
+    trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
+    assert any("score" in name for name in trained)
+    assert any("lora_A" in name for name in trained)
 
 
 def test_merged_export_generates_in_transformers(fit, model_folder, tmp_path):
