@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -338,6 +340,26 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
                 raise
             raise ConfigError(f"The Trainer refuses the settings in `trainer`: {error}") from error
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the subcommand; if a signal ends it, exit with the status that shells have for it.
+
+        Lightning exits after SIGTERM with 0, which schedulers take for a completed run, and after Ctrl-C with the
+        status of an error.
+
+        Raises:
+            SystemExit: If a signal ended it.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stopped:
+            terminated = type(stopped).__name__ == "SIGTERMException"
+            if not terminated and not isinstance(stopped.__context__, KeyboardInterrupt):
+                raise
+            what, number = ("Terminated", signal.SIGTERM) if terminated else ("Interrupted", signal.SIGINT)
+            hint = " `--ckpt_path last` goes on from the last checkpoint." if subcommand == "fit" else ""
+            print(f"{self.parser.prog}: {what}.{hint}", file=sys.stderr)
+            sys.exit(128 + number)
 
     def _resolve_ckpt_path(self) -> None:
         """Replace ``last`` and ``best`` by the path of a checkpoint of an earlier run, and print it.
