@@ -242,12 +242,12 @@ def _missing_file_hint(path: Path) -> str:
     if path.exists():
         return "It isn't a regular file: write its rows to one."
     if not path.parent.is_dir():
-        return f"The folder {str(path.parent)!r} doesn't exist.{did_you_mean_path(path)}"
+        return f"The folder {str(path.parent.absolute())!r} doesn't exist.{did_you_mean_path(path)}"
     others = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES)
     near = difflib.get_close_matches(path.name, others, n=1)
     if near:
         return f"Did you mean {str(path.with_name(near[0]))!r}?"
-    return f"The folder contains {', '.join(others[:5])}." if others else "The folder contains no data files."
+    return f"The folder {str(path.parent.absolute())!r} contains {', '.join(others[:5]) or 'no data files'}."
 
 
 def _folder_hint(path: Path) -> str:
