@@ -241,6 +241,8 @@ def _missing_file_hint(path: Path) -> str:
         return _folder_hint(path)
     if path.exists():
         return "It isn't a regular file: write its rows to one."
+    if path.is_symlink():
+        return f"It is a link to {str(path.readlink())!r}, which doesn't exist."
     if not path.parent.is_dir():
         return f"The folder {str(path.parent.absolute())!r} doesn't exist.{did_you_mean_path(path)}"
     others = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES)

@@ -206,6 +206,12 @@ def test_missing_file_of_a_relative_path_names_the_folder(tmp_path, monkeypatch)
         load("data/support.jsonl")
 
 
+def test_link_to_a_missing_file_is_named_as_one(tmp_path):
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "moved.jsonl")
+    with pytest.raises(DataNotFoundError, match=r"It is a link to '.*moved\.jsonl', which doesn't exist\."):
+        load(str(tmp_path / "rows.jsonl"))
+
+
 def test_missing_file_suggests_the_nearest_name(write, tmp_path):
     write("support.jsonl", ROWS)
     with pytest.raises(
