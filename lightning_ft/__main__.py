@@ -18,9 +18,6 @@ GATE_FAILED = 3
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
-TERMINATED = 143
-"""Exit status after SIGTERM, as shells have it."""
-
 COMMANDS = {
     "compare": "compare methods trained on the same rows: quality, tokens, cost, forgetting, resources",
     "plan": "forecast what fine-tuning saves, takes and reaches, before any training",
@@ -57,15 +54,6 @@ def main(args: list[str] | None = None) -> None:
         hint = " The same command goes on: complete runs are kept, and others resume." if continues else ""
         print(f"lightning-ft: Interrupted.{hint}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except SystemExit as stopped:
-        # Lightning ends a run with it: after SIGTERM with the status 0, which schedulers take for a completed run, and
-        # after Ctrl-C with that of an error.
-        terminated = type(stopped).__name__ == "SIGTERMException"
-        if not terminated and not isinstance(stopped.__context__, KeyboardInterrupt):
-            raise
-        what, status = ("Terminated", TERMINATED) if terminated else ("Interrupted", INTERRUPTED)
-        print(f"lightning-ft: {what}. `--ckpt_path last` goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(status)
 
 
 def report(folder: str, output: str | None = None) -> None:

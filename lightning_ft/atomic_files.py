@@ -178,6 +178,22 @@ def write_failure(error: BaseException) -> str | None:
     return None
 
 
+def unwritable(folder: Path) -> str | None:
+    """The reason why nothing can be written into a folder, or made there if it doesn't exist; None if there is none.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     unwritable(Path(file.name, "runs")) == f"{file.name!r} is a file"
+        True
+    """
+    parents = (folder.absolute(), *folder.absolute().parents)
+    existing = next((parent for parent in parents if os.path.exists(parent)), Path("/"))
+    if not existing.is_dir():
+        return f"{str(existing)!r} is a file"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"{str(existing)!r} isn't writable"
+
+
 def flush_to_disk(path: Path, *, deep: bool = True) -> None:
     """Sync a file, or a folder and its contents, to disk, so that a power failure after a rename loses no data.
 
@@ -233,6 +249,7 @@ __all__ = [
     "remove",
     "remove_leftovers",
     "replace_folder",
+    "unwritable",
     "write_failure",
     "write_json",
     "write_text",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,7 +28,8 @@ from lightning_ft._lightning import (
     Trainer,
     cli_module,
 )
-from lightning_ft.atomic_files import write_text
+from lightning_ft.atomic_files import unwritable, write_text
+from lightning_ft.checkpoint_file import local_path
 from lightning_ft.completion import SHELLS, Parsers, PrintCompletion
 from lightning_ft.console import WARNINGS_WITHOUT_FIT, hide_warnings
 from lightning_ft.errors import (
@@ -203,6 +206,19 @@ class _SaveConfig(_cli.SaveConfigCallback):  # type: ignore[name-defined,misc]
             ) from error
 
 
+def _check_folders(trainer: Any, *, saves_config: bool) -> None:
+    """Refuse folders of loggers and of the configuration that can't be written, before rows and weights are read."""
+    if trainer.fast_dev_run:
+        return
+    folders = [logger.save_dir for logger in trainer.loggers] or ([trainer.default_root_dir] if saves_config else [])
+    for folder in [path for each in folders if each and (path := local_path(each)) is not None]:
+        if trainer.is_global_zero and (reason := unwritable(folder)) is not None:
+            raise ConfigError(
+                f"The run can't be written into {str(folder)!r}: {reason}. Set trainer.default_root_dir, or the "
+                "logger's save_dir, to another folder."
+            )
+
+
 def _keep_earlier(path: Path) -> None:
     """Rename the configuration of the run that is continued: `config.yaml` becomes `config-1.yaml`, the next `-2`."""
     if path.exists():
@@ -329,7 +345,8 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
         """Build the Trainer.
 
         Raises:
-            ConfigError: For settings that it refuses, such as an accelerator that this machine lacks.
+            ConfigError: For settings that it refuses, such as an accelerator that this machine lacks, and for a folder
+                that can't be written.
         """
         try:
             trainer: Trainer = super().instantiate_trainer(**kwargs)
@@ -337,7 +354,29 @@ class FineTuningCLI(_cli.LightningCLI):  # type: ignore[name-defined,misc]
             if isinstance(error, LightningFTError):
                 raise
             raise ConfigError(f"The Trainer refuses the settings in `trainer`: {error}") from error
+        if self.subcommand not in (None, "preview", "export"):
+            _check_folders(trainer, saves_config=self.save_config_callback is not None)
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the subcommand; if a signal ends it, exit with the status that shells have for it.
+
+        Lightning exits after SIGTERM with 0, which schedulers take for a completed run, and after Ctrl-C with the
+        status of an error.
+
+        Raises:
+            SystemExit: If a signal ended it.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stopped:
+            terminated = type(stopped).__name__ == "SIGTERMException"
+            if not terminated and not isinstance(stopped.__context__, KeyboardInterrupt):
+                raise
+            what, number = ("Terminated", signal.SIGTERM) if terminated else ("Interrupted", signal.SIGINT)
+            hint = " `--ckpt_path last` goes on from the last checkpoint." if subcommand == "fit" else ""
+            print(f"{self.parser.prog}: {what}.{hint}", file=sys.stderr)
+            sys.exit(128 + number)
 
     def _resolve_ckpt_path(self) -> None:
         """Replace ``last`` and ``best`` by the path of a checkpoint of an earlier run, and print it.

@@ -119,6 +119,16 @@ def test_full_disk_error_names_the_configuration(run, config, tmp_path):
         run("fit", "--config", path)
 
 
+@pytest.mark.parametrize(
+    "options", [("logger=CSVLogger", "logger.save_dir={}"), ("logger=false", "default_root_dir={}")]
+)
+def test_folder_that_cannot_be_written_is_refused_before_rows_are_read(run, config, tmp_path, options):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "runs"
+    with pytest.raises(ConfigError, match=rf"can't be written into '{folder}': '{tmp_path}/file' is a file\."):
+        run("fit", "--config", config(), "--data.train=none.jsonl", *(f"--trainer.{o.format(folder)}" for o in options))
+
+
 def test_export_writes_adapter_and_chat_template(run, config, tmp_path, capsys):
     path = config()
     cli = run("fit", "--config", path, "--data.chat_template", "plain")

@@ -8,6 +8,7 @@ from tiny import make_rows
 
 from lightning_ft import __main__ as command_line
 from lightning_ft.__main__ import main
+from lightning_ft.cli import FineTuningCLI
 from lightning_ft.evaluation.savings.arithmetic import token_savings
 from lightning_ft.evaluation.savings.records import ArmRecords
 
@@ -73,32 +74,37 @@ def test_interrupted_command_ends_without_traceback(monkeypatch, capsys, name, g
     assert ("The same command goes on" in printed) == goes_on
 
 
+@pytest.mark.parametrize(("sent", "said", "status"), [("SIGTERM", "Terminated", 143), ("SIGINT", "Interrupted", 130)])
+@pytest.mark.parametrize(("command", "hook"), [("fit", "on_after_backward"), ("validate", "on_validation_batch_start")])
 @pytest.mark.parametrize(
-    ("sent", "said", "status"),
-    [("SIGTERM", "Terminated", command_line.TERMINATED), ("SIGINT", "Interrupted", command_line.INTERRUPTED)],
+    ("program", "run"),
+    [("lightning-ft", main), ("support", lambda args: FineTuningCLI(args, parser_kwargs={"prog": "support"}))],
 )
-def test_stopped_fit_does_not_exit_as_a_completed_or_failed_one(
-    tmp_path, model_folder, capsys, monkeypatch, sent, said, status
+def test_stopped_command_does_not_exit_as_a_completed_or_failed_one(
+    tmp_path, model_folder, capsys, monkeypatch, program, run, command, hook, sent, said, status
 ):
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in make_rows(8)))
-    (tmp_path / f"sends_{sent}.py").write_text(
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in make_rows(8)))
+    (tmp_path / f"{command}_{sent}.py").write_text(
         "import os, signal\nfrom lightning_ft._lightning import Callback\nclass Sends(Callback):\n"
-        f"    def on_after_backward(self, *args):\n        os.kill(os.getpid(), signal.{sent})\n"
+        f"    def {hook}(self, *args):\n        os.kill(os.getpid(), signal.{sent})\n"
     )
     trainer = {"accelerator": "cpu", "devices": 1, "max_steps": 3, "logger": False, "enable_checkpointing": False}
     trainer["default_root_dir"] = str(tmp_path)
     arguments = [f"--trainer.{name}={value}" for name, value in trainer.items()]
     arguments += ["--model=LoRAFineTuning", f"--model.model={model_folder}", "--data=PairDataModule"]
-    arguments += [f"--data.train={tmp_path / 'rows.jsonl'}", "--data.cache_dir=false", "--data.batch_size=2"]
+    arguments += [f"--data.train={rows}", f"--data.validation={rows}", "--data.cache_dir=false", "--data.batch_size=2"]
+    arguments += [f"--trainer.callbacks={command}_{sent}.Sends", "--trainer.num_sanity_val_steps=0"]
     monkeypatch.syspath_prepend(str(tmp_path))
     on_interrupt = signal.getsignal(signal.SIGINT)  # Lightning ignores it from then on
     try:
         with pytest.raises(SystemExit) as stopped:
-            main(["fit", *arguments, f"--trainer.callbacks=sends_{sent}.Sends"])
+            run([command, *arguments])
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
     assert stopped.value.code == status
-    assert f"lightning-ft: {said}. `--ckpt_path last` goes on" in capsys.readouterr().err
+    goes_on = " `--ckpt_path last` goes on from the last checkpoint." if command == "fit" else ""
+    assert f"{program}: {said}.{goes_on}\n" in capsys.readouterr().err
 
 
 def test_help_lists_subcommands_without_trainer(capsys):

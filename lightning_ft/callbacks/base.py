@@ -10,7 +10,6 @@ long training run.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeGuard
 
 from lightning_ft._lightning import Callback, LightningModule, Trainer, active_datamodule
 from lightning_ft.arguments import CheckedArguments
+from lightning_ft.atomic_files import unwritable
 from lightning_ft.distributed import all_gather_objects, rank_zero_info, rank_zero_warn
 from lightning_ft.errors import ConfigError, LightningFTError
 from lightning_ft.printable import printable
@@ -124,14 +124,9 @@ def check_results_folder(folder: Path | None, name: str) -> None:
     """
     if folder is None:
         return
-    parents = (folder.absolute(), *folder.absolute().parents)
-    existing = next((parent for parent in parents if parent.exists()), Path("/"))
-    remedy = "Set output_dir to another folder."
-    if not existing.is_dir():
-        raise ConfigError(f"{name} can't write its results into {str(folder)!r}: {str(existing)!r} is a file. {remedy}")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if (reason := unwritable(folder)) is not None:
         raise ConfigError(
-            f"{name} can't write its results into {str(folder)!r}: {str(existing)!r} isn't writable. {remedy}"
+            f"{name} can't write its results into {str(folder)!r}: {reason}. Set output_dir to another folder."
         )
 
 

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_ft.data.sampler import EpochPlan
 from lightning_ft.distributed import rank_and_world_size
 from lightning_ft.errors import ConfigError
+
+
+def before_fabric(loader: Any) -> Any:
+    """The loader that `fabric.setup_dataloaders` was called with, or the loader itself."""
+    return getattr(loader, "_dataloader", loader)
 
 
 class LoaderPosition(TypedDict):
@@ -42,7 +48,8 @@ class ResumableLoader:
             accumulation window that was open.
 
     Raises:
-        ConfigError: For an IterableDataset.
+        ConfigError: For an IterableDataset, the loader of a DataModule of this package, which keeps its position
+            itself, and a loader with a DistributedSampler that Fabric has set up.
 
     Example:
         >>> loader = ResumableLoader(DataLoader(list(range(6)), batch_size=2))
@@ -59,6 +66,18 @@ class ResumableLoader:
             raise ConfigError(
                 "ResumableLoader can't return to a position of an IterableDataset: use a dataset with a length, or a "
                 "loader with a state_dict of its own."
+            )
+        within = before_fabric(loader)
+        if isinstance(within.sampler, EpochPlan):
+            raise ConfigError(
+                f"A {type(within).__name__} keeps its position itself: pass it to Trainer.fit, save_loop and load_loop "
+                "as it is. A ResumableLoader around it would begin each run with its first epoch."
+            )
+        if within is not loader and isinstance(loader.sampler, DistributedSampler):
+            raise ConfigError(
+                "What fabric.setup_dataloaders makes of a DataLoader counts the epochs of its DistributedSampler from "
+                "0 in each run, so a resumed one would read other rows. Wrap the DataLoader itself, call "
+                "sampler.set_epoch(epoch) before each epoch, and move batches with fabric.to_device."
             )
         self.loader = loader
         self._epoch, self._yielded = 0, 0

@@ -241,13 +241,15 @@ def _missing_file_hint(path: Path) -> str:
         return _folder_hint(path)
     if path.exists():
         return "It isn't a regular file: write its rows to one."
+    if path.is_symlink():
+        return f"It is a link to {str(path.readlink())!r}, which doesn't exist."
     if not path.parent.is_dir():
-        return f"The folder {str(path.parent)!r} doesn't exist.{did_you_mean_path(path)}"
+        return f"The folder {str(path.parent.absolute())!r} doesn't exist.{did_you_mean_path(path)}"
     others = sorted(p.name for p in path.parent.iterdir() if p.suffix.lower() in SUFFIXES)
     near = difflib.get_close_matches(path.name, others, n=1)
     if near:
         return f"Did you mean {str(path.with_name(near[0]))!r}?"
-    return f"The folder contains {', '.join(others[:5])}." if others else "The folder contains no data files."
+    return f"The folder {str(path.parent.absolute())!r} contains {', '.join(others[:5]) or 'no data files'}."
 
 
 def _folder_hint(path: Path) -> str:

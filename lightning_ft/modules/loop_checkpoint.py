@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_ft.checkpoint_file import read_checkpoint, write_checkpoint
+from lightning_ft.data.resumable_loader import before_fabric
 from lightning_ft.distributed import on_rank_zero, rank_and_world_size
 from lightning_ft.errors import CheckpointError, ConfigError
 from lightning_ft.models.numerics import nonfinite
@@ -39,11 +40,12 @@ def save_loop(
     loader: Positioned | None = None,
     values: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save a loop between two optimizer steps. Every rank must call it; rank 0 writes.
+    """Save a loop after an optimizer step. Every rank must call it; rank 0 writes.
 
     The file has the trainable weights, the model's buffers (such as the running statistics of a batch norm), the
     optimizer, the position of the loader, and the random states of Python, NumPy and PyTorch on every rank. Frozen
-    weights are left out: load or initialize them in the same way before `load_loop`.
+    weights are left out: load or initialize them in the same way before `load_loop`. Gradients are left out, too: a
+    file that is written inside an accumulation window loses those of its micro-batches.
 
     Args:
         path: File to write; an existing one is replaced once the new one is complete.
@@ -183,8 +185,13 @@ def _check_plain(values: Mapping[str, Any]) -> None:
 
 
 def _check_loader(loader: object, caller: str) -> None:
-    if loader is not None and not (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
-        raise ConfigError(
-            f"{caller}: a {type(loader).__name__} can't tell its position. Wrap it in ResumableLoader, before "
-            "fabric.setup_dataloaders, and pass the ResumableLoader."
-        )
+    if loader is None or (hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")):
+        return
+    within = before_fabric(loader)
+    remedy = (
+        f"Pass the {type(within).__name__} that fabric.setup_dataloaders was called with, which can."
+        if hasattr(within, "state_dict")
+        else "Wrap the DataLoader in ResumableLoader, read batches from that (fabric.to_device moves them, instead of "
+        "fabric.setup_dataloaders), and pass it."
+    )
+    raise ConfigError(f"{caller}: a {type(loader).__name__} can't tell its position. {remedy}")

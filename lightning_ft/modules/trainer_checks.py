@@ -11,6 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from lightning_ft._lightning import LightningModule, _pl
+from lightning_ft.atomic_files import unwritable
+from lightning_ft.checkpoint_file import local_path
 from lightning_ft.distributed import rank_zero_warn
 from lightning_ft.errors import ConfigError
 from lightning_ft.models.head import CausalLM
@@ -53,14 +55,19 @@ def check_strategy(strategy: Any) -> None:
 def check_callbacks(trainer: Any, module: LightningModule) -> None:
     """Refuse callbacks that would have no effect, or another one, since they work before the weights are loaded.
 
+    Refuse also a `ModelCheckpoint` whose folder can't be written, which would end training at its first checkpoint.
+
     Args:
         trainer: The Trainer.
         module: The module that is trained.
 
     Raises:
-        ConfigError: For `BaseFinetuning` and `ModelPruning` with a module that has no weights yet, and for
-            `ModelPruning` with an adapter.
+        ConfigError: For `BaseFinetuning` and `ModelPruning` with a module that has no weights yet, for `ModelPruning`
+            with an adapter, and for such a folder.
     """
+    if trainer.state.fn == "fit" and not trainer.fast_dev_run and trainer.node_rank == 0:
+        for callback in trainer.checkpoint_callbacks:
+            _check_folder(callback, trainer)
     for callback in trainer.callbacks:
         if not isinstance(callback, (_pl.callbacks.BaseFinetuning, _pl.callbacks.ModelPruning)):
             continue
@@ -74,6 +81,17 @@ def check_callbacks(trainer: Any, module: LightningModule) -> None:
             isinstance(m, PeftModel) for m in module.children()
         ):
             raise ConfigError(f"{name} would prune weights under an adapter, which are frozen: use full fine-tuning.")
+
+
+def _check_folder(callback: Any, trainer: Any) -> None:
+    """Refuse the folder of a `ModelCheckpoint` if it can't be written; a logger makes its own."""
+    chosen = getattr(callback, "dirpath", None) or (None if trainer.loggers else trainer.default_root_dir)
+    folder = None if chosen is None else local_path(chosen)
+    if folder is not None and (reason := unwritable(folder)) is not None:
+        raise ConfigError(
+            f"{type(callback).__name__} can't write into {str(folder)!r}: {reason}. Set its dirpath, or the Trainer's "
+            "default_root_dir, to another folder."
+        )
 
 
 def check_checkpoints_by_step(trainer: Any, name: str, steps: int) -> None:

@@ -198,6 +198,20 @@ def test_read_file_rejects_unreadable_files(write, name):
     assert message in str(error.value)
 
 
+def test_missing_file_of_a_relative_path_names_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataNotFoundError, match=rf"The folder '{tmp_path}' contains no data files\."):
+        load("support.jsonl")
+    with pytest.raises(DataNotFoundError, match=rf"The folder '{tmp_path / 'data'}' doesn't exist\."):
+        load("data/support.jsonl")
+
+
+def test_link_to_a_missing_file_is_named_as_one(tmp_path):
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "moved.jsonl")
+    with pytest.raises(DataNotFoundError, match=r"It is a link to '.*moved\.jsonl', which doesn't exist\."):
+        load(str(tmp_path / "rows.jsonl"))
+
+
 def test_missing_file_suggests_the_nearest_name(write, tmp_path):
     write("support.jsonl", ROWS)
     with pytest.raises(
@@ -206,7 +220,7 @@ def test_missing_file_suggests_the_nearest_name(write, tmp_path):
         load(str(tmp_path / "suport.jsonl"))
     with pytest.raises(FileNotFoundError, match=r"The folder '.*nowhere' doesn't exist"):
         load(str(tmp_path / "nowhere" / "a.jsonl"))
-    with pytest.raises(DataNotFoundError, match=r"The folder contains support\.jsonl"):
+    with pytest.raises(DataNotFoundError, match=r"The folder '/.*' contains support\.jsonl"):
         load(str(tmp_path / "zzz.csv"))
     with pytest.raises(DataNotFoundError, match="It is a folder: name a file in it"):
         load(str(tmp_path))

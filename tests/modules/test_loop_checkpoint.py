@@ -5,7 +5,7 @@ import torch
 from lightning_fabric import Fabric
 from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_rows, make_tokenizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ft import PairDataModule
 from lightning_ft.checkpoint_file import read_checkpoint
@@ -211,7 +211,7 @@ def test_buffers_of_a_loop_are_restored(tmp_path):
 
 def test_save_loop_refuses_what_it_could_not_restore(tmp_path):
     loop = Loop()
-    with pytest.raises(ConfigError, match=r"a DataLoader can't tell its position\. Wrap it in ResumableLoader"):
+    with pytest.raises(ConfigError, match=r"a DataLoader can't tell its position\. Wrap the DataLoader in Res"):
         save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer, loop.loader.loader)
     with pytest.raises(ConfigError, match=r"values\['folder'\] is a PosixPath"):
         save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer, values={"step": 1, "folder": tmp_path})
@@ -219,6 +219,29 @@ def test_save_loop_refuses_what_it_could_not_restore(tmp_path):
     with pytest.raises(ConfigError, match="no weight of PeftModelForCausalLM is trainable"):
         save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer)
     assert not (tmp_path / "loop.ckpt").exists()
+
+
+def test_loader_of_a_data_module_is_passed_as_it_is(tmp_path):
+    data = PairDataModule(make_rows(8), tokenizer=make_tokenizer(), batch_size=2, cache_dir=False)
+    data.setup("fit")
+    loop, loader = Loop(), data.train_dataloader()
+    for wrapped in (loader, loop.fabric.setup_dataloaders(loader)):
+        with pytest.raises(ConfigError, match="A TokenLoader keeps its position itself"):
+            ResumableLoader(wrapped)
+    with pytest.raises(ConfigError, match=r"Pass the TokenLoader that fabric\.setup_dataloaders was called with"):
+        save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer, wrapped)
+    save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer, loader)
+
+
+def test_loader_that_fabric_set_up_is_refused_where_it_counts_epochs_itself(tmp_path):
+    loop, examples = Loop(), rows(7)
+    sampler = DistributedSampler(examples, num_replicas=1, rank=0)
+    with pytest.raises(ConfigError, match=r"from 0 in each run.* sampler\.set_epoch\(epoch\)"):
+        ResumableLoader(loop.fabric.setup_dataloaders(DataLoader(examples, sampler=sampler)))
+    plain = loop.fabric.setup_dataloaders(DataLoader(examples))
+    with pytest.raises(ConfigError, match=r"a _FabricDataLoader can't tell its position.*fabric\.to_device moves them"):
+        save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer, plain)
+    save_loop(tmp_path / "loop.ckpt", loop.module, loop.optimizer, ResumableLoader(plain))
 
 
 def test_divide_refuses_gradients_of_micro_batches_that_it_divided_already():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny import make_model
+from tiny import make_model, make_rows, make_tokenizer
 
+from lightning_ft import FullFineTuning, PairDataModule
 from lightning_ft._lightning import _pl
 from lightning_ft.errors import ConfigError
 from lightning_ft.modules.sharded_strategy import ShardedStrategy, adopt
@@ -35,6 +36,18 @@ def test_trainer_checks_name_a_single_problem():
     with pytest.raises(ConfigError, match=r"^ModelParallelStrategy: tensor_parallel_size=2, but.* supported\. Leave"):
         checked(sharded(data_parallel_size=2, tensor_parallel_size=2))
     checked(_pl.strategies.DDPStrategy())
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_folder_of_checkpoints_that_cannot_be_written_is_refused_before_training(tmp_path, chosen):
+    (tmp_path / "file").write_text("")
+    folder = str(tmp_path / "file" / "runs")
+    checkpoints = _pl.callbacks.ModelCheckpoint(dirpath=folder if chosen else None)
+    root = str(tmp_path) if chosen else folder
+    trainer = _pl.Trainer(max_steps=1, accelerator="cpu", logger=False, callbacks=[checkpoints], default_root_dir=root)
+    with pytest.raises(ConfigError, match=rf"ModelCheckpoint can't write into '{folder}': '.*file' is a file\."):
+        trainer.fit(FullFineTuning(make_model(), tokenizer=make_tokenizer()), PairDataModule(make_rows(4)))
+    assert trainer.global_step == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"tensor_parallel_size": 1}, {"data_parallel_size": 2}])
