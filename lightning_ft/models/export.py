@@ -251,7 +251,10 @@ def check_folder(path: Path, *, overwrite: bool) -> None:
         raise ExportError(f"{path} can't be written, since {existing} isn't writable. Export to another folder.")
     remove_leftovers(path)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise ExportError(f"{path} isn't empty: choose another folder, or pass overwrite=True (--overwrite true).")
+        raise ExportError(
+            f"{path} isn't empty: choose another folder, or pass overwrite=True (`lightning-ft export` has "
+            "--overwrite true)."
+        )
 
 
 def _gathered(model: CausalLM) -> dict[str, Any]:
