@@ -17,6 +17,7 @@ from lightning_ft.types import Request
 _RENAMED = {
     "adam_beta1": "betas",
     "adam_beta2": "betas",
+    "alpha": "lora_alpha",
     "assistant_only_loss": "supervise",
     "beta": "kl_coef",
     "bf16": "precision",
@@ -40,6 +41,8 @@ _RENAMED = {
     "load_in_4bit": "quantization",
     "load_in_8bit": "quantization",
     "logging_steps": "log_every_n_steps",
+    "lora_r": "r",
+    "lora_rank": "r",
     "lr": "learning_rate",
     "lr_scheduler": "lr_schedule",
     "lr_scheduler_type": "lr_schedule",
@@ -62,6 +65,7 @@ _RENAMED = {
     "precompute_ref_log_probs": "precompute_reference",
     "processing_class": "tokenizer",
     "quantization_config": "quantization",
+    "rank": "r",
     "report_to": "logger",
     "reward_funcs": "rewards",
     "steps_per_generation": "steps_per_rollout",
@@ -79,7 +83,7 @@ _RENAMED = {
     "val_size": "validation",
     "validation_file": "validation",
 }
-"""Names of TRL, transformers and torch, and those of this package and of the Trainer (docs/from_trl.md)."""
+"""Names of TRL, transformers and torch, and those of this package, of the Trainer and of PEFT (docs/from_trl.md)."""
 _OF_DATA = frozenset(
     {"batch_size", "chat_template", "columns", "max_length", "num_workers", "packing", "supervise"}
     | {"test", "train", "validation"}
@@ -88,17 +92,10 @@ _OF_TRAINER = frozenset(
     {"accumulate_grad_batches", "callbacks", "default_root_dir", "gradient_clip_val", "logger", "max_epochs"}
     | {"accelerator", "devices", "log_every_n_steps", "max_steps", "precision", "strategy", "val_check_interval"}
 )
-_OF_LORA = {
-    "alpha": "lora_alpha",
-    "lora_r": "r",
-    "lora_rank": "r",
-    "rank": "r",
-    **dict.fromkeys(
-        ["alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "r"]
-    ),
-    **dict.fromkeys(["rank_pattern", "target_modules", "trainable_token_indices", "use_dora", "use_rslora"]),
-}
-"""Names that belong into `lora=`, and what PEFT calls them where that differs."""
+_OF_LORA = frozenset(
+    {"alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_dropout", "modules_to_save", "r"}
+    | {"rank_pattern", "target_modules", "trainable_token_indices", "use_dora", "use_rslora"}
+)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -185,9 +182,9 @@ def _known_elsewhere(name: str, parameters: Sequence[str]) -> str:
     here = _RENAMED.get(name, name)
     if here in parameters:
         return f" Did you mean {here!r}?"
-    if name in _OF_LORA and "dtype" in parameters:
+    if here in _OF_LORA and "dtype" in parameters:
         where = "lora=, such as" if "lora" in parameters else "lora= of LoRAFineTuning:"
-        return f" It belongs into {where} lora={{{_OF_LORA[name] or name!r}: ...}}."
+        return f" It belongs into {where} lora={{{here!r}: ...}}."
     if here in _OF_DATA and "model" in parameters:
         return f" {here}= is an argument of the DataModule."
     if here == "quantization" and "dtype" in parameters:

@@ -208,11 +208,11 @@ class _SaveConfig(_cli.SaveConfigCallback):  # type: ignore[name-defined,misc]
 
 def _check_folders(trainer: Any, *, saves_config: bool) -> None:
     """Refuse folders of loggers and of the configuration that can't be written, before rows and weights are read."""
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run or not trainer.is_global_zero:
         return
-    folders = [logger.save_dir for logger in trainer.loggers] or ([trainer.default_root_dir] if saves_config else [])
-    for folder in [path for each in folders if each and (path := local_path(each)) is not None]:
-        if trainer.is_global_zero and (reason := unwritable(folder)) is not None:
+    chosen = [logger.save_dir for logger in trainer.loggers] or ([trainer.default_root_dir] if saves_config else [])
+    for folder in map(local_path, filter(None, chosen)):
+        if folder is not None and (reason := unwritable(folder)) is not None:
             raise ConfigError(
                 f"The run can't be written into {str(folder)!r}: {reason}. Set trainer.default_root_dir, or the "
                 "logger's save_dir, to another folder."
